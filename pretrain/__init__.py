@@ -1,0 +1,1 @@
+"""Distributed pretraining of mixture-of-experts language models on DeepSpeed."""

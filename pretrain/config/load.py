@@ -1,0 +1,143 @@
+"""From a recipe's name or path and dotted overrides to a checked :class:`Recipe`, with errors that name the path and the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.schema import Recipe
+
+RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads ``2e-3`` as text; recipes mean a number. Duplicate keys are refused, not silently merged."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=RecipeLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
+    """The mapping in a shipped recipe or in a YAML file, and the path it came from."""
+    shipped = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "shipped recipes are " + ", ".join(recipe_names())
+        raise ConfigError(f"there is no recipe '{name_or_path}', neither in {RECIPE_FOLDER} nor as a file: {hint}")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text: give a YAML recipe") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPE_FOLDER}/debug.yaml")
+    return content, str(path)
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML."""
+    path, separator, value = override.partition("=")
+    if not separator or not path.strip():
+        raise ConfigError(f"--set {override}: write it as --set section.field=value")
+    keys = path.strip().split(".")
+    section = content
+    for depth, key in enumerate(keys[:-1]):
+        below = section.setdefault(key, {})
+        if below is None:
+            below = section[key] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: '{'.'.join(keys[: depth + 1])}' is a value, it has no fields")
+        section = below
+    section[keys[-1]] = parse_yaml(value, f"--set {override}")
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _fields_at(location: tuple[str | int, ...]) -> list[str]:
+    """The field names that are legal at a pydantic error's location (its last part is the wrong one)."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in location[:-1]:
+        tagged = [model for model in models if "kind" in model.model_fields and part in typing.get_args(model.model_fields["kind"].annotation)]
+        models = tagged or [found for model in models if part in model.model_fields for found in _models_in(model.model_fields[str(part)].annotation)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _sentence(detail: Any, origin: str) -> str:
+    location = detail["loc"]
+    # A discriminated union puts its tag into the location; the user's file has no such level.
+    kinds = {"gqa", "rope", "all_moe", "all_dense", "every_nth", "first_k_dense", "dropless", "deepspeed", "adamw", "sgd", "python_stdlib", "text", "train_bpe", "file"}
+    dotted = ".".join(str(part) for index, part in enumerate(location) if not (part in kinds and index > 0)) or "the recipe"
+    if detail["type"] == "extra_forbidden":
+        fields = _fields_at(location)
+        near = difflib.get_close_matches(str(location[-1]), fields, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(fields)}"
+        return f"{origin}: unknown field '{dotted}': {hint}"
+    if detail["type"] == "missing":
+        return f"{origin}: '{dotted}' is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{origin}: '{dotted}': {message}{shown}"
+
+
+def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
+    """A checked recipe, or a :class:`ConfigError` with a sentence for each wrong field."""
+    from pretrain.config.rules import check_recipe
+
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(detail, origin) for detail in error.errors())) from None
+    check_recipe(recipe)
+    return recipe
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Loads a recipe by name or path and applies ``a.b=c`` overrides in order.
+
+    Raises:
+        ConfigError: for an unknown recipe, an unknown or wrong field, or sections that contradict each other.
+    """
+    content, origin = read_recipe_file(name_or_path)
+    for override in overrides or []:
+        apply_override(content, override)
+    return validate_recipe(content, origin)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)

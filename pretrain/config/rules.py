@@ -1,0 +1,138 @@
+"""Rules that cross a recipe's sections, one small function each, checked when a recipe is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.schema import DeepSpeedMoE, DroplessMoE, ModelConfig, Recipe
+
+
+def heads_group_evenly(recipe: Recipe) -> None:
+    attention = recipe.model.attention
+    if attention.num_attention_heads % attention.num_key_value_heads:
+        raise ConfigError(
+            f"model.attention.num_attention_heads ({attention.num_attention_heads}) is no multiple of "
+            f"num_key_value_heads ({attention.num_key_value_heads}): change one of them"
+        )
+    if attention.head_dim % 2:
+        raise ConfigError(f"model.attention.head_dim ({attention.head_dim}) must be even: RoPE turns pairs of numbers")
+
+
+def layers_have_their_sections(recipe: Recipe) -> None:
+    model = recipe.model
+    moe_layers = model.moe_layers
+    if moe_layers and model.moe is None:
+        raise ConfigError("model.layer_pattern asks for MoE layers, but there is no model.moe: add it, or use layer_pattern.kind=all_dense")
+    if len(moe_layers) < model.num_hidden_layers and model.intermediate_size is None:
+        raise ConfigError("model.layer_pattern has dense layers, but model.intermediate_size is missing: set their width")
+
+
+def sequence_fits_positions(recipe: Recipe) -> None:
+    if recipe.train.sequence_length > recipe.model.max_position_embeddings:
+        raise ConfigError(
+            f"train.sequence_length ({recipe.train.sequence_length}) is longer than model.max_position_embeddings "
+            f"({recipe.model.max_position_embeddings}): lower the one or raise the other"
+        )
+
+
+def micro_batch_divides(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.global_batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size ({train.global_batch_size}) is no multiple of train.micro_batch_size ({train.micro_batch_size}): change one of them"
+        )
+
+
+def drops_are_causal(recipe: Recipe) -> None:
+    """DeepSpeed's capacity limit ranks tokens across the whole micro batch.
+
+    With top_k 1 in order of position an earlier token always wins. With top_k 2 all second choices queue behind all first choices, and
+    with top_k > 2 the highest gates win, so a later token can push out an earlier one; random token selection does so too.
+    """
+    moe = recipe.model.moe
+    if not isinstance(moe, DeepSpeedMoE) or not moe.drop_tokens or not moe.causal:
+        return
+    if moe.top_k > 1 or moe.use_rts:
+        why = "use_rts=true" if moe.use_rts and moe.top_k == 1 else f"top_k={moe.top_k}"
+        raise ConfigError(
+            f"model.moe with drop_tokens=true and {why} is not causal (a later token can take an earlier one's place in an expert): "
+            "set model.moe.drop_tokens=false, or acknowledge it with model.moe.causal=false"
+        )
+
+
+def native_options_fit_top_k(recipe: Recipe) -> None:
+    moe = recipe.model.moe
+    if not isinstance(moe, DeepSpeedMoE):
+        return
+    if moe.use_rts and moe.top_k != 1:
+        raise ConfigError(f"model.moe.use_rts works with top_k=1 only, not {moe.top_k}: set model.moe.use_rts=false")
+    if moe.top2_2nd_expert_sampling and moe.top_k != 2:
+        raise ConfigError(f"model.moe.top2_2nd_expert_sampling works with top_k=2 only, not {moe.top_k}: set it to false")
+    if moe.noisy_gate_policy == "RSample" and moe.top_k != 1:
+        raise ConfigError(f"model.moe.noisy_gate_policy=RSample works with top_k=1 only, not {moe.top_k}: use Jitter or none")
+    if moe.top_k == 1 and moe.norm_topk_prob:
+        raise ConfigError("model.moe.kind=deepspeed with top_k=1 weights the expert by its probability: set model.moe.norm_topk_prob=false")
+    if moe.top_k > 1 and not moe.norm_topk_prob:
+        raise ConfigError(f"model.moe.kind=deepspeed always renormalises with top_k={moe.top_k}: set model.moe.norm_topk_prob=true")
+
+
+def experts_divide(recipe: Recipe) -> None:
+    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    if ep_size > 1 and not recipe.model.moe_layers:
+        raise ConfigError(f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1")
+    if moe is not None and moe.num_experts % ep_size:
+        raise ConfigError(f"parallel.ep_size ({ep_size}) does not divide model.moe.num_experts ({moe.num_experts}): choose a divisor")
+
+
+def warmup_fits(recipe: Recipe) -> None:
+    if recipe.schedule.warmup_steps > recipe.train.num_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run ({recipe.train.num_steps} steps): lower it or raise train.train_tokens"
+        )
+
+
+RULES: tuple[Callable[[Recipe], None], ...] = (
+    heads_group_evenly,
+    layers_have_their_sections,
+    sequence_fits_positions,
+    micro_batch_divides,
+    drops_are_causal,
+    native_options_fit_top_k,
+    experts_divide,
+    warmup_fits,
+)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises :class:`ConfigError` with one sentence for the first rule that does not hold."""
+    for rule in RULES:
+        rule(recipe)
+
+
+def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
+    """Checks what depends on the launch, and returns the gradient accumulation steps.
+
+    Raises:
+        ConfigError: where this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the sentence says what to change.
+    """
+    ep_size, train = recipe.parallel.ep_size, recipe.train
+    if world_size % ep_size:
+        raise ConfigError(
+            f"parallel.ep_size ({ep_size}) does not divide the number of ranks ({world_size}): "
+            f"start a multiple of {ep_size} ranks, or pass --set parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
+        )
+    if isinstance(recipe.model.moe, DeepSpeedMoE) and recipe.model.moe_layers and zero_stage == 3:
+        raise ConfigError("model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless")
+    ranks_per_pass = train.micro_batch_size * world_size
+    if train.global_batch_size % ranks_per_pass:
+        raise ConfigError(
+            f"train.global_batch_size ({train.global_batch_size}) is no multiple of micro_batch_size x ranks ({train.micro_batch_size} x {world_size}): "
+            "change the batch sizes or the number of ranks"
+        )
+    return train.global_batch_size // ranks_per_pass
+
+
+def _largest_divisor(world_size: int, model: ModelConfig) -> int:
+    experts = model.moe.num_experts if isinstance(model.moe, DroplessMoE | DeepSpeedMoE) else 1
+    return max(size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0)

@@ -1,0 +1,1 @@
+"""The only place that calls DeepSpeed's engine: start of the processes, ds_config, training step."""

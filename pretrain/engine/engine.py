@@ -1,0 +1,199 @@
+"""One training step on DeepSpeed's engine, right for every ZeRO stage, world size and ep_size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import groups, safe_get_full_fp32_param
+from torch import distributed, nn
+
+from data_pipeline.loader import Batch
+from pretrain.config.schema import Recipe
+from pretrain.engine.clip import clip_gradients, global_grad_norm
+from pretrain.engine.precision import DTYPES
+from pretrain.engine.topology import Topology
+from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
+from pretrain.model.init import initialize
+from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step as this rank saw it; tensors stay on the device until :meth:`reduced`.
+
+    Attributes:
+        losses: [2] fp32, mean over this rank's micro batches: cross-entropy per token (nats), and the whole loss that was minimised.
+        router: sums over this rank's micro batches (None for a dense model).
+        micro_batches: how many those are.
+        grad_norm: L2 norm over the whole model before clipping, the same on every rank.
+        applied: False where DeepSpeed skipped the update because a gradient was not finite.
+    """
+
+    losses: torch.Tensor
+    router: RouterTotals | None
+    micro_batches: int
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """A model on its devices with its optimizer, driven step by step.
+
+    Args:
+        recipe: with ``model.vocab_size`` resolved.
+        ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+
+    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology) -> None:
+        self.recipe = recipe
+        self.topology = topology
+        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.precision = precision
+        # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
+        model = DecoderLM(recipe.model, topology.ep_size, topology.ep_rank, recipe.train.activation_checkpointing)
+        initialize(model, recipe.seed)
+        self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
+        optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.model = model
+        self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
+        self._expert_group: distributed.ProcessGroup | None = None
+        if topology.ep_size > 1:
+            self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
+
+    def train_step(self, micro_batches: list[Batch], learning_rate_factor: float) -> StepResult:
+        """Forward and backward over this rank's micro batches, then one optimizer step.
+
+        The loss of a step is the mean over all counted tokens of the global batch, however they are spread over micro batches and ranks,
+        plus the mean of the micro batches' router losses.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_factor
+        self.deepspeed.train()
+        batches = [batch.to(self.topology.device) for batch in micro_batches]
+        normalizer = self._tokens_per_micro_batch(batches)
+        fractions_LE = self._global_fractions(batches, normalizer)
+        losses = torch.zeros(2, device=self.topology.device)
+        router: RouterTotals | None = None
+        for batch in batches:
+            output = self.deepspeed(batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS, fractions_LE)
+            self.deepspeed.backward(self._scaled(output.loss))
+            if batch is batches[-1]:
+                # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
+                stage0_norm = self._clip_at_stage_0()
+            self.deepspeed.step()
+            losses += torch.stack((output.nll / normalizer, output.loss.detach())) / len(batches)
+            router = _add(router, output.router)
+        norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
+        return StepResult(losses, router, len(batches), float(norm), self.deepspeed.was_step_applied())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Summed negative log-likelihood in nats and counted tokens over all ranks' batches. Every rank must pass as many batches."""
+        self.deepspeed.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            on_device = batch.to(self.topology.device)
+            output: TrainOutput = self.deepspeed(on_device.input_ids_BS, on_device.labels_BS, 1.0, on_device.document_ids_BS)
+            totals += torch.stack((output.nll.double().cpu(), (batch.labels_BS >= 0).sum().double()))
+        nll, tokens = self.topology.sum(totals.to(self.topology.device)).tolist()
+        return nll, int(tokens)
+
+    def learning_rate(self) -> float:
+        """The learning rate of matrices in the last step."""
+        return next(float(group["lr"]) for group in self.optimizer.param_groups if group["role"] == "matrix")
+
+    def loss_scale(self) -> float:
+        """The fp16 loss scale; 1 in other precisions."""
+        return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.precision == "fp16" else 1.0
+
+    def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole fp32 weight of one parameter (this rank's experts for an expert's). Every rank must call it in the same order."""
+        if self.zero_stage == 0:
+            return self._stage_0_masters().get(id(parameter), parameter).detach()
+        full = safe_get_full_fp32_param(parameter)
+        assert full is not None, "every trainable parameter is in the optimizer"
+        return full.detach()
+
+    def _stage_0_masters(self) -> dict[int, torch.Tensor]:
+        """At stage 0 in low precision DeepSpeed keeps the fp32 copies in lists beside the model's parameters."""
+        if self.precision == "fp32":
+            return {}
+        pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled."""
+        if self.precision == "fp16" and self.zero_stage == 0:
+            return loss * self.optimizer.loss_scale_config.cur_scale
+        return loss
+
+    def _clip_at_stage_0(self) -> torch.Tensor | None:
+        """The global norm before clipping; None at stages 1 to 3, where DeepSpeed's norm and clipping are right."""
+        if self.zero_stage > 0:
+            return None
+        scale = self.optimizer.loss_scale_config.cur_scale if self.precision == "fp16" else 1.0
+        norm = global_grad_norm(self.model.parameters(), self._expert_group) / scale
+        if self.recipe.train.grad_clip > 0:
+            clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
+        return norm
+
+    def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
+        """Counted tokens of the global batch / number of its micro batches: the same divisor for every micro batch of the step."""
+        sizes = self.recipe.train
+        if not self.recipe.data.document_mask:
+            return float(sizes.micro_batch_size * sizes.sequence_length)
+        counted = torch.stack([(batch.labels_BS >= 0).sum() for batch in batches]).sum()
+        return (self.topology.sum(counted) / (len(batches) * self.topology.world_size)).float()
+
+    @torch.no_grad()
+    def _global_fractions(self, batches: list[Batch], normalizer: torch.Tensor | float) -> torch.Tensor | None:
+        """f_e over the whole global batch, [L, E], by a forward pass over all its micro batches before the first backward pass.
+
+        The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
+        """
+        moe = self.recipe.model.moe
+        if moe is None or moe.balance_scope == "micro_batch" or not self.recipe.model.moe_layers:
+            return None
+        counts_LE = torch.zeros(len(self.recipe.model.moe_layers), moe.num_experts, device=self.topology.device)
+        for batch in batches:
+            counts_LE += self.deepspeed(batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS).router.counts_LE
+        return self.topology.sum(counts_LE) / (self.recipe.train.global_batch_size * self.recipe.train.sequence_length)
+
+
+def _add(total: RouterTotals | None, more: RouterTotals | None) -> RouterTotals | None:
+    if total is None or more is None:
+        return more
+    return RouterTotals(*(a + b for a, b in zip(total, more, strict=True)))
+
+
+def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[list[float]], RouterTotals | None]:
+    """Joins several steps over all ranks with two collectives and one transfer to the host.
+
+    Returns:
+        For each step [cross-entropy, whole loss], averaged over the ranks; and the router's statistics over all steps and ranks:
+        counts summed, everything else averaged over micro batches.
+    """
+    losses = torch.stack([result.losses for result in results])
+    losses = (topology.sum(losses) / topology.world_size).tolist()
+    router: RouterTotals | None = None
+    for result in results:
+        router = _add(router, result.router)
+    if router is None:
+        return losses, None
+    micro_batches = sum(result.micro_batches for result in results) * topology.world_size
+    means = torch.stack([router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L]) / micro_batches
+    packed = topology.sum(torch.cat([router.counts_LE, means.T], dim=1)).cpu()
+    num_experts = router.counts_LE.shape[1]
+    aux_L, z_L, entropy_L, dropped_L = packed[:, num_experts:].T
+    return losses, RouterTotals(aux_L, z_L, packed[:, :num_experts], entropy_L, dropped_L)
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype in which the model computes."""
+    return DTYPES[precision]

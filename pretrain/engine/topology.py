@@ -1,0 +1,136 @@
+"""Who this process is among all: found from the launcher's environment, then one process group for everything.
+
+Understood are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through mpi4py), and no launcher at all.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+from pretrain.config.errors import ConfigError
+
+Value = TypeVar("Value")
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place. Expert-parallel groups are runs of ``ep_size`` neighbouring ranks, as DeepSpeed builds them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ep_size: int
+    device: torch.device
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank where it is true on one."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every rank, on every rank."""
+        values: list[Value] = [value] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _from_mpi() -> dict[str, str]:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    # On one machine the loopback always works; a host name may not resolve.
+    own_address = "127.0.0.1" if node.size == world.size else socket.gethostbyname(socket.gethostname())
+    address, port = world.bcast((own_address, _free_port()), root=0)
+    return {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(node.rank),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", address),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+    }
+
+
+def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(f"started by srun without {' and '.join(missing)}: export them as launchers/slurm.sbatch does")
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    return {name: environment[source] for name, source in names.items()}
+
+
+def discover(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torch.distributed needs, from whatever launcher started this process."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return {}
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return _from_slurm(environment)
+    if any(name in environment for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")):
+        return _from_mpi()
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def world_size_from_environment(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started, without connecting them: for checks that come before."""
+    return int((discover(environment) or environment)["WORLD_SIZE"])
+
+
+def connect(ep_size: int) -> Topology:
+    """Joins all processes into torch's default group through DeepSpeed, and picks this process's device."""
+    os.environ.update(discover(os.environ))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    if not distributed.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT)
+    return Topology(
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        local_rank=local_rank,
+        ep_size=ep_size,
+        device=torch.device(accelerator.current_device_name()),
+    )
+
+
+def disconnect() -> None:
+    """Leaves the process group, so that no process lingers."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

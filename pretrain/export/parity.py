@@ -1,0 +1,100 @@
+"""Does the exported model compute the same numbers? Logits against logits, over real text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pretrain.config.errors import CheckpointError, DataError
+from pretrain.model.decoder import DecoderLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from data_pipeline.loader import TokenStream
+
+WINDOWS = 8
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison saw: the largest |difference| between two logits, beside the standard deviation of the logits themselves."""
+
+    windows: int
+    max_difference: float
+    logits_std: float
+
+
+def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDOWS) -> Tensor:
+    """Up to ``count`` full windows [W, S] int64, spread evenly over the stream.
+
+    Raises:
+        DataError: when the stream is shorter than one window.
+    """
+    full = stream.num_tokens // sequence_length
+    if full == 0:
+        raise DataError(f"the validation split has {stream.num_tokens} tokens, and comparing logits needs a window of {sequence_length}: give longer data")
+    chosen = np.unique(np.linspace(0, full - 1, min(count, full)).round().astype(np.int64))
+    return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
+
+
+def load_exported(folder: Path) -> PreTrainedModel:
+    """The exported model in fp32 on the CPU, by transformers' own code.
+
+    Raises:
+        CheckpointError: when transformers misses a tensor, has one too many or one of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in ("missing_keys", "unexpected_keys", "mismatched_keys") and names}
+    if wrong:
+        raise CheckpointError(f"transformers does not read {folder} completely ({wrong}): the export is wrong, nothing was published")
+    return model.eval()
+
+
+@torch.inference_mode()
+def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tensor) -> Parity:
+    """Runs both models over each window, one at a time so that one window's logits stand in memory."""
+    model.eval()
+    largest, total, squares, numbers = torch.zeros(()), 0.0, 0.0, 0
+    for window_S in tqdm(windows_WS, desc="comparing logits", unit="window"):
+        ours_SV = model.logits(window_S[None])[0]
+        theirs_SV = exported(input_ids=window_S[None], use_cache=False).logits[0]
+        if ours_SV.shape != theirs_SV.shape:
+            raise CheckpointError(f"the export gives logits {list(theirs_SV.shape)}, the checkpoint {list(ours_SV.shape)}: nothing was published")
+        # torch.maximum keeps a NaN, Python's max may lose it.
+        largest = torch.maximum(largest, (ours_SV - theirs_SV).abs().max())
+        total += float(ours_SV.double().sum())
+        squares += float(ours_SV.double().square().sum())
+        numbers += ours_SV.numel()
+    mean = total / numbers
+    return Parity(len(windows_WS), float(largest), max(squares / numbers - mean**2, 0.0) ** 0.5)
+
+
+def check_parity(parity: Parity, tolerance: float = TOLERANCE) -> None:
+    """Raises :class:`CheckpointError` unless the largest difference is within ``tolerance``."""
+    if not parity.max_difference <= tolerance:
+        raise CheckpointError(
+            f"the export's logits differ from the checkpoint's by up to {parity.max_difference:.2e} over {parity.windows} windows "
+            f"(allowed: {tolerance:.0e}; the logits' standard deviation is {parity.logits_std:.2e}): nothing was published"
+        )
+
+
+def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Bit for bit, name by name: the logits of a few windows say nothing of an expert that no token was routed to.
+
+    Raises:
+        CheckpointError: for the first tensor that is not the same.
+    """
+    for name, tensor in expected.items():
+        if name not in found or not torch.equal(tensor, found[name]):
+            raise CheckpointError(f"the tensor '{name}' does not read back as it was written: nothing was published; check the disk and convert again")

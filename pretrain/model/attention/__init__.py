@@ -1,0 +1,1 @@
+"""Attention: projections, masks and kernels."""

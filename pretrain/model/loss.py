@@ -1,0 +1,88 @@
+"""Cross-entropy of the language-model head, in chunks over tokens, so that the full [T, V] logits never stand in memory.
+
+The gradients with respect to the hidden states and the head's weight are computed in the forward pass, chunk by chunk, while a chunk's
+logits are there; the backward pass only scales them. The idea is that of Hsu et al. 2024 (Liger Kernel), in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+IGNORED_LABEL = -100
+
+
+def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed negative log-likelihood and summed loss of a chunk, and d loss / d logits, written over the logits. All fp32."""
+    counted_C = labels_C != IGNORED_LABEL
+    safe_labels_C1 = labels_C.clamp_min(0)[:, None]
+    logsumexp_C = logits_CV.logsumexp(dim=-1)
+    nll_C = (logsumexp_C - logits_CV.gather(1, safe_labels_C1)[:, 0]).masked_fill(~counted_C, 0.0)
+    squares_C = logsumexp_C.square().masked_fill(~counted_C, 0.0)
+    nll = nll_C.sum()
+    loss = nll + z_loss_weight * squares_C.sum() if z_loss_weight else nll
+    gradient_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()
+    if z_loss_weight:
+        gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C[:, None])
+    gradient_CV.scatter_add_(1, safe_labels_C1, gradient_CV.new_full((1, 1), -1.0).expand_as(safe_labels_C1))
+    gradient_CV.mul_(counted_C[:, None])
+    return nll, loss, gradient_CV
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_VD, labels_T, vocab_size, chunk_tokens, z_loss_weight, needs_gradient):  # type: ignore[no-untyped-def]
+        used_VD = weight_VD[:vocab_size]
+        nll = x_TD.new_zeros((), dtype=torch.float32)
+        loss = torch.zeros_like(nll)
+        if needs_gradient:
+            x_gradient_TD = torch.empty_like(x_TD)
+            weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, x_TD.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            x_CD = x_TD[chunk]
+            chunk_nll, chunk_loss, gradient_CV = _chunk_losses((x_CD @ used_VD.T).float(), labels_T[chunk], z_loss_weight)
+            nll += chunk_nll
+            loss += chunk_loss
+            if needs_gradient:
+                gradient_CV = gradient_CV.to(x_TD.dtype)
+                x_gradient_TD[chunk] = gradient_CV @ used_VD
+                weight_gradient_VD[:vocab_size] += gradient_CV.T @ x_CD
+        if needs_gradient:
+            ctx.save_for_backward(x_gradient_TD, weight_gradient_VD)
+            ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_nll):  # type: ignore[no-untyped-def]
+        x_gradient_TD, weight_gradient_VD = ctx.saved_tensors
+        # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from underflowing.
+        x_gradient = (x_gradient_TD.float() * grad_loss).to(x_gradient_TD.dtype)
+        weight_gradient = (weight_gradient_VD * grad_loss).to(ctx.weight_dtype)
+        return x_gradient, weight_gradient, None, None, None, None, None
+
+
+class LanguageModelHead(nn.Module):
+    """Projection to the vocabulary. Rows from ``vocab_size`` on are padding: they get no probability and no gradient."""
+
+    def __init__(self, hidden_size: int, padded_vocab_size: int, vocab_size: int, chunk_tokens: int, z_loss_weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(padded_vocab_size, hidden_size))
+        self.vocab_size = vocab_size
+        self.chunk_tokens = chunk_tokens
+        self.z_loss_weight = z_loss_weight
+
+    def forward(self, x_BSD: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Without labels: logits [B, S, vocab_size] in fp32. With labels [B, S] (-100: no loss): the pair (loss, nll).
+
+        Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative log-likelihood, without gradient;
+        ``loss`` adds ``z_loss_weight * sum(logsumexp^2)`` (PaLM, Chowdhery et al. 2022, section 5) and carries the gradient.
+        """
+        if labels_BS is None:
+            return (x_BSD @ self.weight[: self.vocab_size].T).float()
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        # Inside an autograd function the gradient mode is always off, so it is asked for here.
+        needs_gradient = torch.is_grad_enabled()
+        labels_T = labels_BS.reshape(-1)
+        return _ChunkedCrossEntropy.apply(x_TD, self.weight, labels_T, self.vocab_size, self.chunk_tokens, self.z_loss_weight, needs_gradient)

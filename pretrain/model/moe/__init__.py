@@ -1,0 +1,1 @@
+"""Mixtures of experts: two kinds of layer behind one interface (``interface.MoEOutput``)."""

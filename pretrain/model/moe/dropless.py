@@ -1,0 +1,113 @@
+"""The dropless layer: our router, losses and exchange inside DeepSpeed's ``AutoEPMoELayer``.
+
+Being an ``AutoEPMoELayer`` is what makes DeepSpeed's engine create and bind the expert-parallel groups, reduce expert gradients over
+the expert-data-parallel group, shard experts under every ZeRO stage and write one file per global expert. Its own forward pass is not
+used: its router multiplies in the model's precision and it has no balancing losses.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
+from torch import nn
+
+from pretrain.config.schema import DroplessMoE as DroplessConfig
+from pretrain.model.mlp import SwiGLU
+from pretrain.model.moe.balance import router_statistics
+from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
+from pretrain.model.moe.experts import Experts
+from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.routers.softmax_topk import SoftmaxTopKRouter
+
+
+def _layer_spec(config: DroplessConfig, hidden_size: int) -> MoELayerSpec:
+    """What AutoEP would have found in a Hugging Face model. Only the sizes matter here: the forward pass is ours."""
+    return MoELayerSpec(
+        moe_module_name="",
+        model_family="custom",
+        router_name="gate",
+        experts_name="experts",
+        expert_storage="fused_3d",
+        expert_w1_name="gate_up_proj",
+        expert_w2_name="down_proj",
+        expert_w3_name=None,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        hidden_size=hidden_size,
+        ffn_hidden_size=config.moe_intermediate_size,
+        score_func="softmax",
+        score_apply="post",
+        route_norm=config.norm_topk_prob,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=False,
+        shared_experts_name="",
+    )
+
+
+class _WeightShapes(nn.Module):
+    """The module AutoEP takes its weights from: shapes of all experts, but a single stored number, so that no rank ever holds them all."""
+
+    def __init__(self, config: DroplessConfig, hidden_size: int) -> None:
+        super().__init__()
+        zero, num_experts, width = torch.zeros(()), config.num_experts, config.moe_intermediate_size
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * width, hidden_size))
+        self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, width))
+
+
+class DroplessMoE(AutoEPMoELayer):
+    """Every token reaches all of its top_k experts. ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
+
+    Args:
+        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
+    """
+
+    def __init__(self, config: DroplessConfig, hidden_size: int, ep_size: int = 1, ep_rank: int = 0) -> None:
+        layer_config = AutoEPConfig()
+        layer_config.use_grouped_mm = False  # decided by our Experts; True would refuse a torch without grouped_mm
+        super().__init__(_layer_spec(config, hidden_size), _WeightShapes(config, hidden_size), ep_size, ep_rank, layer_config)
+        # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
+        self.experts = Experts(self.experts.w1, self.experts.w2, self.experts.w3, config.expert_kernel)
+        self.router = SoftmaxTopKRouter(self.router.gate, config.top_k, config.norm_topk_prob)
+        width = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(hidden_size, width) if width else None
+
+    def forward(
+        self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """[B, S, D] -> [B, S, D] and the router's statistics.
+
+        Args:
+            record: routing decision to write or, where it is filled, to repeat (activation checkpointing).
+            fractions_E: f_e of the load-balance loss where it is counted over the global batch.
+        """
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = self.router(x_TD, record)
+        order_R, inverse_R = sort_order(routing.topk_ids_TK.reshape(-1))
+        counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
+        rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
+        rows_RD = self._local_experts(rows_RD, counts_E) if self.ep_size == 1 else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+        y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        nothing_dropped = routing.logits_TE.new_zeros(())
+        statistics = router_statistics(routing.logits_TE, counts_E.float(), self.top_k, nothing_dropped, fractions_E)
+        return y_TD.view_as(x_BSD), statistics
+
+    def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return self.experts(rows_RD, counts_E)
+
+    def _exchanged_experts(self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """Rows in the order of their global experts -> the same rows through their experts, wherever those are."""
+        plan = compute_split_plan(topk_ids_TK, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E.int())
+        arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
+        order_R, inverse_R = group_by_expert(plan.local_counts_by_source, arrived_RD.shape[0])
+        grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
+        grouped_RD = self.experts(grouped_RD, plan.local_counts_by_source.sum(dim=0))
+        return _AllToAllV.apply(self.ep_group, permute_rows(grouped_RD, inverse_R, order_R), plan.output_splits, plan.input_splits)

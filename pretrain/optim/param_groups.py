@@ -1,0 +1,57 @@
+"""Which parameters share a learning rate and a weight decay, and which of them are experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.config.schema import AdamWConfig, SGDConfig
+
+
+def parameter_role(name: str, parameter: torch.Tensor) -> str:
+    """``embedding``, ``router``, ``norm`` or ``matrix``."""
+    if name.startswith("embedding."):
+        return "embedding"
+    if name.endswith((".router.gate.weight", ".gate.wg.weight")):
+        return "router"
+    return "norm" if parameter.dim() == 1 else "matrix"
+
+
+def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:
+    """The peak learning rate of each role."""
+    return {
+        "embedding": config.embedding_learning_rate or config.learning_rate,
+        "router": config.router_learning_rate or config.learning_rate,
+        "norm": config.learning_rate,
+        "matrix": config.learning_rate,
+    }
+
+
+def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[dict[str, Any]]:
+    """Optimizer groups by role, experts apart.
+
+    DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
+    layer wrote on the parameter); else it would average the gradients of different experts. Norms and embeddings are not decayed.
+    """
+    peaks = peak_learning_rates(config)
+    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = parameter_role(name, parameter)
+        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        if (role, expert_group) not in groups:
+            decay = 0.0 if role in ("embedding", "norm") else config.weight_decay
+            group = {"params": [], "role": role, "name": expert_group or role, "lr": peaks[role], "weight_decay": decay}
+            groups[role, expert_group] = group | ({"moe": True} if expert_group else {})
+        groups[role, expert_group]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:
+    """torch's own optimizer over ``groups``."""
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)

@@ -1,0 +1,28 @@
+"""Learning rate as a factor of its peak: pure functions of the step, so that a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config.schema import ScheduleConfig
+
+
+def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
+    """The factor for optimizer step ``step`` (from 0) of ``num_steps``.
+
+    Warm-up is linear from 1/(w + 1) to w/(w + 1), then the shape of ``config.kind`` follows and reaches ``min_learning_rate_ratio`` at the
+    end. ``wsd`` is warm-up, stable, decay (Hu et al. 2024, MiniCPM), with a linear decay.
+    """
+    warmup, floor = config.warmup_steps, config.min_learning_rate_ratio
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "wsd":
+        decay_steps = max(1, round(config.decay_share * num_steps))
+        progress = (step - (num_steps - decay_steps)) / decay_steps
+    else:
+        progress = (step - warmup) / max(1, num_steps - warmup)
+    progress = min(1.0, max(0.0, progress))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1.0 - progress
+    return floor + (1.0 - floor) * shape

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.export.parity import check_same_tensors
+from pretrain.export.writer import INDEX, RECORD, WEIGHTS, published_folder, read_weights, write_json_file, write_weights
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {f"t{index}": torch.randn(10, 10) for index in range(6)}
+
+
+def test_small_weights_are_one_file_that_reads_back(tmp_path: Path) -> None:
+    written = tensors()
+    write_weights(tmp_path, written)
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    check_same_tensors(written, read_weights(tmp_path))
+
+
+def test_large_weights_are_shards_with_an_index_that_names_every_tensor(tmp_path: Path) -> None:
+    written = tensors()
+    write_weights(tmp_path, written, max_shard_size=1000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == 6 * 400
+    assert index["weight_map"].keys() == written.keys()
+    shards = set(index["weight_map"].values())
+    assert len(shards) == 3 and all((tmp_path / shard).stat().st_size > 800 for shard in shards)
+    check_same_tensors(written, read_weights(tmp_path))
+
+
+def test_the_comparison_notices_one_changed_bit_and_a_missing_tensor(tmp_path: Path) -> None:
+    written = tensors()
+    write_weights(tmp_path, written)
+    found = read_weights(tmp_path)
+    found["t3"].view(torch.int32)[2, 2] ^= 1
+    with pytest.raises(CheckpointError, match="'t3'"):
+        check_same_tensors(written, found)
+    del found["t3"]
+    with pytest.raises(CheckpointError, match="'t3'"):
+        check_same_tensors(written, found)
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "file").write_text(text)
+    write_json_file(folder / RECORD, {})
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with pytest.raises(ZeroDivisionError), published_folder(output, overwrite=False) as folder:
+        fill(folder, "half")
+        raise ZeroDivisionError
+    assert list((tmp_path / "deep").iterdir()) == []
+    with published_folder(output, overwrite=False) as folder:
+        fill(folder, "whole")
+        assert not output.exists()
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert (output / "file").read_text() == "whole"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with published_folder(tmp_path / "out", overwrite=False) as folder:
+        fill(folder, "whole")
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+
+
+def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with published_folder(output, overwrite=False) as folder:
+        fill(folder, "first")
+    with pytest.raises(ConfigError, match="--overwrite"), published_folder(output, overwrite=False):
+        pass
+    with pytest.raises(ZeroDivisionError), published_folder(output, overwrite=True) as folder:
+        fill(folder, "half")
+        raise ZeroDivisionError
+    assert (output / "file").read_text() == "first"
+    with published_folder(output, overwrite=True) as folder:
+        fill(folder, "second")
+    assert (output / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_no_export_is_never_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="something else than an export"), published_folder(tmp_path, overwrite=True):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
