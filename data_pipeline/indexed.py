@@ -23,7 +23,14 @@ from pretrain.config.errors import DataError, StorageError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-TOKEN_TYPES = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+TOKEN_TYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
 FLOAT_CODES = {6: "float64", 7: "float32"}
 LONGEST_DOCUMENT = 2**31 - 1
 
@@ -97,7 +104,9 @@ class IndexedWriter:
             return
         limits = np.iinfo(self.dtype)
         if tokens.min() < max(limits.min, 0) or tokens.max() > limits.max:
-            raise DataError(f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size")
+            raise DataError(
+                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
+            )
         self._open_length += tokens.size
         if self._open_length > LONGEST_DOCUMENT:
             raise DataError(f"document {len(self._lengths)} of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several files")

@@ -113,7 +113,9 @@ def load_manifest(folder: Path | str) -> Manifest:
         raise DataError(f"{path} is not JSON: build the data again with tools/preprocess_data.py --fresh") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != MANIFEST_VERSION:
-        raise DataError(f"{path} has version {version!r}, this code reads version {MANIFEST_VERSION}: build the data again with tools/preprocess_data.py --fresh")
+        raise DataError(
+            f"{path} has version {version!r}, this code reads version {MANIFEST_VERSION}: build the data again with tools/preprocess_data.py --fresh"
+        )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -134,7 +136,10 @@ def verify(folder: Path | str, manifest: Manifest, deep: bool = False) -> None:
     for entry in manifest.splits.values():
         for shard in entry.shards:
             prefix = folder / shard.prefix
-            for path, size, checksum in ((bin_path(prefix), shard.bin_bytes, shard.bin_sha256), (idx_path(prefix), shard.idx_bytes, shard.idx_sha256)):
+            for path, size, checksum in (
+                (bin_path(prefix), shard.bin_bytes, shard.bin_sha256),
+                (idx_path(prefix), shard.idx_bytes, shard.idx_sha256),
+            ):
                 _check_file(path, size, checksum if deep else None, "build the data again with tools/preprocess_data.py --fresh")
 
 

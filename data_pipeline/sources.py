@@ -72,7 +72,9 @@ class PythonStdlib(FileSource):
         self.root = root or Path(sysconfig.get_path("stdlib"))
         self.files = sorted((path.relative_to(self.root).as_posix(), path) for path in _python_files(self.root))
         if not self.files:
-            raise DataError(f"there are no Python modules in {self.root}: this interpreter carries its library elsewhere; give your own text with --input")
+            raise DataError(
+                f"there are no Python modules in {self.root}: this interpreter carries its library elsewhere; give your own text with --input"
+            )
 
     def read(self, path: Path) -> str:
         try:
@@ -103,7 +105,9 @@ class TextFiles(FileSource):
             text.encode("utf-8")
         except UnicodeError as error:
             position = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-            raise DataError(f"{path} is not {self.encoding} text{position}: convert it, or name its encoding with --set data.source.encoding=...") from None
+            raise DataError(
+                f"{path} is not {self.encoding} text{position}: convert it, or name its encoding with --set data.source.encoding=..."
+            ) from None
         except LookupError:
             raise ConfigError(f"data.source.encoding: Python knows no encoding '{self.encoding}': use utf-8, latin-1, utf-16 ...") from None
         except OSError as error:

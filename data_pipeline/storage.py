@@ -76,7 +76,9 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise StorageError(f"{error.strerror} while writing data into {folder}: free some space or choose another folder, then run the same command") from None
+        raise StorageError(
+            f"{error.strerror} while writing data into {folder}: free some space or choose another folder, then run the same command"
+        ) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -19,8 +19,8 @@ EOD_TOKEN = "<|endoftext|>"
 EOD_TOKENS = (EOD_TOKEN, "</s>", "<eos>", "<|end_of_text|>")
 PIECE_CHARACTERS = 1 << 17
 
-# After a line end between two visible characters GPT-2's pre-tokenizer always begins a new word, so a cut there changes no token.
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+# No word of GPT-2's pre-tokenizer reaches from a visible character into white space after it, so a cut between them changes no token.
+_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 
 
 class Tokenizer:
@@ -53,18 +53,11 @@ class Tokenizer:
             raise DataError(f"{origin} has no end-of-document token: it needs one of {', '.join(EOD_TOKENS)}")
         self.eod_id = found[0]
         self.vocab_size = max(vocabulary.values()) + 1
-        self._splits_at_line_ends = _is_plain_byte_level(json.loads(content))
+        self._splits_at_white_space = _is_plain_byte_level(json.loads(content))
 
     def pieces(self, text: str) -> Iterator[str]:
         """Parts of a long text that encode to the same tokens as the whole, for parallelism and bounded memory."""
-        start = 0
-        while self._splits_at_line_ends and len(text) - start > PIECE_CHARACTERS:
-            cut = _SAFE_CUT.search(text, start + PIECE_CHARACTERS)
-            if cut is None:
-                break
-            yield text[start : cut.start()]
-            start = cut.start()
-        yield text[start:] if start else text
+        return cut_before_white_space(text) if self._splits_at_white_space else iter([text])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Token ids [n] int64 of each text, on all cores, without special tokens."""
@@ -75,11 +68,20 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
+def cut_before_white_space(text: str) -> Iterator[str]:
+    """Parts of about ``PIECE_CHARACTERS`` characters in which GPT-2's pre-tokenizer finds the same words as in the whole."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS and (cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019) with the end-of-document token as id 0.
 
     All 256 bytes are in the vocabulary, so any text round-trips. The same texts give the same file, byte for byte. A small corpus may
-    have fewer than ``vocab_size`` entries to give.
+    have fewer than ``vocab_size`` entries to give. Long texts take less memory in the pieces of :func:`cut_before_white_space`.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -108,13 +110,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _is_plain_byte_level(content: dict[str, Any]) -> bool:
-    """Whether the tokenizer is of GPT-2's family, where words never reach across a line end between visible characters."""
+    """Whether the tokenizer splits words as GPT-2's does, so that a text may be cut before white space."""
     pre_tokenizer = content.get("pre_tokenizer") or {}
     return (
         content.get("normalizer") is None
         and pre_tokenizer.get("type") == "ByteLevel"
         and pre_tokenizer.get("use_regex") is True
         and pre_tokenizer.get("add_prefix_space") is False
-        # Added tokens that are not special are still found in texts, and could hold a line end.
+        # Added tokens that are not special are still found in texts, and could reach across a cut.
         and all(token["special"] for token in content.get("added_tokens", []))
     )

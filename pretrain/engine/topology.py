@@ -119,6 +119,9 @@ def connect(ep_size: int) -> Topology:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    # DeepSpeed would compile a shared-memory all-reduce for CPUs here. It needs a C++ compiler, and ranks that wait in it for a dead
+    # peer spin for ever, where gloo reports a lost connection.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not distributed.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT)
     return Topology(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.loader import Batch, TokenStream
+from data_pipeline.loader import NO_LOSS, Batch, TokenStream
 from data_pipeline.order import sample_indices
 from pretrain.config.errors import DataError
 
@@ -75,7 +75,7 @@ def fit_bigram(chunks: Iterable[tuple[Ints, Ints]], vocab_size: int) -> Bigram:
         np.add.at(summed, inverse, np.concatenate([counts, chunk_counts]))
         codes, counts = merged, summed
     if not len(codes):
-        raise DataError("the bigram has no training pairs: the checkpoint has seen no window of these shards; evaluate a later one, or pass --no-bigram")
+        raise DataError("the bigram has no training pairs, the checkpoint has seen no window of these shards: take a later one, or pass --no-bigram")
     contexts, targets = np.divmod(codes, vocab_size)
     context_counts_V = np.zeros(vocab_size, np.int64)
     np.add.at(context_counts_V, contexts, counts)
@@ -124,11 +124,11 @@ def window_pairs(stream: TokenStream, windows: Ints, sequence_length: int, maske
 
 
 def bigram_nll(bigram: Bigram, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Summed nats and number of the targets in ``batches`` (labels of -100 are none): the same ones that a model is scored on."""
+    """Summed nats and number of the targets in ``batches`` (a label of -100 is none): the same ones that a model is scored on."""
     nats, targets = 0.0, 0
     for batch in batches:
         inputs, labels = batch.input_ids_BS.numpy(), batch.labels_BS.numpy()
-        scored = labels != -100
+        scored = labels != NO_LOSS
         nats += bigram.nll(inputs[scored], labels[scored])
         targets += int(scored.sum())
     return nats, targets

@@ -120,4 +120,4 @@ def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: to
 
 def _check_length(max_tokens: int, longest: int) -> None:
     if max_tokens > longest:
-        raise ConfigError(f"prompt and continuation are {max_tokens} tokens, but the model knows {longest} positions: shorten the prompt or generate fewer tokens")
+        raise ConfigError(f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions: shorten the one or the other")

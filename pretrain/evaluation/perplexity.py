@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.loader import Batch
+from data_pipeline.loader import NO_LOSS, Batch
 from pretrain.config.errors import DataError, NonFiniteError
 from pretrain.model.decoder import DecoderLM
 
@@ -28,7 +28,10 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, utf8_bytes: int) -> float:
         """Summed bits over the UTF-8 bytes of the documents: comparable between tokenizers (Gao et al. 2020, "The Pile", section 3.1).
@@ -53,15 +56,15 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
     nats = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
     for batch in batches:
-        targets += int((batch.labels_BS != -100).sum())
+        targets += int((batch.labels_BS != NO_LOSS).sum())
         moved = batch.to(device)
         logits_BSV = model.logits(moved.input_ids_BS, moved.document_ids_BS)
-        losses_T = F.cross_entropy(logits_BSV.flatten(0, 1), moved.labels_BS.flatten(), ignore_index=-100, reduction="none")
+        losses_T = F.cross_entropy(logits_BSV.flatten(0, 1), moved.labels_BS.flatten(), ignore_index=NO_LOSS, reduction="none")
         nats += losses_T.double().sum()
     model.train(was_training)
     if targets == 0:
         raise DataError("there is nothing to evaluate: the windows hold no target; choose a longer split")
     evaluation = Evaluation(nats=float(nats), targets=targets)
     if not math.isfinite(evaluation.nats):
-        raise NonFiniteError(f"the loss over {targets} targets is {evaluation.nats}: the checkpoint's weights are damaged or diverged; take an earlier one")
+        raise NonFiniteError(f"the loss over {targets} targets is {evaluation.nats}: the weights diverged; take an earlier checkpoint")
     return evaluation

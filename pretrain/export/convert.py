@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.loader import TokenStream
-from pretrain.checkpoint.layout import read_recipe, read_state
+from data_pipeline.tokenizer import load_tokenizer
+from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.weights import load_model, load_state_dict
-from pretrain.export.hf_folder import ExportTokenizer, write_hf_folder
+from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.parity import Parity, check_parity, check_same_tensors, compare_logits, load_exported, parity_windows
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import RECORD, copy_file, dtype_name, published_folder, read_weights, total_bytes, write_json_file, write_weights
@@ -33,13 +34,12 @@ class Conversion:
         return asdict(self)
 
 
-def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, tokenizer: ExportTokenizer, dtype: torch.dtype, overwrite: bool) -> Conversion:
+def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool) -> Conversion:
     """Writes a folder that transformers opens without code of ours, and compares its logits with the checkpoint's.
 
     Args:
         checkpoint: a ``step_N`` folder.
         heldout: tokens of the checkpoint's own tokenizer; full windows of them are compared.
-        tokenizer: the checkpoint's own.
         dtype: of the written weights. Below fp32, logits are compared with those of the equally rounded checkpoint, all computed in fp32.
 
     Raises:
@@ -48,6 +48,7 @@ def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, tokenizer: E
     """
     recipe = read_recipe(checkpoint)
     target = choose_target(recipe)
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     with published_folder(output, overwrite) as folder:
         tensors, size = write_hf_folder(folder, target, recipe.model, _load_rounded(checkpoint, dtype), tokenizer)
@@ -71,7 +72,7 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         tensors = {name: tensor.contiguous() for name, tensor in _load_rounded(checkpoint, dtype).items()}
         write_weights(folder, tensors)
         check_same_tensors(tensors, read_weights(folder))
-        for name in ("recipe.yaml", "tokenizer.json"):
+        for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
         conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(tensors), total_bytes(tensors), None)
         write_json_file(folder / RECORD, conversion.to_dict())
@@ -83,7 +84,7 @@ def _load_rounded(checkpoint: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds each fp32 parameter to what ``dtype`` can hold; the parameters stay fp32."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype).float())

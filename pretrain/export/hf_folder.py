@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.schema import ModelConfig
 from pretrain.export.name_map import to_ours, to_theirs, without_padding
 from pretrain.export.parity import check_same_tensors
 from pretrain.export.targets import ExportTarget
-from pretrain.export.writer import copy_file, dtype_name, read_weights, total_bytes, write_json_file, write_weights
-
-
-@dataclass(frozen=True)
-class ExportTokenizer:
-    """The ``tokenizer.json`` that an export carries, and its end-of-document token, which also starts a text."""
-
-    file: Path
-    eod_id: int
-    eod_token: str
+from pretrain.export.writer import dtype_name, read_weights, total_bytes, write_json_file, write_weights
 
 
 def write_hf_folder(
-    folder: Path, target: ExportTarget, model: ModelConfig, ours: Mapping[str, Tensor], tokenizer: ExportTokenizer, max_shard_size: int | str = "5GB"
+    folder: Path, target: ExportTarget, model: ModelConfig, ours: Mapping[str, Tensor], tokenizer: Tokenizer, max_shard_size: int | str = "5GB"
 ) -> tuple[int, int]:
     """Writes the whole folder, reads the weights back and compares them; returns the number of tensors and their bytes.
 
-    The keys are one per expert: transformers 4 and 5, vLLM and converters to other formats all read these.
+    The keys are one per expert: transformers 4 and 5, vLLM and converters to other formats all read these. The end-of-document token
+    starts and ends a text.
 
     Raises:
         CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back as it was written.
@@ -47,15 +39,16 @@ def write_hf_folder(
     return len(theirs), total_bytes(theirs)
 
 
-def _write_tokenizer(folder: Path, tokenizer: ExportTokenizer, max_tokens: int) -> None:
-    copy_file(tokenizer.file, folder / "tokenizer.json")
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:
+    (folder / "tokenizer.json").write_bytes(tokenizer.content)
+    eod_token = tokenizer.decode([tokenizer.eod_id])
     write_json_file(
         folder / "tokenizer_config.json",
         {
             # Without a class AutoTokenizer takes the model type's own one, with its own pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.eod_token,
-            "bos_token": tokenizer.eod_token,
+            "eos_token": eod_token,
+            "bos_token": eod_token,
             "model_max_length": max_tokens,
             "clean_up_tokenization_spaces": False,
         },

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WINDOWS = 8
 TOLERANCE = 1e-4
+FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     """
     full = stream.num_tokens // sequence_length
     if full == 0:
-        raise DataError(f"the validation split has {stream.num_tokens} tokens, and comparing logits needs a window of {sequence_length}: give longer data")
+        raise DataError(f"the validation split has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data")
     chosen = np.unique(np.linspace(0, full - 1, min(count, full)).round().astype(np.int64))
     return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
 
@@ -55,7 +56,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in ("missing_keys", "unexpected_keys", "mismatched_keys") and names}
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in FAULTS and names}
     if wrong:
         raise CheckpointError(f"transformers does not read {folder} completely ({wrong}): the export is wrong, nothing was published")
     return model.eval()
@@ -97,4 +98,4 @@ def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tenso
     """
     for name, tensor in expected.items():
         if name not in found or not torch.equal(tensor, found[name]):
-            raise CheckpointError(f"the tensor '{name}' does not read back as it was written: nothing was published; check the disk and convert again")
+            raise CheckpointError(f"the tensor '{name}' does not read back as it was written: nothing was published; check the disk, then try again")

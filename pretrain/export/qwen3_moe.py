@@ -60,7 +60,7 @@ class Qwen3Moe:
         if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens:
             reasons.append("model.moe.drop_tokens is true, and the architecture never drops a token")
         if isinstance(moe, DeepSpeedMoE) and moe.top2_2nd_expert_sampling:
-            reasons.append("model.moe.top2_2nd_expert_sampling is true: it draws second experts at random at inference too, and the architecture never does")
+            reasons.append("model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too")
         return reasons
 
     def links(self, model: ModelConfig) -> list[Link]:

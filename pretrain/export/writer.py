@@ -35,12 +35,14 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     if occupied and not overwrite:
         raise ConfigError(f"{output} is not empty: choose another --output, or replace what is there with --overwrite")
     if occupied and not (output / RECORD).is_file():
-        raise ConfigError(f"{output} holds something else than an export (it has no {RECORD}), and --overwrite would delete it: choose another --output")
+        raise ConfigError(f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output")
     temporary = output.parent / f".{output.name}.partial-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666
         for path in temporary.iterdir():
+            path.chmod(readable)  # safetensors leaves its files readable for their owner alone
             _fsync(path)
         _fsync(temporary)
         _replace(temporary, output)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data_pipeline.loader import Batch
+from data_pipeline.indexed import IndexedReader, IndexedWriter
+from data_pipeline.loader import Batch, TokenStream, TrainLoader, Windows
 from pretrain.config.errors import DataError
 from pretrain.evaluation.bigram import Bigram, bigram_nll, fit_bigram, seen_windows, window_pairs
 
@@ -107,19 +109,26 @@ def test_seen_windows_are_those_of_the_first_epoch_until_every_one_is_seen() -> 
     assert not np.array_equal(first, seen_windows(10, 25, seed=8))
 
 
-class ArrayStream:
-    """A stream of tokens that stands in memory."""
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens, self.num_tokens = tokens, len(tokens)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        return self.tokens[start : start + count]
-
-
-def test_pairs_stay_inside_the_chosen_windows_and_skip_masked_contexts() -> None:
-    stream = ArrayStream(np.array([5, 6, 0, 7, 8, 9, 0, 1, 2], dtype=np.int64))
+def test_pairs_stay_inside_the_chosen_windows_and_skip_masked_contexts(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "train", np.dtype(np.uint16)) as writer:
+        writer.add(np.array([5, 6, 0, 7, 8, 9, 0, 1, 2]))
+        writer.end_document()
+        writer.finish()
+    stream = TokenStream([IndexedReader(tmp_path / "train")], vocab_size=VOCAB)
     pairs = [tuple(zip(*(side.tolist() for side in chunk), strict=True)) for chunk in window_pairs(stream, np.array([1, 0]), 4, None)]
     assert pairs == [((5, 6), (6, 0), (0, 7), (7, 8), (8, 9), (9, 0), (0, 1), (1, 2))]
     contexts, targets = next(window_pairs(stream, np.array([1]), 4, masked_context=0))
     assert contexts.tolist() == [8, 9, 1] and targets.tolist() == [9, 0, 2]
+
+
+def test_seen_windows_are_those_that_the_loader_gave_to_training(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "train", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(400) % VOCAB)
+        writer.end_document()
+        writer.finish()
+    windows = Windows(TokenStream([IndexedReader(tmp_path / "train")], vocab_size=VOCAB), 10)
+    loader = TrainLoader(windows, 5, 8, 2, 0, 2, False, 0)
+    for steps in (1, 3, 4, 9):
+        given = np.concatenate([loader.sample_indices(step) for step in range(steps)])
+        assert set(seen_windows(steps * 8, windows.num_full, seed=5)) == set(given)
+    assert set(seen_windows(8, windows.num_full, seed=6)) != set(loader.sample_indices(0))

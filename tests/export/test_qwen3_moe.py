@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.tokenizer import Tokenizer, train_bpe
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import Recipe
-from pretrain.export.hf_folder import ExportTokenizer, write_hf_folder
+from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.name_map import to_ours
 from pretrain.export.parity import check_parity, compare_logits, load_exported
 from pretrain.export.targets import choose_target, representable
 from pretrain.export.writer import INDEX, read_weights, write_weights
 from pretrain.model.decoder import DecoderLM
 
-EOD = "<|endoftext|>"
 TEXT = "def f(x):\n  '  return Xyz ünï don't 12345\t\n\n\n end"
 VOCABULARY = "model.vocab_size=300"
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
@@ -36,15 +35,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ExportTokenizer:
-    """A real byte-level BPE of 300 entries."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([TEXT] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=[EOD], initial_alphabet=alphabet, show_progress=False))
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    bpe.save(str(path))
-    return ExportTokenizer(path, 0, EOD)
+def tokenizer() -> Tokenizer:
+    return train_bpe([TEXT] * 9, vocab_size=300)
 
 
 def random_model(recipe: Recipe) -> DecoderLM:
@@ -62,14 +54,14 @@ def weights_of(model: DecoderLM) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def write(folder: Path, recipe: Recipe, model: DecoderLM, tokenizer: ExportTokenizer) -> Path:
+def write(folder: Path, recipe: Recipe, model: DecoderLM, tokenizer: Tokenizer) -> Path:
     folder.mkdir(exist_ok=True)
     write_hf_folder(folder, choose_target(recipe), recipe.model, weights_of(model), tokenizer)
     return folder
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_computes_the_same_logits(variant: str, tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_transformers_computes_the_same_logits(variant: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY, *VARIANTS[variant]])
     model = random_model(recipe)
     exported = load_exported(write(tmp_path, recipe, model, tokenizer))
@@ -80,7 +72,7 @@ def test_transformers_computes_the_same_logits(variant: str, tmp_path: Path, tok
     assert parity.windows == 8 and parity.logits_std > 0.5
 
 
-def test_the_comparison_notices_a_rope_theta_that_was_not_read(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_the_comparison_notices_a_rope_theta_that_was_not_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY])
     model = random_model(recipe)
     folder = write(tmp_path, recipe, model, tokenizer)
@@ -91,7 +83,7 @@ def test_the_comparison_notices_a_rope_theta_that_was_not_read(tmp_path: Path, t
         check_parity(compare_logits(model, load_exported(folder), torch.randint(300, (2, 64))))
 
 
-def test_the_comparison_notices_exchanged_experts_and_nan(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_the_comparison_notices_exchanged_experts_and_nan(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY])
     model = random_model(recipe)
     exported = load_exported(write(tmp_path, recipe, model, tokenizer))
@@ -107,7 +99,7 @@ def test_the_comparison_notices_exchanged_experts_and_nan(tmp_path: Path, tokeni
         check_parity(compare_logits(model, exported, windows_WS))
 
 
-def test_keys_are_one_per_expert_and_a_model_saved_by_transformers_maps_back(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_keys_are_one_per_expert_and_a_model_saved_by_transformers_maps_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """transformers itself writes per-expert files from its fused parameters: our map reads them back to our weights."""
     recipe = load_recipe("debug", [VOCABULARY])
     model = random_model(recipe)
@@ -119,7 +111,7 @@ def test_keys_are_one_per_expert_and_a_model_saved_by_transformers_maps_back(tmp
     assert all(torch.equal(back[name], tensor[: len(back[name])]) for name, tensor in weights_of(model).items())
 
 
-def test_shards_load_as_one_model(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_shards_load_as_one_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY])
     model = random_model(recipe)
     write_hf_folder(tmp_path, choose_target(recipe), recipe.model, weights_of(model), tokenizer, max_shard_size=40_000)
@@ -127,7 +119,7 @@ def test_shards_load_as_one_model(tmp_path: Path, tokenizer: ExportTokenizer) ->
     check_parity(compare_logits(model, load_exported(tmp_path), torch.randint(300, (2, 64))))
 
 
-def test_a_missing_tensor_is_refused_not_initialised_at_random(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_a_missing_tensor_is_refused_not_initialised_at_random(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY])
     folder = write(tmp_path, recipe, random_model(recipe), tokenizer)
     tensors = read_weights(folder)
@@ -137,17 +129,17 @@ def test_a_missing_tensor_is_refused_not_initialised_at_random(tmp_path: Path, t
         load_exported(folder)
 
 
-def test_auto_tokenizer_gives_the_same_ids_and_knows_the_end_of_document(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_auto_tokenizer_gives_the_same_ids_and_knows_the_end_of_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     from transformers import AutoTokenizer
 
     recipe = load_recipe("debug", [VOCABULARY])
     opened = AutoTokenizer.from_pretrained(write(tmp_path, recipe, random_model(recipe), tokenizer))
-    assert opened(TEXT)["input_ids"] == Tokenizer.from_file(str(tokenizer.file)).encode(TEXT, add_special_tokens=False).ids
+    assert opened(TEXT)["input_ids"] == tokenizer.encode([TEXT])[0].tolist()
     assert opened.decode(opened(TEXT)["input_ids"]) == TEXT
-    assert opened.eos_token_id == 0 and opened.model_max_length == recipe.model.max_position_embeddings
+    assert opened.eos_token_id == tokenizer.eod_id == 0 and opened.model_max_length == recipe.model.max_position_embeddings
 
 
-def test_transformers_generates_and_stops_at_the_end_of_document(tmp_path: Path, tokenizer: ExportTokenizer) -> None:
+def test_transformers_generates_and_stops_at_the_end_of_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = load_recipe("debug", [VOCABULARY])
     exported = load_exported(write(tmp_path, recipe, random_model(recipe), tokenizer))
     assert exported.generation_config.eos_token_id == 0

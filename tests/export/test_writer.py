@@ -73,6 +73,13 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "whole"
 
 
+def test_weights_are_as_readable_as_their_folder(tmp_path: Path) -> None:
+    with published_folder(tmp_path / "out", overwrite=False) as folder:
+        folder.chmod(0o755)
+        write_weights(folder, tensors())
+    assert (tmp_path / "out" / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
 def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with published_folder(output, overwrite=False) as folder:
@@ -91,6 +98,6 @@ def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_on
 
 def test_a_folder_that_is_no_export_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="something else than an export"), published_folder(tmp_path, overwrite=True):
+    with pytest.raises(ConfigError, match="is no export"), published_folder(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -1,0 +1,1 @@
+"""What happens beside training: files, TensorBoard, progress bar. Each is small and sees the same rows."""

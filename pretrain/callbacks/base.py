@@ -1,0 +1,23 @@
+"""What a callback is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class Callback:
+    """Only rank 0 has callbacks; none may communicate with other ranks."""
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Training starts after ``step`` finished steps (0, or those of the checkpoint)."""
+
+    def on_step(self, step: int) -> None:
+        """Step ``step`` (from 1) is done."""
+
+    def on_row(self, row: Row) -> None:
+        """A row of metrics, after its step's ``on_step``: of training (``kind`` "train") or of a validation ("validation")."""
+
+    def on_end(self) -> None:
+        """Training ends: all steps done, or interrupted and saved."""

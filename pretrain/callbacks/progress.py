@@ -1,0 +1,37 @@
+"""One line on the terminal: loss, speed, time left."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+from pretrain.callbacks.base import Callback, Row
+
+
+class ProgressBar(Callback):
+    """A bar on standard error; where that is no terminal, a line every half minute."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None  # type: ignore[type-arg]
+        self.shown: dict[str, str] = {}
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=num_steps, initial=step, unit="step", desc="training", mininterval=interval, dynamic_ncols=True)
+
+    def on_step(self, step: int) -> None:
+        assert self.bar is not None
+        self.bar.update(1)
+
+    def on_row(self, row: Row) -> None:
+        assert self.bar is not None
+        if row["kind"] == "train":
+            self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+        else:
+            self.shown["val"] = f"{row['validation_loss']:.3f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,1 @@
+"""Checkpoints: layout, atomic publishing, verification, weights that need no DeepSpeed to read."""

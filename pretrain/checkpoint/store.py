@@ -1,0 +1,167 @@
+"""Saving and loading a running engine: everything under a temporary name, checked, then published with one rename."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from pretrain.checkpoint import layout
+from pretrain.checkpoint.weights import write_weights
+from pretrain.config.errors import CheckpointError, StorageError
+from pretrain.config.load import recipe_to_yaml
+from pretrain.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of this process, in types that a restricted loader accepts."""
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(keys.astype(numpy.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: ``runs/<name>/checkpoints``, on storage that all ranks share.
+        tokenizer: copied into each checkpoint, so that it can be used alone.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.ds_config = ds_config
+        self.tokenizer = tokenizer
+
+    def save(self, step: int, state: dict[str, Any], protected: set[int] | None = None) -> Path:
+        """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
+
+        Args:
+            state: written to ``state.json``.
+            protected: steps that are kept beside the newest ``checkpoint.keep_last``.
+
+        Raises:
+            StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
+        """
+        engine, topology = self.engine, self.engine.topology
+        target = layout.step_folder(self.folder, step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        self._prepare(temporary)
+        try:
+            (temporary / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
+            torch.save(random_state(), temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
+            moe = engine.recipe.model.moe
+            write_weights(temporary, engine.model, engine.master_weight, topology.rank, topology.ep_size, moe.num_experts if moe else 1)
+            engine.deepspeed.save_checkpoint(str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False)
+            if topology.is_main:
+                (temporary / layout.RECIPE).write_text(recipe_to_yaml(engine.recipe), encoding="utf-8")
+                (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
+                (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+                shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
+        except (OSError, RuntimeError) as error:
+            # torch's writer reports a full disk as a RuntimeError. The other ranks notice when this one is gone.
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+            raise StorageError(f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space and run the same command") from error
+        topology.barrier()
+        self._publish(temporary, target)
+        if topology.is_main:
+            self._remove_old(protected or set())
+        topology.barrier()
+        return target
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; damaged ones are reported and passed over. The same answer on every rank."""
+        topology = self.engine.topology
+        damaged: list[str] = []
+        for folder in layout.complete_checkpoints(self.folder):
+            faults = [fault for fault in topology.gather(layout.damage(folder, topology.rank, topology.world_size)) if fault]
+            if not faults:
+                if damaged and topology.is_main:
+                    logger.warning("fell back to %s, because %s", folder, "; ".join(damaged))
+                    layout.write_pointer(self.folder, folder.name)
+                return folder
+            damaged.append(f"in {folder} {faults[0]}")
+        if damaged:
+            raise CheckpointError(f"no checkpoint of this run is whole: {'; '.join(damaged)}; start over with --fresh")
+        return None
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
+        loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh")
+        own = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
+        restore_random_state(torch.load(own, weights_only=True))
+        return layout.read_state(folder)
+
+    def _prepare(self, temporary: Path) -> None:
+        """Makes an empty temporary folder after checking that the disk has room."""
+        topology = self.engine.topology
+        problem = ""
+        if topology.is_main:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                problem = self._shortage()
+            except OSError as error:
+                problem = f"cannot make {temporary}: {error.strerror}"
+        problem = topology.gather(problem)[0]
+        if problem:
+            if topology.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise StorageError(f"{problem}; free space or set another run_path, then run the same command")
+
+    def _shortage(self) -> str:
+        existing = layout.complete_checkpoints(self.folder)
+        if not existing:
+            return ""
+        needed = int(1.1 * sum(path.stat().st_size for path in layout.payload_files(existing[0])))
+        free = shutil.disk_usage(self.folder).free
+        return f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB" if free < needed else ""
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        """Hashes and syncs all files (shared among the ranks), writes the manifest, renames, moves the pointer."""
+        topology = self.engine.topology
+        entries: dict[str, Any] = {}
+        for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
+            layout.fsync_path(path)
+            entries[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": layout.file_sha256(path)}
+        shares = topology.gather(entries)
+        if not topology.is_main:
+            return
+        manifest = {"version": 1, "files": {name: entry for share in shares for name, entry in sorted(share.items())}}
+        (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in (temporary / layout.MANIFEST, temporary / layout.DEEPSPEED_TAG, temporary / layout.RANDOM_FOLDER, temporary):
+            layout.fsync_path(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        layout.write_pointer(self.folder, target.name)
+
+    def _remove_old(self, protected: set[int]) -> None:
+        for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
+            if int(layout.STEP_NAME.match(folder.name)[1]) not in protected:  # type: ignore[index]
+                shutil.rmtree(folder, ignore_errors=True)

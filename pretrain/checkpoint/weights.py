@@ -1,0 +1,96 @@
+"""fp32 weights in safetensors, by global expert: what evaluation, export and generation read, without DeepSpeed and without pickles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pretrain.checkpoint.layout import read_recipe
+from pretrain.config.errors import CheckpointError
+from pretrain.config.schema import Recipe
+from pretrain.model.decoder import DecoderLM
+
+DENSE_FILE = "weights-dense.safetensors"
+EXPERTS_FILE = "weights-experts-{part:05d}-of-{parts:05d}.safetensors"
+_EXPERTS_NAME = re.compile(r"^weights-experts-(\d{5})-of-(\d{5})\.safetensors$")
+_NATIVE_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's layers marked a parameter as belonging to routed experts."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def _global_name(name: str, first_expert: int) -> str:
+    """Native layers name an expert by its place on this rank; files name it by its global number."""
+    return _NATIVE_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
+
+
+def write_weights(
+    folder: Path, model: nn.Module, master_weight: Callable[[nn.Parameter], torch.Tensor], rank: int, ep_size: int, num_experts: int
+) -> None:
+    """Writes the fp32 weights; every rank must call it, because gathering a sharded weight is collective.
+
+    Rank 0 writes what is replicated, ranks 0 to ep_size - 1 (one full set of experts) each write theirs.
+    """
+    dense: dict[str, torch.Tensor] = {}
+    experts: dict[str, torch.Tensor] = {}
+    first_expert = rank % ep_size * (num_experts // ep_size)
+    for name, parameter in model.named_parameters():
+        weight = master_weight(parameter)
+        if is_expert(parameter) and rank < ep_size:
+            experts[_global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
+        elif not is_expert(parameter) and rank == 0:
+            dense[name] = weight.to("cpu", torch.float32).contiguous()
+    if dense:
+        save_file(dense, folder / DENSE_FILE)
+    if experts:
+        save_file(experts, folder / EXPERTS_FILE.format(part=rank, parts=ep_size))
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged, choose another step_N folder") from None
+
+
+def load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint in fp32, the experts of all ranks joined: the state of the ep_size 1 model."""
+    weights = _read_file(folder / DENSE_FILE)
+    parts = sorted(path for path in folder.iterdir() if _EXPERTS_NAME.match(path.name))
+    if parts:
+        expected = int(_EXPERTS_NAME.match(parts[0].name)[2])  # type: ignore[index]
+        if len(parts) != expected:
+            raise CheckpointError(f"{folder} has {len(parts)} of {expected} expert files: the checkpoint is damaged, choose another step_N folder")
+    tensors = [_read_file(path) for path in parts]
+    for name in dict.fromkeys(name for part in tensors for name in part):
+        holders = [part.pop(name) for part in tensors if name in part]
+        # Stacked experts lie in order of their rank; a native expert has a name and a file of its own.
+        weights[name] = torch.cat(holders) if len(holders) > 1 else holders[0]
+    return weights
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[DecoderLM, Recipe]:
+    """The whole model of a checkpoint on one device, in evaluation mode, and the recipe it was trained with.
+
+    Raises:
+        CheckpointError: where weights are missing, superfluous or of another shape than the recipe says.
+    """
+    recipe = read_recipe(folder)
+    model = DecoderLM(recipe.model)
+    weights = load_state_dict(folder)
+    if recipe.model.tie_word_embeddings:
+        weights.setdefault("head.weight", weights["embedding.weight"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit its recipe: {' '.join(str(error).split())[:400]}") from None
+    return model.to(device, dtype).eval(), recipe

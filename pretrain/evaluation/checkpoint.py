@@ -1,0 +1,34 @@
+"""What has to be true of a checkpoint and of data before either is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_pipeline.manifest import Manifest, load_manifest, verify
+from pretrain.checkpoint.layout import damage, read_state, resolve_checkpoint
+from pretrain.config.errors import CheckpointError, DataError
+
+
+def whole_checkpoint(path: str | Path) -> Path:
+    """The ``step_N`` folder that ``path`` names, with every file as it was saved.
+
+    Raises:
+        CheckpointError: where there is none, or a file of it is missing or has changed.
+    """
+    folder = resolve_checkpoint(path)
+    if fault := damage(folder):
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {fault}; choose another step_N folder")
+    return folder
+
+
+def load_matching_manifest(data: Path, checkpoint: Path) -> Manifest:
+    """The manifest of shards that hold tokens of the checkpoint's own tokenizer.
+
+    Raises:
+        DataError: where the shards are missing or damaged, or were made with another tokenizer.
+    """
+    manifest = load_manifest(data)
+    verify(data, manifest)
+    if manifest.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
+        raise DataError(f"the shards in {data} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data")
+    return manifest

@@ -1,0 +1,94 @@
+"""A model and its tokenizer behind one small interface, whether it is one of our checkpoints or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from pretrain.checkpoint.layout import TOKENIZER
+from pretrain.checkpoint.weights import load_model
+from pretrain.config.errors import CheckpointError
+from pretrain.evaluation.checkpoint import whole_checkpoint
+from pretrain.evaluation.generation import NextLogits, native_next_logits, transformers_next_logits
+from pretrain.model.decoder import DecoderLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TextGenerator(Protocol):
+    """What a command needs to write text."""
+
+    eod_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
+
+    def start(self, max_tokens: int) -> NextLogits:
+        """A new text of at most ``max_tokens`` tokens, prompt included."""
+
+
+class NativeGenerator:
+    """One of our models."""
+
+    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.eod_id = tokenizer.eod_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode([text])[0].tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def start(self, max_tokens: int) -> NextLogits:
+        return native_next_logits(self.model, max_tokens, self.device)
+
+
+class TransformersGenerator:
+    """A model that transformers opened."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self.model, self.tokenizer, self.device = model.to(device).eval(), tokenizer, device
+        self.eod_id = int(tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
+    def start(self, max_tokens: int) -> NextLogits:
+        return transformers_next_logits(self.model, max_tokens, self.device)
+
+
+def open_generator(path: Path, device: torch.device) -> TextGenerator:
+    """Opens a Hugging Face folder where there is a ``config.json``, else one of our checkpoints.
+
+    Raises:
+        CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document token.
+    """
+    if (path / "config.json").is_file():
+        return _open_transformers(path, device)
+    checkpoint = whole_checkpoint(path)
+    model, _ = load_model(checkpoint, device=device)
+    return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER), device)
+
+
+def _open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot open {path}: {' '.join(str(error).split())[:300]}; export the checkpoint again") from None
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer in {path} has no end-of-document token (eos_token): add it to tokenizer_config.json")
+    return TransformersGenerator(model, tokenizer, device)

@@ -1,0 +1,100 @@
+"""--dry-run: what a run would be, without starting it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.callbacks.metrics import read_rows
+from pretrain.config.load import recipe_to_yaml
+from pretrain.config.schema import Recipe
+from pretrain.engine.precision import DTYPES
+from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
+
+# Share of the measured product rate that a whole step reaches; runs of this project on CPUs and GPUs lie between 0.15 and 0.4.
+ASSUMED_EFFICIENCY = 0.25
+
+
+def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int) -> dict[str, Any]:
+    """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
+    train = recipe.train
+    size = model_size(recipe.model, train.sequence_length)
+    state = state_bytes_per_rank(size, recipe, precision, zero_stage, world_size)
+    tokens = train.num_steps * train.tokens_per_step
+    seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, size.flops_per_token)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "ds_config": ds_config,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+        "precision": precision,
+        "parameters_total": size.parameters_total,
+        "parameters_active": size.parameters_active,
+        "flops_per_token": size.flops_per_token,
+        "steps": train.num_steps,
+        "train_tokens": tokens,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "state_bytes_per_rank": state,
+        "activation_bytes_per_rank": activation_bytes(recipe, precision),
+        "estimated_seconds": seconds,
+        "estimate_basis": basis,
+    }
+
+
+def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
+    console = Console()
+    console.print("[bold]recipe[/bold]", recipe_to_yaml(recipe), sep="\n", highlight=False)
+    console.print("[bold]ds_config[/bold]", json.dumps(plan["ds_config"], indent=2), sep="\n", highlight=False)
+    table = Table("what", "value", title="plan")
+    state = plan["state_bytes_per_rank"]
+    rows = {
+        "ranks": f"{plan['world_size']} (ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']})",
+        "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
+        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps of {recipe.train.tokens_per_step:,}",
+        "gradient accumulation": f"{plan['gradient_accumulation_steps']} micro batches of {recipe.train.micro_batch_size} x {recipe.train.sequence_length}",
+        "memory a rank": f"{(state['total'] + plan['activation_bytes_per_rank']) / 1e9:.2f} GB: weights {state['weights'] / 1e9:.2f}, gradients "
+        f"{state['gradients'] / 1e9:.2f}, optimizer {state['optimizer'] / 1e9:.2f}, activations about {plan['activation_bytes_per_rank'] / 1e9:.2f}",
+        "time": f"about {_duration(plan['estimated_seconds'])} ({plan['estimate_basis']})",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _estimate_seconds(recipe: Recipe, precision: str, world_size: int, tokens: int, flops_per_token: float) -> tuple[float, str]:
+    rates = [row["tokens_per_second"] for row in read_rows(Path(recipe.output_path) / "metrics.jsonl") if row["kind"] == "train"]
+    if rates:
+        return tokens / sorted(rates)[len(rates) // 2], "from the speed of this run so far"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device, precision)
+    rate = peak or _measured_flops(device, precision)
+    basis = "data-sheet peak" if peak else "matrix product measured here"
+    return tokens * flops_per_token / (rate * ASSUMED_EFFICIENCY * world_size), f"from the {basis}, at {ASSUMED_EFFICIENCY:.0%} of it"
+
+
+def _measured_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of a 1024^3 product in one thread on a CPU, where each rank gets about one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.randn(1024, 1024, device=device).to(DTYPES[precision])
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            (a @ a).sum().item()
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * 1024**3 / min(times)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,140 @@
+"""A run's folder: one writer at a time, its log file, its summary, and whether it may be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.layout import complete_checkpoints
+from pretrain.config.errors import ConfigError, StorageError
+from pretrain.config.schema import Recipe
+
+# What makes a run this run: a change of any of these would continue another model, or on another order of the data.
+FIXED_FIELDS = ("seed", "model", "data.document_mask", "train.sequence_length", "train.micro_batch_size", "train.global_batch_size", "optimizer.kind", "train.precision")
+CHECKPOINTS, LOG, SUMMARY = "checkpoints", "log.txt", "summary.json"
+
+
+def start_over(folder: Path, overwrite: bool) -> None:
+    """For --fresh: an empty folder, or the user's word that what is in it may go.
+
+    Raises:
+        ConfigError: where the folder holds a run and ``overwrite`` is false.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        newest = complete_checkpoints(folder / CHECKPOINTS)
+        what = f"a run (newest checkpoint {newest[0].name})" if newest else "files of a run"
+        raise ConfigError(f"--fresh would delete {what} in {folder}: add --overwrite, or choose another folder with --set run_path=FOLDER")
+    # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
+    for name in (CHECKPOINTS, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "metrics.csv", "loss.png", SUMMARY, LOG):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, so that two runs never write into one.
+
+    Raises:
+        ConfigError: where another process holds it.
+        StorageError: where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --set run_path=FOLDER") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder with --set run_path=FOLDER") from None
+        yield
+
+
+def log_to_file(folder: Path, rank: int) -> None:
+    """Sends every library's log records and warnings to log.txt; the terminal keeps the progress bar and the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    for chatty in ("matplotlib", "PIL", "urllib3", "h5py"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class _LogWriter(io.TextIOBase):
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                logging.getLogger("stdout").info(line)
+        return len(text)
+
+
+@contextlib.contextmanager
+def prints_to_log() -> Iterator[None]:
+    """Some of DeepSpeed's messages are plain prints; inside this block they go to log.txt."""
+    with contextlib.redirect_stdout(_LogWriter()):
+        yield
+
+
+def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Merges ``values`` into the run's summary.json, atomically, and returns the whole."""
+    path = folder / SUMMARY
+    summary: dict[str, Any] = {}
+    if path.is_file():
+        with contextlib.suppress(json.JSONDecodeError):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+    summary |= values
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return summary
+
+
+def _field(recipe: Recipe, dotted: str) -> Any:
+    value: Any = recipe.model_dump(mode="json")
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
+def check_same_run(now: Recipe, saved: Recipe, now_identity: dict[str, Any], saved_state: dict[str, Any], folder: Path) -> None:
+    """Refuses to resume a checkpoint of another model, data, order or topology.
+
+    Raises:
+        ConfigError: naming what differs and what to do.
+    """
+    for field in FIXED_FIELDS:
+        if _field(now, field) != _field(saved, field):
+            raise ConfigError(
+                f"{folder} holds a run with another {field} ({_difference(_field(saved, field), _field(now, field))}): "
+                "put it back, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+            )
+    for key, value in now_identity.items():
+        if saved_state.get(key) != value:
+            what = {"data_fingerprint": "other data", "tokenizer_sha256": "another tokenizer"}.get(key, f"{key} {saved_state.get(key)}, not {value}")
+            raise ConfigError(
+                f"{folder} holds a run with {what}: resume with what it was started with, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+            )
+
+
+def _difference(before: Any, after: Any, path: str = "") -> str:
+    """The first difference of two nested values, as 'path: before -> after'."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                return _difference(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    return f"{path + ': ' if path else ''}{before} -> {after}"

@@ -1,0 +1,222 @@
+"""From the command line to a finished run. What every launcher starts: ``launchers/pretrain.py``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.loader import TrainLoader, Windows, open_split
+from data_pipeline.manifest import Manifest, load_manifest, verify
+from pretrain.callbacks.base import Callback
+from pretrain.callbacks.metrics import LossPlot, MetricsFiles
+from pretrain.callbacks.progress import ProgressBar
+from pretrain.callbacks.tensorboard import DeepSpeedMonitor
+from pretrain.checkpoint import layout
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.errors import DONE, PREEMPTED, DataError, PipelineError
+from pretrain.config.load import load_recipe, recipe_to_yaml
+from pretrain.config.rules import check_topology
+from pretrain.config.schema import Recipe
+from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
+from pretrain.engine.engine import Engine
+from pretrain.engine.precision import resolve_precision
+from pretrain.engine.topology import connect, disconnect, world_size_from_environment
+from pretrain.model.sizes import model_size, peak_flops
+from pretrain.plan import make_plan, print_plan
+from pretrain.run_folder import CHECKPOINTS, check_same_run, log_to_file, only_writer, prints_to_log, start_over, update_summary
+from pretrain.signals import StopRequest
+from pretrain.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json --recipe quickstart
+  torchrun --nproc_per_node 8 launchers/pretrain.py --ds_config ds_configs/zero3.json --recipe moe_1b --set parallel.ep_size=8
+  python launchers/pretrain.py --recipe debug --dry-run"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("Pretrains a model from a recipe. The same command again resumes; a finished run says so.", EXAMPLES)
+    add_recipe_options(parser)
+    parser.add_argument("--ds_config", "--ds-config", default="ds_configs/zero1.json", metavar="PATH", help="DeepSpeed's JSON (default %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over; refuses where the folder holds a run")
+    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes, memory and time, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    add_json_option(parser)
+    return parser.parse_args(arguments)
+
+
+def resolve_recipe(recipe: Recipe, precision: str, manifest: Manifest | None) -> Recipe:
+    """Fills in what is left open: the number format, and the vocabulary's size from the data or, before there is any, from its plan.
+
+    Raises:
+        DataError: where the recipe's vocabulary is smaller than the tokenizer's.
+    """
+    planned = manifest.tokenizer.vocab_size if manifest else recipe.data.tokenizer.vocab_size
+    vocab_size = recipe.model.vocab_size or planned
+    if vocab_size is None:
+        raise DataError(f"the vocabulary's size is not known before there is data in {recipe.data_path}: build it, or set model.vocab_size")
+    if manifest and vocab_size < manifest.tokenizer.vocab_size:
+        raise DataError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer of {recipe.data_path} has {manifest.tokenizer.vocab_size} entries: leave model.vocab_size out"
+        )
+    model = recipe.model.model_copy(update={"vocab_size": vocab_size})
+    return recipe.model_copy(update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def share_cores() -> None:
+    """On a CPU, ranks of one machine share its cores evenly unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
+    world_size = options.world_size or max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
+    manifest = load_manifest(recipe.data_path) if (Path(recipe.data_path) / "manifest.json").is_file() else None
+    accumulation = check_topology(recipe, world_size, stage)
+    precision = resolve_precision(recipe.train.precision)
+    recipe = resolve_recipe(recipe, precision, manifest)
+    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
+    if os.environ.get("RANK", "0") == "0":
+        plan = make_plan(recipe, resolved, precision, world_size, stage)
+        if options.json_path != "-":
+            print_plan(plan, recipe)
+        write_json(plan, options.json_path)
+    return DONE
+
+
+def build_trainer(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest, engine: Engine, stop: StopRequest) -> Trainer:
+    """Wires data, engine, checkpoints and callbacks."""
+    topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
+    training, validation = (Windows(open_split(recipe.data_path, manifest, split), train.sequence_length) for split in ("train", "validation"))
+    loader = TrainLoader(
+        training, recipe.seed, train.global_batch_size, train.micro_batch_size, topology.rank, topology.world_size, recipe.data.document_mask, manifest.tokenizer.eod_id
+    )
+    store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, Path(recipe.data_path) / manifest.tokenizer.file)
+    callbacks: list[Callback] = []
+    if topology.is_main:
+        callbacks = [MetricsFiles(folder), DeepSpeedMonitor(engine.deepspeed.monitor), ProgressBar(), LossPlot(folder)]
+    return Trainer(
+        recipe=recipe,
+        engine=engine,
+        loader=loader,
+        validation=validation,
+        store=store,
+        identity=identity_of(manifest, engine),
+        callbacks=callbacks,
+        stop=stop,
+        flops_per_token=model_size(recipe.model, train.sequence_length).flops_per_token,
+        peak=peak_flops(topology.device, engine.precision),
+    )
+
+
+def identity_of(manifest: Manifest, engine: Engine) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be resumed."""
+    return {
+        "data_fingerprint": manifest.fingerprint,
+        "tokenizer_sha256": manifest.tokenizer.sha256,
+        "world_size": engine.topology.world_size,
+        "ep_size": engine.topology.ep_size,
+        "zero_stage": engine.zero_stage,
+    }
+
+
+def summarize(trainer: Trainer, recipe: Recipe, resumed_from: int) -> dict[str, Any]:
+    size, progress = model_size(recipe.model, recipe.train.sequence_length), trainer.progress
+    tokens = progress.step * recipe.train.tokens_per_step
+    return {
+        "recipe": recipe.name,
+        "train_tokens": tokens,
+        "steps": progress.step,
+        "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
+        "train_seconds": progress.train_seconds,
+        "parameters_total": size.parameters_total,
+        "parameters_active": size.parameters_active,
+        "validation_loss_in_training": progress.last_validation,
+        "skipped_steps": progress.skipped_steps,
+        "resumed_from_step": resumed_from,
+        "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),
+    }
+
+
+def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
+    manifest = load_manifest(recipe.data_path)
+    verify(recipe.data_path, manifest)
+    accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
+    precision = resolve_precision(recipe.train.precision)
+    recipe = resolve_recipe(recipe, precision, manifest)
+    share_cores()
+    topology = connect(recipe.parallel.ep_size)
+    folder = Path(recipe.output_path)
+    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
+    with only_writer(folder) if topology.is_main else contextlib.nullcontext():
+        if options.fresh and topology.is_main:
+            start_over(folder, options.overwrite)
+        topology.barrier()
+        log_to_file(folder, topology.rank)
+        stop = StopRequest()
+        stop.install()
+        with prints_to_log():
+            engine = Engine(recipe, resolved, precision, topology)
+            trainer = build_trainer(recipe, resolved, manifest, engine, stop)
+            newest = trainer.store.newest()
+            if newest is not None:
+                check_same_run(recipe, layout.read_recipe(newest), trainer.identity, layout.read_state(newest), folder)
+                trainer.resume(newest)
+            logger.info("recipe:\n%s", recipe_to_yaml(recipe))
+            logger.info("ds_config: %s", json.dumps(resolved))
+        return report(trainer, recipe, options)
+
+
+def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int:
+    """Trains, and tells the user on rank 0 what happened."""
+    say = print if trainer.topology.is_main and options.json_path != "-" else (lambda *_: None)
+    resumed_from, folder = trainer.progress.step, Path(recipe.output_path)
+    if resumed_from >= trainer.num_steps:
+        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over")
+    elif resumed_from:
+        say(f"resuming from step {resumed_from} of {trainer.num_steps}")
+    finished = trainer.fit() if resumed_from < trainer.num_steps else True
+    if trainer.topology.is_main and resumed_from < trainer.num_steps:
+        summary = update_summary(folder, summarize(trainer, recipe, resumed_from))
+        if finished:
+            say(
+                f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
+                f"validation loss {summary['validation_loss_in_training']:.4f}; everything is in {folder}"
+            )
+        else:
+            say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
+        write_json(summary, options.json_path)
+    return DONE if finished else PREEMPTED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        ds_config = read_ds_config(options.ds_config)
+        stage = zero_stage_of(ds_config, options.ds_config)
+        if options.dry_run:
+            return plan_only(options, recipe, ds_config, stage)
+        code = train(options, recipe, ds_config, stage)
+        disconnect()
+        return code
+    except PipelineError:
+        # Every rank meets the same error: rank 0 tells it, and its launcher ends the others before they repeat it.
+        if os.environ.get("RANK", "0") != "0":
+            sys.stdout.flush()
+            time.sleep(3.0)
+        raise

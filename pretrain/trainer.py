@@ -1,0 +1,210 @@
+"""The training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.loader import TrainLoader, Windows, validation_batches
+from pretrain.callbacks.base import Callback, Row
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.errors import NonFiniteError
+from pretrain.config.schema import Recipe
+from pretrain.engine.engine import Engine, StepResult, reduce_steps
+from pretrain.model.decoder import RouterTotals
+from pretrain.optim.schedules import learning_rate_factor
+from pretrain.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+# fp16's loss scale starts at 2^16 and halves at each skipped step: a healthy run needs fewer than this in a row.
+MAX_SKIPPED_IN_A_ROW = 25
+
+
+@dataclass
+class Progress:
+    """What a run is at; saved in each checkpoint and restored from it."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    train_seconds: float = 0.0
+    last_validation: float | None = None
+    best_validation: float | None = None
+    best_step: int | None = None
+
+
+class Trainer:
+    """Runs a recipe to its end, from the newest checkpoint if there is one.
+
+    Args:
+        identity: fingerprints and topology that go into each checkpoint's state.
+        flops_per_token, peak: for MFU; ``peak`` is None where the hardware's is not known.
+        callbacks: empty on every rank but 0.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        validation: Windows,
+        store: CheckpointStore,
+        identity: dict[str, Any],
+        callbacks: Sequence[Callback],
+        stop: StopRequest,
+        flops_per_token: float,
+        peak: float | None,
+    ) -> None:
+        self.recipe, self.engine, self.loader, self.validation, self.store = recipe, engine, loader, validation, store
+        self.identity, self.callbacks, self.stop = identity, callbacks, stop
+        self.flops_per_token, self.peak = flops_per_token, peak
+        self.topology = engine.topology
+        self.num_steps = recipe.train.num_steps
+        self.progress = Progress()
+        self._pending: list[StepResult] = []
+        self._row_started = 0.0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from a whole checkpoint of this run."""
+        state = self.store.load(checkpoint)
+        self.progress = Progress(**state["progress"])
+        logger.info("resumed from %s", checkpoint)
+
+    def fit(self) -> bool:
+        """Trains until the last step, or until a stop is requested on any rank: then it saves and returns False."""
+        recipe = self.recipe
+        for callback in self.callbacks:
+            callback.on_start(self.progress.step, self.num_steps)
+        self._row_started = time.perf_counter()
+        stopped = False
+        while self.progress.step < self.num_steps and not stopped:
+            self._step()
+            step, last, best = self.progress.step, self.progress.step == self.num_steps, False
+            for callback in self.callbacks:
+                callback.on_step(step)
+            if last or step % recipe.logging.interval_steps == 0:
+                self._report_training()
+            if last or step % recipe.validation.interval_steps == 0:
+                best = self._validate(whole=last)
+            stopped = self.topology.any(self.stop.requested) and not last
+            if last or stopped or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
+                self._save()
+        for callback in self.callbacks:
+            callback.on_end()
+        return not stopped
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        step = self.progress.step
+        factor = learning_rate_factor(step, self.num_steps, self.recipe.schedule)
+        result = self.engine.train_step(self.loader.step_batches(step), factor)
+        self.progress.step += 1
+        self.progress.train_seconds += time.perf_counter() - started
+        self._pending.append(result)
+        self._check_finite(result)
+
+    def _check_finite(self, result: StepResult) -> None:
+        """Stops before a weight that is no number is saved. The norm is the same on every rank, so all stop together.
+
+        ZeRO reports a norm that is not finite as -1, the bf16 optimizer as infinity.
+        """
+        if not result.applied:
+            self.progress.skipped_steps += 1
+            self.progress.skipped_in_a_row += 1
+            if self.progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                raise NonFiniteError(
+                    f"the gradients of {self.progress.skipped_in_a_row} steps in a row up to step {self.progress.step} were not finite: "
+                    "lower optimizer.learning_rate, or use train.precision=bf16 or fp32; the last checkpoint is intact"
+                )
+        elif not (math.isfinite(result.grad_norm) and result.grad_norm >= 0):
+            raise NonFiniteError(
+                f"the gradient of step {self.progress.step} is not finite: lower optimizer.learning_rate or look at the data of this step; "
+                "the last checkpoint is intact"
+            )
+        else:
+            self.progress.skipped_in_a_row = 0
+
+    def _report_training(self) -> None:
+        """Reads what has gathered on the device since the last row."""
+        results, self._pending = self._pending, []
+        losses, router = reduce_steps(results, self.topology)
+        now = time.perf_counter()
+        seconds, self._row_started = now - self._row_started, now
+        tokens_per_second = len(results) * self.recipe.train.tokens_per_step / seconds
+        row: Row = {
+            "kind": "train",
+            "step": self.progress.step,
+            "tokens": self.progress.step * self.recipe.train.tokens_per_step,
+            "loss": sum(loss for loss, _ in losses) / len(losses),
+            "total_loss": sum(total for _, total in losses) / len(losses),
+            "learning_rate": self.engine.learning_rate(),
+            "grad_norm": results[-1].grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "skipped_steps": self.progress.skipped_steps,
+            "loss_scale": self.engine.loss_scale(),
+            "seconds": self.progress.train_seconds,
+        }
+        if self.peak is not None:
+            row["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * self.topology.world_size)
+        row |= _router_columns(router, self.recipe.model.moe_layers)
+        for callback in self.callbacks:
+            callback.on_row(row)
+
+    def _validate(self, whole: bool) -> bool:
+        """Loss over the validation split: the fixed sample of it, or all of it at the end of a run. True for the best one so far."""
+        started = time.perf_counter()
+        data = self.recipe.data
+        limit = None if whole else self.recipe.validation.max_windows
+        size, loader = self.recipe.train.micro_batch_size, self.loader
+        nll, targets = self.engine.evaluate(
+            validation_batches(self.validation, size, loader.dp_rank, loader.dp_size, limit, data.document_mask, loader.eod_id)
+        )
+        progress, loss = self.progress, nll / targets
+        progress.last_validation = loss
+        best = progress.best_validation is None or loss < progress.best_validation
+        if best:
+            progress.best_validation, progress.best_step = loss, progress.step
+        row = {"kind": "validation", "step": progress.step, "tokens": progress.step * self.recipe.train.tokens_per_step, "validation_loss": loss}
+        for callback in self.callbacks:
+            callback.on_row(row | {"targets": targets})
+        self._row_started += time.perf_counter() - started  # not training time
+        return best
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        progress = self.progress
+        state = self.identity | {
+            "step": progress.step,
+            "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
+            "validation_loss": progress.last_validation,
+            "progress": vars(progress).copy(),
+        }
+        protected = {progress.best_step} if self.recipe.checkpoint.keep_best and progress.best_step is not None else set()
+        self.store.save(progress.step, state, protected)
+        self._row_started += time.perf_counter() - started
+
+
+def _router_columns(router: RouterTotals | None, moe_layers: list[int]) -> Row:
+    """Means over the MoE layers, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
+    if router is None:
+        return {}
+    shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
+    per_layer = zip(moe_layers, shares_LE.tolist(), *(column.tolist() for column in (router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L)), strict=True)
+    return {
+        "aux_loss": router.aux_loss_L.mean().item(),
+        "z_loss": router.z_loss_L.mean().item(),
+        "router_entropy": router.entropy_L.mean().item(),
+        # MaxVio (Wang et al. 2024): how far the busiest expert is above the mean load.
+        "max_violation": (shares_LE.max(dim=1).values * shares_LE.shape[1] - 1).mean().item(),
+        "dropped_share": router.dropped_L.mean().item(),
+        "layers": [
+            {"layer": layer, "expert_load": load, "aux_loss": aux, "z_loss": z, "entropy": entropy, "dropped_share": dropped}
+            for layer, load, aux, z, entropy, dropped in per_layer
+        ],
+    }

@@ -1,0 +1,97 @@
+"""A real data folder and a real checkpoint folder of a tiny, briefly trained model, made without starting DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.build import build
+from data_pipeline.loader import TrainLoader, Windows, open_split
+from data_pipeline.manifest import Manifest
+from pretrain.checkpoint import layout
+from pretrain.checkpoint.weights import write_weights
+from pretrain.config.load import load_recipe, recipe_to_yaml
+from pretrain.config.schema import Recipe
+from pretrain.model.decoder import DecoderLM
+
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``latest`` names the only checkpoint, whose folder is ``checkpoint``."""
+
+    data: Path
+    manifest: Manifest
+    checkpoint: Path
+    latest: Path
+    model: DecoderLM
+    recipe: Recipe
+
+
+def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Manifest:
+    """Shards, tokenizer and manifest of a few texts."""
+    sources = folder.with_name(folder.name + "-texts")
+    sources.mkdir()
+    for name, text in texts.items():
+        (sources / name).write_text(text)
+    overrides = ["data.source.kind=text", f"data.source.input=['{sources}/*.txt']", f"data.tokenizer.vocab_size={vocab_size}", "data.validation_share=0.3"]
+    return build(load_recipe("debug", overrides).data, folder).manifest
+
+
+def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
+    """Trains on arithmetic lines with plain torch, and writes what the trainer would have written, but DeepSpeed's own files."""
+    texts = {f"{number}.txt": "".join(f"{number} + {other} = {number + other}\n" for other in range(40)) for number in range(30)}
+    manifest = make_data(folder / "data", texts)
+    fixed = [f"data.path={folder / 'data'}", f"model.vocab_size={manifest.tokenizer.vocab_size}", "train.sequence_length=32"]
+    recipe = load_recipe("debug", [*fixed, *overrides])
+    windows = Windows(open_split(folder / "data", manifest, "train"), recipe.train.sequence_length)
+    model = train(recipe, windows, manifest.tokenizer.eod_id)
+    checkpoint = layout.step_folder(folder / "checkpoints", STEPS)
+    write_checkpoint(checkpoint, model, recipe, manifest)
+    return Trained(folder / "data", manifest, checkpoint, checkpoint.parent / layout.LATEST, model, recipe)
+
+
+def train(recipe: Recipe, windows: Windows, eod_id: int) -> DecoderLM:
+    torch.manual_seed(recipe.seed)
+    model = DecoderLM(recipe.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = recipe.train.global_batch_size
+    loader = TrainLoader(windows, recipe.seed, batch, batch, 0, 1, recipe.data.document_mask, eod_id)
+    for step in range(STEPS):
+        (batch_BS,) = loader.step_batches(step)
+        loss = model(batch_BS.input_ids_BS, batch_BS.labels_BS, batch_BS.labels_BS.numel()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifest: Manifest) -> None:
+    """A published checkpoint: weights, recipe, tokenizer, state, manifest with checksums, and ``latest``."""
+    checkpoint.mkdir(parents=True)
+    num_experts = recipe.model.moe.num_experts if recipe.model.moe else 1
+    write_weights(checkpoint, model, lambda parameter: parameter.detach(), rank=0, ep_size=1, num_experts=num_experts)
+    (checkpoint / layout.RECIPE).write_text(recipe_to_yaml(recipe))
+    (checkpoint / layout.TOKENIZER).write_bytes((Path(recipe.data_path) / manifest.tokenizer.file).read_bytes())
+    state = {
+        "step": STEPS,
+        "consumed_tokens": STEPS * recipe.train.tokens_per_step,
+        "data_fingerprint": manifest.fingerprint,
+        "tokenizer_sha256": manifest.tokenizer.sha256,
+    }
+    (checkpoint / layout.STATE).write_text(json.dumps(state))
+    seal(checkpoint)
+    layout.write_pointer(checkpoint.parent, checkpoint.name)
+
+
+def seal(checkpoint: Path) -> None:
+    """Writes the manifest of what the folder holds now."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": layout.file_sha256(path)} for path in layout.payload_files(checkpoint)}
+    (checkpoint / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}))
