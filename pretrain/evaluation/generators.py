@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import nn
 
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
@@ -55,7 +56,8 @@ class TransformersGenerator:
     """A model that transformers opened."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-        self.model, self.tokenizer, self.device = model.to(device).eval(), tokenizer, device
+        self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
         self.eod_id = int(tokenizer.eos_token_id)
 
     def encode(self, text: str) -> list[int]:

@@ -53,7 +53,9 @@ def to_theirs(links: Iterable[Link], ours: Mapping[str, Tensor]) -> dict[str, Te
     if missing := sorted(names - ours.keys()):
         raise CheckpointError(f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not belong to its recipe")
     if unknown := sorted(ours.keys() - names):
-        raise CheckpointError(f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the checkpoint does not belong to its recipe")
+        raise CheckpointError(
+            f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the checkpoint does not belong to its recipe"
+        )
     theirs = {}
     for link in links:
         tensor = ours[link.ours] if link.expert is None else ours[link.ours][link.expert]

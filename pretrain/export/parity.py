@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,7 +55,11 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model: PreTrainedModel
+    report: dict[str, Any]
+    # transformers' annotations leave out that output_loading_info makes it a pair.
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model, report = opened
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in FAULTS and names}
     if wrong:
         raise CheckpointError(f"transformers does not read {folder} completely ({wrong}): the export is wrong, nothing was published")

@@ -31,12 +31,14 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something else than an earlier export.
     """
+    output = output.resolve()
     occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if occupied and not overwrite:
         raise ConfigError(f"{output} is not empty: choose another --output, or replace what is there with --overwrite")
     if occupied and not (output / RECORD).is_file():
         raise ConfigError(f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output")
     temporary = output.parent / f".{output.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -13,20 +13,19 @@ IGNORED_LABEL = -100
 
 
 def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed negative log-likelihood and summed loss of a chunk, and d loss / d logits, written over the logits. All fp32."""
-    counted_C = labels_C != IGNORED_LABEL
-    safe_labels_C1 = labels_C.clamp_min(0)[:, None]
-    logsumexp_C = logits_CV.logsumexp(dim=-1)
-    nll_C = (logsumexp_C - logits_CV.gather(1, safe_labels_C1)[:, 0]).masked_fill(~counted_C, 0.0)
-    squares_C = logsumexp_C.square().masked_fill(~counted_C, 0.0)
-    nll = nll_C.sum()
-    loss = nll + z_loss_weight * squares_C.sum() if z_loss_weight else nll
-    gradient_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()
+    """Summed negative log-likelihood and summed loss of a chunk of C tokens, and d loss / d logits [C, V]. All fp32."""
+    counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
+    labels_C1 = labels_C.clamp_min(0)[:, None]
+    log_probs_CV = logits_CV.log_softmax(dim=-1)
+    label_log_probs_C1 = log_probs_CV.gather(1, labels_C1).masked_fill(~counted_C1, 0.0)
+    nll = loss = -label_log_probs_C1.sum()
+    gradient_CV = log_probs_CV.exp_()
     if z_loss_weight:
-        gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C[:, None])
-    gradient_CV.scatter_add_(1, safe_labels_C1, gradient_CV.new_full((1, 1), -1.0).expand_as(safe_labels_C1))
-    gradient_CV.mul_(counted_C[:, None])
-    return nll, loss, gradient_CV
+        logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(~counted_C1, 0.0)
+        loss = nll + z_loss_weight * logsumexp_C1.square().sum()
+        gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C1)
+    gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
+    return nll, loss, gradient_CV.mul_(counted_C1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

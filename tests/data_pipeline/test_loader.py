@@ -182,7 +182,9 @@ def test_a_built_folder_opens_with_its_end_of_document_tokens(built: BuildResult
 
 def test_shards_of_another_manifest_are_refused(built: BuildResult) -> None:
     train, validation = built.manifest.splits["train"], built.manifest.splits["validation"]
-    swapped = built.manifest.model_copy(update={"splits": {"train": validation.model_copy(update={"shards": train.shards}), "validation": validation}})
+    swapped = built.manifest.model_copy(
+        update={"splits": {"train": validation.model_copy(update={"shards": train.shards}), "validation": validation}}
+    )
     open_split(built.folder, swapped, "train")
     wrong = train.shards[0].model_copy(update={"prefix": "validation"})
     broken = built.manifest.model_copy(update={"splits": {"train": train.model_copy(update={"shards": [wrong]}), "validation": validation}})

@@ -12,9 +12,10 @@ import torch
 
 from data_pipeline.build import build
 from data_pipeline.loader import open_split
-from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, DataError
+from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, ConfigError, DataError
 from pretrain.config.schema import DataConfig, TextSource, TokenizerFile
 from pretrain.evaluation.bigram import fit_bigram
+from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.heldout import fit_on_seen_windows, score_checkpoint
 from tests.export.tiny_checkpoint import STEPS, Trained, make_data
 
@@ -91,12 +92,17 @@ def test_other_text_of_the_same_tokenizer_can_be_scored_without_a_bigram(trained
     assert np.isfinite(score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU, with_bigram=False).loss)
 
 
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("cpu") == CPU and choose_device("auto").type in ("cpu", "cuda")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"--device {name}"):
+            choose_device(name)
+
+
 def test_wrong_arguments_end_in_one_sentence_and_their_code(trained: Trained, tmp_path: Path) -> None:
     cases = [
         (("--checkpoint", trained.latest, "--max-windows", "0"), USAGE, "--max-windows is 0"),
-        (("--checkpoint", trained.latest, "--device", "abacus"), USAGE, "--device abacus"),
         (("--checkpoint", tmp_path / "step_7"), BAD_CHECKPOINT, "step_7"),
-        (("--checkpoint", trained.latest, "--data", tmp_path / "nothing"), BAD_DATA, "nothing"),
     ]
     for arguments, code, words in cases:
         refused = evaluate(*arguments)

@@ -50,7 +50,7 @@ def test_a_swapped_pair_of_experts_does_not_come_back_the_same() -> None:
 def test_a_tensor_without_a_name_or_a_name_without_a_tensor_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no name for the tensor 'extra'"):
         to_theirs(LINKS, {**OURS, "extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="has no tensor 'layers.2.x.1'"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'layers\.2\.x\.1'"):
         to_theirs(LINKS, {name: tensor for name, tensor in OURS.items() if name != "layers.2.x.1"})
-    with pytest.raises(CheckpointError, match="no tensor 'embed.weight'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'embed\.weight'"):
         to_ours(LINKS, {})

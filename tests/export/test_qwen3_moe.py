@@ -125,7 +125,7 @@ def test_a_missing_tensor_is_refused_not_initialised_at_random(tmp_path: Path, t
     tensors = read_weights(folder)
     del tensors["model.norm.weight"]
     write_weights(folder, tensors)
-    with pytest.raises(CheckpointError, match="model.norm.weight"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         load_exported(folder)
 
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.errors import CheckpointError, ConfigError, StorageError
 from pretrain.export.parity import check_same_tensors
 from pretrain.export.writer import INDEX, RECORD, WEIGHTS, published_folder, read_weights, write_json_file, write_weights
 
@@ -46,6 +47,17 @@ def test_the_comparison_notices_one_changed_bit_and_a_missing_tensor(tmp_path: P
     del found["t3"]
     with pytest.raises(CheckpointError, match="'t3'"):
         check_same_tensors(written, found)
+
+
+def test_a_file_that_cannot_grow_is_a_storage_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(StorageError, match=WEIGHTS), published_folder(tmp_path / "out", overwrite=False) as folder:
+            write_weights(folder, {"large": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def fill(folder: Path, text: str) -> None:

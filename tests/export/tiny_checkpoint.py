@@ -38,7 +38,12 @@ def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Man
     sources.mkdir()
     for name, text in texts.items():
         (sources / name).write_text(text)
-    overrides = ["data.source.kind=text", f"data.source.input=['{sources}/*.txt']", f"data.tokenizer.vocab_size={vocab_size}", "data.validation_share=0.3"]
+    overrides = [
+        "data.source.kind=text",
+        f"data.source.input=['{sources}/*.txt']",
+        f"data.tokenizer.vocab_size={vocab_size}",
+        "data.validation_share=0.3",
+    ]
     return build(load_recipe("debug", overrides).data, folder).manifest
 
 

@@ -61,7 +61,7 @@ def combine(rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tenso
     """Weighted sum over each token's K rows, accumulated in fp32: [T * K, D] in expert order -> [T, D]."""
     T, K = weights_TK.shape
     rows_TKD = permute_rows(rows_RD, inverse_R, order_R).view(T, K, -1)
-    return (rows_TKD * weights_TK[..., None]).sum(dim=1).to(rows_RD.dtype)
+    return torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
 
 
 def group_by_expert(counts_Pe: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
