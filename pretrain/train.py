@@ -134,7 +134,8 @@ def identity_of(manifest: Manifest, engine: Engine) -> dict[str, Any]:
     }
 
 
-def summarize(trainer: Trainer, recipe: Recipe, resumed_from: int) -> dict[str, Any]:
+def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
+    """The run in numbers, for summary.json."""
     size, progress = model_size(recipe.model, recipe.train.sequence_length), trainer.progress
     tokens = progress.step * recipe.train.tokens_per_step
     return {
@@ -147,7 +148,6 @@ def summarize(trainer: Trainer, recipe: Recipe, resumed_from: int) -> dict[str, 
         "parameters_active": size.parameters_active,
         "validation_loss_in_training": progress.last_validation,
         "skipped_steps": progress.skipped_steps,
-        "resumed_from_step": resumed_from,
         "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),
     }
 
@@ -185,20 +185,23 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     """Trains, and tells the user on rank 0 what happened."""
     say = print if trainer.topology.is_main and options.json_path != "-" else (lambda *_: None)
     resumed_from, folder = trainer.progress.step, Path(recipe.output_path)
-    if resumed_from >= trainer.num_steps:
-        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over")
-    elif resumed_from:
+    done_already = resumed_from >= trainer.num_steps
+    if resumed_from and not done_already:
         say(f"resuming from step {resumed_from} of {trainer.num_steps}")
-    finished = trainer.fit() if resumed_from < trainer.num_steps else True
-    if trainer.topology.is_main and resumed_from < trainer.num_steps:
-        summary = update_summary(folder, summarize(trainer, recipe, resumed_from))
-        if finished:
-            say(
-                f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
-                f"validation loss {summary['validation_loss_in_training']:.4f}; everything is in {folder}"
-            )
-        else:
-            say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
+    finished = done_already or trainer.fit()
+    summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
+    if done_already:
+        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over")
+    elif finished:
+        say(
+            f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
+            f"validation loss {summary['validation_loss_in_training']:.4f}; everything is in {folder}"
+        )
+    else:
+        say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
+    if trainer.topology.is_main:
+        if not done_already:
+            update_summary(folder, summary)
         write_json(summary, options.json_path)
     return DONE if finished else PREEMPTED
 

@@ -18,7 +18,7 @@ class ProgressBar(Callback):
 
     def on_start(self, step: int, num_steps: int) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=num_steps, initial=step, unit="step", desc="training", mininterval=interval, dynamic_ncols=True)
+        self.bar = tqdm(total=num_steps, initial=step, unit="step", desc="training", mininterval=interval, maxinterval=interval, dynamic_ncols=True)
 
     def on_step(self, step: int) -> None:
         assert self.bar is not None

@@ -47,16 +47,13 @@ def micro_batch_divides(recipe: Recipe) -> None:
 def drops_are_causal(recipe: Recipe) -> None:
     """DeepSpeed's capacity limit ranks tokens across the whole micro batch.
 
-    With top_k 1 in order of position an earlier token always wins. With top_k 2 all second choices queue behind all first choices, and
-    with top_k > 2 the highest gates win, so a later token can push out an earlier one; random token selection does so too.
+    With top_k 1 and more than 2 the tokens kept are chosen over all positions at once, with top_k 2 all second choices queue behind all first
+    choices: in each case a later token can push out an earlier one.
     """
     moe = recipe.model.moe
-    if not isinstance(moe, DeepSpeedMoE) or not moe.drop_tokens or not moe.causal:
-        return
-    if moe.top_k > 1 or moe.use_rts:
-        why = "use_rts=true" if moe.use_rts and moe.top_k == 1 else f"top_k={moe.top_k}"
+    if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens and moe.causal:
         raise ConfigError(
-            f"model.moe with drop_tokens=true and {why} is not causal (a later token can take an earlier one's place in an expert): "
+            "model.moe with drop_tokens=true is not causal (a later token can take an earlier one's place in an expert): "
             "set model.moe.drop_tokens=false, or acknowledge it with model.moe.causal=false"
         )
 

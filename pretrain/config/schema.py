@@ -209,7 +209,6 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass instead of keeping its activations")
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
-    save_seconds_before_kill: Positive = Field(25, description="seconds that a launcher leaves between SIGTERM and SIGKILL")
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,0 +1,46 @@
+# Two commands matter on a fresh clone: `make quickstart` runs the whole main job, `make test` the whole test suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch by itself and pinned: asked for through another package, pip may take a build with several GB of CUDA libraries.
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.installed
+
+.PHONY: help install quickstart test test-full lint benchmark clean
+
+help:
+	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
+	@echo "make test         install, lint, types, all tests but the long matrices"
+	@echo "make test-full    all tests and the whole numerical matrix"
+	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
+	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $(STAMP)
+
+install: $(STAMP)
+
+quickstart: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/quickstart.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not full"
+
+test-full: lint
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+benchmark: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py
+
+clean:
+	rm -rf data/quickstart data/debug runs/quickstart runs/debug

@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Runs the whole main job with the commands a user would type, and prints a summary. What is done already is reused or resumed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.checkpoint.layout import resolve_checkpoint
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.errors import PipelineError, run_command
+from pretrain.config.load import load_recipe
+from pretrain.config.schema import Recipe
+from pretrain.run_folder import SUMMARY, update_summary
+
+EXAMPLES = """\
+  make quickstart
+  python tools/quickstart.py --num-accelerators 1 --set parallel.ep_size=1
+  python tools/quickstart.py --recipe debug --set parallel.ep_size=2"""
+PROMPT = "def read_file(path):"
+
+
+class StageFailed(PipelineError):
+    """A command of the main job ended with an error that it has already printed."""
+
+
+class Stages:
+    """Runs commands one after the other and keeps their results and times in the run's summary.json."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.results = run_folder / "stages"
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.run_folder = run_folder
+        path = run_folder / SUMMARY
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.seconds: dict[str, float] = earlier.get("seconds_by_stage", {})
+        self.reused: list[str] = []
+
+    def result_path(self, name: str) -> Path:
+        return self.results / f"{name}.json"
+
+    def run(self, name: str, command: list[str], is_reuse: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Prints and runs a command that writes its result as JSON. The time counts unless the command found its work done.
+
+        Raises:
+            StageFailed: with the command's own exit code.
+        """
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        path = self.result_path(name)
+        path.unlink(missing_ok=True)
+        started = time.perf_counter()
+        finished = subprocess.run([*command, "--json", str(path)], check=False)
+        elapsed = time.perf_counter() - started
+        if finished.returncode != 0:
+            # An interrupted stage goes on later: what it has taken so far belongs to its time.
+            self._record(name, self.seconds.get(name, 0.0) + elapsed)
+            failure = StageFailed(f"the stage '{name}' stopped with exit code {finished.returncode}: see above; `make quickstart` goes on from here")
+            failure.exit_code = finished.returncode if finished.returncode > 0 else 1
+            raise failure
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if is_reuse(result):
+            self.reused.append(name)
+            self._record(name, self.seconds.get(name, elapsed))
+        else:
+            resumed = bool(result.get("resumed_from_step"))
+            self._record(name, elapsed + (self.seconds.get(name, 0.0) if resumed else 0.0))
+        return result
+
+    def reuse(self, name: str, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The stored result of a stage, where it belongs to the checkpoint at hand."""
+        path = self.result_path(name)
+        if name not in self.seconds or not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not matches(result):
+            return None
+        print(f"\nreusing {path}")
+        self.reused.append(name)
+        return result
+
+    def _record(self, name: str, seconds: float) -> None:
+        self.seconds[name] = seconds
+        update_summary(self.run_folder, {"seconds_by_stage": self.seconds})
+
+
+def default_ranks() -> int:
+    """Two processes on CPUs, the GPUs there are (at most two: the model is small) elsewhere."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    add_recipe_options(parser, default="quickstart")
+    parser.add_argument("--num-accelerators", type=int, metavar="N", help="processes (default: 2, or 1 with a single GPU)")
+    parser.add_argument("--ds_config", default="ds_configs/zero1.json", metavar="PATH")
+    parser.add_argument("--prompt", default=PROMPT)
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def run_stages(options: argparse.Namespace, recipe: Recipe, stages: Stages) -> dict[str, dict[str, Any]]:
+    """The five commands of the main job, in order; their results by name."""
+    python, folder = "python", Path(recipe.output_path)
+    chosen = ["--recipe", options.recipe, *(part for override in options.overrides for part in ("--set", override))]
+    latest, exported = str(folder / "checkpoints" / "latest"), folder / "hf"
+    results = {"data": stages.run("data", [python, "tools/preprocess_data.py", *chosen], lambda result: bool(result["reused"]))}
+    train = ["deepspeed", "--num_accelerators", str(options.num_accelerators), "launchers/pretrain.py", "--ds_config", options.ds_config, *chosen]
+    results["train"] = stages.run("train", train, lambda result: bool(result["done_already"]))
+    checkpoint = str(resolve_checkpoint(latest))
+    same = lambda result: result.get("checkpoint") == checkpoint and "train" in stages.reused  # noqa: E731
+    results["evaluate"] = stages.reuse("evaluate", same) or stages.run(
+        "evaluate", [python, "tools/evaluate.py", "--checkpoint", latest], lambda _: False
+    )
+    convert = [python, "tools/convert_checkpoint.py", "--checkpoint", latest, "--to", "hf", "--output", str(exported), "--overwrite"]
+    exported_there = (exported / "config.json").is_file()
+    results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run("convert", convert, lambda _: False)
+    generate = [python, "tools/generate.py", "--model", str(exported), "--prompt", options.prompt]
+    fresh_text = lambda result: result.get("prompt") == options.prompt and "convert" in stages.reused  # noqa: E731
+    results["generate"] = stages.reuse("generate", fresh_text) or stages.run("generate", generate, lambda _: False)
+    return results
+
+
+def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, Any]:
+    train, scores, export = results["train"], results["evaluate"], results["convert"]
+    bigram = scores["bigram"]
+    return {
+        **train,
+        "validation_loss": scores["loss"],
+        "perplexity": scores["perplexity"],
+        "bits_per_byte": scores["bits_per_byte"],
+        "bigram_loss": bigram["loss"],
+        "better_than_bigram_by": scores["better_than_bigram_by"],
+        "export_max_logit_difference": export["parity"]["max_difference"],
+        "export_logits_std": export["parity"]["logits_std"],
+        "export": export["output"],
+        "sample": results["generate"]["prompt"] + results["generate"]["text"],
+        "wall_seconds": round(sum(stages.seconds.values()), 1),
+        "seconds_by_stage": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
+        "reused": stages.reused,
+    }
+
+
+def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
+    folder = recipe.output_path
+    table = Table("what", "value", title=f"{recipe.name}: the main job", show_lines=False)
+    rows = {
+        "tokens": f"{summary['train_tokens']:,} in {summary['steps']:,} steps, {summary['tokens_per_second']:,.0f} tokens/s",
+        "parameters": f"{summary['parameters_total']:,} total, {summary['parameters_active']:,} active",
+        "validation loss": f"{summary['validation_loss']:.4f} nats a token, perplexity {summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits a byte",
+        "Kneser-Ney bigram": f"{summary['bigram_loss']:.4f} nats a token on the same targets: the model is {summary['better_than_bigram_by']:.4f} better",
+        "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (logits' standard deviation {summary['export_logits_std']:.2f})",
+        "wall time": f"{summary['wall_seconds']:.0f} s: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items()),
+        "reused": ", ".join(summary["reused"]) or "nothing",
+        "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/loss.png, {folder}/summary.json",
+        "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    console.print("[bold]sample[/bold]")
+    console.print(summary["sample"], markup=False, highlight=False)
+
+
+def main() -> int:
+    options = parse_arguments()
+    options.num_accelerators = options.num_accelerators or default_ranks()
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.num_accelerators == 1 and recipe.parallel.ep_size > 1:
+        options.overrides.append("parallel.ep_size=1")
+        recipe = load_recipe(options.recipe, options.overrides)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    stages = Stages(Path(recipe.output_path))
+    summary = summarize(run_stages(options, recipe, stages), stages)
+    summary = update_summary(Path(recipe.output_path), summary)
+    if options.json_path != "-":
+        print_summary(summary, recipe)
+    write_json(summary, options.json_path)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
