@@ -18,7 +18,16 @@ from pretrain.config.errors import ConfigError, StorageError
 from pretrain.config.schema import Recipe
 
 # What makes a run this run: a change of any of these would continue another model, or on another order of the data.
-FIXED_FIELDS = ("seed", "model", "data.document_mask", "train.sequence_length", "train.micro_batch_size", "train.global_batch_size", "optimizer.kind", "train.precision")
+FIXED_FIELDS = (
+    "seed",
+    "model",
+    "data.document_mask",
+    "train.sequence_length",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "optimizer.kind",
+    "train.precision",
+)
 CHECKPOINTS, LOG, SUMMARY = "checkpoints", "log.txt", "summary.json"
 
 

@@ -23,7 +23,7 @@ from pretrain.callbacks.tensorboard import DeepSpeedMonitor
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.errors import DONE, PREEMPTED, DataError, PipelineError
+from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
@@ -39,6 +39,7 @@ from pretrain.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero1.json"
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json --recipe quickstart
   torchrun --nproc_per_node 8 launchers/pretrain.py --ds_config ds_configs/zero3.json --recipe moe_1b --set parallel.ep_size=8
@@ -48,7 +49,13 @@ EXAMPLES = """\
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("Pretrains a model from a recipe. The same command again resumes; a finished run says so.", EXAMPLES)
     add_recipe_options(parser)
-    parser.add_argument("--ds_config", "--ds-config", default="ds_configs/zero1.json", metavar="PATH", help="DeepSpeed's JSON (default %(default)s)")
+    parser.add_argument(
+        "--ds_config",
+        "--ds-config",
+        default=str(DEFAULT_DS_CONFIG),
+        metavar="PATH",
+        help="DeepSpeed's JSON (default: ds_configs/zero1.json of this project)",
+    )
     parser.add_argument("--fresh", action="store_true", help="start over; refuses where the folder holds a run")
     parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes, memory and time, and stop")
@@ -103,7 +110,14 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest,
     topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
     training, validation = (Windows(open_split(recipe.data_path, manifest, split), train.sequence_length) for split in ("train", "validation"))
     loader = TrainLoader(
-        training, recipe.seed, train.global_batch_size, train.micro_batch_size, topology.rank, topology.world_size, recipe.data.document_mask, manifest.tokenizer.eod_id
+        training,
+        recipe.seed,
+        train.global_batch_size,
+        train.micro_batch_size,
+        topology.rank,
+        topology.world_size,
+        recipe.data.document_mask,
+        manifest.tokenizer.eod_id,
     )
     store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, Path(recipe.data_path) / manifest.tokenizer.file)
     callbacks: list[Callback] = []
@@ -191,7 +205,9 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     finished = done_already or trainer.fit()
     summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
     if done_already:
-        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over")
+        say(
+            f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over"
+        )
     elif finished:
         say(
             f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
@@ -206,17 +222,29 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     return DONE if finished else PREEMPTED
 
 
+def run(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    ds_config = read_ds_config(options.ds_config)
+    stage = zero_stage_of(ds_config, options.ds_config)
+    if options.dry_run:
+        return plan_only(options, recipe, ds_config, stage)
+    try:
+        code = train(options, recipe, ds_config, stage)
+    except RuntimeError as error:
+        if not is_peer_loss(error):
+            raise
+        logger.exception("another rank is gone")
+        raise PeerLostError(
+            "another rank has ended or cannot be reached; mend what it reports, then run the same command to go on from the last checkpoint"
+        ) from None
+    disconnect()
+    return code
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        ds_config = read_ds_config(options.ds_config)
-        stage = zero_stage_of(ds_config, options.ds_config)
-        if options.dry_run:
-            return plan_only(options, recipe, ds_config, stage)
-        code = train(options, recipe, ds_config, stage)
-        disconnect()
-        return code
+        return run(options)
     except PipelineError:
         # Every rank meets the same error: rank 0 tells it, and its launcher ends the others before they repeat it.
         if os.environ.get("RANK", "0") != "0":

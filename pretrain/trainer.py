@@ -195,7 +195,12 @@ def _router_columns(router: RouterTotals | None, moe_layers: list[int]) -> Row:
     if router is None:
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
-    per_layer = zip(moe_layers, shares_LE.tolist(), *(column.tolist() for column in (router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L)), strict=True)
+    per_layer = zip(
+        moe_layers,
+        shares_LE.tolist(),
+        *(column.tolist() for column in (router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L)),
+        strict=True,
+    )
     return {
         "aux_loss": router.aux_loss_L.mean().item(),
         "z_loss": router.z_loss_L.mean().item(),

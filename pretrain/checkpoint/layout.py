@@ -1,16 +1,16 @@
 """Where a checkpoint's parts lie, how a complete one is told from a torn one, and how to find one.
 
-    checkpoints/
-      latest                                  text: the name of the newest complete checkpoint
-      step_300/
-        recipe.yaml  ds_config.json           resolved, as this run used them
-        state.json                            step, consumed tokens, fingerprints, topology
-        tokenizer.json
-        weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
-        weights-experts-00000-of-00002.safetensors ...
-        deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
-        random/rank_00000.pt ...              random state of every rank
-        manifest.json                         size and sha256 of every file above; written last
+checkpoints/
+  latest                                  text: the name of the newest complete checkpoint
+  step_300/
+    recipe.yaml  ds_config.json           resolved, as this run used them
+    state.json                            step, consumed tokens, fingerprints, topology
+    tokenizer.json
+    weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
+    weights-experts-00000-of-00002.safetensors ...
+    deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
+    random/rank_00000.pt ...              random state of every rank
+    manifest.json                         size and sha256 of every file above; written last
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
-from pretrain.config.errors import CheckpointError, StorageError
+from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
 from pretrain.config.load import recipe_to_yaml
 from pretrain.engine.engine import Engine
 
@@ -81,11 +82,15 @@ class CheckpointStore:
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
-        except (OSError, RuntimeError) as error:
-            # torch's writer reports a full disk as a RuntimeError. The other ranks notice when this one is gone.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
+            if is_peer_loss(error):
+                raise
             shutil.rmtree(temporary, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
-            raise StorageError(f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space and run the same command") from error
+            raise StorageError(
+                f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space and run the same command"
+            ) from error
         topology.barrier()
         self._publish(temporary, target)
         if topology.is_main:
@@ -113,7 +118,9 @@ class CheckpointStore:
         """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
         loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
         if loaded is None:
-            raise CheckpointError(f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh")
+            raise CheckpointError(
+                f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
+            )
         own = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
         restore_random_state(torch.load(own, weights_only=True))
         return layout.read_state(folder)
@@ -165,3 +172,5 @@ class CheckpointStore:
         for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
             if int(layout.STEP_NAME.match(folder.name)[1]) not in protected:  # type: ignore[index]
                 shutil.rmtree(folder, ignore_errors=True)
+        for torn in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(torn, ignore_errors=True)

@@ -17,7 +17,9 @@ def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument("--recipe", default=default, required=default is None, metavar="NAME|PATH", help="a file in pretrain/recipes/ without .yaml, or a path")
+    parser.add_argument(
+        "--recipe", default=default, required=default is None, metavar="NAME|PATH", help="a file in pretrain/recipes/ without .yaml, or a path"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override any recipe field; may be repeated")
 
 

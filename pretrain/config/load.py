@@ -99,7 +99,22 @@ def _fields_at(location: tuple[str | int, ...]) -> list[str]:
 def _sentence(detail: Any, origin: str) -> str:
     location = detail["loc"]
     # A discriminated union puts its tag into the location; the user's file has no such level.
-    kinds = {"gqa", "rope", "all_moe", "all_dense", "every_nth", "first_k_dense", "dropless", "deepspeed", "adamw", "sgd", "python_stdlib", "text", "train_bpe", "file"}
+    kinds = {
+        "gqa",
+        "rope",
+        "all_moe",
+        "all_dense",
+        "every_nth",
+        "first_k_dense",
+        "dropless",
+        "deepspeed",
+        "adamw",
+        "sgd",
+        "python_stdlib",
+        "text",
+        "train_bpe",
+        "file",
+    }
     dotted = ".".join(str(part) for index, part in enumerate(location) if not (part in kinds and index > 0)) or "the recipe"
     if detail["type"] == "extra_forbidden":
         fields = _fields_at(location)

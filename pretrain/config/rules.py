@@ -120,7 +120,9 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"start a multiple of {ep_size} ranks, or pass --set parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
     if isinstance(recipe.model.moe, DeepSpeedMoE) and recipe.model.moe_layers and zero_stage == 3:
-        raise ConfigError("model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless")
+        raise ConfigError(
+            "model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless"
+        )
     ranks_per_pass = train.micro_batch_size * world_size
     if train.global_batch_size % ranks_per_pass:
         raise ConfigError(

@@ -206,7 +206,9 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
     train_tokens: Positive = Field(description="tokens of the whole run, rounded up to whole steps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32"
+    )
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass instead of keeping its activations")
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
 

@@ -14,7 +14,6 @@ from torch import distributed, nn
 from data_pipeline.loader import Batch
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
-from pretrain.engine.precision import DTYPES
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
@@ -60,6 +59,10 @@ class Engine:
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
         optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        if self.zero_stage == 0 and precision != "fp32":
+            # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
+            # The learning rate of the groups is still 0, so the weights have not decayed.
+            self.optimizer.state.clear()
         self.model = model
         self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
@@ -192,8 +195,3 @@ def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[li
     num_experts = router.counts_LE.shape[1]
     aux_L, z_L, entropy_L, dropped_L = packed[:, num_experts:].T
     return losses, RouterTotals(aux_L, z_L, packed[:, :num_experts], entropy_L, dropped_L)
-
-
-def parameter_dtype(precision: str) -> torch.dtype:
-    """The dtype in which the model computes."""
-    return DTYPES[precision]

@@ -65,7 +65,8 @@ class Topology:
             distributed.barrier()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -78,7 +79,7 @@ def _from_mpi() -> dict[str, str]:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # On one machine the loopback always works; a host name may not resolve.
     own_address = "127.0.0.1" if node.size == world.size else socket.gethostbyname(socket.gethostname())
-    address, port = world.bcast((own_address, _free_port()), root=0)
+    address, port = world.bcast((own_address, free_port()), root=0)
     return {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
@@ -104,7 +105,7 @@ def discover(environment: Mapping[str, str]) -> dict[str, str]:
         return _from_slurm(environment)
     if any(name in environment for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")):
         return _from_mpi()
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def world_size_from_environment(environment: Mapping[str, str]) -> int:

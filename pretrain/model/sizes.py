@@ -10,7 +10,17 @@ from pretrain.config.schema import DeepSpeedMoE, ModelConfig, Recipe
 from pretrain.model.decoder import DecoderLM
 
 # Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
     """Optimizer groups by role, experts apart.
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
-    layer wrote on the parameter); else it would average the gradients of different experts. Norms and embeddings are not decayed.
+    layer wrote on the parameter); else it would average the gradients of different experts. Norms and embeddings are not decayed. The
+    learning rate is 0 until the first step sets it by role.
     """
-    peaks = peak_learning_rates(config)
     groups: dict[tuple[str, str | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
         expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
         if (role, expert_group) not in groups:
             decay = 0.0 if role in ("embedding", "norm") else config.weight_decay
-            group = {"params": [], "role": role, "name": expert_group or role, "lr": peaks[role], "weight_decay": decay}
+            group = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
             groups[role, expert_group] = group | ({"moe": True} if expert_group else {})
         groups[role, expert_group]["params"].append(parameter)
     return list(groups.values())
@@ -53,5 +53,5 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
 def build_optimizer(groups: list[dict[str, Any]], config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:
     """torch's own optimizer over ``groups``."""
     if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)

@@ -1,20 +1,26 @@
 """Runs many training configurations in one start of the processes and prints each step's loss and gradient norm as JSON.
 
-Started by a launcher; reads a list of cases from the file in argv[1]. A case: {"name", "overrides", "zero", "steps"} and optionally
-"sabotage": the name of a deliberate fault that the equality tests must notice.
+Started by a launcher with the file of cases and the file for the results. A case has "name", "overrides", "zero", "steps", and optionally
+"changes" (report how every weight moved in the first step), "expert_gain" (experts' gradients are multiplied by it) and "sabotage" (a
+deliberate fault that the equality tests must notice).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from deepspeed.utils import groups
 
 from data_pipeline.loader import Batch
+from pretrain.checkpoint.weights import is_expert
 from pretrain.config.load import load_recipe
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
@@ -34,24 +40,48 @@ def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> lis
     return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), None) for part in micro]
 
 
+def scale_expert_gradients(engine: Engine, gain: float, only_first: bool = False) -> None:
+    experts = [parameter for parameter in engine.model.parameters() if is_expert(parameter)]
+    for parameter in experts[:1] if only_first else experts:
+        parameter.register_hook(lambda gradient: gradient * gain)
+
+
 def sabotage(engine: Engine, kind: str) -> None:
     """Breaks one thing on purpose."""
     if kind == "expert_gradient_scaled":
-        parameter = next(p for p in engine.model.parameters() if not getattr(p, "allreduce", True))
-        parameter.register_hook(lambda gradient: gradient * 1.01)
+        scale_expert_gradients(engine, 1.01, only_first=True)
     elif kind == "rank_norm_dropped":
-        original = engine._clip_at_stage_0
-
-        def without_experts() -> torch.Tensor | None:
-            group, engine._expert_group = engine._expert_group, None
-            try:
-                return original()
-            finally:
-                engine._expert_group = group
-
-        engine._clip_at_stage_0 = without_experts  # type: ignore[method-assign]
+        engine._expert_group = None  # each rank then clips by the norm of its own experts only
     else:
         raise ValueError(kind)
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The fp32 weights of this rank, stacked experts apart and named by their global number."""
+    topology, moe = engine.topology, engine.recipe.model.moe
+    first = topology.ep_rank * moe.num_experts // topology.ep_size
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        weight = engine.master_weight(parameter).float().cpu().clone()
+        if is_expert(parameter) and weight.dim() == 3:
+            weights |= {f"{name}.{first + local}": matrix for local, matrix in enumerate(weight)}
+        elif is_expert(parameter):
+            prefix, local, rest = re.match(r"(.*deepspeed_experts)\.(\d+)\.(.*)", name).groups()
+            weights[f"{prefix}.{first + int(local)}.{rest}"] = weight
+        else:
+            weights[name] = weight
+    return weights
+
+
+def describe_changes(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """How each weight moved: the length of its change, and the change's product with a fixed random direction of its own."""
+    described = {}
+    for name, weight in after.items():
+        change = (weight - before[name]).double().flatten()
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        direction = torch.randn(change.numel(), generator=generator, dtype=torch.float64)
+        described[name] = [change.norm().item(), (change @ direction).item()]
+    return described
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +93,17 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     ds_config = {"zero_optimization": {"stage": case["zero"]}, **case.get("ds_config", {})}
     ds_config = resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size)
     engine = Engine(recipe, ds_config, precision, topology)
-    for kind in case.get("sabotage", []):
-        sabotage(engine, kind)
-    results = [
-        engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0) for step in range(case["steps"])
-    ]
+    if "expert_gain" in case:
+        scale_expert_gradients(engine, case["expert_gain"])
+    if "sabotage" in case:
+        sabotage(engine, case["sabotage"])
+    results, changes = [], {}
+    for step in range(case["steps"]):
+        before = whole_weights(engine) if step == 0 and "changes" in case else None
+        results.append(engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0))
+        if before is not None:
+            for part in topology.gather(describe_changes(before, whole_weights(engine))):
+                changes |= part
     losses, _ = reduce_steps(results, topology)
     nll, tokens = engine.evaluate(synthetic_step(recipe, 77, topology.rank, topology.world_size))
     return {
@@ -77,6 +113,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": [result.grad_norm for result in results],
         "applied": [result.applied for result in results],
         "validation": nll / tokens,
+        "changes": changes,
     }
 
 

@@ -1,0 +1,54 @@
+"""Runs a launcher, hands SIGTERM, SIGINT and SIGUSR1 to the ranks below it, and ends with the launcher's exit code.
+
+The ranks save at such a signal and end with code 75. The launchers alone lose that: ``deepspeed`` dies of SIGTERM and leaves its ranks
+running, and ``torchrun`` hands the signal on but ends with code 1 and a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+SCRIPT = "pretrain.py"
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether a process is Python running the training script; launchers carry its name only as a later argument."""
+    try:
+        script = next((argument for argument in process.cmdline()[1:] if not argument.startswith("-")), "")
+    except psutil.Error:
+        return False
+    return Path(script).name == SCRIPT
+
+
+def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to every rank, or, before there are any, to the launcher and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(launcher.pid)
+        started = root.children(recursive=True)
+        for process in [process for process in started if is_rank(process)] or [*started, root]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def main(command: list[str]) -> int:
+    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher beside the ranks.
+    launcher = subprocess.Popen(command, start_new_session=True)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        forward(launcher, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handle)
+    code = launcher.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Sections that contradict each other are refused, with a sentence that says what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import RULES, check_topology
+
+NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
+ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.norm_topk_prob=false"]
+
+# Rule -> (overrides that break it, parts of the sentence, overrides that mend it)
+BROKEN = {
+    "heads_group_evenly": (
+        ["model.attention.num_key_value_heads=3"],
+        ["num_attention_heads (4)", "num_key_value_heads (3)"],
+        ["model.attention.num_attention_heads=6"],
+    ),
+    "heads_group_evenly/odd": (["model.attention.head_dim=7"], ["head_dim (7) must be even"], ["model.attention.head_dim=6"]),
+    "layers_have_their_sections": (
+        ["model.moe=null"],
+        ["no model.moe", "all_dense"],
+        ["model.layer_pattern.kind=all_dense", "model.intermediate_size=8"],
+    ),
+    "layers_have_their_sections/width": (
+        ["model.layer_pattern={kind: every_nth, n: 2}"],
+        ["model.intermediate_size is missing"],
+        ["model.intermediate_size=8"],
+    ),
+    "sequence_fits_positions": (
+        ["train.sequence_length=257"],
+        ["train.sequence_length (257)", "max_position_embeddings (256)"],
+        ["model.max_position_embeddings=257"],
+    ),
+    "micro_batch_divides": (["train.micro_batch_size=3"], ["global_batch_size (8)", "micro_batch_size (3)"], ["train.global_batch_size=9"]),
+    "drops_are_causal": (["model.moe.kind=deepspeed"], ["not causal", "drop_tokens=false", "causal=false"], ["model.moe.causal=false"]),
+    "native_options_fit_top_k": ([*NATIVE, "model.moe.use_rts=true"], ["use_rts works with top_k=1 only, not 2"], ["model.moe.use_rts=false"]),
+    "native_options_fit_top_k/sampling": (
+        [*ONE_CHOICE, "model.moe.top2_2nd_expert_sampling=true"],
+        ["top_k=2 only, not 1"],
+        ["model.moe.top2_2nd_expert_sampling=false"],
+    ),
+    "native_options_fit_top_k/noise": (
+        [*NATIVE, "model.moe.noisy_gate_policy=RSample"],
+        ["RSample works with top_k=1 only"],
+        ["model.moe.noisy_gate_policy=Jitter"],
+    ),
+    "native_options_fit_top_k/one": ([*NATIVE, "model.moe.top_k=1"], ["top_k=1", "norm_topk_prob=false"], ["model.moe.norm_topk_prob=false"]),
+    "native_options_fit_top_k/two": ([*NATIVE, "model.moe.norm_topk_prob=false"], ["always renormalises"], ["model.moe.norm_topk_prob=true"]),
+    "experts_divide": (["parallel.ep_size=3"], ["ep_size (3) does not divide model.moe.num_experts (4)"], ["parallel.ep_size=4"]),
+    "experts_divide/dense": (
+        ["parallel.ep_size=2", "model.layer_pattern.kind=all_dense", "model.intermediate_size=8"],
+        ["no MoE layer", "ep_size=1"],
+        ["parallel.ep_size=1"],
+    ),
+    "warmup_fits": (["schedule.warmup_steps=21"], ["warmup_steps (21)", "20 steps"], ["schedule.warmup_steps=20"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_rule_refuses_and_its_advice_helps(name: str) -> None:
+    overrides, parts, remedy = BROKEN[name]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("debug", overrides)
+    for part in parts:
+        assert part in str(caught.value)
+    load_recipe("debug", [*overrides, *remedy])
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {name.partition("/")[0] for name in BROKEN} == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize("world_size,micro_batch_size,accumulation", [(1, 2, 4), (2, 2, 2), (4, 2, 1), (1, 8, 1), (8, 1, 1)])
+def test_accumulation_is_derived_from_the_launch(world_size: int, micro_batch_size: int, accumulation: int) -> None:
+    recipe = load_recipe("debug", [f"train.micro_batch_size={micro_batch_size}"])
+    assert check_topology(recipe, world_size, zero_stage=1) == accumulation
+
+
+@pytest.mark.parametrize(
+    "overrides,world_size,zero_stage,parts",
+    [
+        (["parallel.ep_size=2"], 1, 1, ["ep_size (2) does not divide the number of ranks (1)", "multiple of 2 ranks", "--set parallel.ep_size=1"]),
+        (["parallel.ep_size=4"], 6, 1, ["--set parallel.ep_size=2"]),
+        (["train.micro_batch_size=4"], 4, 1, ["global_batch_size (8)", "4 x 4", "change the batch sizes or the number of ranks"]),
+        ([], 3, 1, ["2 x 3"]),
+        (NATIVE, 2, 3, ["ZeRO stage 3", "ds_configs/zero2.json", "model.moe.kind=dropless"]),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(overrides: list[str], world_size: int, zero_stage: int, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_topology(load_recipe("debug", overrides), world_size, zero_stage)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("kind,zero_stage", [("native", 2), ("dropless", 3), ("dense", 3)])
+def test_zero_stages_that_a_kind_supports_are_allowed(kind: str, zero_stage: int) -> None:
+    overrides = {"native": NATIVE, "dropless": [], "dense": [*NATIVE, "model.layer_pattern.kind=all_dense", "model.intermediate_size=8"]}
+    assert check_topology(load_recipe("debug", overrides[kind]), 2, zero_stage) == 2

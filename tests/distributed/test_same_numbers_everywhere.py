@@ -1,0 +1,196 @@
+"""Loss and gradient norm do not depend on the number of ranks, ep_size, ZeRO stage or kind of MoE layer.
+
+All engines of one world size share one start of the processes. A spanning selection runs always, the whole matrix with ``-m full``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+
+from pretrain.engine.topology import free_port
+
+WORKER = Path(__file__).with_name("matrix_worker.py")
+Case = dict[str, Any]
+Results = dict[str, dict[str, Any]]
+
+SIZES = [
+    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",
+    "model.initializer_range=0.15",  # with the default tiny weights the experts have next to no gradient, and faults in it would not show
+]  # fmt: skip
+LOSSES = "aux_loss_weight: 0.05, z_loss_weight: 0.01"
+KINDS = {
+    "dropless": f"model.moe={{kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32, {LOSSES}}}",
+    "deepspeed": f"model.moe={{kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 32, drop_tokens: false, {LOSSES}}}",
+}
+SGD, ADAMW = "optimizer={kind: sgd, learning_rate: 0.5}", "optimizer={kind: adamw, learning_rate: 3.0e-3}"
+
+
+def case(kind: str, zero: int, ep_size: int, optimizer: str = SGD, overrides: tuple[str, ...] = (), **extra: Any) -> Case:
+    label = "-".join([kind, "sgd" if optimizer is SGD else "adamw", *(f"{key}={value}" for key, value in extra.items()), *overrides])
+    return {
+        "name": f"{label}/zero{zero}/ep{ep_size}",
+        "label": label,
+        "zero": zero,
+        "steps": 10,
+        "overrides": [*SIZES, KINDS[kind], optimizer, f"parallel.ep_size={ep_size}", *overrides],
+        **extra,
+    }
+
+
+GLOBAL = ("model.moe.balance_scope=global_batch",)
+LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
+MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
+SPANNING: dict[int, list[Case]] = {
+    1: [
+        case("dropless", 0, 1), case("deepspeed", 0, 1), case("dropless", 0, 1, ADAMW), case("dropless", 0, 1, expert_gain=10.0),
+        case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED), case("dropless", 3, 1),
+        *(case("dropless", zero, 1, ADAMW, LOW["bf16"]) for zero in (0, 1, 2, 3)),
+        *(case("dropless", zero, 1, ADAMW, LOW["fp16"]) for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
+    ],
+    2: [
+        case("dropless", 0, 2), case("dropless", 1, 2), case("dropless", 2, 1), case("dropless", 3, 2), case("deepspeed", 1, 2),
+        case("dropless", 2, 2, ADAMW), case("dropless", 3, 2, ADAMW), case("dropless", 0, 2, expert_gain=10.0),
+        case("dropless", 1, 2, expert_gain=10.0), case("dropless", 1, 2, overrides=GLOBAL), case("dropless", 2, 2, **MOVED),
+        case("deepspeed", 0, 2, **MOVED), case("dropless", 0, 2, sabotage="expert_gradient_scaled"),
+        case("dropless", 0, 2, expert_gain=10.0, sabotage="rank_norm_dropped"),
+    ],
+    4: [
+        case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4), case("dropless", 1, 4, ADAMW),
+        case("dropless", 2, 2, expert_gain=10.0), case("dropless", 0, 2, overrides=GLOBAL), case("dropless", 3, 4, **MOVED),
+    ],
+}  # fmt: skip
+
+
+def whole_matrix(world_size: int) -> list[Case]:
+    return [
+        case(kind, zero, ep_size, optimizer, **extra)
+        for kind in KINDS
+        for zero in (0, 1, 2, 3)
+        for ep_size in (1, 2, 4)
+        for optimizer in (SGD, ADAMW)
+        for extra in ({}, {"expert_gain": 10.0})
+        if world_size % ep_size == 0 and not (kind == "deepspeed" and zero == 3)
+    ]
+
+
+def run_cases(cases: list[Case], world_size: int, folder: Path) -> Results:
+    """Starts ``world_size`` processes once and runs all cases in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    results = folder / "results.jsonl"
+    command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(results)]
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"rank{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=1500) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), (folder / "rank0.log").read_text()[-3000:]
+    return {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def spanning(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    return {world_size: run_cases(cases, world_size, tmp_path_factory.mktemp(f"ranks{world_size}")) for world_size, cases in SPANNING.items()}
+
+
+def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Largest relative difference of losses, gradient norms and the validation loss."""
+    pairs = [(row["validation"], reference["validation"])]
+    for key in ("nll", "loss", "grad_norm"):
+        pairs += zip(row[key], reference[key], strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def tolerance(label: str) -> float:
+    return 1e-5 if "adamw" in label else 1e-6
+
+
+def check_all(matrix: dict[int, Results], cases: dict[int, list[Case]], skip: Callable[[Case], bool] = lambda _: False) -> int:
+    """Compares every case with the single-process ZeRO 0 run of the same kind; returns how many were compared."""
+    compared = 0
+    for world_size, entries in cases.items():
+        for entry in entries:
+            reference = f"{entry['label']}/zero0/ep1"
+            if skip(entry) or (world_size == 1 and entry["name"] == reference):
+                continue
+            found = difference(matrix[world_size][entry["name"]], matrix[1][reference])
+            assert found <= tolerance(entry["label"]), f"{entry['name']} on {world_size} ranks differs by {found:.1e}"
+            compared += 1
+    return compared
+
+
+def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(spanning: dict[int, Results]) -> None:
+    compared = check_all(spanning, SPANNING, skip=lambda entry: "sabotage" in entry or "changes" in entry or "precision" in entry["name"])
+    assert compared >= 15
+
+
+def test_both_kinds_of_layer_give_the_same_run(spanning: dict[int, Results]) -> None:
+    found = difference(spanning[1]["deepspeed-sgd/zero0/ep1"], spanning[1]["dropless-sgd/zero0/ep1"])
+    assert found <= 1e-6
+
+
+def test_clipping_was_active_and_experts_held_most_of_the_norm(spanning: dict[int, Results]) -> None:
+    plain, gained = spanning[1]["dropless-sgd/zero0/ep1"], spanning[1]["dropless-sgd-expert_gain=10.0/zero0/ep1"]
+    assert min(plain["grad_norm"]) > 0.3
+    assert gained["grad_norm"][0] > 2 * plain["grad_norm"][0]
+
+
+@pytest.mark.parametrize("world_size,kind,name", [(2, "dropless", "zero2/ep2"), (2, "deepspeed", "zero0/ep2"), (4, "dropless", "zero3/ep4")])
+def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(spanning: dict[int, Results], world_size: int, kind: str, name: str) -> None:
+    """Plain SGD without clipping moves a weight by its gradient: so this compares every gradient, those of each expert by its global number."""
+    label = case(kind, 0, 1, **MOVED)["label"]
+    reference, row = spanning[1][f"{label}/zero0/ep1"]["changes"], spanning[world_size][f"{label}/{name}"]["changes"]
+    assert reference.keys() == row.keys()
+    assert sum("experts" in weight for weight in row) == 2 * 4 * 3
+    scale = max(length for length, _ in reference.values())
+    for weight, (length, product) in row.items():
+        assert length > 0, f"{weight} did not move"
+        assert abs(length - reference[weight][0]) <= 1e-6 * scale, weight
+        assert abs(product - reference[weight][1]) <= 1e-5 * scale, weight
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_low_precision_stays_close_to_fp32_at_every_stage(spanning: dict[int, Results], precision: str) -> None:
+    """Over ten steps an optimizer step too many, or a gradient scaled once too often, moves the mean loss by three times the tolerance."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        pytest.skip("this device does not compute in fp16")
+    rows = [row for name, row in spanning[1].items() if f"precision={precision}" in name]
+    assert len(rows) >= 3
+    for row in rows:
+        assert all(row["applied"])
+        assert mean(row["nll"]) == pytest.approx(mean(spanning[1]["dropless-adamw/zero0/ep1"]["nll"]), rel=1e-3), row["name"]
+
+
+@pytest.mark.parametrize("fault", ["sabotage=expert_gradient_scaled", "expert_gain=10.0-sabotage=rank_norm_dropped"])
+def test_a_broken_engine_is_noticed(spanning: dict[int, Results], fault: str) -> None:
+    reference = "dropless-sgd-expert_gain=10.0" if "gain" in fault else "dropless-sgd"
+    found = difference(spanning[2][f"dropless-sgd-{fault}/zero0/ep2"], spanning[1][f"{reference}/zero0/ep1"])
+    assert found > 1e-6
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_the_whole_matrix_agrees(tmp_path: Path) -> None:
+    cases = {world_size: whole_matrix(world_size) for world_size in (1, 2, 4)}
+    matrix = {world_size: run_cases(entries, world_size, tmp_path / f"ranks{world_size}") for world_size, entries in cases.items()}
+    assert check_all(matrix, cases) == sum(map(len, cases.values())) - 8

@@ -1,0 +1,117 @@
+"""A run that is interrupted anywhere ends with the numbers of one that was not, to the last bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+
+from data_pipeline.loader import TrainLoader
+from pretrain.config.errors import PREEMPTED
+from pretrain.model.decoder import DecoderLM
+from pretrain.train import main
+from tests.launch.tiny_run import Tiny, curve
+
+STEPS, ACCUMULATION = 7, 2
+CASES = [("fp32", 1), ("bf16", 2)]
+Baseline = Callable[[str, int], list[dict[str, Any]]]
+
+
+def arguments_for(tiny: Tiny, run: Path, precision: str, zero: int) -> list[str]:
+    # Validations at 2, 4, 6 and 7, saves at 3, 6 and 7, and two micro batches a step.
+    return tiny.arguments(run, f"train.precision={precision}", "train.micro_batch_size=4", steps=STEPS, zero=zero)
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
+    """The curve of an uninterrupted run, made once for each case."""
+    made: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def get(precision: str, zero: int) -> list[dict[str, Any]]:
+        if (precision, zero) not in made:
+            run = tmp_path_factory.mktemp("baseline") / "run"
+            assert main(arguments_for(tiny, run, precision, zero)) == 0
+            made[precision, zero] = curve(run)
+        return made[precision, zero]
+
+    return get
+
+
+def stop_in_micro_batch(patch: pytest.MonkeyPatch, number: int) -> None:
+    """This process gets SIGTERM while it computes micro batch ``number`` (from 1) of training."""
+    forward, seen = DecoderLM.forward, []
+
+    def interrupted(model: DecoderLM, *inputs: Any) -> Any:
+        if model.training:
+            seen.append(None)
+            if len(seen) == number:
+                signal.raise_signal(signal.SIGTERM)
+        return forward(model, *inputs)
+
+    patch.setattr(DecoderLM, "forward", interrupted)
+
+
+def train_interrupted(arguments: list[str], micro_batch: int) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_micro_batch(patch, micro_batch)
+        return main(arguments)
+
+
+@pytest.mark.parametrize(("precision", "zero"), CASES)
+def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
+    precision: str, zero: int, tiny: Tiny, baseline: Baseline, tmp_path: Path
+) -> None:
+    expected = baseline(precision, zero)
+    arguments = arguments_for(tiny, tmp_path / "run", precision, zero)
+    for step in range(1, STEPS):
+        # In turn in the first micro batch of the step, before anything is accumulated, and in the second.
+        assert train_interrupted(arguments, 1 + step % ACCUMULATION) == PREEMPTED
+        assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+    assert main(arguments) == 0
+    assert curve(tmp_path / "run") == expected
+
+
+def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
+    load = deepspeed.DeepSpeedEngine.load_checkpoint
+    patch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False))
+
+
+def read_the_next_step(patch: pytest.MonkeyPatch) -> None:
+    read = TrainLoader.step_batches
+    patch.setattr(TrainLoader, "step_batches", lambda loader, step: read(loader, step + 1))
+
+
+@pytest.mark.parametrize("break_resume", [forget_optimizer, read_the_next_step])
+def test_a_resume_without_optimizer_state_or_at_another_sample_is_noticed(
+    break_resume: Callable[[pytest.MonkeyPatch], None], tiny: Tiny, baseline: Baseline, tmp_path: Path
+) -> None:
+    arguments = arguments_for(tiny, tmp_path / "run", "fp32", 1)
+    assert train_interrupted(arguments, 3 * ACCUMULATION) == PREEMPTED
+    with pytest.MonkeyPatch.context() as patch:
+        break_resume(patch)
+        assert main(arguments) == 0
+    rows, expected = curve(tmp_path / "run"), baseline("fp32", 1)
+    assert [row for row in rows if row["step"] <= 3] == [row for row in expected if row["step"] <= 3]
+    assert rows != expected
+
+
+def test_rows_after_the_checkpoint_are_taken_back_when_a_run_dies_without_saving(tiny: Tiny, baseline: Baseline, tmp_path: Path) -> None:
+    arguments = arguments_for(tiny, tmp_path / "run", "fp32", 1)
+    forward, seen = DecoderLM.forward, []
+
+    def dying(model: DecoderLM, *inputs: Any) -> Any:
+        seen.append(model.training)
+        if sum(seen) == 5 * ACCUMULATION:
+            raise KeyboardInterrupt
+        return forward(model, *inputs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DecoderLM, "forward", dying)
+        main(arguments)
+    assert curve(tmp_path / "run")[-1]["step"] == 4
+    assert main(arguments) == 0
+    assert curve(tmp_path / "run") == baseline("fp32", 1)

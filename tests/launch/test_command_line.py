@@ -1,0 +1,89 @@
+"""What the training command promises beside training: it resumes, refuses, plans, and speaks JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.errors import ConfigError
+from pretrain.run_folder import only_writer
+from pretrain.train import main
+from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve
+
+
+@pytest.fixture
+def finished(reference: Path, tmp_path: Path) -> Path:
+    """A run of five steps that is done."""
+    return Path(shutil.copytree(reference, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time of the last change and size of every file, but the log."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"]
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_the_same_command_says_that_it_is_done_and_rewrites_nothing(
+    tiny: Tiny, finished: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    assert main(tiny.arguments(finished)) == 0
+    assert "done already" in capsys.readouterr().out
+    assert main([*tiny.arguments(finished), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 5
+    del before[".lock"]
+    assert before.items() <= contents(finished).items()
+
+
+def test_more_tokens_continue_a_finished_run(tiny: Tiny, finished: Path, reference: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny.arguments(finished, steps=7)) == 0
+    assert "resuming from step 5 of 7" in capsys.readouterr().out
+    rows, before = curve(finished), curve(reference)
+    assert rows[: len(before)] == before
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_fresh_deletes_a_run_only_with_overwrite(tiny: Tiny, finished: Path, reference: Path, in_process: None) -> None:
+    (finished / "notes.txt").write_text("mine")
+    before = contents(finished)
+    with pytest.raises(ConfigError, match="--fresh would delete a run .*step_5.* add --overwrite") as refused:
+        main([*tiny.arguments(finished), "--fresh"])
+    assert refused.value.exit_code == 2
+    del before[".lock"]
+    assert before.items() <= contents(finished).items()
+    assert main([*tiny.arguments(finished), "--fresh", "--overwrite"]) == 0
+    assert curve(finished) == curve(reference)
+    assert (finished / "notes.txt").read_text() == "mine"
+    assert contents(finished)["checkpoints/step_5/manifest.json"] != before["checkpoints/step_5/manifest.json"]
+
+
+def test_dry_run_prints_parameters_and_touches_nothing(tiny: Tiny, tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main([*tiny.arguments(run), "--dry-run", "--world-size", "4"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert main([*tiny.arguments(run), "--dry-run", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_alone_on_standard_output_from_any_folder_with_the_default_ds_config(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = ["--recipe", str(tiny.recipe), "--set", "run_path=run", "--set", "train.train_tokens=512"]
+    started = Started([sys.executable, SCRIPT, *recipe, "--json", "-"], tmp_path)
+    assert started.wait() == 0, started.stderr
+    assert json.loads(started.stdout)["steps"] == 2
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2\n"
+
+
+def test_a_second_run_on_the_same_folder_is_refused_through_the_launcher_with_one_sentence(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with only_writer(run):
+        started = Started([LAUNCHERS / "run_torchrun.sh", *tiny.arguments(run, "parallel.ep_size=2")], tmp_path)
+        assert started.wait() == 2, started.stderr
+    errors = [line for line in started.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: another run is writing to {run}: wait for it, or choose another folder with --set run_path=FOLDER"]
+    assert "Traceback" not in started.stdout + started.stderr
+    assert started.survivors() == []

@@ -1,0 +1,195 @@
+"""A tiny project (texts, shards, recipe) and ways to start real runs of it: with a launcher, or inside the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import pretrain.train
+from data_pipeline.build import build
+from data_pipeline.manifest import load_manifest
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import check_topology
+from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
+from pretrain.engine.engine import Engine
+from pretrain.engine.topology import connect
+from pretrain.signals import StopRequest
+from pretrain.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ROOT / "launchers"
+SCRIPT = LAUNCHERS / "pretrain.py"
+# What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside its own process.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+WORDS = "the router sends each token to two experts and every expert learns another part of what words mean".split()
+STEP_TOKENS = 256
+RECIPE = """\
+name: tiny
+seed: 7
+data: {path: DATA, source: {kind: text, input: ["TEXTS/*.txt"]}, tokenizer: {kind: train_bpe, vocab_size: 300}, validation_share: 0.2}
+model:
+  hidden_size: 32
+  num_hidden_layers: 2
+  max_position_embeddings: 64
+  attention: {kind: gqa, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, qk_norm: true}
+  moe: {kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16}
+train: {sequence_length: 32, micro_batch_size: 2, global_batch_size: 8, train_tokens: 1280, precision: fp32}
+optimizer: {kind: adamw, learning_rate: 3.0e-3}
+schedule: {kind: constant, warmup_steps: 2}
+checkpoint: {interval_steps: 3, keep_last: 2}
+validation: {interval_steps: 2, max_windows: 8}
+logging: {interval_steps: 1, tensorboard: false}
+"""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder with ``data/``, ``recipe.yaml`` and a ds_config for each ZeRO stage; 256 tokens are one step."""
+
+    folder: Path
+    recipe: Path
+    data: Path
+
+    def arguments(self, run: Path, *overrides: str, steps: int = 5, zero: int = 1) -> list[str]:
+        """The training command's options for a run in the folder ``run``."""
+        settings = [f"run_path={run}", f"train.train_tokens={steps * STEP_TOKENS}", *overrides]
+        ds_config = self.folder / f"zero{zero}.json"
+        return ["--recipe", str(self.recipe), "--ds_config", str(ds_config), *(part for setting in settings for part in ("--set", setting))]
+
+
+def make_tiny(folder: Path) -> Tiny:
+    source = random.Random(0)
+    (folder / "texts").mkdir()
+    for number in range(30):
+        (folder / "texts" / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=500)))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("DATA", str(folder / "data")).replace("TEXTS", str(folder / "texts")))
+    build(load_recipe(str(recipe)).data, folder / "data")
+    for stage in range(4):
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return Tiny(folder, recipe, folder / "data")
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """Every row of a run's metrics.jsonl without what the clock measured."""
+    clock = ("tokens_per_second", "seconds", "mfu")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Started:
+    """A command with all processes below it, found by a mark in their environment even when their parent is gone."""
+
+    def __init__(self, command: list[str | Path], folder: Path, preexec: Callable[[], None] | None = None, **variables: str) -> None:
+        self.mark = uuid.uuid4().hex
+        inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and name != "PYTHONPATH"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
+        own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "TEST_RUN_MARK": self.mark}
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=folder,
+            env=inherited | own | variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=preexec,
+        )
+        self.stdout = self.stderr = ""
+
+    def wait(self) -> int:
+        """The exit code; what was printed is in ``stdout`` and ``stderr``. Kills everything after 100 seconds."""
+        try:
+            self.stdout, self.stderr = self.process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            for survivor in self.alive():
+                survivor.kill()
+            self.stdout, self.stderr = self.process.communicate()
+            pytest.fail(f"still running after 100 s: {self.stdout}{self.stderr}")
+        return self.process.returncode
+
+    def alive(self) -> list[psutil.Process]:
+        """Every process of this command that still runs, wherever it hangs in the process tree."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TEST_RUN_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def survivors(self) -> list[psutil.Process]:
+        """Those that do not end within a few seconds after the command has."""
+        return psutil.wait_procs(self.alive(), timeout=5)[1]
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of one rank, in the order in which the launcher started them."""
+        ranks = [process for process in self.alive() if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:3])]
+        return sorted(ranks, key=lambda process: process.pid)[number]
+
+
+def wait_for_step(run: Path, step: int, started: Started) -> None:
+    """Returns as soon as the run's metrics.jsonl has a row of that step."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and started.process.poll() is None:
+        rows = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+        if len(rows) > 1 and json.loads(rows[-2])["step"] >= step:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"step {step} was not reached, exit code {started.process.poll()}: {started.process.communicate()}")
+
+
+@contextlib.contextmanager
+def own_process() -> Iterator[None]:
+    """Makes :func:`pretrain.train.main` callable again and again in this process, and puts back what it changes of it.
+
+    DeepSpeed cannot leave its process group and join another one, so the first run's group stays.
+    """
+    root, environment, threads = logging.getLogger(), dict(os.environ), torch.get_num_threads()
+    handlers, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.train, "disconnect", lambda: None)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            root.handlers[:], root.level = handlers, level
+            os.environ.clear()
+            os.environ.update(environment)
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+
+
+def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int = 5) -> Trainer:
+    """The trainer that the command would build for one rank, to look inside; call it inside :func:`own_process`."""
+    options = pretrain.train.parse_arguments(tiny.arguments(run, *overrides, steps=steps, zero=zero))
+    recipe, ds_config = load_recipe(options.recipe, options.overrides), read_ds_config(options.ds_config)
+    manifest = load_manifest(tiny.data)
+    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, manifest)
+    accumulation, topology = check_topology(recipe, 1, zero), connect(1)
+    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1)
+    engine = Engine(recipe, resolved, recipe.train.precision, topology)
+    return pretrain.train.build_trainer(recipe, resolved, manifest, engine, StopRequest())

@@ -1,0 +1,101 @@
+"""Every parameter in one group, with the learning rate and decay of its role; experts apart and marked for DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config.load import load_recipe
+from pretrain.model.decoder import DecoderLM
+from pretrain.optim.param_groups import build_optimizer, parameter_groups, parameter_role, peak_learning_rates
+
+RATES = ["optimizer.router_learning_rate=1e-4", "optimizer.embedding_learning_rate=2e-4"]
+MIXED = ["model.vocab_size=100", "model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=24", *RATES]
+KINDS = {
+    "dropless": [*MIXED, "model.moe.num_shared_experts=1"],
+    "deepspeed": [*MIXED, "model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
+}
+
+
+def groups_of(overrides: list[str], ep_size: int = 1) -> tuple[DecoderLM, list[dict[str, Any]]]:
+    recipe = load_recipe("debug", overrides)
+    with torch.device("meta"):
+        model = DecoderLM(recipe.model, ep_size)
+    return model, parameter_groups(model, recipe.optimizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_every_parameter_is_in_exactly_one_group(kind: str, tied: str) -> None:
+    model, groups = groups_of([*KINDS[kind], f"model.tie_word_embeddings={tied}"])
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_roles_decide_learning_rate_and_decay(kind: str) -> None:
+    model, groups = groups_of(KINDS[kind])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = {"embedding": (2e-4, 0.0), "router": (1e-4, 0.1), "norm": (3e-3, 0.0), "matrix": (3e-3, 0.1)}
+    by_role: dict[str, set[str]] = {}
+    for group in groups:
+        assert (group["lr"], group["weight_decay"]) == expected[group["role"]]
+        by_role.setdefault(group["role"], set()).update(names[id(parameter)] for parameter in group["params"])
+    assert by_role["embedding"] == {"embedding.weight"}
+    assert len(by_role["router"]) == 1 and "layers.1.feed_forward" in next(iter(by_role["router"]))
+    assert {name for name in names.values() if "norm" in name} == by_role["norm"]
+    assert "head.weight" in by_role["matrix"] and "layers.0.feed_forward.down_proj.weight" in by_role["matrix"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_routed_experts_are_marked_with_their_expert_parallel_group(kind: str, ep_size: int) -> None:
+    """Unmarked, DeepSpeed would average the gradients of different experts."""
+    model, groups = groups_of(KINDS[kind], ep_size)
+    marked = [group for group in groups if group.get("moe")]
+    assert [(group["name"], group["role"]) for group in marked] == [(f"ep_size_{ep_size}", "matrix")]
+    routed = {id(p) for name, p in model.named_parameters() if ".experts." in name}
+    assert {id(parameter) for parameter in marked[0]["params"]} == routed
+    assert len({(group["name"], group["role"]) for group in groups}) == len(groups)
+
+
+def test_a_frozen_parameter_is_left_out() -> None:
+    recipe = load_recipe("debug", ["model.vocab_size=100"])
+    model = DecoderLM(recipe.model)
+    model.embedding.weight.requires_grad_(False)
+    assert "embedding" not in {group["role"] for group in parameter_groups(model, recipe.optimizer)}
+
+
+def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
+    assert peak_learning_rates(load_recipe("debug").optimizer) == dict.fromkeys(("embedding", "router", "norm", "matrix"), 3e-3)
+
+
+@pytest.mark.parametrize(
+    "name,dim,role",
+    [
+        ("embedding.weight", 2, "embedding"),
+        ("layers.0.feed_forward.router.gate.weight", 2, "router"),
+        ("layers.0.feed_forward.deepspeed_moe.gate.wg.weight", 2, "router"),
+        ("layers.0.feed_forward.gate_proj.weight", 2, "matrix"),
+        ("layers.0.feed_forward.experts.w1", 3, "matrix"),
+        ("layers.0.attention.q_norm.weight", 1, "norm"),
+    ],
+)
+def test_roles_by_name(name: str, dim: int, role: str) -> None:
+    assert parameter_role(name, torch.empty([1] * dim)) == role
+
+
+@pytest.mark.parametrize(
+    "override,kind,defaults",
+    [
+        ("optimizer={kind: adamw, learning_rate: 1e-2, beta1: 0.8, beta2: 0.9, eps: 1e-6}", torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 1e-6}),
+        ("optimizer={kind: sgd, learning_rate: 1e-2, momentum: 0.5}", torch.optim.SGD, {"momentum": 0.5}),
+    ],
+)
+def test_the_recipes_numbers_reach_the_optimizer(override: str, kind: type, defaults: dict[str, Any]) -> None:
+    config = load_recipe("debug", [override]).optimizer
+    optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], config)
+    assert type(optimizer) is kind
+    assert defaults | {"lr": 1e-2} == {name: optimizer.param_groups[0][name] for name in (*defaults, "lr")}
