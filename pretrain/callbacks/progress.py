@@ -13,7 +13,7 @@ class ProgressBar(Callback):
     """A bar on standard error; where that is no terminal, a line every half minute."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None  # type: ignore[type-arg]
+        self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def on_start(self, step: int, num_steps: int) -> None:

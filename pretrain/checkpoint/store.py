@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 def random_state() -> dict[str, Any]:
     """The state of every random generator of this process, in types that a restricted loader accepts."""
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    assert isinstance(keys, numpy.ndarray)
     state = {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(keys.astype(numpy.int64)), int(position), int(has_gauss), float(cached)),

@@ -19,7 +19,8 @@ def global_grad_norm(parameters: Iterable[torch.nn.Parameter], expert_group: dis
         parameters: with reduced gradients; experts are those marked ``allreduce = False``.
         expert_group: the ranks that share one set of experts; None where this rank holds them all.
     """
-    dense, experts = [], []
+    dense: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
             squared = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()

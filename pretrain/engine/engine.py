@@ -182,8 +182,8 @@ def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[li
         For each step [cross-entropy, whole loss], averaged over the ranks; and the router's statistics over all steps and ranks:
         counts summed, everything else averaged over micro batches.
     """
-    losses = torch.stack([result.losses for result in results])
-    losses = (topology.sum(losses) / topology.world_size).tolist()
+    stacked = torch.stack([result.losses for result in results])
+    losses: list[list[float]] = (topology.sum(stacked) / topology.world_size).tolist()
     router: RouterTotals | None = None
     for result in results:
         router = _add(router, result.router)

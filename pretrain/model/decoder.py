@@ -71,7 +71,7 @@ class DecoderLM(nn.Module):
             config.hidden_size, config.padded_vocab_size, config.vocab_size, config.loss_chunk_tokens, config.output_z_loss_weight
         )
         if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.weight  # type: ignore[assignment]
 
     def forward(
         self,

@@ -41,10 +41,10 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter)
-        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        expert_group: str | None = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
         if (role, expert_group) not in groups:
             decay = 0.0 if role in ("embedding", "norm") else config.weight_decay
-            group = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
+            group: dict[str, Any] = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
             groups[role, expert_group] = group | ({"moe": True} if expert_group else {})
         groups[role, expert_group]["params"].append(parameter)
     return list(groups.values())

@@ -22,7 +22,8 @@ def resolve(ds_config: dict[str, Any], *overrides: str, precision: str = "bf16")
 @pytest.mark.parametrize("given", ["auto", "left out", "the same"])
 def test_what_the_recipe_owns_is_filled(given: str) -> None:
     values = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
-    stated: dict[str, Any] = {"auto": dict.fromkeys(values, "auto"), "left out": {}, "the same": values}[given]
+    choices: dict[str, dict[str, Any]] = {"auto": dict.fromkeys(values, "auto"), "left out": {}, "the same": values}
+    stated = choices[given]
     ds_config = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "bf16": {"enabled": "auto"}, **stated}
     before = copy.deepcopy(ds_config)
     resolved = resolve(ds_config)

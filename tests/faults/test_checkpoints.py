@@ -109,6 +109,7 @@ KILLED_BEFORE_THE_RENAME = """\
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pretrain.checkpoint import store
+from pretrain.train import main
 rename = os.replace
 def killed(source, target):
     if str(target).endswith("step_7"):
@@ -180,10 +181,10 @@ def validation_loss(tiny: Tiny, checkpoint: Path, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_weights_files_hold_the_fp32_masters_and_give_the_same_validation_loss(zero: int, precision: str, tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer = make_trainer(tiny, run, f"train.precision={precision}", zero=zero, steps=3)
+    trainer = make_trainer(tiny, run, f"train.precision={precision}", "validation.interval_steps=9", zero=zero, steps=2)
     run.mkdir()
     assert trainer.fit()
-    checkpoint = run / "checkpoints" / "step_3"
+    checkpoint = run / "checkpoints" / "step_2"
     saved, live = load_state_dict(checkpoint), live_weights(trainer.engine.model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     assert saved.keys() == live.keys()

@@ -161,6 +161,10 @@ class PlainMoE:
         """What each micro batch's summed cross-entropy is divided by: the counted tokens of the whole global batch."""
         return [float(sum((labels >= 0).sum().item() for _, labels, _ in micro_batches))] * len(micro_batches)
 
+    def clip_factor(self, norm: float) -> float:
+        """What every gradient is multiplied by, so that their common norm is at most ``max_norm``."""
+        return min(1.0, self.settings.max_norm / (norm + 1e-6))
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to ``final_ratio``; ``step`` counts from 0."""
         settings = self.settings
@@ -183,7 +187,7 @@ class PlainMoE:
             cross_entropy, loss = cross_entropy + share.item(), loss + micro_loss.item()
         gradients = self.gradients()
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
-        clip = min(1.0, self.settings.max_norm / (norm + 1e-6))
+        clip = self.clip_factor(norm)
         self._adamw({name: gradient * clip for name, gradient in gradients.items()}, step)
         return PlainStep(cross_entropy, loss, norm)
 

@@ -1,4 +1,4 @@
-"""Every parameter in one group, with the learning rate and decay of its role; experts apart and marked for DeepSpeed."""
+"""Every parameter in one group, with the decay of its role; learning rates by role; experts apart and marked for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_every_parameter_is_in_exactly_one_group(kind: str, tied: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_roles_decide_learning_rate_and_decay(kind: str) -> None:
+def test_roles_decide_the_decay_and_nothing_moves_before_the_first_step(kind: str) -> None:
     model, groups = groups_of(KINDS[kind])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    expected = {"embedding": (2e-4, 0.0), "router": (1e-4, 0.1), "norm": (3e-3, 0.0), "matrix": (3e-3, 0.1)}
+    decay = {"embedding": 0.0, "router": 0.1, "norm": 0.0, "matrix": 0.1}
     by_role: dict[str, set[str]] = {}
     for group in groups:
-        assert (group["lr"], group["weight_decay"]) == expected[group["role"]]
+        assert (group["lr"], group["weight_decay"]) == (0.0, decay[group["role"]])
         by_role.setdefault(group["role"], set()).update(names[id(parameter)] for parameter in group["params"])
     assert by_role["embedding"] == {"embedding.weight"}
     assert len(by_role["router"]) == 1 and "layers.1.feed_forward" in next(iter(by_role["router"]))
@@ -66,6 +66,11 @@ def test_a_frozen_parameter_is_left_out() -> None:
     model = DecoderLM(recipe.model)
     model.embedding.weight.requires_grad_(False)
     assert "embedding" not in {group["role"] for group in parameter_groups(model, recipe.optimizer)}
+
+
+def test_router_and_embedding_may_have_learning_rates_of_their_own() -> None:
+    rates = peak_learning_rates(load_recipe("debug", RATES).optimizer)
+    assert rates == {"embedding": 2e-4, "router": 1e-4, "norm": 3e-3, "matrix": 3e-3}
 
 
 def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
@@ -98,4 +103,4 @@ def test_the_recipes_numbers_reach_the_optimizer(override: str, kind: type, defa
     config = load_recipe("debug", [override]).optimizer
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], config)
     assert type(optimizer) is kind
-    assert defaults | {"lr": 1e-2} == {name: optimizer.param_groups[0][name] for name in (*defaults, "lr")}
+    assert {name: optimizer.param_groups[0][name] for name in defaults} == defaults

@@ -73,8 +73,9 @@ class DroplessMoE(AutoEPMoELayer):
         layer_config.use_grouped_mm = False  # decided by our Experts; True would refuse a torch without grouped_mm
         super().__init__(_layer_spec(config, hidden_size), _WeightShapes(config, hidden_size), ep_size, ep_rank, layer_config)
         # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
-        self.experts = Experts(self.experts.w1, self.experts.w2, self.experts.w3, config.expert_kernel)
-        self.router = SoftmaxTopKRouter(self.router.gate, config.top_k, config.norm_topk_prob)
+        tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
+        self.experts = Experts(tagged.w1, tagged.w2, tagged.w3, config.expert_kernel)
+        self.router = SoftmaxTopKRouter(gate, config.top_k, config.norm_topk_prob)
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(hidden_size, width) if width else None
 

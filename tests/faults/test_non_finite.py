@@ -1,0 +1,60 @@
+"""Numbers that are not finite: fp16 skips the step and halves its loss scale, everything else stops before such a weight is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pretrain.checkpoint.layout import complete_checkpoints
+from pretrain.checkpoint.weights import load_state_dict
+from pretrain.engine.engine import Engine, StepResult
+from tests.launch.tiny_run import Tiny, make_trainer
+
+Command = Callable[[list[str]], tuple[int, str]]
+
+
+def masters(engine: Engine) -> list[torch.Tensor]:
+    return [engine.master_weight(parameter).clone() for parameter in engine.model.parameters()]
+
+
+def test_training_that_diverges_ends_with_code_6_and_saves_only_finite_weights(tiny: Tiny, tmp_path: Path, train: Command) -> None:
+    run = tmp_path / "run"
+    code, message = train(tiny.arguments(run, "optimizer.learning_rate=1.0e+30", "checkpoint.interval_steps=1", "validation.interval_steps=9"))
+    assert code == 6
+    assert "is not finite" in message and "optimizer.learning_rate" in message and "Traceback" not in message
+    for checkpoint in complete_checkpoints(run / "checkpoints"):
+        assert all(weight.isfinite().all() for weight in load_state_dict(checkpoint).values())
+
+
+@pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this device does not compute in fp16")
+def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_fp16 = tmp_path / "zero1.json"
+    tiny_fp16.write_text('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1}}')
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer = make_trainer(Tiny(tmp_path, tiny.recipe, tiny.data), run, "train.precision=fp16", "validation.interval_steps=9", zero=1)
+    engine, train_step = trainer.engine, trainer.engine.train_step
+    seen: list[tuple[bool, float, bool]] = []
+    overflowing = {"now": False}
+    weight = engine.model.head.weight
+    weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf) if overflowing["now"] else gradient)
+
+    def observed(batches: list, factor: float) -> StepResult:  # type: ignore[type-arg]
+        overflowing["now"] = len(seen) == 2
+        before = masters(engine)
+        result = train_step(batches, factor)
+        unchanged = all(torch.equal(old, new) for old, new in zip(before, masters(engine), strict=True))
+        seen.append((result.applied, engine.loss_scale(), unchanged))
+        return result
+
+    monkeypatch.setattr(engine, "train_step", observed)
+    assert trainer.fit()
+    assert seen == [(True, 1024, False), (True, 1024, False), (False, 512, True), (True, 512, False), (True, 512, False)]
+    assert trainer.progress.skipped_steps == 1
+    assert trainer.store.newest() == run / "checkpoints" / "step_5"
