@@ -112,9 +112,10 @@ class Trainer:
     def _check_finite(self, result: StepResult) -> None:
         """Stops before a weight that is no number is saved. The norm is the same on every rank, so all stop together.
 
-        ZeRO reports a norm that is not finite as -1, the bf16 optimizer as infinity.
+        ZeRO reports a norm that is not finite as -1, the bf16 optimizer as infinity. Only fp16 has a reason to skip such a step and go on:
+        its loss scale may have been too large. DeepSpeed skips it in every precision.
         """
-        if not result.applied:
+        if not result.applied and self.engine.precision == "fp16":
             self.progress.skipped_steps += 1
             self.progress.skipped_in_a_row += 1
             if self.progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
@@ -122,7 +123,7 @@ class Trainer:
                     f"the gradients of {self.progress.skipped_in_a_row} steps in a row up to step {self.progress.step} were not finite: "
                     "lower optimizer.learning_rate, or use train.precision=bf16 or fp32; the last checkpoint is intact"
                 )
-        elif not (math.isfinite(result.grad_norm) and result.grad_norm >= 0):
+        elif not (result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
             raise NonFiniteError(
                 f"the gradient of step {self.progress.step} is not finite: lower optimizer.learning_rate or look at the data of this step; "
                 "the last checkpoint is intact"
@@ -166,6 +167,10 @@ class Trainer:
             validation_batches(self.validation, size, loader.dp_rank, loader.dp_size, limit, data.document_mask, loader.eod_id)
         )
         progress, loss = self.progress, nll / targets
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the validation loss of step {progress.step} is not finite: lower optimizer.learning_rate; the last checkpoint is intact"
+            )
         progress.last_validation = loss
         best = progress.best_validation is None or loss < progress.best_validation
         if best:
@@ -176,9 +181,18 @@ class Trainer:
         self._row_started += time.perf_counter() - started  # not training time
         return best
 
+    def _weights_are_finite(self) -> bool:
+        """The same answer on every rank; of a weight that ZeRO 3 has partitioned, each rank looks at its own part."""
+        parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.model.parameters())
+        return not self.topology.any(not all(bool(part.isfinite().all()) for part in parts))
+
     def _save(self) -> None:
         started = time.perf_counter()
         progress = self.progress
+        if not self._weights_are_finite():
+            raise NonFiniteError(
+                f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"
+            )
         state = self.identity | {
             "step": progress.step,
             "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,

@@ -118,8 +118,8 @@ def _sentence(detail: Any, origin: str) -> str:
     dotted = ".".join(str(part) for index, part in enumerate(location) if not (part in kinds and index > 0)) or "the recipe"
     if detail["type"] == "extra_forbidden":
         fields = _fields_at(location)
-        near = difflib.get_close_matches(str(location[-1]), fields, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(fields)}"
+        near = difflib.get_close_matches(str(location[-1]), fields, n=2)
+        hint = "did you mean " + " or ".join(f"'{name}'" for name in near) + "?" if near else f"it takes {', '.join(fields)}"
         return f"{origin}: unknown field '{dotted}': {hint}"
     if detail["type"] == "missing":
         return f"{origin}: '{dotted}' is missing"

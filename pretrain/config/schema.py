@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A part of a recipe: frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------
@@ -226,8 +226,8 @@ class AdamWConfig(Section):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of matrices; norms and embeddings are never decayed")
     router_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -239,7 +239,7 @@ class SGDConfig(Section):
 
     kind: Literal["sgd"]
     learning_rate: Annotated[float, Field(gt=0)]
-    momentum: Share = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     router_learning_rate: Annotated[float, Field(gt=0)] | None = None
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None

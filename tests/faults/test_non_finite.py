@@ -21,13 +21,20 @@ def masters(engine: Engine) -> list[torch.Tensor]:
     return [engine.master_weight(parameter).clone() for parameter in engine.model.parameters()]
 
 
-def test_training_that_diverges_ends_with_code_6_and_saves_only_finite_weights(tiny: Tiny, tmp_path: Path, train: Command) -> None:
+@pytest.mark.parametrize(("precision", "zero", "learning_rate"), [("fp32", 0, 1e30), ("fp32", 1, 1e30), ("bf16", 2, 1e30), ("fp32", 1, 1e39)])
+def test_training_that_diverges_ends_with_code_6_and_saves_only_finite_weights(
+    precision: str, zero: int, learning_rate: float, tiny: Tiny, tmp_path: Path, train: Command
+) -> None:
     run = tmp_path / "run"
-    code, message = train(tiny.arguments(run, "optimizer.learning_rate=1.0e+30", "checkpoint.interval_steps=1", "validation.interval_steps=9"))
+    settings = [f"train.precision={precision}", f"optimizer.learning_rate={learning_rate}", "checkpoint.interval_steps=1"]
+    code, message = train(tiny.arguments(run, *settings, "validation.interval_steps=9", zero=zero))
     assert code == 6
-    assert "is not finite" in message and "optimizer.learning_rate" in message and "Traceback" not in message
-    for checkpoint in complete_checkpoints(run / "checkpoints"):
-        assert all(weight.isfinite().all() for weight in load_state_dict(checkpoint).values())
+    # The first update is finite unless the learning rate alone overflows; the gradient of the second step is not.
+    what = "the weights after step 1 are" if learning_rate > 1e38 else "the gradient of step 2 is"
+    assert f"error: {what} not finite: lower optimizer.learning_rate" in message and "Traceback" not in message
+    checkpoints = complete_checkpoints(run / "checkpoints")
+    assert [path.name for path in checkpoints] == ([] if learning_rate > 1e38 else ["step_1"])
+    assert all(weight.isfinite().all() for path in checkpoints for weight in load_state_dict(path).values())
 
 
 @pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this device does not compute in fp16")
