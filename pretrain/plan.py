@@ -52,12 +52,12 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     console.print("[bold]recipe[/bold]", recipe_to_yaml(recipe), sep="\n", highlight=False)
     console.print("[bold]ds_config[/bold]", json.dumps(plan["ds_config"], indent=2), sep="\n", highlight=False)
     table = Table("what", "value", title="plan")
-    state = plan["state_bytes_per_rank"]
+    state, train, accumulation = plan["state_bytes_per_rank"], recipe.train, plan["gradient_accumulation_steps"]
     rows = {
         "ranks": f"{plan['world_size']} (ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']})",
         "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
         "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps of {recipe.train.tokens_per_step:,}",
-        "gradient accumulation": f"{plan['gradient_accumulation_steps']} micro batches of {recipe.train.micro_batch_size} x {recipe.train.sequence_length}",
+        "gradient accumulation": f"{accumulation} micro batches of {train.micro_batch_size} x {train.sequence_length}",
         "memory a rank": f"{(state['total'] + plan['activation_bytes_per_rank']) / 1e9:.2f} GB: weights {state['weights'] / 1e9:.2f}, gradients "
         f"{state['gradients'] / 1e9:.2f}, optimizer {state['optimizer'] / 1e9:.2f}, activations about {plan['activation_bytes_per_rank'] / 1e9:.2f}",
         "time": f"about {_duration(plan['estimated_seconds'])} ({plan['estimate_basis']})",

@@ -136,7 +136,8 @@ def check_same_run(now: Recipe, saved: Recipe, now_identity: dict[str, Any], sav
         if saved_state.get(key) != value:
             what = {"data_fingerprint": "other data", "tokenizer_sha256": "another tokenizer"}.get(key, f"{key} {saved_state.get(key)}, not {value}")
             raise ConfigError(
-                f"{folder} holds a run with {what}: resume with what it was started with, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+                f"{folder} holds a run with {what}: resume with what it was started with, "
+                "choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
             )
 
 

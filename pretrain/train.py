@@ -77,7 +77,8 @@ def resolve_recipe(recipe: Recipe, precision: str, manifest: Manifest | None) ->
         raise DataError(f"the vocabulary's size is not known before there is data in {recipe.data_path}: build it, or set model.vocab_size")
     if manifest and vocab_size < manifest.tokenizer.vocab_size:
         raise DataError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer of {recipe.data_path} has {manifest.tokenizer.vocab_size} entries: leave model.vocab_size out"
+            f"model.vocab_size is {vocab_size}, but the tokenizer of {recipe.data_path} has "
+            f"{manifest.tokenizer.vocab_size} entries: leave model.vocab_size out"
         )
     model = recipe.model.model_copy(update={"vocab_size": vocab_size})
     return recipe.model_copy(update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})})
@@ -206,7 +207,8 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
     if done_already:
         say(
-            f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise train.train_tokens to go on, or use --fresh to start over"
+            f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; "
+            "raise train.train_tokens to go on, or use --fresh to start over"
         )
     elif finished:
         say(

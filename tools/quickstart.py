@@ -157,14 +157,16 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
 
 def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
     folder = recipe.output_path
+    stage_times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items())
     table = Table("what", "value", title=f"{recipe.name}: the main job", show_lines=False)
     rows = {
         "tokens": f"{summary['train_tokens']:,} in {summary['steps']:,} steps, {summary['tokens_per_second']:,.0f} tokens/s",
         "parameters": f"{summary['parameters_total']:,} total, {summary['parameters_active']:,} active",
-        "validation loss": f"{summary['validation_loss']:.4f} nats a token, perplexity {summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits a byte",
-        "Kneser-Ney bigram": f"{summary['bigram_loss']:.4f} nats a token on the same targets: the model is {summary['better_than_bigram_by']:.4f} better",
-        "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (logits' standard deviation {summary['export_logits_std']:.2f})",
-        "wall time": f"{summary['wall_seconds']:.0f} s: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items()),
+        "validation loss": f"{summary['validation_loss']:.4f} nats a token (perplexity {summary['perplexity']:.2f})",
+        "bits a byte": f"{summary['bits_per_byte']:.4f}",
+        "Kneser-Ney bigram": f"{summary['bigram_loss']:.4f} nats a token: the model is {summary['better_than_bigram_by']:.4f} better",
+        "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (standard deviation {summary['export_logits_std']:.2f})",
+        "wall time": f"{summary['wall_seconds']:.0f} s: {stage_times}",
         "reused": ", ".join(summary["reused"]) or "nothing",
         "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/loss.png, {folder}/summary.json",
         "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",

@@ -40,7 +40,8 @@ def micro_batch_divides(recipe: Recipe) -> None:
     train = recipe.train
     if train.global_batch_size % train.micro_batch_size:
         raise ConfigError(
-            f"train.global_batch_size ({train.global_batch_size}) is no multiple of train.micro_batch_size ({train.micro_batch_size}): change one of them"
+            f"train.global_batch_size ({train.global_batch_size}) is no multiple of "
+            f"train.micro_batch_size ({train.micro_batch_size}): change one of them"
         )
 
 
@@ -85,7 +86,8 @@ def experts_divide(recipe: Recipe) -> None:
 def warmup_fits(recipe: Recipe) -> None:
     if recipe.schedule.warmup_steps > recipe.train.num_steps:
         raise ConfigError(
-            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run ({recipe.train.num_steps} steps): lower it or raise train.train_tokens"
+            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run "
+            f"({recipe.train.num_steps} steps): lower it or raise train.train_tokens"
         )
 
 
@@ -126,7 +128,8 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
     ranks_per_pass = train.micro_batch_size * world_size
     if train.global_batch_size % ranks_per_pass:
         raise ConfigError(
-            f"train.global_batch_size ({train.global_batch_size}) is no multiple of micro_batch_size x ranks ({train.micro_batch_size} x {world_size}): "
+            f"train.global_batch_size ({train.global_batch_size}) is no multiple of "
+            f"micro_batch_size x ranks ({train.micro_batch_size} x {world_size}): "
             "change the batch sizes or the number of ranks"
         )
     return train.global_batch_size // ranks_per_pass

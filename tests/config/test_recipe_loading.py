@@ -63,10 +63,10 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
     "override,parts",
     [
         ("optimiser.learning_rate=1", ["unknown field 'optimiser'", "did you mean 'optimizer'?"]),
-        ("train.micro_batchsize=1", ["unknown field 'train.micro_batchsize'", "did you mean 'micro_batch_size'?"]),
+        ("train.micro_batchsize=1", ["unknown field 'train.micro_batchsize'", "did you mean 'micro_batch_size'"]),
         ("model.moe.topk=1", ["unknown field 'model.moe.topk'", "did you mean 'top_k'?"]),
         ("model.moe.capacity_factor=1", ["unknown field 'model.moe.capacity_factor'", "it takes ", "num_shared_experts"]),
-        ("model.attention.num_attn_heads=1", ["unknown field 'model.attention.num_attn_heads'", "did you mean 'num_attention_heads'?"]),
+        ("model.attention.num_attn_heads=1", ["unknown field 'model.attention.num_attn_heads'", "did you mean", "'num_attention_heads'"]),
         ("optimizer.lr=1", ["unknown field 'optimizer.lr'", "it takes ", "learning_rate"]),
         ("data.tokenizer.vocabsize=1", ["unknown field 'data.tokenizer.vocabsize'", "did you mean 'vocab_size'?"]),
         ("train.micro_batch_size=0", ["'train.micro_batch_size'", "greater than or equal to 1", "got 0"]),

@@ -159,5 +159,7 @@ def test_commands_as_processes_end_with_a_sentence_and_a_code(
 
 def test_fp16_where_the_device_cannot_is_refused_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match=r"train.precision is fp16, but this \w+ device cannot compute in it: use --set train.precision=bf16 or fp32"):
+    with pytest.raises(
+        ConfigError, match=r"train.precision is fp16, but this \w+ device cannot compute in it: use --set train.precision=bf16 or fp32"
+    ):
         resolve_precision("fp16")

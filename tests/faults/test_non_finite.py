@@ -38,9 +38,7 @@ def test_training_that_diverges_ends_with_code_6_and_saves_only_finite_weights(
 
 
 @pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this device does not compute in fp16")
-def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_fp16 = tmp_path / "zero1.json"
     tiny_fp16.write_text('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1}}')
     run = tmp_path / "run"

@@ -77,7 +77,9 @@ def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
 
 def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
     load = deepspeed.DeepSpeedEngine.load_checkpoint
-    patch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False))
+    patch.setattr(
+        deepspeed.DeepSpeedEngine, "load_checkpoint", lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False)
+    )
 
 
 def read_the_next_step(patch: pytest.MonkeyPatch) -> None:

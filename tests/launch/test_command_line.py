@@ -39,7 +39,9 @@ def test_the_same_command_says_that_it_is_done_and_rewrites_nothing(
     assert before.items() <= contents(finished).items()
 
 
-def test_more_tokens_continue_a_finished_run(tiny: Tiny, finished: Path, reference: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_tokens_continue_a_finished_run(
+    tiny: Tiny, finished: Path, reference: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(tiny.arguments(finished, steps=7)) == 0
     assert "resuming from step 5 of 7" in capsys.readouterr().out
     rows, before = curve(finished), curve(reference)
