@@ -34,8 +34,9 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.sources import Document, PythonStdlib, TextFiles, open_source
 from data_pipeline.split import SPLITS, SplitName, SplitPlan, plan_split
-from data_pipeline.storage import only_writer, publish, staging, write_synced
+from data_pipeline.storage import publish, staging
 from data_pipeline.tokenizer import Tokenizer, cut_before_white_space, load_tokenizer, train_bpe
+from pretrain.config.durable import only_writer, write_synced
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import DataConfig, TokenizerFile, TrainBPE
 
@@ -84,7 +85,7 @@ def build(config: DataConfig, output: Path, fresh: bool = False, progress: bool 
     request = request_sha256(config, given)
     corpus = read_corpus(source, progress)
     plan = plan_split(corpus.document_ids, config.validation_share)
-    with only_writer(output):
+    with only_writer(output, "choose another --output"):
         has_manifest = (output / MANIFEST_NAME).exists()
         if has_manifest and not fresh:
             return BuildResult(output, _matching_manifest(output, request, corpus), reused=True)

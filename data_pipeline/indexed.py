@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_pipeline.storage import sync_folder
+from pretrain.config.durable import fsync_path
 from pretrain.config.errors import DataError, StorageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -130,7 +130,7 @@ class IndexedWriter:
             os.fsync(stream.fileno())
         os.replace(self._temporary_bin, bin_path(self.prefix))
         os.replace(self._temporary_idx, idx_path(self.prefix))
-        sync_folder(self.prefix.parent)
+        fsync_path(self.prefix.parent)
         tokens = sum(self._lengths)
         return WrittenShard(
             documents=len(self._lengths),

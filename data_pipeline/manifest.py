@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from data_pipeline.indexed import bin_path, idx_path
 from data_pipeline.split import SPLITS, SplitName
+from pretrain.config.durable import file_sha256
 from pretrain.config.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -89,11 +90,6 @@ class Manifest(ManifestPart):
 def canonical_sha256(content: dict[str, Any]) -> str:
     """SHA-256 of a mapping's canonical JSON: sorted keys, no spaces, ASCII."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_manifest(folder: Path | str) -> Manifest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import logging
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.layout import complete_checkpoints
-from pretrain.config.errors import ConfigError, StorageError
+from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
 
 # What makes a run this run: a change of any of these would continue another model, or on another order of the data.
@@ -48,27 +47,6 @@ def start_over(folder: Path, overwrite: bool) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "metrics.csv", "loss.png", SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, so that two runs never write into one.
-
-    Raises:
-        ConfigError: where another process holds it.
-        StorageError: where the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --set run_path=FOLDER") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder with --set run_path=FOLDER") from None
-        yield
 
 
 def log_to_file(folder: Path, rank: int) -> None:

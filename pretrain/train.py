@@ -23,6 +23,7 @@ from pretrain.callbacks.tensorboard import DeepSpeedMonitor
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.durable import only_writer
 from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.rules import check_topology
@@ -33,12 +34,13 @@ from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import CHECKPOINTS, check_same_run, log_to_file, only_writer, prints_to_log, start_over, update_summary
+from pretrain.run_folder import CHECKPOINTS, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+OTHER_FOLDER = "choose another folder with --set run_path=FOLDER"
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero1.json"
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json --recipe quickstart
@@ -177,7 +179,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
     topology = connect(recipe.parallel.ep_size)
     folder = Path(recipe.output_path)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
-    with only_writer(folder) if topology.is_main else contextlib.nullcontext():
+    with only_writer(folder, OTHER_FOLDER) if topology.is_main else contextlib.nullcontext():
         if options.fresh and topology.is_main:
             start_over(folder, options.overwrite)
         topology.barrier()

@@ -15,13 +15,12 @@ checkpoints/
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.durable import file_sha256, write_synced
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import parse_yaml, validate_recipe
 from pretrain.config.schema import Recipe
@@ -93,11 +92,6 @@ def read_recipe(folder: Path) -> Recipe:
     return validate_recipe(parse_yaml(text, str(path)), str(path))
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def payload_files(folder: Path) -> list[Path]:
     """Every file of a checkpoint but its manifest, in a fixed order."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -123,19 +117,6 @@ def damage(folder: Path, part: int = 0, parts: int = 1, with_hashes: bool = True
     return None
 
 
-def fsync_path(path: Path) -> None:
-    """Forces a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_pointer(checkpoints: Path, name: str) -> None:
     """Moves ``latest`` to a checkpoint, atomically."""
-    temporary = checkpoints / f".{LATEST}.tmp"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    fsync_path(temporary)
-    os.replace(temporary, checkpoints / LATEST)
-    fsync_path(checkpoints)
+    write_synced(checkpoints / LATEST, f"{name}\n".encode())

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
+from pretrain.config.durable import file_sha256, fsync_path
 from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
 from pretrain.config.load import recipe_to_yaml
 from pretrain.engine.engine import Engine
@@ -156,15 +157,15 @@ class CheckpointStore:
         topology = self.engine.topology
         entries: dict[str, Any] = {}
         for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
-            layout.fsync_path(path)
-            entries[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": layout.file_sha256(path)}
+            fsync_path(path)
+            entries[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         shares = topology.gather(entries)
         if not topology.is_main:
             return
         manifest = {"version": 1, "files": {name: entry for share in shares for name, entry in sorted(share.items())}}
         (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (temporary / layout.MANIFEST, temporary / layout.DEEPSPEED_TAG, temporary / layout.RANDOM_FOLDER, temporary):
-            layout.fsync_path(path)
+            fsync_path(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         layout.write_pointer(self.folder, target.name)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.config.durable import fsync_path
 from pretrain.config.errors import CheckpointError, ConfigError, StorageError
 
 WEIGHTS = "model.safetensors"
@@ -45,8 +46,8 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         readable = temporary.stat().st_mode & 0o666
         for path in temporary.iterdir():
             path.chmod(readable)  # safetensors leaves its files readable for their owner alone
-            _fsync(path)
-        _fsync(temporary)
+            fsync_path(path)
+        fsync_path(temporary)
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -63,16 +64,8 @@ def _replace(new: Path, output: Path) -> None:
         if earlier.exists():
             os.replace(earlier, output)
         raise
-    _fsync(output.parent)
+    fsync_path(output.parent)
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:

@@ -173,7 +173,7 @@ def test_two_builds_in_one_folder_are_refused(work: Path, text_config: TextConfi
     (work / "data").mkdir()
     descriptor = os.open(work / "data", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(StorageError, match="another process is building"):
+    with pytest.raises(ConfigError, match="another process is writing"):
         build(text_config("raw/*.txt"), work / "data")
     os.close(descriptor)
     build(text_config("raw/*.txt"), work / "data")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.indexed import HEADER, IndexedReader, IndexedWriter, WrittenShard, token_dtype
-from data_pipeline.manifest import file_sha256
+from pretrain.config.durable import file_sha256
 from pretrain.config.errors import DataError, StorageError
 
 with warnings.catch_warnings():  # Megatron misses optional CUDA packages, aloud

@@ -13,6 +13,7 @@ from data_pipeline.loader import TrainLoader, Windows, open_split
 from data_pipeline.manifest import Manifest
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
+from pretrain.config.durable import file_sha256
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.model.decoder import DecoderLM
@@ -98,5 +99,5 @@ def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifes
 
 def seal(checkpoint: Path) -> None:
     """Writes the manifest of what the folder holds now."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": layout.file_sha256(path)} for path in layout.payload_files(checkpoint)}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(checkpoint)}
     (checkpoint / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config.durable import only_writer
 from pretrain.config.errors import ConfigError
-from pretrain.run_folder import only_writer
 from pretrain.train import main
 from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve
 
@@ -82,10 +82,10 @@ def test_json_alone_on_standard_output_from_any_folder_with_the_default_ds_confi
 
 def test_a_second_run_on_the_same_folder_is_refused_through_the_launcher_with_one_sentence(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with only_writer(run):
+    with only_writer(run, "wait"):
         started = Started([LAUNCHERS / "run_torchrun.sh", *tiny.arguments(run, "parallel.ep_size=2")], tmp_path)
         assert started.wait() == 2, started.stderr
     errors = [line for line in started.stderr.splitlines() if line.startswith("error:")]
-    assert errors == [f"error: another run is writing to {run}: wait for it, or choose another folder with --set run_path=FOLDER"]
+    assert errors == [f"error: another process is writing to {run}: wait for it to end, or choose another folder with --set run_path=FOLDER"]
     assert "Traceback" not in started.stdout + started.stderr
     assert started.survivors() == []
