@@ -93,6 +93,12 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+def starts_as_first_rank() -> bool:
+    """Whether the launcher made this process rank 0, also before the processes are connected; true without a launcher."""
+    names = ("RANK", "SLURM_PROCID", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
 def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
     world_size = options.world_size or max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
     manifest = load_manifest(recipe.data_path) if (Path(recipe.data_path) / "manifest.json").is_file() else None
@@ -100,7 +106,7 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, manifest)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
-    if os.environ.get("RANK", "0") == "0":
+    if starts_as_first_rank():
         plan = make_plan(recipe, resolved, precision, world_size, stage)
         if options.json_path != "-":
             print_plan(plan, recipe)
@@ -251,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options)
     except PipelineError:
         # Every rank meets the same error: rank 0 tells it, and its launcher ends the others before they repeat it.
-        if os.environ.get("RANK", "0") != "0":
+        if not starts_as_first_rank():
             sys.stdout.flush()
             time.sleep(3.0)
         raise

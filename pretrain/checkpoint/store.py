@@ -80,6 +80,8 @@ class CheckpointStore:
             write_weights(temporary, engine.model, engine.master_weight, topology.rank, topology.ep_size, moe.num_experts if moe else 1)
             engine.deepspeed.save_checkpoint(str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False)
             if topology.is_main:
+                for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: they mistake expert files for model files
+                    script.unlink()
                 (temporary / layout.RECIPE).write_text(recipe_to_yaml(engine.recipe), encoding="utf-8")
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")

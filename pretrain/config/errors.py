@@ -87,15 +87,6 @@ def run_command(main: Callable[[], int | None]) -> None:
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{where}: free space or choose another folder, then run the same command.", file=sys.stderr)
         code = IO_FAILED
-    except RuntimeError as error:
-        if not is_peer_loss(error):
-            raise
-        logger.exception("another rank is lost")
-        print(
-            "error: another rank is lost; if it said why, that stands above, else look for its last lines in log.txt: the same command resumes.",
-            file=sys.stderr,
-        )
-        code = PEER_LOST
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on.", file=sys.stderr)
         code = 130

@@ -38,7 +38,11 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES = {truncate: "bytes instead of", flip_a_bit: "does not have the content that was saved", remove: "is missing"}
+DAMAGES: dict[Callable[[Path], None], str] = {
+    truncate: "bytes instead of",
+    flip_a_bit: "does not have the content that was saved",
+    remove: "is missing",
+}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from data_pipeline.loader import Batch
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.engine.engine import Engine, StepResult
@@ -50,7 +51,7 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(tiny: Tin
     weight = engine.model.head.weight
     weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf) if overflowing["now"] else gradient)
 
-    def observed(batches: list, factor: float) -> StepResult:  # type: ignore[type-arg]
+    def observed(batches: list[Batch], factor: float) -> StepResult:
         overflowing["now"] = len(seen) == 2
         before = masters(engine)
         result = train_step(batches, factor)

@@ -43,7 +43,8 @@ def baseline(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
 
 def stop_in_micro_batch(patch: pytest.MonkeyPatch, number: int) -> None:
     """This process gets SIGTERM while it computes micro batch ``number`` (from 1) of training."""
-    forward, seen = DecoderLM.forward, []
+    forward = DecoderLM.forward
+    seen: list[None] = []
 
     def interrupted(model: DecoderLM, *inputs: Any) -> Any:
         if model.training:

@@ -27,8 +27,8 @@ def start(script: str, tiny: Tiny, run: Path) -> Started:
 def start_without_launcher(tiny: Tiny, run: Path) -> list[Started]:
     """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
-    return [Started(command, run.parent, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
+    return [Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
 
 
 def saved_step(run: Path) -> int:

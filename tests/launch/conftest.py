@@ -17,13 +17,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of five steps, by one process without any launcher; tests only read it."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    started = Started([sys.executable, SCRIPT, *tiny.arguments(run)], tiny.folder)
+def one_process(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
+    """A finished run of five steps without any launcher, with the default ds_config, from a folder that is not the project's."""
+    folder = tmp_path_factory.mktemp("reference")
+    started = Started([sys.executable, SCRIPT, *tiny.arguments(Path("run"), zero=None), "--json", "-"], folder)
     assert started.wait() == 0, started.stderr
     assert started.survivors() == []
-    return run
+    return folder / "run", started
+
+
+@pytest.fixture(scope="session")
+def reference(one_process: tuple[Path, Started]) -> Path:
+    """The folder of that run; tests only read it."""
+    return one_process[0]
 
 
 @pytest.fixture

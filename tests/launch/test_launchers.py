@@ -60,7 +60,7 @@ def submit(tools: Path, spool: Path, arguments: list[str], **variables: str) -> 
     script = Path(shutil.copy(LAUNCHERS / "slurm.sbatch", spool / "slurm_script"))
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "localhost,second-host", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     path = f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    return Started([script, *arguments], spool, **job, SLURM_SUBMIT_DIR=str(ROOT), PATH=path, **variables)
+    return Started([script, *arguments], spool, job | {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": path} | variables)
 
 
 @pytest.mark.parametrize("script", ["run_deepspeed.sh", "run_torchrun.sh", "run_mpi.sh"])

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,11 @@ class Tiny:
     recipe: Path
     data: Path
 
-    def arguments(self, run: Path, *overrides: str, steps: int = 5, zero: int = 1) -> list[str]:
-        """The training command's options for a run in the folder ``run``."""
+    def arguments(self, run: Path, *overrides: str, steps: int = 5, zero: int | None = 1) -> list[str]:
+        """The training command's options for a run in the folder ``run``; without ``zero`` its own ds_config."""
         settings = [f"run_path={run}", f"train.train_tokens={steps * STEP_TOKENS}", *overrides]
-        ds_config = self.folder / f"zero{zero}.json"
-        return ["--recipe", str(self.recipe), "--ds_config", str(ds_config), *(part for setting in settings for part in ("--set", setting))]
+        ds_config = [] if zero is None else ["--ds_config", str(self.folder / f"zero{zero}.json")]
+        return ["--recipe", str(self.recipe), *ds_config, *(part for setting in settings for part in ("--set", setting))]
 
 
 def make_tiny(folder: Path) -> Tiny:
@@ -103,7 +103,9 @@ def free_port() -> str:
 class Started:
     """A command with all processes below it, found by a mark in their environment even when their parent is gone."""
 
-    def __init__(self, command: list[str | Path], folder: Path, preexec: Callable[[], None] | None = None, **variables: str) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], folder: Path, variables: Mapping[str, str] | None = None, preexec: Callable[[], None] | None = None
+    ) -> None:
         self.mark = uuid.uuid4().hex
         inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and name != "PYTHONPATH"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
@@ -111,7 +113,7 @@ class Started:
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=folder,
-            env=inherited | own | variables,
+            env=inherited | own | dict(variables or {}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
