@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pretrain.config.cli import add_json_option, add_recipe_options, command_par
 from pretrain.config.errors import PipelineError, run_command
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import Recipe
+from pretrain.engine.topology import free_port
 from pretrain.run_folder import SUMMARY, update_summary
 
 EXAMPLES = """\
@@ -31,6 +33,7 @@ EXAMPLES = """\
   python tools/quickstart.py --num-accelerators 1 --set parallel.ep_size=1
   python tools/quickstart.py --recipe debug --set parallel.ep_size=2"""
 PROMPT = "def read_file(path):"
+LAUNCHER_PORT = 29500  # the default of the deepspeed launcher
 
 
 class StageFailed(PipelineError):
@@ -92,7 +95,7 @@ class Stages:
         return result
 
     def _record(self, name: str, seconds: float) -> None:
-        self.seconds[name] = seconds
+        self.seconds[name] = round(seconds, 1)
         update_summary(self.run_folder, {"seconds_by_stage": self.seconds})
 
 
@@ -101,6 +104,13 @@ def default_ranks() -> int:
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def other_port() -> list[str]:
+    """An option for the launcher where its default port is taken, by another run on this machine for example."""
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", LAUNCHER_PORT)) == 0
+    return ["--master_port", str(free_port())] if taken else []
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,7 +129,16 @@ def run_stages(options: argparse.Namespace, recipe: Recipe, stages: Stages) -> d
     chosen = ["--recipe", options.recipe, *(part for override in options.overrides for part in ("--set", override))]
     latest, exported = str(folder / "checkpoints" / "latest"), folder / "hf"
     results = {"data": stages.run("data", [python, "tools/preprocess_data.py", *chosen], lambda result: bool(result["reused"]))}
-    train = ["deepspeed", "--num_accelerators", str(options.num_accelerators), "launchers/pretrain.py", "--ds_config", options.ds_config, *chosen]
+    train = [
+        "deepspeed",
+        *other_port(),
+        "--num_accelerators",
+        str(options.num_accelerators),
+        "launchers/pretrain.py",
+        "--ds_config",
+        options.ds_config,
+        *chosen,
+    ]
     results["train"] = stages.run("train", train, lambda result: bool(result["done_already"]))
     checkpoint = str(resolve_checkpoint(latest))
     same = lambda result: result.get("checkpoint") == checkpoint and "train" in stages.reused  # noqa: E731
@@ -150,7 +169,7 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
         "export": export["output"],
         "sample": results["generate"]["prompt"] + results["generate"]["text"],
         "wall_seconds": round(sum(stages.seconds.values()), 1),
-        "seconds_by_stage": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
+        "seconds_by_stage": stages.seconds,
         "reused": stages.reused,
     }
 
