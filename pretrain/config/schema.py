@@ -136,7 +136,7 @@ class DroplessMoE(MoEBase):
 
     kind: Literal["dropless"] = "dropless"
     num_shared_experts: NonNegative = Field(0, description="experts of the same width that see every token, ungated")
-    expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm on CUDA, else a loop of plain matmuls")
+    expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop")
 
 
 class DeepSpeedMoE(MoEBase):

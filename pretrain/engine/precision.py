@@ -32,5 +32,7 @@ def _native_bf16(device_name: str) -> bool:
     if device_name == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     if device_name == "cpu":
+        if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
+            return bool(torch.cpu._is_avx512_bf16_supported())
         return any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return bool(get_accelerator().is_bf16_supported())

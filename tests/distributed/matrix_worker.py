@@ -36,8 +36,13 @@ def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> lis
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, vocab_size, (train.global_batch_size, train.sequence_length + 1), generator=generator)
     tokens[:, 1::2] = (tokens[:, :-1:2] * 7 + 3) % vocab_size
-    micro = tokens.split(train.micro_batch_size)[rank::world_size]
-    return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), None) for part in micro]
+    inputs, labels, documents = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None
+    if recipe.data.document_mask:
+        ends = inputs % 11 == 0  # unevenly many a micro batch, so that their losses weigh differently
+        labels, documents = labels.masked_fill(ends, -100), ends.cumsum(1) - ends.long()
+    parts = [value.split(train.micro_batch_size) if value is not None else None for value in (inputs, labels, documents)]
+    mine = range(rank, len(parts[0]), world_size)
+    return [Batch(*(part[index] if part is not None else None for part in parts)) for index in mine]
 
 
 def scale_expert_gradients(engine: Engine, gain: float, only_first: bool = False) -> None:

@@ -47,13 +47,16 @@ def case(kind: str, zero: int, ep_size: int, optimizer: str = SGD, overrides: tu
     }
 
 
+DOCUMENTS = ("data.document_mask=true",)
+RECOMPUTED = ("train.activation_checkpointing=true",)
 GLOBAL = ("model.moe.balance_scope=global_batch",)
 LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
 MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
 SPANNING: dict[int, list[Case]] = {
     1: [
         case("dropless", 0, 1), case("deepspeed", 0, 1), case("dropless", 0, 1, ADAMW), case("dropless", 0, 1, expert_gain=10.0),
-        case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED), case("dropless", 3, 1),
+        case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, overrides=DOCUMENTS), case("dropless", 0, 1, overrides=RECOMPUTED),
+        case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED), case("dropless", 3, 1),
         *(case("dropless", zero, 1, ADAMW, LOW["bf16"]) for zero in (0, 1, 2, 3)),
         *(case("dropless", zero, 1, ADAMW, LOW["fp16"]) for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
     ],
@@ -62,11 +65,13 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 2, 2, ADAMW), case("dropless", 3, 2, ADAMW), case("dropless", 0, 2, expert_gain=10.0),
         case("dropless", 1, 2, expert_gain=10.0), case("dropless", 1, 2, overrides=GLOBAL), case("dropless", 2, 2, **MOVED),
         case("deepspeed", 0, 2, **MOVED), case("dropless", 0, 2, sabotage="expert_gradient_scaled"),
-        case("dropless", 0, 2, expert_gain=10.0, sabotage="rank_norm_dropped"),
+        case("dropless", 0, 2, expert_gain=10.0, sabotage="rank_norm_dropped"), case("dropless", 3, 2, overrides=RECOMPUTED),
+        case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
     ],
     4: [
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4), case("dropless", 1, 4, ADAMW),
         case("dropless", 2, 2, expert_gain=10.0), case("dropless", 0, 2, overrides=GLOBAL), case("dropless", 3, 4, **MOVED),
+        case("dropless", 2, 2, overrides=DOCUMENTS),
     ],
 }  # fmt: skip
 
@@ -147,6 +152,12 @@ def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(spanning: dict
 def test_both_kinds_of_layer_give_the_same_run(spanning: dict[int, Results]) -> None:
     found = difference(spanning[1]["deepspeed-sgd/zero0/ep1"], spanning[1]["dropless-sgd/zero0/ep1"])
     assert found <= 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_blocks_change_no_digit(spanning: dict[int, Results], kind: str) -> None:
+    plain, recomputed = (spanning[1][f"{label}/zero0/ep1"] for label in (f"{kind}-sgd", case(kind, 0, 1, overrides=RECOMPUTED)["label"]))
+    assert difference(recomputed, plain) == 0
 
 
 def test_clipping_was_active_and_experts_held_most_of_the_norm(spanning: dict[int, Results]) -> None:

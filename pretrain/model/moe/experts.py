@@ -41,6 +41,7 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
         """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D]."""
-        use_grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_RD.is_cuda)
+        # CUDA's grouped product takes bf16 only.
+        use_grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_RD.is_cuda and x_RD.dtype == torch.bfloat16)
         compute = experts_grouped_mm if use_grouped else experts_loop
         return compute(x_RD, counts_e, self.w1, self.w2, self.w3)
