@@ -103,7 +103,10 @@ def damage(folder: Path, part: int = 0, parts: int = 1, with_hashes: bool = True
     Args:
         part: of the ``parts`` processes that share the hashing, the one that asks.
     """
-    files = _read_json(folder / MANIFEST).get("files", {})
+    try:
+        files = _read_json(folder / MANIFEST)["files"]
+    except (CheckpointError, KeyError):
+        return f"{MANIFEST} is no manifest"
     for index, (name, entry) in enumerate(sorted(files.items())):
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -62,6 +62,8 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(run: Path) ->
             fault = layout.damage(checkpoint)
             assert fault is not None and path.relative_to(checkpoint).as_posix() in fault and sentence in fault
             path.write_bytes(content)
+    (checkpoint / layout.MANIFEST).write_text("{")
+    assert layout.damage(checkpoint) == "manifest.json is no manifest"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
