@@ -31,7 +31,7 @@ def run(folder: Path, *options: str, limit_file_size: int | None = None) -> subp
 
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(TOOL), *options]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=300)
 
 
 def files_in(folder: Path) -> set[str]:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def evaluate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(trained: Trained) -> None:

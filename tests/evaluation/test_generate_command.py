@@ -19,7 +19,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "generate.py"
 
 
 def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -142,8 +142,8 @@ class Started:
         return found
 
     def survivors(self) -> list[psutil.Process]:
-        """Those that do not end within a few seconds after the command has."""
-        return psutil.wait_procs(self.alive(), timeout=5)[1]
+        """Those that do not end within half a minute after the command has."""
+        return psutil.wait_procs(self.alive(), timeout=30)[1]
 
     def rank(self, number: int) -> psutil.Process:
         """The process of one rank, in the order in which the launcher started them."""
