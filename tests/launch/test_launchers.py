@@ -115,7 +115,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 def test_a_signal_to_the_launcher_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Path) -> None:
     (tmp_path / "pretrain.py").write_text(RANK_THAT_SAVES)
     started = Started([sys.executable, LAUNCHERS / "supervise.py", sys.executable, "-c", LAUNCHER_THAT_FORWARDS_NOTHING, "pretrain.py"], tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)) and time.monotonic() < deadline:
         time.sleep(0.01)
     started.process.send_signal(signal.SIGTERM)
