@@ -2,7 +2,7 @@
 """Tokens a second of two ranks on DeepSpeed's engine (ep_size 2, ZeRO 1) against the same model in one plain process with two threads.
 
 Both train the quickstart's model in the same precision on the same global batch. Each round times some steps of the one, then of the other,
-so that a change of the machine's speed meets both; the result is the median of the rounds' ratios. Needs `data/` of nothing: tokens are random.
+so that a change of the machine's speed meets both; the result is the median of the rounds' ratios. The tokens are random.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.errors import PEER_LOST, PREEMPTED
-from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve, free_port, wait_for_step
+from pretrain.engine.topology import free_port
+from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve, wait_for_step
 
 Command = Callable[[list[str]], tuple[int, str]]
 STEPS = 45
@@ -26,7 +27,7 @@ def start(script: str, tiny: Tiny, run: Path) -> Started:
 
 def start_without_launcher(tiny: Tiny, run: Path) -> list[Started]:
     """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
     return [Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
 

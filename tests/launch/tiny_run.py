@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.rules import check_topology
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.engine.engine import Engine
-from pretrain.engine.topology import connect
+from pretrain.engine.topology import connect, free_port
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -94,12 +93,6 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 class Started:
     """A command with all processes below it, found by a mark in their environment even when their parent is gone."""
 
@@ -109,7 +102,7 @@ class Started:
         self.mark = uuid.uuid4().hex
         inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and name != "PYTHONPATH"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
-        own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "TEST_RUN_MARK": self.mark}
+        own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "TEST_RUN_MARK": self.mark}
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=folder,
