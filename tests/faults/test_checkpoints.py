@@ -155,12 +155,13 @@ def test_a_full_disk_during_a_save_ends_with_code_5_and_leaves_the_older_checkpo
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tiny: Tiny, tmp_path: Path, train: Command) -> None:
     run = tmp_path / "run"
-    # So large a learning rate soon makes the validation loss worse: the best checkpoint is not among the newest.
-    settings = ["optimizer.learning_rate=0.1", "checkpoint.interval_steps=1", "checkpoint.keep_best=true", "validation.interval_steps=1"]
-    assert train(tiny.arguments(run, *settings, "validation.max_windows=null", steps=6))[0] == 0
+    settings = ["checkpoint.interval_steps=1", "checkpoint.keep_best=true", "validation.interval_steps=1", "validation.max_windows=null"]
+    assert train(tiny.arguments(run, *settings, steps=3))[0] == 0
+    # Steps of size 10 destroy the weights, whatever the machine's rounding: the best checkpoint is one of the first three.
+    assert train(tiny.arguments(run, *settings, "optimizer.learning_rate=10", steps=6))[0] == 0
     validations = {row["step"]: row["validation_loss"] for row in curve(run) if row["kind"] == "validation"}
     best = min(validations, key=lambda step: validations[step])
-    assert best < 5
+    assert best <= 3
     assert {path.name for path in layout.complete_checkpoints(run / "checkpoints")} == {"step_5", "step_6", f"step_{best}"}
 
 
