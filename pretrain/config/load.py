@@ -82,42 +82,43 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict):
         return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
     return []
 
 
-def _fields_at(location: tuple[str | int, ...]) -> list[str]:
-    """The field names that are legal at a pydantic error's location (its last part is the wrong one)."""
+def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
+    """The dotted path of a pydantic error's location in the user's file, and the field names that are legal there.
+
+    A discriminated union puts the chosen ``kind`` into the location; the file has no such level.
+    """
     models: list[type[BaseModel]] = [Recipe]
-    for part in location[:-1]:
+    annotation: Any = Recipe
+    dotted: list[str] = []
+    legal: list[str] = []
+    for part in location:
         tagged = [model for model in models if "kind" in model.model_fields and part in typing.get_args(model.model_fields["kind"].annotation)]
-        models = tagged or [found for model in models if part in model.model_fields for found in _models_in(model.model_fields[str(part)].annotation)]
-    return sorted({name for model in models for name in model.model_fields})
+        if tagged and len(models) > 1 and not _is_mapping(annotation):
+            models = tagged
+            continue
+        dotted.append(str(part))
+        if _is_mapping(annotation):  # the part is a key of the user's own choice
+            annotation = None
+            continue
+        legal = sorted({name for model in models for name in model.model_fields})
+        annotation = next((model.model_fields[str(part)].annotation for model in models if part in model.model_fields), None)
+        models = _models_in(annotation)
+    return ".".join(dotted) or "the recipe", legal
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict or any(typing.get_origin(part) is dict for part in typing.get_args(annotation))
 
 
 def _sentence(detail: Any, origin: str) -> str:
     location = detail["loc"]
-    # A discriminated union puts its tag into the location; the user's file has no such level.
-    kinds = {
-        "gqa",
-        "rope",
-        "all_moe",
-        "all_dense",
-        "every_nth",
-        "first_k_dense",
-        "dropless",
-        "deepspeed",
-        "adamw",
-        "sgd",
-        "python_stdlib",
-        "text",
-        "train_bpe",
-        "file",
-    }
-    dotted = ".".join(str(part) for index, part in enumerate(location) if not (part in kinds and index > 0)) or "the recipe"
+    dotted, fields = _walk(location)
     if detail["type"] == "extra_forbidden":
-        fields = _fields_at(location)
         near = difflib.get_close_matches(str(location[-1]), fields, n=2)
         hint = "did you mean " + " or ".join(f"'{name}'" for name in near) + "?" if near else f"it takes {', '.join(fields)}"
         return f"{origin}: unknown field '{dotted}': {hint}"

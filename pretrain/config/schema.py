@@ -8,58 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False)
-
-
-# --- data -----------------------------------------------------------------------------------------------------------------------
-
-
-class PythonStdlibSource(Section):
-    """The source code of the running interpreter's standard library, without its tests: a corpus that every machine has."""
-
-    kind: Literal["python_stdlib"] = "python_stdlib"
-
-
-class TextSource(Section):
-    """Text files, one document a file."""
-
-    kind: Literal["text"]
-    input: Annotated[list[str], Field(min_length=1, description="file names or glob patterns")]
-    encoding: str = "utf-8"
-
-
-class TrainBPE(Section):
-    """A byte-level BPE tokenizer trained on the training split."""
-
-    kind: Literal["train_bpe"] = "train_bpe"
-    vocab_size: Annotated[int, Field(ge=258, description="entries, special tokens included")] = 4096
-
-
-class TokenizerFile(Section):
-    """An existing ``tokenizer.json``."""
-
-    kind: Literal["file"]
-    path: str
-    vocab_size: Positive | None = Field(None, description="entries; checked against the file, and used for planning before it is there")
-
-
-class DataConfig(Section):
-    path: str | None = Field(None, description="folder of the shards; data/<name> by default")
-    source: Annotated[PythonStdlibSource | TextSource, Field(discriminator="kind")] = PythonStdlibSource()
-    tokenizer: Annotated[TrainBPE | TokenizerFile, Field(discriminator="kind")] = TrainBPE()
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0, description="share of documents held out, by a hash of their id")] = 0.05
-    document_mask: bool = Field(False, description="attention stays inside a document, and no loss is taken across its end")
-
+from pretrain.config.data_schema import DataConfig
+from pretrain.config.section import NonNegative, Positive, Section, Share
 
 # --- model ----------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,23 @@
+"""Where documents come from, one kind of source a file."""
+
+from __future__ import annotations
+
+from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
+from data_pipeline.sources.jsonl import Jsonl
+from data_pipeline.sources.python_stdlib import PythonStdlib
+from data_pipeline.sources.text import Text
+from pretrain.config.data_schema import JsonlSource, PythonStdlibSource, SourceBase, TextSource
+
+__all__ = ["KINDS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
+
+# A new kind is a section in the schema, a file here, and a line here.
+KINDS: dict[type[SourceBase], type[Source]] = {
+    PythonStdlibSource: PythonStdlib,
+    TextSource: Text,
+    JsonlSource: Jsonl,
+}
+
+
+def open_source(config: SourceBase, context: ReadContext) -> Source:
+    """The source that a section of the recipe describes; nothing is read yet."""
+    return KINDS[type(config)](config, context)

@@ -1,0 +1,177 @@
+"""Files as sources see them: patterns, plain and compressed streams, lines of bounded length."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+
+from data_pipeline.sources.interface import LeftOut, Unit
+from pretrain.config.errors import DataError
+
+BLOCK_BYTES = 1 << 22
+COMPRESSED = (".gz", ".zst")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What the decompressors raise for a stream that is cut short or damaged.
+DAMAGED_STREAM = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+class Line(NamedTuple):
+    """A line without its end. ``content`` is None where it is longer than the limit."""
+
+    number: int
+    offset: int
+    content: bytes | None
+
+
+def list_files(patterns: list[str]) -> list[str]:
+    """The files that patterns name: pattern by pattern, sorted inside each, none twice.
+
+    Raises:
+        DataError: for a pattern that matches no file.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        found |= dict.fromkeys(_matches(pattern))
+    return list(found)
+
+
+def _matches(pattern: str) -> list[str]:
+    literal = os.path.expanduser(pattern)
+    if os.path.isfile(literal):
+        return [Path(literal).as_posix()]
+    if os.path.isdir(literal):
+        raise DataError(f"--input {pattern} is a folder: say which files of it, such as '{pattern.rstrip('/')}/**/*.txt'")
+    found = sorted(Path(path).as_posix() for path in glob.glob(literal, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise DataError(f"--input {pattern} matches no file in {Path.cwd()}: check the path or the pattern")
+    return found
+
+
+def is_compressed(path: str) -> bool:
+    return path.endswith(COMPRESSED)
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read ({error.strerror}): make it readable or leave it out, then run the same command, which goes on where it stopped"
+    )
+
+
+def stamp_of(path: str) -> tuple[int, str]:
+    """A file's size in bytes, and a text that changes with its size or time of change."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return status.st_size, f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def range_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
+    """Byte ranges of plain files, and whole compressed ones."""
+    units = []
+    for path in files:
+        size, stamp = stamp_of(path)
+        if is_compressed(path):
+            units.append(Unit(source, (path,), size=size, stamp=stamp))
+            continue
+        for start in range(0, size, unit_bytes):
+            units.append(Unit(source, (path,), start, min(start + unit_bytes, size), min(unit_bytes, size - start), stamp))
+    return units
+
+
+def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
+    """Whole files, small ones in groups of about ``unit_bytes``."""
+    units: list[Unit] = []
+    group: list[str] = []
+    stamps: list[str] = []
+    total = 0
+    for path in files:
+        size, stamp = stamp_of(path)
+        if group and total + size > unit_bytes:
+            units.append(Unit(source, tuple(group), size=total, stamp=";".join(stamps)))
+            group, stamps, total = [], [], 0
+        group.append(path)
+        stamps.append(stamp)
+        total += size
+    if group:
+        units.append(Unit(source, tuple(group), size=total, stamp=";".join(stamps)))
+    return units
+
+
+@contextmanager
+def open_stream(path: str) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed by its name's ending. Errors of reading become one sentence.
+
+    Raises:
+        DataError: where the file is gone, forbidden, or on a failing disk.
+    """
+    try:
+        with open(path, "rb") as raw:
+            if path.endswith(".gz"):
+                with gzip.GzipFile(fileobj=raw) as stream:
+                    yield stream  # type: ignore[misc]
+            elif path.endswith(".zst"):
+                # A file may be several frames, one after the other.
+                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                    yield stream
+            else:
+                yield raw
+    except gzip.BadGzipFile:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) -> Iterator[Line]:
+    """The lines that begin in [start, end) of a stream; a byte order mark at its very start is no part of the first one.
+
+    A line belongs to the range that its first byte lies in, so ranges that follow each other give each line once.
+    """
+    # A range may begin inside a line, which belongs to the range before; the byte before it tells.
+    offset, skipping, number = max(start - 1, 0), start > 0, 0
+    if start:
+        stream.seek(offset)
+    carried: list[bytes] = []
+    size = 0
+    for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
+        if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
+            offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
+        if skipping:
+            cut = block.find(b"\n") + 1
+            offset += cut or len(block)
+            if not cut:
+                continue
+            block, skipping = block[cut:], False
+        cut = block.rfind(b"\n")
+        if cut >= 0:
+            for content in b"".join([*carried, block[:cut]]).split(b"\n"):
+                if end is not None and offset >= end:
+                    return
+                number += 1
+                yield Line(number, offset, content if len(content) <= max_bytes else None)
+                offset += len(content) + 1
+            carried, size = [], 0
+        carried.append(block[cut + 1 :])
+        size += len(carried[-1])
+        if end is not None and offset >= end:
+            return
+        if size > max_bytes:
+            number += 1
+            yield Line(number, offset, None)
+            offset, carried, size, skipping = offset + size, [], 0, True
+    content = b"".join(carried)
+    if content and (end is None or offset < end):
+        yield Line(number + 1, offset, content)
+
+
+def damaged(path: str, number: int, error: Exception) -> LeftOut:
+    """The rest of a compressed file that is cut short or damaged."""
+    return LeftOut(path, "damaged_compression", number or None, None, " ".join(str(error).split())[:200] or "it ends too early")

@@ -1,0 +1,111 @@
+"""What every kind of source does: list its units of work, and read one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pretrain.config.data_schema import SourceBase
+
+ConfigT = TypeVar("ConfigT", bound=SourceBase)
+
+
+class Document(NamedTuple):
+    """One text.
+
+    Attributes:
+        text: not empty, without NUL and without lone surrogates.
+        id: where it came from, for reports: a path, path:offset, or the record's own id.
+        key: a name that is stable whatever else the corpus holds; it decides the split. None: the text itself does.
+        metadata: the fields that the recipe asks for.
+    """
+
+    text: str
+    id: str
+    key: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class LeftOut(NamedTuple):
+    """A record that gives no document.
+
+    Attributes:
+        path: its file.
+        reason: one of a kind's few fixed words, which are counted.
+        line: from 1, counted from the start of the unit; None where a file has no lines.
+        offset: of its first byte in the (decompressed) file; None where that means nothing.
+        detail: what exactly is wrong, for bad_records.jsonl.
+        is_bad: false for what a rule of the source leaves out on purpose, such as a binary file among source code.
+    """
+
+    path: str
+    reason: str
+    line: int | None = None
+    offset: int | None = None
+    detail: str = ""
+    is_bad: bool = True
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source that one worker reads in one go: a byte range, a range of rows, a whole file or several small ones.
+
+    Attributes:
+        source: the source's name in the recipe.
+        files: paths, or the data set's name.
+        start, end: the range inside the only file; None: to the end.
+        size: about the bytes that will be read, for progress and balance.
+        stamp: changes when the content may have changed; from sizes and times, or a revision.
+    """
+
+    source: str
+    files: tuple[str, ...]
+    start: int = 0
+    end: int | None = None
+    size: int = 0
+    stamp: str = ""
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """What a source needs to know beside its own section.
+
+    Attributes:
+        name: the source's name in the recipe.
+        max_record_bytes: longer records are left out as ``too_long``, without ever being held in memory.
+        spool: a file that keeps what can be read only once.
+    """
+
+    name: str
+    max_record_bytes: int = 256 << 20
+    spool: str | None = None
+
+
+class Source(ABC, Generic[ConfigT]):
+    """A source of documents. Constructing one is cheap: files are listed by :meth:`units`, in the coordinator only.
+
+    Attributes:
+        lines_read: lines of the unit that was read last, so that the next unit of the same file can number its own.
+    """
+
+    def __init__(self, config: ConfigT, context: ReadContext) -> None:
+        self.config, self.context = config, context
+        self.lines_read = 0
+
+    @abstractmethod
+    def units(self, unit_bytes: int) -> list[Unit]:
+        """All units in the order of the output, a function of the input alone; each of about ``unit_bytes`` where the format can be cut.
+
+        Raises:
+            DataError: where there is nothing to read.
+        """
+
+    @abstractmethod
+    def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
+        """The documents of a unit in their order, and what is left out.
+
+        Raises:
+            DataError: for a file that is gone or cannot be read at all.
+        """

@@ -1,0 +1,383 @@
+"""The data section of a recipe: sources, tokenizer, cleaning, mixture and packing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.config.section import NonNegative, Positive, Section, Share
+
+# --- sources --------------------------------------------------------------------------------------------------------------------
+
+
+class SourceBase(Section):
+    split: Literal["hash", "train", "validation"] = Field(
+        "hash", description="'hash' holds out data.validation_share of the documents; the others send every document to one side"
+    )
+
+
+class FilesBase(SourceBase):
+    input: Annotated[list[str], Field(min_length=1, description="file names or glob patterns; ** reaches into subfolders")]
+
+
+class RecordsBase(Section):
+    """How a record becomes a document."""
+
+    text_field: str = Field("text", description="the record's field that holds the text; a.b reaches into a")
+    id_field: str | None = Field(None, description="a field that names the document for ever: it then decides the split instead of the text")
+    metadata_fields: list[str] = Field([], description="fields that are kept beside the document in reports")
+
+
+class PythonStdlibSource(SourceBase):
+    """The source code of the running interpreter's standard library, without its tests: a corpus that every machine has."""
+
+    kind: Literal["python_stdlib"] = "python_stdlib"
+
+
+class TextSource(FilesBase):
+    """Text files: one document a file, a line, or a part between separators; plain, .gz or .zst."""
+
+    kind: Literal["text"]
+    document: Literal["file", "line", "separator"] = "file"
+    separator: str | None = Field(None, description="with document=separator: the line that stands between two documents")
+    encoding: str = "utf-8"
+
+    @model_validator(mode="after")
+    def _separator_belongs(self) -> TextSource:
+        if (self.document == "separator") != (self.separator is not None):
+            raise ValueError("'separator' and document=separator go together: give both or neither")
+        return self
+
+
+class JsonlSource(FilesBase, RecordsBase):
+    """One JSON object a line; plain, .gz or .zst."""
+
+    kind: Literal["jsonl"]
+
+
+class ParquetSource(FilesBase, RecordsBase):
+    """Apache Parquet, one document a row."""
+
+    kind: Literal["parquet"]
+
+
+class CsvSource(FilesBase, RecordsBase):
+    """Comma-separated values with a header line; plain, .gz or .zst."""
+
+    kind: Literal["csv"]
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+
+
+class SourceCodeSource(FilesBase):
+    """Folders of source code, one document a file; what .gitignore names, binary files and too large ones are left out."""
+
+    kind: Literal["source_code"]
+    suffixes: list[str] | None = Field(None, description="file name endings to read, such as .py; every text file by default")
+    max_file_bytes: Positive = 1_000_000
+    respect_gitignore: bool = True
+
+
+Preset = Literal["wikitext_103_raw", "c4_en", "zyda_2", "codeparrot_clean_train", "codeparrot_clean_valid", "fineweb", "the_stack"]
+
+
+class DatasetsSource(SourceBase):
+    """A Hugging Face data set: a hub name, or a local folder or mirror of it. A preset fills in what is left out."""
+
+    kind: Literal["datasets"]
+    preset: Preset | None = None
+    dataset: str | None = Field(None, description="hub name, or the path of a local folder")
+    config: str | None = None
+    dataset_split: str | None = Field(None, description="split of the data set, such as train")
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    streaming: bool = Field(False, description="read over the network without keeping the files")
+    text_field: str | None = None
+    id_field: str | None = None
+    metadata_fields: list[str] = []
+    group: Literal["wikitext_articles"] | None = Field(None, description="rows that belong to one document are joined")
+    max_documents: Positive | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> DatasetsSource:
+        if self.preset is None and self.dataset is None:
+            raise ValueError("name a data set with 'dataset', or take a 'preset'")
+        return self
+
+
+class StandardInputSource(SourceBase, RecordsBase):
+    """What is piped into the command; it is kept in the output folder's staging area until the build is complete."""
+
+    kind: Literal["stdin"]
+    format: Literal["jsonl", "line", "text"] = Field("jsonl", description="JSON lines, one document a line, or one document in all")
+
+
+Source = Annotated[
+    PythonStdlibSource | TextSource | JsonlSource | ParquetSource | CsvSource | SourceCodeSource | DatasetsSource | StandardInputSource,
+    Field(discriminator="kind"),
+]
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------------------
+
+
+class TokenizerBase(Section):
+    """Which tokens stand around a document. Names are looked up in the vocabulary; left out, well-known ones are searched."""
+
+    eod_token: str | None = Field(None, description="the token that ends a document")
+    bos_token: str | None = None
+    pad_token: str | None = None
+    append_eod: bool = True
+    prepend_bos: bool = False
+
+
+class ExistingTokenizer(TokenizerBase):
+    vocab_size: Positive | None = Field(None, description="entries; checked against the file, and used for planning before it is there")
+
+
+class TrainBPE(TokenizerBase):
+    """A byte-level BPE tokenizer trained on a sample of the training split."""
+
+    kind: Literal["train_bpe"] = "train_bpe"
+    vocab_size: Annotated[int, Field(ge=258, description="entries, special tokens included")] = 4096
+    min_frequency: Positive = 2
+    digits: Literal["as_words", "single", "triples"] = Field("as_words", description="'single': every digit a token; 'triples': up to three")
+    whitespace: Literal["gpt2", "runs"] = Field("gpt2", description="'runs' keeps indentation in tokens of its own, for code")
+    reserved_tokens: list[str] = Field([], description="special tokens that get an id, such as those of fill-in-the-middle")
+    sample_bytes: Positive = Field(1 << 30, description="of text that the training looks at, chosen by a hash of each document")
+    sample_weights: dict[str, float] | None = Field(None, description="share of the sample for each source; by size when left out")
+
+
+class TokenizerFile(ExistingTokenizer):
+    """An existing ``tokenizer.json``."""
+
+    kind: Literal["file"]
+    path: str
+
+
+class SentencePieceFile(ExistingTokenizer):
+    """A SentencePiece ``.model``, turned into an equal ``tokenizer.json``."""
+
+    kind: Literal["sentencepiece"]
+    path: str
+
+
+class TiktokenFile(ExistingTokenizer):
+    """A tiktoken vocabulary (base64 tokens and ranks), turned into an equal ``tokenizer.json``."""
+
+    kind: Literal["tiktoken"]
+    path: str
+    pattern: str = Field(description="the regular expression that cuts text into words, or the name of a tiktoken encoding that has it")
+    special_tokens: dict[str, int] = {}
+
+
+class MistralFile(ExistingTokenizer):
+    """A tokenizer that ships inside the package mistral-common, such as tekken_240911.json or tokenizer.model.v3."""
+
+    kind: Literal["mistral"]
+    name: str
+
+
+TokenizerConfig = Annotated[TrainBPE | TokenizerFile | SentencePieceFile | TiktokenFile | MistralFile, Field(discriminator="kind")]
+
+# --- cleaning -------------------------------------------------------------------------------------------------------------------
+
+
+class Normalize(Section):
+    """Unicode normalisation."""
+
+    form: Literal["NFC", "NFKC"] = "NFC"
+    strip_control_characters: bool = Field(True, description="control characters other than tab and line ends")
+    unify_line_ends: bool = Field(True, description="CR LF and CR become LF")
+
+
+class Language(Section):
+    """Language identification with py3langid."""
+
+    keep: Annotated[list[str], Field(min_length=1, description="ISO 639-1 codes")]
+    min_probability: Share = 0.5
+
+
+class GopherQuality(Section):
+    """Rules of Gopher (Rae et al. 2021, table A1)."""
+
+    min_words: NonNegative = 50
+    max_words: Positive = 100_000
+    min_mean_word_length: float = 3.0
+    max_mean_word_length: float = 10.0
+    max_symbol_word_ratio: float = Field(0.1, description="'#' and ellipses per word")
+    max_bullet_lines: Share = 0.9
+    max_ellipsis_lines: Share = 0.3
+    min_alphabetic_words: Share = Field(0.8, description="share of words with a letter")
+    min_stop_words: NonNegative = 2
+
+
+class GopherRepetition(Section):
+    """Repetition limits of Gopher (Rae et al. 2021, table A1): shares of duplicate lines, paragraphs and n-grams."""
+
+    max_duplicate_lines: Share = 0.30
+    max_duplicate_paragraphs: Share = 0.30
+    max_duplicate_line_characters: Share = 0.20
+    max_duplicate_paragraph_characters: Share = 0.20
+    max_top_ngram_characters: dict[int, float] = {2: 0.20, 3: 0.18, 4: 0.16}
+    max_duplicate_ngram_characters: dict[int, float] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+class C4Quality(Section):
+    """Rules of C4 (Raffel et al. 2020, section 2.2)."""
+
+    min_sentences: NonNegative = 5
+    min_words_per_line: NonNegative = 3
+    max_word_length: Positive = 1000
+    require_terminal_punctuation: bool = True
+    drop_lorem_ipsum: bool = True
+    drop_curly_bracket: bool = True
+    drop_javascript_lines: bool = True
+    drop_policy_lines: bool = True
+
+
+class CodeQuality(Section):
+    """Rules for source code (Chen et al. 2021, section 3.1; CodeParrot)."""
+
+    max_mean_line_length: float = 100.0
+    max_line_length: Positive = 1000
+    min_alphanumeric_share: Share = 0.25
+    drop_autogenerated: bool = True
+
+
+class Redact(Section):
+    """Replaces secrets and personal data by fixed placeholders."""
+
+    secrets: bool = True
+    email_addresses: bool = True
+    ip_addresses: bool = True
+    phone_numbers: bool = False
+    credit_cards: bool = True
+
+
+class NearDuplicates(Section):
+    """MinHash with locality-sensitive hashing (Broder 1997; Lee et al. 2022): of each group of near duplicates the first document stays."""
+
+    threshold: Annotated[float, Field(gt=0, lt=1, description="Jaccard similarity of two documents' shingles")] = 0.8
+    num_permutations: Positive = 128
+    shingle_words: Positive = 5
+
+
+class Decontaminate(Section):
+    """Drops documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix C)."""
+
+    against: Annotated[list[str], Field(min_length=1, description="files of evaluation texts: .txt, or .jsonl read with text_field")]
+    text_field: str = "text"
+    ngram_words: Positive = 13
+
+
+class Cleaning(Section):
+    """Stages between a source and the tokenizer, in this order; each is off unless it is given."""
+
+    normalize: Normalize | None = None
+    language: Language | None = None
+    gopher_quality: GopherQuality | None = None
+    gopher_repetition: GopherRepetition | None = None
+    c4_quality: C4Quality | None = None
+    code_quality: CodeQuality | None = None
+    decontaminate: Decontaminate | None = None
+    redact: Redact | None = None
+    exact_duplicates: bool = Field(False, description="of equal texts the first one stays")
+    near_duplicates: NearDuplicates | None = None
+
+
+class FillInTheMiddle(Section):
+    """Rearranges training documents into prefix, suffix and middle (Bavarian et al. 2022), cut at random characters."""
+
+    rate: Share = Field(0.5, description="share of the training documents")
+    spm_rate: Share = Field(0.5, description="of those, the share in suffix-prefix-middle order")
+    prefix_token: str = "<|fim_prefix|>"
+    middle_token: str = "<|fim_middle|>"
+    suffix_token: str = "<|fim_suffix|>"
+    sources: list[str] | None = Field(None, description="names of the sources it applies to; all by default")
+
+
+# --- mixture and packing --------------------------------------------------------------------------------------------------------
+
+
+class MixtureBase(Section):
+    max_epochs: dict[str, float] = Field({}, description="a source that was seen this often is exhausted, and the others share its weight")
+
+
+class Proportional(MixtureBase):
+    """Every token has the same chance."""
+
+    kind: Literal["proportional"] = "proportional"
+
+
+class Weights(MixtureBase):
+    """Shares of the samples, in proportion to these numbers."""
+
+    kind: Literal["weights"]
+    weights: dict[str, Annotated[float, Field(ge=0)]]
+
+
+class Temperature(MixtureBase):
+    """Shares in proportion to tokens^(1/temperature) (Conneau & Lample 2019): 1 is proportional, larger ones raise small sources."""
+
+    kind: Literal["temperature"]
+    temperature: Annotated[float, Field(gt=0)]
+
+
+class TokenBudget(MixtureBase):
+    """Tokens that the whole run takes of each source."""
+
+    kind: Literal["tokens"]
+    tokens: dict[str, Positive]
+
+
+Mixture = Annotated[Proportional | Weights | Temperature | TokenBudget, Field(discriminator="kind")]
+
+
+class Concatenate(Section):
+    """Documents back to back, cut every S tokens: no padding, each token once an epoch."""
+
+    kind: Literal["concatenate"] = "concatenate"
+
+
+class BestFit(Section):
+    """Best-fit-decreasing packing (Ding et al. 2024): only documents longer than a sequence are cut; gaps at a sequence's end are padded."""
+
+    kind: Literal["best_fit"]
+
+
+Packing = Annotated[Concatenate | BestFit, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    path: str | None = Field(None, description="folder of the shards, or their prefix; data/<name> by default")
+    corpora: dict[str, str] | None = Field(None, description="several built data folders (name: path) to mix, instead of 'path'")
+    source: Source | None = Field(None, description="one source; the standard library's code by default")
+    sources: dict[str, Source] | None = Field(None, description="several sources by name, instead of 'source'")
+    tokenizer: TokenizerConfig = TrainBPE()
+    cleaning: Cleaning = Cleaning()
+    fill_in_the_middle: FillInTheMiddle | None = None
+    validation_share: Annotated[float, Field(ge=0.0, lt=1.0, description="share of documents held out, by a hash")] = 0.05
+    max_shard_bytes: Annotated[int, Field(ge=1 << 16)] | None = Field(4 << 30, description="of one .bin; none for a single file")
+    on_bad: Literal["skip", "fail"] = Field("skip", description="what a record that cannot be read does; skipped ones are listed")
+    max_bad_share: Share = Field(1.0, description="a larger share of bad records stops the build")
+    max_record_bytes: Positive = Field(256 << 20, description="longer records are bad")
+    mixture: Mixture = Proportional()
+    packing: Packing = Concatenate()
+    document_mask: bool = Field(False, description="attention stays inside a document, and no loss is taken across its end")
+    streaming: bool = Field(False, description="training reads the source itself; the shards then hold only the validation split")
+    streaming_validation_documents: Positive = Field(256, description="with streaming: documents held out for validation")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> DataConfig:
+        if self.source is not None and self.sources is not None:
+            raise ValueError("give 'source' or 'sources', not both")
+        if self.sources is not None and not self.sources:
+            raise ValueError("'sources' is empty: name at least one")
+        if self.path is not None and self.corpora is not None:
+            raise ValueError("give 'path' or 'corpora', not both")
+        return self
+
+    @property
+    def named_sources(self) -> dict[str, Source]:
+        """The sources by name; a single one is called 'all'."""
+        return self.sources if self.sources is not None else {"all": self.source or PythonStdlibSource()}
