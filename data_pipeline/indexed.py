@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -33,6 +35,9 @@ TOKEN_TYPES: dict[int, np.dtype[Any]] = {
 }
 FLOAT_CODES = {6: "float64", 7: "float32"}
 LONGEST_DOCUMENT = 2**31 - 1
+BLOCK_TOKENS = 1 << 21
+# An index of this many sequences is read whole when it is opened: milliseconds.
+CHECKED_WHEN_OPENED = 1 << 20
 
 Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 
@@ -63,26 +68,29 @@ class WrittenShard:
 
 
 class IndexedWriter:
-    """Streams documents to ``prefix``.bin and .idx, which appear under these names only once they are complete.
+    """Streams documents to ``prefix``.bin and .idx, which appear under these names only once they are complete. Memory does not grow.
 
     Use it as a context manager and call :meth:`finish` inside; leaving without it, or by an exception, removes what was written.
+
+    Args:
+        durable: bring the files to disk before they get their names; without it they survive a killed process, but not a power cut.
 
     Raises:
         StorageError: where a file of that name is there already.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
-        self.prefix, self.dtype = prefix, dtype
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], durable: bool = True) -> None:
+        self.prefix, self.dtype, self.durable = prefix, dtype, durable
         self._code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
         for path in (bin_path(prefix), idx_path(prefix)):
             if path.exists():
                 raise StorageError(f"{path} is there already and would be overwritten: remove it, or choose another folder")
-        self._temporary_bin = bin_path(prefix).with_suffix(".bin.partial")
-        self._temporary_idx = idx_path(prefix).with_suffix(".idx.partial")
-        self._bin = self._temporary_bin.open("wb")
+        self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.partial") for kind in ("bin", "idx", "lengths")}
+        self._bin = self._temporary["bin"].open("wb")
+        self._lengths = self._temporary["lengths"].open("w+b")
         self._bin_hash = hashlib.sha256()
-        self._lengths: list[int] = []
-        self._open_length = 0
+        self.documents = 0
+        self.tokens = 0
 
     def __enter__(self) -> Self:
         return self
@@ -90,74 +98,100 @@ class IndexedWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self._bin.close()
+            self._lengths.close()
         finally:
-            self._temporary_bin.unlink(missing_ok=True)
-            self._temporary_idx.unlink(missing_ok=True)
+            for path in self._temporary.values():
+                path.unlink(missing_ok=True)
 
-    def add(self, tokens: Tokens) -> None:
-        """Appends token ids [n], of any integer type, to the document that is being written.
+    def add(self, tokens: Tokens, lengths: np.ndarray) -> None:
+        """Appends documents: their token ids back to back [n], of any integer type, and how many each one has [num_documents].
 
         Raises:
             DataError: for an id that the shard's type cannot hold, or a document of 2^31 tokens.
         """
-        if tokens.size == 0:
-            return
+        if int(lengths.sum()) != tokens.size:
+            raise ValueError(f"{tokens.size} tokens for documents of {lengths.sum()} in all")
+        if lengths.size and lengths.max() > LONGEST_DOCUMENT:
+            raise DataError(f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several")
         limits = np.iinfo(self.dtype)
-        if tokens.min() < max(limits.min, 0) or tokens.max() > limits.max:
+        if tokens.size and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0)):
             raise DataError(
                 f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
             )
-        self._open_length += tokens.size
-        if self._open_length > LONGEST_DOCUMENT:
-            raise DataError(f"document {len(self._lengths)} of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several files")
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
-        self._bin_hash.update(data)
-        self._bin.write(data)
+        self._append(np.ascontiguousarray(tokens, dtype=self.dtype), lengths)
 
-    def end_document(self) -> None:
-        """Closes the document: all that was added since the last one."""
-        self._lengths.append(self._open_length)
-        self._open_length = 0
+    def copy(self, reader: IndexedReader, first: int, last: int) -> None:
+        """Appends sequences first .. last - 1 of another shard of the same token type, in blocks."""
+        if reader.dtype != self.dtype:
+            raise ValueError(f"{reader.prefix} holds {reader.dtype}, {self.prefix} {self.dtype}")
+        begin, end = reader.start_of(first), reader.start_of(last)
+        for start in range(begin, end, BLOCK_TOKENS):
+            self._append(reader.tokens[start : min(start + BLOCK_TOKENS, end)], np.zeros(0, "<i4"))
+        for start in range(first, last, BLOCK_TOKENS):
+            self._append(np.zeros(0, self.dtype), reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
+
+    def _append(self, tokens: Tokens, lengths: np.ndarray) -> None:
+        self._bin_hash.update(tokens.data)
+        self._bin.write(tokens.data)
+        self._lengths.write(np.ascontiguousarray(lengths, dtype="<i4").data)
+        self.tokens += tokens.size
+        self.documents += lengths.size
 
     def finish(self) -> WrittenShard:
-        """Brings both files to disk and gives them their names, the .bin first: an .idx never stands for tokens that are not there."""
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        index = self._index()
-        with self._temporary_idx.open("wb") as stream:
-            stream.write(index)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(self._temporary_bin, bin_path(self.prefix))
-        os.replace(self._temporary_idx, idx_path(self.prefix))
-        fsync_path(self.prefix.parent)
-        tokens = sum(self._lengths)
+        """Completes both files and gives them their names, the .bin first: an .idx never stands for tokens that are not there."""
+        self._complete(self._bin)
+        index_hash, index_bytes = hashlib.sha256(), 0
+        with self._temporary["idx"].open("wb") as stream:
+            for block in self._index():
+                index_hash.update(block)
+                stream.write(block)
+                index_bytes += len(block)
+            self._complete(stream)
+        os.replace(self._temporary["bin"], bin_path(self.prefix))
+        os.replace(self._temporary["idx"], idx_path(self.prefix))
+        if self.durable:
+            fsync_path(self.prefix.parent)
         return WrittenShard(
-            documents=len(self._lengths),
-            tokens=tokens,
-            bin_bytes=tokens * self.dtype.itemsize,
+            documents=self.documents,
+            tokens=self.tokens,
+            bin_bytes=self.tokens * self.dtype.itemsize,
             bin_sha256=self._bin_hash.hexdigest(),
-            idx_bytes=len(index),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
+            idx_bytes=index_bytes,
+            idx_sha256=index_hash.hexdigest(),
         )
 
-    def _index(self) -> bytes:
-        lengths = np.array(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-        offsets = np.concatenate([np.zeros(1, dtype="<i8"), ends[:-1]])[: len(lengths)]
-        marks = np.arange(len(lengths) + 1, dtype="<i8")
-        header = HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(marks))
-        return header + lengths.tobytes() + offsets.tobytes() + marks.tobytes()
+    def _complete(self, stream: BinaryIO) -> None:
+        stream.flush()
+        if self.durable:
+            os.fsync(stream.fileno())
+
+    def _index(self) -> Iterator[bytes]:
+        """The index file in blocks: the lengths are read back twice, the second time to sum them up to offsets."""
+        yield HEADER.pack(MAGIC, VERSION, self._code, self.documents, self.documents + 1)
+        yield from self._read_lengths()
+        offset = 0
+        for block in self._read_lengths():
+            ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
+            yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()
+            offset = int(ends[-1])
+        for start in range(0, self.documents + 1, BLOCK_TOKENS):
+            yield np.arange(start, min(start + BLOCK_TOKENS, self.documents + 1), dtype="<i8").tobytes()
+
+    def _read_lengths(self) -> Iterator[bytes]:
+        self._lengths.seek(0)
+        return iter(lambda: self._lengths.read(4 * BLOCK_TOKENS), b"")
 
 
 class IndexedReader:
     """A memory-mapped shard. ``reader[i]`` is sequence i; ``reader.tokens`` are all tokens in order.
 
+    Opening takes milliseconds for any size: the header, the sizes of both files and the index's two ends are checked, and the whole of a small
+    index. :meth:`check` reads a large one.
+
     Attributes:
         tokens: [num_tokens], of the shard's token type, mapped from the .bin.
-        sequence_lengths: [num_sequences] int32, in tokens.
-        sequence_starts: [num_sequences + 1] int64, in tokens, from 0 to num_tokens.
-        document_marks: [num_documents + 1] int64, sequence numbers.
+        sequence_lengths: [num_sequences] int32, in tokens, mapped from the .idx.
+        document_marks: [num_documents + 1] int64, sequence numbers, mapped from the .idx.
 
     Raises:
         DataError: for a file that is missing, of another format, cut short, or not consistent; it names the file.
@@ -172,11 +206,12 @@ class IndexedReader:
         self.dtype, sequences, marks = _read_header(index_path)
         index = np.memmap(index_path, mode="r", dtype=np.uint8)
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
-        offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
+        self._offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.document_marks = np.frombuffer(index, "<i8", marks, HEADER.size + 12 * sequences)
-        self.sequence_starts = self._checked_starts(offsets)
-        self._check_marks()
+        self._check_ends()
         self.tokens: Tokens = np.memmap(token_path, mode="r", dtype=self.dtype) if token_path.stat().st_size else np.zeros(0, self.dtype)
+        if len(self) <= CHECKED_WHEN_OPENED:
+            self.check()
 
     @property
     def num_tokens(self) -> int:
@@ -193,25 +228,56 @@ class IndexedReader:
         """Token ids [length] of one sequence, a view into the file."""
         if not 0 <= sequence < len(self):
             raise IndexError(f"sequence {sequence} of {len(self)} in {self.prefix}")
-        return self.tokens[self.sequence_starts[sequence] : self.sequence_starts[sequence + 1]]
+        return self.tokens[self.start_of(sequence) : self.start_of(sequence + 1)]
 
-    def _checked_starts(self, offsets: np.ndarray) -> np.ndarray:
+    def start_of(self, sequence: int) -> int:
+        """The first token of a sequence; of the sequence after the last one: the number of tokens."""
+        if sequence == len(self):
+            return self.num_tokens
+        return int(self._offsets[sequence]) // self.dtype.itemsize
+
+    def document_starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin in tokens begin .. end - 1: int64, sorted. Costs two binary searches in the mapped index."""
+        first, last = (bisect_left(self._offsets, token * self.dtype.itemsize) for token in (begin, end))
+        starts = np.array(self._offsets[first:last], dtype=np.int64) // self.dtype.itemsize
+        if self.num_documents == len(self):
+            return np.unique(starts)  # a document without a token begins where the next one does
+        marks = bisect_left(self.document_marks, first), bisect_left(self.document_marks, last)
+        return np.unique(starts[self.document_marks[marks[0] : marks[1]] - first])
+
+    def check(self) -> None:
+        """Reads the whole index: lengths, offsets and document marks must agree with each other, block by block.
+
+        Raises:
+            DataError: for the first entry that does not.
+        """
+        path, expected = idx_path(self.prefix), 0
+        for start in range(0, len(self), BLOCK_TOKENS):
+            lengths = np.asarray(self.sequence_lengths[start : start + BLOCK_TOKENS], dtype=np.int64)
+            if (lengths < 0).any():
+                raise _damaged(path, f"sequence {start + int((lengths < 0).argmax())} has a negative length")
+            ends = expected + np.cumsum(lengths) * self.dtype.itemsize
+            begins = np.concatenate([np.array([expected]), ends[:-1]])
+            wrong = self._offsets[start : start + BLOCK_TOKENS] != begins
+            if wrong.any():
+                raise _damaged(path, f"the offset of sequence {start + int(wrong.argmax())} is not where the one before it ends")
+            expected = int(ends[-1])
+        if expected != self.num_tokens * self.dtype.itemsize:
+            raise _damaged(path, f"it counts {expected} bytes of tokens, but {bin_path(self.prefix)} has {self.num_tokens * self.dtype.itemsize}")
+        for start in range(0, self.num_documents, BLOCK_TOKENS):
+            if (np.diff(self.document_marks[start : start + BLOCK_TOKENS + 1]) < 0).any():
+                raise _damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
+
+    def _check_ends(self) -> None:
         path = idx_path(self.prefix)
-        if (self.sequence_lengths < 0).any():
-            raise _damaged(path, f"sequence {int((self.sequence_lengths < 0).argmax())} has a negative length")
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
-        wrong = offsets != starts[:-1] * self.dtype.itemsize
-        if wrong.any():
-            raise _damaged(path, f"the offset of sequence {int(wrong.argmax())} is not where the one before it ends")
-        expected, found = int(starts[-1]) * self.dtype.itemsize, bin_path(self.prefix).stat().st_size
-        if expected != found:
-            raise _damaged(bin_path(self.prefix), f"it has {found} bytes, but its index counts {starts[-1]} tokens = {expected} bytes")
-        return starts
-
-    def _check_marks(self) -> None:
-        marks = self.document_marks
-        if marks[0] != 0 or marks[-1] != len(self) or (np.diff(marks) < 0).any():
-            raise _damaged(idx_path(self.prefix), f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
+        found = bin_path(self.prefix).stat().st_size
+        last = int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if len(self) else 0
+        if last != found:
+            raise _damaged(bin_path(self.prefix), f"it has {found} bytes, but its index ends at {last}")
+        if len(self) and self._offsets[0] != 0:
+            raise _damaged(path, "the offset of sequence 0 is not 0")
+        if self.document_marks[0] != 0 or self.document_marks[-1] != len(self):
+            raise _damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
 
 
 def _damaged(path: Path, reason: str) -> DataError:

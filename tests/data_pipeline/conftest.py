@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import BuildResult, build
+from typing import TYPE_CHECKING
 from pretrain.config.schema import DataConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "λάμδα", "mü", "中文", "<|endoftext|>"]
@@ -48,4 +48,6 @@ def built(tmp_path_factory: pytest.TempPathFactory, write_corpus: WriteCorpus, t
     """A data folder of forty documents; tests only read it."""
     folder = tmp_path_factory.mktemp("built")
     write_corpus(folder / "raw")
+    from data_pipeline.build import build
+
     return build(text_config(str(folder / "raw" / "*.txt")), folder / "data")

@@ -24,10 +24,10 @@ DOCUMENTS = [[5, 6, 7], [1], [65000, 0, 2, 3], []]
 
 def write(prefix: Path, documents: list[list[int]], vocab_size: int = 65001) -> WrittenShard:
     with IndexedWriter(prefix, token_dtype(vocab_size)) as writer:
-        for tokens in documents:
-            writer.add(np.array(tokens[:1], dtype=np.int64))
-            writer.add(np.array(tokens[1:], dtype=np.int64))
-            writer.end_document()
+        for part in (documents[:2], documents[2:]):
+            writer.add(
+                np.array([token for tokens in part for token in tokens], dtype=np.int64), np.array([len(tokens) for tokens in part], dtype=np.int64)
+            )
         return writer.finish()
 
 
@@ -67,6 +67,36 @@ def test_files_are_those_of_megatrons_builder_byte_for_byte(tmp_path: Path) -> N
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
+def test_copied_sequences_are_those_of_the_other_shard_byte_for_byte(tmp_path: Path) -> None:
+    write(tmp_path / "whole", DOCUMENTS)
+    write(tmp_path / "kept", [DOCUMENTS[0], *DOCUMENTS[2:]])
+    reader = IndexedReader(tmp_path / "whole")
+    with IndexedWriter(tmp_path / "copied", reader.dtype) as writer:
+        writer.copy(reader, 0, 1)
+        writer.copy(reader, 2, 4)
+        writer.finish()
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"copied{suffix}").read_bytes() == (tmp_path / f"kept{suffix}").read_bytes()
+
+
+def test_document_starts_are_found_in_any_range(tmp_path: Path) -> None:
+    write(tmp_path / "shard", DOCUMENTS)
+    reader = IndexedReader(tmp_path / "shard")
+    for begin in range(9):
+        for end in range(begin, 9):
+            assert reader.document_starts(begin, end).tolist() == [start for start in (0, 3, 4) if begin <= start < end], (begin, end)
+
+
+def test_document_starts_follow_megatrons_marks_where_a_document_has_several_sequences(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "shard.bin"), dtype=np.uint16)
+    builder.add_document(torch.tensor([5, 6, 7, 8]), [3, 1])
+    builder.add_document(torch.tensor([9, 9]), [1, 1])
+    builder.finalize(str(tmp_path / "shard.idx"))
+    reader = IndexedReader(tmp_path / "shard")
+    assert reader.document_starts(0, 6).tolist() == [0, 4]
+    assert reader.document_starts(1, 6).tolist() == [4]
+
+
 def test_other_tokens_make_other_bytes(tmp_path: Path) -> None:
     write(tmp_path / "one", [[1, 2], [3]])
     write(tmp_path / "other", [[1], [2, 3]])
@@ -83,7 +113,7 @@ def test_writer_reports_the_checksums_and_sizes_on_disk(tmp_path: Path) -> None:
 
 def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "shard", token_dtype(300)) as writer:
-        writer.add(np.arange(5))
+        writer.add(np.arange(5), np.array([5]))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
@@ -133,7 +163,7 @@ MARKS = OFFSETS + 8 * len(DOCUMENTS)
         (LENGTHS, int32(-3), "negative length"),
         (LENGTHS, int32(2), "offset of sequence 1"),
         (LENGTHS + 8, int32(5), "offset of sequence 3"),
-        (LENGTHS + 12, int32(7), "its index counts 15 tokens = 30 bytes"),
+        (LENGTHS + 12, int32(7), "its index ends at 30"),
         (OFFSETS + 8, int32(0), "offset of sequence 1"),
         (MARKS, int32(1), "document marks"),
         (MARKS + 8, int32(3), "document marks"),
