@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from data_pipeline.indexed import bin_path, idx_path
-from data_pipeline.split import SPLITS, SplitName
+from data_pipeline.split import SplitName
 from pretrain.config.durable import file_sha256
 from pretrain.config.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+
+Counts = dict[str, int]
+# A manifest from elsewhere must not lead out of its own folder.
+FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=200)]
 
 
 class ManifestPart(BaseModel):
@@ -24,27 +28,52 @@ class ManifestPart(BaseModel):
 
 
 class TokenizerEntry(ManifestPart):
-    file: str
+    """``engine`` did the encoding; its ids are those of the ``tokenizers`` library, so it is no part of the fingerprint."""
+
+    file: FileName
     sha256: str
     vocab_size: int
     eod_id: int
+    bos_id: int | None = None
+    pad_id: int | None = None
+    append_eod: bool = True
+    prepend_bos: bool = False
+    engine: str = "tokenizers"
 
 
 class SourceEntry(ManifestPart):
-    """``sha256`` covers every document's id and text, in order; ``documents`` counts those, ``skipped`` the others by reason."""
+    """What became of one source's records.
+
+    Attributes:
+        sha256: covers every document that was read, its name and its text, in order.
+        records: all that were read: ``documents`` + ``bad`` + ``left_out`` + ``dropped``.
+        documents, tokens, utf8_bytes: what the shards hold of it.
+        share: of all tokens of the training split.
+        bad: records that could not be read, by reason.
+        left_out: records that the source itself passes over, by reason.
+        dropped: documents that cleaning removed, by reason.
+        edits: what cleaning changed inside documents.
+    """
 
     kind: str
     python_version: str | None = None
-    patterns: list[str] | None = None
     sha256: str
+    records: int
     documents: int
-    skipped: dict[str, int]
+    tokens: int
+    utf8_bytes: int
+    share: float
+    bad: Counts = {}
+    left_out: Counts = {}
+    dropped: Counts = {}
+    edits: Counts = {}
 
 
 class ShardEntry(ManifestPart):
-    """One .bin/.idx pair; ``prefix`` is relative to the manifest's folder."""
+    """One .bin/.idx pair of one source; ``prefix`` is relative to the manifest's folder."""
 
-    prefix: str
+    prefix: FileName
+    source: str
     documents: int
     tokens: int
     bin_bytes: int
@@ -54,7 +83,7 @@ class ShardEntry(ManifestPart):
 
 
 class SplitEntry(ManifestPart):
-    """``tokens`` include one end-of-document token per document; ``utf8_bytes`` are those of the texts."""
+    """``tokens`` include those that the policy puts around a document; ``utf8_bytes`` are those of the texts."""
 
     documents: int
     tokens: int
@@ -63,28 +92,53 @@ class SplitEntry(ManifestPart):
 
 
 class Manifest(ManifestPart):
-    """``request_sha256`` stands for the configuration that was asked for: see :func:`data_pipeline.build.request_sha256`."""
+    """The content of ``manifest.json``.
+
+    Attributes:
+        request_sha256: stands for the configuration that was asked for.
+        inputs_sha256: stands for the sizes and times of the input files, so that an unchanged input is known without reading it.
+        streamed: training reads the source itself; there is no training split here.
+    """
 
     version: int = MANIFEST_VERSION
     created_by: str
     request_sha256: str
+    inputs_sha256: str
     dtype: Literal["uint16", "int32"]
     tokenizer: TokenizerEntry
-    source: SourceEntry
-    splits: dict[SplitName, SplitEntry]
+    sources: dict[str, SourceEntry]
+    splits: dict[SplitName, SplitEntry] = Field(min_length=1)
+    streamed: bool = False
+
+    _folder: Path = PrivateAttr(default=Path("."))
 
     @model_validator(mode="after")
-    def _has_both_splits(self) -> Manifest:
-        missing = [split for split in SPLITS if split not in self.splits]
-        if missing:
-            raise ValueError(f"split '{missing[0]}' is missing")
+    def _shards_have_sources(self) -> Manifest:
+        unknown = {shard.source for split in self.splits.values() for shard in split.shards} - set(self.sources)
+        if unknown:
+            raise ValueError(f"a shard is of the source '{min(unknown)}', which is not listed")
         return self
 
     @property
+    def folder(self) -> Path:
+        """Where it was loaded from; the prefixes of its shards start here."""
+        return self._folder
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self._folder / self.tokenizer.file
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of what training reads: tokenizer, corpus and shards. Two machines that build the same corpus get the same one."""
-        content = self.model_dump(mode="json", include={"version", "dtype", "tokenizer", "splits"}) | {"corpus": self.source.sha256}
-        return canonical_sha256(content)
+        """SHA-256 of what training reads: tokenizer, sources and shards. Two machines that build the same corpus get the same one."""
+        content = self.model_dump(mode="json", include={"version", "dtype", "tokenizer", "splits", "streamed"})
+        del content["tokenizer"]["engine"]
+        return canonical_sha256(content | {"sources": {name: source.sha256 for name, source in self.sources.items()}})
+
+    def at(self, folder: Path) -> Manifest:
+        """This manifest as it lies in ``folder``."""
+        self._folder = folder
+        return self
 
 
 def canonical_sha256(content: dict[str, Any]) -> str:
@@ -92,20 +146,26 @@ def canonical_sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def load_manifest(folder: Path | str) -> Manifest:
-    """Reads ``folder``'s manifest.
+def manifest_path(data: Path | str) -> Path:
+    """The manifest of a data folder, or of the shards with a common prefix (``data/corpus``: ``data/corpus.manifest.json``)."""
+    data = Path(data)
+    return data / MANIFEST_NAME if data.is_dir() else data.with_name(f"{data.name}.{MANIFEST_NAME}")
+
+
+def load_manifest(data: Path | str) -> Manifest:
+    """Reads the manifest of a data folder or prefix.
 
     Raises:
         DataError: where it is missing, damaged, or of a version that this code does not know.
     """
-    path = Path(folder) / MANIFEST_NAME
+    path = manifest_path(data)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"there is no data in {folder} ({MANIFEST_NAME} is missing): run tools/preprocess_data.py with --output {folder}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"there is no data in {data} ({MANIFEST_NAME} is missing): run tools/preprocess_data.py with --output {data}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON: build the data again with tools/preprocess_data.py --fresh") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != MANIFEST_VERSION:
@@ -113,33 +173,37 @@ def load_manifest(folder: Path | str) -> Manifest:
             f"{path} has version {version!r}, this code reads version {MANIFEST_VERSION}: build the data again with tools/preprocess_data.py --fresh"
         )
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate(content).at(path.parent)
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"])) or "the manifest"
         raise DataError(f"{path} is damaged: '{where}': {detail['msg']}; build the data again with tools/preprocess_data.py --fresh") from None
 
 
-def verify(folder: Path | str, manifest: Manifest, deep: bool = False) -> None:
-    """Checks that the folder holds the files of its manifest: sizes and the tokenizer's checksum, and every checksum when ``deep``.
+def verify(manifest: Manifest, deep: bool = False) -> None:
+    """Checks that the files of a manifest are there: sizes and the tokenizer's checksum, and every checksum when ``deep``.
 
     Raises:
         DataError: for the first file that is missing or differs; it names the file.
     """
-    folder = Path(folder)
-    tokenizer = folder / manifest.tokenizer.file
-    _check_file(tokenizer, None, manifest.tokenizer.sha256, "it is the wrong tokenizer for the shards: put back the one they were built with")
-    for entry in manifest.splits.values():
-        for shard in entry.shards:
-            prefix = folder / shard.prefix
+    tokenizer = "it is the wrong tokenizer for the shards: put back the one they were built with"
+    check_file(manifest.tokenizer_path, None, manifest.tokenizer.sha256, tokenizer)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            prefix = manifest.folder / shard.prefix
             for path, size, checksum in (
                 (bin_path(prefix), shard.bin_bytes, shard.bin_sha256),
                 (idx_path(prefix), shard.idx_bytes, shard.idx_sha256),
             ):
-                _check_file(path, size, checksum if deep else None, "build the data again with tools/preprocess_data.py --fresh")
+                check_file(path, size, checksum if deep else None, "build the data again with tools/preprocess_data.py --fresh")
 
 
-def _check_file(path: Path, size: int | None, checksum: str | None, remedy: str) -> None:
+def check_file(path: Path, size: int | None, checksum: str | None, remedy: str) -> None:
+    """Compares a file with what is known of it.
+
+    Raises:
+        DataError: where it is missing or differs; the sentence ends with ``remedy``.
+    """
     try:
         found = path.stat().st_size
         if size is not None and found != size:
@@ -147,4 +211,4 @@ def _check_file(path: Path, size: int | None, checksum: str | None, remedy: str)
         if checksum is not None and file_sha256(path) != checksum:
             raise DataError(f"{path} differs from its manifest (SHA-256): {remedy}")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; build the data again with tools/preprocess_data.py --fresh") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
