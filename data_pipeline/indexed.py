@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+import xxhash
 
 from pretrain.config.durable import fsync_path
 from pretrain.config.errors import DataError, StorageError
@@ -57,14 +58,14 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer put on disk; sizes in bytes, checksums as hexadecimal SHA-256."""
+    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3."""
 
     documents: int
     tokens: int
     bin_bytes: int
-    bin_sha256: str
+    bin_checksum: str
     idx_bytes: int
-    idx_sha256: str
+    idx_checksum: str
 
 
 class IndexedWriter:
@@ -73,7 +74,8 @@ class IndexedWriter:
     Use it as a context manager and call :meth:`finish` inside; leaving without it, or by an exception, removes what was written.
 
     Args:
-        durable: bring the files to disk before they get their names; without it they survive a killed process, but not a power cut.
+        durable: bring the files to disk before they get their names; without it they survive a killed process, but not a power cut, and
+            their checksums are of the fast kind.
 
     Raises:
         StorageError: where a file of that name is there already.
@@ -88,7 +90,8 @@ class IndexedWriter:
         self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.partial") for kind in ("bin", "idx", "lengths")}
         self._bin = self._temporary["bin"].open("wb")
         self._lengths = self._temporary["lengths"].open("w+b")
-        self._bin_hash = hashlib.sha256()
+        self._hash = hashlib.sha256 if durable else xxhash.xxh3_128
+        self._bin_hash = self._hash()
         self.documents = 0
         self.tokens = 0
 
@@ -140,7 +143,7 @@ class IndexedWriter:
     def finish(self) -> WrittenShard:
         """Completes both files and gives them their names, the .bin first: an .idx never stands for tokens that are not there."""
         self._complete(self._bin)
-        index_hash, index_bytes = hashlib.sha256(), 0
+        index_hash, index_bytes = self._hash(), 0
         with self._temporary["idx"].open("wb") as stream:
             for block in self._index():
                 index_hash.update(block)
@@ -155,9 +158,9 @@ class IndexedWriter:
             documents=self.documents,
             tokens=self.tokens,
             bin_bytes=self.tokens * self.dtype.itemsize,
-            bin_sha256=self._bin_hash.hexdigest(),
+            bin_checksum=self._bin_hash.hexdigest(),
             idx_bytes=index_bytes,
-            idx_sha256=index_hash.hexdigest(),
+            idx_checksum=index_hash.hexdigest(),
         )
 
     def _complete(self, stream: BinaryIO) -> None:

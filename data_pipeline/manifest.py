@@ -28,7 +28,7 @@ class ManifestPart(BaseModel):
 
 
 class TokenizerEntry(ManifestPart):
-    """``engine`` did the encoding; its ids are those of the ``tokenizers`` library, so it is no part of the fingerprint."""
+    """The tokenizer, and which tokens it puts around a document."""
 
     file: FileName
     sha256: str
@@ -38,7 +38,6 @@ class TokenizerEntry(ManifestPart):
     pad_id: int | None = None
     append_eod: bool = True
     prepend_bos: bool = False
-    engine: str = "tokenizers"
 
 
 class SourceEntry(ManifestPart):
@@ -132,7 +131,6 @@ class Manifest(ManifestPart):
     def fingerprint(self) -> str:
         """SHA-256 of what training reads: tokenizer, sources and shards. Two machines that build the same corpus get the same one."""
         content = self.model_dump(mode="json", include={"version", "dtype", "tokenizer", "splits", "streamed"})
-        del content["tokenizer"]["engine"]
         return canonical_sha256(content | {"sources": {name: source.sha256 for name, source in self.sources.items()}})
 
     def at(self, folder: Path) -> Manifest:

@@ -1,14 +1,16 @@
-"""Which documents are held out: a hash of a document's id decides, so that adding documents never moves one."""
+"""Which documents are held out: a hash of a document decides, so that adding documents never moves one."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from data_pipeline.sources import Document
+import xxhash
+
+from data_pipeline.sources.interface import Document
 from pretrain.config.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -17,52 +19,69 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 
 
-def position(document_id: str) -> float:
-    """A document's place in [0, 1], uniform over ids; the places below the validation share are held out."""
-    return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8"), digest_size=8).digest()) / 2**64
+def text_digest(text: str) -> int:
+    """128-bit XXH3 of a document's UTF-8 text: equal texts are told by it."""
+    return xxhash.xxh3_128_intdigest(text)
+
+
+def position(document: Document, digest: int) -> float:
+    """A document's place in [0, 1), uniform over documents; those below the validation share are held out.
+
+    It depends on the document's key, or on the digest of its text where it has none. So equal texts without keys are on the same side.
+    """
+    if document.key is None:
+        return (digest >> 64) / 2**64
+    return int.from_bytes(hashlib.blake2b(document.key.encode("utf-8"), digest_size=8).digest()) / 2**64
+
+
+class Extreme(NamedTuple):
+    """The document of a unit with the lowest or highest position."""
+
+    position: float
+    unit: int
+    ordinal: int
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The split of one corpus.
+    """The split of one corpus, apart from its hash.
 
     Attributes:
-        validation_share: share of documents held out, in (0, 1).
-        moved: the one document that goes to the other side than its hash says, because that side would be empty.
+        moved: (unit, number inside it) of the one document that goes to the other side than its hash says, because that side would be empty.
         cut: the corpus is a single document, which is cut in two.
     """
 
     validation_share: float
-    moved: str | None = None
+    moved: tuple[int, int] | None = None
     cut: bool = False
 
-    def assign(self, document: Document) -> list[tuple[SplitName, Document]]:
-        """The split of a document, or its two parts where it is the only one."""
+    def assign(self, text: str, place: float, unit: int, ordinal: int) -> list[tuple[SplitName, str]]:
+        """The side of a document, or of its two parts where it is the only one."""
         if self.cut:
-            parts = cut_at_line_end(document.text, 1.0 - self.validation_share)
-            return [(split, replace(document, text=part, id=f"{document.id}#{split}")) for split, part in zip(SPLITS, parts, strict=True)]
-        held_out = (position(document.id) < self.validation_share) != (document.id == self.moved)
-        return [("validation" if held_out else "train", document)]
+            return list(zip(SPLITS, cut_at_line_end(text, 1.0 - self.validation_share), strict=True))
+        held_out = (place < self.validation_share) != ((unit, ordinal) == self.moved)
+        return [("validation" if held_out else "train", text)]
 
 
-def plan_split(document_ids: Sequence[str], validation_share: float) -> SplitPlan:
-    """The plan for a corpus of these documents. Neither split is ever empty.
+def plan_split(validation_share: float, documents: int, lowest: Iterable[Extreme], highest: Iterable[Extreme]) -> SplitPlan:
+    """The plan for a corpus in which neither split may be empty.
 
-    Raises:
-        DataError: where there is no document at all.
+    Args:
+        documents: how many documents the hash decides about.
+        lowest, highest: of each unit that has documents.
     """
-    if not document_ids:
-        raise DataError("the source holds no document that is not empty: give files with text in them")
-    if len(document_ids) == 1:
+    if validation_share == 0.0 or documents == 0:
+        return SplitPlan(validation_share)
+    if documents == 1:
         logger.warning("there is a single document: its last part, about %.3g of it, is held out for validation", validation_share)
         return SplitPlan(validation_share, cut=True)
-    by_position = sorted(document_ids, key=lambda document_id: (position(document_id), document_id))
-    if position(by_position[0]) >= validation_share:
-        logger.warning("no document's hash falls into the validation share of %.3g: %s is held out", validation_share, by_position[0])
-        return SplitPlan(validation_share, moved=by_position[0])
-    if position(by_position[-1]) < validation_share:
-        logger.warning("every document's hash falls into the validation share of %.3g: %s is trained on", validation_share, by_position[-1])
-        return SplitPlan(validation_share, moved=by_position[-1])
+    first, last = min(lowest), max(highest)
+    if first.position >= validation_share:
+        logger.warning("no document's hash falls into the validation share of %.3g: the one with the lowest is held out", validation_share)
+        return SplitPlan(validation_share, moved=(first.unit, first.ordinal))
+    if last.position < validation_share:
+        logger.warning("every document's hash falls into the validation share of %.3g: the one with the highest is trained on", validation_share)
+        return SplitPlan(validation_share, moved=(last.unit, last.ordinal))
     return SplitPlan(validation_share)
 
 

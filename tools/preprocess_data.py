@@ -1,20 +1,26 @@
 #!/usr/bin/env python
-"""Turns text into training data: tokenizer, .bin/.idx shards and manifest."""
+"""Turns any text into training data: tokenizer, .bin/.idx shards and manifest. The same command again goes on where it stopped."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
-from data_pipeline.build import BuildResult, build
+from data_pipeline.build.coordinator import BuildResult, build
+from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
+from data_pipeline.build.workspace import Output
+from data_pipeline.sources.guess import sources_of
 from pretrain.config.cli import add_json_option, command_parser, write_json
+from pretrain.config.data_schema import DataConfig
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
-from pretrain.config.schema import DataConfig
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -22,27 +28,54 @@ EXAMPLES = """\
       the data of a recipe, where the recipe looks for it
   python tools/preprocess_data.py --input "my/*.txt" --output data/my
       your own text files, one document a file, with a tokenizer trained on them
-  python tools/preprocess_data.py --input "my/**/*.txt" --output data/my --tokenizer llama/tokenizer.json
-      the same with an existing tokenizer
-The same command again finds its data and does nothing; --fresh builds it again."""
+  python tools/preprocess_data.py --input "corpus/*.jsonl.zst" --text-field text --tokenizer tokenizer.json \\
+      --output-prefix data/corpus --workers 2 --append-eod
+      Megatron's form: data/corpus.bin and .idx, one document a record, nothing held out
+  python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix --workers 16
+      several kinds at once; a folder is source code
+  zstdcat dump.jsonl.zst | python tools/preprocess_data.py --input - --output data/dump
+  mpirun -n 64 python tools/preprocess_data.py --recipe big
+      over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all nodes share
+The same command again finds finished data and does nothing; --fresh builds it again."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--recipe", metavar="NAME|PATH", help="build the data section of this recipe (default: the defaults of every field)")
-    parser.add_argument("--input", nargs="+", action="extend", metavar="GLOB", help="text files or quoted patterns (** reaches into subfolders)")
-    parser.add_argument("--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="an existing tokenizer.json, instead of training one")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="entries of the tokenizer")
-    parser.add_argument("--validation-share", type=float, metavar="SHARE", help="share of documents held out, between 0 and 1")
+    source = parser.add_argument_group("input")
+    source.add_argument("--input", nargs="+", action="extend", metavar="GLOB", help="files, quoted patterns (** reaches into subfolders), folders, -")
+    source.add_argument(
+        "--format", choices=["text", "line", "jsonl", "parquet", "csv", "source_code"], help="of --input (default: by the files' names)"
+    )
+    source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record that holds the text (default: text)")
+    source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
+    source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
+    source.add_argument("--max-bad-share", type=float, metavar="SHARE", help="a larger share of bad records stops the build (default: 1)")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer", metavar="PATH", help="an existing tokenizer.json, SentencePiece .model, or Mistral's file by name")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="entries of the tokenizer")
+    tokenizer.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        help="end each document with the end-of-document token (default: yes; with --output-prefix: no)",
+    )
+    tokenizer.add_argument(
+        "--engine", choices=["fastokens", "gigatoken", "tiktoken", "tokenizers"], help="library that encodes (default: the fastest with equal ids)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)")
+    output.add_argument("--output-prefix", metavar="PREFIX", help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out")
+    output.add_argument("--validation-share", type=float, metavar="SHARE", help="share of documents held out, from 0 to below 1")
+    output.add_argument("--max-shard-bytes", type=int, metavar="BYTES", help="of one .bin")
+    output.add_argument("--workers", type=int, metavar="N", help="processes (default: every core)")
+    output.add_argument("--fresh", action="store_true", help="build also where there is data, and replace it at the end")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override any recipe field; may be repeated")
-    parser.add_argument("--fresh", action="store_true", help="build also where the folder holds data, and replace it at the end")
     add_json_option(parser)
     return parser.parse_args()
 
 
-def data_section(arguments: argparse.Namespace) -> tuple[DataConfig, Path]:
-    """The data configuration that the options describe, and the folder to build it in.
+def data_section(arguments: argparse.Namespace) -> tuple[DataConfig, Output]:
+    """The data configuration that the options describe, and where to build it.
 
     Raises:
         ConfigError: for options that do not go together, and where no folder is named.
@@ -52,55 +85,123 @@ def data_section(arguments: argparse.Namespace) -> tuple[DataConfig, Path]:
         # The example's other sections only stand around the data section, so that it is checked as in any recipe.
         content["data"], origin = {}, "the command line"
     content["data"] = data = dict(content.get("data") or {})
+    if arguments.output_prefix:
+        data |= {"validation_share": 0.0, "max_shard_bytes": None}
     if arguments.input:
-        data["source"] = {"kind": "text", "input": arguments.input}
-    if arguments.tokenizer:
-        data["tokenizer"] = {"kind": "file", "path": arguments.tokenizer}
-    if arguments.vocab_size is not None:
-        data["tokenizer"] = {"kind": "train_bpe"} | dict(data.get("tokenizer") or {}) | {"vocab_size": arguments.vocab_size}
-    if arguments.validation_share is not None:
-        data["validation_share"] = arguments.validation_share
+        _set_sources(data, arguments)
+    _set_tokenizer(data, arguments)
+    for name in ("validation_share", "max_shard_bytes", "on_bad", "max_bad_share"):
+        if getattr(arguments, name) is not None:
+            data[name] = getattr(arguments, name)
     for override in arguments.overrides:
         apply_override(content, override)
     recipe = validate_recipe(content, origin)
-    folder = arguments.output or (recipe.data_path if arguments.recipe else recipe.data.path)
+    return recipe.data, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
+
+
+def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
+    sources = sources_of(arguments.input, arguments.format)
+    for section in sources.values():
+        if section["kind"] in ("jsonl", "parquet", "csv", "stdin"):
+            section |= {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
+    data.pop("source", None)
+    data.pop("sources", None)
+    data |= {"source": next(iter(sources.values()))} if len(sources) == 1 else {"sources": sources}
+
+
+def _set_tokenizer(data: dict[str, Any], arguments: argparse.Namespace) -> None:
+    section = dict(data.get("tokenizer") or {})
+    path = arguments.tokenizer
+    if path and path.endswith(".model"):
+        section = {"kind": "sentencepiece", "path": path}
+    elif path and not os.path.exists(path) and (path.startswith("tekken") or ".model.v" in path):
+        section = {"kind": "mistral", "name": path}
+    elif path:
+        section = {"kind": "file", "path": path}
+    if arguments.vocab_size is not None:
+        section = {"kind": "train_bpe"} | section | {"vocab_size": arguments.vocab_size}
+    append_eod = False if arguments.append_eod is None and arguments.output_prefix else arguments.append_eod
+    if append_eod is not None:
+        section = {"kind": "train_bpe"} | section | {"append_eod": append_eod}
+    if section:
+        data["tokenizer"] = section
+
+
+def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
+    if arguments.output_prefix:
+        if arguments.output:
+            raise ConfigError("--output and --output-prefix name two places: give one of them")
+        prefix = Path(arguments.output_prefix)
+        if prefix.is_dir() or not prefix.name:
+            raise ConfigError(f"--output-prefix {prefix} is a folder: add the beginning of the files' names, such as {prefix / 'corpus'}")
+        return Output(prefix.parent, prefix.name)
+    folder = arguments.output or data_path
     if folder is None:
         raise ConfigError("there is no folder to write to: name one with --output FOLDER, or a recipe with --recipe")
-    return recipe.data, Path(folder)
+    return Output(Path(folder))
 
 
-def next_command(recipe: str | None, folder: Path) -> str:
+def next_command(recipe: str | None, path: Path) -> str:
     """The command that trains on the data."""
     content, origin = read_recipe_file(recipe or EXAMPLE_RECIPE)
-    elsewhere = Path(validate_recipe(content, origin).data_path) != folder
-    place = f" --set {shlex.quote(f'data.path={folder}')}" if elsewhere else ""
+    elsewhere = Path(validate_recipe(content, origin).data_path) != path
+    place = f" --set {shlex.quote(f'data.path={path}')}" if elsewhere else ""
     start = "deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json"
     return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}"
 
 
-def print_table(result: BuildResult, command: str) -> None:
+def print_table(result: BuildResult, seconds: float, command: str) -> None:
     manifest = result.manifest
-    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'text bytes':>16}")
+    print(f"{'split':<12}{'documents':>12}{'tokens':>18}{'text bytes':>18}{'shards':>8}")
     for name, split in manifest.splits.items():
-        print(f"{name:<12}{split.documents:>12,}{split.tokens:>16,}{split.utf8_bytes:>16,}")
-    skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.source.skipped.items())
-    print(f"vocabulary  {manifest.tokenizer.vocab_size:,} entries, end of document is {manifest.tokenizer.eod_id}")
-    print(f"source      {manifest.source.kind}, {manifest.source.documents:,} documents" + (f"; skipped: {skipped}" if skipped else ""))
-    print(f"folder      {result.folder} ({'reused: it was built before' if result.reused else 'built'})")
+        print(f"{name:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}")
+    print(f"\n{'source':<12}{'records':>12}{'documents':>12}{'share':>8}  what is not in the shards")
+    for name, source in manifest.sources.items():
+        losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]
+        print(f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}")
+    tokenizer = manifest.tokenizer
+    print(
+        f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"
+        + (f"; encoded with {result.engine}" if result.engine else "")
+    )
+    read = sum(source.utf8_bytes for source in manifest.sources.values())
+    speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
+    print(f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})")
+    reports = [
+        path for name in ("bad_records.jsonl", "dropped_documents.jsonl") if (path := result.output.folder / result.output.name(name)).exists()
+    ]
+    if reports:
+        print(f"reports     {', '.join(map(str, reports))}")
     print(f"\nnext: {command}")
 
 
-def main() -> None:
+def run(pool: Pool | None) -> None:
     arguments = parse_arguments()
-    config, folder = data_section(arguments)
-    result = build(config, folder, fresh=arguments.fresh, progress=True)
-    command = next_command(arguments.recipe, folder)
+    config, output = data_section(arguments)
+    started = time.perf_counter()
+    result = build(config, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
+    seconds = time.perf_counter() - started
+    command = next_command(arguments.recipe, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
-    write_json(
-        {"folder": str(folder), "reused": result.reused, "fingerprint": result.manifest.fingerprint, **summary, "next": command}, arguments.json_path
-    )
+    fixed = {
+        "folder": str(output.path),
+        "reused": result.reused,
+        "engine": result.engine,
+        "seconds": seconds,
+        "fingerprint": result.manifest.fingerprint,
+    }
+    write_json({**fixed, **summary, "next": command}, arguments.json_path)
     if arguments.json_path != "-":
-        print_table(result, command)
+        print_table(result, seconds, command)
+
+
+def main() -> None:
+    if mpi_size(os.environ) == 1:
+        run(None)
+        return
+    with mpi_pool() as pool:
+        if pool is not None:
+            run(pool)
 
 
 if __name__ == "__main__":

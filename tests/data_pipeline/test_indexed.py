@@ -107,7 +107,7 @@ def test_other_tokens_make_other_bytes(tmp_path: Path) -> None:
 def test_writer_reports_the_checksums_and_sizes_on_disk(tmp_path: Path) -> None:
     written = write(tmp_path / "shard", DOCUMENTS)
     assert (written.documents, written.tokens) == (4, 8)
-    assert (written.bin_sha256, written.idx_sha256) == (file_sha256(tmp_path / "shard.bin"), file_sha256(tmp_path / "shard.idx"))
+    assert (written.bin_checksum, written.idx_checksum) == (file_sha256(tmp_path / "shard.bin"), file_sha256(tmp_path / "shard.idx"))
     assert (written.bin_bytes, written.idx_bytes) == ((tmp_path / "shard.bin").stat().st_size, (tmp_path / "shard.idx").stat().st_size)
 
 

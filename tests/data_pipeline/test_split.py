@@ -1,53 +1,68 @@
-"""Train and validation by a hash of the id."""
+"""Train and validation by a hash of each document."""
 
 from __future__ import annotations
 
 import pytest
 
 from data_pipeline.sources import Document
-from data_pipeline.split import SplitPlan, cut_at_line_end, plan_split, position
+from data_pipeline.split import Extreme, SplitPlan, cut_at_line_end, plan_split, position, text_digest
 from pretrain.config.errors import DataError
 
-IDS = [f"folder/{number}.txt" for number in range(2000)]
+KEYS = [f"folder/{number}.txt" for number in range(2000)]
 
 
-def side(plan: SplitPlan, document_id: str) -> str:
-    [(split, _)] = plan.assign(Document("text", "text", document_id))
-    return split
+def place(key: str) -> float:
+    return position(Document("text", key, key), 0)
+
+
+def plan(keys: list[str], share: float) -> SplitPlan:
+    """The plan of a corpus in which every document is a unit of its own."""
+    extremes = [Extreme(place(key), unit, 0) for unit, key in enumerate(keys)]
+    return plan_split(share, len(keys), extremes, extremes)
+
+
+def sides(keys: list[str], share: float) -> list[str]:
+    chosen = plan(keys, share)
+    return [chosen.assign("text", place(key), unit, 0)[0][0] for unit, key in enumerate(keys)]
 
 
 def test_adding_documents_moves_none() -> None:
-    few, many = plan_split(IDS[:200], 0.1), plan_split(IDS, 0.1)
-    assert [side(few, document_id) for document_id in IDS[:200]] == [side(many, document_id) for document_id in IDS[:200]]
+    assert sides(KEYS[:200], 0.1) == sides(KEYS, 0.1)[:200]
 
 
 def test_raising_the_share_only_moves_documents_into_validation() -> None:
-    small, large = plan_split(IDS, 0.05), plan_split(IDS, 0.2)
-    held_out = {document_id for document_id in IDS if side(small, document_id) == "validation"}
-    assert held_out < {document_id for document_id in IDS if side(large, document_id) == "validation"}
+    small, large = ({key for key, side in zip(KEYS, sides(KEYS, share), strict=True) if side == "validation"} for share in (0.05, 0.2))
+    assert small < large
 
 
 def test_share_is_met_within_four_standard_deviations() -> None:
-    plan = plan_split(IDS, 0.1)
-    held_out = sum(side(plan, document_id) == "validation" for document_id in IDS)
-    assert abs(held_out - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
+    assert abs(sides(KEYS, 0.1).count("validation") - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
+
+
+def test_without_a_key_the_text_decides_whatever_the_document_is_called() -> None:
+    texts = [f"text number {number}" for number in range(1000)]
+    places = [position(Document(text, str(number)), text_digest(text)) for number, text in enumerate(texts)]
+    assert places == [position(Document(text, "elsewhere"), text_digest(text)) for text in texts]
+    assert len(set(places)) == 1000 and 0.4 < sum(places) / 1000 < 0.6 and 0 <= min(places) <= max(places) < 1
 
 
 @pytest.mark.parametrize(("share", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_neither_split_is_empty_and_the_document_nearest_to_the_border_moves(share: float, split: str) -> None:
-    ids = IDS[:5]
-    plan = plan_split(ids, share)
-    moved = min(ids, key=position) if split == "validation" else max(ids, key=position)
-    assert [document_id for document_id in ids if side(plan, document_id) == split] == [moved]
+    keys = KEYS[:5]
+    moved = min(keys, key=place) if split == "validation" else max(keys, key=place)
+    assert [key for key, side in zip(keys, sides(keys, share), strict=True) if side == split] == [moved]
+
+
+def test_without_a_share_nothing_is_held_out() -> None:
+    assert set(sides(KEYS[:1], 0.0)) == set(sides(KEYS, 0.0)) == {"train"}
 
 
 def test_a_single_document_is_cut_in_two() -> None:
     text = "".join(f"line {number}\n" for number in range(100))
-    parts = plan_split(["only.txt"], 0.1).assign(Document(text, "text", "only.txt"))
-    assert [(split, document.id) for split, document in parts] == [("train", "only.txt#train"), ("validation", "only.txt#validation")]
-    train, validation = (document.text for _, document in parts)
-    assert train + validation == text
-    assert train.endswith("\n") and 0.08 < len(validation) / len(text) < 0.12
+    parts = dict(plan(["only.txt"], 0.1).assign(text, 0.5, 0, 0))
+    assert list(parts) == ["train", "validation"]
+    assert parts["train"] + parts["validation"] == text
+    assert parts["train"].endswith("\n") and 0.08 < len(parts["validation"]) / len(text) < 0.12
 
 
 @pytest.mark.parametrize("text", ["ab", "a\n", "no line end at all", "title\n" + "x" * 1000, "x" * 1000 + "\n", "\n\n\n"])
@@ -62,8 +77,6 @@ def test_a_far_away_line_end_does_not_halve_a_part() -> None:
     assert len(first) > 800
 
 
-def test_nothing_to_split_is_an_error() -> None:
-    with pytest.raises(DataError, match="no document"):
-        plan_split([], 0.1)
+def test_one_character_cannot_be_cut() -> None:
     with pytest.raises(DataError, match="one character"):
         cut_at_line_end("x", 0.5)

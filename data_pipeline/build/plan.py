@@ -1,0 +1,66 @@
+"""What a build has to do, before any text is read: sources, units, and the checksums by which a later run knows the same job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.manifest import canonical_sha256
+from data_pipeline.sources import ReadContext, Source, Unit, open_source
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.config.data_schema import DataConfig
+
+SMALLEST_UNIT, LARGEST_UNIT = 8 << 20, 1 << 30
+UNITS_WANTED = 4096
+
+# These say where data lies and how training uses it; the shards do not depend on them.
+NOT_IN_SHARDS = {"path", "corpora", "mixture", "packing", "document_mask", "tokenizer", "max_bad_share", "on_bad"}
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A build in units, in the order of its output.
+
+    Attributes:
+        request_sha256: of the configuration that decides what is written.
+        inputs_sha256: of the units with their stamps.
+    """
+
+    config: DataConfig
+    units: list[Unit]
+    request_sha256: str
+    inputs_sha256: str
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+
+def open_sources(config: DataConfig, spool_folder: Path) -> dict[str, Source]:
+    """The sources of a recipe by name."""
+    return {
+        name: open_source(section, ReadContext(name, config.max_record_bytes, str(spool_folder / f"input-{name}")))
+        for name, section in config.named_sources.items()
+    }
+
+
+def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
+    """Checksum of what was asked for; an existing tokenizer counts by its content, not by its path."""
+    tokenizer = config.tokenizer.model_dump(mode="json", exclude={"path", "name", "vocab_size"} if given else set())
+    content = config.model_dump(mode="json", exclude=NOT_IN_SHARDS)
+    return canonical_sha256(content | {"tokenizer": tokenizer, "tokenizer_sha256": given.sha256 if given else None})
+
+
+def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, Source]) -> BuildPlan:
+    """Lists the input and cuts it into units. Their size depends on the input alone, so any number of workers writes the same bytes.
+
+    Raises:
+        DataError: where a source has nothing to read.
+    """
+    units = [unit for source in sources.values() for unit in source.units(SMALLEST_UNIT)]
+    wanted = sum(unit.size for unit in units) // UNITS_WANTED
+    if wanted > SMALLEST_UNIT:
+        size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)
+        units = [unit for source in sources.values() for unit in source.units(size)]
+    inputs = canonical_sha256({"units": [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]})
+    return BuildPlan(config, units, request_sha256(config, given), inputs)

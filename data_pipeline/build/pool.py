@@ -1,0 +1,121 @@
+"""Workers: this process alone, processes of this machine, or the ranks of an MPI job. Work is handed out as they become free."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pretrain.config.errors import ConfigError, PeerLostError
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+# Enough that no worker waits for the coordinator, few enough that a corpus of any size has a short queue.
+WAITING_PER_WORKER = 3
+WORTH_STARTING_FOR = 64 << 20
+MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+
+
+class Pool:
+    """Runs one function over many jobs and yields the results as they come.
+
+    Args:
+        executor: where the jobs run; None: in this process, one after the other.
+    """
+
+    def __init__(self, executor: Executor | None, workers: int) -> None:
+        self.executor, self.workers = executor, workers
+
+    def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
+        """The results in the order in which they are ready; the first error ends it all.
+
+        Raises:
+            PeerLostError: where a worker was killed.
+        """
+        if self.executor is None:
+            yield from map(function, jobs)
+            return
+        waiting: set[Future[ResultT]] = set()
+        remaining = iter(jobs)
+        try:
+            while True:
+                while len(waiting) < self.workers * WAITING_PER_WORKER and (job := next(remaining, None)) is not None:
+                    waiting.add(self.executor.submit(function, job))
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise PeerLostError(
+                "a worker process was killed, perhaps for want of memory: run the same command, which goes on where it stopped, or lower --workers"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def local_pool(workers: int) -> Iterator[Pool]:
+    """Processes of this machine; one worker is this process itself."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: give 1 or more")
+    if workers == 1:
+        yield Pool(None, 1)
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    # Forking a process with threads may leave a lock taken for ever: workers start afresh.
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, _begin_worker, (threads,))
+    try:
+        yield Pool(executor, workers)
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    executor.shutdown()
+
+
+def default_workers(input_bytes: int) -> int:
+    """Every core, or one process where starting others would take longer than the work."""
+    return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
+
+
+def _begin_worker(threads: int) -> None:
+    """Limits a worker's threads, before any library starts them, and ties its life to its parent's."""
+    for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: Any) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def mpi_size(environment: Mapping[str, str]) -> int:
+    """The number of processes that ``mpirun`` has started; 1 without it."""
+    return next((int(environment[name]) for name in MPI_SIZE_VARIABLES if environment.get(name, "").isdigit()), 1)
+
+
+@contextmanager
+def mpi_pool() -> Iterator[Pool | None]:
+    """Rank 0 gets a pool of all other ranks; they serve it inside this call and get None when it is over."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
+
+    for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        yield Pool(executor, MPI.COMM_WORLD.Get_size() - 1) if executor is not None else None

@@ -1,0 +1,154 @@
+"""Reading one unit: its clean documents, and an account of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_pipeline.cleaning import Cleaner
+from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
+from data_pipeline.split import Extreme, SplitPlan, position, text_digest
+from pretrain.config.data_schema import Cleaning, DataConfig
+from pretrain.config.errors import DataError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all units of a build have in common; small, since it travels with each.
+
+    Attributes:
+        workspace: the staging folder, which holds the tokenizer too.
+        engine: that encodes.
+        sample_shares: of each source's text that the training of a tokenizer looks at.
+        held_out_only: write this many documents of the validation split and nothing else.
+    """
+
+    config: DataConfig
+    workspace: str
+    split: SplitPlan
+    engine: str = "tokenizers"
+    sample_shares: dict[str, float] = field(default_factory=dict)
+    held_out_only: int | None = None
+
+
+@dataclass
+class Counters:
+    """What became of a unit's records."""
+
+    records: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    edits: Counter[str] = field(default_factory=Counter)
+
+
+class Reader:
+    """The clean documents of one unit, with everything else counted and reported.
+
+    Attributes:
+        checksum: over every document that was read, its key and its text's digest, in order.
+    """
+
+    def __init__(self, task: Task, number: int, unit: Unit, report: TextIO | None) -> None:
+        config = task.config
+        self.task, self.number, self.unit, self.report = task, number, unit, report
+        self.section = config.named_sources[unit.source]
+        self.source: Source = open_source(
+            self.section, ReadContext(unit.source, config.max_record_bytes, str(Path(task.workspace) / f"input-{unit.source}"))
+        )
+        self.cleaner = _cleaner(config.cleaning)
+        self.counters = Counters()
+        self.checksum = hashlib.sha256()
+        self.documents = 0
+        self.hashed = 0
+        self.lowest: Extreme | None = None
+        self.highest: Extreme | None = None
+
+    def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
+        """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
+        for result in self.source.read(self.unit):
+            self.counters.records += 1
+            if isinstance(result, LeftOut):
+                self._leave_out(result)
+                continue
+            digest = text_digest(result.text)
+            self.checksum.update(digest.to_bytes(16, "little") + (result.key or "").encode("utf-8") + b"\0")
+            place = self._place(result, digest)
+            if self.cleaner is not None:
+                cleaned = self.cleaner.clean(result.text)
+                if cleaned.edits:
+                    self.counters.edits.update(cleaned.edits)
+                if cleaned.dropped is not None:
+                    self._drop(result, cleaned.dropped, cleaned.detail)
+                    continue
+                if cleaned.text is not result.text:
+                    result = result._replace(text=cleaned.text)
+                    digest = text_digest(cleaned.text)
+            if self.section.split == "hash":
+                self._note(place)
+            yield result, digest, place
+            self.documents += 1
+
+    def _place(self, document: Document, digest: int) -> float:
+        fixed = {"train": 1.0, "validation": -1.0}.get(self.section.split)
+        return position(document, digest) if fixed is None else fixed
+
+    def _note(self, place: float) -> None:
+        mine = Extreme(place, self.number, self.documents)
+        self.hashed += 1
+        self.lowest = mine if self.lowest is None or mine < self.lowest else self.lowest
+        self.highest = mine if self.highest is None or mine > self.highest else self.highest
+
+    def _leave_out(self, record: LeftOut) -> None:
+        (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1
+        if record.is_bad and self.task.config.on_bad == "fail":
+            place = "".join(f", {name} {value}" for name, value in (("record", self.counters.records), ("byte", record.offset)) if value is not None)
+            raise DataError(f"{record.path}{place}: {record.reason} {record.detail}".rstrip() + ": mend it, or pass --on-bad skip to leave it out")
+        if record.is_bad:
+            place = {"path": record.path, "line": record.line, "byte": record.offset}
+            self._write({"bad": True, **place, "reason": record.reason, "detail": record.detail})
+        else:
+            self._write({"document": record.path, "reason": record.reason, "detail": record.detail})
+
+    def _drop(self, document: Document, reason: str, detail: str) -> None:
+        self.counters.dropped[reason] += 1
+        self._write({"document": document.id, "reason": reason, "detail": detail} | ({"metadata": document.metadata} if document.metadata else {}))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.report is not None:
+            self.report.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8") + "\n")
+
+    def record(self) -> dict[str, Any]:
+        """The counts of this unit, as JSON."""
+        counters = self.counters
+        return {
+            "unit": self.number,
+            "source": self.unit.source,
+            "lines": self.source.lines_read,
+            "records": counters.records,
+            "documents": self.documents,
+            "hashed": self.hashed,
+            "checksum": self.checksum.hexdigest(),
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "bad": dict(counters.bad),
+            "left_out": dict(counters.left_out),
+            "dropped": dict(counters.dropped),
+            "edits": dict(counters.edits),
+        }
+
+
+def _cleaner(config: Cleaning) -> Cleaner | None:
+    return _cached_cleaner(config.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _cached_cleaner(config: str) -> Cleaner | None:
+    cleaner = Cleaner(Cleaning.model_validate_json(config))
+    return cleaner if cleaner.is_needed else None

@@ -1,0 +1,279 @@
+"""What a worker process does with one unit: sample it for the tokenizer's training, or encode it into a part of the corpus."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from data_pipeline.build.reader import Reader, Task
+from data_pipeline.build.workspace import RECORD, attempt, no_space_is_told
+from data_pipeline.cleaning.minhash import minhash_bands_batch
+from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.indexed import IndexedWriter, token_dtype
+from data_pipeline.sources import Unit
+from data_pipeline.split import SPLITS
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.engines import CheckedEncoder
+from pretrain.config.data_schema import Cleaning, NearDuplicates, TokenizerBase
+
+BATCH_CHARACTERS = 1 << 23
+BATCH_DOCUMENTS = 1 << 14
+CHECK_EVERY = 1000
+LEFT_OUT, SAMPLE, DIGESTS, BANDS, MARKS, SIDES, TEXT_BYTES, NAMES = (
+    "left_out.jsonl",
+    "sample.jsonl",
+    "digests.npy",
+    "bands.npy",
+    "marks.npy",
+    "sides.npy",
+    "text_bytes.npy",
+    "names.jsonl",
+)
+
+Record = dict[str, Any]
+Job = tuple[Task, int, Unit]
+
+
+def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
+    return Path(workspace) / stage / f"{number:07}"
+
+
+def scan_unit(job: Job) -> Record:
+    """Counts a unit's documents and checksums them, without cleaning: what :func:`encode_unit` would read."""
+    task, number, unit = job
+    reader = Reader(task, number, unit, None)
+    for _ in reader.documents_with_split():
+        pass
+    return reader.record()
+
+
+def sample_unit(job: Job) -> Record:
+    """Writes the documents of a unit that the tokenizer is trained on: each with its number and its place for the split."""
+    task, number, unit = job
+    place = unit_folder(task.workspace, "samples", number)
+    share = task.sample_shares[unit.source]
+    with no_space_is_told(place), attempt(Path(task.workspace), place) as folder:
+        reader = Reader(task, number, unit, None)
+        with (folder / SAMPLE).open("wb") as stream:
+            for document, digest, where in reader.documents_with_split():
+                if (digest & 0xFFFFFFFF) / 2**32 < share:
+                    stream.write(orjson.dumps([reader.documents, where, document.text]) + b"\n")
+        return _finish(folder, job, reader.record())
+
+
+def encode_unit(job: Job) -> Record:
+    """Writes a unit's part of each split, what deduplication needs to know, and the record of it all."""
+    task, number, unit = job
+    place = unit_folder(task.workspace, "units", number)
+    with no_space_is_told(place), attempt(Path(task.workspace), place) as folder, ExitStack() as stack:
+        report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
+        reader = Reader(task, number, unit, report)
+        part = stack.enter_context(PartWriter(task, folder, unit.source))
+        for document, digest, where in reader.documents_with_split():
+            for split, text in task.split.assign(document.text, where, number, reader.documents):
+                if split == "validation" or task.held_out_only is None:
+                    part.add(document.id, text, digest, SPLITS.index(split))
+            if task.held_out_only is not None and part.documents[1] >= task.held_out_only:
+                break
+        splits = part.finish()
+        report.flush()
+        return _finish(folder, job, reader.record() | {"splits": splits})
+
+
+def _finish(folder: Path, job: Job, record: Record) -> Record:
+    """Completes a unit's record, and writes it."""
+    task, number, _ = job
+    # Merging trusts a part as it is, unless the machine has been restarted since.
+    checksums = {f"{split}.bin": part.pop("checksum") for split, part in record.get("splits", {}).items()}
+    record |= {"plan": unit_plan(task, number), "boot": boot_id(), "checksums": checksums}
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def unit_plan(task: Task, number: int) -> list[Any]:
+    """What of the split's plan concerns one unit, as JSON."""
+    moved = task.split.moved[1] if task.split.moved is not None and task.split.moved[0] == number else None
+    return [task.split.validation_share, moved, task.split.cut, task.held_out_only]
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Changes when the machine is restarted; empty where the system does not tell, which counts as no restart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class PartWriter:
+    """Encodes documents in batches and appends each to the part of its split.
+
+    Beside the tokens it keeps, where duplicates are looked for, one row a document: digest, bands, split, bytes of text, name.
+    """
+
+    def __init__(self, task: Task, folder: Path, source: str) -> None:
+        config = task.config
+        self.folder = folder
+        policy = config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields))
+        self.tokenizer, self.encoder = _encoder(task.workspace, policy, task.engine)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        middle = config.fill_in_the_middle
+        applies = middle is not None and (middle.sources is None or source in middle.sources)
+        self.transform = FillInTheMiddleTransform(middle, self.tokenizer.token_id) if middle and applies else None
+        self.keys = DuplicateKeys(folder, config.cleaning) if looks_for_duplicates(config.cleaning) else None
+        self.documents, self.text_bytes = [0, 0], [0, 0]
+        self._batch = Batch()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PartWriter:
+        self.writers = [self._stack.enter_context(IndexedWriter(self.folder / split, self.dtype, durable=False)) for split in SPLITS]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, name: str, text: str, digest: int, side: int) -> None:
+        batch, tokenizer = self._batch, self.tokenizer
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+        self.documents[side] += 1
+        self.text_bytes[side] += size
+        if self.keys is not None:
+            self.keys.add(name, text, digest, side, size)
+        batch.begin(side)
+        if tokenizer.prepend_bos and tokenizer.bos_id is not None:
+            batch.literal(tokenizer.bos_id)
+        parts = self.transform.split(text, digest, 0) if self.transform is not None and side == 0 else None
+        for part in parts or [text]:
+            if isinstance(part, int):
+                batch.literal(part)
+                continue
+            for piece in tokenizer.pieces(part):
+                batch.text(piece, digest, name)
+        if tokenizer.append_eod:
+            batch.literal(tokenizer.eod_id)
+        if batch.characters >= BATCH_CHARACTERS or len(batch.sides) >= BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encodes the batch and appends it to the parts."""
+        batch, self._batch = self._batch, Batch()
+        if not batch.sides:
+            return
+        ids, offsets = self.encoder.encode_flat(batch.texts, batch.digests, batch.names)
+        tokens, lengths = batch.assemble(ids, offsets)
+        sides = np.array(batch.sides)
+        for side, writer in enumerate(self.writers):
+            mine = sides == side
+            if mine.all():
+                writer.add(tokens, lengths)
+            elif mine.any():
+                writer.add(tokens[np.repeat(mine, lengths)], lengths[mine])
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Completes the parts; documents, tokens, bytes of text and checksum of each split."""
+        self.flush()
+        if self.keys is not None:
+            self.keys.finish()
+        written = [writer.finish() for writer in self.writers]
+        return {
+            split: {"documents": part.documents, "tokens": part.tokens, "utf8_bytes": size, "checksum": part.bin_checksum}
+            for split, part, size in zip(SPLITS, written, self.text_bytes, strict=True)
+        }
+
+
+class Batch:
+    """Documents on their way to the engine: texts, and literal token ids between them."""
+
+    def __init__(self) -> None:
+        self.sides: list[int] = []
+        self.texts: list[str] = []
+        self.digests: list[int] = []
+        self.names: list[str] = []
+        self.characters = 0
+        self._literals: list[int] = []  # of each segment: a token id, or -1 for the next text
+        self._first_segments: list[int] = []
+
+    def begin(self, side: int) -> None:
+        self.sides.append(side)
+        self._first_segments.append(len(self._literals))
+
+    def literal(self, token: int) -> None:
+        self._literals.append(token)
+
+    def text(self, text: str, digest: int, name: str) -> None:
+        self._literals.append(-1)
+        self.texts.append(text)
+        self.digests.append(digest)
+        self.names.append(name)
+        self.characters += len(text)
+
+    def assemble(self, ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all documents [n] and their lengths [documents], from the engine's ids [m] and offsets [texts + 1]."""
+        literals = np.array(self._literals, dtype=np.int64)
+        is_text = literals < 0
+        sizes = np.ones(len(literals), dtype=np.int64)
+        sizes[is_text] = np.diff(offsets)
+        starts = np.cumsum(sizes) - sizes
+        tokens = np.empty(int(sizes.sum()), dtype=np.uint32)
+        from_text = np.ones(len(tokens), dtype=bool)
+        from_text[starts[~is_text]] = False
+        tokens[from_text] = ids
+        tokens[~from_text] = literals[~is_text]
+        return tokens, np.add.reduceat(sizes, self._first_segments)
+
+
+def looks_for_duplicates(cleaning: Cleaning) -> bool:
+    return cleaning.exact_duplicates or cleaning.near_duplicates is not None
+
+
+class DuplicateKeys:
+    """What tells duplicates, one row a document, in memory-mappable files beside the part."""
+
+    def __init__(self, folder: Path, cleaning: Cleaning) -> None:
+        self.folder, self.near = folder, cleaning.near_duplicates
+        self.digests: list[int] = []
+        self.sides: list[int] = []
+        self.text_bytes: list[int] = []
+        self.names: list[str] = []
+        self.bands: list[np.ndarray] = []
+        self._texts: list[str] = []
+        self._characters = 0
+
+    def add(self, name: str, text: str, digest: int, side: int, size: int) -> None:
+        self.digests.append(digest)
+        self.sides.append(side)
+        self.text_bytes.append(size)
+        self.names.append(name)
+        if self.near is not None:
+            self._texts.append(text)
+            self._characters += len(text)
+            if self._characters >= BATCH_CHARACTERS:
+                self._flush(self.near)
+
+    def _flush(self, near: NearDuplicates) -> None:
+        if self._texts:
+            self.bands.append(minhash_bands_batch(self._texts, near))
+        self._texts, self._characters = [], 0
+
+    def finish(self) -> None:
+        digests = np.array([[digest >> 64, digest & (2**64 - 1)] for digest in self.digests], dtype=np.uint64).reshape(-1, 2)
+        np.save(self.folder / DIGESTS, digests)
+        np.save(self.folder / SIDES, np.array(self.sides, dtype=np.uint8))
+        np.save(self.folder / TEXT_BYTES, np.array(self.text_bytes, dtype=np.int64))
+        (self.folder / NAMES).write_bytes(b"".join(orjson.dumps(name) + b"\n" for name in self.names))
+        if self.near is not None:
+            self._flush(self.near)
+            np.save(self.folder / BANDS, np.concatenate(self.bands) if self.bands else np.zeros((0, 0), np.uint64))
+
+
+@lru_cache(maxsize=1)
+def _encoder(workspace: str, policy: str, engine: str) -> tuple[Tokenizer, CheckedEncoder]:
+    content = (Path(workspace) / "tokenizer.json").read_bytes()
+    tokenizer = Tokenizer(content, "the tokenizer of this build", TokenizerBase.model_validate_json(policy))
+    return tokenizer, CheckedEncoder(tokenizer, engine, CHECK_EVERY)
