@@ -21,7 +21,7 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 
 def text_digest(text: str) -> int:
     """128-bit XXH3 of a document's UTF-8 text: equal texts are told by it."""
-    return xxhash.xxh3_128_intdigest(text)
+    return xxhash.xxh3_128_intdigest(text.encode("utf-8"))
 
 
 def position(document: Document, digest: int) -> float:
