@@ -1,216 +1,223 @@
-"""From shards to batches: fixed windows of the token stream, in an order that depends on nothing but the seed and the step."""
+"""From shards to batches, in an order that depends on nothing but the recipe and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from data_pipeline import order
-from data_pipeline.indexed import IndexedReader, bin_path
-from data_pipeline.manifest import Manifest
-from data_pipeline.split import SplitName
+from data_pipeline.batch import Batch, Samples, to_batch
+from data_pipeline.corpora import Corpora
+from data_pipeline.manifest import canonical_sha256
+from data_pipeline.mixture import Plan, Schedule, SourceState, check_names
+from data_pipeline.order import shuffled
+from data_pipeline.packing import PADDING_WINDOW, Windows, training_samples
+from pretrain.config.data_schema import Mixture
 from pretrain.config.errors import ConfigError, DataError
+from pretrain.config.schema import Recipe
 
-NO_LOSS = -100
-PADDING_WINDOW = -1
+# Read ahead of the step that is asked for, so that a slow disk has to be slow for as long before training waits.
+STEPS_AHEAD = 3
+
+
+class Loader(Protocol):
+    """One rank's training batches.
+
+    Attributes:
+        stall_seconds: how long training has waited for batches.
+    """
+
+    dp_rank: int
+    dp_size: int
+    stall_seconds: float
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """This rank's micro batches of a step (from 0), one for each gradient accumulation step."""
+
+    def require(self, num_steps: int) -> None:
+        """Whether there is data for so many steps.
+
+        Raises:
+            DataError: where there is not.
+        """
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after ``step`` steps has to carry, as JSON."""
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Goes on after ``step`` steps from what a checkpoint carries."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro batch.
+class TrainingSource:
+    """A source of the mixture: its samples, and the fingerprint of the data that they are made of."""
 
-    Attributes:
-        input_ids_BS: int64.
-        labels_BS: int64, the next token of each input; -100 where no loss is taken.
-        document_ids_BS: int64, number of the document inside the window, from 0; None without a document mask.
-    """
-
-    input_ids_BS: Tensor
-    labels_BS: Tensor
-    document_ids_BS: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Batch:
-        documents = None if self.document_ids_BS is None else self.document_ids_BS.to(device)
-        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), documents)
-
-
-class TokenStream:
-    """The tokens of all shards of one split, as one stream across documents and shards."""
-
-    def __init__(self, shards: list[IndexedReader], vocab_size: int) -> None:
-        self.shards, self.vocab_size = shards, vocab_size
-        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._starts[-1])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1: int64 [count].
-
-        Raises:
-            IndexError: where the stream does not have them.
-            DataError: for a token id that the vocabulary does not have; it names the shard.
-        """
-        if not 0 <= start <= start + count <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {start + count} of a stream of {self.num_tokens}")
-        result = np.empty(count, dtype=np.int64)
-        filled = 0
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while filled < count:
-            inside = start + filled - int(self._starts[number])
-            part = self.shards[number].tokens[inside : inside + count - filled]
-            self._check(part, self.shards[number])
-            result[filled : filled + len(part)] = part
-            filled += len(part)
-            number += 1
-        return result
-
-    def _check(self, part: np.ndarray, shard: IndexedReader) -> None:
-        if part.size and (part.max() >= self.vocab_size or part.min() < 0):
-            raise DataError(
-                f"{bin_path(shard.prefix)} holds token ids from {part.min()} to {part.max()}, but its tokenizer has {self.vocab_size} entries: "
-                "it is damaged, or belongs to another tokenizer; build the data again with tools/preprocess_data.py --fresh"
-            )
-
-
-def open_split(folder: Path | str, manifest: Manifest, split: SplitName) -> TokenStream:
-    """The token stream of a data folder's split.
-
-    Raises:
-        DataError: for shards that are missing, damaged, or not those of the manifest.
-    """
-    shards = []
-    for entry in manifest.splits[split].shards:
-        reader = IndexedReader(Path(folder) / entry.prefix)
-        if (reader.num_tokens, reader.dtype.name) != (entry.tokens, manifest.dtype):
-            raise DataError(
-                f"{bin_path(reader.prefix)} holds {reader.num_tokens} tokens of {reader.dtype.name}, "
-                f"its manifest says {entry.tokens} of {manifest.dtype}: build the data again with tools/preprocess_data.py --fresh"
-            )
-        shards.append(reader)
-    return TokenStream(shards, manifest.tokenizer.vocab_size)
-
-
-class Windows:
-    """Fixed windows of S tokens with one target each: window i has inputs i*S .. i*S + S - 1, and labels one token further.
-
-    Attributes:
-        num_full: windows whose S targets all exist; training uses these.
-        num_all: the same and a shorter last one, if any: together they score each token but the first exactly once.
-    """
-
-    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
-        self.stream, self.sequence_length = stream, sequence_length
-        targets = max(stream.num_tokens - 1, 0)
-        self.num_full = targets // sequence_length
-        self.num_all = -(-targets // sequence_length)
-
-    def read(self, window: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of a window, each int64 [S]. A missing tail is ``pad_id`` and -100; so is all of the window -1."""
-        length = self.sequence_length
-        inputs, labels = np.full(length, pad_id, dtype=np.int64), np.full(length, NO_LOSS, dtype=np.int64)
-        if window == PADDING_WINDOW:
-            return inputs, labels
-        if not 0 <= window < self.num_all:
-            raise IndexError(f"window {window} of {self.num_all}")
-        start = window * length
-        targets = min(length, self.stream.num_tokens - 1 - start)
-        tokens = self.stream.read(start, targets + 1)
-        inputs[:targets], labels[:targets] = tokens[:-1], tokens[1:]
-        return inputs, labels
-
-    def batch(self, windows: np.ndarray, document_mask: bool, eod_id: int) -> Batch:
-        """The batch of these windows [B]. With ``document_mask`` no loss is taken on the first token of the next document."""
-        pairs = [self.read(int(window), eod_id) for window in windows]
-        inputs_BS, labels_BS = np.stack([inputs for inputs, _ in pairs]), np.stack([labels for _, labels in pairs])
-        if not document_mask:
-            return Batch(torch.from_numpy(inputs_BS), torch.from_numpy(labels_BS))
-        ends_BS = inputs_BS == eod_id
-        labels_BS[ends_BS] = NO_LOSS
-        # The end-of-document token still belongs to the document that it ends.
-        documents_BS = np.cumsum(ends_BS, axis=1) - ends_BS
-        return Batch(torch.from_numpy(inputs_BS), torch.from_numpy(labels_BS), torch.from_numpy(documents_BS))
+    samples: Samples
+    fingerprint: str
 
 
 class TrainLoader:
     """One rank's training batches, a pure function of the step: to resume, ask for the next step.
 
     Micro batch number j of a step holds its samples j * micro_batch_size onwards, and goes to rank j % dp_size. So with a fixed micro batch
-    size the step's micro batches are the same for any number of ranks; they only lie on other ones. A background thread reads one
-    step ahead.
+    size the step's micro batches are the same for any number of ranks; they only lie on other ones. A background thread reads ahead.
 
     Args:
-        windows: the training split.
+        sources: by name.
+        mixture: their shares.
         seed: of the sample order.
         global_batch_size, micro_batch_size: in sequences.
         dp_rank, dp_size: this rank's number among the data-parallel ranks, and how many there are.
-        document_mask, eod_id: see :meth:`Windows.batch`.
 
     Raises:
-        ConfigError: where the micro batches do not divide evenly among the ranks.
-        DataError: where the data has fewer samples than one step needs.
+        ConfigError: where the micro batches do not divide evenly among the ranks, or the mixture names other sources.
+        DataError: where the data has fewer samples than one step needs, or a source has none.
     """
 
     def __init__(
         self,
-        windows: Windows,
+        sources: Mapping[str, TrainingSource],
+        mixture: Mixture,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        document_mask: bool,
-        eod_id: int,
     ) -> None:
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise ConfigError(
-                f"train.global_batch_size ({global_batch_size}) is no multiple of micro_batch_size x data-parallel ranks "
-                f"({micro_batch_size} x {dp_size}): change the batch sizes or the number of ranks"
-            )
-        if windows.num_full < global_batch_size:
-            raise DataError(
-                f"the training split has {windows.num_full} samples of {windows.sequence_length} tokens, but a step over {dp_size} ranks needs "
-                f"{global_batch_size}: add data, shorten train.sequence_length, or lower train.global_batch_size and start fewer ranks"
-            )
-        self.windows, self.seed = windows, seed
+        check_micro_batches(global_batch_size, micro_batch_size, dp_size)
+        check_names(mixture, list(sources))
+        self.sources, self.mixture, self.seed = dict(sources), mixture, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.document_mask, self.eod_id = document_mask, eod_id
+        self.sequence_length = next(iter(sources.values())).samples.sequence_length
+        self._check_size()
+        self.schedule = Schedule([self._plan(0, {})], self.sequence_length)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="train-loader")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
+        self.stall_seconds = 0.0
 
-    def sample_indices(self, step: int) -> np.ndarray:
-        """Window numbers of the whole step, over all ranks: int64 [global_batch_size]."""
-        return order.sample_indices(step * self.global_batch_size, self.global_batch_size, self.windows.num_full, self.seed)
+    def sample_numbers(self, step: int) -> list[tuple[str, int]]:
+        """The source and the sample in it of each sequence of the whole step, over all ranks."""
+        found: list[tuple[str, int]] = [("", 0)] * self.global_batch_size
+        for name, places, numbers in self.schedule.samples(step * self.global_batch_size, self.global_batch_size):
+            samples = shuffled(numbers, len(self.sources[name].samples), self.seed)
+            for place, sample in zip(places.tolist(), samples.tolist(), strict=True):
+                found[place] = (name, sample)
+        return found
 
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step (from 0), one for each gradient accumulation step."""
-        ahead, self._ahead = self._ahead, None
-        batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._read(step)
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
+        if not self._ahead or self._ahead[0][0] != step:
+            self._ahead.clear()
+        while len(self._ahead) <= STEPS_AHEAD:
+            ahead = step + len(self._ahead)
+            self._ahead.append((ahead, self._reader.submit(self._read, ahead)))
+        started = time.perf_counter()
+        batches = self._ahead.popleft()[1].result()
+        self.stall_seconds += time.perf_counter() - started
         return batches
 
+    def state(self, step: int) -> dict[str, Any]:
+        """The mixtures of the run so far: with the step they say which samples it has taken."""
+        return {"plans": [plan.to_dict() for plan in self.schedule.plans]}
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Goes on after ``step`` steps. Where the mixture or its sources have changed, the new ones hold from here on, and every source goes on
+        in its own epoch where it was.
+
+        Raises:
+            DataError: where the data of a source is not what it was.
+        """
+        plans = [Plan.from_dict(plan) for plan in state["plans"]]
+        for plan in plans:
+            for name in plan.sources.keys() & self.sources.keys():
+                self._check_same(name, plan.sources[name])
+        schedule, sample = Schedule(plans, self.sequence_length), step * self.global_batch_size
+        if plans[-1].mixture != self.mixture or list(plans[-1].sources) != list(self.sources):
+            kept = [plan for plan in plans if plan.start_sample < sample]
+            schedule = Schedule([*kept, self._plan(sample, schedule.taken(sample))], self.sequence_length)
+        self.schedule = schedule
+        self._ahead.clear()
+
+    def require(self, num_steps: int) -> None:
+        """Raises :class:`DataError` where the mixture's limits leave too few samples for so many steps."""
+        self.schedule.samples(num_steps * self.global_batch_size - 1, 1)
+
     def _read(self, step: int) -> list[Batch]:
-        micro_batches = self.sample_indices(step).reshape(-1, self.micro_batch_size)
-        return [self.windows.batch(windows, self.document_mask, self.eod_id) for windows in micro_batches[self.dp_rank :: self.dp_size]]
+        numbers = self.sample_numbers(step)
+        size = self.micro_batch_size
+        firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
+        return [to_batch([self.sources[name].samples.read(sample) for name, sample in numbers[first : first + size]]) for first in firsts]
+
+    def _plan(self, start_sample: int, taken: dict[str, int]) -> Plan:
+        states = {name: SourceState(source.fingerprint, len(source.samples), taken.get(name, 0)) for name, source in self.sources.items()}
+        return Plan(start_sample, self.mixture, states)
+
+    def _check_size(self) -> None:
+        for name, source in self.sources.items():
+            if not len(source.samples):
+                raise DataError(f"the source '{name}' is shorter than one sample of {self.sequence_length} tokens: add data to it or leave it out")
+        total = sum(len(source.samples) for source in self.sources.values())
+        if total < self.global_batch_size:
+            raise DataError(
+                f"the training split has {total} samples of {self.sequence_length} tokens, but a step over {self.dp_size} ranks needs "
+                f"{self.global_batch_size}: add data, shorten train.sequence_length, or lower train.global_batch_size and start fewer ranks"
+            )
+
+    def _check_same(self, name: str, saved: SourceState) -> None:
+        now = self.sources[name]
+        if (now.fingerprint, len(now.samples)) != (saved.fingerprint, saved.num_samples):
+            raise DataError(
+                f"the run holds other data: its source '{name}' is not what it was when training began; put the old data back, "
+                "give the new data another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+            )
 
 
-def validation_batches(
-    windows: Windows,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    max_windows: int | None,
-    document_mask: bool,
-    eod_id: int,
-) -> Iterator[Batch]:
+def open_loader(recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: int) -> TrainLoader:
+    """The training batches of one rank, as the recipe wants them.
+
+    Raises:
+        ConfigError: where the batch sizes or the mixture do not fit the ranks or the data.
+        DataError: where there is too little data.
+    """
+    train = recipe.train
+    sources = {
+        name: TrainingSource(
+            training_samples(parts, recipe.data, train.sequence_length, corpora.pad_id),
+            canonical_sha256({"parts": [part.fingerprint for part in parts]}),
+        )
+        for name, parts in corpora.training_parts().items()
+    }
+    return TrainLoader(sources, recipe.data.mixture, recipe.seed, train.global_batch_size, train.micro_batch_size, dp_rank, dp_size)
+
+
+def check_micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Raises :class:`ConfigError` where the micro batches do not divide evenly among the ranks."""
+    if global_batch_size % (micro_batch_size * dp_size):
+        raise ConfigError(
+            f"train.global_batch_size ({global_batch_size}) is no multiple of micro_batch_size x data-parallel ranks "
+            f"({micro_batch_size} x {dp_size}): change the batch sizes or the number of ranks"
+        )
+
+
+def seen_samples(plans: list[dict[str, Any]], consumed_samples: int, sequence_length: int, seed: int) -> dict[str, np.ndarray]:
+    """Each sample of each source that a run has seen, once: int64, in the order of their first use.
+
+    ``plans`` are those of the checkpoint's state. Every epoch is a permutation, so a source's first epoch meets each sample once and later
+    ones add none.
+    """
+    schedule = Schedule([Plan.from_dict(plan) for plan in plans], sequence_length)
+    taken = schedule.taken(consumed_samples)
+    sizes = {name: source.num_samples for plan in schedule.plans for name, source in plan.sources.items()}
+    return {name: shuffled(np.arange(min(taken[name], size)), size, seed) for name, size in sizes.items()}
+
+
+def validation_batches(windows: Windows, micro_batch_size: int, dp_rank: int, dp_size: int, max_windows: int | None) -> Iterator[Batch]:
     """One rank's validation batches, in the stream's order; every rank gets the same number, so that collectives match.
 
     All windows, the shorter last one too, or ``max_windows`` of them, evenly spread and always the same. Micro batch j goes to rank
@@ -228,4 +235,4 @@ def validation_batches(
     padded = np.full(-(-count // (micro_batch_size * dp_size)) * micro_batch_size * dp_size, PADDING_WINDOW)
     padded[:count] = chosen
     mine = padded.reshape(-1, micro_batch_size)[dp_rank::dp_size]
-    return (windows.batch(numbers, document_mask, eod_id) for numbers in mine)
+    return (to_batch([windows.read(number) for number in numbers]) for numbers in mine.tolist())

@@ -44,15 +44,19 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
     return flat.astype(np.int64).reshape(values.shape)
 
 
-def sample_indices(first: int, count: int, num_samples: int, seed: int) -> np.ndarray:
-    """The samples at positions first .. first + count - 1 of the endless sequence of epochs, each freshly permuted: int64 [count]."""
-    positions = np.arange(first, first + count, dtype=np.int64)
-    epochs = positions // num_samples
-    result = np.empty(count, dtype=np.int64)
-    for epoch in range(first // num_samples, (first + count - 1) // num_samples + 1):
+def shuffled(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """The samples at these positions of the endless sequence of epochs, each freshly permuted: int64, of the shape of ``positions``."""
+    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+    result = np.empty_like(places)
+    for epoch in np.unique(epochs):
         inside = epochs == epoch
-        result[inside] = permute(positions[inside] % num_samples, num_samples, seed, epoch)
+        result[inside] = permute(places[inside], num_samples, seed, int(epoch))
     return result
+
+
+def sample_indices(first: int, count: int, num_samples: int, seed: int) -> np.ndarray:
+    """The samples at positions first .. first + count - 1, see :func:`shuffled`: int64 [count]."""
+    return shuffled(np.arange(first, first + count), num_samples, seed)
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:

@@ -21,6 +21,8 @@ FIXED_FIELDS = (
     "seed",
     "model",
     "data.document_mask",
+    "data.packing",
+    "data.streaming",
     "train.sequence_length",
     "train.micro_batch_size",
     "train.global_batch_size",
@@ -99,7 +101,7 @@ def _field(recipe: Recipe, dotted: str) -> Any:
 
 
 def check_same_run(now: Recipe, saved: Recipe, now_identity: dict[str, Any], saved_state: dict[str, Any], folder: Path) -> None:
-    """Refuses to resume a checkpoint of another model, data, order or topology.
+    """Refuses to resume a checkpoint of another model, tokenizer, order or topology.
 
     Raises:
         ConfigError: naming what differs and what to do.
@@ -112,7 +114,7 @@ def check_same_run(now: Recipe, saved: Recipe, now_identity: dict[str, Any], sav
             )
     for key, value in now_identity.items():
         if saved_state.get(key) != value:
-            what = {"data_fingerprint": "other data", "tokenizer_sha256": "another tokenizer"}.get(key, f"{key} {saved_state.get(key)}, not {value}")
+            what = "another tokenizer" if key == "tokenizer_sha256" else f"{key} {saved_state.get(key)}, not {value}"
             raise ConfigError(
                 f"{folder} holds a run with {what}: resume with what it was started with, "
                 "choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"

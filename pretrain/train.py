@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import TrainLoader, Windows, open_split
-from data_pipeline.manifest import Manifest, load_manifest, verify
+from data_pipeline.corpora import Corpora, data_folders, load_corpora
+from data_pipeline.loader import open_loader
+from data_pipeline.manifest import manifest_path
+from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
@@ -67,20 +69,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def resolve_recipe(recipe: Recipe, precision: str, manifest: Manifest | None) -> Recipe:
+def resolve_recipe(recipe: Recipe, precision: str, corpora: Corpora | None) -> Recipe:
     """Fills in what is left open: the number format, and the vocabulary's size from the data or, before there is any, from its plan.
 
     Raises:
         DataError: where the recipe's vocabulary is smaller than the tokenizer's.
     """
-    planned = manifest.tokenizer.vocab_size if manifest else recipe.data.tokenizer.vocab_size
+    planned = corpora.tokenizer.vocab_size if corpora else recipe.data.tokenizer.vocab_size
     vocab_size = recipe.model.vocab_size or planned
     if vocab_size is None:
         raise DataError(f"the vocabulary's size is not known before there is data in {recipe.data_path}: build it, or set model.vocab_size")
-    if manifest and vocab_size < manifest.tokenizer.vocab_size:
+    if corpora and vocab_size < corpora.tokenizer.vocab_size:
         raise DataError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer of {recipe.data_path} has "
-            f"{manifest.tokenizer.vocab_size} entries: leave model.vocab_size out"
+            f"model.vocab_size is {vocab_size}, but the tokenizer of {corpora.place} has "
+            f"{corpora.tokenizer.vocab_size} entries: leave model.vocab_size out"
         )
     model = recipe.model.model_copy(update={"vocab_size": vocab_size})
     return recipe.model_copy(update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})})
@@ -101,10 +103,11 @@ def starts_as_first_rank() -> bool:
 
 def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
     world_size = options.world_size or max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
-    manifest = load_manifest(recipe.data_path) if (Path(recipe.data_path) / "manifest.json").is_file() else None
+    folders = data_folders(recipe)
+    corpora = load_corpora(folders) if all(manifest_path(folder).is_file() for folder in folders.values()) else None
     accumulation = check_topology(recipe, world_size, stage)
     precision = resolve_precision(recipe.train.precision)
-    recipe = resolve_recipe(recipe, precision, manifest)
+    recipe = resolve_recipe(recipe, precision, corpora)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
     if starts_as_first_rank():
         plan = make_plan(recipe, resolved, precision, world_size, stage)
@@ -114,21 +117,13 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     return DONE
 
 
-def build_trainer(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest, engine: Engine, stop: StopRequest) -> Trainer:
+def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, engine: Engine, stop: StopRequest) -> Trainer:
     """Wires data, engine, checkpoints and callbacks."""
     topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
-    training, validation = (Windows(open_split(recipe.data_path, manifest, split), train.sequence_length) for split in ("train", "validation"))
-    loader = TrainLoader(
-        training,
-        recipe.seed,
-        train.global_batch_size,
-        train.micro_batch_size,
-        topology.rank,
-        topology.world_size,
-        recipe.data.document_mask,
-        manifest.tokenizer.eod_id,
-    )
-    store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, Path(recipe.data_path) / manifest.tokenizer.file)
+    loader = open_loader(recipe, corpora, topology.rank, topology.world_size)
+    held_out = corpora.validation_stream()
+    validation = Windows(held_out, train.sequence_length, corpora.pad_id, recipe.data.document_mask) if held_out else None
+    store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
     callbacks: list[Callback] = []
     if topology.is_main:
         callbacks = [MetricsFiles(folder), DeepSpeedMonitor(engine.deepspeed.monitor), ProgressBar(), LossPlot(folder)]
@@ -138,7 +133,7 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest,
         loader=loader,
         validation=validation,
         store=store,
-        identity=identity_of(manifest, engine),
+        identity=identity_of(corpora, engine),
         callbacks=callbacks,
         stop=stop,
         flops_per_token=model_size(recipe.model, train.sequence_length).flops_per_token,
@@ -146,11 +141,10 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest,
     )
 
 
-def identity_of(manifest: Manifest, engine: Engine) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be resumed."""
+def identity_of(corpora: Corpora, engine: Engine) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be resumed; the loader looks at the data itself."""
     return {
-        "data_fingerprint": manifest.fingerprint,
-        "tokenizer_sha256": manifest.tokenizer.sha256,
+        "tokenizer_sha256": corpora.tokenizer.sha256,
         "world_size": engine.topology.world_size,
         "ep_size": engine.topology.ep_size,
         "zero_stage": engine.zero_stage,
@@ -167,6 +161,7 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "steps": progress.step,
         "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
         "train_seconds": progress.train_seconds,
+        "stall_seconds": trainer.loader.stall_seconds,
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "validation_loss_in_training": progress.last_validation,
@@ -176,11 +171,11 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
-    manifest = load_manifest(recipe.data_path)
-    verify(recipe.data_path, manifest)
+    corpora = load_corpora(data_folders(recipe))
+    corpora.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
     precision = resolve_precision(recipe.train.precision)
-    recipe = resolve_recipe(recipe, precision, manifest)
+    recipe = resolve_recipe(recipe, precision, corpora)
     share_cores()
     topology = connect(recipe.parallel.ep_size)
     folder = Path(recipe.output_path)
@@ -188,17 +183,20 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
     with only_writer(folder, OTHER_FOLDER) if topology.is_main else contextlib.nullcontext():
         if options.fresh and topology.is_main:
             start_over(folder, options.overwrite)
+        if topology.is_main:
+            prepare_packing(corpora, recipe.data, recipe.train.sequence_length, progress=True)
         topology.barrier()
         log_to_file(folder, topology.rank)
         stop = StopRequest()
         stop.install()
         with prints_to_log():
             engine = Engine(recipe, resolved, precision, topology)
-            trainer = build_trainer(recipe, resolved, manifest, engine, stop)
+            trainer = build_trainer(recipe, resolved, corpora, engine, stop)
             newest = trainer.store.newest()
             if newest is not None:
                 check_same_run(recipe, layout.read_recipe(newest), trainer.identity, layout.read_state(newest), folder)
                 trainer.resume(newest)
+            trainer.loader.require(trainer.num_steps)
             logger.info("recipe:\n%s", recipe_to_yaml(recipe))
             logger.info("ds_config: %s", json.dumps(resolved))
         return report(trainer, recipe, options)
@@ -219,9 +217,10 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
             "raise train.train_tokens to go on, or use --fresh to start over"
         )
     elif finished:
+        loss = trainer.progress.last_validation
         say(
             f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
-            f"validation loss {summary['validation_loss_in_training']:.4f}; everything is in {folder}"
+            f"{'no validation split' if loss is None else f'validation loss {loss:.4f}'}; everything is in {folder}"
         )
     else:
         say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import TrainLoader, Windows, validation_batches
+from data_pipeline.loader import Loader, validation_batches
+from data_pipeline.packing import Windows
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import NonFiniteError
@@ -43,6 +44,7 @@ class Trainer:
     """Runs a recipe to its end, from the newest checkpoint if there is one.
 
     Args:
+        validation: what is held out; without it the run has no validation loss and no best checkpoint.
         identity: fingerprints and topology that go into each checkpoint's state.
         flops_per_token, peak: for MFU; ``peak`` is None where the hardware's is not known.
         callbacks: empty on every rank but 0.
@@ -52,8 +54,8 @@ class Trainer:
         self,
         recipe: Recipe,
         engine: Engine,
-        loader: TrainLoader,
-        validation: Windows,
+        loader: Loader,
+        validation: Windows | None,
         store: CheckpointStore,
         identity: dict[str, Any],
         callbacks: Sequence[Callback],
@@ -74,6 +76,7 @@ class Trainer:
         """Goes on from a whole checkpoint of this run."""
         state = self.store.load(checkpoint)
         self.progress = Progress(**state["progress"])
+        self.loader.resume(state["data"], self.progress.step)
         logger.info("resumed from %s", checkpoint)
 
     def fit(self) -> bool:
@@ -90,8 +93,8 @@ class Trainer:
                 callback.on_step(step)
             if last or step % recipe.logging.interval_steps == 0:
                 self._report_training()
-            if last or step % recipe.validation.interval_steps == 0:
-                best = self._validate(whole=last)
+            if self.validation is not None and (last or step % recipe.validation.interval_steps == 0):
+                best = self._validate(self.validation, whole=last)
             stopped = self.topology.any(self.stop.requested) and not last
             if last or stopped or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
                 self._save()
@@ -150,6 +153,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "loss_scale": self.engine.loss_scale(),
             "seconds": self.progress.train_seconds,
+            "stall_seconds": self.loader.stall_seconds,
         }
         if self.peak is not None:
             row["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * self.topology.world_size)
@@ -157,15 +161,12 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_row(row)
 
-    def _validate(self, whole: bool) -> bool:
+    def _validate(self, windows: Windows, whole: bool) -> bool:
         """Loss over the validation split: the fixed sample of it, or all of it at the end of a run. True for the best one so far."""
         started = time.perf_counter()
-        data = self.recipe.data
         limit = None if whole else self.recipe.validation.max_windows
         size, loader = self.recipe.train.micro_batch_size, self.loader
-        nll, targets = self.engine.evaluate(
-            validation_batches(self.validation, size, loader.dp_rank, loader.dp_size, limit, data.document_mask, loader.eod_id)
-        )
+        nll, targets = self.engine.evaluate(validation_batches(windows, size, loader.dp_rank, loader.dp_size, limit))
         progress, loss = self.progress, nll / targets
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -198,6 +199,7 @@ class Trainer:
             "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
             "validation_loss": progress.last_validation,
             "progress": vars(progress).copy(),
+            "data": self.loader.state(progress.step),
         }
         protected = {progress.best_step} if self.recipe.checkpoint.keep_best and progress.best_step is not None else set()
         self.store.save(progress.step, state, protected)

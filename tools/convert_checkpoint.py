@@ -11,11 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
-from data_pipeline.loader import open_split
-from pretrain.checkpoint.layout import read_recipe
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import run_command
-from pretrain.evaluation.checkpoint import load_matching_manifest, whole_checkpoint
+from pretrain.evaluation.checkpoint import load_matching_corpora, whole_checkpoint
 from pretrain.export.convert import Conversion, export_hf, export_safetensors
 from pretrain.export.parity import TOLERANCE
 
@@ -30,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--to", choices=("hf", "safetensors"), required=True, help="hf: compared with the checkpoint before it is published")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights (default: float32)")
-    parser.add_argument("--data", metavar="FOLDER", help="shards whose validation windows are compared (--to hf); the run's own by default")
+    parser.add_argument("--data", metavar="FOLDER", help="shards whose held-out text is compared (--to hf); the run's own by default")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
     add_json_option(parser)
     return parser.parse_args()
@@ -51,9 +49,9 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoint, dtype = whole_checkpoint(arguments.checkpoint), getattr(torch, arguments.dtype)
     if arguments.to == "hf":
-        data = Path(arguments.data or read_recipe(checkpoint).data_path)
-        heldout = open_split(data, load_matching_manifest(data, checkpoint), "validation")
-        conversion = export_hf(checkpoint, arguments.output, heldout, dtype, arguments.overwrite)
+        corpora = load_matching_corpora(arguments.data, checkpoint)
+        compared = corpora.validation_stream() or corpora.stream("train")
+        conversion = export_hf(checkpoint, arguments.output, compared, dtype, arguments.overwrite)
     else:
         conversion = export_safetensors(checkpoint, arguments.output, dtype, arguments.overwrite)
     if arguments.json_path != "-":

@@ -10,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from data_pipeline.split import SPLITS
-from pretrain.checkpoint.layout import read_recipe
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.evaluation.checkpoint import whole_checkpoint
@@ -47,7 +46,7 @@ def table(score: HeldoutScore) -> str:
     ]
     if score.bigram is not None:
         rows += [
-            ("bigram loss", f"{score.bigram.loss:.4f} nats per token, fitted on {score.bigram.windows} windows that the model has seen"),
+            ("bigram loss", f"{score.bigram.loss:.4f} nats per token, fitted on {score.bigram.windows} samples that the model has seen"),
             ("better than bigram by", f"{score.better_by:.4f} nats per token"),
         ]
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
@@ -60,12 +59,13 @@ def main() -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
     checkpoint = whole_checkpoint(arguments.checkpoint)
-    data = Path(arguments.data or read_recipe(checkpoint).data_path)
     device = choose_device(arguments.device)
-    score = score_checkpoint(checkpoint, data, arguments.split, device, arguments.batch_size, arguments.max_windows, not arguments.no_bigram)
+    score = score_checkpoint(
+        checkpoint, arguments.data, arguments.split, device, arguments.batch_size, arguments.max_windows, not arguments.no_bigram
+    )
     if arguments.json_path != "-":
         print(table(score))
-    write_json({"checkpoint": str(checkpoint), "data": str(data), **score.to_dict()}, arguments.json_path)
+    write_json({"checkpoint": str(checkpoint), **score.to_dict()}, arguments.json_path)
 
 
 if __name__ == "__main__":

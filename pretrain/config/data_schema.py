@@ -142,9 +142,28 @@ class TrainBPE(TokenizerBase):
     min_frequency: Positive = 2
     digits: Literal["as_words", "single", "triples"] = Field("as_words", description="'single': every digit a token; 'triples': up to three")
     whitespace: Literal["gpt2", "runs"] = Field("gpt2", description="'runs' keeps indentation in tokens of its own, for code")
+    eod_token: str = "<|endoftext|>"
     reserved_tokens: list[str] = Field([], description="special tokens that get an id, such as those of fill-in-the-middle")
     sample_bytes: Positive = Field(1 << 30, description="of text that the training looks at, chosen by a hash of each document")
     sample_weights: dict[str, float] | None = Field(None, description="share of the sample for each source; by size when left out")
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """All special tokens in the order of their ids, from 0."""
+        named = [self.eod_token, *self.reserved_tokens, self.bos_token, self.pad_token]
+        return list(dict.fromkeys(token for token in named if token is not None))
+
+    @model_validator(mode="after")
+    def _special_tokens_have_room(self) -> TrainBPE:
+        if len(set(self.reserved_tokens)) < len(self.reserved_tokens):
+            raise ValueError("'reserved_tokens' names a token twice")
+        if short := [token for token in self.special_tokens if len(token) < 2]:
+            raise ValueError(f"the special token '{short[0]}' is too short: single characters stand for bytes")
+        if self.prepend_bos and self.bos_token is None:
+            raise ValueError("prepend_bos needs a name for the token: give bos_token")
+        if self.vocab_size <= 256 + len(self.special_tokens):
+            raise ValueError(f"vocab_size must be larger than {256 + len(self.special_tokens)}: 256 bytes and the special tokens come first")
+        return self
 
 
 class TokenizerFile(ExistingTokenizer):
@@ -204,7 +223,7 @@ class GopherQuality(Section):
     max_words: Positive = 100_000
     min_mean_word_length: float = 3.0
     max_mean_word_length: float = 10.0
-    max_symbol_word_ratio: float = Field(0.1, description="'#' and ellipses per word")
+    max_symbol_word_ratio: float = Field(0.1, description="'#' per word, and ellipses per word, each on its own")
     max_bullet_lines: Share = 0.9
     max_ellipsis_lines: Share = 0.3
     min_alphabetic_words: Share = Field(0.8, description="share of words with a letter")
@@ -223,7 +242,7 @@ class GopherRepetition(Section):
 
 
 class C4Quality(Section):
-    """Rules of C4 (Raffel et al. 2020, section 2.2)."""
+    """Rules of C4 (Raffel et al. 2020, section 2.2), for prose: they drop whatever holds a curly bracket."""
 
     min_sentences: NonNegative = 5
     min_words_per_line: NonNegative = 3
@@ -233,6 +252,7 @@ class C4Quality(Section):
     drop_curly_bracket: bool = True
     drop_javascript_lines: bool = True
     drop_policy_lines: bool = True
+    remove_citations: bool = Field(True, description="markers such as [1], [edit] and [citation needed]")
 
 
 class CodeQuality(Section):
@@ -265,7 +285,7 @@ class NearDuplicates(Section):
 class Decontaminate(Section):
     """Drops documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix C)."""
 
-    against: Annotated[list[str], Field(min_length=1, description="files of evaluation texts: .txt, or .jsonl read with text_field")]
+    against: Annotated[list[str], Field(min_length=1, description="files or glob patterns: .txt, one text a file, or .jsonl, one a line")]
     text_field: str = "text"
     ngram_words: Positive = 13
 
@@ -327,7 +347,7 @@ class TokenBudget(MixtureBase):
     """Tokens that the whole run takes of each source."""
 
     kind: Literal["tokens"]
-    tokens: dict[str, Positive]
+    tokens: dict[str, NonNegative]
 
 
 Mixture = Annotated[Proportional | Weights | Temperature | TokenBudget, Field(discriminator="kind")]
@@ -361,6 +381,7 @@ class DataConfig(Section):
     on_bad: Literal["skip", "fail"] = Field("skip", description="what a record that cannot be read does; skipped ones are listed")
     max_bad_share: Share = Field(1.0, description="a larger share of bad records stops the build")
     max_record_bytes: Positive = Field(256 << 20, description="longer records are bad")
+    unit_bytes: Positive | None = Field(None, description="of input that a worker takes at once; chosen by the input's size when left out")
     mixture: Mixture = Proportional()
     packing: Packing = Concatenate()
     document_mask: bool = Field(False, description="attention stays inside a document, and no loss is taken across its end")
@@ -376,6 +397,11 @@ class DataConfig(Section):
         if self.path is not None and self.corpora is not None:
             raise ValueError("give 'path' or 'corpora', not both")
         return self
+
+    @property
+    def leaves_out_labels(self) -> bool:
+        """Whether some tokens of a training batch have no label, so that they have to be counted."""
+        return self.document_mask or isinstance(self.packing, BestFit)
 
     @property
     def named_sources(self) -> dict[str, Source]:

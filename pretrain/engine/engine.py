@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import distributed, nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.topology import Topology
@@ -84,7 +84,7 @@ class Engine:
         losses = torch.zeros(2, device=self.topology.device)
         router: RouterTotals | None = None
         for batch in batches:
-            output = self.deepspeed(batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS, fractions_LE)
+            output = self._forward(batch, normalizer, fractions_LE)
             self.deepspeed.backward(self._scaled(output.loss))
             if batch is batches[-1]:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
@@ -95,6 +95,12 @@ class Engine:
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
         return StepResult(losses, router, len(batches), float(norm), self.deepspeed.was_step_applied())
 
+    def _forward(self, batch: Batch, normalizer: torch.Tensor | float, fractions_LE: torch.Tensor | None = None) -> TrainOutput:
+        output: TrainOutput = self.deepspeed(
+            batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS, fractions_LE, batch.position_ids_BS
+        )
+        return output
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Summed negative log-likelihood in nats and counted tokens over all ranks' batches. Every rank must pass as many batches."""
@@ -102,7 +108,7 @@ class Engine:
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             on_device = batch.to(self.topology.device)
-            output: TrainOutput = self.deepspeed(on_device.input_ids_BS, on_device.labels_BS, 1.0, on_device.document_ids_BS)
+            output = self._forward(on_device, 1.0)
             totals += torch.stack((output.nll.double().cpu(), (batch.labels_BS >= 0).sum().double()))
         nll, tokens = self.topology.sum(totals.to(self.topology.device)).tolist()
         return nll, int(tokens)
@@ -149,7 +155,7 @@ class Engine:
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
         """Counted tokens of the global batch / number of its micro batches: the same divisor for every micro batch of the step."""
         sizes = self.recipe.train
-        if not self.recipe.data.document_mask:
+        if not self.recipe.data.leaves_out_labels:
             return float(sizes.micro_batch_size * sizes.sequence_length)
         counted = torch.stack([(batch.labels_BS >= 0).sum() for batch in batches]).sum()
         return (self.topology.sum(counted) / (len(batches) * self.topology.world_size)).float()
@@ -165,7 +171,9 @@ class Engine:
             return None
         counts_LE = torch.zeros(len(self.recipe.model.moe_layers), moe.num_experts, device=self.topology.device)
         for batch in batches:
-            counts_LE += self.deepspeed(batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS).router.counts_LE
+            output = self._forward(batch, normalizer)
+            assert output.router is not None
+            counts_LE += output.router.counts_LE
         return self.topology.sum(counts_LE) / (self.recipe.train.global_batch_size * self.recipe.train.sequence_length)
 
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.loader import NO_LOSS, Batch, TokenStream
-from data_pipeline.order import sample_indices
+from data_pipeline.batch import NO_LOSS, Batch, Samples
 from pretrain.config.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -102,25 +101,14 @@ def _lower_order(continuations_V: Ints) -> Floats:
     return np.maximum(continuations_V - discount, 0.0) / total + left_over / len(continuations_V)
 
 
-def seen_windows(consumed_windows: int, num_windows: int, seed: int) -> Ints:
-    """Each training window that a run has seen, once: indices in the order of their first use.
-
-    ``consumed_windows`` counts from the run's start. Every epoch is a permutation of all windows, so the first epoch meets each once and
-    later ones add none.
-    """
-    return sample_indices(0, min(consumed_windows, num_windows), num_windows, seed)
-
-
-def window_pairs(stream: TokenStream, windows: Ints, sequence_length: int, masked_context: int | None) -> Iterator[tuple[Ints, Ints]]:
-    """(contexts, targets) of every window; window i scores tokens i*S+1 .. i*S+S, each after the token before it.
-
-    ``masked_context`` is the end-of-document token where training takes no loss across documents, else None.
-    """
-    for group in np.array_split(np.sort(windows), -(-len(windows) * sequence_length // CHUNK_PAIRS)) if len(windows) else []:
-        tokens_WS1 = np.stack([stream.read(int(index) * sequence_length, sequence_length + 1) for index in group])
-        contexts, targets = tokens_WS1[:, :-1].ravel(), tokens_WS1[:, 1:].ravel()
-        kept = slice(None) if masked_context is None else contexts != masked_context
-        yield contexts[kept], targets[kept]
+def sample_pairs(samples: Samples, numbers: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """(contexts, targets) of every label of these samples: what training took a loss on."""
+    group = max(CHUNK_PAIRS // samples.sequence_length, 1)
+    ordered = np.sort(numbers)
+    for first in range(0, len(ordered), group):
+        read = [samples.read(int(number)) for number in ordered[first : first + group]]
+        contexts, labels = (np.concatenate(rows) for rows in zip(*((sample.inputs_S, sample.labels_S) for sample in read), strict=True))
+        yield contexts[labels != NO_LOSS], labels[labels != NO_LOSS]
 
 
 def bigram_nll(bigram: Bigram, batches: Iterable[Batch]) -> tuple[float, int]:

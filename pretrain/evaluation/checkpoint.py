@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.manifest import Manifest, load_manifest, verify
-from pretrain.checkpoint.layout import damage, read_state, resolve_checkpoint
+from data_pipeline.corpora import Corpora, data_folders, load_corpora
+from pretrain.checkpoint.layout import damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.config.errors import CheckpointError, DataError
 
 
@@ -21,14 +21,16 @@ def whole_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def load_matching_manifest(data: Path, checkpoint: Path) -> Manifest:
-    """The manifest of shards that hold tokens of the checkpoint's own tokenizer.
+def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Corpora:
+    """The data folder ``data``, by default those of the run, which holds tokens of the checkpoint's own tokenizer.
 
     Raises:
         DataError: where the shards are missing or damaged, or were made with another tokenizer.
     """
-    manifest = load_manifest(data)
-    verify(data, manifest)
-    if manifest.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
-        raise DataError(f"the shards in {data} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data")
-    return manifest
+    corpora = load_corpora(data_folders(read_recipe(checkpoint)) if data is None else {"": str(data)})
+    corpora.verify()
+    if corpora.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
+        raise DataError(
+            f"the shards in {corpora.place} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data"
+        )
+    return corpora

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.loader import NO_LOSS, Batch
+from data_pipeline.batch import NO_LOSS, Batch
 from pretrain.config.errors import DataError, NonFiniteError
 from pretrain.model.decoder import DecoderLM
 
@@ -58,7 +58,7 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
     for batch in batches:
         targets += int((batch.labels_BS != NO_LOSS).sum())
         moved = batch.to(device)
-        logits_BSV = model.logits(moved.input_ids_BS, moved.document_ids_BS)
+        logits_BSV = model.logits(moved.input_ids_BS, moved.document_ids_BS, position_ids_BS=moved.position_ids_BS)
         losses_T = F.cross_entropy(logits_BSV.flatten(0, 1), moved.labels_BS.flatten(), ignore_index=NO_LOSS, reduction="none")
         nats += losses_T.double().sum()
     model.train(was_training)

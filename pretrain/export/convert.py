@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.loader import TokenStream
+from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.weights import load_model, load_state_dict

@@ -18,7 +18,7 @@ from pretrain.model.decoder import DecoderLM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from data_pipeline.loader import TokenStream
+    from data_pipeline.token_stream import TokenStream
 
 WINDOWS = 8
 TOLERANCE = 1e-4
@@ -42,7 +42,7 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     """
     full = stream.num_tokens // sequence_length
     if full == 0:
-        raise DataError(f"the validation split has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data")
+        raise DataError(f"the text to compare on has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data")
     chosen = np.unique(np.linspace(0, full - 1, min(count, full)).round().astype(np.int64))
     return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
 

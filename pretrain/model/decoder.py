@@ -80,6 +80,7 @@ class DecoderLM(nn.Module):
         normalizer: torch.Tensor | float,
         document_ids_BS: torch.Tensor | None = None,
         fractions_LE: torch.Tensor | None = None,
+        position_ids_BS: torch.Tensor | None = None,
     ) -> TrainOutput:
         """One micro batch's loss.
 
@@ -89,8 +90,9 @@ class DecoderLM(nn.Module):
             normalizer: counted tokens a micro batch, averaged over the global batch: the summed cross-entropy is divided by it.
             document_ids_BS: attention stays inside equal ids.
             fractions_LE: choices per token of each layer's experts over the global batch, for the load-balance loss.
+            position_ids_BS: each token's place in its document; its place in the sequence by default.
         """
-        x_BSD, statistics = self._hidden(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), None, fractions_LE)
+        x_BSD, statistics = self._hidden(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), None, fractions_LE, position_ids_BS)
         loss, nll = self.head(x_BSD, labels_BS)
         loss = loss / normalizer
         if not statistics:
@@ -100,10 +102,16 @@ class DecoderLM(nn.Module):
         loss = loss + self.config.moe.aux_loss_weight * stacked.aux_loss_L.sum() + self.config.moe.z_loss_weight * stacked.z_loss_L.sum()
         return TrainOutput(loss, nll, RouterTotals(*(values.detach() for values in stacked)))
 
-    def logits(self, input_ids_BS: torch.Tensor, document_ids_BS: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+    def logits(
+        self,
+        input_ids_BS: torch.Tensor,
+        document_ids_BS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        position_ids_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [B, S, vocab_size] in fp32; with a cache, of the S tokens that follow what it holds, which are added to it."""
         offset = 0 if cache is None else cache.length
-        x_BSD, _ = self._hidden(input_ids_BS, AttentionMask(offset, document_ids_BS), cache, None)
+        x_BSD, _ = self._hidden(input_ids_BS, AttentionMask(offset, document_ids_BS), cache, None, position_ids_BS)
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
         return self.head(x_BSD)
@@ -113,11 +121,18 @@ class DecoderLM(nn.Module):
         return KVCache(self.config, batch_size, max_tokens, device, dtype)
 
     def _hidden(
-        self, input_ids_BS: torch.Tensor, mask: AttentionMask, cache: KVCache | None, fractions_LE: torch.Tensor | None
+        self,
+        input_ids_BS: torch.Tensor,
+        mask: AttentionMask,
+        cache: KVCache | None,
+        fractions_LE: torch.Tensor | None,
+        position_ids_BS: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[RouterStatistics]]:
         x_BSD = self.embedding(input_ids_BS)
-        positions_S = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
-        rope = rope_tables(positions_S, self.config.attention.head_dim, self.config.position.rope_theta)
+        positions = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
+        if position_ids_BS is not None:
+            positions = position_ids_BS[:, None]  # one table for all heads of a sequence
+        rope = rope_tables(positions, self.config.attention.head_dim, self.config.position.rope_theta)
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
             fractions_E = fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None

@@ -8,33 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.build import BuildResult
-from data_pipeline.indexed import IndexedReader, IndexedWriter, token_dtype
-from data_pipeline.loader import NO_LOSS, Batch, TokenStream, TrainLoader, Windows, open_split, validation_batches
+from data_pipeline.batch import NO_LOSS, Batch, to_batch
+from data_pipeline.corpora import load_corpora
+from data_pipeline.indexed import bin_path
+from data_pipeline.loader import TrainingSource, TrainLoader, open_loader, validation_batches
+from data_pipeline.packing import Windows
+from data_pipeline.token_stream import open_split
+from pretrain.config.data_schema import Proportional
 from pretrain.config.errors import ConfigError, DataError
-
-EOD = 0
-
-
-def stream_of(folder: Path, shards: list[list[list[int]]], vocab_size: int = 1000) -> TokenStream:
-    readers = []
-    for number, documents in enumerate(shards):
-        with IndexedWriter(folder / f"shard{number}", token_dtype(vocab_size)) as writer:
-            for tokens in documents:
-                writer.add(np.array(tokens))
-                writer.end_document()
-            writer.finish()
-        readers.append(IndexedReader(folder / f"shard{number}"))
-    return TokenStream(readers, vocab_size)
+from pretrain.config.load import load_recipe
+from tests.data_pipeline.data_folder import EOD, counting_stream, stream_of, write_folder
 
 
-def counting_stream(folder: Path, num_tokens: int) -> TokenStream:
-    """Token i is i + 1, so a batch shows where it was read."""
-    return stream_of(folder, [[list(range(1, num_tokens + 1))]], vocab_size=num_tokens + 1)
+def windows_of(folder: Path, num_tokens: int, sequence_length: int = 4) -> Windows:
+    return Windows(counting_stream(folder, num_tokens), sequence_length, EOD)
 
 
 def train_loader(windows: Windows, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2) -> TrainLoader:
-    return TrainLoader(windows, 1, 8, micro_batch_size, dp_rank, dp_size, document_mask=False, eod_id=EOD)
+    return TrainLoader({"all": TrainingSource(windows, "same")}, Proportional(), 1, 8, micro_batch_size, dp_rank, dp_size)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -43,12 +34,14 @@ def same(one: Batch, other: Batch) -> bool:
 
 def test_stream_reads_across_documents_and_shards(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, [[[1, 2, 0], [3, 0]], [], [[4, 5, 6, 0]], [[7, 0]]])
-    tokens = [1, 2, 0, 3, 0, 4, 5, 6, 0, 7, 0]
+    tokens, starts = [1, 2, 0, 3, 0, 4, 5, 6, 0, 7, 0], {0, 3, 5, 9}
     assert stream.num_tokens == len(tokens)
     for start in range(len(tokens) + 1):
         for count in range(len(tokens) - start + 1):
             part = stream.read(start, count)
             assert part.dtype == np.int64 and part.tolist() == tokens[start : start + count]
+            begins = stream.document_starts(start, count)
+            assert begins.dtype == np.int64 and begins.tolist() == [i for i in range(count) if start + i in starts]
     for start, count in ((-1, 2), (8, 4), (12, 0)):
         with pytest.raises(IndexError):
             stream.read(start, count)
@@ -58,20 +51,20 @@ def test_token_outside_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, [[[1, 2]], [[3, 99]]])
     stream.vocab_size = 99
     assert stream.read(0, 3).tolist() == [1, 2, 3]
-    with pytest.raises(DataError, match=r"shard1\.bin holds token ids from 3 to 99"):
+    with pytest.raises(DataError, match=r"train-all-00001\.bin holds token ids from 3 to 99"):
         stream.read(0, 4)
 
 
 @pytest.mark.parametrize(("num_tokens", "full", "every"), [(1, 0, 0), (2, 0, 1), (5, 1, 1), (6, 1, 2), (9, 2, 2), (10, 2, 3)])
 def test_windows_score_each_target_once(tmp_path: Path, num_tokens: int, full: int, every: int) -> None:
-    windows = Windows(counting_stream(tmp_path, num_tokens), 4)
-    assert (windows.num_full, windows.num_all) == (full, every)
+    windows = windows_of(tmp_path, num_tokens)
+    assert (len(windows), windows.num_all) == (full, every)
     scored = []
-    for window in range(windows.num_all):
-        inputs, labels = windows.read(window, pad_id=EOD)
+    for number in range(windows.num_all):
+        inputs, labels, _ = windows.read(number)
         assert len(inputs) == len(labels) == 4
         real = labels != NO_LOSS
-        assert real.all() or window >= full
+        assert real.all() or number >= full
         assert (labels[real] == inputs[real] + 1).all()
         assert (inputs[~real] == EOD).all()
         scored += labels[real].tolist()
@@ -79,27 +72,38 @@ def test_windows_score_each_target_once(tmp_path: Path, num_tokens: int, full: i
 
 
 def test_document_mask_numbers_documents_and_takes_no_loss_across_their_ends(tmp_path: Path) -> None:
-    windows = Windows(stream_of(tmp_path, [[[5, 6, 0], [7, 0], [8, 9, 10, 11, 0]]]), 6)
-    plain = windows.batch(np.array([0, 1]), document_mask=False, eod_id=EOD)
-    assert plain.document_ids_BS is None
+    stream = stream_of(tmp_path, [[[5, 6, 0], [7, 0]], [[8, 9, 10, 11, 0]]])
+    plain = to_batch([Windows(stream, 6, EOD).read(number) for number in (0, 1)])
+    assert plain.document_ids_BS is None and plain.position_ids_BS is None
     assert plain.labels_BS.tolist() == [[6, 0, 7, 0, 8, 9], [10, 11, 0, NO_LOSS, NO_LOSS, NO_LOSS]]
-    masked = windows.batch(np.array([0, 1]), document_mask=True, eod_id=EOD)
-    assert masked.document_ids_BS is not None
+    masked = to_batch([Windows(stream, 6, EOD, document_mask=True).read(number) for number in (0, 1)])
+    assert masked.document_ids_BS is not None and masked.position_ids_BS is not None
     assert masked.input_ids_BS.tolist() == [[5, 6, 0, 7, 0, 8], [9, 10, 11, 0, 0, 0]]
-    assert masked.document_ids_BS.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 2]]
+    assert masked.document_ids_BS.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 1]]
+    assert masked.position_ids_BS.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]]
     assert masked.labels_BS.tolist() == [[6, 0, NO_LOSS, 0, NO_LOSS, 9], [10, 11, 0, NO_LOSS, NO_LOSS, NO_LOSS]]
-    assert all(tensor.dtype == torch.int64 for tensor in (masked.input_ids_BS, masked.labels_BS, masked.document_ids_BS))
+    tensors = (masked.input_ids_BS, masked.labels_BS, masked.document_ids_BS, masked.position_ids_BS)
+    assert all(tensor.dtype == torch.int64 for tensor in tensors)
+
+
+def test_documents_are_told_by_the_index_and_not_by_a_token(tmp_path: Path) -> None:
+    without_eod = stream_of(tmp_path / "without", [[[5, 6, 7], [8, 9], [10, 11]]])
+    sample = Windows(without_eod, 6, EOD, document_mask=True).read(0)
+    assert sample.documents_S is not None and sample.documents_S.tolist() == [0, 0, 0, 1, 1, 2]
+    assert sample.labels_S.tolist() == [6, 7, NO_LOSS, 9, NO_LOSS, 11]
+    eod_inside = stream_of(tmp_path / "inside", [[[5, 0, 7, 0, 9, 10, 11]]])
+    sample = Windows(eod_inside, 6, EOD, document_mask=True).read(0)
+    assert sample.documents_S is not None and sample.documents_S.tolist() == [0] * 6 and sample.labels_S.tolist() == [0, 7, 0, 9, 10, 11]
 
 
 def test_an_epoch_shows_each_full_window_once(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 24 * 4 + 3), 4)
-    loader = train_loader(windows)
+    loader = train_loader(windows_of(tmp_path, 24 * 4 + 3))
     inputs = torch.cat([batch.input_ids_BS for step in range(3) for batch in loader.step_batches(step)])
     assert sorted(inputs[:, 0].tolist()) == list(range(1, 24 * 4, 4))
 
 
 def test_resuming_needs_only_the_step(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 24 * 4 + 3), 4)
+    windows = windows_of(tmp_path, 24 * 4 + 3)
     straight, resumed = train_loader(windows), train_loader(windows)
     runs = [straight.step_batches(step) for step in range(8)]
     for step in (5, 6, 2):
@@ -115,22 +119,24 @@ def micro_batch_inputs(windows: Windows, dp_size: int, micro_batch_size: int = 2
 
 
 def test_micro_batches_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 24 * 4 + 3), 4)
+    windows = windows_of(tmp_path, 24 * 4 + 3)
     one = micro_batch_inputs(windows, dp_size=1)
     assert one == micro_batch_inputs(windows, dp_size=2) == micro_batch_inputs(windows, dp_size=4)
-    samples = train_loader(windows).sample_indices(3)
-    assert [first for micro_batch in one for first in micro_batch] == (samples * 4 + 1).tolist()
+    samples = [sample for _, sample in train_loader(windows).sample_numbers(3)]
+    assert [first for micro_batch in one for first in micro_batch] == [sample * 4 + 1 for sample in samples]
 
 
 def test_another_micro_batch_size_makes_other_micro_batches(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 24 * 4 + 3), 4)
+    windows = windows_of(tmp_path, 24 * 4 + 3)
     assert micro_batch_inputs(windows, 1, micro_batch_size=2) != micro_batch_inputs(windows, 1, micro_batch_size=4)
 
 
 def test_too_little_data_says_how_much_is_there_and_needed(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 7 * 4 + 1), 4)
+    windows = windows_of(tmp_path, 7 * 4 + 1)
     with pytest.raises(DataError, match="has 7 samples of 4 tokens.* needs 8"):
         train_loader(windows)
+    with pytest.raises(DataError, match="source 'all' is shorter than one sample"):
+        train_loader(Windows(windows.stream, 40, EOD))
     with pytest.raises(ConfigError, match="global_batch_size"):
         train_loader(windows, dp_size=3)
 
@@ -143,23 +149,23 @@ def labels_of(batches: list[Batch]) -> list[int]:
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("num_tokens", [2, 9, 10, 50])
 def test_validation_scores_each_target_once_over_all_ranks(tmp_path: Path, dp_size: int, num_tokens: int) -> None:
-    windows = Windows(counting_stream(tmp_path, num_tokens), 4)
-    ranks = [list(validation_batches(windows, 2, rank, dp_size, None, False, EOD)) for rank in range(dp_size)]
+    windows = windows_of(tmp_path, num_tokens)
+    ranks = [list(validation_batches(windows, 2, rank, dp_size, None)) for rank in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(batch.input_ids_BS.shape == (2, 4) for batches in ranks for batch in batches)
     assert sorted(label for batches in ranks for label in labels_of(batches)) == list(range(2, num_tokens + 1))
 
 
 def test_a_rank_that_reads_another_ranks_batches_would_miss_targets(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 50), 4)
-    twice = [label for _ in range(2) for label in labels_of(list(validation_batches(windows, 2, 0, 2, None, False, EOD)))]
+    windows = windows_of(tmp_path, 50)
+    twice = [label for _ in range(2) for label in labels_of(list(validation_batches(windows, 2, 0, 2, None)))]
     assert sorted(twice) != list(range(2, 51))
 
 
 def test_few_validation_windows_are_spread_and_do_not_depend_on_ranks(tmp_path: Path) -> None:
-    windows = Windows(counting_stream(tmp_path, 100 * 4 + 1), 4)
+    windows = windows_of(tmp_path, 100 * 4 + 1)
     chosen = {
-        dp_size: sorted(label for rank in range(dp_size) for label in labels_of(list(validation_batches(windows, 2, rank, dp_size, 5, False, EOD))))
+        dp_size: sorted(label for rank in range(dp_size) for label in labels_of(list(validation_batches(windows, 2, rank, dp_size, 5))))
         for dp_size in (1, 2)
     }
     assert chosen[1] == chosen[2]
@@ -168,25 +174,61 @@ def test_few_validation_windows_are_spread_and_do_not_depend_on_ranks(tmp_path: 
 
 def test_validation_without_a_target_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 1 tokens"):
-        validation_batches(Windows(counting_stream(tmp_path, 1), 4), 2, 0, 1, None, False, EOD)
+        validation_batches(windows_of(tmp_path, 1), 2, 0, 1, None)
 
 
-def test_a_built_folder_opens_with_its_end_of_document_tokens(built: BuildResult) -> None:
-    for split, entry in built.manifest.splits.items():
-        stream = open_split(built.folder, built.manifest, split)
-        tokens = stream.read(0, stream.num_tokens)
-        assert stream.num_tokens == entry.tokens
-        assert (tokens == built.manifest.tokenizer.eod_id).sum() == entry.documents
-        assert tokens[-1] == built.manifest.tokenizer.eod_id
+def test_no_shard_is_opened_before_something_is_read_of_it(tmp_path: Path) -> None:
+    documents = [list(range(1, 34))]
+    manifest = write_folder(tmp_path, {"all": [documents, documents, documents]})
+    bin_path(tmp_path / "train-all-00001").unlink()
+    stream = open_split(manifest, "train")
+    windows = Windows(stream, 4, EOD)
+    train_loader(windows)
+    assert stream.num_tokens == 99 and windows.read(0).inputs_S.tolist() == [1, 2, 3, 4] and windows.read(20).inputs_S.tolist() == [15, 16, 17, 18]
+    with pytest.raises(DataError, match=r"train-all-00001\.bin is missing"):
+        windows.read(10)
 
 
-def test_shards_of_another_manifest_are_refused(built: BuildResult) -> None:
-    train, validation = built.manifest.splits["train"], built.manifest.splits["validation"]
-    swapped = built.manifest.model_copy(
-        update={"splits": {"train": validation.model_copy(update={"shards": train.shards}), "validation": validation}}
-    )
-    open_split(built.folder, swapped, "train")
-    wrong = train.shards[0].model_copy(update={"prefix": "validation"})
-    broken = built.manifest.model_copy(update={"splits": {"train": train.model_copy(update={"shards": [wrong]}), "validation": validation}})
-    with pytest.raises(DataError, match=r"validation\.bin holds"):
-        open_split(built.folder, broken, "train")
+def test_shards_of_another_manifest_are_refused(tmp_path: Path) -> None:
+    manifest = write_folder(tmp_path, {"all": [[[1, 2, 3]], [[4, 5]]]})
+    one, other = manifest.splits["train"].shards
+    swapped = [one.model_copy(update={"prefix": other.prefix}), other]
+    broken = manifest.model_copy(update={"splits": {"train": manifest.splits["train"].model_copy(update={"shards": swapped})}})
+    with pytest.raises(DataError, match=r"train-all-00001\.bin holds 2 tokens of uint16, its manifest says 3"):
+        open_split(broken, "train").read(0, 2)
+    with pytest.raises(DataError, match="has no validation split"):
+        open_split(manifest, "validation")
+
+
+def test_corpora_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    shards = {"all": [[list(range(1, 200))]]}
+    for name, tokenizer in (("a", "{}"), ("b", "{}"), ("c", '{"other": 1}')):
+        write_folder(tmp_path / name, shards, shards if name == "b" else None, tokenizer=tokenizer)
+    corpora = load_corpora({"x": str(tmp_path / "a"), "y": str(tmp_path / "b")})
+    corpora.verify()
+    assert list(corpora.training_parts()) == ["x", "y"]
+    held_out = corpora.validation_stream()
+    assert held_out is not None and held_out.num_tokens == 199
+    assert load_corpora({"": str(tmp_path / "a")}).validation_stream() is None
+    with pytest.raises(DataError, match="different tokenizers"):
+        load_corpora({"x": str(tmp_path / "a"), "z": str(tmp_path / "c")})
+
+
+def test_windows_never_cross_from_one_source_to_the_next(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"low": [[list(range(1, 100))]], "high": [[list(range(500, 561))], [list(range(561, 620))]]})
+    corpora = load_corpora({"": str(tmp_path)})
+    for folders in ({"": str(tmp_path)}, {"both": str(tmp_path)}):
+        recipe = load_recipe("debug", ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"])
+        loader = open_loader(recipe, load_corpora(folders), 0, 1)
+        assert sum(len(source.samples) for source in loader.sources.values()) == 6 + 7
+        for step in range(4):
+            tokens_BS = torch.cat([batch.input_ids_BS for batch in loader.step_batches(step)])
+            assert ((tokens_BS < 500).all(dim=1) | (tokens_BS >= 500).all(dim=1)).all()
+    assert list(corpora.training_parts()) == ["low", "high"] and list(loader.sources) == ["both"]
+
+
+def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
+    loader = train_loader(windows_of(tmp_path, 24 * 4 + 3))
+    assert loader.stall_seconds == 0.0
+    loader.step_batches(0)
+    assert loader.stall_seconds > 0.0

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.indexed import IndexedReader, IndexedWriter
-from data_pipeline.loader import Batch, TokenStream, TrainLoader, Windows
+from data_pipeline.batch import Batch
+from data_pipeline.loader import TrainingSource, TrainLoader, seen_samples
+from data_pipeline.packing import Windows
+from pretrain.config.data_schema import Mixture, Proportional, Weights
 from pretrain.config.errors import DataError
-from pretrain.evaluation.bigram import Bigram, bigram_nll, fit_bigram, seen_windows, window_pairs
+from pretrain.evaluation.bigram import Bigram, bigram_nll, fit_bigram, sample_pairs
+from tests.data_pipeline.data_folder import stream_of
 
 VOCAB = 40
 
@@ -102,33 +105,23 @@ def test_masked_labels_are_not_scored() -> None:
     assert nats == pytest.approx(bigram.nll([0, 4, 9], [1, 5, 2]))
 
 
-def test_seen_windows_are_those_of_the_first_epoch_until_every_one_is_seen() -> None:
-    first, more = seen_windows(10, 25, seed=7), seen_windows(18, 25, seed=7)
-    assert len(set(first)) == 10 and np.array_equal(first, more[:10])
-    assert sorted(seen_windows(1000, 25, seed=7)) == list(range(25))
-    assert not np.array_equal(first, seen_windows(10, 25, seed=8))
-
-
-def test_pairs_stay_inside_the_chosen_windows_and_skip_masked_contexts(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "train", np.dtype(np.uint16)) as writer:
-        writer.add(np.array([5, 6, 0, 7, 8, 9, 0, 1, 2]))
-        writer.end_document()
-        writer.finish()
-    stream = TokenStream([IndexedReader(tmp_path / "train")], vocab_size=VOCAB)
-    pairs = [tuple(zip(*(side.tolist() for side in chunk), strict=True)) for chunk in window_pairs(stream, np.array([1, 0]), 4, None)]
+def test_pairs_stay_inside_the_chosen_windows_and_skip_what_has_no_loss(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [[[5, 6, 0], [7, 8, 9, 0], [1, 2]]], vocab_size=VOCAB)
+    pairs = [tuple(zip(*(side.tolist() for side in chunk), strict=True)) for chunk in sample_pairs(Windows(stream, 4, 0), np.array([1, 0]))]
     assert pairs == [((5, 6), (6, 0), (0, 7), (7, 8), (8, 9), (9, 0), (0, 1), (1, 2))]
-    contexts, targets = next(window_pairs(stream, np.array([1]), 4, masked_context=0))
+    contexts, targets = next(sample_pairs(Windows(stream, 4, 0, document_mask=True), np.array([1])))
     assert contexts.tolist() == [8, 9, 1] and targets.tolist() == [9, 0, 2]
 
 
-def test_seen_windows_are_those_that_the_loader_gave_to_training(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "train", np.dtype(np.uint16)) as writer:
-        writer.add(np.arange(400) % VOCAB)
-        writer.end_document()
-        writer.finish()
-    windows = Windows(TokenStream([IndexedReader(tmp_path / "train")], vocab_size=VOCAB), 10)
-    loader = TrainLoader(windows, 5, 8, 2, 0, 2, False, 0)
+@pytest.mark.parametrize("mixture", [Proportional(), Weights(kind="weights", weights={"a": 3, "b": 1})])
+def test_seen_samples_are_those_that_the_loader_gave_to_training(tmp_path: Path, mixture: Mixture) -> None:
+    streams = {name: stream_of(tmp_path / name, [[[token % VOCAB for token in range(size)]]], VOCAB) for name, size in (("a", 201), ("b", 152))}
+    sources = {name: TrainingSource(Windows(stream, 10, 0), name) for name, stream in streams.items()}
+    loader = TrainLoader(sources, mixture, 5, 8, 2, 0, 2)
     for steps in (1, 3, 4, 9):
-        given = np.concatenate([loader.sample_indices(step) for step in range(steps)])
-        assert set(seen_windows(steps * 8, windows.num_full, seed=5)) == set(given)
-    assert set(seen_windows(8, windows.num_full, seed=6)) != set(loader.sample_indices(0))
+        given = {sample for step in range(steps) for sample in loader.sample_numbers(step)}
+        seen = seen_samples(loader.state(steps)["plans"], steps * 8, 10, seed=5)
+        assert {(name, number) for name, numbers in seen.items() for number in numbers.tolist()} == given
+        assert sum(map(len, seen.values())) == len(given)
+    other = seen_samples(loader.state(1)["plans"], 8, 10, seed=6)
+    assert {(name, number) for name, numbers in other.items() for number in numbers.tolist()} != set(loader.sample_numbers(0))

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.build import build
-from data_pipeline.loader import open_split
+from data_pipeline.build.coordinator import build
+from data_pipeline.corpora import load_corpora
+from data_pipeline.token_stream import open_split
+from pretrain.checkpoint.layout import read_state
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, ConfigError, DataError
 from pretrain.config.schema import DataConfig, TextSource, TokenizerFile
 from pretrain.evaluation.bigram import fit_bigram
 from pretrain.evaluation.device import choose_device
-from pretrain.evaluation.heldout import fit_on_seen_windows, score_checkpoint
+from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint
 from tests.export.tiny_checkpoint import STEPS, Trained, make_data
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
@@ -31,7 +33,7 @@ def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(t
     done = evaluate("--checkpoint", trained.latest, "--json", "-")
     assert done.returncode == DONE, done.stderr
     result = json.loads(done.stdout)
-    tokens = open_split(trained.data, trained.manifest, "validation").read(0, trained.manifest.splits["validation"].tokens)
+    tokens = open_split(trained.manifest, "validation").read(0, trained.manifest.splits["validation"].tokens)
     length, nats = trained.recipe.train.sequence_length, 0.0
     for start in range(0, len(tokens) - 1, length):
         window_S = torch.from_numpy(tokens[start : start + length + 1])
@@ -42,7 +44,7 @@ def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(t
     assert result["loss"] == pytest.approx(nats / result["targets"], rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / trained.manifest.splits["validation"].utf8_bytes, rel=1e-6)
-    stream = open_split(trained.data, trained.manifest, "train")
+    stream = open_split(trained.manifest, "train")
     seen = stream.read(0, (stream.num_tokens - 1) // length * length + 1)
     bigram = fit_bigram([(seen[:-1], seen[1:])], trained.manifest.tokenizer.vocab_size)
     assert result["bigram"]["loss"] == pytest.approx(bigram.nll(tokens[:-1], tokens[1:]) / result["targets"], rel=1e-9)
@@ -51,13 +53,13 @@ def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(t
 
 
 def test_the_bigram_reads_only_windows_that_the_model_has_seen(trained: Trained) -> None:
-    length = trained.recipe.train.sequence_length
-    early, windows = fit_on_seen_windows(trained.data, trained.manifest, trained.recipe, consumed_tokens=5 * length)
+    length, corpora, state = trained.recipe.train.sequence_length, load_corpora({"": str(trained.data)}), read_state(trained.checkpoint)
+    early, windows = fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 5 * length})
     assert windows == 5 and early.counts.sum() == 5 * length
-    late, windows = fit_on_seen_windows(trained.data, trained.manifest, trained.recipe, consumed_tokens=10**6)
+    late, windows = fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 10**6 * length})
     assert windows == (trained.manifest.splits["train"].tokens - 1) // length and late.counts.sum() == windows * length
     with pytest.raises(DataError, match="seen no window"):
-        fit_on_seen_windows(trained.data, trained.manifest, trained.recipe, consumed_tokens=0)
+        fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 0})
 
 
 def test_windows_can_be_fewer_and_batches_larger(trained: Trained) -> None:

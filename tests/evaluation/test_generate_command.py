@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.loader import open_split
+from data_pipeline.token_stream import open_split
 from pretrain.config.errors import BAD_CHECKPOINT, DONE, USAGE
 from pretrain.evaluation.generation import Sampling, generate
 from pretrain.evaluation.generators import NativeGenerator, open_generator
@@ -25,7 +25,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "hf"
-    export_hf(trained.checkpoint, output, open_split(trained.data, trained.manifest, "validation"), torch.float32, overwrite=False)
+    export_hf(trained.checkpoint, output, open_split(trained.manifest, "validation"), torch.float32, overwrite=False)
     return output
 
 

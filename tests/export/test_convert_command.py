@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.loader import open_split
+from data_pipeline.token_stream import open_split
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import DENSE_FILE, load_state_dict
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, CheckpointError
@@ -106,7 +106,7 @@ def test_an_export_whose_logits_differ_is_not_published(trained: Trained, tmp_pa
     weights = load_file(checkpoint / DENSE_FILE)
     weights["layers.0.attention.q_proj.weight"][0, 0] = torch.inf
     save_file(weights, checkpoint / DENSE_FILE)
-    heldout = open_split(trained.data, trained.manifest, "validation")
+    heldout = open_split(trained.manifest, "validation")
     with pytest.raises(CheckpointError, match="nothing was published"):
         export_hf(checkpoint, tmp_path / "out", heldout, torch.float32, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from data_pipeline.build import build
-from data_pipeline.loader import TrainLoader, Windows, open_split
+from data_pipeline.build.coordinator import build
+from data_pipeline.corpora import data_folders, load_corpora
+from data_pipeline.loader import TrainLoader, open_loader
 from data_pipeline.manifest import Manifest
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
@@ -54,22 +56,21 @@ def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
     manifest = make_data(folder / "data", texts)
     fixed = [f"data.path={folder / 'data'}", f"model.vocab_size={manifest.tokenizer.vocab_size}", "train.sequence_length=32"]
     recipe = load_recipe("debug", [*fixed, *overrides])
-    windows = Windows(open_split(folder / "data", manifest, "train"), recipe.train.sequence_length)
-    model = train(recipe, windows, manifest.tokenizer.eod_id)
+    train_sizes = recipe.train.model_copy(update={"micro_batch_size": recipe.train.global_batch_size})
+    loader = open_loader(recipe.model_copy(update={"train": train_sizes}), load_corpora(data_folders(recipe)), 0, 1)
+    model = train(recipe, loader)
     checkpoint = layout.step_folder(folder / "checkpoints", STEPS)
-    write_checkpoint(checkpoint, model, recipe, manifest)
+    write_checkpoint(checkpoint, model, recipe, manifest, loader.state(STEPS))
     return Trained(folder / "data", manifest, checkpoint, checkpoint.parent / layout.LATEST, model, recipe)
 
 
-def train(recipe: Recipe, windows: Windows, eod_id: int) -> DecoderLM:
+def train(recipe: Recipe, loader: TrainLoader) -> DecoderLM:
     torch.manual_seed(recipe.seed)
     model = DecoderLM(recipe.model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = recipe.train.global_batch_size
-    loader = TrainLoader(windows, recipe.seed, batch, batch, 0, 1, recipe.data.document_mask, eod_id)
     for step in range(STEPS):
         (batch_BS,) = loader.step_batches(step)
         loss = model(batch_BS.input_ids_BS, batch_BS.labels_BS, batch_BS.labels_BS.numel()).loss
@@ -79,18 +80,18 @@ def train(recipe: Recipe, windows: Windows, eod_id: int) -> DecoderLM:
     return model.eval()
 
 
-def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifest: Manifest) -> None:
+def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifest: Manifest, data_state: dict[str, Any]) -> None:
     """A published checkpoint: weights, recipe, tokenizer, state, manifest with checksums, and ``latest``."""
     checkpoint.mkdir(parents=True)
     num_experts = recipe.model.moe.num_experts if recipe.model.moe else 1
     write_weights(checkpoint, model, lambda parameter: parameter.detach(), rank=0, ep_size=1, num_experts=num_experts)
     (checkpoint / layout.RECIPE).write_text(recipe_to_yaml(recipe))
-    (checkpoint / layout.TOKENIZER).write_bytes((Path(recipe.data_path) / manifest.tokenizer.file).read_bytes())
+    (checkpoint / layout.TOKENIZER).write_bytes(manifest.tokenizer_path.read_bytes())
     state = {
         "step": STEPS,
         "consumed_tokens": STEPS * recipe.train.tokens_per_step,
-        "data_fingerprint": manifest.fingerprint,
         "tokenizer_sha256": manifest.tokenizer.sha256,
+        "data": data_state,
     }
     (checkpoint / layout.STATE).write_text(json.dumps(state))
     seal(checkpoint)

@@ -14,8 +14,10 @@ import torch
 from deepspeed import zero as deepspeed_zero
 from torch import nn
 
-from data_pipeline.loader import Windows, open_split, validation_batches
+from data_pipeline.loader import validation_batches
 from data_pipeline.manifest import load_manifest
+from data_pipeline.packing import Windows
+from data_pipeline.token_stream import open_split
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.config.errors import CheckpointError
@@ -175,10 +177,10 @@ def validation_loss(tiny: Tiny, checkpoint: Path, dtype: torch.dtype) -> float:
     """Nats per token of a checkpoint's weights files in the plain model, over the whole validation split."""
     model, recipe = load_model(checkpoint, dtype=dtype)
     manifest = load_manifest(tiny.data)
-    windows = Windows(open_split(tiny.data, manifest, "validation"), recipe.train.sequence_length)
+    windows = Windows(open_split(manifest, "validation"), recipe.train.sequence_length, manifest.tokenizer.eod_id)
     nll, targets = 0.0, 0
     with torch.no_grad():
-        for batch in validation_batches(windows, 2, 0, 1, None, False, manifest.tokenizer.eod_id):
+        for batch in validation_batches(windows, 2, 0, 1, None):
             nll += model(batch.input_ids_BS, batch.labels_BS, 1.0).nll.item()
             targets += int((batch.labels_BS >= 0).sum())
     return nll / targets

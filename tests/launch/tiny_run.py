@@ -22,8 +22,8 @@ import pytest
 import torch
 
 import pretrain.train
-from data_pipeline.build import build
-from data_pipeline.manifest import load_manifest
+from data_pipeline.build.coordinator import build
+from data_pipeline.corpora import data_folders, load_corpora
 from pretrain.config.load import load_recipe
 from pretrain.config.rules import check_topology
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
@@ -88,7 +88,7 @@ def make_tiny(folder: Path) -> Tiny:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """Every row of a run's metrics.jsonl without what the clock measured."""
-    clock = ("tokens_per_second", "seconds", "mfu")
+    clock = ("tokens_per_second", "seconds", "stall_seconds", "mfu")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
@@ -182,9 +182,9 @@ def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int =
     """The trainer that the command would build for one rank, to look inside; call it inside :func:`own_process`."""
     options = pretrain.train.parse_arguments(tiny.arguments(run, *overrides, steps=steps, zero=zero))
     recipe, ds_config = load_recipe(options.recipe, options.overrides), read_ds_config(options.ds_config)
-    manifest = load_manifest(tiny.data)
-    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, manifest)
+    corpora = load_corpora(data_folders(recipe))
+    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, corpora)
     accumulation, topology = check_topology(recipe, 1, zero), connect(1)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1)
     engine = Engine(recipe, resolved, recipe.train.precision, topology)
-    return pretrain.train.build_trainer(recipe, resolved, manifest, engine, StopRequest())
+    return pretrain.train.build_trainer(recipe, resolved, corpora, engine, StopRequest())

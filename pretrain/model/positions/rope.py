@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 
-def rope_tables(positions_S: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair, each [S, H/2] in fp32; pair i turns by position * theta^(-2i/H)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_S.device) / head_dim
-    angles = positions_S.float()[:, None] / theta**exponents
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair, each [..., H/2] in fp32 for positions [...]; pair i turns by position * theta^(-2i/H)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[..., None] / theta**exponents
     return angles.cos(), angles.sin()
 
 

@@ -1,0 +1,71 @@
+"""What a model is trained on: samples of S tokens, and micro batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NO_LOSS = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch.
+
+    Attributes:
+        input_ids_BS: int64.
+        labels_BS: int64, the next token of each input; -100 where no loss is taken.
+        document_ids_BS: int64, number of the document inside the sample, from 0; None without a document mask.
+    """
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    document_ids_BS: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        documents = None if self.document_ids_BS is None else self.document_ids_BS.to(device)
+        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), documents)
+
+    @property
+    def position_ids_BS(self) -> Tensor | None:
+        """int64, each token's place in its document, or in the part of it that the sample holds; None without a document mask."""
+        if self.document_ids_BS is None:
+            return None
+        ids_BS = self.document_ids_BS
+        places_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        continues_BS = torch.nn.functional.pad(ids_BS[:, 1:] == ids_BS[:, :-1], (1, 0))
+        return places_BS - places_BS.masked_fill(continues_BS, 0).cummax(dim=1).values
+
+
+class Sample(NamedTuple):
+    """One sequence: inputs, labels and, with a document mask, the documents' numbers, each int64 [S]."""
+
+    inputs_S: np.ndarray
+    labels_S: np.ndarray
+    documents_S: np.ndarray | None
+
+
+class Samples(Protocol):
+    """What a packing makes of a stream of tokens: samples that can be read in any order."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+
+    def read(self, number: int) -> Sample:
+        """Sample ``number``, from 0."""
+
+
+def to_batch(samples: Sequence[Sample]) -> Batch:
+    """The batch [B, S] of B samples."""
+    inputs_BS, labels_BS = (
+        torch.from_numpy(np.stack(rows)) for rows in zip(*((sample.inputs_S, sample.labels_S) for sample in samples), strict=True)
+    )
+    documents = [sample.documents_S for sample in samples if sample.documents_S is not None]
+    return Batch(inputs_BS, labels_BS, torch.from_numpy(np.stack(documents)) if documents else None)

@@ -1,0 +1,117 @@
+"""The data folders that a recipe trains on: one, or several by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.manifest import Manifest, TokenizerEntry, load_manifest, verify
+from data_pipeline.split import SplitName
+from data_pipeline.token_stream import TokenStream, open_split, source_fingerprint
+from pretrain.config.errors import DataError
+from pretrain.config.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of one data folder: what windows never cross."""
+
+    stream: TokenStream
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Data folders with one and the same tokenizer.
+
+    Attributes:
+        manifests: by the corpus's name; a single folder is called "".
+    """
+
+    manifests: dict[str, Manifest]
+
+    @property
+    def first(self) -> Manifest:
+        return next(iter(self.manifests.values()))
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        return self.first.tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.first.tokenizer_path
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills what no document fills."""
+        return self.tokenizer.eod_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
+
+    @property
+    def place(self) -> str:
+        """The folders, for sentences."""
+        return ", ".join(str(manifest.folder) for manifest in self.manifests.values())
+
+    def training_parts(self) -> dict[str, list[Part]]:
+        """What the mixture calls a source: the sources of a single folder, or each of several folders as a whole.
+
+        Raises:
+            DataError: where a folder has nothing to train on.
+        """
+        found: dict[str, list[Part]] = {}
+        for corpus, manifest in self.manifests.items():
+            shards = manifest.splits["train"].shards if "train" in manifest.splits else []
+            names = list(dict.fromkeys(entry.source for entry in shards if entry.tokens))
+            if not names:
+                raise DataError(
+                    f"the data in {manifest.folder} has no training split: build it again with more data or a lower data.validation_share"
+                )
+            for name in names:
+                part = Part(open_split(manifest, "train", name), source_fingerprint(manifest, name))
+                found.setdefault(corpus or name, []).append(part)
+        return found
+
+    def validation_stream(self) -> TokenStream | None:
+        """The held-out documents of all folders, one after the other; None where nothing is held out."""
+        return self.stream("validation") if self.utf8_bytes("validation") else None
+
+    def stream(self, split: SplitName) -> TokenStream:
+        """A split of all folders that have it.
+
+        Raises:
+            DataError: where none has.
+        """
+        streams = [open_split(manifest, split) for manifest in self.manifests.values() if split in manifest.splits]
+        if not streams:
+            raise DataError(f"the data in {self.place} has no {split} split: give data that has one, or build it with data.validation_share above 0")
+        return TokenStream([shard for stream in streams for shard in stream.shards], self.tokenizer.vocab_size)
+
+    def utf8_bytes(self, split: SplitName) -> int:
+        """Bytes of a split's texts."""
+        return sum(manifest.splits[split].utf8_bytes for manifest in self.manifests.values() if split in manifest.splits)
+
+    def verify(self) -> None:
+        """See :func:`data_pipeline.manifest.verify`."""
+        for manifest in self.manifests.values():
+            verify(manifest)
+
+
+def data_folders(recipe: Recipe) -> dict[str, str]:
+    """The recipe's data folders by the corpus's name; a single one is called ""."""
+    return recipe.data.corpora or {"": recipe.data_path}
+
+
+def load_corpora(folders: dict[str, str]) -> Corpora:
+    """Reads the manifests of :func:`data_folders`.
+
+    Raises:
+        DataError: where a folder holds no data, or the folders do not have the same tokenizer.
+    """
+    corpora = Corpora({name: load_manifest(folder) for name, folder in folders.items()})
+    for manifest in corpora.manifests.values():
+        if manifest.tokenizer.sha256 != corpora.tokenizer.sha256:
+            raise DataError(
+                f"the data in {manifest.folder} and {corpora.first.folder} have different tokenizers, so they cannot be mixed: "
+                f"build one again with --tokenizer {corpora.tokenizer_path}"
+            )
+    return corpora
