@@ -47,7 +47,7 @@ from data_pipeline.sources import Document
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
 from data_pipeline.tokenizer.engines import choose_engine
-from data_pipeline.tokenizer.pieces import cut_before_white_space
+from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
 from pretrain.config.errors import ConfigError, DataError
@@ -101,9 +101,9 @@ def build(
         PeerLostError: where a worker was killed.
     """
     given = None if isinstance(config.tokenizer, TrainBPE) else load_configured(config.tokenizer)
-    check_vocab_size(config, given)
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
         output.staging.mkdir(exist_ok=True)
+        stack.callback(_remove_unused, output.staging)
         plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
         if read_json(output.staging / "identity.json") == identity and finish_publishing(output.staging, output):
@@ -111,20 +111,15 @@ def build(
         if pool is None:
             pool = stack.enter_context(local_pool(workers or default_workers(plan.input_bytes)))
         if output.manifest.exists() and not fresh:
-            manifest = _matching_manifest(output, plan, pool, progress)
-            shutil.rmtree(output.staging, ignore_errors=True)
-            return BuildResult(output, manifest, reused=True)
+            return BuildResult(output, _matching_manifest(output, plan, pool, progress), reused=True)
         workspace = Workspace(output.staging, identity)
         return Build(plan, output, workspace.folder, pool, progress).run(given, engine)
 
 
-def check_vocab_size(config: DataConfig, given: Tokenizer | None) -> None:
-    """A vocabulary size that the recipe states must be the tokenizer's."""
-    asked = config.tokenizer.vocab_size
-    if given is not None and asked is not None and asked != given.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer.vocab_size is {asked}, but the tokenizer has {given.vocab_size} entries: leave it out or say {given.vocab_size}"
-        )
+def _remove_unused(staging: Path) -> None:
+    """Removes a staging folder in which no build has begun."""
+    if staging.exists() and not (staging / "identity.json").exists():
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:

@@ -57,9 +57,9 @@ def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, S
     Raises:
         DataError: where a source has nothing to read.
     """
-    units = [unit for source in sources.values() for unit in source.units(SMALLEST_UNIT)]
+    units = [unit for source in sources.values() for unit in source.units(config.unit_bytes or SMALLEST_UNIT)]
     wanted = sum(unit.size for unit in units) // UNITS_WANTED
-    if wanted > SMALLEST_UNIT:
+    if config.unit_bytes is None and wanted > SMALLEST_UNIT:
         size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)
         units = [unit for source in sources.values() for unit in source.units(size)]
     inputs = canonical_sha256({"units": [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]})

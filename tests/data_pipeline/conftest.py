@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from typing import TYPE_CHECKING
-from pretrain.config.schema import DataConfig
+from pretrain.config.data_schema import DataConfig
+
+if TYPE_CHECKING:  # the build is slow to import, and most tests do without
+    from data_pipeline.build.coordinator import BuildResult
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "λάμδα", "mü", "中文", "<|endoftext|>"]
 
@@ -48,6 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, write_corpus: WriteCorpus, t
     """A data folder of forty documents; tests only read it."""
     folder = tmp_path_factory.mktemp("built")
     write_corpus(folder / "raw")
-    from data_pipeline.build import build
+    from data_pipeline.build.coordinator import build
+    from data_pipeline.build.workspace import Output
 
-    return build(text_config(str(folder / "raw" / "*.txt")), folder / "data")
+    return build(text_config(str(folder / "raw" / "*.txt")), Output(folder / "data"))

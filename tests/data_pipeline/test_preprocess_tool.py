@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import tokenizers
+import zstandard
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "preprocess_data.py"
 SMALL = ["--input", "raw/*.txt", "--vocab-size", "300", "--output", "data/my"]
@@ -80,13 +88,14 @@ def test_other_data_is_refused_until_fresh(work: Path) -> None:
     assert run(work, *SMALL, "--validation-share", "0.4", "--fresh").returncode == 0
 
 
-def test_a_full_disk_ends_with_code_5_and_no_partial_files(work: Path, write_corpus: Callable[..., None]) -> None:
+def test_a_full_disk_ends_with_code_5_and_the_next_run_goes_on(work: Path, write_corpus: Callable[..., None]) -> None:
     write_corpus(work / "raw", words=1200)
     result = run(work, *SMALL, limit_file_size=20_000)
     assert result.returncode == 5
-    assert "data/my" in result.stderr and "Traceback" not in result.stderr
-    assert files_in(work / "data" / "my") == set()
+    assert "data/my" in result.stderr and "goes on where it stopped" in result.stderr and "Traceback" not in result.stderr
+    assert files_in(work / "data" / "my") == {".building"}
     assert run(work, *SMALL).returncode == 0
+    assert files_in(work / "data" / "my") == FILES
 
 
 def test_a_full_disk_leaves_older_data_as_it_was(work: Path, write_corpus: Callable[..., None]) -> None:
@@ -94,19 +103,133 @@ def test_a_full_disk_leaves_older_data_as_it_was(work: Path, write_corpus: Calla
     before = {path.name: path.read_bytes() for path in (work / "data" / "my").iterdir()}
     write_corpus(work / "raw", words=1200)
     assert run(work, *SMALL, "--fresh", limit_file_size=20_000).returncode == 5
-    assert {path.name: path.read_bytes() for path in (work / "data" / "my").iterdir()} == before
+    assert before == {path.name: path.read_bytes() for path in (work / "data" / "my").iterdir() if path.is_file()}
 
 
-def test_a_killed_build_has_no_manifest_and_is_built_again(work: Path, write_corpus: Callable[..., None]) -> None:
-    write_corpus(work / "raw", words=9_600)
-    with subprocess.Popen([sys.executable, str(TOOL), *SMALL], cwd=work, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not (work / "data" / "my" / ".building" / "train.bin.partial").exists() and time.monotonic() < deadline:
-            assert process.poll() is None, "the build ended before it could be killed"
-            time.sleep(0.002)
-        process.kill()
-    assert files_in(work / "data" / "my") == {".building"}
-    assert run(work, *SMALL).returncode == 0
-    assert run(work, *SMALL[:-1], "data/clean").returncode == 0
-    assert (work / "data" / "my" / "manifest.json").read_bytes() == (work / "data" / "clean" / "manifest.json").read_bytes()
-    assert files_in(work / "data" / "my") == FILES
+def megatrons_form(work: Path) -> list[str]:
+    """A compressed corpus with some bad records and a tokenizer; the one-line command for it."""
+    tokenizer = work / "tokenizer.json"
+    if not tokenizer.exists():
+        assert run(work, *SMALL).returncode == 0
+        shutil.copyfile(work / "data" / "my" / "tokenizer.json", tokenizer)
+    (work / "corpus").mkdir(exist_ok=True)
+    for number in range(4):
+        lines = [json.dumps({"text": f"record {number} {line} " * 50, "other": line}) for line in range(300)]
+        content = "\n".join([*lines, "{broken", json.dumps({"text": 3})]) + "\n"
+        (work / "corpus" / f"{number}.jsonl.zst").write_bytes(zstandard.compress(content.encode()))
+    return ["--input", "corpus/*.jsonl.zst", "--text-field", "text", "--tokenizer", "tokenizer.json", "--append-eod"]
+
+
+def test_megatrons_form_writes_what_the_tokenizers_library_gives_in_input_order(work: Path) -> None:
+    command = megatrons_form(work)
+    result = run(work, *command, "--output-prefix", "data/corpus", "--workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert "4 invalid_json, 4 not_a_string" in result.stdout
+    library = tokenizers.Tokenizer.from_file(str(work / "tokenizer.json"))
+    library.encode_special_tokens = True
+    end = library.token_to_id("<|endoftext|>")
+    expected = [[*library.encode(f"record {number} {line} " * 50, add_special_tokens=False).ids, end] for number in range(4) for line in range(300)]
+    with warnings.catch_warnings():  # Megatron misses optional CUDA packages, aloud
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+    dataset = IndexedDataset(str(work / "data" / "corpus"))
+    assert [dataset[index].tolist() for index in range(len(dataset))] == expected
+    without = run(work, *command[:-1], "--output-prefix", "data/plain", "--workers", "1")
+    assert without.returncode == 0
+    assert IndexedDataset(str(work / "data" / "plain"))[0].tolist() == expected[0][:-1]
+
+
+def test_mpirun_writes_the_same_bytes_as_one_process(work: Path) -> None:
+    command = megatrons_form(work)
+    assert run(work, *command, "--output-prefix", "one/corpus", "--workers", "1").returncode == 0
+    mpirun = str(Path(sys.executable).parent / "mpirun")
+    for ranks in (1, 3):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+        started = [mpirun, "-n", str(ranks), sys.executable, str(TOOL), *command, "--output-prefix", f"mpi{ranks}/corpus"]
+        result = subprocess.run(started, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("next: ") == 1
+        for path in (work / "one").iterdir():
+            assert path.read_bytes() == (work / f"mpi{ranks}" / path.name).read_bytes(), path.name
+
+
+def test_standard_input_is_read_once_and_built(work: Path) -> None:
+    content = "".join(json.dumps({"text": f"line {number} " * 20}) + "\n" for number in range(60))
+    command = [sys.executable, str(TOOL), "--input", "-", "--vocab-size", "300", "--output", "data/piped"]
+    result = subprocess.run(command, cwd=work, input=content, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((work / "data" / "piped" / "manifest.json").read_text())
+    assert manifest["sources"]["all"]["documents"] == 60
+    assert files_in(work / "data" / "piped") == FILES
+
+
+def test_a_worker_that_is_killed_ends_the_build_with_code_7_and_the_next_run_goes_on(work: Path) -> None:
+    write_units(work)
+    with subprocess.Popen([sys.executable, str(TOOL), *UNITS, "--workers", "2"], cwd=work, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(process, lambda: any((work / "data" / "many" / ".building" / "units").glob("*")))
+        victim = next(child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline()))
+        victim.kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 7
+    assert "a worker process was killed" in errors and "Traceback" not in errors
+    assert run(work, *UNITS, "--workers", "2").returncode == 0
+
+
+UNITS = [
+    "--input",
+    "many.jsonl",
+    "--tokenizer",
+    "tokenizer.json",
+    "--output",
+    "data/many",
+    "--set",
+    "data.unit_bytes=20000",
+    "--engine",
+    "tokenizers",
+]
+
+
+def write_units(work: Path) -> None:
+    """A corpus of a few hundred units: long enough to be killed in the middle."""
+    megatrons_form(work)
+    source = random.Random(0)
+    with (work / "many.jsonl").open("w") as stream:
+        for number in range(6000):
+            stream.write(json.dumps({"text": f"document {number} " + " ".join(str(source.random()) for _ in range(30))}) + "\n")
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        assert process.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.002)
+
+
+def killed_at_random(work: Path, rounds: int) -> None:
+    """Builds that are killed at a random moment and started again; each output must be as if undisturbed."""
+    write_units(work)
+    assert run(work, *UNITS[:-5], "data/clean", *UNITS[-4:]).returncode == 0
+    clean = {path.name: path.read_bytes() for path in (work / "data" / "clean").iterdir()}
+    source = random.Random(1)
+    for number in range(rounds):
+        shutil.rmtree(work / "data" / "many", ignore_errors=True)
+        command = [sys.executable, str(TOOL), *UNITS, "--workers", str(1 + number % 2)]
+        with subprocess.Popen(command, cwd=work, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+            # From the first import to the last rename.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(source.uniform(0.3, 6.0))
+            if process.poll() is None and number % 3:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # alone every third time: then its workers must end by themselves
+        assert run(work, *UNITS, "--workers", "1").returncode == 0
+        assert {path.name: path.read_bytes() for path in (work / "data" / "many").iterdir()} == clean
+
+
+def test_builds_killed_at_random_moments_end_as_if_undisturbed(work: Path) -> None:
+    killed_at_random(work, 3)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_hundred_builds_killed_at_random_moments_end_as_if_undisturbed(work: Path) -> None:
+    killed_at_random(work, 100)

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Checks every byte of built data: checksums, indices, token ids, document ends, totals."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from tqdm import tqdm
+
+from data_pipeline.inspection import check_everything
+from data_pipeline.manifest import load_manifest
+from pretrain.config.cli import add_json_option, command_parser, write_json
+from pretrain.config.errors import BAD_DATA, DONE, run_command
+
+EXAMPLES = """\
+  python tools/verify_data.py data/quickstart
+  python tools/verify_data.py data/corpus --json -     # shards with a common prefix"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("data", help="a data folder, or the prefix of shards")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    manifest = load_manifest(arguments.data)
+    total = sum(split.tokens for split in manifest.splits.values())
+    with tqdm(total=total, desc="verifying", unit="token", unit_scale=True) as bar:
+        faults = check_everything(manifest, bar.update)
+    result = {"data": arguments.data, "whole": not faults, "faults": faults, "tokens": total, "fingerprint": manifest.fingerprint}
+    write_json(result, arguments.json_path)
+    if arguments.json_path != "-":
+        shards = sum(len(split.shards) for split in manifest.splits.values())
+        print("\n".join(faults) if faults else f"{arguments.data} is whole: {shards} shards, {total:,} tokens, fingerprint {manifest.fingerprint}")
+    return BAD_DATA if faults else DONE
+
+
+if __name__ == "__main__":
+    run_command(main)
