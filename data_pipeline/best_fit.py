@@ -6,6 +6,7 @@ into the fullest sequence that still has room for it. The result lies beside the
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from data_pipeline.indexed import IndexedReader
-from data_pipeline.token_stream import Shard, TokenStream
+from data_pipeline.token_stream import ReadFile, Shard, TokenStream
 from pretrain.config.durable import write_synced
 from pretrain.config.errors import DataError, StorageError
 
@@ -161,16 +162,23 @@ class PackedShard:
         if found is None:
             raise DataError(f"{path} is missing or belongs to other shards: start training with a data folder that rank 0 of every node can write to")
         self.statistics = found
-        self._file = safe_open(path, framework="numpy")
-        self._starts, self._lengths, self._bounds = (self._file.get_slice(name) for name in ("starts", "lengths", "bounds"))
+        self._file = ReadFile(path)
+        # The format: the header's size, the header in JSON, then the arrays at the header's offsets.
+        header_bytes = int(self._file.read(0, 1, np.dtype("<u8"))[0])
+        header = json.loads(self._file.read(8, header_bytes, np.dtype("u1")).tobytes())
+        self._places = {name: 8 + header_bytes + header[name]["data_offsets"][0] for name in ("starts", "lengths", "bounds")}
 
     def __len__(self) -> int:
         return self.statistics.sequences
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         """The pieces of a sequence: (first token in the shard, number of tokens)."""
-        first, last = self._bounds[sequence : sequence + 2].tolist()
-        return list(zip(self._starts[first:last].tolist(), self._lengths[first:last].tolist(), strict=True))
+        first, last = self._read("bounds", sequence, 2, "<i8")
+        return list(zip(self._read("starts", first, last - first, "<i8"), self._read("lengths", first, last - first, "<i4"), strict=True))
+
+    def _read(self, name: str, first: int, count: int, dtype: str) -> list[int]:
+        numbers: list[int] = self._file.read(self._places[name] + first * np.dtype(dtype).itemsize, count, np.dtype(dtype)).tolist()
+        return numbers
 
 
 def read_statistics(shard: Shard, sequence_length: int) -> PackingStatistics | None:
@@ -196,7 +204,7 @@ def pack_stream(stream: TokenStream, sequence_length: int, progress: bool = Fals
     for shard in tqdm(stream.shards, desc="packing", unit="shard", disable=not progress):
         statistics = read_statistics(shard, sequence_length)
         if statistics is None:
-            packing = pack_shard(shard.reader, sequence_length)
+            packing = pack_shard(shard.open(), sequence_length)
             statistics = packing.statistics
             _save(packing, shard)
         total += statistics

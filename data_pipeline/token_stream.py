@@ -1,40 +1,129 @@
-"""The tokens of several shards as one stream. A shard is opened when something is read from it, so a corpus of any size starts at once."""
+"""The tokens of several shards as one stream. A shard is opened when something is read from it, so a corpus of any size starts at once.
+
+Tokens and index entries are read, not mapped: memory does not grow with what has been read, and few files are open at a time.
+"""
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_left
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.indexed import IndexedReader, bin_path
+from data_pipeline.indexed import HEADER, IndexedReader, bin_path, idx_path
 from data_pipeline.manifest import Manifest, ShardEntry, canonical_sha256
 from data_pipeline.split import SplitName
 from pretrain.config.errors import DataError
+
+OPEN_FILES = 128
+OFFSETS_AT_ONCE = 512
+
+
+class ReadFile:
+    """A file of which parts are read, by any thread.
+
+    Raises:
+        DataError: where it cannot be read, or ends too early.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, start: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """``count`` numbers from byte ``start`` on."""
+        size = count * dtype.itemsize
+        try:
+            content = os.pread(_opened(self).number, size, start)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}; mend it, then run the same command again") from None
+        if len(content) < size:
+            raise DataError(f"{self.path} ends too early: build the data again with tools/preprocess_data.py --fresh")
+        return np.frombuffer(content, dtype)
+
+
+class _Descriptor:
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(OPEN_FILES)
+def _opened(file: ReadFile) -> _Descriptor:
+    return _Descriptor(file.path)
+
+
+class _Offsets:
+    """The byte offsets of an index, as a sequence that is read entry by entry."""
+
+    def __init__(self, file: ReadFile, sequences: int) -> None:
+        self.file, self.sequences = file, sequences
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitem__(self, number: int) -> int:
+        return int(self.part(number, 1)[0])
+
+    def part(self, first: int, count: int) -> np.ndarray:
+        return self.file.read(HEADER.size + 4 * self.sequences + 8 * first, min(count, self.sequences - first), np.dtype("<i8"))
 
 
 class Shard:
     """One shard as its manifest describes it."""
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: str) -> None:
-        self.prefix, self.entry, self.dtype = folder / entry.prefix, entry, dtype
-        self._reader: IndexedReader | None = None
+        self.prefix, self.entry, self.dtype = folder / entry.prefix, entry, np.dtype(dtype)
+        self._bin = ReadFile(bin_path(self.prefix))
+        self._offsets: _Offsets | None = None
 
-    @property
-    def reader(self) -> IndexedReader:
-        """The opened shard.
+    def open(self) -> IndexedReader:
+        """The shard's files, checked.
 
         Raises:
             DataError: for a shard that is missing, damaged, or not the one of the manifest.
         """
-        if self._reader is None:
-            reader = IndexedReader(self.prefix)
-            if (reader.num_tokens, reader.dtype.name) != (self.entry.tokens, self.dtype):
+        reader = IndexedReader(self.prefix)
+        if (reader.num_tokens, reader.dtype) != (self.entry.tokens, self.dtype):
+            raise DataError(
+                f"{bin_path(self.prefix)} holds {reader.num_tokens} tokens of {reader.dtype.name}, "
+                f"its manifest says {self.entry.tokens} of {self.dtype.name}: build the data again with tools/preprocess_data.py --fresh"
+            )
+        return reader
+
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """Token ids begin .. end - 1."""
+        self._check_once()
+        return self._bin.read(begin * self.dtype.itemsize, end - begin, self.dtype)
+
+    def document_starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin in tokens begin .. end - 1: int64, sorted."""
+        offsets, size = self._check_once(), self.dtype.itemsize
+        number = bisect_left(offsets, begin * size)
+        parts = [np.zeros(0, "<i8")]
+        while number < len(offsets):
+            part = offsets.part(number, OFFSETS_AT_ONCE)
+            inside = int(np.searchsorted(part, end * size))
+            parts.append(part[:inside])
+            if inside < len(part):
+                break
+            number += len(part)
+        return np.unique(np.concatenate(parts) // size)  # a document without a token begins where the next one does
+
+    def _check_once(self) -> _Offsets:
+        if self._offsets is None:
+            reader = self.open()
+            if reader.num_documents != len(reader):
                 raise DataError(
-                    f"{bin_path(self.prefix)} holds {reader.num_tokens} tokens of {reader.dtype.name}, "
-                    f"its manifest says {self.entry.tokens} of {self.dtype}: build the data again with tools/preprocess_data.py --fresh"
+                    f"{idx_path(self.prefix)} has documents of several sequences: build the data with tools/preprocess_data.py, which writes one each"
                 )
-            self._reader = reader
-        return self._reader
+            self._offsets = _Offsets(ReadFile(idx_path(self.prefix)), len(reader))
+        return self._offsets
 
 
 class TokenStream:
@@ -61,14 +150,14 @@ class TokenStream:
         """
         result = np.empty(count, dtype=np.int64)
         for shard, begin, end, filled in self._pieces(start, count):
-            part = shard.reader.tokens[begin:end]
+            part = shard.tokens(begin, end)
             self._check(part, shard)
             result[filled : filled + len(part)] = part
         return result
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Which of the tokens start .. start + count - 1 begin a document, as the shards' indexes say: int64 in [0, count), sorted."""
-        found = [shard.reader.document_starts(begin, end) + (filled - begin) for shard, begin, end, filled in self._pieces(start, count)]
+        found = [shard.document_starts(begin, end) + (filled - begin) for shard, begin, end, filled in self._pieces(start, count)]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:

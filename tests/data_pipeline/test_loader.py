@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from data_pipeline.batch import NO_LOSS, Batch, to_batch
 from data_pipeline.corpora import load_corpora
-from data_pipeline.indexed import bin_path
+from data_pipeline.indexed import HEADER, MAGIC, bin_path
 from data_pipeline.loader import TrainingSource, TrainLoader, open_loader, validation_batches
+from data_pipeline.manifest import ShardEntry
 from data_pipeline.packing import Windows
-from data_pipeline.token_stream import open_split
+from data_pipeline.token_stream import OPEN_FILES, Shard, TokenStream, open_split
 from pretrain.config.data_schema import Proportional
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.load import load_recipe
@@ -232,3 +235,32 @@ def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
     assert loader.stall_seconds == 0.0
     loader.step_batches(0)
     assert loader.stall_seconds > 0.0
+
+
+def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(tmp_path: Path) -> None:
+    """A sparse corpus of 500 shards of 2 * 10^9 tokens: the index of one of them, linked, and files of nothing but zeros."""
+    documents, tokens, shards = 20_000, 2_000_000_000, 500
+    lengths = np.full(documents, tokens // documents, dtype="<i4")
+    offsets, marks = np.arange(documents, dtype="<i8") * (2 * tokens // documents), np.arange(documents + 1, dtype="<i8")
+    index = HEADER.pack(MAGIC, 1, 8, documents, documents + 1) + lengths.tobytes() + offsets.tobytes() + marks.tobytes()
+    first = tmp_path / "00000.idx"
+    first.write_bytes(index)
+    entries = []
+    for number in range(shards):
+        if number:
+            (tmp_path / f"{number:05}.idx").hardlink_to(first)
+        with (tmp_path / f"{number:05}.bin").open("wb") as stream:
+            stream.truncate(2 * tokens)
+        entry = ShardEntry(
+            prefix=f"{number:05}", source="all", documents=documents, tokens=tokens, bin_bytes=2 * tokens, bin_sha256="", idx_bytes=0, idx_sha256=""
+        )
+        entries.append(Shard(tmp_path, entry, "uint16"))
+    me = psutil.Process()
+    memory, files, started = me.memory_info().rss, me.num_fds(), time.perf_counter()
+    loader = train_loader(Windows(TokenStream(entries, 1000), 2048, EOD, document_mask=True))
+    loader.step_batches(0)
+    assert time.perf_counter() - started < 2
+    for step in range(60):
+        loader.step_batches(step)
+    assert loader.sources["all"].samples.stream.num_tokens == 10**12  # type: ignore[attr-defined]
+    assert me.memory_info().rss - memory < 100e6 and me.num_fds() - files <= OPEN_FILES + 4

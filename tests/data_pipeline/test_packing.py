@@ -160,7 +160,7 @@ def test_a_packing_is_made_once_and_again_for_other_shards(tmp_path: Path) -> No
 def test_the_packing_of_a_shard_does_not_change_from_run_to_run(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 400).tolist()
     stream = stream_of(tmp_path, [[[1] * length for length in lengths]])
-    one, other = (pack_shard(stream.shards[0].reader, 32) for _ in range(2))
+    one, other = (pack_shard(stream.shards[0].open(), 32) for _ in range(2))
     assert np.array_equal(one.starts, other.starts) and np.array_equal(one.bounds, other.bounds)
     assert one.statistics.padding_share < 0.01
 
