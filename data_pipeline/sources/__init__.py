@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
+from data_pipeline.sources.csv_files import Csv
+from data_pipeline.sources.datasets_source import Datasets
+from data_pipeline.sources.interface import REASONS, Document, LeftOut, ReadContext, Source, Unit
 from data_pipeline.sources.jsonl import Jsonl
+from data_pipeline.sources.parquet import Parquet
 from data_pipeline.sources.python_stdlib import PythonStdlib
+from data_pipeline.sources.source_code import SourceCode
+from data_pipeline.sources.standard_input import StandardInput
 from data_pipeline.sources.text import Text
-from pretrain.config.data_schema import JsonlSource, PythonStdlibSource, SourceBase, TextSource
+from pretrain.config.data_schema import (
+    CsvSource,
+    DatasetsSource,
+    JsonlSource,
+    ParquetSource,
+    PythonStdlibSource,
+    SourceBase,
+    SourceCodeSource,
+    StandardInputSource,
+    TextSource,
+)
 
-__all__ = ["KINDS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
+__all__ = ["KINDS", "REASONS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
 
 # A new kind is a section in the schema, a file here, and a line here.
 KINDS: dict[type[SourceBase], type[Source]] = {
     PythonStdlibSource: PythonStdlib,
     TextSource: Text,
     JsonlSource: Jsonl,
+    ParquetSource: Parquet,
+    CsvSource: Csv,
+    SourceCodeSource: SourceCode,
+    DatasetsSource: Datasets,
+    StandardInputSource: StandardInput,
 }
 
 

@@ -9,18 +9,23 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import zstandard
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.sources.interface import LeftOut, Unit
 from pretrain.config.errors import DataError
 
-BLOCK_BYTES = 1 << 22
+# Small, since what a damaged compressed file holds is lost from the block before the damage on.
+BLOCK_BYTES = 1 << 18
 COMPRESSED = (".gz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What the decompressors raise for a stream that is cut short or damaged.
-DAMAGED_STREAM = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+class DamagedZstd(Exception):
+    """A .zst stream that is cut short or damaged."""
+
+
+# What the decompressors raise for such a stream.
+DAMAGED_STREAM = (EOFError, zlib.error, gzip.BadGzipFile, DamagedZstd)
 
 
 class Line(NamedTuple):
@@ -40,7 +45,19 @@ def list_files(patterns: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for pattern in patterns:
         found |= dict.fromkeys(_matches(pattern))
-    return list(found)
+    return check_names(list(found))
+
+
+def check_names(paths: list[str]) -> list[str]:
+    """The paths themselves.
+
+    Raises:
+        DataError: for a name that is not UTF-8, since no manifest could hold it.
+    """
+    for path in paths:
+        if not path.isascii() and path != path.encode("utf-8", "replace").decode("utf-8"):
+            raise DataError(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file or leave it out")
+    return paths
 
 
 def _matches(pattern: str) -> list[str]:
@@ -60,8 +77,9 @@ def is_compressed(path: str) -> bool:
 
 
 def unreadable(path: str, error: OSError) -> DataError:
+    problem = error.strerror or error
     return DataError(
-        f"{path} cannot be read ({error.strerror}): make it readable or leave it out, then run the same command, which goes on where it stopped"
+        f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same command, which goes on where it stopped"
     )
 
 
@@ -106,6 +124,29 @@ def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
     return units
 
 
+class _ZstdStream:
+    """Arrow's reader takes several frames in a row, and knows one that is cut short, which the package zstandard takes for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import pyarrow
+
+        self._stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except OSError as error:
+            if error.errno is not None:  # the disk's fault, not the stream's
+                raise
+            raise DamagedZstd(str(error)) from None
+
+    def __enter__(self) -> _ZstdStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
 @contextmanager
 def open_stream(path: str) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed by its name's ending. Errors of reading become one sentence.
@@ -119,9 +160,8 @@ def open_stream(path: str) -> Iterator[BinaryIO]:
                 with gzip.GzipFile(fileobj=raw) as stream:
                     yield stream  # type: ignore[misc]
             elif path.endswith(".zst"):
-                # A file may be several frames, one after the other.
-                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                    yield stream
+                with _ZstdStream(raw) as stream:
+                    yield stream  # type: ignore[misc]
             else:
                 yield raw
     except gzip.BadGzipFile:
@@ -144,23 +184,24 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
     for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
+            end = end and max(end, offset + 1)  # the first line belongs to the range that holds the mark's first byte
         if skipping:
             cut = block.find(b"\n") + 1
             offset += cut or len(block)
-            if not cut:
-                continue
-            block, skipping = block[cut:], False
-        cut = block.rfind(b"\n")
-        if cut >= 0:
-            for content in b"".join([*carried, block[:cut]]).split(b"\n"):
+            block, skipping = block[cut:], not cut
+        if not skipping:
+            *lines, rest = block.split(b"\n")
+            if lines:
+                lines[0] = b"".join([*carried, lines[0]])
+                carried, size = [], 0
+            for content in lines:
                 if end is not None and offset >= end:
                     return
                 number += 1
                 yield Line(number, offset, content if len(content) <= max_bytes else None)
                 offset += len(content) + 1
-            carried, size = [], 0
-        carried.append(block[cut + 1 :])
-        size += len(carried[-1])
+            carried.append(rest)
+            size += len(rest)
         if end is not None and offset >= end:
             return
         if size > max_bytes:
@@ -174,4 +215,9 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
 
 def damaged(path: str, number: int, error: Exception) -> LeftOut:
     """The rest of a compressed file that is cut short or damaged."""
-    return LeftOut(path, "damaged_compression", number or None, None, " ".join(str(error).split())[:200] or "it ends too early")
+    return LeftOut(path, "damaged_compression", number or None, None, one_line(str(error)) or "it ends too early")
+
+
+def one_line(text: str) -> str:
+    """Any text, made fit for the middle of a sentence."""
+    return " ".join(text.split())[:300].rstrip(".").encode("utf-8", "replace").decode("utf-8")

@@ -11,6 +11,28 @@ from pretrain.config.data_schema import SourceBase
 
 ConfigT = TypeVar("ConfigT", bound=SourceBase)
 
+# Why a record gives no document. Reports count these words, and bad_records.jsonl names one for each record.
+REASONS = {
+    "too_long": "longer than data.max_record_bytes",
+    "empty": "nothing but white space",
+    "nul": "holds the character NUL",
+    "invalid_utf8": "its bytes are not UTF-8",
+    "undecodable": "its bytes are not in the encoding that was named, or its value cannot be shown",
+    "lone_surrogate": "holds half of a UTF-16 pair, which no UTF-8 can",
+    "invalid_json": "the line is not JSON",
+    "too_deep": "JSON that is nested too deeply",
+    "not_an_object": "JSON, but no object",
+    "missing_field": "the text field is not there, or null",
+    "not_a_string": "the text field is no text",
+    "bad_id": "the id field is no text and no whole number",
+    "field_count": "more or fewer values than the CSV header has names",
+    "invalid_csv": "a line that the CSV rules do not allow",
+    "damaged_compression": "the rest of a compressed file that is cut short or damaged",
+    "damaged_file": "rows whose pages in a Parquet file cannot be read",
+    "binary": "a file with NUL bytes among source code",
+    "too_large": "a file above max_file_bytes among source code",
+}
+
 
 class Document(NamedTuple):
     """One text.
@@ -33,7 +55,7 @@ class LeftOut(NamedTuple):
 
     Attributes:
         path: its file.
-        reason: one of a kind's few fixed words, which are counted.
+        reason: a key of ``REASONS``.
         line: from 1, counted from the start of the unit; None where a file has no lines.
         offset: of its first byte in the (decompressed) file; None where that means nothing.
         detail: what exactly is wrong, for bad_records.jsonl.

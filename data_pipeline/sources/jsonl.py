@@ -56,18 +56,18 @@ def parse_object(content: bytes) -> tuple[Any, tuple[str, str] | None]:
 
 
 class RecordReader:
-    """From a parsed record to a document, or to (reason, detail)."""
+    """From a parsed record to a document, or to (reason, detail). Where records are not ``nested``, a dot is a part of a field's name."""
 
-    def __init__(self, config: RecordsBase) -> None:
-        self.text = config.text_field.split(".")
-        self.id = config.id_field.split(".") if config.id_field else None
-        self.metadata = config.metadata_fields
+    def __init__(self, config: RecordsBase, nested: bool = True) -> None:
+        self.text, *metadata = [name.split(".") if nested else [name] for name in (config.text_field, *config.metadata_fields)]
+        self.id = None if config.id_field is None else config.id_field.split(".") if nested else [config.id_field]
+        self.metadata = dict(zip(config.metadata_fields, metadata))
         self._plain = self.text[0] if len(self.text) == 1 and not self.id and not self.metadata else None
 
     def __call__(self, record: Any, place: str) -> Document | tuple[str, str]:
         if not isinstance(record, dict):
             return "not_an_object", f"it is a {type(record).__name__}"
-        text = record.get(self._plain) if self._plain else _reach(record, self.text)
+        text = record.get(self._plain) if self._plain else reach(record, self.text)
         fault = text_fault(text, ".".join(self.text))
         if fault:
             return fault
@@ -76,14 +76,15 @@ class RecordReader:
             return Document(text, place)
         key = None
         if self.id:
-            value = _reach(record, self.id)
+            value = reach(record, self.id)
             if not isinstance(value, str | int) or isinstance(value, bool) or text_fault(str(value), "id"):
                 return "bad_id", f"'{'.'.join(self.id)}' is no text and no whole number"
             key = str(value)
-        return Document(text, key or place, key, {name: _reach(record, name.split(".")) for name in self.metadata} or None)
+        return Document(text, key or place, key, {name: reach(record, path) for name, path in self.metadata.items()} or None)
 
 
-def _reach(record: Any, path: list[str]) -> Any:
+def reach(record: Any, path: list[str]) -> Any:
+    """The value at the end of a path of field names; None where a part of it is not there."""
     for name in path:
         record = record.get(name) if isinstance(record, dict) else None
     return record

@@ -1,0 +1,256 @@
+"""Data sets of the Hugging Face hub, or local copies of them, read with the package ``datasets``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.sources.files import one_line
+from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
+from data_pipeline.sources.jsonl import RecordReader, reach, text_fault
+from data_pipeline.sources.parquet import BATCH_ROWS, Row, check_columns, columns_of, document_of, records
+from data_pipeline.sources.presets import fill_in
+from pretrain.config.data_schema import DatasetsSource, RecordsBase
+from pretrain.config.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from datasets import Dataset, DatasetBuilder, IterableDataset
+
+# WikiText's article heading is a line with one '=' on either side; a section's has two or more, each with a space between.
+HEADING_START = " = "
+HEADING = re.compile(r" = [^= \n](.*[^= \n])? = ?\n?")
+HEADING_SCAN_ROWS = 10_000
+
+
+class Datasets(Source[DatasetsSource]):
+    """Rows of the memory-mapped table are read in parallel; the package keeps that table in its cache (``HF_HOME``).
+
+    ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or what ``save_to_disk`` wrote. With
+    ``streaming`` nothing is kept, and the whole stream is one unit: where a row lies in it is known only by reading what stands before.
+    ``max_documents`` counts rows, or articles with ``group``, from the start.
+    """
+
+    def __init__(self, config: DatasetsSource, context: ReadContext) -> None:
+        super().__init__(fill_in(config), context)
+        if self.config.group and self.config.id_field:
+            raise ConfigError(f"source '{context.name}': rows that 'group' joins share no id: leave out 'id_field' or 'group'")
+        # A copy without the hub's README knows nothing of the config that a preset names.
+        self._config_is_optional = config.config is None
+        self._fields = RecordsBase.model_validate(self.config.model_dump(include=set(RecordsBase.model_fields)))
+
+    @property
+    def name(self) -> str:
+        assert self.config.dataset is not None
+        return self.config.dataset
+
+    def units(self, unit_bytes: int) -> list[Unit]:
+        if self.config.streaming:
+            return [Unit(self.context.name, (self.name,), stamp=self._stamp)]
+        table = self._table
+        rows_of_unit = max(1, unit_bytes * len(table) // max(table.data.nbytes, 1))
+        row_bytes = table.data.nbytes / max(len(table), 1)
+        limit = self.config.max_documents or len(table)
+        if self.config.group:
+            starts = self._article_starts()
+            end = int(starts[limit]) if limit < len(starts) else len(table)
+        else:
+            starts, end = None, min(limit, len(table))
+        units, start = [], 0
+        while start < end:
+            stop = min(start + rows_of_unit, end)
+            if starts is not None:  # the article that the unit would cut is its last one
+                after = starts.searchsorted(stop)
+                stop = min(int(starts[after]), end) if after < len(starts) else end
+            units.append(Unit(self.context.name, (self.name,), start, stop, int((stop - start) * row_bytes), self._stamp))
+            start = stop
+        return units
+
+    def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
+        if unit.stamp != self._stamp:
+            raise DataError(f"the data set '{self.name}' changed while it was read: run the same command again")
+        rows: Iterator[Row | LeftOut] = self._rows(unit)
+        if self.config.group:
+            results = self._articles(rows)
+        else:
+            to_document = RecordReader(self._fields)
+            results = (row if isinstance(row, LeftOut) else document_of(to_document, row[1], self.name, row[0]) for row in rows)
+        yield from itertools.islice(results, self.config.max_documents) if self.config.streaming else results
+
+    def _rows(self, unit: Unit) -> Iterator[Row | LeftOut]:
+        number = unit.start
+        for batch in self._batches(unit):
+            yield from records(batch, self._fields.text_field, self.name, number, self.context.max_record_bytes)
+            number += batch.num_rows
+
+    def _batches(self, unit: Unit) -> Iterator[pyarrow.RecordBatch]:
+        if not self.config.streaming:
+            table, end = self._table.with_format("arrow"), unit.end
+            assert end is not None
+            for start in range(unit.start, end, BATCH_ROWS):
+                yield from table[start : min(start + BATCH_ROWS, end)].to_batches()
+            return
+        tables = iter(self._stream.with_format("arrow").iter(BATCH_ROWS))
+        while True:
+            try:
+                table = next(tables, None)
+            except Exception as error:
+                raise library_error(self.name, error) from None
+            if table is None:
+                return
+            check_columns(table.schema, self._fields, self.name)
+            yield from table.select(self._columns).to_batches()
+
+    def _articles(self, rows: Iterator[Row | LeftOut]) -> Iterator[Document | LeftOut]:
+        """Rows joined from one heading to the next, each with its line end; blank rows before the first text are dropped."""
+        path, longest = self._fields.text_field.split("."), self.context.max_record_bytes
+        first = size = 0
+        lines: list[str] = []
+        for row in rows:
+            fault = None if isinstance(row, LeftOut) else text_fault(reach(row[1], path), self._fields.text_field)
+            if isinstance(row, LeftOut):
+                yield row
+            elif fault and fault[0] != "empty":
+                yield LeftOut(self.name, fault[0], detail=f"row {row[0]}: {fault[1]}")
+            else:
+                line = reach(row[1], path).removesuffix("\n") + "\n"
+                if size and HEADING.fullmatch(line):
+                    yield self._article(lines, first, size)
+                    lines, size = [], 0
+                if not size:
+                    if fault:
+                        continue
+                    first = row[0]
+                size += len(line.encode("utf-8"))
+                if size > longest:
+                    lines = []
+                else:
+                    lines.append(line)
+        if size:
+            yield self._article(lines, first, size)
+
+    def _article(self, lines: list[str], first: int, size: int) -> Document | LeftOut:
+        if size > self.context.max_record_bytes:
+            return LeftOut(self.name, "too_long", detail=f"row {first}: an article of {size} bytes, the limit is {self.context.max_record_bytes}")
+        return Document("".join(lines), f"{self.name}:{first}")
+
+    def _article_starts(self) -> np.ndarray:
+        """Numbers of the rows that are headings; what stands before the first one goes with it."""
+        import numpy as np
+        import pyarrow.compute
+
+        table, top, *path = self._table.with_format("arrow"), *self._fields.text_field.split(".")
+        starts = [0]
+        for offset in range(0, len(table), HEADING_SCAN_ROWS):
+            column = table[offset : offset + HEADING_SCAN_ROWS].column(top).combine_chunks()
+            for part in path:
+                column = pyarrow.compute.struct_field(column, part)
+            for row in np.flatnonzero(pyarrow.compute.starts_with(column, HEADING_START).fill_null(False).to_numpy(zero_copy_only=False)):
+                if _is_heading(column[int(row)]):
+                    starts.append(offset + int(row))
+        return np.array([0, *starts[2:]] if len(starts) > 1 else starts, dtype=np.int64)
+
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(name.split(".")[0] for name in columns_of(self._fields)))
+
+    @property
+    def _stamp(self) -> str:
+        if self.config.streaming:
+            return f"{self._builder.config_id}:{self._builder.hash}"
+        return str(self._table._fingerprint)
+
+    @cached_property
+    def _table(self) -> Dataset:
+        import datasets
+
+        path = self._path
+        try:
+            if is_saved(path):
+                table = datasets.load_from_disk(path)
+                if isinstance(table, datasets.DatasetDict):
+                    table = table[str(self.config.dataset_split)]
+            else:
+                table = datasets.load_dataset(path, self._config_name, split=self.config.dataset_split, **self._choice)
+        except Exception as error:
+            raise library_error(self.name, error) from None
+        check_columns(table.features.arrow_schema, self._fields, self.name)
+        return table.select_columns(self._columns)
+
+    @cached_property
+    def _builder(self) -> DatasetBuilder:
+        import datasets
+
+        try:
+            return datasets.load_dataset_builder(self._path, self._config_name, **self._choice)
+        except Exception as error:
+            raise library_error(self.name, error) from None
+
+    @property
+    def _stream(self) -> IterableDataset:
+        try:
+            return self._builder.as_streaming_dataset(split=self.config.dataset_split)
+        except Exception as error:
+            raise library_error(self.name, error) from None
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        return {"data_files": self.config.data_files, "revision": self.config.revision}
+
+    @property
+    def _path(self) -> str:
+        path = os.path.expanduser(self.name)
+        if not os.path.isdir(path) and path.startswith((".", "/")):
+            raise DataError(f"data.source.dataset: there is no folder {self.name}: check the path")
+        return path
+
+    @property
+    def _config_name(self) -> str | None:
+        import datasets
+
+        config, path = self.config.config, self._path
+        if config and self._config_is_optional and os.path.isdir(path) and config not in datasets.get_dataset_config_names(path):
+            return None
+        return config
+
+
+def is_saved(path: str) -> bool:
+    """True for a folder that ``save_to_disk`` wrote."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def _is_heading(row: pyarrow.Scalar) -> bool:
+    try:
+        return HEADING.fullmatch(row.as_py()) is not None
+    except UnicodeDecodeError:  # left out when it is read
+        return False
+
+
+# What the package says, and what a user can do about it; the first that fits.
+ADVICE = (
+    (("gated", "authenticated", "401 Client", "403 Client"), "accept its terms on its page and log in with 'hf auth login'"),
+    (("OfflineModeIsEnabled", "offline mode"), "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as 'dataset'"),
+    (("Couldn't reach", "ConnectionError", "Connection"), "check the network, or give the folder of a copy as 'dataset'"),
+    (("BuilderConfig", "Config name is missing"), "choose one with 'config'"),
+    (("Unknown split", "Bad split", "KeyError"), "choose one with 'dataset_split'"),
+    (
+        ("data file", "DataFilesNotFoundError", "EmptyDatasetError"),
+        "check 'data_files', or name the folder of a copy that holds the files themselves",
+    ),
+    (("doesn't exist",), "check the name, or log in with 'hf auth login' where it is private"),
+)
+
+
+def library_error(name: str, error: Exception) -> DataError:
+    """One sentence for what the package raises; it has no error of its own for most cases, only texts."""
+    cause = error.__cause__ or error
+    text = f"{type(cause).__name__}: {one_line(str(cause))}"
+    advice = next(
+        (advice for signs, advice in ADVICE if any(sign in text for sign in signs)), "fetch it again, or check it with datasets.load_dataset"
+    )
+    return DataError(f"the data set '{name}' cannot be read ({text}): {advice}")

@@ -1,0 +1,80 @@
+"""Standard input: read once, kept, and refused where there is nothing to read."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from source_reading import left_out, list_units, read_all, texts, write
+
+from data_pipeline.sources import Document
+from pretrain.config.errors import ConfigError, DataError
+
+SCRIPT = """if True:
+    import sys
+    from source_reading import read_all
+    for result in read_all({"kind": "stdin", "format": "line"}, 10, spool=sys.argv[1]):
+        print(result.id, result.text)
+"""
+
+
+def pipe(content: bytes, spool: Path) -> str:
+    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", SCRIPT, str(spool)]
+    return subprocess.run(command, input=content, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}).stdout.decode()
+
+
+def test_a_pipe_is_kept_and_a_second_run_needs_none(tmp_path: Path) -> None:
+    spool = tmp_path / "staging" / "stdin"
+    first = pipe(b"one\ntwo words\nthree\n", spool)
+    assert first == "stdin:0 one\nstdin:4 two words\nstdin:14 three\n"
+    assert pipe(b"", spool) == first
+    assert [path.name for path in spool.parent.iterdir()] == ["stdin"]
+
+
+def test_a_copy_that_was_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    write(tmp_path / "stdin.partial", "half of a li")
+    assert pipe(b"whole\n", tmp_path / "stdin") == "stdin:0 whole\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"format": "jsonl", "text_field": "t"}, [Document('{"text": "x"}', "stdin:0"), Document("b", "stdin:36")]),
+        ({"format": "jsonl", "text_field": "t", "id_field": "id"}, [Document('{"text": "x"}', "7", "7")]),
+        ({"format": "text"}, [Document('{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n', "stdin")]),
+    ],
+)
+def test_names_do_not_depend_on_where_the_copy_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], expected: list[Document]
+) -> None:
+    with open(write(tmp_path / "piped", '{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n')) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        results = read_all({"kind": "stdin", **fields}, 1, spool=str(tmp_path / "odd[1]"))
+    assert [result for result in results if isinstance(result, Document)] == expected
+    assert {bad.path for bad in left_out(results)} <= {"stdin"}
+
+
+def test_a_terminal_and_an_empty_pipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = str(tmp_path / "spool")
+    ours, theirs = pty.openpty()
+    with open(ours, "rb"), open(theirs, encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(ConfigError, match="is no pipe"):
+            list_units({"kind": "stdin"}, spool=spool)
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        with pytest.raises(DataError, match="standard input was empty"):
+            list_units({"kind": "stdin"}, spool=spool)
+    assert not os.path.exists(spool)
+
+
+def test_text_that_is_not_there_again_is_read_from_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = write(tmp_path / "spool", "kept\n")
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert texts(read_all({"kind": "stdin", "format": "line"}, spool=spool)) == ["kept"]
