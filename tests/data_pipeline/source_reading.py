@@ -42,3 +42,9 @@ def write(path: Path, content: bytes | str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return str(path)
+
+
+def peak_megabytes() -> int:
+    """The most memory that this process held since it began its program (ru_maxrss counts what its parent held before that too)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) >> 10

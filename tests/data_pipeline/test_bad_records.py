@@ -134,16 +134,16 @@ def test_a_folder_that_vanishes_between_listing_and_reading_is_one_sentence(tmp_
             read_units(kind(path), units)
 
 
-def peak_megabytes(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
+def read_apart(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
     """How many megabytes a process that reads a file ever held, and how many records it left out as too long."""
     script = """if True:
-        import resource, sys
-        from source_reading import SECTION
+        import sys
+        from source_reading import SECTION, peak_megabytes
         from data_pipeline.sources import ReadContext, open_source
         source = open_source(SECTION.validate_python({"kind": sys.argv[1], "input": [sys.argv[2]]}), ReadContext("all", 64 << 20))
         results = [result.reason for unit in source.units(int(sys.argv[3])) for result in source.read(unit)]
         assert set(results) <= {"too_long"}, results
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, len(results))
+        print(peak_megabytes(), len(results))
     """
     settings = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
     command = [sys.executable, "-c", script, kind, str(path), str(unit_bytes)]
@@ -164,10 +164,10 @@ def test_a_line_of_any_length_is_left_out_without_being_held(tmp_path: Path, meg
     write_long_line(tmp_path / "a.jsonl", megabytes, b'{"text": "')
     # Small units too: what begins inside the line is passed over, not read to the line's end by each unit.
     for unit_bytes in (2 << 30, 1 << 22):
-        peak, count = peak_megabytes("jsonl", tmp_path / "a.jsonl", unit_bytes)
+        peak, count = read_apart("jsonl", tmp_path / "a.jsonl", unit_bytes)
         assert count == 1 and peak < 250
     write_long_line(tmp_path / "a.csv", megabytes, b'text\n"')
-    peak, count = peak_megabytes("csv", tmp_path / "a.csv", 1 << 22)
+    peak, count = read_apart("csv", tmp_path / "a.csv", 1 << 22)
     assert count >= 1 and peak < 250
 
 
