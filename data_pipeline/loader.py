@@ -178,8 +178,22 @@ class TrainLoader:
             )
 
 
-def open_loader(recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: int) -> TrainLoader:
-    """The training batches of one rank, as the recipe wants them.
+def open_loader(recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: int) -> Loader:
+    """The training batches of one rank, from shards or from the sources themselves, as the recipe wants them.
+
+    Raises:
+        ConfigError: where the batch sizes or the mixture do not fit the ranks or the data.
+        DataError: where there is too little data.
+    """
+    if recipe.data.streaming:
+        from data_pipeline.stream import StreamLoader
+
+        return StreamLoader(recipe, corpora, dp_rank, dp_size)
+    return open_train_loader(recipe, corpora, dp_rank, dp_size)
+
+
+def open_train_loader(recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: int) -> TrainLoader:
+    """The training batches of one rank from shards.
 
     Raises:
         ConfigError: where the batch sizes or the mixture do not fit the ranks or the data.

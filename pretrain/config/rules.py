@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import DeepSpeedMoE, DroplessMoE, ModelConfig, Recipe
 
@@ -91,6 +92,33 @@ def warmup_fits(recipe: Recipe) -> None:
         )
 
 
+def token_budget_fills_the_run(recipe: Recipe) -> None:
+    mixture = recipe.data.mixture
+    if isinstance(mixture, TokenBudget) and (total := sum(mixture.tokens.values())) != recipe.train.train_tokens:
+        raise ConfigError(f"data.mixture.tokens add up to {total}, but train.train_tokens is {recipe.train.train_tokens}: make them equal")
+
+
+def streams_are_read_once(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.streaming:
+        return
+    cleaning = data.cleaning
+    refused = {
+        "data.corpora": data.corpora is not None,
+        "data.packing.kind=best_fit": isinstance(data.packing, BestFit),
+        "data.mixture.max_epochs": bool(data.mixture.max_epochs),
+        f"data.mixture.kind={data.mixture.kind}": isinstance(data.mixture, Temperature | TokenBudget),
+        "data.cleaning.exact_duplicates": cleaning.exact_duplicates,
+        "data.cleaning.near_duplicates": cleaning.near_duplicates is not None,
+        "a source of kind stdin": any(isinstance(source, StandardInputSource) for source in data.named_sources.values()),
+    }
+    for what, given in refused.items():
+        if given:
+            raise ConfigError(f"data.streaming reads documents one by one and does not go with {what}: leave it out, or build shards")
+    if len(data.named_sources) > 1 and not isinstance(data.mixture, Weights):
+        raise ConfigError("data.streaming does not know how large its sources are: give their shares with data.mixture.kind=weights")
+
+
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_group_evenly,
     layers_have_their_sections,
@@ -100,6 +128,8 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     native_options_fit_top_k,
     experts_divide,
     warmup_fits,
+    token_budget_fills_the_run,
+    streams_are_read_once,
 )
 
 

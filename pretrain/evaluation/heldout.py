@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_pipeline.batch import Batch
 from data_pipeline.corpora import Corpora
-from data_pipeline.loader import open_loader, seen_samples, validation_batches
+from data_pipeline.loader import open_train_loader, seen_samples, validation_batches
 from data_pipeline.packing import Windows
 from data_pipeline.split import SplitName
 from pretrain.checkpoint.layout import read_state
@@ -117,10 +117,12 @@ def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any])
     Raises:
         DataError: where ``corpora`` is not the data that the run has seen.
     """
+    if "plans" not in state["data"]:
+        raise DataError("the bigram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
     length = recipe.train.sequence_length
     seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // length, length, recipe.seed)
     try:
-        loader = open_loader(recipe, corpora, 0, 1)
+        loader = open_train_loader(recipe, corpora, 0, 1)
         loader.resume(state["data"], state["step"])
         samples = {name: loader.sources[name].samples for name, numbers in seen.items() if len(numbers)}
     except (ConfigError, DataError, KeyError):

@@ -55,6 +55,26 @@ BROKEN = {
         ["no MoE layer", "ep_size=1"],
         ["parallel.ep_size=1"],
     ),
+    "token_budget_fills_the_run": (
+        ["data.mixture={kind: tokens, tokens: {all: 10000}}"],
+        ["data.mixture.tokens add up to 10000", "train_tokens is 10240"],
+        ["data.mixture.tokens.all=10240"],
+    ),
+    "streams_are_read_once": (
+        ["data.streaming=true", "data.packing.kind=best_fit"],
+        ["one by one", "data.packing.kind=best_fit"],
+        ["data.packing.kind=concatenate"],
+    ),
+    "streams_are_read_once/duplicates": (
+        ["data.streaming=true", "data.cleaning.exact_duplicates=true"],
+        ["data.cleaning.exact_duplicates", "build shards"],
+        ["data.streaming=false"],
+    ),
+    "streams_are_read_once/shares": (
+        ["data.source=null", "data.sources={a: {kind: python_stdlib}, b: {kind: python_stdlib}}", "data.streaming=true"],
+        ["how large its sources are", "kind=weights"],
+        ["data.mixture={kind: weights, weights: {a: 1, b: 2}}"],
+    ),
     "warmup_fits": (["schedule.warmup_steps=21"], ["warmup_steps (21)", "20 steps"], ["schedule.warmup_steps=20"]),
 }
 

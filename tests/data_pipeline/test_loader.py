@@ -13,7 +13,7 @@ import torch
 from data_pipeline.batch import NO_LOSS, Batch, to_batch
 from data_pipeline.corpora import load_corpora
 from data_pipeline.indexed import HEADER, MAGIC, bin_path
-from data_pipeline.loader import TrainingSource, TrainLoader, open_loader, validation_batches
+from data_pipeline.loader import TrainingSource, TrainLoader, open_train_loader, validation_batches
 from data_pipeline.manifest import ShardEntry
 from data_pipeline.packing import Windows
 from data_pipeline.token_stream import OPEN_FILES, Shard, TokenStream, open_split
@@ -222,7 +222,7 @@ def test_windows_never_cross_from_one_source_to_the_next(tmp_path: Path) -> None
     corpora = load_corpora({"": str(tmp_path)})
     for folders in ({"": str(tmp_path)}, {"both": str(tmp_path)}):
         recipe = load_recipe("debug", ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"])
-        loader = open_loader(recipe, load_corpora(folders), 0, 1)
+        loader = open_train_loader(recipe, load_corpora(folders), 0, 1)
         assert sum(len(source.samples) for source in loader.sources.values()) == 6 + 7
         for step in range(4):
             tokens_BS = torch.cat([batch.input_ids_BS for batch in loader.step_batches(step)])

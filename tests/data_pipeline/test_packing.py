@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_pipeline.batch import NO_LOSS, Samples, to_batch
 from data_pipeline.best_fit import best_fit_decreasing, cut_documents, pack_path, pack_shard, pack_stream
 from data_pipeline.corpora import load_corpora
-from data_pipeline.loader import open_loader
+from data_pipeline.loader import open_train_loader
 from data_pipeline.packing import PackedSamples, Windows, packing_statistics, prepare_packing
 from data_pipeline.token_stream import TokenStream
 from pretrain.config.errors import DataError, StorageError
@@ -179,15 +179,15 @@ def test_the_loader_packs_as_the_recipe_says(tmp_path: Path) -> None:
     recipe = load_recipe("debug", [*settings_, "data.packing.kind=best_fit", "data.document_mask=true"])
     corpora = load_corpora({"": str(tmp_path)})
     assert recipe.data.leaves_out_labels and prepare_packing(corpora, recipe.data, 16) is not None
-    ranks = [open_loader(recipe, corpora, rank, 2) for rank in range(2)]
-    alone = open_loader(recipe, corpora, 0, 1)
+    ranks = [open_train_loader(recipe, corpora, rank, 2) for rank in range(2)]
+    alone = open_train_loader(recipe, corpora, 0, 1)
     for step in range(3):
         apart = [loader.step_batches(step)[0].input_ids_BS for loader in ranks]
         assert torch.equal(torch.cat(apart), torch.cat([batch.input_ids_BS for batch in alone.step_batches(step)]))
     check_epoch(alone.sources["all"].samples, documents)
     plain = load_recipe("debug", settings_)
     assert not plain.data.leaves_out_labels and prepare_packing(corpora, plain.data, 16) is None
-    assert isinstance(open_loader(plain, corpora, 0, 1).sources["all"].samples, Windows)
+    assert isinstance(open_train_loader(plain, corpora, 0, 1).sources["all"].samples, Windows)
 
 
 def test_a_packed_document_has_the_logits_that_it_has_alone(tmp_path: Path) -> None:

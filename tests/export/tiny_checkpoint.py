@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.build.coordinator import build
 from data_pipeline.corpora import data_folders, load_corpora
-from data_pipeline.loader import TrainLoader, open_loader
+from data_pipeline.loader import TrainLoader, open_train_loader
 from data_pipeline.manifest import Manifest
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
@@ -57,7 +57,7 @@ def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
     fixed = [f"data.path={folder / 'data'}", f"model.vocab_size={manifest.tokenizer.vocab_size}", "train.sequence_length=32"]
     recipe = load_recipe("debug", [*fixed, *overrides])
     train_sizes = recipe.train.model_copy(update={"micro_batch_size": recipe.train.global_batch_size})
-    loader = open_loader(recipe.model_copy(update={"train": train_sizes}), load_corpora(data_folders(recipe)), 0, 1)
+    loader = open_train_loader(recipe.model_copy(update={"train": train_sizes}), load_corpora(data_folders(recipe)), 0, 1)
     model = train(recipe, loader)
     checkpoint = layout.step_folder(folder / "checkpoints", STEPS)
     write_checkpoint(checkpoint, model, recipe, manifest, loader.state(STEPS))

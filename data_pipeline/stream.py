@@ -1,0 +1,248 @@
+"""Training on sources as they are read: nothing is built before but the tokenizer and the validation split.
+
+Each source is one stream of tokens: its documents in their order, without those that are held out, cleaned and encoded, again and again. Sample i
+of the run is the next window of the source that the mixture says. All of this happens in a background thread, ahead of its use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.batch import NO_LOSS, Batch, Sample, to_batch
+from data_pipeline.build.reader import Reader, Task
+from data_pipeline.corpora import Corpora
+from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.loader import check_micro_batches
+from data_pipeline.manifest import canonical_sha256
+from data_pipeline.mixture import Interleaving, check_names, quantize
+from data_pipeline.sources import ReadContext, Unit, open_source
+from data_pipeline.split import SplitPlan
+from data_pipeline.tokenizer import load_tokenizer
+from pretrain.config.data_schema import Weights
+from pretrain.config.errors import DataError
+from pretrain.config.schema import Recipe
+
+# What a resumed run reads again of each source, at most.
+UNIT_BYTES = 16 << 20
+STEPS_AHEAD = 16
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
+
+
+class Place(NamedTuple):
+    """A token of a source's endless stream: pass through the source, unit, document of the unit, and token of the document, each from 0."""
+
+    epoch: int = 0
+    unit: int = 0
+    document: int = 0
+    token: int = 0
+
+
+class Encoded(NamedTuple):
+    """A document's tokens from ``place`` on."""
+
+    place: Place
+    tokens: np.ndarray
+
+    def after(self, count: int) -> Encoded:
+        return Encoded(self.place._replace(token=self.place.token + count), self.tokens[count:])
+
+
+class SourceStream:
+    """Windows of one source's documents.
+
+    Args:
+        recipe: whose data section says how documents are read, cleaned and encoded.
+        name: of the source in it.
+        corpora: the data folder that the tokenizer lies in.
+
+    Attributes:
+        fingerprint: of the list of its units; it changes when a file does.
+        place: of the next window's first token.
+
+    Raises:
+        DataError: where the source has nothing to read.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, corpora: Corpora) -> None:
+        data = recipe.data
+        self.name, self.length, self.document_mask = name, recipe.train.sequence_length, data.document_mask
+        self.tokenizer = load_tokenizer(corpora.tokenizer_path, data.tokenizer)
+        self._task = Task(data, str(corpora.first.folder), SplitPlan(data.validation_share))
+        self._units: list[Unit] = open_source(data.named_sources[name], ReadContext(name, data.max_record_bytes)).units(UNIT_BYTES)
+        self.fingerprint = canonical_sha256({"units": [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]})
+        middle = data.fill_in_the_middle
+        applies = middle is not None and (middle.sources is None or name in middle.sources)
+        self._transform = FillInTheMiddleTransform(middle, self.tokenizer.token_id) if middle and applies else None
+        self.go_to(Place())
+
+    def go_to(self, place: Place) -> None:
+        """Goes on from there: the unit is read again up to its document."""
+        self.place = place
+        self._documents = self._encoded(place)
+        self._buffer: deque[Encoded] = deque()
+
+    def next_window(self) -> Sample:
+        """The next S inputs with one target each."""
+        length, held = self.length, sum(len(document.tokens) for document in self._buffer)
+        while held <= length:
+            self._buffer.append(next(self._documents))
+            held += len(self._buffer[-1].tokens)
+        # Of a document that is longer than a window, only what the window needs is copied.
+        tokens = np.concatenate([document.tokens[: length + 1] for document in self._buffer])[: length + 1]
+        ends = np.cumsum([len(document.tokens) for document in self._buffer])
+        inputs, labels, documents = tokens[:-1], tokens[1:].copy(), None
+        if self.document_mask:
+            labels[ends[ends <= length] - 1] = NO_LOSS
+            documents = np.searchsorted(ends, np.arange(length), side="right")
+        self._advance(length)
+        return Sample(inputs, labels, documents)
+
+    def _advance(self, count: int) -> None:
+        while count >= len(self._buffer[0].tokens):
+            count -= len(self._buffer.popleft().tokens)
+        self._buffer[0] = self._buffer[0].after(count)
+        self.place = self._buffer[0].place
+
+    def _encoded(self, start: Place) -> Iterator[Encoded]:
+        """The documents' tokens from a place on, without end."""
+        batch: list[tuple[Place, list[str | int]]] = []
+        characters = 0
+        for place, text, digest in self._texts(start):
+            parts = self._transform.split(text, digest, 0) if self._transform else None
+            batch.append((place, parts or [text]))
+            characters += len(text)
+            if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                for encoded in self._encode(batch):
+                    yield encoded.after(start.token) if encoded.place == start._replace(token=0) else encoded
+                batch, characters = [], 0
+
+    def _encode(self, batch: list[tuple[Place, list[str | int]]]) -> Iterator[Encoded]:
+        tokenizer = self.tokenizer
+        encodings = iter(tokenizer.encode([part for _, parts in batch for part in parts if isinstance(part, str)]))
+        before = [tokenizer.bos_id] if tokenizer.prepend_bos and tokenizer.bos_id is not None else []
+        after = [tokenizer.eod_id] if tokenizer.append_eod else []
+        for place, parts in batch:
+            tokens = [next(encodings) if isinstance(part, str) else np.array([part]) for part in parts]
+            whole = np.concatenate([np.array(before, np.int64), *tokens, np.array(after, np.int64)])
+            if len(whole):
+                yield Encoded(place, whole)
+
+    def _texts(self, start: Place) -> Iterator[tuple[Place, str, int]]:
+        """Place, text and digest of each training document from a place on."""
+        place = start._replace(token=0)
+        found = start != Place()
+        while True:
+            for unit in range(place.unit, len(self._units)):
+                reader = Reader(self._task, unit, self._units[unit], None)
+                for number, (document, digest, where) in enumerate(reader.documents_with_split()):
+                    if where >= self._task.split.validation_share and (unit, number) >= (place.unit, place.document):
+                        found = True
+                        yield Place(place.epoch, unit, number), document.text, digest
+            if not found:
+                raise DataError(f"the source '{self.name}' has no document to train on: give it more, or lower data.validation_share")
+            place = Place(place.epoch + 1)
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """What a checkpoint carries of a streamed run: the mixture since ``start_sample``, and each source's fingerprint and place."""
+
+    start_sample: int
+    weights: dict[str, float]
+    sources: dict[str, dict[str, Any]]  # those too that the run no longer uses
+
+
+class StreamLoader:
+    """One rank's training batches from sources that are read while training goes on.
+
+    Every rank reads and encodes the whole stream and keeps its own micro batches, so the batches do not depend on the number of ranks; that
+    costs each rank the work of all. A checkpoint carries the place of each source to the token. To resume, each reads its unit again up to there.
+
+    Raises:
+        ConfigError: where the micro batches do not divide evenly among the ranks, or the mixture names other sources.
+        DataError: where a source has nothing to read.
+    """
+
+    def __init__(self, recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: int) -> None:
+        train, names = recipe.train, list(recipe.data.named_sources)
+        check_micro_batches(train.global_batch_size, train.micro_batch_size, dp_size)
+        check_names(recipe.data.mixture, names)
+        self.global_batch_size, self.micro_batch_size = train.global_batch_size, train.micro_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        mixture = recipe.data.mixture
+        given = mixture.weights if isinstance(mixture, Weights) else dict.fromkeys(names, 1.0)
+        self.weights = {name: given[name] for name in names}
+        self.sources = {name: SourceStream(recipe, name, corpora) for name in names}
+        self._interleaving = Interleaving(quantize([self.weights[name] for name in names]))
+        self._start_sample = 0
+        self._retired: dict[str, dict[str, Any]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-loader")
+        self._begin(0)
+        self.stall_seconds = 0.0
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """This rank's micro batches of a step (from 0). The steps have to be asked for one after the other.
+
+        Raises:
+            ValueError: for another step than the next one.
+        """
+        if step != self._step:
+            raise ValueError(f"step {step} of a stream that is at step {self._step}")
+        while len(self._ahead) < STEPS_AHEAD:
+            self._ahead.append(self._reader.submit(self._read, step + len(self._ahead)))
+        started = time.perf_counter()
+        batches, self._places = self._ahead.popleft().result()
+        self.stall_seconds += time.perf_counter() - started
+        self._step += 1
+        return batches
+
+    def require(self, num_steps: int) -> None:
+        """A stream begins again when it ends: it is never too short."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The places after ``step`` steps, which have to be those that were asked for."""
+        if step != self._step:
+            raise ValueError(f"the state after {step} steps of a stream that is at step {self._step}")
+        sources = {name: {"fingerprint": source.fingerprint, "place": list(self._places[name])} for name, source in self.sources.items()}
+        return asdict(StreamState(self._start_sample, self.weights, self._retired | sources))
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Goes on after ``step`` steps. Where the weights or the sources have changed, the new ones hold from here on.
+
+        Raises:
+            DataError: where the files of a source are not what they were.
+        """
+        saved = StreamState(**state)
+        for name, source in self.sources.items():
+            before = saved.sources.get(name)
+            if before is not None and before["fingerprint"] != source.fingerprint:
+                raise DataError(
+                    f"the run holds other data: the files of its source '{name}' are not what they were when training began; put them back, "
+                    "give the new ones another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+                )
+            source.go_to(Place(*before["place"]) if before is not None else Place())
+        self._retired = {name: source for name, source in saved.sources.items() if name not in self.sources}
+        same = list(saved.weights.items()) == list(self.weights.items())
+        self._start_sample = saved.start_sample if same else step * self.global_batch_size
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._step = step
+        self._places = {name: source.place for name, source in self.sources.items()}
+        self._ahead: deque[Future[tuple[list[Batch], dict[str, Place]]]] = deque()
+
+    def _read(self, step: int) -> tuple[list[Batch], dict[str, Place]]:
+        """A step's batches, and the places after it. Called for one step after the other."""
+        size, streams = self.micro_batch_size, list(self.sources.values())
+        owners, _ = self._interleaving.slots(step * self.global_batch_size - self._start_sample, self.global_batch_size)
+        samples = [streams[owner].next_window() for owner in owners.tolist()]
+        firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
+        batches = [to_batch(samples[first : first + size]) for first in firsts]
+        return batches, {name: source.place for name, source in self.sources.items()}

@@ -1,0 +1,206 @@
+"""Streaming: the documents in their order, resumable to the token, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from data_pipeline.batch import NO_LOSS, Batch
+from data_pipeline.corpora import Corpora, load_corpora
+from data_pipeline.loader import open_loader
+from data_pipeline.sources import Document
+from data_pipeline.split import position, text_digest
+from data_pipeline.stream import STEPS_AHEAD, StreamLoader
+from pretrain.config.errors import ConfigError, DataError
+from pretrain.config.load import load_recipe
+from tests.data_pipeline.data_folder import write_folder
+
+S, STEPS, EOD = 16, 9, 256
+SHARE = 0.3
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> str:
+    """Every byte is a token, and 256 ends a document."""
+    library = Library(BPE(vocab={character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    library.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    library.add_special_tokens(["<|endoftext|>"])
+    return library.to_str()
+
+
+@pytest.fixture
+def corpora(tmp_path: Path, bytes_tokenizer: str) -> Corpora:
+    write_folder(tmp_path / "data", {"a": []}, {"a": [[[1, 2, 3, EOD]]]}, vocab_size=257, tokenizer=bytes_tokenizer)
+    return load_corpora({"": str(tmp_path / "data")})
+
+
+def write_lines(folder: Path, name: str, count: int) -> list[str]:
+    """A source of one document a line; those that are trained on."""
+    folder.mkdir(exist_ok=True)
+    texts = [f"{name} {number} " + "word " * (number * 7 % 11) + "end" for number in range(count)]
+    (folder / f"{name}.txt").write_text("\n".join(texts) + "\n")
+    return [text for text in texts if position(Document(text, ""), text_digest(text)) >= SHARE]
+
+
+def loader_of(folder: Path, corpora: Corpora, *overrides: str, names: str = "a", dp_rank: int = 0, dp_size: int = 1) -> StreamLoader:
+    sources = ", ".join(f"{name}: {{kind: text, document: line, input: [{folder}/{name}.txt]}}" for name in names)
+    settings = ["data.source=null", f"data.sources={{{sources}}}", "data.streaming=true", f"data.validation_share={SHARE}"]
+    sizes = [f"train.sequence_length={S}", "train.global_batch_size=4", "train.micro_batch_size=2", "data.tokenizer=null"]
+    tokenizer = f"data.tokenizer={{kind: file, path: {corpora.tokenizer_path}}}"
+    loader = open_loader(load_recipe("debug", [*settings, *sizes, tokenizer, *overrides]), corpora, dp_rank, dp_size)
+    assert isinstance(loader, StreamLoader)
+    return loader
+
+
+def numbers_of(batches: list[Batch]) -> list[list[list[int]]]:
+    return [[batch.input_ids_BS.tolist(), batch.labels_BS.tolist()] for batch in batches]
+
+
+def tokens_of(corpora: Corpora, texts: list[str]) -> list[int]:
+    from data_pipeline.tokenizer import load_tokenizer
+
+    return [token for ids in load_tokenizer(corpora.tokenizer_path).encode(texts) for token in [*ids.tolist(), EOD]]
+
+
+def test_documents_come_in_order_without_the_held_out_ones_and_begin_again_at_the_end(tmp_path: Path, corpora: Corpora) -> None:
+    texts = write_lines(tmp_path, "a", 40)
+    assert 10 < len(texts) < 40
+    loader = loader_of(tmp_path, corpora)
+    expected = tokens_of(corpora, texts) * 3
+    steps = len(expected) // (4 * S) - 1
+    inputs = torch.cat([batch.input_ids_BS for step in range(steps) for batch in loader.step_batches(step)]).flatten().tolist()
+    labels = torch.cat([batch.labels_BS for batch in loader.step_batches(steps)])
+    assert inputs == expected[: len(inputs)] and steps * 4 * S > len(expected) // 3
+    assert labels.flatten().tolist() == expected[len(inputs) + 1 : len(inputs) + 4 * S + 1]
+    assert loader.stall_seconds > 0
+
+
+def test_document_mask_takes_no_loss_across_ends(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 40)
+    plain, masked = loader_of(tmp_path, corpora), loader_of(tmp_path, corpora, "data.document_mask=true")
+    masked_labels = 0
+    for step in range(4):
+        for one, other in zip(plain.step_batches(step), masked.step_batches(step), strict=True):
+            ends = one.input_ids_BS == EOD
+            masked_labels += int(ends.sum())
+            assert torch.equal(other.labels_BS, one.labels_BS.masked_fill(ends, NO_LOSS))
+            assert one.document_ids_BS is None and other.document_ids_BS is not None
+            assert torch.equal(other.document_ids_BS, ends.cumsum(1) - ends.long())
+    assert masked_labels > 3
+
+
+@pytest.mark.parametrize("names,weights", [("a", "null"), ("ab", "{a: 2, b: 1}")])
+def test_stopped_at_every_step_and_resumed_the_batches_are_bitwise_the_same(
+    tmp_path: Path, corpora: Corpora, names: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.stream.UNIT_BYTES", 200)
+    monkeypatch.setattr("data_pipeline.stream.BATCH_DOCUMENTS", 3)
+    for name in names:
+        write_lines(tmp_path, name, 25)
+    mixture = [] if weights == "null" else [f"data.mixture={{kind: weights, weights: {weights}}}"]
+    straight = loader_of(tmp_path, corpora, *mixture, names=names)
+    expected, states = [], [straight.state(0)]
+    for step in range(STEPS):
+        expected.append(numbers_of(straight.step_batches(step)))
+        states.append(json.loads(json.dumps(straight.state(step + 1))))
+    assert len({str(state) for state in states}) == STEPS + 1
+    for stop in range(STEPS):
+        resumed = loader_of(tmp_path, corpora, *mixture, names=names)
+        resumed.resume(states[stop], stop)
+        assert [numbers_of(resumed.step_batches(step)) for step in range(stop, min(stop + 3, STEPS))] == expected[stop : stop + 3]
+        assert resumed.state(min(stop + 3, STEPS)) == states[min(stop + 3, STEPS)]
+    wrong = loader_of(tmp_path, corpora, *mixture, names=names)
+    wrong.resume(states[3], 4)
+    assert numbers_of(wrong.step_batches(4)) != expected[4]
+
+
+def test_batches_do_not_depend_on_the_number_of_ranks(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 25)
+    alone = loader_of(tmp_path, corpora)
+    ranks = [loader_of(tmp_path, corpora, dp_rank=rank, dp_size=2) for rank in range(2)]
+    for step in range(3):
+        assert numbers_of(alone.step_batches(step)) == numbers_of([batch for rank in ranks for batch in rank.step_batches(step)])
+
+
+def test_shares_follow_the_weights_and_each_source_keeps_its_order(tmp_path: Path, corpora: Corpora) -> None:
+    texts = {name: write_lines(tmp_path, name, 60) for name in "ab"}
+    loader = loader_of(tmp_path, corpora, "data.mixture={kind: weights, weights: {a: 3, b: 1}}", names="ab")
+    windows = [row for step in range(8) for batch in loader.step_batches(step) for row in batch.input_ids_BS.tolist()]
+    streams = {name: tokens_of(corpora, texts[name]) for name in "ab"}
+    taken = {"a": 0, "b": 0}
+    for window in windows:
+        name = next(name for name in "ab" if streams[name][taken[name] : taken[name] + S] == window)
+        taken[name] += S
+    assert taken == {"a": 24 * S, "b": 8 * S}
+
+
+def test_changed_weights_hold_from_the_resumed_step_and_each_source_goes_on(tmp_path: Path, corpora: Corpora) -> None:
+    for name in "abc":
+        write_lines(tmp_path, name, 60)
+    first = loader_of(tmp_path, corpora, "data.mixture={kind: weights, weights: {a: 3, b: 1}}", names="ab")
+    for step in range(4):
+        first.step_batches(step)
+    second = loader_of(tmp_path, corpora, "data.mixture={kind: weights, weights: {a: 1, c: 1}}", names="ac")
+    second.resume(first.state(4), 4)
+    second.step_batches(4)
+    places = second.state(5)["sources"]
+    assert places["b"] == first.state(4)["sources"]["b"] and places["a"] != first.state(4)["sources"]["a"]
+    assert places["c"]["place"][2] > 0 and second.state(5)["start_sample"] == 16
+    third = loader_of(tmp_path, corpora, "data.mixture={kind: weights, weights: {a: 3, b: 1}}", names="ab")
+    third.resume(second.state(5), 5)
+    assert third.state(5)["sources"]["b"] == places["b"]
+
+
+def test_changed_files_of_a_source_are_refused(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 25)
+    loader = loader_of(tmp_path, corpora)
+    loader.step_batches(0)
+    state = loader.state(1)
+    write_lines(tmp_path, "a", 26)
+    with pytest.raises(DataError, match="files of its source 'a' are not what they were"):
+        loader_of(tmp_path, corpora).resume(state, 1)
+
+
+def test_steps_are_read_one_after_the_other(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 25)
+    loader = loader_of(tmp_path, corpora)
+    with pytest.raises(ValueError, match="step 1 of a stream that is at step 0"):
+        loader.step_batches(1)
+    with pytest.raises(ConfigError, match="no multiple"):
+        loader_of(tmp_path, corpora, dp_size=4)
+
+
+def test_a_stream_without_a_document_to_train_on_is_told(tmp_path: Path, corpora: Corpora) -> None:
+    (tmp_path / "a.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="source 'a' has no document to train on"):
+        loader_of(tmp_path, corpora).step_batches(0)
+
+
+def test_cleaning_applies(tmp_path: Path, corpora: Corpora) -> None:
+    (tmp_path / "a.txt").write_text("a plain line\u0007\n" * 50)
+    loader = loader_of(tmp_path, corpora, "data.cleaning.normalize={}", "data.validation_share=0")
+    (batch, _) = loader.step_batches(0)
+    assert batch.input_ids_BS.flatten().tolist() == (tokens_of(corpora, ["a plain line"]) * 3)[: 2 * S]
+
+
+def test_reading_goes_on_in_the_background(tmp_path: Path, corpora: Corpora, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path, "a", 25)
+    loader = loader_of(tmp_path, corpora)
+    loader.step_batches(0)
+    read: list[int] = []
+    whole = loader._read
+
+    def noted(step: int) -> object:
+        read.append(step)
+        return whole(step)
+
+    monkeypatch.setattr(loader, "_read", noted)
+    loader.step_batches(1)
+    loader._reader.submit(lambda: None).result()
+    assert read == [STEPS_AHEAD]
