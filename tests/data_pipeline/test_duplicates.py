@@ -69,7 +69,7 @@ def keys_of(draw_values: list[int], spread: bool) -> Digests:
     return keys * np.uint64(0x9E3779B97F4A7C15) if spread else keys
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.integers(0, 40), st.integers(1, 4), st.booleans(), st.booleans(), st.sampled_from([1, 200, 1000, 4000, 1 << 20]))
 def test_marks_are_those_of_a_plain_search(data: st.DataObject, rows: int, width: int, exact: bool, spread: bool, memory_bytes: int) -> None:
     few = st.integers(0, 12)
