@@ -135,8 +135,9 @@ class TrainLoader:
         """
         plans = [Plan.from_dict(plan) for plan in state["plans"]]
         for plan in plans:
-            for name in plan.sources.keys() & self.sources.keys():
-                self._check_same(name, plan.sources[name])
+            for name in self.sources:
+                if name in plan.sources:
+                    self._check_same(name, plan.sources[name])
         schedule, sample = Schedule(plans, self.sequence_length), step * self.global_batch_size
         if plans[-1].mixture != self.mixture or list(plans[-1].sources) != list(self.sources):
             kept = [plan for plan in plans if plan.start_sample < sample]

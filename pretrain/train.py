@@ -17,6 +17,7 @@ import torch
 from data_pipeline.corpora import Corpora, data_folders, load_corpora
 from data_pipeline.loader import open_loader
 from data_pipeline.manifest import manifest_path
+from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
@@ -105,6 +106,8 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     world_size = options.world_size or max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
     folders = data_folders(recipe)
     corpora = load_corpora(folders) if all(manifest_path(folder).is_file() for folder in folders.values()) else None
+    if corpora and not recipe.data.streaming:
+        check_names(recipe.data.mixture, list(corpora.training_parts()))
     accumulation = check_topology(recipe, world_size, stage)
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, corpora)

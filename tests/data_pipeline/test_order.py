@@ -6,8 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_pipeline.order import permute, sample_indices
+from data_pipeline.order import permute, sample_indices, shuffled
 
 SIZES = [*range(1, 40), 63, 64, 65, 97, 101, 127, 255, 256, 257, 1000, 1021, 4095, 4096, 4097, 10_007, 65_537]
 
@@ -76,3 +78,16 @@ def test_sample_indices_run_through_consecutive_epochs(first: int, count: int, n
 def test_indices_outside_the_samples_are_refused(index: int) -> None:
     with pytest.raises(ValueError, match=r"\[0, 10\)"):
         permute(np.array([index]), 10, 0, 0)
+
+
+@given(st.integers(1, 500), st.integers(0, 2**40), st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_every_epoch_shows_every_sample_once_and_epochs_and_seeds_differ(num_samples: int, seed: int, epoch: int) -> None:
+    positions = np.arange(epoch * num_samples, (epoch + 2) * num_samples)
+    whole = shuffled(positions, num_samples, seed)
+    first, second = whole[:num_samples], whole[num_samples:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(num_samples))
+    picked = np.random.default_rng(0).permutation(len(positions))
+    assert np.array_equal(shuffled(positions[picked], num_samples, seed), whole[picked])
+    if num_samples >= 40:  # smaller ones may agree by chance
+        assert not np.array_equal(first, second) and not np.array_equal(whole, shuffled(positions, num_samples, seed + 1))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import load_corpora
 from data_pipeline.token_stream import open_split
 from pretrain.checkpoint.layout import read_state
@@ -88,7 +89,7 @@ def test_other_text_of_the_same_tokenizer_can_be_scored_without_a_bigram(trained
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"1{name} + 2 = 3\n" * 40)
     tokenizer = TokenizerFile(kind="file", path=str(trained.data / "tokenizer.json"))
-    build(DataConfig(source=TextSource(kind="text", input=[f"{tmp_path}/*.txt"]), tokenizer=tokenizer), tmp_path / "other")
+    build(DataConfig(source=TextSource(kind="text", input=[f"{tmp_path}/*.txt"]), tokenizer=tokenizer), Output(tmp_path / "other"))
     with pytest.raises(DataError, match="--no-bigram"):
         score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU)
     assert np.isfinite(score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU, with_bigram=False).loss)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import data_folders, load_corpora
 from data_pipeline.loader import TrainLoader, open_train_loader
 from data_pipeline.manifest import Manifest
@@ -47,7 +48,7 @@ def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Man
         f"data.tokenizer.vocab_size={vocab_size}",
         "data.validation_share=0.3",
     ]
-    return build(load_recipe("debug", overrides).data, folder).manifest
+    return build(load_recipe("debug", overrides).data, Output(folder)).manifest
 
 
 def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:

@@ -23,6 +23,7 @@ import torch
 
 import pretrain.train
 from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import data_folders, load_corpora
 from pretrain.config.load import load_recipe
 from pretrain.config.rules import check_topology
@@ -80,7 +81,7 @@ def make_tiny(folder: Path) -> Tiny:
         (folder / "texts" / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=500)))
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.replace("DATA", str(folder / "data")).replace("TEXTS", str(folder / "texts")))
-    build(load_recipe(str(recipe)).data, folder / "data")
+    build(load_recipe(str(recipe)).data, Output(folder / "data"))
     for stage in range(4):
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return Tiny(folder, recipe, folder / "data")
