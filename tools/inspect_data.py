@@ -96,7 +96,7 @@ def main() -> None:
     tokenizer = load_tokenizer(manifest.tokenizer_path)
     lengths = length_statistics(manifest, arguments.split)
     numbers = arguments.document or sorted(random.Random(arguments.seed).sample(range(lengths.documents), min(arguments.sample, lengths.documents)))
-    shown = [
+    shown: list[dict[str, Any]] = [
         {"number": found.number, "source": found.source, "tokens": len(found.tokens), "text": tokenizer.decode(found.tokens.tolist())}
         for found in documents(manifest, arguments.split, numbers)
     ]

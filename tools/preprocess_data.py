@@ -153,8 +153,8 @@ def next_command(recipe: str | None, path: Path) -> str:
 def print_table(result: BuildResult, seconds: float, command: str) -> None:
     manifest = result.manifest
     print(f"{'split':<12}{'documents':>12}{'tokens':>18}{'text bytes':>18}{'shards':>8}")
-    for name, split in manifest.splits.items():
-        print(f"{name:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}")
+    for side, split in manifest.splits.items():
+        print(f"{side:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}")
     print(f"\n{'source':<12}{'records':>12}{'documents':>12}{'share':>8}  what is not in the shards")
     for name, source in manifest.sources.items():
         losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]

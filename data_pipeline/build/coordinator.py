@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline.build import finish
 from data_pipeline.build.merge import ShardPlan, cut_into_shards, write_shard
-from data_pipeline.build.plan import BuildPlan, open_sources, plan_build
+from data_pipeline.build.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.build.pool import Pool, default_workers, local_pool
 from data_pipeline.build.reader import Task
 from data_pipeline.build.worker import (
@@ -39,14 +39,15 @@ from data_pipeline.build.worker import (
     unit_folder,
     unit_plan,
 )
-from data_pipeline.build.workspace import RECORD, Output, Workspace, finish_publishing, no_space_is_told, publish, read_json
-from data_pipeline.cleaning.duplicates import UnitKeys, mark_duplicates
+from data_pipeline.build.workspace import RECORD, Output, Workspace, begin_staging, finish_publishing, no_space_is_told, publish, read_json
+from data_pipeline.cleaning import Cleaner
+from data_pipeline.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import Manifest, load_manifest, verify
 from data_pipeline.sources import Document
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
-from data_pipeline.tokenizer.engines import choose_engine
+from data_pipeline.tokenizer.engine_choice import choose_engine
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
@@ -101,9 +102,11 @@ def build(
         PeerLostError: where a worker was killed.
     """
     given = None if isinstance(config.tokenizer, TrainBPE) else load_configured(config.tokenizer)
+    Cleaner(config.cleaning)  # what is wrong with it is told before any work
+    is_new = not output.folder.exists()
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
-        output.staging.mkdir(exist_ok=True)
-        stack.callback(_remove_unused, output.staging)
+        stack.callback(_remove_unused, output, is_new)
+        begin_staging(output.staging, request_sha256(config, given))
         plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
         if read_json(output.staging / "identity.json") == identity and finish_publishing(output.staging, output):
@@ -116,10 +119,12 @@ def build(
         return Build(plan, output, workspace.folder, pool, progress).run(given, engine)
 
 
-def _remove_unused(staging: Path) -> None:
-    """Removes a staging folder in which no build has begun."""
-    if staging.exists() and not (staging / "identity.json").exists():
-        shutil.rmtree(staging, ignore_errors=True)
+def _remove_unused(output: Output, is_new: bool) -> None:
+    """Removes a staging folder in which no build has begun, and with it an output folder that was made for nothing."""
+    if not (output.staging / "identity.json").exists():
+        shutil.rmtree(output.staging, ignore_errors=True)
+    if is_new and not any(output.folder.iterdir()):
+        output.folder.rmdir()
 
 
 def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:
@@ -223,9 +228,7 @@ class Build:
     def _engine(self, tokenizer: Tokenizer, asked: str | None) -> str:
         if asked is not None:
             return asked
-        choice = choose_engine(tokenizer, self._sample_texts())
-        logger.info("%s encodes at %.0f MB/s; %s", choice.name, choice.megabytes_per_second, "; ".join(choice.reasons.values()))
-        return choice.name
+        return choose_engine(tokenizer, self._sample_texts()).name
 
     def _sample_texts(self) -> list[str]:
         """About a megabyte of the corpus, from units spread over it."""

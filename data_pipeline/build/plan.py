@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.cleaning import near_duplicates
 from data_pipeline.manifest import canonical_sha256
 from data_pipeline.sources import ReadContext, Source, Unit, open_source
+from data_pipeline.sources.files import list_files, stamp_of
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.data_schema import DataConfig
 
@@ -48,7 +50,8 @@ def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
     """Checksum of what was asked for; an existing tokenizer counts by its content, not by its path."""
     tokenizer = config.tokenizer.model_dump(mode="json", exclude={"path", "name", "vocab_size"} if given else set())
     content = config.model_dump(mode="json", exclude=NOT_IN_SHARDS)
-    return canonical_sha256(content | {"tokenizer": tokenizer, "tokenizer_sha256": given.sha256 if given else None})
+    minhash = near_duplicates.algorithm() if config.cleaning.near_duplicates else None
+    return canonical_sha256(content | {"tokenizer": tokenizer, "tokenizer_sha256": given.sha256 if given else None, "minhash": minhash})
 
 
 def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, Source]) -> BuildPlan:
@@ -62,5 +65,8 @@ def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, S
     if config.unit_bytes is None and wanted > SMALLEST_UNIT:
         size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)
         units = [unit for source in sources.values() for unit in source.units(size)]
-    inputs = canonical_sha256({"units": [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]})
+    against = config.cleaning.decontaminate.against if config.cleaning.decontaminate else []
+    evaluation = [stamp_of(path)[1] for path in list_files(against)]
+    listed = [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]
+    inputs = canonical_sha256({"units": listed, "evaluation": evaluation})
     return BuildPlan(config, units, request_sha256(config, given), inputs)

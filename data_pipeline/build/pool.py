@@ -7,10 +7,10 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from pretrain.config.errors import ConfigError, PeerLostError
 
@@ -23,6 +23,12 @@ WORTH_STARTING_FOR = 64 << 20
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 
 
+class Submits(Protocol):
+    """What is needed of an executor; that of MPI is none of the standard library's."""
+
+    def submit(self, function: Callable[[JobT], ResultT], job: JobT, /) -> Future[ResultT]: ...
+
+
 class Pool:
     """Runs one function over many jobs and yields the results as they come.
 
@@ -30,7 +36,7 @@ class Pool:
         executor: where the jobs run; None: in this process, one after the other.
     """
 
-    def __init__(self, executor: Executor | None, workers: int) -> None:
+    def __init__(self, executor: Submits | None, workers: int) -> None:
         self.executor, self.workers = executor, workers
 
     def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
@@ -93,6 +99,8 @@ def _begin_worker(threads: int) -> None:
     """Limits a worker's threads, before any library starts them, and ties its life to its parent's."""
     for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[variable] = str(threads)
+    # A stream of the datasets library would import torch, seconds for nothing.
+    os.environ.setdefault("USE_TORCH", "0")
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -118,4 +126,4 @@ def mpi_pool() -> Iterator[Pool | None]:
     for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        yield Pool(executor, MPI.COMM_WORLD.Get_size() - 1) if executor is not None else None
+        yield Pool(cast(Submits, executor), MPI.COMM_WORLD.Get_size() - 1) if executor is not None else None

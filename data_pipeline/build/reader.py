@@ -11,10 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import TypeAdapter
+
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
 from data_pipeline.split import Extreme, SplitPlan, position, text_digest
 from pretrain.config.data_schema import Cleaning, DataConfig
+from pretrain.config.data_schema import Source as SourceSection
 from pretrain.config.errors import DataError
 
 
@@ -59,9 +62,8 @@ class Reader:
         config = task.config
         self.task, self.number, self.unit, self.report = task, number, unit, report
         self.section = config.named_sources[unit.source]
-        self.source: Source = open_source(
-            self.section, ReadContext(unit.source, config.max_record_bytes, str(Path(task.workspace) / f"input-{unit.source}"))
-        )
+        spool = str(Path(task.workspace) / f"input-{unit.source}")
+        self.source = _source(self.section.model_dump_json(), ReadContext(unit.source, config.max_record_bytes, spool))
         self.cleaner = _cleaner(config.cleaning)
         self.counters = Counters()
         self.checksum = hashlib.sha256()
@@ -111,8 +113,8 @@ class Reader:
             place = "".join(f", {name} {value}" for name, value in (("record", self.counters.records), ("byte", record.offset)) if value is not None)
             raise DataError(f"{record.path}{place}: {record.reason} {record.detail}".rstrip() + ": mend it, or pass --on-bad skip to leave it out")
         if record.is_bad:
-            place = {"path": record.path, "line": record.line, "byte": record.offset}
-            self._write({"bad": True, **place, "reason": record.reason, "detail": record.detail})
+            where = {"path": record.path, "line": record.line, "byte": record.offset}
+            self._write({"bad": True, **where, "reason": record.reason, "detail": record.detail})
         else:
             self._write({"document": record.path, "reason": record.reason, "detail": record.detail})
 
@@ -142,6 +144,12 @@ class Reader:
             "dropped": dict(counters.dropped),
             "edits": dict(counters.edits),
         }
+
+
+@lru_cache(maxsize=16)
+def _source(section: str, context: ReadContext) -> Source:
+    """One object for all units of a source that this process reads: some keep what was slow to open."""
+    return open_source(TypeAdapter(SourceSection).validate_json(section), context)
 
 
 def _cleaner(config: Cleaning) -> Cleaner | None:

@@ -13,17 +13,18 @@ import orjson
 
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.build.workspace import RECORD, attempt, no_space_is_told
-from data_pipeline.cleaning.minhash import minhash_bands_batch
+from data_pipeline.cleaning.near_duplicates import minhash_bands_batch
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.indexed import IndexedWriter, token_dtype
 from data_pipeline.sources import Unit
 from data_pipeline.split import SPLITS
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.tokenizer.engines import CheckedEncoder
+from data_pipeline.tokenizer.engine_choice import CheckedEncoder
 from pretrain.config.data_schema import Cleaning, NearDuplicates, TokenizerBase
 
 BATCH_CHARACTERS = 1 << 23
 BATCH_DOCUMENTS = 1 << 14
+MINHASH_CHARACTERS = 1 << 22
 CHECK_EVERY = 1000
 LEFT_OUT, SAMPLE, DIGESTS, BANDS, MARKS, SIDES, TEXT_BYTES, NAMES = (
     "left_out.jsonl",
@@ -253,7 +254,7 @@ class DuplicateKeys:
         if self.near is not None:
             self._texts.append(text)
             self._characters += len(text)
-            if self._characters >= BATCH_CHARACTERS:
+            if self._characters >= MINHASH_CHARACTERS:
                 self._flush(self.near)
 
     def _flush(self, near: NearDuplicates) -> None:

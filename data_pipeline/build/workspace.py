@@ -68,26 +68,35 @@ class Output:
         return self.name(TOKENIZER_NAME)
 
 
+def begin_staging(folder: Path, request_sha256: str) -> None:
+    """Makes the staging folder; what a build of another request has left in it is removed."""
+    found = read_json(folder / "identity.json")
+    if folder.exists() and (found is None or found["request_sha256"] != request_sha256):
+        if found is not None:
+            logger.warning("an unfinished build of another request in %s is removed", folder)
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+
+
 class Workspace:
     """The staging folder. Each piece of work is done in an attempt folder, which takes its place with one rename.
 
     Args:
-        folder: the staging folder; created.
-        identity: what the pieces in it belong to; those of another build are removed.
+        folder: the staging folder, as :func:`begin_staging` left it.
+        identity: what the pieces in it belong to; those of another input are removed, apart from what was read from standard input.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
         self.folder = folder
         found = read_json(folder / "identity.json")
-        if folder.exists() and found != identity:
+        if found != identity:
             if found is not None:
-                logger.warning("an unfinished build of other data in %s is removed", folder)
-            kept = [path for path in folder.glob("input-*") if found and found["request_sha256"] == identity["request_sha256"]]
+                logger.warning("an unfinished build of other input in %s is removed", folder)
             for path in folder.iterdir():
-                if path not in kept:
+                if not path.name.startswith("input-"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in ("units", "samples", "shards"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(exist_ok=True)
         shutil.rmtree(folder / "attempts", ignore_errors=True)
         (folder / "attempts").mkdir()
         write_synced(folder / "identity.json", json.dumps(identity).encode())

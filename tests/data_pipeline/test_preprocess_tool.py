@@ -136,7 +136,8 @@ def test_megatrons_form_writes_what_the_tokenizers_library_gives_in_input_order(
     assert [dataset[index].tolist() for index in range(len(dataset))] == expected
     without = run(work, *command[:-1], "--output-prefix", "data/plain", "--workers", "1")
     assert without.returncode == 0
-    assert IndexedDataset(str(work / "data" / "plain"))[0].tolist() == expected[0][:-1]
+    plain = IndexedDataset(str(work / "data" / "plain"))
+    assert plain[0].tolist() == expected[0][:-1]
 
 
 def test_mpirun_writes_the_same_bytes_as_one_process(work: Path) -> None:
