@@ -79,8 +79,8 @@ def open_generator(path: Path, device: torch.device) -> TextGenerator:
     if (path / "config.json").is_file():
         return _open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
-    model, _ = load_model(checkpoint, device=device)
-    return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER), device)
+    model, recipe = load_model(checkpoint, device=device)
+    return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
 
 
 def _open_transformers(path: Path, device: torch.device) -> TransformersGenerator:

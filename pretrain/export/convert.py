@@ -48,7 +48,7 @@ def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch
     """
     recipe = read_recipe(checkpoint)
     target = choose_target(recipe)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     with published_folder(output, overwrite) as folder:
         tensors, size = write_hf_folder(folder, target, recipe.model, _load_rounded(checkpoint, dtype), tokenizer)

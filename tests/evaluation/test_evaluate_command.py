@@ -15,8 +15,8 @@ from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import load_corpora
 from data_pipeline.token_stream import open_split
 from pretrain.checkpoint.layout import read_state
+from pretrain.config.data_schema import DataConfig, TextSource, TokenizerFile
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, ConfigError, DataError
-from pretrain.config.schema import DataConfig, TextSource, TokenizerFile
 from pretrain.evaluation.bigram import fit_bigram
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint

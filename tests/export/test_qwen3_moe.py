@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_bpe
+from pretrain.config.data_schema import TrainBPE
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import Recipe
@@ -36,7 +37,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe([TEXT] * 9, vocab_size=300)
+    return train_bpe([TEXT] * 9, TrainBPE(vocab_size=300))
 
 
 def random_model(recipe: Recipe) -> DecoderLM:
