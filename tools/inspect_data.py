@@ -62,7 +62,7 @@ def print_lengths(console: Console, lengths: LengthStatistics) -> None:
     percentiles = ", ".join(f"{share}% {length:,}" for share, length in lengths.percentiles.items())
     console.print(f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,}; percentiles {percentiles}", highlight=False)
     most = max(lengths.counts, default=0)
-    for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=True):
+    for low, high, count in zip(lengths.edges[:-1], lengths.edges[1:], lengths.counts, strict=True):
         if count:
             bar = "█" * max(1, round(BAR_CHARACTERS * count / most))
             console.print(f"{low + 1:>12,} - {high:<12,} {bar} {count:,}", highlight=False)

@@ -47,7 +47,7 @@ from data_pipeline.manifest import Manifest, load_manifest, verify
 from data_pipeline.sources import Document
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
-from data_pipeline.tokenizer.engine_choice import choose_engine
+from data_pipeline.tokenizer.engine_choice import REFERENCE, choose_engine
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
@@ -56,6 +56,8 @@ from pretrain.config.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 ENGINE_SAMPLE_BYTES = 1 << 20
+# Choosing an engine takes seconds, in which the tokenizers library encodes this much.
+WORTH_CHOOSING_FOR = 8 << 20
 # A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
 SAMPLE_MARGIN = 4
 # Records after which a share of bad ones means something.
@@ -228,6 +230,8 @@ class Build:
     def _engine(self, tokenizer: Tokenizer, asked: str | None) -> str:
         if asked is not None:
             return asked
+        if self.plan.input_bytes < WORTH_CHOOSING_FOR:
+            return REFERENCE
         return choose_engine(tokenizer, self._sample_texts()).name
 
     def _sample_texts(self) -> list[str]:

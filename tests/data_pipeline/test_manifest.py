@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import BuildResult
+from data_pipeline.build.coordinator import BuildResult
 from data_pipeline.manifest import MANIFEST_NAME, load_manifest, verify
 from pretrain.config.errors import DataError
 
@@ -22,8 +22,8 @@ def copied(built: BuildResult, tmp_path: Path) -> Path:
 
 def test_a_complete_folder_passes_both_checks(copied: Path) -> None:
     manifest = load_manifest(copied)
-    verify(copied, manifest)
-    verify(copied, manifest, deep=True)
+    verify(manifest)
+    verify(manifest, deep=True)
 
 
 def flip_byte(path: Path, offset: int) -> None:
@@ -36,21 +36,21 @@ def flip_byte(path: Path, offset: int) -> None:
 def test_damage_is_found(copied: Path, name: str) -> None:
     manifest = load_manifest(copied)
     flip_byte(copied / name, -1)
-    verify(copied, manifest)
+    verify(manifest)
     with pytest.raises(DataError, match=rf"{name} differs from its manifest"):
-        verify(copied, manifest, deep=True)
+        verify(manifest, deep=True)
     (copied / name).write_bytes((copied / name).read_bytes()[:-1])
     with pytest.raises(DataError, match=rf"{name} has \d+ bytes, its manifest says"):
-        verify(copied, manifest)
+        verify(manifest)
     (copied / name).unlink()
     with pytest.raises(DataError, match=rf"{name} cannot be read"):
-        verify(copied, manifest)
+        verify(manifest)
 
 
 def test_another_tokenizer_is_always_found(copied: Path) -> None:
     flip_byte(copied / "tokenizer.json", -2)
     with pytest.raises(DataError, match="wrong tokenizer for the shards"):
-        verify(copied, load_manifest(copied))
+        verify(load_manifest(copied))
 
 
 def test_missing_damaged_and_newer_manifests_are_refused(copied: Path, tmp_path: Path) -> None:
@@ -64,7 +64,11 @@ def test_missing_damaged_and_newer_manifests_are_refused(copied: Path, tmp_path:
         (json.dumps(content | {"version": 99}), "has version 99"),
         (json.dumps(content | {"dtype": "float64"}), "'dtype'"),
         (json.dumps({key: value for key, value in content.items() if key != "tokenizer"}), "'tokenizer'"),
-        (json.dumps(content | {"splits": {"train": content["splits"]["train"]}}), "split 'validation' is missing"),
+        (json.dumps(content | {"splits": {}}), "'splits'"),
+        (json.dumps(content | {"sources": {}}), "of the source 'all', which is not listed"),
+        (json.dumps(content | {"tokenizer": content["tokenizer"] | {"file": "../tokenizer.json"}}), "'tokenizer.file'"),
+        (json.dumps(content).replace('"train"', '"/etc/train"'), "damaged"),
+        ("[" * 100_000, "is not JSON"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=reason):
@@ -73,16 +77,18 @@ def test_missing_damaged_and_newer_manifests_are_refused(copied: Path, tmp_path:
 
 def test_fingerprint_follows_the_data_and_not_how_it_was_described(built: BuildResult) -> None:
     manifest = built.manifest
-    described = manifest.source.model_copy(update={"patterns": ["/elsewhere/*.txt"], "python_version": "9.9"})
-    assert manifest.model_copy(update={"source": described, "created_by": "someone"}).fingerprint == manifest.fingerprint
-    other_corpus = manifest.source.model_copy(update={"sha256": "0" * 64})
+    source = manifest.sources["all"]
+    described = {"all": source.model_copy(update={"python_version": "9.9"})}
+    elsewhere = {"sources": described, "created_by": "someone", "inputs_sha256": "0" * 64}
+    assert manifest.model_copy(update=elsewhere).fingerprint == manifest.fingerprint
+    other_source = {"all": source.model_copy(update={"sha256": "0" * 64})}
     other_tokenizer = manifest.tokenizer.model_copy(update={"sha256": "0" * 64})
-    assert manifest.model_copy(update={"source": other_corpus}).fingerprint != manifest.fingerprint
+    assert manifest.model_copy(update={"sources": other_source}).fingerprint != manifest.fingerprint
     assert manifest.model_copy(update={"tokenizer": other_tokenizer}).fingerprint != manifest.fingerprint
 
 
 def test_only_the_loader_imports_torch() -> None:
     program = "import sys, data_pipeline.{}; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent.parent
-    assert subprocess.run([sys.executable, "-c", program.format("build")], cwd=root).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program.format("build.coordinator")], cwd=root).returncode == 0
     assert subprocess.run([sys.executable, "-c", program.format("loader")], cwd=root).returncode == 1

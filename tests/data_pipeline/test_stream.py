@@ -12,11 +12,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from data_pipeline.batch import NO_LOSS, Batch
+from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import Corpora, load_corpora
 from data_pipeline.loader import open_loader
 from data_pipeline.sources import Document
 from data_pipeline.split import position, text_digest
 from data_pipeline.stream import STEPS_AHEAD, StreamLoader
+from data_pipeline.token_stream import open_split
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.load import load_recipe
 from tests.data_pipeline.data_folder import write_folder
@@ -204,3 +207,18 @@ def test_reading_goes_on_in_the_background(tmp_path: Path, corpora: Corpora, mon
     loader.step_batches(1)
     loader._reader.submit(lambda: None).result()
     assert read == [STEPS_AHEAD]
+
+
+def test_a_stream_gives_the_tokens_that_a_build_would_write(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 60)
+    middle = ["data.fill_in_the_middle={rate: 0.5, prefix_token: x, middle_token: y, suffix_token: z}"]
+    source = f"data.source={{kind: text, document: line, input: [{tmp_path}/a.txt]}}"
+    tokenizer = f"data.tokenizer={{kind: file, path: {corpora.tokenizer_path}}}"
+    for overrides in ([], middle):
+        settings = [f"data.validation_share={SHARE}", "data.tokenizer=null", tokenizer, *overrides]
+        built = build(load_recipe("debug", [*settings, source]).data, Output(tmp_path / f"built{len(overrides)}"))
+        expected = open_split(built.manifest, "train")
+        loader = loader_of(tmp_path, corpora, *overrides)
+        steps = expected.num_tokens // (4 * S)
+        read = torch.cat([batch.input_ids_BS for step in range(steps) for batch in loader.step_batches(step)]).flatten()
+        assert len(read) > 500 and read.tolist() == expected.read(0, len(read)).tolist()
