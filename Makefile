@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-full lint benchmark clean
+.PHONY: help install quickstart test test-full lint benchmark bench-data clean
 
 help:
 	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
 	@echo "make test         install, lint, types, all tests but the long matrices"
 	@echo "make test-full    all tests and the whole numerical matrix"
 	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
+	@echo "make bench-data   data pipeline and loader against Megatron's, with the cost of each stage"
 	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -41,6 +42,10 @@ test-full: lint
 
 benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py
+
+bench-data: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/data_pipeline.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/data_loader.py
 
 clean:
 	rm -rf data/quickstart data/debug runs/quickstart runs/debug

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pyarrow
 import pytest
 import tokenizers
-import zstandard
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "preprocess_data.py"
 SMALL = ["--input", "raw/*.txt", "--vocab-size", "300", "--output", "data/my"]
@@ -116,7 +116,7 @@ def megatrons_form(work: Path) -> list[str]:
     for number in range(4):
         lines = [json.dumps({"text": f"record {number} {line} " * 50, "other": line}) for line in range(300)]
         content = "\n".join([*lines, "{broken", json.dumps({"text": 3})]) + "\n"
-        (work / "corpus" / f"{number}.jsonl.zst").write_bytes(zstandard.compress(content.encode()))
+        (work / "corpus" / f"{number}.jsonl.zst").write_bytes(pyarrow.compress(content.encode(), codec="zstd", asbytes=True))
     return ["--input", "corpus/*.jsonl.zst", "--text-field", "text", "--tokenizer", "tokenizer.json", "--append-eod"]
 
 
