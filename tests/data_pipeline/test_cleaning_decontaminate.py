@@ -7,8 +7,8 @@ import json
 import logging
 from pathlib import Path
 
+import pyarrow
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ def test_jsonl_files_are_read_record_by_record_and_compressed_ones_too(tmp_path:
     content = "\n".join(map(json.dumps, records)).encode()
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(content))
+    (tmp_path / "c.jsonl.zst").write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
     for path in sorted(tmp_path.iterdir()):
         check = stage(path, text_field="q.text")
         assert check(" ".join(WORDS[21:37])).dropped == "contaminated"
