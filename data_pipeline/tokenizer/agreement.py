@@ -1,0 +1,96 @@
+"""Texts on which two tokenizers that should be equal are compared, and where they first differ."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+
+from data_pipeline.tokenizer.patterns import byte_characters
+
+_SURROGATES = range(0xD800, 0xE000)
+_BLOCK = 512
+_NEIGHBOURS = 4
+_ALPHABETS = (
+    "ab 1\n\t\r.,'sS<|>/_",
+    "aab  ",
+    "\x1c\x85\u00a0\u2003\u2028\u3000\x0b\x0c x.\n",
+    "e\u0301\u0308\u0323\u200d\ufe0f👩👧🏽🇩🇪a",
+    "٣۴१Ⅷ½²1٫x ",
+    "שלום مرحبا \u202e\u200f",
+    "中文漢字かなカナ한글각。、 ",
+    "ǅßſKİıﬁΣς'ſ'S",
+)
+
+
+def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
+    """About 1.3 MB of text in which tokenizers are known to go apart.
+
+    Every code point of the first two planes and one in sixteen of the others, runs of blanks, line ends and digits, marks without a base,
+    joined emoji, scripts from the right, and ``tokens`` spelled out.
+    """
+    points = [point for point in range(1, 0x110000) if point not in _SURROGATES and (point < 0x20000 or point % 16 == 0)]
+    texts = ["", " ", "\u0301", "\u200d", "\ufeffx", "a" * 5000, "pneumono" * 500, "def f(x):\n\treturn x  \n\n\n    y = 1234567.89\r\n\r\n"]
+    for start in range(0, len(points), _BLOCK):
+        block = [chr(point) for point in points[start : start + _BLOCK]]
+        texts += ["".join(block), "  ".join(block[::2])]
+    texts += [character * count for character in " \n\t1.é中" for count in (*range(1, 18), 1000)]
+    source = random.Random(0)
+    texts += ["".join(source.choices(alphabet, k=400)) for alphabet in _ALPHABETS for _ in range(16)]
+    return texts + [text for token in tokens for text in (token, f"before{token}after", f" {token} {token}\n")]
+
+
+def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
+    """Texts in which it shows whether a code point is taken for a letter, by the tokens of a byte-level vocabulary.
+
+    Regular expression engines know different versions of Unicode. That one of them takes a new letter for a sign changes tokens only where
+    one reaches from the letter's last byte into the text after it, or from the text before it to its first byte.
+    """
+    byte_of = {character: value for value, character in enumerate(byte_characters())}
+    before: dict[int, set[str]] = {}
+    after: dict[int, set[str]] = {}
+    for token in library.get_vocab():
+        values = [byte_of.get(character, -1) for character in token]
+        cut = next((number for number in range(1, len(values)) if (values[number - 1] < 128) != (values[number] < 128)), 0)
+        if min(values, default=-1) < 0 or cut == 0:
+            continue
+        if values[0] < 128:
+            before.setdefault(values[cut], set()).add(bytes(values[:cut]).decode())
+        else:
+            after.setdefault(values[cut - 1], set()).add(bytes(values[cut:]).decode("ascii", "ignore"))
+    texts = []
+    for point in (*range(0x80, 0x10000), *range(0x10000, 0x20000, 8)):
+        if unicodedata.category(character := chr(point)) == "Cn":
+            utf8 = character.encode()
+            texts += [f"x {head}{character}" for head in sorted(before.get(utf8[0], ()))[:_NEIGHBOURS]]
+            texts += [f"{character}{tail} x" for tail in sorted(after.get(utf8[-1], ()))[:_NEIGHBOURS]]
+    return texts
+
+
+def first_difference(expected: np.ndarray, found: np.ndarray) -> int | None:
+    """The index of the first token that differs or that only one side has; None where both are equal."""
+    shorter = min(len(expected), len(found))
+    differ = np.flatnonzero(expected[:shorter] != found[:shorter])
+    if differ.size:
+        return int(differ[0])
+    return None if len(expected) == len(found) else shorter
+
+
+def disagreement(texts: Sequence[str], expected: Iterable[Sequence[int]], found: Iterable[Sequence[int]]) -> str | None:
+    """Says where token ids of the same texts first differ, or None."""
+    for text, one, other in zip(texts, expected, found, strict=True):
+        if (position := first_difference(np.asarray(one), np.asarray(other))) is not None:
+            return f"token {position} of {excerpt(text)} is {_at(other, position)} instead of {_at(one, position)}"
+    return None
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text, in ASCII."""
+    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
+
+
+def _at(ids: Sequence[int], position: int) -> str:
+    return str(int(ids[position])) if position < len(ids) else "missing"

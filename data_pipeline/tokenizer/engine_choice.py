@@ -1,0 +1,134 @@
+"""Takes the fastest engine whose ids are those of the tokenizers library, and goes on checking it while it runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.tokenizer.agreement import excerpt, first_difference, newer_unicode_texts, torture_texts
+from data_pipeline.tokenizer.engines import ENGINE_NAMES, EngineUnavailableError, Ids, Offsets, open_engine
+from data_pipeline.tokenizer.tokenizer import Tokenizer, failure
+from pretrain.config.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "tokenizers"
+SLOW = ("tiktoken",)
+MOST_TOKENS_SPELLED = 1000
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine, and why it is none of the others.
+
+    Attributes:
+        name: of the engine.
+        megabytes_per_second: of UTF-8 text, on the sample, with the threads of this process.
+        reasons: for each other engine.
+    """
+
+    name: str
+    megabytes_per_second: float
+    reasons: dict[str, str]
+
+
+def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> EngineChoice:
+    """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts` with every engine.
+
+    An engine is fit if all its ids are equal to those of the tokenizers library, which is itself always fit. Of the fit ones the fastest on
+    the sample is taken.
+    """
+    special = [token.content for token in tokenizer.library.get_added_tokens_decoder().values()][:MOST_TOKENS_SPELLED]
+    torture = torture_texts(special) + newer_unicode_texts(tokenizer.library)
+    sample = list(sample) or torture
+    megabytes = sum(len(text.encode("utf-8")) for text in sample) / 1e6
+    start = time.perf_counter()
+    expected = _rows(*open_engine(REFERENCE, tokenizer).encode_flat(sample))
+    speeds, reasons = {REFERENCE: megabytes / (time.perf_counter() - start)}, {}
+    expected += _rows(*open_engine(REFERENCE, tokenizer).encode_flat(torture))
+    for name in ENGINE_NAMES:
+        if name == REFERENCE:
+            continue
+        if name in SLOW and len(speeds) > 1:
+            reasons[name] = "it is slower than those above as a rule"
+            continue
+        try:
+            engine = open_engine(name, tokenizer)
+            found = _rows(*engine.encode_flat(torture))
+            start = time.perf_counter()
+            flat = engine.encode_flat(sample)
+            seconds = time.perf_counter() - start
+        except EngineUnavailableError as error:
+            reasons[name] = error.reason
+            continue
+        except BaseException as error:  # each library raises its own
+            reasons[name] = f"it fails ({failure(error)})"
+            continue
+        if where := _difference(expected, [*_rows(*flat), *found], [*sample, *torture]):
+            reasons[name] = f"its ids differ: {where}"
+        else:
+            speeds[name] = megabytes / seconds
+    best = max(speeds, key=speeds.__getitem__)
+    reasons |= {name: f"it is slower, {speed:.0f} MB/s" for name, speed in speeds.items() if name != best}
+    logger.info("tokens by %s, %.0f MB/s; %s", best, speeds[best], "; ".join(f"not {name}: {reason}" for name, reason in reasons.items()))
+    return EngineChoice(best, speeds[best], reasons)
+
+
+class CheckedEncoder:
+    """An engine that is compared with the tokenizers library on some of the documents.
+
+    Args:
+        tokenizer: the tokenizer.
+        engine_name: one of :data:`~data_pipeline.tokenizer.engines.ENGINE_NAMES`.
+        check_every: a document is compared where its digest is a multiple of this, so that it is the same ones in every run.
+
+    Attributes:
+        checked: how many documents were compared.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, engine_name: str, check_every: int = 1000) -> None:
+        self.tokenizer, self.engine_name, self.check_every = tokenizer, engine_name, check_every
+        self.checked = 0
+        self._engine = open_engine(engine_name, tokenizer)
+
+    def encode_flat(self, texts: Sequence[str], digests: Sequence[int], names: Sequence[str]) -> tuple[Ids, Offsets]:
+        """Encodes texts as :meth:`~data_pipeline.tokenizer.engines.Engine.encode_flat` does.
+
+        Args:
+            texts: documents.
+            digests: a hash of each.
+            names: what each is called in errors.
+
+        Raises:
+            DataError: where the engine fails, or gives other ids than the tokenizers library.
+        """
+        try:
+            ids, offsets = self._engine.encode_flat(texts)
+        except BaseException as error:  # each library raises its own
+            raise self._fault(f"fails on one of {names[0]} to {names[-1]} ({failure(error)})") from None
+        chosen = [number for number, digest in enumerate(digests) if digest % self.check_every == 0]
+        if self.engine_name != REFERENCE and chosen:
+            expected = self.tokenizer.encode([texts[number] for number in chosen])
+            for number, row in zip(chosen, expected, strict=True):
+                if (position := first_difference(row, ids[offsets[number] : offsets[number + 1]])) is not None:
+                    raise self._fault(f"gives another token {position} of {names[number]} than the tokenizers library")
+            self.checked += len(chosen)
+        return ids, offsets
+
+    def _fault(self, what: str) -> DataError:
+        return DataError(f"the engine {self.engine_name} {what}: run again with --engine {REFERENCE}, or another engine")
+
+
+def _rows(ids: Ids, offsets: Offsets) -> list[np.ndarray]:
+    return np.split(ids, offsets[1:-1]) if len(offsets) > 1 else []
+
+
+def _difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], texts: Sequence[str]) -> str | None:
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if (position := first_difference(one, other)) is not None:
+            return f"text {number} ({excerpt(texts[number])}), token {position}"
+    return None
