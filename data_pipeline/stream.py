@@ -25,6 +25,7 @@ from data_pipeline.mixture import Interleaving, check_names, quantize
 from data_pipeline.sources import ReadContext, Unit, open_source
 from data_pipeline.split import SplitPlan
 from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from pretrain.config.data_schema import Weights
 from pretrain.config.errors import DataError
 from pretrain.config.schema import Recipe
@@ -34,6 +35,9 @@ UNIT_BYTES = 16 << 20
 STEPS_AHEAD = 16
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
 
+# Choosing an engine takes seconds: once a process for each tokenizer, by its checksum.
+_chosen: dict[str, str] = {}
+
 
 class Place(NamedTuple):
     """A token of a source's endless stream: pass through the source, unit, document of the unit, and token of the document, each from 0."""
@@ -42,6 +46,14 @@ class Place(NamedTuple):
     unit: int = 0
     document: int = 0
     token: int = 0
+
+
+class Text(NamedTuple):
+    """A document before it is encoded, and the digest of its text."""
+
+    place: Place
+    content: str
+    digest: int
 
 
 class Encoded(NamedTuple):
@@ -74,6 +86,7 @@ class SourceStream:
         data = recipe.data
         self.name, self.length, self.document_mask = name, recipe.train.sequence_length, data.document_mask
         self.tokenizer = load_tokenizer(corpora.tokenizer_path, data.tokenizer)
+        self._encoder: CheckedEncoder | None = None
         self._task = Task(data, str(corpora.first.folder), SplitPlan(data.validation_share))
         self._units: list[Unit] = open_source(data.named_sources[name], ReadContext(name, data.max_record_bytes)).units(UNIT_BYTES)
         self.fingerprint = canonical_sha256({"units": [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]})
@@ -112,30 +125,42 @@ class SourceStream:
 
     def _encoded(self, start: Place) -> Iterator[Encoded]:
         """The documents' tokens from a place on, without end."""
-        batch: list[tuple[Place, list[str | int]]] = []
+        batch: list[Text] = []
         characters = 0
-        for place, text, digest in self._texts(start):
-            parts = self._transform.split(text, digest, 0) if self._transform else None
-            batch.append((place, parts or [text]))
-            characters += len(text)
+        for text in self._texts(start):
+            batch.append(text)
+            characters += len(text.content)
             if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
                 for encoded in self._encode(batch):
                     yield encoded.after(start.token) if encoded.place == start._replace(token=0) else encoded
                 batch, characters = [], 0
 
-    def _encode(self, batch: list[tuple[Place, list[str | int]]]) -> Iterator[Encoded]:
+    def _encode(self, batch: list[Text]) -> Iterator[Encoded]:
         tokenizer = self.tokenizer
-        encodings = iter(tokenizer.encode([part for _, parts in batch for part in parts if isinstance(part, str)]))
+        if self._encoder is None:
+            if tokenizer.sha256 not in _chosen:
+                _chosen[tokenizer.sha256] = choose_engine(tokenizer, [text.content for text in batch]).name
+            self._encoder = CheckedEncoder(tokenizer, _chosen[tokenizer.sha256])
         before = [tokenizer.bos_id] if tokenizer.prepend_bos and tokenizer.bos_id is not None else []
         after = [tokenizer.eod_id] if tokenizer.append_eod else []
-        for place, parts in batch:
-            tokens = [next(encodings) if isinstance(part, str) else np.array([part]) for part in parts]
-            whole = np.concatenate([np.array(before, np.int64), *tokens, np.array(after, np.int64)])
-            if len(whole):
-                yield Encoded(place, whole)
+        # Texts are cut where the tokenizer allows it, so that a long one is encoded on all cores.
+        documents: list[list[str | int]] = []
+        for text in batch:
+            parts = (self._transform.split(text.content, text.digest, 0) if self._transform else None) or [text.content]
+            cut = [[part] if isinstance(part, int) else tokenizer.pieces(part) for part in parts]
+            documents.append([*before, *(piece for pieces in cut for piece in pieces), *after])
+        pieces = [(piece, text) for text, document in zip(batch, documents, strict=True) for piece in document if isinstance(piece, str)]
+        ids, offsets = self._encoder.encode_flat(
+            [piece for piece, _ in pieces], [text.digest for _, text in pieces], [f"{self.name} {text.place}" for _, text in pieces]
+        )
+        encoded = iter(np.split(ids.astype(np.int64), offsets[1:-1]))
+        for text, document in zip(batch, documents, strict=True):
+            tokens = np.concatenate([next(encoded) if isinstance(piece, str) else np.array([piece]) for piece in document])
+            if len(tokens):
+                yield Encoded(text.place, tokens)
 
-    def _texts(self, start: Place) -> Iterator[tuple[Place, str, int]]:
-        """Place, text and digest of each training document from a place on."""
+    def _texts(self, start: Place) -> Iterator[Text]:
+        """The training documents from a place on, without end."""
         place = start._replace(token=0)
         found = start != Place()
         while True:
@@ -144,7 +169,7 @@ class SourceStream:
                 for number, (document, digest, where) in enumerate(reader.documents_with_split()):
                     if where >= self._task.split.validation_share and (unit, number) >= (place.unit, place.document):
                         found = True
-                        yield Place(place.epoch, unit, number), document.text, digest
+                        yield Text(Place(place.epoch, unit, number), document.text, digest)
             if not found:
                 raise DataError(f"the source '{self.name}' has no document to train on: give it more, or lower data.validation_share")
             place = Place(place.epoch + 1)
