@@ -55,7 +55,7 @@ from pretrain.config.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-ENGINE_SAMPLE_BYTES = 1 << 20
+ENGINE_SAMPLE_BYTES = 1 << 18
 # Choosing an engine takes seconds, in which the tokenizers library encodes this much.
 WORTH_CHOOSING_FOR = 8 << 20
 # A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
@@ -235,7 +235,7 @@ class Build:
         return choose_engine(tokenizer, self._sample_texts()).name
 
     def _sample_texts(self) -> list[str]:
-        """About a megabyte of the corpus, from units spread over it."""
+        """A little of the corpus, from units spread over it."""
         sources = open_sources(self.config, self.workspace)
         units, texts, size = self.plan.units, [], 0
         spread = units[:: max(1, len(units) // 8)][:8]

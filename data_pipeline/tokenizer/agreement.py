@@ -13,7 +13,8 @@ from data_pipeline.tokenizer.patterns import byte_characters
 
 _SURROGATES = range(0xD800, 0xE000)
 _BLOCK = 512
-_NEIGHBOURS = 4
+_NEIGHBOURS = 2
+_LINES = 64
 _ALPHABETS = (
     "ab 1\n\t\r.,'sS<|>/_",
     "aab  ",
@@ -27,12 +28,13 @@ _ALPHABETS = (
 
 
 def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
-    """About 1.3 MB of text in which tokenizers are known to go apart.
+    """About 200 KB of text in which tokenizers are known to go apart; more would take longer than encoding a small corpus.
 
-    Every code point of the first two planes and one in sixteen of the others, runs of blanks, line ends and digits, marks without a base,
-    joined emoji, scripts from the right, and ``tokens`` spelled out.
+    Every code point of two bytes, one in 17 of the first two planes and one in 67 of the others, runs of blanks, line ends and digits, marks
+    without a base, joined emoji, scripts from the right, and ``tokens`` spelled out.
     """
-    points = [point for point in range(1, 0x110000) if point not in _SURROGATES and (point < 0x20000 or point % 16 == 0)]
+    # A prime step, so that every place in a block of a script comes up.
+    points = [*range(1, 0x800), *(point for point in range(0x800, 0x20000, 17) if point not in _SURROGATES), *range(0x20000, 0x110000, 67)]
     texts = ["", " ", "\u0301", "\u200d", "\ufeffx", "a" * 5000, "pneumono" * 500, "def f(x):\n\treturn x  \n\n\n    y = 1234567.89\r\n\r\n"]
     for start in range(0, len(points), _BLOCK):
         block = [chr(point) for point in points[start : start + _BLOCK]]
@@ -67,7 +69,7 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
             utf8 = character.encode()
             texts += [f"x {head}{character}" for head in sorted(before.get(utf8[0], ()))[:_NEIGHBOURS]]
             texts += [f"{character}{tail} x" for tail in sorted(after.get(utf8[-1], ()))[:_NEIGHBOURS]]
-    return texts
+    return ["\n".join(texts[start : start + _LINES]) for start in range(0, len(texts), _LINES)]
 
 
 def first_difference(expected: np.ndarray, found: np.ndarray) -> int | None:
