@@ -75,7 +75,7 @@ class SourceStream:
         corpora: the data folder that the tokenizer lies in.
 
     Attributes:
-        fingerprint: of the list of its units; it changes when a file does.
+        fingerprint: of the list of its units and of how they are read; it changes when a file does.
         place: of the next window's first token.
 
     Raises:
@@ -89,7 +89,9 @@ class SourceStream:
         self._encoder: CheckedEncoder | None = None
         self._task = Task(data, str(corpora.first.folder), SplitPlan(data.validation_share))
         self._units: list[Unit] = open_source(data.named_sources[name], ReadContext(name, data.max_record_bytes)).units(UNIT_BYTES)
-        self.fingerprint = canonical_sha256({"units": [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]})
+        files = [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]
+        reading = data.model_dump(mode="json", include={"cleaning", "fill_in_the_middle", "validation_share", "max_record_bytes"})
+        self.fingerprint = canonical_sha256({"units": files, "source": data.named_sources[name].model_dump(mode="json"), **reading})
         middle = data.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or name in middle.sources)
         self._transform = FillInTheMiddleTransform(middle, self.tokenizer.token_id) if middle and applies else None
@@ -249,8 +251,8 @@ class StreamLoader:
             before = saved.sources.get(name)
             if before is not None and before["fingerprint"] != source.fingerprint:
                 raise DataError(
-                    f"the run holds other data: the files of its source '{name}' are not what they were when training began; put them back, "
-                    "give the new ones another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+                    f"the run holds other data: the files of its source '{name}', or how they are read, are not what they were when training began; "
+                    "put them back, give the new ones another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
                 )
             source.go_to(Place(*before["place"]) if before is not None else Place())
         self._retired = {name: source for name, source in saved.sources.items() if name not in self.sources}
