@@ -252,7 +252,8 @@ class StreamLoader:
             if before is not None and before["fingerprint"] != source.fingerprint:
                 raise DataError(
                     f"the run holds other data: the files of its source '{name}', or how they are read, are not what they were when training began; "
-                    "put them back, give the new ones another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+                    "put them back, give the new ones another name, choose another folder with --set run_path=FOLDER, "
+                    "or start over with --fresh --overwrite"
                 )
             source.go_to(Place(*before["place"]) if before is not None else Place())
         self._retired = {name: source for name, source in saved.sources.items() if name not in self.sources}
