@@ -44,8 +44,8 @@ benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py
 
 bench-data: install
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/data_pipeline.py
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/data_loader.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/preprocessing.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/loading.py
 
 clean:
 	rm -rf data/quickstart data/debug runs/quickstart runs/debug

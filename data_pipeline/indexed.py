@@ -117,7 +117,7 @@ class IndexedWriter:
         if lengths.size and lengths.max() > LONGEST_DOCUMENT:
             raise DataError(f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several")
         limits = np.iinfo(self.dtype)
-        if tokens.size and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0)):
+        if tokens.dtype != self.dtype and tokens.size and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0)):
             raise DataError(
                 f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
             )

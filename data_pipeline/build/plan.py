@@ -12,7 +12,7 @@ from data_pipeline.sources.files import list_files, stamp_of
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.data_schema import DataConfig
 
-SMALLEST_UNIT, LARGEST_UNIT = 8 << 20, 1 << 30
+SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
 UNITS_WANTED = 4096
 
 # These say where data lies and how training uses it; the shards do not depend on them.

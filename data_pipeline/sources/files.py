@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from data_pipeline.sources.interface import LeftOut, Unit
 from pretrain.config.errors import DataError
 
+PLAIN_BLOCK_BYTES = 1 << 19
 # Small, since what a damaged compressed file holds is lost from the block before the damage on.
 BLOCK_BYTES = 1 << 18
 COMPRESSED = (".gz", ".zst")
@@ -181,7 +183,8 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
         stream.seek(offset)
     carried: list[bytes] = []
     size = 0
-    for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
+    block_bytes = PLAIN_BLOCK_BYTES if isinstance(stream, io.BufferedReader) else BLOCK_BYTES
+    for block in iter(lambda: stream.read(block_bytes), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
             end = end and max(end, offset + 1)  # the first line belongs to the range that holds the mark's first byte

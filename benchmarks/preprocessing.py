@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="for the corpus and all output (default: data/benchmark)")
     parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/data_pipeline.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/preprocessing.json"))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
