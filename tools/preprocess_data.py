@@ -18,9 +18,10 @@ from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.build.workspace import Output
 from data_pipeline.sources.guess import sources_of
 from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.data_schema import DataConfig
+from pretrain.config.data_schema import BestFit
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
+from pretrain.config.schema import Recipe
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -74,8 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def data_section(arguments: argparse.Namespace) -> tuple[DataConfig, Output]:
-    """The data configuration that the options describe, and where to build it.
+def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
+    """The recipe whose data section is what the options describe, and where to build it.
 
     Raises:
         ConfigError: for options that do not go together, and where no folder is named.
@@ -96,7 +97,7 @@ def data_section(arguments: argparse.Namespace) -> tuple[DataConfig, Output]:
     for override in arguments.overrides:
         apply_override(content, override)
     recipe = validate_recipe(content, origin)
-    return recipe.data, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
+    return recipe, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
 
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -150,7 +151,19 @@ def next_command(recipe: str | None, path: Path) -> str:
     return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}"
 
 
-def print_table(result: BuildResult, seconds: float, command: str) -> None:
+def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
+    """Packs the shards for the recipe's sequence length where it asks for that; training would do it at its start."""
+    if not isinstance(recipe.data.packing, BestFit):
+        return None
+    # These need torch, which takes seconds to import.
+    from data_pipeline.corpora import load_corpora
+    from data_pipeline.packing import prepare_packing
+
+    packed = prepare_packing(load_corpora({"": str(output.path)}), recipe.data, recipe.train.sequence_length, progress=True)
+    return {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share} if packed else None
+
+
+def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: float, command: str) -> None:
     manifest = result.manifest
     print(f"{'split':<12}{'documents':>12}{'tokens':>18}{'text bytes':>18}{'shards':>8}")
     for side, split in manifest.splits.items():
@@ -167,6 +180,8 @@ def print_table(result: BuildResult, seconds: float, command: str) -> None:
     read = sum(source.utf8_bytes for source in manifest.sources.values())
     speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
     print(f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})")
+    if packing:
+        print(f"packing     {packing['padding_share']:.4%} of the tokens are padding, {packing['truncated_share']:.1%} of the documents are cut")
     reports = [
         path for name in ("bad_records.jsonl", "dropped_documents.jsonl") if (path := result.output.folder / result.output.name(name)).exists()
     ]
@@ -177,10 +192,11 @@ def print_table(result: BuildResult, seconds: float, command: str) -> None:
 
 def run(pool: Pool | None) -> None:
     arguments = parse_arguments()
-    config, output = data_section(arguments)
+    recipe, output = data_section(arguments)
     started = time.perf_counter()
-    result = build(config, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
+    result = build(recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
     seconds = time.perf_counter() - started
+    packing = pack(recipe, output)
     command = next_command(arguments.recipe, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     fixed = {
@@ -188,11 +204,12 @@ def run(pool: Pool | None) -> None:
         "reused": result.reused,
         "engine": result.engine,
         "seconds": seconds,
+        "packing": packing,
         "fingerprint": result.manifest.fingerprint,
     }
     write_json({**fixed, **summary, "next": command}, arguments.json_path)
     if arguments.json_path != "-":
-        print_table(result, seconds, command)
+        print_table(result, packing, seconds, command)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import os
@@ -160,6 +161,8 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
     output.manifest.unlink(missing_ok=True)
     for name in _files_of(old) - set(found["names"]):
         (output.folder / name).unlink(missing_ok=True)
+        for packing in output.folder.glob(f"{glob.escape(Path(name).stem)}.pack-*"):
+            packing.unlink()
     for name in found["names"]:
         staged = workspace / "shards" / name
         if staged.exists():
