@@ -1,0 +1,281 @@
+#!/usr/bin/env python
+"""From shards to batches: this loader against Megatron-Core's GPTDataset on the same shards, and at the size of a trillion tokens.
+
+The shards hold random tokens in documents of log-normal length. Both sides give sequences with document boundaries: ours document ids,
+Megatron's reset position ids and loss masks. Each measurement is a process of its own; its memory is counted from after the imports. The
+corpus of a trillion tokens is 500 shards whose token files are sparse: they have their size, but take no room on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.indexed import HEADER, MAGIC, VERSION, IndexedWriter, bin_path, idx_path
+from data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry
+
+SEQUENCE_LENGTH, MICRO_BATCH = 2048, 8
+VOCAB_SIZE = 32_000
+TRILLION_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 500, 2_000_000_000, 2_000_000
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    nothing = "0" * 64
+    manifest = Manifest(
+        created_by="benchmark",
+        request_sha256=nothing,
+        inputs_sha256=nothing,
+        dtype="uint16",
+        tokenizer=TokenizerEntry(file="tokenizer.json", sha256=nothing, vocab_size=VOCAB_SIZE, eod_id=0),
+        sources={
+            "all": SourceEntry(kind="jsonl", sha256=nothing, records=documents, documents=documents, tokens=tokens, utf8_bytes=4 * tokens, share=1.0)
+        },
+        splits={"train": SplitEntry(documents=documents, tokens=tokens, utf8_bytes=4 * tokens, shards=shards)},
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+
+
+def make_small(folder: Path, tokens: int) -> None:
+    """Real shards of random tokens, two of them."""
+    folder.mkdir(parents=True)
+    random, shards = np.random.default_rng(0), []
+    for number in range(2):
+        with IndexedWriter(folder / f"train_{number:05}", np.dtype("<u2")) as writer:
+            while writer.tokens < tokens // 2:
+                lengths = np.maximum(random.lognormal(6.0, 1.2, 1000).astype(np.int64), 2)
+                ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()))
+                ids[np.cumsum(lengths) - 1] = 0
+                writer.add(ids, lengths)
+            written = writer.finish()
+        shards.append(
+            ShardEntry(
+                prefix=f"train_{number:05}",
+                source="all",
+                documents=written.documents,
+                tokens=written.tokens,
+                bin_bytes=written.bin_bytes,
+                bin_sha256=written.bin_checksum,
+                idx_bytes=written.idx_bytes,
+                idx_sha256=written.idx_checksum,
+            )
+        )
+    write_manifest(folder, shards)
+
+
+def make_trillion(folder: Path) -> None:
+    """500 shards of two billion tokens; one index file under many names, and token files that are holes."""
+    folder.mkdir(parents=True)
+    length = SHARD_TOKENS // SHARD_DOCUMENTS
+    first = idx_path(folder / "train_00000")
+    with first.open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, VERSION, 8, SHARD_DOCUMENTS, SHARD_DOCUMENTS + 1))
+        stream.write(np.full(SHARD_DOCUMENTS, length, "<i4").tobytes())
+        stream.write((np.arange(SHARD_DOCUMENTS, dtype="<i8") * length * 2).tobytes())
+        stream.write(np.arange(SHARD_DOCUMENTS + 1, dtype="<i8").tobytes())
+    shards, nothing = [], "0" * 64
+    for number in range(TRILLION_SHARDS):
+        prefix = folder / f"train_{number:05}"
+        if number:
+            os.link(first, idx_path(prefix))
+        with bin_path(prefix).open("wb") as stream:
+            stream.truncate(SHARD_TOKENS * 2)
+        sizes = {"bin_bytes": SHARD_TOKENS * 2, "idx_bytes": first.stat().st_size}
+        counts = {"documents": SHARD_DOCUMENTS, "tokens": SHARD_TOKENS}
+        shards.append(ShardEntry(prefix=prefix.name, source="all", bin_sha256=nothing, idx_sha256=nothing, **sizes, **counts))
+    write_manifest(folder, shards)
+
+
+# --- the sides ------------------------------------------------------------------------------------------------------------------
+
+
+def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
+    """Seconds of the slowest and the middle step, and tokens a second over all."""
+    seconds = np.empty(steps)
+    for number in range(steps):
+        started = time.perf_counter()
+        step(number)
+        seconds[number] = time.perf_counter() - started
+    middle, late, most = (float(np.quantile(seconds, share)) * 1000 for share in (0.5, 0.99, 1.0))
+    rate = steps * MICRO_BATCH * SEQUENCE_LENGTH / float(seconds.sum())
+    return {"tokens_per_second": rate, "p50_ms": middle, "p99_ms": late, "max_ms": most}
+
+
+def memory() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
+    from data_pipeline.corpora import load_corpora
+    from data_pipeline.loader import TrainingSource, TrainLoader
+    from data_pipeline.packing import prepare_packing, training_samples
+    from pretrain.config.data_schema import DataConfig, Proportional
+
+    config = DataConfig.model_validate({"packing": {"kind": packing}, "document_mask": True})
+    result: dict[str, float] = {}
+    if packing == "best_fit":
+        started = time.perf_counter()
+        packed = prepare_packing(load_corpora({"": str(folder)}), config, SEQUENCE_LENGTH)
+        assert packed is not None
+        result = {"packing_seconds": time.perf_counter() - started, "padding_share": packed.padding_share, "truncated_share": packed.truncated_share}
+    before, started = memory(), time.perf_counter()
+    parts = load_corpora({"": str(folder)}).training_parts()
+    sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
+    loader = TrainLoader(sources, Proportional(), 0, MICRO_BATCH, MICRO_BATCH, 0, 1)
+    loader.step_batches(0)
+    result |= {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": memory() - before}
+    if steps:
+        result |= timed_steps(lambda number: loader.step_batches(number + 1), steps) | {"bytes": memory() - before}
+    return result
+
+
+def megatron(folder: Path, steps: int) -> dict[str, float]:
+    """Megatron-Core's GPTDataset, with its index built from nothing, in batches of the same size."""
+    with warnings.catch_warnings():  # it misses optional CUDA packages, aloud
+        warnings.simplefilter("ignore")
+        import torch
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
+
+    class Tokenizer(MegatronLegacyTokenizer):
+        vocab: dict[str, int] = {}
+        inv_vocab: dict[int, str] = {}
+        vocab_size, eod, pad = VOCAB_SIZE, 0, 0
+
+        def tokenize(self, text: str) -> np.ndarray:
+            raise NotImplementedError("the shards hold tokens")
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    before, started = memory(), time.perf_counter()
+    prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("train_*.bin"))
+    cache = folder / "megatron-cache"
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=SEQUENCE_LENGTH,
+        blend=(prefixes, None),
+        split="1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=Tokenizer("none"),
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+    )
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [max(steps, 1) * MICRO_BATCH + MICRO_BATCH, 0, 0], lambda: True, config).build()[0]
+
+    def step(number: int) -> object:
+        samples = [dataset[number * MICRO_BATCH + row] for row in range(MICRO_BATCH)]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+
+    step(0)
+    result: dict[str, float] = {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": memory() - before}
+    result |= timed_steps(lambda number: step(number + 1), steps) | {"bytes": memory() - before}
+    shutil.rmtree(cache)
+    return result
+
+
+def trained_steps(folder: Path, steps: int) -> dict[str, float]:
+    """How long a training step of a millisecond waits for its batch, over many steps."""
+    from data_pipeline.corpora import load_corpora
+    from data_pipeline.loader import TrainingSource, TrainLoader
+    from data_pipeline.packing import training_samples
+    from pretrain.config.data_schema import DataConfig, Proportional
+
+    config = DataConfig.model_validate({"packing": {"kind": "best_fit"}, "document_mask": True})
+    parts = load_corpora({"": str(folder)}).training_parts()
+    sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
+    loader = TrainLoader(sources, Proportional(), 0, MICRO_BATCH, MICRO_BATCH, 0, 1)
+    loader.step_batches(0)
+    loader.stall_seconds = 0.0
+    started = time.perf_counter()
+    for number in range(1, steps + 1):
+        loader.step_batches(number)
+        time.sleep(0.010)
+    return {"steps": steps, "stall_seconds": loader.stall_seconds, "stall_share": loader.stall_seconds / (time.perf_counter() - started)}
+
+
+def measure(folder: Path, side: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--folder", str(folder), "--side", side, "--steps", str(steps)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def run_side(folder: Path, side: str, steps: int) -> dict[str, float]:
+    match side:
+        case "concatenate" | "best_fit":
+            return ours(folder, steps, side)
+        case "megatron":
+            return megatron(folder, steps)
+        case _:
+            return trained_steps(folder, steps)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("side", "first batch s", "memory MB", "tokens/s", "p50 ms", "p99 ms", "max ms", title=f"{report['tokens'] / 1e6:.0f} M tokens")
+    for side, row in report["sides"].items():
+        cells = [f"{row['first_batch_seconds']:.2f}", f"{row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second'] / 1e6:.1f} M"]
+        table.add_row(side, *cells, *(f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")))
+    console.print(table)
+    packed, trillion, stalls = report["sides"]["best_fit"], report["trillion"], report["stalls"]
+    console.print(f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the documents cut")
+    first = f"first batch after {trillion['first_batch_seconds']:.2f} s and {trillion['first_batch_bytes'] / 1e6:.0f} MB"
+    console.print(f"a trillion tokens in {TRILLION_SHARDS} shards: {first}; {trillion['bytes'] / 1e6:.0f} MB after 300 steps")
+    console.print(f"{stalls['steps']:,} steps of 10 ms with best-fit packing and document ids: {stalls['stall_share']:.3%} of the time waiting")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("data/benchmark-loading"))
+    parser.add_argument("--megatokens", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loading.json"))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(options.folder, options.side, options.steps)))
+        return
+    small, large = options.folder / "small", options.folder / "trillion"
+    if not (small / "manifest.json").exists():
+        make_small(small, options.megatokens * 1_000_000)
+    if not (large / "manifest.json").exists():
+        make_trillion(large)
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "tokens": sum(shard["tokens"] for shard in json.loads((small / "manifest.json").read_text())["splits"]["train"]["shards"]),
+        "sides": {side: measure(small, side, options.steps) for side in ("concatenate", "best_fit", "megatron")},
+        "trillion": measure(large, "concatenate", 300),
+        "stalls": measure(small, "stalls", options.steps),
+    }
+    print_report(report)
+    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()
