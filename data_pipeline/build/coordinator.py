@@ -132,18 +132,21 @@ def _remove_unused(output: Output, is_new: bool) -> None:
 def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:
     """The manifest that is there, where it is of the same request and input.
 
-    Files with other times may still have the same content: then they are read and compared.
+    Files with other times may still have the same content: then they are read and compared. A stream is not read to its end for that.
     """
     manifest = load_manifest(output.path)
     if manifest.request_sha256 != plan.request_sha256:
         raise ConfigError(f"{output.path} holds data of another corpus, tokenizer or cleaning: choose another folder, or pass --fresh to replace it")
     if manifest.inputs_sha256 != plan.inputs_sha256:
+        other = ConfigError(f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to replace it")
+        if plan.config.streaming:
+            raise other
         task = Task(plan.config, str(output.staging), SplitPlan(plan.config.validation_share))
         jobs = [(task, number, unit) for number, unit in enumerate(plan.units)]
         records = _collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
         found = {name: finish.source_sha256(records, name) for name in plan.config.named_sources}
         if found != {name: source.sha256 for name, source in manifest.sources.items()}:
-            raise ConfigError(f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to replace it")
+            raise other
     verify(manifest)
     return manifest
 
@@ -349,11 +352,12 @@ def _collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: b
     records: list[Record] = []
     read = bad = tokens = 0
     with tqdm(total=plan.input_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress) as bar:
-        for record in itertools.chain(earlier, results):
+        for number, record in enumerate(itertools.chain(earlier, results)):
             records.append(record)
             read += record["records"]
             bad += sum(record["bad"].values())
-            tokens += sum(split["tokens"] for split in record.get("splits", {}).values())
+            if number >= len(earlier):
+                tokens += sum(split["tokens"] for split in record.get("splits", {}).values())
             bar.set_postfix_str(f"{tokens / (bar.format_dict['elapsed'] or 1.0) / 1e6:.2f}M tokens/s" if tokens else "", refresh=False)
             bar.update(plan.units[record["unit"]].size)
             if read >= BAD_SHARE_FROM and bad > plan.config.max_bad_share * read:

@@ -13,14 +13,14 @@ import orjson
 
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.build.workspace import RECORD, attempt, no_space_is_told
-from data_pipeline.cleaning.near_duplicates import minhash_bands_batch
+from data_pipeline.cleaning.near_duplicates import minhash_bands_batch, num_bands
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.indexed import IndexedWriter, token_dtype
 from data_pipeline.sources import Unit
 from data_pipeline.split import SPLITS
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder
-from pretrain.config.data_schema import Cleaning, NearDuplicates, TokenizerBase
+from pretrain.config.data_schema import Cleaning, TokenizerBase
 from pretrain.config.errors import DataError
 
 BATCH_CHARACTERS = 1 << 24
@@ -241,43 +241,49 @@ def looks_for_duplicates(cleaning: Cleaning) -> bool:
 
 
 class DuplicateKeys:
-    """What tells duplicates, one row a document, in memory-mappable files beside the part."""
+    """What tells duplicates, one row a document, in memory-mappable files beside the part. Rows go to disk in batches: memory stays flat."""
 
     def __init__(self, folder: Path, cleaning: Cleaning) -> None:
         self.folder, self.near = folder, cleaning.near_duplicates
-        self.digests: list[int] = []
-        self.sides: list[int] = []
-        self.text_bytes: list[int] = []
-        self.names: list[str] = []
-        self.bands: list[np.ndarray] = []
-        self._texts: list[str] = []
+        self.columns: dict[str, np.dtype[Any]] = {DIGESTS: np.dtype("u8"), SIDES: np.dtype("u1"), TEXT_BYTES: np.dtype("i8")}
+        if self.near is not None:
+            self.columns[BANDS] = np.dtype("u8")
+        self.widths = {DIGESTS: 2, BANDS: num_bands(self.near) if self.near is not None else 0}
+        self.rows = 0
+        self._waiting: list[tuple[str, str, int, int, int]] = []
         self._characters = 0
 
     def add(self, name: str, text: str, digest: int, side: int, size: int) -> None:
-        self.digests.append(digest)
-        self.sides.append(side)
-        self.text_bytes.append(size)
-        self.names.append(name)
-        if self.near is not None:
-            self._texts.append(text)
-            self._characters += len(text)
-            if self._characters >= MINHASH_CHARACTERS:
-                self._flush(self.near)
+        self._waiting.append((name, text if self.near is not None else "", digest, side, size))
+        self._characters += len(text)
+        if self._characters >= MINHASH_CHARACTERS or len(self._waiting) >= BATCH_DOCUMENTS:
+            self.flush()
 
-    def _flush(self, near: NearDuplicates) -> None:
-        if self._texts:
-            self.bands.append(minhash_bands_batch(self._texts, near))
-        self._texts, self._characters = [], 0
+    def flush(self) -> None:
+        """Appends the waiting rows to one raw file a column."""
+        names, texts, digests, sides, sizes = zip(*self._waiting, strict=True) if self._waiting else ((),) * 5
+        values: dict[str, Any] = {DIGESTS: [(digest >> 64, digest & (2**64 - 1)) for digest in digests], SIDES: sides, TEXT_BYTES: sizes}
+        if self.near is not None and texts:
+            values[BANDS] = minhash_bands_batch(texts, self.near)
+        for column, rows in values.items():
+            with self._raw(column).open("ab") as stream:
+                stream.write(np.array(rows, dtype=self.columns[column]).tobytes())
+        with (self.folder / NAMES).open("ab") as stream:
+            stream.write(b"".join(orjson.dumps(name) + b"\n" for name in names))
+        self.rows += len(self._waiting)
+        self._waiting, self._characters = [], 0
 
     def finish(self) -> None:
-        digests = np.array([[digest >> 64, digest & (2**64 - 1)] for digest in self.digests], dtype=np.uint64).reshape(-1, 2)
-        np.save(self.folder / DIGESTS, digests)
-        np.save(self.folder / SIDES, np.array(self.sides, dtype=np.uint8))
-        np.save(self.folder / TEXT_BYTES, np.array(self.text_bytes, dtype=np.int64))
-        (self.folder / NAMES).write_bytes(b"".join(orjson.dumps(name) + b"\n" for name in self.names))
-        if self.near is not None:
-            self._flush(self.near)
-            np.save(self.folder / BANDS, np.concatenate(self.bands) if self.bands else np.zeros((0, 0), np.uint64))
+        """Gives every column its header."""
+        self.flush()
+        for column, dtype in self.columns.items():
+            shape = (self.rows, self.widths[column]) if column in self.widths else (self.rows,)
+            raw = self._raw(column)
+            np.save(self.folder / column, np.memmap(raw, dtype, "r", shape=shape) if self.rows else np.zeros(shape, dtype))
+            raw.unlink(missing_ok=True)
+
+    def _raw(self, column: str) -> Path:
+        return self.folder / f"{column}.raw"
 
 
 @lru_cache(maxsize=1)
