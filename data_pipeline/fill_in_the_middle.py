@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from pretrain.config.data_schema import FillInTheMiddle
+from pretrain.config.cleaning_schema import FillInTheMiddle
 from pretrain.config.errors import DataError
 
 MIN_CHARACTERS = 3

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
 from data_pipeline.split import Extreme, SplitPlan, position, text_digest
-from pretrain.config.data_schema import Cleaning, DataConfig
+from pretrain.config.cleaning_schema import Cleaning
+from pretrain.config.data_schema import DataConfig
 from pretrain.config.data_schema import Source as SourceSection
 from pretrain.config.errors import DataError
 

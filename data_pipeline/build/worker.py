@@ -20,7 +20,8 @@ from data_pipeline.sources import Unit
 from data_pipeline.split import SPLITS
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder
-from pretrain.config.data_schema import Cleaning, TokenizerBase
+from pretrain.config.cleaning_schema import Cleaning
+from pretrain.config.data_schema import TokenizerBase
 from pretrain.config.errors import DataError
 
 BATCH_CHARACTERS = 1 << 24

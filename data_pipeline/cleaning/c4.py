@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import C4Quality
+from pretrain.config.cleaning_schema import C4Quality
 
 # "A terminal punctuation mark (i.e. a period, exclamation mark, question mark, or end quotation mark)".
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”")

@@ -12,7 +12,7 @@ from data_pipeline.cleaning.language import LanguageFilter
 from data_pipeline.cleaning.normalize import Normalizer
 from data_pipeline.cleaning.redact import Redactor
 from data_pipeline.cleaning.stage import Cleaned, Stage
-from pretrain.config.data_schema import Cleaning
+from pretrain.config.cleaning_schema import Cleaning
 
 
 class Cleaner:

@@ -21,7 +21,8 @@ from data_pipeline.cleaning.stage import Cleaned
 from data_pipeline.sources.interface import LeftOut, ReadContext
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.text import Text
-from pretrain.config.data_schema import Decontaminate, JsonlSource, TextSource
+from pretrain.config.cleaning_schema import Decontaminate
+from pretrain.config.data_schema import JsonlSource, TextSource
 from pretrain.config.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import GopherQuality, GopherRepetition
+from pretrain.config.cleaning_schema import GopherQuality, GopherRepetition
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
 BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import Language
+from pretrain.config.cleaning_schema import Language
 from pretrain.config.errors import ConfigError
 
 if TYPE_CHECKING:

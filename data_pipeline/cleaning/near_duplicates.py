@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
-from pretrain.config.data_schema import NearDuplicates
+from pretrain.config.cleaning_schema import NearDuplicates
 
 SEED = 1
 

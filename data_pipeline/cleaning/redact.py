@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data_pipeline.cleaning.secret_patterns import SECRETS, SecretPattern
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import Redact
+from pretrain.config.cleaning_schema import Redact
 
 EMAIL, IP_ADDRESS, SECRET, PHONE_NUMBER, CREDIT_CARD = "<EMAIL>", "<IP_ADDRESS>", "<SECRET>", "<PHONE_NUMBER>", "<CREDIT_CARD>"
 

@@ -42,8 +42,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> EngineChoice:
     their usual speed, and the first fit one is taken if it is faster than the tokenizers library: to load and try the others takes longer
     than they would gain on most corpora.
     """
-    special = [token.content for token in tokenizer.library.get_added_tokens_decoder().values()][:MOST_TOKENS_SPELLED]
-    torture = torture_texts(special) + newer_unicode_texts(tokenizer.library)
+    special = [token.content for token in tokenizer.reference.get_added_tokens_decoder().values()][:MOST_TOKENS_SPELLED]
+    torture = torture_texts(special) + newer_unicode_texts(tokenizer.reference)
     sample = list(sample) or torture
     megabytes = sum(len(text.encode("utf-8")) for text in sample) / 1e6
     start = time.perf_counter()

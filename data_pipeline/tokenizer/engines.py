@@ -53,7 +53,7 @@ class _Fastokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         from fastokens import Tokenizer as Native
 
-        self._native = Native.from_json_str(tokenizer.library.to_str())
+        self._native = Native.from_json_str(tokenizer.reference.to_str())
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         ids, offsets = self._native.encode_batch_flat(list(texts), split_special_tokens=True)
@@ -64,7 +64,7 @@ class _Gigatoken:
     def __init__(self, tokenizer: Tokenizer) -> None:
         from gigatoken import Tokenizer as Native
 
-        content = json.loads(tokenizer.library.to_str())
+        content = json.loads(tokenizer.reference.to_str())
         # It finds every special token that it knows of, so it must not know of them.
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         self._native = Native.from_json(json.dumps(content))
@@ -81,7 +81,7 @@ class _Tiktoken:
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tiktoken import Encoding
 
-        library, model = tokenizer.library, json.loads(tokenizer.library.to_str())["model"]
+        library, model = tokenizer.reference, json.loads(tokenizer.reference.to_str())["model"]
         pattern = pattern_of(library.pre_tokenizer)
         if model["type"] != "BPE" or pattern is None or library.normalizer is not None:
             raise ValueError("it is not a byte-level BPE with one pattern")

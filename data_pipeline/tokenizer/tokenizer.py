@@ -30,7 +30,7 @@ class Tokenizer:
 
     Attributes:
         content: the file's bytes; ``sha256`` is their checksum.
-        library: the tokenizer of the tokenizers library, in which special tokens spelled in a text are ordinary text.
+        reference: the tokenizer of the tokenizers library, in which special tokens spelled in a text are ordinary text.
         vocab_size: the largest id + 1.
         eod_id: id of the token that ends a document. A tokenizer without one has its bos_id or else its pad_id here, unless the policy
             appends the end-of-document token.
@@ -45,8 +45,8 @@ class Tokenizer:
         policy = policy or TokenizerBase()
         self.content, self.origin = content, origin
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.library = _read(content, origin)
-        vocabulary = self.library.get_vocab(with_added_tokens=True)
+        self.reference = _read(content, origin)
+        vocabulary = self.reference.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_ID:
             raise DataError(f"{origin} has no tokens, or ids of 2^31 and more: give a tokenizer with a vocabulary")
@@ -61,22 +61,22 @@ class Tokenizer:
         if not found:
             raise DataError(f"{origin} has no end-of-document token: name it with eod_token, or use a tokenizer with one of {', '.join(EOD_TOKENS)}")
         self.eod_id = found[0]
-        self._may_be_cut = may_be_cut(self.library)
+        self._may_be_cut = may_be_cut(self.reference)
 
     def _find(self, field: str, wanted: str | None, known: Sequence[str]) -> int | None:
         """The id of the token that the policy names, or of the first well-known one that is there."""
         if wanted is None:
             return next((found for token in known if (found := self.token_id(token)) is not None), None)
         if (found := self.token_id(wanted)) is None:
-            added = [token.content for token in self.library.get_added_tokens_decoder().values()]
-            near = difflib.get_close_matches(wanted, added or list(self.library.get_vocab()), n=3, cutoff=0.3)
+            added = [token.content for token in self.reference.get_added_tokens_decoder().values()]
+            near = difflib.get_close_matches(wanted, added or list(self.reference.get_vocab()), n=3, cutoff=0.3)
             hint = f", but {', '.join(near)}" if near else ""
             raise DataError(f"{self.origin} has no token '{wanted}'{hint}: correct {field}")
         return found
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry; None where there is no such entry."""
-        found: int | None = self.library.token_to_id(token)
+        found: int | None = self.reference.token_to_id(token)
         return found
 
     def pieces(self, text: str) -> Iterator[str]:
@@ -86,12 +86,12 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Token ids [n] int64 of each text, on all cores, without special tokens."""
         pieces = [list(self.pieces(text)) for text in texts]
-        encodings = iter(self.library.encode_batch_fast([piece for parts in pieces for piece in parts], add_special_tokens=False))
+        encodings = iter(self.reference.encode_batch_fast([piece for parts in pieces for piece in parts], add_special_tokens=False))
         return [np.concatenate([np.array(next(encodings).ids, dtype=np.int64) for _ in parts]) for parts in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are spelled out."""
-        return str(self.library.decode(list(ids), skip_special_tokens=False))
+        return str(self.reference.decode(list(ids), skip_special_tokens=False))
 
 
 def load_tokenizer(path: Path, policy: TokenizerBase | None = None) -> Tokenizer:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.cleaning import REASONS, Cleaned, Cleaner
 from data_pipeline.cleaning.normalize import Normalizer
-from pretrain.config.data_schema import Cleaning, Normalize
+from pretrain.config.cleaning_schema import Cleaning, Normalize
 
 CODE = "def f(x):\n\tif x:\n\t\treturn {'a': 1}   \n\n\n    # spaces\n"
 

@@ -16,7 +16,7 @@ from data_pipeline.cleaning import Cleaner
 from data_pipeline.cleaning.decontaminate import Decontaminator
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import Cleaning, Decontaminate
+from pretrain.config.cleaning_schema import Cleaning, Decontaminate
 from pretrain.config.errors import ConfigError, DataError
 
 WORDS = [f"word{number}" for number in range(40)]

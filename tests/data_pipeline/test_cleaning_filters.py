@@ -14,7 +14,7 @@ from data_pipeline.cleaning.code import CodeFilter
 from data_pipeline.cleaning.gopher import GopherQualityFilter, GopherRepetitionFilter, Words, duplicate_shares
 from data_pipeline.cleaning.language import LanguageFilter, sample_of
 from data_pipeline.cleaning.stage import REASONS, Cleaned
-from pretrain.config.data_schema import C4Quality, CodeQuality, GopherQuality, GopherRepetition, Language
+from pretrain.config.cleaning_schema import C4Quality, CodeQuality, GopherQuality, GopherRepetition, Language
 from pretrain.config.errors import ConfigError
 
 PROSE = """The harbour lies to the north of the town, and ships have come to it for many centuries.

@@ -19,7 +19,7 @@ from data_pipeline.cleaning.near_duplicates import (
     num_bands,
     shingles,
 )
-from pretrain.config.data_schema import NearDuplicates
+from pretrain.config.cleaning_schema import NearDuplicates
 
 DEFAULT = NearDuplicates()
 PROSE = " ".join(random.Random(5).choices([f"term{number}" for number in range(2000)], k=400))

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.cleaning.redact import Redactor
 from data_pipeline.cleaning.secret_patterns import SECRETS, looks_random
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.data_schema import Redact
+from pretrain.config.cleaning_schema import Redact
 
 KINDS = ("secrets", "email_addresses", "ip_addresses", "phone_numbers", "credit_cards")
 ALL = Redactor(Redact(phone_numbers=True))

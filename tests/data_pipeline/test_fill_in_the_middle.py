@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
-from pretrain.config.data_schema import FillInTheMiddle
+from pretrain.config.cleaning_schema import FillInTheMiddle
 from pretrain.config.errors import DataError
 
 IDS = {"<|fim_prefix|>": 7, "<|fim_middle|>": 8, "<|fim_suffix|>": 9}

@@ -70,7 +70,7 @@ def test_every_plane_round_trips_with_any_options(by_options: dict[tuple[str, st
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [text[start:end] for _, (start, end) in tokenizer.library.pre_tokenizer.pre_tokenize_str(text)]
+    return [text[start:end] for _, (start, end) in tokenizer.reference.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def test_options_decide_how_digits_and_line_ends_are_cut(by_options: dict[tuple[str, str], Tokenizer]) -> None:
@@ -150,7 +150,7 @@ def adversarial_texts() -> list[str]:
 
 def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     """Ids by the library alone, which cuts nothing."""
-    return [token for part in parts for token in tokenizer.library.encode(part, add_special_tokens=False).ids]
+    return [token for part in parts for token in tokenizer.reference.encode(part, add_special_tokens=False).ids]
 
 
 def test_pieces_of_a_long_text_encode_to_the_tokens_of_the_whole(

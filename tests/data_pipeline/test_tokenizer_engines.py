@@ -110,7 +110,7 @@ def test_an_engine_that_finds_special_tokens_in_texts_is_not_chosen(tokenizer: T
     class Finding:
         def __init__(self, tokenizer: Tokenizer) -> None:
             self._tokenizer = Tokenizer(tokenizer.content, "finding")
-            self._tokenizer.library.encode_special_tokens = False
+            self._tokenizer.reference.encode_special_tokens = False
 
         def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             return engines._Tokenizers(self._tokenizer).encode_flat(texts)
@@ -189,9 +189,9 @@ def test_a_checked_engine_gives_what_the_engine_gives(tokenizer: Tokenizer) -> N
 def test_letters_of_newer_unicode_are_tried_where_a_token_reaches_out_of_them() -> None:
     # U+A7CF came with Unicode 17; its last byte and '",' make up a token of signs here.
     tokenizer = train_bpe([f'"{sign}",' for sign in "⁏⎏␏▏●☏⚏"] * 9, TrainBPE(vocab_size=262))
-    assert any(token.endswith('",') and len(token) == 3 for token in tokenizer.library.get_vocab())
-    assert '\ua7cf", x' in "\n".join(newer_unicode_texts(tokenizer.library)).splitlines()
-    assert not newer_unicode_texts(train_bpe(["plain"] * 9, TrainBPE(vocab_size=300)).library)
+    assert any(token.endswith('",') and len(token) == 3 for token in tokenizer.reference.get_vocab())
+    assert '\ua7cf", x' in "\n".join(newer_unicode_texts(tokenizer.reference)).splitlines()
+    assert not newer_unicode_texts(train_bpe(["plain"] * 9, TrainBPE(vocab_size=300)).reference)
 
 
 def test_first_difference_is_a_token_or_the_end_of_the_shorter() -> None:
@@ -202,6 +202,6 @@ def test_first_difference_is_a_token_or_the_end_of_the_shorter() -> None:
 @pytest.mark.full
 def test_the_whole_of_the_torture_takes_only_engines_that_agree(tokenizer: Tokenizer) -> None:
     choice = choose_engine(tokenizer, TEXTS)
-    texts = [*torture_texts([SPECIAL]), *newer_unicode_texts(tokenizer.library)]
+    texts = [*torture_texts([SPECIAL]), *newer_unicode_texts(tokenizer.reference)]
     found = open_engine(choice.name, tokenizer).encode_flat(texts)
     assert all(np.array_equal(one, other) for one, other in zip(open_engine("tokenizers", tokenizer).encode_flat(texts), found, strict=True))
