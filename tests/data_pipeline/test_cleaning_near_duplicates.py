@@ -110,7 +110,7 @@ def test_bands_are_the_same_in_every_process_and_version() -> None:
     recorded = [16927680967994317707, 16357271764288123033, 4894363724610466434]
     assert minhash_bands("the quick brown fox jumps over the lazy dog", DEFAULT)[:3].tolist() == recorded
     program = (
-        "from data_pipeline.cleaning.near_duplicates import minhash_bands; from pretrain.config.data_schema import NearDuplicates; "
+        "from data_pipeline.cleaning.near_duplicates import minhash_bands; from pretrain.config.cleaning_schema import NearDuplicates; "
         "print(minhash_bands('the quick brown fox jumps over the lazy dog', NearDuplicates())[:3].tolist())"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
