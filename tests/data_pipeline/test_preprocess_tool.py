@@ -206,24 +206,29 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.002)
 
 
-def killed_at_random(work: Path, rounds: int) -> None:
+def killed_at_random(work: Path, kills: int) -> None:
     """Builds that are killed at a random moment and started again; each output must be as if undisturbed."""
     write_units(work)
+    started = time.monotonic()
     assert run(work, *UNITS[:-5], "data/clean", *UNITS[-4:]).returncode == 0
+    longest = time.monotonic() - started
     clean = {path.name: path.read_bytes() for path in (work / "data" / "clean").iterdir()}
-    source = random.Random(1)
-    for number in range(rounds):
+    source, number = random.Random(1), 0
+    while number < kills:
         shutil.rmtree(work / "data" / "many", ignore_errors=True)
         command = [sys.executable, str(TOOL), *UNITS, "--workers", str(1 + number % 2)]
         with subprocess.Popen(command, cwd=work, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-            # From the first import to the last rename.
+            # From the first import to the last rename; a build that was faster than the kill does not count.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(source.uniform(0.3, 6.0))
-            if process.poll() is None and number % 3:
+                process.wait(source.uniform(0.2, longest))
+            if process.poll() is not None:
+                continue
+            if number % 3:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()  # alone every third time: then its workers must end by themselves
         assert run(work, *UNITS, "--workers", "1").returncode == 0
         assert {path.name: path.read_bytes() for path in (work / "data" / "many").iterdir()} == clean
+        number += 1
 
 
 def test_builds_killed_at_random_moments_end_as_if_undisturbed(work: Path) -> None:
