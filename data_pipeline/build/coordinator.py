@@ -34,6 +34,7 @@ from data_pipeline.build.worker import (
     boot_id,
     encode_unit,
     looks_for_duplicates,
+    prepare_encoder,
     sample_unit,
     scan_unit,
     unit_folder,
@@ -47,7 +48,7 @@ from data_pipeline.manifest import Manifest, load_manifest, verify
 from data_pipeline.sources import Document
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
-from data_pipeline.tokenizer.engine_choice import REFERENCE, choose_engine
+from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE, REFERENCE, choose_engine
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
@@ -55,7 +56,7 @@ from pretrain.config.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-ENGINE_SAMPLE_BYTES = 1 << 18
+ENGINE_SAMPLE_BYTES = 1 << 17
 # Choosing an engine takes seconds, in which the tokenizers library encodes this much.
 WORTH_CHOOSING_FOR = 8 << 20
 # A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
@@ -235,6 +236,8 @@ class Build:
             return asked
         if self.plan.input_bytes < WORTH_CHOOSING_FOR:
             return REFERENCE
+        # The workers load what most likely comes out while this process looks.
+        self.pool.prepare(prepare_encoder, replace(self.task, engine=LIKELY_ENGINE))
         return choose_engine(tokenizer, self._sample_texts()).name
 
     def _sample_texts(self) -> list[str]:

@@ -49,6 +49,12 @@ class Pool:
     def __init__(self, executor: Submits | None, workers: int) -> None:
         self.executor, self.workers = executor, workers
 
+    def prepare(self, function: Callable[[JobT], object], job: JobT) -> None:
+        """Has every worker do something ahead of its first job, without waiting for it; nothing where this process does the work."""
+        for _ in range(self.workers if self.executor is not None else 0):
+            assert self.executor is not None
+            self.executor.submit(function, job)
+
     def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
         """The results in the order in which they are ready; the first error ends it all.
 

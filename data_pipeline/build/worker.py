@@ -89,6 +89,15 @@ def encode_unit(job: Job) -> Record:
         return _finish(folder, job, reader.record() | {"splits": splits})
 
 
+def prepare_encoder(task: Task) -> None:
+    """Loads the tokenizer and an engine ahead of use; nobody looks at the result, and what is wrong with them is told when they are used."""
+    _encoder(task.workspace, _policy(task), task.engine)
+
+
+def _policy(task: Task) -> str:
+    return task.config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields))
+
+
 def _finish(folder: Path, job: Job, record: Record) -> Record:
     """Completes a unit's record, and writes it."""
     task, number, _ = job
@@ -123,8 +132,7 @@ class PartWriter:
     def __init__(self, task: Task, folder: Path, source: str) -> None:
         config = task.config
         self.folder = folder
-        policy = config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields))
-        self.tokenizer, self.encoder = _encoder(task.workspace, policy, task.engine)
+        self.tokenizer, self.encoder = _encoder(task.workspace, _policy(task), task.engine)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         middle = config.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or source in middle.sources)

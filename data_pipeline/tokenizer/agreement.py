@@ -13,7 +13,7 @@ from data_pipeline.tokenizer.patterns import byte_characters
 
 _SURROGATES = range(0xD800, 0xE000)
 _BLOCK = 512
-_NEIGHBOURS = 2
+_NEIGHBOURS = 1
 _LINES = 64
 _ALPHABETS = (
     "ab 1\n\t\r.,'sS<|>/_",
@@ -28,13 +28,13 @@ _ALPHABETS = (
 
 
 def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
-    """About 200 KB of text in which tokenizers are known to go apart; more would take longer than encoding a small corpus.
+    """About 100 KB of text in which tokenizers are known to go apart; more would take longer than encoding a small corpus.
 
-    Every code point of two bytes, one in 17 of the first two planes and one in 67 of the others, runs of blanks, line ends and digits, marks
+    Every code point of two bytes, one in 41 of the first two planes and one in 257 of the others, runs of blanks, line ends and digits, marks
     without a base, joined emoji, scripts from the right, and ``tokens`` spelled out.
     """
     # A prime step, so that every place in a block of a script comes up.
-    points = [*range(1, 0x800), *(point for point in range(0x800, 0x20000, 17) if point not in _SURROGATES), *range(0x20000, 0x110000, 67)]
+    points = [*range(1, 0x800), *(point for point in range(0x800, 0x20000, 41) if point not in _SURROGATES), *range(0x20000, 0x110000, 257)]
     texts = ["", " ", "\u0301", "\u200d", "\ufeffx", "a" * 5000, "pneumono" * 500, "def f(x):\n\treturn x  \n\n\n    y = 1234567.89\r\n\r\n"]
     for start in range(0, len(points), _BLOCK):
         block = [chr(point) for point in points[start : start + _BLOCK]]

@@ -17,6 +17,7 @@ from pretrain.config.errors import DataError
 logger = logging.getLogger(__name__)
 
 REFERENCE = "tokenizers"
+LIKELY_ENGINE = "fastokens"
 MOST_TOKENS_SPELLED = 1000
 
 
