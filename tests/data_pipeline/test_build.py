@@ -341,3 +341,28 @@ def test_a_stopped_build_of_other_data_is_not_taken_up(work: Path, monkeypatch: 
     clean = build(other, Output(work / "clean"))
     build(other, Output(work / "data"))
     assert contents(work / "data") == contents(clean.folder)
+
+
+def test_the_tokenizer_is_trained_on_the_sources_by_weight(work: Path) -> None:
+    sources = {
+        "words": {"kind": "jsonl", "input": [str(jsonl(work / "a.jsonl", ["hello world again and again " * 9] * 30))]},
+        "digits": {"kind": "jsonl", "input": [str(jsonl(work / "b.jsonl", ["31415926 27182818 " * 9] * 30))]},
+    }
+    alone = build(section(work / "a.jsonl", source=sources["words"]), Output(work / "alone")).manifest.tokenizer
+    for name, weights in (("words", {"words": 1.0}), ("both", None)):
+        tokenizer = {"kind": "train_bpe", "vocab_size": 300, "sample_weights": weights}
+        config = section(work / "a.jsonl", source=None, sources=sources, tokenizer=tokenizer)
+        found = build(config, Output(work / name)).manifest.tokenizer
+        assert (found.sha256 == alone.sha256) == (weights is not None)
+    wrong = {"kind": "train_bpe", "sample_weights": {"wrods": 1.0}}
+    with pytest.raises(ConfigError, match="names the source 'wrods', but the sources are words, digits"):
+        build(section(work / "a.jsonl", source=None, sources=sources, tokenizer=wrong), Output(work / "wrong"))
+
+
+def test_a_small_sample_trains_on_some_documents_only(work: Path) -> None:
+    path = jsonl(work / "many.jsonl", DOCUMENTS)
+    whole = build(section(path, unit_bytes=1000), Output(work / "whole")).manifest
+    sampled = {"kind": "train_bpe", "vocab_size": 300, "sample_bytes": 2000}
+    twice = [build(section(path, unit_bytes=1000, tokenizer=sampled), Output(work / name)).manifest for name in ("one", "two")]
+    assert twice[0].tokenizer == twice[1].tokenizer != whole.tokenizer
+    assert twice[0].splits["train"].documents == whole.splits["train"].documents
