@@ -70,18 +70,7 @@ def make_small(folder: Path, tokens: int) -> None:
                 ids[np.cumsum(lengths) - 1] = 0
                 writer.add(ids, lengths)
             written = writer.finish()
-        shards.append(
-            ShardEntry(
-                prefix=f"train_{number:05}",
-                source="all",
-                documents=written.documents,
-                tokens=written.tokens,
-                bin_bytes=written.bin_bytes,
-                bin_sha256=written.bin_checksum,
-                idx_bytes=written.idx_bytes,
-                idx_sha256=written.idx_checksum,
-            )
-        )
+        shards.append(ShardEntry.of(written, f"train_{number:05}", "all"))
     write_manifest(folder, shards)
 
 

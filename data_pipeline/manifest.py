@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from data_pipeline.indexed import bin_path, idx_path
+from data_pipeline.indexed import WrittenShard, bin_path, idx_path
 from data_pipeline.split import SplitName
 from pretrain.config.durable import file_sha256
 from pretrain.config.errors import DataError
@@ -79,6 +79,20 @@ class ShardEntry(ManifestPart):
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+
+    @classmethod
+    def of(cls, written: WrittenShard, prefix: str, source: str) -> ShardEntry:
+        """The entry of a durable shard that was just written."""
+        return cls(
+            prefix=prefix,
+            source=source,
+            documents=written.documents,
+            tokens=written.tokens,
+            bin_bytes=written.bin_bytes,
+            bin_sha256=written.bin_checksum,
+            idx_bytes=written.idx_bytes,
+            idx_sha256=written.idx_checksum,
+        )
 
 
 class SplitEntry(ManifestPart):

@@ -96,7 +96,7 @@ def build(
         progress: show progress bars on standard error.
         workers: processes; by default every core, or only this process where the input is small.
         pool: workers that are there already, such as the ranks of an MPI job.
-        engine: the tokenizer library that encodes; by default the fastest one whose ids are right on a sample.
+        engine: the tokenizer library that encodes; by default the first, in the order of usual speed, whose ids are right on a sample.
 
     Raises:
         ConfigError: where other data is there and ``fresh`` is false.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from data_pipeline.build.worker import MARKS, SIDES, unit_folder
 from data_pipeline.build.workspace import no_space_is_told, read_json
 from data_pipeline.indexed import IndexedReader, IndexedWriter, bin_path, idx_path
+from data_pipeline.manifest import ShardEntry
 from data_pipeline.split import SPLITS, SplitName
 
 
@@ -95,9 +96,7 @@ def write_shard(plan: ShardPlan) -> dict[str, Any]:
             kept = kept_documents(workspace, piece.unit, plan.split)
             for first, last in _runs(kept, piece.first, len(reader) if piece.last is None else piece.last):
                 writer.copy(reader, first, last)
-        written = asdict(writer.finish())
-        checksums = {f"{kind}_sha256": written.pop(f"{kind}_checksum") for kind in ("bin", "idx")}
-        result = {"prefix": plan.name, "source": plan.source, "split": plan.split, **written, **checksums}
+        result = {"split": plan.split, **ShardEntry.of(writer.finish(), plan.name, plan.source).model_dump()}
         record.write_text(json.dumps(result), encoding="utf-8")
         return result
 

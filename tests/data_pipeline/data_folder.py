@@ -59,16 +59,7 @@ def write_shard(folder: Path, prefix: str, source: str, documents: Sequence[Sequ
         tokens = np.array([token for document in documents for token in document], dtype=np.int64)
         writer.add(tokens, np.array([len(document) for document in documents], dtype=np.int64))
         written = writer.finish()
-    return ShardEntry(
-        prefix=prefix,
-        source=source,
-        documents=written.documents,
-        tokens=written.tokens,
-        bin_bytes=written.bin_bytes,
-        bin_sha256=written.bin_checksum,
-        idx_bytes=written.idx_bytes,
-        idx_sha256=written.idx_checksum,
-    )
+    return ShardEntry.of(written, prefix, source)
 
 
 def stream_of(folder: Path, shards: Shards, vocab_size: int = 1000) -> TokenStream:
