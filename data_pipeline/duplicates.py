@@ -97,14 +97,14 @@ def _slices(total: int, memory_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, total)
 
 
-def _mark_exact(paths: Sequence[Path], marks: Marks, work: Path, memory_bytes: int, advance: Callable[[int], None]) -> None:
+def _mark_exact(paths: Sequence[Path], marks: Marks, work: Path, memory_bytes: int, advance: Callable[[int], object]) -> None:
     def join(firsts: Rows, others: Rows) -> None:
         marks[others] = EXACT_DUPLICATE
 
     _join_equal(_read_chunks(paths, 1, memory_bytes, advance), len(marks), work, memory_bytes, join)
 
 
-def _link_near(paths: Sequence[Path], marks: Marks, parents: Rows, work: Path, memory_bytes: int, advance: Callable[[int], None]) -> None:
+def _link_near(paths: Sequence[Path], marks: Marks, parents: Rows, work: Path, memory_bytes: int, advance: Callable[[int], object]) -> None:
     width = _map(paths[0]).shape[1] if paths else 1
 
     def chunks() -> Iterator[tuple[NDArray[np.uint64], Rows]]:
@@ -119,7 +119,7 @@ def _link_near(paths: Sequence[Path], marks: Marks, parents: Rows, work: Path, m
 
 
 def _read_chunks(
-    paths: Sequence[Path], keys_per_row: int, memory_bytes: int, advance: Callable[[int], None]
+    paths: Sequence[Path], keys_per_row: int, memory_bytes: int, advance: Callable[[int], object]
 ) -> Iterator[tuple[NDArray[np.uint64], Rows]]:
     """The rows of all files with their numbers, as many at a time as the memory allows, also across the ends of files."""
     limit = max(memory_bytes // (BYTES_PER_KEY * keys_per_row), 1)

@@ -16,7 +16,7 @@ from data_pipeline.split import SplitName
 from pretrain.config.errors import DataError
 
 BLOCK = 1 << 21
-Advance = Callable[[int], None]
+Advance = Callable[[int], object]
 
 
 def open_shards(manifest: Manifest, split: SplitName) -> Iterator[tuple[ShardEntry, IndexedReader]]:
