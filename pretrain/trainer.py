@@ -15,10 +15,12 @@ from data_pipeline.packing import Windows
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import NonFiniteError
+from pretrain.config.model_schema import ModelConfig
 from pretrain.config.schema import Recipe
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
 from pretrain.model.decoder import RouterTotals
-from pretrain.optim.schedules import learning_rate_factor
+from pretrain.model.moe.balance import ALWAYS_COMPUTED, LOSSES, loss_weights
+from pretrain.optim.schedules import balance_update_rate, learning_rate_factor
 from pretrain.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,9 @@ class Trainer:
         started = time.perf_counter()
         step = self.progress.step
         factor = learning_rate_factor(step, self.num_steps, self.recipe.schedule)
-        result = self.engine.train_step(self.loader.step_batches(step), factor)
+        moe = self.recipe.model.moe
+        balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if moe is not None and moe.bias_balancing else 0.0
+        result = self.engine.train_step(self.loader.step_batches(step), factor, balance_rate)
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - started
         self._pending.append(result)
@@ -157,7 +161,7 @@ class Trainer:
         }
         if self.peak is not None:
             row["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * self.topology.world_size)
-        row |= _router_columns(router, self.recipe.model.moe_layers)
+        row |= _router_columns(router, self.recipe.model)
         for callback in self.callbacks:
             callback.on_row(row)
 
@@ -206,26 +210,20 @@ class Trainer:
         self._row_started += time.perf_counter() - started
 
 
-def _router_columns(router: RouterTotals | None, moe_layers: list[int]) -> Row:
+def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
     """Means over the MoE layers, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
-    if router is None:
+    if router is None or model.moe is None:
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
-    per_layer = zip(
-        moe_layers,
-        shares_LE.tolist(),
-        *(column.tolist() for column in (router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L)),
-        strict=True,
-    )
+    shown = [name for name, weight in loss_weights(model.moe).items() if weight or name in ALWAYS_COMPUTED]
+    losses = {name: values_L for name, values_L in zip(LOSSES, router.losses_LJ.unbind(1), strict=True) if name in shown}
+    per_layer = {"expert_load": shares_LE, **losses, "entropy": router.entropy_L, "dropped_share": router.dropped_L}
+    values = zip(*(column.tolist() for column in per_layer.values()), strict=True)
     return {
-        "aux_loss": router.aux_loss_L.mean().item(),
-        "z_loss": router.z_loss_L.mean().item(),
+        **{name: values_L.mean().item() for name, values_L in losses.items()},
         "router_entropy": router.entropy_L.mean().item(),
         # MaxVio (Wang et al. 2024): how far the busiest expert is above the mean load.
         "max_violation": (shares_LE.max(dim=1).values * shares_LE.shape[1] - 1).mean().item(),
         "dropped_share": router.dropped_L.mean().item(),
-        "layers": [
-            {"layer": layer, "expert_load": load, "aux_loss": aux, "z_loss": z, "entropy": entropy, "dropped_share": dropped}
-            for layer, load, aux, z, entropy, dropped in per_layer
-        ],
+        "layers": [{"layer": layer} | dict(zip(per_layer, row, strict=True)) for layer, row in zip(model.moe_layers, values, strict=True)],
     }

@@ -48,6 +48,9 @@ def write_weights(
             experts[_global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
         elif not is_expert(parameter) and rank == 0:
             dense[name] = weight.to("cpu", torch.float32).contiguous()
+    persistent = model.state_dict(keep_vars=True).keys()
+    if rank == 0:  # such as the routers' balancing biases
+        dense |= {name: buffer.to("cpu", torch.float32) for name, buffer in model.named_buffers() if name in persistent}
     if dense:
         save_file(dense, folder / DENSE_FILE)
     if experts:

@@ -7,12 +7,13 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pretrain.config.errors import ConfigError
+from pretrain.config.kinds import OneOf, kinds_of
 from pretrain.config.schema import Recipe
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
@@ -80,6 +81,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if typing.get_origin(annotation) is typing.Annotated and any(isinstance(mark, OneOf) for mark in annotation.__metadata__):
+        return list(kinds_of(annotation.__origin__))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict):
@@ -106,9 +109,16 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
             annotation = None
             continue
         legal = sorted({name for model in models for name in model.model_fields})
-        annotation = next((model.model_fields[str(part)].annotation for model in models if part in model.model_fields), None)
+        annotation = next((_annotation(model, str(part)) for model in models if part in model.model_fields), None)
         models = _models_in(annotation)
     return ".".join(dotted) or "the recipe", legal
+
+
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    """A field's type; pydantic keeps what it was annotated with apart from it."""
+    field = model.model_fields[name]
+    marks = [mark for mark in field.metadata if isinstance(mark, OneOf)]
+    return Annotated[field.annotation, marks[0]] if marks else field.annotation
 
 
 def _is_mapping(annotation: Any) -> bool:
@@ -124,6 +134,8 @@ def _sentence(detail: Any, origin: str) -> str:
         return f"{origin}: unknown field '{dotted}': {hint}"
     if detail["type"] == "missing":
         return f"{origin}: '{dotted}' is missing"
+    if detail["type"] == "union_tag_invalid":
+        return f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', but it is one of {detail['ctx']['expected_tags']}"
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""

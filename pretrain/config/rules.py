@@ -6,18 +6,48 @@ from collections.abc import Callable
 
 from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
-from pretrain.config.schema import DeepSpeedMoE, DroplessMoE, ModelConfig, Recipe
+from pretrain.config.model_schema import DeepSpeedMoE, GroupedQueryAttention, ModelConfig
+from pretrain.config.schema import Recipe
+from pretrain.model.routers import SoftmaxTopK
 
 
 def heads_group_evenly(recipe: Recipe) -> None:
     attention = recipe.model.attention
-    if attention.num_attention_heads % attention.num_key_value_heads:
+    if isinstance(attention, GroupedQueryAttention) and attention.num_attention_heads % attention.num_key_value_heads:
         raise ConfigError(
             f"model.attention.num_attention_heads ({attention.num_attention_heads}) is no multiple of "
             f"num_key_value_heads ({attention.num_key_value_heads}): change one of them"
         )
-    if attention.head_dim % 2:
-        raise ConfigError(f"model.attention.head_dim ({attention.head_dim}) must be even: RoPE turns pairs of numbers")
+
+
+def rotary_dim_is_even(recipe: Recipe) -> None:
+    size = recipe.model.attention.rotary_dim
+    if recipe.model.position.rotary and size % 2:
+        raise ConfigError(f"model.attention.head_dim ({size}) must be even: RoPE turns pairs of numbers")
+
+
+# What a kernel can compute beside plain causal attention.
+KERNEL_FEATURES: dict[str, frozenset[str]] = {
+    "reference": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask"}),
+    "sdpa": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask"}),
+    "flex": frozenset({"sliding_window", "sinks", "alibi", "document_mask"}),
+    "flash": frozenset({"sliding_window", "alibi", "dropout"}),
+}
+
+
+def kernel_computes_the_recipe(recipe: Recipe) -> None:
+    model, attention = recipe.model, recipe.model.attention
+    asked = {
+        "sliding_window": attention.sliding_window is not None,
+        "sinks": attention.sinks,
+        "alibi": model.position.alibi,
+        "dropout": model.dropout.attention > 0,
+        "document_mask": recipe.data.document_mask,
+    }
+    needed = {feature for feature, given in asked.items() if given}
+    if missing := sorted(needed - KERNEL_FEATURES[attention.kernel]):
+        able = " or ".join(name for name, features in KERNEL_FEATURES.items() if needed <= features)
+        raise ConfigError(f"model.attention.kernel={attention.kernel} cannot compute {', '.join(missing)}: use {able}")
 
 
 def layers_have_their_sections(recipe: Recipe) -> None:
@@ -47,22 +77,27 @@ def micro_batch_divides(recipe: Recipe) -> None:
 
 
 def drops_are_causal(recipe: Recipe) -> None:
-    """DeepSpeed's capacity limit ranks tokens across the whole micro batch.
+    """DeepSpeed's own gate ranks tokens across the whole micro batch.
 
     With top_k 1 and more than 2 the tokens kept are chosen over all positions at once, with top_k 2 all second choices queue behind all first
     choices: in each case a later token can push out an earlier one.
     """
     moe = recipe.model.moe
-    if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens and moe.causal:
+    if isinstance(moe, DeepSpeedMoE) and moe.gate == "deepspeed" and moe.drop_tokens and moe.causal:
         raise ConfigError(
             "model.moe with drop_tokens=true is not causal (a later token can take an earlier one's place in an expert): "
-            "set model.moe.drop_tokens=false, or acknowledge it with model.moe.causal=false"
+            "set model.moe.gate=router or model.moe.drop_tokens=false, or acknowledge it with model.moe.causal=false"
         )
 
 
-def native_options_fit_top_k(recipe: Recipe) -> None:
+def native_options_fit(recipe: Recipe) -> None:
     moe = recipe.model.moe
     if not isinstance(moe, DeepSpeedMoE):
+        return
+    if moe.gate == "router":
+        given = [name for name in ("use_rts", "noisy_gate_policy", "top2_2nd_expert_sampling") if getattr(moe, name)]
+        if given:
+            raise ConfigError(f"model.moe.{given[0]} belongs to DeepSpeed's own gate: set model.moe.gate=deepspeed, or leave it out")
         return
     if moe.use_rts and moe.top_k != 1:
         raise ConfigError(f"model.moe.use_rts works with top_k=1 only, not {moe.top_k}: set model.moe.use_rts=false")
@@ -70,10 +105,14 @@ def native_options_fit_top_k(recipe: Recipe) -> None:
         raise ConfigError(f"model.moe.top2_2nd_expert_sampling works with top_k=2 only, not {moe.top_k}: set it to false")
     if moe.noisy_gate_policy == "RSample" and moe.top_k != 1:
         raise ConfigError(f"model.moe.noisy_gate_policy=RSample works with top_k=1 only, not {moe.top_k}: use Jitter or none")
-    if moe.top_k == 1 and moe.norm_topk_prob:
-        raise ConfigError("model.moe.kind=deepspeed with top_k=1 weights the expert by its probability: set model.moe.norm_topk_prob=false")
-    if moe.top_k > 1 and not moe.norm_topk_prob:
-        raise ConfigError(f"model.moe.kind=deepspeed always renormalises with top_k={moe.top_k}: set model.moe.norm_topk_prob=true")
+    plain = SoftmaxTopK(norm_topk_prob=moe.top_k > 1)
+    if moe.router != plain or moe.bias_balancing is not None:
+        given = [name for name in type(moe.router).model_fields if getattr(moe.router, name) != getattr(plain, name, None)]
+        what = "model.moe.bias_balancing" if moe.router == plain else f"model.moe.router.{given[0]}={getattr(moe.router, given[0])}"
+        raise ConfigError(
+            f"{what} does not go with DeepSpeed's own gate, which takes router kind softmax_topk with norm_topk_prob={plain.norm_topk_prob} "
+            f"for top_k={moe.top_k} and nothing else: set model.moe.gate=router, or model.moe.kind=dropless"
+        )
 
 
 def experts_divide(recipe: Recipe) -> None:
@@ -121,11 +160,13 @@ def streams_are_read_once(recipe: Recipe) -> None:
 
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_group_evenly,
+    rotary_dim_is_even,
+    kernel_computes_the_recipe,
     layers_have_their_sections,
     sequence_fits_positions,
     micro_batch_divides,
     drops_are_causal,
-    native_options_fit_top_k,
+    native_options_fit,
     experts_divide,
     warmup_fits,
     token_budget_fills_the_run,
@@ -166,5 +207,5 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
 
 
 def _largest_divisor(world_size: int, model: ModelConfig) -> int:
-    experts = model.moe.num_experts if isinstance(model.moe, DroplessMoE | DeepSpeedMoE) else 1
+    experts = model.moe.num_experts if model.moe is not None else 1
     return max(size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0)

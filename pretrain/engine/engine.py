@@ -17,6 +17,7 @@ from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
+from pretrain.model.routers.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
 
 
@@ -56,6 +57,8 @@ class Engine:
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
         model = DecoderLM(recipe.model, topology.ep_size, topology.ep_rank, recipe.train.activation_checkpointing)
         initialize(model, recipe.seed)
+        # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
+        torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
         optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
@@ -64,16 +67,20 @@ class Engine:
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
         self.model = model
+        self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
         if topology.ep_size > 1:
             self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
 
-    def train_step(self, micro_batches: list[Batch], learning_rate_factor: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], learning_rate_factor: float, balance_rate: float = 0.0) -> StepResult:
         """Forward and backward over this rank's micro batches, then one optimizer step.
 
         The loss of a step is the mean over all counted tokens of the global batch, however they are spread over micro batches and ranks,
         plus the mean of the micro batches' router losses.
+
+        Args:
+            balance_rate: how far the routers' balancing biases move after the step, where they have any.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_factor
@@ -93,7 +100,16 @@ class Engine:
             losses += torch.stack((output.nll / normalizer, output.loss.detach())) / len(batches)
             router = _add(router, output.router)
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
-        return StepResult(losses, router, len(batches), float(norm), self.deepspeed.was_step_applied())
+        applied = self.deepspeed.was_step_applied()
+        if applied and balance_rate > 0 and router is not None:
+            self._move_balance_biases(router, balance_rate)
+        return StepResult(losses, router, len(batches), float(norm), applied)
+
+    def _move_balance_biases(self, router: RouterTotals, rate: float) -> None:
+        """By the load of the whole global batch, so that every rank moves its copy alike."""
+        loads_LE = self.topology.sum(router.counts_LE)
+        for module, load_E in zip(self._routers, loads_LE, strict=True):
+            module.move_balance_bias(load_E, rate)
 
     def _forward(self, batch: Batch, normalizer: torch.Tensor | float, fractions_LE: torch.Tensor | None = None) -> TrainOutput:
         output: TrainOutput = self.deepspeed(
@@ -198,8 +214,8 @@ def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[li
     if router is None:
         return losses, None
     micro_batches = sum(result.micro_batches for result in results) * topology.world_size
-    means = torch.stack([router.aux_loss_L, router.z_loss_L, router.entropy_L, router.dropped_L]) / micro_batches
-    packed = topology.sum(torch.cat([router.counts_LE, means.T], dim=1)).cpu()
-    num_experts = router.counts_LE.shape[1]
-    aux_L, z_L, entropy_L, dropped_L = packed[:, num_experts:].T
-    return losses, RouterTotals(aux_L, z_L, packed[:, :num_experts], entropy_L, dropped_L)
+    means = torch.cat([router.losses_LJ, router.entropy_L[:, None], router.dropped_L[:, None]], dim=1) / micro_batches
+    packed = topology.sum(torch.cat([router.counts_LE, means], dim=1)).cpu()
+    num_experts, num_losses = router.counts_LE.shape[1], router.losses_LJ.shape[1]
+    counts_LE, losses_LJ, entropy_L1, dropped_L1 = packed.split((num_experts, num_losses, 1, 1), dim=1)
+    return losses, RouterTotals(losses_LJ, counts_LE, entropy_L1[:, 0], dropped_L1[:, 0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model_schema import ModelConfig
 from pretrain.export.name_map import to_ours, to_theirs, without_padding
 from pretrain.export.parity import check_same_tensors
 from pretrain.export.targets import ExportTarget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.schema import DeepSpeedMoE, DroplessMoE, ModelConfig
+from pretrain.config.model_schema import DeepSpeedMoE, DroplessMoE, ModelConfig
 from pretrain.export.name_map import Link, expand
 
 VOCABULARY = {"embedding.weight": "model.embed_tokens.weight"}

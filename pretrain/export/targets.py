@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from pretrain.config.errors import ConfigError
-from pretrain.config.schema import ModelConfig, Recipe
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.schema import Recipe
 from pretrain.export.name_map import Link
 from pretrain.export.qwen3_moe import Qwen3Moe
 

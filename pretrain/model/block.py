@@ -1,62 +1,55 @@
-"""One pre-norm block: attention, then a dense feed-forward or a mixture of experts."""
+"""One block: attention, then a dense feed-forward or a mixture of experts, each with its norm and its residual connection."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional
 
-from pretrain.config.schema import DeepSpeedMoE as DeepSpeedConfig
-from pretrain.config.schema import DroplessMoE as DroplessConfig
-from pretrain.config.schema import ModelConfig
-from pretrain.model.attention.gqa import GroupedQueryAttention, LayerCache
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.mask import AttentionMask
-from pretrain.model.mlp import SwiGLU
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
-from pretrain.model.norm import RMSNorm
-
-
-def build_moe(config: DroplessConfig | DeepSpeedConfig, hidden_size: int, ep_size: int, ep_rank: int) -> nn.Module:
-    """The recipe's kind of MoE layer. Each kind's file is imported where it is chosen: both import DeepSpeed."""
-    match config:
-        case DroplessConfig():
-            from pretrain.model.moe.dropless import DroplessMoE
-
-            return DroplessMoE(config, hidden_size, ep_size, ep_rank)
-        case DeepSpeedConfig():
-            from pretrain.model.moe.native import DeepSpeedMoE
-
-            return DeepSpeedMoE(config, hidden_size, ep_size, ep_rank)
+from pretrain.model.positions.interface import PositionTerms
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020, fig. 1). First f is attention, then the feed-forward."""
 
     def __init__(self, config: ModelConfig, layer: int, ep_size: int, ep_rank: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = GroupedQueryAttention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_moe = config.is_moe_layer(layer)
+        self.pre_norm, self.dropout = config.norm_position == "pre", config.dropout.residual
+        norm = config.norm.implementing_class()
+        self.attention_norm = norm(config.hidden_size, config.norm.eps)
+        self.attention = config.attention.implementing_class()(config, layer)
+        self.feed_forward_norm = norm(config.hidden_size, config.norm.eps)
+        self.is_moe = config.layer_pattern.is_moe(layer)
         if self.is_moe:
             assert config.moe is not None
-            self.feed_forward = build_moe(config.moe, config.hidden_size, ep_size, ep_rank)
+            self.feed_forward = config.moe.implementing_class()(config, ep_size, ep_rank)
         else:
             assert config.intermediate_size is not None
-            self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+            dense = config.feed_forward.implementing_class()
+            self.feed_forward = dense(config.feed_forward, config.hidden_size, config.intermediate_size, config.dropout.feed_forward)
 
     def forward(
         self,
         x_BSD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        positions: PositionTerms,
         mask: AttentionMask,
-        cache: LayerCache | None = None,
+        cache: Any = None,
         record: RoutingRecord | None = None,
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, cache)
-        hidden_BSD = self.feed_forward_norm(x_BSD)
-        if not self.is_moe:
-            return x_BSD + self.feed_forward(hidden_BSD), None
-        y_BSD, statistics = self.feed_forward(hidden_BSD, record, fractions_E)
-        return x_BSD + y_BSD, statistics
+        """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block. ``cache`` is the attention's own."""
+        hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
+        x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))
+        x_BSD = x_BSD if self.pre_norm else self.attention_norm(x_BSD)
+        hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
+        y_BSD, statistics = self.feed_forward(hidden_BSD, record, fractions_E) if self.is_moe else (self.feed_forward(hidden_BSD), None)
+        x_BSD = x_BSD + self._dropped(y_BSD)
+        return x_BSD if self.pre_norm else self.feed_forward_norm(x_BSD), statistics
+
+    def _dropped(self, y_BSD: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(y_BSD, self.dropout, self.training)

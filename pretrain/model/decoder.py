@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config.schema import ModelConfig
-from pretrain.model.attention.gqa import LayerCache
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
+from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
+from pretrain.model.moe.balance import loss_weights
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
-from pretrain.model.norm import RMSNorm
-from pretrain.model.positions.rope import rope_tables
 
 
 class RouterTotals(NamedTuple):
-    """The statistics of all MoE layers, stacked: ``counts_LE`` [L, E], the others [L]; fp32, without gradient."""
+    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the others [L]; fp32, without gradient."""
 
-    aux_loss_L: torch.Tensor
-    z_loss_L: torch.Tensor
+    losses_LJ: torch.Tensor
     counts_LE: torch.Tensor
     entropy_L: torch.Tensor
     dropped_L: torch.Tensor
@@ -41,11 +39,10 @@ class TrainOutput(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer for generation; ``length`` tokens are filled."""
+    """What attention keeps of every layer for generation, each in its own form; ``length`` tokens are filled."""
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> None:
-        shape = (batch_size, config.attention.num_key_value_heads, max_tokens, config.attention.head_dim)
-        self.layers = [LayerCache(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
         self.length = 0
 
 
@@ -64,14 +61,15 @@ class DecoderLM(nn.Module):
         assert config.vocab_size is not None, "resolve the vocabulary size before building the model"
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.embedding = TokenEmbedding(config)
+        self.position = config.position.implementing_class()(config)
         self.layers = nn.ModuleList(Block(config, layer, ep_size, ep_rank) for layer in range(config.num_hidden_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = LanguageModelHead(
-            config.hidden_size, config.padded_vocab_size, config.vocab_size, config.loss_chunk_tokens, config.output_z_loss_weight
-        )
+        norm = config.norm.implementing_class()
+        self.final_norm = norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
+        sizes = self.embedding.size, config.padded_vocab_size, config.vocab_size
+        self.head = LanguageModelHead(*sizes, config.loss_chunk_tokens, config.output_z_loss_weight, config.head_bias)
         if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight  # type: ignore[assignment]
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -93,13 +91,15 @@ class DecoderLM(nn.Module):
             position_ids_BS: each token's place in its document; its place in the sequence by default.
         """
         x_BSD, statistics = self._hidden(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), None, fractions_LE, position_ids_BS)
-        loss, nll = self.head(x_BSD, labels_BS)
+        loss, nll = self.head(self.embedding.reduce(x_BSD), labels_BS)
         loss = loss / normalizer
         if not statistics:
             return TrainOutput(loss, nll, None)
         assert self.config.moe is not None
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        loss = loss + self.config.moe.aux_loss_weight * stacked.aux_loss_L.sum() + self.config.moe.z_loss_weight * stacked.z_loss_L.sum()
+        for weight, values_L in zip(loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True):
+            if weight:
+                loss = loss + weight * values_L.sum()
         return TrainOutput(loss, nll, RouterTotals(*(values.detach() for values in stacked)))
 
     def logits(
@@ -114,11 +114,11 @@ class DecoderLM(nn.Module):
         x_BSD, _ = self._hidden(input_ids_BS, AttentionMask(offset, document_ids_BS), cache, None, position_ids_BS)
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
-        return self.head(x_BSD)
+        return self.head(self.embedding.reduce(x_BSD))
 
     def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
         """An empty cache for ``max_tokens`` tokens, prompt included."""
-        return KVCache(self.config, batch_size, max_tokens, device, dtype)
+        return KVCache([block.attention.new_cache(batch_size, max_tokens, device, dtype) for block in self.layers])
 
     def _hidden(
         self,
@@ -128,19 +128,19 @@ class DecoderLM(nn.Module):
         fractions_LE: torch.Tensor | None,
         position_ids_BS: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[RouterStatistics]]:
-        x_BSD = self.embedding(input_ids_BS)
-        positions = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
-        if position_ids_BS is not None:
-            positions = position_ids_BS[:, None]  # one table for all heads of a sequence
-        rope = rope_tables(positions, self.config.attention.head_dim, self.config.position.rope_theta)
+        positions = position_ids_BS
+        if positions is None:
+            positions = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
+        x_BSD = self.position.add(self.embedding(input_ids_BS), positions)
+        terms = self.position.terms(positions)
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
             fractions_E = fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
             layer_cache = None if cache is None else cache.layers[index]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, layer_statistics = checkpoint(block, x_BSD, rope, mask, None, RoutingRecord(), fractions_E, use_reentrant=False)
+                x_BSD, layer_statistics = checkpoint(block, x_BSD, terms, mask, None, RoutingRecord(), fractions_E, use_reentrant=False)
             else:
-                x_BSD, layer_statistics = block(x_BSD, rope, mask, layer_cache, None, fractions_E)
+                x_BSD, layer_statistics = block(x_BSD, terms, mask, layer_cache, None, fractions_E)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return self.final_norm(x_BSD), statistics

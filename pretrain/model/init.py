@@ -2,13 +2,15 @@
 
 So a model does not depend on rank, world size, ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
 ``initializer_range``; projections that write into the residual stream (attention output, expert and feed-forward down) get
-``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one.
+``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention sinks and the matrix of router
+noise are zero.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,8 +19,13 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 
-RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.w2")
-_EXPERT_MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+ZERO = (".bias", ".sinks", ".noise.weight", ".experts.b1", ".experts.b2", ".experts.b3")
+# One name for the router's matrix in every kind of layer, so that they start equal.
+ROUTER_NAMES = ("deepspeed_moe.gate.wg.weight", "deepspeed_moe.gate.router.gate.weight")
+
+# Fills a tensor with the numbers that belong to a name.
+Fill = Callable[[torch.Tensor, str], None]
 
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
@@ -35,34 +42,49 @@ def initialize(model: DecoderLM, seed: int) -> None:
     residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
     def fill(parameter: torch.Tensor, name: str) -> None:
+        if name.endswith(ZERO):
+            parameter.zero_()
+            return
         std = residual_std if name.endswith(RESIDUAL_PROJECTIONS) else config.initializer_range
         _fill_normal(parameter, std, seed, name)
 
-    by_module = {id(parameter): name for name, module in model.named_modules() for parameter in _expert_parameters(module, name, fill)}
+    done = {id(parameter) for name, module in model.named_modules() for parameter in _fill_experts(module, name, fill)}
     for name, parameter in model.named_parameters():
-        if id(parameter) in by_module:
+        if id(parameter) in done:
             continue
-        if parameter.dim() == 1:
+        if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
         else:
-            # One name for the router's matrix in both kinds of layer, so that they start equal.
-            fill(parameter, name.replace("deepspeed_moe.gate.wg.weight", "router.gate.weight"))
+            for router in ROUTER_NAMES:
+                name = name.replace(router, "router.gate.weight")
+            fill(parameter, name)
 
 
-def _expert_parameters(module: nn.Module, name: str, fill) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+def _fill_experts(module: nn.Module, name: str, fill: Fill) -> list[torch.Tensor]:
     """Fills the routed experts of one MoE layer by their global number, and returns their parameters."""
-    done: list[torch.Tensor] = []
     if isinstance(module, DroplessMoE):
-        first = module.ep_rank * module.num_local_experts
-        for key, matrix in _EXPERT_MATRIX.items():
-            stacked = getattr(module.experts, key)
-            for local in range(module.num_local_experts):
-                fill(stacked[local], f"{name}.expert.{first + local}.{matrix}.weight")
-            done.append(stacked)
-    elif isinstance(module, DeepSpeedMoE):
+        return _fill_stacked_experts(module, name, fill)
+    done: list[torch.Tensor] = []
+    if isinstance(module, DeepSpeedMoE):
         first = module.ep_rank * module.num_local_experts
         for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
             for matrix, parameter in expert.named_parameters():
                 fill(parameter, f"{name}.expert.{first + local}.{matrix}")
                 done.append(parameter)
     return done
+
+
+def _fill_stacked_experts(module: DroplessMoE, name: str, fill: Fill) -> list[torch.Tensor]:
+    experts = module.experts
+    for local in range(module.num_local_experts):
+        prefix = f"{name}.expert.{experts.first + local}"
+        fill(experts.w2[local], f"{prefix}.down_proj.weight")
+        if experts.form.kind.gated:
+            fill(experts.w1[local], f"{prefix}.gate_proj.weight")
+            fill(experts.w3[local], f"{prefix}.up_proj.weight")
+        else:
+            up = torch.cat((experts.w1[local], experts.w3[local]))
+            fill(up, f"{prefix}.up_proj.weight")
+            for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
+                half[local] = rows
+    return [experts.w1, experts.w2, experts.w3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 IGNORED_LABEL = -100
 
@@ -30,58 +31,66 @@ def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, vocab_size, chunk_tokens, z_loss_weight, needs_gradient):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TD, weight_VD, bias_V, labels_T, vocab_size, chunk_tokens, z_loss_weight, needs_gradient):  # type: ignore[no-untyped-def]
         used_VD = weight_VD[:vocab_size]
+        used_V = None if bias_V is None else bias_V[:vocab_size]
         nll = x_TD.new_zeros((), dtype=torch.float32)
         loss = torch.zeros_like(nll)
         if needs_gradient:
             x_gradient_TD = torch.empty_like(x_TD)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            bias_gradient_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         for start in range(0, x_TD.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x_CD = x_TD[chunk]
-            chunk_nll, chunk_loss, gradient_CV = _chunk_losses((x_CD @ used_VD.T).float(), labels_T[chunk], z_loss_weight)
+            chunk_nll, chunk_loss, gradient_CV = _chunk_losses(functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight)
             nll += chunk_nll
             loss += chunk_loss
             if needs_gradient:
+                if bias_gradient_V is not None:
+                    bias_gradient_V[:vocab_size] += gradient_CV.sum(dim=0)
                 gradient_CV = gradient_CV.to(x_TD.dtype)
                 x_gradient_TD[chunk] = gradient_CV @ used_VD
                 weight_gradient_VD[:vocab_size] += gradient_CV.T @ x_CD
         if needs_gradient:
-            ctx.save_for_backward(x_gradient_TD, weight_gradient_VD)
+            ctx.save_for_backward(x_gradient_TD, weight_gradient_VD, bias_gradient_V)
             ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_nll):  # type: ignore[no-untyped-def]
-        x_gradient_TD, weight_gradient_VD = ctx.saved_tensors
+        x_gradient_TD, weight_gradient_VD, bias_gradient_V = ctx.saved_tensors
         # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from underflowing.
         x_gradient = (x_gradient_TD.float() * grad_loss).to(x_gradient_TD.dtype)
         weight_gradient = (weight_gradient_VD * grad_loss).to(ctx.weight_dtype)
-        return x_gradient, weight_gradient, None, None, None, None, None
+        bias_gradient = None if bias_gradient_V is None else (bias_gradient_V * grad_loss).to(ctx.weight_dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
 
 
 class LanguageModelHead(nn.Module):
     """Projection to the vocabulary. Rows from ``vocab_size`` on are padding: they get no probability and no gradient."""
 
-    def __init__(self, hidden_size: int, padded_vocab_size: int, vocab_size: int, chunk_tokens: int, z_loss_weight: float) -> None:
+    def __init__(self, size: int, padded_vocab_size: int, vocab_size: int, chunk_tokens: int, z_loss_weight: float, has_bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(padded_vocab_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(padded_vocab_size, size))
+        self.bias = nn.Parameter(torch.zeros(padded_vocab_size)) if has_bias else None
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
         self.z_loss_weight = z_loss_weight
 
-    def forward(self, x_BSD: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Without labels: logits [B, S, vocab_size] in fp32. With labels [B, S] (-100: no loss): the pair (loss, nll).
 
         Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative log-likelihood, without gradient;
         ``loss`` adds ``z_loss_weight * sum(logsumexp^2)`` (PaLM, Chowdhery et al. 2022, section 5) and carries the gradient.
         """
         if labels_BS is None:
-            return (x_BSD @ self.weight[: self.vocab_size].T).float()
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            bias = None if self.bias is None else self.bias[: self.vocab_size]
+            return functional.linear(x_BSE, self.weight[: self.vocab_size], bias).float()
+        x_TE = x_BSE.reshape(-1, x_BSE.shape[-1])
         # Inside an autograd function the gradient mode is always off, so it is asked for here.
         needs_gradient = torch.is_grad_enabled()
         labels_T = labels_BS.reshape(-1)
-        return _ChunkedCrossEntropy.apply(x_TD, self.weight, labels_T, self.vocab_size, self.chunk_tokens, self.z_loss_weight, needs_gradient)
+        sizes = self.vocab_size, self.chunk_tokens, self.z_loss_weight
+        return _ChunkedCrossEntropy.apply(x_TE, self.weight, self.bias, labels_T, *sizes, needs_gradient)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.config.schema import DeepSpeedMoE, ModelConfig, Recipe
+from pretrain.config.model_schema import DeepSpeedMoE, ModelConfig
+from pretrain.config.schema import Recipe
 from pretrain.model.decoder import DecoderLM
 
 # Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
@@ -78,7 +79,7 @@ def activation_bytes(recipe: Recipe, precision: str) -> int:
     per_layer = []
     for layer in range(config.num_hidden_layers):
         feed_forward = 4 * (config.intermediate_size or 0)
-        if config.is_moe_layer(layer) and config.moe is not None:
+        if config.layer_pattern.is_moe(layer) and config.moe is not None:
             capacity = config.moe.capacity_factor if isinstance(config.moe, DeepSpeedMoE) and config.moe.drop_tokens else 1.0
             feed_forward = int(config.moe.top_k * capacity * (4 * config.moe.moe_intermediate_size + 4 * config.hidden_size))
         per_layer.append(tokens * width * (6 * config.hidden_size + 2 * heads + feed_forward))

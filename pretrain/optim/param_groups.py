@@ -9,14 +9,17 @@ from torch import nn
 
 from pretrain.config.schema import AdamWConfig, SGDConfig
 
+ROUTER_MATRICES = (".router.gate.weight", ".router.noise.weight", ".gate.wg.weight")
+EXPERT_BIASES = (".experts.b1", ".experts.b2", ".experts.b3")
+
 
 def parameter_role(name: str, parameter: torch.Tensor) -> str:
-    """``embedding``, ``router``, ``norm`` or ``matrix``."""
-    if name.startswith("embedding."):
+    """``embedding``, ``router``, ``vector`` (norms, biases, attention sinks) or ``matrix``."""
+    if name.startswith(("embedding.", "position.")):
         return "embedding"
-    if name.endswith((".router.gate.weight", ".gate.wg.weight")):
-        return "router"
-    return "norm" if parameter.dim() == 1 else "matrix"
+    if parameter.dim() == 1 or name.endswith(EXPERT_BIASES):
+        return "vector"
+    return "router" if name.endswith(ROUTER_MATRICES) else "matrix"
 
 
 def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:
@@ -24,7 +27,7 @@ def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:
     return {
         "embedding": config.embedding_learning_rate or config.learning_rate,
         "router": config.router_learning_rate or config.learning_rate,
-        "norm": config.learning_rate,
+        "vector": config.learning_rate,
         "matrix": config.learning_rate,
     }
 
@@ -33,7 +36,7 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
     """Optimizer groups by role, experts apart.
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
-    layer wrote on the parameter); else it would average the gradients of different experts. Norms and embeddings are not decayed. The
+    layer wrote on the parameter); else it would average the gradients of different experts. Vectors and embeddings are not decayed. The
     learning rate is 0 until the first step sets it by role.
     """
     groups: dict[tuple[str, str | None], dict[str, Any]] = {}
@@ -43,7 +46,7 @@ def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[
         role = parameter_role(name, parameter)
         expert_group: str | None = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
         if (role, expert_group) not in groups:
-            decay = 0.0 if role in ("embedding", "norm") else config.weight_decay
+            decay = 0.0 if role in ("embedding", "vector") else config.weight_decay
             group: dict[str, Any] = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
             groups[role, expert_group] = group | ({"moe": True} if expert_group else {})
         groups[role, expert_group]["params"].append(parameter)

@@ -1,9 +1,10 @@
-"""Learning rate as a factor of its peak: pure functions of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate as a factor of its peak, and the rate of balancing by bias: pure functions of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
 
+from pretrain.config.model_schema import BiasBalancing
 from pretrain.config.schema import ScheduleConfig
 
 
@@ -26,3 +27,13 @@ def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> f
     progress = min(1.0, max(0.0, progress))
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1.0 - progress
     return floor + (1.0 - floor) * shape
+
+
+def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> float:
+    """How far balancing biases move after optimizer step ``step`` (from 0) of ``num_steps``; 0 in the frozen end of the run."""
+    moving_steps = num_steps - round(config.frozen_share * num_steps)
+    if step >= moving_steps:
+        return 0.0
+    progress = step / moving_steps
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[config.schedule]
+    return config.update_rate * shape

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.config.load import load_recipe, recipe_names
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
-from pretrain.model.mlp import SwiGLU
+from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.sizes import activation_bytes, model_size, state_bytes_per_rank
 from tests.model.tiny_model import KINDS, tiny_config, tiny_model

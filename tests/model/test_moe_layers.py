@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.mlp import SwiGLU
+from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 from tests.model.tiny_model import random_tensor, tiny_model

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model_schema import GroupedQueryAttention as GroupedQueryConfig
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.kernels import KERNELS
 from pretrain.model.attention.mask import AttentionMask
+from pretrain.model.attention.scores import Scores
 from pretrain.model.norm import RMSNorm
+from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope
 
 
-class LayerCache:
+class KeyValueCache:
     """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors, filled from the left."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype) -> None:
@@ -28,29 +31,46 @@ class LayerCache:
 
 
 class GroupedQueryAttention(nn.Module):
-    """N query heads share M key/value heads (Ainslie et al. 2023); optional RMSNorm on each query and key head before RoPE."""
+    """N query heads share M key/value heads (Ainslie et al. 2023); optional RMSNorm of queries and keys before they are turned."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        attention, hidden_size = config.attention, config.hidden_size
-        self.head_dim = attention.head_dim
-        self.q_proj = nn.Linear(hidden_size, attention.num_attention_heads * attention.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, attention.num_key_value_heads * attention.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, attention.num_key_value_heads * attention.head_dim, bias=False)
-        self.o_proj = nn.Linear(attention.num_attention_heads * attention.head_dim, hidden_size, bias=False)
-        self.q_norm = RMSNorm(attention.head_dim, config.rms_norm_eps) if attention.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(attention.head_dim, config.rms_norm_eps) if attention.qk_norm else nn.Identity()
-        self.kernel = KERNELS[attention.kernel]
+        config = model.attention
+        assert isinstance(config, GroupedQueryConfig)
+        self.config, self.window, self.dropout = config, config.window(layer), model.dropout.attention
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(model.hidden_size, queries, bias=config.bias != "none")
+        self.k_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
+        self.v_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
+        self.o_proj = nn.Linear(queries, model.hidden_size, bias=config.bias == "all")
+        sizes = {"none": None, "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[config.qk_norm]
+        self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
+        self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
+        self.kernel = KERNELS[config.kernel]
 
-    def forward(
-        self, x_BSD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: AttentionMask, cache: LayerCache | None = None
-    ) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]. ``rope`` holds the tables of these S positions."""
+    def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
+        """An empty cache of this layer."""
+        return KeyValueCache((batch_size, self.config.num_key_value_heads, max_tokens, self.config.head_dim), device, dtype)
+
+    def forward(self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
-        q_BNSH = self.q_norm(self.q_proj(x_BSD).view(B, S, -1, self.head_dim)).transpose(1, 2)
-        k_BMSH = self.k_norm(self.k_proj(x_BSD).view(B, S, -1, self.head_dim)).transpose(1, 2)
-        v_BMSH = self.v_proj(x_BSD).view(B, S, -1, self.head_dim).transpose(1, 2)
-        q_BNSH, k_BMSH = apply_rope(q_BNSH, rope), apply_rope(k_BMSH, rope)
+        q_BNSH = self._heads(self.q_proj(x_BSD), self.q_norm)
+        k_BMSH = self._heads(self.k_proj(x_BSD), self.k_norm)
+        v_BMSH = self._heads(self.v_proj(x_BSD), None)
+        if positions.rope is not None:
+            q_BNSH, k_BMSH = apply_rope(q_BNSH, positions.rope), apply_rope(k_BMSH, positions.rope)
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
-        return self.o_proj(self.kernel(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).reshape(B, S, -1))
+        dropout = self.dropout if self.training else 0.0
+        scores = Scores(mask, self.config.head_dim**-0.5, self.window, positions.slopes_N, self.sinks, dropout)
+        return self.o_proj(self.kernel(q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1))
+
+    def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over each."""
+        B, S, _ = x_BSX.shape
+        if norm is not None and self.config.qk_norm == "full":
+            return norm(x_BSX).view(B, S, -1, self.config.head_dim).transpose(1, 2)
+        heads = x_BSX.view(B, S, -1, self.config.head_dim)
+        return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -8,20 +8,23 @@ used: its router multiplies in the model's precision and it has no balancing los
 from __future__ import annotations
 
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_LOGICAL_SHAPE, DS_AUTOEP_UC_META
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, autoep_placement_to_affine_map, compute_split_plan
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
 from torch import nn
+from torch.nn import functional
 
-from pretrain.config.schema import DroplessMoE as DroplessConfig
-from pretrain.model.mlp import SwiGLU
+from pretrain.config.model_schema import DroplessMoE as DroplessConfig
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.moe.balance import router_statistics
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
-from pretrain.model.moe.experts import Experts
+from pretrain.model.moe.experts import ExpertForm, Experts
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
-from pretrain.model.routers.softmax_topk import SoftmaxTopKRouter
+from pretrain.model.moe.shared_experts import shared_experts
+from pretrain.model.routers.router import TopKRouter
 
 
-def _layer_spec(config: DroplessConfig, hidden_size: int) -> MoELayerSpec:
+def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayerSpec:
     """What AutoEP would have found in a Hugging Face model. Only the sizes matter here: the forward pass is ours."""
     return MoELayerSpec(
         moe_module_name="",
@@ -35,11 +38,11 @@ def _layer_spec(config: DroplessConfig, hidden_size: int) -> MoELayerSpec:
         num_experts=config.num_experts,
         top_k=config.top_k,
         hidden_size=hidden_size,
-        ffn_hidden_size=config.moe_intermediate_size,
+        ffn_hidden_size=rows,
         score_func="softmax",
         score_apply="post",
-        route_norm=config.norm_topk_prob,
-        gate_bias=False,
+        route_norm=False,
+        gate_bias=config.router.bias,
         return_router_logits=False,
         router_logits_capture_target="none",
         router_logits_capture_index=None,
@@ -52,13 +55,13 @@ def _layer_spec(config: DroplessConfig, hidden_size: int) -> MoELayerSpec:
 class _WeightShapes(nn.Module):
     """The module AutoEP takes its weights from: shapes of all experts, but a single stored number, so that no rank ever holds them all."""
 
-    def __init__(self, config: DroplessConfig, hidden_size: int) -> None:
+    def __init__(self, config: DroplessConfig, hidden_size: int, rows: int) -> None:
         super().__init__()
-        zero, num_experts, width = torch.zeros(()), config.num_experts, config.moe_intermediate_size
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        zero, num_experts = torch.zeros(()), config.num_experts
+        self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
         self.experts = nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * width, hidden_size))
-        self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, width))
+        self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * rows, hidden_size))
+        self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, rows))
 
 
 class DroplessMoE(AutoEPMoELayer):
@@ -68,16 +71,36 @@ class DroplessMoE(AutoEPMoELayer):
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
     """
 
-    def __init__(self, config: DroplessConfig, hidden_size: int, ep_size: int = 1, ep_rank: int = 0) -> None:
+    def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
+        config, kind = model.moe, model.feed_forward.implementing_class()
+        assert isinstance(config, DroplessConfig)
+        # Kinds with one matrix before the activation have its two halves in w1 and w3.
+        rows = config.moe_intermediate_size * kind.expansion if kind.gated else config.moe_intermediate_size // 2
         layer_config = AutoEPConfig()
         layer_config.use_grouped_mm = False  # decided by our Experts; True would refuse a torch without grouped_mm
-        super().__init__(_layer_spec(config, hidden_size), _WeightShapes(config, hidden_size), ep_size, ep_rank, layer_config)
+        shapes = _WeightShapes(config, model.hidden_size, rows)
+        super().__init__(_layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config)
         # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
         tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
-        self.experts = Experts(tagged.w1, tagged.w2, tagged.w3, config.expert_kernel)
-        self.router = SoftmaxTopKRouter(gate, config.top_k, config.norm_topk_prob)
-        width = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_experts = SwiGLU(hidden_size, width) if width else None
+        w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
+        form = ExpertForm(kind, model.feed_forward, model.dropout.feed_forward)
+        first = ep_rank * self.num_local_experts
+        self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, config.num_experts, first)
+        self.router = TopKRouter(config.router, gate, config.top_k, config.bias_balancing is not None)
+        self.shared = shared_experts(model)
+        self.config, self.dropout = config, model.dropout.expert
+
+    def _with_width(self, tagged: nn.Parameter, width: int) -> nn.Parameter:
+        """w2 for as many hidden numbers as the activation leaves, with the tags of AutoEP's own."""
+        if tagged.shape[-1] == width:
+            return tagged
+        parameter = nn.Parameter(tagged.new_empty(*tagged.shape[:-1], width))
+        parameter.__dict__.update(tagged.__dict__)
+        shape = [self.num_experts, *parameter.shape[1:]]
+        affine_map = autoep_placement_to_affine_map(self.expert_placement_descriptor, shape).to_dict()
+        tags = getattr(tagged, DS_AUTOEP_UC_META) | {AFFINE_MAP: affine_map, AUTOEP_PARAM_LOGICAL_SHAPE: shape}
+        setattr(parameter, DS_AUTOEP_UC_META, tags)
+        return parameter
 
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: torch.Tensor | None = None
@@ -94,11 +117,12 @@ class DroplessMoE(AutoEPMoELayer):
         counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
         rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
         rows_RD = self._local_experts(rows_RD, counts_E) if self.ep_size == 1 else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+        rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
         y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         nothing_dropped = routing.logits_TE.new_zeros(())
-        statistics = router_statistics(routing.logits_TE, counts_E.float(), self.top_k, nothing_dropped, fractions_E)
+        statistics = router_statistics(self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E)
         return y_TD.view_as(x_BSD), statistics
 
     def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

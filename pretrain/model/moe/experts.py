@@ -1,47 +1,109 @@
-"""Many SwiGLU experts over rows grouped by expert: a plain loop, and torch's grouped matrix product."""
+"""Many experts over rows grouped by expert: a plain loop, and torch's grouped matrix product."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.config.model_schema import FeedForward as FeedForwardConfig
+from pretrain.model.feed_forward import FeedForward
 
-def experts_loop(x_RD: torch.Tensor, counts_e: torch.Tensor, w1_eFD: torch.Tensor, w2_eDF: torch.Tensor, w3_eFD: torch.Tensor) -> torch.Tensor:
+
+class ExpertBiases(NamedTuple):
+    """Biases of this rank's experts: of the two first products [e, rows] each, and of the output [e, D]."""
+
+    b1_eX: torch.Tensor
+    b3_eX: torch.Tensor
+    b2_eD: torch.Tensor
+
+
+class ExpertForm(NamedTuple):
+    """What an expert computes between its products: a kind of feed-forward, and the dropout of its hidden numbers (0 outside training)."""
+
+    kind: type[FeedForward]
+    config: FeedForwardConfig
+    dropout: float = 0.0
+
+    def hidden(self, first: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(self.kind.activate(self.config, first, third), self.dropout)
+
+
+def experts_loop(
+    x_RD: torch.Tensor,
+    counts_e: torch.Tensor,
+    w1_eXD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    w3_eXD: torch.Tensor,
+    form: ExpertForm,
+    biases: ExpertBiases | None = None,
+) -> torch.Tensor:
     """One expert after the other. The reference, and the fastest form on CPUs; reads the counts on the host.
 
     The weights are unbound, not indexed: indexing would build a full-size gradient for each expert.
     """
     outputs = []
-    for x_rD, w1_FD, w2_DF, w3_FD in zip(x_RD.split(counts_e.tolist()), w1_eFD.unbind(0), w2_eDF.unbind(0), w3_eFD.unbind(0), strict=True):
-        hidden_rF = functional.silu(functional.linear(x_rD, w1_FD)) * functional.linear(x_rD, w3_FD)
-        outputs.append(functional.linear(hidden_rF, w2_DF))
+    rows = x_RD.split(counts_e.tolist())
+    b1, b3, b2 = ([None] * len(rows),) * 3 if biases is None else (bias.unbind(0) for bias in biases)
+    for expert, (w1_XD, w2_DF, w3_XD) in enumerate(zip(w1_eXD.unbind(0), w2_eDF.unbind(0), w3_eXD.unbind(0), strict=True)):
+        x_rD = rows[expert]
+        hidden_rF = form.hidden(functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert]))
+        outputs.append(functional.linear(hidden_rF, w2_DF, b2[expert]))
     return torch.cat(outputs)
 
 
-def experts_grouped_mm(x_RD: torch.Tensor, counts_e: torch.Tensor, w1_eFD: torch.Tensor, w2_eDF: torch.Tensor, w3_eFD: torch.Tensor) -> torch.Tensor:
+def experts_grouped_mm(
+    x_RD: torch.Tensor,
+    counts_e: torch.Tensor,
+    w1_eXD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    w3_eXD: torch.Tensor,
+    form: ExpertForm,
+    biases: ExpertBiases | None = None,
+) -> torch.Tensor:
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
-    gate_RF = functional.grouped_mm(x_RD, w1_eFD.transpose(-2, -1), offs=offsets_e)
-    up_RF = functional.grouped_mm(x_RD, w3_eFD.transpose(-2, -1), offs=offsets_e)
-    return functional.grouped_mm(functional.silu(gate_RF) * up_RF, w2_eDF.transpose(-2, -1), offs=offsets_e)
+    first_RX = functional.grouped_mm(x_RD, w1_eXD.transpose(-2, -1), offs=offsets_e)
+    third_RX = functional.grouped_mm(x_RD, w3_eXD.transpose(-2, -1), offs=offsets_e)
+    if biases is None:
+        return functional.grouped_mm(form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e)
+    expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
+    hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
+    return functional.grouped_mm(hidden_RF, w2_eDF.transpose(-2, -1), offs=offsets_e) + biases.b2_eD[expert_R]
 
 
 class Experts(nn.Module):
-    """This rank's experts: ``w1`` (gate) and ``w3`` (up) [e, F, D], ``w2`` (down) [e, D, F].
+    """This rank's experts: ``w1`` and ``w3`` [e, X, D], whose products the activation joins, and ``w2`` [e, D, F] behind it.
+
+    For gated kinds w1 is the gate's matrix and w3 the other; for the others they are the upper and the lower half of one.
 
     Takes over the parameters that DeepSpeed's layer created and tagged; the module itself must own the computation, because ZeRO-3
-    gathers a parameter when the module that holds it is called.
+    gathers a parameter when the module that holds it is called. DeepSpeed's checkpoints know these three names and no other: so the
+    biases of all experts, which are small, stand on every rank as dense parameters ``b1 b3`` [E, X] and ``b2`` [E, D]. A rank uses the
+    rows of its own experts, and averaging the others' zero gradients over all ranks gives what an expert's own group would have.
     """
 
-    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter, kernel: str) -> None:
+    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter, form: ExpertForm, kernel: str, num_experts: int, first: int) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = w1, w2, w3
-        self.kernel = kernel
+        self.form, self.kernel, self.first = form, kernel, first
+        self.b1 = self.b2 = self.b3 = None
+        if form.config.bias:
+            self.b1, self.b3 = (nn.Parameter(torch.zeros(num_experts, weight.shape[1])) for weight in (w1, w3))
+            self.b2 = nn.Parameter(torch.zeros(num_experts, w2.shape[1]))
 
     def forward(self, x_RD: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
         """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D]."""
         # CUDA's grouped product takes bf16 only.
         use_grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_RD.is_cuda and x_RD.dtype == torch.bfloat16)
         compute = experts_grouped_mm if use_grouped else experts_loop
-        return compute(x_RD, counts_e, self.w1, self.w2, self.w3)
+        form = self.form if self.training else self.form._replace(dropout=0.0)
+        return compute(x_RD, counts_e, self.w1, self.w2, self.w3, form, self._local_biases())
+
+    def _local_biases(self) -> ExpertBiases | None:
+        if self.b1 is None or self.b2 is None or self.b3 is None:
+            return None
+        mine = slice(self.first, self.first + self.w1.shape[0])
+        return ExpertBiases(self.b1[mine], self.b3[mine], self.b2[mine])

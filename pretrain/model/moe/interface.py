@@ -12,15 +12,13 @@ class RouterStatistics(NamedTuple):
     """What one MoE layer says about its routing of one micro batch; all fp32, on the device, no host synchronisation.
 
     Attributes:
-        aux_loss: [] load-balance loss, 1 when perfectly balanced; differentiable.
-        z_loss: [] mean squared logsumexp of the router's logits; differentiable.
+        losses_J: [J] the losses of ``balance.LOSSES`` in that order, unweighted, differentiable.
         counts_E: [E] tokens that chose each expert, over all top_k choices, before any drop.
-        entropy: [] mean entropy of the router's probabilities, nats.
+        entropy: [] mean entropy of a token's probabilities, nats.
         dropped: [] share of the choices that found no room.
     """
 
-    aux_loss: torch.Tensor
-    z_loss: torch.Tensor
+    losses_J: torch.Tensor
     counts_E: torch.Tensor
     entropy: torch.Tensor
     dropped: torch.Tensor

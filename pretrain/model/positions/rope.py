@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from pretrain.config.model_schema import ModelConfig, RotaryBase
+from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 
-def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair, each [..., H/2] in fp32 for positions [...]; pair i turns by position * theta^(-2i/H)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[..., None] / theta**exponents
-    return angles.cos(), angles.sin()
+
+def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """What a step turns each pair by, radians: theta^(-2i/H), fp32 [H/2]."""
+    return theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
+
+
+def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair times ``scale``, fp32: [S, H/2] for positions [S], [B, 1, S, H/2] for [B, S]."""
+    if positions.dim() == 2:
+        positions = positions[:, None]  # one table for all heads of a sequence
+    angles = positions.float()[..., None] * frequencies
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -17,3 +26,15 @@ def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) 
     cos, sin = tables
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSH.dtype)
+
+
+class RopePosition(PositionEncoding):
+    """Pairs of numbers of queries and keys turn by position * theta^(-2i/H)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        assert isinstance(model.position, RotaryBase)
+        self.rotary_dim, self.theta = model.attention.rotary_dim, model.position.rope_theta
+
+    def terms(self, positions: torch.Tensor) -> PositionTerms:
+        return PositionTerms(rope=rope_tables(positions, inverse_frequencies(self.rotary_dim, self.theta, positions.device)))

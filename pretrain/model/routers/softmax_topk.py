@@ -1,44 +1,25 @@
-"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE)."""
+"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE; renormalised it is also gpt-oss')."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import nn
-from torch.nn import functional
+from pydantic import Field
 
-from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.routers.interface import Router
 
-
-class Routing(NamedTuple):
-    """A routing decision: logits [T, E] fp32, chosen experts [T, K] int64, their weights [T, K] fp32 (differentiable)."""
-
-    logits_TE: torch.Tensor
-    topk_ids_TK: torch.Tensor
-    topk_weights_TK: torch.Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class SoftmaxTopKRouter(nn.Module):
-    """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip close choices."""
+class SoftmaxTopK(Router):
+    """Probabilities compete: what one expert wins, the others lose."""
 
-    def __init__(self, gate: nn.Linear, top_k: int, norm_topk_prob: bool) -> None:
-        super().__init__()
-        self.gate = gate
-        self.top_k = top_k
-        self.norm_topk_prob = norm_topk_prob
+    kind: Literal["softmax_topk"] = "softmax_topk"
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="logits are divided by this; above 1 choices are more even")
 
-    def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = functional.linear(x_TD.float(), self.gate.weight.float())
-        probs_TE = logits_TE.softmax(dim=-1)
-        if record is not None and record.topk_ids_TK is not None:
-            topk_ids_TK = record.topk_ids_TK
-        else:
-            topk_ids_TK = probs_TE.detach().topk(self.top_k, dim=-1).indices
-            if record is not None:
-                record.topk_ids_TK = topk_ids_TK
-        weights_TK = probs_TE.gather(1, topk_ids_TK)
-        if self.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return Routing(logits_TE, topk_ids_TK, weights_TK)
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        return (logits_TE / self.temperature).softmax(dim=-1)
+
+    def probabilities(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE

@@ -1,0 +1,397 @@
+"""The model section of a recipe: one class a kind of component, and the model that they make up."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.config.kinds import Component, OneOf
+from pretrain.config.section import NonNegative, Positive, Section, Share
+from pretrain.model.routers import Router, SoftmaxTopK
+
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+# --- norms ----------------------------------------------------------------------------------------------------------------------
+
+
+class Norm(Component):
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
+
+    implementation: ClassVar[str] = "pretrain.model.norm:RMSNorm"
+    kind: Literal["rms_norm"] = "rms_norm"
+
+
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016)."""
+
+    implementation: ClassVar[str] = "pretrain.model.norm:LayerNorm"
+    kind: Literal["layer_norm"]
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------------
+
+KernelName = Literal["sdpa", "reference", "flex", "flash"]
+
+
+class Attention(Component):
+    """What every kind of attention has."""
+
+    num_attention_heads: Positive
+    sliding_window: Positive | None = Field(None, description="tokens a query sees, itself included; all before it by default")
+    full_attention_every: Positive | None = Field(None, description="with a window: layer i sees everything where (i + 1) % n == 0")
+    sinks: bool = Field(False, description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)")
+    kernel: KernelName = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
+        if self.full_attention_every is not None and (layer + 1) % self.full_attention_every == 0:
+            return None
+        return self.sliding_window
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that a rotary embedding turns."""
+        raise NotImplementedError
+
+    @property
+    def score_dim(self) -> int:
+        """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
+        raise NotImplementedError
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of all heads together that scores are multiplied with."""
+        raise NotImplementedError
+
+    @property
+    def cached_per_token(self) -> int:
+        """Numbers that one layer's cache keeps of a token."""
+        raise NotImplementedError
+
+
+class GroupedQueryAttention(Attention):
+    """Grouped-query attention (Ainslie et al. 2023); equal head counts make it multi-head, one key/value head multi-query attention."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
+    kind: Literal["gqa"] = "gqa"
+    num_key_value_heads: Positive
+    head_dim: Positive
+    bias: Literal["none", "qkv", "all"] = Field("none", description="which projections have one: none, queries keys and values, or the output too")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        "none", description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or over all heads together (OLMoE)"
+    )
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def score_dim(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def cached_per_token(self) -> int:
+        return 2 * self.num_key_value_heads * self.head_dim
+
+
+# --- positions ------------------------------------------------------------------------------------------------------------------
+
+
+class Position(Component):
+    rotary: ClassVar[bool] = False
+    alibi: ClassVar[bool] = False
+
+
+class RotaryBase(Position):
+    rotary: ClassVar[bool] = True
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+
+
+class Rope(RotaryBase):
+    """Rotary position embedding (Su et al. 2021), half-split layout as in Hugging Face's Llama."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.rope:RopePosition"
+    kind: Literal["rope"] = "rope"
+
+
+class Yarn(RotaryBase):
+    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest ramps between (NTK by parts)."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
+    kind: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1)] = Field(description="longest sequence / original_max_position_embeddings")
+    original_max_position_embeddings: Positive = Field(description="tokens the frequencies were trained for")
+    beta_fast: Annotated[float, Field(gt=0)] = Field(32.0, description="pairs that turn more often than this over the original length are kept")
+    beta_slow: Annotated[float, Field(gt=0)] = Field(1.0, description="pairs that turn less often than this are interpolated")
+    attention_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
+    )
+    truncate: bool = Field(True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)")
+
+
+class Alibi(Position):
+    """Attention with linear biases (Press et al. 2022): a key n tokens back gets -slope * n."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.alibi:AlibiPosition"
+    alibi: ClassVar[bool] = True
+    kind: Literal["alibi"]
+
+
+class RopeAlibi(RotaryBase):
+    """Both at once, as in H64LM: rotated queries and keys, and ALiBi's penalty on their scores."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.alibi:RopeAlibiPosition"
+    alibi: ClassVar[bool] = True
+    kind: Literal["rope_alibi"]
+
+
+class Learned(Position):
+    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding (Vaswani et al. 2017, GPT-2)."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.learned:LearnedPosition"
+    kind: Literal["learned"]
+
+
+class NoPosition(Position):
+    """None: a causal mask alone tells the order (NoPE, Kazemnejad et al. 2023)."""
+
+    implementation: ClassVar[str] = "pretrain.model.positions.none:NoPosition"
+    kind: Literal["none"]
+
+
+# --- feed-forwards: also the form of one expert -----------------------------------------------------------------------------------
+
+
+class FeedForward(Component):
+    bias: bool = Field(False, description="every matrix has a bias")
+
+
+class SwiGLU(FeedForward):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    implementation: ClassVar[str] = "pretrain.model.feed_forward:SwiGLU"
+    kind: Literal["swiglu"] = "swiglu"
+
+
+class GELU(FeedForward):
+    """down(gelu(up(x))), exact or in the tanh approximation (Hendrycks & Gimpel 2016)."""
+
+    implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
+    kind: Literal["gelu"]
+    approximate: Literal["none", "tanh"] = "none"
+
+
+class Clamped(FeedForward):
+    limit: Annotated[float, Field(gt=0)] = 7.0
+    alpha: Annotated[float, Field(gt=0)] = 1.702
+
+
+class ClampedSwiGLU(Clamped):
+    """down(g * sigmoid(alpha * g) * (u + 1)) with g at most ``limit`` and u within it (gpt-oss)."""
+
+    implementation: ClassVar[str] = "pretrain.model.feed_forward:ClampedSwiGLU"
+    kind: Literal["clamped_swiglu"]
+
+
+class ProductSwiGLU(Clamped):
+    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide (Project 828).
+
+    Before its clamp the product grows with the square of x: spikes of the gradient are to be expected.
+    """
+
+    implementation: ClassVar[str] = "pretrain.model.feed_forward:ProductSwiGLU"
+    kind: Literal["product_swiglu"]
+
+
+# --- which layers are mixtures of experts -----------------------------------------------------------------------------------------
+
+
+class LayerPattern(Section):
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer ``layer`` (from 0) is a mixture of experts."""
+        raise NotImplementedError
+
+
+class AllMoE(LayerPattern):
+    """Every layer is a mixture of experts."""
+
+    kind: Literal["all_moe"] = "all_moe"
+
+    def is_moe(self, layer: int) -> bool:
+        return True
+
+
+class AllDense(LayerPattern):
+    """No layer is a mixture of experts."""
+
+    kind: Literal["all_dense"]
+
+    def is_moe(self, layer: int) -> bool:
+        return False
+
+
+class EveryNth(LayerPattern):
+    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's ``decoder_sparse_step``."""
+
+    kind: Literal["every_nth"]
+    n: Positive
+
+    def is_moe(self, layer: int) -> bool:
+        return (layer + 1) % self.n == 0
+
+
+class FirstKDense(LayerPattern):
+    """The first k layers are dense, the others mixtures of experts (DeepSeek's ``first_k_dense_replace``)."""
+
+    kind: Literal["first_k_dense"]
+    k: NonNegative
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.k
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------------------
+
+
+class BiasBalancing(Section):
+    """Balancing without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2): a bias on the scores that choose, never on the weights.
+
+    After each optimizer step the bias of an expert that had less than the mean load of the whole global batch rises by the rate, that of one
+    that had more falls by it; then the mean is taken off.
+    """
+
+    update_rate: Annotated[float, Field(gt=0)] = 0.001
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls to zero towards the frozen end")
+    frozen_share: Share = Field(0.0, description="share of the run's steps, at its end, in which the bias stays as it is")
+
+
+class MoE(Component):
+    """What every kind of MoE layer with routed experts has."""
+
+    num_experts: Positive
+    top_k: Positive
+    moe_intermediate_size: Positive
+    router: Annotated[Router, OneOf()] = SoftmaxTopK()
+    num_shared_experts: NonNegative = Field(0, description="experts that see every token, as one feed-forward of their joint width")
+    shared_intermediate_size: Positive | None = Field(None, description="width of one shared expert; moe_intermediate_size by default")
+    shared_expert_gate: bool = Field(False, description="the shared experts' output is multiplied by sigmoid(w x) (Qwen2-MoE)")
+    aux_loss_weight: Weight = Field(0.01, description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)")
+    z_loss_weight: Weight = Field(0.001, description="of mean(logsumexp(router logits)^2), summed over MoE layers (ST-MoE, Zoph et al. 2022, eq. 5)")
+    sequence_loss_weight: Weight = Field(0.0, description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)")
+    cv_loss_weight: Weight = Field(
+        0.0, description="of the squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6)"
+    )
+    entropy_loss_weight: Weight = Field(0.0, description="of ln E - entropy of the mean probabilities: lower is more diverse (Shen et al. 2023)")
+    balance_scope: Literal["micro_batch", "global_batch"] = Field(
+        "micro_batch", description="over which tokens f_e of aux_loss is counted; 'global_batch' costs one more forward pass a micro batch"
+    )
+    bias_balancing: BiasBalancing | None = None
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together; 0 without any."""
+        return self.num_shared_experts * (self.shared_intermediate_size or self.moe_intermediate_size)
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> MoE:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
+        self.router.check(self.num_experts, self.top_k)
+        return self
+
+
+class DroplessMoE(MoE):
+    """No token is dropped: rows travel by all-to-all to their experts, on DeepSpeed's AutoEP layer. Any ZeRO stage."""
+
+    implementation: ClassVar[str] = "pretrain.model.moe.dropless:DroplessMoE"
+    kind: Literal["dropless"] = "dropless"
+    expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop")
+
+
+class DeepSpeedMoE(MoE):
+    """DeepSpeed's native layer: capacity, drops or padding, noisy gates, residual experts. ZeRO 0, 1 and 2."""
+
+    implementation: ClassVar[str] = "pretrain.model.moe.native:DeepSpeedMoE"
+    kind: Literal["deepspeed"]
+    gate: Literal["deepspeed", "router"] = Field(
+        "deepspeed",
+        description="'deepspeed' is its own gate, for the plain softmax_topk; 'router' takes every router, and drops the last tokens first",
+    )
+    capacity_factor: Annotated[float, Field(gt=0)] = Field(1.25, description="room per expert in training, times tokens * top_k / num_experts")
+    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0
+    min_capacity: NonNegative = Field(4, description="tokens")
+    drop_tokens: bool = Field(True, description="false pads every expert to the fullest one, and drops nothing")
+    use_rts: bool = Field(False, description="random token selection when an expert is full (top_k 1 only)")
+    noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
+    top2_2nd_expert_sampling: bool = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
+    use_residual: bool = Field(False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)")
+    causal: bool = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
+
+
+# --- the model --------------------------------------------------------------------------------------------------------------------
+
+
+class Dropout(Section):
+    """Shares of numbers that are zeroed in training, the others scaled up (Srivastava et al. 2014)."""
+
+    embedding: Rate = 0.0
+    attention: Rate = Field(0.0, description="of the attention weights")
+    residual: Rate = Field(0.0, description="of what attention and feed-forwards add to the residual stream")
+    feed_forward: Rate = Field(0.0, description="of the hidden numbers of feed-forwards and experts")
+    expert: Rate = Field(0.0, description="of what each routed expert answers")
+
+
+class MultiTokenPrediction(Section):
+    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1), with the model's embedding and head."""
+
+    loss_weight: Annotated[float, Field(gt=0)] = 0.3
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer: embedding, blocks of attention and feed-forward, head."""
+
+    vocab_size: Positive | None = Field(None, description="tokens; taken from the tokenizer when left out")
+    vocab_multiple: Positive = Field(64, description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted")
+    embedding_size: Positive | None = Field(
+        None, description="width of a factorised embedding, projected to hidden_size and back (Lan et al. 2020); hidden_size by default"
+    )
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    intermediate_size: Positive | None = Field(None, description="width of dense feed-forwards; needed where the pattern has dense layers")
+    max_position_embeddings: Positive = Field(2048, description="longest sequence in tokens")
+    attention: Annotated[Attention, OneOf()]
+    position: Annotated[Position, OneOf()] = Rope()
+    norm: Annotated[Norm, OneOf()] = RMSNorm()
+    norm_position: Literal["pre", "post"] = Field("pre", description="'pre': x + f(norm(x)); 'post': norm(x + f(x)) (Xiong et al. 2020)")
+    final_norm: bool = Field(True, description="a norm between the last block and the head")
+    feed_forward: Annotated[FeedForward, OneOf()] = SwiGLU()
+    layer_pattern: Annotated[LayerPattern, OneOf()] = AllMoE()
+    moe: Annotated[MoE, OneOf()] | None = None
+    dropout: Dropout = Dropout()
+    multi_token_prediction: MultiTokenPrediction | None = None
+    tie_word_embeddings: bool = False
+    head_bias: bool = False
+    initializer_range: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)")
+    output_z_loss_weight: Weight = Field(0.0, description="weight of mean(logsumexp(output logits)^2)")
+    loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits stand in memory at once during training")
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers, from 0, that are mixtures of experts. The block of multi-token prediction is another copy of the last layer."""
+        return [index for index in range(self.num_hidden_layers) if self.layer_pattern.is_moe(index)]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

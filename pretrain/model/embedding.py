@@ -1,0 +1,36 @@
+"""Token embedding, factorised where the recipe says so; the head uses the same projection backwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pretrain.config.model_schema import ModelConfig
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of ``weight`` [padded vocabulary, e], projected to the hidden size where e is smaller (Lan et al. 2020, ALBERT, section 3.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.embedding_size or config.hidden_size
+        self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, size))
+        self.projection = nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
+        self.dropout = config.dropout.embedding
+
+    @property
+    def size(self) -> int:
+        """Numbers of a row."""
+        return self.weight.shape[1]
+
+    def forward(self, input_ids_BS: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, S] -> [B, S, D]."""
+        x = functional.embedding(input_ids_BS, self.weight)
+        if self.projection is not None:
+            x = functional.linear(x, self.projection)
+        return functional.dropout(x, self.dropout, self.training)
+
+    def reduce(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, e]: what the head multiplies with its rows."""
+        return x_BSD if self.projection is None else x_BSD @ self.projection

@@ -1,0 +1,88 @@
+"""The dense feed-forward, one class a kind; also the form of one expert."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pretrain.config.model_schema import GELU as GELUConfig
+from pretrain.config.model_schema import Clamped
+from pretrain.config.model_schema import FeedForward as FeedForwardConfig
+
+
+class FeedForward(nn.Module):
+    """down(dropout(activate(gate(x), up(x)))).
+
+    A kind says how wide its first products are and what it makes of them. ``gated`` kinds have two matrices before the activation, the
+    others ``up_proj`` only. ``expansion`` is the rows of each for one hidden number.
+    """
+
+    gated: ClassVar[bool] = True
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self, config: FeedForwardConfig, hidden_size: int, intermediate_size: int, dropout: float = 0.0, output_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        rows = self.expansion * intermediate_size
+        self.config, self.dropout, self.output_dropout = config, dropout, output_dropout
+        self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if self.gated else None
+        self.up_proj = nn.Linear(hidden_size, rows, bias=config.bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)
+
+    @staticmethod
+    def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What the two products become, [..., expansion * F] each -> [..., F].
+
+        Kinds that are not gated get the first and the second half of ``up``: experts keep their three matrices for every kind.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        up = self.up_proj(x)
+        first, second = (self.gate_proj(x), up) if self.gate_proj is not None else up.chunk(2, dim=-1)
+        hidden = self.activate(self.config, first, second)
+        y = self.down_proj(functional.dropout(hidden, self.dropout, self.training))
+        return functional.dropout(y, self.output_dropout, self.training)
+
+
+class SwiGLU(FeedForward):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    @staticmethod
+    def activate(config: FeedForwardConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.silu(gate) * up
+
+
+class GELU(FeedForward):
+    """down(gelu(up(x))) (Hendrycks & Gimpel 2016)."""
+
+    gated = False
+
+    @staticmethod
+    def activate(config: GELUConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(torch.cat((gate, up), dim=-1), approximate=config.approximate)
+
+
+class ClampedSwiGLU(FeedForward):
+    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within +-limit (gpt-oss)."""
+
+    @staticmethod
+    def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=config.limit)
+        return gate * torch.sigmoid(config.alpha * gate) * (up.clamp(-config.limit, config.limit) + 1)
+
+
+class ProductSwiGLU(FeedForward):
+    """:class:`ClampedSwiGLU` of the even and the odd numbers of gate(x) * up(x) (Project 828)."""
+
+    expansion = 2
+
+    @staticmethod
+    def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        product = gate * up
+        return ClampedSwiGLU.activate(config, product[..., 0::2], product[..., 1::2])

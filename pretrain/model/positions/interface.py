@@ -1,0 +1,37 @@
+"""What a kind of position encoding gives to the model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pretrain.config.model_schema import ModelConfig
+
+
+class PositionTerms(NamedTuple):
+    """What attention needs of the positions of one call's tokens, made once for all layers.
+
+    Attributes:
+        rope: cos and sin of every position and pair, fp32, to broadcast over [B, N, S, rotary_dim / 2]; None where nothing is turned.
+        slopes_N: fp32 [N], what a key loses for each token that it lies back; None without ALiBi.
+    """
+
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    slopes_N: torch.Tensor | None = None
+
+
+class PositionEncoding(nn.Module):
+    """One kind of position encoding: what it adds to the embedding, and what it gives to attention."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+
+    def add(self, x_BSD: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The embedding with its positions, [S] or [B, S] int64."""
+        return x_BSD
+
+    def terms(self, positions: torch.Tensor) -> PositionTerms:
+        """What attention needs for tokens at ``positions``, [S] or [B, S] int64."""
+        return PositionTerms()

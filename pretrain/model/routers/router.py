@@ -1,0 +1,101 @@
+"""The module around every kind of router: its matrices, its balancing bias, and the choice of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.routers.interface import ExpertGroups, Router
+
+
+class Routing(NamedTuple):
+    """A routing decision, fp32.
+
+    Attributes:
+        logits_TE: what the scores were made from.
+        probs_TE: each token's distribution over the experts, for losses and statistics.
+        topk_ids_TK: chosen experts, int64.
+        topk_weights_TK: weights of their answers, differentiable.
+    """
+
+    logits_TE: torch.Tensor
+    probs_TE: torch.Tensor
+    topk_ids_TK: torch.Tensor
+    topk_weights_TK: torch.Tensor
+
+
+class TopKRouter(nn.Module):
+    """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip close choices.
+
+    Args:
+        gate: the matrix [E, D], and the bias where the kind has one.
+        balanced_by_bias: whether there is a ``balance_bias`` [E], added to the scores when experts are chosen, never to their weights.
+    """
+
+    balance_bias: torch.Tensor | None
+
+    def __init__(self, kind: Router, gate: nn.Linear, top_k: int, balanced_by_bias: bool) -> None:
+        super().__init__()
+        self.kind, self.gate, self.top_k = kind, gate, top_k
+        self.noise = nn.Linear(gate.in_features, gate.out_features, bias=False) if kind.learned_noise else None
+        # Not named after experts: DeepSpeed's native layer leaves such names out of its checkpoints.
+        self.register_buffer("balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Moves the balancing bias with the module, but never casts it: in bf16 updates of 0.001 are lost from 0.5 on."""
+        before = self.balance_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.balance_bias is not None and self.balance_bias.dtype != torch.float32:
+            self.balance_bias = before.to(self.balance_bias.device)
+        return self
+
+    def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Routing:
+        """[T, D] -> the decision; a filled ``record`` repeats its choice, an empty one is filled."""
+        x_TD = x_TD.float()
+        if self.training and self.kind.jitter:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - self.kind.jitter, 1.0 + self.kind.jitter)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            bias = None if self.gate.bias is None else self.gate.bias.float()
+            logits_TE = functional.linear(x_TD, self.gate.weight.float(), bias)
+            if self.noise is not None and self.training:
+                logits_TE = self.kind.noisy_logits(logits_TE, functional.linear(x_TD, self.noise.weight.float()))
+        scores_TE = self.kind.scores(logits_TE)
+        if record is not None and record.topk_ids_TK is not None:
+            topk_ids_TK = record.topk_ids_TK
+        else:
+            topk_ids_TK = self._choose(scores_TE.detach())
+            if record is not None:
+                record.topk_ids_TK = topk_ids_TK
+        weights_TK = self.kind.weights(scores_TE.gather(1, topk_ids_TK))
+        return Routing(logits_TE, self.kind.probabilities(scores_TE), topk_ids_TK, weights_TK)
+
+    def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        if self.balance_bias is not None:
+            scores_TE = scores_TE + self.balance_bias
+        if self.kind.groups is not None:
+            scores_TE = scores_TE.masked_fill(~_in_best_groups(scores_TE, self.kind.groups), float("-inf"))
+        return scores_TE.topk(self.top_k, dim=-1).indices
+
+    @torch.no_grad()
+    def move_balance_bias(self, load_E: torch.Tensor, rate: float) -> None:
+        """One step of balancing by bias (Wang et al. 2024, algorithm 1), then its mean is taken off: only differences choose.
+
+        Args:
+            load_E: tokens that chose each expert over the whole global batch.
+        """
+        if self.balance_bias is not None:
+            self.balance_bias += rate * torch.sign(load_E.mean() - load_E)
+            self.balance_bias -= self.balance_bias.mean()
+
+
+def _in_best_groups(scores_TE: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
+    """[T, E] bool: whether an expert lies in one of its token's best groups."""
+    grouped_TGe = scores_TE.unflatten(-1, (groups.num_groups, -1))
+    best = 1 if groups.score == "max" else 2
+    kept_TG = grouped_TGe.topk(best, dim=-1).values.sum(dim=-1).topk(groups.top_k_groups, dim=-1).indices
+    return torch.zeros_like(grouped_TGe, dtype=torch.bool).scatter(1, kept_TG[..., None].expand(-1, -1, grouped_TGe.shape[2]), True).flatten(1)
