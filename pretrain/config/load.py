@@ -47,20 +47,69 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """The mapping in a shipped recipe or in a YAML file, and the path it came from."""
+    """The mapping in a shipped recipe or in a YAML file, laid over its base if it names one, and where it came from.
+
+    Raises:
+        ConfigError: for an unknown recipe or base, a file that is no recipe, and bases that go round in a circle.
+    """
+    return _read_with_base(_recipe_path(name_or_path, Path()), ())
+
+
+def _recipe_path(name_or_path: str, folder: Path) -> Path:
+    """A shipped recipe's file, or a path as seen from ``folder``."""
     shipped = RECIPE_FOLDER / f"{name_or_path}.yaml"
-    path = shipped if shipped.is_file() else Path(name_or_path)
+    path = shipped if shipped.is_file() else folder / name_or_path
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "shipped recipes are " + ", ".join(recipe_names())
         raise ConfigError(f"there is no recipe '{name_or_path}', neither in {RECIPE_FOLDER} nor as a file: {hint}")
+    return path
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
+    """``above`` are the files that led here, by ``base``."""
+    content = _read_mapping(path)
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: its base leads back to itself: {' -> '.join(file.name for file in (*above, path))}; take one 'base' out")
+    if "base" not in content:
+        return content, str(path)
+    base = content.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: 'base' is the name or the path of one recipe (got {base!r})")
+    try:
+        below = _recipe_path(base, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: 'base': {error}") from None
+    lower, origin = _read_with_base(below, (*above, path.resolve()))
+    return merge(lower, content), f"{path} on {origin}"
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: give a YAML recipe") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPE_FOLDER}/debug.yaml")
-    return content, str(path)
+    return content
+
+
+def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """``upper`` laid over ``lower``, key by key; neither is changed.
+
+    A mapping with another ``kind`` than the lower one replaces it whole, because the fields of one kind mean nothing to the other. A null
+    removes what the lower one says, so that the default holds again.
+    """
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = lower.get(key)
+        if value is None and key in lower:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(below, dict) and value.get("kind", below.get("kind")) == below.get("kind"):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -81,7 +130,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if typing.get_origin(annotation) is typing.Annotated and any(isinstance(mark, OneOf) for mark in annotation.__metadata__):
+    if _is_family(annotation):
         return list(kinds_of(annotation.__origin__))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -101,7 +150,8 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
     legal: list[str] = []
     for part in location:
         tagged = [model for model in models if "kind" in model.model_fields and part in typing.get_args(model.model_fields["kind"].annotation)]
-        if tagged and len(models) > 1 and not _is_mapping(annotation):
+        if tagged and (len(models) > 1 or _is_family(annotation)) and not _is_mapping(annotation):
+            annotation = None
             models = tagged
             continue
         dotted.append(str(part))
@@ -112,6 +162,10 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
         annotation = next((_annotation(model, str(part)) for model in models if part in model.model_fields), None)
         models = _models_in(annotation)
     return ".".join(dotted) or "the recipe", legal
+
+
+def _is_family(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Annotated and any(isinstance(mark, OneOf) for mark in annotation.__metadata__)
 
 
 def _annotation(model: type[BaseModel], name: str) -> Any:
