@@ -191,6 +191,13 @@ class GELU(FeedForward):
     approximate: Literal["none", "tanh"] = "none"
 
 
+class SiLU(FeedForward):
+    """down(silu(up(x))): no gate (Elfwing et al. 2017)."""
+
+    implementation: ClassVar[str] = "pretrain.model.feed_forward:SiLU"
+    kind: Literal["silu"]
+
+
 class Clamped(FeedForward):
     limit: Annotated[float, Field(gt=0)] = 7.0
     alpha: Annotated[float, Field(gt=0)] = 1.702

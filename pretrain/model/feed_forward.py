@@ -68,6 +68,16 @@ class GELU(FeedForward):
         return functional.gelu(torch.cat((gate, up), dim=-1), approximate=config.approximate)
 
 
+class SiLU(FeedForward):
+    """down(silu(up(x))) (Elfwing et al. 2017)."""
+
+    gated = False
+
+    @staticmethod
+    def activate(config: FeedForwardConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.silu(torch.cat((gate, up), dim=-1))
+
+
 class ClampedSwiGLU(FeedForward):
     """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within +-limit (gpt-oss)."""
 
