@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # fp16's loss scale starts at 2^16 and halves at each skipped step: a healthy run needs fewer than this in a row.
 MAX_SKIPPED_IN_A_ROW = 25
 
+# What a step's losses are called in a row; the last is there with multi-token prediction only.
+LOSS_COLUMNS = ("loss", "total_loss", "multi_token_loss")
+
 
 @dataclass
 class Progress:
@@ -142,6 +145,7 @@ class Trainer:
         """Reads what has gathered on the device since the last row."""
         results, self._pending = self._pending, []
         losses, router = reduce_steps(results, self.topology)
+        means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
         now = time.perf_counter()
         seconds, self._row_started = now - self._row_started, now
         tokens_per_second = len(results) * self.recipe.train.tokens_per_step / seconds
@@ -149,8 +153,7 @@ class Trainer:
             "kind": "train",
             "step": self.progress.step,
             "tokens": self.progress.step * self.recipe.train.tokens_per_step,
-            "loss": sum(loss for loss, _ in losses) / len(losses),
-            "total_loss": sum(total for _, total in losses) / len(losses),
+            **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
             "grad_norm": results[-1].grad_norm,
             "tokens_per_second": tokens_per_second,
@@ -211,7 +214,7 @@ class Trainer:
 
 
 def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
-    """Means over the MoE layers, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
+    """Means over the layers with a router, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
     if router is None or model.moe is None:
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
@@ -225,5 +228,5 @@ def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
         # MaxVio (Wang et al. 2024): how far the busiest expert is above the mean load.
         "max_violation": (shares_LE.max(dim=1).values * shares_LE.shape[1] - 1).mean().item(),
         "dropped_share": router.dropped_L.mean().item(),
-        "layers": [{"layer": layer} | dict(zip(per_layer, row, strict=True)) for layer, row in zip(model.moe_layers, values, strict=True)],
+        "layers": [{"layer": layer} | dict(zip(per_layer, row, strict=True)) for layer, row in zip(model.routed_layers, values, strict=True)],
     }

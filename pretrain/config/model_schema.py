@@ -394,8 +394,14 @@ class ModelConfig(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """The layers, from 0, that are mixtures of experts. The block of multi-token prediction is another copy of the last layer."""
+        """The layers, from 0, that are mixtures of experts; without the block of multi-token prediction."""
         return [index for index in range(self.num_hidden_layers) if self.layer_pattern.is_moe(index)]
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The layers that route in training: the block of multi-token prediction, a copy of the last layer, is one more."""
+        block_routes = self.multi_token_prediction is not None and self.layer_pattern.is_moe(self.num_hidden_layers - 1)
+        return self.moe_layers + [self.num_hidden_layers] * block_routes
 
     @property
     def padded_vocab_size(self) -> int:

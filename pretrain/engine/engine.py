@@ -26,7 +26,8 @@ class StepResult:
     """One optimizer step as this rank saw it; tensors stay on the device until :meth:`reduced`.
 
     Attributes:
-        losses: [2] fp32, mean over this rank's micro batches: cross-entropy per token (nats), and the whole loss that was minimised.
+        losses: [2] fp32, mean over this rank's micro batches: cross-entropy per token (nats), and the whole loss that was minimised; [3] with
+            multi-token prediction, whose own cross-entropy per token of the same normalizer comes last.
         router: sums over this rank's micro batches (None for a dense model).
         micro_batches: how many those are.
         grad_norm: L2 norm over the whole model before clipping, the same on every rank.
@@ -88,7 +89,7 @@ class Engine:
         batches = [batch.to(self.topology.device) for batch in micro_batches]
         normalizer = self._tokens_per_micro_batch(batches)
         fractions_LE = self._global_fractions(batches, normalizer)
-        losses = torch.zeros(2, device=self.topology.device)
+        losses = torch.zeros(2 if self.recipe.model.multi_token_prediction is None else 3, device=self.topology.device)
         router: RouterTotals | None = None
         for batch in batches:
             output = self._forward(batch, normalizer, fractions_LE)
@@ -97,7 +98,8 @@ class Engine:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
                 stage0_norm = self._clip_at_stage_0()
             self.deepspeed.step()
-            losses += torch.stack((output.nll / normalizer, output.loss.detach())) / len(batches)
+            ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
+            losses += torch.stack((output.nll / normalizer, output.loss.detach(), *ahead)) / len(batches)
             router = _add(router, output.router)
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
         applied = self.deepspeed.was_step_applied()
@@ -183,9 +185,9 @@ class Engine:
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
         """
         moe = self.recipe.model.moe
-        if moe is None or moe.balance_scope == "micro_batch" or not self.recipe.model.moe_layers:
+        if moe is None or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
             return None
-        counts_LE = torch.zeros(len(self.recipe.model.moe_layers), moe.num_experts, device=self.topology.device)
+        counts_LE = torch.zeros(len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device)
         for batch in batches:
             output = self._forward(batch, normalizer)
             assert output.router is not None
@@ -203,7 +205,7 @@ def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[li
     """Joins several steps over all ranks with two collectives and one transfer to the host.
 
     Returns:
-        For each step [cross-entropy, whole loss], averaged over the ranks; and the router's statistics over all steps and ranks:
+        For each step its :attr:`StepResult.losses`, averaged over the ranks; and the router's statistics over all steps and ranks:
         counts summed, everything else averaged over micro batches.
     """
     stacked = torch.stack([result.losses for result in results])

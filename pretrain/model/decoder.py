@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,10 +15,15 @@ from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
 from pretrain.model.moe.balance import loss_weights
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
+from pretrain.model.positions.interface import PositionTerms
 
 
 class RouterTotals(NamedTuple):
-    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the others [L]; fp32, without gradient."""
+    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the others [L]; fp32, without gradient.
+
+    In training the block of multi-token prediction is one more layer, the last one, where it is a mixture of experts.
+    """
 
     losses_LJ: torch.Tensor
     counts_LE: torch.Tensor
@@ -28,22 +33,36 @@ class RouterTotals(NamedTuple):
 
 class TrainOutput(NamedTuple):
     """Attributes:
-    loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted router losses.
-    nll: [] plain negative log-likelihood summed over the counted tokens, nats, without gradient.
+    loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted router losses. Multi-token prediction adds its
+        own summed cross-entropy and z-loss, times its weight and by the same normalizer (DeepSeek-V3, eq. 24 and 25).
+    nll: [] plain negative log-likelihood of the next tokens summed over the counted ones, nats, without gradient.
     router: statistics of the MoE layers, None for a dense model.
+    multi_token_nll: [] as ``nll``, of the tokens after the next; None without multi-token prediction, and outside training.
     """
 
     loss: torch.Tensor
     nll: torch.Tensor
     router: RouterTotals | None
+    multi_token_nll: torch.Tensor | None = None
 
 
 class KVCache:
-    """What attention keeps of every layer for generation, each in its own form; ``length`` tokens are filled."""
+    """What attention keeps of every layer for generation, each in its own form; ``length`` tokens are filled.
+
+    Setting ``length`` back forgets the tokens behind it: nothing reads them, and the next ones overwrite them.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.length = 0
+
+
+class _Place(NamedTuple):
+    """Where the tokens of a call stand: their positions, [S] or [B, S] int64, what attention needs of these, and what each may see."""
+
+    positions: torch.Tensor
+    terms: PositionTerms
+    mask: AttentionMask
 
 
 class DecoderLM(nn.Module):
@@ -64,6 +83,7 @@ class DecoderLM(nn.Module):
         self.embedding = TokenEmbedding(config)
         self.position = config.position.implementing_class()(config)
         self.layers = nn.ModuleList(Block(config, layer, ep_size, ep_rank) for layer in range(config.num_hidden_layers))
+        self.multi_token = MultiTokenBlock(config, ep_size, ep_rank) if config.multi_token_prediction else None
         norm = config.norm.implementing_class()
         self.final_norm = norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
         sizes = self.embedding.size, config.padded_vocab_size, config.vocab_size
@@ -90,17 +110,26 @@ class DecoderLM(nn.Module):
             fractions_LE: choices per token of each layer's experts over the global batch, for the load-balance loss.
             position_ids_BS: each token's place in its document; its place in the sequence by default.
         """
-        x_BSD, statistics = self._hidden(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), None, fractions_LE, position_ids_BS)
-        loss, nll = self.head(self.embedding.reduce(x_BSD), labels_BS)
+        place = self._place(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS)
+        x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
+        loss, nll = self.head(self._normed(x_BSD), labels_BS)
+        multi_token_nll: torch.Tensor | None = None
+        if self.multi_token is not None and self.training:
+            fractions_E = fractions_LE[-1] if fractions_LE is not None and self.multi_token.block.is_moe else None
+            next_ids_BS, labels_after_BS = shifted_by_one(input_ids_BS, labels_BS)
+            x_BSD, block_statistics = self._run(self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, None, fractions_E)
+            statistics += [] if block_statistics is None else [block_statistics]
+            multi_token_loss, multi_token_nll = self.head(self._normed(x_BSD), labels_after_BS)
+            loss = loss + self.multi_token.loss_weight * multi_token_loss
         loss = loss / normalizer
         if not statistics:
-            return TrainOutput(loss, nll, None)
+            return TrainOutput(loss, nll, None, multi_token_nll)
         assert self.config.moe is not None
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True):
             if weight:
                 loss = loss + weight * values_L.sum()
-        return TrainOutput(loss, nll, RouterTotals(*(values.detach() for values in stacked)))
+        return TrainOutput(loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll)
 
     def logits(
         self,
@@ -110,37 +139,78 @@ class DecoderLM(nn.Module):
         position_ids_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [B, S, vocab_size] in fp32; with a cache, of the S tokens that follow what it holds, which are added to it."""
+        return self.project(self.hidden(input_ids_BS, document_ids_BS, cache, position_ids_BS))
+
+    def hidden(
+        self,
+        input_ids_BS: torch.Tensor,
+        document_ids_BS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        position_ids_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the last block returns, before the final norm: [B, S, D]; with a cache as :meth:`logits`."""
         offset = 0 if cache is None else cache.length
-        x_BSD, _ = self._hidden(input_ids_BS, AttentionMask(offset, document_ids_BS), cache, None, position_ids_BS)
+        place = self._place(input_ids_BS, AttentionMask(offset, document_ids_BS), position_ids_BS)
+        x_BSD, _ = self._trunk(input_ids_BS, place, cache, None)
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
-        return self.head(self.embedding.reduce(x_BSD))
+        return x_BSD
+
+    def project(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """:meth:`hidden` or what the block of multi-token prediction made of it [B, S, D] -> logits [B, S, vocab_size] in fp32."""
+        logits_BSV: torch.Tensor = self.head(self._normed(x_BSD))
+        return logits_BSV
+
+    def draft_logits(self, x_BSD: torch.Tensor, next_ids_BS: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits [B, S, vocab_size] of the tokens after the next, by multi-token prediction.
+
+        Args:
+            x_BSD: :meth:`hidden` of the S tokens that follow what ``cache`` holds; they are added to it.
+            next_ids_BS: int64, the token that follows each of them.
+            cache: from :meth:`new_draft_cache`.
+        """
+        assert self.multi_token is not None
+        place = self._place(next_ids_BS, AttentionMask(cache.length), None)
+        x_BSD, _ = self._run(self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, cache.layers[0], None)
+        cache.length += next_ids_BS.shape[1]
+        return self.project(x_BSD)
 
     def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
         """An empty cache for ``max_tokens`` tokens, prompt included."""
-        return KVCache([block.attention.new_cache(batch_size, max_tokens, device, dtype) for block in self.layers])
+        return KVCache([cast(Block, block).attention.new_cache(batch_size, max_tokens, device, dtype) for block in self.layers])
 
-    def _hidden(
-        self,
-        input_ids_BS: torch.Tensor,
-        mask: AttentionMask,
-        cache: KVCache | None,
-        fractions_LE: torch.Tensor | None,
-        position_ids_BS: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[RouterStatistics]]:
+    def new_draft_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
+        """An empty cache for the block of multi-token prediction alone."""
+        assert self.multi_token is not None
+        return KVCache([self.multi_token.block.attention.new_cache(batch_size, max_tokens, device, dtype)])
+
+    def _place(self, input_ids_BS: torch.Tensor, mask: AttentionMask, position_ids_BS: torch.Tensor | None) -> _Place:
         positions = position_ids_BS
         if positions is None:
             positions = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
-        x_BSD = self.position.add(self.embedding(input_ids_BS), positions)
-        terms = self.position.terms(positions)
+        return _Place(positions, self.position.terms(positions), mask)
+
+    def _trunk(
+        self, input_ids_BS: torch.Tensor, place: _Place, cache: KVCache | None, fractions_LE: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[RouterStatistics]]:
+        x_BSD = self.position.add(self.embedding(input_ids_BS), place.positions)
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
             fractions_E = fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
-            layer_cache = None if cache is None else cache.layers[index]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, layer_statistics = checkpoint(block, x_BSD, terms, mask, None, RoutingRecord(), fractions_E, use_reentrant=False)
-            else:
-                x_BSD, layer_statistics = block(x_BSD, terms, mask, layer_cache, None, fractions_E)
+            x_BSD, layer_statistics = self._run(block, (x_BSD,), place, None if cache is None else cache.layers[index], fractions_E)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
-        return self.final_norm(x_BSD), statistics
+        return x_BSD, statistics
+
+    def _run(
+        self, block: nn.Module, inputs: tuple[torch.Tensor, ...], place: _Place, layer_cache: Any, fractions_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            recomputed = checkpoint(block, *inputs, place.terms, place.mask, None, RoutingRecord(), fractions_E, use_reentrant=False)
+            return recomputed[0], recomputed[1]
+        x_BSD, statistics = block(*inputs, place.terms, place.mask, layer_cache, None, fractions_E)
+        return x_BSD, statistics
+
+    def _normed(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies with its rows."""
+        return self.embedding.reduce(self.final_norm(x_BSD))
