@@ -23,14 +23,14 @@ def heads_group_evenly(recipe: Recipe) -> None:
 def rotary_dim_is_even(recipe: Recipe) -> None:
     size = recipe.model.attention.rotary_dim
     if recipe.model.position.rotary and size % 2:
-        raise ConfigError(f"model.attention.head_dim ({size}) must be even: RoPE turns pairs of numbers")
+        raise ConfigError(f"model.attention.head_dim ({size}) must be even: a rotary embedding turns pairs of numbers")
 
 
-# What a kernel can compute beside plain causal attention.
+# What a kernel can compute beside plain causal attention in half precision.
 KERNEL_FEATURES: dict[str, frozenset[str]] = {
-    "reference": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask"}),
-    "sdpa": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask"}),
-    "flex": frozenset({"sliding_window", "sinks", "alibi", "document_mask"}),
+    "reference": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32"}),
+    "sdpa": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32"}),
+    "flex": frozenset({"sliding_window", "sinks", "alibi", "document_mask", "fp32"}),
     "flash": frozenset({"sliding_window", "alibi", "dropout"}),
 }
 
@@ -43,6 +43,7 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         "alibi": model.position.alibi,
         "dropout": model.dropout.attention > 0,
         "document_mask": recipe.data.document_mask,
+        "fp32": recipe.train.precision == "fp32",
     }
     needed = {feature for feature, given in asked.items() if given}
     if missing := sorted(needed - KERNEL_FEATURES[attention.kernel]):

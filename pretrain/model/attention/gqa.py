@@ -7,7 +7,7 @@ from torch import nn
 
 from pretrain.config.model_schema import GroupedQueryAttention as GroupedQueryConfig
 from pretrain.config.model_schema import ModelConfig
-from pretrain.model.attention.kernels import KERNELS
+from pretrain.model.attention.kernels import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.norm import RMSNorm
@@ -47,7 +47,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
-        self.kernel = KERNELS[config.kernel]
+        self.kernel = attention_kernel(config.kernel, self.q_proj.weight.device)
 
     def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache of this layer."""

@@ -1,45 +1,38 @@
-"""Ways to compute softmax(q k^T / sqrt(H)) v: the plain one that tests trust, and torch's fused one."""
+"""Ways to compute softmax(q k^T / sqrt(H)) v, chosen by name; what each supports stands in ``KERNEL_FEATURES`` of the recipe's rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 import torch
-from torch.nn import functional
 
+from pretrain.config.errors import ConfigError
+from pretrain.config.model_schema import KernelName
 from pretrain.model.attention.scores import Scores
 
+# Queries [B, N, S, H], keys [B, M, U, H] and values [B, M, U, V] of U >= S tokens -> [B, N, S, V] in the queries' dtype.
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 
-
-def reference_attention(q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """The definition, in fp32 with every score in memory. U is the number of keys. Returns [B, N, S, H] in the queries' dtype."""
-    groups = q_BNSH.shape[1] // k_BMUH.shape[1]
-    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BMUH, v_BMUH))
-    num_queries, num_keys = q_BNSH.shape[2], k.shape[2]
-    logits_BNSU = q_BNSH.float() @ k.transpose(-2, -1) * scores.scale
-    if scores.slopes_N is not None:
-        queries = torch.arange(num_queries, device=k.device)[:, None] + scores.mask.offset
-        distance_SU = queries - torch.arange(num_keys, device=k.device)[None, :]
-        logits_BNSU = logits_BNSU - scores.slopes_N.float()[:, None, None] * distance_SU
-    visible = scores.mask.dense(num_queries, num_keys, q_BNSH.device, scores.window)
-    logits_BNSU = logits_BNSU.masked_fill(~visible, float("-inf"))
-    if scores.sinks_N is not None:
-        sinks = scores.sinks_N.float()[None, :, None, None].expand(*logits_BNSU.shape[:3], 1)
-        weights_BNSU = torch.cat((logits_BNSU, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        weights_BNSU = logits_BNSU.softmax(dim=-1)
-    return (functional.dropout(weights_BNSU, scores.dropout) @ v).to(q_BNSH.dtype)
+KERNELS: dict[KernelName, str] = {
+    "reference": "pretrain.model.attention.reference:reference_attention",
+    "sdpa": "pretrain.model.attention.sdpa:sdpa_attention",
+    "flex": "pretrain.model.attention.flex:flex_attention",
+    "flash": "pretrain.model.attention.flash:flash_attention",
+}
 
 
-def sdpa_attention(q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """torch's scaled_dot_product_attention; same shapes and meaning as :func:`reference_attention`."""
-    grouped = q_BNSH.shape[1] != k_BMUH.shape[1]
-    num_queries, num_keys = q_BNSH.shape[2], k_BMUH.shape[2]
-    if scores.mask.is_plain_causal(num_queries, scores.window):
-        return functional.scaled_dot_product_attention(q_BNSH, k_BMUH, v_BMUH, is_causal=True, enable_gqa=grouped, scale=scores.scale)
-    visible = scores.mask.dense(num_queries, num_keys, q_BNSH.device, scores.window)
-    return functional.scaled_dot_product_attention(q_BNSH, k_BMUH, v_BMUH, attn_mask=visible, enable_gqa=grouped, scale=scores.scale)
+def attention_kernel(name: KernelName, device: torch.device) -> AttentionKernel:
+    """The kernel of that name; its file, and with it a package that only this kernel needs, is imported here.
 
-
-KERNELS: dict[str, AttentionKernel] = {"reference": reference_attention, "sdpa": sdpa_attention}
+    Raises:
+        ConfigError: where this machine lacks what the kernel needs. A model on the meta device is only counted and lacks nothing.
+    """
+    try:
+        kernel: AttentionKernel = resolve_name(KERNELS["sdpa" if device.type == "meta" else name])
+    except ImportError as error:
+        raise ConfigError(
+            f"model.attention.kernel={name} needs the package {error.name}, which cannot be imported here ({error}): "
+            "install it, or use --set model.attention.kernel=sdpa"
+        ) from None
+    return kernel

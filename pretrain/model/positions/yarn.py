@@ -1,0 +1,47 @@
+"""YaRN: a rotary embedding stretched to longer sequences (Peng et al. 2023, section 3.2 and 3.4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pretrain.config.model_schema import ModelConfig, Yarn
+from pretrain.model.positions.interface import PositionEncoding, PositionTerms
+from pretrain.model.positions.rope import inverse_frequencies, rope_tables
+
+
+def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> torch.Tensor:
+    """What a step turns each pair by, radians, fp32 [H/2].
+
+    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency, one that turns less than ``beta_slow``
+    times has it divided by ``factor``; between them the share that is divided rises linearly with the pair's number.
+    """
+    frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
+
+    def pair_that_turns(times: float) -> float:
+        length = config.original_max_position_embeddings
+        return rotary_dim * math.log(length / (2 * math.pi * times)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    width = last - first or 0.001  # a step where both ends meet
+    divided = ((torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
+    return frequencies * (1 - divided) + frequencies / config.factor * divided
+
+
+class YarnPosition(PositionEncoding):
+    """Rotary tables of :func:`yarn_frequencies`; queries and keys both grow by the attention factor, so that scores grow by its square."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        assert isinstance(model.position, Yarn)
+        self.config, self.rotary_dim = model.position, model.attention.rotary_dim
+        given = self.config.attention_factor
+        self.attention_factor = 0.1 * math.log(self.config.factor) + 1 if given is None else given
+
+    def terms(self, positions: torch.Tensor) -> PositionTerms:
+        frequencies = yarn_frequencies(self.config, self.rotary_dim, positions.device)
+        return PositionTerms(rope=rope_tables(positions, frequencies, self.attention_factor))
