@@ -17,10 +17,12 @@ from pretrain.config.errors import ConfigError, run_command
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation import Sampling, generate
 from pretrain.evaluation.generators import open_generator
+from pretrain.evaluation.speculative import DraftCounts, generate_with_drafts
 
 EXAMPLES = """\
   python tools/generate.py --model runs/quickstart/checkpoints/latest --prompt "def main("
-  python tools/generate.py --model exports/quickstart --prompt "import os" --greedy --max-new-tokens 128"""
+  python tools/generate.py --model exports/quickstart --prompt "import os" --greedy --max-new-tokens 128
+  python tools/generate.py --model runs/mtp/checkpoints/latest --prompt "import os" --draft"""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,9 +35,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold the probability P")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--draft", action="store_true", help="speculative decoding with the model's multi-token prediction: same text, fewer passes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_json_option(parser)
     return parser.parse_args()
+
+
+def progress(tokens: int) -> tqdm:
+    return tqdm(range(tokens), desc="generating", unit="token")
 
 
 def main() -> None:
@@ -45,14 +52,23 @@ def main() -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.greedy, arguments.seed)
     generator = open_generator(Path(arguments.model), choose_device(arguments.device))
     prompt_ids = generator.encode(arguments.prompt) or [generator.eod_id]
-    next_logits = generator.start(len(prompt_ids) + arguments.max_new_tokens)
-    started = time.perf_counter()
-    new_ids = generate(next_logits, prompt_ids, sampling, generator.eod_id, tqdm(range(arguments.max_new_tokens), desc="generating", unit="token"))
+    max_tokens = len(prompt_ids) + arguments.max_new_tokens
+    counts: DraftCounts | None = None
+    if arguments.draft:
+        drafting = generator.start_drafting(max_tokens)
+        started, steps = time.perf_counter(), progress(arguments.max_new_tokens)
+        new_ids, counts = generate_with_drafts(drafting, prompt_ids, sampling, generator.eod_id, steps)
+    else:
+        next_logits = generator.start(max_tokens)
+        started, steps = time.perf_counter(), progress(arguments.max_new_tokens)
+        new_ids = generate(next_logits, prompt_ids, sampling, generator.eod_id, steps)
     seconds = time.perf_counter() - started
     ended = new_ids[-1] == generator.eod_id
     text = generator.decode(new_ids[:-1] if ended else new_ids)
     if arguments.json_path != "-":
         print(arguments.prompt + text)
+    if counts is not None:
+        print(f"{counts.accepted} of {counts.drafted} drafted tokens were accepted ({counts.accepted_share:.0%})", file=sys.stderr)
     result = {
         "model": arguments.model,
         "prompt": arguments.prompt,
@@ -61,6 +77,8 @@ def main() -> None:
         "ended": "end of document" if ended else "max_new_tokens",
         "tokens_per_second": round(len(new_ids) / seconds, 2),
     }
+    if counts is not None:
+        result |= {"drafted_tokens": counts.drafted, "accepted_share": round(counts.accepted_share, 4)}
     write_json(result, arguments.json_path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,12 @@ class Sampling:
 
 
 def sampling_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [V], fp32, that the next token is drawn from: temperature, then top-k, then top-p (Holtzman et al. 2020)."""
+    """The distribution [V], fp32, that the next token is drawn from: temperature, then top-k, then top-p (Holtzman et al. 2020).
+
+    Greedy, all of it on the likeliest token.
+    """
+    if sampling.greedy:
+        return torch.zeros_like(logits_V, dtype=torch.float32).index_fill(0, logits_V.argmax(), 1.0)
     scaled_V = logits_V.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scaled_V):
         kept = scaled_V.topk(sampling.top_k).indices
@@ -70,22 +75,40 @@ def generate(
     Raises:
         ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document token.
     """
-    if not prompt_ids:
-        raise ConfigError("the prompt has no tokens: start with the end-of-document token to write a new document")
+    check_prompt(prompt_ids)
+    return take_until_end(_continue(next_logits, prompt_ids, sampling), eod_id, steps)
+
+
+def _continue(next_logits: NextLogits, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
+    """New tokens without end."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    new_ids: list[int] = []
     added = prompt_ids
-    for _ in steps:
+    while True:
         logits_V = next_logits(torch.tensor([added], dtype=torch.int64)).cpu()
-        if sampling.greedy:
-            token = int(logits_V.argmax())
-        else:
-            token = int(torch.multinomial(sampling_probabilities(logits_V, sampling), 1, generator=generator))
-        new_ids.append(token)
+        token = draw(sampling_probabilities(logits_V, sampling), generator)
+        yield token
         added = [token]
+
+
+def draw(probs_V: Tensor, generator: torch.Generator) -> int:
+    """A token from a distribution, up to a factor."""
+    return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def take_until_end(tokens: Iterator[int], eod_id: int, steps: Iterable[int]) -> list[int]:
+    """A token a step, up to the end of a document or of the steps."""
+    taken: list[int] = []
+    for _, token in zip(steps, tokens, strict=False):
+        taken.append(token)
         if token == eod_id:
             break
-    return new_ids
+    return taken
+
+
+def check_prompt(prompt_ids: list[int]) -> None:
+    """Raises :class:`ConfigError` for an empty prompt."""
+    if not prompt_ids:
+        raise ConfigError("the prompt has no tokens: start with the end-of-document token to write a new document")
 
 
 def native_next_logits(model: DecoderLM, max_tokens: int, device: torch.device) -> NextLogits:
@@ -94,7 +117,7 @@ def native_next_logits(model: DecoderLM, max_tokens: int, device: torch.device) 
     Raises:
         ConfigError: when they are more than the model's longest sequence.
     """
-    _check_length(max_tokens, model.config.max_position_embeddings)
+    check_length(max_tokens, model.config.max_position_embeddings)
     cache = model.new_cache(1, max_tokens, device, next(model.parameters()).dtype)
 
     @torch.inference_mode()
@@ -108,7 +131,7 @@ def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: to
     """A Hugging Face model with a new cache; raises as :func:`native_next_logits` does."""
     from transformers import DynamicCache
 
-    _check_length(max_tokens, model.config.max_position_embeddings)
+    check_length(max_tokens, model.config.max_position_embeddings)
     cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
@@ -118,6 +141,7 @@ def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: to
     return next_logits
 
 
-def _check_length(max_tokens: int, longest: int) -> None:
+def check_length(max_tokens: int, longest: int) -> None:
+    """Raises :class:`ConfigError` where a text would be longer than the longest sequence of the model."""
     if max_tokens > longest:
         raise ConfigError(f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions: shorten the one or the other")

@@ -11,9 +11,10 @@ from torch import nn
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.weights import load_model
-from pretrain.config.errors import CheckpointError
+from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation import NextLogits, native_next_logits, transformers_next_logits
+from pretrain.evaluation.speculative import DraftingModel, NativeDrafting
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class TextGenerator(Protocol):
     def start(self, max_tokens: int) -> NextLogits:
         """A new text of at most ``max_tokens`` tokens, prompt included."""
 
+    def start_drafting(self, max_tokens: int) -> DraftingModel:
+        """As :meth:`start`, for speculative decoding; raises :class:`ConfigError` where the model has nothing that drafts."""
+
 
 class NativeGenerator:
     """One of our models."""
@@ -50,6 +54,11 @@ class NativeGenerator:
 
     def start(self, max_tokens: int) -> NextLogits:
         return native_next_logits(self.model, max_tokens, self.device)
+
+    def start_drafting(self, max_tokens: int) -> DraftingModel:
+        if self.model.multi_token is None:
+            raise ConfigError("the model was trained without model.multi_token_prediction, so nothing drafts: leave --draft out")
+        return NativeDrafting(self.model, max_tokens, self.device)
 
 
 class TransformersGenerator:
@@ -68,6 +77,9 @@ class TransformersGenerator:
 
     def start(self, max_tokens: int) -> NextLogits:
         return transformers_next_logits(self.model, max_tokens, self.device)
+
+    def start_drafting(self, max_tokens: int) -> DraftingModel:
+        raise ConfigError("a Hugging Face folder has no block of multi-token prediction: leave --draft out, or give one of our checkpoints")
 
 
 def open_generator(path: Path, device: torch.device) -> TextGenerator:
