@@ -25,7 +25,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
     """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
     train = recipe.train
     size = model_size(recipe.model, train.sequence_length)
-    state = state_bytes_per_rank(size, recipe, precision, zero_stage, world_size)
+    state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size)
     tokens = train.num_steps * train.tokens_per_step
     seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, size.flops_per_token)
     return {
@@ -36,12 +36,14 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
         "precision": precision,
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
+        "parameters_padding": size.parameters_padding,
+        "components": size.components,
         "flops_per_token": size.flops_per_token,
         "steps": train.num_steps,
         "train_tokens": tokens,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "state_bytes_per_rank": state,
-        "activation_bytes_per_rank": activation_bytes(recipe, precision),
+        "activation_bytes_per_rank": activation_bytes(recipe.model, train, precision),
         "estimated_seconds": seconds,
         "estimate_basis": basis,
     }

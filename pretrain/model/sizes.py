@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pretrain.config.model_schema import DeepSpeedMoE, ModelConfig
-from pretrain.config.schema import Recipe
+from pretrain.config.schema import TrainConfig
 from pretrain.model.decoder import DecoderLM
 
 # Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
@@ -22,70 +24,176 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "4090": 165e12,
 }
+# What a parameter belongs to: the first pattern that its name has.
+COMPONENTS = {
+    "embedding": re.compile(r"^embedding\."),
+    "positions": re.compile(r"^position\."),
+    "head": re.compile(r"^head\."),
+    "multi_token_prediction": re.compile(r"^multi_token\."),
+    "attention": re.compile(r"\.attention\."),
+    "shared_experts": re.compile(r"\.feed_forward\.(shared|mlp|coefficient)\."),  # the last two are DeepSpeed's residual expert and its mixing
+    "routed_experts": re.compile(r"\.experts\."),
+    "routers": re.compile(r"\.(router|gate)\."),
+    "dense_feed_forwards": re.compile(r"\.feed_forward\."),
+    "norms": re.compile(r"norm\.(weight|bias)$"),
+}
+ROUTED = COMPONENTS["routed_experts"]
+OUTSIDE_BLOCKS = ("embedding", "positions", "head")
+STACKED_BIASES = re.compile(r"\.experts\.b[123]$")
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """Attributes:
-    parameters_total: all weights, vocabulary padding included.
-    parameters_active: all but the routed experts, plus top_k of them a MoE layer.
-    parameters_experts: routed experts only.
-    flops_per_token: forward and backward: 6 a matrix weight used, plus 6 * L * S * N * H for causal attention.
+    parameters_total: weights and biases, without the rows that pad the vocabulary; a tied head is counted once.
+    parameters_active: all but the routed experts, and top_k of those in each layer that routes.
+    parameters_padding: the rows that pad the vocabulary.
+    parameters_experts: routed experts, with their biases.
+    parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand on every rank.
+    components: ``parameters_total`` by what they belong to; the block of multi-token prediction is one by itself.
+    components_active: ``parameters_active`` likewise.
+    flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and attention's scores and values.
     """
 
     parameters_total: int
     parameters_active: int
+    parameters_padding: int
     parameters_experts: int
+    parameters_sharded: int
+    components: dict[str, int]
+    components_active: dict[str, int]
     flops_per_token: float
+
+    @property
+    def parameters_stored(self) -> int:
+        """What is held in memory: padding too."""
+        return self.parameters_total + self.parameters_padding
 
 
 def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
-    """Counts on the meta device: exact, and instant for any size."""
+    """Counts on the meta device: exact, and in seconds for any size.
+
+    The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's native layer would copy each one.
+    """
+    num_experts, top_k = (config.moe.num_experts, config.moe.top_k) if config.moe else (1, 1)
     with torch.device("meta"):
-        model = DecoderLM(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for parameter in model.parameters() if not getattr(parameter, "allreduce", True))
-    unused = experts - experts * config.moe.top_k // config.moe.num_experts if config.moe else 0
-    lookup = 0 if config.tie_word_embeddings else model.embedding.weight.numel()
-    heads = config.attention.num_attention_heads * config.attention.head_dim
-    attention = 6.0 * config.num_hidden_layers * sequence_length * heads
-    return ModelSize(total, total - unused, experts, 6.0 * (total - unused - lookup) + attention)
+        model = DecoderLM(config, ep_size=num_experts)
+    components, active = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
+    sharded = experts = products = 0
+    for name, parameter in model.named_parameters():
+        component, is_sharded = _component(name), not getattr(parameter, "allreduce", True)
+        count = parameter.numel() * (num_experts if is_sharded else 1)
+        used = count
+        sharded += count if is_sharded else 0
+        if ROUTED.search(name):
+            experts, used = experts + count, count * top_k // num_experts
+        components[component] += count
+        active[component] += used
+        if parameter.dim() > 1 and component not in OUTSIDE_BLOCKS and not STACKED_BIASES.search(name):
+            products += used
+    padding = _padding(model)
+    for component, numbers in padding.items():
+        components[component] -= numbers
+        active[component] -= numbers
+    return ModelSize(
+        parameters_total=sum(components.values()),
+        parameters_active=sum(active.values()),
+        parameters_padding=sum(padding.values()),
+        parameters_experts=experts,
+        parameters_sharded=sharded,
+        components=components,
+        components_active=active,
+        flops_per_token=6.0 * (products + _vocabulary_products(model)) + _attention_flops(config, sequence_length),
+    )
 
 
-def state_bytes_per_rank(size: ModelSize, recipe: Recipe, precision: str, zero_stage: int, world_size: int) -> dict[str, int]:
+def _component(name: str) -> str:
+    return next(component for component, pattern in COMPONENTS.items() if pattern.search(name))
+
+
+def _padding(model: DecoderLM) -> dict[str, int]:
+    """Numbers that pad the vocabulary, in the embedding and in a head of its own."""
+    rows = model.config.padded_vocab_size - (model.config.vocab_size or 0)
+    of_head = [parameter for parameter in model.head.parameters() if parameter is not model.embedding.weight]
+    return {"embedding": rows * model.embedding.size, "head": rows * sum(_row_size(parameter) for parameter in of_head)}
+
+
+def _row_size(parameter: nn.Parameter) -> int:
+    return parameter.numel() // parameter.shape[0]
+
+
+def _vocabulary_products(model: DecoderLM) -> int:
+    """Weights of embedding and head that a token is multiplied with: looking up a row is no product, and padding rows are not multiplied.
+
+    Multi-token prediction goes through both a second time.
+    """
+    projection = 0 if model.embedding.projection is None else model.embedding.projection.numel()
+    passes = 1 if model.multi_token is None else 2
+    return passes * ((model.config.vocab_size or 0) * model.embedding.size + 2 * projection)
+
+
+def _attention_layers(config: ModelConfig) -> list[int]:
+    """The layer that each block of attention is made as, multi-token prediction's own block included."""
+    layers = list(range(config.num_hidden_layers))
+    return layers if config.multi_token_prediction is None else [*layers, config.num_hidden_layers - 1]
+
+
+def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs a token of scores and of what they are multiplied with, forward and backward, averaged over a full sequence."""
+    keys = 0.0
+    for layer in _attention_layers(config):
+        width = min(config.attention.window(layer) or sequence_length, sequence_length)
+        # Query i (from 0) sees min(i + 1, width) keys.
+        keys += (width * (width + 1) / 2 + (sequence_length - width) * width) / sequence_length
+    return 6.0 * (config.attention.score_dim + config.attention.value_dim) * keys
+
+
+def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
+    """What one sequence of ``tokens`` needs in the cache for generation, ``width`` bytes a number; a window layer needs no more than its window."""
+    windows = (config.attention.window(layer) for layer in range(config.num_hidden_layers))
+    return sum(min(tokens, window or tokens) for window in windows) * config.attention.cached_per_token * width
+
+
+def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW state on one rank; activations come on top.
 
     ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the same weights, stage 2 also gradients,
     stage 3 also weights. Experts are replicated on world_size / ep_size ranks only.
     """
-    ep_size = recipe.parallel.ep_size
     width = 4 if precision == "fp32" else 2
     master = 0 if precision == "fp32" and zero_stage == 0 else 4
-    dense = size.parameters_total - size.parameters_experts
+    dense = size.parameters_stored - size.parameters_sharded
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
-    for count, replicas in ((dense, world_size), (size.parameters_experts / ep_size, world_size / ep_size)):
+    for count, replicas in ((dense, world_size), (size.parameters_sharded / ep_size, world_size / ep_size)):
         parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
         parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
         parts["optimizer"] += count * (8 + master) / (replicas if zero_stage >= 1 else 1)
     return {name: int(value) for name, value in parts.items()} | {"total": int(sum(parts.values()))}
 
 
-def activation_bytes(recipe: Recipe, precision: str) -> int:
+def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) -> int:
     """A rough count of what one micro batch keeps for the backward pass; with checkpointing one input a block, and one block's working set."""
-    config, train = recipe.model, recipe.train
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
-    heads = config.attention.head_dim * (2 * config.attention.num_attention_heads + 2 * config.attention.num_key_value_heads)
-    per_layer = []
-    for layer in range(config.num_hidden_layers):
-        feed_forward = 4 * (config.intermediate_size or 0)
-        if config.layer_pattern.is_moe(layer) and config.moe is not None:
-            capacity = config.moe.capacity_factor if isinstance(config.moe, DeepSpeedMoE) and config.moe.drop_tokens else 1.0
-            feed_forward = int(config.moe.top_k * capacity * (4 * config.moe.moe_intermediate_size + 4 * config.hidden_size))
-        per_layer.append(tokens * width * (6 * config.hidden_size + 2 * heads + feed_forward))
+    attention = config.attention.score_dim + config.attention.value_dim + config.attention.cached_per_token
+    per_layer = [
+        tokens * width * (6 * config.hidden_size + 2 * attention + _feed_forward_numbers(config, layer)) for layer in _attention_layers(config)
+    ]
     blocks = max(per_layer) + len(per_layer) * tokens * width * config.hidden_size if train.activation_checkpointing else sum(per_layer)
     logits = 3 * 4 * min(tokens, config.loss_chunk_tokens) * config.padded_vocab_size
     return blocks + logits
+
+
+def _feed_forward_numbers(config: ModelConfig, layer: int) -> int:
+    """Numbers that a layer's feed-forward keeps of a token: its first products, what they become, and that after dropout."""
+    kind, moe = config.feed_forward.implementing_class(), config.moe
+    kept = (2 if kind.gated else 1) * kind.expansion + 2
+    if moe is None or not config.layer_pattern.is_moe(layer):
+        return kept * (config.intermediate_size or 0)
+    capacity = moe.capacity_factor if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens else 1.0
+    residual = moe.moe_intermediate_size if isinstance(moe, DeepSpeedMoE) and moe.use_residual else 0
+    routed = moe.top_k * capacity * (kept * moe.moe_intermediate_size + 4 * config.hidden_size)
+    return int(routed) + kept * (moe.shared_width + residual)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
