@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.model_schema import DeepSpeedMoE, DroplessMoE, ModelConfig
+from pretrain.config.model_schema import DeepSpeedMoE, DroplessMoE, GroupedQueryAttention, ModelConfig, MoE, RMSNorm, Rope, SwiGLU
 from pretrain.export.name_map import Link, expand
+from pretrain.model.routers import SoftmaxTopK
 
 VOCABULARY = {"embedding.weight": "model.embed_tokens.weight"}
 HEAD = {"head.weight": "lm_head.weight"}
@@ -47,28 +48,41 @@ class Qwen3Moe:
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
         """Why this architecture cannot compute what ``model`` computes, a clause each; empty when it can."""
-        moe = model.moe
         reasons = []
-        if moe is None or not model.moe_layers:
+        if model.moe is None or not model.moe_layers:
             reasons.append("no layer is a mixture of experts")
-        if not model.attention.qk_norm:
-            reasons.append("model.attention.qk_norm is false, and the architecture always normalises queries and keys")
-        if isinstance(moe, DroplessMoE) and moe.num_shared_experts:
-            reasons.append(f"model.moe.num_shared_experts is {moe.num_shared_experts}, and the architecture has no shared experts")
-        if isinstance(moe, DeepSpeedMoE) and moe.use_residual:
-            reasons.append("model.moe.use_residual is true, and the architecture has no residual expert")
-        if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens:
-            reasons.append("model.moe.drop_tokens is true, and the architecture never drops a token")
-        if isinstance(moe, DeepSpeedMoE) and moe.top2_2nd_expert_sampling:
-            reasons.append("model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too")
+        else:
+            reasons += _reasons_against_moe(model.moe)
+        attention = model.attention
+        if not isinstance(attention, GroupedQueryAttention):
+            reasons.append(f"model.attention is of kind {_kind(attention)}, and the architecture's is gqa")
+        elif attention.qk_norm != "head":
+            reasons.append(f"model.attention.qk_norm is {attention.qk_norm}, and the architecture always normalises each head of queries and keys")
+        elif attention.bias != "none":
+            reasons.append(f"model.attention.bias is {attention.bias}, and the architecture has one in all four projections or in none")
+        if attention.sinks:
+            reasons.append("model.attention.sinks is true, and the architecture has no attention sinks")
+        if attention.sliding_window is not None:
+            reasons.append(f"model.attention.sliding_window is {attention.sliding_window}, and the architecture's export sees everything")
+        for name, only in (("position", Rope), ("norm", RMSNorm), ("feed_forward", SwiGLU)):
+            if type(getattr(model, name)) is not only:
+                reasons.append(f"model.{name} is of kind {_kind(getattr(model, name))}, and the architecture's is {_kind(only())}")
+        if model.feed_forward.bias:
+            reasons.append("model.feed_forward.bias is true, and the architecture has none")
+        if model.norm_position != "pre" or not model.final_norm:
+            reasons.append("the architecture has its norms before attention and feed-forwards, and one behind the last block")
+        if model.embedding_size is not None:
+            reasons.append(f"model.embedding_size is {model.embedding_size}, and the architecture's embedding is not factorised")
+        if model.head_bias:
+            reasons.append("model.head_bias is true, and the architecture's head has no bias")
         return reasons
 
     def links(self, model: ModelConfig) -> list[Link]:
         """A link for each tensor of the export."""
         assert model.moe is not None
         experts = model.moe.num_experts
-        moe_layer = DROPLESS_LAYER if isinstance(model.moe, DroplessMoE) else DEEPSPEED_LAYER
-        dense_layers = [index for index in range(model.num_hidden_layers) if not model.is_moe_layer(index)]
+        moe_layer = _moe_layer(model.moe)
+        dense_layers = [index for index in range(model.num_hidden_layers) if index not in model.moe_layers]
         return [
             *expand(VOCABULARY, rows=model.vocab_size),
             *expand(EVERY_LAYER, range(model.num_hidden_layers)),
@@ -80,8 +94,8 @@ class Qwen3Moe:
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         """The architecture's own fields of ``config.json``."""
-        assert model.moe is not None
         attention, moe = model.attention, model.moe
+        assert moe is not None and isinstance(attention, GroupedQueryAttention) and isinstance(model.position, Rope)
         return {
             "model_type": "qwen3_moe",
             "vocab_size": model.vocab_size,
@@ -94,7 +108,7 @@ class Qwen3Moe:
             "hidden_act": "silu",
             "max_position_embeddings": model.max_position_embeddings,
             "initializer_range": model.initializer_range,
-            "rms_norm_eps": model.rms_norm_eps,
+            "rms_norm_eps": model.norm.eps,
             "tie_word_embeddings": model.tie_word_embeddings,
             # Readers from before transformers 5 look for rope_theta at the top, and fall back to a default where it is missing.
             "rope_parameters": {"rope_type": "default", "rope_theta": model.position.rope_theta},
@@ -104,12 +118,45 @@ class Qwen3Moe:
             "use_sliding_window": False,
             # A list of layers covers every pattern; decoder_sparse_step only the regular ones.
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if not model.is_moe_layer(index)],
+            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if index not in model.moe_layers],
             "num_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.moe_intermediate_size,
-            "norm_topk_prob": moe.norm_topk_prob,
+            "norm_topk_prob": moe.router.norm_topk_prob,
             "router_aux_loss_coef": moe.aux_loss_weight,
             "bos_token_id": eod_id,
             "eos_token_id": eod_id,
         }
+
+
+def _kind(section: Any) -> str:
+    return str(section.kind)
+
+
+def _moe_layer(moe: MoE) -> dict[str, str]:
+    """The templates of the layer's own names."""
+    if isinstance(moe, DroplessMoE):
+        return DROPLESS_LAYER
+    gate = "deepspeed_moe.gate.router.gate.weight" if isinstance(moe, DeepSpeedMoE) and moe.gate == "router" else "deepspeed_moe.gate.wg.weight"
+    return {ours.replace("deepspeed_moe.gate.wg.weight", gate): theirs for ours, theirs in DEEPSPEED_LAYER.items()}
+
+
+def _reasons_against_moe(moe: MoE) -> list[str]:
+    reasons = []
+    router = moe.router
+    if not isinstance(router, SoftmaxTopK):
+        reasons.append(f"model.moe.router is of kind {_kind(router)}, and the architecture's is softmax_topk")
+    elif router != SoftmaxTopK(norm_topk_prob=router.norm_topk_prob, jitter=router.jitter):
+        reasons.append("model.moe.router has a bias, a temperature, a scaling factor or groups, and the architecture's has none")
+    if moe.bias_balancing is not None:
+        reasons.append("model.moe.bias_balancing is set, and the architecture has no bias that chooses experts")
+    if moe.num_shared_experts:
+        reasons.append(f"model.moe.num_shared_experts is {moe.num_shared_experts}, and the architecture has no shared experts")
+    if isinstance(moe, DeepSpeedMoE):
+        if moe.use_residual:
+            reasons.append("model.moe.use_residual is true, and the architecture has no residual expert")
+        if moe.drop_tokens:
+            reasons.append("model.moe.drop_tokens is true, and the architecture never drops a token")
+        if moe.top2_2nd_expert_sampling:
+            reasons.append("model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too")
+    return reasons

@@ -1,4 +1,4 @@
-"""Learning rate as a factor of its peak, and the rate of balancing by bias: pure functions of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate and rate of balancing by bias: pure functions of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 

@@ -9,16 +9,21 @@ from pretrain.config.load import load_recipe
 from pretrain.config.rules import RULES, check_topology
 
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
-ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.norm_topk_prob=false"]
+ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=false"]
 
 # Rule -> (overrides that break it, parts of the sentence, overrides that mend it)
 BROKEN = {
+    "kernel_computes_the_recipe": (
+        ["model.attention.kernel=flex", "model.dropout.attention=0.1"],
+        ["kernel=flex cannot compute dropout", "use reference or sdpa"],
+        ["model.attention.kernel=sdpa"],
+    ),
     "heads_group_evenly": (
         ["model.attention.num_key_value_heads=3"],
         ["num_attention_heads (4)", "num_key_value_heads (3)"],
         ["model.attention.num_attention_heads=6"],
     ),
-    "heads_group_evenly/odd": (["model.attention.head_dim=7"], ["head_dim (7) must be even"], ["model.attention.head_dim=6"]),
+    "rotary_dim_is_even": (["model.attention.head_dim=7"], ["head_dim (7) must be even"], ["model.attention.head_dim=6"]),
     "layers_have_their_sections": (
         ["model.moe=null"],
         ["no model.moe", "all_dense"],
@@ -36,19 +41,23 @@ BROKEN = {
     ),
     "micro_batch_divides": (["train.micro_batch_size=3"], ["global_batch_size (8)", "micro_batch_size (3)"], ["train.global_batch_size=9"]),
     "drops_are_causal": (["model.moe.kind=deepspeed"], ["not causal", "drop_tokens=false", "causal=false"], ["model.moe.causal=false"]),
-    "native_options_fit_top_k": ([*NATIVE, "model.moe.use_rts=true"], ["use_rts works with top_k=1 only, not 2"], ["model.moe.use_rts=false"]),
-    "native_options_fit_top_k/sampling": (
+    "native_options_fit": ([*NATIVE, "model.moe.use_rts=true"], ["use_rts works with top_k=1 only, not 2"], ["model.moe.use_rts=false"]),
+    "native_options_fit/sampling": (
         [*ONE_CHOICE, "model.moe.top2_2nd_expert_sampling=true"],
         ["top_k=2 only, not 1"],
         ["model.moe.top2_2nd_expert_sampling=false"],
     ),
-    "native_options_fit_top_k/noise": (
+    "native_options_fit/noise": (
         [*NATIVE, "model.moe.noisy_gate_policy=RSample"],
         ["RSample works with top_k=1 only"],
         ["model.moe.noisy_gate_policy=Jitter"],
     ),
-    "native_options_fit_top_k/one": ([*NATIVE, "model.moe.top_k=1"], ["top_k=1", "norm_topk_prob=false"], ["model.moe.norm_topk_prob=false"]),
-    "native_options_fit_top_k/two": ([*NATIVE, "model.moe.norm_topk_prob=false"], ["always renormalises"], ["model.moe.norm_topk_prob=true"]),
+    "native_options_fit/one": ([*NATIVE, "model.moe.top_k=1"], ["top_k=1", "norm_topk_prob=False"], ["model.moe.router.norm_topk_prob=false"]),
+    "native_options_fit/two": (
+        [*NATIVE, "model.moe.router.norm_topk_prob=false"],
+        ["norm_topk_prob=True", "gate=router"],
+        ["model.moe.router.norm_topk_prob=true"],
+    ),
     "experts_divide": (["parallel.ep_size=3"], ["ep_size (3) does not divide model.moe.num_experts (4)"], ["parallel.ep_size=4"]),
     "experts_divide/dense": (
         ["parallel.ep_size=2", "model.layer_pattern.kind=all_dense", "model.intermediate_size=8"],

@@ -27,9 +27,10 @@ VARIANTS = {
     "head tied to the embedding": ["model.tie_word_embeddings=true"],
     "every second layer dense": ["model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=48", "model.num_hidden_layers=4"],
     "first layer dense": ["model.layer_pattern={kind: first_k_dense, k: 1}", "model.intermediate_size=48"],
-    "weights not renormalised": ["model.moe.norm_topk_prob=false", "model.position.rope_theta=777"],
-    "head_dim that hidden_size does not give": ["model.attention.head_dim=16", "model.rms_norm_eps=1e-3"],
-    "native layer, top 1": [*NATIVE, "model.moe.top_k=1", "model.moe.norm_topk_prob=false"],
+    "weights not renormalised": ["model.moe.router.norm_topk_prob=false", "model.position.rope_theta=777"],
+    "head_dim that hidden_size does not give": ["model.attention.head_dim=16", "model.norm.eps=1e-3"],
+    "native layer with a router of ours": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=false"],
+    "native layer, top 1": [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=false"],
     "native layer, top 2": NATIVE,
     "native layer, top 3": [*NATIVE, "model.moe.top_k=3"],
 }
@@ -150,12 +151,27 @@ def test_transformers_generates_and_stops_at_the_end_of_document(tmp_path: Path,
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["model.attention.qk_norm=false"], "qk_norm"),
+        (["model.attention.qk_norm=none"], "qk_norm"),
         (["model.moe.num_shared_experts=1"], "num_shared_experts"),
         (["model.layer_pattern.kind=all_dense", "model.intermediate_size=64"], "no layer is a mixture"),
         (["model.moe.kind=deepspeed", "model.moe.causal=false"], "drop_tokens"),
         ([*NATIVE, "model.moe.use_residual=true"], "use_residual"),
         ([*NATIVE, "model.moe.top2_2nd_expert_sampling=true"], "top2_2nd_expert_sampling"),
+        (["model.attention.bias=qkv"], "model.attention.bias is qkv"),
+        (["model.attention.sinks=true"], "sinks"),
+        (["model.attention.sliding_window=16"], "sliding_window is 16"),
+        (["model.position.kind=none"], "model.position is of kind none"),
+        (["model.norm.kind=layer_norm"], "model.norm is of kind layer_norm"),
+        (["model.feed_forward.kind=gelu"], "model.feed_forward is of kind gelu"),
+        (["model.feed_forward.bias=true"], "model.feed_forward.bias"),
+        (["model.norm_position=post"], "norms before"),
+        (["model.final_norm=false"], "behind the last block"),
+        (["model.embedding_size=16"], "embedding_size is 16"),
+        (["model.head_bias=true"], "head_bias"),
+        (["model.moe.router.kind=sigmoid_topk"], "router is of kind sigmoid_topk"),
+        (["model.moe.router.temperature=2"], "temperature"),
+        (["model.moe.router.groups={num_groups: 2, top_k_groups: 1}"], "groups"),
+        (["model.moe.bias_balancing={}"], "bias_balancing"),
     ],
 )
 def test_what_transformers_cannot_compute_is_refused_with_the_reason(overrides: list[str], reason: str) -> None:
@@ -166,6 +182,6 @@ def test_what_transformers_cannot_compute_is_refused_with_the_reason(overrides: 
 
 
 def test_every_reason_is_given_at_once() -> None:
-    overrides = [*NATIVE, "model.moe.use_residual=true", "model.attention.qk_norm=false"]
+    overrides = [*NATIVE, "model.moe.use_residual=true", "model.attention.qk_norm=none"]
     assert len(representable(load_recipe("debug", [VOCABULARY, *overrides]))) == 2
     assert representable(load_recipe("debug", [VOCABULARY])) == []

@@ -48,7 +48,7 @@ model:
   hidden_size: 32
   num_hidden_layers: 2
   max_position_embeddings: 64
-  attention: {kind: gqa, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, qk_norm: true}
+  attention: {kind: gqa, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, qk_norm: head}
   moe: {kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16}
 train: {sequence_length: 32, micro_batch_size: 2, global_batch_size: 8, train_tokens: 1280, precision: fp32}
 optimizer: {kind: adamw, learning_rate: 3.0e-3}

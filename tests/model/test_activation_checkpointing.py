@@ -9,7 +9,7 @@ from torch import nn
 from pretrain.model import decoder
 from pretrain.model.decoder import DecoderLM, TrainOutput
 from pretrain.model.moe.dropless import DroplessMoE
-from pretrain.model.routers.softmax_topk import SoftmaxTopKRouter
+from pretrain.model.routers.router import TopKRouter
 from tests.model.tiny_model import KINDS, random_tokens, tiny_model
 
 B, S, K = 2, 16, 2
@@ -65,7 +65,7 @@ def disturb_recomputation(model: DecoderLM) -> None:
         return args
 
     for module in model.modules():
-        if isinstance(module, SoftmaxTopKRouter):
+        if isinstance(module, TopKRouter):
             module.register_forward_pre_hook(negate_later)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 from tests.model.tiny_model import random_tensor, tiny_model
@@ -22,7 +21,8 @@ LAYERS += [("deepspeed", 1, False), ("deepspeed", 2, True), ("deepspeed", 3, Tru
 
 
 def moe_layer(kind: str, top_k: int, norm_topk_prob: bool, **fields: Any) -> DroplessMoE | DeepSpeedMoE:
-    given = {"num_experts": E, "top_k": top_k, "moe_intermediate_size": WIDTH, "norm_topk_prob": norm_topk_prob, **fields}
+    router = f"{{norm_topk_prob: {norm_topk_prob}}}"
+    given = {"num_experts": E, "top_k": top_k, "moe_intermediate_size": WIDTH, "router": router, **fields}
     if kind == "deepspeed":
         given = {"drop_tokens": False} | given
     inside = ", ".join(f"{name}: {str(value).lower()}" for name, value in given.items())
@@ -99,9 +99,9 @@ def test_drops_are_counted_and_the_load_is_that_before_them(top_k: int, norm_top
 
 def test_shared_experts_see_every_token_and_are_added() -> None:
     layer, x_BSD = moe_layer("dropless", 2, True, num_shared_experts=2), random_tensor(2, 9, 32)
-    assert isinstance(layer.shared_experts, SwiGLU) and layer.shared_experts.gate_proj.weight.shape == (2 * WIDTH, 32)
+    assert layer.shared is not None and layer.shared.feed_forward.gate_proj.weight.shape == (2 * WIDTH, 32)
     routed, _ = token_by_token(layer, x_BSD, 2, True)
-    shared = layer.shared_experts(x_BSD)
+    shared = layer.shared(x_BSD)
     assert shared.abs().max() > 1e-2
     torch.testing.assert_close(layer(x_BSD)[0], routed + shared, atol=1e-5, rtol=1e-5)
 

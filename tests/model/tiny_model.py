@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 

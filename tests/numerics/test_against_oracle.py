@@ -98,7 +98,7 @@ def plain_settings(recipe: Recipe) -> PlainSettings:
         num_layers=model.num_hidden_layers,
         head_dim=model.attention.head_dim,
         rope_theta=model.position.rope_theta,
-        norm_eps=model.rms_norm_eps,
+        norm_eps=model.norm.eps,
         vocab_size=model.vocab_size,
         top_k=moe.top_k,
         aux_loss_weight=moe.aux_loss_weight,

@@ -38,14 +38,14 @@ def test_every_parameter_is_in_exactly_one_group(kind: str, tied: str) -> None:
 def test_roles_decide_the_decay_and_nothing_moves_before_the_first_step(kind: str) -> None:
     model, groups = groups_of(KINDS[kind])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decay = {"embedding": 0.0, "router": 0.1, "norm": 0.0, "matrix": 0.1}
+    decay = {"embedding": 0.0, "router": 0.1, "vector": 0.0, "matrix": 0.1}
     by_role: dict[str, set[str]] = {}
     for group in groups:
         assert (group["lr"], group["weight_decay"]) == (0.0, decay[group["role"]])
         by_role.setdefault(group["role"], set()).update(names[id(parameter)] for parameter in group["params"])
     assert by_role["embedding"] == {"embedding.weight"}
     assert len(by_role["router"]) == 1 and "layers.1.feed_forward" in next(iter(by_role["router"]))
-    assert {name for name in names.values() if "norm" in name} == by_role["norm"]
+    assert {name for name in names.values() if "norm" in name} == by_role["vector"]
     assert "head.weight" in by_role["matrix"] and "layers.0.feed_forward.down_proj.weight" in by_role["matrix"]
 
 
@@ -70,11 +70,11 @@ def test_a_frozen_parameter_is_left_out() -> None:
 
 def test_router_and_embedding_may_have_learning_rates_of_their_own() -> None:
     rates = peak_learning_rates(load_recipe("debug", RATES).optimizer)
-    assert rates == {"embedding": 2e-4, "router": 1e-4, "norm": 3e-3, "matrix": 3e-3}
+    assert rates == {"embedding": 2e-4, "router": 1e-4, "vector": 3e-3, "matrix": 3e-3}
 
 
 def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
-    assert peak_learning_rates(load_recipe("debug").optimizer) == dict.fromkeys(("embedding", "router", "norm", "matrix"), 3e-3)
+    assert peak_learning_rates(load_recipe("debug").optimizer) == dict.fromkeys(("embedding", "router", "vector", "matrix"), 3e-3)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
         ("layers.0.feed_forward.deepspeed_moe.gate.wg.weight", 2, "router"),
         ("layers.0.feed_forward.gate_proj.weight", 2, "matrix"),
         ("layers.0.feed_forward.experts.w1", 3, "matrix"),
-        ("layers.0.attention.q_norm.weight", 1, "norm"),
+        ("layers.0.attention.q_norm.weight", 1, "vector"),
     ],
 )
 def test_roles_by_name(name: str, dim: int, role: str) -> None:
