@@ -47,7 +47,7 @@ def _compiled() -> Any:
 
 
 def _offset(mask: AttentionMask, device: torch.device) -> torch.Tensor:
-    # A tensor: a number would be compiled in, anew for each token of a generation.
+    # A tensor, as torch's own decoding examples have it: its value is then no part of what is compiled.
     return mask.once("flex offset", lambda: torch.tensor(mask.offset, device=device))
 
 
