@@ -36,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def summary(conversion: Conversion, output: Path) -> str:
     lines = [f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of {conversion.dtype}, as {conversion.target} to {output}"]
+    if conversion.left_out:
+        lines.append(f"left out {len(conversion.left_out)} tensors of multi-token prediction, which {conversion.target} has no place for")
     if conversion.parity is not None:
         parity = conversion.parity
         lines.append(

@@ -21,7 +21,12 @@ from pretrain.export.writer import RECORD, copy_file, dtype_name, published_fold
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: also the content of ``export.json`` beside it. ``bytes`` are those of the weights."""
+    """What was written: also the content of ``export.json`` beside it.
+
+    Attributes:
+        bytes: of the weights.
+        left_out: tensors of multi-token prediction that the target has no place for; no next token depends on them.
+    """
 
     target: str
     step: int
@@ -29,6 +34,7 @@ class Conversion:
     tensors: int
     bytes: int
     parity: Parity | None
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,13 +56,17 @@ def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch
     target = choose_target(recipe)
     tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
+    weights, named = _load_rounded(checkpoint, dtype), {link.ours for link in target.links(recipe.model)}
+    left_out = tuple(name for name in weights if name.startswith("multi_token.") and name not in named)
+    for name in left_out:
+        del weights[name]
     with published_folder(output, overwrite) as folder:
-        tensors, size = write_hf_folder(folder, target, recipe.model, _load_rounded(checkpoint, dtype), tokenizer)
+        tensors, size = write_hf_folder(folder, target, recipe.model, weights, tokenizer)
         model, _ = load_model(checkpoint)
         round_parameters(model, dtype)
         parity = compare_logits(model, load_exported(folder), windows_WS)
         check_parity(parity)
-        conversion = Conversion(target.architecture, read_state(checkpoint)["step"], dtype_name(dtype), tensors, size, parity)
+        conversion = Conversion(target.architecture, read_state(checkpoint)["step"], dtype_name(dtype), tensors, size, parity, left_out)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
