@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Says what a recipe's model is before anything is built: parameters by component, FLOPs, memory, cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.errors import ConfigError, StorageError, run_command
+from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.model_schema import DeepSpeedMoE, ModelConfig
+from pretrain.config.schema import Recipe
+from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model_size, state_bytes_per_rank
+
+EXAMPLES = """\
+  python tools/analyze_model.py --recipe h64lm
+  python tools/analyze_model.py --recipe olmoe_1b_7b --world-size 64 --set train.micro_batch_size=1
+  python tools/analyze_model.py --recipe gpt_oss_20b --plot sizes.png --json -"""
+ZERO_STAGES = (0, 1, 2, 3)
+CACHE_WIDTH = 2  # bytes of a cached number: bf16
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(f"{__doc__} Needs neither data nor a tokenizer.", EXAMPLES)
+    add_recipe_options(parser)
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that the memory is planned for (default: the recipe's ep_size)")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw total against active parameters of all shipped recipes, this one marked")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def sized_model(recipe: Recipe) -> ModelConfig:
+    """The model section with its vocabulary's size, from the tokenizer's section where the model's has none.
+
+    Raises:
+        ConfigError: where neither gives it.
+    """
+    vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
+    if vocab_size is None:
+        raise ConfigError(
+            f"{recipe.name}: the vocabulary's size is missing, and it decides how large embedding and head are: "
+            "add --set model.vocab_size=N, or give model.vocab_size in the recipe"
+        )
+    return recipe.model.model_copy(update={"vocab_size": vocab_size})
+
+
+def memory_by_layout(size: ModelSize, model: ModelConfig, precision: str, world_size: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
+    experts = model.moe.num_experts if model.moe is not None and model.routed_layers else 1
+    ep_sizes = [count for count in range(1, world_size + 1) if world_size % count == 0 and experts % count == 0]
+    stages = [stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)]
+    return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep) for ep in ep_sizes} for stage in stages}
+
+
+def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Everything that the tables show, in numbers; bytes, parameters and FLOPs."""
+    model, train = sized_model(recipe), recipe.train
+    size = model_size(model, train.sequence_length)
+    precision = "bf16" if train.precision == "auto" else train.precision
+    context = model.max_position_embeddings
+    return {
+        "recipe": recipe.name,
+        "parameters_total": size.parameters_total,
+        "parameters_active": size.parameters_active,
+        "active_share": size.parameters_active / size.parameters_total,
+        "parameters_padding": size.parameters_padding,
+        "parameters_experts": size.parameters_experts,
+        "components": size.components,
+        "components_active": size.components_active,
+        "sequence_length": train.sequence_length,
+        "flops_per_token": size.flops_per_token,
+        "train_tokens": train.num_steps * train.tokens_per_step,
+        "train_flops": size.flops_per_token * train.num_steps * train.tokens_per_step,
+        "precision": precision,
+        "world_size": world_size,
+        "ep_size": recipe.parallel.ep_size,
+        "memory": memory_by_layout(size, model, precision, world_size),
+        "activation_bytes_per_rank": activation_bytes(model, train, precision),
+        "kv_cache_bytes_per_token": cache_bytes(model, 1, CACHE_WIDTH),
+        "max_position_embeddings": context,
+        "kv_cache_bytes_full_context": cache_bytes(model, context, CACHE_WIDTH),
+    }
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    console = Console()
+    parts = Table("component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters")
+    rows = [(name, count, result["components_active"][name]) for name, count in result["components"].items() if count]
+    rows.append(("total", result["parameters_total"], result["parameters_active"]))
+    for name, count, active in rows:
+        parts.add_row(name.replace("_", " "), f"{count:,}", f"{count / result['parameters_total']:.1%}", f"{active:,}")
+    costs = Table("what", "value", title="costs")
+    for name, value in cost_rows(result).items():
+        costs.add_row(name, value)
+    memory = result["memory"]
+    ep_sizes = list(next(iter(memory.values())))
+    state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=f"weights, gradients and AdamW on each of {result['world_size']} ranks")
+    for stage, layouts in memory.items():
+        state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
+    for table in (parts, costs, state):
+        console.print(table)
+
+
+def cost_rows(result: dict[str, Any]) -> dict[str, str]:
+    per_token, full = result["kv_cache_bytes_per_token"], result["kv_cache_bytes_full_context"]
+    return {
+        "active share": f"{result['active_share']:.1%}",
+        "vocabulary padding": f"{result['parameters_padding']:,} parameters more in memory",
+        "FLOPs a token": f"{result['flops_per_token']:.4g}, forward and backward, in sequences of {result['sequence_length']:,}",
+        "whole run": f"{result['train_flops']:.4g} FLOPs over {result['train_tokens']:,} tokens",
+        "activations": f"about {result['activation_bytes_per_rank'] / 1e9:.2f} GB a rank for a micro batch in {result['precision']}",
+        "cache": f"{per_token:,} bytes a token in bf16, {full / 1e6:,.1f} MB for all {result['max_position_embeddings']:,} tokens of a sequence",
+    }
+
+
+def shipped_points() -> dict[str, tuple[int, int]]:
+    """Total and active parameters of every shipped recipe whose vocabulary is known."""
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    known = {name: sized_model(recipe) for name, recipe in recipes.items() if recipe.model.vocab_size or recipe.data.tokenizer.vocab_size}
+    sizes = {name: model_size(model, sequence_length=1) for name, model in known.items()}
+    return {name: (size.parameters_total, size.parameters_active) for name, size in sizes.items()}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Total against active parameters, both logarithmic.
+
+    Raises:
+        StorageError: where the picture cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder of {path}: {error.strerror}; choose another --plot path") from None
+    points = shipped_points()
+    figure, axes = pyplot.subplots(figsize=(9, 7), layout="constrained")
+    axes.loglog(*zip(*points.values(), strict=True), "o", color="tab:gray", markersize=4, label="shipped recipes")
+    own = (result["parameters_total"], result["parameters_active"])
+    axes.loglog(*own, "*", color="tab:red", markersize=15, label=result["recipe"])
+    # The small twins lie close together: only the real sizes are named, by turns below to the right and above to the left.
+    named = sorted((point, name) for name, point in points.items() if not name.endswith("_mini"))
+    for index, (point, name) in enumerate(named):
+        offset, side = ((5, -9), "left") if index % 2 == 0 else ((-5, 5), "right")
+        axes.annotate(name, point, xytext=offset, ha=side, textcoords="offset points", fontsize=7)
+    ends = [min(active for _, active in points.values()), max(total for total, _ in points.values())]
+    axes.loglog(ends, ends, "--", color="tab:gray", linewidth=0.8, label="all active")
+    axes.set(xlabel="parameters in all", ylabel="active parameters a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot write {path}: {error}; choose another --plot path, ending in .png") from None
+    finally:
+        pyplot.close(figure)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    world_size = arguments.world_size if arguments.world_size is not None else recipe.parallel.ep_size
+    if world_size < 1:
+        raise ConfigError(f"--world-size is {world_size}: give 1 or more")
+    result = analyze(recipe, world_size)
+    if arguments.json_path != "-":
+        print_tables(result)
+    if arguments.plot is not None:
+        plot(result, arguments.plot)
+    write_json(result, arguments.json_path)
+
+
+if __name__ == "__main__":
+    run_command(main)
