@@ -105,7 +105,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     results, changes = [], {}
     for step in range(case["steps"]):
         before = whole_weights(engine) if step == 0 and "changes" in case else None
-        results.append(engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0))
+        balancing = recipe.model.moe.bias_balancing if recipe.model.moe is not None else None
+        rate = balancing.update_rate if balancing is not None else 0.0
+        results.append(engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0, rate))
         if before is not None:
             for part in topology.gather(describe_changes(before, whole_weights(engine))):
                 changes |= part
@@ -119,6 +121,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "applied": [result.applied for result in results],
         "validation": nll / tokens,
         "changes": changes,
+        "balance_bias": [bias.tolist() for name, bias in engine.model.named_buffers() if name.endswith("balance_bias")],
     }
 
 
