@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pretrain.config.load import load_recipe
+from pretrain.config.load import load_recipe, recipe_names
 from pretrain.model.sizes import ModelSize, model_size
 
 # Recipe -> (parameters in all, active parameters of a token). The totals and the first four active counts are published or were counted on
@@ -36,6 +36,13 @@ def size_of(name: str, *overrides: str) -> ModelSize:
 def test_the_count_is_exact(name: str) -> None:
     size = size_of(name)
     assert (size.parameters_total, size.parameters_active) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - set(COUNTS)))
+def test_every_other_shipped_recipe_builds(name: str) -> None:
+    vocab_size = load_recipe(name).data.tokenizer.vocab_size
+    size = size_of(name, f"model.vocab_size={vocab_size}")
+    assert 0 < size.parameters_active < size.parameters_total
 
 
 def test_padding_is_not_counted() -> None:
