@@ -185,7 +185,10 @@ def test_its_parameters_have_the_roles_of_their_kinds() -> None:
     assert roles["multi_token.block.feed_forward.router.gate.weight"] == "router"
 
 
-@pytest.mark.parametrize("overrides", [(), OTHER_PARTS], ids=["plain", "other parts"])
+POSITIONS = {kind: (f"model.position={{kind: {kind}}}",) for kind in ("alibi", "learned", "none")}
+
+
+@pytest.mark.parametrize("overrides", [(), OTHER_PARTS, *POSITIONS.values()], ids=["plain", "other parts", *POSITIONS])
 @torch.no_grad()
 def test_with_its_cache_it_predicts_the_same(overrides: tuple[str, ...]) -> None:
     model, tokens_S = tiny_model(MULTI_TOKEN, *overrides).eval(), random_tokens(1, S)[0]
