@@ -88,7 +88,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         CheckpointError: where weights are missing, superfluous or of another shape than the recipe says.
     """
     recipe = read_recipe(folder)
-    model = DecoderLM(recipe.model)
+    # The kernel is no part of a model: the one it was trained with may need a package or a device that is not here.
+    attention = recipe.model.attention.model_copy(update={"kernel": "sdpa"})
+    model = DecoderLM(recipe.model.model_copy(update={"attention": attention}))
     weights = load_state_dict(folder)
     if recipe.model.tie_word_embeddings:
         weights.setdefault("head.weight", weights["embedding.weight"])

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pretrain.config.kinds import Component, OneOf
-from pretrain.config.section import NonNegative, Positive, Section, Share
-from pretrain.model.routers import Router, SoftmaxTopK
+from pretrain.config.moe_schema import MoE
+from pretrain.config.section import NonNegative, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -47,6 +47,12 @@ class Attention(Component):
     full_attention_every: Positive | None = Field(None, description="with a window: layer i sees everything where (i + 1) % n == 0")
     sinks: bool = Field(False, description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)")
     kernel: KernelName = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Attention:
+        if self.full_attention_every is not None and self.sliding_window is None:
+            raise ValueError("full_attention_every says which layers have no window, but there is no sliding_window")
+        return self
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
@@ -114,7 +120,7 @@ class Position(Component):
 
 class RotaryBase(Position):
     rotary: ClassVar[bool] = True
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
 
 
 class Rope(RotaryBase):
@@ -137,6 +143,12 @@ class Yarn(RotaryBase):
         None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
     )
     truncate: bool = Field(True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)")
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Yarn:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})")
+        return self
 
 
 class Alibi(Position):
@@ -267,91 +279,13 @@ class FirstKDense(LayerPattern):
         return layer >= self.k
 
 
-# --- mixtures of experts ----------------------------------------------------------------------------------------------------------
-
-
-class BiasBalancing(Section):
-    """Balancing without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2): a bias on the scores that choose, never on the weights.
-
-    After each optimizer step the bias of an expert that had less than the mean load of the whole global batch rises by the rate, that of one
-    that had more falls by it; then the mean is taken off.
-    """
-
-    update_rate: Annotated[float, Field(gt=0)] = 0.001
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls to zero towards the frozen end")
-    frozen_share: Share = Field(0.0, description="share of the run's steps, at its end, in which the bias stays as it is")
-
-
-class MoE(Component):
-    """What every kind of MoE layer with routed experts has."""
-
-    num_experts: Positive
-    top_k: Positive
-    moe_intermediate_size: Positive
-    router: Annotated[Router, OneOf()] = SoftmaxTopK()
-    num_shared_experts: NonNegative = Field(0, description="experts that see every token, as one feed-forward of their joint width")
-    shared_intermediate_size: Positive | None = Field(None, description="width of one shared expert; moe_intermediate_size by default")
-    shared_expert_gate: bool = Field(False, description="the shared experts' output is multiplied by sigmoid(w x) (Qwen2-MoE)")
-    aux_loss_weight: Weight = Field(0.01, description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)")
-    z_loss_weight: Weight = Field(0.001, description="of mean(logsumexp(router logits)^2), summed over MoE layers (ST-MoE, Zoph et al. 2022, eq. 5)")
-    sequence_loss_weight: Weight = Field(0.0, description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)")
-    cv_loss_weight: Weight = Field(
-        0.0, description="of the squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6)"
-    )
-    entropy_loss_weight: Weight = Field(0.0, description="of ln E - entropy of the mean probabilities: lower is more diverse (Shen et al. 2023)")
-    balance_scope: Literal["micro_batch", "global_batch"] = Field(
-        "micro_batch", description="over which tokens f_e of aux_loss is counted; 'global_batch' costs one more forward pass a micro batch"
-    )
-    bias_balancing: BiasBalancing | None = None
-
-    @property
-    def shared_width(self) -> int:
-        """Width of all shared experts together; 0 without any."""
-        return self.num_shared_experts * (self.shared_intermediate_size or self.moe_intermediate_size)
-
-    @model_validator(mode="after")
-    def _choices_fit(self) -> MoE:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
-        self.router.check(self.num_experts, self.top_k)
-        return self
-
-
-class DroplessMoE(MoE):
-    """No token is dropped: rows travel by all-to-all to their experts, on DeepSpeed's AutoEP layer. Any ZeRO stage."""
-
-    implementation: ClassVar[str] = "pretrain.model.moe.dropless:DroplessMoE"
-    kind: Literal["dropless"] = "dropless"
-    expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop")
-
-
-class DeepSpeedMoE(MoE):
-    """DeepSpeed's native layer: capacity, drops or padding, noisy gates, residual experts. ZeRO 0, 1 and 2."""
-
-    implementation: ClassVar[str] = "pretrain.model.moe.native:DeepSpeedMoE"
-    kind: Literal["deepspeed"]
-    gate: Literal["deepspeed", "router"] = Field(
-        "deepspeed",
-        description="'deepspeed' is its own gate, for the plain softmax_topk; 'router' takes every router, and drops the last tokens first",
-    )
-    capacity_factor: Annotated[float, Field(gt=0)] = Field(1.25, description="room per expert in training, times tokens * top_k / num_experts")
-    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0
-    min_capacity: NonNegative = Field(4, description="tokens")
-    drop_tokens: bool = Field(True, description="false pads every expert to the fullest one, and drops nothing")
-    use_rts: bool = Field(False, description="random token selection when an expert is full (top_k 1 only)")
-    noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
-    top2_2nd_expert_sampling: bool = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
-    use_residual: bool = Field(False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)")
-    causal: bool = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
-
-
 # --- the model --------------------------------------------------------------------------------------------------------------------
 
 
 class Dropout(Section):
     """Shares of numbers that are zeroed in training, the others scaled up (Srivastava et al. 2014)."""
 
-    embedding: Rate = 0.0
+    embedding: Rate = Field(0.0, description="of what enters the first block, added positions included")
     attention: Rate = Field(0.0, description="of the attention weights")
     residual: Rate = Field(0.0, description="of what attention and feed-forwards add to the residual stream")
     feed_forward: Rate = Field(0.0, description="of the hidden numbers of feed-forwards and experts")

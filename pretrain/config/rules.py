@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import DeepSpeedMoE, GroupedQueryAttention, ModelConfig
+from pretrain.config.model_schema import GroupedQueryAttention, ModelConfig
+from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import Recipe
 from pretrain.model.routers import SoftmaxTopK
 

@@ -17,7 +17,7 @@ from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
-from pretrain.model.routers.router import TopKRouter
+from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
 
 

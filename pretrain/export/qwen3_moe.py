@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.model_schema import DeepSpeedMoE, DroplessMoE, GroupedQueryAttention, ModelConfig, MoE, RMSNorm, Rope, SwiGLU
+from pretrain.config.model_schema import GroupedQueryAttention, ModelConfig, RMSNorm, Rope, SwiGLU
+from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, MoE
 from pretrain.export.name_map import Link, expand
 from pretrain.model.routers import SoftmaxTopK
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.model_schema import ModelConfig
@@ -194,6 +195,7 @@ class DecoderLM(nn.Module):
         self, input_ids_BS: torch.Tensor, place: _Place, cache: KVCache | None, fractions_LE: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[RouterStatistics]]:
         x_BSD = self.position.add(self.embedding(input_ids_BS), place.positions)
+        x_BSD = functional.dropout(x_BSD, self.config.dropout.embedding, self.training)
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
             fractions_E = fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None

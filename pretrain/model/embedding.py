@@ -17,7 +17,6 @@ class TokenEmbedding(nn.Module):
         size = config.embedding_size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, size))
         self.projection = nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
-        self.dropout = config.dropout.embedding
 
     @property
     def size(self) -> int:
@@ -27,9 +26,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, input_ids_BS: torch.Tensor) -> torch.Tensor:
         """Token ids [B, S] -> [B, S, D]."""
         x = functional.embedding(input_ids_BS, self.weight)
-        if self.projection is not None:
-            x = functional.linear(x, self.projection)
-        return functional.dropout(x, self.dropout, self.training)
+        return x if self.projection is None else functional.linear(x, self.projection)
 
     def reduce(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, e]: what the head multiplies with its rows."""

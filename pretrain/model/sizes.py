@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import DeepSpeedMoE, ModelConfig
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import TrainConfig
 from pretrain.model.decoder import DecoderLM
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config.model_schema import BiasBalancing
+from pretrain.config.moe_schema import BiasBalancing
 from pretrain.config.schema import ScheduleConfig
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe_names, recipe_to_yaml
-from pretrain.config.model_schema import DeepSpeedMoE
+from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import AdamWConfig, SGDConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"

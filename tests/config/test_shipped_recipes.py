@@ -77,7 +77,6 @@ def test_a_twin_has_every_part_of_its_model(name: str) -> None:
     [
         ("gpt_oss_20b", "model.attention.sinks=false", "attention.sinks"),
         ("gpt_oss_20b", "model.attention.full_attention_every=null", "attention.full_attention_every"),
-        ("gpt_oss_20b", "model.attention.sliding_window=null", "attention.sliding_window"),
         ("h64lm", "model.position={kind: rope}", "position.kind"),
         ("h64lm", "model.moe.router.temperature=1", "moe.router.temperature"),
         ("h64lm_tied", "model.tie_word_embeddings=false", "tie_word_embeddings"),

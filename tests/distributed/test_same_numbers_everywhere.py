@@ -63,6 +63,7 @@ GLOBAL = ("model.moe.balance_scope=global_batch",)
 LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
 BIASED = ("model.feed_forward={kind: clamped_swiglu, bias: true}", "model.attention.bias=all")
 NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider than w1 and w3
+AHEAD = ("model.multi_token_prediction={loss_weight: 0.3}",)
 MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
 SPANNING: dict[int, list[Case]] = {
     1: [
@@ -70,6 +71,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, overrides=DOCUMENTS), case("dropless", 0, 1, overrides=RECOMPUTED),
         case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED),
         case("dropless_full", 0, 1, overrides=BIASED), case("deepspeed_full", 0, 1, overrides=BIASED), case("dropless_full", 0, 1, overrides=NARROW),
+        case("dropless", 0, 1, overrides=AHEAD),
         *(case("dropless", zero, 1, ADAMW, LOW["bf16"]) for zero in (0, 1, 3)),
         *(case("dropless", zero, 1, ADAMW, LOW["fp16"]) for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
     ],
@@ -81,7 +83,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 2, expert_gain=10.0, sabotage="rank_norm_dropped"), case("dropless", 3, 2, overrides=RECOMPUTED),
         case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
         case("dropless_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=BIASED), case("dropless_full", 0, 1, overrides=BIASED),
-        case("deepspeed_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=NARROW),
+        case("deepspeed_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=NARROW), case("dropless", 3, 2, overrides=AHEAD),
     ],
     4: [
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4), case("dropless", 1, 4, ADAMW),

@@ -9,7 +9,7 @@ from torch import nn
 from pretrain.model import decoder
 from pretrain.model.decoder import DecoderLM, TrainOutput
 from pretrain.model.moe.dropless import DroplessMoE
-from pretrain.model.routers.router import TopKRouter
+from pretrain.model.moe.router import TopKRouter
 from tests.model.tiny_model import KINDS, random_tokens, tiny_model
 
 B, S, K = 2, 16, 2

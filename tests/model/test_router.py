@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import DroplessMoE
+from pretrain.config.moe_schema import DroplessMoE
 from pretrain.model.moe.balance import LOSSES, router_statistics
 from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.routers import SoftmaxTopK
-from pretrain.model.routers.router import Routing, TopKRouter
 from tests.model.tiny_model import random_tensor
 
 T, D, E = 20, 16, 6

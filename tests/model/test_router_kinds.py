@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pretrain.config.kinds import kinds_of
-from pretrain.config.model_schema import BiasBalancing
+from pretrain.config.moe_schema import BiasBalancing
+from pretrain.model.moe.router import TopKRouter
 from pretrain.model.routers import ExpertGroups, NoisyTopK, Router, SigmoidTopK, SoftmaxTopK
-from pretrain.model.routers.router import TopKRouter
 from pretrain.optim.schedules import balance_update_rate
 from tests.model.tiny_model import random_tensor, tiny_config, tiny_model
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.config.model_schema import MoE
+from pretrain.config.moe_schema import MoE
 from pretrain.model.moe.interface import RouterStatistics
-from pretrain.model.routers.router import Routing
+from pretrain.model.moe.router import Routing
 
 
 @dataclass(frozen=True)

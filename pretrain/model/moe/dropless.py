@@ -14,14 +14,14 @@ from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerS
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import DroplessMoE as DroplessConfig
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import DroplessMoE as DroplessConfig
 from pretrain.model.moe.balance import router_statistics
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
 from pretrain.model.moe.experts import ExpertForm, Experts
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.moe.router import TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
-from pretrain.model.routers.router import TopKRouter
 
 
 def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayerSpec:

@@ -14,12 +14,12 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import distributed, nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import DeepSpeedMoE as DeepSpeedConfig
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import DeepSpeedMoE as DeepSpeedConfig
 from pretrain.model.moe.balance import router_statistics
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
-from pretrain.model.routers.router import Routing, TopKRouter
 
 # What DeepSpeed's MOELayer takes from its gate: (loss, capacity, E, expert of each choice or -1 [K, T], slots [K, T], weights [K, T], counts [E])
 GateDecision = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

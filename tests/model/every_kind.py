@@ -1,0 +1,70 @@
+"""One smallest recipe for each registered kind: what the contract tests run. A new kind adds its line here, and is run through all of them."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pretrain.config.kinds import kinds_of
+from pretrain.config.model_schema import Attention, FeedForward, LayerPattern, Norm, Position
+from pretrain.config.moe_schema import MoE
+from pretrain.config.section import Section
+from pretrain.model.routers import Router
+
+FAMILIES: dict[str, type[Section]] = {
+    "attention": Attention,
+    "position": Position,
+    "norm": Norm,
+    "feed_forward": FeedForward,
+    "layer_pattern": LayerPattern,
+    "moe": MoE,
+    "moe.router": Router,
+}
+YARN = "factor: 4, original_max_position_embeddings: 16"
+# (family, kind) -> overrides of the debug recipe. What a kind needs beside its name is given here.
+KINDS: dict[tuple[str, str], list[str]] = {
+    ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],
+    ("position", "rope"): [],
+    ("position", "yarn"): [f"model.position={{kind: yarn, {YARN}}}"],
+    ("position", "alibi"): ["model.position.kind=alibi"],
+    ("position", "rope_alibi"): ["model.position.kind=rope_alibi"],
+    ("position", "learned"): ["model.position.kind=learned"],
+    ("position", "none"): ["model.position.kind=none"],
+    ("norm", "rms_norm"): [],
+    ("norm", "layer_norm"): ["model.norm.kind=layer_norm"],
+    ("feed_forward", "swiglu"): ["model.feed_forward.bias=true"],
+    ("feed_forward", "gelu"): ["model.feed_forward={kind: gelu, bias: true}"],
+    ("feed_forward", "silu"): ["model.feed_forward.kind=silu"],
+    ("feed_forward", "clamped_swiglu"): ["model.feed_forward={kind: clamped_swiglu, bias: true}"],
+    ("feed_forward", "product_swiglu"): ["model.feed_forward={kind: product_swiglu, bias: true}"],
+    ("layer_pattern", "all_moe"): [],
+    ("layer_pattern", "all_dense"): ["model.layer_pattern.kind=all_dense", "model.intermediate_size=32"],
+    ("layer_pattern", "every_nth"): ["model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=32"],
+    ("layer_pattern", "first_k_dense"): ["model.layer_pattern={kind: first_k_dense, k: 1}", "model.intermediate_size=32"],
+    ("moe", "dropless"): ["model.moe.num_shared_experts=1"],
+    ("moe", "deepspeed"): ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
+    ("moe.router", "softmax_topk"): ["model.moe.router.temperature=2"],
+    ("moe.router", "sigmoid_topk"): ["model.moe.router.kind=sigmoid_topk", "model.moe.bias_balancing={}"],
+    ("moe.router", "noisy_topk"): ["model.moe.router.kind=noisy_topk"],
+}
+# Options that are no kinds of their own, but change what is computed.
+OPTIONS: dict[str, list[str]] = {
+    "sliding window": ["model.attention.sliding_window=5", "model.attention.full_attention_every=2"],
+    "attention sinks": ["model.attention.sinks=true"],
+    "qk norm over all heads": ["model.attention.qk_norm=full"],
+    "attention biases": ["model.attention.bias=all"],
+    "post-norm": ["model.norm_position=post", "model.final_norm=false"],
+    "factorised tied embedding": ["model.embedding_size=16", "model.tie_word_embeddings=true", "model.head_bias=true"],
+    "groups of experts": ["model.moe.router.groups={num_groups: 2, top_k_groups: 1, score: top2_sum}"],
+    "gated shared experts": ["model.moe.num_shared_experts=2", "model.moe.shared_expert_gate=true"],
+    "every router loss": ["model.moe.sequence_loss_weight=0.1", "model.moe.cv_loss_weight=0.1", "model.moe.entropy_loss_weight=0.1"],
+    "a router of ours in DeepSpeed's layer": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=false"],
+    "multi-token prediction": ["model.multi_token_prediction={}"],
+}
+CASES: dict[str, list[str]] = {f"{family}={kind}": overrides for (family, kind), overrides in KINDS.items()} | OPTIONS
+# Kinds that draw random numbers in training: what is said of two runs holds for the same seed.
+RANDOM = ("moe.router=noisy_topk",)
+
+
+def registered() -> set[tuple[str, str]]:
+    """Every (family, kind) that a recipe may name."""
+    return {(name, get_args(kind.model_fields["kind"].annotation)[0]) for name, family in FAMILIES.items() for kind in kinds_of(family)}

@@ -1,0 +1,94 @@
+"""The contract of every registered kind and option: the same checks for each. What needs two ranks is in tests/distributed."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from pretrain.model.decoder import DecoderLM
+from tests.model.every_kind import CASES, KINDS, registered
+from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
+
+B, S = 2, 24
+
+
+def losses_of(model: DecoderLM, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of one training batch and all gradients."""
+    tokens = random_tokens(B, S + 1, seed=5)
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    loss = model.train()(tokens[:, :-1], tokens[:, 1:], float(B * S)).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_every_registered_kind_is_in_the_contract() -> None:
+    assert registered() == set(KINDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_gets_a_finite_gradient_and_the_loss_starts_near_chance(case: str) -> None:
+    model = tiny_model(*CASES[case], "model.initializer_range=0.05")
+    tokens = random_tokens(B, S + 1, seed=5)
+    assert model(tokens[:, :-1], tokens[:, 1:], 1.0).nll.item() / (B * S) == pytest.approx(math.log(100), abs=0.5)
+    _, gradients = losses_of(model)
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_seed_gives_the_same_bits(case: str) -> None:
+    (first, gradients), (second, others) = (losses_of(tiny_model(*CASES[case])) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputed_blocks_change_no_bit(case: str) -> None:
+    kept, gradients = losses_of(tiny_model(*CASES[case]))
+    recomputed, others = losses_of(tiny_model(*CASES[case], activation_checkpointing=True))
+    assert torch.equal(kept, recomputed)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_logits_equal_the_full_forward_pass(case: str) -> None:
+    model, tokens = tiny_model(*CASES[case]).eval(), random_tokens(B, S)
+    with torch.no_grad():
+        full = model.logits(tokens)
+        cache = model.new_cache(B, S, "cpu", torch.float32)
+        parts = [model.logits(part, cache=cache) for part in tokens.split((7, 1, 1, S - 9), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_logit_depends_on_a_later_token(case: str) -> None:
+    model, tokens = tiny_model(*CASES[case]).eval(), random_tokens(B, S)
+    changed = tokens.clone()
+    changed[:, S // 2] = (changed[:, S // 2] + 1) % 100
+    with torch.no_grad():
+        before, after = model.logits(tokens), model.logits(changed)
+    torch.testing.assert_close(before[:, : S // 2], after[:, : S // 2], atol=1e-5, rtol=1e-5)
+    assert (before[:, S // 2 :] - after[:, S // 2 :]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_computes_nearly_the_same_logits(case: str) -> None:
+    """A choice between two close experts may flip, so the bound is on the whole, not on each logit."""
+    model, tokens = tiny_model(*CASES[case], "model.initializer_range=0.1").eval(), random_tokens(B, S)
+    with torch.no_grad():
+        full, low = model.logits(tokens), copy.deepcopy(model).to(torch.bfloat16).logits(tokens)
+    assert low.dtype == torch.float32
+    assert ((full - low).norm() / full.norm()).item() < 0.12
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_meta_device_builds_the_same_shapes(case: str) -> None:
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in DecoderLM(tiny_config(*CASES[case])).named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny_model(*CASES[case]).named_parameters()}
