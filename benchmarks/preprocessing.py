@@ -108,9 +108,15 @@ def ours(folder: Path, workers: int, cleaning: dict[str, Any], engine: str | Non
     )
     with local_pool(workers) as pool:
         _warm(pool)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), cpu_seconds()
         result = build(config, Output(folder, "ours"), fresh=True, pool=pool, engine=engine)
-        return {"seconds": time.perf_counter() - started, "tokens": result.manifest.splits["train"].tokens}
+        return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": result.manifest.splits["train"].tokens}
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its children so far."""
+    this = psutil.Process()
+    return sum(times.user + times.system for times in (process.cpu_times() for process in (this, *this.children(recursive=True))))
 
 
 def _warm(pool: Any) -> None:
@@ -133,7 +139,7 @@ def newest(folder: Path) -> dict[str, float]:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu_seconds()
     tokenizer = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
     ids = tokenizer.encode_files(gigatoken.JsonlFileSource([str(folder / "corpus.jsonl")]))
     lengths = awkward.to_numpy(awkward.num(ids))
@@ -143,7 +149,7 @@ def newest(folder: Path) -> dict[str, float]:
     builder = IndexedDatasetBuilder(str(folder / "newest.bin"), dtype=np.uint16)
     builder.add_document(torch.from_numpy(with_ends), (lengths + 1).tolist())
     builder.finalize(str(folder / "newest.idx"))
-    return {"seconds": time.perf_counter() - started, "tokens": len(with_ends)}
+    return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": len(with_ends)}
 
 
 _classic_tokenizer: Any = None
@@ -170,13 +176,13 @@ def classic(folder: Path) -> dict[str, float]:
     builder = IndexedDatasetBuilder(str(folder / "classic.bin"), dtype=np.uint16)
     with multiprocessing.get_context("spawn").Pool(2, _classic_begin, (str(folder / "tokenizer.json"),)) as pool:
         pool.map(_classic_encode, ['{"text": "warm"}'] * 4)
-        started, tokens = time.perf_counter(), 0
+        started, used, tokens = time.perf_counter(), cpu_seconds(), 0
         with (folder / "part.jsonl").open(encoding="utf-8") as stream:
             for ids in pool.imap(_classic_encode, stream, 32):
                 builder.add_document(torch.IntTensor(ids), [len(ids)])
                 tokens += len(ids)
         builder.finalize(str(folder / "classic.idx"))
-        return {"seconds": time.perf_counter() - started, "tokens": tokens}
+        return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": tokens}
 
 
 def stages(folder: Path) -> dict[str, float]:
@@ -267,12 +273,14 @@ def rounds(folder: Path, count: int) -> dict[str, Any]:
     whole, part = (folder / "corpus.jsonl").stat().st_size / 1e6, (folder / "part.jsonl").stat().st_size / 1e6
     rates: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
     peaks: dict[str, list[int]] = {"ours": [], "newest": [], "classic": []}
+    processor: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
     tokens = {}
     for _ in range(count):
         for side, megabytes in (("ours", whole), ("newest", whole), ("classic", part)):
             clear(folder)
             result = measure(folder, side)
             rates[side].append(megabytes / result["seconds"])
+            processor[side].append(megabytes / result["cpu_seconds"])
             peaks[side].append(int(result["peak_bytes"]))
             tokens[side] = result["tokens"]
     return {
@@ -281,6 +289,7 @@ def rounds(folder: Path, count: int) -> dict[str, Any]:
         "tokens": tokens["ours"],
         "tokens_of_newest": tokens["newest"],
         "megabytes_per_second": {side: median(values) for side, values in rates.items()},
+        "megabytes_per_processor_second": {side: median(values) for side, values in processor.items()},
         "all_rounds": rates,
         "peak_megabytes": {side: max(values) / 1e6 for side, values in peaks.items()},
         "ours_over_newest": median(a / b for a, b in zip(rates["ours"], rates["newest"], strict=True)),
@@ -301,9 +310,16 @@ def costs(folder: Path) -> dict[str, float]:
 
 def print_report(report: dict[str, Any]) -> None:
     console, sides = Console(), report["sides"]
-    table = Table("side", "MB/s", "peak memory MB", title=f"{sides['corpus_megabytes']:.0f} MB of JSON lines, BPE 32K, {os.cpu_count()} cores")
+    table = Table(
+        "side",
+        "MB/s",
+        "MB a processor second",
+        "peak memory MB",
+        title=f"{sides['corpus_megabytes']:.0f} MB of JSON lines, BPE 32K, {os.cpu_count()} cores",
+    )
     for side, rate in sides["megabytes_per_second"].items():
-        table.add_row(side, f"{rate:.1f}", f"{sides['peak_megabytes'][side]:.0f}")
+        processor = sides["megabytes_per_processor_second"][side]
+        table.add_row(side, f"{rate:.1f}", f"{processor:.1f}", f"{sides['peak_megabytes'][side]:.0f}")
     console.print(table)
     console.print(f"ours / newest {sides['ours_over_newest']:.2f}, ours / classic {sides['ours_over_classic']:.0f} (medians of the rounds' ratios)")
     console.print(f"tokens: ours {sides['tokens']:,}, newest {sides['tokens_of_newest']:,}")

@@ -20,6 +20,7 @@ import xxhash
 from tqdm import tqdm
 
 from data_pipeline.build import finish
+from data_pipeline.build.engine import fit_engine
 from data_pipeline.build.merge import ShardPlan, cut_into_shards, write_shard
 from data_pipeline.build.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.build.pool import Pool, default_workers, local_pool
@@ -34,7 +35,6 @@ from data_pipeline.build.worker import (
     boot_id,
     encode_unit,
     looks_for_duplicates,
-    prepare_encoder,
     sample_unit,
     scan_unit,
     unit_folder,
@@ -45,10 +45,8 @@ from data_pipeline.cleaning import Cleaner
 from data_pipeline.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import Manifest, load_manifest, verify
-from data_pipeline.sources import Document
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
-from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE, REFERENCE, choose_engine
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
@@ -56,9 +54,6 @@ from pretrain.config.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-ENGINE_SAMPLE_BYTES = 1 << 17
-# Choosing an engine takes seconds, in which the tokenizers library encodes this much.
-WORTH_CHOOSING_FOR = 8 << 20
 # A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
 SAMPLE_MARGIN = 4
 # Records after which a share of bad ones means something.
@@ -163,7 +158,8 @@ class Build:
     def run(self, given: Tokenizer | None, engine: str | None) -> BuildResult:
         tokenizer = given or self._trained_tokenizer()
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
-        self.task = replace(self.task, engine=self._engine(tokenizer, engine))
+        self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
+        self.task = replace(self.task, engine=engine or fit_engine(self.plan, self.task, self.pool))
         records = self._encode()
         self._check_at_rest()
         if looks_for_duplicates(self.config.cleaning):
@@ -230,29 +226,6 @@ class Build:
                             if split == "train":
                                 yield from cut_before_white_space(part)
                         bar.update(len(line))
-
-    def _engine(self, tokenizer: Tokenizer, asked: str | None) -> str:
-        if asked is not None:
-            return asked
-        if self.plan.input_bytes < WORTH_CHOOSING_FOR:
-            return REFERENCE
-        # The workers load what most likely comes out while this process looks.
-        self.pool.prepare(prepare_encoder, replace(self.task, engine=LIKELY_ENGINE))
-        return choose_engine(tokenizer, self._sample_texts()).name
-
-    def _sample_texts(self) -> list[str]:
-        """A little of the corpus, from units spread over it."""
-        sources = open_sources(self.config, self.workspace)
-        units, texts, size = self.plan.units, [], 0
-        spread = units[:: max(1, len(units) // 8)][:8]
-        for unit in spread:
-            for found in sources[unit.source].read(unit):
-                if isinstance(found, Document):
-                    texts.append(found.text[:ENGINE_SAMPLE_BYTES])
-                    size += len(texts[-1])
-                    if size >= ENGINE_SAMPLE_BYTES * (spread.index(unit) + 1) / len(spread):
-                        break
-        return texts
 
     def _encode(self) -> list[Record]:
         """The records of all units, encoded so that no split is empty."""

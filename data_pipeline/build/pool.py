@@ -49,18 +49,16 @@ class Pool:
     def __init__(self, executor: Submits | None, workers: int) -> None:
         self.executor, self.workers = executor, workers
 
-    def prepare(self, function: Callable[[JobT], object], job: JobT) -> None:
-        """Has every worker do something ahead of its first job, without waiting for it; nothing where this process does the work."""
-        for _ in range(self.workers if self.executor is not None else 0):
-            assert self.executor is not None
-            self.executor.submit(function, job)
+    def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
+        """Starts one job ahead of all that come later; it is done already where this process does the work."""
+        if self.executor is not None:
+            return self.executor.submit(function, job)
+        future: Future[ResultT] = Future()
+        future.set_result(function(job))
+        return future
 
     def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
-        """The results in the order in which they are ready; the first error ends it all.
-
-        Raises:
-            PeerLostError: where a worker was killed.
-        """
+        """The results in the order in which they are ready; the first error ends it all."""
         if self.executor is None:
             yield from map(function, jobs)
             return
@@ -75,10 +73,6 @@ class Pool:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-        except BrokenProcessPool:
-            raise PeerLostError(
-                "a worker process was killed, perhaps for want of memory: run the same command, which goes on where it stopped, or lower --workers"
-            ) from None
         finally:
             for future in waiting:
                 future.cancel()
@@ -86,7 +80,11 @@ class Pool:
 
 @contextmanager
 def local_pool(workers: int) -> Iterator[Pool]:
-    """Processes of this machine; one worker is this process itself."""
+    """Processes of this machine; one worker is this process itself.
+
+    Raises:
+        PeerLostError: at the end of the block, where a worker was killed inside it.
+    """
     if workers < 1:
         raise ConfigError(f"--workers {workers}: give 1 or more")
     if workers == 1:
@@ -101,10 +99,14 @@ def local_pool(workers: int) -> Iterator[Pool]:
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         yield Pool(executor, workers)
-    except BaseException:
+    except BaseException as error:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise PeerLostError(
+                "a worker process was killed, perhaps for want of memory: run the same command, which goes on where it stopped, or lower --workers"
+            ) from None
         raise
     finally:
         for name, value in before.items():

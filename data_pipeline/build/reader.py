@@ -28,6 +28,7 @@ class Task:
 
     Attributes:
         workspace: the staging folder, which holds the tokenizer too.
+        tokenizer_sha256: of the tokenizer.json in the workspace.
         engine: that encodes.
         sample_shares: of each source's text that the training of a tokenizer looks at.
         held_out_only: write this many documents of the validation split and nothing else.
@@ -36,6 +37,7 @@ class Task:
     config: DataConfig
     workspace: str
     split: SplitPlan
+    tokenizer_sha256: str = ""
     engine: str = "tokenizers"
     sample_shares: dict[str, float] = field(default_factory=dict)
     held_out_only: int | None = None

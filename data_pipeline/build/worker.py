@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from data_pipeline.indexed import IndexedWriter, token_dtype
 from data_pipeline.sources import Unit
 from data_pipeline.split import SPLITS
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.tokenizer.engine_choice import CheckedEncoder
+from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
+from data_pipeline.tokenizer.engines import EngineUnavailableError
 from pretrain.config.cleaning_schema import Cleaning
 from pretrain.config.data_schema import TokenizerBase
-from pretrain.config.errors import DataError
+from pretrain.config.errors import ConfigError, DataError
 
 BATCH_CHARACTERS = 1 << 24
 BATCH_DOCUMENTS = 1 << 14
@@ -89,13 +90,18 @@ def encode_unit(job: Job) -> Record:
         return _finish(folder, job, reader.record() | {"splits": splits})
 
 
-def prepare_encoder(task: Task) -> None:
-    """Loads the tokenizer and an engine ahead of use; nobody looks at the result, and what is wrong with them is told when they are used."""
-    _encoder(task.workspace, _policy(task), task.engine)
+def encode_ahead(job: Job) -> None:
+    """Encodes a unit while its engine is still being tried. What is wrong is told when the unit is encoded in earnest."""
+    with suppress(ConfigError, DataError):
+        encode_unit(job)
 
 
-def _policy(task: Task) -> str:
-    return task.config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields))
+def choose(job: tuple[Task, list[str]]) -> str:
+    """The engine for the tokenizer of a task, by a sample of the corpus. That of the task stays open, for the units to come."""
+    task, sample = job
+    with suppress(EngineUnavailableError):
+        return choose_engine(_tokenizer(task), sample, {task.engine: _encoder(task).engine}).name
+    return choose_engine(_tokenizer(task), sample).name
 
 
 def _finish(folder: Path, job: Job, record: Record) -> Record:
@@ -109,9 +115,9 @@ def _finish(folder: Path, job: Job, record: Record) -> Record:
 
 
 def unit_plan(task: Task, number: int) -> list[Any]:
-    """What of the split's plan concerns one unit, as JSON."""
+    """What of the split's plan concerns one unit, and the engine, as JSON."""
     moved = task.split.moved[1] if task.split.moved is not None and task.split.moved[0] == number else None
-    return [task.split.validation_share, moved, task.split.cut, task.held_out_only]
+    return [task.split.validation_share, moved, task.split.cut, task.held_out_only, task.engine]
 
 
 @lru_cache(maxsize=1)
@@ -132,7 +138,7 @@ class PartWriter:
     def __init__(self, task: Task, folder: Path, source: str) -> None:
         config = task.config
         self.folder = folder
-        self.tokenizer, self.encoder = _encoder(task.workspace, _policy(task), task.engine)
+        self.tokenizer, self.encoder = _tokenizer(task), _encoder(task)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         middle = config.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or source in middle.sources)
@@ -295,8 +301,20 @@ class DuplicateKeys:
         return self.folder / f"{column}.raw"
 
 
+def _tokenizer(task: Task) -> Tokenizer:
+    return _cached_tokenizer(task.workspace, task.tokenizer_sha256, task.config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields)))
+
+
+def _encoder(task: Task) -> CheckedEncoder:
+    return _cached_encoder(_tokenizer(task), task.engine)
+
+
 @lru_cache(maxsize=1)
-def _encoder(workspace: str, policy: str, engine: str) -> tuple[Tokenizer, CheckedEncoder]:
+def _cached_tokenizer(workspace: str, sha256: str, policy: str) -> Tokenizer:
     content = (Path(workspace) / "tokenizer.json").read_bytes()
-    tokenizer = Tokenizer(content, "the tokenizer of this build", TokenizerBase.model_validate_json(policy))
-    return tokenizer, CheckedEncoder(tokenizer, engine, CHECK_EVERY)
+    return Tokenizer(content, "the tokenizer of this build", TokenizerBase.model_validate_json(policy))
+
+
+@lru_cache(maxsize=1)
+def _cached_encoder(tokenizer: Tokenizer, engine: str) -> CheckedEncoder:
+    return CheckedEncoder(tokenizer, engine, CHECK_EVERY)

@@ -193,18 +193,21 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
             offset += cut or len(block)
             block, skipping = block[cut:], not cut
         if not skipping:
-            *lines, rest = block.split(b"\n")
-            if lines:
-                lines[0] = b"".join([*carried, lines[0]])
-                carried, size = [], 0
-            for content in lines:
+            begin = 0
+            # find() looks at many bytes at once, split() at one.
+            while (cut := block.find(b"\n", begin)) >= 0:
                 if end is not None and offset >= end:
                     return
+                content = block[begin:cut]
+                if carried:
+                    content = b"".join([*carried, content])
+                    carried, size = [], 0
                 number += 1
                 yield Line(number, offset, content if len(content) <= max_bytes else None)
                 offset += len(content) + 1
-            carried.append(rest)
-            size += len(rest)
+                begin = cut + 1
+            carried.append(block[begin:])
+            size += len(block) - begin
         if end is not None and offset >= end:
             return
         if size > max_bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -13,8 +14,10 @@ from data_pipeline.tokenizer.patterns import byte_characters
 
 _SURROGATES = range(0xD800, 0xE000)
 _BLOCK = 512
-_NEIGHBOURS = 1
 _LINES = 64
+# Bytes of a token, as characters: ASCII and the first byte of another character, or the last byte of one and what begins with ASCII.
+_JOINED_BEFORE = re.compile(r"([\x00-\x7f]+)([\x80-\xff])[\x00-\xff]*")
+_JOINED_AFTER = re.compile(r"[\x80-\xff]*([\x80-\xff])([\x00-\x7f][\x00-\xff]*)")
 _ALPHABETS = (
     "ab 1\n\t\r.,'sS<|>/_",
     "aab  ",
@@ -51,24 +54,26 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
     Regular expression engines know different versions of Unicode. That one of them takes a new letter for a sign changes tokens only where
     one reaches from the letter's last byte into the text after it, or from the text before it to its first byte.
     """
-    byte_of = {character: value for value, character in enumerate(byte_characters())}
-    before: dict[int, set[str]] = {}
-    after: dict[int, set[str]] = {}
+    bytes_of = str.maketrans({character: chr(value) for value, character in enumerate(byte_characters())})
+    before: dict[str, str] = {}  # of the first byte of a letter: what a token joins to it, the smallest of all
+    after: dict[str, str] = {}
     for token in library.get_vocab():
-        values = [byte_of.get(character, -1) for character in token]
-        cut = next((number for number in range(1, len(values)) if (values[number - 1] < 128) != (values[number] < 128)), 0)
-        if min(values, default=-1) < 0 or cut == 0:
+        spelled = token.translate(bytes_of)
+        if spelled.isascii():
             continue
-        if values[0] < 128:
-            before.setdefault(values[cut], set()).add(bytes(values[:cut]).decode())
-        else:
-            after.setdefault(values[cut - 1], set()).add(bytes(values[cut:]).decode("ascii", "ignore"))
+        if found := _JOINED_BEFORE.fullmatch(spelled):
+            text, byte = found.groups()
+            before[byte] = min(text, before.get(byte, text))
+        elif found := _JOINED_AFTER.fullmatch(spelled):
+            byte, text = found.groups()
+            text = text.encode("ascii", "ignore").decode()
+            after[byte] = min(text, after.get(byte, text))
     texts = []
-    for point in (*range(0x80, 0x10000), *range(0x10000, 0x20000, 8)):
-        if unicodedata.category(character := chr(point)) == "Cn":
-            utf8 = character.encode()
-            texts += [f"x {head}{character}" for head in sorted(before.get(utf8[0], ()))[:_NEIGHBOURS]]
-            texts += [f"{character}{tail} x" for tail in sorted(after.get(utf8[-1], ()))[:_NEIGHBOURS]]
+    for character in map(chr, (*range(0x80, 0x10000), *range(0x10000, 0x20000, 8))):
+        if unicodedata.category(character) == "Cn":
+            spelled = character.encode().decode("latin-1")
+            texts += [f"x {before[spelled[0]]}{character}"] if spelled[0] in before else []
+            texts += [f"{character}{after[spelled[-1]]} x"] if spelled[-1] in after else []
     return ["\n".join(texts[start : start + _LINES]) for start in range(0, len(texts), _LINES)]
 
 

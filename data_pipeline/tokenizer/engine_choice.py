@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_pipeline.tokenizer.agreement import excerpt, first_difference, newer_unicode_texts, torture_texts
-from data_pipeline.tokenizer.engines import ENGINE_NAMES, EngineUnavailableError, Ids, Offsets, open_engine
+from data_pipeline.tokenizer.engines import ENGINE_NAMES, Engine, EngineUnavailableError, Ids, Offsets, open_engine
 from data_pipeline.tokenizer.tokenizer import Tokenizer, failure
 from pretrain.config.errors import DataError
 
@@ -36,12 +36,12 @@ class EngineChoice:
     reasons: dict[str, str]
 
 
-def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> EngineChoice:
+def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[str, Engine] | None = None) -> EngineChoice:
     """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts` with engines.
 
     An engine is fit if all its ids are equal to those of the tokenizers library, which is itself always fit. They are tried in the order of
     their usual speed, and the first fit one is taken if it is faster than the tokenizers library: to load and try the others takes longer
-    than they would gain on most corpora.
+    than they would gain on most corpora. ``opened`` are engines that hold the tokenizer already.
     """
     special = [token.content for token in tokenizer.reference.get_added_tokens_decoder().values()][:MOST_TOKENS_SPELLED]
     torture = torture_texts(special) + newer_unicode_texts(tokenizer.reference)
@@ -58,7 +58,7 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> EngineChoice:
             reasons[name] = "it is not faster as a rule"
             continue
         try:
-            engine = open_engine(name, tokenizer)
+            engine = (opened or {}).get(name) or open_engine(name, tokenizer)
             found = _rows(*engine.encode_flat(torture))
             start = time.perf_counter()
             flat = engine.encode_flat(sample)
@@ -88,13 +88,14 @@ class CheckedEncoder:
         check_every: a document is compared where its digest is a multiple of this, so that it is the same ones in every run.
 
     Attributes:
+        engine: the engine.
         checked: how many documents were compared.
     """
 
     def __init__(self, tokenizer: Tokenizer, engine_name: str, check_every: int = 1000) -> None:
         self.tokenizer, self.engine_name, self.check_every = tokenizer, engine_name, check_every
         self.checked = 0
-        self._engine = open_engine(engine_name, tokenizer)
+        self.engine = open_engine(engine_name, tokenizer)
 
     def encode_flat(self, texts: Sequence[str], digests: Sequence[int], names: Sequence[str]) -> tuple[Ids, Offsets]:
         """Encodes texts as :meth:`~data_pipeline.tokenizer.engines.Engine.encode_flat` does.
@@ -108,7 +109,7 @@ class CheckedEncoder:
             DataError: where the engine fails, or gives other ids than the tokenizers library.
         """
         try:
-            ids, offsets = self._engine.encode_flat(texts)
+            ids, offsets = self.engine.encode_flat(texts)
         except BaseException as error:  # each library raises its own
             raise self._fault(f"fails on one of {names[0]} to {names[-1]} ({failure(error)})") from None
         chosen = [number for number, digest in enumerate(digests) if digest % self.check_every == 0]
