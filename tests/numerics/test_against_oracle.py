@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.schema import AdamWConfig, Recipe
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
-from pretrain.engine.topology import Topology, connect, disconnect
+from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.optim.schedules import learning_rate_factor
@@ -40,17 +39,6 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def document_recipe() -> Recipe:
     return load_recipe("debug", DOCUMENTS)
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """A process group of one; the variables it sets are taken back, so that later tests can start processes of their own."""
-    before = dict(os.environ)
-    yield connect(ep_size=1)
-    disconnect()
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

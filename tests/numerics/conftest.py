@@ -1,0 +1,21 @@
+"""What the numerical tests share: a process group of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pretrain.engine.topology import Topology, connect, disconnect
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """A process group of one; the variables it sets are taken back, so that later tests can start processes of their own."""
+    before = dict(os.environ)
+    yield connect(ep_size=1)
+    disconnect()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
