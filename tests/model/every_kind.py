@@ -1,4 +1,4 @@
-"""One smallest recipe for each registered kind: what the contract tests run. A new kind adds its line here, and is run through all of them."""
+"""One smallest recipe for each registered kind: what the contract tests run. A new kind is among them as soon as it is imported."""
 
 from __future__ import annotations
 
@@ -20,23 +20,14 @@ FAMILIES: dict[str, type[Section]] = {
     "moe.router": Router,
 }
 YARN = "factor: 4, original_max_position_embeddings: 16"
-# (family, kind) -> overrides of the debug recipe. What a kind needs beside its name is given here.
-KINDS: dict[tuple[str, str], list[str]] = {
+# What a kind needs beside its name, or is more telling with, as overrides of the debug recipe.
+NEEDED: dict[tuple[str, str], list[str]] = {
     ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],
-    ("position", "rope"): [],
     ("position", "yarn"): [f"model.position={{kind: yarn, {YARN}}}"],
-    ("position", "alibi"): ["model.position.kind=alibi"],
-    ("position", "rope_alibi"): ["model.position.kind=rope_alibi"],
-    ("position", "learned"): ["model.position.kind=learned"],
-    ("position", "none"): ["model.position.kind=none"],
-    ("norm", "rms_norm"): [],
-    ("norm", "layer_norm"): ["model.norm.kind=layer_norm"],
     ("feed_forward", "swiglu"): ["model.feed_forward.bias=true"],
     ("feed_forward", "gelu"): ["model.feed_forward={kind: gelu, bias: true}"],
-    ("feed_forward", "silu"): ["model.feed_forward.kind=silu"],
     ("feed_forward", "clamped_swiglu"): ["model.feed_forward={kind: clamped_swiglu, bias: true}"],
     ("feed_forward", "product_swiglu"): ["model.feed_forward={kind: product_swiglu, bias: true}"],
-    ("layer_pattern", "all_moe"): [],
     ("layer_pattern", "all_dense"): ["model.layer_pattern.kind=all_dense", "model.intermediate_size=32"],
     ("layer_pattern", "every_nth"): ["model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=32"],
     ("layer_pattern", "first_k_dense"): ["model.layer_pattern={kind: first_k_dense, k: 1}", "model.intermediate_size=32"],
@@ -44,7 +35,6 @@ KINDS: dict[tuple[str, str], list[str]] = {
     ("moe", "deepspeed"): ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
     ("moe.router", "softmax_topk"): ["model.moe.router.temperature=2"],
     ("moe.router", "sigmoid_topk"): ["model.moe.router.kind=sigmoid_topk", "model.moe.bias_balancing={}"],
-    ("moe.router", "noisy_topk"): ["model.moe.router.kind=noisy_topk"],
 }
 # Options that are no kinds of their own, but change what is computed.
 OPTIONS: dict[str, list[str]] = {
@@ -60,11 +50,12 @@ OPTIONS: dict[str, list[str]] = {
     "a router of ours in DeepSpeed's layer": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=false"],
     "multi-token prediction": ["model.multi_token_prediction={}"],
 }
-CASES: dict[str, list[str]] = {f"{family}={kind}": overrides for (family, kind), overrides in KINDS.items()} | OPTIONS
-# Kinds that draw random numbers in training: what is said of two runs holds for the same seed.
-RANDOM = ("moe.router=noisy_topk",)
 
 
-def registered() -> set[tuple[str, str]]:
+def registered() -> list[tuple[str, str]]:
     """Every (family, kind) that a recipe may name."""
-    return {(name, get_args(kind.model_fields["kind"].annotation)[0]) for name, family in FAMILIES.items() for kind in kinds_of(family)}
+    return [(name, get_args(kind.model_fields["kind"].annotation)[0]) for name, family in FAMILIES.items() for kind in kinds_of(family)]
+
+
+KINDS: dict[tuple[str, str], list[str]] = {one: NEEDED.get(one, [f"model.{one[0]}.kind={one[1]}"]) for one in registered()}
+CASES: dict[str, list[str]] = {f"{family}={kind}": overrides for (family, kind), overrides in KINDS.items()} | OPTIONS

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
+from pretrain.config.kinds import OneOf
+from pretrain.config.model_schema import ModelConfig
 from pretrain.model.decoder import DecoderLM
-from tests.model.every_kind import CASES, KINDS, registered
+from tests.model.every_kind import CASES, FAMILIES, OPTIONS, registered
 from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
 
 B, S = 2, 24
@@ -25,8 +27,10 @@ def losses_of(model: DecoderLM, seed: int = 0) -> tuple[torch.Tensor, dict[str, 
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_every_registered_kind_is_in_the_contract() -> None:
-    assert registered() == set(KINDS)
+def test_every_family_of_a_model_is_in_the_contract() -> None:
+    named = {name for name, field in ModelConfig.model_fields.items() if any(isinstance(mark, OneOf) for mark in field.metadata)}
+    assert named | {"moe", "moe.router"} == set(FAMILIES)  # moe may be absent, and is marked inside a union with None
+    assert len(CASES) == len(set(registered())) + len(OPTIONS) > 30
 
 
 @pytest.mark.parametrize("case", CASES)

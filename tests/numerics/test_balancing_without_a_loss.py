@@ -85,7 +85,7 @@ def test_the_bias_alone_balances_within_300_steps(router: str, balancing: str, t
 
 
 def test_without_any_balancing_the_load_stays_uneven(topology: Topology) -> None:
-    assert min(twenty_step_means(recipe_of("sigmoid_topk", "bias_balancing: null"), topology)) > 0.5
+    assert min(twenty_step_means(recipe_of("sigmoid_topk", "bias_balancing: null"), topology)) > 0.4
 
 
 def test_evaluation_moves_no_bias_and_a_frozen_rate_neither(topology: Topology) -> None:
