@@ -16,7 +16,8 @@ from rich.table import Table
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.config.errors import ConfigError, StorageError, run_command
 from pretrain.config.load import load_recipe, recipe_names
-from pretrain.config.model_schema import DeepSpeedMoE, ModelConfig
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import Recipe
 from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model_size, state_bytes_per_rank
 

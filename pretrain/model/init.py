@@ -20,7 +20,7 @@ from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
-ZERO = (".bias", ".sinks", ".noise.weight", ".experts.b1", ".experts.b2", ".experts.b3")
+ZERO = (".bias", ".sinks", ".noise.weight", ".b1", ".b2", ".b3")
 # One name for the router's matrix in every kind of layer, so that they start equal.
 ROUTER_NAMES = ("deepspeed_moe.gate.wg.weight", "deepspeed_moe.gate.router.gate.weight")
 

@@ -10,7 +10,7 @@ from torch import nn
 from pretrain.config.schema import AdamWConfig, SGDConfig
 
 ROUTER_MATRICES = (".router.gate.weight", ".router.noise.weight", ".gate.wg.weight")
-EXPERT_BIASES = (".experts.b1", ".experts.b2", ".experts.b3")
+EXPERT_BIASES = (".b1", ".b2", ".b3")
 
 
 def parameter_role(name: str, parameter: torch.Tensor) -> str:

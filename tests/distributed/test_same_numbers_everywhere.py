@@ -105,12 +105,12 @@ def whole_matrix(world_size: int) -> list[Case]:
     ]
 
 
-def run_cases(cases: list[Case], world_size: int, folder: Path) -> Results:
-    """Starts ``world_size`` processes once and runs all cases in them."""
+def run_cases(cases: list[Case], world_size: int, folder: Path, worker: Path = WORKER) -> Results:
+    """Starts ``world_size`` processes of ``worker`` once and runs all cases in them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     results = folder / "results.jsonl"
-    command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(results)]
+    command = [sys.executable, str(worker), str(folder / "cases.json"), str(results)]
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -75,7 +75,7 @@ def test_an_expert_of_a_kind_is_that_kind(kind: str, bias: bool) -> None:
     experts.w1.data[0], experts.w3.data[0], experts.w2.data[0] = halves[0].data, halves[1].data, dense.down_proj.weight.data
     if bias:
         biases = dense.up_proj.bias.chunk(2) if dense.gate_proj is None else (dense.gate_proj.bias, dense.up_proj.bias)
-        experts.b1.data[0], experts.b3.data[0], experts.b2.data[0] = biases[0].data, biases[1].data, dense.down_proj.bias.data
+        layer.b1.data[0], layer.b3.data[0], layer.b2.data[0] = biases[0].data, biases[1].data, dense.down_proj.bias.data
     x_BSD = random_tensor(2, 3, D, seed=9)
     torch.testing.assert_close(layer(x_BSD)[0], dense(x_BSD), rtol=1e-5, atol=1e-4)
     experts.w3.data[0, 0] += 1.0

@@ -18,7 +18,7 @@ from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DroplessMoE as DroplessConfig
 from pretrain.model.moe.balance import router_statistics
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
-from pretrain.model.moe.experts import ExpertForm, Experts
+from pretrain.model.moe.experts import ExpertBiases, ExpertForm, Experts
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
 from pretrain.model.moe.router import TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
@@ -67,6 +67,9 @@ class _WeightShapes(nn.Module):
 class DroplessMoE(AutoEPMoELayer):
     """Every token reaches all of its top_k experts. ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
 
+    The biases of all experts, which are small, stand on every rank as dense parameters ``b1 b3`` [E, X] and ``b2`` [E, D]. A rank uses
+    the rows of its own experts, and averaging the others' zero gradients over all ranks gives what an expert's own group would have.
+
     Args:
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
     """
@@ -85,7 +88,11 @@ class DroplessMoE(AutoEPMoELayer):
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
         form = ExpertForm(kind, model.feed_forward, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts
-        self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, config.num_experts, first)
+        self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, first)
+        self.b1 = self.b2 = self.b3 = None
+        if model.feed_forward.bias:
+            self.b1, self.b3 = (nn.Parameter(torch.zeros(config.num_experts, rows)) for _ in range(2))
+            self.b2 = nn.Parameter(torch.zeros(config.num_experts, model.hidden_size))
         self.router = TopKRouter(config.router, gate, config.top_k, config.bias_balancing is not None)
         self.shared = shared_experts(model)
         self.config, self.dropout = config, model.dropout.expert
@@ -126,7 +133,7 @@ class DroplessMoE(AutoEPMoELayer):
         return y_TD.view_as(x_BSD), statistics
 
     def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        return self.experts(rows_RD, counts_E)
+        return self.experts(rows_RD, counts_E, self._local_biases())
 
     def _exchanged_experts(self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Rows in the order of their global experts -> the same rows through their experts, wherever those are."""
@@ -134,5 +141,11 @@ class DroplessMoE(AutoEPMoELayer):
         arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
         order_R, inverse_R = group_by_expert(plan.local_counts_by_source, arrived_RD.shape[0])
         grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
-        grouped_RD = self.experts(grouped_RD, plan.local_counts_by_source.sum(dim=0))
+        grouped_RD = self.experts(grouped_RD, plan.local_counts_by_source.sum(dim=0), self._local_biases())
         return _AllToAllV.apply(self.ep_group, permute_rows(grouped_RD, inverse_R, order_R), plan.output_splits, plan.input_splits)
+
+    def _local_biases(self) -> ExpertBiases | None:
+        if self.b1 is None or self.b2 is None or self.b3 is None:
+            return None
+        mine = slice(self.experts.first, self.experts.first + self.num_local_experts)
+        return ExpertBiases(self.b1[mine], self.b3[mine], self.b2[mine])

@@ -80,30 +80,19 @@ class Experts(nn.Module):
     For gated kinds w1 is the gate's matrix and w3 the other; for the others they are the upper and the lower half of one.
 
     Takes over the parameters that DeepSpeed's layer created and tagged; the module itself must own the computation, because ZeRO-3
-    gathers a parameter when the module that holds it is called. DeepSpeed's checkpoints know these three names and no other: so the
-    biases of all experts, which are small, stand on every rank as dense parameters ``b1 b3`` [E, X] and ``b2`` [E, D]. A rank uses the
-    rows of its own experts, and averaging the others' zero gradients over all ranks gives what an expert's own group would have.
+    gathers a parameter when the module that holds it is called. DeepSpeed's checkpoints know these three names and no other: a fourth
+    parameter here could not be resumed at ZeRO stage 3.
     """
 
-    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter, form: ExpertForm, kernel: str, num_experts: int, first: int) -> None:
+    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter, form: ExpertForm, kernel: str, first: int) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = w1, w2, w3
         self.form, self.kernel, self.first = form, kernel, first
-        self.b1 = self.b2 = self.b3 = None
-        if form.config.bias:
-            self.b1, self.b3 = (nn.Parameter(torch.zeros(num_experts, weight.shape[1])) for weight in (w1, w3))
-            self.b2 = nn.Parameter(torch.zeros(num_experts, w2.shape[1]))
 
-    def forward(self, x_RD: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_RD: torch.Tensor, counts_e: torch.Tensor, biases: ExpertBiases | None) -> torch.Tensor:
         """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D]."""
         # CUDA's grouped product takes bf16 only.
         use_grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_RD.is_cuda and x_RD.dtype == torch.bfloat16)
         compute = experts_grouped_mm if use_grouped else experts_loop
         form = self.form if self.training else self.form._replace(dropout=0.0)
-        return compute(x_RD, counts_e, self.w1, self.w2, self.w3, form, self._local_biases())
-
-    def _local_biases(self) -> ExpertBiases | None:
-        if self.b1 is None or self.b2 is None or self.b3 is None:
-            return None
-        mine = slice(self.first, self.first + self.w1.shape[0])
-        return ExpertBiases(self.b1[mine], self.b3[mine], self.b2[mine])
+        return compute(x_RD, counts_e, self.w1, self.w2, self.w3, form, biases)
