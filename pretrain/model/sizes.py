@@ -33,14 +33,14 @@ COMPONENTS = {
     "multi_token_prediction": re.compile(r"^multi_token\."),
     "attention": re.compile(r"\.attention\."),
     "shared_experts": re.compile(r"\.feed_forward\.(shared|mlp|coefficient)\."),  # the last two are DeepSpeed's residual expert and its mixing
-    "routed_experts": re.compile(r"\.experts\."),
+    "routed_experts": re.compile(r"\.experts\.|\.feed_forward\.b[123]$"),
     "routers": re.compile(r"\.(router|gate)\."),
     "dense_feed_forwards": re.compile(r"\.feed_forward\."),
     "norms": re.compile(r"norm\.(weight|bias)$"),
 }
 ROUTED = COMPONENTS["routed_experts"]
 OUTSIDE_BLOCKS = ("embedding", "positions", "head")
-STACKED_BIASES = re.compile(r"\.experts\.b[123]$")
+STACKED_BIASES = re.compile(r"\.feed_forward\.b[123]$")
 
 
 @dataclass(frozen=True)
