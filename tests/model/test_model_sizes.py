@@ -65,7 +65,8 @@ def test_counts_without_tensors_are_those_of_the_real_model(overrides: tuple[str
     padding = 128 - VOCAB_SIZE  # rows; the head's bias has one number for each
     numbers = [model.embedding.size] * (1 if model.config.tie_word_embeddings else 2) + [1] * model.config.head_bias
     assert size.parameters_padding == padding * sum(numbers)
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    of_experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name or name[-3:] in (".b1", ".b2", ".b3")]
+    experts = sum(parameter.numel() for parameter in of_experts)
     assert size.parameters_experts == experts
     assert size.parameters_sharded == sum(parameter.numel() for parameter in model.parameters() if not getattr(parameter, "allreduce", True))
     assert size.parameters_active == size.parameters_total - experts + experts * 2 // 4  # two of four experts
