@@ -1,0 +1,157 @@
+"""Combinations of a model's kinds and options with ways to train it: rows in which every pair that the rules allow stands at least once."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import cache
+from typing import Any
+
+from allpairspy import AllPairs
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.load import apply_override, load_recipe, read_recipe_file, validate_recipe
+from pretrain.config.rules import check_topology
+from tests.model.every_kind import FAMILIES, KINDS, OPTIONS
+
+WORLD_SIZE = 2
+SIZES = (
+    "model.vocab_size=128", "train.sequence_length=32", "train.global_batch_size=4", "train.micro_batch_size=1", "model.initializer_range=0.1",
+    "optimizer.learning_rate=0.01", "logging.tensorboard=false",
+)  # fmt: skip
+DEBUG = "debug's"  # the value of the recipe that all rows are laid over
+DROPOUT = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1, feed_forward: 0.1, expert: 0.1}"
+# A parameter's values, each with its overrides of the recipe.
+Values = dict[str, list[str]]
+SETTINGS: dict[str, Values] = {
+    "dropout": {"off": [], "on": [DROPOUT]},
+    "tied": {"off": [], "on": ["model.tie_word_embeddings=true"]},
+    "recomputed": {"off": [], "on": ["train.activation_checkpointing=true"]},
+    "document mask": {"off": [], "on": ["data.document_mask=true"]},
+    "balance scope": {"micro_batch": [], "global_batch": ["model.moe.balance_scope=global_batch"]},
+    "kernel": {"sdpa": [], "reference": ["model.attention.kernel=reference"]},
+    "precision": {"fp32": [], "bf16": ["train.precision=bf16"]},
+    "ep_size": {"1": [], "2": ["parallel.ep_size=2"]},
+    "zero": {"1": [], "0": [], "2": [], "3": []},  # in the ds_config, not in the recipe
+}
+Choice = tuple[str, str]  # a parameter and one of its values
+Row = tuple[Choice, ...]
+
+
+def parameters() -> dict[str, Values]:
+    """Every family with all its kinds, every option, and the settings. First stands what the recipe has that all rows are laid over.
+
+    An option that names a kind is a value of that kind's family.
+    """
+    found: dict[str, Values] = {}
+    for family in FAMILIES:
+        kinds = {kind: overrides for (of, kind), overrides in KINDS.items() if of == family}
+        own = [kind for kind, overrides in kinds.items() if load_recipe("debug", overrides) == load_recipe("debug")]
+        found[family] = {kind: kinds[kind] for kind in own} or {DEBUG: []}
+        found[family] |= kinds
+    for option, overrides in OPTIONS.items():
+        family = next((name for name in FAMILIES if any(override.startswith(f"model.{name}.kind=") for override in overrides)), None)
+        if family is None:
+            found[option] = {"off": [], "on": overrides}
+        else:
+            found[family][option] = overrides
+    return found | SETTINGS
+
+
+PARAMETERS = parameters()
+OWN = {name: next(iter(values)) for name, values in PARAMETERS.items()}
+
+
+def chosen_overrides(row: Row) -> list[str]:
+    return [override for name, value in row for override in PARAMETERS[name][value]]
+
+
+def overrides_of(row: Row) -> list[str]:
+    """Of the debug recipe."""
+    return [*SIZES, *chosen_overrides(row)]
+
+
+@cache
+def _sized_debug() -> dict[str, Any]:
+    content, _ = read_recipe_file("debug")
+    for override in SIZES:
+        apply_override(content, override)
+    return content
+
+
+@cache
+def refusal(row: Row) -> str | None:
+    """Why the rules refuse a whole or a partial row, with debug's values for what is not in it; None where they do not.
+
+    Does what ``load_recipe`` does, without reading the file thousands of times.
+    """
+    content = copy.deepcopy(_sized_debug())
+    try:
+        for override in chosen_overrides(row):
+            apply_override(content, override)
+        recipe = validate_recipe(content, "the row")
+        check_topology(recipe, WORLD_SIZE, int(dict(row).get("zero", "1")))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def pairs_of(row: Row) -> set[Row]:
+    return set(itertools.combinations(row, 2))
+
+
+def about_experts(choice: Choice) -> bool:
+    overrides = PARAMETERS[choice[0]][choice[1]]
+    return bool(overrides) and all(override.startswith("model.moe") for override in overrides)
+
+
+@cache
+def possible_pairs() -> frozenset[Row]:
+    """Every pair of values of two parameters, refused or not, but for what says nothing: how a model without experts should use them."""
+    choices = [[(name, value) for value in values] for name, values in PARAMETERS.items()]
+    pairs = (pair for first, second in itertools.combinations(choices, 2) for pair in itertools.product(first, second))
+    dense = ("layer_pattern", "all_dense")
+    return frozenset(pair for pair in pairs if not (dense in pair and any(map(about_experts, pair))))
+
+
+@cache
+def allowed_pairs() -> frozenset[Row]:
+    return frozenset(pair for pair in possible_pairs() if refusal(pair) is None)
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """Rows that hold every allowed pair. A pair that the greedy search leaves out is laid over the recipe's own values."""
+    allowed = allowed_pairs()
+
+    def fits(prefix: list[Choice]) -> bool:
+        if any((choice, prefix[-1]) not in allowed for choice in prefix[:-1]):
+            return False
+        return len(prefix) < len(PARAMETERS) or refusal(tuple(prefix)) is None
+
+    choices = [[(name, value) for value in values] for name, values in PARAMETERS.items()]
+    found = [tuple(row) for row in AllPairs(choices, filter_func=fits)]
+    for pair in sorted(allowed):
+        if not any(pair in pairs_of(row) for row in found):
+            found.append(tuple((OWN | dict(pair)).items()))
+    return tuple(found)
+
+
+@cache
+def quarter() -> tuple[Row, ...]:
+    """A quarter of the rows: first those with values that are in no earlier one, then those with the most new pairs."""
+    chosen: list[Row] = []
+    values: set[Choice] = set()
+    pairs: set[Row] = set()
+    while len(chosen) < len(rows()) // 4:
+        best = max((row for row in rows() if row not in chosen), key=lambda row: (len({*row} - values), len(pairs_of(row) - pairs)))
+        chosen.append(best)
+        values |= set(best)
+        pairs |= pairs_of(best)
+    return tuple(chosen)
+
+
+def name_of(row: Row) -> str:
+    """What differs from the recipe that it is laid over."""
+    named = [name if value == "on" else f"{name}={value}" for name, value in row if value != OWN[name]]
+    return ", ".join(named).replace(" ", "_") or "debug"
