@@ -12,6 +12,7 @@ import os
 import struct
 from bisect import bisect_left
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,9 @@ class IndexedWriter:
         self._lengths = self._temporary["lengths"].open("w+b")
         self._hash = hashlib.sha256 if durable else xxhash.xxh3_128
         self._bin_hash = self._hash()
+        # A shard's block is hashed while it is written: both take about as long, and neither holds the interpreter's lock.
+        self._hasher = ThreadPoolExecutor(1) if durable else None
+        self._hashing: Future[None] | None = None
         self.documents = 0
         self.tokens = 0
 
@@ -100,6 +104,8 @@ class IndexedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            if self._hasher is not None:
+                self._hasher.shutdown()
             self._bin.close()
             self._lengths.close()
         finally:
@@ -122,6 +128,7 @@ class IndexedWriter:
                 f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
             )
         self._append(np.ascontiguousarray(tokens, dtype=self.dtype), lengths)
+        self._wait_for_hash()  # the array is the caller's, who may change it now
 
     def copy(self, reader: IndexedReader, first: int, last: int) -> None:
         """Appends sequences first .. last - 1 of another shard of the same token type, in blocks."""
@@ -134,14 +141,23 @@ class IndexedWriter:
             self._append(np.zeros(0, self.dtype), reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
 
     def _append(self, tokens: Tokens, lengths: np.ndarray) -> None:
-        self._bin_hash.update(tokens.data)
+        if self._hasher is None:
+            self._bin_hash.update(tokens.data)
+        else:
+            self._wait_for_hash()
+            self._hashing = self._hasher.submit(self._bin_hash.update, tokens.data)
         self._bin.write(tokens.data)
         self._lengths.write(np.ascontiguousarray(lengths, dtype="<i4").data)
         self.tokens += tokens.size
         self.documents += lengths.size
 
+    def _wait_for_hash(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+
     def finish(self) -> WrittenShard:
         """Completes both files and gives them their names, the .bin first: an .idx never stands for tokens that are not there."""
+        self._wait_for_hash()
         self._complete(self._bin)
         index_hash, index_bytes = self._hash(), 0
         with self._temporary["idx"].open("wb") as stream:
