@@ -9,6 +9,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import GroupedQueryAttention, ModelConfig
 from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import Recipe
+from pretrain.config.section import Section
 from pretrain.model.routers import SoftmaxTopK
 
 
@@ -110,11 +111,17 @@ def native_options_fit(recipe: Recipe) -> None:
     plain = SoftmaxTopK(norm_topk_prob=moe.top_k > 1)
     if moe.router != plain or moe.bias_balancing is not None:
         given = [name for name in type(moe.router).model_fields if getattr(moe.router, name) != getattr(plain, name, None)]
-        what = "model.moe.bias_balancing" if moe.router == plain else f"model.moe.router.{given[0]}={getattr(moe.router, given[0])}"
+        what = "model.moe.bias_balancing" if moe.router == plain else f"model.moe.router.{_setting(moe.router, given[0])}"
         raise ConfigError(
             f"{what} does not go with DeepSpeed's own gate, which takes router kind softmax_topk with norm_topk_prob={plain.norm_topk_prob} "
             f"for top_k={moe.top_k} and nothing else: set model.moe.gate=router, or model.moe.kind=dropless"
         )
+
+
+def _setting(section: Section, name: str) -> str:
+    """A field as a recipe would set it; of a section, only the name."""
+    value = getattr(section, name)
+    return name if isinstance(value, Section) else f"{name}={value}"
 
 
 def experts_divide(recipe: Recipe) -> None:

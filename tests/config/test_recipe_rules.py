@@ -58,6 +58,11 @@ BROKEN = {
         ["norm_topk_prob=True", "gate=router"],
         ["model.moe.router.norm_topk_prob=true"],
     ),
+    "native_options_fit/groups": (
+        [*NATIVE, "model.moe.router.groups={num_groups: 2, top_k_groups: 1}"],
+        ["model.moe.router.groups does not go with DeepSpeed's own gate"],
+        ["model.moe.gate=router"],
+    ),
     "experts_divide": (["parallel.ep_size=3"], ["ep_size (3) does not divide model.moe.num_experts (4)"], ["parallel.ep_size=4"]),
     "experts_divide/dense": (
         ["parallel.ep_size=2", "model.layer_pattern.kind=all_dense", "model.intermediate_size=8"],
