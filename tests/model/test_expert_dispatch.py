@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
+from pretrain.config.model_schema import ClampedSwiGLU as ClampedConfig
+from pretrain.config.model_schema import SwiGLU as SwiGLUConfig
+from pretrain.model.feed_forward import ClampedSwiGLU, SwiGLU
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
-from pretrain.model.moe.experts import experts_grouped_mm, experts_loop
+from pretrain.model.moe.experts import ExpertBiases, ExpertForm, experts_grouped_mm, experts_loop
 from tests.model.tiny_model import random_tensor
 
 T, K, D, F, E = 13, 3, 16, 24, 5
@@ -81,36 +83,49 @@ def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
     assert order_R[inverse_R].tolist() == list(range(7))
 
 
-def experts_naive(x_RD: torch.Tensor, counts_e: torch.Tensor, w1_eFD: torch.Tensor, w2_eDF: torch.Tensor, w3_eFD: torch.Tensor) -> torch.Tensor:
+FORMS = {
+    "swiglu": ExpertForm(SwiGLU, SwiGLUConfig()),
+    "biased clamped_swiglu": ExpertForm(ClampedSwiGLU, ClampedConfig(kind="clamped_swiglu", bias=True)),
+}
+
+
+def experts_naive(
+    x_RD: torch.Tensor, counts_e: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor, form: ExpertForm, biases: ExpertBiases | None
+) -> torch.Tensor:
     """One row after the other."""
-    expert_of_row = torch.arange(len(counts_e)).repeat_interleave(counts_e)
-    rows = [w2_eDF[e] @ (functional.silu(w1_eFD[e] @ x) * (w3_eFD[e] @ x)) for x, e in zip(x_RD, expert_of_row)]
+    rows = []
+    b1, b3, b2 = biases or (torch.zeros(E, 1, dtype=x_RD.dtype),) * 3
+    for x, e in zip(x_RD, torch.arange(len(counts_e)).repeat_interleave(counts_e)):
+        rows.append(w2[e] @ form.hidden(w1[e] @ x + b1[e], w3[e] @ x + b3[e]) + b2[e])
     return torch.stack(rows)
 
 
 COUNTS = {"mixed": [7, 0, 1, 12, 0], "one_expert_has_all": [0, 0, 20, 0, 0], "even": [4, 4, 4, 4, 4]}
 
 
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_expert_kernels_agree_with_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    counts_e = torch.tensor(COUNTS[name])
+def test_expert_kernels_agree_with_gradients(name: str, dtype: torch.dtype, tolerance: float, kind: str) -> None:
+    counts_e, form = torch.tensor(COUNTS[name]), FORMS[kind]
     x_RD, weights = random_tensor(20, D, dtype=dtype), [random_tensor(E, *shape, seed=seed) for seed, shape in enumerate([(F, D), (D, F), (F, D)])]
     low = [(weight.detach() * 0.3).to(dtype).requires_grad_() for weight in weights]
+    biases = ExpertBiases(*(random_tensor(E, rows, seed=9, dtype=dtype) for rows in (F, F, D))) if form.config.bias else None
+    leaves = [x_RD, *low, *(biases or ())]
     results = {}
     for compute in (experts_naive, experts_loop, experts_grouped_mm):
-        output_RD = compute(x_RD, counts_e, *low)
-        results[compute] = [output_RD, *gradients_of(output_RD, [x_RD, *low])]
+        output_RD = compute(x_RD, counts_e, *low, form, biases)
+        results[compute] = [output_RD, *gradients_of(output_RD, leaves)]
         assert output_RD.dtype == dtype
     assert_all_close(results[experts_loop], results[experts_naive], tolerance)
     assert_all_close(results[experts_grouped_mm], results[experts_naive], tolerance)
-    for weight_gradient in results[experts_loop][2:]:
+    for weight_gradient in results[experts_loop][2:5]:
         assert weight_gradient[counts_e == 0].count_nonzero() == 0
 
 
 def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
     weights = [random_tensor(E, F, D), random_tensor(E, D, F, seed=1), random_tensor(E, F, D, seed=2)]
     x_RD = random_tensor(20, D, seed=3)
-    right = experts_naive(x_RD, torch.tensor([4, 4, 4, 4, 4]), *weights)
-    shifted = experts_loop(x_RD, torch.tensor([5, 3, 4, 4, 4]), *weights)
+    right = experts_naive(x_RD, torch.tensor([4, 4, 4, 4, 4]), *weights, FORMS["swiglu"], None)
+    shifted = experts_loop(x_RD, torch.tensor([5, 3, 4, 4, 4]), *weights, FORMS["swiglu"], None)
     assert ((right - shifted).abs().amax(dim=1) > 1.0).nonzero().flatten().tolist() == [4]
