@@ -105,7 +105,7 @@ COUNTS = {"mixed": [7, 0, 1, 12, 0], "one_expert_has_all": [0, 0, 20, 0, 0], "ev
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("name", COUNTS)
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_expert_kernels_agree_with_gradients(name: str, dtype: torch.dtype, tolerance: float, kind: str) -> None:
     counts_e, form = torch.tensor(COUNTS[name]), FORMS[kind]
     x_RD, weights = random_tensor(20, D, dtype=dtype), [random_tensor(E, *shape, seed=seed) for seed, shape in enumerate([(F, D), (D, F), (F, D)])]
