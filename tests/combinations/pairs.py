@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,15 @@ SIZES = (
 )  # fmt: skip
 DEBUG = "debug's"  # the value of the recipe that all rows are laid over
 DROPOUT = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1, feed_forward: 0.1, expert: 0.1}"
+# What the contract of kinds leaves out. In evaluation a full expert has room for all tokens here, so that nothing depends on what comes later.
+MORE_OPTIONS = {
+    "full experts turn tokens away": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.capacity_factor=1"],
+    "DeepSpeed's jitter and residual experts": [
+        "model.moe.kind=deepspeed", "model.moe.drop_tokens=false", "model.moe.noisy_gate_policy=Jitter", "model.moe.use_residual=true",
+    ],
+    "router jitter": ["model.moe.router.jitter=0.1"],
+    "output z-loss, chunks": ["model.output_z_loss_weight=0.001", "model.loss_chunk_tokens=7"],
+}  # fmt: skip
 # A parameter's values, each with its overrides of the recipe.
 Values = dict[str, list[str]]
 SETTINGS: dict[str, Values] = {
@@ -43,13 +53,13 @@ def parameters() -> dict[str, Values]:
 
     An option that names a kind is a value of that kind's family.
     """
-    found: dict[str, Values] = {}
+    debug, found = load_recipe("debug"), dict[str, Values]()
     for family in FAMILIES:
         kinds = {kind: overrides for (of, kind), overrides in KINDS.items() if of == family}
-        own = [kind for kind, overrides in kinds.items() if load_recipe("debug", overrides) == load_recipe("debug")]
+        own = [kind for kind, overrides in kinds.items() if load_recipe("debug", overrides) == debug]
         found[family] = {kind: kinds[kind] for kind in own} or {DEBUG: []}
         found[family] |= kinds
-    for option, overrides in OPTIONS.items():
+    for option, overrides in (OPTIONS | MORE_OPTIONS).items():
         family = next((name for name in FAMILIES if any(override.startswith(f"model.{name}.kind=") for override in overrides)), None)
         if family is None:
             found[option] = {"off": [], "on": overrides}
@@ -119,21 +129,35 @@ def allowed_pairs() -> frozenset[Row]:
     return frozenset(pair for pair in possible_pairs() if refusal(pair) is None)
 
 
+def fits(prefix: list[Choice]) -> bool:
+    """Whether the last choice goes with all before it; a whole row is seen by the rules as well."""
+    last = prefix[-1]
+    if any((choice, last) not in allowed_pairs() and (last, choice) not in allowed_pairs() for choice in prefix[:-1]):
+        return False
+    return len(prefix) < len(PARAMETERS) or refusal(in_order(prefix)) is None
+
+
+def in_order(choices: Iterable[Choice]) -> Row:
+    return tuple(sorted(choices, key=lambda choice: list(PARAMETERS).index(choice[0])))
+
+
 @cache
 def rows() -> tuple[Row, ...]:
-    """Rows that hold every allowed pair. A pair that the greedy search leaves out is laid over the recipe's own values."""
-    allowed = allowed_pairs()
-
-    def fits(prefix: list[Choice]) -> bool:
-        if any((choice, prefix[-1]) not in allowed for choice in prefix[:-1]):
-            return False
-        return len(prefix) < len(PARAMETERS) or refusal(tuple(prefix)) is None
-
-    choices = [[(name, value) for value in values] for name, values in PARAMETERS.items()]
-    found = [tuple(row) for row in AllPairs(choices, filter_func=fits)]
-    for pair in sorted(allowed):
-        if not any(pair in pairs_of(row) for row in found):
-            found.append(tuple((OWN | dict(pair)).items()))
+    """Rows that hold every allowed pair. The search, largest parameters first, ends at its first row without a new pair and leaves a few out:
+    as many of these as go together are laid over the recipe's own values."""
+    names = sorted(PARAMETERS, key=lambda name: -len(PARAMETERS[name]))
+    choices = [[(name, value) for value in PARAMETERS[name]] for name in names]
+    found = [in_order(row) for row in AllPairs(choices, filter_func=fits)]
+    missing = sorted(allowed_pairs() - set().union(*map(pairs_of, found)))
+    while missing:
+        laid: dict[str, str] = {}
+        for pair in missing:
+            row = in_order((OWN | laid | dict(pair)).items())
+            if all(laid.get(name, value) == value for name, value in pair) and pairs_of(row) <= allowed_pairs() and refusal(row) is None:
+                laid |= dict(pair)
+        assert laid, missing
+        found.append(in_order((OWN | laid).items()))
+        missing = [pair for pair in missing if pair not in pairs_of(found[-1])]
     return tuple(found)
 
 
