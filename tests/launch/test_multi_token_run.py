@@ -19,7 +19,7 @@ MULTI_TOKEN = "model.multi_token_prediction={loss_weight: 0.3}"
 KINDS = {"dropless": ("model.moe.balance_scope=global_batch", "model.moe.bias_balancing={}"), "deepspeed": ("model.moe.drop_tokens=false",)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dropless", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_rows_have_its_loss_and_a_resumed_run_the_same(tiny: Tiny, in_process: None, tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
     arguments = tiny.arguments(run, MULTI_TOKEN, f"model.moe.kind={kind}", *KINDS[kind], steps=6)
