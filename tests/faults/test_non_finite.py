@@ -51,10 +51,10 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(tiny: Tin
     weight = engine.model.head.weight
     weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf) if overflowing["now"] else gradient)
 
-    def observed(batches: list[Batch], factor: float) -> StepResult:
+    def observed(batches: list[Batch], factor: float, balance_rate: float) -> StepResult:
         overflowing["now"] = len(seen) == 2
         before = masters(engine)
-        result = train_step(batches, factor)
+        result = train_step(batches, factor, balance_rate)
         unchanged = all(torch.equal(old, new) for old, new in zip(before, masters(engine), strict=True))
         seen.append((result.applied, engine.loss_scale(), unchanged))
         return result

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from deepspeed.utils import groups
+from torch import distributed
 
 from pretrain.engine.topology import Topology, connect, disconnect
 
@@ -16,6 +18,10 @@ def topology() -> Iterator[Topology]:
     before = dict(os.environ)
     yield connect(ep_size=1)
     disconnect()
+    # DeepSpeed keeps the groups of a world that is gone, and would use them in the next one.
+    for name, value in vars(groups).copy().items():
+        if isinstance(value, distributed.ProcessGroup):
+            setattr(groups, name, None)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
