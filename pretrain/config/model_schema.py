@@ -12,6 +12,7 @@ from pretrain.config.moe_schema import MoE
 from pretrain.config.section import NonNegative, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
+Growth = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # --- norms ----------------------------------------------------------------------------------------------------------------------
@@ -67,8 +68,8 @@ class Yarn(RotaryBase):
     attention_factor: Annotated[float, Field(gt=0)] | None = Field(
         None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
     )
-    mscale: Weight | None = Field(None, description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)")
-    mscale_all_dim: Weight | None = Field(
+    mscale: Growth | None = Field(None, description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)")
+    mscale_all_dim: Growth | None = Field(
         None, description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, turned numbers or not (DeepSeek-V3's code)"
     )
     truncate: bool = Field(True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)")
