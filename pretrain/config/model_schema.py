@@ -6,11 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.config.attention_schema import Attention
 from pretrain.config.kinds import Component, OneOf
 from pretrain.config.moe_schema import MoE
 from pretrain.config.section import NonNegative, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
+Growth = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # --- norms ----------------------------------------------------------------------------------------------------------------------
@@ -32,82 +34,6 @@ class LayerNorm(Norm):
 
     implementation: ClassVar[str] = "pretrain.model.norm:LayerNorm"
     kind: Literal["layer_norm"]
-
-
-# --- attention ------------------------------------------------------------------------------------------------------------------
-
-KernelName = Literal["sdpa", "reference", "flex", "flash"]
-
-
-class Attention(Component):
-    """What every kind of attention has."""
-
-    num_attention_heads: Positive
-    sliding_window: Positive | None = Field(None, description="tokens a query sees, itself included; all before it by default")
-    full_attention_every: Positive | None = Field(None, description="with a window: layer i sees everything where (i + 1) % n == 0")
-    sinks: bool = Field(False, description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)")
-    kernel: KernelName = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
-
-    @model_validator(mode="after")
-    def _windows_fit(self) -> Attention:
-        if self.full_attention_every is not None and self.sliding_window is None:
-            raise ValueError("full_attention_every says which layers have no window, but there is no sliding_window")
-        return self
-
-    def window(self, layer: int) -> int | None:
-        """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
-        if self.full_attention_every is not None and (layer + 1) % self.full_attention_every == 0:
-            return None
-        return self.sliding_window
-
-    @property
-    def rotary_dim(self) -> int:
-        """Numbers of a head that a rotary embedding turns."""
-        raise NotImplementedError
-
-    @property
-    def score_dim(self) -> int:
-        """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
-        raise NotImplementedError
-
-    @property
-    def value_dim(self) -> int:
-        """Numbers of all heads together that scores are multiplied with."""
-        raise NotImplementedError
-
-    @property
-    def cached_per_token(self) -> int:
-        """Numbers that one layer's cache keeps of a token."""
-        raise NotImplementedError
-
-
-class GroupedQueryAttention(Attention):
-    """Grouped-query attention (Ainslie et al. 2023); equal head counts make it multi-head, one key/value head multi-query attention."""
-
-    implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
-    kind: Literal["gqa"] = "gqa"
-    num_key_value_heads: Positive
-    head_dim: Positive
-    bias: Literal["none", "qkv", "all"] = Field("none", description="which projections have one: none, queries keys and values, or the output too")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        "none", description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or over all heads together (OLMoE)"
-    )
-
-    @property
-    def rotary_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def score_dim(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def cached_per_token(self) -> int:
-        return 2 * self.num_key_value_heads * self.head_dim
 
 
 # --- positions ------------------------------------------------------------------------------------------------------------------
@@ -142,12 +68,24 @@ class Yarn(RotaryBase):
     attention_factor: Annotated[float, Field(gt=0)] | None = Field(
         None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
     )
+    mscale: Growth | None = Field(None, description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)")
+    mscale_all_dim: Growth | None = Field(
+        None, description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, turned numbers or not (DeepSeek-V3's code)"
+    )
     truncate: bool = Field(True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)")
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Yarn:
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_is_said_once(self) -> Yarn:
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("mscale and mscale_all_dim go together: give both or none")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError("attention_factor and mscale say the same: leave one out")
         return self
 
 

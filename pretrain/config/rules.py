@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import GroupedQueryAttention, ModelConfig
+from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import Recipe
 from pretrain.config.section import Section
@@ -23,16 +24,19 @@ def heads_group_evenly(recipe: Recipe) -> None:
 
 
 def rotary_dim_is_even(recipe: Recipe) -> None:
-    size = recipe.model.attention.rotary_dim
+    attention = recipe.model.attention
+    size = attention.rotary_dim
     if recipe.model.position.rotary and size % 2:
-        raise ConfigError(f"model.attention.head_dim ({size}) must be even: a rotary embedding turns pairs of numbers")
+        raise ConfigError(f"model.attention.{attention.rotary_field} ({size}) must be even: a rotary embedding turns pairs of numbers")
 
 
+# Forms of heads that not every kernel takes: values that are wider or narrower than keys, and more than 256 numbers.
+WIDTHS = ("values_of_another_width", "heads_wider_than_256")
 # What a kernel can compute beside plain causal attention in half precision.
 KERNEL_FEATURES: dict[str, frozenset[str]] = {
-    "reference": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32"}),
-    "sdpa": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32"}),
-    "flex": frozenset({"sliding_window", "sinks", "alibi", "document_mask", "fp32"}),
+    "reference": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32", *WIDTHS}),
+    "sdpa": frozenset({"sliding_window", "sinks", "alibi", "dropout", "document_mask", "fp32", *WIDTHS}),
+    "flex": frozenset({"sliding_window", "sinks", "alibi", "document_mask", "fp32", *WIDTHS}),
     "flash": frozenset({"sliding_window", "alibi", "dropout"}),
 }
 
@@ -46,6 +50,8 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         "dropout": model.dropout.attention > 0,
         "document_mask": recipe.data.document_mask,
         "fp32": recipe.train.precision == "fp32",
+        "values_of_another_width": attention.value_dim != attention.score_dim,
+        "heads_wider_than_256": attention.widest_head > 256,
     }
     needed = {feature for feature, given in asked.items() if given}
     if missing := sorted(needed - KERNEL_FEATURES[attention.kernel]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.model_schema import GroupedQueryAttention, ModelConfig, RMSNorm, Rope, SwiGLU
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import ModelConfig, RMSNorm, Rope, SwiGLU
 from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, MoE
 from pretrain.export.name_map import Link, expand
 from pretrain.model.routers import SoftmaxTopK

@@ -176,7 +176,7 @@ def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) ->
     """A rough count of what one micro batch keeps for the backward pass; with checkpointing one input a block, and one block's working set."""
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
-    attention = config.attention.score_dim + config.attention.value_dim + config.attention.cached_per_token
+    attention = config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
     per_layer = [
         tokens * width * (6 * config.hidden_size + 2 * attention + _feed_forward_numbers(config, layer)) for layer in _attention_layers(config)
     ]

@@ -11,6 +11,10 @@ from pretrain.config.rules import RULES, check_topology
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
 ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=false"]
 
+LATENT = (
+    "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6, kernel: flash}"
+)
+
 # Rule -> (overrides that break it, parts of the sentence, overrides that mend it)
 BROKEN = {
     "kernel_computes_the_recipe": (
@@ -18,12 +22,27 @@ BROKEN = {
         ["kernel=flex cannot compute dropout", "use reference or sdpa"],
         ["model.attention.kernel=sdpa"],
     ),
+    "kernel_computes_the_recipe/values": (
+        [LATENT, "train.precision=bf16"],
+        ["kernel=flash cannot compute values_of_another_width", "use reference or sdpa or flex"],
+        ["model.attention.v_head_dim=12"],
+    ),
+    "kernel_computes_the_recipe/wide_heads": (
+        [LATENT, "train.precision=bf16", "model.attention.v_head_dim=12", "model.attention.kv_lora_rank=256"],
+        ["kernel=flash cannot compute heads_wider_than_256"],
+        ["model.attention.decode=plain"],
+    ),
     "heads_group_evenly": (
         ["model.attention.num_key_value_heads=3"],
         ["num_attention_heads (4)", "num_key_value_heads (3)"],
         ["model.attention.num_attention_heads=6"],
     ),
     "rotary_dim_is_even": (["model.attention.head_dim=7"], ["head_dim (7) must be even"], ["model.attention.head_dim=6"]),
+    "rotary_dim_is_even/latent": (
+        [LATENT, "model.attention.kernel=sdpa", "model.attention.qk_rope_head_dim=3"],
+        ["qk_rope_head_dim (3) must be even"],
+        ["model.attention.qk_rope_head_dim=2"],
+    ),
     "layers_have_their_sections": (
         ["model.moe=null"],
         ["no model.moe", "all_dense"],

@@ -18,6 +18,7 @@ PUBLISHED = [name.removesuffix("_mini") for name in TWINS]
 SIZES = {
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range",
     "attention.num_attention_heads", "attention.num_key_value_heads", "attention.head_dim", "attention.sliding_window",
+    "attention.q_lora_rank", "attention.kv_lora_rank", "attention.qk_rope_head_dim", "attention.qk_nope_head_dim", "attention.v_head_dim",
     "position.factor", "position.original_max_position_embeddings", "moe.num_experts", "moe.top_k", "moe.moe_intermediate_size",
 }  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_published_models_and_their_twins_are_there() -> None:
     assert {"debug", "quickstart", "moe_1b"} | set(PUBLISHED) | set(TWINS) == set(NAMES)
     assert set(PUBLISHED) == {
         "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m", "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
-        "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_moe_16b",
+        "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_moe_16b", "deepseek_v3",
     }  # fmt: skip
 
 
@@ -82,6 +83,8 @@ def test_a_twin_has_every_part_of_its_model(name: str) -> None:
         ("h64lm_tied", "model.tie_word_embeddings=false", "tie_word_embeddings"),
         ("khanh_692m", "model.norm_position=pre", "norm_position"),
         ("fastgpt_moe", "model.embedding_size=null", "embedding_size"),
+        ("deepseek_v3", "model.attention.q_lora_rank=null", "attention.q_lora_rank"),
+        ("deepseek_v3", "model.layer_pattern.k=1", "layer_pattern.k"),
         ("p828_60m", "model.moe.bias_balancing=null", "moe.bias_balancing"),
         ("p828_60m", "model.moe.router.groups=null", "moe.router.groups"),
     ],

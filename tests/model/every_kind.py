@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import get_args
 
+from pretrain.config.attention_schema import Attention
 from pretrain.config.kinds import kinds_of
-from pretrain.config.model_schema import Attention, FeedForward, LayerPattern, Norm, Position
+from pretrain.config.model_schema import FeedForward, LayerPattern, Norm, Position
 from pretrain.config.moe_schema import MoE
 from pretrain.config.section import Section
 from pretrain.model.routers import Router
@@ -20,9 +21,11 @@ FAMILIES: dict[str, type[Section]] = {
     "moe.router": Router,
 }
 YARN = "factor: 4, original_max_position_embeddings: 16"
+LATENT = "q_lora_rank: 16, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6"
 # What a kind needs beside its name, or is more telling with, as overrides of the debug recipe.
 NEEDED: dict[tuple[str, str], list[str]] = {
     ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],
+    ("attention", "mla"): [f"model.attention={{kind: mla, num_attention_heads: 4, {LATENT}}}"],
     ("position", "yarn"): [f"model.position={{kind: yarn, {YARN}}}"],
     ("feed_forward", "swiglu"): ["model.feed_forward.bias=true"],
     ("feed_forward", "gelu"): ["model.feed_forward={kind: gelu, bias: true}"],

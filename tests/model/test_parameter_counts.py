@@ -24,6 +24,7 @@ COUNTS = {
     "qwen3_30b_a3b": (30_532_122_624, 30_532_122_624 - 48 * 120 * 3 * 2048 * 768),
     "gpt_oss_20b": (20_914_757_184, 20_914_757_184 - 24 * 28 * (3 * 2880 * 2880 + 3 * 2880)),
     "deepseek_moe_16b": (16_375_728_128, 16_375_728_128 - 27 * 58 * 3 * 2048 * 1408),
+    "deepseek_v3": (671_026_404_352, 671_026_404_352 - 58 * 248 * 3 * 7168 * 2048),
 }
 
 
@@ -58,6 +59,15 @@ def test_a_feature_less_is_another_count() -> None:
     assert size_of("p828_60m", "model.moe.router.bias=false").parameters_total == 60_889_356 - 4
     assert size_of("p828_60m", "model.attention.qk_norm=head").parameters_total == 60_889_484
     assert size_of("khanh_692m", "model.final_norm=true").parameters_total == 692_244_360 + 2048
+
+
+def test_deepseek_v3s_block_of_multi_token_prediction_is_not_in_its_count() -> None:
+    """As much as one of its last layers, a projection and two norms: embedding and head are the model's own."""
+    small, with_block = (size_of("deepseek_v3", "model.num_hidden_layers=4", *more) for more in ((), ("model.multi_token_prediction={}",)))
+    attention = 7168 * 1536 + 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168
+    block = attention + 257 * 3 * 7168 * 2048 + 256 * 7168 + 2 * 7168
+    assert with_block.parameters_total - small.parameters_total == block + 2 * 7168 * 7168 + 2 * 7168 == 11_610_060_800
+    assert small.components["attention"] == 4 * attention and small.components["multi_token_prediction"] == 0
 
 
 def test_thousands_of_native_experts_are_counted_in_seconds() -> None:

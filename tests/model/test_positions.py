@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 
+from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import Yarn
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.reference import reference_attention
@@ -112,6 +114,36 @@ def test_yarn_scales_queries_and_keys_by_the_attention_factor(given: float | Non
     tables = position.terms(torch.arange(3)).rope
     assert tables is not None
     torch.testing.assert_close(tables[0].square() + tables[1].square(), torch.full((3, H // 2), factor**2))
+
+
+@pytest.mark.parametrize(("mscale", "of_all"), [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5)])
+def test_yarns_two_scales_are_those_of_transformers_deepseek(mscale: float, of_all: float) -> None:
+    """Tables grow by the ratio of the two growths, all scores by the square of the second."""
+    position = YarnPosition(tiny_config(YARN[:-1] + f", mscale: {mscale}, mscale_all_dim: {of_all}}}"))
+    growth = 0.1 * of_all * math.log(4) + 1
+    terms = position.terms(torch.arange(3))
+    assert terms.rope is not None and terms.score_factor == pytest.approx(growth**2)
+    assert terms.rope[0][0, 0] == pytest.approx((0.1 * mscale * math.log(4) + 1) / growth)
+    scaled = {"rope_type": "yarn", "factor": 4.0, "mscale": mscale, "mscale_all_dim": of_all}
+    assert terms.score_factor == pytest.approx(yarn_apply_mscale(scaled, 1.0))
+    plain = YarnPosition(tiny_config(YARN)).terms(torch.arange(3))
+    assert plain.score_factor == 1.0
+
+
+@torch.no_grad()
+def test_every_kind_of_attention_has_yarns_factor_of_all_scores() -> None:
+    tokens = torch.arange(12)[None]
+    plain, grown = (tiny_model(YARN[:-1] + f", {scale}}}") for scale in ("attention_factor: 1", "mscale: 1, mscale_all_dim: 1"))
+    factor = (0.1 * math.log(4) + 1) ** 2
+    for block in plain.layers:
+        block.attention.q_norm.weight *= factor
+    torch.testing.assert_close(plain.logits(tokens), grown.logits(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "part"), [("mscale: 1", "go together"), ("mscale: 1, mscale_all_dim: 1, attention_factor: 1", "leave one out")])
+def test_yarns_scale_is_said_once(given: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        tiny_config(YARN[:-1] + f", {given}}}")
 
 
 # --- alibi -----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import GroupedQueryAttention as GroupedQueryConfig
+from pretrain.config.attention_schema import GroupedQueryAttention as GroupedQueryConfig
 from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.kernels import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
@@ -64,7 +64,7 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
         dropout = self.dropout if self.training else 0.0
-        scores = Scores(mask, self.config.head_dim**-0.5, self.window, positions.slopes_N, self.sinks, dropout)
+        scores = Scores(mask, positions.score_factor * self.config.head_dim**-0.5, self.window, positions.slopes_N, self.sinks, dropout)
         return self.o_proj(self.kernel(q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1))
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:

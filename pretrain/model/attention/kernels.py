@@ -7,8 +7,8 @@ from pkgutil import resolve_name
 
 import torch
 
+from pretrain.config.attention_schema import KernelName
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import KernelName
 from pretrain.model.attention.scores import Scores
 
 # Queries [B, N, S, H], keys [B, M, U, H] and values [B, M, U, V] of U >= S tokens -> [B, N, S, V] in the queries' dtype.

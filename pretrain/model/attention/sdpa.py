@@ -14,7 +14,7 @@ SINK_WIDTH = 8
 def sdpa_attention(q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores) -> torch.Tensor:
     """Exact. Without a window, documents or ALiBi no mask stands in memory; else one [S, U], with ALiBi one of each head, for all layers."""
     num_queries, num_keys, value_size = q_BNSH.shape[2], k_BMUH.shape[2], v_BMUV.shape[3]
-    grouped = q_BNSH.shape[1] != k_BMUH.shape[1]
+    num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
     mask = None
     if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):
         key = "sdpa", num_queries, num_keys, scores.window
@@ -25,11 +25,21 @@ def sdpa_attention(q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Ten
         if causal:
             q_BNSH = functional.pad(q_BNSH, (0, 0, 1, 0))  # one more query, which sees the sink alone, keeps the others' keys causal
     # Fused kernels want values as wide as keys.
-    v_BMUV = functional.pad(v_BMUV, (0, q_BNSH.shape[3] - value_size))
+    width = max(q_BNSH.shape[3], value_size)
+    q_BNSH, k_BMUH, v_BMUV = (_widened(x, width) for x in (q_BNSH, k_BMUH, v_BMUV))
+    if num_queries == 1 and scores.slopes_N is None:
+        q_BNSH = q_BNSH.reshape(-1, num_key_heads, num_heads // num_key_heads, width)  # as queries of one head: no key is repeated for each
+    grouped = q_BNSH.shape[1] != num_key_heads
     y_BNSV = functional.scaled_dot_product_attention(
         q_BNSH, k_BMUH, v_BMUV, attn_mask=mask, dropout_p=scores.dropout, is_causal=causal, scale=scores.scale, enable_gqa=grouped
     )
-    return y_BNSV[:, :, -num_queries:, :value_size]
+    y_BNSV = y_BNSV.reshape(-1, num_heads, 1, width) if num_queries == 1 else y_BNSV[:, :, -num_queries:]
+    return y_BNSV[..., :value_size]
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Each head with zeros behind its numbers; what is wide enough is not copied."""
+    return x if x.shape[3] == width else functional.pad(x, (0, width - x.shape[3]))
 
 
 def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor) -> torch.Tensor:

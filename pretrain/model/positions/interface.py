@@ -16,10 +16,12 @@ class PositionTerms(NamedTuple):
     Attributes:
         rope: cos and sin of every position and pair, fp32, to broadcast over [B, N, S, rotary_dim / 2]; None where nothing is turned.
         slopes_N: fp32 [N], what a key loses for each token that it lies back; None without ALiBi.
+        score_factor: what the product of a query and a key is multiplied with beside attention's own scale.
     """
 
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
     slopes_N: torch.Tensor | None = None
+    score_factor: float = 1.0
 
 
 class PositionEncoding(nn.Module):

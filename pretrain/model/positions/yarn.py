@@ -33,15 +33,23 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
 
 
 class YarnPosition(PositionEncoding):
-    """Rotary tables of :func:`yarn_frequencies`; queries and keys both grow by the attention factor, so that scores grow by its square."""
+    """Rotary tables of :func:`yarn_frequencies`; queries and keys both grow by the attention factor, so that scores grow by its square.
+
+    With ``mscale_all_dim`` all scores grow, also by the part of queries and keys that is not turned.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
         assert isinstance(model.position, Yarn)
         self.config, self.rotary_dim = model.position, model.attention.rotary_dim
-        given = self.config.attention_factor
-        self.attention_factor = 0.1 * math.log(self.config.factor) + 1 if given is None else given
+        config, of_all = self.config, self._growth(self.config.mscale_all_dim or 0.0)
+        by_default = self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all
+        self.attention_factor = by_default if config.attention_factor is None else config.attention_factor
+        self.score_factor = of_all**2
+
+    def _growth(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.config.factor) + 1
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
         frequencies = yarn_frequencies(self.config, self.rotary_dim, positions.device)
-        return PositionTerms(rope=rope_tables(positions, frequencies, self.attention_factor))
+        return PositionTerms(rope=rope_tables(positions, frequencies, self.attention_factor), score_factor=self.score_factor)
