@@ -27,7 +27,7 @@ from tests.distributed.test_same_numbers_everywhere import Results, run_cases
 
 WORKER = Path(__file__).with_name("mini_worker.py")
 VOCAB_SIZE = 512
-COVER = cover(MINIS, 4)
+COVER = cover(MINIS, 2)
 CPU = torch.device("cpu")
 
 
@@ -147,9 +147,9 @@ def equal_losses(run: dict[str, Any], other: dict[str, Any], steps: int) -> bool
     )
 
 
-def test_the_four_have_nearly_all_that_the_twins_consist_of() -> None:
+def test_the_two_have_most_of_what_the_twins_consist_of() -> None:
     chosen = [MINIS[name] for name in COVER]
-    for of, share in ((kinds, 0.85), (parts, 0.85)):
+    for of, share in ((kinds, 0.6), (parts, 0.7)):
         everything = set().union(*map(of, MINIS.values()))
         assert len(set().union(*map(of, chosen))) >= share * len(everything)
 
