@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.config.errors import ConfigError
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 from tests.model.tiny_model import random_tensor, tiny_model
@@ -128,3 +129,10 @@ def test_a_bf16_layer_keeps_its_dtype_and_fp32_statistics(kind: str) -> None:
     assert output.dtype == torch.bfloat16
     assert {value.dtype for value in statistics} == {torch.float32}
     assert (output.float() - expected).norm() / expected.norm() < 0.1
+
+
+def test_experts_of_odd_width_without_a_gate_are_refused() -> None:
+    odd = "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 25}"
+    with pytest.raises(ConfigError, match=r"moe_intermediate_size \(25\) must be even"):
+        tiny_model(odd, "model.feed_forward.kind=gelu")
+    tiny_model(odd)

@@ -14,6 +14,7 @@ from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerS
 from torch import nn
 from torch.nn import functional
 
+from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DroplessMoE as DroplessConfig
 from pretrain.model.moe.balance import router_statistics
@@ -77,6 +78,11 @@ class DroplessMoE(AutoEPMoELayer):
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         config, kind = model.moe, model.feed_forward.implementing_class()
         assert isinstance(config, DroplessConfig)
+        if not kind.gated and config.moe_intermediate_size % 2:
+            raise ConfigError(
+                f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: dropless experts keep the one matrix before "
+                f"{model.feed_forward.__class__.__name__} in two halves"
+            )
         # Kinds with one matrix before the activation have its two halves in w1 and w3.
         rows = config.moe_intermediate_size * kind.expansion if kind.gated else config.moe_intermediate_size // 2
         layer_config = AutoEPConfig()
