@@ -18,13 +18,13 @@ from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
-from pretrain.optim.rows import RowOptimizer
 
 
 @dataclass(frozen=True)

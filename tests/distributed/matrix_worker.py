@@ -63,8 +63,7 @@ def sabotage(engine: Engine, kind: str) -> None:
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The fp32 weights of this rank, stacked experts apart and named by their global number."""
-    topology, moe = engine.topology, engine.recipe.model.moe
-    first = engine.expert_part * moe.total_experts // engine.expert_parts
+    first = engine.expert_part * engine.recipe.model.moe.total_experts // engine.expert_parts
     weights: dict[str, torch.Tensor] = {}
     for name, table in engine.rows.tables.items() if engine.rows is not None else ():
         weights |= {f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())}
