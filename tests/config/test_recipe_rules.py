@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import RULES, check_topology
+from pretrain.config.rules import RULES, check_topology, warnings_about
 
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
 PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2, top_k: 2}"
@@ -127,6 +127,11 @@ def test_each_rule_refuses_and_its_advice_helps(name: str) -> None:
     for part in parts:
         assert part in str(caught.value)
     load_recipe("debug", [*overrides, *remedy])
+
+
+def test_batch_norm_over_queries_is_warned_about() -> None:
+    assert "running statistics" in " ".join(warnings_about(load_recipe("debug", [PEER, "model.moe.query_norm=batch_norm"])))
+    assert not warnings_about(load_recipe("debug", [PEER])) and not warnings_about(load_recipe("debug"))
 
 
 def test_every_rule_has_a_case() -> None:
