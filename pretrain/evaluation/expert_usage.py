@@ -185,8 +185,8 @@ def load_window(path: Path, layers: Sequence[int] | None = None) -> UsageWindow:
             step, steps, held, counts_LE = (content[name] for name in ("step", "steps", "layers", "counts_LE"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; {remedy}") from None
-    except (ValueError, KeyError, AttributeError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} holds no expert usage ({error}): {remedy}") from None
+    except (ValueError, KeyError, AttributeError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        raise DataError(f"{path} holds no expert usage, or is damaged: {remedy}") from None
     shaped = counts_LE.ndim == 2 and held.shape == counts_LE.shape[:1] and counts_LE.dtype.kind in "iu" and step.ndim == steps.ndim == 0
     if not shaped or not counts_LE.size or int(counts_LE.min()) < 0 or not counts_LE.any(axis=1).all():
         raise DataError(f"{path} holds no counts of at least one choice for each layer: {remedy}")
