@@ -16,7 +16,7 @@ from tests.launch.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
 
 WORKER = Path(__file__).resolve().parents[1] / "combinations" / "mini_worker.py"
 PEER = "model.moe={kind: peer, product_key_sizes: [8, 8], query_dim: 16, num_heads: 2, top_k: 4, moe_intermediate_size: 1}"
-STEPS, INTERVAL, RESUMED_AT = 8, 4, 6
+STEPS, INTERVAL, RESUMED_AT = 4, 2, 3
 CASES = {
     # Everything that runs a layer more than once a step: recomputation, the pass that counts for a loss over the global batch.
     "peer": (PEER, "train.activation_checkpointing=true", "logging.tensorboard=true", "logging.hot_expert_factor=2.0"),
@@ -29,7 +29,7 @@ SIZES = {"peer": (2, 64, 8), "spread": (2, 64, 8), "dropless": (3, 4, 2)}
 
 @pytest.fixture(scope="module")
 def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """The folder of all runs, which have ended and gone on from step 6, and the rows of both times."""
+    """The folder of all runs, which have ended and gone on from step 3, and the rows of both times."""
     folder = tmp_path_factory.mktemp("usage")
     cases: list[dict[str, Any]] = []
     for name, overrides in CASES.items():
@@ -54,7 +54,7 @@ def test_every_choice_of_every_token_of_both_ranks_is_counted_once(runs: tuple[P
         assert window.counts_LE.shape == (layers, experts) and window.layers == list(range(layers))
         np.testing.assert_array_equal(window.counts_LE.sum(axis=1), window.steps * STEP_TOKENS * choices)
     rows = usage_rows(runs[1][name]["curve"])
-    assert [(row["step"], row["steps"], row["tokens"]) for row in rows] == [(4, 4, 4 * STEP_TOKENS), (8, 4, 8 * STEP_TOKENS)]
+    assert [(row["step"], row["steps"], row["tokens"]) for row in rows] == [(2, 2, 2 * STEP_TOKENS), (4, 2, 4 * STEP_TOKENS)]
     assert [path.suffix for path in (runs[0] / name / "usage").iterdir()] == [".npz"] * 2
 
 
@@ -80,7 +80,7 @@ def test_a_resume_starts_the_cut_window_anew_and_changes_nothing_else(runs: tupl
     last = result["resumed"][result["resumed"].index(usage_rows(result["resumed"])[-1])]
     assert (last["step"], last["steps"]) == (STEPS, STEPS - RESUMED_AT)
     assert [row for row in result["resumed"] if row is not last] == [row for row in result["curve"] if (row["kind"], row["step"]) != ("usage", STEPS)]
-    assert [(window.step, window.steps) for window in windows(runs[0] / "peer")] == [(4, 4), (8, 2)]
+    assert [(window.step, window.steps) for window in windows(runs[0] / "peer")] == [(2, 2), (4, 1)]
 
 
 def test_tensorboard_has_curves_histograms_and_pictures_beside_the_training_loss(runs: tuple[Path, Results]) -> None:
@@ -105,7 +105,7 @@ def test_tensorboard_has_curves_histograms_and_pictures_beside_the_training_loss
 
 def test_without_tensorboard_there_are_rows_and_files_but_no_pictures(runs: tuple[Path, Results]) -> None:
     assert not (runs[0] / "dropless" / "tensorboard").exists()
-    assert window_steps(runs[0] / "dropless" / "usage") == [4, 8]
+    assert window_steps(runs[0] / "dropless" / "usage") == [2, 4]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,12 +34,11 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_newest_window_its_trend_and_a_picture(run: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(TOOL), str(run), "--plot", "usage.png", "--json", "-"], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert done.returncode == DONE, done.stderr
-    result = json.loads(done.stdout)
+def test_the_newest_window_its_trend_and_a_picture(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, run, "--plot", tmp_path / "usage.png", "--json", "-") == DONE
+    result = json.loads(capsys.readouterr().out)
     columns = usage_columns(load_window(run / "usage" / "step_003000.npz"), 5.0)
     assert {name: result[name] for name in columns} == columns
     assert (result["step"], result["steps"], result["experts"], result["hot_factor"]) == (3000, 100, 600, 5.0)
