@@ -20,6 +20,7 @@ from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
+from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
 from pretrain.callbacks.tensorboard import DeepSpeedMonitor
@@ -37,7 +38,7 @@ from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import CHECKPOINTS, check_same_run, log_to_file, prints_to_log, start_over, update_summary
+from pretrain.run_folder import CHECKPOINTS, USAGE, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -129,7 +130,9 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
     callbacks: list[Callback] = []
     if topology.is_main:
-        callbacks = [MetricsFiles(folder), DeepSpeedMonitor(engine.deepspeed.monitor), ProgressBar(), LossPlot(folder)]
+        monitor = engine.deepspeed.monitor
+        usage = ExpertUsage(folder / USAGE, monitor.tb_monitor and monitor.tb_monitor.summary_writer, recipe.logging.hot_expert_factor)
+        callbacks = [MetricsFiles(folder), usage, DeepSpeedMonitor(monitor), ProgressBar(), LossPlot(folder)]
     return Trainer(
         recipe=recipe,
         engine=engine,

@@ -93,6 +93,8 @@ class ValidationConfig(Section):
 
 class LoggingConfig(Section):
     interval_steps: Positive = 10
+    usage_interval_steps: Positive = Field(100, description="window over which the choices of every expert are counted")
+    hot_expert_factor: Annotated[float, Field(gt=0)] = Field(5.0, description="an expert is hot above this many times the mean count of its layer")
     tensorboard: bool = True
 
 

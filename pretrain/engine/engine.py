@@ -22,6 +22,7 @@ from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
+from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
@@ -80,6 +81,8 @@ class Engine:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.model = model
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        self._retrieving: list[PEER] = [module for module in model.modules() if isinstance(module, PEER)]
+        self._routed_usage_LE: torch.Tensor | None = None
         self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
         if topology.ep_size > 1 and self.rows is None:
@@ -117,9 +120,26 @@ class Engine:
         applied = self.deepspeed.was_step_applied()
         if self.rows is not None:
             self._step_rows(self.rows, float(norm), applied, learning_rate_factor)
+        if router is not None:
+            counts_LE = router.counts_LE.long()  # fp32 counts exactly within a step, not over many
+            self._routed_usage_LE = counts_LE if self._routed_usage_LE is None else self._routed_usage_LE.add_(counts_LE)
         if applied and balance_rate > 0 and router is not None:
             self._move_balance_biases(router, balance_rate)
         return StepResult(losses, router, len(batches), float(norm), applied)
+
+    @torch.no_grad()
+    def take_usage(self) -> torch.Tensor | None:
+        """How often each expert was chosen in training since the last call, in this process: int64 [L, E] on the CPU, summed over all ranks.
+
+        Layers are those of ``ModelConfig.routed_layers``, in that order. Choices count before any drop, also those of a step that was skipped.
+        None for a dense model and where there was no step. Every rank must call it, because it is one all-reduce; the counters start anew.
+        """
+        usage_LE, self._routed_usage_LE = self._routed_usage_LE, None
+        if self._retrieving:
+            usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._retrieving])
+            for layer in self._retrieving:
+                layer.get_buffer("usage_E").zero_()
+        return None if usage_LE is None else self.topology.sum(usage_LE).cpu()
 
     def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:
         """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too."""
