@@ -26,18 +26,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_products_and_gradients_equal_the_plain_ones(choice: str) -> None:
-    case = random_case(*CHOICES[choice], D=33, width=2, device=DEVICE)
+    case = random_case(*CHOICES[choice], D=33, device=DEVICE)
     assert_same(computed(case, TRITON), computed(case, PLAIN))
 
 
-@pytest.mark.parametrize("D", [1, 512, 700])
+@pytest.mark.parametrize("D", [1, 700])
 def test_rows_may_be_of_any_size(D: int) -> None:
     case = random_case([5, 0, 7], 7, D, device=DEVICE)
     assert_same(computed(case, TRITON), computed(case, PLAIN))
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 12), st.integers(1, 70), st.integers(1, 2), st.integers(0, 99))
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), max_size=4), st.integers(1, 12), st.integers(1, 70), st.integers(1, 2), st.integers(0, 99))
 def test_random_choices_equal_the_plain_ones(lengths: list[int], num_rows: int, D: int, width: int, seed: int) -> None:
     case = random_case(lengths, num_rows, D, width, seed, DEVICE)
     assert_same(computed(case, TRITON), computed(case, PLAIN))
@@ -90,13 +90,13 @@ def test_long_bags_without_their_further_pieces_are_noticed(monkeypatch: pytest.
 
 def peer_gradients(kernel: str, feed_forward: str) -> dict[str, torch.Tensor]:
     """A whole layer's output and the gradients of its input and every parameter."""
-    moe = f"{{kind: peer, product_key_sizes: [6, 5], num_heads: 2, top_k: 3, query_dim: 8, moe_intermediate_size: 2, expert_kernel: {kernel}}}"
+    moe = f"{{kind: peer, product_key_sizes: [3, 4], num_heads: 2, top_k: 3, query_dim: 8, moe_intermediate_size: 2, expert_kernel: {kernel}}}"
     model = load_recipe("debug", ["model.vocab_size=100", f"model.moe={moe}", f"model.feed_forward={{kind: {feed_forward}}}"]).model
     generator = torch.Generator().manual_seed(0)
     layer = PEER(model)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, generator=generator)
-    x_BSD = torch.randn(2, 4, model.hidden_size, generator=generator).to(DEVICE).requires_grad_()
+    x_BSD = torch.randn(2, 2, model.hidden_size, generator=generator).to(DEVICE).requires_grad_()
     y_BSD, _ = layer.to(DEVICE)(x_BSD)
     y_BSD.square().sum().backward()
     assert x_BSD.grad is not None
