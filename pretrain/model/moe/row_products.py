@@ -65,6 +65,8 @@ def _bag_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     if bags.row_P.numel() == 0:
         return x_TD.new_zeros(0)
     size = (x_TD.shape[0], table_ND.shape[0])
+    if bags.row_P.numel() > size[0] * size[1]:  # duplicates: more pairs than places in the matrix, which torch refuses
+        return (x_TD @ table_ND.t())[bags.owners(), bags.row_P]
     pattern = torch.sparse_csr_tensor(bags.offsets_T1, bags.row_P, x_TD.new_zeros(bags.row_P.numel()), size, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, x_TD, table_ND.t(), beta=0.0).values()
 
