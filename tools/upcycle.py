@@ -41,7 +41,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", required=True, type=int, metavar="K")
     parser.add_argument("--granularity", type=int, default=1, metavar="G", help="split each feed-forward into G shards (default: 1)")
     parser.add_argument("--router", choices=("normal", "zero"), default="normal", help="the new routers' matrices (default: normal)")
-    parser.add_argument("--router-std", type=float, metavar="STD", help="standard deviation of normal routers (default: the recipe's initializer_range)")
+    parser.add_argument(
+        "--router-std", type=float, metavar="STD", help="standard deviation of normal routers (default: the recipe's initializer_range)"
+    )
     parser.add_argument("--noise-std", type=float, default=0.0, metavar="SHARE", help="noise on the copies, as a share of each matrix' own std")
     parser.add_argument("--reinit-share", type=float, default=0.0, metavar="SHARE", help="share of each expert's hidden numbers that is drawn anew")
     parser.add_argument("--seed", type=int, default=0, help="of routers and noise (default: 0)")
@@ -62,9 +64,7 @@ def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
     if arguments.router == "zero" and arguments.router_std is not None:
         raise ConfigError("--router-std is for --router normal: leave one of them out")
     std = dense.model.initializer_range if arguments.router_std is None else arguments.router_std
-    return Upcycling(
-        arguments.granularity, 0.0 if arguments.router == "zero" else std, arguments.noise_std, arguments.reinit_share, arguments.seed
-    )
+    return Upcycling(arguments.granularity, 0.0 if arguments.router == "zero" else std, arguments.noise_std, arguments.reinit_share, arguments.seed)
 
 
 def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,21 +41,26 @@ def random_stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def moe_recipe(dense: Recipe, suffix: str, moe: dict[str, object], overrides: Sequence[str]) -> Recipe:
-    """The recipe of a dense model with every feed-forward a mixture of experts, and then ``overrides`` (``a.b=c``) applied.
+def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object) -> Recipe:
+    """A recipe for what was made of the weights of ``recipe``: other sections of its model, then ``overrides`` (``a.b=c``) applied.
 
     Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where they are.
 
     Raises:
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
-    content = dense.model_dump(mode="json")
-    content |= {"name": dense.name + suffix, "run_path": None, "initial_weights": None}
-    content["data"]["path"] = dense.data.path if dense.data.corpora else dense.data_path
-    content["model"] |= {"layer_pattern": {"kind": "all_moe"}, "moe": moe}
+    content = recipe.model_dump(mode="json")
+    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None}
+    content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
+    content["model"] |= model
     for override in overrides:
         apply_override(content, override)
     return validate_recipe(content, "the new recipe")
+
+
+def moe_recipe(dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
+    """:func:`derived_recipe` with every feed-forward a mixture of experts."""
+    return derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
 
 
 def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:
