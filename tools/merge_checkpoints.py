@@ -92,7 +92,7 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if "losses_before" in result:
         table = Table("checkpoint", "held-out loss, nats a token")
         for path, loss in result["losses_before"].items():
@@ -103,7 +103,8 @@ def show(result: dict[str, Any]) -> None:
         clusters = " ".join("+".join(map(str, cluster)) for cluster in layer["experts"])
         used = " ".join(f"{share:.3f}" for share in layer["usage"])
         print(f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}")
-    print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB to {result['output']}")
+    files = f", {result['files']} files" if "files" in result else ""
+    print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB{files} to {result['output']}")
 
 
 def main(arguments: list[str] | None = None) -> None:

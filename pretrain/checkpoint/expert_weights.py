@@ -121,3 +121,15 @@ def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) ->
         found |= {f"{stem}1": first.contiguous(), f"{stem}3": third.contiguous()}
         found[f"{stem}2"] = torch.stack([expert[f"{DOWN}.{part}"] for expert in experts])
     return found
+
+
+def cosines(rows: Sequence[Tensor]) -> Tensor:
+    """Cosines between tensors of one shape, [E, E] fp32; 0 for one that is zero."""
+    flat = torch.stack([row.flatten() for row in rows])
+    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return flat @ flat.T
+
+
+def weight_similarity(experts: Sequence[Expert]) -> Tensor:
+    """Cosines between all weights of the experts, [E, E]."""
+    return cosines([torch.cat([tensor.flatten() for tensor in expert.values()]) for expert in experts])

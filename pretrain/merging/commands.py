@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.corpora import data_folders
-from pretrain.checkpoint.expert_weights import moe_prefixes, read_experts
+from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, weight_similarity
 from pretrain.checkpoint.initial_weights import check_same_kinds
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, complete_checkpoints, read_recipe, read_state
 from pretrain.checkpoint.weights import StoredWeights
@@ -22,7 +22,7 @@ from pretrain.export.writer import RECORD, copy_file, published_folder, write_js
 from pretrain.merging.assembly import RouterStart, derived_recipe, moe_recipe
 from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, weighted_rates
 from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
-from pretrain.merging.fewer_experts import Clusters, cosines, folded, pruned, regrouped_tensors, weight_similarity
+from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
 from pretrain.merging.publish import Scoring, checked_folder
 from pretrain.merging.shards import join_shards
 from pretrain.merging.usage import answers, measure

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import Expert, expert_names, moe_prefixes, read_experts, router_names, write_experts
+from pretrain.checkpoint.expert_weights import expert_names, moe_prefixes, read_experts, router_names, write_experts
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import MoE
@@ -54,18 +54,6 @@ def _agglomerated(similarity_EE: Tensor, numbers: list[int], keep: int) -> Clust
 
 def _linkage(similarity_EE: Tensor, first: list[int], second: list[int]) -> float:
     return float(similarity_EE[first][:, second].mean())
-
-
-def cosines(rows: Sequence[Tensor]) -> Tensor:
-    """Cosines between tensors of one shape, [E, E] fp32; 0 for one that is zero."""
-    flat = torch.stack([row.flatten() for row in rows])
-    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return flat @ flat.T
-
-
-def weight_similarity(experts: Sequence[Expert]) -> Tensor:
-    """Cosines between all weights of the experts, [E, E]."""
-    return cosines([torch.cat([tensor.flatten() for tensor in expert.values()]) for expert in experts])
 
 
 def regrouped_tensors(
