@@ -80,12 +80,12 @@ def _keep(kept: list[Tensor], share: int, layer: nn.Module, arguments: tuple[Any
     kept.append(x_TD[:: max(1, len(x_TD) // share)][:share].float().cpu())
 
 
+@torch.no_grad()
 def answers(experts: list[Expert], model: ModelConfig, x_TD: Tensor) -> Tensor:
     """What each expert makes of every input, [E, T, D] fp32."""
     return torch.stack([_expert_function(expert, model)(x_TD) for expert in experts])
 
 
-@torch.inference_mode()
 def _expert_function(expert: Expert, model: ModelConfig) -> Callable[[Tensor], Tensor]:
     assert model.moe is not None
     module = model.feed_forward.implementing_class()(model.feed_forward, model.hidden_size, model.moe.moe_intermediate_size)

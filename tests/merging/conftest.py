@@ -12,13 +12,6 @@ from tests.launch.tiny_run import Tiny, make_tiny
 
 
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A dense model with biases everywhere that upcycling could lose one."""
-    overrides = ("model.layer_pattern.kind=all_dense", "model.intermediate_size=32", "model.feed_forward.bias=true")
-    return make_trained(tmp_path_factory.mktemp("dense"), overrides)
-
-
-@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make_trained(tmp_path_factory.mktemp("trained"))
 

@@ -38,7 +38,7 @@ def dense_goes_on(tiny: Tiny, dense_run: Path) -> list[float]:
     return losses(run)
 
 
-@pytest.mark.parametrize("kind,zero,granularity", [("dropless", 3, 2), ("deepspeed", 2, 1)])
+@pytest.mark.parametrize("kind,zero,granularity", [("dropless", 3, 2), pytest.param("deepspeed", 2, 1, marks=pytest.mark.full)])
 def test_an_upcycled_model_trains_on_over_ranks_from_the_dense_models_loss(
     tiny: Tiny, dense_run: Path, dense_goes_on: list[float], tmp_path: Path, kind: str, zero: int, granularity: int
 ) -> None:
@@ -60,6 +60,17 @@ def test_an_upcycled_model_trains_on_over_ranks_from_the_dense_models_loss(
 def test_a_run_from_weights_starts_where_they_are_and_not_at_random(dense_run: Path, dense_goes_on: list[float]) -> None:
     cold = losses(dense_run)
     assert dense_goes_on[0] < cold[-2] < cold[0] - 0.3
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision,tolerance", [("fp32", 1e-6), ("bf16", 3e-3)])
+def test_every_stage_and_precision_starts_from_them(
+    tiny: Tiny, dense_run: Path, dense_goes_on: list[float], tmp_path: Path, zero: int, precision: str, tolerance: float
+) -> None:
+    weights = f"initial_weights={dense_run / 'checkpoints'}"
+    with own_process():
+        assert main(tiny.arguments(tmp_path / "run", *DENSE, weights, f"train.precision={precision}", steps=1, zero=zero)) == 0
+    assert losses(tmp_path / "run")[0] == pytest.approx(dense_goes_on[0], rel=tolerance)
 
 
 def test_a_resumed_run_ignores_them(tiny: Tiny, dense_run: Path, tmp_path: Path) -> None:
