@@ -62,14 +62,13 @@ def test_a_run_from_weights_starts_where_they_are_and_not_at_random(dense_run: P
     assert dense_goes_on[0] < cold[-2] < cold[0] - 0.3
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision,tolerance", [("fp32", 1e-6), ("bf16", 3e-3)])
+@pytest.mark.parametrize("zero,precision,tolerance", [(0, "fp32", 1e-6), (2, "bf16", 3e-3), (3, "fp32", 1e-6)])
 def test_every_stage_and_precision_starts_from_them(
     tiny: Tiny, dense_run: Path, dense_goes_on: list[float], tmp_path: Path, zero: int, precision: str, tolerance: float
 ) -> None:
     weights = f"initial_weights={dense_run / 'checkpoints'}"
     with own_process():
-        assert main(tiny.arguments(tmp_path / "run", *DENSE, weights, f"train.precision={precision}", steps=1, zero=zero)) == 0
+        assert main(tiny.arguments(tmp_path / "run", *DENSE, weights, f"train.precision={precision}", steps=2, zero=zero)) == 0
     assert losses(tmp_path / "run")[0] == pytest.approx(dense_goes_on[0], rel=tolerance)
 
 
