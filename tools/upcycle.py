@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
-from pretrain.checkpoint.weights import StoredWeights
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import CheckpointError, ConfigError, run_command

@@ -13,12 +13,24 @@ from torch import Tensor
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, MoE
+from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, RoutedMoE
 
 Expert = dict[str, Tensor]
 # The name of an MoE layer's feed-forward below its block.
 FEED_FORWARD = "feed_forward"
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+def routed_moe(model: ModelConfig) -> RoutedMoE:
+    """The section of a model whose experts are feed-forwards chosen by a router.
+
+    Raises:
+        ConfigError: for a dense model, and for one whose experts are rows of tables (PEER).
+    """
+    if not isinstance(model.moe, RoutedMoE) or not model.routed_layers:
+        what = "the model has no layer with experts" if not model.routed_layers else "its experts are rows of tables, not feed-forwards"
+        raise ConfigError(f"{what}: give one with model.moe.kind dropless or deepspeed")
+    return model.moe
 
 
 def moe_prefixes(model: ModelConfig) -> list[str]:
@@ -42,7 +54,7 @@ def feed_forward_names(model: ModelConfig) -> list[str]:
     return [f"{matrix}.{part}" for matrix in matrices for part in (("weight", "bias") if model.feed_forward.bias else ("weight",))]
 
 
-def router_names(prefix: str, moe: MoE) -> list[str]:
+def router_names(prefix: str, moe: RoutedMoE) -> list[str]:
     """The tensors of a layer's router whose first dimension counts experts."""
     router = f"{prefix}.{_router(moe)}"
     names = [f"{router}.weight" if router.endswith(".wg") else f"{router}.gate.weight"]
@@ -53,21 +65,17 @@ def router_names(prefix: str, moe: MoE) -> list[str]:
     return names + ([f"{router}.balance_bias"] if moe.bias_balancing is not None else [])
 
 
-def _router(moe: MoE) -> str:
-    if isinstance(moe, DroplessMoE):
-        return "router"
+def _router(moe: RoutedMoE) -> str:
     if isinstance(moe, DeepSpeedMoE):
         return "deepspeed_moe.gate.router" if moe.gate == "router" else "deepspeed_moe.gate.wg"
-    raise ConfigError(f"the experts of {type(moe).__name__} are no feed-forwards: use a model of model.moe.kind dropless or deepspeed")
+    return "router"
 
 
 def expert_names(prefix: str, model: ModelConfig) -> list[str]:
     """The tensors of a layer that hold its routed experts, whole or stacked."""
-    moe = model.moe
-    assert moe is not None
+    moe = routed_moe(model)
     if isinstance(moe, DroplessMoE):
         return [f"{prefix}.experts.w{n}" for n in (1, 2, 3)] + ([f"{prefix}.b{n}" for n in (1, 2, 3)] if model.feed_forward.bias else [])
-    _router(moe)
     return [f"{_native(prefix, expert)}.{name}" for expert in range(moe.num_experts) for name in feed_forward_names(model)]
 
 
@@ -93,9 +101,8 @@ def read_expert(tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig, 
 
 def read_experts(tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig) -> list[Expert]:
     """All experts of a layer; each tensor is read once."""
-    assert model.moe is not None
     held = {name: tensors[name] for name in expert_names(prefix, model)}
-    return [read_expert(held, prefix, model, expert) for expert in range(model.moe.num_experts)]
+    return [read_expert(held, prefix, model, expert) for expert in range(routed_moe(model).num_experts)]
 
 
 def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) -> dict[str, Tensor]:
@@ -107,8 +114,7 @@ def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) ->
     names = feed_forward_names(model)
     if isinstance(model.moe, DeepSpeedMoE):
         return {f"{_native(prefix, number)}.{name}": expert[name].clone() for number, expert in enumerate(experts) for name in names}
-    assert model.moe is not None
-    _router(model.moe)
+    routed_moe(model)
     gated = model.feed_forward.implementing_class().gated
     found: dict[str, Tensor] = {}
     for part, stem in (("weight", f"{prefix}.experts.w"), ("bias", f"{prefix}.b")):

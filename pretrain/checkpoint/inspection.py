@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from pretrain.checkpoint.expert_weights import moe_prefixes, read_experts, router_names, weight_similarity
 from pretrain.checkpoint.layout import MANIFEST, read_recipe, read_state
-from pretrain.checkpoint.weights import StoredWeights
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.config.durable import file_sha256
 from pretrain.config.errors import CheckpointError
-from pretrain.config.moe_schema import MoE
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 
 Order = Literal["absolute", "relative", "cosine"]
@@ -73,14 +73,16 @@ def file_table(folder: Path, verify: bool) -> list[dict[str, Any]]:
 def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """For each MoE layer: Frobenius norms of each expert's tensors and of its router row, balancing biases, and the most and the least alike pair.
 
-    Alike are experts whose weights, taken as one vector, have a large cosine; hidden numbers are not aligned.
+    Models whose experts are rows of tables (PEER) have none. Alike are experts whose weights, taken as one vector, have a large cosine;
+    hidden numbers are not aligned.
     """
-    model = recipe.model
+    model, moe = recipe.model, recipe.model.moe
+    if not isinstance(moe, RoutedMoE):
+        return
     layers = list(zip(model.routed_layers, moe_prefixes(model), strict=True))
     for layer, prefix in tqdm(layers, desc="reading experts", unit="layer"):
-        assert isinstance(model.moe, MoE)
         experts = read_experts(stored, prefix, model)
-        names = router_names(prefix, model.moe)
+        names = router_names(prefix, moe)
         bias = next((stored[name] for name in names if name.endswith("balance_bias")), None)
         similarity_EE = weight_similarity(experts)
         pairs = sorted((float(similarity_EE[first, second]), first, second) for first, second in combinations(range(len(experts)), 2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import DOWN, Expert, router_names, write_experts
+from pretrain.checkpoint.expert_weights import DOWN, Expert, routed_moe, router_names, write_experts
 from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.model_schema import ModelConfig
@@ -74,11 +74,10 @@ def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: M
         residual: the dense expert beside the routed ones, where the model has one (PR-MoE).
         prefix: of the layer's feed-forward, such as ``layers.3.feed_forward``.
     """
-    assert model.moe is not None
     routed = write_experts(experts, prefix, model)
     yield from routed.items()
     dense, _ = tensor_shapes(model)
-    router_matrix = router_names(prefix, model.moe)[0]
+    router_matrix = router_names(prefix, routed_moe(model))[0]
     for name, shape in dense.items():
         if not name.startswith(f"{prefix}.") or name in routed:
             continue

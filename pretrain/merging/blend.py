@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from pretrain.checkpoint.weights import StoredWeights
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.config.errors import CheckpointError, ConfigError
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes
+from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes, routed_moe
 from pretrain.checkpoint.initial_weights import check_same_kinds
 from pretrain.checkpoint.layout import read_recipe
-from pretrain.checkpoint.weights import StoredWeights
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.merging.assembly import RouterStart, moe_layer
@@ -25,9 +25,7 @@ def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None
             raise CheckpointError(f"layer {model.routed_layers[0]} of {store.folder} is a mixture of experts already: give dense models")
         check_same_kinds(first, model, str(store.folder))
     check_same_tensors(stores)
-    moe = target.moe
-    if moe is None or not target.routed_layers:
-        raise ConfigError("the new recipe has no layer with experts: change model.layer_pattern")
+    moe = routed_moe(target)
     if moe.num_experts % len(stores):
         raise ConfigError(f"{len(stores)} models cannot share {moe.num_experts} experts evenly: change model.moe.num_experts")
     if moe.moe_intermediate_size != first.intermediate_size:
@@ -38,14 +36,13 @@ def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None
 
 def mixed_tensors(stores: Sequence[StoredWeights], target: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the mixture: expert e of a layer is the feed-forward of model e % n; everything else is averaged, routers are new."""
-    assert target.moe is not None
     check_branches(stores, target)
     rates, taken = uniform_rates(len(stores)), set()
     for prefix in moe_prefixes(target):
         names = feed_forward_names(target)
         taken |= {f"{prefix}.{name}" for name in names}
         branches = [{name: store[f"{prefix}.{name}"] for name in names} for store in stores]
-        experts = [branches[expert % len(branches)] for expert in range(target.moe.num_experts)]
+        experts = [branches[expert % len(branches)] for expert in range(routed_moe(target).num_experts)]
         residual = {name: blended(branches, rates, name) for name in names}
         yield from moe_layer(experts, residual, prefix, target, router)
     yield from ((name, blended(stores, rates, name)) for name in stores[0] if name not in taken)

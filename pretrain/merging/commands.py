@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.corpora import data_folders
-from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, weight_similarity
+from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, routed_moe, weight_similarity
 from pretrain.checkpoint.initial_weights import check_same_kinds
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, complete_checkpoints, read_recipe, read_state
-from pretrain.checkpoint.weights import StoredWeights
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
@@ -94,19 +94,18 @@ def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | N
     """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most alike as one."""
     folder = whole_checkpoint(checkpoint)
     before, stored = read_recipe(folder), StoredWeights(folder)
-    if before.model.moe is None or not before.model.routed_layers:
-        raise CheckpointError(f"{folder} has no layer with experts: give a mixture of experts")
+    moe = routed_moe(before.model)
     suffix = "-pruned" if similarity is None else "-folded"
-    smaller = before.model.moe.model_dump(mode="json") | {"num_experts": keep}
+    smaller = moe.model_dump(mode="json") | {"num_experts": keep}
     usage_LE, inputs = measure(folder, scoring, keep_inputs=similarity == "outputs")
     clusters: list[Clusters] = []
     for index, prefix in enumerate(moe_prefixes(before.model)):
         if similarity is None:
-            clusters.append(pruned(usage_LE[index], keep, before.model.moe))
+            clusters.append(pruned(usage_LE[index], keep, moe))
             continue
         experts = read_experts(stored, prefix, before.model)
         alike = weight_similarity(experts) if similarity == "weights" else cosines(list(answers(experts, before.model, inputs[index])))
-        clusters.append(folded(alike, keep, before.model.moe))
+        clusters.append(folded(alike, keep, moe))
     after = derived_recipe(before, suffix, overrides, moe=smaller)
     result = _publish([folder], output, after, regrouped_tensors(stored, before.model, after.model, clusters, usage_LE), scoring)
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)

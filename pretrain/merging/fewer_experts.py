@@ -15,27 +15,27 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import expert_names, moe_prefixes, read_experts, router_names, write_experts
+from pretrain.checkpoint.expert_weights import expert_names, moe_prefixes, read_experts, routed_moe, router_names, write_experts
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import MoE
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.merging.blend import blended, weighted_rates
 
 # The experts that become one, by their numbers, for each one that is left.
 Clusters = list[list[int]]
 
 
-def pruned(usage_E: Tensor, keep: int, moe: MoE) -> Clusters:
+def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
     """The ``keep`` most used experts, each by itself, in their order; of every group of experts as many."""
     return _in_groups(moe, keep, lambda numbers, count: [[number] for number in sorted(sorted(numbers, key=lambda n: -float(usage_E[n]))[:count])])
 
 
-def folded(similarity_EE: Tensor, keep: int, moe: MoE) -> Clusters:
+def folded(similarity_EE: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
     """The most alike experts together, until ``keep`` clusters are left; of every group of experts as many."""
     return _in_groups(moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count))
 
 
-def _in_groups(moe: MoE, keep: int, choose: Callable[[list[int], int], Clusters]) -> Clusters:
+def _in_groups(moe: RoutedMoE, keep: int, choose: Callable[[list[int], int], Clusters]) -> Clusters:
     count = moe.router.groups.num_groups if moe.router.groups is not None else 1
     if not 1 <= keep <= moe.num_experts or keep % count:
         groups = f" and a multiple of the router's {count} groups" if count > 1 else ""
@@ -65,7 +65,7 @@ def regrouped_tensors(
         clusters: for each layer of ``before.routed_layers``.
         usage_LE: how often each expert was chosen.
     """
-    assert before.moe is not None
+    moe = routed_moe(before)
     taken: set[str] = set()
     for prefix, layer_clusters, usage_E in zip(moe_prefixes(before), clusters, usage_LE, strict=True):
         experts = read_experts(stored, prefix, before)
@@ -75,10 +75,10 @@ def regrouped_tensors(
             for cluster, rate in zip(layer_clusters, rates, strict=True)
         ]
         yield from write_experts(merged, prefix, after).items()
-        for name in router_names(prefix, before.moe):
+        for name in router_names(prefix, moe):
             rows = [{name: row} for row in stored[name]]
             yield name, torch.stack([blended([rows[n] for n in cluster], rate, name) for cluster, rate in zip(layer_clusters, rates, strict=True)])
-        taken |= {*expert_names(prefix, before), *router_names(prefix, before.moe)}
+        taken |= {*expert_names(prefix, before), *router_names(prefix, moe)}
     yield from ((name, stored[name]) for name in stored if name not in taken)
 
 

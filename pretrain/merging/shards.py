@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
+from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
-from pretrain.checkpoint.weights import StoredWeights
 from pretrain.export.writer import INDEX, write_json_file
 
 

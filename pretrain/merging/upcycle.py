@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import DOWN, GATE, UP, Expert, feed_forward_names, moe_prefixes
+from pretrain.checkpoint.expert_weights import DOWN, GATE, UP, Expert, feed_forward_names, moe_prefixes, routed_moe
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE, MoE
+from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
 from pretrain.merging.assembly import RouterStart, moe_layer, random_normal, random_stream
 from pretrain.model.routers import NoisyTopK, SoftmaxTopK
 
@@ -50,7 +50,7 @@ class Upcycling:
         return self.noise_std == 0 and self.reinit_share == 0
 
 
-def weight_sum(moe: MoE, options: Upcycling) -> float:
+def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
     """What the weights of a token's experts add up to, whatever the token.
 
     Raises:
@@ -76,7 +76,7 @@ def weight_sum(moe: MoE, options: Upcycling) -> float:
     return float(router.weights(scores_1K.double()).sum())
 
 
-def _check_whole_groups(moe: MoE, options: Upcycling) -> None:
+def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
     """A token must choose every shard equally often."""
     g, reason = options.granularity, ""
     if moe.num_experts % g or moe.top_k % g:
@@ -101,9 +101,7 @@ def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> 
     """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
     if dense.routed_layers:
         raise CheckpointError(f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model")
-    moe, g, width = target.moe, options.granularity, dense.intermediate_size
-    if moe is None or not target.routed_layers or width is None:
-        raise ConfigError("the new recipe has no layer with experts: change model.layer_pattern")
+    moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
     if moe.moe_intermediate_size * g != width:
         raise ConfigError(
             f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) times --granularity ({g}) must be the dense model's "
@@ -117,14 +115,14 @@ def upcycled_tensors(stored: Mapping[str, Tensor], target: ModelConfig, options:
     Raises:
         ConfigError: as :func:`weight_sum`.
     """
-    assert target.moe is not None
-    share, router = weight_sum(target.moe, options), RouterStart(options.router_std, options.granularity, options.seed)
+    moe = routed_moe(target)
+    share, router = weight_sum(moe, options), RouterStart(options.router_std, options.granularity, options.seed)
     sparse, taken = moe_prefixes(target), set()
     for prefix in sparse:
         dense = {name: stored[f"{prefix}.{name}"] for name in feed_forward_names(target)}
         taken |= {f"{prefix}.{name}" for name in dense}
         shards = split(dense, options.granularity, share)
-        experts = [_varied(shards[e % len(shards)], target, options, f"{prefix}.{e}") for e in range(target.moe.num_experts)]
+        experts = [_varied(shards[e % len(shards)], target, options, f"{prefix}.{e}") for e in range(moe.num_experts)]
         yield from moe_layer(experts, dense, prefix, target, router)
     yield from ((name, stored[name]) for name in stored if name not in taken)
 

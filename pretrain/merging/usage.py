@@ -14,9 +14,8 @@ from tqdm import tqdm
 from data_pipeline.batch import Batch
 from data_pipeline.loader import validation_batches
 from data_pipeline.packing import Windows
-from pretrain.checkpoint.expert_weights import Expert
+from pretrain.checkpoint.expert_weights import Expert, routed_moe
 from pretrain.checkpoint.weights import load_model
-from pretrain.config.errors import CheckpointError
 from pretrain.config.model_schema import Dropout, ModelConfig
 from pretrain.evaluation.checkpoint import load_matching_corpora
 from pretrain.merging.publish import Scoring
@@ -38,13 +37,12 @@ def measure(checkpoint: Path, scoring: Scoring, keep_inputs: bool = False) -> tu
         1024 of its inputs [T, D], from all windows, or nothing.
 
     Raises:
-        CheckpointError: where no layer is a mixture of experts.
+        ConfigError: where no layer has a router.
         DataError: where the data are missing or do not belong to the checkpoint.
     """
     corpora = load_matching_corpora(scoring.data, checkpoint)
     model, recipe = load_model(checkpoint, scoring.device)
-    if not recipe.model.routed_layers:
-        raise CheckpointError(f"{checkpoint} has no layer with experts: give a mixture of experts")
+    routed_moe(recipe.model)
     windows = Windows(corpora.stream(scoring.split), recipe.train.sequence_length, corpora.pad_id, recipe.data.document_mask)
     count = min(windows.num_all, scoring.max_windows)
     inputs: list[list[Tensor]] = [[] for _ in recipe.model.routed_layers]
@@ -87,7 +85,6 @@ def answers(experts: list[Expert], model: ModelConfig, x_TD: Tensor) -> Tensor:
 
 
 def _expert_function(expert: Expert, model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    assert model.moe is not None
-    module = model.feed_forward.implementing_class()(model.feed_forward, model.hidden_size, model.moe.moe_intermediate_size)
+    module = model.feed_forward.implementing_class()(model.feed_forward, model.hidden_size, routed_moe(model).moe_intermediate_size)
     module.load_state_dict(expert)
     return module

@@ -17,7 +17,7 @@ from data_pipeline.packing import Windows
 from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, router_names, weight_similarity, write_experts
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.weights import load_model, load_state_dict
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.merging.fewer_experts import folded, pruned
 from pretrain.merging.publish import Scoring
@@ -241,5 +241,5 @@ def test_what_cannot_be_pruned_is_refused(trained: Trained, tmp_path: Path, opti
 
 def test_a_dense_model_has_no_experts_to_prune(trained: Trained, tmp_path: Path) -> None:
     dense = random_model(trained, tmp_path / "dense", "model.layer_pattern.kind=all_dense", "model.intermediate_size=16")
-    with pytest.raises(CheckpointError, match="no layer with experts"):
+    with pytest.raises(ConfigError, match="no layer with experts"):
         reduce("prune", dense, tmp_path / "out", "--keep", "1")

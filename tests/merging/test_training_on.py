@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.checkpoint.layout import RECIPE
+from pretrain.checkpoint.weights import load_state_dict
 from pretrain.config.errors import CheckpointError
 from pretrain.train import main
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, own_process
@@ -70,6 +72,26 @@ def test_every_stage_and_precision_starts_from_them(
     with own_process():
         assert main(tiny.arguments(tmp_path / "run", *DENSE, weights, f"train.precision={precision}", steps=2, zero=zero)) == 0
     assert losses(tmp_path / "run")[0] == pytest.approx(dense_goes_on[0], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        "{kind: peer, product_key_sizes: [4, 4], num_heads: 2, top_k: 2, query_dim: 8}",
+        "{kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {}}",
+    ],
+)
+def test_every_weight_of_a_mixture_comes_through(tiny: Tiny, tmp_path: Path, moe: str) -> None:
+    """A run that hardly learns saves what it started from."""
+    first, second, kind = tmp_path / "first", tmp_path / "second", f"model.moe={moe}"
+    slowly = ("optimizer.learning_rate=1e-30", "seed=8", f"initial_weights={first / 'checkpoints'}")
+    with own_process():
+        assert main(tiny.arguments(first, kind, steps=2)) == 0
+        assert main(tiny.arguments(second, kind, *slowly, "model.moe.bias_balancing.update_rate=1e-30" * ("bias" in moe) or "seed=8", steps=2)) == 0
+    before, after = (load_state_dict(run / "checkpoints" / "step_2") for run in (first, second))
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-8)
 
 
 def test_a_resumed_run_ignores_them(tiny: Tiny, dense_run: Path, tmp_path: Path) -> None:

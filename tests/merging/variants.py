@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.weights import EXPERTS_FILE, StoredWeights, load_state_dict
+from pretrain.checkpoint.stored_weights import StoredWeights
+from pretrain.checkpoint.weights import EXPERTS_FILE, load_state_dict
 from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.schema import Recipe
