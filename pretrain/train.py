@@ -25,6 +25,7 @@ from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
 from pretrain.callbacks.tensorboard import DeepSpeedMonitor
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.config.durable import only_writer
@@ -196,7 +197,8 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
         stop = StopRequest()
         stop.install()
         with prints_to_log():
-            engine = Engine(recipe, resolved, precision, topology)
+            fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
+            engine = Engine(recipe, resolved, precision, topology, fill)
             trainer = build_trainer(recipe, resolved, corpora, engine, stop)
             newest = trainer.store.newest()
             if newest is not None:

@@ -104,6 +104,9 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
+    initial_weights: str | None = Field(
+        None, description="a checkpoint whose weights a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig

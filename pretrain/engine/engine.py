@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
+
+# Fills a model that has part i of n of the experts: model, i, n.
+Fill = Callable[[DecoderLM, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class Engine:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
         precision: ``fp32``, ``bf16`` or ``fp16``.
+        fill: overwrites the random weights of the fp32 model on the host.
     """
 
-    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology) -> None:
+    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology, fill: Fill | None = None) -> None:
         self.recipe = recipe
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
@@ -67,6 +71,8 @@ class Engine:
         self.expert_part, self.expert_parts = topology.rank % shards, shards
         model = DecoderLM(recipe.model, shards, self.expert_part, recipe.train.activation_checkpointing)
         initialize(model, recipe.seed)
+        if fill is not None:
+            fill(model, self.expert_part, self.expert_parts)
         self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
