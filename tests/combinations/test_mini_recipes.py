@@ -18,9 +18,10 @@ from data_pipeline.build.workspace import Output
 from data_pipeline.sources.python_stdlib import stdlib_folder
 from pretrain.checkpoint.layout import step_folder
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import Sampling, generate
+from pretrain.evaluation.generation import generate
 from pretrain.evaluation.generators import open_generator
 from pretrain.evaluation.heldout import score_checkpoint
+from pretrain.evaluation.sampling import Sampling
 from pretrain.run_folder import CHECKPOINTS
 from tests.combinations.minis import MINIS, cover, kinds, parts, quiet
 from tests.distributed.test_same_numbers_everywhere import Results, run_cases
