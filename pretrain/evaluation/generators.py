@@ -68,6 +68,7 @@ class TransformersGenerator:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
         self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
 
@@ -90,14 +91,24 @@ def open_generator(path: Path, device: torch.device) -> TextGenerator:
     Raises:
         CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document token.
     """
-    if (path / "config.json").is_file():
-        return _open_transformers(path, device)
+    if is_transformers_folder(path):
+        return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
     return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
 
 
-def _open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a Hugging Face model folder; our checkpoints have no ``config.json``."""
+    return (path / "config.json").is_file()
+
+
+def open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
+    """Opens a Hugging Face model folder, without the network.
+
+    Raises:
+        CheckpointError: where transformers cannot open it, or its tokenizer has no end-of-document token.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

@@ -66,8 +66,8 @@ def test_the_bigram_reads_only_windows_that_the_model_has_seen(trained: Trained)
 def test_windows_can_be_fewer_and_batches_larger(trained: Trained) -> None:
     few = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, batch_size=7, max_windows=10)
     assert few.targets == 10 * trained.recipe.train.sequence_length and few.bits_per_byte is None
-    whole = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, with_bigram=False)
-    larger = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, batch_size=11, with_bigram=False)
+    whole = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, baselines=())
+    larger = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, batch_size=11, baselines=())
     assert larger.loss == pytest.approx(whole.loss, rel=1e-6) and whole.bigram is None and whole.better_by is None
 
 
@@ -92,7 +92,7 @@ def test_other_text_of_the_same_tokenizer_can_be_scored_without_a_bigram(trained
     build(DataConfig(source=TextSource(kind="text", input=[f"{tmp_path}/*.txt"]), tokenizer=tokenizer), Output(tmp_path / "other"))
     with pytest.raises(DataError, match="--no-bigram"):
         score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU)
-    assert np.isfinite(score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU, with_bigram=False).loss)
+    assert np.isfinite(score_checkpoint(trained.checkpoint, tmp_path / "other", "validation", CPU, baselines=()).loss)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
