@@ -85,7 +85,7 @@ class TransformersGenerator:
         raise ConfigError("a Hugging Face folder has no block of multi-token prediction: leave --draft out, or give one of our checkpoints")
 
 
-def open_generator(path: Path, device: torch.device) -> TextGenerator:
+def open_generator(path: Path, device: torch.device) -> NativeGenerator | TransformersGenerator:
     """Opens a Hugging Face folder where there is a ``config.json``, else one of our checkpoints.
 
     Raises:

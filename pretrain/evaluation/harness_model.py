@@ -25,7 +25,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 MAX_NEW_TOKENS = 256
 
 
-class NativeHarnessModel(TemplateLM):  # type: ignore[misc]
+class NativeHarnessModel(TemplateLM):
     """Scores continuations and writes texts with the KV cache.
 
     Args:

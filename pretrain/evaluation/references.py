@@ -29,12 +29,14 @@ def read_references(path: Path) -> tuple[list[str], list[str]]:
     Raises:
         DataError: where it cannot be read, or a line lacks either.
     """
-    prompts, references = [], []
+    prompts: list[str] = []
+    references: list[str] = []
     for number, row in enumerate(read_jsonl(path), start=1):
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("reference"), str):
+        prompt, reference = row.get("prompt"), row.get("reference")
+        if not isinstance(prompt, str) or not isinstance(reference, str):
             raise DataError(f'{path}, line {number} has no text "prompt" and "reference": mend it')
-        prompts.append(row["prompt"])
-        references.append(row["reference"])
+        prompts.append(prompt)
+        references.append(reference)
     return prompts, references
 
 

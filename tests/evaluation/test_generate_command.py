@@ -3,27 +3,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
-from data_pipeline.token_stream import open_split
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE
 from pretrain.evaluation.generation import generate
 from pretrain.evaluation.generators import NativeGenerator, open_generator
 from pretrain.evaluation.sampling import Sampling
 from pretrain.evaluation.writing import Writer
-from pretrain.export.convert import export_hf
 from tests.evaluation.tool_runs import run_here
 from tests.export.tiny_checkpoint import Trained
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("export") / "hf"
-    export_hf(trained.checkpoint, output, open_split(trained.manifest, "validation"), torch.float32, overwrite=False)
-    return output
 
 
 def test_a_checkpoint_and_its_export_write_the_same_text(trained: Trained, exported: Path) -> None:
