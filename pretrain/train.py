@@ -20,6 +20,7 @@ from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
+from pretrain.callbacks.evaluation import ContinuousEvaluation
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
 from pretrain.callbacks.tensorboard import DeepSpeedMonitor
@@ -130,6 +131,8 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     callbacks: list[Callback] = []
     if topology.is_main:
         callbacks = [MetricsFiles(folder), DeepSpeedMonitor(engine.deepspeed.monitor), ProgressBar(), LossPlot(folder)]
+        if recipe.evaluation is not None:
+            callbacks.append(ContinuousEvaluation(folder, recipe.evaluation))
     return Trainer(
         recipe=recipe,
         engine=engine,
