@@ -27,7 +27,7 @@ def watch_command(run: Path, config: EvaluationConfig) -> list[str]:
     """The command line that evaluates each new checkpoint of the run as the recipe's section says."""
     command = [sys.executable, str(TOOL), "--watch", str(run), "--parent", str(os.getpid()), "--device", config.device]
     command += ["--max-new-tokens", str(config.max_new_tokens)]
-    options = {"--interval-steps": config.interval_steps, "--max-windows": config.max_windows, "--limit": config.limit}
+    options: dict[str, int | str | None] = {"--interval-steps": config.interval_steps, "--max-windows": config.max_windows, "--limit": config.limit}
     options |= {"--tasks": ",".join(config.tasks) or None, "--include-path": config.include_path}
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]

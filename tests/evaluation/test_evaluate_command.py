@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint
 from pretrain.evaluation.heldout_text import SlidingWindows, read_split
 from pretrain.evaluation.ngram import fit_ngram
 from pretrain.evaluation.perplexity import native_logits, score_batches, transformers_logits
-from tests.evaluation.tool_runs import TOOLS, Done, run_here
+from tests.evaluation.tool_runs import Done, run_here
 from tests.export.tiny_checkpoint import STEPS, Trained, make_data, seal
 
 CPU = torch.device("cpu")
@@ -37,7 +35,7 @@ def evaluate(*arguments: str | Path) -> Done:
 
 
 def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(trained: Trained) -> None:
-    done = subprocess.run([sys.executable, str(TOOLS / "evaluate.py"), "--checkpoint", trained.latest, "--json", "-"], capture_output=True, text=True)
+    done = evaluate("--checkpoint", trained.latest, "--json", "-")
     assert done.returncode == DONE, done.stderr
     result = json.loads(done.stdout)
     tokens = open_split(trained.manifest, "validation").read(0, trained.manifest.splits["validation"].tokens)
