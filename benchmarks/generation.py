@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,9 @@ def main() -> None:
     if arguments.json_path != "-":
         for row in rows:
             print(", ".join(f"{name} {value}" for name, value in row.items()))
-    write_json({"threads": arguments.threads, "runs": rows}, arguments.json_path)
+    machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    result = {"date": date.today().isoformat(), "machine": machine, "load": round(os.getloadavg()[0], 1), "threads": arguments.threads, "runs": rows}
+    write_json(result, arguments.json_path)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.batch import NO_LOSS
+from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
+from data_pipeline.corpora import load_corpora
 from data_pipeline.packing import PADDING_WINDOW
 from pretrain.config.errors import ConfigError
-from pretrain.evaluation.heldout_text import LENGTH_EDGES, Groups, HeldoutText, SlidingWindows, TokensInMemory
+from pretrain.config.load import load_recipe
+from pretrain.evaluation.heldout_text import LENGTH_EDGES, Groups, HeldoutText, SlidingWindows, TokensInMemory, encoded_again, read_split
 from tests.data_pipeline.data_folder import stream_of
 
 
@@ -87,3 +91,42 @@ def test_sums_by_source_and_by_length_add_up_and_go_where_they_belong() -> None:
     assert {name: row[1] for name, row in by_length.items()} == {"0 to 127": 119, "128 to 511": 639, "512 to 2047": 600}
     assert groups.totals() == (float(places.sum()), len(places), int((places % 2 == 0).sum()))
     assert groups.by("source", None)["a"][3] is None
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two corpora by name, of which the first has two sources; each text says which source it is of."""
+    folder = tmp_path_factory.mktemp("sources")
+    for source in ("sums", "words", "other"):
+        (folder / source).mkdir()
+        for number in range(20):
+            (folder / source / f"{number}.txt").write_text(f"{source} " * (number + 1) + "ü\n")
+    tokenizer = ["data.tokenizer.vocab_size=300", "data.validation_share=0.5"]
+    named = ", ".join(f"{source}: {{kind: text, input: ['{folder / source}/*.txt']}}" for source in ("sums", "words"))
+    build(load_recipe("debug", ["data.source=null", f"data.sources={{{named}}}", *tokenizer]).data, Output(folder / "first"))
+    same = f"data.tokenizer={{kind: file, path: {folder / 'first' / 'tokenizer.json'}}}"
+    other = f"data.source={{kind: text, input: ['{folder / 'other'}/*.txt']}}"
+    build(load_recipe("debug", [other, same, tokenizer[1]]).data, Output(folder / "second"))
+    return {"a": str(folder / "first"), "b": str(folder / "second")}
+
+
+def test_each_document_of_a_split_has_its_source_and_its_text(two_sources: dict[str, str]) -> None:
+    corpora = load_corpora(two_sources)
+    text = read_split(corpora, "validation")
+    texts = list(text.texts())
+    assert len(texts) == len(text.starts_D) == len(text.source_D) > 10 and len(text.sources) == 3
+    assert [text.sources[number].partition("/")[2] for number in text.source_D][: len(texts)] == [
+        {"other": "all"}.get(one.split()[0], one.split()[0]) for one in texts
+    ]
+    assert {name.partition("/")[0] for name in text.sources} == {"a", "b"}
+    assert int(text.bytes_D().sum()) == text.utf8_bytes == sum(len(one.encode()) for one in texts)
+    alone = read_split(load_corpora({"": two_sources["a"]}), "validation")
+    assert alone.sources == ["sums", "words"]
+
+
+def test_another_tokenizer_s_tokens_are_of_the_same_documents(two_sources: dict[str, str]) -> None:
+    text = read_split(load_corpora(two_sources), "validation")
+    again = encoded_again(text, lambda one: list(one.encode()), eod_id=256, vocab_size=257)
+    assert again.stream.num_tokens == text.utf8_bytes + len(text.starts_D)
+    assert (again.source_D == text.source_D).all() and (again.lengths_D() == text.bytes_D() + 1).all()
+    assert again.stream.read(int(again.starts_D[1]) - 1, 1).tolist() == [256]
