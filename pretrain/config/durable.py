@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,46 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def appearing_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside ``output`` that takes its name, whole and on disk, when the block ends, and is removed when the block fails.
+
+    What ``output`` held before is deleted only after the new folder stands there. What a killed process left behind is removed by the next one.
+
+    Raises:
+        ConfigError: where another process writes to ``output``.
+        StorageError: where the folder cannot be created.
+    """
+    temporary = output.parent / f".{output.name}.partial"
+    with only_writer(temporary, f"choose another folder than {output}"):
+        _clear(temporary)
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                fsync_path(path)
+            fsync_path(temporary)
+            _take_name(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _take_name(new: Path, output: Path) -> None:
+    earlier = output.parent / f".{output.name}.earlier"
+    shutil.rmtree(earlier, ignore_errors=True)
+    if output.exists():
+        os.replace(output, earlier)
+    try:
+        os.replace(new, output)
+    except OSError:
+        if earlier.exists():
+            os.replace(earlier, output)
+        raise
+    fsync_path(output.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
