@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.config.errors import CheckpointError
@@ -24,6 +26,7 @@ FORMAT_NAMES = {
     torch.float16: "F16",
     torch.uint8: "U8",
 }
+_DTYPES = {name: dtype for dtype, name in FORMAT_NAMES.items()}
 
 
 class TensorForm(NamedTuple):
@@ -93,3 +96,72 @@ class TensorFileWriter:
         self._file.seek(self._first + self._starts[name])
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.missing.remove(name)
+
+
+class TensorReader:
+    """The tensors of several safetensors files, read one by one; a name that several files have is joined along its first dimension.
+
+    A file is opened for each reading and closed behind it: its pages would count as this process' memory for as long as it is open.
+
+    Args:
+        paths: in the order in which shares of a tensor are joined.
+
+    Raises:
+        CheckpointError: for a file that is missing, cut off or not safetensors.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._holders: dict[str, list[tuple[Path, TensorForm]]] = {}
+        for path in paths:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    part = file.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: convert it to a floating type first")
+                    self._holders.setdefault(name, []).append((path, TensorForm(dtype, tuple(part.get_shape()))))
+
+    @property
+    def names(self) -> list[str]:
+        """In the files' order."""
+        return list(self._holders)
+
+    def holders(self, name: str) -> list[tuple[Path, TensorForm]]:
+        """The files that have a share of a tensor, with its form."""
+        return self._holders[name]
+
+    def form(self, name: str) -> TensorForm:
+        """Of the joined tensor."""
+        forms = [form for _, form in self._holders[name]]
+        if len(forms) == 1:
+            return forms[0]
+        return TensorForm(forms[0].dtype, (sum(form.shape[0] for form in forms), *forms[0].shape[1:]))
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A whole tensor, or what stands at ``index`` of its first dimension."""
+        holders = self._holders[name]
+        if index is None:
+            shares = [self._share(path, name) for path, _ in holders]
+            return shares[0] if len(shares) == 1 else torch.cat(shares)
+        for path, form in holders:
+            if index < form.shape[0]:
+                return self._share(path, name, index)
+            index -= form.shape[0]
+        raise IndexError(f"the tensor '{name}' has no index {index}")
+
+    @staticmethod
+    def _share(path: Path, name: str, index: int | None = None) -> Tensor:
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the weights are incomplete, take another folder") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, take another folder") from None

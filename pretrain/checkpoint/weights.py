@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.checkpoint.layout import read_recipe
+from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.config.errors import CheckpointError
 from pretrain.config.schema import Recipe
 from pretrain.model.decoder import DecoderLM
@@ -57,28 +57,35 @@ def write_weights(
         save_file(experts, folder / EXPERTS_FILE.format(part=rank, parts=ep_size))
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged, choose another step_N folder") from None
+def open_weights(folder: Path) -> TensorReader:
+    """All weights of a checkpoint in fp32, the experts of all ranks joined, to be read one by one: the state of the ep_size 1 model.
+
+    Stacked experts lie in order of their rank; a native expert has a name and a file of its own.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged, or of another number of ranks than the others.
+    """
+    numbers = [match for path in sorted(folder.iterdir()) if (match := _EXPERTS_NAME.match(path.name))]
+    counts = sorted({int(match[2]) for match in numbers})
+    if len(counts) > 1:
+        strays = ", ".join(match[0] for match in numbers if int(match[2]) == counts[0])
+        raise CheckpointError(
+            f"{folder} has expert files of {' and of '.join(map(str, counts))} ranks beside each other ({strays} among them): "
+            "remove those that do not belong there, or choose another step_N folder"
+        )
+    expected = [EXPERTS_FILE.format(part=part, parts=count) for count in counts for part in range(count)]
+    if missing := [name for name in expected if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder} has {len(expected) - len(missing)} of {len(expected)} expert files, {', '.join(missing)} is missing: "
+            "the checkpoint is damaged, choose another step_N folder"
+        )
+    return TensorReader(folder / name for name in (DENSE_FILE, *expected))
 
 
 def load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint in fp32, the experts of all ranks joined: the state of the ep_size 1 model."""
-    weights = _read_file(folder / DENSE_FILE)
-    parts = sorted(path for path in folder.iterdir() if _EXPERTS_NAME.match(path.name))
-    if parts:
-        expected = int(_EXPERTS_NAME.match(parts[0].name)[2])  # type: ignore[index]
-        if len(parts) != expected:
-            raise CheckpointError(f"{folder} has {len(parts)} of {expected} expert files: the checkpoint is damaged, choose another step_N folder")
-    tensors = [_read_file(path) for path in parts]
-    for name in dict.fromkeys(name for part in tensors for name in part):
-        holders = [part.pop(name) for part in tensors if name in part]
-        # Stacked experts lie in order of their rank; a native expert has a name and a file of its own.
-        weights[name] = torch.cat(holders) if len(holders) > 1 else holders[0]
-    return weights
+    """What :func:`open_weights` opens, all at once."""
+    weights = open_weights(folder)
+    return {name: weights.read(name) for name in weights.names}
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[DecoderLM, Recipe]:
