@@ -58,17 +58,22 @@ def write_weights_folder(folder: Path, recipe: Recipe, tensors: Iterable[tuple[s
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: choose another folder")
     with appearing_folder(folder) as temporary:
-        _write_tensors(temporary, recipe.model, tensors)
-        (temporary / layout.RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        if tokenizer is not None:
-            if not tokenizer.is_file():
-                raise CheckpointError(f"{tokenizer} is missing: give a tokenizer.json")
-            shutil.copyfile(tokenizer, temporary / layout.TOKENIZER)
-        sha256 = None if tokenizer is None else file_sha256(tokenizer)
-        state: dict[str, object] = {"step": step, "consumed_tokens": 0, "tokenizer_sha256": sha256, "data": {}}
-        (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(temporary)}
-        (temporary / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
+        fill_weights_folder(temporary, recipe, tensors, tokenizer, step)
+
+
+def fill_weights_folder(folder: Path, recipe: Recipe, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None, step: int = 0) -> None:
+    """As :func:`write_weights_folder`, for a caller who gives an empty folder and publishes it."""
+    _write_tensors(folder, recipe.model, tensors)
+    (folder / layout.RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    if tokenizer is not None:
+        if not tokenizer.is_file():
+            raise CheckpointError(f"{tokenizer} is missing: give a tokenizer.json")
+        shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
+    sha256 = None if tokenizer is None else file_sha256(tokenizer)
+    state: dict[str, object] = {"step": step, "consumed_tokens": 0, "tokenizer_sha256": sha256, "data": {}}
+    (folder / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(folder)}
+    (folder / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
 
 
 def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -93,7 +93,7 @@ def export_hf(
     model, ours = without_factors(recipe.model, weights)
     with published_folder(output, overwrite) as folder:
         tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes)
-        parity, unchecked = None, _shortage(ours, memory_bytes)
+        parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
             reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
@@ -105,7 +105,7 @@ def export_hf(
     return conversion
 
 
-def _shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
+def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
     """Why two models in fp32 cannot stand in memory beside each other, in a sentence."""
     needed = 2 * sum(ours.form(name).bytes for name in ours.names)
     free = free_memory() if memory_bytes is None else memory_bytes

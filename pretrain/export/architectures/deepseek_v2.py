@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import MultiHeadLatentAttention
@@ -74,7 +75,7 @@ class LatentDecoder(LlamaLike):
             "attention_bias": attention.bias == "all",
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         sizes = ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
         attention = {"kind": "mla", **{size: config[size] for size in sizes}, "bias": "all" if config["attention_bias"] else "none"}
         return super().model_section(config) | {"attention": attention}
@@ -113,7 +114,7 @@ class DeepseekV2(LatentDecoder):
             "norm_topk_prob": False,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         groups = {"num_groups": config["n_group"], "top_k_groups": config["topk_group"], "score": "max"}
         router = {"kind": "softmax_topk", "norm_topk_prob": False, "routed_scaling_factor": config["routed_scaling_factor"]}
         router |= {"groups": groups} if config["topk_method"] == "group_limited_greedy" else {}
@@ -140,11 +141,11 @@ def prefix_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def prefix_experts(config: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]:
+def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[str, Any]:
     """Layer pattern and MoE section of DeepSeek's configs."""
     moe = {
         "kind": "dropless",
-        "num_experts": config.get("n_routed_experts", config.get("num_local_experts")),
+        "num_experts": config["n_routed_experts"],
         "top_k": config["num_experts_per_tok"],
         "moe_intermediate_size": config["moe_intermediate_size"],
         "num_shared_experts": config["n_shared_experts"] or 0,

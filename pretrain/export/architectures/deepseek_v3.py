@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.model_schema import ModelConfig
@@ -43,7 +44,7 @@ class DeepseekV3(LatentDecoder):
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         return {**super().config(model, eod_id), **sigmoid_config(model), "rope_interleave": True}
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return super().model_section(config) | sigmoid_experts(config)
 
 
@@ -89,7 +90,7 @@ def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def sigmoid_experts(config: dict[str, Any]) -> dict[str, Any]:
+def sigmoid_experts(config: Mapping[str, Any]) -> dict[str, Any]:
     router = {
         "kind": "sigmoid_topk",
         "norm_topk_prob": config["norm_topk_prob"],

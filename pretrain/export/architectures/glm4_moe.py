@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -36,7 +37,7 @@ class Glm4Moe(LlamaLike):
             "use_qk_norm": model.attention.qk_norm == "head",
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
         section["attention"] |= {"qk_norm": "head" if config["use_qk_norm"] else "none", "bias": "qkv" if config["attention_bias"] else "none"}
         return section | sigmoid_experts(config)

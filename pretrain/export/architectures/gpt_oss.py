@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -71,7 +72,7 @@ class GptOss(LlamaLike):
             "router_aux_loss_coef": moe.aux_loss_weight,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
         windows = {"sliding_window": config["sliding_window"], "full_attention_every": _full_every(config["layer_types"])}
         if "sliding_attention" not in config["layer_types"]:

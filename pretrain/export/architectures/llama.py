@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -25,7 +26,7 @@ class Llama(LlamaLike):
         assert isinstance(model.attention, GroupedQueryAttention)
         return {**super().config(model, eod_id), "attention_bias": model.attention.bias == "all", "mlp_bias": model.feed_forward.bias}
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
         section["attention"]["bias"] = "all" if config["attention_bias"] else "none"
         return section | {"feed_forward": {"kind": "swiglu", "bias": config["mlp_bias"]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -158,7 +159,7 @@ class LlamaLike:
             fields |= {"num_key_value_heads": attention.num_key_value_heads, "head_dim": attention.head_dim}
         return fields
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The way back: a recipe's model section from all fields of transformers' config, defaults included.
 
         What it cannot say is found by comparing :meth:`config` of the result with ``config``.
@@ -224,7 +225,7 @@ def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
     return [Zeros(theirs.format(layer=layer) + f".{name}.weight", shape) for layer in model.moe_layers for name, shape in shapes.items()]
 
 
-def sparse_layers(config: dict[str, Any]) -> dict[str, Any]:
+def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layer pattern that ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs mean."""
     count, step = config["num_hidden_layers"], config["decoder_sparse_step"]
     dense = [layer for layer in range(count) if layer in config["mlp_only_layers"] or (layer + 1) % step]

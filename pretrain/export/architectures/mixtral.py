@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.model_schema import ModelConfig
@@ -27,7 +28,7 @@ class Mixtral(LlamaLike):
             "router_aux_loss_coef": model.moe.aux_loss_weight,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"]["sliding_window"] = config["sliding_window"]
         moe = {

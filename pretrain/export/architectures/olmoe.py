@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -38,7 +39,7 @@ class Olmoe(LlamaLike):
             "router_aux_loss_coef": model.moe.aux_loss_weight,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"] |= {"qk_norm": "full", "bias": "all" if config["attention_bias"] else "none"}
-        return section | {"moe": qwen_experts(config | {"moe_intermediate_size": config["intermediate_size"]})}
+        return section | {"moe": qwen_experts(config, width="intermediate_size")}

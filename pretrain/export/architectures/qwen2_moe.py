@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -66,7 +67,7 @@ class Qwen2Moe(LlamaLike):
             "router_aux_loss_coef": model.moe.aux_loss_weight,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
         section["attention"]["bias"] = "qkv" if config["qkv_bias"] else "none"
         width = config["shared_expert_intermediate_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
@@ -32,19 +33,19 @@ class Qwen3Moe(LlamaLike):
             "router_aux_loss_coef": model.moe.aux_loss_weight,
         }
 
-    def model_section(self, config: dict[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
         section["attention"] |= {"qk_norm": "head", "bias": "all" if config["attention_bias"] else "none"}
         return section | {"layer_pattern": sparse_layers(config), "moe": qwen_experts(config)}
 
 
-def qwen_experts(config: dict[str, Any]) -> dict[str, Any]:
+def qwen_experts(config: Mapping[str, Any], width: str = "moe_intermediate_size") -> dict[str, Any]:
     """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share."""
     return {
         "kind": "dropless",
-        "num_experts": config.get("num_experts", config.get("num_local_experts")),
+        "num_experts": config["num_experts"],
         "top_k": config["num_experts_per_tok"],
-        "moe_intermediate_size": config["moe_intermediate_size"],
+        "moe_intermediate_size": config[width],
         "router": {"kind": "softmax_topk", "norm_topk_prob": config["norm_topk_prob"]},
         "aux_loss_weight": config["router_aux_loss_coef"],
     }
