@@ -12,6 +12,7 @@ from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.universal import check_universal, write_universal
 from pretrain.checkpoint.whole_weights import open_whole_weights
 from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
@@ -134,5 +135,22 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
             copy_file(checkpoint / name, folder / name)
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(forms), size, None)
+        write_json_file(folder / RECORD, conversion.to_dict())
+    return conversion
+
+
+def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Conversion:
+    """DeepSpeed's universal format, with optimizer states, beside the recipe and the tokenizer.
+
+    Raises:
+        ConfigError: where DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
+        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as it was.
+    """
+    check_universal(checkpoint)
+    with published_folder(output, overwrite) as folder:
+        tensors, size = write_universal(checkpoint, folder)
+        for name in (RECIPE, TOKENIZER):
+            copy_file(checkpoint / name, folder / name)
+        conversion = Conversion("universal", read_state(checkpoint)["step"], "float32", tensors, size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
