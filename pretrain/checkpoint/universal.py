@@ -8,6 +8,7 @@ import logging
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from tqdm import tqdm
@@ -66,7 +67,7 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
     try:
         with redirect_stdout(said), redirect_stderr(said):
             ds_to_universal.main(options)
-    except (AssertionError, RuntimeError, KeyError, ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:
         logger.error("DeepSpeed's converter said:\n%s", said.getvalue())
         raise CheckpointError(f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
     (folder / UNIVERSAL_LATEST).write_text(UNIVERSAL_TAG, encoding="utf-8")

@@ -43,6 +43,7 @@ def random_checkpoint(folder: Path, recipe: Recipe, tokenizer: Tokenizer, seed: 
     """Writes a folder of weights alone, and returns the model that it holds."""
     model = random_model(recipe, seed)
     tied = {"head.weight"} if recipe.model.tie_word_embeddings else set()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder.with_name(folder.name + "-tokenizer.json")
     tokenizer_file.write_bytes(tokenizer.content)
     write_weights_folder(folder, recipe, ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied), tokenizer_file)
