@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-full lint benchmark bench-data clean
+.PHONY: help install quickstart test test-full lint benchmark bench-data bench-peer clean
 
 help:
 	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-full    all tests and the whole numerical matrix"
 	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
 	@echo "make bench-data   data pipeline and loader against Megatron's, with the cost of each stage"
+	@echo "make bench-peer   PEER's row products, PEER against dense and dropless layers, latent attention against grouped queries"
 	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -46,6 +47,10 @@ benchmark: install
 bench-data: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/preprocessing.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/loading.py
+
+bench-peer: install
+	$(BIN)/python benchmarks/peer_kernels.py
+	$(BIN)/python benchmarks/peer_and_mla.py
 
 clean:
 	rm -rf data/quickstart data/debug runs/quickstart runs/debug

@@ -29,7 +29,7 @@ FIXED_FIELDS = (
     "optimizer.kind",
     "train.precision",
 )
-CHECKPOINTS, LOG, SUMMARY = "checkpoints", "log.txt", "summary.json"
+CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
 
 
 def start_over(folder: Path, overwrite: bool) -> None:
@@ -45,7 +45,7 @@ def start_over(folder: Path, overwrite: bool) -> None:
         what = f"a run (newest checkpoint {newest[0].name})" if newest else "files of a run"
         raise ConfigError(f"--fresh would delete {what} in {folder}: add --overwrite, or choose another folder with --set run_path=FOLDER")
     # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
-    for name in (CHECKPOINTS, "tensorboard"):
+    for name in (CHECKPOINTS, USAGE, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "metrics.csv", "loss.png", SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)

@@ -20,16 +20,18 @@ from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
+from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
 from pretrain.callbacks.tensorboard import DeepSpeedMonitor
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.config.durable import only_writer
 from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
-from pretrain.config.rules import check_topology
+from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
@@ -37,7 +39,7 @@ from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import CHECKPOINTS, check_same_run, log_to_file, prints_to_log, start_over, update_summary
+from pretrain.run_folder import CHECKPOINTS, USAGE, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -129,7 +131,9 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
     callbacks: list[Callback] = []
     if topology.is_main:
-        callbacks = [MetricsFiles(folder), DeepSpeedMonitor(engine.deepspeed.monitor), ProgressBar(), LossPlot(folder)]
+        monitor = engine.deepspeed.monitor
+        usage = ExpertUsage(folder / USAGE, monitor.tb_monitor and monitor.tb_monitor.summary_writer, recipe.logging.hot_expert_factor)
+        callbacks = [MetricsFiles(folder), usage, DeepSpeedMonitor(monitor), ProgressBar(), LossPlot(folder)]
     return Trainer(
         recipe=recipe,
         engine=engine,
@@ -193,7 +197,8 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
         stop = StopRequest()
         stop.install()
         with prints_to_log():
-            engine = Engine(recipe, resolved, precision, topology)
+            fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
+            engine = Engine(recipe, resolved, precision, topology, fill)
             trainer = build_trainer(recipe, resolved, corpora, engine, stop)
             newest = trainer.store.newest()
             if newest is not None:
@@ -236,6 +241,8 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
+    for warning in warnings_about(recipe) if starts_as_first_rank() else ():
+        print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
     stage = zero_stage_of(ds_config, options.ds_config)
     if options.dry_run:

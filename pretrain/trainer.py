@@ -16,8 +16,10 @@ from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import NonFiniteError
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
+from pretrain.evaluation.expert_usage import UsageWindow, usage_columns
 from pretrain.model.decoder import RouterTotals
 from pretrain.model.moe.balance import ALWAYS_COMPUTED, LOSSES, loss_weights
 from pretrain.optim.schedules import balance_update_rate, learning_rate_factor
@@ -76,6 +78,7 @@ class Trainer:
         self.progress = Progress()
         self._pending: list[StepResult] = []
         self._row_started = 0.0
+        self._usage_started = 0  # the step after which the window of expert usage began
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a whole checkpoint of this run."""
@@ -90,6 +93,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self.progress.step, self.num_steps)
         self._row_started = time.perf_counter()
+        self._usage_started = self.progress.step
         stopped = False
         while self.progress.step < self.num_steps and not stopped:
             self._step()
@@ -98,6 +102,8 @@ class Trainer:
                 callback.on_step(step)
             if last or step % recipe.logging.interval_steps == 0:
                 self._report_training()
+            if step % recipe.logging.usage_interval_steps == 0:
+                self._report_usage()
             if self.validation is not None and (last or step % recipe.validation.interval_steps == 0):
                 best = self._validate(self.validation, whole=last)
             stopped = self.topology.any(self.stop.requested) and not last
@@ -112,7 +118,7 @@ class Trainer:
         step = self.progress.step
         factor = learning_rate_factor(step, self.num_steps, self.recipe.schedule)
         moe = self.recipe.model.moe
-        balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if moe is not None and moe.bias_balancing else 0.0
+        balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if isinstance(moe, RoutedMoE) and moe.bias_balancing else 0.0
         result = self.engine.train_step(self.loader.step_batches(step), factor, balance_rate)
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - started
@@ -168,6 +174,24 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_row(row)
 
+    def _report_usage(self) -> None:
+        """Ends a window of expert usage: at every multiple of ``logging.usage_interval_steps``.
+
+        The counters are in no checkpoint. A window that a resume cuts starts anew behind the checkpoint, and its row and file say how many
+        steps it has; the others are the same as without the interruption.
+        """
+        started = time.perf_counter()
+        counts_LE, step = self.engine.take_usage(), self.progress.step
+        steps, self._usage_started = step - self._usage_started, step
+        if counts_LE is not None and self.callbacks:
+            window = UsageWindow(step, steps, self.recipe.model.routed_layers, counts_LE.numpy())
+            row: Row = {"kind": "usage", "step": step, "tokens": step * self.recipe.train.tokens_per_step, "steps": steps}
+            row |= usage_columns(window, self.recipe.logging.hot_expert_factor)
+            for callback in self.callbacks:
+                callback.on_usage(window)
+                callback.on_row(row)
+        self._row_started += time.perf_counter() - started  # not training time
+
     def _validate(self, windows: Windows, whole: bool) -> bool:
         """Loss over the validation split: the fixed sample of it, or all of it at the end of a run. True for the best one so far."""
         started = time.perf_counter()
@@ -192,7 +216,8 @@ class Trainer:
     def _weights_are_finite(self) -> bool:
         """The same answer on every rank; of a weight that ZeRO 3 has partitioned, each rank looks at its own part."""
         parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.model.parameters())
-        return not self.topology.any(not all(bool(part.isfinite().all()) for part in parts))
+        rows = self.engine.rows
+        return not self.topology.any(not all(bool(part.isfinite().all()) for part in parts) or (rows is not None and not rows.is_finite()))
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -215,7 +240,7 @@ class Trainer:
 
 def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
     """Means over the layers with a router, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
-    if router is None or model.moe is None:
+    if router is None or not isinstance(model.moe, RoutedMoE):
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
     shown = [name for name, weight in loss_weights(model.moe).items() if weight or name in ALWAYS_COMPUTED]

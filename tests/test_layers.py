@@ -18,11 +18,12 @@ LAYERS: list[set[str]] = [
     {"pretrain.engine"},
     {"pretrain.checkpoint"},
     {"pretrain.evaluation", "pretrain.export"},
+    {"pretrain.merging"},
     {"pretrain.callbacks"},
     {"pretrain.trainer", "pretrain.plan", "pretrain.run_folder", "pretrain.signals"},
     {"pretrain.train"},
 ]
-CLOSE_GROUPS = (LAYERS[0], LAYERS[6])
+CLOSE_GROUPS = (LAYERS[0], LAYERS[7])
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ABOVE_ALL = ("tools", "tests", "launchers", "benchmarks")
 DEEPSPEED_ALLOWED = ("pretrain.engine", "pretrain.checkpoint", "pretrain.model.moe.dropless", "pretrain.model.moe.native")
@@ -86,6 +87,7 @@ def test_every_file_has_a_place_in_the_order() -> None:
         ("pretrain.engine.engine", "import pretrain.checkpoint.store", "pretrain.checkpoint.store"),
         ("pretrain.checkpoint.store", "from pretrain import trainer", "pretrain.trainer"),
         ("pretrain.evaluation.perplexity", "from pretrain.export import writer", "pretrain.export.writer"),
+        ("pretrain.evaluation.heldout", "from pretrain.merging.usage import measure", "pretrain.merging.usage.measure"),
         ("pretrain.trainer", "from pretrain.train import main", "pretrain.train.main"),
         ("pretrain.trainer", "import deepspeed.comm as dist", "deepspeed.comm"),
         ("pretrain.model.block", "from deepspeed.moe.layer import MoE", "deepspeed.moe.layer.MoE"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.evaluation.expert_usage import UsageWindow
+
 Row = dict[str, Any]
 
 
@@ -17,7 +19,10 @@ class Callback:
         """Step ``step`` (from 1) is done."""
 
     def on_row(self, row: Row) -> None:
-        """A row of metrics, after its step's ``on_step``: of training (``kind`` "train") or of a validation ("validation")."""
+        """A row of metrics, after its step's ``on_step``: ``kind`` is "train", "validation" or "usage" (of experts, after its ``on_usage``)."""
+
+    def on_usage(self, window: UsageWindow) -> None:
+        """A window of expert usage is over, with the counts of all experts."""
 
     def on_end(self) -> None:
         """Training ends: all steps done, or interrupted and saved."""

@@ -1,4 +1,7 @@
-"""metrics.jsonl (everything), metrics.csv (the scalars) and loss.png, kept in step with the checkpoint that a run resumes from."""
+"""metrics.jsonl (everything), metrics.csv (the scalars of training and validation) and loss.png.
+
+They are kept in step with the checkpoint that a run resumes from.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ CSV_COLUMNS = (
     "kind", "step", "tokens", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
     "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds",
 )  # fmt: skip
+CSV_KINDS = ("train", "validation")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -40,11 +44,13 @@ class MetricsFiles(Callback):
         with self.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row for row in rows if row["kind"] in CSV_KINDS)
 
     def on_row(self, row: Row) -> None:
         with self.jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if row["kind"] not in CSV_KINDS:
+            return
         with self.csv.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore").writerow(row)
 

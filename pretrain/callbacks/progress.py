@@ -28,7 +28,7 @@ class ProgressBar(Callback):
         assert self.bar is not None
         if row["kind"] == "train":
             self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
-        else:
+        elif row["kind"] == "validation":
             self.shown["val"] = f"{row['validation_loss']:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)
 

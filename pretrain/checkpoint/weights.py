@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,17 +27,27 @@ def is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def _global_name(name: str, first_expert: int) -> str:
+def global_name(name: str, first_expert: int) -> str:
     """Native layers name an expert by its place on this rank; files name it by its global number."""
     return _NATIVE_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
 
 
 def write_weights(
-    folder: Path, model: nn.Module, master_weight: Callable[[nn.Parameter], torch.Tensor], rank: int, ep_size: int, num_experts: int
+    folder: Path,
+    model: nn.Module,
+    master_weight: Callable[[nn.Parameter], torch.Tensor],
+    rank: int,
+    ep_size: int,
+    num_experts: int,
+    tables: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the fp32 weights; every rank must call it, because gathering a sharded weight is collective.
 
     Rank 0 writes what is replicated, ranks 0 to ep_size - 1 (one full set of experts) each write theirs.
+
+    Args:
+        ep_size: ranks that share one set of experts.
+        tables: this rank's part of the tables that are no parameters of the model while it is trained.
     """
     dense: dict[str, torch.Tensor] = {}
     experts: dict[str, torch.Tensor] = {}
@@ -45,9 +55,11 @@ def write_weights(
     for name, parameter in model.named_parameters():
         weight = master_weight(parameter)
         if is_expert(parameter) and rank < ep_size:
-            experts[_global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
+            experts[global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
         elif not is_expert(parameter) and rank == 0:
             dense[name] = weight.to("cpu", torch.float32).contiguous()
+    if rank < ep_size:
+        experts |= {name: table.cpu() for name, table in (tables or {}).items()}
     persistent = model.state_dict(keep_vars=True).keys()
     if rank == 0:  # such as the routers' balancing biases
         dense |= {name: buffer.to("cpu", torch.float32) for name, buffer in model.named_buffers() if name in persistent}
@@ -85,6 +97,12 @@ def open_weights(folder: Path) -> TensorReader:
 def load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     """What :func:`open_weights` opens, all at once."""
     weights = open_weights(folder)
+    return {name: weights.read(name) for name in weights.names}
+
+
+def read_experts_part(folder: Path, part: int, parts: int) -> dict[str, torch.Tensor]:
+    """What :func:`write_weights` wrote of the experts that one of ``parts`` ranks holds."""
+    weights = TensorReader([folder / EXPERTS_FILE.format(part=part, parts=parts)])
     return {name: weights.read(name) for name in weights.names}
 
 

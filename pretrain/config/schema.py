@@ -93,6 +93,8 @@ class ValidationConfig(Section):
 
 class LoggingConfig(Section):
     interval_steps: Positive = 10
+    usage_interval_steps: Positive = Field(100, description="window over which the choices of every expert are counted")
+    hot_expert_factor: Annotated[float, Field(gt=0)] = Field(5.0, description="an expert is hot above this many times the mean count of its layer")
     tensorboard: bool = True
 
 
@@ -102,6 +104,9 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
+    initial_weights: str | None = Field(
+        None, description="a checkpoint whose weights a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,22 @@ from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import distributed, nn
 
 from data_pipeline.batch import Batch
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
+from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
+from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
+
+# Fills a model that has part i of n of the experts: model, i, n.
+Fill = Callable[[DecoderLM, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,16 +58,22 @@ class Engine:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
         precision: ``fp32``, ``bf16`` or ``fp16``.
+        fill: overwrites the random weights of the fp32 model on the host.
     """
 
-    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology) -> None:
+    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology, fill: Fill | None = None) -> None:
         self.recipe = recipe
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = precision
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
-        model = DecoderLM(recipe.model, topology.ep_size, topology.ep_rank, recipe.train.activation_checkpointing)
+        shards = expert_shards(recipe, topology.world_size, self.zero_stage)
+        self.expert_part, self.expert_parts = topology.rank % shards, shards
+        model = DecoderLM(recipe.model, shards, self.expert_part, recipe.train.activation_checkpointing)
         initialize(model, recipe.seed)
+        if fill is not None:
+            fill(model, self.expert_part, self.expert_parts)
+        self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
@@ -67,11 +83,15 @@ class Engine:
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
+        if self.rows is not None:
+            count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.model = model
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        self._retrieving: list[PEER] = [module for module in model.modules() if isinstance(module, PEER)]
+        self._routed_usage_LE: torch.Tensor | None = None
         self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
-        if topology.ep_size > 1:
+        if topology.ep_size > 1 and self.rows is None:
             self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
 
     def train_step(self, micro_batches: list[Batch], learning_rate_factor: float, balance_rate: float = 0.0) -> StepResult:
@@ -96,6 +116,7 @@ class Engine:
             self.deepspeed.backward(self._scaled(output.loss))
             if batch is batches[-1]:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
+                self._rows_norm = torch.zeros(()) if self.rows is None else self.rows.reduce(self.loss_scale())
                 stage0_norm = self._clip_at_stage_0()
             self.deepspeed.step()
             ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
@@ -103,9 +124,40 @@ class Engine:
             router = _add(router, output.router)
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
         applied = self.deepspeed.was_step_applied()
+        if self.rows is not None:
+            self._step_rows(self.rows, float(norm), applied, learning_rate_factor)
+        if router is not None:
+            counts_LE = router.counts_LE.long()  # fp32 counts exactly within a step, not over many
+            self._routed_usage_LE = counts_LE if self._routed_usage_LE is None else self._routed_usage_LE.add_(counts_LE)
         if applied and balance_rate > 0 and router is not None:
             self._move_balance_biases(router, balance_rate)
         return StepResult(losses, router, len(batches), float(norm), applied)
+
+    @torch.no_grad()
+    def take_usage(self) -> torch.Tensor | None:
+        """How often each expert was chosen in training since the last call, in this process: int64 [L, E] on the CPU, summed over all ranks.
+
+        Layers are those of ``ModelConfig.routed_layers``, in that order. Choices count before any drop, also those of a step that was skipped.
+        None for a dense model and where there was no step. Every rank must call it, because it is one all-reduce; the counters start anew.
+        """
+        usage_LE, self._routed_usage_LE = self._routed_usage_LE, None
+        if self._retrieving:
+            usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._retrieving])
+            for layer in self._retrieving:
+                layer.get_buffer("usage_E").zero_()
+        return None if usage_LE is None else self.topology.sum(usage_LE).cpu()
+
+    def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:
+        """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too."""
+        clip = self.recipe.train.grad_clip
+        if applied and math.isfinite(norm):
+            factor = 1.0 / max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
+            rows.step(self.peak_learning_rates["matrix"] * learning_rate_factor, factor)
+        else:
+            rows.discard()
+        for module in self.model.modules():
+            if isinstance(module, RunningStatistics):
+                module.absorb(self.topology.sum)
 
     def _move_balance_biases(self, router: RouterTotals, rate: float) -> None:
         """By the load of the whole global batch, so that every rank moves its copy alike."""
@@ -136,8 +188,10 @@ class Engine:
         return next(float(group["lr"]) for group in self.optimizer.param_groups if group["role"] == "matrix")
 
     def loss_scale(self) -> float:
-        """The fp16 loss scale; 1 in other precisions."""
-        return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.precision == "fp16" else 1.0
+        """The fp16 loss scale; 1 in other precisions. The optimizer of stage 0 keeps it elsewhere than those of the other stages."""
+        if self.precision != "fp16":
+            return 1.0
+        return float(self.optimizer.loss_scale_config.cur_scale if self.zero_stage == 0 else self.optimizer.loss_scale)
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """The whole fp32 weight of one parameter (this rank's experts for an expert's). Every rank must call it in the same order."""
@@ -157,15 +211,16 @@ class Engine:
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled."""
         if self.precision == "fp16" and self.zero_stage == 0:
-            return loss * self.optimizer.loss_scale_config.cur_scale
+            return loss * self.loss_scale()
         return loss
 
     def _clip_at_stage_0(self) -> torch.Tensor | None:
         """The global norm before clipping; None at stages 1 to 3, where DeepSpeed's norm and clipping are right."""
         if self.zero_stage > 0:
             return None
-        scale = self.optimizer.loss_scale_config.cur_scale if self.precision == "fp16" else 1.0
-        norm = global_grad_norm(self.model.parameters(), self._expert_group) / scale
+        norm = torch.hypot(
+            global_grad_norm(self.model.parameters(), self._expert_group) / self.loss_scale(), self._rows_norm.to(self.topology.device)
+        )
         if self.recipe.train.grad_clip > 0:
             clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
         return norm
@@ -185,7 +240,7 @@ class Engine:
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
         """
         moe = self.recipe.model.moe
-        if moe is None or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
+        if not isinstance(moe, RoutedMoE) or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
             return None
         counts_LE = torch.zeros(len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device)
         for batch in batches:

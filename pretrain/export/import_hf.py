@@ -48,11 +48,9 @@ NEUTRAL = {
     # Qwen's, without use_sliding_window, which is compared.
     "max_window_layers",
     "sliding_window_pattern",
-    # One pattern of dense layers can be said in two ways; the layers are compared by what the model computes.
+    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what recipes cannot say.
     "decoder_sparse_step",
     "mlp_only_layers",
-    # Unused where every layer is a mixture of experts.
-    "_name_or_path",
 }
 NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 WINDOWS, WINDOW_TOKENS = 4, 256

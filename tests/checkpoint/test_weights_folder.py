@@ -44,6 +44,7 @@ def weights_of(recipe: Recipe) -> dict[str, torch.Tensor]:
         NATIVE,
         ("model.tie_word_embeddings=true", "model.moe.bias_balancing={}"),
         ("model.layer_pattern.kind=all_dense", "model.intermediate_size=48"),
+        ("model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}",),
         ("model.feed_forward.bias=true", "model.moe.num_shared_experts=1", "model.embedding_size=16"),
     ],
 )

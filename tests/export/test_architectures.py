@@ -43,6 +43,7 @@ MINIS = {
     "p828_60m_mini": None,
     "p828_800m_mini": None,
     "p828_800m_as_written_mini": None,
+    "peer_mla_16b_mini": None,
     "qwen3_30b_a3b_mini": "qwen3_moe",
 }
 # name: (recipe, overrides, target)
@@ -257,6 +258,7 @@ def test_auto_tokenizer_gives_the_same_ids_and_knows_the_end_of_document(tmp_pat
         ("debug", ["model.norm_position=post"], "qwen3_moe", "model.norm_position is post"),
         ("debug", ["model.final_norm=false"], "qwen3_moe", "model.final_norm is false"),
         ("debug", ["model.head_bias=true"], "qwen3_moe", "head_bias"),
+        ("debug", ["model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"], "qwen3_moe", "model.moe.kind is peer"),
         ("debug", ["model.moe.router.kind=noisy_topk"], "qwen3_moe", "model.moe.router.kind is noisy_topk"),
         ("debug", ["model.moe.router.temperature=2"], "qwen3_moe", "temperature"),
         ("debug", ["model.moe.router.bias=true"], "qwen3_moe", "model.moe.router.bias is true"),

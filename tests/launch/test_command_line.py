@@ -49,6 +49,8 @@ def test_more_tokens_continue_a_finished_run(
 
 def test_fresh_deletes_a_run_only_with_overwrite(tiny: Tiny, finished: Path, reference: Path, in_process: None) -> None:
     (finished / "notes.txt").write_text("mine")
+    (finished / "usage").mkdir()
+    (finished / "usage" / "step_000005.npz").touch()
     before = contents(finished)
     with pytest.raises(ConfigError, match="--fresh would delete a run .*step_5.* add --overwrite") as refused:
         main([*tiny.arguments(finished), "--fresh"])
@@ -56,7 +58,7 @@ def test_fresh_deletes_a_run_only_with_overwrite(tiny: Tiny, finished: Path, ref
     assert before.items() <= contents(finished).items()
     assert main([*tiny.arguments(finished), "--fresh", "--overwrite"]) == 0
     assert curve(finished) == curve(reference)
-    assert (finished / "notes.txt").read_text() == "mine"
+    assert (finished / "notes.txt").read_text() == "mine" and not (finished / "usage").exists()
     assert contents(finished)["checkpoints/step_5/manifest.json"] != before["checkpoints/step_5/manifest.json"]
 
 

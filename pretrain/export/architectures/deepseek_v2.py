@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import MultiHeadLatentAttention
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import EXPERTS, TRUNK, LlamaLike, absent_shared_experts, shared_links
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, RotaryRows, expand
@@ -60,7 +61,7 @@ class LatentDecoder(LlamaLike):
         ]
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         shared = shared_links(model, THEIR_SHARED) if model.moe.num_shared_experts else absent_shared_experts(model, THEIR_SHARED)
         return [*super().moe_links(model), *shared]
 
@@ -95,14 +96,14 @@ class DeepseekV2(LatentDecoder):
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         reasons = super().further_reasons(model)
-        if model.moe is not None and model.moe.router.groups is not None and model.moe.router.groups.score != "max":
+        if isinstance(model.moe, RoutedMoE) and model.moe.router.groups is not None and model.moe.router.groups.score != "max":
             reasons.append("model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their best expert")
         if model.hidden_size % model.attention.num_attention_heads:
             reasons.append("model.hidden_size is no multiple of the heads, as deepseek_v2 asks for")
         return reasons
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         groups = model.moe.router.groups
         return {
             **super().config(model, eod_id),
@@ -130,7 +131,7 @@ def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
 def prefix_config(model: ModelConfig) -> dict[str, Any]:
     """The fields about experts that all of DeepSeek's configs share."""
     moe = model.moe
-    assert moe is not None
+    assert isinstance(moe, RoutedMoE)
     return {
         "first_k_dense_replace": model.num_hidden_layers - len(model.moe_layers),
         "n_routed_experts": moe.num_experts,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.deepseek_v2 import (
     LATENT,
     SHARED_EXPERTS,
@@ -50,7 +51,7 @@ class DeepseekV3(LatentDecoder):
 
 def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
     reasons = shared_width_reasons(model, name)
-    if model.moe is None:
+    if not isinstance(model.moe, RoutedMoE):
         return reasons
     groups = model.moe.router.groups
     if groups is not None and groups.score != "top2_sum":
@@ -61,7 +62,7 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
 
 
 def bias_links(model: ModelConfig) -> Links:
-    assert model.moe is not None
+    assert isinstance(model.moe, RoutedMoE)
     if model.moe.bias_balancing is None:
         return [Zeros(THEIR_BIAS.format(layer=layer), (model.moe.num_experts,), exact=True) for layer in model.moe_layers]
     return [*expand({balance_bias_name(model): THEIR_BIAS}, model.moe_layers, exact=True)]
@@ -69,13 +70,13 @@ def bias_links(model: ModelConfig) -> Links:
 
 def sigmoid_links(model: ModelConfig) -> Links:
     """Shared experts and balancing biases."""
-    assert model.moe is not None
+    assert isinstance(model.moe, RoutedMoE)
     shared = shared_links(model, THEIR_SHARED) if model.moe.num_shared_experts else absent_shared_experts(model, THEIR_SHARED)
     return [*shared, *bias_links(model)]
 
 
 def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
-    assert model.moe is not None
+    assert isinstance(model.moe, RoutedMoE)
     groups = model.moe.router.groups
     return {
         **prefix_config(model),

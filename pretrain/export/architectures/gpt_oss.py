@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import Clamped, ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, expert_names, router_name
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, expand, stacked
@@ -39,7 +40,7 @@ class GptOss(LlamaLike):
         return [*super().attention_links(model), *expand(sinks, range(model.num_hidden_layers))]
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         where = (model.moe_layers, model.moe.num_experts)
         gate, up, down = expert_names(model)
         gate_bias, up_bias, down_bias = expert_names(model, "bias")
@@ -57,7 +58,7 @@ class GptOss(LlamaLike):
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         attention, moe, form = model.attention, model.moe, model.feed_forward
-        assert isinstance(attention, GroupedQueryAttention) and moe is not None and isinstance(form, Clamped)
+        assert isinstance(attention, GroupedQueryAttention) and isinstance(moe, RoutedMoE) and isinstance(form, Clamped)
         windows = [attention.window(layer) for layer in range(model.num_hidden_layers)]
         return {
             **super().config(model, eod_id),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig, RotaryBase, Yarn
-from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
 from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.name_map import Link, Links, Zeros, expand
 
@@ -122,7 +122,7 @@ class LlamaLike:
 
     def moe_links(self, model: ModelConfig) -> Links:
         """Router and routed experts."""
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         theirs = f"model.layers.{{layer}}.{self.moe}."
         names = [f"{theirs}experts.{{expert}}.{name}.weight" for name in self.expert]
         templates = {router_name(model) + ".weight": f"{theirs}gate.weight", **dict(zip(expert_names(model), names, strict=True))}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
 from pretrain.export.features import ANY, Takes
 
@@ -18,7 +19,7 @@ class Mixtral(LlamaLike):
     takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "moe.router.norm_topk_prob": (True,), "attention.sliding_window": ANY}
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         return {
             **super().config(model, eod_id),
             "intermediate_size": model.moe.moe_intermediate_size,

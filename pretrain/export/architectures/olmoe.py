@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
 from pretrain.export.architectures.qwen3_moe import qwen_experts
 from pretrain.export.features import Takes
@@ -25,7 +26,7 @@ class Olmoe(LlamaLike):
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert model.moe is not None and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
         fields = super().config(model, eod_id)
         del fields["head_dim"]
         return {

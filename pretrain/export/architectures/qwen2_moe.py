@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SHARED,
@@ -42,7 +43,7 @@ class Qwen2Moe(LlamaLike):
     }
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         gates: Links = [Zeros(THEIR_SHARED.format(layer=layer) + "_gate.weight", (1, model.hidden_size)) for layer in model.moe_layers]
         if not model.moe.num_shared_experts:
             return [*super().moe_links(model), *absent_shared_experts(model, THEIR_SHARED), *gates]
@@ -52,7 +53,7 @@ class Qwen2Moe(LlamaLike):
         return [*super().moe_links(model), *shared, *gates]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert model.moe is not None and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
         return {
             **super().config(model, eod_id),
             "qkv_bias": model.attention.bias == "qkv",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, sparse_layers
 from pretrain.export.features import Takes
 
@@ -18,7 +19,7 @@ class Qwen3Moe(LlamaLike):
     takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "attention.qk_norm": ("head",), "attention.bias": ("none", "all")}
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert model.moe is not None and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
         return {
             **super().config(model, eod_id),
             "attention_bias": model.attention.bias == "all",

@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""What PEER and latent attention cost and gain on a small machine, in three tables.
+
+1. Feed-forwards of equal FLOPs a token in the quickstart's model, each trained on its corpus with three seeds: dense, dropless experts, PEER.
+2. A step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory of the process.
+3. Latent attention against grouped-query attention, as 1., and what each keeps and how fast it decodes.
+
+Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of its own with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pretrain.config.load import load_recipe
+from pretrain.model.decoder import DecoderLM
+from pretrain.model.init import initialize
+from pretrain.model.sizes import cache_bytes, model_size
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (1, 2, 3)
+# 786,432 weights a token: 3 x 256 x 1024; 2 experts of 3 x 256 x 512; PEER's queries, sub-keys of 8 heads and 128 experts of 4 (0.5% less).
+FEED_FORWARDS = {
+    "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"],
+    "dropless": [],
+    "peer": ["model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"],
+}
+# 196,608 weights a layer against 180,224.
+ATTENTIONS = {
+    "gqa": [],
+    "mla": [
+        "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}",
+    ],
+}
+TRAINING = [
+    "parallel.ep_size=1", "train.precision=fp32", "train.micro_batch_size=8", "schedule.warmup_steps=10", "logging.interval_steps=5",
+    "logging.tensorboard=false", "checkpoint.interval_steps=1000000", "validation.interval_steps=1000000",
+]  # fmt: skip
+EXPERTS = {"4,096": [64, 64], "65,536": [256, 256], "1,048,576": [1024, 1024]}
+
+
+def train(name: str, overrides: list[str], seed: int, tokens: int, folder: Path) -> dict[str, float]:
+    """One training in a process of its own: validation loss, median tokens a second, largest resident memory."""
+    run = folder / f"{name}-{seed}"
+    settings = [*TRAINING, *overrides, f"seed={seed}", f"train.train_tokens={tokens}", f"run_path={run}", f"data.path={ROOT / 'data/quickstart'}"]
+    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "quickstart", "--json", "-"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed: {errors[-2000:]}")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"][1:]
+    summary = json.loads((run / "summary.json").read_text())
+    shutil.rmtree(run)
+    return {"loss": summary["validation_loss_in_training"], "tokens_per_second": median(speeds), "peak_rss_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[str, Any]:
+    """All variants with one seed, then with the next: a change of the machine's speed meets all."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for seed in tqdm(SEEDS, desc=" ".join(variants), unit="seed"):
+        for name, overrides in variants.items():
+            runs[name].append(train(name, overrides, seed, tokens, folder))
+    found = {}
+    for name, overrides in variants.items():
+        recipe = load_recipe("quickstart", [*overrides, "model.vocab_size=4096"])
+        size = model_size(recipe.model, recipe.train.sequence_length)
+        losses = [run["loss"] for run in runs[name]]
+        found[name] = {
+            "parameters": size.parameters_total,
+            "flops_per_token": size.flops_per_token,
+            "losses": losses,
+            "loss_mean": mean(losses),
+            "loss_spread": stdev(losses),
+            "tokens_per_second": median(run["tokens_per_second"] for run in runs[name]),
+            "peak_rss_gb": max(run["peak_rss_gb"] for run in runs[name]),
+        }
+    return found
+
+
+def step_times(steps: int) -> dict[str, Any]:
+    """One process a size: this file with --experts."""
+    found = {}
+    for name, sizes in tqdm(EXPERTS.items(), desc="numbers of experts", unit="size"):
+        command = [sys.executable, __file__, "--experts", json.dumps(sizes), "--steps", str(steps)]
+        output = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True).stdout
+        found[name] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
+    """A dense layer and one of PEER, 512 random tokens a step, ZeRO 0, AdamW."""
+    from data_pipeline.loader import Batch
+    from pretrain.config.rules import check_topology
+    from pretrain.engine.ds_config import resolve_ds_config
+    from pretrain.engine.engine import Engine
+    from pretrain.engine.topology import connect, disconnect
+
+    recipe = load_recipe("debug", [
+        "logging.tensorboard=false", "model.vocab_size=4096", "model.hidden_size=768", "model.intermediate_size=3072",
+        "model.attention={kind: gqa, num_attention_heads: 12, num_key_value_heads: 12, head_dim: 64}", "model.feed_forward={kind: gelu}",
+        "model.layer_pattern={kind: first_k_dense, k: 1}", "train.sequence_length=256", "train.global_batch_size=2",
+        f"model.moe={{kind: peer, product_key_sizes: {sizes}, query_dim: 256, num_heads: 8, top_k: 16}}",
+    ])  # fmt: skip
+    topology = connect(1)
+    ds_config = resolve_ds_config({"zero_optimization": {"stage": 0}}, "this benchmark", recipe, "fp32", check_topology(recipe, 1, 0), 1)
+    engine = Engine(recipe, ds_config, "fp32", topology)
+    held = psutil.Process().memory_info().rss
+    times = []
+    for step in range(steps + 2):
+        tokens = torch.randint(0, 4096, (2, 257), generator=torch.Generator().manual_seed(step))
+        started = time.perf_counter()
+        engine.train_step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)], 1.0)
+        times.append(time.perf_counter() - started)
+    assert engine.rows is not None
+    used = max(int((state.steps > 0).sum()) for state in engine.rows.states.values())
+    rss = psutil.Process().memory_info().rss
+    disconnect()
+    return {"step_seconds": median(times[2:]), "rss_built_gb": held / 1e9, "rss_after_gb": rss / 1e9, "experts_used": used}
+
+
+def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, Any]:
+    """Greedy tokens a second of one sequence behind a prompt, random weights, one thread; and the cache's bytes a token in fp32."""
+    torch.set_num_threads(1)
+    models = {}
+    for name, overrides in variants.items():
+        config = load_recipe("quickstart", [*overrides, "model.vocab_size=4096"]).model
+        models[name] = DecoderLM(config).eval()
+        initialize(models[name], 1)
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for _ in range(5):
+            for name, model in models.items():
+                cache = model.new_cache(1, behind + new, "cpu", torch.float32)
+                token = model.logits(torch.randint(0, 4096, (1, behind)), cache=cache)[:, -1:].argmax(-1)
+                started = time.perf_counter()
+                for _ in range(new):
+                    token = model.logits(token, cache=cache).argmax(-1)
+                speeds[name].append(new / (time.perf_counter() - started))
+    return {
+        name: {"cache_bytes_a_token": cache_bytes(model.config, 1, 4), "tokens_per_second": median(speeds[name])} for name, model in models.items()
+    }
+
+
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    table = Table("", *(key for key in next(iter(rows.values())) if key != "losses"), title=title)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for key, value in row.items() if key != "losses"))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=204_800, help="of each training (default: 204800, 100 steps)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps for each number of experts (default: 8)")
+    parser.add_argument("--experts", metavar="SIZES", help=argparse.SUPPRESS)
+    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "peer_and_mla.json"), metavar="PATH", dest="json_path")
+    options = parser.parse_args()
+    if options.experts:
+        print(json.dumps(time_steps(json.loads(options.experts), options.steps)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        results = {
+            "date": date.today().isoformat(),
+            "hardware": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process",
+            "tokens": options.tokens,
+            "feed_forwards": compare(FEED_FORWARDS, options.tokens, Path(folder)),
+            "attentions": compare(ATTENTIONS, options.tokens, Path(folder)),
+            "numbers_of_experts": step_times(options.steps),
+            "decoding_behind_2048_tokens": decoding(ATTENTIONS, 2048 - 64, 64),
+        }
+    for name in ("feed_forwards", "attentions", "numbers_of_experts", "decoding_behind_2048_tokens"):
+        show(name.replace("_", " "), results[name])
+    Path(options.json_path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

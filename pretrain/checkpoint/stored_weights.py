@@ -1,0 +1,35 @@
+"""The weights of a checkpoint as a mapping that reads a tensor when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from pretrain.checkpoint.weights import open_weights
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """All weights of a checkpoint, the experts of all ranks joined: the state of the ep_size 1 model.
+
+    Attributes:
+        folder: where they lie.
+        shapes: of every tensor, by name; known without reading one.
+
+    Raises:
+        CheckpointError: where a file is missing or cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._reader = folder, open_weights(folder)
+        self.shapes = {name: self._reader.form(name).shape for name in self._reader.names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

@@ -1,0 +1,93 @@
+"""MoE layers put together from dense feed-forwards: the routed experts are given, everything around them is made here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.expert_weights import DOWN, Expert, routed_moe, router_names, write_experts
+from pretrain.checkpoint.weights_folder import tensor_shapes
+from pretrain.config.load import apply_override, validate_recipe
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RouterStart:
+    """What a new router's rows are.
+
+    Attributes:
+        std: of the normal distribution they are drawn from; 0 makes them zero.
+        group: neighbouring experts that get the same row, so that a token chooses all of them or none.
+        seed: of everything that is drawn.
+    """
+
+    std: float
+    group: int = 1
+    seed: int = 0
+
+
+def random_normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
+    """N(0, 1) from the stream of its own that ``name`` has."""
+    return torch.empty(*shape).normal_(generator=random_stream(seed, name))
+
+
+def random_stream(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object) -> Recipe:
+    """A recipe for what was made of the weights of ``recipe``: other sections of its model, then ``overrides`` (``a.b=c``) applied.
+
+    Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where they are.
+
+    Raises:
+        ConfigError: for an override that is wrong, or sections that contradict each other.
+    """
+    content = recipe.model_dump(mode="json")
+    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None}
+    content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
+    content["model"] |= model
+    for override in overrides:
+        apply_override(content, override)
+    return validate_recipe(content, "the new recipe")
+
+
+def moe_recipe(dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
+    """:func:`derived_recipe` with every feed-forward a mixture of experts."""
+    return derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+
+
+def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one MoE layer.
+
+    Shared experts start with an output of zero. Router biases, noise and balancing biases start at zero, and the coefficient of a residual
+    expert where both sides weigh the same.
+
+    Args:
+        experts: the routed ones, all of them.
+        residual: the dense expert beside the routed ones, where the model has one (PR-MoE).
+        prefix: of the layer's feed-forward, such as ``layers.3.feed_forward``.
+    """
+    routed = write_experts(experts, prefix, model)
+    yield from routed.items()
+    dense, _ = tensor_shapes(model)
+    router_matrix = router_names(prefix, routed_moe(model))[0]
+    for name, shape in dense.items():
+        if not name.startswith(f"{prefix}.") or name in routed:
+            continue
+        below = name.removeprefix(f"{prefix}.")
+        if below.startswith("mlp."):
+            yield name, residual[below.removeprefix("mlp.")]
+        elif name == router_matrix:
+            rows = random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
+            yield name, rows.repeat_interleave(router.group, dim=0)
+        elif below.startswith("shared.feed_forward") and name.endswith(".weight") and DOWN not in name:
+            yield name, random_normal(shape, router.seed, name) * model.initializer_range
+        else:
+            yield name, torch.zeros(shape)

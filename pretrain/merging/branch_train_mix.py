@@ -1,0 +1,48 @@
+"""Branch-Train-MiX (Sukhbaatar et al. 2024): several dense models of one origin become one mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes, routed_moe
+from pretrain.checkpoint.initial_weights import check_same_kinds
+from pretrain.checkpoint.layout import read_recipe
+from pretrain.checkpoint.stored_weights import StoredWeights
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.model_schema import ModelConfig
+from pretrain.merging.assembly import RouterStart, moe_layer
+from pretrain.merging.blend import blended, check_same_tensors, uniform_rates
+
+
+def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None:
+    """Raises where the models are not dense ones of one form, or do not fit the new recipe."""
+    first = read_recipe(stores[0].folder).model
+    for store in stores:
+        model = read_recipe(store.folder).model
+        if model.routed_layers:
+            raise CheckpointError(f"layer {model.routed_layers[0]} of {store.folder} is a mixture of experts already: give dense models")
+        check_same_kinds(first, model, str(store.folder))
+    check_same_tensors(stores)
+    moe = routed_moe(target)
+    if moe.num_experts % len(stores):
+        raise ConfigError(f"{len(stores)} models cannot share {moe.num_experts} experts evenly: change model.moe.num_experts")
+    if moe.moe_intermediate_size != first.intermediate_size:
+        raise ConfigError(
+            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) must be the models' intermediate_size ({first.intermediate_size})"
+        )
+
+
+def mixed_tensors(stores: Sequence[StoredWeights], target: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the mixture: expert e of a layer is the feed-forward of model e % n; everything else is averaged, routers are new."""
+    check_branches(stores, target)
+    rates, taken = uniform_rates(len(stores)), set()
+    for prefix in moe_prefixes(target):
+        names = feed_forward_names(target)
+        taken |= {f"{prefix}.{name}" for name in names}
+        branches = [{name: store[f"{prefix}.{name}"] for name in names} for store in stores]
+        experts = [branches[expert % len(branches)] for expert in range(routed_moe(target).num_experts)]
+        residual = {name: blended(branches, rates, name) for name in names}
+        yield from moe_layer(experts, residual, prefix, target, router)
+    yield from ((name, blended(stores, rates, name)) for name in stores[0] if name not in taken)

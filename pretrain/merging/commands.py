@@ -1,0 +1,151 @@
+"""What ``tools/merge_checkpoints.py`` does, one function a job; each returns what the command prints and writes as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.corpora import data_folders
+from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, routed_moe, weight_similarity
+from pretrain.checkpoint.initial_weights import check_same_kinds
+from pretrain.checkpoint.layout import RECIPE, TOKENIZER, complete_checkpoints, read_recipe, read_state
+from pretrain.checkpoint.stored_weights import StoredWeights
+from pretrain.checkpoint.weights_folder import write_weights_folder
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.schema import Recipe
+from pretrain.evaluation.checkpoint import whole_checkpoint
+from pretrain.export.writer import RECORD, copy_file, published_folder, write_json_file
+from pretrain.merging.assembly import RouterStart, derived_recipe, moe_recipe
+from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, weighted_rates
+from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
+from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
+from pretrain.merging.publish import Scoring, checked_folder
+from pretrain.merging.shards import join_shards
+from pretrain.merging.usage import answers, measure
+
+Result = dict[str, Any]
+
+
+def chosen_checkpoints(given: Sequence[str] | None, run: Path | None, last: int | None) -> list[Path]:
+    """The checkpoints that a command was given, or those of a run, oldest first; each is whole.
+
+    Raises:
+        ConfigError: where both or neither are given, or the run has fewer than asked for.
+        CheckpointError: where one is missing or damaged, or has another tokenizer than the first.
+    """
+    if (given is None) == (run is None):
+        raise ConfigError("give either --checkpoints or --run")
+    if last is not None and (run is None or last < 1):
+        raise ConfigError("--last takes a number from 1 up and belongs to --run")
+    if run is not None:
+        found = complete_checkpoints(run / "checkpoints" if (run / "checkpoints").is_dir() else run)
+        if len(found) < (last or 1):
+            raise ConfigError(f"{run} has {len(found)} complete checkpoints: train with a larger checkpoint.keep_last, or lower --last")
+        given = [str(folder) for folder in reversed(found[:last])]
+    folders = [whole_checkpoint(path) for path in given or []]
+    tokenizers = [read_state(folder).get("tokenizer_sha256") for folder in folders]
+    for folder, tokenizer in zip(folders, tokenizers, strict=True):
+        if tokenizer != tokenizers[0]:
+            raise CheckpointError(f"{folder} has another tokenizer than {folders[0]}: give checkpoints of one tokenizer")
+    return folders
+
+
+def rates_of(count: int, weights: Sequence[float] | None, decay: float | None) -> list[float]:
+    """Rates for :func:`blend`: of the weights or of the decay, where one is given.
+
+    Raises:
+        ConfigError: where there are not as many weights as checkpoints, or they cannot be.
+    """
+    if weights is not None and len(weights) != count:
+        raise ConfigError(f"there are {count} checkpoints and {len(weights)} weights: give one for each")
+    if weights is not None:
+        return weighted_rates(weights)
+    return uniform_rates(count) if decay is None else decay_rates(count, decay)
+
+
+def blend(folders: Sequence[Path], output: Path, suffix: str, rates: Sequence[float], scoring: Scoring | None) -> Result:
+    """A weighted mean of checkpoints of one model; the recipe is the last one's."""
+    recipes = [read_recipe(folder) for folder in folders]
+    for folder, recipe in zip(folders, recipes, strict=True):
+        check_same_kinds(recipes[0].model, recipe.model, str(folder))
+    stores = [StoredWeights(folder) for folder in folders]
+    return _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+
+
+def mix(
+    folders: Sequence[Path], output: Path, top_k: int, router_std: float | None, seed: int, overrides: Sequence[str], scoring: Scoring | None
+) -> Result:
+    """Dense models of one form as one mixture; the recipe is the first one's, with as many experts as there are models."""
+    if len(folders) < 2:
+        raise ConfigError("one model makes no mixture: give several --checkpoints, or use tools/upcycle.py")
+    dense, stores = read_recipe(folders[0]), [StoredWeights(folder) for folder in folders]
+    moe = {"num_experts": len(folders), "top_k": top_k, "moe_intermediate_size": dense.model.intermediate_size or 1}
+    recipe = moe_recipe(dense, "-mixed", moe, overrides)
+    check_branches(stores, recipe.model)
+    std = dense.model.initializer_range if router_std is None else router_std
+    return _publish(folders, output, recipe, mixed_tensors(stores, recipe.model, RouterStart(std, seed=seed)), scoring)
+
+
+def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | None, overrides: Sequence[str], scoring: Scoring) -> Result:
+    """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most alike as one."""
+    folder = whole_checkpoint(checkpoint)
+    before, stored = read_recipe(folder), StoredWeights(folder)
+    moe = routed_moe(before.model)
+    suffix = "-pruned" if similarity is None else "-folded"
+    smaller = moe.model_dump(mode="json") | {"num_experts": keep}
+    usage_LE, inputs = measure(folder, scoring, keep_inputs=similarity == "outputs")
+    clusters: list[Clusters] = []
+    for index, prefix in enumerate(moe_prefixes(before.model)):
+        if similarity is None:
+            clusters.append(pruned(usage_LE[index], keep, moe))
+            continue
+        experts = read_experts(stored, prefix, before.model)
+        alike = weight_similarity(experts) if similarity == "weights" else cosines(list(answers(experts, before.model, inputs[index])))
+        clusters.append(folded(alike, keep, moe))
+    after = derived_recipe(before, suffix, overrides, moe=smaller)
+    result = _publish([folder], output, after, regrouped_tensors(stored, before.model, after.model, clusters, usage_LE), scoring)
+    shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
+    rows = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
+    return result | {"layers": [{"layer": layer, "experts": chosen, "usage": usage} for layer, chosen, usage in rows]}
+
+
+def shards(checkpoint: str, output: Path, dtype: str, max_shard_size: str | None) -> Result:
+    """Plain safetensors with all experts joined, beside recipe and tokenizer."""
+    folder = whole_checkpoint(checkpoint)
+    stored = StoredWeights(folder)
+    with published_folder(output, overwrite=False) as temporary:
+        try:
+            files, size = join_shards(stored, temporary, getattr(torch, dtype), max_shard_size)
+        except ValueError as error:
+            raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from None
+        for name in (RECIPE, TOKENIZER):
+            copy_file(folder / name, temporary / name)
+        result = {"step": read_state(folder)["step"], "dtype": dtype, "tensors": len(stored), "bytes": size, "files": files}
+        write_json_file(temporary / RECORD, {"target": "safetensors"} | result)
+    return {"checkpoint": str(folder), "output": str(output)} | result
+
+
+def _publish(folders: Sequence[Path], output: Path, recipe: Recipe, tensors: Iterable[tuple[str, Tensor]], scoring: Scoring | None) -> Result:
+    """Scores the models that came, writes the new one, scores it, and lets it appear."""
+    if scoring is not None and scoring.data is None:
+        _check_same_data(folders)
+    with checked_folder(output) as unchecked:
+        before = {str(folder): scoring.loss(folder) for folder in folders} if scoring is not None else {}
+        write_weights_folder(unchecked, recipe, tensors, folders[-1] / TOKENIZER, max(read_state(folder)["step"] for folder in folders))
+        after = scoring.loss(unchecked) if scoring is not None else None
+        written = StoredWeights(unchecked)
+        sizes = [4 * torch.Size(shape).numel() for shape in written.shapes.values()]
+    losses = {} if scoring is None else {"losses_before": before, "loss_after": after}
+    return {"checkpoints": [str(folder) for folder in folders], "output": str(output), "tensors": len(sizes), "bytes": sum(sizes)} | losses
+
+
+def _check_same_data(folders: Sequence[Path]) -> None:
+    """Losses on different texts say nothing beside each other."""
+    data = {folder: data_folders(read_recipe(folder)) for folder in folders}
+    for folder in folders:
+        if data[folder] != data[folders[0]]:
+            raise ConfigError(f"{folder} and {folders[0]} were trained on different data: say with --data what to score them on, or give --no-score")

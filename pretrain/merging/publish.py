@@ -1,0 +1,61 @@
+"""A merged model appears under its name only after it was scored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.split import SplitName
+from pretrain.config.durable import fsync_path
+from pretrain.config.errors import ConfigError
+from pretrain.evaluation.heldout import score_checkpoint
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which held-out windows are scored, and where; ``data`` is the checkpoint's own by default."""
+
+    data: str | None
+    split: SplitName
+    max_windows: int
+    device: torch.device
+
+    def loss(self, checkpoint: Path) -> float:
+        """Nats per token.
+
+        Raises:
+            DataError: where the data are missing, or do not belong to the checkpoint.
+            CheckpointError: where the checkpoint is damaged.
+        """
+        return score_checkpoint(checkpoint, self.data, self.split, self.device, None, self.max_windows, with_bigram=False).loss
+
+
+def check_empty(output: Path) -> None:
+    """Raises :class:`ConfigError` where ``output`` holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is not empty: choose another --output")
+
+
+@contextmanager
+def checked_folder(output: Path) -> Iterator[Path]:
+    """A path beside ``output`` to write a folder at; it takes the name ``output`` when the block ends, and is removed when the block fails.
+
+    Raises:
+        ConfigError: where ``output`` holds something.
+    """
+    output = output.resolve()
+    check_empty(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unchecked = output.parent / f".{output.name}.unchecked-{os.getpid()}"
+    try:
+        yield unchecked
+        os.replace(unchecked, output)
+        fsync_path(output.parent)
+    finally:
+        shutil.rmtree(unchecked, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""Sparse upcycling: a dense model's feed-forwards become experts, and the mixture computes what the dense model did.
+
+Whole copies (Komatsuzaki et al. 2022, "Sparse upcycling") or, with a granularity g, copies of each of g shards of the feed-forward's hidden
+numbers (He et al. 2024, "Upcycling large language models into mixture of experts", section 3.2). There expert e holds shard e % g, and the g
+experts of a virtual group have the same router row: a token chooses whole groups, in which each shard is there once.
+
+Where the weights w of a token's experts add up to s, and each shard is among them as often as every other, sum w_i f_i(x) is s / g times
+what the dense feed-forward answers, but for its output bias, which comes s times. So the last matrix is multiplied by g / s and that bias by
+1 / s. s has to be the same number for every token: :func:`weight_sum` says when it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.expert_weights import DOWN, GATE, UP, Expert, feed_forward_names, moe_prefixes, routed_moe
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
+from pretrain.merging.assembly import RouterStart, moe_layer, random_normal, random_stream
+from pretrain.model.routers import NoisyTopK, SoftmaxTopK
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a dense model becomes a mixture.
+
+    Attributes:
+        granularity: shards that a feed-forward is split into; 1 copies it whole.
+        router_std: standard deviation of the router's matrix; 0 makes it zero, so that all experts score the same.
+        noise_std: normal noise on every matrix of every expert, as a share of the matrix' own standard deviation.
+        reinit_share: share of each expert's hidden numbers whose rows and columns are drawn anew, with mean and standard deviation of the matrix
+            they stand in (Nakamura et al. 2025, "Drop-upcycling").
+        seed: of router, noise and drawing.
+    """
+
+    granularity: int = 1
+    router_std: float = 0.02
+    noise_std: float = 0.0
+    reinit_share: float = 0.0
+    seed: int = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the mixture is meant to compute what the dense model does."""
+        return self.noise_std == 0 and self.reinit_share == 0
+
+
+def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
+    """What the weights of a token's experts add up to, whatever the token.
+
+    Raises:
+        ConfigError: where it depends on the token, or where not every chosen shard is computed equally often, with the reason.
+    """
+    router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
+    if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens:
+        raise ConfigError(
+            "a full expert would drop tokens that the dense feed-forward computes: "
+            "upcycle with --set model.moe.drop_tokens=false; the training that follows may set it otherwise"
+        )
+    all_chosen = isinstance(router, SoftmaxTopK | NoisyTopK) and moe.top_k == moe.num_experts
+    if not (router.norm_topk_prob or even or all_chosen):
+        raise ConfigError(
+            "the weights of a token's experts add up to another number for each token, because model.moe.router.norm_topk_prob is false: "
+            "set it to true, or take --router zero, with which they are all alike"
+        )
+    if options.granularity > 1:
+        _check_whole_groups(moe, options)
+    if all_chosen:
+        return router.routed_scaling_factor
+    scores_1K = router.scores(torch.zeros(1, moe.num_experts))[:, : moe.top_k]
+    return float(router.weights(scores_1K.double()).sum())
+
+
+def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
+    """A token must choose every shard equally often."""
+    g, reason = options.granularity, ""
+    if moe.num_experts % g or moe.top_k % g:
+        raise ConfigError(f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of --granularity ({g}): change one of them")
+    if isinstance(moe, DeepSpeedMoE) and moe.use_residual:
+        reason = "the residual expert has room for one shard only (model.moe.use_residual)"
+    elif moe.top_k == moe.num_experts:
+        return
+    elif options.router_std == 0:
+        reason = "--router zero scores all experts the same, and a token would choose any of them"
+    elif moe.router.learned_noise:
+        reason = "the router's noise scores the shards of a group differently"
+    elif moe.router.groups is not None:
+        reason = "model.moe.router.groups may divide a group of shards"
+    elif isinstance(moe, DeepSpeedMoE) and (moe.top2_2nd_expert_sampling or moe.noisy_gate_policy == "RSample"):
+        reason = "DeepSpeed's gate draws experts at random"
+    if reason:
+        raise ConfigError(f"--granularity {g} needs a token to choose all {g} shards of a feed-forward together, but {reason}: leave one out")
+
+
+def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> None:
+    """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
+    if dense.routed_layers:
+        raise CheckpointError(f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model")
+    moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
+    if moe.moe_intermediate_size * g != width:
+        raise ConfigError(
+            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) times --granularity ({g}) must be the dense model's "
+            f"intermediate_size ({width}): change one of them"
+        )
+
+
+def upcycled_tensors(stored: Mapping[str, Tensor], target: ModelConfig, options: Upcycling) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the mixture, made from those of the dense model a layer at a time.
+
+    Raises:
+        ConfigError: as :func:`weight_sum`.
+    """
+    moe = routed_moe(target)
+    share, router = weight_sum(moe, options), RouterStart(options.router_std, options.granularity, options.seed)
+    sparse, taken = moe_prefixes(target), set()
+    for prefix in sparse:
+        dense = {name: stored[f"{prefix}.{name}"] for name in feed_forward_names(target)}
+        taken |= {f"{prefix}.{name}" for name in dense}
+        shards = split(dense, options.granularity, share)
+        experts = [_varied(shards[e % len(shards)], target, options, f"{prefix}.{e}") for e in range(moe.num_experts)]
+        yield from moe_layer(experts, dense, prefix, target, router)
+    yield from ((name, stored[name]) for name in stored if name not in taken)
+
+
+def split(dense: Expert, granularity: int, share: float) -> list[Expert]:
+    """The shards of a feed-forward: neighbouring hidden numbers each, scaled so that experts whose weights add up to ``share`` give its answer."""
+    shards: list[Expert] = [{} for _ in range(granularity)]
+    for name, tensor in dense.items():
+        if name == f"{DOWN}.bias":
+            parts = [tensor / share] * granularity
+        elif name.startswith(DOWN):
+            parts = [part * (granularity / share) for part in tensor.chunk(granularity, dim=1)]
+        else:
+            parts = list(tensor.chunk(granularity))
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part
+    return shards
+
+
+def _varied(shard: Expert, model: ModelConfig, options: Upcycling, name: str) -> Expert:
+    """A copy that is not like the others, where the options ask for it; biases stay as they are."""
+    if options.is_exact:
+        return shard
+    expert = dict(shard)
+    if options.noise_std:
+        for key, matrix in shard.items():
+            if matrix.dim() == 2:
+                expert[key] = matrix + options.noise_std * matrix.std() * random_normal(matrix.shape, options.seed, f"{name}.{key}.noise")
+    if options.reinit_share:
+        width, expansion = shard[f"{DOWN}.weight"].shape[1], model.feed_forward.implementing_class().expansion
+        order = torch.randperm(width, generator=random_stream(options.seed, f"{name}.units"))
+        units = order[: round(options.reinit_share * width)]
+        rows = (units[:, None] * expansion + torch.arange(expansion)).flatten()
+        for key, indices, dimension in ((f"{GATE}.weight", rows, 0), (f"{UP}.weight", rows, 0), (f"{DOWN}.weight", units, 1)):
+            if key in shard:
+                shape = list(shard[key].shape)
+                shape[dimension] = len(indices)
+                drawn = random_normal(shape, options.seed, f"{name}.{key}.drawn") * shard[key].std() + shard[key].mean()
+                expert[key] = expert[key].index_copy(dimension, indices, drawn)
+    return expert
