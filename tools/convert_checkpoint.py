@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Converts a checkpoint: to a folder that Hugging Face transformers opens, or to plain safetensors with all experts joined."""
+"""Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF, and others to ours.
+
+Exit codes: 0 converted; 2 usage, or no architecture computes what the model computes; 3 the data for comparing logits; 4 a damaged checkpoint,
+or numbers that differ; 5 disk full. Nothing stands under --output unless the code is 0.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +16,100 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import run_command
+from pretrain.config.errors import ConfigError, run_command
 from pretrain.evaluation.checkpoint import load_matching_corpora, whole_checkpoint
-from pretrain.export.convert import Conversion, export_hf, export_safetensors
+from pretrain.export.convert import Conversion, export_hf, export_safetensors, export_universal
+from pretrain.export.deepspeed_moe import import_deepspeed
+from pretrain.export.gguf import export_gguf
+from pretrain.export.import_hf import import_hf
 from pretrain.export.parity import TOLERANCE
+from pretrain.export.targets import AUTO, target_names
+from pretrain.export.writer import parse_bytes
 
 EXAMPLES = """\
   python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest --to hf --output exports/quickstart
-  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --to safetensors --dtype bfloat16 --output exports/plain"""
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --to hf --target qwen3_moe --dtype bfloat16 --output exports/q3
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --to safetensors --max-shard-size 500MB --output exports/plain
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest --to universal --output exports/universal
+  python tools/convert_checkpoint.py --from hf downloads/OLMoE-1B-7B --output checkpoints/olmoe
+  python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 --output exports/old_run"""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a step_N folder, or the file 'latest' that names one")
-    parser.add_argument("--to", choices=("hf", "safetensors"), required=True, help="hf: compared with the checkpoint before it is published")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="PATH", help="a step_N folder of ours, or the file 'latest' that names one; goes with --to")
+    source.add_argument(
+        "--from",
+        dest="origin",
+        nargs=2,
+        metavar=("FORMAT", "FOLDER"),
+        help="hf: a Hugging Face folder, which becomes a recipe and a checkpoint of weights alone; deepspeed: any DeepSpeed MoE checkpoint, "
+        "which becomes safetensors under its own names",
+    )
+    parser.add_argument("--to", choices=("hf", "safetensors", "universal", "gguf"), help="hf: compared with the checkpoint before it is published")
+    parser.add_argument(
+        "--target",
+        default=AUTO,
+        metavar="NAME",
+        help=f"of --to hf: {AUTO} (the default) takes the first that is exact of {', '.join(target_names())}",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights (default: float32)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, such as 500MB (default: 5GB)")
     parser.add_argument("--data", metavar="FOLDER", help="shards whose held-out text is compared (--to hf); the run's own by default")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
     add_json_option(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.checkpoint is None) == (arguments.to is not None):
+        parser.error("--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself what is written")
+    if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
+        parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
+    return arguments
 
 
 def summary(conversion: Conversion, output: Path) -> str:
     lines = [f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of {conversion.dtype}, as {conversion.target} to {output}"]
     if conversion.left_out:
-        lines.append(f"left out {len(conversion.left_out)} tensors of multi-token prediction, which {conversion.target} has no place for")
+        lines.append(f"left out {len(conversion.left_out)} tensors that no next token depends on: {', '.join(conversion.left_out)}")
     if conversion.parity is not None:
         parity = conversion.parity
         lines.append(
             f"logits over {parity.windows} windows: max |difference| {parity.max_difference:.2e} (allowed {TOLERANCE:.0e}), "
             f"standard deviation of the logits {parity.logits_std:.2e}"
         )
+    if conversion.unchecked is not None:
+        lines.append(conversion.unchecked)
     return "\n".join(lines)
+
+
+def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
+    output, overwrite, shard_bytes = arguments.output, arguments.overwrite, parse_bytes(arguments.max_shard_size)
+    if arguments.origin is not None:
+        form, folder = arguments.origin[0], Path(arguments.origin[1])
+        if form == "hf":
+            return import_hf(folder, output, overwrite)
+        return import_deepspeed(folder, output, dtype, overwrite, shard_bytes)
+    checkpoint = whole_checkpoint(arguments.checkpoint)
+    if arguments.to == "safetensors":
+        return export_safetensors(checkpoint, output, dtype, overwrite, shard_bytes)
+    if arguments.to == "universal":
+        return export_universal(checkpoint, output, overwrite)
+    corpora = load_matching_corpora(arguments.data, checkpoint)
+    compared = corpora.validation_stream() or corpora.stream("train")
+    if arguments.to == "gguf":
+        return export_gguf(checkpoint, output, compared, dtype, overwrite)
+    return export_hf(checkpoint, output, compared, dtype, overwrite, arguments.target, shard_bytes)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    checkpoint, dtype = whole_checkpoint(arguments.checkpoint), getattr(torch, arguments.dtype)
-    if arguments.to == "hf":
-        corpora = load_matching_corpora(arguments.data, checkpoint)
-        compared = corpora.validation_stream() or corpora.stream("train")
-        conversion = export_hf(checkpoint, arguments.output, compared, dtype, arguments.overwrite)
-    else:
-        conversion = export_safetensors(checkpoint, arguments.output, dtype, arguments.overwrite)
+    if arguments.target != AUTO and arguments.to != "hf":
+        raise ConfigError(f"--target {arguments.target} goes with --to hf only: leave it out")
+    conversion = convert(arguments, getattr(torch, arguments.dtype))
     if arguments.json_path != "-":
         print(summary(conversion, arguments.output))
-    write_json({"checkpoint": str(checkpoint), "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path)
+    write_json({"source": arguments.checkpoint or arguments.origin[1], "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path)
 
 
 if __name__ == "__main__":

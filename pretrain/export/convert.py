@@ -7,16 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
-from pretrain.checkpoint.weights import load_model, load_state_dict
+from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.universal import check_universal, write_universal
+from pretrain.checkpoint.whole_weights import open_whole_weights
+from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
-from pretrain.export.parity import Parity, check_parity, check_same_tensors, compare_logits, load_exported, parity_windows
-from pretrain.export.targets import choose_target
-from pretrain.export.writer import RECORD, copy_file, dtype_name, published_folder, read_weights, total_bytes, write_json_file, write_weights
+from pretrain.export.name_map import Link, Tensors, to_theirs
+from pretrain.export.parity import (
+    Parity,
+    check_parity,
+    check_same_numbers,
+    compare_logits,
+    free_memory,
+    load_exported,
+    parity_windows,
+    reference_model,
+)
+from pretrain.export.targets import AUTO, choose_target
+from pretrain.export.writer import (
+    RECORD,
+    SHARD_BYTES,
+    copy_file,
+    dtype_name,
+    open_exported_weights,
+    published_folder,
+    write_json_file,
+    write_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,8 @@ class Conversion:
 
     Attributes:
         bytes: of the weights.
+        parity: of the logits.
+        unchecked: why logits were not compared, in a sentence; every tensor was compared with its source bit for bit in any case.
         left_out: tensors of multi-token prediction that the target has no place for; no next token depends on them.
     """
 
@@ -34,67 +57,100 @@ class Conversion:
     tensors: int
     bytes: int
     parity: Parity | None
+    unchecked: str | None = None
     left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def export_hf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool) -> Conversion:
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    heldout: TokenStream,
+    dtype: torch.dtype,
+    overwrite: bool,
+    target_name: str = AUTO,
+    shard_bytes: int = SHARD_BYTES,
+    memory_bytes: int | None = None,
+) -> Conversion:
     """Writes a folder that transformers opens without code of ours, and compares its logits with the checkpoint's.
 
     Args:
         checkpoint: a ``step_N`` folder.
         heldout: tokens of the checkpoint's own tokenizer; full windows of them are compared.
         dtype: of the written weights. Below fp32, logits are compared with those of the equally rounded checkpoint, all computed in fp32.
+        memory_bytes: what both models in fp32 may take; free memory by default. Where they do not fit, logits are not compared.
 
     Raises:
-        ConfigError: when no architecture computes what the model computes, or ``output`` is taken.
-        CheckpointError: when the logits or the tensors differ; ``output`` is then left as it was.
+        ConfigError: when the architecture does not compute what the model computes, or ``output`` is taken.
+        CheckpointError: when weights are missing or doubled, or logits or tensors differ; ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
-    target = choose_target(recipe)
+    target = choose_target(recipe, target_name)
     tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
-    weights, named = _load_rounded(checkpoint, dtype), {link.ours for link in target.links(recipe.model)}
-    left_out = tuple(name for name in weights if name.startswith("multi_token.") and name not in named)
-    for name in left_out:
-        del weights[name]
+    weights = open_whole_weights(checkpoint, recipe.model)
+    model, ours = without_factors(recipe.model, weights)
     with published_folder(output, overwrite) as folder:
-        tensors, size = write_hf_folder(folder, target, recipe.model, weights, tokenizer)
-        model, _ = load_model(checkpoint)
-        round_parameters(model, dtype)
-        parity = compare_logits(model, load_exported(folder), windows_WS)
-        check_parity(parity)
-        conversion = Conversion(target.architecture, read_state(checkpoint)["step"], dtype_name(dtype), tensors, size, parity, left_out)
+        tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes)
+        parity, unchecked = None, shortage(ours, memory_bytes)
+        if unchecked is None:
+            # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
+            reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
+            parity = compare_logits(reference, load_exported(folder), windows_WS)
+            check_parity(parity)
+        step = read_state(checkpoint)["step"]
+        conversion = Conversion(target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
 
-def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overwrite: bool) -> Conversion:
+def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
+    """Why two models in fp32 cannot stand in memory beside each other, in a sentence."""
+    needed = 2 * sum(ours.form(name).bytes for name in ours.names)
+    free = free_memory() if memory_bytes is None else memory_bytes
+    if needed <= free:
+        return None
+    return (
+        f"logits were not compared, because two models in fp32 take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+        "every tensor was compared with its source bit for bit instead"
+    )
+
+
+def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Conversion:
     """Writes all weights, with the experts of all ranks joined and under our names, beside the recipe and the tokenizer.
 
     Raises:
         ConfigError: when ``output`` is taken.
-        CheckpointError: when a tensor does not read back as it was written; ``output`` is then left as it was.
+        CheckpointError: when weights are missing or doubled, or do not read back as they were written; ``output`` is then left as it was.
     """
+    ours = open_whole_weights(checkpoint, read_recipe(checkpoint).model)
+    links = [Link(name, name, exact=name.endswith("balance_bias")) for name in ours.names]
+    forms = {link.theirs: TensorForm(torch.float32 if link.exact else dtype, ours.form(link.ours).shape) for link in links}
     with published_folder(output, overwrite) as folder:
-        tensors = {name: tensor.contiguous() for name, tensor in _load_rounded(checkpoint, dtype).items()}
-        write_weights(folder, tensors)
-        check_same_tensors(tensors, read_weights(folder))
+        write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
+        check_same_numbers(links, ours, open_exported_weights(folder))
         for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
-        conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(tensors), total_bytes(tensors), None)
+        size = sum(form.bytes for form in forms.values())
+        conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(forms), size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
 
-def _load_rounded(checkpoint: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in load_state_dict(checkpoint).items()}
+def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Conversion:
+    """DeepSpeed's universal format, with optimizer states, beside the recipe and the tokenizer.
 
-
-@torch.no_grad()
-def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds each fp32 parameter to what ``dtype`` can hold; the parameters stay fp32."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype).float())
+    Raises:
+        ConfigError: where DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
+        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as it was.
+    """
+    check_universal(checkpoint)
+    with published_folder(output, overwrite) as folder:
+        tensors, size = write_universal(checkpoint, folder)
+        for name in (RECIPE, TOKENIZER):
+            copy_file(checkpoint / name, folder / name)
+        conversion = Conversion("universal", read_state(checkpoint)["step"], "float32", tensors, size, None)
+        write_json_file(folder / RECORD, conversion.to_dict())
+    return conversion

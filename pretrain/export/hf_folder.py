@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.model_schema import ModelConfig
-from pretrain.export.name_map import to_ours, to_theirs, without_padding
-from pretrain.export.parity import check_same_tensors
+from pretrain.export.name_map import Tensors, check_names, their_forms, to_theirs
+from pretrain.export.parity import check_same_numbers
 from pretrain.export.targets import ExportTarget
-from pretrain.export.writer import dtype_name, read_weights, total_bytes, write_json_file, write_weights
+from pretrain.export.writer import SHARD_BYTES, copy_file, dtype_name, open_exported_weights, write_json_file, write_weights
 
 
 def write_hf_folder(
-    folder: Path, target: ExportTarget, model: ModelConfig, ours: Mapping[str, Tensor], tokenizer: Tokenizer, max_shard_size: int | str = "5GB"
-) -> tuple[int, int]:
-    """Writes the whole folder, reads the weights back and compares them; returns the number of tensors and their bytes.
+    folder: Path,
+    target: ExportTarget,
+    model: ModelConfig,
+    ours: Tensors,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[int, int, tuple[str, ...]]:
+    """Writes the whole folder tensor by tensor, reads the weights back and compares them bit for bit.
 
-    The keys are one per expert: transformers 4 and 5, vLLM and converters to other formats all read these. The end-of-document token
-    starts and ends a text.
+    The keys are one per expert, where transformers itself writes such: transformers 4 and 5, vLLM and converters to other formats all read
+    these. The end-of-document token starts and ends a text.
+
+    Args:
+        model: with a plain embedding.
+        ours: its tensors in fp32.
+
+    Returns:
+        the number of tensors, their bytes, and the names of tensors of multi-token prediction, which are left out.
 
     Raises:
         CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back as it was written.
     """
     links = target.links(model)
-    theirs = to_theirs(links, ours)
-    write_weights(folder, theirs, max_shard_size)
-    check_same_tensors(without_padding(links, ours), to_ours(links, read_weights(folder)))
-    dtype = dtype_name(next(iter(theirs.values())).dtype)
-    config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype}
+    linked = {link.ours for link in links if hasattr(link, "ours")}
+    left_out = tuple(name for name in ours.names if name.startswith("multi_token.") and name not in linked)
+    check_names(links, ours, left_out)
+    forms = their_forms(links, ours, dtype)
+    write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
+    check_same_numbers(links, ours, open_exported_weights(folder))
+    config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype_name(dtype)}
     write_json_file(folder / "config.json", config)
     eod_id = tokenizer.eod_id
     write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
     _write_tokenizer(folder, tokenizer, model.max_position_embeddings)
-    return len(theirs), total_bytes(theirs)
+    for file in target.files:
+        copy_file(Path(file), folder / Path(file).name)
+    return len(forms), sum(form.bytes for form in forms.values()), left_out
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:

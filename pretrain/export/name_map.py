@@ -1,86 +1,214 @@
 """A declarative map between our parameter names and another project's, used in both directions.
 
 A target lists templates such as ``"layers.{layer}.attention_norm.weight" -> "model.layers.{layer}.input_layernorm.weight"``. Where only the other
-name has ``{expert}``, ours stacks all experts along its first dimension. Expanded over layers and experts, templates become links, one
-for each tensor of the other project.
+name has ``{expert}``, ours stacks all experts along its first dimension. Expanded over layers and experts, templates become links. Tensors
+are made one by one in either direction, so that neither model ever stands in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.tensor_files import TensorForm
 from pretrain.config.errors import CheckpointError
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one by one: :class:`pretrain.checkpoint.tensor_files.TensorReader`."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def form(self, name: str) -> TensorForm: ...
+
+    def read(self, name: str, index: int | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RotaryRows:
+    """Rows of ``heads`` heads, of which the last ``turned`` of each are turned in pairs: ours (i, i + turned / 2), theirs (2 i, 2 i + 1).
+
+    A head's scores are the same in both orders, as long as queries and keys have the same one.
+    """
+
+    heads: int
+    plain: int
+    turned: int
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        return self._ordered(tensor, (2, self.turned // 2))
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        return self._ordered(tensor, (self.turned // 2, 2))
+
+    def _ordered(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
+        plain, turned = tensor.unflatten(0, (self.heads, self.plain + self.turned)).split((self.plain, self.turned), dim=1)
+        return torch.cat((plain, turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Link:
-    """theirs = ours[expert][:rows], each part only where it is given.
+    """theirs[their_expert][..., column::2] = scale * ours[expert][:rows], each part only where it is given.
 
-    ``rows`` cuts the padding of the vocabulary.
+    Attributes:
+        rows: cuts the padding of the vocabulary.
+        column: theirs interleaves two tensors of ours along its last dimension; 0 or 1.
+        transposed: theirs multiplies from the other side.
+        scale: a power of two, so that nothing is rounded.
+        heads: theirs has the rows of turned numbers in another order.
+        exact: theirs is fp32 whatever the others are.
     """
 
     ours: str
     theirs: str
     expert: int | None = None
     rows: int | None = None
+    their_expert: int | None = None
+    column: int | None = None
+    transposed: bool = False
+    scale: float = 1.0
+    heads: RotaryRows | None = None
+    exact: bool = False
+
+    def of_ours(self, ours: Tensors) -> Tensor:
+        """Our share as theirs has it, in our dtype; a view of what was read where it can be."""
+        tensor = ours.read(self.ours, self.expert)[: self.rows]
+        tensor = tensor if self.heads is None else self.heads.to_theirs(tensor)
+        tensor = tensor if self.scale == 1.0 else tensor * self.scale
+        return tensor.transpose(0, 1) if self.transposed else tensor
+
+    def of_theirs(self, theirs: Tensors) -> Tensor:
+        """Their share in their dtype, which :meth:`of_ours` should equal."""
+        tensor = theirs.read(self.theirs, self.their_expert)
+        return tensor if self.column is None else tensor[..., self.column :: 2]
+
+    def back(self, theirs: Tensors) -> Tensor:
+        """Their share as ours has it."""
+        tensor = self.of_theirs(theirs)
+        tensor = tensor.transpose(0, 1) if self.transposed else tensor
+        tensor = tensor if self.scale == 1.0 else tensor / self.scale
+        return tensor if self.heads is None else self.heads.to_ours(tensor)
+
+    def form(self, ours: Tensors, dtype: torch.dtype) -> TensorForm:
+        """Of :meth:`of_ours` in a file of ``dtype``."""
+        shape = ours.form(self.ours).shape[0 if self.expert is None else 1 :]
+        shape = shape if self.rows is None else (self.rows, *shape[1:])
+        return TensorForm(torch.float32 if self.exact else dtype, shape[::-1] if self.transposed else shape)
 
 
-def expand(templates: Mapping[str, str], layers: Iterable[int] = (0,), num_experts: int = 1, rows: int | None = None) -> list[Link]:
+@dataclass(frozen=True)
+class Zeros:
+    """A tensor of theirs that ours has no counterpart of, and that changes nothing where it is zero."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    exact: bool = False
+
+
+Links = list[Link | Zeros]
+
+
+def expand(templates: Mapping[str, str], layers: Iterable[int] = (0,), num_experts: int = 1, rows: int | None = None, **options: Any) -> list[Link]:
     """The links of ``templates`` (ours to theirs) for the given layers; the experts of stacked tensors are taken apart."""
     links = []
     for ours, theirs in templates.items():
         for layer in layers:
             for expert in range(num_experts if "{expert}" in theirs else 1):
                 stacked = "{expert}" in theirs and "{expert}" not in ours
-                links.append(
-                    Link(ours.format(layer=layer, expert=expert), theirs.format(layer=layer, expert=expert), expert if stacked else None, rows)
-                )
+                link = Link(ours.format(layer=layer, expert=expert), theirs.format(layer=layer, expert=expert), expert if stacked else None, rows)
+                links.append(replace(link, **options))
     return links
 
 
-def to_theirs(links: Iterable[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames, unstacks and cuts; the results are copies, so that no two share memory.
+def stacked(templates: Mapping[str, str], layers: Iterable[int], num_experts: int, **options: Any) -> list[Link]:
+    """As :func:`expand` where theirs stacks the experts, and ours may or may not."""
+    return [
+        Link(
+            ours.format(layer=layer, expert=expert),
+            theirs.format(layer=layer),
+            None if "{expert}" in ours else expert,
+            their_expert=expert,
+            **options,
+        )
+        for ours, theirs in templates.items()
+        for layer in layers
+        for expert in range(num_experts)
+    ]
+
+
+def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable[str] = ()) -> None:
+    """Every tensor of ours has a link, but those that are left out, and every link a tensor.
 
     Raises:
-        CheckpointError: when a tensor that a link names is missing, or one that no link names is left over.
+        CheckpointError: for the first that has not.
     """
-    links = list(links)
-    names = {link.ours for link in links}
-    if missing := sorted(names - ours.keys()):
+    linked, names = {link.ours for link in links if isinstance(link, Link)}, set(ours.names)
+    if missing := sorted(linked - names):
         raise CheckpointError(f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not belong to its recipe")
-    if unknown := sorted(ours.keys() - names):
+    if unknown := sorted(names - linked - set(left_out)):
         raise CheckpointError(
             f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the checkpoint does not belong to its recipe"
         )
-    theirs = {}
+
+
+def their_forms(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) -> dict[str, TensorForm]:
+    """Names and forms of all tensors of theirs, in order."""
+    forms: dict[str, TensorForm] = {}
+    experts: dict[str, int] = {}
     for link in links:
-        tensor = ours[link.ours] if link.expert is None else ours[link.ours][link.expert]
-        theirs[link.theirs] = tensor[: link.rows].clone(memory_format=torch.contiguous_format)
-    return theirs
+        if isinstance(link, Zeros):
+            forms[link.theirs] = TensorForm(torch.float32 if link.exact else dtype, link.shape)
+            continue
+        dtype_of_it, shape = link.form(ours, dtype)
+        shape = shape if link.column is None else (*shape[:-1], 2 * shape[-1])
+        if link.their_expert is not None:
+            experts[link.theirs] = max(experts.get(link.theirs, 0), link.their_expert + 1)
+            shape = (experts[link.theirs], *shape)
+        forms[link.theirs] = TensorForm(dtype_of_it, shape)
+    return forms
 
 
-def to_ours(links: Iterable[Link], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: renames and stacks. A vocabulary comes without padding.
+def to_theirs(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of theirs, one by one, in the order of :func:`their_forms`."""
+    groups: dict[str, list[Link | Zeros]] = {}
+    for link in links:
+        groups.setdefault(link.theirs, []).append(link)
+    for theirs, form in their_forms(links, ours, dtype).items():
+        first = groups[theirs][0]
+        if isinstance(first, Link) and len(groups[theirs]) == 1 and first.their_expert is None and first.column is None:
+            yield theirs, first.of_ours(ours).to(form.dtype)
+            continue
+        tensor = torch.zeros(form.shape, dtype=form.dtype)
+        for link in groups[theirs]:
+            if isinstance(link, Link):
+                share = tensor if link.their_expert is None else tensor[link.their_expert]
+                (share if link.column is None else share[..., link.column :: 2]).copy_(link.of_ours(ours))
+        yield theirs, tensor
+
+
+def to_ours(links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The way back, in fp32: one by one, in the order of ``shapes``, which are ours. Padding of the vocabulary is zero.
 
     Raises:
-        CheckpointError: when a tensor that a link names is missing.
+        CheckpointError: where a tensor that a link names is missing, or does not fit.
     """
-    parts: dict[str, list[Tensor]] = {}
-    stacked = set()
+    groups: dict[str, list[Link]] = {}
     for link in links:
-        if link.theirs not in theirs:
-            raise CheckpointError(f"there is no tensor '{link.theirs}': the files are incomplete, export again")
-        parts.setdefault(link.ours, []).append(theirs[link.theirs])
-        if link.expert is not None:
-            stacked.add(link.ours)
-    return {name: torch.stack(tensors) if name in stacked else tensors[0] for name, tensors in parts.items()}
-
-
-def without_padding(links: Iterable[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as far as the links reach: views of them without the vocabulary's padding."""
-    rows = {link.ours: link.rows for link in links}
-    return {name: ours[name][:count] for name, count in rows.items()}
+        if isinstance(link, Link):
+            groups.setdefault(link.ours, []).append(link)
+    names = set(theirs.names)
+    for ours, shape in shapes.items():
+        tensor = torch.zeros(shape)
+        for link in groups[ours]:
+            if link.theirs not in names:
+                raise CheckpointError(f"there is no tensor '{link.theirs}': the files are incomplete")
+            place, share = (tensor if link.expert is None else tensor[link.expert])[: link.rows], link.back(theirs)
+            if place.shape != share.shape:
+                raise CheckpointError(f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of {list(place.shape)}: it is damaged")
+            place.copy_(share)
+        yield ours, tensor

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.config.errors import CheckpointError, DataError
+from pretrain.config.model_schema import ModelConfig
+from pretrain.export.name_map import Link, Tensors, Zeros
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
@@ -94,12 +97,47 @@ def check_parity(parity: Parity, tolerance: float = TOLERANCE) -> None:
         )
 
 
-def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Bit for bit, name by name: the logits of a few windows say nothing of an expert that no token was routed to.
+def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Tensors) -> None:
+    """Each written number against its source, bit for bit: the logits of a few windows say nothing of an expert that no token was routed to.
 
     Raises:
         CheckpointError: for the first tensor that is not the same.
     """
-    for name, tensor in expected.items():
-        if name not in found or not torch.equal(tensor, found[name]):
-            raise CheckpointError(f"the tensor '{name}' does not read back as it was written: nothing was published; check the disk, then try again")
+    for link in tqdm(links, desc="reading back", unit="tensor"):
+        found = theirs.read(link.theirs) if isinstance(link, Zeros) else link.of_theirs(theirs)
+        expected = torch.zeros_like(found) if isinstance(link, Zeros) else link.of_ours(ours).to(found.dtype)
+        if not same_bits(expected, found):
+            raise CheckpointError(
+                f"the tensor '{link.theirs}' does not read back as it was written: nothing was published; check the disk, then try again"
+            )
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same numbers, NaN included."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().reshape(-1).view(torch.uint8), second.contiguous().reshape(-1).view(torch.uint8))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, by the machine and by its control group."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+@torch.no_grad()
+def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
+    """Our own model in fp32, each weight rounded to what ``dtype`` can hold; balancing biases are never rounded."""
+    # The kernel is no part of a model: the one it was trained with may need a package or a device that is not here.
+    built = DecoderLM(model.model_copy(update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}))
+    parameters, buffers = dict(built.named_parameters()), dict(built.named_buffers())
+    for name in ours.names:
+        tensor = ours.read(name)
+        if name in parameters:
+            parameters[name].copy_(tensor.to(dtype))
+        else:
+            buffers[name].copy_(tensor)
+    return built.eval()

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.config.durable import fsync_path
+from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
+from pretrain.config.durable import appearing_folder
 from pretrain.config.errors import CheckpointError, ConfigError, StorageError
 
 WEIGHTS = "model.safetensors"
+SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "export.json"
+SHARD_BYTES = 5_000_000_000
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @contextmanager
@@ -38,61 +39,85 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         raise ConfigError(f"{output} is not empty: choose another --output, or replace what is there with --overwrite")
     if occupied and not (output / RECORD).is_file():
         raise ConfigError(f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output")
-    temporary = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with appearing_folder(output) as temporary:
         yield temporary
-        readable = temporary.stat().st_mode & 0o666
-        for path in temporary.iterdir():
-            path.chmod(readable)  # safetensors leaves its files readable for their owner alone
-            fsync_path(path)
-        fsync_path(temporary)
-        _replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(new: Path, output: Path) -> None:
-    """Gives ``new`` the name ``output``; an earlier folder of that name is deleted only after the new one stands there."""
-    earlier = output.parent / f".{output.name}.earlier-{os.getpid()}"
-    if output.exists():
-        os.replace(output, earlier)
-    try:
-        os.replace(new, output)
-    except OSError:
-        if earlier.exists():
-            os.replace(earlier, output)
-        raise
-    fsync_path(output.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str = "5GB") -> None:
-    """Writes contiguous tensors as ``model.safetensors``, or as shards with an index where they are larger than ``max_shard_size``.
+def parse_bytes(text: str) -> int:
+    """``5GB``, ``500MB`` or a number of bytes.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"'{text}' is no size: write it as 5GB, 500MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def write_weights(folder: Path, forms: Mapping[str, TensorForm], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes ``model.safetensors``, or shards with an index where all tensors together are larger than ``shard_bytes``.
+
+    Args:
+        forms: of all tensors.
+        tensors: the same ones in the same order; they are taken one by one, and no shard is held in memory.
 
     Raises:
         StorageError: when a file cannot be written.
     """
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
-    for filename, names in tqdm(split.filename_to_tensors.items(), desc="writing weights", unit="file", disable=not split.is_sharded):
-        try:
-            save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise StorageError(f"cannot write {folder / filename}: {error}; free space or choose another folder") from None
-    if split.is_sharded:
-        write_json_file(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    shards = _shards(forms, shard_bytes)
+    names = [WEIGHTS] if len(shards) == 1 else [SHARD.format(number=number + 1, count=len(shards)) for number in range(len(shards))]
+    places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(form.bytes for form in forms.values())
+    try:
+        with ExitStack() as opened, tqdm(total=total, desc="writing weights", unit="B", unit_scale=True) as bar:
+            file: TensorFileWriter | None = None
+            for tensor_name, tensor in tensors:
+                path = folder / places[tensor_name]
+                if file is None or file.path != path:
+                    opened.close()
+                    file = opened.enter_context(TensorFileWriter(path, {name: forms[name] for name in shards[names.index(path.name)]}))
+                file.write(tensor_name, tensor)
+                bar.update(forms[tensor_name].bytes)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / WEIGHTS}: {error.strerror}; free space or choose another folder") from None
+    if len(shards) > 1:
+        write_json_file(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors that :func:`write_weights` wrote."""
+def _shards(forms: Mapping[str, TensorForm], shard_bytes: int) -> list[list[str]]:
+    """Names in order, as many to a shard as fit; one that is larger than a shard has its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, form in forms.items():
+        if shards[-1] and filled + form.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += form.bytes
+    return shards
+
+
+def open_exported_weights(folder: Path) -> TensorReader:
+    """All tensors of a Hugging Face folder, ours or not, to be read one by one.
+
+    Raises:
+        CheckpointError: where a file is missing or damaged.
+    """
     index = folder / INDEX
-    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    if not index.is_file():
+        return TensorReader([folder / WEIGHTS])
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is no index of weights: take another folder") from None
+    if any(Path(file).name != file for file in files):
+        raise CheckpointError(f"{index} names files outside of its folder: take another folder")
+    return TensorReader(folder / file for file in files)
 
 
 def copy_file(source: Path, destination: Path) -> None:
@@ -100,10 +125,6 @@ def copy_file(source: Path, destination: Path) -> None:
     if not source.is_file():
         raise CheckpointError(f"{source} is missing: the checkpoint is incomplete, take another one")
     shutil.copyfile(source, destination)
-
-
-def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

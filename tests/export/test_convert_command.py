@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from pretrain.checkpoint.weights import DENSE_FILE, load_state_dict
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, CheckpointError
 from pretrain.config.load import recipe_to_yaml
 from pretrain.export.convert import export_hf, export_safetensors
-from pretrain.export.writer import read_weights
+from pretrain.export.writer import open_exported_weights
+from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.export.tiny_checkpoint import STEPS, Trained, make_data, seal
 
+OWN_NAMES = ("model.moe.kind=deepspeed", "model.moe.drop_tokens=false")  # each expert's matrices are tensors of their own
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 
 
@@ -60,8 +65,8 @@ def test_the_hf_export_is_compared_published_and_opens_in_transformers(trained: 
 def test_plain_safetensors_hold_every_weight_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
     done = convert("--checkpoint", trained.checkpoint, "--to", "safetensors", "--output", tmp_path / "out")
     assert done.returncode == DONE, done.stderr
-    expected, written = load_state_dict(trained.checkpoint), read_weights(tmp_path / "out")
-    assert expected.keys() == written.keys() and all(torch.equal(expected[name], written[name]) for name in expected)
+    expected, written = load_state_dict(trained.checkpoint), open_exported_weights(tmp_path / "out")
+    assert expected.keys() == set(written.names) and all(torch.equal(expected[name], written.read(name)) for name in expected)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["step"] == STEPS
     assert (tmp_path / "out" / layout.RECIPE).read_text() == (trained.checkpoint / layout.RECIPE).read_text()
 
@@ -72,10 +77,11 @@ def test_an_earlier_export_is_replaced_only_when_asked(trained: Trained, tmp_pat
     refused = convert(*arguments, "--dtype", "bfloat16")
     assert refused.returncode == USAGE and "--overwrite" in refused.stderr and "Traceback" not in refused.stderr
     assert convert(*arguments, "--dtype", "bfloat16", "--overwrite").returncode == DONE
-    assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
+    written = open_exported_weights(tmp_path / "out")
+    assert {written.form(name).dtype for name in written.names} == {torch.bfloat16}
 
 
-def test_a_model_without_counterpart_is_refused_with_its_reason(trained: Trained, tmp_path: Path) -> None:
+def test_a_model_without_counterpart_is_refused_with_its_reasons(trained: Trained, tmp_path: Path) -> None:
     checkpoint = changed_copy(trained, tmp_path, {"num_shared_experts": 1})
     refused = convert("--checkpoint", checkpoint, "--to", "hf", "--output", tmp_path / "out")
     assert refused.returncode == USAGE and "num_shared_experts is 1" in refused.stderr and "Traceback" not in refused.stderr
@@ -110,3 +116,86 @@ def test_an_export_whose_logits_differ_is_not_published(trained: Trained, tmp_pa
     with pytest.raises(CheckpointError, match="nothing was published"):
         export_hf(checkpoint, tmp_path / "out", heldout, torch.float32, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_the_target_can_be_chosen_and_one_that_is_not_exact_is_refused(trained: Trained, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", trained.latest, "--to", "hf", "--output", tmp_path / "out")
+    refused = convert(*arguments, "--target", "mixtral")
+    assert refused.returncode == USAGE and "model.attention.qk_norm is head, and mixtral has only none" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = convert(*arguments, "--target", "qwen3_moe", "--max-shard-size", "50KB")
+    assert done.returncode == DONE, done.stderr
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("--from", "gguf", "x", "--output", "y"), "the formats are hf and deepspeed"),
+        (("--from", "hf", "x", "--to", "hf", "--output", "y"), "--from says by itself"),
+        (("--checkpoint", "x", "--output", "y"), "--checkpoint goes with --to"),
+        (("--checkpoint", "x", "--to", "safetensors", "--target", "llama", "--output", "y"), "goes with --to hf only"),
+        (("--checkpoint", "x", "--to", "safetensors", "--max-shard-size", "big", "--output", "y"), "is no size"),
+    ],
+)
+def test_a_command_line_that_says_nothing_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    refused = convert(*arguments)
+    assert refused.returncode == USAGE and words in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_without_memory_for_two_models_every_tensor_is_compared_and_it_says_so(trained: Trained, tmp_path: Path) -> None:
+    heldout = open_split(trained.manifest, "validation")
+    size = 2 * 4 * sum(tensor.numel() for tensor in load_state_dict(trained.checkpoint).values())
+    enough = export_hf(trained.checkpoint, tmp_path / "enough", heldout, torch.float32, overwrite=False, memory_bytes=size)
+    assert enough.parity is not None and enough.unchecked is None
+    short = export_hf(trained.checkpoint, tmp_path / "short", heldout, torch.float32, overwrite=False, memory_bytes=size - 1)
+    assert short.parity is None and "bit for bit" in str(short.unchecked)
+    assert json.loads((tmp_path / "short" / "export.json").read_text())["unchecked"] == short.unchecked
+
+
+def large_checkpoint(folder: Path, experts: int) -> Path:
+    """Random weights of one layer with many experts of 8 MB each."""
+    sizes = ["model.hidden_size=1024", "model.moe.moe_intermediate_size=2048", f"model.moe.num_experts={experts}", "model.num_hidden_layers=1"]
+    random_checkpoint(folder, recipe_of("debug", *sizes, *OWN_NAMES), small_tokenizer())
+    return folder
+
+
+def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_works(tmp_path: Path) -> None:
+    checkpoint = large_checkpoint(tmp_path / "checkpoint", experts=8)
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, str(TOOL), "--checkpoint", str(checkpoint), "--to", "safetensors", "--output", str(output)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while running.poll() is None and not any(partial.glob("*.safetensors")):
+        time.sleep(0.005)
+    running.kill()
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    assert not output.exists() and any(partial.iterdir()), "it was killed while it wrote"
+    assert convert(*command[2:]).returncode == DONE
+    assert output.is_dir() and not partial.exists()
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from data_pipeline.token_stream import open_split
+from data_pipeline.manifest import load_manifest
+from pretrain.export.convert import export_hf, export_safetensors
+checkpoint, output = Path(sys.argv[1]), Path(sys.argv[2])
+heldout = open_split(load_manifest(Path(sys.argv[3])), "validation")
+export_hf(checkpoint, output / "hf", heldout, torch.bfloat16, overwrite=False, memory_bytes=0)
+export_safetensors(checkpoint, output / "plain", torch.float32, overwrite=False)
+status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at the parent's
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.full
+def test_peak_memory_is_that_of_the_largest_tensor(trained: Trained, tmp_path: Path) -> None:
+    """1.3 GB of weights, of which the largest is 8 MB, in less than 2 x 8 MB + 500 MB."""
+    checkpoint = large_checkpoint(tmp_path / "checkpoint", experts=52)
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) > 1.2e9
+    command = [sys.executable, "-c", PEAK, str(checkpoint), str(tmp_path), str(trained.data)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])})
+    assert done.returncode == DONE, done.stderr
+    assert int(done.stdout) < 2 * 8.4e6 + 500e6

@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Converting a checkpoint of 2 GB of fp32 weights: this project's streams against DeepSpeed's ``zero_to_fp32`` and ``ds_to_universal``.
+
+The checkpoint is a real one, of one rank at ZeRO stage 1 in bf16, so that DeepSpeed's tools have their files. Each measurement is a process of
+its own; its peak is the kernel's (VmHWM), with the interpreter and all imports. Ours is without the comparison of logits, which needs both
+models in memory, and with the comparison of every tensor with its source. ``zero_to_fp32`` refuses mixtures of experts; it is measured on a
+dense model of as many parameters as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.checkpoint.weights import open_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDES = {
+    "ours, safetensors, fp32": (
+        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output, torch.float32, overwrite=False)"
+    ),
+    "ours, safetensors, bf16": (
+        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output, torch.bfloat16, overwrite=False)"
+    ),
+    "ours, hf, bf16": (
+        "from pretrain.export.convert import export_hf; from data_pipeline.token_stream import open_split; "
+        "from data_pipeline.manifest import load_manifest; stream = open_split(load_manifest(data), 'train'); "
+        "export_hf(source, output, stream, torch.bfloat16, overwrite=False, memory_bytes=0)"
+    ),
+    "deepspeed, zero_to_fp32": (
+        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert; "
+        "convert(str(source), str(output), safe_serialization=True, tag='deepspeed')"
+    ),
+    "deepspeed, ds_to_universal": (
+        "from argparse import Namespace; from deepspeed.checkpoint import ds_to_universal; "
+        "ds_to_universal.main(Namespace(input_folder=str(source / 'deepspeed'), output_folder=str(output), num_extract_workers=1, "
+        "num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))"
+    ),
+}
+PROGRAM = """
+import sys, time, torch
+from pathlib import Path
+source, output, data = map(Path, sys.argv[1:])
+started = time.perf_counter()
+{side}
+status = Path("/proc/self/status").read_text()
+print("MEASURED", time.perf_counter() - started, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+COMMON = [
+    "train.sequence_length=32",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=1",
+    "train.train_tokens=32",
+    "train.precision=bf16",
+    "validation.max_windows=1",
+]
+MODELS = {
+    # 16 layers of 16 experts: 2 GB in fp32, the largest tensor 42 MB.
+    "mixture of experts": [
+        "model.hidden_size=480",
+        "model.num_hidden_layers=16",
+        "model.attention.head_dim=120",
+        "model.moe.num_experts=16",
+        "model.moe.moe_intermediate_size=1360",
+    ],
+    "dense": [
+        "model.hidden_size=1024",
+        "model.num_hidden_layers=16",
+        "model.attention.head_dim=256",
+        "model.layer_pattern.kind=all_dense",
+        "model.intermediate_size=8960",
+    ],
+}
+
+
+def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
+    """A real checkpoint, from the training command itself."""
+    run = folder / name.replace(" ", "_")
+    settings = [f"data.path={folder / 'data'}", f"run_path={run}", "schedule.warmup_steps=0", *COMMON, *overrides]
+    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "debug"]
+    subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    return run / "checkpoints" / "step_1"
+
+
+def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
+    """Seconds and peak bytes, or the error's last line."""
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-c", PROGRAM.format(side=SIDES[side]), str(source), str(output), str(folder / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    shutil.rmtree(output, ignore_errors=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1].replace(str(source), "...")[:200]
+    seconds, peak = done.stdout.split("MEASURED")[1].split()
+    return float(seconds), int(peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json")
+    parser.add_argument("--folder", type=Path, help="where 15 GB have room; a temporary folder by default")
+    arguments = parser.parse_args()
+    result: dict[str, object] = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
+        "models": {},
+    }
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        folder = Path(temporary)
+        preprocess = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(ROOT / "pretrain" / "**" / "*.py")]
+        subprocess.run([*preprocess, "--output", str(folder / "data")], check=True, stdout=subprocess.DEVNULL)
+        models: dict[str, object] = {}
+        for name, overrides in MODELS.items():
+            source = train_one_step(folder, name, overrides)
+            weights = open_weights(source)
+            sizes = [weights.form(tensor).bytes for tensor in weights.names]
+            table = Table("side", "seconds", "peak MB", title=f"{name}: {sum(sizes) / 1e9:.2f} GB of fp32, largest tensor {max(sizes) / 1e6:.0f} MB")
+            sides: dict[str, object] = {}
+            for side in SIDES:
+                if name == "dense" and side == "ours, hf, bf16":
+                    continue  # qk-norm of the debug recipe has no dense architecture
+                time.sleep(1)
+                measured = measure(side, source, folder)
+                if isinstance(measured, str):
+                    sides[side] = {"fails": measured}
+                    table.add_row(side, measured)
+                else:
+                    sides[side] = {"seconds": measured[0], "peak_bytes": measured[1]}
+                    table.add_row(side, f"{measured[0]:.1f}", f"{measured[1] / 1e6:.0f}")
+            models[name] = {"weights_bytes": sum(sizes), "largest_tensor_bytes": max(sizes), "sides": sides}
+            shutil.rmtree(source.parent.parent)
+            Console().print(table)
+    result["models"] = models
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

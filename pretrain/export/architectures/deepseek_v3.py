@@ -1,0 +1,103 @@
+"""Our decoder as transformers' ``deepseek_v3``: latent attention, sigmoid routing with groups, balancing by bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.deepseek_v2 import (
+    LATENT,
+    SHARED_EXPERTS,
+    THEIR_SHARED,
+    LatentDecoder,
+    groups_of,
+    prefix_config,
+    prefix_experts,
+    shared_width_reasons,
+)
+from pretrain.export.architectures.llama_like import TRUNK, absent_shared_experts, balance_bias_name, shared_links
+from pretrain.export.features import ANY, Takes
+from pretrain.export.name_map import Links, Zeros, expand
+
+SIGMOID: Takes = {
+    **SHARED_EXPERTS,
+    "moe.router.kind": ("sigmoid_topk",),
+    "moe.router.norm_topk_prob": ANY,
+    "moe.bias_balancing": ANY,
+}
+THEIR_BIAS = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
+
+
+class DeepseekV3(LatentDecoder):
+    """The target ``DeepseekV3ForCausalLM``, whose groups are chosen by their two best experts."""
+
+    name, architecture, moe_layers = "deepseek_v3", "DeepseekV3ForCausalLM", "prefix"
+    takes: ClassVar[Takes] = {**TRUNK, **LATENT, **SIGMOID}
+
+    def further_reasons(self, model: ModelConfig) -> list[str]:
+        return list(dict.fromkeys([*super().further_reasons(model), *sigmoid_reasons(model, self.name)]))
+
+    def moe_links(self, model: ModelConfig) -> Links:
+        return [*super().moe_links(model), *bias_links(model)]
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        return {**super().config(model, eod_id), **sigmoid_config(model), "rope_interleave": True}
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().model_section(config) | sigmoid_experts(config)
+
+
+def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
+    reasons = shared_width_reasons(model, name)
+    if not isinstance(model.moe, RoutedMoE):
+        return reasons
+    groups = model.moe.router.groups
+    if groups is not None and groups.score != "top2_sum":
+        reasons.append(f"model.moe.router.groups.score is max, and {name} chooses groups by their two best experts")
+    if model.moe.num_experts < 2:
+        reasons.append(f"there is one expert, and {name} looks at the two best of a group")
+    return reasons
+
+
+def bias_links(model: ModelConfig) -> Links:
+    assert isinstance(model.moe, RoutedMoE)
+    if model.moe.bias_balancing is None:
+        return [Zeros(THEIR_BIAS.format(layer=layer), (model.moe.num_experts,), exact=True) for layer in model.moe_layers]
+    return [*expand({balance_bias_name(model): THEIR_BIAS}, model.moe_layers, exact=True)]
+
+
+def sigmoid_links(model: ModelConfig) -> Links:
+    """Shared experts and balancing biases."""
+    assert isinstance(model.moe, RoutedMoE)
+    shared = shared_links(model, THEIR_SHARED) if model.moe.num_shared_experts else absent_shared_experts(model, THEIR_SHARED)
+    return [*shared, *bias_links(model)]
+
+
+def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
+    assert isinstance(model.moe, RoutedMoE)
+    groups = model.moe.router.groups
+    return {
+        **prefix_config(model),
+        "n_group": 1 if groups is None else groups.num_groups,
+        "topk_group": 1 if groups is None else groups.top_k_groups,
+        "norm_topk_prob": model.moe.router.norm_topk_prob,
+        # What llama.cpp's and DeepSeek's own code call this router.
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        # The block of multi-token prediction is not exported.
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def sigmoid_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    router = {
+        "kind": "sigmoid_topk",
+        "norm_topk_prob": config["norm_topk_prob"],
+        "routed_scaling_factor": config["routed_scaling_factor"],
+        "groups": groups_of(config["n_group"], config["topk_group"], "top2_sum"),
+    }
+    section = prefix_experts(config, router)
+    section["moe"]["bias_balancing"] = {}
+    return section

@@ -1,0 +1,97 @@
+"""Our decoder as transformers' ``gpt_oss``: sinks, windows in some layers, clamped biased experts that are stacked and interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import Clamped, ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, expert_names, router_name
+from pretrain.export.features import ANY, Takes
+from pretrain.export.name_map import Link, Links, expand, stacked
+
+THEIR_MLP = "model.layers.{layer}.mlp."
+
+
+class GptOss(LlamaLike):
+    """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised softmax of all."""
+
+    name, architecture, moe_layers = "gpt_oss", "GptOssForCausalLM", "all"
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SOFTMAX,
+        "attention.bias": ("none", "all"),
+        "attention.sinks": (True,),
+        "attention.sliding_window": ANY,
+        "attention.full_attention_every": ANY,
+        "feed_forward.kind": ("clamped_swiglu",),
+        "feed_forward.bias": (True,),
+        "feed_forward.limit": ANY,
+        "feed_forward.alpha": ANY,
+        "moe.router.bias": (True,),
+        "moe.router.norm_topk_prob": (True,),
+    }
+
+    def attention_links(self, model: ModelConfig) -> list[Link]:
+        sinks = {"layers.{layer}.attention.sinks": "model.layers.{layer}.self_attn.sinks"}
+        return [*super().attention_links(model), *expand(sinks, range(model.num_hidden_layers))]
+
+    def moe_links(self, model: ModelConfig) -> Links:
+        assert isinstance(model.moe, RoutedMoE)
+        where = (model.moe_layers, model.moe.num_experts)
+        gate, up, down = expert_names(model)
+        gate_bias, up_bias, down_bias = expert_names(model, "bias")
+        router = {f"{router_name(model)}.{kind}": f"{THEIR_MLP}router.{kind}" for kind in ("weight", "bias")}
+        fused, fused_bias = f"{THEIR_MLP}experts.gate_up_proj", f"{THEIR_MLP}experts.gate_up_proj_bias"
+        return [
+            *expand(router, model.moe_layers),
+            *stacked({gate: fused}, *where, column=0, transposed=True),
+            *stacked({up: fused}, *where, column=1, transposed=True),
+            *stacked({gate_bias: fused_bias}, *where, column=0),
+            *stacked({up_bias: fused_bias}, *where, column=1),
+            *stacked({down: f"{THEIR_MLP}experts.down_proj"}, *where, transposed=True),
+            *stacked({down_bias: f"{THEIR_MLP}experts.down_proj_bias"}, *where),
+        ]
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        attention, moe, form = model.attention, model.moe, model.feed_forward
+        assert isinstance(attention, GroupedQueryAttention) and isinstance(moe, RoutedMoE) and isinstance(form, Clamped)
+        windows = [attention.window(layer) for layer in range(model.num_hidden_layers)]
+        return {
+            **super().config(model, eod_id),
+            "intermediate_size": moe.moe_intermediate_size,
+            "attention_bias": attention.bias == "all",
+            "sliding_window": attention.sliding_window,
+            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+            "num_local_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "swiglu_limit": form.limit,
+            "swiglu_alpha": form.alpha,
+            "router_aux_loss_coef": moe.aux_loss_weight,
+        }
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config) | {"intermediate_size": None}
+        windows = {"sliding_window": config["sliding_window"], "full_attention_every": _full_every(config["layer_types"])}
+        if "sliding_attention" not in config["layer_types"]:
+            windows = {}
+        section["attention"] |= {"sinks": True, "bias": "all" if config["attention_bias"] else "none", **windows}
+        return section | {
+            "feed_forward": {"kind": "clamped_swiglu", "bias": True, "limit": config["swiglu_limit"], "alpha": config["swiglu_alpha"]},
+            "moe": {
+                "kind": "dropless",
+                "num_experts": config["num_local_experts"],
+                "top_k": config["num_experts_per_tok"],
+                "moe_intermediate_size": config["intermediate_size"],
+                "router": {"kind": "softmax_topk", "bias": True, "norm_topk_prob": True},
+                "aux_loss_weight": config["router_aux_loss_coef"],
+            },
+        }
+
+
+def _full_every(layer_types: list[str]) -> int | None:
+    """The n of ``full_attention_every``; another pattern is found when the configs are compared."""
+    return next((layer + 1 for layer, kind in enumerate(layer_types) if kind == "full_attention"), None)

@@ -1,0 +1,245 @@
+"""What most architectures of transformers share: Llama's names around attention and feed-forwards, and its fields of ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.errors import ConfigError
+from pretrain.config.model_schema import ModelConfig, RotaryBase, Yarn
+from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
+from pretrain.export.features import ANY, Takes, reasons_against
+from pretrain.export.name_map import Link, Links, Zeros, expand
+
+VOCABULARY = {"embedding.weight": "model.embed_tokens.weight"}
+HEAD = {"head.weight": "lm_head.weight"}
+FINAL_NORM = {"final_norm.weight": "model.norm.weight"}
+NORMS = {
+    "layers.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
+    "layers.{layer}.feed_forward_norm.weight": "model.layers.{layer}.post_attention_layernorm.weight",
+}
+DENSE = {f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+NATIVE_EXPERT = "layers.{layer}.feed_forward.deepspeed_moe.experts.deepspeed_experts.{expert}."
+SHARED = "layers.{layer}.feed_forward.shared."
+YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+
+TRUNK: Takes = {
+    "vocab_size": ANY,
+    "vocab_multiple": ANY,
+    "embedding_size": ANY,  # the export multiplies the two matrices
+    "hidden_size": ANY,
+    "num_hidden_layers": ANY,
+    "intermediate_size": ANY,
+    "max_position_embeddings": ANY,
+    "tie_word_embeddings": ANY,
+    "norm.kind": ("rms_norm",),
+    "norm.eps": ANY,
+    "norm_position": ("pre",),
+    "final_norm": (True,),
+    "feed_forward.kind": ("swiglu",),
+    "feed_forward.bias": (False,),
+    "position.kind": ("rope", "yarn"),
+    "position.rope_theta": ANY,
+    **{f"position.{field}": ANY for field in YARN_FIELDS},
+    # Outside of DeepSeek's own architectures transformers does not scale attention by it.
+    "position.mscale": (None,),
+    "position.mscale_all_dim": (None,),
+    "layer_pattern.kind": ANY,  # see moe_layers
+    "layer_pattern.n": ANY,
+    "layer_pattern.k": ANY,
+}
+GROUPED_QUERY: Takes = {
+    "attention.kind": ("gqa",),
+    "attention.num_attention_heads": ANY,
+    "attention.num_key_value_heads": ANY,
+    "attention.head_dim": ANY,
+    "attention.bias": ("none",),
+    "attention.qk_norm": ("none",),
+}
+EXPERTS: Takes = {
+    "moe.kind": ("dropless", "deepspeed"),
+    "moe.num_experts": ANY,
+    "moe.top_k": ANY,
+    "moe.moe_intermediate_size": ANY,
+    "moe.shared_intermediate_size": ANY,
+    "moe.drop_tokens": (False,),
+}
+SOFTMAX: Takes = {**EXPERTS, "moe.router.kind": ("softmax_topk",), "moe.router.norm_topk_prob": ANY}
+
+
+class LlamaLike:
+    """A decoder with Llama's trunk; each architecture says what it takes, and which layers may be mixtures of experts."""
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[Takes]
+    moe_layers: ClassVar[Literal["none", "all", "prefix", "any"]]
+    moe: ClassVar[str] = "mlp"
+    expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+
+    def reasons_against(self, model: ModelConfig) -> list[str]:
+        """Why this architecture cannot compute what ``model`` computes, a clause each; empty when it can."""
+        reasons = reasons_against(model, self.takes, self.name)
+        count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
+        if self.moe_layers == "none" and count:
+            reasons.append(f"{count} layers are mixtures of experts, and {self.name} has none")
+        elif self.moe_layers != "none" and not count:
+            reasons.append(f"no layer is a mixture of experts, and {self.name} is one")
+        elif self.moe_layers == "all" and dense:
+            reasons.append(f"{dense} layers are dense, and all of {self.name}'s are mixtures of experts")
+        elif self.moe_layers == "prefix" and model.moe_layers != list(range(dense, model.num_hidden_layers)):
+            reasons.append(f"dense layers stand between mixtures of experts, and {self.name}'s stand before them")
+        return reasons + self.further_reasons(model)
+
+    def further_reasons(self, model: ModelConfig) -> list[str]:
+        """What a list of fields and values cannot say."""
+        return []
+
+    def links(self, model: ModelConfig) -> Links:
+        """A link for each tensor of the export; only asked where nothing speaks against it."""
+        layers = range(model.num_hidden_layers)
+        dense = [layer for layer in layers if layer not in model.moe_layers]
+        return [
+            *expand(VOCABULARY, rows=model.vocab_size),
+            *expand(NORMS, layers),
+            *self.attention_links(model),
+            *expand(_with_parameters(DENSE, model.feed_forward.bias), dense),
+            *(self.moe_links(model) if model.moe_layers else ()),
+            *expand(FINAL_NORM),
+            *([] if model.tie_word_embeddings else expand(HEAD, rows=model.vocab_size)),
+        ]
+
+    def attention_links(self, model: ModelConfig) -> list[Link]:
+        attention = model.attention
+        assert isinstance(attention, GroupedQueryAttention)
+        biased = {"none": (), "qkv": ("q_proj", "k_proj", "v_proj"), "all": ("q_proj", "k_proj", "v_proj", "o_proj")}[attention.bias]
+        names = [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [f"{name}.bias" for name in biased]
+        names += [] if attention.qk_norm == "none" else ["q_norm.weight", "k_norm.weight"]
+        templates = {f"layers.{{layer}}.attention.{name}": f"model.layers.{{layer}}.self_attn.{name}" for name in names}
+        return expand(templates, range(model.num_hidden_layers))
+
+    def moe_links(self, model: ModelConfig) -> Links:
+        """Router and routed experts."""
+        assert isinstance(model.moe, RoutedMoE)
+        theirs = f"model.layers.{{layer}}.{self.moe}."
+        names = [f"{theirs}experts.{{expert}}.{name}.weight" for name in self.expert]
+        templates = {router_name(model) + ".weight": f"{theirs}gate.weight", **dict(zip(expert_names(model), names, strict=True))}
+        return [*expand(templates, model.moe_layers, model.moe.num_experts)]
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        """The architecture's own fields of ``config.json``."""
+        attention, position = model.attention, model.position
+        assert isinstance(position, RotaryBase)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": position.rope_theta}
+        if isinstance(position, Yarn):
+            rope |= {"rope_type": "yarn", **{field: getattr(position, field) for field in YARN_FIELDS if getattr(position, field) is not None}}
+        fields = {
+            "model_type": self.name,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size or (model.moe.moe_intermediate_size if model.moe else None),
+            "num_hidden_layers": model.num_hidden_layers,
+            "num_attention_heads": attention.num_attention_heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": model.max_position_embeddings,
+            "initializer_range": model.initializer_range,
+            "rms_norm_eps": model.norm.eps,
+            "tie_word_embeddings": model.tie_word_embeddings,
+            # Readers from before transformers 5 look for rope_theta and rope_scaling, and fall back to defaults where they are missing.
+            "rope_parameters": rope,
+            "rope_theta": position.rope_theta,
+            **({"rope_scaling": rope} if isinstance(position, Yarn) else {}),
+            "attention_dropout": 0.0,
+            "bos_token_id": eod_id,
+            "eos_token_id": eod_id,
+        }
+        if isinstance(attention, GroupedQueryAttention):
+            fields |= {"num_key_value_heads": attention.num_key_value_heads, "head_dim": attention.head_dim}
+        return fields
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The way back: a recipe's model section from all fields of transformers' config, defaults included.
+
+        What it cannot say is found by comparing :meth:`config` of the result with ``config``.
+        """
+        heads = config["num_attention_heads"]
+        rope = dict(config["rope_parameters"])
+        kind = rope.pop("rope_type", "default")
+        if kind not in ("default", "yarn"):
+            raise ConfigError(f"config.json's rope_type is '{kind}', and recipes have default and yarn only: this model cannot be converted")
+        position = {"kind": "yarn" if kind == "yarn" else "rope", "rope_theta": rope["rope_theta"]}
+        if kind == "yarn":
+            position |= {field: rope[field] for field in YARN_FIELDS if rope.get(field) is not None}
+        return {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "num_hidden_layers": config["num_hidden_layers"],
+            "intermediate_size": config["intermediate_size"],
+            "max_position_embeddings": config["max_position_embeddings"],
+            "attention": {
+                "kind": "gqa",
+                "num_attention_heads": heads,
+                "num_key_value_heads": config.get("num_key_value_heads") or heads,
+                "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            },
+            "position": position,
+            "norm": {"kind": "rms_norm", "eps": config["rms_norm_eps"]},
+            "layer_pattern": {"kind": "all_dense" if self.moe_layers == "none" else "all_moe"},
+            "tie_word_embeddings": config["tie_word_embeddings"],
+            "initializer_range": config["initializer_range"],
+        }
+
+
+def router_name(model: ModelConfig) -> str:
+    """The module that makes the router's logits."""
+    if not isinstance(model.moe, DeepSpeedMoE):
+        return "layers.{layer}.feed_forward.router.gate"
+    return "layers.{layer}.feed_forward.deepspeed_moe.gate." + ("router.gate" if model.moe.gate == "router" else "wg")
+
+
+def balance_bias_name(model: ModelConfig) -> str:
+    return router_name(model).removesuffix(".gate") + ".balance_bias"
+
+
+def expert_names(model: ModelConfig, parameter: str = "weight") -> list[str]:
+    """Templates of the experts' gate, up and down projections, or of their biases."""
+    if isinstance(model.moe, DeepSpeedMoE):
+        return [f"{NATIVE_EXPERT}{name}.{parameter}" for name in ("gate_proj", "up_proj", "down_proj")]
+    if parameter == "bias":
+        return [f"layers.{{layer}}.feed_forward.{name}" for name in ("b1", "b3", "b2")]
+    return [f"layers.{{layer}}.feed_forward.experts.{name}" for name in ("w1", "w3", "w2")]
+
+
+def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> list[Link]:
+    """The shared experts as one feed-forward at ``theirs``."""
+    names = {f"{SHARED}feed_forward.{name}.weight": f"{theirs}.{name}.weight" for name in ("gate_proj", "up_proj")}
+    down = {f"{SHARED}feed_forward.down_proj.weight": f"{theirs}.down_proj.weight"}
+    return [*expand(names, model.moe_layers), *expand(down, model.moe_layers, scale=down_scale)]
+
+
+def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
+    """Shared experts of width zero: transformers' class has their empty matrices, and misses them in the files."""
+    shapes = {"gate_proj": (0, model.hidden_size), "up_proj": (0, model.hidden_size), "down_proj": (model.hidden_size, 0)}
+    return [Zeros(theirs.format(layer=layer) + f".{name}.weight", shape) for layer in model.moe_layers for name, shape in shapes.items()]
+
+
+def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer pattern that ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs mean."""
+    count, step = config["num_hidden_layers"], config["decoder_sparse_step"]
+    dense = [layer for layer in range(count) if layer in config["mlp_only_layers"] or (layer + 1) % step]
+    if not dense:
+        return {"kind": "all_moe"}
+    if dense == list(range(len(dense))):
+        return {"kind": "first_k_dense", "k": len(dense)}
+    for n in range(2, count + 1):
+        if dense == [layer for layer in range(count) if (layer + 1) % n]:
+            return {"kind": "every_nth", "n": n}
+    raise ConfigError(
+        f"config.json has dense layers {dense} of {count}, and recipes know a regular step or the first ones only: it cannot be converted"
+    )
+
+
+def _with_parameters(templates: dict[str, str], biased: bool) -> dict[str, str]:
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in templates.items() for kind in ("weight", "bias")[: 1 + biased]}

@@ -1,0 +1,40 @@
+"""Our decoder as transformers' ``mixtral``: every layer a mixture of experts, softmax top-k renormalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
+from pretrain.export.features import ANY, Takes
+
+
+class Mixtral(LlamaLike):
+    """The target ``MixtralForCausalLM``; a sliding window stands in every layer or in none."""
+
+    name, architecture, moe_layers = "mixtral", "MixtralForCausalLM", "all"
+    moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
+    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "moe.router.norm_topk_prob": (True,), "attention.sliding_window": ANY}
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        assert isinstance(model.moe, RoutedMoE)
+        return {
+            **super().config(model, eod_id),
+            "intermediate_size": model.moe.moe_intermediate_size,
+            "sliding_window": model.attention.sliding_window,
+            "num_local_experts": model.moe.num_experts,
+            "num_experts_per_tok": model.moe.top_k,
+            "router_aux_loss_coef": model.moe.aux_loss_weight,
+        }
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config) | {"intermediate_size": None}
+        section["attention"]["sliding_window"] = config["sliding_window"]
+        moe = {
+            "num_experts": config["num_local_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "moe_intermediate_size": config["intermediate_size"],
+        }
+        return section | {"moe": {"kind": "dropless", **moe, "aux_loss_weight": config["router_aux_loss_coef"]}}

@@ -1,0 +1,46 @@
+"""Our decoder as transformers' ``olmoe``: every layer a mixture of experts, queries and keys normalised over all heads together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
+from pretrain.export.architectures.qwen3_moe import qwen_experts
+from pretrain.export.features import Takes
+
+
+class Olmoe(LlamaLike):
+    """The target ``OlmoeForCausalLM``."""
+
+    name, architecture, moe_layers = "olmoe", "OlmoeForCausalLM", "all"
+    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "attention.qk_norm": ("full",), "attention.bias": ("none", "all")}
+
+    def further_reasons(self, model: ModelConfig) -> list[str]:
+        attention = model.attention
+        if isinstance(attention, GroupedQueryAttention) and attention.num_attention_heads * attention.head_dim != model.hidden_size:
+            return [f"model.attention.head_dim ({attention.head_dim}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"]
+        return []
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        fields = super().config(model, eod_id)
+        del fields["head_dim"]
+        return {
+            **fields,
+            "intermediate_size": model.moe.moe_intermediate_size,
+            "attention_bias": model.attention.bias == "all",
+            "clip_qkv": None,
+            "num_experts": model.moe.num_experts,
+            "num_experts_per_tok": model.moe.top_k,
+            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "router_aux_loss_coef": model.moe.aux_loss_weight,
+        }
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config) | {"intermediate_size": None}
+        section["attention"] |= {"qk_norm": "full", "bias": "all" if config["attention_bias"] else "none"}
+        return section | {"moe": qwen_experts(config, width="intermediate_size")}

@@ -1,0 +1,76 @@
+"""Our decoder as transformers' ``qwen2_moe``: softmax top-k routing, a gated shared expert, dense layers anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    SHARED,
+    SOFTMAX,
+    TRUNK,
+    LlamaLike,
+    absent_shared_experts,
+    shared_links,
+    sparse_layers,
+)
+from pretrain.export.architectures.qwen3_moe import qwen_experts
+from pretrain.export.features import ANY, Takes
+from pretrain.export.name_map import Links, Zeros, expand
+
+THEIR_SHARED = "model.layers.{layer}.mlp.shared_expert"
+
+
+class Qwen2Moe(LlamaLike):
+    """The target ``Qwen2MoeForCausalLM``.
+
+    Its shared expert is always multiplied by sigmoid(w x). One of ours without a gate gets w = 0 and its last matrix doubled: 2 x 0.5 is
+    exact. Without a shared expert theirs has the width zero.
+    """
+
+    name, architecture, moe_layers = "qwen2_moe", "Qwen2MoeForCausalLM", "any"
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SOFTMAX,
+        "attention.bias": ("none", "qkv"),
+        "moe.num_shared_experts": ANY,
+        "moe.shared_expert_gate": ANY,
+    }
+
+    def moe_links(self, model: ModelConfig) -> Links:
+        assert isinstance(model.moe, RoutedMoE)
+        gates: Links = [Zeros(THEIR_SHARED.format(layer=layer) + "_gate.weight", (1, model.hidden_size)) for layer in model.moe_layers]
+        if not model.moe.num_shared_experts:
+            return [*super().moe_links(model), *absent_shared_experts(model, THEIR_SHARED), *gates]
+        if model.moe.shared_expert_gate:
+            gates = [*expand({f"{SHARED}gate.weight": f"{THEIR_SHARED}_gate.weight"}, model.moe_layers)]
+        shared = shared_links(model, THEIR_SHARED, down_scale=1.0 if model.moe.shared_expert_gate else 2.0)
+        return [*super().moe_links(model), *shared, *gates]
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        return {
+            **super().config(model, eod_id),
+            "qkv_bias": model.attention.bias == "qkv",
+            "use_sliding_window": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if index not in model.moe_layers],
+            "num_experts": model.moe.num_experts,
+            "num_experts_per_tok": model.moe.top_k,
+            "moe_intermediate_size": model.moe.moe_intermediate_size,
+            "shared_expert_intermediate_size": model.moe.shared_width,
+            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "router_aux_loss_coef": model.moe.aux_loss_weight,
+        }
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config)
+        section["attention"]["bias"] = "qkv" if config["qkv_bias"] else "none"
+        width = config["shared_expert_intermediate_size"]
+        shared = {"num_shared_experts": 1, "shared_intermediate_size": width, "shared_expert_gate": True} if width else {}
+        return section | {"layer_pattern": sparse_layers(config), "moe": qwen_experts(config) | shared}

@@ -1,0 +1,52 @@
+"""Our decoder as transformers' ``qwen3_moe``: softmax top-k routing, QK-norm, no shared experts, dense layers anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, sparse_layers
+from pretrain.export.features import Takes
+
+
+class Qwen3Moe(LlamaLike):
+    """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises each head of queries and keys."""
+
+    name, architecture, moe_layers = "qwen3_moe", "Qwen3MoeForCausalLM", "any"
+    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "attention.qk_norm": ("head",), "attention.bias": ("none", "all")}
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        return {
+            **super().config(model, eod_id),
+            "attention_bias": model.attention.bias == "all",
+            "use_sliding_window": False,
+            # A list of layers covers every pattern; decoder_sparse_step only the regular ones.
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if index not in model.moe_layers],
+            "num_experts": model.moe.num_experts,
+            "num_experts_per_tok": model.moe.top_k,
+            "moe_intermediate_size": model.moe.moe_intermediate_size,
+            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "router_aux_loss_coef": model.moe.aux_loss_weight,
+        }
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config)
+        section["attention"] |= {"qk_norm": "head", "bias": "all" if config["attention_bias"] else "none"}
+        return section | {"layer_pattern": sparse_layers(config), "moe": qwen_experts(config)}
+
+
+def qwen_experts(config: Mapping[str, Any], width: str = "moe_intermediate_size") -> dict[str, Any]:
+    """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share."""
+    return {
+        "kind": "dropless",
+        "num_experts": config["num_experts"],
+        "top_k": config["num_experts_per_tok"],
+        "moe_intermediate_size": config[width],
+        "router": {"kind": "softmax_topk", "norm_topk_prob": config["norm_topk_prob"]},
+        "aux_loss_weight": config["router_aux_loss_coef"],
+    }

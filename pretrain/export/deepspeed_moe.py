@@ -1,0 +1,192 @@
+"""Checkpoints of plain DeepSpeed MoE models, whatever trained them, as safetensors under their own names.
+
+DeepSpeed writes the dense part of a model to ``mp_rank_00_model_states.pt`` and each expert to a file of its own:
+
+- ``layer_L_expert_E_mp_rank_00_model_states.pt``, where a native layer names E's tensors ``...deepspeed_experts.E...``;
+- the same file, where an AutoEP layer (DeepSpeed 0.19.5 and later) has ``...experts.w1.E``: these are stacked again to ``...experts.w1``;
+- ``expert_E_mp_rank_00_model_states.pt`` with the experts E of all layers (before 0.5).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.export.convert import Conversion
+from pretrain.export.name_map import Link, Links, check_names, their_forms, to_theirs
+from pretrain.export.parity import check_same_numbers
+from pretrain.export.writer import RECORD, SHARD_BYTES, dtype_name, open_exported_weights, published_folder, write_json_file, write_weights
+
+MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+EXPERT_FILE = re.compile(r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<rank>\d+)_model_states\.pt$")
+STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>\d+)$")
+
+
+class PickledTensors:
+    """Tensors of several files that ``torch.save`` wrote, read one by one without running what a pickle could call."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Path, str | None]] = {}
+        self._forms: dict[str, TensorForm] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._forms)
+
+    def add(self, path: Path, section: str | None) -> None:
+        """Takes in a file's tensors, those of its ``section`` where they do not lie at the top.
+
+        Raises:
+            CheckpointError: for a tensor that another file has too.
+        """
+        for name, tensor in _tensors(path, section).items():
+            if name in self._forms:
+                raise CheckpointError(
+                    f"the tensor '{name}' stands in {self._places[name][0].name} and in {path.name}: remove the one that is not its"
+                )
+            self._places[name], self._forms[name] = (path, section), TensorForm(tensor.dtype, tuple(tensor.shape))
+
+    def form(self, name: str) -> TensorForm:
+        return self._forms[name]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        tensor = _tensors(*self._places[name])[name]
+        return tensor.clone() if index is None else tensor[index].clone()
+
+
+def import_deepspeed(source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Conversion:
+    """Writes all weights of a plain DeepSpeed MoE checkpoint, the experts of all ranks together, as safetensors.
+
+    Args:
+        source: the folder of a tag, such as ``global_step300``, or the one above it with the file ``latest``.
+        dtype: of the written floating weights. DeepSpeed's model files hold them in the precision of training.
+
+    Raises:
+        ConfigError: for a layout that does not hold whole weights (ZeRO stage 3, tensor parallelism), or where ``output`` is taken.
+        CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for pickles that do more than hold tensors.
+    """
+    folder = _tag_folder(source)
+    tensors = PickledTensors()
+    main = _model_file(folder)
+    counts = _loaded(main).get("num_experts")
+    tensors.add(main, "module")
+    for path in _expert_files(folder, counts if isinstance(counts, list) else []):
+        tensors.add(path, None)
+    links = _links(tensors)
+    check_names(links, tensors)
+    with published_folder(output, overwrite) as temporary:
+        forms = their_forms(links, tensors, dtype)
+        write_weights(temporary, forms, to_theirs(links, tensors, dtype), shard_bytes)
+        check_same_numbers(links, tensors, open_exported_weights(temporary))
+        size = sum(form.bytes for form in forms.values())
+        conversion = Conversion("safetensors", _step(main), dtype_name(dtype), len(forms), size, None)
+        write_json_file(temporary / RECORD, conversion.to_dict())
+    return conversion
+
+
+def _links(tensors: PickledTensors) -> Links:
+    links: Links = []
+    experts: dict[str, list[int]] = {}
+    for name in tensors.names:
+        match = STACKED.match(name)
+        if match is None:
+            links.append(Link(name, name))
+            continue
+        experts.setdefault(match["stem"], []).append(int(match["expert"]))
+        links.append(Link(name, match["stem"], their_expert=int(match["expert"])))
+    for stem, found in experts.items():
+        if sorted(found) != list(range(len(found))):
+            raise CheckpointError(f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is damaged")
+    return links
+
+
+def _tag_folder(source: Path) -> Path:
+    latest = source / "latest"
+    folder = source
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if Path(tag).name != tag or not tag:
+            raise CheckpointError(f"{latest} names no folder beside it: give the folder of a tag")
+        folder = source / tag
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give one of DeepSpeed's checkpoints")
+    return folder
+
+
+def _model_file(folder: Path) -> Path:
+    found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
+    if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
+        raise ConfigError(f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's zero_to_fp32.py on it first")
+    if not found:
+        raise CheckpointError(f"{folder} has no mp_rank_00_model_states.pt: give the folder of one of DeepSpeed's checkpoints")
+    if len(found) > 1:
+        raise ConfigError(f"{folder} has the shares of {len(found)} tensor-parallel ranks: merge them with the program that trained it first")
+    return found[0]
+
+
+def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
+    """The files of all experts: each layer's from 0 on, none missing.
+
+    Args:
+        counts: experts of each MoE layer as the checkpoint says; none where it does not.
+    """
+    files: dict[tuple[int, int], Path] = {}
+    layered = set()
+    for path in sorted(folder.iterdir()):
+        if (match := EXPERT_FILE.match(path.name)) is None:
+            continue
+        if int(match["rank"]):
+            raise ConfigError(f"{path} is a tensor-parallel share of an expert: merge them with the program that trained it first")
+        layered.add(match["layer"] is not None)
+        files[int(match["layer"] or 0), int(match["expert"])] = path
+    if len(layered) > 1:
+        raise CheckpointError(
+            f"{folder} has files of single layers' experts and of all layers' beside each other: remove those of another checkpoint"
+        )
+    if layered == {False}:
+        counts = [max(counts)] if counts else []
+    layers = range(len(counts)) if counts else range(max((layer for layer, _ in files), default=-1) + 1)
+    expected = {
+        (layer, expert)
+        for layer in layers
+        for expert in range(counts[layer] if counts else max((number for place, number in files if place == layer), default=-1) + 1)
+    }
+    if missing := sorted(expected - files.keys()):
+        layer, expert = missing[0]
+        raise CheckpointError(f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the checkpoint is incomplete")
+    if stray := sorted(files.keys() - expected):
+        raise CheckpointError(f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it belongs to another one")
+    yield from (files[key] for key in sorted(files))
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for damaged and for dangerous files
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read without running code that it holds, or is damaged ({reason}): take another checkpoint"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no tensors by name: take another checkpoint")
+    return content
+
+
+def _tensors(path: Path, section: str | None) -> dict[str, Tensor]:
+    content = _loaded(path)
+    tensors = content if section is None else content.get(section)
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} has no '{section}': it is no model file of DeepSpeed's")
+    return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def _step(main: Path) -> int:
+    step = _loaded(main).get("global_steps", 0)
+    return step if isinstance(step, int) else 0

@@ -1,0 +1,42 @@
+"""A factorised embedding multiplied out: for architectures that have none, at the price of vocabulary x hidden size numbers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.config.model_schema import ModelConfig
+from pretrain.export.name_map import Tensors
+
+PROJECTION = "embedding.projection"
+FOLDED = ("embedding.weight", "head.weight")
+
+
+class FoldedEmbedding:
+    """The same tensors, but W P^T in place of each matrix W [V, e] of the vocabulary, and no projection P [D, e].
+
+    An embedding is P w, and a logit w (P^T x): both are the row P w of W P^T.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._hidden_size = tensors.form(PROJECTION).shape[0]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._tensors.names if name != PROJECTION]
+
+    def form(self, name: str) -> TensorForm:
+        form = self._tensors.form(name)
+        return TensorForm(form.dtype, (form.shape[0], self._hidden_size)) if name in FOLDED else form
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        tensor = self._tensors.read(name, index)
+        return tensor @ self._tensors.read(PROJECTION).T if name in FOLDED else tensor
+
+
+def without_factors(model: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, Tensors]:
+    """The model and its tensors with a plain embedding."""
+    if model.embedding_size is None:
+        return model, tensors
+    return model.model_copy(update={"embedding_size": None}), FoldedEmbedding(tensors)

@@ -1,0 +1,58 @@
+"""GGUF through llama.cpp's own converter, from a Hugging Face export that was compared with the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data_pipeline.token_stream import TokenStream
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.export.convert import Conversion, export_hf
+from pretrain.export.writer import RECORD, published_folder, write_json_file
+
+SCRIPT = "convert_hf_to_gguf.py"
+GGUF_FILE = "model.gguf"
+OUT_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def find_converter() -> Path:
+    """llama.cpp's script on the PATH.
+
+    Raises:
+        ConfigError: where it is not there: no package on PyPI installs it as a wheel.
+    """
+    found = shutil.which(SCRIPT)
+    if found is None:
+        raise ConfigError(
+            f"there is no {SCRIPT} on the PATH: put llama.cpp's folder there (chmod +x {SCRIPT}; pip install gguf), "
+            f"or convert with --to hf and run llama.cpp's {SCRIPT} on the result"
+        )
+    return Path(found)
+
+
+def export_gguf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool) -> Conversion:
+    """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as :func:`export_hf` does.
+
+    Raises:
+        ConfigError: without llama.cpp's converter, or where :func:`export_hf` raises it.
+        CheckpointError: where the converter does not take the export, with its own last words.
+    """
+    converter = find_converter()
+    with published_folder(output, overwrite) as folder:
+        between = folder / "hf"
+        conversion = export_hf(checkpoint, between, heldout, dtype, overwrite=False)
+        file = folder / GGUF_FILE
+        command = [sys.executable, str(converter), str(between), "--outfile", str(file), "--outtype", OUT_TYPES[dtype]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not file.is_file():
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise CheckpointError(f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was published; use --to hf")
+        shutil.rmtree(between)
+        conversion = replace(conversion, target=f"gguf of {conversion.target}", bytes=file.stat().st_size)
+        write_json_file(folder / RECORD, conversion.to_dict())
+    return conversion
