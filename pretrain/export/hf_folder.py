@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -32,14 +33,15 @@ def write_hf_folder(
     check_same_tensors(without_padding(links, ours), to_ours(links, read_weights(folder)))
     dtype = dtype_name(next(iter(theirs.values())).dtype)
     config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype}
-    write_json_file(folder / "config.json", config)
-    eod_id = tokenizer.eod_id
-    write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
-    _write_tokenizer(folder, tokenizer, model.max_position_embeddings)
+    write_configs(folder, config, tokenizer, model.max_position_embeddings)
     return len(theirs), total_bytes(theirs)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:
+def write_configs(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Writes everything but the weights: ``config.json``, how texts start and end, and the tokenizer."""
+    write_json_file(folder / "config.json", config)
+    eod_id = tokenizer.eod_id
+    write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
     (folder / "tokenizer.json").write_bytes(tokenizer.content)
     eod_token = tokenizer.decode([tokenizer.eod_id])
     write_json_file(
