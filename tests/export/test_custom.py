@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -95,14 +96,17 @@ def test_saved_by_transformers_it_opens_again_and_is_equal(case: str, opened: di
 
 
 @cases
-def test_in_bf16_only_the_balancing_bias_stays_fp32(case: str, opened: dict[str, Opened]) -> None:
+def test_in_bf16_it_rounds_no_worse_than_our_model_and_the_balancing_bias_stays_fp32(case: str, opened: dict[str, Opened]) -> None:
+    """Rounding flips close choices, most where experts fill up; so the measure is what it does to our own model."""
     one = opened[case]
     moe = one.model.config.moe
     balanced = moe is not None and moe.bias_balancing is not None and bool(one.model.config.moe_layers)
     wide = [name for name in one.said["bf16 dtypes"] if not name.endswith("bfloat16")]
     assert wide == (["balance_bias torch.float32"] if balanced else [])
-    difference = one.computed["bf16 logits"] - one.computed["logits"]
-    assert one.computed["bf16 logits"].dtype == torch.float32 and difference.norm() < 0.3 * one.computed["logits"].norm()
+    with torch.inference_mode():
+        ours = copy.deepcopy(one.model).to(torch.bfloat16).logits(one.prompts["ids"])
+    theirs, full = one.computed["bf16 logits"], one.computed["logits"]
+    assert theirs.dtype == torch.float32 and 0 < (theirs - full).norm() < 2 * (ours - full).norm()
 
 
 @cases
