@@ -16,6 +16,7 @@ from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import NonFiniteError
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
 from pretrain.model.decoder import RouterTotals
@@ -112,7 +113,7 @@ class Trainer:
         step = self.progress.step
         factor = learning_rate_factor(step, self.num_steps, self.recipe.schedule)
         moe = self.recipe.model.moe
-        balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if moe is not None and moe.bias_balancing else 0.0
+        balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if isinstance(moe, RoutedMoE) and moe.bias_balancing else 0.0
         result = self.engine.train_step(self.loader.step_batches(step), factor, balance_rate)
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - started
@@ -192,7 +193,8 @@ class Trainer:
     def _weights_are_finite(self) -> bool:
         """The same answer on every rank; of a weight that ZeRO 3 has partitioned, each rank looks at its own part."""
         parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.model.parameters())
-        return not self.topology.any(not all(bool(part.isfinite().all()) for part in parts))
+        rows = self.engine.rows
+        return not self.topology.any(not all(bool(part.isfinite().all()) for part in parts) or (rows is not None and not rows.is_finite()))
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -215,7 +217,7 @@ class Trainer:
 
 def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
     """Means over the layers with a router, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
-    if router is None or model.moe is None:
+    if router is None or not isinstance(model.moe, RoutedMoE):
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
     shown = [name for name, weight in loss_weights(model.moe).items() if weight or name in ALWAYS_COMPUTED]

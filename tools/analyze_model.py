@@ -55,7 +55,7 @@ def sized_model(recipe: Recipe) -> ModelConfig:
 
 def memory_by_layout(size: ModelSize, model: ModelConfig, precision: str, world_size: int) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
-    experts = model.moe.num_experts if model.moe is not None and model.routed_layers else 1
+    experts = model.moe.total_experts if model.moe is not None and model.routed_layers else 1
     ep_sizes = [count for count in range(1, world_size + 1) if world_size % count == 0 and experts % count == 0]
     stages = [stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)]
     return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep) for ep in ep_sizes} for stage in stages}

@@ -9,6 +9,7 @@ checkpoints/
     weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
     weights-experts-00000-of-00002.safetensors ...
     deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
+    rows/rank_00000.safetensors ...       optimizer state of tables of experts, where the model has some (PEER)
     random/rank_00000.pt ...              random state of every rank
     manifest.json                         size and sha256 of every file above; written last
 """
@@ -26,7 +27,7 @@ from pretrain.config.load import parse_yaml, validate_recipe
 from pretrain.config.schema import Recipe
 
 LATEST, MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER = "latest", "manifest.json", "state.json", "recipe.yaml", "ds_config.json", "tokenizer.json"
-DEEPSPEED_TAG, RANDOM_FOLDER = "deepspeed", "random"
+DEEPSPEED_TAG, RANDOM_FOLDER, ROWS_FOLDER = "deepspeed", "random", "rows"
 STEP_NAME = re.compile(r"^step_(\d+)$")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.weights import write_weights
+from pretrain.checkpoint.weights import read_experts_part, write_weights
 from pretrain.config.durable import file_sha256, fsync_path
 from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
 from pretrain.config.load import recipe_to_yaml
@@ -77,7 +78,10 @@ class CheckpointStore:
             (temporary / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
             torch.save(random_state(), temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
             moe = engine.recipe.model.moe
-            write_weights(temporary, engine.model, engine.master_weight, topology.rank, topology.ep_size, moe.num_experts if moe else 1)
+            tables = {name: table.weight for name, table in engine.rows.tables.items()} if engine.rows is not None else {}
+            num_experts = moe.total_experts if moe else 1
+            write_weights(temporary, engine.model, engine.master_weight, topology.rank, engine.expert_parts, num_experts, tables)
+            self._write_rows(temporary)
             engine.deepspeed.save_checkpoint(str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False)
             if topology.is_main:
                 for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: they mistake expert files for model files
@@ -125,9 +129,29 @@ class CheckpointStore:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
             )
+        self._load_rows(folder)
         own = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
         restore_random_state(torch.load(own, weights_only=True))
         return layout.read_state(folder)
+
+    def _write_rows(self, folder: Path) -> None:
+        """The optimizer state of tables, as far as rows were used: DeepSpeed knows nothing of it."""
+        rows = self.engine.rows
+        if rows is None:
+            return
+        (folder / layout.ROWS_FOLDER).mkdir(exist_ok=True)
+        state = {f"{name}/{key}": value.cpu() for name, row_state in rows.states.items() for key, value in row_state.state().items()}
+        save_file(state, folder / layout.ROWS_FOLDER / f"rank_{self.engine.topology.rank:05d}.safetensors")
+
+    def _load_rows(self, folder: Path) -> None:
+        rows, engine = self.engine.rows, self.engine
+        if rows is None:
+            return
+        weights = read_experts_part(folder, engine.expert_part, engine.expert_parts)
+        state = load_file(folder / layout.ROWS_FOLDER / f"rank_{engine.topology.rank:05d}.safetensors")
+        for name, table in rows.tables.items():
+            table.weight.copy_(weights[name])
+            rows.states[name].load({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
 
     def _prepare(self, temporary: Path) -> None:
         """Makes an empty temporary folder after checking that the disk has room."""
@@ -166,7 +190,7 @@ class CheckpointStore:
             return
         manifest = {"version": 1, "files": {name: entry for share in shares for name, entry in sorted(share.items())}}
         (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for path in (temporary / layout.MANIFEST, temporary / layout.DEEPSPEED_TAG, temporary / layout.RANDOM_FOLDER, temporary):
+        for path in (temporary / layout.MANIFEST, *(child for child in temporary.iterdir() if child.is_dir()), temporary):
             fsync_path(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)

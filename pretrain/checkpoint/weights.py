@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,11 +33,21 @@ def _global_name(name: str, first_expert: int) -> str:
 
 
 def write_weights(
-    folder: Path, model: nn.Module, master_weight: Callable[[nn.Parameter], torch.Tensor], rank: int, ep_size: int, num_experts: int
+    folder: Path,
+    model: nn.Module,
+    master_weight: Callable[[nn.Parameter], torch.Tensor],
+    rank: int,
+    ep_size: int,
+    num_experts: int,
+    tables: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the fp32 weights; every rank must call it, because gathering a sharded weight is collective.
 
     Rank 0 writes what is replicated, ranks 0 to ep_size - 1 (one full set of experts) each write theirs.
+
+    Args:
+        ep_size: ranks that share one set of experts.
+        tables: this rank's part of the tables that are no parameters of the model while it is trained.
     """
     dense: dict[str, torch.Tensor] = {}
     experts: dict[str, torch.Tensor] = {}
@@ -48,6 +58,8 @@ def write_weights(
             experts[_global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
         elif not is_expert(parameter) and rank == 0:
             dense[name] = weight.to("cpu", torch.float32).contiguous()
+    if rank < ep_size:
+        experts |= {name: table.cpu() for name, table in (tables or {}).items()}
     persistent = model.state_dict(keep_vars=True).keys()
     if rank == 0:  # such as the routers' balancing biases
         dense |= {name: buffer.to("cpu", torch.float32) for name, buffer in model.named_buffers() if name in persistent}
@@ -79,6 +91,11 @@ def load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
         # Stacked experts lie in order of their rank; a native expert has a name and a file of its own.
         weights[name] = torch.cat(holders) if len(holders) > 1 else holders[0]
     return weights
+
+
+def read_experts_part(folder: Path, part: int, parts: int) -> dict[str, torch.Tensor]:
+    """What :func:`write_weights` wrote of the experts that one of ``parts`` ranks holds."""
+    return _read_file(folder / EXPERTS_FILE.format(part=part, parts=parts))
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[DecoderLM, Recipe]:

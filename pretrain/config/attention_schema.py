@@ -113,6 +113,7 @@ class MultiHeadLatentAttention(Attention):
     qk_rope_head_dim: Positive = Field(description="numbers of a query, and of the shared key, that are turned")
     qk_nope_head_dim: Positive = Field(description="numbers of a head's own key, never turned")
     v_head_dim: Positive
+    latent_norm: Literal["rms_norm", "layer_norm"] = Field("rms_norm", description="of both latents; DeepSeek's is rms_norm")
     bias: Literal["none", "all"] = Field("none", description="'all': q_a_proj, kv_a_proj and o_proj (Hugging Face's attention_bias)")
     decode: Literal["absorbed", "plain"] = Field(
         "absorbed", description="with a cache: attend to latents where that multiplies less, or always make keys and values of them"

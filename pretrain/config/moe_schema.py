@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -26,15 +27,35 @@ class BiasBalancing(Section):
 
 
 class MoE(Component):
-    """What every kind of MoE layer with routed experts has."""
+    """What every kind of layer with many experts has; the form of an expert is ``model.feed_forward``."""
 
-    num_experts: Positive
-    top_k: Positive
-    moe_intermediate_size: Positive
-    router: Annotated[Router, OneOf()] = SoftmaxTopK()
+    moe_intermediate_size: Positive = Field(description="hidden numbers of one expert")
     num_shared_experts: NonNegative = Field(0, description="experts that see every token, as one feed-forward of their joint width")
     shared_intermediate_size: Positive | None = Field(None, description="width of one shared expert; moe_intermediate_size by default")
     shared_expert_gate: bool = Field(False, description="the shared experts' output is multiplied by sigmoid(w x) (Qwen2-MoE)")
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together; 0 without any."""
+        return self.num_shared_experts * (self.shared_intermediate_size or self.moe_intermediate_size)
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts of one layer."""
+        raise NotImplementedError
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many of them one token is sent to, at most."""
+        raise NotImplementedError
+
+
+class RoutedMoE(MoE):
+    """Experts with a router that scores every one of them."""
+
+    num_experts: Positive
+    top_k: Positive
+    router: Annotated[Router, OneOf()] = SoftmaxTopK()
     aux_loss_weight: Weight = Field(0.01, description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)")
     z_loss_weight: Weight = Field(0.001, description="of mean(logsumexp(router logits)^2), summed over MoE layers (ST-MoE, Zoph et al. 2022, eq. 5)")
     sequence_loss_weight: Weight = Field(0.0, description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)")
@@ -48,19 +69,22 @@ class MoE(Component):
     bias_balancing: BiasBalancing | None = None
 
     @property
-    def shared_width(self) -> int:
-        """Width of all shared experts together; 0 without any."""
-        return self.num_shared_experts * (self.shared_intermediate_size or self.moe_intermediate_size)
+    def total_experts(self) -> int:
+        return self.num_experts
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> MoE:
+    def _choices_fit(self) -> RoutedMoE:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
         self.router.check(self.num_experts, self.top_k)
         return self
 
 
-class DroplessMoE(MoE):
+class DroplessMoE(RoutedMoE):
     """No token is dropped: rows travel by all-to-all to their experts, on DeepSpeed's AutoEP layer. Any ZeRO stage."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.dropless:DroplessMoE"
@@ -68,7 +92,7 @@ class DroplessMoE(MoE):
     expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop")
 
 
-class DeepSpeedMoE(MoE):
+class DeepSpeedMoE(RoutedMoE):
     """DeepSpeed's native layer: capacity, drops or padding, noisy gates, residual experts. ZeRO 0, 1 and 2."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.native:DeepSpeedMoE"
@@ -86,3 +110,42 @@ class DeepSpeedMoE(MoE):
     top2_2nd_expert_sampling: bool = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
     use_residual: bool = Field(False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)")
     causal: bool = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
+
+
+class PEER(MoE):
+    """Parameter-efficient expert retrieval (He 2024, "Mixture of a Million Experts"): very many very small experts, found by product keys.
+
+    Expert (i, j, ...) has the score of sub-key i of the first dimension with the first part of a query, plus that of j with the second, and
+    so on. Each head takes its best ``top_k`` and weighs them by a softmax over these. The experts have no biases.
+    """
+
+    implementation: ClassVar[str] = "pretrain.model.moe.peer:PEER"
+    kind: Literal["peer"]
+    product_key_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        description="sub-keys of each dimension; their product is the number of experts"
+    )
+    num_heads: Positive = Field(8, description="queries a token asks, each with a choice of its own; keys and experts are shared")
+    top_k: Positive = Field(16, description="experts a head takes")
+    query_dim: Positive = Field(256, description="size of one head's query, cut into one part a dimension")
+    query_bias: bool = False
+    query_norm: Literal["rms_norm", "layer_norm", "batch_norm", "none"] = Field(
+        "rms_norm", description="over each query; 'batch_norm' takes running statistics in training too: those of the batch would show later tokens"
+    )
+    moe_intermediate_size: Positive = Field(1, description="hidden numbers of one expert")
+    expert_kernel: Literal["auto", "plain", "bags", "triton"] = Field("auto", description="'auto': triton on CUDA, else torch's embedding bags")
+
+    @property
+    def total_experts(self) -> int:
+        return math.prod(self.product_key_sizes)
+
+    @property
+    def experts_per_token(self) -> int:
+        return min(self.num_heads * self.top_k, self.total_experts)
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> PEER:
+        if self.top_k > self.total_experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.total_experts} experts")
+        if self.query_dim % len(self.product_key_sizes):
+            raise ValueError(f"query_dim ({self.query_dim}) is no multiple of the {len(self.product_key_sizes)} dimensions of product_key_sizes")
+        return self

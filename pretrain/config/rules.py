@@ -8,7 +8,7 @@ from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, MoE
 from pretrain.config.schema import Recipe
 from pretrain.config.section import Section
 from pretrain.model.routers import SoftmaxTopK
@@ -134,8 +134,22 @@ def experts_divide(recipe: Recipe) -> None:
     moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
     if ep_size > 1 and not recipe.model.moe_layers:
         raise ConfigError(f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1")
-    if moe is not None and moe.num_experts % ep_size:
-        raise ConfigError(f"parallel.ep_size ({ep_size}) does not divide model.moe.num_experts ({moe.num_experts}): choose a divisor")
+    if moe is not None and moe.total_experts % ep_size:
+        raise ConfigError(f"parallel.ep_size ({ep_size}) does not divide {_experts_of(moe)}: choose a divisor")
+
+
+def _experts_of(moe: MoE) -> str:
+    field = "product_key_sizes, whose product is" if isinstance(moe, PEER) else "num_experts"
+    return f"model.moe.{field} ({moe.total_experts})"
+
+
+def peer_options_fit(recipe: Recipe) -> None:
+    moe, dropout = recipe.model.moe, recipe.model.dropout
+    if isinstance(moe, PEER) and dropout.expert:
+        raise ConfigError(
+            f"model.dropout.expert={dropout.expert} does not go with model.moe.kind=peer, which never forms the answer of one expert: "
+            "use model.dropout.feed_forward, which drops their hidden numbers"
+        )
 
 
 def warmup_fits(recipe: Recipe) -> None:
@@ -183,6 +197,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     drops_are_causal,
     native_options_fit,
     experts_divide,
+    peer_options_fit,
     warmup_fits,
     token_budget_fills_the_run,
     streams_are_read_once,
@@ -207,6 +222,11 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"parallel.ep_size ({ep_size}) does not divide the number of ranks ({world_size}): "
             f"start a multiple of {ep_size} ranks, or pass --set parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
+    shards = expert_shards(recipe, world_size, zero_stage)
+    if (moe := recipe.model.moe) is not None and recipe.model.moe_layers and moe.total_experts % shards:
+        raise ConfigError(
+            f"ZeRO stage 3 spreads the experts over all {shards} ranks, which do not divide {_experts_of(moe)}: use ds_configs/zero2.json"
+        )
     if isinstance(recipe.model.moe, DeepSpeedMoE) and recipe.model.moe_layers and zero_stage == 3:
         raise ConfigError(
             "model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless"
@@ -221,6 +241,11 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
     return train.global_batch_size // ranks_per_pass
 
 
+def expert_shards(recipe: Recipe, world_size: int, zero_stage: int) -> int:
+    """Ranks that share one set of experts: ep_size; of PEER's, whose tokens travel and not their weights, all of them at ZeRO stage 3."""
+    return world_size if isinstance(recipe.model.moe, PEER) and zero_stage == 3 else recipe.parallel.ep_size
+
+
 def _largest_divisor(world_size: int, model: ModelConfig) -> int:
-    experts = model.moe.num_experts if model.moe is not None else 1
+    experts = model.moe.total_experts if model.moe is not None else 1
     return max(size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,18 @@ from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import distributed, nn
 
 from data_pipeline.batch import Batch
+from pretrain.config.moe_schema import RoutedMoE
+from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
+from pretrain.engine.expert_rows import count_in_norm, expert_rows
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
+from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
+from pretrain.optim.rows import RowOptimizer
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,11 @@ class Engine:
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = precision
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
-        model = DecoderLM(recipe.model, topology.ep_size, topology.ep_rank, recipe.train.activation_checkpointing)
+        shards = expert_shards(recipe, topology.world_size, self.zero_stage)
+        self.expert_part, self.expert_parts = topology.rank % shards, shards
+        model = DecoderLM(recipe.model, shards, self.expert_part, recipe.train.activation_checkpointing)
         initialize(model, recipe.seed)
+        self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
@@ -67,11 +76,13 @@ class Engine:
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
+        if self.rows is not None:
+            count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.model = model
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
-        if topology.ep_size > 1:
+        if topology.ep_size > 1 and self.rows is None:
             self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
 
     def train_step(self, micro_batches: list[Batch], learning_rate_factor: float, balance_rate: float = 0.0) -> StepResult:
@@ -96,6 +107,7 @@ class Engine:
             self.deepspeed.backward(self._scaled(output.loss))
             if batch is batches[-1]:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
+                self._rows_norm = torch.zeros(()) if self.rows is None else self.rows.reduce(self.loss_scale())
                 stage0_norm = self._clip_at_stage_0()
             self.deepspeed.step()
             ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
@@ -103,9 +115,23 @@ class Engine:
             router = _add(router, output.router)
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
         applied = self.deepspeed.was_step_applied()
+        if self.rows is not None:
+            self._step_rows(self.rows, float(norm), applied, learning_rate_factor)
         if applied and balance_rate > 0 and router is not None:
             self._move_balance_biases(router, balance_rate)
         return StepResult(losses, router, len(batches), float(norm), applied)
+
+    def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:
+        """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too."""
+        clip = self.recipe.train.grad_clip
+        if applied and math.isfinite(norm):
+            factor = 1.0 / max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
+            rows.step(self.peak_learning_rates["matrix"] * learning_rate_factor, factor)
+        else:
+            rows.discard()
+        for module in self.model.modules():
+            if isinstance(module, RunningStatistics):
+                module.absorb(self.topology.sum)
 
     def _move_balance_biases(self, router: RouterTotals, rate: float) -> None:
         """By the load of the whole global batch, so that every rank moves its copy alike."""
@@ -165,7 +191,7 @@ class Engine:
         if self.zero_stage > 0:
             return None
         scale = self.optimizer.loss_scale_config.cur_scale if self.precision == "fp16" else 1.0
-        norm = global_grad_norm(self.model.parameters(), self._expert_group) / scale
+        norm = torch.hypot(global_grad_norm(self.model.parameters(), self._expert_group) / scale, self._rows_norm.to(self.topology.device))
         if self.recipe.train.grad_clip > 0:
             clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
         return norm
@@ -185,7 +211,7 @@ class Engine:
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
         """
         moe = self.recipe.model.moe
-        if moe is None or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
+        if not isinstance(moe, RoutedMoE) or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
             return None
         counts_LE = torch.zeros(len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device)
         for batch in batches:

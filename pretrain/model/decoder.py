@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
 from pretrain.model.embedding import TokenEmbedding
@@ -125,7 +126,7 @@ class DecoderLM(nn.Module):
         loss = loss / normalizer
         if not statistics:
             return TrainOutput(loss, nll, None, multi_token_nll)
-        assert self.config.moe is not None
+        assert isinstance(self.config.moe, RoutedMoE)
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True):
             if weight:

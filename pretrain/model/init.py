@@ -3,13 +3,14 @@
 So a model does not depend on rank, world size, ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
 ``initializer_range``; projections that write into the residual stream (attention output, expert and feed-forward down) get
 ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention sinks and the matrix of router
-noise are zero.
+noise are zero. Product keys get 1 / sqrt(their size), so that the scores of normed queries are about 1 (Lample et al. 2019).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -18,11 +19,17 @@ from torch import nn
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
+from pretrain.model.moe.peer import PEER
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 ZERO = (".bias", ".sinks", ".noise.weight", ".b1", ".b2", ".b3")
 # One name for the router's matrix in every kind of layer, so that they start equal.
 ROUTER_NAMES = ("deepspeed_moe.gate.wg.weight", "deepspeed_moe.gate.router.gate.weight")
+
+PRODUCT_KEYS = re.compile(r"\.retrieval\.keys_\d+$")
+NUMBERS_A_STREAM = 1 << 20
+# PEER's tables by the matrices of a feed-forward that their rows are parts of.
+TABLE_SUFFIXES = {"up.weight": ".up_proj.weight", "gate.weight": ".gate_proj.weight", "down.weight": ".down_proj.weight"}
 
 # Fills a tensor with the numbers that belong to a name.
 Fill = Callable[[torch.Tensor, str], None]
@@ -46,6 +53,8 @@ def initialize(model: DecoderLM, seed: int) -> None:
             parameter.zero_()
             return
         std = residual_std if name.endswith(RESIDUAL_PROJECTIONS) else config.initializer_range
+        if PRODUCT_KEYS.search(name):
+            std = parameter.shape[-1] ** -0.5
         _fill_normal(parameter, std, seed, name)
 
     done = {id(parameter) for name, module in model.named_modules() for parameter in _fill_experts(module, name, fill)}
@@ -64,6 +73,8 @@ def _fill_experts(module: nn.Module, name: str, fill: Fill) -> list[torch.Tensor
     """Fills the routed experts of one MoE layer by their global number, and returns their parameters."""
     if isinstance(module, DroplessMoE):
         return _fill_stacked_experts(module, name, fill)
+    if isinstance(module, PEER):
+        return _fill_tables(module, name, fill)
     done: list[torch.Tensor] = []
     if isinstance(module, DeepSpeedMoE):
         first = module.ep_rank * module.num_local_experts
@@ -88,3 +99,18 @@ def _fill_stacked_experts(module: DroplessMoE, name: str, fill: Fill) -> list[to
             for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
                 half[local] = rows
     return [experts.w1, experts.w2, experts.w3]
+
+
+def _fill_tables(module: PEER, name: str, fill: Fill) -> list[torch.Tensor]:
+    """A stream of its own for each million numbers or so of a table, drawn whole where a rank holds a part of them."""
+    done: list[torch.Tensor] = []
+    first, last = module.ep_rank * module.num_local_experts, (module.ep_rank + 1) * module.num_local_experts
+    for table_name, table in module.experts.named_parameters():
+        block = max(1, NUMBERS_A_STREAM // table[0].numel())
+        for start in range(first // block * block, last, block):
+            numbers = torch.empty(min(block, module.num_experts - start), *table.shape[1:], device=table.device)
+            fill(numbers, f"{name}.{table_name.removesuffix('.weight')}.{start}{TABLE_SUFFIXES[table_name]}")
+            low, high = max(start, first), min(start + block, last)
+            table[low - first : high - first] = numbers[low - start : high - start]
+        done.append(table)
+    return done

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE
 from pretrain.config.schema import TrainConfig
 from pretrain.model.decoder import DecoderLM
 
@@ -34,7 +34,7 @@ COMPONENTS = {
     "attention": re.compile(r"\.attention\."),
     "shared_experts": re.compile(r"\.feed_forward\.(shared|mlp|coefficient)\."),  # the last two are DeepSpeed's residual expert and its mixing
     "routed_experts": re.compile(r"\.experts\.|\.feed_forward\.b[123]$"),
-    "routers": re.compile(r"\.(router|gate)\."),
+    "routers": re.compile(r"\.(router|gate|retrieval)\."),
     "dense_feed_forwards": re.compile(r"\.feed_forward\."),
     "norms": re.compile(r"norm\.(weight|bias)$"),
 }
@@ -51,6 +51,7 @@ class ModelSize:
     parameters_padding: the rows that pad the vocabulary.
     parameters_experts: routed experts, with their biases.
     parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand on every rank.
+    parameters_rows: those of them in tables of rows, trained in fp32 without a dense gradient (PEER).
     components: ``parameters_total`` by what they belong to; the block of multi-token prediction is one by itself.
     components_active: ``parameters_active`` likewise.
     flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and attention's scores and values.
@@ -61,6 +62,7 @@ class ModelSize:
     parameters_padding: int
     parameters_experts: int
     parameters_sharded: int
+    parameters_rows: int
     components: dict[str, int]
     components_active: dict[str, int]
     flops_per_token: float
@@ -76,7 +78,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
 
     The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's native layer would copy each one.
     """
-    num_experts, top_k = (config.moe.num_experts, config.moe.top_k) if config.moe else (1, 1)
+    num_experts, top_k = (config.moe.total_experts, config.moe.experts_per_token) if config.moe else (1, 1)
     with torch.device("meta"):
         model = DecoderLM(config, ep_size=num_experts)
     components, active = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
@@ -91,7 +93,8 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         components[component] += count
         active[component] += used
         if parameter.dim() > 1 and component not in OUTSIDE_BLOCKS and not STACKED_BIASES.search(name):
-            products += used
+            # Sub-keys are multiplied with each head's query.
+            products += used * (config.moe.num_heads if isinstance(config.moe, PEER) and ".retrieval.keys_" in name else 1)
     padding = _padding(model)
     for component, numbers in padding.items():
         components[component] -= numbers
@@ -102,6 +105,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         parameters_padding=sum(padding.values()),
         parameters_experts=experts,
         parameters_sharded=sharded,
+        parameters_rows=experts if isinstance(config.moe, PEER) else 0,
         components=components,
         components_active=active,
         flops_per_token=6.0 * (products + _vocabulary_products(model)) + _attention_flops(config, sequence_length),
@@ -165,7 +169,12 @@ def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world
     master = 0 if precision == "fp32" and zero_stage == 0 else 4
     dense = size.parameters_stored - size.parameters_sharded
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
-    for count, replicas in ((dense, world_size), (size.parameters_sharded / ep_size, world_size / ep_size)):
+    if size.parameters_rows:
+        # Tables: fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments always shared by all ranks.
+        parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
+        parts["optimizer"] += size.parameters_rows * 8 / world_size
+    sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
+    for count, replicas in ((dense, world_size), (sharded, world_size / ep_size)):
         parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
         parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
         parts["optimizer"] += count * (8 + master) / (replicas if zero_stage >= 1 else 1)
@@ -193,8 +202,12 @@ def _feed_forward_numbers(config: ModelConfig, layer: int) -> int:
         return kept * (config.intermediate_size or 0)
     capacity = moe.capacity_factor if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens else 1.0
     residual = moe.moe_intermediate_size if isinstance(moe, DeepSpeedMoE) and moe.use_residual else 0
-    routed = moe.top_k * capacity * (kept * moe.moe_intermediate_size + 4 * config.hidden_size)
-    return int(routed) + kept * (moe.shared_width + residual)
+    shared = kept * (moe.shared_width + residual)
+    if isinstance(moe, PEER):
+        # No row is copied: a token, its queries and the scores of its sub-keys, then a few numbers for each expert it takes.
+        scores = moe.num_heads * (2 * moe.query_dim + sum(moe.product_key_sizes))
+        return shared + 2 * config.hidden_size + scores + moe.experts_per_token * ((kept + 1) * moe.moe_intermediate_size + 6)
+    return shared + int(moe.experts_per_token * capacity * (kept * moe.moe_intermediate_size + 4 * config.hidden_size))
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -19,7 +19,7 @@ def parameter_role(name: str, parameter: torch.Tensor) -> str:
         return "embedding"
     if parameter.dim() == 1 or name.endswith(EXPERT_BIASES):
         return "vector"
-    return "router" if name.endswith(ROUTER_MATRICES) else "matrix"
+    return "router" if name.endswith(ROUTER_MATRICES) or ".retrieval." in name else "matrix"
 
 
 def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:

@@ -64,8 +64,10 @@ def sabotage(engine: Engine, kind: str) -> None:
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The fp32 weights of this rank, stacked experts apart and named by their global number."""
     topology, moe = engine.topology, engine.recipe.model.moe
-    first = topology.ep_rank * moe.num_experts // topology.ep_size
+    first = engine.expert_part * moe.total_experts // engine.expert_parts
     weights: dict[str, torch.Tensor] = {}
+    for name, table in engine.rows.tables.items() if engine.rows is not None else ():
+        weights |= {f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())}
     for name, parameter in engine.model.named_parameters():
         weight = engine.master_weight(parameter).float().cpu().clone()
         if is_expert(parameter) and weight.dim() == 3:
@@ -105,7 +107,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     results, changes = [], {}
     for step in range(case["steps"]):
         before = whole_weights(engine) if step == 0 and "changes" in case else None
-        balancing = recipe.model.moe.bias_balancing if recipe.model.moe is not None else None
+        balancing = getattr(recipe.model.moe, "bias_balancing", None)
         rate = balancing.update_rate if balancing is not None else 0.0
         results.append(engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0, rate))
         if before is not None:

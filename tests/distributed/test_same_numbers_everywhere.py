@@ -42,6 +42,11 @@ KINDS |= {
     "dropless_full": f"model.moe={{kind: dropless, {EVERYTHING}, {LOSSES}}}",
     "deepspeed_full": f"model.moe={{kind: deepspeed, gate: router, drop_tokens: false, {EVERYTHING}, {LOSSES}}}",
 }
+# Three dimensions, experts of two hidden numbers, and few enough of them that each step uses some more than others.
+KINDS["peer"] = (
+    "model.moe={kind: peer, product_key_sizes: [4, 4, 2], query_dim: 24, num_heads: 2, top_k: 3, moe_intermediate_size: 2, num_shared_experts: 1, "
+    "shared_intermediate_size: 8}"
+)
 SGD, ADAMW = "optimizer={kind: sgd, learning_rate: 0.5}", "optimizer={kind: adamw, learning_rate: 3.0e-3}"
 
 

@@ -10,7 +10,7 @@ from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.kernels import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
-from pretrain.model.norm import RMSNorm
+from pretrain.model.norm import LayerNorm, RMSNorm
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope
 
@@ -46,15 +46,16 @@ class MultiHeadLatentAttention(nn.Module):
         config = model.attention
         assert isinstance(config, LatentConfig)
         self.config, self.window, self.dropout = config, config.window(layer), model.dropout.attention
+        latent_norm = RMSNorm if config.latent_norm == "rms_norm" else LayerNorm
         hidden, biased, self.num_heads = model.hidden_size, config.bias == "all", config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, config.score_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=biased)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, model.norm.eps)
+            self.q_a_norm = latent_norm(config.q_lora_rank, model.norm.eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, config.score_dim, bias=False)
         self.kv_a_proj = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=biased)
-        self.kv_a_norm = RMSNorm(config.kv_lora_rank, model.norm.eps)
+        self.kv_a_norm = latent_norm(config.kv_lora_rank, model.norm.eps)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(config.value_dim, hidden, bias=biased)
         self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if config.sinks else None

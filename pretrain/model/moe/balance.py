@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.config.moe_schema import MoE
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.model.moe.interface import RouterStatistics
 from pretrain.model.moe.router import Routing
 
@@ -81,13 +81,13 @@ LOSSES: dict[str, Callable[[RoutedBatch], torch.Tensor]] = {
 ALWAYS_COMPUTED = ("aux_loss", "z_loss")
 
 
-def loss_weights(config: MoE) -> dict[str, float]:
+def loss_weights(config: RoutedMoE) -> dict[str, float]:
     """The weight of each loss, in the order of ``LOSSES``."""
     return {name: float(getattr(config, f"{name}_weight")) for name in LOSSES}
 
 
 def router_statistics(
-    config: MoE, routing: Routing, counts_E: torch.Tensor, sequences: int, dropped: torch.Tensor, fractions_E: torch.Tensor | None = None
+    config: RoutedMoE, routing: Routing, counts_E: torch.Tensor, sequences: int, dropped: torch.Tensor, fractions_E: torch.Tensor | None = None
 ) -> RouterStatistics:
     """Losses and statistics of one layer's routing of one micro batch; a loss without weight is 0.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.model.fp32 import KeepsFp32
 from pretrain.model.moe.interface import RoutingRecord
 from pretrain.model.routers.interface import ExpertGroups, Router
 
@@ -29,7 +29,7 @@ class Routing(NamedTuple):
     topk_weights_TK: torch.Tensor
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(KeepsFp32):
     """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip close choices.
 
     Args:
@@ -45,14 +45,6 @@ class TopKRouter(nn.Module):
         self.noise = nn.Linear(gate.in_features, gate.out_features, bias=False) if kind.learned_noise else None
         # Not named after experts: DeepSpeed's native layer leaves such names out of its checkpoints.
         self.register_buffer("balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves the balancing bias with the module, but never casts it: in bf16 updates of 0.001 are lost from 0.5 on."""
-        before = self.balance_bias
-        super()._apply(fn, recurse)
-        if before is not None and self.balance_bias is not None and self.balance_bias.dtype != torch.float32:
-            self.balance_bias = before.to(self.balance_bias.device)
-        return self
 
     def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Routing:
         """[T, D] -> the decision; a filled ``record`` repeats its choice, an empty one is filled."""

@@ -1,0 +1,24 @@
+"""Tensors that stay fp32 whatever a model is cast to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class KeepsFp32(nn.Module):
+    """A module whose own fp32 tensors move with it but are never cast: small updates would be lost in fewer bits (0.001 to 0.5 in bf16)."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor.dtype == torch.float32 and moved.dtype != torch.float32 else moved
+
+        return super()._apply(move, recurse=False)

@@ -1,0 +1,129 @@
+"""Retrieval by product keys (Lample et al. 2019; He 2024, section 2): the exact best experts of very many, from a few scores a dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pretrain.config.moe_schema import PEER as PEERConfig
+from pretrain.model.fp32 import KeepsFp32
+from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.norm import LayerNorm, RMSNorm
+
+
+class Retrieval(NamedTuple):
+    """Each head's experts and their weights, which sum to 1 a head: [T, heads, K] int64, [T, heads, K] fp32 and differentiable."""
+
+    ids_ThK: torch.Tensor
+    weights_ThK: torch.Tensor
+
+
+class RunningStatistics(KeepsFp32):
+    """Mean and variance of all tokens so far, fading (Ioffe & Szegedy 2015), and what was seen since they were last moved."""
+
+    momentum = 0.1
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("seen", torch.zeros(3, size), persistent=False)  # count, sum, sum of squares
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.seen += torch.stack((torch.full_like(rows[0], rows.shape[0]), rows.sum(dim=0), rows.square().sum(dim=0)))
+
+    @torch.no_grad()
+    def absorb(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Moves towards what all ranks have seen since the last time; the same on each of them."""
+        count, total, squares = sum_over_ranks(self.seen.clone()).unbind(0)
+        if count[0] > 0:
+            mean = total / count
+            self.mean.lerp_(mean, self.momentum)
+            self.variance.lerp_((squares / count - mean.square()).clamp_min(0.0), self.momentum)
+        self.seen.zero_()
+
+
+class RunningNorm(nn.Module):
+    """Batch norm with running statistics in training too: a batch's own would let a token see later ones."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.statistics, self.eps = RunningStatistics(size), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        normed = (x - self.statistics.mean) * torch.rsqrt(self.statistics.variance + self.eps)
+        return normed.to(x.dtype) * self.weight + self.bias
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rms_norm": RMSNorm,
+    "layer_norm": LayerNorm,
+    "batch_norm": RunningNorm,
+    "none": lambda size, eps: nn.Identity(),
+}
+
+
+class ProductKeys(nn.Module):
+    """The queries' projection and norm, and the sub-keys of each dimension, [size, query_dim / dimensions], which all heads share."""
+
+    def __init__(self, config: PEERConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.sizes, self.num_heads, self.top_k = config.product_key_sizes, config.num_heads, config.top_k
+        self.part = config.query_dim // len(self.sizes)
+        self.query = nn.Linear(hidden_size, self.num_heads * config.query_dim, bias=config.query_bias)
+        self.norm = NORMS[config.query_norm](config.query_dim, eps)
+        for dimension, size in enumerate(self.sizes):
+            self.register_parameter(f"keys_{dimension}", nn.Parameter(torch.empty(size, self.part)))
+
+    def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Retrieval:
+        """[T, D] -> each head's experts; a filled ``record`` repeats its choice, an empty one is filled."""
+        repeated = record is not None and record.topk_ids_TK is not None
+        scores = self.scores(x_TD, observe=self.training and not repeated)
+        ids_ThK = record.topk_ids_TK if record is not None and repeated else best_products([s.detach() for s in scores], self.top_k)
+        assert ids_ThK is not None
+        if record is not None:
+            record.topk_ids_TK = ids_ThK
+        return Retrieval(ids_ThK, product_scores(scores, ids_ThK).softmax(dim=-1))
+
+    def scores(self, x_TD: torch.Tensor, observe: bool = False) -> list[torch.Tensor]:
+        """[T, D] -> for each dimension the scores of its sub-keys, [T, heads, size] fp32."""
+        query_Thq = self.query(x_TD).unflatten(-1, (self.num_heads, -1))
+        if observe and isinstance(self.norm, RunningNorm):
+            self.norm.statistics.observe(query_Thq)
+        parts = self.norm(query_Thq).float().split(self.part, dim=-1)
+        return [part @ getattr(self, f"keys_{dimension}").float().T for dimension, part in enumerate(parts)]
+
+
+def best_products(scores: list[torch.Tensor], top_k: int) -> torch.Tensor:
+    """The ``top_k`` products of sub-keys with the largest sums of scores, best first: [..., size] a dimension -> [..., K] int64.
+
+    The number of a product counts in mixed radix, the last dimension fastest, so that every one is reached: ((i * J + j) * L + l).
+    It is exact: a product among the best k has its first dimensions among the best k of these, else k others of them, each with the same
+    last sub-key, would be better.
+    """
+    best, ids = scores[0].topk(min(top_k, scores[0].shape[-1]), dim=-1)
+    for scores_d in scores[1:]:
+        size = scores_d.shape[-1]
+        best_d, ids_d = scores_d.topk(min(top_k, size), dim=-1)
+        sums = (best[..., :, None] + best_d[..., None, :]).flatten(-2)
+        candidates = (ids[..., :, None] * size + ids_d[..., None, :]).flatten(-2)
+        best, chosen = sums.topk(min(top_k, sums.shape[-1]), dim=-1)
+        ids = candidates.gather(-1, chosen)
+    return ids
+
+
+def product_scores(scores: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """The scores of the products ``ids`` [..., K], differentiable."""
+    total: torch.Tensor | float = 0.0
+    for scores_d in reversed(scores):
+        size = scores_d.shape[-1]
+        total, ids = scores_d.gather(-1, ids % size) + total, ids // size
+    assert isinstance(total, torch.Tensor)
+    return total
