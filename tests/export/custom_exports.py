@@ -24,6 +24,7 @@ from tests.model.every_kind import CASES as EVERY_KIND
 B, S, PADDING = 3, 24, (0, 5, 11)
 WORKER = Path(__file__).with_name("custom_worker.py")
 LATENT = "num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6"
+PRODUCTS = "product_key_sizes: [6, 5], num_heads: 2, top_k: 3, query_dim: 16"
 SCALED = "factor: 4, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.2, truncate: false"
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.causal=false", "model.moe.use_residual=true", "model.moe.min_capacity=2"]
 
@@ -50,6 +51,12 @@ MORE: dict[str, list[str]] = {
         "model.moe.shared_intermediate_size=20",
         "model.moe.num_shared_experts=2",
     ],
+    "product keys": [f"model.moe={{kind: peer, {PRODUCTS}}}", "model.moe.num_shared_experts=1", "model.moe.moe_intermediate_size=2"],
+    "product keys of three dimensions, batch norm": [
+        "model.moe={kind: peer, product_key_sizes: [3, 4, 5], num_heads: 2, top_k: 3, query_dim: 12, query_bias: true, query_norm: batch_norm}",
+        "model.feed_forward.kind=gelu",
+    ],
+    "latents with a layer norm": [f"model.attention={{kind: mla, {LATENT}, q_lora_rank: 16, latent_norm: layer_norm}}"],
     "drops of the first choice": limited("deepspeed", 1, 0.6),
     "drops of two choices": limited("deepspeed", 2, 0.6),
     "drops of three choices": limited("deepspeed", 3, 0.6),
@@ -72,6 +79,8 @@ def random_model(recipe: Recipe) -> DecoderLM:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3 if tensor.dim() == 1 else spread, generator=generator)
+            if name.endswith("variance"):
+                tensor.abs_().add_(0.5)
     return model.eval()
 
 

@@ -28,6 +28,9 @@ class RMSNorm(nn.Module):
         return (normed * self.weight.float()).to(x.dtype)
 
 
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
+
+
 # --- positions ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -185,10 +188,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(config.hidden_size, N * head, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.hidden_size, form.q_lora_rank, bias=biased)
-            self.q_a_norm = RMSNorm(form.q_lora_rank, eps)
+            self.q_a_norm = NORMS[form.latent_norm](form.q_lora_rank, eps=eps)
             self.q_b_proj = nn.Linear(form.q_lora_rank, N * head, bias=False)
         self.kv_a_proj = nn.Linear(config.hidden_size, form.kv_lora_rank + form.qk_rope_head_dim, bias=biased)
-        self.kv_a_norm = RMSNorm(form.kv_lora_rank, eps)
+        self.kv_a_norm = NORMS[form.latent_norm](form.kv_lora_rank, eps=eps)
         self.kv_b_proj = nn.Linear(form.kv_lora_rank, N * (form.qk_nope_head_dim + form.v_head_dim), bias=False)
         self.o_proj = nn.Linear(N * form.v_head_dim, config.hidden_size, bias=biased)
         self.sinks = nn.Parameter(torch.zeros(N)) if form.sinks else None

@@ -267,5 +267,3 @@ class DeepSpeedMoE(DroplessMoE):
         shares_T2 = self.coefficient(x_TD).softmax(dim=-1)
         return y_TD * shares_T2[:, :1] + self.residual(x_TD) * shares_T2[:, 1:]
 
-
-MOE: dict[str, type[nn.Module]] = {"dropless": DroplessMoE, "deepspeed": DeepSpeedMoE}

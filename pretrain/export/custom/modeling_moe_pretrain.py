@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_moe_pretrain import ATTENTION, Places, RMSNorm, places
+from .attention_moe_pretrain import ATTENTION, NORMS, Places, places
 from .configuration_moe_pretrain import MoePretrainConfig
-from .experts_moe_pretrain import MOE, Experts, FeedForward
+from .experts_moe_pretrain import DeepSpeedMoE, DroplessMoE, Experts, FeedForward
+from .peer_moe_pretrain import PEER, PEERExperts, ProductKeys
 
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
+MOE: dict[str, type[nn.Module]] = {"dropless": DroplessMoE, "deepspeed": DeepSpeedMoE, "peer": PEER}
+# Parameters that stay fp32 in a model that is loaded in half precision.
+FP32 = ("balance_bias", "running_mean", "running_variance", "up_rows", "gate_rows", "down_rows")
 
 
 def norm(config: MoePretrainConfig) -> nn.Module:
@@ -62,8 +65,8 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = norm(config) if config.final_norm else nn.Identity()
         self.head = nn.Linear(size, config.vocab_size, bias=config.head_bias)
-        if any(name.endswith("balance_bias") for name, _ in self.named_parameters()):
-            self._keep_in_fp32_modules_strict = ["balance_bias"]
+        names = {name.split(".")[-1] for name, _ in self.named_parameters()}
+        self._keep_in_fp32_modules_strict = [name for name in FP32 if name in names]  # transformers 4 refuses others
         self.post_init()
 
     def forward(
@@ -131,7 +134,7 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """New parameters, for a model that is built and not loaded; loaded ones are left alone by transformers."""
         super()._init_weights(module)
-        if isinstance(module, Experts):
-            for matrix in (module.gate_proj, module.up_proj, module.down_proj):
-                if matrix is not None:
+        if isinstance(module, Experts | PEERExperts | ProductKeys):
+            for matrix in module.parameters():
+                if matrix.dim() == 3 or isinstance(module, ProductKeys) and any(matrix is keys for keys in module.keys):
                     nn.init.normal_(matrix, std=self.config.initializer_range)

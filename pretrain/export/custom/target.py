@@ -10,7 +10,7 @@ import torch
 
 from pretrain.config import attention_schema, model_schema, moe_schema
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, MoE
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE, RoutedMoE
 from pretrain.config.section import Section
 from pretrain.export.custom.joins import Join
 from pretrain.model import routers
@@ -26,7 +26,8 @@ AUTO_MAP = {
 # TRAINING_ONLY is a reason against the export.
 _SHARED_BY_ATTENTION = ("num_attention_heads", "bias", "sinks")
 _SHARED_BY_ROUTERS = ("bias", "norm_topk_prob", "routed_scaling_factor", "groups")
-_SHARED_BY_MOE = ("num_experts", "top_k", "moe_intermediate_size", "shared_expert_gate", "router")
+_SHARED_BY_MOE = ("moe_intermediate_size", "shared_expert_gate")
+_SHARED_BY_ROUTED = (*_SHARED_BY_MOE, "num_experts", "top_k", "router")
 COMPUTED: dict[type[Section], tuple[str, ...]] = {
     ModelConfig: (
         *("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range"),
@@ -51,14 +52,15 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
     attention_schema.GroupedQueryAttention: (*_SHARED_BY_ATTENTION, "num_key_value_heads", "head_dim", "qk_norm"),
     attention_schema.MultiHeadLatentAttention: (
         *_SHARED_BY_ATTENTION,
-        *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+        *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "latent_norm"),
     ),
     routers.SoftmaxTopK: (*_SHARED_BY_ROUTERS, "temperature"),
     routers.SigmoidTopK: _SHARED_BY_ROUTERS,
     routers.NoisyTopK: _SHARED_BY_ROUTERS,
     routers.ExpertGroups: ("num_groups", "top_k_groups", "score"),
-    DroplessMoE: _SHARED_BY_MOE,
-    DeepSpeedMoE: (*_SHARED_BY_MOE, "gate", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_residual"),
+    DroplessMoE: _SHARED_BY_ROUTED,
+    DeepSpeedMoE: (*_SHARED_BY_ROUTED, "gate", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_residual"),
+    PEER: (*_SHARED_BY_MOE, "product_key_sizes", "num_heads", "top_k", "query_dim", "query_bias", "query_norm"),
 }
 # What changes no logit in evaluation, and what :meth:`Custom.config` resolves itself.
 TRAINING_ONLY: dict[type[Section], tuple[str, ...]] = {
@@ -78,6 +80,11 @@ RENAMED = {
     "deepspeed_moe.gate.wg.": "router.gate.",
     "deepspeed_moe.gate.router.": "router.",
     "feed_forward.mlp.": "feed_forward.residual.",
+    "experts.up.weight": "experts.up_rows",
+    "experts.gate.weight": "experts.gate_rows",
+    "experts.down.weight": "experts.down_rows",
+    "retrieval.keys_": "retrieval.keys.",
+    "retrieval.norm.statistics.": "retrieval.norm.running_",
 }
 VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
 DROPLESS_EXPERTS = re.compile(r"(?:experts\.w|(?<=feed_forward\.)b)([123])$")
@@ -111,7 +118,9 @@ class Custom:
             "eos_token_id": eod_id,
         }
         if model.moe is not None:
-            config["moe"] |= {"shared_intermediate_size": model.moe.shared_width, "bias_balancing": model.moe.bias_balancing is not None}
+            config["moe"]["shared_intermediate_size"] = model.moe.shared_width
+        if isinstance(model.moe, RoutedMoE):
+            config["moe"]["bias_balancing"] = model.moe.bias_balancing is not None
         return config
 
     def joins(self, model: ModelConfig) -> list[Join]:
