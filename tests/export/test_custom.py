@@ -98,7 +98,7 @@ def test_saved_by_transformers_it_opens_again_and_is_equal(case: str, opened: di
 
 @cases
 def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(case: str, opened: dict[str, Opened]) -> None:
-    """Rounding flips close choices, most where experts fill up; so the measure is what it does to our own model."""
+    """Rounding flips close choices, in either model others. The median token tells how well the rest is computed."""
     one = opened[case]
     low = copy.deepcopy(one.model).to(torch.bfloat16)
     wide = [name.split()[0] for name in one.said["bf16 dtypes"] if not name.endswith("bfloat16")]
@@ -108,7 +108,8 @@ def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(ca
     with torch.inference_mode():
         ours = low.logits(one.prompts["ids"])
     theirs, full = one.computed["bf16 logits"], one.computed["logits"]
-    assert theirs.dtype == torch.float32 and 0 < (theirs - full).norm() < 2 * (ours - full).norm()
+    our_error, their_error = (((low_BSV - full).norm(dim=-1) / full.norm(dim=-1)).median() for low_BSV in (ours, theirs))
+    assert theirs.dtype == torch.float32 and 0 < their_error < 1.5 * our_error
 
 
 @cases

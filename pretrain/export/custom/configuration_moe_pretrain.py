@@ -76,7 +76,8 @@ class MoePretrainConfig(PretrainedConfig):
         self.head_bias = head_bias
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
     @property
     def drops_tokens(self) -> bool:

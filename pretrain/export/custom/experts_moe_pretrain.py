@@ -152,6 +152,7 @@ class LimitedRouter(Router):
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__(config)
+        assert config.moe is not None
         self.moe = SimpleNamespace(**config.moe)
 
     def capacity(self, T: int) -> int:
@@ -266,4 +267,3 @@ class DeepSpeedMoE(DroplessMoE):
             return y_TD
         shares_T2 = self.coefficient(x_TD).softmax(dim=-1)
         return y_TD * shares_T2[:, :1] + self.residual(x_TD) * shares_T2[:, 1:]
-

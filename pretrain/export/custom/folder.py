@@ -34,7 +34,7 @@ def write_custom_folder(
     """
     target, model = Custom(), recipe.model
     if reasons := target.reasons_against(model):
-        raise ConfigError(f"the model of '{recipe.name}' cannot be exported as {target.architecture}: {'; '.join(reasons)}")
+        raise ConfigError(f"the model of '{recipe.name}' cannot be exported as {target.name}: {'; '.join(reasons)}")
     joins, left_out = target.joins(model), tuple(name for name in checkpoint_weights if is_left_out(name))
     if unknown := sorted(checkpoint_weights.keys() - {name for join in joins for name in join.ours} - set(left_out)):
         raise CheckpointError(
@@ -47,6 +47,7 @@ def write_custom_folder(
         check_same_tensors({name: checkpoint_weights[name][: join.rows] for name in join.ours}, join.split(written[join.theirs]))
     for path in CLASS_FILES:
         shutil.copyfile(path, folder / path.name)
-    config = target.config(model, tokenizer.eod_id) | {"dtype": dtype_name(theirs["embedding.weight"].dtype)}
+    dtype = dtype_name(theirs["embedding.weight"].dtype)
+    config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype}
     write_configs(folder, config, tokenizer, model.max_position_embeddings)
     return left_out

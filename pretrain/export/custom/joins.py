@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pretrain.config.errors import CheckpointError
 
+Form = Literal["same", "stack", "rows"]
+
 
 @dataclass(frozen=True)
 class Join:
@@ -25,7 +27,7 @@ class Join:
 
     theirs: str
     ours: tuple[str, ...]
-    form: Literal["same", "stack", "rows"] = "same"
+    form: Form = "same"
     rows: int | None = None
 
     def join(self, ours: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention_moe_pretrain import ATTENTION, NORMS, Places, places
 from .configuration_moe_pretrain import MoePretrainConfig
 from .experts_moe_pretrain import DeepSpeedMoE, DroplessMoE, Experts, FeedForward
-from .peer_moe_pretrain import PEER, PEERExperts, ProductKeys
+from .peer_moe_pretrain import PEER, PEERExperts
 
 MOE: dict[str, type[nn.Module]] = {"dropless": DroplessMoE, "deepspeed": DeepSpeedMoE, "peer": PEER}
 # Parameters that stay fp32 in a model that is loaded in half precision.
@@ -51,6 +51,7 @@ class Block(nn.Module):
 class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
     """A decoder-only language model. It computes what the model computed in evaluation: no dropout, no noise, no router losses."""
 
+    config: MoePretrainConfig
     config_class = MoePretrainConfig
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # transformers 4 reads the names alone
@@ -122,7 +123,7 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -134,7 +135,8 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """New parameters, for a model that is built and not loaded; loaded ones are left alone by transformers."""
         super()._init_weights(module)
-        if isinstance(module, Experts | PEERExperts | ProductKeys):
-            for matrix in module.parameters():
-                if matrix.dim() == 3 or isinstance(module, ProductKeys) and any(matrix is keys for keys in module.keys):
+        # Product keys are in a list of parameters, which is a module of its own; the biases of experts are zero as they are built.
+        if isinstance(module, Experts | PEERExperts | nn.ParameterList):
+            for matrix in module.parameters(recurse=False):
+                if matrix.dim() == 3 or isinstance(module, nn.ParameterList):
                     nn.init.normal_(matrix, std=self.config.initializer_range)

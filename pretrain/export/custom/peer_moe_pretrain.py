@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -34,7 +35,7 @@ class ProductKeys(nn.Module):
         super().__init__()
         self.num_heads, self.top_k = form.num_heads, form.top_k
         self.query = nn.Linear(config.hidden_size, form.num_heads * form.query_dim, bias=form.query_bias)
-        norms = {**NORMS, "batch_norm": RunningNorm, "none": lambda size, eps: nn.Identity()}
+        norms: dict[str, Callable[..., nn.Module]] = {**NORMS, "batch_norm": RunningNorm, "none": lambda size, eps: nn.Identity()}
         self.norm = norms[form.query_norm](form.query_dim, eps=config.norm["eps"])
         part = form.query_dim // len(form.product_key_sizes)
         self.keys = nn.ParameterList(torch.empty(size, part) for size in form.product_key_sizes)

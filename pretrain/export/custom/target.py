@@ -12,7 +12,7 @@ from pretrain.config import attention_schema, model_schema, moe_schema
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE, RoutedMoE
 from pretrain.config.section import Section
-from pretrain.export.custom.joins import Join
+from pretrain.export.custom.joins import Form, Join
 from pretrain.model import routers
 from pretrain.model.decoder import DecoderLM
 
@@ -94,7 +94,9 @@ NATIVE_EXPERT = re.compile(r"deepspeed_moe\.experts\.deepspeed_experts\.\d+\.(ga
 class Custom:
     """The target of last resort: it reads like the architectures of transformers, but opens with ``trust_remote_code=True`` only."""
 
-    architecture = "custom"
+    name = "custom"
+    architecture = AUTO_MAP["AutoModelForCausalLM"].split(".")[1]
+    files = tuple(map(str, CLASS_FILES))
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
         """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""
@@ -109,7 +111,6 @@ class Custom:
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         """``config.json``, but the weights' dtype."""
         config = _content(model) | {
-            "architectures": [AUTO_MAP["AutoModelForCausalLM"].split(".")[1]],
             "model_type": "moe_pretrain",
             "auto_map": AUTO_MAP,
             "sliding_windows": [model.attention.window(layer) for layer in range(model.num_hidden_layers)],
@@ -134,7 +135,7 @@ class Custom:
                 parts.setdefault(_their_name(name, gated), []).append(name)
         joins = []
         for theirs, ours in parts.items():
-            form = "stack" if NATIVE_EXPERT.search(ours[0]) else "rows" if len(ours) > 1 else "same"
+            form: Form = "stack" if NATIVE_EXPERT.search(ours[0]) else "rows" if len(ours) > 1 else "same"
             joins.append(Join(theirs, tuple(ours), form, model.vocab_size if theirs in VOCABULARY else None))
         return joins
 
