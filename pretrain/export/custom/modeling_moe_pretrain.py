@@ -91,7 +91,7 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last tokens get logits, or which; 0 for all.
 
         Raises:
-            ValueError: for an attention_mask of another shape, and for padding in a model that drops tokens: padding would take the room of others, and the model never saw any.
+            ValueError: for an attention_mask of another shape, and for padding in a model that drops tokens: it would take the room of others.
         """
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()

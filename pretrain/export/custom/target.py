@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import attention_schema, model_schema, moe_schema
+from pretrain.config import attention_schema, model_schema
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE, RoutedMoE
 from pretrain.config.section import Section
