@@ -29,7 +29,7 @@ from pretrain.config.cli import add_json_option, add_recipe_options, command_par
 from pretrain.config.durable import only_writer
 from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
-from pretrain.config.rules import check_topology
+from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
@@ -236,6 +236,8 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
+    for warning in warnings_about(recipe) if starts_as_first_rank() else ():
+        print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
     stage = zero_stage_of(ds_config, options.ds_config)
     if options.dry_run:

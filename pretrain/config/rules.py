@@ -210,6 +210,17 @@ def check_recipe(recipe: Recipe) -> None:
         rule(recipe)
 
 
+def warnings_about(recipe: Recipe) -> list[str]:
+    """What a recipe may ask for and should know, a sentence each."""
+    moe = recipe.model.moe
+    if isinstance(moe, PEER) and recipe.model.moe_layers and moe.query_norm == "batch_norm":
+        return [
+            "model.moe.query_norm=batch_norm norms queries by running statistics, in training too, which lag behind what the queries become: "
+            "rms_norm and layer_norm need none"
+        ]
+    return []
+
+
 def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
     """Checks what depends on the launch, and returns the gradient accumulation steps.
 

@@ -18,13 +18,13 @@ from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
-from pretrain.optim.rows import RowOptimizer
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,10 @@ class Engine:
         return next(float(group["lr"]) for group in self.optimizer.param_groups if group["role"] == "matrix")
 
     def loss_scale(self) -> float:
-        """The fp16 loss scale; 1 in other precisions."""
-        return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.precision == "fp16" else 1.0
+        """The fp16 loss scale; 1 in other precisions. The optimizer of stage 0 keeps it elsewhere than those of the other stages."""
+        if self.precision != "fp16":
+            return 1.0
+        return float(self.optimizer.loss_scale_config.cur_scale if self.zero_stage == 0 else self.optimizer.loss_scale)
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """The whole fp32 weight of one parameter (this rank's experts for an expert's). Every rank must call it in the same order."""
@@ -183,15 +185,16 @@ class Engine:
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled."""
         if self.precision == "fp16" and self.zero_stage == 0:
-            return loss * self.optimizer.loss_scale_config.cur_scale
+            return loss * self.loss_scale()
         return loss
 
     def _clip_at_stage_0(self) -> torch.Tensor | None:
         """The global norm before clipping; None at stages 1 to 3, where DeepSpeed's norm and clipping are right."""
         if self.zero_stage > 0:
             return None
-        scale = self.optimizer.loss_scale_config.cur_scale if self.precision == "fp16" else 1.0
-        norm = torch.hypot(global_grad_norm(self.model.parameters(), self._expert_group) / scale, self._rows_norm.to(self.topology.device))
+        norm = torch.hypot(
+            global_grad_norm(self.model.parameters(), self._expert_group) / self.loss_scale(), self._rows_norm.to(self.topology.device)
+        )
         if self.recipe.train.grad_clip > 0:
             clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
         return norm

@@ -12,11 +12,11 @@ from torch import distributed
 from pretrain.config.moe_schema import PEER as PEERConfig
 from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
+from pretrain.engine.row_optimizer import RowGroups, RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.row_products import RowTable
-from pretrain.optim.rows import RowGroups, RowOptimizer
 
 
 def expert_rows(model: DecoderLM, recipe: Recipe, zero_stage: int, topology: Topology) -> RowOptimizer | None:

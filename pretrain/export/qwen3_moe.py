@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig, RMSNorm, Rope, SwiGLU
-from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, MoE
+from pretrain.config.moe_schema import DeepSpeedMoE, DroplessMoE, RoutedMoE
 from pretrain.export.name_map import Link, expand
 from pretrain.model.routers import SoftmaxTopK
 
@@ -53,8 +53,10 @@ class Qwen3Moe:
         reasons = []
         if model.moe is None or not model.moe_layers:
             reasons.append("no layer is a mixture of experts")
-        else:
+        elif isinstance(model.moe, RoutedMoE):
             reasons += _reasons_against_moe(model.moe)
+        else:
+            reasons.append(f"model.moe is of kind {_kind(model.moe)}, and the architecture's experts have a router that scores each of them")
         attention = model.attention
         if not isinstance(attention, GroupedQueryAttention):
             reasons.append(f"model.attention is of kind {_kind(attention)}, and the architecture's is gqa")
@@ -81,7 +83,7 @@ class Qwen3Moe:
 
     def links(self, model: ModelConfig) -> list[Link]:
         """A link for each tensor of the export."""
-        assert model.moe is not None
+        assert isinstance(model.moe, RoutedMoE)
         experts = model.moe.num_experts
         moe_layer = _moe_layer(model.moe)
         dense_layers = [index for index in range(model.num_hidden_layers) if index not in model.moe_layers]
@@ -97,7 +99,7 @@ class Qwen3Moe:
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         """The architecture's own fields of ``config.json``."""
         attention, moe = model.attention, model.moe
-        assert moe is not None and isinstance(attention, GroupedQueryAttention) and isinstance(model.position, Rope)
+        assert isinstance(moe, RoutedMoE) and isinstance(attention, GroupedQueryAttention) and isinstance(model.position, Rope)
         return {
             "model_type": "qwen3_moe",
             "vocab_size": model.vocab_size,
@@ -135,7 +137,7 @@ def _kind(section: Any) -> str:
     return str(section.kind)
 
 
-def _moe_layer(moe: MoE) -> dict[str, str]:
+def _moe_layer(moe: RoutedMoE) -> dict[str, str]:
     """The templates of the layer's own names."""
     if isinstance(moe, DroplessMoE):
         return DROPLESS_LAYER
@@ -143,7 +145,7 @@ def _moe_layer(moe: MoE) -> dict[str, str]:
     return {ours.replace("deepspeed_moe.gate.wg.weight", gate): theirs for ours, theirs in DEEPSPEED_LAYER.items()}
 
 
-def _reasons_against_moe(moe: MoE) -> list[str]:
+def _reasons_against_moe(moe: RoutedMoE) -> list[str]:
     reasons = []
     router = moe.router
     if not isinstance(router, SoftmaxTopK):

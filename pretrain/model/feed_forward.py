@@ -37,14 +37,14 @@ class FeedForward(nn.Module):
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What the two products become, [..., expansion * F] each -> [..., F].
 
-        Kinds that are not gated get the first and the second half of ``up``: experts keep their three matrices for every kind.
+        Kinds that are not gated get one product in two parts, which may be its halves or all of it and nothing.
         """
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
         up = self.up_proj(x)
-        first, second = (self.gate_proj(x), up) if self.gate_proj is not None else up.chunk(2, dim=-1)
+        first, second = (self.gate_proj(x), up) if self.gate_proj is not None else (up, up[..., :0])
         hidden = self.activate(self.config, first, second)
         y = self.down_proj(functional.dropout(hidden, self.dropout, self.training))
         return functional.dropout(y, self.output_dropout, self.training)

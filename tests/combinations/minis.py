@@ -43,6 +43,6 @@ def cover(recipes: dict[str, Recipe], count: int) -> list[str]:
 
 def quiet(recipe: Recipe) -> list[str]:
     """Overrides that leave nothing to chance in training; none where nothing is."""
-    moe = recipe.model.moe
+    router = getattr(recipe.model.moe, "router", None)
     found = ["model.dropout={}"] if any(recipe.model.dropout.model_dump().values()) else []
-    return found + (["model.moe.router.jitter=0"] if moe is not None and moe.router.jitter else [])
+    return found + (["model.moe.router.jitter=0"] if router is not None and router.jitter else [])

@@ -60,7 +60,9 @@ def parameters() -> dict[str, Values]:
         found[family] = {kind: kinds[kind] for kind in own} or {DEBUG: []}
         found[family] |= kinds
     for option, overrides in (OPTIONS | MORE_OPTIONS).items():
-        family = next((name for name in FAMILIES if any(override.startswith(f"model.{name}.kind=") for override in overrides)), None)
+        family = next(
+            (name for name in FAMILIES if any(override.startswith((f"model.{name}.kind=", f"model.{name}={{kind:")) for override in overrides)), None
+        )
         if family is None:
             found[option] = {"off": [], "on": overrides}
         else:

@@ -56,7 +56,7 @@ class Run:
     def train(self, steps: int) -> list[list[Any]]:
         """Losses, gradient norm and the experts' counts of each step; always on the same batch, so that the loss has to fall."""
         moe = self.recipe.model.moe
-        rate = moe.bias_balancing.update_rate if moe is not None and moe.bias_balancing is not None else 0.0
+        rate = moe.bias_balancing.update_rate if getattr(moe, "bias_balancing", None) else 0.0
         results = [self.engine.train_step(self.batches(0), 1.0, rate) for _ in range(steps)]
         losses, _ = reduce_steps(results, self.topology)
         counts = [[] if result.router is None else result.router.counts_LE.tolist() for result in results]

@@ -6,9 +6,10 @@ import pytest
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import RULES, check_topology
+from pretrain.config.rules import RULES, check_topology, warnings_about
 
 NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
+PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2, top_k: 2}"
 ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=false"]
 
 LATENT = (
@@ -88,6 +89,12 @@ BROKEN = {
         ["no MoE layer", "ep_size=1"],
         ["parallel.ep_size=1"],
     ),
+    "experts_divide/product": (
+        [PEER, "parallel.ep_size=5"],
+        ["ep_size (5) does not divide model.moe.product_key_sizes, whose product is (16)"],
+        ["parallel.ep_size=8"],
+    ),
+    "peer_options_fit": ([PEER, "model.dropout.expert=0.1"], ["dropout.expert=0.1", "dropout.feed_forward"], ["model.dropout.expert=0"]),
     "token_budget_fills_the_run": (
         ["data.mixture={kind: tokens, tokens: {all: 10000}}"],
         ["data.mixture.tokens add up to 10000", "train_tokens is 10240"],
@@ -120,6 +127,11 @@ def test_each_rule_refuses_and_its_advice_helps(name: str) -> None:
     for part in parts:
         assert part in str(caught.value)
     load_recipe("debug", [*overrides, *remedy])
+
+
+def test_batch_norm_over_queries_is_warned_about() -> None:
+    assert "running statistics" in " ".join(warnings_about(load_recipe("debug", [PEER, "model.moe.query_norm=batch_norm"])))
+    assert not warnings_about(load_recipe("debug", [PEER])) and not warnings_about(load_recipe("debug"))
 
 
 def test_every_rule_has_a_case() -> None:

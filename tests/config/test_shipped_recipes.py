@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.load import load_recipe, recipe_names, recipe_to_yaml
+from pretrain.config.load import RECIPE_FOLDER, load_recipe, recipe_names, recipe_to_yaml
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
 
 NAMES = recipe_names()
 TWINS = [name for name in NAMES if name.endswith("_mini")]
-PUBLISHED = [name.removesuffix("_mini") for name in TWINS]
+TWIN_OF: dict[str, str] = {yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())["base"]: name for name in TWINS}
+PUBLISHED = list(TWIN_OF)
 # What a twin may have smaller than the model it stands for; everything else of the model section is the same.
 SIZES = {
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range",
     "attention.num_attention_heads", "attention.num_key_value_heads", "attention.head_dim", "attention.sliding_window",
     "attention.q_lora_rank", "attention.kv_lora_rank", "attention.qk_rope_head_dim", "attention.qk_nope_head_dim", "attention.v_head_dim",
     "position.factor", "position.original_max_position_embeddings", "moe.num_experts", "moe.top_k", "moe.moe_intermediate_size",
+    "moe.product_key_sizes", "moe.num_heads", "moe.query_dim",
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def test_published_models_and_their_twins_are_there() -> None:
     assert {"debug", "quickstart", "moe_1b"} | set(PUBLISHED) | set(TWINS) == set(NAMES)
     assert set(PUBLISHED) == {
         "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m", "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
-        "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_moe_16b", "deepseek_v3",
+        "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_moe_16b", "deepseek_v3", "peer_mla_16b",
     }  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def test_a_published_model_needs_no_tokenizer_to_be_counted_and_starts_on_its_ra
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_twin_has_every_part_of_its_model(name: str) -> None:
-    small, real = load_recipe(f"{name}_mini"), load_recipe(name)
+    small, real = load_recipe(TWIN_OF[name]), load_recipe(name)
     assert differences(small, real) == []
     attention, original = small.model.attention, real.model.attention
     assert (attention.score_dim * 2 == attention.cached_per_token) == (original.score_dim * 2 == original.cached_per_token)  # shared heads or none
@@ -85,12 +87,14 @@ def test_a_twin_has_every_part_of_its_model(name: str) -> None:
         ("fastgpt_moe", "model.embedding_size=null", "embedding_size"),
         ("deepseek_v3", "model.attention.q_lora_rank=null", "attention.q_lora_rank"),
         ("deepseek_v3", "model.layer_pattern.k=1", "layer_pattern.k"),
+        ("peer_mla_16b", "model.moe.query_norm=rms_norm", "moe.query_norm"),
+        ("peer_mla_16b", "model.attention.latent_norm=rms_norm", "attention.latent_norm"),
         ("p828_60m", "model.moe.bias_balancing=null", "moe.bias_balancing"),
         ("p828_60m", "model.moe.router.groups=null", "moe.router.groups"),
     ],
 )
 def test_a_twin_without_a_part_is_noticed(name: str, override: str, field: str) -> None:
-    found = differences(load_recipe(f"{name}_mini", [override]), load_recipe(name))
+    found = differences(load_recipe(TWIN_OF[name], [override]), load_recipe(name))
     assert any(path == field or path.startswith(f"{field}.") for path in found)
 
 

@@ -7,10 +7,12 @@ deliberate fault that the equality tests must notice).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect
+from pretrain.model.moe.row_products import Factors
 
 
 def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -49,6 +52,12 @@ def scale_expert_gradients(engine: Engine, gain: float, only_first: bool = False
     experts = [parameter for parameter in engine.model.parameters() if is_expert(parameter)]
     for parameter in experts[:1] if only_first else experts:
         parameter.register_hook(lambda gradient: gradient * gain)
+    for table in engine.rows.tables.values() if engine.rows is not None else ():
+        table.take_gradient = functools.partial(scaled_factors, table.take_gradient, gain)
+
+
+def scaled_factors(take_gradient: Callable[..., Any], gain: float, factors: Factors, *rest: Any) -> Any:
+    return take_gradient(factors._replace(c_P=factors.c_P * gain), *rest)
 
 
 def sabotage(engine: Engine, kind: str) -> None:
@@ -57,14 +66,16 @@ def sabotage(engine: Engine, kind: str) -> None:
         scale_expert_gradients(engine, 1.01, only_first=True)
     elif kind == "rank_norm_dropped":
         engine._expert_group = None  # each rank then clips by the norm of its own experts only
+    elif kind == "table_norm_dropped":
+        reduce = engine.rows.reduce
+        engine.rows.reduce = lambda scale: reduce(scale) * 0  # clipping then looks at dense weights alone
     else:
         raise ValueError(kind)
 
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The fp32 weights of this rank, stacked experts apart and named by their global number."""
-    topology, moe = engine.topology, engine.recipe.model.moe
-    first = engine.expert_part * moe.total_experts // engine.expert_parts
+    first = engine.expert_part * engine.recipe.model.moe.total_experts // engine.expert_parts
     weights: dict[str, torch.Tensor] = {}
     for name, table in engine.rows.tables.items() if engine.rows is not None else ():
         weights |= {f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())}

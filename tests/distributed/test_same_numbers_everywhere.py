@@ -68,6 +68,7 @@ GLOBAL = ("model.moe.balance_scope=global_batch",)
 LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
 BIASED = ("model.feed_forward={kind: clamped_swiglu, bias: true}", "model.attention.bias=all")
 NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider than w1 and w3
+RUNNING = ("model.moe.query_norm=batch_norm",)
 AHEAD = ("model.multi_token_prediction={loss_weight: 0.3}",)
 MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
 SPANNING: dict[int, list[Case]] = {
@@ -77,8 +78,10 @@ SPANNING: dict[int, list[Case]] = {
         case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED),
         case("dropless_full", 0, 1, overrides=BIASED), case("deepspeed_full", 0, 1, overrides=BIASED), case("dropless_full", 0, 1, overrides=NARROW),
         case("dropless", 0, 1, overrides=AHEAD),
-        *(case("dropless", zero, 1, ADAMW, LOW["bf16"]) for zero in (0, 1, 3)),
-        *(case("dropless", zero, 1, ADAMW, LOW["fp16"]) for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
+        *(case(kind, zero, 1, ADAMW, LOW["bf16"]) for kind in ("dropless", "peer") for zero in (0, 1, 3)),
+        *(case(kind, zero, 1, ADAMW, LOW["fp16"]) for kind in ("dropless", "peer") for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
+        case("peer", 0, 1), case("peer", 0, 1, ADAMW), case("peer", 0, 1, expert_gain=10.0), case("peer", 0, 1, **MOVED),
+        case("peer", 0, 1, overrides=RUNNING), case("peer", 0, 1, overrides=RECOMPUTED),
     ],
     2: [
         case("dropless", 0, 2), case("dropless", 1, 2), case("dropless", 2, 1), case("dropless", 3, 2), case("deepspeed", 1, 2),
@@ -89,11 +92,16 @@ SPANNING: dict[int, list[Case]] = {
         case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
         case("dropless_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=BIASED), case("dropless_full", 0, 1, overrides=BIASED),
         case("deepspeed_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=NARROW), case("dropless", 3, 2, overrides=AHEAD),
+        case("peer", 0, 1), case("peer", 1, 2), case("peer", 1, 1, ADAMW), case("peer", 3, 2, ADAMW), case("peer", 0, 2, expert_gain=10.0),
+        case("peer", 2, 1, expert_gain=10.0), case("peer", 3, 1, expert_gain=10.0),
+        case("peer", 1, 2, expert_gain=10.0, sabotage="table_norm_dropped"),
+        case("peer", 2, 2, **MOVED), case("peer", 2, 2, overrides=RUNNING), case("peer", 1, 2, overrides=RECOMPUTED),
     ],
     4: [
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4), case("dropless", 1, 4, ADAMW),
         case("dropless", 2, 2, expert_gain=10.0), case("dropless", 0, 2, overrides=GLOBAL), case("dropless", 3, 4, **MOVED),
         case("dropless", 2, 2, overrides=DOCUMENTS), case("dropless_full", 2, 4, overrides=BIASED), case("dropless_full", 0, 2, overrides=NARROW),
+        case("peer", 2, 4), case("peer", 1, 2, ADAMW), case("peer", 3, 2, ADAMW), case("peer", 1, 2, **MOVED), case("peer", 2, 4, overrides=RUNNING),
     ],
 }  # fmt: skip
 
@@ -101,7 +109,7 @@ SPANNING: dict[int, list[Case]] = {
 def whole_matrix(world_size: int) -> list[Case]:
     return [
         case(kind, zero, ep_size, optimizer, **extra)
-        for kind in ("dropless", "deepspeed")
+        for kind in ("dropless", "deepspeed", "peer")
         for zero in (0, 1, 2, 3)
         for ep_size in (1, 2, 4)
         for optimizer in (SGD, ADAMW)
@@ -176,7 +184,7 @@ def test_both_kinds_of_layer_give_the_same_run(spanning: dict[int, Results]) -> 
     assert found <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["dropless", "deepspeed"])
+@pytest.mark.parametrize("kind", ["dropless", "deepspeed", "peer"])
 def test_recomputed_blocks_change_no_digit(spanning: dict[int, Results], kind: str) -> None:
     plain, recomputed = (spanning[1][f"{label}/zero0/ep1"] for label in (f"{kind}-sgd", case(kind, 0, 1, overrides=RECOMPUTED)["label"]))
     assert difference(recomputed, plain) == 0
@@ -204,13 +212,22 @@ def test_clipping_was_active_and_experts_held_most_of_the_norm(spanning: dict[in
     assert gained["grad_norm"][0] > 2 * plain["grad_norm"][0]
 
 
-@pytest.mark.parametrize("world_size,kind,name", [(2, "dropless", "zero2/ep2"), (2, "deepspeed", "zero0/ep2"), (4, "dropless", "zero3/ep4")])
+@pytest.mark.parametrize(
+    "world_size,kind,name",
+    [
+        (2, "dropless", "zero2/ep2"),
+        (2, "deepspeed", "zero0/ep2"),
+        (4, "dropless", "zero3/ep4"),
+        (2, "peer", "zero2/ep2"),
+        (4, "peer", "zero1/ep2"),
+    ],
+)
 def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(spanning: dict[int, Results], world_size: int, kind: str, name: str) -> None:
     """Plain SGD without clipping moves a weight by its gradient: so this compares every gradient, those of each expert by its global number."""
     label = case(kind, 0, 1, **MOVED)["label"]
     reference, row = spanning[1][f"{label}/zero0/ep1"]["changes"], spanning[world_size][f"{label}/{name}"]["changes"]
     assert reference.keys() == row.keys()
-    assert sum("experts" in weight for weight in row) == 2 * 4 * 3
+    assert sum(".experts." in weight for weight in row) == 2 * (32 if kind == "peer" else 4) * 3
     scale = max(length for length, _ in reference.values())
     for weight, (length, product) in row.items():
         assert length > 0, f"{weight} did not move"
@@ -227,7 +244,13 @@ def test_low_precision_stays_close_to_fp32_at_every_stage(spanning: dict[int, Re
     assert len(rows) >= 3
     for row in rows:
         assert all(row["applied"])
-        assert mean(row["nll"]) == pytest.approx(mean(spanning[1]["dropless-adamw/zero0/ep1"]["nll"]), rel=1e-3), row["name"]
+        assert mean(row["nll"]) == pytest.approx(mean(spanning[1][f"{row['name'].split('-train')[0]}/zero0/ep1"]["nll"]), rel=1e-3), row["name"]
+
+
+def test_a_table_left_out_of_the_norm_is_noticed(spanning: dict[int, Results]) -> None:
+    gained = spanning[1]["peer-sgd-expert_gain=10.0/zero0/ep1"]
+    assert gained["grad_norm"][0] > 1.5 * spanning[1]["peer-sgd/zero0/ep1"]["grad_norm"][0]
+    assert difference(spanning[2]["peer-sgd-expert_gain=10.0-sabotage=table_norm_dropped/zero1/ep2"], gained) > 1e-3
 
 
 @pytest.mark.parametrize("fault", ["sabotage=expert_gradient_scaled", "expert_gain=10.0-sabotage=rank_norm_dropped"])
@@ -242,4 +265,4 @@ def test_a_broken_engine_is_noticed(spanning: dict[int, Results], fault: str) ->
 def test_the_whole_matrix_agrees(tmp_path: Path) -> None:
     cases = {world_size: whole_matrix(world_size) for world_size in (1, 2, 4)}
     matrix = {world_size: run_cases(entries, world_size, tmp_path / f"ranks{world_size}") for world_size, entries in cases.items()}
-    assert check_all(matrix, cases) == sum(map(len, cases.values())) - 8
+    assert check_all(matrix, cases) == sum(map(len, cases.values())) - 12

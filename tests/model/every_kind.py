@@ -22,6 +22,7 @@ FAMILIES: dict[str, type[Section]] = {
 }
 YARN = "factor: 4, original_max_position_embeddings: 16"
 LATENT = "q_lora_rank: 16, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6"
+PEER = "product_key_sizes: [4, 3, 2], query_dim: 12, num_heads: 2, top_k: 3, moe_intermediate_size: 2, num_shared_experts: 1"
 # What a kind needs beside its name, or is more telling with, as overrides of the debug recipe.
 NEEDED: dict[tuple[str, str], list[str]] = {
     ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],
@@ -36,6 +37,7 @@ NEEDED: dict[tuple[str, str], list[str]] = {
     ("layer_pattern", "first_k_dense"): ["model.layer_pattern={kind: first_k_dense, k: 1}", "model.intermediate_size=32"],
     ("moe", "dropless"): ["model.moe.num_shared_experts=1"],
     ("moe", "deepspeed"): ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
+    ("moe", "peer"): [f"model.moe={{kind: peer, {PEER}}}"],
     ("moe.router", "softmax_topk"): ["model.moe.router.temperature=2"],
     ("moe.router", "sigmoid_topk"): ["model.moe.router.kind=sigmoid_topk", "model.moe.bias_balancing={}"],
 }
@@ -51,6 +53,12 @@ OPTIONS: dict[str, list[str]] = {
     "gated shared experts": ["model.moe.num_shared_experts=2", "model.moe.shared_expert_gate=true"],
     "every router loss": ["model.moe.sequence_loss_weight=0.1", "model.moe.cv_loss_weight=0.1", "model.moe.entropy_loss_weight=0.1"],
     "a router of ours in DeepSpeed's layer": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=false"],
+    "query norm by running statistics": [f"model.moe={{kind: peer, {PEER}, query_norm: batch_norm, query_bias: true}}"],
+    "experts of one hidden number without a gate": [
+        "model.feed_forward.kind=gelu",
+        f"model.moe={{kind: peer, {PEER}}}",
+        "model.moe.moe_intermediate_size=1",
+    ],
     "multi-token prediction": ["model.multi_token_prediction={}"],
 }
 

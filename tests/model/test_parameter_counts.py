@@ -9,8 +9,8 @@ import pytest
 from pretrain.config.load import load_recipe, recipe_names
 from pretrain.model.sizes import ModelSize, model_size
 
-# Recipe -> (parameters in all, active parameters of a token). The totals and the first four active counts are published or were counted on
-# the model's own code; the other active counts follow from the total by hand: it less the routed experts that a token does not choose.
+# Recipe -> (parameters in all, active parameters of a token). The totals, the first four active counts and the last one are published or were
+# counted on the model's own code; the other active counts follow from the total by hand: it less the routed experts that a token does not choose.
 COUNTS = {
     "h64lm": (249_720_576, 122_318_592),
     "khanh_692m": (692_244_360, 339_707_784),
@@ -25,6 +25,7 @@ COUNTS = {
     "gpt_oss_20b": (20_914_757_184, 20_914_757_184 - 24 * 28 * (3 * 2880 * 2880 + 3 * 2880)),
     "deepseek_moe_16b": (16_375_728_128, 16_375_728_128 - 27 * 58 * 3 * 2048 * 1408),
     "deepseek_v3": (671_026_404_352, 671_026_404_352 - 58 * 248 * 3 * 7168 * 2048),
+    "peer_mla_16b": (16_267_594_496, 163_433_216),
 }
 
 

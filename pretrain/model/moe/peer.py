@@ -55,6 +55,8 @@ class PEER(nn.Module):
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
     """
 
+    usage_E: torch.Tensor
+
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
         config = model.moe
@@ -126,7 +128,7 @@ class _Gather(torch.autograd.Function):
         return _gather(local, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _sum_and_scatter(gradient, ctx.group), None
 
 
@@ -139,5 +141,5 @@ class _SumAndScatter(torch.autograd.Function):
         return _sum_and_scatter(everything, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _gather(gradient, ctx.group), None

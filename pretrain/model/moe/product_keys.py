@@ -25,6 +25,9 @@ class RunningStatistics(KeepsFp32):
     """Mean and variance of all tokens so far, fading (Ioffe & Szegedy 2015), and what was seen since they were last moved."""
 
     momentum = 0.1
+    mean: torch.Tensor
+    variance: torch.Tensor
+    seen: torch.Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
 
-
 # torch says so once a process of every sparse matrix in this format; two dense results are all that is taken from it here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -166,7 +165,7 @@ class _RowDots(torch.autograd.Function):
         return kernel.row_dots(x_TD, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod
-    def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, weight_NXD, *bag = ctx.saved_tensors
         bags, grad_P = Bags(*bag), grad_P.contiguous()
         grad_x_TD = ctx.kernel.weighted_rows(grad_P, weight_NXD.flatten(0, 1), bags) if ctx.needs_input_grad[0] else None
@@ -182,7 +181,7 @@ class _WeightedRows(torch.autograd.Function):
         return kernel.weighted_rows(c_P, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         c_P, weight_NXD, *bag = ctx.saved_tensors
         bags, grad_TD = Bags(*bag), grad_TD.contiguous()
         grad_c_P = ctx.kernel.row_dots(grad_TD, weight_NXD.flatten(0, 1), bags) if ctx.needs_input_grad[0] else None

@@ -7,9 +7,9 @@ every row, that is the dense optimizer.
 
 from __future__ import annotations
 
+import mmap
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import distributed
 
@@ -33,10 +33,13 @@ class RowGroups(NamedTuple):
 
 
 def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Zeros [rows, columns] fp32. On a CPU a page of them takes memory only once a row of it is written, which ``torch.zeros`` does at once."""
-    if device.type == "cpu":
-        return torch.from_numpy(numpy.zeros((rows, columns), dtype=numpy.float32))
-    return torch.zeros(rows, columns, device=device)
+    """Zeros [rows, columns] fp32. On a CPU a page of them takes memory once a row of it is written; ``torch.zeros`` takes all of it at once."""
+    if device.type != "cpu" or rows * columns == 0:
+        return torch.zeros(rows, columns, device=device)
+    pages = mmap.mmap(-1, 4 * rows * columns)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a huge page holds hundreds of rows, and one of them is soon used
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
 
 
 class RowState:
