@@ -98,7 +98,10 @@ def test_saved_by_transformers_it_opens_again_and_is_equal(case: str, opened: di
 
 @cases
 def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(case: str, opened: dict[str, Opened]) -> None:
-    """Rounding flips close choices, in either model others. The median token tells how well the rest is computed."""
+    """Rounding flips close choices, in either model others. The median token tells how well the rest is computed.
+
+    Where experts fill up, one flipped choice moves the places of all: there only the dtypes are compared.
+    """
     one = opened[case]
     low = copy.deepcopy(one.model).to(torch.bfloat16)
     wide = [name.split()[0] for name in one.said["bf16 dtypes"] if not name.endswith("bfloat16")]
@@ -109,7 +112,7 @@ def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(ca
         ours = low.logits(one.prompts["ids"])
     theirs, full = one.computed["bf16 logits"], one.computed["logits"]
     our_error, their_error = (((low_BSV - full).norm(dim=-1) / full.norm(dim=-1)).median() for low_BSV in (ours, theirs))
-    assert theirs.dtype == torch.float32 and 0 < their_error < 1.5 * our_error
+    assert theirs.dtype == torch.float32 and (case in DROPPING or 0 < their_error < 1.5 * our_error)
 
 
 @cases
