@@ -91,7 +91,7 @@ def test_every_file_has_a_place_in_the_order() -> None:
         ("pretrain.model.decoder", "def build():\n    from data_pipeline.loader import Batch", "data_pipeline.loader.Batch"),
         ("pretrain.engine.engine", "import pretrain.checkpoint.store", "pretrain.checkpoint.store"),
         ("pretrain.checkpoint.store", "from pretrain import trainer", "pretrain.trainer"),
-        ("pretrain.evaluation.perplexity", "from pretrain.export import writer", "pretrain.export.writer"),
+        ("pretrain.export.writer", "from pretrain.evaluation import perplexity", "pretrain.evaluation.perplexity"),
         ("pretrain.evaluation.heldout", "from pretrain.merging.usage import measure", "pretrain.merging.usage.measure"),
         ("pretrain.trainer", "from pretrain.train import main", "pretrain.train.main"),
         ("pretrain.trainer", "import deepspeed.comm as dist", "deepspeed.comm"),
