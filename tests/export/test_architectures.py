@@ -43,7 +43,7 @@ MINIS = {
     "p828_60m_mini": None,
     "p828_800m_mini": None,
     "p828_800m_as_written_mini": None,
-    "peer_mla_16b_mini": None,
+    "peer_mla_mini": None,
     "qwen3_30b_a3b_mini": "qwen3_moe",
 }
 # name: (recipe, overrides, target)
