@@ -37,12 +37,17 @@ class Windows:
     def read(self, number: int) -> Sample:
         """One window. A missing tail is ``pad_id`` and -100, in a document of its own; so is all of the window -1."""
         length = self.sequence_length
-        inputs, labels = np.full(length, self.pad_id, dtype=np.int64), np.full(length, NO_LOSS, dtype=np.int64)
         if number == PADDING_WINDOW:
+            inputs, labels = np.full(length, self.pad_id, dtype=np.int64), np.full(length, NO_LOSS, dtype=np.int64)
             return Sample(inputs, labels, np.zeros(length, dtype=np.int64) if self.document_mask else None)
         if not 0 <= number < self.num_all:
             raise IndexError(f"window {number} of {self.num_all}")
-        start = number * length
+        return self.read_at(number * length)
+
+    def read_at(self, start: int) -> Sample:
+        """The window whose first input is token ``start`` of the stream; at its end a shorter one, filled up."""
+        length = self.sequence_length
+        inputs, labels = np.full(length, self.pad_id, dtype=np.int64), np.full(length, NO_LOSS, dtype=np.int64)
         targets = min(length, self._targets - start)
         tokens = self.stream.read(start, targets + 1)
         inputs[:targets], labels[:targets] = tokens[:-1], tokens[1:]

@@ -20,6 +20,7 @@ from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
 from pretrain.callbacks.base import Callback
+from pretrain.callbacks.evaluation import ContinuousEvaluation
 from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.callbacks.metrics import LossPlot, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
@@ -134,6 +135,8 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
         monitor = engine.deepspeed.monitor
         usage = ExpertUsage(folder / USAGE, monitor.tb_monitor and monitor.tb_monitor.summary_writer, recipe.logging.hot_expert_factor)
         callbacks = [MetricsFiles(folder), usage, DeepSpeedMonitor(monitor), ProgressBar(), LossPlot(folder)]
+        if recipe.evaluation is not None:
+            callbacks.append(ContinuousEvaluation(folder, recipe.evaluation))
     return Trainer(
         recipe=recipe,
         engine=engine,

@@ -1,71 +1,157 @@
 #!/usr/bin/env python
-"""Scores a checkpoint on held-out text, beside a bigram that has read the same training windows."""
+"""Evaluates a checkpoint or a Hugging Face folder: held-out text, lm-evaluation-harness, references, code. Without a choice, held-out text."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from data_pipeline.split import SPLITS
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, run_command
-from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.device import choose_device
-from pretrain.evaluation.heldout import HeldoutScore, score_checkpoint
+from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
+from pretrain.evaluation.sampling import Sampling
+from pretrain.evaluation.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
+from pretrain.evaluation.watch import watch
 
 EXAMPLES = """\
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest
-  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/step_300 --max-windows 64 --no-bigram --json -"""
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/step_300 --max-windows 64 --no-bigram --json -
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --window 1024 --stride 256 --baselines unigram bigram 5-gram exports/other
+  python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart --markdown report.md --tensorboard runs/quickstart/tensorboard
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --tasks hellaswag,lambada_openai --limit 200
+  python tools/evaluate.py --checkpoint exports/quickstart --tasks my_task --include-path my_tasks
+  python tools/evaluate.py --checkpoint exports/quickstart --references pairs.jsonl --max-new-tokens 128
+  python tools/evaluate.py --checkpoint exports/quickstart --code-problems HumanEval.jsonl --num-samples 20 --pass-at 1,10 \\
+      --temperature 0.8 --max-new-tokens 256 --allow-code-execution
+  python tools/evaluate.py --watch runs/quickstart --max-windows 64 --prompt "def main("     # each new checkpoint, until the last
+
+exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 a file cannot be written, 6 the loss is not finite"""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a step_N folder, or the file 'latest' that names one")
-    parser.add_argument("--data", metavar="FOLDER", help="shards of the run's tokenizer; the run's own by default")
-    parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="score N windows spread over the split instead of all; leaves out bits per byte")
-    parser.add_argument("--no-bigram", action="store_true", help="leave out the baseline")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, metavar="PATH", help="a step_N folder, the file 'latest', or a Hugging Face folder")
+    what.add_argument("--watch", type=Path, metavar="RUN", help="each checkpoint of a run as it appears, into RUN/evaluations.jsonl and TensorBoard")
+    parser.add_argument("--interval-steps", type=int, default=1, metavar="N", help="with --watch: steps that are a multiple of N, and the last one")
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the training that started it
+    _add_heldout(parser)
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument("--tasks", metavar="A,B", help="its names, or those of the files in --include-path")
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="more tasks: YAML files, whose data may be local files")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question; the task's own number by default")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    _add_texts(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once; the recipe's micro batch by default")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows, requests or texts at once (default: the recipe's micro batch, and 8)")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report as Markdown")
+    parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="also write all numbers to TensorBoard, at the checkpoint's step")
     add_json_option(parser)
     return parser.parse_args()
 
 
-def table(score: HeldoutScore) -> str:
-    """The result as aligned lines."""
-    bits = "needs all windows" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
-    rows = [
-        ("step", f"{score.step}"),
-        ("targets", f"{score.targets} tokens of the {score.split} split"),
-        ("loss", f"{score.loss:.4f} nats per token"),
-        ("perplexity", f"{score.perplexity:.3f}"),
-        ("bits per byte", bits),
-    ]
-    if score.bigram is not None:
-        rows += [
-            ("bigram loss", f"{score.bigram.loss:.4f} nats per token, fitted on {score.bigram.windows} samples that the model has seen"),
-            ("better than bigram by", f"{score.better_by:.4f} nats per token"),
-        ]
-    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+def _add_heldout(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("held-out text")
+    group.add_argument("--heldout", action="store_true", help="score held-out text beside what else is asked for")
+    group.add_argument("--data", metavar="FOLDER", help="shards of the run's tokenizer; the run's own by default. A Hugging Face folder reads any")
+    group.add_argument("--split", choices=SPLITS, default="validation")
+    group.add_argument("--max-windows", type=int, metavar="N", help="score N windows spread over the split instead of all; leaves out bits per byte")
+    group.add_argument("--window", type=int, metavar="TOKENS", help="context and targets (default: the training's sequence length)")
+    group.add_argument("--stride", type=int, metavar="TOKENS", help="from window to window; less than a window gives each target more context")
+    group.add_argument("--baselines", nargs="+", metavar="NAME", help="unigram, bigram, 5-gram ... or Hugging Face folders (default: bigram)")
+    group.add_argument("--no-bigram", action="store_true", help="leave out the baseline")
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("texts and code")
+    group.add_argument("--prompt", action="append", default=[], dest="prompts", metavar="TEXT", help="show a text behind it; may be repeated")
+    group.add_argument("--references", type=Path, metavar="JSONL", help='BLEU and ROUGE: a "prompt" and a "reference" a line')
+    group.add_argument("--code-problems", type=Path, metavar="JSONL", help='pass@k: HumanEval\'s "task_id", "prompt", "test", "entry_point" a line')
+    group.add_argument("--allow-code-execution", action="store_true", help="needed for --code-problems: runs what the model writes, in a sandbox")
+    group.add_argument("--num-samples", type=int, default=1, metavar="N", help="solutions of each problem (default: 1)")
+    group.add_argument("--pass-at", default="1", metavar="K,K", help="(default: 1)")
+    group.add_argument("--program-seconds", type=float, default=10.0, metavar="S", help="for each program (default: 10)")
+    group.add_argument("--program-memory", type=int, default=1024, metavar="MIB", help="for each program (default: 1024)")
+    group.add_argument("--temperature", type=float, help="draw texts and code; the likeliest token by default")
+    group.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
+    group.add_argument("--seed", type=int, default=0, help="with --temperature (default: 0)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+
+
+def suite_of(arguments: argparse.Namespace) -> Suite:
+    """What the options ask for.
+
+    Raises:
+        ConfigError: for a number below 1, or for code that must not be executed.
+    """
+    for option in ("max_windows", "batch_size", "window", "stride", "limit", "num_samples", "max_new_tokens", "interval_steps", "program_memory"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
+    if arguments.code_problems is not None and not arguments.allow_code_execution:
+        raise ConfigError("--code-problems runs programs that the model writes: allow it with --allow-code-execution")
+    if not arguments.pass_at.replace(",", "").isdigit():
+        raise ConfigError(f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such as 1,10")
+    chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
+    # A folder of Hugging Face's, and one checkpoint after the other of a run, have no n-gram unless it is asked for.
+    plain = arguments.no_bigram or arguments.watch or (arguments.checkpoint / "config.json").is_file()
+    baselines = tuple(arguments.baselines or (() if plain else ("bigram",)))
+    heldout = HeldoutOptions(arguments.data, arguments.split, arguments.max_windows, baselines, arguments.window, arguments.stride)
+    tasks = None
+    if arguments.tasks:
+        tasks = TaskOptions(arguments.tasks.split(","), arguments.include_path, arguments.num_fewshot, arguments.limit)
+    code = None
+    if arguments.code_problems is not None:
+        pass_at = tuple(int(k) for k in arguments.pass_at.split(",") if k)
+        memory = arguments.program_memory << 20
+        code = CodeOptions(arguments.code_problems, arguments.num_samples, pass_at, arguments.program_seconds, memory)
+    greedy = arguments.temperature is None
+    sampling = Sampling(1.0 if greedy else arguments.temperature, top_p=arguments.top_p, greedy=greedy, seed=arguments.seed)
+    return Suite(
+        device=choose_device(arguments.device),
+        heldout=heldout if arguments.heldout or not chosen else None,
+        tasks=tasks,
+        prompts=arguments.prompts,
+        references=arguments.references,
+        code=code,
+        sampling=sampling,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=[string.replace("\\n", "\n") for string in arguments.stop],
+        batch_size=arguments.batch_size,
+    )
+
+
+def publish(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Prints the report, and writes what was asked for."""
+    if arguments.json_path != "-":
+        print(markdown(result))
+    if arguments.markdown is not None:
+        write_markdown(result, arguments.markdown)
+    if arguments.tensorboard is not None:
+        write_tensorboard(result, arguments.tensorboard, result.get("step") or 0)
+    write_json(result, arguments.json_path)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    for option in ("max_windows", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
-    checkpoint = whole_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device)
-    score = score_checkpoint(
-        checkpoint, arguments.data, arguments.split, device, arguments.batch_size, arguments.max_windows, not arguments.no_bigram
-    )
+    suite = suite_of(arguments)
+    if arguments.watch is None:
+        publish(suite.run(arguments.checkpoint), arguments)
+        return
+    # Training beside it goes first.
+    os.nice(10 if arguments.parent is not None else 0)
+    count = watch(arguments.watch, suite.run, arguments.interval_steps, arguments.parent)
     if arguments.json_path != "-":
-        print(table(score))
-    write_json({"checkpoint": str(checkpoint), **score.to_dict()}, arguments.json_path)
+        print(f"evaluated {count} checkpoints of {arguments.watch}: see {arguments.watch / 'evaluations.jsonl'}")
+    write_json({"run": str(arguments.watch), "evaluated": count}, arguments.json_path)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,52 @@
 #!/usr/bin/env python
-"""Continues a prompt with one of our checkpoints or with a Hugging Face folder."""
+"""Continues prompts with one of our checkpoints or with a Hugging Face folder."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, run_command
+from pretrain.config.errors import ConfigError, DataError, run_command
 from pretrain.evaluation.device import choose_device
-from pretrain.evaluation.generation import Sampling, generate
 from pretrain.evaluation.generators import open_generator
-from pretrain.evaluation.speculative import DraftCounts, generate_with_drafts
+from pretrain.evaluation.sampling import Sampling
+from pretrain.evaluation.writing import Continuation, Writer
 
 EXAMPLES = """\
   python tools/generate.py --model runs/quickstart/checkpoints/latest --prompt "def main("
   python tools/generate.py --model exports/quickstart --prompt "import os" --greedy --max-new-tokens 128
-  python tools/generate.py --model runs/mtp/checkpoints/latest --prompt "import os" --draft"""
+  python tools/generate.py --model runs/quickstart/checkpoints/latest --prompts-file prompts.jsonl --num-samples 4 --batch-size 16 --json texts.json
+  python tools/generate.py --model exports/quickstart --prompt "def f(x):" --top-p 0.95 --min-p 0.05 --repetition-penalty 1.1 --stop "\\n\\n"
+  python tools/generate.py --model runs/mtp/checkpoints/latest --prompt "import os" --draft
+
+exit codes: 0 done, 2 usage, 3 the prompts cannot be read, 4 no checkpoint or a damaged one, 5 a file cannot be written"""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--model", required=True, metavar="PATH", help="a step_N folder, the file 'latest', or a Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="text to continue; an empty one starts a new document")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
+    prompts.add_argument(
+        "--prompts-file", type=Path, metavar="PATH", help='a prompt a line; of a file named *.jsonl, the field "prompt" of each line'
+    )
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts of each prompt (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts written at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold the probability P")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--min-p", type=float, metavar="P", help="draw from tokens with at least P times the likeliest one's probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="of tokens that were there already (default: 1, none)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text, and is left out of it; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the first text, each further one has the next number (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--draft", action="store_true", help="speculative decoding with the model's multi-token prediction: same text, fewer passes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -41,45 +54,89 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def progress(tokens: int) -> tqdm:
-    return tqdm(range(tokens), desc="generating", unit="token")
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of --prompts-file.
+
+    Raises:
+        DataError: where it cannot be read, holds no prompt, or a line of a .jsonl is no object with a "prompt".
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise DataError(f"--prompts-file {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not UTF-8: mend it') from None
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise DataError(f"--prompts-file {path} has no prompt, or one that is no text: give one a line")
+    return prompts
+
+
+def show(piece: str) -> None:
+    """A piece of text, at once; a terminal that cannot show a character shows a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(piece.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def write_texts(arguments: argparse.Namespace, writer: Writer, prompts: list[str]) -> list[Continuation]:
+    """A text behind each prompt; a single one is shown as it comes."""
+    quiet = arguments.json_path == "-"
+    if len(prompts) == 1:
+        encoded = writer.prompt_ids(prompts[0])
+        if not quiet:
+            show(prompts[0])
+        piece = (lambda _: None) if quiet else show
+        text = writer.write_drafted(encoded, piece) if arguments.draft else writer.write_batch([encoded], show=piece)[0]
+        if not quiet:
+            show("\n")
+        return [text]
+    if arguments.draft:
+        raise ConfigError("--draft writes one text at a time: give one --prompt and leave --num-samples out")
+    texts = writer.write(prompts, arguments.batch_size)
+    if not quiet:
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+            show(f"--- {number} of {len(texts)}: {text.new_tokens} tokens, {text.ended}\n{prompt}{text.text}\n")
+    return texts
+
+
+def report(arguments: argparse.Namespace, writer: Writer, prompts: list[str], texts: list[Continuation]) -> dict[str, Any]:
+    """Prints speeds to standard error; returns the whole result."""
+    speed, drafts = writer.speed, writer.drafts
+    speeds = {
+        "prefill_tokens_per_second": round(speed.prefill_tokens_per_second, 2),
+        "tokens_per_second": round(speed.decode_tokens_per_second, 2),
+    }
+    print(
+        f"prefill: {speed.prefill_tokens} tokens at {speeds['prefill_tokens_per_second']:,.0f} tokens/s; "
+        f"decode: {speed.decode_tokens} tokens at {speeds['tokens_per_second']:,.1f} tokens/s",
+        file=sys.stderr,
+    )
+    result = {
+        "model": arguments.model,
+        "samples": [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)],
+        **speeds,
+    }
+    if arguments.draft:
+        print(f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted ({drafts.accepted_share:.0%})", file=sys.stderr)
+        result |= {"drafted_tokens": drafts.drafted, "accepted_share": round(drafts.accepted_share, 4)}
+    return result
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: give 1 or more")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.greedy, arguments.seed)
+    for option in ("max_new_tokens", "num_samples", "batch_size"):
+        if getattr(arguments, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}: give 1 or more")
+    fields = ("temperature", "top_k", "top_p", "greedy", "seed", "min_p", "repetition_penalty")
+    sampling = Sampling(**{field: getattr(arguments, field) for field in fields})
+    prompts = arguments.prompts if arguments.prompts is not None else read_prompts(arguments.prompts_file)
+    prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    stop = [string.replace("\\n", "\n").replace("\\t", "\t") for string in arguments.stop]
     generator = open_generator(Path(arguments.model), choose_device(arguments.device))
-    prompt_ids = generator.encode(arguments.prompt) or [generator.eod_id]
-    max_tokens = len(prompt_ids) + arguments.max_new_tokens
-    counts: DraftCounts | None = None
-    if arguments.draft:
-        drafting = generator.start_drafting(max_tokens)
-        started, steps = time.perf_counter(), progress(arguments.max_new_tokens)
-        new_ids, counts = generate_with_drafts(drafting, prompt_ids, sampling, generator.eod_id, steps)
-    else:
-        next_logits = generator.start(max_tokens)
-        started, steps = time.perf_counter(), progress(arguments.max_new_tokens)
-        new_ids = generate(next_logits, prompt_ids, sampling, generator.eod_id, steps)
-    seconds = time.perf_counter() - started
-    ended = new_ids[-1] == generator.eod_id
-    text = generator.decode(new_ids[:-1] if ended else new_ids)
-    if arguments.json_path != "-":
-        print(arguments.prompt + text)
-    if counts is not None:
-        print(f"{counts.accepted} of {counts.drafted} drafted tokens were accepted ({counts.accepted_share:.0%})", file=sys.stderr)
-    result = {
-        "model": arguments.model,
-        "prompt": arguments.prompt,
-        "text": text,
-        "new_tokens": len(new_ids),
-        "ended": "end of document" if ended else "max_new_tokens",
-        "tokens_per_second": round(len(new_ids) / seconds, 2),
-    }
-    if counts is not None:
-        result |= {"drafted_tokens": counts.drafted, "accepted_share": round(counts.accepted_share, 4)}
-    write_json(result, arguments.json_path)
+    writer = Writer(generator, sampling, arguments.max_new_tokens, stop)
+    texts = write_texts(arguments, writer, prompts)
+    write_json(report(arguments, writer, prompts, texts), arguments.json_path)
 
 
 if __name__ == "__main__":

@@ -149,14 +149,14 @@ def run_stages(options: argparse.Namespace, recipe: Recipe, stages: Stages) -> d
     exported_there = (exported / "config.json").is_file()
     results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run("convert", convert, lambda _: False)
     generate = [python, "tools/generate.py", "--model", str(exported), "--prompt", options.prompt]
-    fresh_text = lambda result: result.get("prompt") == options.prompt and "convert" in stages.reused  # noqa: E731
+    fresh_text = lambda result: [text["prompt"] for text in result.get("samples", [])] == [options.prompt] and "convert" in stages.reused  # noqa: E731
     results["generate"] = stages.reuse("generate", fresh_text) or stages.run("generate", generate, lambda _: False)
     return results
 
 
 def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, Any]:
     train, scores, export = results["train"], results["evaluate"], results["convert"]
-    bigram = scores["bigram"]
+    bigram, sample = scores["bigram"], results["generate"]["samples"][0]
     return {
         **train,
         "validation_loss": scores["loss"],
@@ -167,7 +167,7 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
         "export_max_logit_difference": export["parity"]["max_difference"],
         "export_logits_std": export["parity"]["logits_std"],
         "export": export["output"],
-        "sample": results["generate"]["prompt"] + results["generate"]["text"],
+        "sample": sample["prompt"] + sample["text"],
         "wall_seconds": round(sum(stages.seconds.values()), 1),
         "seconds_by_stage": stages.seconds,
         "reused": stages.reused,

@@ -160,6 +160,19 @@ def warmup_fits(recipe: Recipe) -> None:
         )
 
 
+def evaluations_meet_checkpoints(recipe: Recipe) -> None:
+    evaluation, saved = recipe.evaluation, recipe.checkpoint.interval_steps
+    if evaluation is None:
+        return
+    if evaluation.interval_steps is not None and evaluation.interval_steps % saved:
+        raise ConfigError(
+            f"evaluation.interval_steps ({evaluation.interval_steps}) is no multiple of checkpoint.interval_steps ({saved}), "
+            "and only saved checkpoints are evaluated: change one of them"
+        )
+    if not (evaluation.heldout or evaluation.prompts or evaluation.tasks):
+        raise ConfigError("evaluation asks for nothing: set evaluation.heldout=true, give prompts or tasks, or leave the section out")
+
+
 def token_budget_fills_the_run(recipe: Recipe) -> None:
     mixture = recipe.data.mixture
     if isinstance(mixture, TokenBudget) and (total := sum(mixture.tokens.values())) != recipe.train.train_tokens:
@@ -199,6 +212,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     experts_divide,
     peer_options_fit,
     warmup_fits,
+    evaluations_meet_checkpoints,
     token_budget_fills_the_run,
     streams_are_read_once,
 )

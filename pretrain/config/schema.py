@@ -91,6 +91,24 @@ class ValidationConfig(Section):
     max_windows: Positive | None = Field(None, description="sequences an in-loop validation reads; the last one of a run reads all")
 
 
+class EvaluationConfig(Section):
+    """What is evaluated of saved checkpoints while the run goes on, by one more process beside rank 0: ``tools/evaluate.py --watch``.
+
+    It opens the whole model in fp32 on ``device``. Results are in evaluations.jsonl and TensorBoard.
+    """
+
+    interval_steps: Positive | None = Field(None, description="a multiple of checkpoint.interval_steps; every saved checkpoint by default")
+    heldout: bool = Field(True, description="perplexity, bits per byte and accuracy of the validation split, by source and by length")
+    max_windows: Positive | None = Field(None, description="sequences of the validation split; all of them by default")
+    prompts: list[str] = Field([], description="a text is written behind each, the likeliest token after the other")
+    max_new_tokens: Positive = Field(64, description="tokens of such a text")
+    tasks: list[str] = Field([], description="of lm-evaluation-harness")
+    include_path: str | None = Field(None, description="folder of task files")
+    limit: Positive | None = Field(None, description="documents of each task; all of them by default")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N: one that training leaves room on")
+    finish_seconds: NonNegative = Field(600, description="how long the end of the training waits for the last evaluation")
+
+
 class LoggingConfig(Section):
     interval_steps: Positive = 10
     usage_interval_steps: Positive = Field(100, description="window over which the choices of every expert are counted")
@@ -116,6 +134,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig | None = Field(None, description="of each saved checkpoint, beside the training; none by default")
 
     @property
     def data_path(self) -> str:

@@ -27,10 +27,23 @@ def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Corpora:
     Raises:
         DataError: where the shards are missing or damaged, or were made with another tokenizer.
     """
-    corpora = load_corpora(data_folders(read_recipe(checkpoint)) if data is None else {"": str(data)})
-    corpora.verify()
+    corpora = load_corpora_of(data) if data is not None else _verified(load_corpora(data_folders(read_recipe(checkpoint))))
     if corpora.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
         raise DataError(
             f"the shards in {corpora.place} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data"
         )
+    return corpora
+
+
+def load_corpora_of(data: str | Path) -> Corpora:
+    """One data folder, its files checked.
+
+    Raises:
+        DataError: where it holds no data, or files are missing or damaged.
+    """
+    return _verified(load_corpora({"": str(data)}))
+
+
+def _verified(corpora: Corpora) -> Corpora:
+    corpora.verify()
     return corpora

@@ -1,98 +1,74 @@
-"""Text from a model, a token at a time: sampling that works the same for our models and for Hugging Face's."""
+"""Tokens from a model with its cache, one a step, of one text or of several at once: the same for our models and for Hugging Face's.
+
+Texts of one batch stand right-aligned. What fills a shorter prompt at its left is masked like another document, and does not count in positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.config.errors import ConfigError
+from pretrain.evaluation.sampling import Sampling, draw, sampling_probabilities
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Takes the tokens that were added since the last call, [1, S] int64, and returns the next token's logits [V].
+# Takes the tokens that were added to B texts since the last call, [B, S] int64, and returns the logits of their next tokens, [B, V].
 NextLogits = Callable[[Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. ``top_k`` keeps that many tokens, ``top_p`` the fewest that hold this probability together."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    greedy: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"the temperature is {self.temperature}: give one above 0, or ask for greedy decoding")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top-k is {self.top_k}: keep at least 1 token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top-p is {self.top_p}: give a probability above 0 and at most 1")
+ONE_TEXT = (0,)
 
 
-def sampling_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [V], fp32, that the next token is drawn from: temperature, then top-k, then top-p (Holtzman et al. 2020).
-
-    Greedy, all of it on the likeliest token.
-    """
-    if sampling.greedy:
-        return torch.zeros_like(logits_V, dtype=torch.float32).index_fill(0, logits_V.argmax(), 1.0)
-    scaled_V = logits_V.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(scaled_V):
-        kept = scaled_V.topk(sampling.top_k).indices
-        scaled_V = torch.full_like(scaled_V, -torch.inf).scatter(0, kept, scaled_V[kept])
-    probs_V = scaled_V.softmax(dim=0)
-    if sampling.top_p is not None:
-        sorted_V, order_V = probs_V.sort(descending=True, stable=True)
-        # A token stays as long as the ones before it do not yet reach top_p: the first always does.
-        sorted_V = sorted_V.masked_fill(sorted_V.cumsum(0) - sorted_V >= sampling.top_p, 0.0)
-        probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V)
-        probs_V = probs_V / probs_V.sum()
-    return probs_V
+def right_aligned(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """Prompts as int64 [B, S], and how many zeros stand before each."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    return torch.tensor([[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)]), padding
 
 
-def generate(
-    next_logits: NextLogits,
-    prompt_ids: list[int],
-    sampling: Sampling,
-    eod_id: int,
-    steps: Iterable[int],
-) -> list[int]:
+def generate(next_logits: NextLogits, prompt_ids: list[int], sampling: Sampling, eod_id: int, steps: Iterable[int]) -> list[int]:
     """Continues ``prompt_ids`` by one token a step, until a document ends; returns the new tokens, the end-of-document token included.
 
     Args:
         next_logits: a model with its cache.
-        steps: one item a token, so that a caller can show progress; ``range(max_new_tokens)``.
+        steps: one item a token; ``range(max_new_tokens)``.
 
     Raises:
         ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document token.
     """
-    check_prompt(prompt_ids)
-    return take_until_end(_continue(next_logits, prompt_ids, sampling), eod_id, steps)
+    return take_until_end((token for (token,) in continue_prompts(next_logits, [prompt_ids], sampling)), eod_id, steps)
 
 
-def _continue(next_logits: NextLogits, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
-    """New tokens without end."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    added = prompt_ids
+def continue_prompts(next_logits: NextLogits, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+    """The next token of each text, without end. Text i draws with seed + i: what it becomes does not depend on the texts beside it.
+
+    Raises:
+        ConfigError: for an empty prompt.
+    """
+    for prompt in prompts:
+        check_prompt(prompt)
+    generators = [torch.Generator().manual_seed(sampling.seed + number) for number in range(len(prompts))]
+    seen_BV: Tensor | None = None
+    added_BS, _ = right_aligned(prompts)
     while True:
-        logits_V = next_logits(torch.tensor([added], dtype=torch.int64)).cpu()
-        token = draw(sampling_probabilities(logits_V, sampling), generator)
-        yield token
-        added = [token]
-
-
-def draw(probs_V: Tensor, generator: torch.Generator) -> int:
-    """A token from a distribution, up to a factor."""
-    return int(torch.multinomial(probs_V, 1, generator=generator))
+        logits_BV = next_logits(added_BS).cpu()
+        if sampling.repetition_penalty != 1.0:
+            if seen_BV is None:
+                seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+                for row, prompt in enumerate(prompts):
+                    seen_BV[row, list(prompt)] = True
+            else:
+                seen_BV.scatter_(1, added_BS, True)
+        probs_BV = sampling_probabilities(logits_BV, sampling, seen_BV)
+        tokens = [draw(probs_V, generator) for probs_V, generator in zip(probs_BV, generators, strict=True)]
+        yield tokens
+        added_BS = torch.tensor(tokens)[:, None]
 
 
 def take_until_end(tokens: Iterator[int], eod_id: int, steps: Iterable[int]) -> list[int]:
@@ -105,38 +81,62 @@ def take_until_end(tokens: Iterator[int], eod_id: int, steps: Iterable[int]) -> 
     return taken
 
 
-def check_prompt(prompt_ids: list[int]) -> None:
+def check_prompt(prompt_ids: Sequence[int]) -> None:
     """Raises :class:`ConfigError` for an empty prompt."""
     if not prompt_ids:
         raise ConfigError("the prompt has no tokens: start with the end-of-document token to write a new document")
 
 
-def native_next_logits(model: DecoderLM, max_tokens: int, device: torch.device) -> NextLogits:
-    """One of our models with a new cache for ``max_tokens`` tokens, prompt included.
+class _Alignment:
+    """Which tokens of right-aligned texts are padding, call by call."""
+
+    def __init__(self, padding: Sequence[int], device: torch.device) -> None:
+        self.padding_B1 = torch.tensor(padding, device=device)[:, None]
+        self.padded, self.length = any(padding), 0
+
+    def extend(self, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """For ``count`` more tokens: their positions [B, count], and 1 for each token so far [B, length] but 0 for padding; None without any."""
+        first, self.length = self.length, self.length + count
+        if not self.padded:
+            return None, None
+        places_1U = torch.arange(self.length, device=self.padding_B1.device)[None]
+        return (places_1U[:, first:] - self.padding_B1).clamp_min(0), (places_1U >= self.padding_B1).long()
+
+
+def native_next_logits(model: DecoderLM, max_tokens: int, device: torch.device, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+    """One of our models with a new cache for texts of ``max_tokens`` tokens, prompt included; ``padding`` of each text's first call.
 
     Raises:
         ConfigError: when they are more than the model's longest sequence.
     """
     check_length(max_tokens, model.config.max_position_embeddings)
-    cache = model.new_cache(1, max_tokens, device, next(model.parameters()).dtype)
+    cache = model.new_cache(len(padding), max_tokens, device, next(model.parameters()).dtype)
+    alignment = _Alignment(padding, device)
 
     @torch.inference_mode()
     def next_logits(added_BS: Tensor) -> Tensor:
-        return model.logits(added_BS.to(device), cache=cache)[0, -1]
+        positions_BS, present_BU = alignment.extend(added_BS.shape[1])
+        x_BSD = model.hidden(added_BS.to(device), present_BU, cache, positions_BS)
+        return model.project(x_BSD[:, -1:])[:, 0]
 
     return next_logits
 
 
-def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: torch.device) -> NextLogits:
+def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: torch.device, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
     """A Hugging Face model with a new cache; raises as :func:`native_next_logits` does."""
     from transformers import DynamicCache
 
     check_length(max_tokens, model.config.max_position_embeddings)
-    cache = DynamicCache(config=model.config)
+    cache, alignment = DynamicCache(config=model.config), _Alignment(padding, device)
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def next_logits(added_BS: Tensor) -> Tensor:
-        return model(input_ids=added_BS.to(device), past_key_values=cache, use_cache=True).logits[0, -1]
+        positions_BS, present_BU = alignment.extend(added_BS.shape[1])
+        # Models with ALiBi take no positions: they count what the mask leaves.
+        given = {"position_ids": positions_BS} if has_positions and positions_BS is not None else {}
+        logits_BSV = model(input_ids=added_BS.to(device), attention_mask=present_BU, past_key_values=cache, use_cache=True, **given).logits
+        return logits_BSV[:, -1]
 
     return next_logits
 

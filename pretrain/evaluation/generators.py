@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +14,7 @@ from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
-from pretrain.evaluation.generation import NextLogits, native_next_logits, transformers_next_logits
+from pretrain.evaluation.generation import ONE_TEXT, NextLogits, native_next_logits, transformers_next_logits
 from pretrain.evaluation.speculative import DraftingModel, NativeDrafting
 from pretrain.model.decoder import DecoderLM
 
@@ -25,6 +26,7 @@ class TextGenerator(Protocol):
     """What a command needs to write text."""
 
     eod_id: int
+    max_positions: int
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -32,8 +34,8 @@ class TextGenerator(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
 
-    def start(self, max_tokens: int) -> NextLogits:
-        """A new text of at most ``max_tokens`` tokens, prompt included."""
+    def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+        """New texts of at most ``max_tokens`` tokens, prompts included; ``padding`` of each text's first call."""
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         """As :meth:`start`, for speculative decoding; raises :class:`ConfigError` where the model has nothing that drafts."""
@@ -44,7 +46,7 @@ class NativeGenerator:
 
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.eod_id = tokenizer.eod_id
+        self.eod_id, self.max_positions = tokenizer.eod_id, model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode([text])[0].tolist()
@@ -52,8 +54,8 @@ class NativeGenerator:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def start(self, max_tokens: int) -> NextLogits:
-        return native_next_logits(self.model, max_tokens, self.device)
+    def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+        return native_next_logits(self.model, max_tokens, self.device, padding)
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         if self.model.multi_token is None:
@@ -66,8 +68,9 @@ class TransformersGenerator:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
-        self.eod_id = int(tokenizer.eos_token_id)
+        self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -75,27 +78,37 @@ class TransformersGenerator:
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))
 
-    def start(self, max_tokens: int) -> NextLogits:
-        return transformers_next_logits(self.model, max_tokens, self.device)
+    def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+        return transformers_next_logits(self.model, max_tokens, self.device, padding)
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         raise ConfigError("a Hugging Face folder has no block of multi-token prediction: leave --draft out, or give one of our checkpoints")
 
 
-def open_generator(path: Path, device: torch.device) -> TextGenerator:
+def open_generator(path: Path, device: torch.device) -> NativeGenerator | TransformersGenerator:
     """Opens a Hugging Face folder where there is a ``config.json``, else one of our checkpoints.
 
     Raises:
         CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document token.
     """
-    if (path / "config.json").is_file():
-        return _open_transformers(path, device)
+    if is_transformers_folder(path):
+        return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
     return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
 
 
-def _open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a Hugging Face model folder; our checkpoints have no ``config.json``."""
+    return (path / "config.json").is_file()
+
+
+def open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
+    """Opens a Hugging Face model folder, without the network.
+
+    Raises:
+        CheckpointError: where transformers cannot open it, or its tokenizer has no end-of-document token.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

@@ -1,52 +1,119 @@
-"""A checkpoint's score on a held-out split, beside a bigram that has seen the same windows and is scored on the same targets."""
+"""A model's score on a held-out split, by source and by length, beside baselines that are scored on the same text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import NO_LOSS, Batch
 from data_pipeline.corpora import Corpora
 from data_pipeline.loader import open_train_loader, seen_samples, validation_batches
-from data_pipeline.packing import Windows
 from data_pipeline.split import SplitName
 from pretrain.checkpoint.layout import read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
-from pretrain.evaluation.bigram import Bigram, bigram_nll, fit_bigram, sample_pairs
-from pretrain.evaluation.checkpoint import load_matching_corpora
-from pretrain.evaluation.perplexity import Evaluation, evaluate
+from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
+from pretrain.evaluation.generators import is_transformers_folder, open_transformers
+from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
+from pretrain.evaluation.ngram import NGram, fit_ngram, ngram_nll, sample_pairs
+from pretrain.evaluation.perplexity import BatchLogits, Evaluation, checked, native_logits, score_batches, transformers_logits
+
+NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
+NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 
 
 @dataclass(frozen=True)
-class BigramScore:
-    """The baseline's result: ``loss`` in nats per token, fitted on ``windows`` distinct training samples."""
+class WindowPlan:
+    """How a text is cut: windows of ``window`` inputs, ``stride`` apart; ``max_windows`` of them spread over the split, or all.
+
+    ``batch_size`` windows stand in one batch. Where experts drop tokens, the loss depends on it.
+    """
+
+    window: int
+    stride: int
+    batch_size: int
+    pad_id: int
+    document_mask: bool
+    max_windows: int | None = None
+
+    def windows(self, text: HeldoutText) -> SlidingWindows:
+        return SlidingWindows(text.stream, self.window, self.stride, self.pad_id, self.document_mask)
+
+    def is_complete(self, windows: SlidingWindows) -> bool:
+        return self.max_windows is None or self.max_windows >= windows.num_all
+
+    def batches(self, windows: SlidingWindows, title: str) -> Iterator[Batch]:
+        """Batches of fixed windows, with a progress bar."""
+        count = min(windows.num_all, self.max_windows or windows.num_all)
+        batches = validation_batches(windows, self.batch_size, 0, 1, self.max_windows)
+        yield from tqdm(batches, total=-(-count // self.batch_size), desc=title, unit="batch")
+
+    def places(self, windows: SlidingWindows) -> Iterator[np.ndarray]:
+        """For each batch, which token of the stream each of its targets is: int64 [b, S], without the last batch's filling."""
+        count = min(windows.num_all, self.max_windows or windows.num_all)
+        starts = np.arange(count) * windows.num_all // count * self.stride
+        for first in range(0, count, self.batch_size):
+            yield starts[first : first + self.batch_size, None] + np.arange(1, self.window + 1)
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """``loss`` in nats per token; ``accuracy`` is the share of targets that were the likeliest token; ``bits_per_byte`` needs all windows."""
+
+    targets: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    bits_per_byte: float | None
+
+    @classmethod
+    def of(cls, nats: float, targets: int, correct: int, utf8_bytes: int | None) -> GroupScore:
+        evaluation = Evaluation(nats, targets, correct)
+        bits = evaluation.bits_per_byte(utf8_bytes) if utf8_bytes else None
+        return cls(targets, evaluation.loss, evaluation.perplexity, evaluation.accuracy, bits)
+
+
+@dataclass(frozen=True)
+class BaselineScore:
+    """``loss`` in nats per token of the baseline's own tokenizer; ``windows`` are the training samples that an n-gram was fitted on."""
 
     loss: float
     perplexity: float
-    windows: int
+    bits_per_byte: float | None
+    targets: int
+    windows: int | None = None
 
 
 @dataclass(frozen=True)
 class HeldoutScore:
-    """A checkpoint's result: ``loss`` in nats per token, ``bits_per_byte`` only where every window of the split was scored."""
+    """A model's result. ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens."""
 
     data: str
-    step: int
+    step: int | None
     split: str
+    window: int
+    stride: int
     targets: int
     loss: float
     perplexity: float
+    accuracy: float
     bits_per_byte: float | None
-    bigram: BigramScore | None
+    by_source: dict[str, GroupScore]
+    by_length: dict[str, GroupScore]
+    baselines: dict[str, BaselineScore] = field(default_factory=dict)
+
+    @property
+    def bigram(self) -> BaselineScore | None:
+        return self.baselines.get("bigram")
 
     @property
     def better_by(self) -> float | None:
@@ -54,7 +121,8 @@ class HeldoutScore:
         return None if self.bigram is None else self.bigram.loss - self.loss
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "better_than_bigram_by": self.better_by}
+        bigram = None if self.bigram is None else asdict(self.bigram)
+        return {**asdict(self), "bigram": bigram, "better_than_bigram_by": self.better_by}
 
 
 def score_checkpoint(
@@ -64,61 +132,135 @@ def score_checkpoint(
     device: torch.device,
     batch_size: int | None = None,
     max_windows: int | None = None,
-    with_bigram: bool = True,
+    baselines: Sequence[str] = ("bigram",),
+    window: int | None = None,
+    stride: int | None = None,
 ) -> HeldoutScore:
     """Scores every window of ``split``, or ``max_windows`` of them spread over it.
 
     Args:
         data: a data folder; the run's own by default.
-        batch_size: windows at once, the recipe's micro batch by default. Where experts drop tokens, the loss depends on it.
-        with_bigram: also fit and score the baseline, for which ``data`` must be what the checkpoint was trained on.
+        batch_size: windows at once, the recipe's micro batch by default.
+        baselines: unigram, bigram, 3-gram and so on, for which ``data`` must be what the checkpoint was trained on; or Hugging Face folders.
+        window, stride: tokens; the sequences of the training, and no overlap, by default.
 
     Raises:
         DataError: when ``data`` does not belong to the checkpoint, or the split is too short.
         CheckpointError: when the checkpoint is incomplete or damaged.
+        ConfigError: for a baseline that is neither, or windows that the model cannot read.
     """
+    check_baselines(baselines)
     corpora = load_matching_corpora(data, checkpoint)
     state = read_state(checkpoint)
     model, recipe = load_model(checkpoint, device=device)
-    bigram = fit_on_seen_samples(corpora, recipe, state) if with_bigram else None
-    windows = Windows(corpora.stream(split), recipe.train.sequence_length, corpora.pad_id, recipe.data.document_mask)
-    batch_size = batch_size or recipe.train.micro_batch_size
-    batches = partial(_batches, windows, batch_size, max_windows)
-    evaluation = evaluate(model, batches(f"{split} windows"), device)
-    complete = max_windows is None or max_windows >= windows.num_all
-    return HeldoutScore(
-        data=corpora.place,
-        step=state["step"],
-        split=split,
-        targets=evaluation.targets,
-        loss=evaluation.loss,
-        perplexity=evaluation.perplexity,
-        bits_per_byte=evaluation.bits_per_byte(corpora.utf8_bytes(split)) if complete else None,
-        bigram=None if bigram is None else _score_bigram(*bigram, batches("bigram")),
-    )
+    longest, length = model.config.max_position_embeddings, recipe.train.sequence_length
+    plan = _plan(window or length, stride, longest, batch_size or recipe.train.micro_batch_size, corpora.pad_id, recipe, max_windows)
+    text = read_split(corpora, split)
+
+    def fit(order: int) -> tuple[NGram, int]:
+        return fit_on_seen_samples(corpora, recipe, state, order)
+
+    # Fitted first: where the data is not what the model was trained on, nobody waits for the rest.
+    fitted = {name: fit(ngram_order(name)) for name in baselines if NGRAM_NAMES.match(name)}
+    score = _score(native_logits(model), text, plan, device, f"{split} windows")
+    scores = {name: _score_baseline(name, fitted, text, plan, device) for name in baselines}
+    return HeldoutScore(corpora.place, state["step"], split, plan.window, plan.stride, **score, baselines=scores)
 
 
-def _batches(windows: Windows, batch_size: int, max_windows: int | None, title: str) -> Iterator[Batch]:
-    """Fixed windows, each target once, with a progress bar."""
-    count = min(windows.num_all, max_windows or windows.num_all)
-    batches = validation_batches(windows, batch_size, 0, 1, max_windows)
-    yield from tqdm(batches, total=-(-count // batch_size), desc=title, unit="batch")
+def score_transformers(
+    folder: Path,
+    data: str | Path,
+    split: SplitName,
+    device: torch.device,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    baselines: Sequence[str] = (),
+    window: int | None = None,
+    stride: int | None = None,
+) -> HeldoutScore:
+    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document ended by its end-of-document token.
+
+    Raises:
+        ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is not known.
+        DataError, CheckpointError: as :func:`score_checkpoint`.
+    """
+    check_baselines(baselines)
+    if ngrams := [name for name in baselines if NGRAM_NAMES.match(name)]:
+        raise ConfigError(f"the baseline {ngrams[0]} is fitted on what a checkpoint has seen, and {folder} is none: leave it out")
+    corpora = load_corpora_of(data)
+    text = read_split(corpora, split)
+    opened = open_transformers(folder, device)
+    window = window or min(1024, opened.max_positions)
+    plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
+    encoded = encoded_again(text, opened.encode, opened.eod_id, opened.vocab_size)
+    score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
+    scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
+    return HeldoutScore(corpora.place, None, split, plan.window, plan.stride, **score, baselines=scores)
 
 
-def _score_bigram(bigram: Bigram, windows: int, batches: Iterator[Batch]) -> BigramScore:
-    nats, targets = bigram_nll(bigram, batches)
-    score = Evaluation(nats, targets)
-    return BigramScore(score.loss, score.perplexity, windows)
+def _plan(window: int, stride: int | None, longest: int, batch_size: int, pad_id: int, recipe: Recipe | None, max_windows: int | None) -> WindowPlan:
+    if not 1 <= window <= longest:
+        raise ConfigError(f"--window is {window} tokens, the model has {longest} positions: give a window from 1 to that")
+    return WindowPlan(window, stride or window, batch_size, pad_id, recipe is not None and recipe.data.document_mask, max_windows)
 
 
-def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any]) -> tuple[Bigram, int]:
-    """A bigram of every training sample that the run of a checkpoint with this ``state`` has seen, each once, and the number of these samples.
+def _score(logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: torch.device, title: str) -> dict[str, Any]:
+    """The fields of a :class:`HeldoutScore` that come from the model."""
+    windows, groups = plan.windows(text), Groups(text)
+    seen: list[Batch] = []
+
+    def remembered() -> Iterator[Batch]:
+        for batch in plan.batches(windows, title):
+            seen[:] = [batch]
+            yield batch
+
+    for (nats_BS, correct_BS), places_bS in zip(score_batches(logits_of, remembered(), device), plan.places(windows), strict=True):
+        rows = len(places_bS)
+        scored_bS = seen[0].labels_BS[:rows].numpy() != NO_LOSS
+        groups.add(places_bS[scored_bS], nats_BS[:rows].cpu().numpy()[scored_bS], correct_BS[:rows].cpu().numpy()[scored_bS])
+    nats, targets, correct = groups.totals()
+    checked(Evaluation(nats, targets, correct))
+    complete = plan.is_complete(windows)
+    bytes_D = text.bytes_D() if complete else None
+    total = GroupScore.of(nats, targets, correct, text.utf8_bytes if complete else None)
+    grouped = {f"by_{kind}": {name: GroupScore.of(*row) for name, row in groups.by(kind, bytes_D).items()} for kind in ("source", "length")}
+    return {**asdict(total), **grouped}
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raises :class:`ConfigError` for a name that is neither an n-gram nor a Hugging Face folder."""
+    for name in names:
+        if not NGRAM_NAMES.match(name) and not is_transformers_folder(Path(name)):
+            raise ConfigError(f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no Hugging Face folder: correct it")
+
+
+def ngram_order(name: str) -> int:
+    return NAMED_ORDERS[name] if name in NAMED_ORDERS else int(name[0])
+
+
+def _score_baseline(name: str, fitted: dict[str, tuple[NGram, int]], text: HeldoutText, plan: WindowPlan, device: torch.device) -> BaselineScore:
+    if name in fitted:
+        ngram, samples = fitted[name]
+        windows = plan.windows(text)
+        evaluation = Evaluation(*ngram_nll(ngram, plan.batches(windows, name)))
+        bits = evaluation.bits_per_byte(text.utf8_bytes) if plan.is_complete(windows) else None
+        return BaselineScore(evaluation.loss, evaluation.perplexity, bits, evaluation.targets, samples)
+    opened = open_transformers(Path(name), device)
+    own = encoded_again(text, opened.encode, opened.eod_id, opened.vocab_size)
+    window = min(plan.window, opened.max_positions)
+    theirs = WindowPlan(window, min(plan.stride, window), plan.batch_size, opened.eod_id, plan.document_mask, plan.max_windows)
+    score = _score(transformers_logits(opened.model), own, theirs, device, Path(name).name)
+    return BaselineScore(score["loss"], score["perplexity"], score["bits_per_byte"], score["targets"])
+
+
+def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any], order: int = 2) -> tuple[NGram, int]:
+    """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen, each once, and the number of these samples.
 
     Raises:
         DataError: where ``corpora`` is not the data that the run has seen.
     """
     if "plans" not in state["data"]:
-        raise DataError("the bigram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
+        raise DataError("the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
     length = recipe.train.sequence_length
     seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // length, length, recipe.seed)
     try:
@@ -127,8 +269,8 @@ def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any])
         samples = {name: loader.sources[name].samples for name, numbers in seen.items() if len(numbers)}
     except (ConfigError, DataError, KeyError):
         raise DataError(
-            f"the bigram is fitted on what the model has seen, but it was trained on other shards than those in {corpora.place}: "
+            f"the n-gram is fitted on what the model has seen, but it was trained on other shards than those in {corpora.place}: "
             "give the run's own with --data, or pass --no-bigram"
         ) from None
-    chunks = chain.from_iterable(sample_pairs(samples[name], seen[name]) for name in samples)
-    return fit_bigram(chunks, corpora.tokenizer.vocab_size), sum(map(len, seen.values()))
+    chunks = chain.from_iterable(sample_pairs(samples[name], seen[name], order) for name in samples)
+    return fit_ngram(chunks, corpora.tokenizer.vocab_size, order), sum(map(len, seen.values()))

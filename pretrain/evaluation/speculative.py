@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pretrain.evaluation.generation import Sampling, check_length, check_prompt, draw, sampling_probabilities, take_until_end
+from pretrain.config.errors import ConfigError
+from pretrain.evaluation.generation import check_length, check_prompt, take_until_end
+from pretrain.evaluation.sampling import Sampling, draw, sampling_probabilities
 from pretrain.model.decoder import DecoderLM
 
 
@@ -80,7 +82,14 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
 
 
 def speculate(model: DraftingModel, prompt_ids: list[int], sampling: Sampling, counts: DraftCounts) -> Iterator[int]:
-    """New tokens without end, each distributed as ``sampling`` says of the model's own logits; adds to ``counts`` as it goes."""
+    """New tokens without end, each distributed as ``sampling`` says of the model's own logits; adds to ``counts`` as it goes.
+
+    Raises:
+        ConfigError: for an empty prompt, or with a repetition penalty: what it is for would change inside of a pass.
+    """
+    check_prompt(prompt_ids)
+    if sampling.repetition_penalty != 1.0:
+        raise ConfigError("drafts do not go with a repetition penalty: leave --draft or --repetition-penalty out")
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def distribution(logits_V: Tensor) -> Tensor:
@@ -115,6 +124,5 @@ def generate_with_drafts(
     Greedy decoding gives the same tokens as without drafts: all that counts is the largest logit. Two tokens at once may change its last bits
     against one token at a time, so a tie of two logits to the last bit could fall otherwise.
     """
-    check_prompt(prompt_ids)
     counts = DraftCounts()
     return take_until_end(speculate(model, prompt_ids, sampling, counts), eod_id, steps), counts

@@ -33,7 +33,7 @@ class Scoring:
             DataError: where the data are missing, or do not belong to the checkpoint.
             CheckpointError: where the checkpoint is damaged.
         """
-        return score_checkpoint(checkpoint, self.data, self.split, self.device, None, self.max_windows, with_bigram=False).loss
+        return score_checkpoint(checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()).loss
 
 
 def check_empty(output: Path) -> None:

@@ -150,7 +150,9 @@ class DecoderLM(nn.Module):
         cache: KVCache | None = None,
         position_ids_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the last block returns, before the final norm: [B, S, D]; with a cache as :meth:`logits`."""
+        """What the last block returns, before the final norm: [B, S, D]; with a cache as :meth:`logits`, and the document ids are then
+        [B, cache.length + S]: those of the cached tokens too.
+        """
         offset = 0 if cache is None else cache.length
         place = self._place(input_ids_BS, AttentionMask(offset, document_ids_BS), position_ids_BS)
         x_BSD, _ = self._trunk(input_ids_BS, place, cache, None)

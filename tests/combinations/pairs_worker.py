@@ -28,8 +28,9 @@ from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import Topology, connect, disconnect
-from pretrain.evaluation.generation import NextLogits, Sampling, generate, native_next_logits
+from pretrain.evaluation.generation import NextLogits, generate, native_next_logits
 from pretrain.evaluation.perplexity import evaluate
+from pretrain.evaluation.sampling import Sampling
 from pretrain.model.decoder import DecoderLM
 from tests.distributed.matrix_worker import synthetic_step
 
@@ -85,14 +86,14 @@ def without_cache(model: DecoderLM) -> NextLogits:
     def next_logits(added_BS: torch.Tensor) -> torch.Tensor:
         nonlocal tokens_BS
         tokens_BS = torch.cat((tokens_BS, added_BS), dim=1)
-        return model.logits(tokens_BS)[0, -1]
+        return model.logits(tokens_BS)[:, -1]
 
     return next_logits
 
 
 def remembering_nothing(model: DecoderLM) -> NextLogits:
     """What a cache that has lost everything would do: the twin that has to differ."""
-    return torch.inference_mode()(lambda added_BS: model.logits(added_BS)[0, -1])
+    return torch.inference_mode()(lambda added_BS: model.logits(added_BS)[:, -1])
 
 
 def use_weights(run: Run, checkpoint: Path) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
         seen.append(next_logits(added_BS))
         return seen[-1]
 
-    return generate(remembered, PROMPT, Sampling(greedy=True), NO_END, range(NEW_TOKENS)), torch.stack(seen)
+    return generate(remembered, PROMPT, Sampling(greedy=True), NO_END, range(NEW_TOKENS)), torch.cat(seen)
 
 
 def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:

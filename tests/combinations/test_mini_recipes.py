@@ -18,9 +18,10 @@ from data_pipeline.build.workspace import Output
 from data_pipeline.sources.python_stdlib import stdlib_folder
 from pretrain.checkpoint.layout import step_folder
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import Sampling, generate
+from pretrain.evaluation.generation import generate
 from pretrain.evaluation.generators import open_generator
 from pretrain.evaluation.heldout import score_checkpoint
+from pretrain.evaluation.sampling import Sampling
 from pretrain.run_folder import CHECKPOINTS
 from tests.combinations.minis import MINIS, cover, kinds, parts, quiet
 from tests.distributed.test_same_numbers_everywhere import Results, run_cases
@@ -179,7 +180,7 @@ def test_experts_on_two_ranks_give_the_run_of_experts_on_one(runs: Runs) -> None
 
 @every_mini
 def test_scoring_the_checkpoint_gives_the_last_validation_loss(runs: Runs) -> None:
-    score = score_checkpoint(runs.checkpoint, None, "validation", CPU, with_bigram=False)
+    score = score_checkpoint(runs.checkpoint, None, "validation", CPU, baselines=())
     middle, last = (row["validation_loss"] for row in steps_of(runs.shipped, "validation"))
     assert score.loss == pytest.approx(last, rel=1e-6)
     assert score.loss != pytest.approx(middle, rel=1e-3)

@@ -115,6 +115,16 @@ BROKEN = {
         ["how large its sources are", "kind=weights"],
         ["data.mixture={kind: weights, weights: {a: 1, b: 2}}"],
     ),
+    "evaluations_meet_checkpoints": (
+        ["evaluation={interval_steps: 15}"],
+        ["evaluation.interval_steps (15)", "checkpoint.interval_steps (10)"],
+        ["evaluation={interval_steps: 20}"],
+    ),
+    "evaluations_meet_checkpoints/nothing": (
+        ["evaluation={heldout: false}"],
+        ["evaluation asks for nothing", "evaluation.heldout=true"],
+        ["evaluation={heldout: true}"],
+    ),
     "warmup_fits": (["schedule.warmup_steps=21"], ["warmup_steps (21)", "20 steps"], ["schedule.warmup_steps=20"]),
 }
 

@@ -149,6 +149,6 @@ def test_a_streamed_run_in_two_parts_is_the_run_in_one(project: Path) -> None:
     ]
     with pytest.raises((DataError, CheckpointError), match="--no-bigram"):
         score_checkpoint(project / "one" / "checkpoints" / "step_4", None, "validation", torch.device("cpu"))
-    assert score_checkpoint(project / "one" / "checkpoints" / "step_4", None, "validation", torch.device("cpu"), with_bigram=False).targets > 0
+    assert score_checkpoint(project / "one" / "checkpoints" / "step_4", None, "validation", torch.device("cpu"), baselines=()).targets > 0
     with pytest.raises(ConfigError, match=r"another data\.streaming"):
         train(project, "two", steps=6)

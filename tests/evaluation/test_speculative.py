@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pretrain.config.errors import ConfigError
 from pretrain.evaluation import speculative
-from pretrain.evaluation.generation import Sampling, generate, native_next_logits, sampling_probabilities
+from pretrain.evaluation.generation import generate, native_next_logits
+from pretrain.evaluation.sampling import Sampling, sampling_probabilities
 from pretrain.evaluation.speculative import DraftCounts, NativeDrafting, generate_with_drafts, residual, speculate
 from pretrain.model.decoder import DecoderLM
 from tests.model.tiny_model import KINDS, random_tokens, tiny_model
@@ -166,6 +167,11 @@ def test_the_longest_text_fits_its_caches() -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="no tokens"):
         generate_with_drafts(chain(), [], Sampling(), 0, range(4))
+
+
+def test_drafts_with_a_repetition_penalty_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--repetition-penalty"):
+        generate_with_drafts(chain(), [1], Sampling(repetition_penalty=1.2), 0, range(4))
 
 
 def test_counts_are_there_while_text_is_written() -> None:

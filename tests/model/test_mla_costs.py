@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import Sampling, generate, native_next_logits
+from pretrain.evaluation.generation import generate, native_next_logits
+from pretrain.evaluation.sampling import Sampling
 from pretrain.evaluation.speculative import NativeDrafting, generate_with_drafts
 from pretrain.export.targets import choose_target
 from pretrain.model.attention.mask import AttentionMask

@@ -72,7 +72,7 @@ def _block_mask(mask: AttentionMask, num_queries: int, num_keys: int, window: in
         if window is not None:
             seen = seen & (distance < window)
         if ids_BS is not None:
-            seen = seen & (ids_BS[b, query] == ids_BS[b, key])
+            seen = seen & (ids_BS[b, query + offset] == ids_BS[b, key])
         return seen
 
     batch_size = None if ids_BS is None else ids_BS.shape[0]

@@ -19,7 +19,7 @@ class AttentionMask:
 
     Attributes:
         offset: number of keys before the first query (tokens already in the cache).
-        document_ids_BS: the document of each token [B, S]; only without a cache.
+        document_ids_BS: the document of each token [B, offset + S], those in the cache included. Padding is a document of its own.
     """
 
     offset: int = 0
@@ -54,6 +54,6 @@ class AttentionMask:
             if self.document_ids_BS is None:
                 return visible[None, None]
             ids = self.document_ids_BS
-            return visible[None, None] & (ids[:, None, :, None] == ids[:, None, None, :])
+            return visible[None, None] & (ids[:, None, self.offset :, None] == ids[:, None, None, :])
 
         return self.once(("dense", num_queries, num_keys, window), make)

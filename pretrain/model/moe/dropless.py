@@ -117,8 +117,8 @@ class DroplessMoE(AutoEPMoELayer):
 
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, RouterStatistics]:
-        """[B, S, D] -> [B, S, D] and the router's statistics.
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """[B, S, D] -> [B, S, D] and the router's statistics; None in inference mode, where a token's time counts and nobody reads them.
 
         Args:
             record: routing decision to write or, where it is filled, to repeat (activation checkpointing).
@@ -134,6 +134,8 @@ class DroplessMoE(AutoEPMoELayer):
         y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
+        if torch.is_inference_mode_enabled():
+            return y_TD.view_as(x_BSD), None
         nothing_dropped = routing.logits_TE.new_zeros(())
         statistics = router_statistics(self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E)
         return y_TD.view_as(x_BSD), statistics

@@ -49,6 +49,8 @@ def experts_loop(
     b1, b3, b2 = ([None] * len(rows),) * 3 if biases is None else (bias.unbind(0) for bias in biases)
     for expert, (w1_XD, w2_DF, w3_XD) in enumerate(zip(w1_eXD.unbind(0), w2_eDF.unbind(0), w3_eXD.unbind(0), strict=True)):
         x_rD = rows[expert]
+        if not torch.is_grad_enabled() and not len(x_rD):
+            continue  # in training an expert without rows gets a gradient of zeros
         hidden_rF = form.hidden(functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert]))
         outputs.append(functional.linear(hidden_rF, w2_DF, b2[expert]))
     return torch.cat(outputs)

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""What the KV cache gains: greedy text of the quickstart's model with random weights, with the cache and by whole passes, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from pretrain.config.cli import add_json_option, command_parser, write_json
+from pretrain.config.errors import run_command
+from pretrain.config.load import load_recipe
+from pretrain.evaluation.generation import NextLogits, continue_prompts, native_next_logits
+from pretrain.evaluation.sampling import Sampling
+from pretrain.model.decoder import DecoderLM
+from pretrain.model.init import initialize
+
+EXAMPLES = "  python benchmarks/generation.py --json benchmarks/results/generation.json"
+DEVICE = torch.device("cpu")
+
+
+def random_model(recipe: str = "quickstart") -> DecoderLM:
+    """The recipe's model as training would begin with it."""
+    model = DecoderLM(load_recipe(recipe, ["model.vocab_size=4096", "parallel.ep_size=1"]).model)
+    initialize(model, seed=0)
+    return model.eval()
+
+
+def without_cache(model: DecoderLM) -> NextLogits:
+    """All tokens through the whole model for each new one; only the last token meets the head, as with the cache."""
+    tokens_BS = torch.empty(1, 0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def next_logits(added_BS: torch.Tensor) -> torch.Tensor:
+        nonlocal tokens_BS
+        tokens_BS = torch.cat((tokens_BS, added_BS), dim=1)
+        return model.project(model.hidden(tokens_BS)[:, -1:])[:, 0]
+
+    return next_logits
+
+
+def timed(next_logits: NextLogits, prompt: list[int], new_tokens: int) -> tuple[list[int], float]:
+    """The new tokens, and the seconds they took."""
+    steps = continue_prompts(next_logits, [prompt], Sampling(greedy=True))
+    started = time.perf_counter()
+    tokens = [next(steps)[0] for _ in range(new_tokens)]
+    return tokens, time.perf_counter() - started
+
+
+def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Seconds of both ways behind a prompt, one after the other, and whether they wrote the same."""
+    prompt = torch.randint(4096, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    timed(native_next_logits(model, prompt_tokens + 8, DEVICE), prompt, 8)
+    cached, cached_seconds = timed(native_next_logits(model, prompt_tokens + new_tokens, DEVICE), prompt, new_tokens)
+    whole, whole_seconds = timed(without_cache(model), prompt, new_tokens)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "cached_seconds": round(cached_seconds, 3),
+        "whole_seconds": round(whole_seconds, 3),
+        "times_faster": round(whole_seconds / cached_seconds, 2),
+        "same_text": cached == whole,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1, 64, 256], metavar="N", help="(default: 1 64 256)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    model = random_model()
+    rows = [measure(model, tokens, arguments.new_tokens) for tokens in arguments.prompt_tokens]
+    if arguments.json_path != "-":
+        for row in rows:
+            print(", ".join(f"{name} {value}" for name, value in row.items()))
+    machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    result = {"date": date.today().isoformat(), "machine": machine, "load": round(os.getloadavg()[0], 1), "threads": arguments.threads, "runs": rows}
+    write_json(result, arguments.json_path)
+
+
+if __name__ == "__main__":
+    run_command(main)
