@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config.errors import BAD_CHECKPOINT, DONE, CheckpointError, ConfigError
+from pretrain.config.errors import DONE, CheckpointError, ConfigError
 from pretrain.export.deepspeed_moe import import_deepspeed
 from pretrain.export.writer import open_exported_weights
 
@@ -71,9 +71,6 @@ def test_the_command_follows_latest(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True)
     assert done.returncode == DONE, done.stderr
     assert "wrote 8 tensors" in done.stdout
-    (folder / expert_file(1, 2)).unlink()
-    refused = subprocess.run([sys.executable, str(TOOL), *arguments, "--overwrite"], capture_output=True, text=True)
-    assert refused.returncode == BAD_CHECKPOINT and "lacks expert 2 of MoE layer 1" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def stray(folder: Path) -> None:

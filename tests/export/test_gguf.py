@@ -1,31 +1,32 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from pretrain.config.errors import BAD_CHECKPOINT, USAGE
-from pretrain.export.gguf import SCRIPT
+import pytest
+import torch
+
+from data_pipeline.token_stream import open_split
+from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.export.gguf import SCRIPT, export_gguf
 from tests.export.tiny_checkpoint import Trained
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+
+def to_gguf(trained: Trained, output: Path) -> None:
+    export_gguf(trained.checkpoint, output, open_split(trained.manifest, "validation"), torch.float32, overwrite=False)
 
 
-def to_gguf(trained: Trained, output: Path, path: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "--checkpoint", str(trained.latest), "--to", "gguf", "--output", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, env={"PATH": path, "OMP_NUM_THREADS": "1"})
-
-
-def test_without_llama_cpp_one_sentence_says_what_to_do(trained: Trained, tmp_path: Path) -> None:
-    refused = to_gguf(trained, tmp_path / "out", str(tmp_path))
-    assert refused.returncode == USAGE and "--to hf" in refused.stderr and SCRIPT in refused.stderr and "Traceback" not in refused.stderr
+def test_without_llama_cpp_one_sentence_says_what_to_do(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"no {SCRIPT} on the PATH: .*--to hf"):
+        to_gguf(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_converter_that_fails_is_quoted_and_nothing_is_published(trained: Trained, tmp_path: Path) -> None:
+def test_a_converter_that_fails_is_quoted_and_nothing_is_published(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / SCRIPT
     script.write_text("raise SystemExit('this model is not known')")
     script.chmod(0o755)
-    refused = to_gguf(trained, tmp_path / "out", str(tmp_path))
-    assert refused.returncode == BAD_CHECKPOINT and "this model is not known" in refused.stderr and "Traceback" not in refused.stderr
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CheckpointError, match="this model is not known"):
+        to_gguf(trained, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [SCRIPT]
