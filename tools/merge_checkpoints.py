@@ -103,8 +103,7 @@ def show(result: dict[str, Any]) -> None:
         clusters = " ".join("+".join(map(str, cluster)) for cluster in layer["experts"])
         used = " ".join(f"{share:.3f}" for share in layer["usage"])
         print(f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}")
-    files = f", {result['files']} files" if "files" in result else ""
-    print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB{files} to {result['output']}")
+    print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB to {result['output']}")
 
 
 def main(arguments: list[str] | None = None) -> None:

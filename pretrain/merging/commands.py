@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,19 @@ from torch import Tensor
 from data_pipeline.corpora import data_folders
 from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, routed_moe, weight_similarity
 from pretrain.checkpoint.initial_weights import check_same_kinds
-from pretrain.checkpoint.layout import RECIPE, TOKENIZER, complete_checkpoints, read_recipe, read_state
+from pretrain.checkpoint.layout import TOKENIZER, complete_checkpoints, read_recipe, read_state
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
 from pretrain.evaluation.checkpoint import whole_checkpoint
-from pretrain.export.writer import RECORD, copy_file, published_folder, write_json_file
+from pretrain.export.convert import export_safetensors
+from pretrain.export.writer import parse_bytes
 from pretrain.merging.assembly import RouterStart, derived_recipe, moe_recipe
 from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, weighted_rates
 from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
 from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
 from pretrain.merging.publish import Scoring, checked_folder
-from pretrain.merging.shards import join_shards
 from pretrain.merging.usage import answers, measure
 
 Result = dict[str, Any]
@@ -116,17 +117,9 @@ def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | N
 def shards(checkpoint: str, output: Path, dtype: str, max_shard_size: str | None) -> Result:
     """Plain safetensors with all experts joined, beside recipe and tokenizer."""
     folder = whole_checkpoint(checkpoint)
-    stored = StoredWeights(folder)
-    with published_folder(output, overwrite=False) as temporary:
-        try:
-            files, size = join_shards(stored, temporary, getattr(torch, dtype), max_shard_size)
-        except ValueError as error:
-            raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from None
-        for name in (RECIPE, TOKENIZER):
-            copy_file(folder / name, temporary / name)
-        result = {"step": read_state(folder)["step"], "dtype": dtype, "tensors": len(stored), "bytes": size, "files": files}
-        write_json_file(temporary / RECORD, {"target": "safetensors"} | result)
-    return {"checkpoint": str(folder), "output": str(output)} | result
+    shard_bytes = sys.maxsize if max_shard_size is None else parse_bytes(max_shard_size)
+    done = export_safetensors(folder, output, getattr(torch, dtype), overwrite=False, shard_bytes=shard_bytes)
+    return {"checkpoint": str(folder), "output": str(output), "step": done.step, "dtype": done.dtype, "tensors": done.tensors, "bytes": done.bytes}
 
 
 def _publish(folders: Sequence[Path], output: Path, recipe: Recipe, tensors: Iterable[tuple[str, Tensor]], scoring: Scoring | None) -> Result:
