@@ -17,15 +17,18 @@ LAYERS: list[set[str]] = [
     {"pretrain.model", "data_pipeline", "pretrain.optim"},
     {"pretrain.engine"},
     {"pretrain.checkpoint"},
-    {"pretrain.evaluation", "pretrain.export"},
+    {"pretrain.export"},
+    {"pretrain.evaluation"},
     {"pretrain.merging"},
     {"pretrain.callbacks"},
     {"pretrain.trainer", "pretrain.plan", "pretrain.run_folder", "pretrain.signals"},
     {"pretrain.train"},
 ]
-CLOSE_GROUPS = (LAYERS[0], LAYERS[7])
+CLOSE_GROUPS = (LAYERS[0], LAYERS[8])
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ABOVE_ALL = ("tools", "tests", "launchers", "benchmarks")
+# Files that are copied into an export and import each other there.
+TRAVELLING = "pretrain.export.custom."
 DEEPSPEED_ALLOWED = ("pretrain.engine", "pretrain.checkpoint", "pretrain.model.moe.dropless", "pretrain.model.moe.native")
 
 
@@ -53,6 +56,8 @@ def violations(module: str, source: str) -> list[str]:
     for name in imported_names(source):
         other = part_of(name)
         if name.startswith("."):
+            if module.startswith(TRAVELLING) and module.endswith("_moe_pretrain"):
+                continue
             found.append(f"{module} imports relatively: {name}")
         elif inside(name, "deepspeed") and not any(inside(module, allowed) for allowed in DEEPSPEED_ALLOWED):
             found.append(f"{module} imports {name}")
@@ -86,13 +91,14 @@ def test_every_file_has_a_place_in_the_order() -> None:
         ("pretrain.model.decoder", "def build():\n    from data_pipeline.loader import Batch", "data_pipeline.loader.Batch"),
         ("pretrain.engine.engine", "import pretrain.checkpoint.store", "pretrain.checkpoint.store"),
         ("pretrain.checkpoint.store", "from pretrain import trainer", "pretrain.trainer"),
-        ("pretrain.evaluation.perplexity", "from pretrain.export import writer", "pretrain.export.writer"),
+        ("pretrain.export.writer", "from pretrain.evaluation import perplexity", "pretrain.evaluation.perplexity"),
         ("pretrain.evaluation.heldout", "from pretrain.merging.usage import measure", "pretrain.merging.usage.measure"),
         ("pretrain.trainer", "from pretrain.train import main", "pretrain.train.main"),
         ("pretrain.trainer", "import deepspeed.comm as dist", "deepspeed.comm"),
         ("pretrain.model.block", "from deepspeed.moe.layer import MoE", "deepspeed.moe.layer.MoE"),
         ("data_pipeline.build", "from tools.generate import main", "tools.generate.main"),
         ("pretrain.model.block", "from .decoder import DecoderLM", ".decoder.DecoderLM"),
+        ("pretrain.export.custom.target", "from .other import Other", ".other.Other"),
         ("pretrain.model.routers.mine", "from pretrain.model.moe.router import TopKRouter", "pretrain.model.moe.router.TopKRouter"),
     ],
 )
@@ -108,6 +114,7 @@ def test_an_import_against_the_order_is_told(module: str, source: str, named: st
         ("pretrain.trainer", "from pretrain.run_folder import RunFolder\nfrom pretrain.callbacks.base import Callback"),
         ("pretrain.model.moe.native", "from deepspeed.moe.layer import MoE\nfrom pretrain.model.feed_forward import SwiGLU"),
         ("pretrain.model.routers.mine", "from pretrain.config.section import Section"),
+        ("pretrain.export.custom.modeling_moe_pretrain", "from .configuration_moe_pretrain import MoePretrainConfig"),
         ("pretrain.train", "import torch\nfrom pretrain.trainer import Trainer"),
     ],
 )

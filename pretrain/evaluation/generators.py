@@ -16,6 +16,7 @@ from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation import ONE_TEXT, NextLogits, native_next_logits, transformers_next_logits
 from pretrain.evaluation.speculative import DraftingModel, NativeDrafting
+from pretrain.export.custom.target import holds_our_class
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def is_transformers_folder(path: Path) -> bool:
 
 
 def open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
-    """Opens a Hugging Face model folder, without the network.
+    """Opens a Hugging Face model folder, without the network. Code in it is run only where it is this project's own class.
 
     Raises:
         CheckpointError: where transformers cannot open it, or its tokenizer has no end-of-document token.
@@ -113,7 +114,7 @@ def open_transformers(path: Path, device: torch.device) -> TransformersGenerator
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, trust_remote_code=holds_our_class(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot open {path}: {' '.join(str(error).split())[:300]}; export the checkpoint again") from None
     if tokenizer.eos_token_id is None:

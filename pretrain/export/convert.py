@@ -47,7 +47,7 @@ class Conversion:
         bytes: of the weights.
         parity: of the logits.
         unchecked: why logits were not compared, in a sentence; every tensor was compared with its source bit for bit in any case.
-        left_out: tensors of multi-token prediction that the target has no place for; no next token depends on them.
+        left_out: tensors that only training reads: multi-token prediction's, and router noise.
     """
 
     target: str
@@ -90,14 +90,14 @@ def export_hf(
     tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     weights = open_whole_weights(checkpoint, recipe.model)
-    model, ours = without_factors(recipe.model, weights)
+    model, ours = (recipe.model, weights) if target.keeps_factors else without_factors(recipe.model, weights)
     with published_folder(output, overwrite) as folder:
         tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes)
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
             reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
-            parity = compare_logits(reference, load_exported(folder), windows_WS)
+            parity = compare_logits(reference, load_exported(folder, own_code=bool(target.files)), windows_WS)
             check_parity(parity)
         step = read_state(checkpoint)["step"]
         conversion = Conversion(target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out)

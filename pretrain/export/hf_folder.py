@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.model_schema import ModelConfig
-from pretrain.export.name_map import Tensors, check_names, their_forms, to_theirs
+from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
 from pretrain.export.targets import ExportTarget
 from pretrain.export.writer import SHARD_BYTES, copy_file, dtype_name, open_exported_weights, write_json_file, write_weights
@@ -29,33 +31,34 @@ def write_hf_folder(
     these. The end-of-document token starts and ends a text.
 
     Args:
-        model: with a plain embedding.
+        model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
 
     Returns:
-        the number of tensors, their bytes, and the names of tensors of multi-token prediction, which are left out.
+        the number of tensors, their bytes, and the names of tensors that only training reads, which are left out.
 
     Raises:
         CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back as it was written.
     """
     links = target.links(model)
-    linked = {link.ours for link in links if hasattr(link, "ours")}
-    left_out = tuple(name for name in ours.names if name.startswith("multi_token.") and name not in linked)
+    linked = {link.ours for link in links if isinstance(link, Link)}
+    left_out = tuple(name for name in ours.names if is_left_out(name) and name not in linked)
     check_names(links, ours, left_out)
     forms = their_forms(links, ours, dtype)
     write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
     check_same_numbers(links, ours, open_exported_weights(folder))
     config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype_name(dtype)}
-    write_json_file(folder / "config.json", config)
-    eod_id = tokenizer.eod_id
-    write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
-    _write_tokenizer(folder, tokenizer, model.max_position_embeddings)
+    _write_configs(folder, config, tokenizer, model.max_position_embeddings)
     for file in target.files:
         copy_file(Path(file), folder / Path(file).name)
     return len(forms), sum(form.bytes for form in forms.values()), left_out
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:
+def _write_configs(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Writes everything but the weights: ``config.json``, how texts start and end, and the tokenizer."""
+    write_json_file(folder / "config.json", config)
+    eod_id = tokenizer.eod_id
+    write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
     (folder / "tokenizer.json").write_bytes(tokenizer.content)
     eod_token = tokenizer.decode([tokenizer.eod_id])
     write_json_file(

@@ -53,7 +53,7 @@ class RotaryRows:
 
 @dataclass(frozen=True)
 class Link:
-    """theirs[their_expert][..., column::2] = scale * ours[expert][:rows], each part only where it is given.
+    """theirs[their_expert][..., column::2], or a part of it, = scale * ours[expert][:rows], each part only where it is given.
 
     Attributes:
         rows: cuts the padding of the vocabulary.
@@ -61,6 +61,7 @@ class Link:
         transposed: theirs multiplies from the other side.
         scale: a power of two, so that nothing is rounded.
         heads: theirs has the rows of turned numbers in another order.
+        part: theirs has ``part[1]`` tensors of ours one after the other along its second dimension, of which this is number ``part[0]``.
         exact: theirs is fp32 whatever the others are.
     """
 
@@ -73,6 +74,7 @@ class Link:
     transposed: bool = False
     scale: float = 1.0
     heads: RotaryRows | None = None
+    part: tuple[int, int] | None = None
     exact: bool = False
 
     def of_ours(self, ours: Tensors) -> Tensor:
@@ -84,7 +86,11 @@ class Link:
 
     def of_theirs(self, theirs: Tensors) -> Tensor:
         """Their share in their dtype, which :meth:`of_ours` should equal."""
-        tensor = theirs.read(self.theirs, self.their_expert)
+        return self.place(theirs.read(self.theirs, self.their_expert))
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Where our share stands in their tensor, or in that of one expert; a view."""
+        tensor = tensor if self.part is None else tensor.chunk(self.part[1], dim=1)[self.part[0]]
         return tensor if self.column is None else tensor[..., self.column :: 2]
 
     def back(self, theirs: Tensors) -> Tensor:
@@ -156,6 +162,11 @@ def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable
         )
 
 
+def is_left_out(name: str) -> bool:
+    """Whether one of our tensors is read in training alone: multi-token prediction's, and the matrix of router noise."""
+    return name.startswith("multi_token.") or name.endswith(".router.noise.weight")
+
+
 def their_forms(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) -> dict[str, TensorForm]:
     """Names and forms of all tensors of theirs, in order."""
     forms: dict[str, TensorForm] = {}
@@ -166,6 +177,7 @@ def their_forms(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype
             continue
         dtype_of_it, shape = link.form(ours, dtype)
         shape = shape if link.column is None else (*shape[:-1], 2 * shape[-1])
+        shape = shape if link.part is None else (shape[0], link.part[1] * shape[1], *shape[2:])
         if link.their_expert is not None:
             experts[link.theirs] = max(experts.get(link.theirs, 0), link.their_expert + 1)
             shape = (experts[link.theirs], *shape)
@@ -180,14 +192,13 @@ def to_theirs(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) 
         groups.setdefault(link.theirs, []).append(link)
     for theirs, form in their_forms(links, ours, dtype).items():
         first = groups[theirs][0]
-        if isinstance(first, Link) and len(groups[theirs]) == 1 and first.their_expert is None and first.column is None:
+        if isinstance(first, Link) and len(groups[theirs]) == 1 and first.their_expert is None:
             yield theirs, first.of_ours(ours).to(form.dtype)
             continue
         tensor = torch.zeros(form.shape, dtype=form.dtype)
         for link in groups[theirs]:
             if isinstance(link, Link):
-                share = tensor if link.their_expert is None else tensor[link.their_expert]
-                (share if link.column is None else share[..., link.column :: 2]).copy_(link.of_ours(ours))
+                link.place(tensor if link.their_expert is None else tensor[link.their_expert]).copy_(link.of_ours(ours))
         yield theirs, tensor
 
 

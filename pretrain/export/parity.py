@@ -50,8 +50,8 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
 
 
-def load_exported(folder: Path) -> PreTrainedModel:
-    """The exported model in fp32 on the CPU, by transformers' own code.
+def load_exported(folder: Path, own_code: bool = False) -> PreTrainedModel:
+    """The exported model in fp32 on the CPU, by transformers' own code, or with ``own_code`` by that in the folder.
 
     Raises:
         CheckpointError: when transformers misses a tensor, has one too many or one of another shape.
@@ -61,7 +61,9 @@ def load_exported(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel
     report: dict[str, Any]
     # transformers' annotations leave out that output_loading_info makes it a pair.
-    opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=own_code
+    )
     model, report = opened
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in FAULTS and names}
     if wrong:

@@ -17,6 +17,7 @@ from pretrain.export.architectures.mixtral import Mixtral
 from pretrain.export.architectures.olmoe import Olmoe
 from pretrain.export.architectures.qwen2_moe import Qwen2Moe
 from pretrain.export.architectures.qwen3_moe import Qwen3Moe
+from pretrain.export.custom.target import Custom
 from pretrain.export.name_map import Links
 
 AUTO = "auto"
@@ -28,6 +29,7 @@ class ExportTarget(Protocol):
     Attributes:
         name: what ``--target`` calls it; transformers' ``model_type``.
         architecture: transformers' class.
+        keeps_factors: it takes a factorised embedding as it is, and not multiplied out.
         files: paths of what is copied beside ``config.json``, such as the code of a class that transformers does not have.
     """
 
@@ -36,6 +38,9 @@ class ExportTarget(Protocol):
 
     @property
     def architecture(self) -> str: ...
+
+    @property
+    def keeps_factors(self) -> bool: ...
 
     @property
     def files(self) -> tuple[str, ...]: ...
@@ -52,7 +57,8 @@ class ExportTarget(Protocol):
 
 # Also opened by --from hf. Those that most programs read come first: auto takes the first one that fits.
 ARCHITECTURES: tuple[LlamaLike, ...] = (Llama(), Mixtral(), Qwen3Moe(), Qwen2Moe(), Olmoe(), DeepseekV3(), DeepseekV2(), Glm4Moe(), GptOss())
-TARGETS: tuple[ExportTarget, ...] = ARCHITECTURES
+# The last one is a class of our own, which travels with the weights.
+TARGETS: tuple[ExportTarget, ...] = (*ARCHITECTURES, Custom())
 
 
 def target_names() -> list[str]:

@@ -98,9 +98,9 @@ def test_an_earlier_export_is_replaced_only_when_asked(trained: Trained, tmp_pat
     assert {written.form(name).dtype for name in written.names} == {torch.bfloat16}
 
 
-def test_a_model_without_counterpart_is_refused_with_its_reasons(trained: Trained, tmp_path: Path) -> None:
+def test_a_model_that_a_target_cannot_compute_is_refused_with_its_reasons(trained: Trained, tmp_path: Path) -> None:
     checkpoint = changed_copy(trained, tmp_path, {"num_shared_experts": 1})
-    refused = convert("--checkpoint", checkpoint, "--to", "hf", "--output", tmp_path / "out")
+    refused = convert("--checkpoint", checkpoint, "--to", "hf", "--target", "qwen3_moe", "--output", tmp_path / "out")
     assert refused.returncode == USAGE and "num_shared_experts is 1" in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "out").exists()
 

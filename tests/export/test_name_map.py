@@ -9,24 +9,7 @@ from torch import Tensor
 from pretrain.checkpoint.tensor_files import TensorForm
 from pretrain.config.errors import CheckpointError
 from pretrain.export.name_map import Link, Links, RotaryRows, Zeros, check_names, expand, stacked, their_forms, to_ours, to_theirs
-
-
-class Held:
-    """Tensors in memory behind the interface of a reader of files."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def form(self, name: str) -> TensorForm:
-        return TensorForm(self.tensors[name].dtype, tuple(self.tensors[name].shape))
-
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        return self.tensors[name] if index is None else self.tensors[name][index]
-
+from tests.export.held_tensors import Held
 
 LINKS: Links = [
     *expand({"embedding.weight": "embed.weight"}, rows=5),

@@ -73,6 +73,7 @@ class LlamaLike:
 
     name: ClassVar[str]
     architecture: ClassVar[str]
+    keeps_factors: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[Takes]
     moe_layers: ClassVar[Literal["none", "all", "prefix", "any"]]

@@ -1,0 +1,218 @@
+"""Positions and attention.
+
+Shapes, here and in the files beside this one: B batch, S new tokens, U tokens with those in the cache, D hidden, N query heads, M key/value heads,
+H numbers of a head, T = B * S, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_moe_pretrain import MoePretrainConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return (normed * self.weight.float()).to(x.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
+
+
+# --- positions ----------------------------------------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """What attention needs to know of where the tokens of one call stand.
+
+    Attributes:
+        turns: cos and sin of each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None where nothing is turned.
+        scale: what all scores are multiplied with beside 1 / sqrt(H).
+        biases: for each window of the model's layers, what is added to scores: -inf where a query may not look; fp32 [B, 1 or N, S, U].
+    """
+
+    turns: tuple[Tensor, Tensor] | None
+    scale: float
+    biases: dict[int | None, Tensor]
+
+
+def places(config: MoePretrainConfig, position_ids_BS: Tensor, real_BU: Tensor) -> Places:
+    """Positions of the new tokens, and which of all tokens are real and no padding."""
+    turns, scale = rotary_turns(config, position_ids_BS)
+    windows = dict.fromkeys(config.sliding_windows)
+    return Places(turns, scale, {window: score_bias(config, position_ids_BS.shape[1], real_BU, window) for window in windows})
+
+
+def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int | None) -> Tensor:
+    """Causality, the window, padding and ALiBi as one term of the scores. Every query sees its own token, padding too: no row is empty."""
+    U, device = real_BU.shape[1], real_BU.device
+    distance_SU = torch.arange(U - S, U, device=device)[:, None] - torch.arange(U, device=device)
+    seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
+    seen_BSU = seen_SU & real_BU[:, None] | (distance_SU == 0)
+    bias = torch.zeros(1, 1, 1, 1, device=device)
+    if config.position["kind"] in ("alibi", "rope_alibi"):  # Press et al. 2022: a key d tokens back loses slope * d
+        bias = -alibi_slopes(config.attention["num_attention_heads"], device)[:, None, None] * distance_SU
+    return torch.where(seen_BSU[:, None], bias, -math.inf)
+
+
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """2^(-8/N), 2^(-16/N) ... 2^-8, fp32 [N]; where N is no power of two, those of the next lower one, then every second of the next higher."""
+    lower = 2 ** math.floor(math.log2(num_heads))
+    exponents = [8 * (head + 1) / lower for head in range(lower)] + [4 * (head + 1) / lower for head in range(0, 2 * lower, 2)]
+    return 2.0 ** -torch.tensor(exponents[:num_heads], device=device)
+
+
+def rotary_turns(config: MoePretrainConfig, position_ids_BS: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with; (None, 1) for the other kinds."""
+    position = SimpleNamespace(**config.position)
+    if position.kind not in ("rope", "yarn", "rope_alibi"):
+        return None, 1.0
+    size = config.attention["qk_rope_head_dim" if config.attention["kind"] == "mla" else "head_dim"]
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids_BS.device) / size
+    frequencies, growth, scale = position.rope_theta**-exponents, 1.0, 1.0
+    if position.kind == "yarn":
+        frequencies, growth, scale = yarn(position, frequencies, size)
+    angles = position_ids_BS[:, None, :, None].float() * frequencies
+    return (angles.cos() * growth, angles.sin() * growth), scale
+
+
+def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Tensor, float, float]:
+    """NTK by parts (Peng et al. 2023): the new frequencies, the growth of turned queries and keys, and that of all scores.
+
+    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency, one that turns less than ``beta_slow`` times
+    has it divided by ``factor``; between them the divided share rises linearly.
+    """
+
+    def pair(times: float) -> float:  # the number of the pair that turns so many times
+        return size * math.log(position.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(position.rope_theta))
+
+    first, last = pair(position.beta_fast), pair(position.beta_slow)
+    if position.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    pairs = torch.arange(size // 2, dtype=torch.float32, device=frequencies.device)
+    divided = ((pairs - first) / ((last - first) or 0.001)).clamp(0, 1)
+    frequencies = frequencies / position.factor * divided + frequencies * (1 - divided)
+
+    def growth(mscale: float) -> float:
+        return 0.1 * mscale * math.log(position.factor) + 1
+
+    if position.mscale is not None:  # DeepSeek's: one growth of all scores, another one of what is turned
+        return frequencies, growth(position.mscale) / growth(position.mscale_all_dim), growth(position.mscale_all_dim) ** 2
+    return frequencies, growth(1.0) if position.attention_factor is None else position.attention_factor, 1.0
+
+
+def turned(x_BNSH: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Each pair (x_i, x_{i + H/2}) turned by its angle, in fp32."""
+    if turns is None:
+        return x_BNSH
+    cos, sin = turns
+    first, second = x_BNSH.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSH.dtype)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------------
+
+
+def attend(q_BNSH: Tensor, k_BMUH: Tensor, v_BMUV: Tensor, scale: float, bias: Tensor, sinks_N: Tensor | None) -> Tensor:
+    """softmax(scale * q k^T + bias; sinks) v in fp32 -> [B, N, S, V]. A sink is one more score of a head, whose value is zero."""
+    repeats = q_BNSH.shape[1] // k_BMUH.shape[1]
+    k_BNUH, v_BNUV = (x.repeat_interleave(repeats, dim=1).float() for x in (k_BMUH, v_BMUV))
+    scores_BNSU = scale * (q_BNSH.float() @ k_BNUH.transpose(2, 3)) + bias
+    if sinks_N is None:
+        weights_BNSU = scores_BNSU.softmax(dim=-1)
+    else:
+        sinks = sinks_N.float()[:, None, None].expand(*scores_BNSU.shape[:3], 1)
+        weights_BNSU = torch.cat((scores_BNSU, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    return (weights_BNSU @ v_BNUV).to(q_BNSH.dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """N query heads share M key/value heads (Ainslie et al. 2023). Queries and keys may be normalised before they are turned."""
+
+    def __init__(self, config: MoePretrainConfig, layer: int) -> None:
+        super().__init__()
+        form = SimpleNamespace(**config.attention)
+        self.layer, self.window, self.head_dim, self.qk_norm = layer, config.sliding_windows[layer], form.head_dim, form.qk_norm
+        queries, keys = form.num_attention_heads * form.head_dim, form.num_key_value_heads * form.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=form.bias != "none")
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=form.bias == "all")
+        if form.qk_norm != "none":
+            over_heads = form.qk_norm == "full"
+            self.q_norm = RMSNorm(queries if over_heads else form.head_dim, config.norm["eps"])
+            self.k_norm = RMSNorm(keys if over_heads else form.head_dim, config.norm["eps"])
+        self.sinks = nn.Parameter(torch.zeros(form.num_attention_heads)) if form.sinks else None
+
+    def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
+        """[B, S, D] -> [B, S, D]; new keys and values are added to transformers' ``cache``, if there is one."""
+        q_BSX, k_BSX, v_BSX = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.qk_norm == "full":
+            q_BSX, k_BSX = self.q_norm(q_BSX), self.k_norm(k_BSX)
+        q_BNSH, k_BMSH, v_BMSH = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (q_BSX, k_BSX, v_BSX))
+        if self.qk_norm == "head":
+            q_BNSH, k_BMSH = self.q_norm(q_BNSH), self.k_norm(k_BMSH)
+        k_BMUH, v_BMUH = turned(k_BMSH, where.turns), v_BMSH
+        if cache is not None:
+            k_BMUH, v_BMUH = cache.update(k_BMUH, v_BMUH, self.layer)
+        scale = where.scale * self.head_dim**-0.5
+        y_BNSH = attend(turned(q_BNSH, where.turns), k_BMUH, v_BMUH, scale, where.biases[self.window], self.sinks)
+        return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """All heads' keys and values are made of one latent of C numbers a token (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Beside it all heads see one turned key of R numbers. The cache keeps the latent in the place of keys and the turned key in that of values.
+    """
+
+    def __init__(self, config: MoePretrainConfig, layer: int) -> None:
+        super().__init__()
+        form = SimpleNamespace(**config.attention)
+        self.form, self.layer, self.window, eps = form, layer, config.sliding_windows[layer], config.norm["eps"]
+        N, head, biased = form.num_attention_heads, form.qk_nope_head_dim + form.qk_rope_head_dim, form.bias == "all"
+        if form.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, N * head, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, form.q_lora_rank, bias=biased)
+            self.q_a_norm = NORMS[form.latent_norm](form.q_lora_rank, eps=eps)
+            self.q_b_proj = nn.Linear(form.q_lora_rank, N * head, bias=False)
+        self.kv_a_proj = nn.Linear(config.hidden_size, form.kv_lora_rank + form.qk_rope_head_dim, bias=biased)
+        self.kv_a_norm = NORMS[form.latent_norm](form.kv_lora_rank, eps=eps)
+        self.kv_b_proj = nn.Linear(form.kv_lora_rank, N * (form.qk_nope_head_dim + form.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(N * form.v_head_dim, config.hidden_size, bias=biased)
+        self.sinks = nn.Parameter(torch.zeros(N)) if form.sinks else None
+        self.scale = head**-0.5
+
+    def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
+        """[B, S, D] -> [B, S, D]; new latents and turned keys are added to transformers' ``cache``, if there is one."""
+        form = self.form
+        q_BSX = self.q_proj(x_BSD) if form.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        q_BNSX = q_BSX.unflatten(2, (form.num_attention_heads, -1)).transpose(1, 2)
+        q_BNSH, q_BNSR = q_BNSX.split((form.qk_nope_head_dim, form.qk_rope_head_dim), dim=-1)
+        latent_BSC, key_BSR = self.kv_a_proj(x_BSD).split((form.kv_lora_rank, form.qk_rope_head_dim), dim=-1)
+        latent_B1UC, key_B1UR = self.kv_a_norm(latent_BSC)[:, None], turned(key_BSR[:, None], where.turns)
+        if cache is not None:
+            latent_B1UC, key_B1UR = cache.update(latent_B1UC, key_B1UR, self.layer)
+        kv_BNUX = self.kv_b_proj(latent_B1UC[:, 0]).unflatten(2, (form.num_attention_heads, -1)).transpose(1, 2)
+        k_BNUH, v_BNUV = kv_BNUX.split((form.qk_nope_head_dim, form.v_head_dim), dim=-1)
+        q_BNSX = torch.cat((q_BNSH, turned(q_BNSR, where.turns)), dim=-1)
+        k_BNUX = torch.cat((k_BNUH, key_B1UR.expand(-1, form.num_attention_heads, -1, -1)), dim=-1)
+        y_BNSV = attend(q_BNSX, k_BNUX, v_BNUV, where.scale * self.scale, where.biases[self.window], self.sinks)
+        return self.o_proj(y_BNSV.transpose(1, 2).flatten(2))
+
+
+ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention, "mla": MultiHeadLatentAttention}

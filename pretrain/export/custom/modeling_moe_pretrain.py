@@ -1,0 +1,142 @@
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention_moe_pretrain import ATTENTION, NORMS, Places, places
+from .configuration_moe_pretrain import MoePretrainConfig
+from .experts_moe_pretrain import DeepSpeedMoE, DroplessMoE, Experts, FeedForward
+from .peer_moe_pretrain import PEER, PEERExperts
+
+MOE: dict[str, type[nn.Module]] = {"dropless": DroplessMoE, "deepspeed": DeepSpeedMoE, "peer": PEER}
+# Parameters that stay fp32 in a model that is loaded in half precision.
+FP32 = ("balance_bias", "running_mean", "running_variance", "up_rows", "gate_rows", "down_rows")
+
+
+def norm(config: MoePretrainConfig) -> nn.Module:
+    return NORMS[config.norm["kind"]](config.hidden_size, eps=config.norm["eps"])
+
+
+class Block(nn.Module):
+    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)). First f is attention, then the feed-forward or mixture of experts."""
+
+    def __init__(self, config: MoePretrainConfig, layer: int) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.attention_norm = norm(config)
+        self.attention = ATTENTION[config.attention["kind"]](config, layer)
+        self.feed_forward_norm = norm(config)
+        if layer in config.moe_layers:
+            assert config.moe is not None
+            self.feed_forward = MOE[config.moe["kind"]](config)
+        else:
+            assert config.intermediate_size is not None
+            self.feed_forward = FeedForward(config, config.intermediate_size)
+
+    def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        if self.pre_norm:
+            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), where, cache)
+            return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        x_BSD = self.attention_norm(x_BSD + self.attention(x_BSD, where, cache))
+        return self.feed_forward_norm(x_BSD + self.feed_forward(x_BSD))
+
+
+class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder-only language model. It computes what the model computed in evaluation: no dropout, no noise, no router losses."""
+
+    config: MoePretrainConfig
+    config_class = MoePretrainConfig
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"head.weight": "embedding.weight"}  # transformers 4 reads the names alone
+
+    def __init__(self, config: MoePretrainConfig) -> None:
+        super().__init__(config)
+        size = config.embedding_size or config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, size)
+        self.embedding_projection = nn.Linear(size, config.hidden_size, bias=False) if config.embedding_size else None
+        learned = config.position["kind"] == "learned"
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_norm = norm(config) if config.final_norm else nn.Identity()
+        self.head = nn.Linear(size, config.vocab_size, bias=config.head_bias)
+        names = {name.split(".")[-1] for name, _ in self.named_parameters()}
+        self._keep_in_fp32_modules_strict = [name for name in FP32 if name in names]  # transformers 4 refuses others
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits in fp32, and the cross-entropy of ``labels`` where they are given.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, tokens in the cache + S], 0 for padding; all real by default.
+            position_ids: [B, S]; by default each token's number among the real ones of its sequence.
+            labels: [B, S] int64, the inputs themselves (they are shifted here), -100 where no loss is taken.
+            logits_to_keep: how many of the last tokens get logits, or which; 0 for all.
+
+        Raises:
+            ValueError: for an attention_mask of another shape, and for padding in a model that drops tokens: it would take the room of others.
+        """
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()
+        B, S = input_ids.shape
+        U = S + (0 if past_key_values is None else past_key_values.get_seq_length())
+        real_BU = torch.ones(B, U, dtype=torch.bool, device=input_ids.device) if attention_mask is None else attention_mask.bool()
+        if real_BU.shape != (B, U):
+            raise ValueError(f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in the cache and of the new ones")
+        if self.config.drops_tokens and not real_BU.all():
+            raise ValueError("the experts of this model have limited room, which padding would take: give sequences of one length, or one by one")
+        if position_ids is None:
+            position_ids = (real_BU.cumsum(dim=1) - 1).clamp_min(0)[:, -S:]
+        where = places(self.config, position_ids, real_BU)
+        x_BSD = self.embedding(input_ids)
+        if self.embedding_projection is not None:
+            x_BSD = self.embedding_projection(x_BSD)
+        if self.position is not None:
+            x_BSD = x_BSD + self.position(position_ids)
+        for block in self.layers:
+            x_BSD = block(x_BSD, where, past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        x_BSD = self.final_norm(x_BSD[:, kept])
+        if self.embedding_projection is not None:
+            x_BSD = x_BSD @ self.embedding_projection.weight
+        logits_BSV = self.head(x_BSD).float()
+        loss = None if labels is None else self.loss_function(logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=past_key_values)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.head = new_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """New parameters, for a model that is built and not loaded; loaded ones are left alone by transformers."""
+        super()._init_weights(module)
+        # Product keys are in a list of parameters, which is a module of its own; the biases of experts are zero as they are built.
+        if isinstance(module, Experts | PEERExperts | nn.ParameterList):
+            for matrix in module.parameters(recurse=False):
+                if matrix.dim() == 3 or isinstance(module, nn.ParameterList):
+                    nn.init.normal_(matrix, std=self.config.initializer_range)

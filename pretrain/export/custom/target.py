@@ -1,0 +1,187 @@
+"""Our decoder as a class of its own beside the weights, for every recipe that no architecture of transformers represents."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import attention_schema, model_schema
+from pretrain.config.model_schema import ModelConfig
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE, RoutedMoE
+from pretrain.config.section import Section
+from pretrain.export.name_map import Link, Links, is_left_out
+from pretrain.model import routers
+from pretrain.model.decoder import DecoderLM
+
+# Copied into the export as they are.
+CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
+AUTO_MAP = {
+    "AutoConfig": "configuration_moe_pretrain.MoePretrainConfig",
+    "AutoModelForCausalLM": "modeling_moe_pretrain.MoePretrainForCausalLM",
+}
+# What the class computes: each kind of section, and the fields of it that config.json carries. What stands neither here nor in
+# TRAINING_ONLY is a reason against the export.
+_SHARED_BY_ATTENTION = ("num_attention_heads", "bias", "sinks")
+_SHARED_BY_ROUTERS = ("bias", "norm_topk_prob", "routed_scaling_factor", "groups")
+_SHARED_BY_MOE = ("moe_intermediate_size", "shared_expert_gate")
+_SHARED_BY_ROUTED = (*_SHARED_BY_MOE, "num_experts", "top_k", "router")
+COMPUTED: dict[type[Section], tuple[str, ...]] = {
+    ModelConfig: (
+        *("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range"),
+        *("norm_position", "final_norm", "tie_word_embeddings", "head_bias", "attention", "position", "norm", "feed_forward", "moe"),
+    ),
+    model_schema.RMSNorm: ("eps",),
+    model_schema.LayerNorm: ("eps",),
+    model_schema.Rope: ("rope_theta",),
+    model_schema.Yarn: (
+        *("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+        *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    model_schema.Alibi: (),
+    model_schema.RopeAlibi: ("rope_theta",),
+    model_schema.Learned: (),
+    model_schema.NoPosition: (),
+    model_schema.SwiGLU: ("bias",),
+    model_schema.GELU: ("bias", "approximate"),
+    model_schema.SiLU: ("bias",),
+    model_schema.ClampedSwiGLU: ("bias", "limit", "alpha"),
+    model_schema.ProductSwiGLU: ("bias", "limit", "alpha"),
+    attention_schema.GroupedQueryAttention: (*_SHARED_BY_ATTENTION, "num_key_value_heads", "head_dim", "qk_norm"),
+    attention_schema.MultiHeadLatentAttention: (
+        *_SHARED_BY_ATTENTION,
+        *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "latent_norm"),
+    ),
+    routers.SoftmaxTopK: (*_SHARED_BY_ROUTERS, "temperature"),
+    routers.SigmoidTopK: _SHARED_BY_ROUTERS,
+    routers.NoisyTopK: _SHARED_BY_ROUTERS,
+    routers.ExpertGroups: ("num_groups", "top_k_groups", "score"),
+    DroplessMoE: _SHARED_BY_ROUTED,
+    DeepSpeedMoE: (*_SHARED_BY_ROUTED, "gate", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_residual"),
+    PEER: (*_SHARED_BY_MOE, "product_key_sizes", "num_heads", "top_k", "query_dim", "query_bias", "query_norm"),
+}
+# What changes no logit in evaluation, and what :meth:`Custom.config` resolves itself.
+TRAINING_ONLY: dict[type[Section], tuple[str, ...]] = {
+    ModelConfig: ("vocab_multiple", "dropout", "multi_token_prediction", "output_z_loss_weight", "loss_chunk_tokens", "layer_pattern"),
+    attention_schema.Attention: ("kernel", "decode", "sliding_window", "full_attention_every"),
+    routers.Router: ("jitter",),
+    MoE: (
+        *("aux_loss_weight", "z_loss_weight", "sequence_loss_weight", "cv_loss_weight", "entropy_loss_weight", "balance_scope", "bias_balancing"),
+        *("num_shared_experts", "shared_intermediate_size", "expert_kernel"),
+        *("capacity_factor", "use_rts", "noisy_gate_policy", "top2_2nd_expert_sampling", "causal"),
+    ),
+}
+
+# The class keeps our names but for these.
+RENAMED = {
+    "embedding.projection": "embedding_projection.weight",
+    "deepspeed_moe.gate.wg.": "router.gate.",
+    "deepspeed_moe.gate.router.": "router.",
+    "feed_forward.mlp.": "feed_forward.residual.",
+    "experts.up.weight": "experts.up_rows",
+    "experts.gate.weight": "experts.gate_rows",
+    "experts.down.weight": "experts.down_rows",
+    "retrieval.keys_": "retrieval.keys.",
+    "retrieval.norm.statistics.": "retrieval.norm.running_",
+}
+# fp32 whatever the others are: what our model never casts.
+EXACT = (".balance_bias", ".retrieval.norm.running_mean", ".retrieval.norm.running_variance")
+VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
+DROPLESS_EXPERTS = re.compile(r"(?:experts\.w|(?<=feed_forward\.)b)([123])$")
+NATIVE_EXPERT = re.compile(r"deepspeed_moe\.experts\.deepspeed_experts\.\d+\.(gate|up|down)_proj\.(weight|bias)$")
+
+
+class Custom:
+    """The target of last resort: it reads like the architectures of transformers, but opens with ``trust_remote_code=True`` only."""
+
+    name = "custom"
+    architecture = AUTO_MAP["AutoModelForCausalLM"].split(".")[1]
+    files = tuple(map(str, CLASS_FILES))
+    keeps_factors = True
+
+    def reasons_against(self, model: ModelConfig) -> list[str]:
+        """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""
+        reasons = _unknown(model, "model")
+        if isinstance(model.moe, DeepSpeedMoE) and model.moe.gate == "deepspeed":
+            if model.moe.use_rts and model.moe.drop_tokens:
+                reasons.append("model.moe.use_rts is true: a full expert chooses its tokens at random at inference too")
+            if model.moe.top2_2nd_expert_sampling:
+                reasons.append("model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too")
+        return reasons
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        """``config.json``, but the weights' dtype."""
+        config = _content(model) | {
+            "model_type": "moe_pretrain",
+            "auto_map": AUTO_MAP,
+            "sliding_windows": [model.attention.window(layer) for layer in range(model.num_hidden_layers)],
+            "moe_layers": model.moe_layers,
+            "bos_token_id": eod_id,
+            "eos_token_id": eod_id,
+        }
+        if model.moe is not None:
+            config["moe"]["shared_intermediate_size"] = model.moe.shared_width
+        if isinstance(model.moe, RoutedMoE):
+            config["moe"]["bias_balancing"] = model.moe.bias_balancing is not None
+        return config
+
+    def links(self, model: ModelConfig) -> Links:
+        """How each tensor of the export is made of ours; what only training reads is left out."""
+        with torch.device("meta"):
+            names = [name for name in DecoderLM(model).state_dict() if name != "head.weight" or not model.tie_word_embeddings]
+        gated = model.feed_forward.implementing_class().gated
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            if not is_left_out(name):
+                parts.setdefault(_their_name(name, gated), []).append(name)
+        return [link for theirs, ours in parts.items() for link in _links_of(theirs, ours, model.vocab_size)]
+
+
+def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link]:
+    """One of ours; or one for each expert; or tensors of stacked experts whose rows follow each other."""
+    if NATIVE_EXPERT.search(ours[0]):
+        return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
+    if len(ours) > 1:
+        return [Link(name, theirs, part=(index, len(ours))) for index, name in enumerate(ours)]
+    return [Link(ours[0], theirs, rows=vocab_size if theirs in VOCABULARY else None, exact=theirs.endswith(EXACT))]
+
+
+def holds_our_class(folder: Path) -> bool:
+    """Whether the code in an export is this project's, byte for byte, and so may be run."""
+    return all((folder / path.name).is_file() and (folder / path.name).read_bytes() == path.read_bytes() for path in CLASS_FILES)
+
+
+def _their_name(name: str, gated: bool) -> str:
+    """All experts of a layer have one tensor a matrix; without a gate our dropless layer has the halves of one matrix in two tensors."""
+    if match := DROPLESS_EXPERTS.search(name):
+        matrix = {"1": "gate" if gated else "up", "2": "down", "3": "up"}[match[1]]
+        return f"{name[: match.start()]}experts.{matrix}_{'proj' if match[0].startswith('experts') else 'bias'}"
+    if match := NATIVE_EXPERT.search(name):
+        return f"{name[: match.start()]}experts.{match[1]}_{'proj' if match[2] == 'weight' else 'bias'}"
+    for ours, theirs in RENAMED.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _unknown(section: Section, path: str) -> list[str]:
+    """Fields and kinds below ``path`` that the class does not know."""
+    if type(section) not in COMPUTED:
+        return [f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class does not have"]
+    ignored = {"kind"}.union(*(names for family, names in TRAINING_ONLY.items() if isinstance(section, family)))
+    reasons = []
+    for name in type(section).model_fields:
+        if name in COMPUTED[type(section)]:
+            value = getattr(section, name)
+            reasons += _unknown(value, f"{path}.{name}") if isinstance(value, Section) else []
+        elif name not in ignored:
+            reasons.append(f"the class does not know {path}.{name}")
+    return reasons
+
+
+def _content(section: Section) -> dict[str, Any]:
+    """The section as ``config.json`` has it: its kind, and what the class reads."""
+    kind = ("kind",) if "kind" in type(section).model_fields else ()
+    values = {name: getattr(section, name) for name in (*kind, *COMPUTED[type(section)])}
+    return {name: _content(value) if isinstance(value, Section) else value for name, value in values.items()}
