@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -182,19 +183,22 @@ def main() -> None:
     if options.experts:
         print(json.dumps(time_steps(json.loads(options.experts), options.steps)))
         return
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "hardware": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process",
+        "tokens_of_a_training": options.tokens,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        results = {
-            "date": date.today().isoformat(),
-            "hardware": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process",
-            "tokens": options.tokens,
-            "feed_forwards": compare(FEED_FORWARDS, options.tokens, Path(folder)),
-            "attentions": compare(ATTENTIONS, options.tokens, Path(folder)),
-            "numbers_of_experts": step_times(options.steps),
-            "decoding_behind_2048_tokens": decoding(ATTENTIONS, 2048 - 64, 64),
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "decoding_behind_2048_tokens": lambda: decoding(ATTENTIONS, 2048 - 64, 64),
+            "numbers_of_experts": lambda: step_times(options.steps),
+            "feed_forwards": lambda: compare(FEED_FORWARDS, options.tokens, Path(folder)),
+            "attentions": lambda: compare(ATTENTIONS, options.tokens, Path(folder)),
         }
-    for name in ("feed_forwards", "attentions", "numbers_of_experts", "decoding_behind_2048_tokens"):
-        show(name.replace("_", " "), results[name])
-    Path(options.json_path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for name, measure in parts.items():
+            results[name] = measure()
+            show(name.replace("_", " "), results[name])
+            Path(options.json_path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
