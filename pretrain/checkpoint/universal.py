@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
 from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,10 @@ def check_universal(checkpoint: Path) -> None:
     model = read_recipe(checkpoint).model
     if stage is None or not (checkpoint / DEEPSPEED_TAG).is_dir():
         raise ConfigError(f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run")
-    if isinstance(model.moe, DeepSpeedMoE) and model.moe_layers:
+    if not isinstance(model.moe, DroplessMoE) or not model.routed_layers:
+        kind = f"model.moe.kind={model.moe.kind}" if isinstance(model.moe, DeepSpeedMoE | PEER) else "a dense model"
         raise ConfigError(
-            "model.moe.kind=deepspeed has no universal checkpoints, because DeepSpeed's native layer does not save what its converter needs: "
+            f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs with dropless experts only: "
             "convert with --to safetensors"
         )
     if stage == 0:

@@ -11,12 +11,11 @@ import torch
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
-from pretrain.checkpoint.tensor_files import TensorForm
 from pretrain.checkpoint.universal import check_universal, write_universal
 from pretrain.checkpoint.whole_weights import open_whole_weights
 from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
-from pretrain.export.name_map import Link, Tensors, to_theirs
+from pretrain.export.name_map import Link, Tensors, their_forms, to_theirs
 from pretrain.export.parity import (
     Parity,
     check_parity,
@@ -126,8 +125,8 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         CheckpointError: when weights are missing or doubled, or do not read back as they were written; ``output`` is then left as it was.
     """
     ours = open_whole_weights(checkpoint, read_recipe(checkpoint).model)
-    links = [Link(name, name, exact=name.endswith("balance_bias")) for name in ours.names]
-    forms = {link.theirs: TensorForm(torch.float32 if link.exact else dtype, ours.form(link.ours).shape) for link in links}
+    links = [link for name in ours.names for link in _same_name(name, ours.form(name).shape)]
+    forms = their_forms(links, ours, dtype)
     with published_folder(output, overwrite) as folder:
         write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
         check_same_numbers(links, ours, open_exported_weights(folder))
@@ -137,6 +136,13 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(forms), size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
+
+
+def _same_name(name: str, shape: tuple[int, ...]) -> list[Link]:
+    """Stacked experts are read, rounded and compared one by one, so that only what is written stands in memory whole."""
+    if len(shape) < 3:
+        return [Link(name, name, exact=name.endswith("balance_bias"))]
+    return [Link(name, name, expert, their_expert=expert) for expert in range(shape[0])]
 
 
 def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Conversion:

@@ -18,6 +18,12 @@ from pretrain.train import main
 from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.launch.tiny_run import make_tiny, own_process
 
+KINDS = {
+    "native": ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
+    "peer": ["model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"],
+    "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"],
+}
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -72,10 +78,17 @@ def test_damaged_files_of_deepspeed_are_one_sentence(checkpoint: Path, tmp_path:
 def test_what_deepspeeds_converter_cannot_do_is_refused_before_it_starts(checkpoint: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     shutil.copytree(checkpoint, tmp_path / "stage_0")
     (tmp_path / "stage_0" / DS_CONFIG).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    shutil.copytree(checkpoint, tmp_path / "native")
-    native = recipe_of("debug", "model.moe.kind=deepspeed", "model.moe.drop_tokens=false")
-    (tmp_path / "native" / RECIPE).write_text(recipe_to_yaml(native))
+    for name, overrides in KINDS.items():
+        shutil.copytree(checkpoint, tmp_path / name)
+        (tmp_path / name / RECIPE).write_text(recipe_to_yaml(recipe_of("debug", *overrides)))
     random_checkpoint(tmp_path / "alone", recipe_of("debug"), tokenizer)
-    for name, words in (("stage_0", "ZeRO stage 0"), ("native", "model.moe.kind=deepspeed has no universal"), ("alone", "weights alone")):
+    refusals = {
+        "stage_0": "ZeRO stage 0",
+        "native": "model.moe.kind=deepspeed has no universal",
+        "peer": "model.moe.kind=peer has no universal",
+        "dense": "a dense model has no universal",
+        "alone": "weights alone",
+    }
+    for name, words in refusals.items():
         with pytest.raises(ConfigError, match=words):
             export_universal(tmp_path / name, tmp_path / "out", overwrite=False)

@@ -64,7 +64,8 @@ class GptOss(LlamaLike):
             **super().config(model, eod_id),
             "intermediate_size": moe.moe_intermediate_size,
             "attention_bias": attention.bias == "all",
-            "sliding_window": attention.sliding_window,
+            # transformers asks for a width also where no layer has a window.
+            "sliding_window": attention.sliding_window or model.max_position_embeddings,
             "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
