@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 NEW_TOKENS = 6
-PROJECT = ("pretrain", "data_pipeline", "tests", "tools", "deepspeed")
+PROJECT = ("pretrain", "data_pipeline", "tests", "tools")
 
 
 class Absent(MetaPathFinder):
