@@ -25,7 +25,7 @@ from pretrain.model.decoder import DecoderLM
 KEPT_TOKENS = 1024
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which dropless layers say nothing of their routing
 def measure(checkpoint: Path, scoring: Scoring, keep_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Runs the held-out windows through a checkpoint's model, as in evaluation.
 
