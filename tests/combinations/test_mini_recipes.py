@@ -131,8 +131,9 @@ def steps_of(run: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
 
 
 def equal_choices(run: dict[str, Any], other: dict[str, Any]) -> int:
-    """Steps, from the first one on, in which every expert of every layer got as many tokens in both runs."""
-    loads = ([[layer["expert_load"] for layer in row["layers"]] for row in steps_of(of)] for of in (run, other))
+    """Steps, from the first one on, in which every expert of every layer got as many tokens in both runs; all of them with PEER, which does not
+    say, and where a choice that rounding makes is between experts of nearly the same, small weight."""
+    loads = ([[layer["expert_load"] for layer in row.get("layers", [])] for row in steps_of(of)] for of in (run, other))
     same = [first == second for first, second in zip(*loads, strict=True)]
     return (same + [False]).index(False)
 
