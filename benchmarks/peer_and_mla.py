@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""What PEER and latent attention cost and gain on a small machine, in three tables.
+"""What PEER and latent attention cost and gain on a small machine.
 
-1. Feed-forwards of equal FLOPs a token in the quickstart's model, each trained on its corpus with three seeds: dense, dropless experts, PEER.
-2. A step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory of the process.
-3. Latent attention against grouped-query attention, as 1., and what each keeps and how fast it decodes.
+* trainings: the quickstart's model on its corpus, three seeds each, with feed-forwards of equal FLOPs a token: dense, dropless experts, PEER
+  (all with grouped-query attention); and with latent attention (and dropless experts).
+* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory of the process.
+* decoding: what both kinds of attention keep of a token, and how fast they decode.
 
 Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of its own with one thread.
 """
@@ -47,12 +48,10 @@ FEED_FORWARDS = {
     "peer": ["model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"],
 }
 # 196,608 weights a layer against 180,224.
-ATTENTIONS = {
-    "gqa": [],
-    "mla": [
-        "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}",
-    ],
-}
+# 180,224 weights of attention a layer, where grouped queries have 196,608.
+MLA = ["model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}"]
+VARIANTS = FEED_FORWARDS | {"dropless, latent attention": MLA}
+ATTENTIONS = {"gqa": [], "mla": MLA}
 TRAINING = [
     "parallel.ep_size=1", "train.precision=fp32", "train.micro_batch_size=8", "schedule.warmup_steps=10", "logging.interval_steps=5",
     "logging.tensorboard=false", "checkpoint.interval_steps=1000000", "validation.interval_steps=1000000",
@@ -91,6 +90,7 @@ def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[s
         size = model_size(recipe.model, recipe.train.sequence_length)
         losses = [run["loss"] for run in runs[name]]
         found[name] = {
+            "tokens": tokens,
             "parameters": size.parameters_total,
             "flops_per_token": size.flops_per_token,
             "losses": losses,
@@ -177,28 +177,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=204_800, help="of each training (default: 204800, 100 steps)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps for each number of experts (default: 8)")
+    parser.add_argument("--parts", nargs="+", choices=("trainings", "experts", "decoding"), default=("decoding", "experts", "trainings"))
     parser.add_argument("--experts", metavar="SIZES", help=argparse.SUPPRESS)
     parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "peer_and_mla.json"), metavar="PATH", dest="json_path")
     options = parser.parse_args()
     if options.experts:
         print(json.dumps(time_steps(json.loads(options.experts), options.steps)))
         return
-    results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "hardware": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process",
-        "tokens_of_a_training": options.tokens,
-    }
+    path = Path(options.json_path)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # parts that are not measured now stay
+    results["date"] = date.today().isoformat()
+    results["hardware"] = f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process"
     with tempfile.TemporaryDirectory() as folder:
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "decoding_behind_2048_tokens": lambda: decoding(ATTENTIONS, 2048 - 64, 64),
-            "numbers_of_experts": lambda: step_times(options.steps),
-            "feed_forwards": lambda: compare(FEED_FORWARDS, options.tokens, Path(folder)),
-            "attentions": lambda: compare(ATTENTIONS, options.tokens, Path(folder)),
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "trainings": lambda: compare(VARIANTS, options.tokens, Path(folder)),
+            "experts": lambda: step_times(options.steps),
+            "decoding": lambda: decoding(ATTENTIONS, 2048 - 64, 64),
         }
-        for name, measure in parts.items():
-            results[name] = measure()
-            show(name.replace("_", " "), results[name])
-            Path(options.json_path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for name in options.parts:
+            results[name] = measures[name]()
+            show(name, results[name])
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
