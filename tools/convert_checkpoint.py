@@ -109,7 +109,8 @@ def main() -> None:
     conversion = convert(arguments, getattr(torch, arguments.dtype))
     if arguments.json_path != "-":
         print(summary(conversion, arguments.output))
-    write_json({"source": arguments.checkpoint or arguments.origin[1], "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path)
+    came_from = {"source": arguments.origin[1]} if arguments.origin is not None else {"checkpoint": str(whole_checkpoint(arguments.checkpoint))}
+    write_json({**came_from, "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path)
 
 
 if __name__ == "__main__":
