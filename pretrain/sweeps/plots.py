@@ -67,15 +67,15 @@ def _front(sizes: Sequence[float], values: Sequence[float]) -> list[tuple[float,
     return front
 
 
-def draw_axes(ranked: Sequence[dict[str, Any]], axes: Sequence[Axis], against_base: bool) -> bytes:
+def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_base: bool) -> bytes:
     """A panel an axis: perplexity by the axis's value; numbers on a scale, names side by side, the base recipe as a line."""
     pyplot = _pyplot()
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
-    base = next((entry["perplexity"] for entry in ranked if not any(value is not None for value in entry["values"].values())), None)
+    base = next((entry["perplexity"] for entry in groups if not any(value is not None for value in entry["values"].values())), None)
     for axis, panel in zip(axes, panels.flat, strict=False):
-        entries = [entry for entry in ranked if entry["values"].get(axis.name) is not None]
+        entries = [entry for entry in groups if entry["values"].get(axis.name) is not None]
         if entries:
             _draw_axis(panel, axis, entries)
         if against_base and base is not None:

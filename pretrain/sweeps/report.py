@@ -52,9 +52,20 @@ def point_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def ranking(study: Study) -> list[dict[str, Any]]:
-    """Finished points, best first: the mean over the seeds of each, and the sample standard deviation where there are several.
+    """Finished points, best first; points of the same recipe are one entry, with the others' names in ``also``."""
+    entries: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in finished_groups(study):
+        first = entries.setdefault(tuple(entry["run_names"]), entry)
+        if first is not entry:
+            first["also"].append(entry["point"])
+    ranked = sorted(entries.values(), key=lambda entry: entry["validation_loss"])
+    return [{"rank": index + 1} | entry for index, entry in enumerate(ranked)]
 
-    Perplexity is that of the mean loss, so that the order is the same.
+
+def finished_groups(study: Study) -> list[dict[str, Any]]:
+    """Each point, in order: the mean over its finished seeds, and the sample standard deviation where there are several.
+
+    Perplexity is that of the mean loss, so that both give the same order.
     """
     by_group: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row, point in zip(point_rows(study), study.points, strict=True):
@@ -67,6 +78,8 @@ def ranking(study: Study) -> list[dict[str, Any]]:
         mean = statistics.fmean(losses)
         entry = {
             "point": name,
+            "also": [],
+            "run_names": [row["run"] for row, _ in members],
             "values": {axis: first[key] for axis, key in zip(study.design.axes, _axis_columns(study), strict=True)},
             "numbers": point.numbers,
             "seeds": len(losses),
@@ -78,8 +91,7 @@ def ranking(study: Study) -> list[dict[str, Any]]:
             "overrides": [override for override in point.overrides if override != f"seed={point.seed}"],
         }
         groups.append(entry)
-    groups.sort(key=lambda entry: entry["validation_loss"])
-    return [{"rank": index + 1} | entry for index, entry in enumerate(groups)]
+    return groups
 
 
 def _axis_columns(study: Study) -> list[str]:
@@ -107,7 +119,7 @@ def write_report(study: Study) -> dict[str, Path]:
         drawn = {
             "params_vs_perplexity": draw_sizes(ranked, "parameters_total", "parameters"),
             "active_ratio_vs_perplexity": draw_sizes(ranked, "active_share", "active / all parameters"),
-            "axes_vs_perplexity": draw_axes(ranked, study.design.parsed_axes(), study.design.search == "each"),
+            "axes_vs_perplexity": draw_axes(finished_groups(study), study.design.parsed_axes(), study.design.search == "each"),
         }
         for name, picture in drawn.items():
             paths[name] = output / f"{name}.png"
@@ -123,7 +135,7 @@ def _loss_text(entry: dict[str, Any]) -> str:
 def _cells(entry: dict[str, Any]) -> list[str]:
     return [
         str(entry["rank"]),
-        entry["point"],
+        entry["point"] + (f" (also {', '.join(entry['also'])})" if entry["also"] else ""),
         f"{entry['perplexity']:.4g}",
         _loss_text(entry),
         str(entry["seeds"]),
@@ -134,7 +146,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-COLUMNS = ("rank", "point", "perplexity", "validation loss", "runs", "parameters", "active", "share", "tokens/s")
+COLUMNS = ("rank", "point", "perplexity", "loss", "runs", "parameters", "active", "share", "tokens/s")
 
 
 def terminal_table(study: Study, ranked: list[dict[str, Any]]) -> Table:
@@ -171,7 +183,7 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
         parts += ["## Ranking", _markdown_table(COLUMNS, [_cells(entry) for entry in ranked])]
         parts += [f"The best one: `{shlex.join(command)}` and what else this sweep was started with."]
     if design.search == "each":
-        parts += _axis_sections(study, ranked)
+        parts += _axis_sections(study)
     troubles = [
         row for row in rows if row["state"] in ("failed", "refused", "pruned", "interrupted", "running", "waiting") and row["run"] == row["point"]
     ]
@@ -185,13 +197,13 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
     return "\n\n".join(parts) + "\n"
 
 
-def _axis_sections(study: Study, ranked: list[dict[str, Any]]) -> list[str]:
+def _axis_sections(study: Study) -> list[str]:
     """For one axis at a time: each value beside the base recipe."""
-    by_name = {entry["point"]: entry for entry in ranked}
-    base = by_name.get(BASE)
+    groups = finished_groups(study)
+    base = next((entry for entry in groups if entry["point"] == BASE), None)
     parts = []
     for axis in study.design.parsed_axes():
-        entries = [entry for entry in ranked if entry["values"].get(axis.name) is not None]
+        entries = [entry for entry in groups if entry["values"].get(axis.name) is not None]
         if not entries:
             continue
         order = {option.label: index for index, option in enumerate(axis.options)}
