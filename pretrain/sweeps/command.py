@@ -159,7 +159,7 @@ def _run_one(options: argparse.Namespace, study: Study) -> int:
 def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point | None], settled: set[str]) -> bool:
     """Runs what is left; false where it was interrupted."""
     devices = slot_devices(visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks)
-    steps = {point.run: study.recipe_of(point).train.num_steps for point in study.runs}
+    steps = {point.run: study.num_steps(point) for point in study.runs}
     reached = {run: min(reached_step(study.run_folder(run)), count) for run, count in steps.items() if run not in settled}
     if study.design.search == "tpe":
         total_runs = study.design.trials

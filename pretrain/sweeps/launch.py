@@ -93,7 +93,7 @@ def read_result(study: Study, point: Point) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(result_path(study, point).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    done: bool = result.get("steps", 0) >= study.recipe_of(point).train.num_steps
+    done: bool = result.get("steps", 0) >= study.num_steps(point)
     return result if done else None
 
 

@@ -186,7 +186,7 @@ class Runner:
             record.validation = validations(study.run_folder(record.point.run))
         study.write(record)
         self._release(active)
-        self.progress.ended(record, study.recipe_of(record.point).train.num_steps)
+        self.progress.ended(record, study.num_steps(record.point))
 
     def _settle(self, active: Active, result: dict[str, Any]) -> None:
         record, study = active.record, self.study
@@ -198,7 +198,7 @@ class Runner:
             record.state, record.result, record.validation = "finished", result, validations(study.run_folder(record.point.run))
         study.write(record)
         self._release(active)
-        self.progress.ended(record, study.recipe_of(record.point).train.num_steps)
+        self.progress.ended(record, study.num_steps(record.point))
 
     def _release(self, active: Active) -> None:
         if active.lock is not None:

@@ -128,6 +128,10 @@ class Study:
             apply_override(content, override)
         return validate_recipe(content, self.design.recipe)
 
+    def num_steps(self, point: Point) -> int:
+        """Optimizer steps of the point's run."""
+        return self.recipe_of(point).train.num_steps
+
     def record(self, point: Point) -> Record:
         """What is on disk of a point's run.
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,16 @@ class TwiceAtOnce:
         self.output, self.ranks, self.most = output, ranks, 0
 
     def look(self) -> None:
-        counts: dict[str, int] = {}
+        found: dict[int, tuple[int, str]] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
                 script = next((word for word in words[1:] if not word.startswith("-")), "")
-                if script == str(SCRIPT) and process.status() != psutil.STATUS_ZOMBIE:
-                    run = next((word for word in words if word.startswith(f"run_path={self.output}{os.sep}")), None)
-                    if run is not None:
-                        counts[run] = counts.get(run, 0) + 1
+                run = next((word for word in words if word.startswith(f"run_path={self.output}{os.sep}")), None)
+                if script == str(SCRIPT) and run is not None and process.status() != psutil.STATUS_ZOMBIE:
+                    found[process.pid] = (process.ppid(), run)
+        # What a rank starts looks like the rank until it has become another program.
+        counts = Counter(run for parent, run in found.values() if parent not in found)
         self.most = max([self.most, *counts.values()])
         assert self.most <= self.ranks, counts
 
