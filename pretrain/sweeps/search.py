@@ -62,7 +62,7 @@ def should_prune(records: Sequence[Record], validation: Sequence[tuple[int, floa
             study.add_trial(create_trial(state=TrialState.COMPLETE, value=record.loss, intermediate_values=dict(record.validation)))
     running = create_trial(state=TrialState.RUNNING, intermediate_values=dict(validation))
     pruner = MedianPruner(PRUNING_STARTS_AFTER_RUNS, n_min_trials=PRUNING_STARTS_AFTER_RUNS)
-    return len(validation) > PRUNING_STARTS_AFTER_VALIDATIONS and pruner.prune(study, running)
+    return len(validation) > PRUNING_STARTS_AFTER_VALIDATIONS and bool(pruner.prune(study, running))
 
 
 def _study(sampler: BaseSampler) -> Study:
