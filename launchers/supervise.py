@@ -1,12 +1,14 @@
 """Runs a launcher, hands SIGTERM, SIGINT and SIGUSR1 to the ranks below it, and ends with the launcher's exit code.
 
 The ranks save at such a signal and end with code 75. The launchers alone lose that: ``deepspeed`` dies of SIGTERM and leaves its ranks
-running, and ``torchrun`` hands the signal on but ends with code 1 and a traceback.
+running, and ``torchrun`` hands the signal on but ends with code 1 and a traceback. With ``--parent PID`` before the command, the end of the
+process that started this is a SIGTERM too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from types import FrameType
 import psutil
 
 SCRIPT = "pretrain.py"
+PARENT_SECONDS = 0.5  # between two looks at the parent
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -37,7 +40,21 @@ def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
                 process.send_signal(number)
 
 
+def wait(launcher: subprocess.Popen[bytes], parent: int | None) -> int:
+    """The launcher's exit code. Ranks whose ``parent`` is gone are asked to save and end, once."""
+    while parent is not None and launcher.poll() is None:
+        if os.getppid() != parent:
+            forward(launcher, signal.SIGTERM)
+            break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(PARENT_SECONDS)
+    return launcher.wait()
+
+
 def main(command: list[str]) -> int:
+    parent = None
+    if command[:1] == ["--parent"]:
+        parent, command = int(command[1]), command[2:]
     # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher beside the ranks.
     launcher = subprocess.Popen(command, start_new_session=True)
 
@@ -46,7 +63,7 @@ def main(command: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, handle)
-    code = launcher.wait()
+    code = wait(launcher, parent)
     return code if code >= 0 else 128 - code
 
 

@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"pretrain.callbacks"},
     {"pretrain.trainer", "pretrain.plan", "pretrain.run_folder", "pretrain.signals"},
     {"pretrain.train"},
+    {"pretrain.range_test", "pretrain.sweeps"},
 ]
 CLOSE_GROUPS = (LAYERS[0], LAYERS[8])
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

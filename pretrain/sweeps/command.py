@@ -1,0 +1,232 @@
+"""What ``tools/sweep.py`` and ``tools/run_ablations.py`` have in common: options, and the way from them to a report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config.cli import add_json_option, write_json
+from pretrain.config.durable import only_writer
+from pretrain.config.errors import DONE, PREEMPTED, ConfigError
+from pretrain.engine.ds_config import read_ds_config
+from pretrain.sweeps.axes import Point, parse_axis
+from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
+from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.progress import SweepProgress
+from pretrain.sweeps.report import point_rows, ranking, states, terminal_table, write_report
+from pretrain.sweeps.runner import Runner, StopRequest, listed_points
+from pretrain.sweeps.slurm import write_array
+from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, check_same, open_study
+
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1.json"
+EXIT_CODES = """
+The same command again, or --output alone, goes on: finished runs are not started again, interrupted ones go on from their checkpoints.
+
+exit codes: 0 every run finished, 2 usage, a point that cannot run, or another sweep's folder, 3 data, 5 disk,
+75 interrupted and saved; where runs failed, the exit code of the first of them"""
+
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """The options that both commands take."""
+    parser.add_argument("--output", "--output-dir", type=Path, required=True, metavar="FOLDER", help="runs, records and report; alone: go on with it")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a field in every run; may be repeated"
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of each run (default: the recipe's train.train_tokens)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="run every point with each of these seeds")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run; above 1 by the deepspeed launcher (default: 1)")
+    parser.add_argument("--ds_config", "--ds-config", default=str(DEFAULT_DS_CONFIG), metavar="PATH", help="DeepSpeed's JSON, for every run")
+    parser.add_argument("--slots", type=int, metavar="N", help="runs at once (default: what the GPUs allow, 1 on CPUs)")
+    parser.add_argument("--keep-going", action=argparse.BooleanOptionalAction, default=True, help="start other runs after one has failed")
+    parser.add_argument("--retry-failed", action="store_true", help="start failed runs once more")
+    parser.add_argument("--skip-invalid", action="store_true", help="leave out points that a rule refuses, instead of starting nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the points, start and write nothing")
+    parser.add_argument("--slurm", action="store_true", help="write a batch script with one job of an array for each run, and start nothing")
+    parser.add_argument("--point", type=int, metavar="N", help="with --output alone: only run number N (from 0), as a job of an array does")
+    parser.add_argument("--report", action="store_true", help="with --output alone: report what has finished, and start nothing")
+    add_json_option(parser)
+
+
+def design_from(options: argparse.Namespace, kind: str, recipe: str, axes: dict[str, Any], search: str, trials: int = 0) -> Design:
+    """What is asked for.
+
+    Raises:
+        ConfigError: for sizes below 1 and axes of no known form.
+    """
+    for name, least in (("ranks", 1), ("slots", 1), ("tokens", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ConfigError(f"--{name} {value} must be at least {least}")
+    for name, spec in axes.items():
+        parse_axis(name, spec)
+    return Design(
+        kind=kind,
+        recipe=recipe,
+        base=base_mapping(recipe, options.overrides, options.tokens),
+        axes={str(name): _plain(spec) for name, spec in axes.items()},
+        search=search,
+        trials=trials,
+        search_seed=getattr(options, "search_seed", 0),
+        seeds=options.seeds,
+        train_tokens=options.tokens,
+        ranks=options.ranks,
+        ds_config=read_ds_config(options.ds_config),
+        folder=os.getcwd(),
+        prune=getattr(options, "prune", False),
+    )
+
+
+def _plain(spec: Any) -> Any:
+    """As JSON gives it back: names of values are text."""
+    return {str(key): value for key, value in spec.items()} if isinstance(spec, dict) else spec
+
+
+def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) -> int:
+    """From what is asked for, or what the folder holds, to a report."""
+    output = options.output.resolve()
+    found = open_study(output)
+    if design is not None and found is not None:
+        check_same(found.design, design, options.output)
+    study = found or _planned(output, design, options.skip_invalid)
+    if options.dry_run:
+        return _list_points(options, study)
+    if found is None:
+        with only_writer(output, "choose another folder with --output"):
+            study.save()
+    if options.point is not None:
+        return _run_one(options, study)
+    if options.slurm:
+        script = write_array(study, tool, options.slots or len(study.runs))
+        _say(options, f"wrote {script}: {len(study.runs)} runs; submit it with sbatch {script}")
+        write_json({"script": str(script), "runs": len(study.runs)}, options.json_path)
+        return DONE
+    if options.report:
+        return _report(options, study, interrupted=False)
+    with only_writer(output, "choose another folder with --output"):
+        return _run_all(options, study, tool)
+
+
+def _planned(output: Path, design: Design | None, skip_invalid: bool) -> Study:
+    """A new sweep whose points are all checked; nothing is written yet."""
+    if design is None:
+        raise ConfigError(f"{output} holds no sweep to go on with: say what to vary, see --help")
+    study = Study(output, design, [])
+    study.points, study.skipped = checked_points(study, planned_points(design), skip_invalid)
+    return study
+
+
+@contextlib.contextmanager
+def _working_in(folder: str) -> Iterator[None]:
+    """Relative paths of a recipe are seen from where the sweep was made."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"the sweep was started in {folder}, which is not there: its recipe's relative paths are seen from it; put it back")
+    with contextlib.chdir(folder):
+        yield
+
+
+def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
+    settled = {point.run for point in study.runs if study.record(point).state in SETTLED}
+    if options.retry_failed:
+        settled -= {point.run for point in study.runs if study.record(point).state == "failed"}
+    todo = [point for point in study.runs if point.run not in settled]
+    with _working_in(study.design.folder):
+        next_point = searching(study) if study.design.search == "tpe" else listed_points(todo)
+        interrupted = not _work(options, study, next_point, settled)
+    return _report(options, study, interrupted, go_on=f"{tool.parent.name}/{tool.name} --output {options.output}")
+
+
+def _run_one(options: argparse.Namespace, study: Study) -> int:
+    """One run of an array. The report is left to the command without --point: several of these run at once."""
+    if study.design.search == "tpe" or not 0 <= options.point < len(study.runs):
+        raise ConfigError(f"--point {options.point}: the sweep in {options.output} has runs 0 to {len(study.runs) - 1}")
+    point = study.runs[options.point]
+    with _working_in(study.design.folder):
+        if study.record(point).state not in SETTLED or options.retry_failed:
+            _work(options, study, listed_points([point]), set())
+    record = study.record(point)
+    _say(options, f"{record.state} {point.run}{': ' + record.error if record.error else ''}")
+    write_json({"point": point.name, "state": record.state, "error": record.error, "result": record.result}, options.json_path)
+    return exit_code(study, [point])
+
+
+def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point | None], settled: set[str]) -> bool:
+    """Runs what is left; false where it was interrupted."""
+    devices = slot_devices(visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks)
+    steps = {point.run: study.num_steps(point) for point in study.runs}
+    reached = {run: min(reached_step(study.run_folder(run)), count) for run, count in steps.items() if run not in settled}
+    if study.design.search == "tpe":
+        total_runs = study.design.trials
+        total_steps = total_runs * (sum(steps.values()) // len(steps) if steps else 1)
+    else:
+        total_runs, total_steps = len(steps), sum(steps.values())
+    stop = StopRequest()
+    stop.install()
+    progress = SweepProgress(total_runs, total_steps, {run: count for run, count in steps.items() if run in settled}, reached)
+    try:
+        return Runner(study, devices, points, stop, progress, options.keep_going, options.retry_failed).run()
+    finally:
+        progress.close()
+
+
+def exit_code(study: Study, points: list[Point]) -> int:
+    """0 where all has finished or was pruned, the code of the first failed run, else 75."""
+    records = [study.record(point) for point in points]
+    for record in records:
+        if record.state == "failed":
+            code: int = record.attempts[-1].get("exit_code") or 1 if record.attempts else 1
+            return code
+    return DONE if all(record.state in SETTLED for record in records) else PREEMPTED
+
+
+def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on: str = "") -> int:
+    paths, ranked, counts = write_report(study), ranking(study), states(study)
+    if options.json_path != "-":
+        console = Console()
+        if ranked:
+            console.print(terminal_table(study, ranked))
+        for point in study.runs:
+            record = study.record(point)
+            if record.state == "failed":
+                console.print(f"failed {point.run}: {record.error}", markup=False, highlight=False)
+        told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        console.print(f"{told}; the report is {paths['markdown']}", markup=False, highlight=False, soft_wrap=True)
+        if interrupted:
+            console.print(f"interrupted: python {go_on} goes on", markup=False, highlight=False, soft_wrap=True)
+    result = {
+        "output": str(study.output),
+        "search": study.design.search,
+        "runs": len(study.runs),
+        "states": counts,
+        "ranking": ranked,
+        "points": point_rows(study),
+        "skipped": study.skipped,
+        "files": {name: str(path) for name, path in paths.items()},
+    }
+    write_json(result, options.json_path)
+    return DONE if options.report else PREEMPTED if interrupted else exit_code(study, study.runs)
+
+
+def _list_points(options: argparse.Namespace, study: Study) -> int:
+    """--dry-run: the points with what they set."""
+    points = study.points
+    if options.json_path != "-":
+        table = Table("number", "point", "overrides", title=f"{len(points)} points of {study.design.recipe}")
+        for number, point in enumerate(points):
+            table.add_row(str(number), point.name, " ".join(point.overrides).replace("[", "\\["))
+        Console().print(table)
+        for entry in study.skipped:
+            print(f"left out {entry['name']}: {entry['reason']}")
+    write_json({"points": [{"name": point.name, "overrides": point.overrides} for point in points], "skipped": study.skipped}, options.json_path)
+    return DONE
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if options.json_path != "-":
+        print(text, file=sys.stdout)

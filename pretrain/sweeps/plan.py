@@ -1,0 +1,121 @@
+"""Which points a sweep has, each checked as far as it can be before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from data_pipeline.corpora import Corpora, data_folders, load_corpora
+from data_pipeline.manifest import canonical_sha256
+from data_pipeline.mixture import check_names
+from pretrain.config.errors import ConfigError, DataError, PipelineError
+from pretrain.config.rules import check_topology
+from pretrain.config.schema import Recipe
+from pretrain.engine.ds_config import zero_stage_of
+from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
+from pretrain.sweeps.search import next_point, random_points
+from pretrain.sweeps.study import SETTLED, Design, Record, Study
+
+# A search gives up after so many proposals a trial that no rule lets pass, or that are the same as an earlier one.
+PROPOSALS_PER_TRIAL = 10
+REFUSALS_SHOWN = 5
+
+
+def planned_points(design: Design) -> list[Point]:
+    """The points that are known from the start: all, or none yet for a search that chooses as it goes.
+
+    Raises:
+        ConfigError: for axes that the search does not take.
+    """
+    axes = design.parsed_axes()
+    if design.search == "tpe":
+        if design.seeds:
+            raise ConfigError("a tpe search compares single runs and takes no --seeds: use --search grid or random, or leave --seeds out")
+        return []
+    if design.search == "random":
+        points = random_points(axes, design.trials, design.search_seed)
+    else:
+        points = grid(axes) if design.search == "grid" else one_at_a_time(axes)
+    return with_seeds(without_equal_names(points), design.seeds)
+
+
+class PointCheck:
+    """Rules, ranks, data and mixture of a point, before a process is started; data folders are read once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.stage = zero_stage_of(study.design.ds_config, "the ds_config")
+        self._corpora: dict[str, Corpora] = {}
+
+    def __call__(self, point: Point) -> Recipe:
+        """Raises :class:`PipelineError` where the point cannot run, with the sentence that training would end with."""
+        recipe = self.study.recipe_of(point)
+        check_topology(recipe, self.study.design.ranks, self.stage)
+        folders = data_folders(recipe)
+        key = json.dumps(folders, sort_keys=True)
+        if key not in self._corpora:
+            self._corpora[key] = load_corpora(folders)
+        corpora = self._corpora[key]
+        if not corpora.utf8_bytes("validation"):
+            raise DataError(f"the data in {corpora.place} has no validation split to compare runs by: build it with data.validation_share above 0")
+        if not recipe.data.streaming:
+            check_names(recipe.data.mixture, list(corpora.training_parts()))
+        return recipe
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The same for recipes that would train the same run."""
+    return canonical_sha256({key: value for key, value in recipe.model_dump(mode="json").items() if key not in ("name", "run_path")})
+
+
+def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) -> tuple[list[Point], list[dict[str, str]]]:
+    """The points that can run, equal ones standing for one run; and those that cannot, with the reason.
+
+    Raises:
+        ConfigError: where a point cannot run and ``skip_invalid`` is false, with a sentence for each; nothing has started then.
+    """
+    check, kept, refused = PointCheck(study), [], []
+    runs: dict[str, str] = {}
+    for point in points:
+        try:
+            digest = fingerprint(check(point))
+        except PipelineError as error:
+            refused.append({"name": point.name, "reason": str(error)})
+            continue
+        kept.append(replace(point, run=runs.setdefault(digest, point.name)))
+    if refused and (not skip_invalid or not kept):
+        shown = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused[:REFUSALS_SHOWN])
+        more = f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
+        remedy = "" if skip_invalid else "; mend them, or leave them out with --skip-invalid"
+        raise ConfigError(f"{len(refused)} of {len(points)} points cannot run, nothing was started: {shown}{more}{remedy}")
+    return kept, refused
+
+
+def searching(study: Study) -> Callable[[], Point | None]:
+    """Hands out the points of a tpe search: first those that an earlier start left, then new ones until there are enough trials."""
+    axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
+    left = iter([point for point in study.points if study.record(point).state not in SETTLED])
+    fingerprints = {fingerprint(study.recipe_of(point)): point.name for point in study.points if study.record(point).state != "refused"}
+
+    def following() -> Point | None:
+        if (point := next(left, None)) is not None:
+            return point
+        while len(fingerprints) < design.trials and len(study.points) < design.trials * PROPOSALS_PER_TRIAL:
+            records = [study.record(point) for point in study.points]
+            record = Record(next_point(axes, records, design.search_seed))
+            try:
+                digest = fingerprint(check(record.point))
+                if digest in fingerprints:
+                    raise ConfigError(f"it is the same recipe as {fingerprints[digest]}")
+            except PipelineError as error:
+                record.state, record.error = "refused", str(error)
+            study.point_folder(record.point.run).mkdir(parents=True, exist_ok=True)
+            study.write(record)
+            study.points.append(record.point)
+            if record.state != "refused":
+                fingerprints[digest] = record.point.name
+                return record.point
+        return None
+
+    return following

@@ -1,0 +1,101 @@
+"""Pictures of a sweep, as PNG in memory."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pretrain.sweeps.axes import Axis
+
+# Beyond this many points names hide the picture.
+NAMED_POINTS = 24
+DPI = 120
+
+
+def _perplexity_error(entries: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """How far one standard deviation of the loss reaches below and above each perplexity."""
+    spreads = [entry["spread"] or 0.0 for entry in entries]
+    values = [entry["perplexity"] for entry in entries]
+    below = [value * (1.0 - math.exp(-spread)) for value, spread in zip(values, spreads, strict=True)]
+    return [below, [value * (math.exp(spread) - 1.0) for value, spread in zip(values, spreads, strict=True)]]
+
+
+def _saved(figure: Any) -> bytes:
+    from matplotlib import pyplot
+
+    memory = io.BytesIO()
+    figure.savefig(memory, dpi=DPI, format="png")
+    pyplot.close(figure)
+    return memory.getvalue()
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> bytes:
+    """Perplexity against a size of the model, and the line of points that no smaller one beats."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    sizes, values = [entry[column] for entry in ranked], [entry["perplexity"] for entry in ranked]
+    axes.errorbar(sizes, values, yerr=_perplexity_error(ranked), fmt="o", markersize=5, capsize=3, elinewidth=0.8)
+    front = _front(sizes, values)
+    axes.plot(*zip(*front, strict=True), color="tab:gray", linewidth=0.8, linestyle="--", drawstyle="steps-post", label="best up to this size")
+    if len(ranked) <= NAMED_POINTS:
+        for entry, size, value in zip(ranked, sizes, values, strict=True):
+            axes.annotate(entry["point"], (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    if max(sizes) > 1.5 * min(sizes):
+        axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel="validation perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _saved(figure)
+
+
+def _front(sizes: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    front: list[tuple[float, float]] = []
+    for size, value in sorted(zip(sizes, values, strict=True)):
+        if not front or value < front[-1][1]:
+            front.append((size, value))
+    return front
+
+
+def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_base: bool) -> bytes:
+    """A panel an axis: perplexity by the axis's value; numbers on a scale, names side by side, the base recipe as a line."""
+    pyplot = _pyplot()
+    columns = min(3, len(axes))
+    rows = -(-len(axes) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
+    base = next((entry["perplexity"] for entry in groups if not any(value is not None for value in entry["values"].values())), None)
+    for axis, panel in zip(axes, panels.flat, strict=False):
+        entries = [entry for entry in groups if entry["values"].get(axis.name) is not None]
+        if entries:
+            _draw_axis(panel, axis, entries)
+        if against_base and base is not None:
+            panel.axhline(base, color="tab:gray", linewidth=0.8, linestyle="--", label="base")
+            panel.legend()
+        panel.set(xlabel=axis.name, ylabel="validation perplexity")
+        panel.grid(alpha=0.3)
+    for panel in list(panels.flat)[len(axes) :]:
+        panel.set_visible(False)
+    return _saved(figure)
+
+
+def _draw_axis(panel: Any, axis: Axis, entries: Sequence[dict[str, Any]]) -> None:
+    numeric = all(axis.name in entry["numbers"] for entry in entries)
+    if numeric:
+        places = [entry["numbers"][axis.name] for entry in entries]
+        if axis.scale == "log":
+            panel.set_xscale("log")
+    else:
+        labels = [option.label for option in axis.options]
+        places = [labels.index(entry["values"][axis.name]) for entry in entries]
+        panel.set_xticks(range(len(labels)), labels, rotation=30 if max(map(len, labels)) > 8 else 0)
+    panel.errorbar(places, [entry["perplexity"] for entry in entries], yerr=_perplexity_error(entries), fmt="o", markersize=5, capsize=3)

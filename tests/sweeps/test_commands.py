@@ -1,0 +1,156 @@
+"""The two commands from their options: what they print, refuse and write; and whole real sweeps of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config.errors import ConfigError, run_command
+from tests.launch.tiny_run import STEP_TOKENS, Started, Tiny
+from tests.sweeps.sweep_runs import ABLATIONS, SWEEP, TwiceAtOnce, numbers, record, start, steps_of, wait_until_reached, wait_watching, write_axes
+from tools import run_ablations, sweep
+
+RATE = "optimizer.learning_rate"
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    def call(tool: Any, *arguments: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, arguments)])
+        code: int = tool.main()
+        return code
+
+    return call
+
+
+def test_a_dry_run_lists_the_points_and_writes_nothing(tiny: Tiny, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = ("--axis", f"{RATE}=log:1e-3:1e-2:2", "--seeds", "1", "2")
+    assert command(sweep, "--recipe", tiny.recipe, *axes, "--output", tmp_path / "sweep", "--dry-run", "--json", "-") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [(point["name"], point["overrides"]) for point in points] == [
+        (f"learning_rate={rate},seed={seed}", [f"{RATE}={rate}", f"seed={seed}"]) for rate in ("0.001", "0.01") for seed in (1, 2)
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "tool,arguments,told",
+    [
+        (sweep, ("--recipe", "debug"), "needs a recipe and at least one axis"),
+        (sweep, (), "holds no sweep to go on with"),
+        (sweep, ("--recipe", "TINY", "--axis", "seed=[1]", "--slots", "0"), "--slots 0 must be at least 1"),
+        (sweep, ("--recipe", "TINY", "--axis", "model.moe.top_k=[9]"), "1 of 1 points cannot run"),
+        (sweep, ("--recipe", "nothing", "--axis", "seed=[1]"), "there is no recipe 'nothing'"),
+        (run_ablations, ("AXES", "--axes", "width"), "has no axis 'width': it has seed"),
+        (run_ablations, ("--axes", "width"), "needs a file of axes"),
+        (run_ablations, ("AXES", "--ds_config", "absent.json"), "cannot read the ds_config absent.json"),
+    ],
+)
+def test_what_cannot_be_is_told_and_writes_nothing(
+    tiny: Tiny, tmp_path: Path, command: Command, tool: Any, arguments: tuple[str, ...], told: str
+) -> None:
+    axes = write_axes(tiny, tmp_path, {"seed": [1, 2]})
+    given = [str(tiny.recipe) if word == "TINY" else str(axes) if word == "AXES" else word for word in arguments]
+    with pytest.raises(ConfigError, match=told):
+        command(tool, *given, "--output", tmp_path / "sweep")
+    assert list(tmp_path.iterdir()) == [axes]
+
+
+def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
+    tiny: Tiny, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes, output = write_axes(tiny, tmp_path, {"seed": [1, 2, 3], "logging.interval_steps": [1, 2]}), tmp_path / "sweep"
+    assert command(run_ablations, axes, "--output", output, "--slurm", "--slots", "2") == 0
+    script = (output / "array.sbatch").read_text()
+    assert "#SBATCH --array=0-4%2" in script  # six points, of which one is the base recipe itself
+    assert subprocess.run(["bash", "-n", output / "array.sbatch"], check=False).returncode == 0
+    assert not (output / "runs").exists() and "5 runs" in capsys.readouterr().out
+    assert command(run_ablations, "--output", output, "--report", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["states"] == {"waiting": 5}
+    with pytest.raises(ConfigError, match="another 'axes'"):
+        command(run_ablations, axes, "--axes", "seed", "--output", output)
+    with pytest.raises(ConfigError, match="has runs 0 to 4"):
+        command(run_ablations, "--output", output, "--point", "5")
+    searched = ("--recipe", tiny.recipe, "--axis", f"{RATE}=log:1e-4:1e-2", "--search", "tpe", "--output", tmp_path / "tpe", "--slurm")
+    with pytest.raises(ConfigError, match="cannot be an array of jobs"):
+        command(sweep, *searched)
+
+
+@pytest.mark.parametrize("tool", [sweep, run_ablations])
+def test_help_has_examples_and_exit_codes(tool: Any, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: command(tool, "--help"))
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "examples:" in shown and "75 interrupted and saved" in shown and "--json" in shown
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_real_grid_over_seeds_stopped_by_ctrl_c_goes_on_and_tells_which_rate_diverged(tiny: Tiny, tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    watch = TwiceAtOnce(output, 1)
+    settings = ("--set", "train.grad_clip=0", "--set", "optimizer.kind=sgd", "--tokens", str(10 * STEP_TOKENS), "--output", output)
+    arguments = ("--recipe", tiny.recipe, "--axis", f"{RATE}=[0.03, 1.0e+18]", "--seeds", "1", "2", *settings)
+    names = [f"learning_rate={rate},seed={seed}" for rate in ("0.03", "1e+18") for seed in (1, 2)]
+    stopped = start(SWEEP, tmp_path, *arguments)
+    wait_until_reached(output, names[0], 3, stopped, watch)
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.wait() == 75, stopped.stderr
+    assert f"python tools/sweep.py --output {output} goes on" in stopped.stdout and stopped.survivors() == []
+    assert record(output, names[0])["state"] == "interrupted" and record(output, names[0])["attempts"][0]["exit_code"] == 75
+    assert record(output, names[1])["state"] == "waiting"
+
+    again = start(SWEEP, tmp_path, *arguments, "--json", "-")
+    assert wait_watching(again, watch) == 6, again.stderr
+    result = json.loads(again.stdout)
+    assert result["states"] == {"finished": 2, "failed": 2}
+    assert "not finite" in record(output, names[2])["error"] and record(output, names[2])["attempts"][0]["exit_code"] == 6
+    (entry,) = result["ranking"]
+    assert (entry["point"], entry["seeds"]) == ("learning_rate=0.03", 2) and entry["spread"] > 0
+    assert steps_of(output / "runs" / names[0]) == list(range(1, 11))
+    assert [len(record(output, name)["attempts"]) for name in names] == [2, 1, 1, 1]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_tasks_of_an_array_run_through_bash_and_are_put_back_into_the_queue_when_they_are_preempted(tiny: Tiny, tmp_path: Path) -> None:
+    output, watch = tmp_path / "ablation", TwiceAtOnce(tmp_path / "ablation", 1)
+    axes = write_axes(tiny, tmp_path, {"logging.hot_expert_factor": [5.0, 4.0]})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text('#!/usr/bin/env bash\necho "$@" >> scontrol.txt\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    asked = ("--mode", "grid", "--tokens", str(12 * STEP_TOKENS), "--output", output, "--slurm")
+    written = start(ABLATIONS, tmp_path, axes, *asked)
+    assert written.wait() == 0, written.stderr
+
+    def task(number: int) -> Started:
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
+        return Started(
+            ["bash", output / "array.sbatch"],
+            tmp_path,
+            {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_JOB_ID": "42", "SLURM_JOB_ID": "43", "PATH": path},
+        )
+
+    names = [f"hot_expert_factor={factor}" for factor in (5, 4)]
+    preempted, other = task(0), task(1)
+    wait_until_reached(output, names[0], 3, preempted, watch)
+    preempted.process.send_signal(signal.SIGTERM)
+    assert preempted.wait() == 75, preempted.stderr
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 42_0\n"
+    assert other.wait() == 0, other.stderr
+    again = task(0)
+    assert wait_watching(again, watch) == 0, again.stderr
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 42_0\n"
+    assert numbers(output / "runs" / names[0]) == numbers(output / "runs" / names[1])
+    reported = start(ABLATIONS, tmp_path, "--output", output, "--json", "-")
+    assert reported.wait() == 0, reported.stderr
+    assert json.loads(reported.stdout)["states"] == {"finished": 2} and (output / "ablation_results.csv").is_file()
+    assert [len(record(output, name)["attempts"]) for name in names] == [2, 1]

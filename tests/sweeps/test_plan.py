@@ -1,0 +1,149 @@
+"""What a sweep refuses before anything starts, and what its folder remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config.errors import ConfigError, StorageError
+from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.study import Design, Record, Study, base_mapping, check_same, open_study
+from tests.launch.tiny_run import Tiny
+
+TOP_K = "model.moe.top_k"
+
+
+def design_of(tiny: Tiny, axes: dict[str, Any], search: str = "grid", **changes: Any) -> Design:
+    base = base_mapping(str(tiny.recipe), [], None)
+    given = {"seeds": [], "train_tokens": None, "ranks": 1, "ds_config": {}, "folder": str(tiny.folder), "trials": 4, "search_seed": 0}
+    return Design(**({"kind": "sweep", "recipe": "tiny", "base": base, "axes": axes, "search": search} | given | changes))
+
+
+def planned(tiny: Tiny, output: Path, axes: dict[str, Any], search: str = "grid", skip_invalid: bool = False, **changes: Any) -> Study:
+    study = Study(output, design_of(tiny, axes, search, **changes), [])
+    study.points, study.skipped = checked_points(study, planned_points(study.design), skip_invalid)
+    return study
+
+
+@pytest.mark.parametrize(
+    "axes,changes,told",
+    [
+        ({TOP_K: [1, 2, 8]}, {}, r"1 of 3 points cannot run, nothing was started: top_k=8: .*top_k"),
+        ({"model.moe.topk": [1]}, {}, "unknown field 'model.moe.topk': did you mean 'top_k'"),
+        ({"train.micro_batch_size": [2, 3]}, {}, "micro_batch_size=3: .*no multiple"),
+        ({TOP_K: [1]}, {"ranks": 3}, r"micro_batch_size x ranks \(2 x 3\)"),
+        ({"data.path": ["absent"]}, {}, "absent"),
+        ({"data.mixture": [{"kind": "weights", "weights": {"web": 1.0}}]}, {}, "web"),
+        ({"parallel.ep_size": [1, 2]}, {}, "ep_size=2: .*does not divide the number of ranks"),
+    ],
+)
+def test_points_that_cannot_run_are_told_before_anything_starts(tiny: Tiny, tmp_path: Path, axes: dict[str, Any], changes: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        planned(tiny, tmp_path / "sweep", axes, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_request_they_are_left_out_and_remembered(tiny: Tiny, tmp_path: Path) -> None:
+    study = planned(tiny, tmp_path / "sweep", {TOP_K: [1, 2, 8]}, skip_invalid=True)
+    assert [point.name for point in study.points] == ["top_k=1", "top_k=2"]
+    study.save()
+    again = open_study(tmp_path / "sweep")
+    assert again is not None and again.points == study.points and again.skipped == study.skipped and again.design == study.design
+    assert again.skipped[0]["name"] == "top_k=8" and "top_k" in again.skipped[0]["reason"]
+    with pytest.raises(ConfigError, match="1 of 1 points"):
+        planned(tiny, tmp_path / "none", {TOP_K: [8]}, skip_invalid=True)
+
+
+def test_equal_recipes_are_one_run(tiny: Tiny, tmp_path: Path) -> None:
+    study = planned(
+        tiny, tmp_path / "sweep", {"experts": {"2": {"model.moe.num_experts": 2}, "4": {"model.moe.num_experts": 4}}, TOP_K: [1, 2]}, "each"
+    )
+    assert {point.name: point.run for point in study.points} == {
+        "base": "base",
+        "experts=2": "experts=2",
+        "experts=4": "base",
+        "top_k=1": "top_k=1",
+        "top_k=2": "base",
+    }
+    assert [point.name for point in study.runs] == ["base", "experts=2", "top_k=1"]
+
+
+def test_a_recipe_that_changes_under_a_sweep_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny.recipe.read_text())
+    study = Study(tmp_path / "sweep", design_of(tiny, {TOP_K: [1]}, base=base_mapping(str(recipe), ["seed=11"], 512)), [])
+    study.points, _ = checked_points(study, planned_points(study.design), False)
+    study.save()
+    recipe.write_text("name: another")
+    again = open_study(tmp_path / "sweep")
+    assert again is not None
+    found = again.recipe_of(again.points[0])
+    assert (found.seed, found.train.train_tokens, found.run_path) == (11, 512, str(tmp_path / "sweep" / "runs" / "top_k=1"))
+
+
+@pytest.mark.parametrize("field,value", [("axes", {TOP_K: [1]}), ("seeds", [1]), ("ranks", 2), ("search", "random"), ("ds_config", {"a": 1})])
+def test_another_sweeps_folder_is_refused(tiny: Tiny, field: str, value: Any) -> None:
+    found = design_of(tiny, {TOP_K: [1, 2]})
+    check_same(found, found, Path("sweep"))
+    with pytest.raises(ConfigError, match=f"holds a sweep with another '{field}'.*choose another folder with --output"):
+        check_same(found, dataclasses.replace(found, **{field: value}), Path("sweep"))
+
+
+def test_a_folder_with_other_files_and_damaged_files_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    study = planned(tiny, tmp_path / "sweep", {TOP_K: [1]})
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes.txt and no sweep"):
+        study.save()
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["notes.txt"]
+    (tmp_path / "sweep" / "notes.txt").unlink()
+    study.save()
+    record = study.point_folder("top_k=1") / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"state": ')
+    with pytest.raises(StorageError, match="is damaged: delete it"):
+        study.record(study.points[0])
+    (tmp_path / "sweep" / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged or of another version"):
+        open_study(tmp_path / "sweep")
+
+
+def test_a_tpe_search_hands_out_what_was_left_and_then_new_trials_and_refuses_what_no_rule_lets_pass(tiny: Tiny, tmp_path: Path) -> None:
+    axes = {"optimizer.learning_rate": "log:1e-4:1e-2", TOP_K: [1, 2, 8]}
+    study = planned(tiny, tmp_path / "sweep", axes, "tpe")
+    study.save()
+    following = searching(study)
+    first = following()
+    assert first is not None and study.record(first).state == "waiting"
+    study.write(Record(first, "finished", [{"exit_code": 0}], None, {"validation_loss_in_training": 3.0}))
+    second = following()
+    assert second is not None and second.name != first.name
+
+    again = open_study(tmp_path / "sweep")
+    assert again is not None
+    rest = searching(again)
+    handed = []
+    while (point := rest()) is not None:
+        handed.append(point)
+        again.write(Record(point, "finished", [{"exit_code": 0}], None, {"validation_loss_in_training": 4.0}))
+    assert handed[0] == second and len(handed) == 3
+    records = [again.record(point) for point in again.points]
+    assert [record.state for record in records].count("finished") == 4
+    assert all("top_k" in str(record.error) for record in records if record.state == "refused")
+    assert all(record.point.values[TOP_K] != "8" for record in records if record.state == "finished")
+
+
+def test_a_tpe_search_takes_no_seeds(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes no --seeds"):
+        planned(tiny, tmp_path / "sweep", {TOP_K: [1, 2]}, "tpe", seeds=[1, 2])
+
+
+def test_the_resolved_study_is_plain_json(tiny: Tiny, tmp_path: Path) -> None:
+    study = planned(tiny, tmp_path / "sweep", {TOP_K: [1, 2]}, seeds=[1, 2])
+    study.save()
+    content = json.loads((tmp_path / "sweep" / "study.json").read_text())
+    assert [point["overrides"] for point in content["points"]] == [[f"{TOP_K}={k}", f"seed={seed}"] for k in (1, 2) for seed in (1, 2)]

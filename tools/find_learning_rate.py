@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Finds a learning rate by a range test (Smith 2017): a short training whose learning rate grows exponentially until the loss diverges.
+
+Started like a training, by Python or any launcher. It saves nothing but its picture, and leaves checkpoints as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from tqdm import tqdm
+
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.durable import write_synced
+from pretrain.config.errors import DONE, ConfigError, run_command
+from pretrain.config.load import load_recipe
+from pretrain.config.schema import Recipe
+from pretrain.engine.ds_config import read_ds_config, zero_stage_of
+from pretrain.engine.topology import disconnect
+from pretrain.range_test import FEWEST_STEPS, RangeTest, draw, learning_rates, prepare, run_range_test
+from pretrain.run_folder import prints_to_log
+from pretrain.train import DEFAULT_DS_CONFIG
+
+EXAMPLES = """\
+  python tools/find_learning_rate.py --recipe quickstart --set parallel.ep_size=1
+  deepspeed --num_accelerators 2 tools/find_learning_rate.py --recipe quickstart --from 1e-5 --to 1 --steps 200
+  python tools/find_learning_rate.py --recipe debug --plot lr.png --json -
+
+The suggestion is the lower one of two: where the smoothed loss falls fastest, and a tenth of where it diverges. It holds for the peak of a schedule
+with a warm-up, for this batch size; a longer run may want less.
+
+exit codes: 0 done, 2 usage or a picture that is there already, 3 data, 4 the checkpoint of initial_weights, 5 disk"""
+PLOT = "learning_rate.png"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    add_recipe_options(parser)
+    parser.add_argument("--ds_config", "--ds-config", default=str(DEFAULT_DS_CONFIG), metavar="PATH", help="DeepSpeed's JSON (default: zero1.json)")
+    parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="LR", help="of the first step (default: 1e-6)")
+    parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="LR", help="of the last step (default: 1)")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps, fewer where the loss diverges before (default: 100)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help=f"the picture (default: {PLOT} in the run's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the picture of an earlier test")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def check(options: argparse.Namespace, recipe: Recipe) -> Path:
+    """The picture's path.
+
+    Raises:
+        ConfigError: where the range is none, or the picture is there already.
+    """
+    if not 0 < options.low < options.high:
+        raise ConfigError(f"--from {options.low:g} --to {options.high:g}: the first must be above 0 and below the second")
+    if options.steps < FEWEST_STEPS:
+        raise ConfigError(f"--steps {options.steps} are too few to see a slope: take at least {FEWEST_STEPS}")
+    path: Path = options.plot or Path(recipe.output_path) / PLOT
+    if path.exists() and not options.overwrite:
+        raise ConfigError(f"{path} is there already: add --overwrite, or choose another --plot")
+    return path
+
+
+def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "learning_rate_in_recipe": recipe.optimizer.learning_rate,
+        "suggestion": test.suggestion,
+        "steepest": test.steepest,
+        "diverged": test.diverged,
+        "learning_rates": test.learning_rates,
+        "losses": test.losses,
+        "smoothed": test.smoothed,
+        "plot": str(plot),
+    }
+
+
+def sentences(test: RangeTest, options: argparse.Namespace, recipe: Recipe, plot: Path) -> list[str]:
+    """What the test found, for the terminal."""
+    if test.suggestion is None:
+        told = [f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; try a lower --from and more --steps"]
+    else:
+        told = [f"suggested learning rate {test.suggestion:.2g} (the recipe has {recipe.optimizer.learning_rate:.2g})"]
+    if test.steepest is not None:
+        told.append(f"the loss falls fastest at {test.steepest:.2g}")
+    if test.diverged is None:
+        told.append(f"it has not diverged up to {test.learning_rates[-1]:.2g}: a higher --to would show where")
+    else:
+        told.append(f"it diverges at {test.diverged:.2g}")
+    return [*told, f"the curve is in {plot}"]
+
+
+def main() -> int:
+    options = parse_arguments()
+    recipe = load_recipe(options.recipe, options.overrides)
+    plot, ds_config = check(options, recipe), read_ds_config(options.ds_config)
+    stage, rates = zero_stage_of(ds_config, options.ds_config), learning_rates(options.low, options.high, options.steps)
+    logging.getLogger().addHandler(logging.NullHandler())  # no log file: the run's folder is not ours to write to
+    with prints_to_log():
+        engine, loader = prepare(recipe, ds_config, options.ds_config, stage, len(rates))
+    main_rank = engine.topology.is_main
+    with tqdm(total=len(rates), unit="step", desc="range test", disable=not main_rank, dynamic_ncols=True) as bar:
+
+        def show(rate: float, loss: float) -> None:
+            bar.set_postfix_str(f"lr={rate:.2g} loss={loss:.3f}", refresh=False)
+            bar.update(1)
+
+        with prints_to_log():
+            test = run_range_test(engine, loader, rates, show)
+    if main_rank:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(plot, draw(test, f"{recipe.name}: learning rate range test"))
+        if options.json_path != "-":
+            print("\n".join(sentences(test, options, recipe, plot)))
+        write_json(result_of(test, recipe, plot), options.json_path)
+    disconnect()
+    return DONE
+
+
+if __name__ == "__main__":
+    run_command(main)

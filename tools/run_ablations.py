@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Runs the ablations of a file of axes: the base recipe and each value of each axis by itself, or every combination; with a ranked report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from pretrain.config.cli import command_parser
+from pretrain.config.errors import ConfigError, run_command
+from pretrain.sweeps.axes import read_axes_file
+from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
+from pretrain.sweeps.study import Design
+
+EXAMPLES = f"""\
+  python tools/run_ablations.py moe --set parallel.ep_size=1 --tokens 200000 --output ablations/moe
+  python tools/run_ablations.py moe --axes num_experts top_k --mode grid --skip-invalid --ranks 2 --output ablations/grid --slots 2
+  python tools/run_ablations.py peer_mla --axes product heads_by_top_k --tokens 5000000000 --ranks 8 --output ablations/peer --slurm
+  python tools/run_ablations.py my_axes.yaml --recipe my_recipe.yaml --seeds 1 2 3 --output ablations/mine
+  python tools/run_ablations.py --output ablations/moe
+
+An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a set of fields. Data mixtures are fields like others:
+  mixture: {{web: {{data.mixture: {{kind: weights, weights: {{web: 0.8, code: 0.2}}}}}}, code: {{data.mixture: ...}}}}
+{EXIT_CODES}"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("file", nargs="?", metavar="AXES", help="a file in pretrain/recipes/axes/ without .yaml, or a path")
+    parser.add_argument("--recipe", "--base-config", metavar="NAME|PATH", help="instead of the file's base")
+    parser.add_argument("--axes", nargs="+", metavar="NAME", help="only these axes of the file")
+    parser.add_argument("--mode", choices=("each", "grid"), default="each", help="one axis at a time, or every combination (default: each)")
+    add_sweep_options(parser)
+    return parser.parse_args()
+
+
+def design(options: argparse.Namespace) -> Design | None:
+    """What is asked for; None where only the folder is given."""
+    if options.file is None:
+        if options.recipe or options.axes:
+            raise ConfigError("an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a path")
+        return None
+    base, axes = read_axes_file(options.file)
+    recipe = options.recipe or base
+    if recipe is None:
+        raise ConfigError(f"{options.file} names no base recipe: add 'base:' to it, or give --recipe")
+    for name in options.axes or []:
+        if name not in axes:
+            raise ConfigError(f"{options.file} has no axis '{name}': it has {', '.join(map(str, axes))}")
+    chosen = {name: spec for name, spec in axes.items() if not options.axes or name in options.axes}
+    return design_from(options, "ablation", recipe, chosen, options.mode)
+
+
+def main() -> int:
+    options = parse_arguments()
+    return run_sweep(options, design(options), Path(__file__).resolve())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Searches for good values of recipe fields: a grid, random points or a tpe search, each point a real run, with a ranked report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from pretrain.config.cli import command_parser
+from pretrain.config.errors import ConfigError, run_command
+from pretrain.sweeps.axes import parse_axis_option, read_axes_file
+from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
+from pretrain.sweeps.study import Design
+
+EXAMPLES = f"""\
+  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --tokens 200000 --output sweeps/lr \\
+      --axis optimizer.learning_rate=log:5e-4:8e-3:5 --seeds 1 2 3
+  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --output sweeps/tpe --search tpe --trials 20 --prune --slots 2 \\
+      --axis optimizer.learning_rate=log:1e-4:1e-2 --axis model.moe.top_k=[1,2,4] --axis optimizer.beta2=linear:0.9:0.99
+  python tools/sweep.py --recipe moe_1b --ranks 8 --axes-file my_axes.yaml --output sweeps/wide --slurm && sbatch sweeps/wide/array.sbatch
+  python tools/sweep.py --output sweeps/lr
+
+axes: NAME=[A,B,C] lists values of a field; NAME=log:LOW:HIGH:COUNT, linear: and int: are ranges, whose COUNT only a grid needs.
+A file has 'axes:' with one axis a line, and may name sets of fields: see pretrain/recipes/axes/.
+{EXIT_CODES}"""
+SEARCHES = ("grid", "random", "tpe")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("--recipe", metavar="NAME|PATH", help="what is varied: a file in pretrain/recipes/ without .yaml, or a path")
+    parser.add_argument("--axis", action="append", default=[], metavar="FIELD=VALUES", help="what to vary; may be repeated")
+    parser.add_argument("--axes-file", metavar="NAME|PATH", help="a file of axes; --axis adds to it and replaces its axes of the same name")
+    parser.add_argument("--search", choices=SEARCHES, default="grid", help="every combination, random points, or tpe, which learns (default: grid)")
+    parser.add_argument("--trials", type=int, default=16, metavar="N", help="points of a random or tpe search (default: 16)")
+    parser.add_argument("--search-seed", type=int, default=0, metavar="N", help="seed of a random or tpe search (default: 0)")
+    parser.add_argument("--prune", action="store_true", help="end runs early that are worse than the median of finished ones at the same step")
+    add_sweep_options(parser)
+    return parser.parse_args()
+
+
+def design(options: argparse.Namespace) -> Design | None:
+    """What is asked for; None where only the folder is given."""
+    base, listed = read_axes_file(options.axes_file) if options.axes_file else (None, {})
+    axes: dict[str, Any] = listed | dict(parse_axis_option(text) for text in options.axis)
+    recipe = options.recipe or base
+    if not axes and recipe is None:
+        return None
+    if not axes or recipe is None:
+        raise ConfigError("a sweep needs a recipe and at least one axis: give --recipe and --axis, or --axes-file")
+    if options.trials < 1:
+        raise ConfigError(f"--trials {options.trials} must be at least 1")
+    return design_from(options, "sweep", recipe, axes, options.search, 0 if options.search == "grid" else options.trials)
+
+
+def main() -> int:
+    options = parse_arguments()
+    return run_sweep(options, design(options), Path(__file__).resolve())
+
+
+if __name__ == "__main__":
+    run_command(main)
