@@ -9,14 +9,19 @@ from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +79,38 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
     (folder / UNIVERSAL_LATEST).write_text(UNIVERSAL_TAG, encoding="utf-8")
     count = _compare(checkpoint, target / "zero")
     return count, sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Weights and optimizer states of what :func:`write_universal` made, into an engine of any number of ranks and any ``ep_size``.
+
+    The engine's ds_config has ``"checkpoint": {"load_universal": true}``. Every rank must call it. It unpickles: load what you made.
+
+    Raises:
+        CheckpointError: where ``folder`` is none.
+    """
+    if not (folder / UNIVERSAL_TAG / "zero").is_dir():
+        raise CheckpointError(f"{folder} is no universal checkpoint: give a folder that tools/convert_checkpoint.py --to universal has written")
+    groups = engine.optimizer.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False)
+    # At ZeRO 3 DeepSpeed gives every group the options of the first, and all weights one tensor as Adam's step, which then counts too often.
+    for group, options in zip(groups, own, strict=True):
+        group.update(options)
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    _load_buffers(engine.module, folder / UNIVERSAL_TAG)
+
+
+def _load_buffers(model: nn.Module, universal: Path) -> None:
+    """DeepSpeed leaves buffers, which balancing biases are, as they are; they lie in the file that each of the saving ranks wrote of its model."""
+    path = min(universal.glob("*model_states.pt"))
+    stored = torch.load(path, weights_only=False, map_location="cpu")["module"]  # written by DeepSpeed, with classes of its own
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer.copy_(stored[name])
 
 
 def _zero_stage(checkpoint: Path) -> int | None:

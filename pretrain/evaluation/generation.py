@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config.errors import ConfigError
-from pretrain.evaluation.sampling import Sampling, draw, sampling_probabilities
+from pretrain.evaluation.sampling import Sampling, draw_all
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def continue_prompts(next_logits: NextLogits, prompts: Sequence[Sequence[int]], 
                     seen_BV[row, list(prompt)] = True
             else:
                 seen_BV.scatter_(1, added_BS, True)
-        probs_BV = sampling_probabilities(logits_BV, sampling, seen_BV)
-        tokens = [draw(probs_V, generator) for probs_V, generator in zip(probs_BV, generators, strict=True)]
+        tokens = draw_all(logits_BV, sampling, seen_BV, generators)
         yield tokens
         added_BS = torch.tensor(tokens)[:, None]
 

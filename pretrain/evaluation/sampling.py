@@ -5,6 +5,7 @@ What is taken out has the logit -inf. The order is that of transformers' ``gener
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +81,7 @@ def sampling_probabilities(logits_V: Tensor, sampling: Sampling, seen_V: Tensor 
     Args:
         seen_V: bool [..., V], the tokens that a repetition penalty is for.
     """
-    scaled_V = logits_V.float()
-    if seen_V is not None:
-        scaled_V = penalize_repetition(scaled_V, seen_V, sampling.repetition_penalty)
+    scaled_V = _penalized(logits_V, sampling, seen_V)
     if sampling.greedy:
         return torch.zeros_like(scaled_V).scatter(-1, scaled_V.argmax(dim=-1, keepdim=True), 1.0)
     scaled_V = scaled_V / sampling.temperature
@@ -95,6 +94,22 @@ def sampling_probabilities(logits_V: Tensor, sampling: Sampling, seen_V: Tensor 
     return scaled_V.softmax(dim=-1)
 
 
+def _penalized(logits_V: Tensor, sampling: Sampling, seen_V: Tensor | None) -> Tensor:
+    return logits_V.float() if seen_V is None else penalize_repetition(logits_V.float(), seen_V, sampling.repetition_penalty)
+
+
 def draw(probs_V: Tensor, generator: torch.Generator) -> int:
     """A token from a distribution [V], up to a factor."""
     return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def draw_all(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each of B texts, each with its own generator; greedy ones are read off and draw nothing.
+
+    Args:
+        seen_BV: as in :func:`sampling_probabilities`.
+    """
+    if sampling.greedy:
+        return _penalized(logits_BV, sampling, seen_BV).argmax(dim=-1).tolist()
+    probs_BV = sampling_probabilities(logits_BV, sampling, seen_BV)
+    return [draw(probs_V, generator) for probs_V, generator in zip(probs_BV, generators, strict=True)]

@@ -9,14 +9,14 @@ import torch
 
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, RECIPE
-from pretrain.checkpoint.universal import UNIVERSAL_LATEST, UNIVERSAL_TAG
+from pretrain.checkpoint.universal import UNIVERSAL_LATEST, UNIVERSAL_TAG, load_universal
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import recipe_to_yaml
 from pretrain.export.convert import export_universal
 from pretrain.train import main
 from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
-from tests.launch.tiny_run import make_tiny, own_process
+from tests.launch.tiny_run import make_tiny, make_trainer, own_process
 
 KINDS = {
     "native": ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
@@ -92,3 +92,10 @@ def test_what_deepspeeds_converter_cannot_do_is_refused_before_it_starts(checkpo
     for name, words in refusals.items():
         with pytest.raises(ConfigError, match=words):
             export_universal(tmp_path / name, tmp_path / "out", overwrite=False)
+
+
+def test_another_folder_is_not_loaded_as_a_universal_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    with own_process():
+        trainer = make_trainer(make_tiny(tmp_path), tmp_path / "run", zero=1)
+    with pytest.raises(CheckpointError, match="is no universal checkpoint"):
+        load_universal(trainer.engine.deepspeed, checkpoint)

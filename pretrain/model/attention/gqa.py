@@ -12,7 +12,7 @@ from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.norm import RMSNorm
 from pretrain.model.positions.interface import PositionTerms
-from pretrain.model.positions.rope import apply_rope
+from pretrain.model.positions.rope import apply_rope_to_both
 
 
 class KeyValueCache:
@@ -24,10 +24,10 @@ class KeyValueCache:
 
     def append(self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M, offset + S, H]."""
-        end = offset + k_BMSH.shape[2]
-        self.keys[:, :, offset:end] = k_BMSH
-        self.values[:, :, offset:end] = v_BMSH
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        added = k_BMSH.shape[2]
+        self.keys.narrow(2, offset, added).copy_(k_BMSH)
+        self.values.narrow(2, offset, added).copy_(v_BMSH)
+        return self.keys.narrow(2, 0, offset + added), self.values.narrow(2, 0, offset + added)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -60,7 +60,7 @@ class GroupedQueryAttention(nn.Module):
         k_BMSH = self._heads(self.k_proj(x_BSD), self.k_norm)
         v_BMSH = self._heads(self.v_proj(x_BSD), None)
         if positions.rope is not None:
-            q_BNSH, k_BMSH = apply_rope(q_BNSH, positions.rope), apply_rope(k_BMSH, positions.rope)
+            q_BNSH, k_BMSH = apply_rope_to_both(q_BNSH, k_BMSH, positions.rope)
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
         dropout = self.dropout if self.training else 0.0

@@ -21,7 +21,7 @@ from pretrain.model.moe.balance import router_statistics
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
 from pretrain.model.moe.experts import ExpertBiases, ExpertForm, Experts
 from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
-from pretrain.model.moe.router import TopKRouter
+from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
 
@@ -126,6 +126,8 @@ class DroplessMoE(AutoEPMoELayer):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_TD, record)
+        if torch.is_inference_mode_enabled() and len(x_TD) == 1 and self.ep_size == 1 and not self.experts.uses_grouped_mm(x_TD):
+            return self._one_token(x_TD, routing).view_as(x_BSD), None
         order_R, inverse_R = sort_order(routing.topk_ids_TK.reshape(-1))
         counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
         rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
@@ -139,6 +141,13 @@ class DroplessMoE(AutoEPMoELayer):
         nothing_dropped = routing.logits_TE.new_zeros(())
         statistics = router_statistics(self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E)
         return y_TD.view_as(x_BSD), statistics
+
+    def _one_token(self, x_1D: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The same numbers for a single token, as generation has it at each step: nothing is counted, sorted or moved."""
+        rows_KD = self.experts(x_1D, None, self._local_biases(), routing.topk_ids_TK[0].tolist())
+        rows_KD = functional.dropout(rows_KD, self.dropout, self.training)
+        y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(rows_KD.dtype)
+        return y_1D if self.shared is None else y_1D + self.shared(x_1D)
 
     def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         return self.experts(rows_RD, counts_E, self._local_biases())

@@ -56,6 +56,24 @@ def experts_loop(
     return torch.cat(outputs)
 
 
+def experts_of_one_token(
+    x_1D: torch.Tensor,
+    chosen: list[int],
+    w1_eXD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    w3_eXD: torch.Tensor,
+    form: ExpertForm,
+    biases: ExpertBiases | None = None,
+) -> torch.Tensor:
+    """The answers of the K chosen experts, [K, D], in the order of the choices; nothing is done for the other experts."""
+    outputs = []
+    for expert in chosen:
+        b1, b3, b2 = (None, None, None) if biases is None else (bias[expert] for bias in biases)
+        hidden_1F = form.hidden(functional.linear(x_1D, w1_eXD[expert], b1), functional.linear(x_1D, w3_eXD[expert], b3))
+        outputs.append(functional.linear(hidden_1F, w2_eDF[expert], b2))
+    return torch.cat(outputs)
+
+
 def experts_grouped_mm(
     x_RD: torch.Tensor,
     counts_e: torch.Tensor,
@@ -91,10 +109,21 @@ class Experts(nn.Module):
         self.w1, self.w2, self.w3 = w1, w2, w3
         self.form, self.kernel, self.first = form, kernel, first
 
-    def forward(self, x_RD: torch.Tensor, counts_e: torch.Tensor, biases: ExpertBiases | None) -> torch.Tensor:
-        """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D]."""
-        # CUDA's grouped product takes bf16 only.
-        use_grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_RD.is_cuda and x_RD.dtype == torch.bfloat16)
-        compute = experts_grouped_mm if use_grouped else experts_loop
+    def uses_grouped_mm(self, x: torch.Tensor) -> bool:
+        """Whether rows like these take the grouped product: CUDA's takes bf16 only."""
+        return self.kernel == "grouped_mm" or (self.kernel == "auto" and x.is_cuda and x.dtype == torch.bfloat16)
+
+    def forward(
+        self, x_RD: torch.Tensor, counts_e: torch.Tensor | None, biases: ExpertBiases | None, chosen: list[int] | None = None
+    ) -> torch.Tensor:
+        """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D].
+
+        Args:
+            chosen: instead of the numbers, the K experts of a single token [1, D], whose answers are returned, [K, D].
+        """
         form = self.form if self.training else self.form._replace(dropout=0.0)
+        if chosen is not None:
+            return experts_of_one_token(x_RD, chosen, self.w1, self.w2, self.w3, form, biases)
+        assert counts_e is not None
+        compute = experts_grouped_mm if self.uses_grouped_mm(x_RD) else experts_loop
         return compute(x_RD, counts_e, self.w1, self.w2, self.w3, form, biases)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class TopKRouter(KeepsFp32):
         x_TD = x_TD.float()
         if self.training and self.kind.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - self.kind.jitter, 1.0 + self.kind.jitter)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _no_autocast(x_TD.device.type):
             bias = None if self.gate.bias is None else self.gate.bias.float()
             logits_TE = functional.linear(x_TD, self.gate.weight.float(), bias)
             if self.noise is not None and self.training:
@@ -83,6 +84,10 @@ class TopKRouter(KeepsFp32):
         if self.balance_bias is not None:
             self.balance_bias += rate * torch.sign(load_E.mean() - load_E)
             self.balance_bias -= self.balance_bias.mean()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _in_best_groups(scores_TE: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Exports to classes of transformers' own open in the last release before version 5 too, unmodified, and compute the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pretrain.config.load import load_recipe
+from pretrain.config.schema import Recipe
+from pretrain.export.hf_folder import write_hf_folder
+from pretrain.export.targets import choose_target
+from pretrain.model.decoder import DecoderLM
+from tests.export.custom_exports import MINIS, prompts_of, random_model, weights_of
+from tests.export.held_tensors import Held
+from tests.export.native_worker import NEW_TOKENS
+from tests.export.random_checkpoint import small_tokenizer
+
+WORKER = Path(__file__).with_name("native_worker.py")
+VERSION = "4.57.6"
+# What release 4.57.6 asks for and a newer transformers does not have; the rest, torch first of all, is the tests' own.
+PACKAGES = (f"transformers=={VERSION}", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
+
+
+def mini(name: str) -> Recipe:
+    return load_recipe(name, ["model.vocab_size=500"])
+
+
+NATIVE = [name for name in ["quickstart", *MINIS] if choose_target(mini(name)).name != "custom"]
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which Python finds transformers 4.57.6."""
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(site), *PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.fail(f"transformers {VERSION} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}")
+    return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def exported(folder: Path, name: str, model: DecoderLM) -> Path:
+    recipe = mini(name)
+    folder.mkdir()
+    write_hf_folder(folder, choose_target(recipe), recipe.model, Held(weights_of(model)), small_tokenizer())
+    save_file(prompts_of(recipe), folder / "prompts.safetensors")
+    return folder
+
+
+def greedy(model: DecoderLM, ids_BS: torch.Tensor) -> torch.Tensor:
+    texts_BS = ids_BS
+    for _ in range(NEW_TOKENS):
+        logits_BV = model.logits(texts_BS)[:, -1].index_fill(1, torch.tensor([0]), -torch.inf)  # no end before the last token
+        texts_BS = torch.cat((texts_BS, logits_BV.argmax(dim=-1, keepdim=True)), dim=1)
+    return texts_BS[:, ids_BS.shape[1] :]
+
+
+@pytest.mark.full
+def test_native_exports_compute_the_same_in_transformers_4(older: dict[str, str], tmp_path: Path) -> None:
+    models = {name: random_model(mini(name)) for name in NATIVE}
+    folders = {name: exported(tmp_path / name, name, model) for name, model in models.items()}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), "4.57", *map(str, folders.values())], cwd=tmp_path, env=older, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, model in models.items():
+        computed, ids_BS = load_file(folders[name] / "computed.safetensors"), prompts_of(mini(name))["ids"]
+        with torch.inference_mode():
+            ours = model.logits(ids_BS)
+            assert ours.std() > 0.3, name
+            assert torch.equal(computed["greedy"], greedy(model, ids_BS)), name
+        torch.testing.assert_close(computed["logits"][..., : ours.shape[-1]], ours, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
