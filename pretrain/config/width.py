@@ -92,7 +92,8 @@ def base_fits_the_model(recipe: Recipe) -> None:
         used.pop("intermediate_size", None)
     if missing := [name for name in used if name not in base and name not in OFTEN_FIXED]:
         raise ConfigError(
-            f"model.initialization.base.{missing[0]} is missing: give the base model's, or {sizes[missing[0]]} as here where it does not grow with the width"
+            f"model.initialization.base.{missing[0]} is missing: give the base model's, "
+            f"or {sizes[missing[0]]} as here where it does not grow with the width"
         )
     if unknown := [name for name in base if name not in sizes]:
         raise ConfigError(f"model.initialization.base.{unknown[0]} is given, but the model has no {unknown[0]}: leave it out")

@@ -17,6 +17,9 @@ import torch
 from torch import nn
 
 from data_pipeline.batch import Batch
+from data_pipeline.corpora import data_folders, load_corpora
+from data_pipeline.loader import open_train_loader
+from data_pipeline.manifest import manifest_path
 from pretrain.config.initialization_schema import BaseWidths, MaximalUpdate, StandardInitialization
 from pretrain.config.schema import Recipe
 from pretrain.config.width import Growing, scaled_widths, with_widths
@@ -30,8 +33,10 @@ Kind = Literal["standard", "mup"]
 Batches = Callable[[int], list[Batch]]
 """The micro batches of a step, from 0."""
 
-# Numbers that start as sums of as many random terms as the model is wide, and are meant to become smaller then.
-OUTPUTS = ("attention scores", "router logits", "logits")
+KINDS: tuple[Kind, ...] = ("standard", "mup")
+RANDOM_VOCABULARY = 1024
+# A size that grows with the width to a larger power than this does not look stable; over three doublings it is a factor of 1.7.
+TOLERANCE = 0.25
 
 
 def recipe_at(recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing) -> Recipe:
@@ -159,7 +164,9 @@ def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterat
         kernels.append((block.attention, block.attention.kernel))
         block.attention.kernel = scored(block.attention.kernel)
         handles.append(block.attention.register_forward_hook(keep("attention")))
-        handles.append(block.feed_forward.register_forward_hook(keep("feed-forward", lambda answer: answer[0] if isinstance(answer, tuple) else answer)))
+        handles.append(
+            block.feed_forward.register_forward_hook(keep("feed-forward", lambda answer: answer[0] if isinstance(answer, tuple) else answer))
+        )
         handles.append(block.register_forward_hook(keep("residual stream", lambda answer: answer[0])))
     for module in model.modules():
         if isinstance(module, TopKRouter):
@@ -180,3 +187,59 @@ def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
     x = torch.tensor(widths, dtype=torch.float64).log2()
     y = torch.tensor(sizes, dtype=torch.float64).clamp_min(1e-30).log2()
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
+    """Of the models of one kind, from narrow to wide: their last losses, and for each kind of layer
+
+    - ``sizes``: after each step, those of all widths;
+    - ``slopes``: the power of the width that they grow with, after each step;
+    - ``change_slope``: the power that the change from before the first step grows with at the end; None where it cannot be said;
+    - ``verdict``: of the last slope: stable, grows or shrinks.
+    """
+    widths, layers = [one.width for one in measured], {}
+    for name in measured[0].steps[0]:
+        sizes = [[one.steps[step][name].size for one in measured] for step in range(len(measured[0].steps))]
+        slopes = [slope(widths, of_step) for of_step in sizes]
+        changes = [change for one in measured if (change := one.steps[-1][name].change) is not None]
+        last = slopes[-1]
+        layers[name] = {
+            "sizes": sizes,
+            "slopes": slopes,
+            "change_slope": slope(widths, changes) if changes else None,
+            "verdict": "stable" if abs(last) <= TOLERANCE else "grows" if last > 0 else "shrinks",
+        }
+    return {"losses": [one.losses[-1] for one in measured], "layers": layers}
+
+
+def batches_of(recipe: Recipe, source: Literal["auto", "data", "random"]) -> tuple[Recipe, str, Batches]:
+    """The recipe with the size of its vocabulary, where tokens come from (data or random), and the micro batches of each step.
+
+    Args:
+        source: ``auto`` takes the recipe's data where they are built.
+
+    Raises:
+        DataError: where the data are asked for and not there.
+    """
+    folders = data_folders(recipe)
+    built = all(manifest_path(folder).is_file() for folder in folders.values())
+    if source == "random" or (source == "auto" and not built):
+        recipe = with_vocabulary(recipe, recipe.model.vocab_size or recipe.data.tokenizer.vocab_size or RANDOM_VOCABULARY)
+        return recipe, "random", lambda step: random_batches(recipe, step)
+    corpora = load_corpora(folders)
+    loader = open_train_loader(recipe, corpora, 0, 1)
+    return with_vocabulary(recipe, recipe.model.vocab_size or corpora.tokenizer.vocab_size), "data", loader.step_batches
+
+
+def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def random_batches(recipe: Recipe, step: int) -> list[Batch]:
+    """The micro batches of a step. Token n is drawn 1 / (n + 1) as often as token 0, so that there is something to learn, as in text."""
+    assert recipe.model.vocab_size is not None
+    train, frequencies_V = recipe.train, 1.0 / torch.arange(1, recipe.model.vocab_size + 1)
+    generator = torch.Generator().manual_seed(recipe.seed + step)
+    drawn = torch.multinomial(frequencies_V, train.global_batch_size * (train.sequence_length + 1), replacement=True, generator=generator)
+    parts = drawn.view(train.global_batch_size, -1).split(train.micro_batch_size)
+    return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]

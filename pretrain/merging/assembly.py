@@ -51,7 +51,7 @@ def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), *
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
     content = recipe.model_dump(mode="json")
-    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None}
+    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None, "initial_weights_partial": False}
     content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
     content["model"] |= model
     for override in overrides:
