@@ -28,8 +28,8 @@ EXAMPLES = """\
   python tools/coordinate_check.py --recipe quickstart --widths 128 256 --growing head_dim --set train.global_batch_size=4
 
 Every other width grows in proportion to hidden_size. A kind of layer is stable where its size grows with the width to a power of at most a
-quarter, up or down. Attention scores, router logits and logits start smaller in wider models, by a power of -0.5, and need some steps to forget
-it. Memory is that of the widest model with its optimizer, in fp32.
+quarter, up or down. Attention scores, router logits and logits are random sums first, which muP makes smaller in wider models, by a power of
+-0.5 ("smaller start"); with more steps what is learned outweighs that. Memory is that of the widest model with its optimizer, in fp32.
 
 exit codes: 0 measured, 2 a recipe or widths that do not fit, 3 data that are missing or damaged, 5 a result that cannot be written"""
 

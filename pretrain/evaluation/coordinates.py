@@ -37,6 +37,9 @@ KINDS: tuple[Kind, ...] = ("standard", "mup")
 RANDOM_VOCABULARY = 1024
 # A size that grows with the width to a larger power than this does not look stable; over three doublings it is a factor of 1.7.
 TOLERANCE = 0.25
+# These begin as sums of as many random terms as a model is wide, and muP means them to be smaller in a wide one until it has learned something.
+OUTPUTS = ("attention scores", "router logits", "logits")
+SMALLER_START = -0.6
 
 
 def recipe_at(recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing) -> Recipe:
@@ -195,21 +198,29 @@ def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
     - ``sizes``: after each step, those of all widths;
     - ``slopes``: the power of the width that they grow with, after each step;
     - ``change_slope``: the power that the change from before the first step grows with at the end; None where it cannot be said;
-    - ``verdict``: of the last slope: stable, grows or shrinks.
+    - ``verdict``: of the last slope, see :func:`verdict_on`.
     """
     widths, layers = [one.width for one in measured], {}
     for name in measured[0].steps[0]:
         sizes = [[one.steps[step][name].size for one in measured] for step in range(len(measured[0].steps))]
         slopes = [slope(widths, of_step) for of_step in sizes]
         changes = [change for one in measured if (change := one.steps[-1][name].change) is not None]
-        last = slopes[-1]
         layers[name] = {
             "sizes": sizes,
             "slopes": slopes,
             "change_slope": slope(widths, changes) if changes else None,
-            "verdict": "stable" if abs(last) <= TOLERANCE else "grows" if last > 0 else "shrinks",
+            "verdict": verdict_on(name, slopes[-1]),
         }
     return {"losses": [one.losses[-1] for one in measured], "layers": layers}
+
+
+def verdict_on(layer: str, power: float) -> str:
+    """``stable``, ``grows`` or ``shrinks``; ``smaller start`` for outputs that shrink with about the root of the width, as random ones do."""
+    if abs(power) <= TOLERANCE:
+        return "stable"
+    if power > 0:
+        return "grows"
+    return "smaller start" if layer in OUTPUTS and power >= SMALLER_START else "shrinks"
 
 
 def batches_of(recipe: Recipe, source: Literal["auto", "data", "random"]) -> tuple[Recipe, str, Batches]:
