@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
@@ -67,7 +67,9 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     for kind in KINDS:
         widths = [f"width {width}" for width in result["widths"]]
-        table = Table("layer", "first", "last", "change", *widths, "verdict", title=f"{kind}: growth with the width to the power of")
+        table = Table(
+            Column("layer", no_wrap=True), "first", "last", "change", *widths, "verdict", title=f"{kind}: growth with the width to the power of"
+        )
         for name, row in result[kind]["layers"].items():
             change = "" if row["change_slope"] is None else f"{row['change_slope']:+.2f}"
             sizes = [f"{size:.3g}" for size in row["sizes"][-1]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pretrain.checkpoint.comparison import Comparison, compare
 from pretrain.checkpoint.file_weights import FileWeights
@@ -69,7 +70,8 @@ def _checked_folder(recipe: Recipe, tokenizer_sha256: str, topology: Topology) -
 def _report(found: Comparison, where: str, path: Path) -> None:
     """The whole list goes into the file, the beginning of it to the user."""
     write_synced(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    table = Table("tensor", "is", "in the file", "and", title=f"{where} fits in part: {found.counts}; all of them in {path}")
+    print(f"{where} fits in part: {found.counts}; the whole list is in {path}", file=sys.stderr)
+    table = Table(Column("tensor", overflow="fold"), "is", "in the file", "and")
     for row in found.rows()[:SHOWN_ROWS]:
         table.add_row(*row)
     Console(stderr=True).print(table)

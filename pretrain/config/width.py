@@ -28,7 +28,7 @@ SECTIONS = {
 # Of these the base may be left out: mostly they stay as they are when a model becomes wider.
 OFTEN_FIXED = ("head_dim", "q_lora_rank", "kv_lora_rank")
 # Optimizers whose step does not grow with the gradient, which is what muP's learning rates are made for.
-ADAM_LIKE = ("adamw",)
+ADAM_LIKE = ("adamw", "adamw_8bit", "lion")
 
 Growing = Literal["heads", "head_dim"]
 

@@ -14,10 +14,11 @@ from pretrain.engine.topology import Topology
 from pretrain.evaluation.coordinates import PlainTraining, random_batches
 
 STEPS = 4
-BASE = "model.initialization={kind: mup, base: {hidden_size: %d, num_attention_heads: 4, num_key_value_heads: 2, head_dim: %d, moe_intermediate_size: 8}}"
+WIDTHS = "{hidden_size: %d, num_attention_heads: 4, num_key_value_heads: 2, head_dim: %d, moe_intermediate_size: %d}"
+BASE = f"model.initialization={{kind: mup, base: {WIDTHS}}}"
 SIZES = ["model.vocab_size=100", "model.initializer_range=0.1", "model.moe.moe_intermediate_size=32", "model.tie_word_embeddings=true"]
 TRAIN = ["train.sequence_length=16", "train.global_batch_size=4", "logging.tensorboard=false", "optimizer.learning_rate=1e-2"]
-WIDE, AT_BASE = BASE % (8, 2), (BASE % (32, 8)).replace("moe_intermediate_size: 8", "moe_intermediate_size: 32")
+WIDE, AT_BASE = BASE % (8, 2, 8), BASE % (32, 8, 32)
 
 
 def recipe_of(*overrides: str) -> Recipe:
