@@ -32,7 +32,7 @@ from pretrain.optim.schedules import learning_rate_factor
 
 EXAMPLES = """\
   python benchmarks/mup.py --data data/quickstart --json benchmarks/results/mup.json
-  python benchmarks/mup.py --data data/quickstart --widths 32 64 --powers -9 -8 -7 --steps 20
+  python benchmarks/mup.py --data data/quickstart --widths 32 64 --powers -9 -8 -7 --steps 20 --set model.initializer_range=0.06
 
 exit codes: 0 done, 2 widths that do not fit, 3 data that are not there, 5 a result that cannot be written"""
 SETTINGS = (
@@ -52,11 +52,11 @@ class Job(NamedTuple):
     power: int
 
 
-def train(job: Job, data: str, base: int, steps: int) -> float:
+def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> float:
     """The mean loss of the last fifth of a run's steps, nats a token."""
     torch.set_num_threads(1)
     rate = f"optimizer.learning_rate={2.0**job.power}"
-    recipe = load_recipe("quickstart", [*SETTINGS, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"])
+    recipe = load_recipe("quickstart", [*SETTINGS, *overrides, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"])
     corpora = load_corpora(data_folders(recipe))
     recipe = with_vocabulary(recipe, corpora.tokenizer.vocab_size)
     loader = open_train_loader(recipe, corpora, 0, 1)
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--powers", type=int, nargs="+", default=list(range(-10, -3)), metavar="P", help="learning rates are 2^P")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps of 512 tokens a run")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, a core each")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="of the recipe at its base; may be repeated")
     add_json_option(parser)
     options = parser.parse_args()
     widths, powers = sorted(set(options.widths)), sorted(set(options.powers))
@@ -118,13 +119,14 @@ def main() -> None:
         raise ConfigError("--steps and --processes are 1 or more")
     jobs, losses = all_jobs(widths, powers), {}
     with ProcessPoolExecutor(options.processes) as pool:
-        running = {pool.submit(train, job, options.data, widths[0], options.steps): job for job in jobs}
+        running = {pool.submit(train, job, options.data, widths[0], options.steps, options.overrides): job for job in jobs}
         for done in tqdm(as_completed(running), total=len(jobs), desc="runs", unit="run"):
             losses[running[done]] = done.result()
     result = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "steps": options.steps,
+        "settings": [*SETTINGS, *options.overrides],
         "tokens_a_step": 512,
         "rates": [f"2^{power}" for power in powers],
         **conclusions(losses, widths, powers),
