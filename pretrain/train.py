@@ -199,8 +199,8 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
         log_to_file(folder, topology.rank)
         stop = StopRequest()
         stop.install()
+        fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
         with prints_to_log():
-            fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
             engine = Engine(recipe, resolved, precision, topology, fill)
             trainer = build_trainer(recipe, resolved, corpora, engine, stop)
             newest = trainer.store.newest()

@@ -16,6 +16,7 @@ from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import CheckpointError, ConfigError, run_command
 from pretrain.config.schema import Recipe
+from pretrain.config.width import initial_router_std
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.merging.assembly import moe_recipe
 from pretrain.merging.options import add_scoring_options, scoring_of
@@ -63,7 +64,7 @@ def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {limits}")
     if arguments.router == "zero" and arguments.router_std is not None:
         raise ConfigError("--router-std is for --router normal: leave one of them out")
-    std = dense.model.initializer_range if arguments.router_std is None else arguments.router_std
+    std = initial_router_std(dense.model) if arguments.router_std is None else arguments.router_std
     return Upcycling(arguments.granularity, 0.0 if arguments.router == "zero" else std, arguments.noise_std, arguments.reinit_share, arguments.seed)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pretrain.config.attention_schema import Attention
+from pretrain.config.initialization_schema import Initialization, StandardInitialization
 from pretrain.config.kinds import Component, OneOf
 from pretrain.config.moe_schema import MoE
 from pretrain.config.section import NonNegative, Positive, Section
@@ -261,6 +262,7 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = False
     head_bias: bool = False
     initializer_range: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)")
+    initialization: Annotated[Initialization, OneOf()] = StandardInitialization()
     output_z_loss_weight: Weight = Field(0.0, description="weight of mean(logsumexp(output logits)^2)")
     loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits stand in memory at once during training")
 

@@ -11,6 +11,7 @@ from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, MoE
 from pretrain.config.schema import Recipe
 from pretrain.config.section import Section
+from pretrain.config.width import base_fits_the_model, mup_knows_the_parts
 from pretrain.model.routers import SoftmaxTopK
 
 
@@ -211,6 +212,8 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     native_options_fit,
     experts_divide,
     peer_options_fit,
+    base_fits_the_model,
+    mup_knows_the_parts,
     warmup_fits,
     evaluations_meet_checkpoints,
     token_budget_fills_the_run,

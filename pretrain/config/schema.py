@@ -123,8 +123,11 @@ class Recipe(Section):
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(
-        None, description="a checkpoint whose weights a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it"
+        None,
+        description="weights that a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it. A checkpoint's folder, or a "
+        "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, .bin, .ckpt)",
     )
+    initial_weights_partial: bool = Field(False, description="also start from weights that do not all fit; what does not fit is listed")
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig

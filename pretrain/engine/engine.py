@@ -25,7 +25,7 @@ from pretrain.model.init import initialize
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
-from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
+from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, peak_learning_rates
 
 # Fills a model that has part i of n of the experts: model, i, n.
 Fill = Callable[[DecoderLM, int, int], None]
@@ -104,7 +104,7 @@ class Engine:
             balance_rate: how far the routers' balancing biases move after the step, where they have any.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_factor
+            group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_scale(group) * learning_rate_factor
         self.deepspeed.train()
         batches = [batch.to(self.topology.device) for batch in micro_batches]
         normalizer = self._tokens_per_micro_batch(batches)
@@ -184,8 +184,8 @@ class Engine:
         return nll, int(tokens)
 
     def learning_rate(self) -> float:
-        """The learning rate of matrices in the last step."""
-        return next(float(group["lr"]) for group in self.optimizer.param_groups if group["role"] == "matrix")
+        """The learning rate of matrices in the last step, at their base widths."""
+        return next(float(group["lr"]) / learning_rate_scale(group) for group in self.optimizer.param_groups if group["role"] == "matrix")
 
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in other precisions. The optimizer of stage 0 keeps it elsewhere than those of the other stages."""

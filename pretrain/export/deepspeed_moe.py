@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.pickled import load_pickled
 from pretrain.checkpoint.tensor_files import TensorForm
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.export.convert import Conversion
@@ -75,7 +75,7 @@ def import_deepspeed(source: Path, output: Path, dtype: torch.dtype, overwrite: 
     folder = _tag_folder(source)
     tensors = PickledTensors()
     main = _model_file(folder)
-    counts = _loaded(main).get("num_experts")
+    counts = load_pickled(main).get("num_experts")
     tensors.add(main, "module")
     for path in _expert_files(folder, counts if isinstance(counts, list) else []):
         tensors.add(path, None)
@@ -166,21 +166,8 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
     yield from (files[key] for key in sorted(files))
 
 
-def _loaded(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for damaged and for dangerous files
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path} cannot be read without running code that it holds, or is damaged ({reason}): take another checkpoint"
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no tensors by name: take another checkpoint")
-    return content
-
-
 def _tensors(path: Path, section: str | None) -> dict[str, Tensor]:
-    content = _loaded(path)
+    content = load_pickled(path)
     tensors = content if section is None else content.get(section)
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} has no '{section}': it is no model file of DeepSpeed's")
@@ -188,5 +175,5 @@ def _tensors(path: Path, section: str | None) -> dict[str, Tensor]:
 
 
 def _step(main: Path) -> int:
-    step = _loaded(main).get("global_steps", 0)
+    step = load_pickled(main).get("global_steps", 0)
     return step if isinstance(step, int) else 0

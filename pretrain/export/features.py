@@ -57,7 +57,7 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
     """
     reasons = []
     for path, value, field in _fields(model, ""):
-        if path in TRAINING_ONLY or (path.startswith("moe.") and not model.moe_layers):
+        if path in TRAINING_ONLY or path.startswith("initialization.") or (path.startswith("moe.") and not model.moe_layers):
             continue
         if path in takes:
             allowed = takes[path]

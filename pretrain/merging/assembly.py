@@ -14,6 +14,7 @@ from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.schema import Recipe
+from pretrain.config.width import width_ratio
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), *
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
     content = recipe.model_dump(mode="json")
-    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None}
+    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None, "initial_weights_partial": False}
     content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
     content["model"] |= model
     for override in overrides:
@@ -88,6 +89,6 @@ def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: M
             rows = random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
             yield name, rows.repeat_interleave(router.group, dim=0)
         elif below.startswith("shared.feed_forward") and name.endswith(".weight") and DOWN not in name:
-            yield name, random_normal(shape, router.seed, name) * model.initializer_range
+            yield name, random_normal(shape, router.seed, name) * (model.initializer_range / width_ratio(model) ** 0.5)
         else:
             yield name, torch.zeros(shape)

@@ -18,6 +18,7 @@ from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
+from pretrain.config.width import initial_router_std
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.export.convert import export_safetensors
 from pretrain.export.writer import parse_bytes
@@ -87,7 +88,7 @@ def mix(
     moe = {"num_experts": len(folders), "top_k": top_k, "moe_intermediate_size": dense.model.intermediate_size or 1}
     recipe = moe_recipe(dense, "-mixed", moe, overrides)
     check_branches(stores, recipe.model)
-    std = dense.model.initializer_range if router_std is None else router_std
+    std = initial_router_std(dense.model) if router_std is None else router_std
     return _publish(folders, output, recipe, mixed_tensors(stores, recipe.model, RouterStart(std, seed=seed)), scoring)
 
 

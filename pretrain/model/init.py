@@ -3,7 +3,8 @@
 So a model does not depend on rank, world size, ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
 ``initializer_range``; projections that write into the residual stream (attention output, expert and feed-forward down) get
 ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention sinks and the matrix of router
-noise are zero. Product keys get 1 / sqrt(their size), so that the scores of normed queries are about 1 (Lample et al. 2019).
+noise are zero. Product keys get 1 / sqrt(their size), so that the scores of normed queries are about 1 (Lample et al. 2019). Last, what
+:mod:`pretrain.model.width` says of a model that is wider than its base.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.native import DeepSpeedMoE
 from pretrain.model.moe.peer import PEER
+from pretrain.model.width import scale_by_width
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 ZERO = (".bias", ".sinks", ".noise.weight", ".b1", ".b2", ".b3")
@@ -67,6 +69,7 @@ def initialize(model: DecoderLM, seed: int) -> None:
             for router in ROUTER_NAMES:
                 name = name.replace(router, "router.gate.weight")
             fill(parameter, name)
+    scale_by_width(model)
 
 
 def _fill_experts(module: nn.Module, name: str, fill: Fill) -> list[torch.Tensor]:

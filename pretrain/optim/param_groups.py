@@ -32,24 +32,31 @@ def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:
     }
 
 
+def learning_rate_scale(group: dict[str, Any]) -> float:
+    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that are wider than at muP's base."""
+    return float(group.get("learning_rate_scale", 1.0))
+
+
 def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[dict[str, Any]]:
-    """Optimizer groups by role, experts apart.
+    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.width`).
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
     layer wrote on the parameter); else it would average the gradients of different experts. Vectors and embeddings are not decayed. The
-    learning rate is 0 until the first step sets it by role.
+    learning rate is 0 until the first step sets it by role and scale; learning rate times decay does not depend on the scale.
     """
-    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter)
         expert_group: str | None = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
-        if (role, expert_group) not in groups:
-            decay = 0.0 if role in ("embedding", "vector") else config.weight_decay
+        scale: float = getattr(parameter, "learning_rate_scale", 1.0)
+        if (role, expert_group, scale) not in groups:
+            decay = 0.0 if role in ("embedding", "vector") else config.weight_decay / scale
             group: dict[str, Any] = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
-            groups[role, expert_group] = group | ({"moe": True} if expert_group else {})
-        groups[role, expert_group]["params"].append(parameter)
+            group |= {"learning_rate_scale": scale} if scale != 1.0 else {}
+            groups[role, expert_group, scale] = group | ({"moe": True} if expert_group else {})
+        groups[role, expert_group, scale]["params"].append(parameter)
     return list(groups.values())
 
 

@@ -70,6 +70,10 @@ BIASED = ("model.feed_forward={kind: clamped_swiglu, bias: true}", "model.attent
 NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider than w1 and w3
 RUNNING = ("model.moe.query_norm=batch_norm",)
 AHEAD = ("model.multi_token_prediction={loss_weight: 0.3}",)
+WIDER = (
+    "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2, num_key_value_heads: 1, moe_intermediate_size: 16}}",
+    "model.initialization.base.head_dim=4",
+)
 MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
 SPANNING: dict[int, list[Case]] = {
     1: [
@@ -77,7 +81,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, overrides=DOCUMENTS), case("dropless", 0, 1, overrides=RECOMPUTED),
         case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED), case("deepspeed", 0, 1, **MOVED),
         case("dropless_full", 0, 1, overrides=BIASED), case("deepspeed_full", 0, 1, overrides=BIASED), case("dropless_full", 0, 1, overrides=NARROW),
-        case("dropless", 0, 1, overrides=AHEAD),
+        case("dropless", 0, 1, overrides=AHEAD), case("dropless", 0, 1, ADAMW, WIDER),
         *(case(kind, zero, 1, ADAMW, LOW["bf16"]) for kind in ("dropless", "peer") for zero in (0, 1, 3)),
         *(case(kind, zero, 1, ADAMW, LOW["fp16"]) for kind in ("dropless", "peer") for zero in (0, 1, 3) if get_accelerator().is_fp16_supported()),
         case("peer", 0, 1), case("peer", 0, 1, ADAMW), case("peer", 0, 1, expert_gain=10.0), case("peer", 0, 1, **MOVED),
@@ -92,6 +96,7 @@ SPANNING: dict[int, list[Case]] = {
         case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
         case("dropless_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=BIASED), case("dropless_full", 0, 1, overrides=BIASED),
         case("deepspeed_full", 1, 2, overrides=BIASED), case("dropless_full", 3, 2, overrides=NARROW), case("dropless", 3, 2, overrides=AHEAD),
+        case("dropless", 1, 2, ADAMW, WIDER), case("dropless", 3, 2, ADAMW, WIDER),
         case("peer", 0, 1), case("peer", 1, 2), case("peer", 1, 1, ADAMW), case("peer", 3, 2, ADAMW), case("peer", 0, 2, expert_gain=10.0),
         case("peer", 2, 1, expert_gain=10.0), case("peer", 3, 1, expert_gain=10.0),
         case("peer", 1, 2, expert_gain=10.0, sabotage="table_norm_dropped"),

@@ -9,7 +9,8 @@ import torch
 
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
-from pretrain.optim.param_groups import build_optimizer, parameter_groups, parameter_role, peak_learning_rates
+from pretrain.model.init import initialize
+from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, parameter_role, peak_learning_rates
 
 RATES = ["optimizer.router_learning_rate=1e-4", "optimizer.embedding_learning_rate=2e-4"]
 MIXED = ["model.vocab_size=100", "model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=24", *RATES]
@@ -104,3 +105,35 @@ def test_the_recipes_numbers_reach_the_optimizer(override: str, kind: type, defa
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], config)
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in defaults} == defaults
+
+
+WIDE = (
+    "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 1, num_key_value_heads: 1, head_dim: 8,"
+    " intermediate_size: 12, moe_intermediate_size: 8}}"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_models_have_groups_by_scale_with_the_same_decay_a_step(kind: str) -> None:
+    """Every parameter once, each with the scale it says; learning rate times decay is that of the narrow model."""
+    recipe = load_recipe("debug", [*KINDS[kind], WIDE])
+    model = DecoderLM(recipe.model)
+    initialize(model, 1)
+    groups = parameter_groups(model, recipe.optimizer)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    seen = set()
+    for group in groups:
+        scale = learning_rate_scale(group)
+        seen.add((group["role"], scale, bool(group.get("moe"))))
+        assert {getattr(parameter, "learning_rate_scale", 1.0) for parameter in group["params"]} == {scale}
+        assert group["weight_decay"] * scale == (0.0 if group["role"] in ("embedding", "vector") else 0.1)
+        assert group.get("moe", False) == all(not getattr(parameter, "allreduce", True) for parameter in group["params"])
+    assert seen == {
+        ("embedding", 1.0, False), ("vector", 1.0, False), ("router", 0.25, False),
+        ("matrix", 0.25, False), ("matrix", 0.5, False), ("matrix", 0.25, True),
+    }  # fmt: skip
+
+
+def test_a_standard_models_groups_say_nothing_of_scales() -> None:
+    _, groups = groups_of(KINDS["dropless"])
+    assert not [group for group in groups if "learning_rate_scale" in group]

@@ -64,7 +64,10 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
 }
 # What changes no logit in evaluation, and what :meth:`Custom.config` resolves itself.
 TRAINING_ONLY: dict[type[Section], tuple[str, ...]] = {
-    ModelConfig: ("vocab_multiple", "dropout", "multi_token_prediction", "output_z_loss_weight", "loss_chunk_tokens", "layer_pattern"),
+    ModelConfig: (
+        *("vocab_multiple", "dropout", "multi_token_prediction", "output_z_loss_weight", "loss_chunk_tokens", "layer_pattern"),
+        "initialization",
+    ),
     attention_schema.Attention: ("kernel", "decode", "sliding_window", "full_attention_every"),
     routers.Router: ("jitter",),
     MoE: (

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Does the best learning rate stay where it is when a model becomes wider? A grid of learning rates for each width, standard against muP.
+
+The models are mixtures of experts of one form (quickstart's, with fewer layers and experts) on the quickstart's data; depth, heads' size and the
+number of experts stay as they are, and at the smallest width, the base, both kinds are the same model. Every run sees the same tokens in the
+same order; its result is the mean loss of its last steps.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from data_pipeline.corpora import data_folders, load_corpora
+from data_pipeline.loader import open_train_loader
+from pretrain.config.cli import add_json_option, command_parser, write_json
+from pretrain.config.errors import ConfigError, run_command
+from pretrain.config.load import load_recipe
+from pretrain.evaluation.coordinates import KINDS, Kind, PlainTraining, recipe_at, with_vocabulary
+from pretrain.optim.schedules import learning_rate_factor
+
+EXAMPLES = """\
+  python benchmarks/mup.py --data data/quickstart --json benchmarks/results/mup.json
+  python benchmarks/mup.py --data data/quickstart --widths 32 64 --powers -9 -8 -7 --steps 20 --set model.initializer_range=0.06
+
+exit codes: 0 done, 2 widths that do not fit, 3 data that are not there, 5 a result that cannot be written"""
+SETTINGS = (
+    "model.num_hidden_layers=2", "model.hidden_size=32", "model.attention.num_attention_heads=2", "model.attention.num_key_value_heads=1",
+    "model.attention.head_dim=16", "model.moe.num_experts=4", "model.moe.moe_intermediate_size=64",
+    "train.sequence_length=128", "train.micro_batch_size=4", "train.global_batch_size=4", "train.precision=fp32", "parallel.ep_size=1",
+    "optimizer.embedding_learning_rate=null", "schedule={kind: linear, warmup_steps: 10, min_learning_rate_ratio: 0.0}",
+)  # fmt: skip
+LAST_SHARE = 0.2
+
+
+class Job(NamedTuple):
+    """One run: a kind, a width, and the learning rate as a power of two."""
+
+    kind: Kind
+    width: int
+    power: int
+
+
+def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> float:
+    """The mean loss of the last fifth of a run's steps, nats a token."""
+    torch.set_num_threads(1)
+    rate = f"optimizer.learning_rate={2.0**job.power}"
+    recipe = load_recipe("quickstart", [*SETTINGS, *overrides, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"])
+    corpora = load_corpora(data_folders(recipe))
+    recipe = with_vocabulary(recipe, corpora.tokenizer.vocab_size)
+    loader = open_train_loader(recipe, corpora, 0, 1)
+    training = PlainTraining(recipe_at(recipe, job.width, base, job.kind, "heads"))
+    losses = [training.step(loader.step_batches(step), learning_rate_factor(step, steps, recipe.schedule)) for step in range(steps)]
+    last = losses[-max(1, round(LAST_SHARE * steps)) :]
+    return sum(last) / len(last)
+
+
+def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
+    """The longest ones first; at the base both kinds are one."""
+    jobs = [Job(kind, width, power) for kind in KINDS for width in widths for power in powers]
+    return sorted((job for job in jobs if job.kind == "standard" or job.width != min(widths)), key=lambda job: -job.width)
+
+
+def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) -> dict[str, Any]:
+    """For each kind and width all losses, the best power, and what the base's best power costs there."""
+    base, result = min(widths), {}
+    base_best = min(powers, key=lambda power: losses[Job("standard", base, power)])
+    for kind in KINDS:
+        rows = []
+        for width in widths:
+            found = {power: losses[Job("standard" if width == base else kind, width, power)] for power in powers}
+            best = min(powers, key=lambda power: found[power])
+            rows.append(
+                {
+                    "width": width,
+                    "losses": {f"2^{power}": round(loss, 4) if math.isfinite(loss) else None for power, loss in found.items()},
+                    "best": f"2^{best}",
+                    "steps_from_base": powers.index(best) - powers.index(base_best),
+                    "loss": round(found[best], 4),
+                    "loss_at_base_best": round(found[base_best], 4),
+                }
+            )
+        result[kind] = rows
+    return result
+
+
+def print_table(result: dict[str, Any]) -> None:
+    for kind in KINDS:
+        table = Table("width", *result["rates"], "best", "grid steps from the base", "cost of the base's best", title=kind)
+        for row in result[kind]:
+            cells = [f"{loss:.3f}" if loss is not None else "not finite" for loss in row["losses"].values()]
+            table.add_row(str(row["width"]), *cells, row["best"], f"{row['steps_from_base']:+d}", f"{row['loss_at_base_best'] - row['loss']:.3f}")
+        Console().print(table)
+
+
+def main() -> None:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="shards of the quickstart")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="D", help="hidden sizes; the smallest is the base")
+    parser.add_argument("--powers", type=int, nargs="+", default=list(range(-10, -3)), metavar="P", help="learning rates are 2^P")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps of 512 tokens a run")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, a core each")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="of the recipe at its base; may be repeated")
+    add_json_option(parser)
+    options = parser.parse_args()
+    widths, powers = sorted(set(options.widths)), sorted(set(options.powers))
+    if options.steps < 1 or options.processes < 1:
+        raise ConfigError("--steps and --processes are 1 or more")
+    jobs, losses = all_jobs(widths, powers), {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        running = {pool.submit(train, job, options.data, widths[0], options.steps, options.overrides): job for job in jobs}
+        for done in tqdm(as_completed(running), total=len(jobs), desc="runs", unit="run"):
+            losses[running[done]] = done.result()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "steps": options.steps,
+        "settings": [*SETTINGS, *options.overrides],
+        "tokens_a_step": 512,
+        "rates": [f"2^{power}" for power in powers],
+        **conclusions(losses, widths, powers),
+    }
+    if options.json_path != "-":
+        print_table(result)
+    write_json(result, options.json_path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Checks muP on a recipe's model: after a few steps, does the size of its activations depend on its width? Standard and muP side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+from rich.console import Console
+from rich.table import Column, Table
+from tqdm import tqdm
+
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.errors import ConfigError, StorageError, run_command
+from pretrain.config.initialization_schema import MaximalUpdate
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import check_recipe
+from pretrain.config.schema import Recipe
+from pretrain.evaluation.coordinates import KINDS, batches_of, measure, recipe_at, summary
+
+EXAMPLES = """\
+  python tools/coordinate_check.py --recipe quickstart --growing head_dim --plot coordinates.png
+  python tools/coordinate_check.py --recipe debug --widths 32 64 128 --tokens random --json -
+  python tools/coordinate_check.py --recipe quickstart --widths 128 256 --growing head_dim --set train.global_batch_size=4
+
+Every other width grows in proportion to hidden_size. A kind of layer is stable where its size grows with the width to a power of at most a
+quarter, up or down. Attention scores, router logits and logits are random sums first, which muP makes smaller in wider models, by a power of
+-0.5 ("smaller start"); with more steps what is learned outweighs that. Memory is that of the widest model with its optimizer, in fp32.
+
+exit codes: 0 measured, 2 a recipe or widths that do not fit, 3 data that are missing or damaged, 5 a result that cannot be written"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    add_recipe_options(parser)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="D", help="hidden sizes (default: 64 128 256 512)")
+    parser.add_argument("--base-width", type=int, metavar="D", help="muP's base (default: that of the recipe, or else the smallest width)")
+    parser.add_argument("--growing", choices=("heads", "head_dim"), default="heads", help="what attention grows by: more heads, or larger ones")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="optimizer steps at the recipe's peak learning rates")
+    parser.add_argument(
+        "--tokens", choices=("auto", "data", "random"), default="auto", help="the recipe's data, or random ones (default: as there are)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sizes of both kinds")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    if len(set(arguments.widths)) < 2 or min(arguments.widths) < 1:
+        raise ConfigError(f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or more")
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps is {arguments.steps}: give 1 or more")
+    if arguments.plot is not None and arguments.plot.exists():
+        raise ConfigError(f"{arguments.plot} is there already: choose another --plot path, or remove it")
+
+
+def base_width(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    mup = recipe.model.initialization
+    return arguments.base_width or (mup.base.hidden_size if isinstance(mup, MaximalUpdate) else min(arguments.widths))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    console = Console()
+    for kind in KINDS:
+        widths = [f"width {width}" for width in result["widths"]]
+        table = Table(
+            Column("layer", no_wrap=True), "first", "last", "change", *widths, "verdict", title=f"{kind}: growth with the width to the power of"
+        )
+        for name, row in result[kind]["layers"].items():
+            change = "" if row["change_slope"] is None else f"{row['change_slope']:+.2f}"
+            sizes = [f"{size:.3g}" for size in row["sizes"][-1]]
+            table.add_row(name, f"{row['slopes'][0]:+.2f}", f"{row['slopes'][-1]:+.2f}", change, *sizes, row["verdict"])
+        console.print(table)
+    console.print(
+        f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}. 'first' and 'last': the size before the first and "
+        "behind the last step, 'change': the difference between both; sizes are those behind the last step."
+    )
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A row of panels for each kind: the size of a kind of layer against the width, a line for each step.
+
+    Raises:
+        StorageError: where the picture cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = list(result["mup"]["layers"])
+    figure, axes = pyplot.subplots(2, len(layers), figsize=(2.6 * len(layers), 6.5), sharex=True, sharey="col", layout="constrained", squeeze=False)
+    colours = pyplot.get_cmap("viridis")
+    for row, kind in zip(axes, KINDS, strict=True):
+        for panel, name in zip(row, layers, strict=True):
+            measured = result[kind]["layers"][name]
+            for step, sizes in enumerate(measured["sizes"]):
+                panel.plot(result["widths"], sizes, marker="o", markersize=3, color=colours(0.9 * step / result["steps"]), label=f"step {step}")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_title(f"{kind}: {name}\n{measured['slopes'][-1]:+.2f}, {measured['verdict']}", fontsize=9)
+        row[0].set_ylabel("root mean square")
+    for panel in axes[1]:
+        panel.set_xlabel("hidden_size")
+    axes[0][0].legend(fontsize=7)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot write {path}: {error}; choose another --plot path, ending in .png") from None
+    finally:
+        pyplot.close(figure)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    check_arguments(arguments)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe, tokens, batches = batches_of(recipe, arguments.tokens)
+    base, widths = base_width(recipe, arguments), sorted(set(arguments.widths))
+    recipes = {(kind, width): recipe_at(recipe, width, base, kind, arguments.growing) for kind in KINDS for width in widths}
+    for one in recipes.values():
+        check_recipe(one)
+    models = tqdm(recipes.items(), desc="measuring", unit="model")
+    measured = [measure(one, kind, batches, arguments.steps) for (kind, _), one in models]
+    result = {"recipe": recipe.name, "base_width": base, "growing": arguments.growing, "tokens": tokens, "steps": arguments.steps}
+    result |= {"widths": widths} | {kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS}
+    if arguments.json_path != "-":
+        print_table(result)
+    if arguments.plot is not None:
+        plot(result, arguments.plot)
+    write_json(result, arguments.json_path)
+
+
+if __name__ == "__main__":
+    run_command(main)
