@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,24 @@ class CheckpointStore:
     Args:
         folder: ``runs/<name>/checkpoints``, on storage that all ranks share.
         tokenizer: copied into each checkpoint, so that it can be used alone.
+        card: the text of its model card, from its state.
     """
 
-    def __init__(self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path, card: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
         self.folder = folder
         self.engine = engine
         self.ds_config = ds_config
         self.tokenizer = tokenizer
+        self.card = card
 
-    def save(self, step: int, state: dict[str, Any], protected: set[int] | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
 
         Args:
             state: written to ``state.json``.
-            protected: steps that are kept beside the newest ``checkpoint.keep_last``.
+            named: steps by the pointer that names them; they are kept beside the newest ``checkpoint.keep_last``.
 
         Raises:
             StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
@@ -90,6 +95,8 @@ class CheckpointStore:
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
+                if self.card is not None:
+                    (temporary / layout.CARD).write_text(self.card(state), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
             if is_peer_loss(error):
@@ -102,7 +109,8 @@ class CheckpointStore:
         topology.barrier()
         self._publish(temporary, target)
         if topology.is_main:
-            self._remove_old(protected or set())
+            self._point(named or {})
+            self._remove_old(set((named or {}).values()))
         topology.barrier()
         return target
 
@@ -195,6 +203,17 @@ class CheckpointStore:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         layout.write_pointer(self.folder, target.name)
+
+    def _point(self, named: dict[str, int]) -> None:
+        """Writes the pointers of checkpoints that are there; a pointer that no longer names one goes."""
+        there = {name: layout.step_folder(self.folder, step).name for name, step in named.items() if layout.step_folder(self.folder, step).is_dir()}
+        for name, target in layout.pointers(self.folder).items():
+            if name != layout.LATEST and name not in there:
+                (self.folder / name).unlink()
+            elif there.get(name) == target:
+                del there[name]
+        for name, target in there.items():
+            layout.write_pointer(self.folder, target, name)
 
     def _remove_old(self, protected: set[int]) -> None:
         for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
