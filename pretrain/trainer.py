@@ -55,6 +55,7 @@ class Trainer:
     Args:
         validation: what is held out; without it the run has no validation loss and no best checkpoint.
         identity: fingerprints and topology that go into each checkpoint's state.
+        facts: what else its model card says: ``parameters`` and ``sources``.
         flops_per_token, peak: for MFU; ``peak`` is None where the hardware's is not known.
         callbacks: empty on every rank but 0.
     """
@@ -67,13 +68,14 @@ class Trainer:
         validation: Windows | None,
         store: CheckpointStore,
         identity: dict[str, Any],
+        facts: dict[str, Any],
         callbacks: Sequence[Callback],
         stop: StopRequest,
         flops_per_token: float,
         peak: float | None,
     ) -> None:
         self.recipe, self.engine, self.loader, self.validation, self.store = recipe, engine, loader, validation, store
-        self.identity, self.callbacks, self.stop = identity, callbacks, stop
+        self.identity, self.facts, self.callbacks, self.stop = identity, facts, callbacks, stop
         self.flops_per_token, self.peak = flops_per_token, peak
         self.topology = engine.topology
         self.num_steps = recipe.train.num_steps
@@ -243,7 +245,7 @@ class Trainer:
             raise NonFiniteError(
                 f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
-        state = self.identity | {
+        state = self.identity | self.facts | {
             "step": progress.step,
             "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
             "epoch": self.loader.epochs(progress.step),

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.weights import read_experts_part, write_weights
 from pretrain.config.durable import file_sha256, fsync_path
 from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
@@ -53,17 +53,13 @@ class CheckpointStore:
     Args:
         folder: ``runs/<name>/checkpoints``, on storage that all ranks share.
         tokenizer: copied into each checkpoint, so that it can be used alone.
-        card: the text of its model card, from its state.
     """
 
-    def __init__(
-        self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path, card: Callable[[dict[str, Any]], str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path) -> None:
         self.folder = folder
         self.engine = engine
         self.ds_config = ds_config
         self.tokenizer = tokenizer
-        self.card = card
 
     def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
@@ -95,8 +91,7 @@ class CheckpointStore:
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
-                if self.card is not None:
-                    (temporary / layout.CARD).write_text(self.card(state), encoding="utf-8")
+                (temporary / layout.CARD).write_text(model_card(engine.recipe, state), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
             if is_peer_loss(error):
