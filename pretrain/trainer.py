@@ -245,14 +245,18 @@ class Trainer:
             raise NonFiniteError(
                 f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
-        state = self.identity | self.facts | {
-            "step": progress.step,
-            "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
-            "epoch": self.loader.epochs(progress.step),
-            "validation_loss": progress.last_validation,
-            "progress": asdict(progress),
-            "data": self.loader.state(progress.step),
-        }
+        state = (
+            self.identity
+            | self.facts
+            | {
+                "step": progress.step,
+                "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
+                "epoch": self.loader.epochs(progress.step),
+                "validation_loss": progress.last_validation,
+                "progress": asdict(progress),
+                "data": self.loader.state(progress.step),
+            }
+        )
         named = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()} if self.recipe.checkpoint.keep_epochs else {}
         if self.recipe.checkpoint.keep_best and progress.best_step is not None:
             named[BEST] = progress.best_step

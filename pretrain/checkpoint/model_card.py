@@ -69,12 +69,15 @@ def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
 
 def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
     train, optimizer, schedule = recipe.train, recipe.optimizer, recipe.schedule
-    rows = [
+    rows: list[list[Any]] = [
         ["steps", f"{state['step']:,} of {train.num_steps:,}" if "step" in state else None],
         ["batch", f"{train.global_batch_size} sequences of {train.sequence_length} tokens"],
-        ["optimizer", f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind} schedule, {schedule.warmup_steps} warm-up steps"],
+        [
+            "optimizer",
+            f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind} schedule, {schedule.warmup_steps} warm-up steps",
+        ],
         ["precision", train.precision],
-        ["seed", recipe.seed],
+        ["seed", str(recipe.seed)],
     ]
     return table(["what", "value"], [row for row in rows if row[1] is not None])
 
