@@ -223,7 +223,7 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
         say(f"resuming from step {resumed_from} of {trainer.num_steps}")
     try:
         finished = done_already or trainer.fit()
-    except BaseException as error:
+    except Exception as error:
         for callback in trainer.callbacks:
             callback.on_failure(error)
         raise

@@ -30,5 +30,5 @@ class Callback:
     def on_summary(self, summary: Row) -> None:
         """After ``on_end`` of every callback: what summary.json says of the run."""
 
-    def on_failure(self, error: BaseException) -> None:
+    def on_failure(self, error: Exception) -> None:
         """Training ends by an error, and nothing else is called."""

@@ -38,5 +38,5 @@ class ModelCard(Callback):
         named = pointers(self.checkpoints)
         state = read_state(self.checkpoints / named["latest"])
         lines = table(["checkpoint", "folder"], [[name, f"checkpoints/{step}"] for name, step in named.items()])
-        text = model_card(self.recipe, state, newest_evaluation(self.folder)) + "\n".join(["## Checkpoints", "", *lines, ""])
+        text = model_card(self.recipe, state, newest_evaluation(self.folder)) + "\n".join(["", "## Checkpoints", "", *lines, ""])
         write_synced(self.folder / CARD, text.encode())

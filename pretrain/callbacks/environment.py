@@ -62,8 +62,8 @@ def git_state(file: Path) -> dict[str, Any] | None:
 
 def packages() -> dict[str, str]:
     """Every installed package and its version."""
-    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    found = [distribution.metadata for distribution in metadata.distributions()]  # a file is read each time that it is asked for
+    return dict(sorted(((entry["Name"], entry["Version"]) for entry in found if entry["Name"]), key=lambda item: item[0].lower()))
 
 
 def hardware() -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Tracking(Callback):
     def on_summary(self, summary: Row) -> None:
         self._finish("finished" if self._step == self._num_steps else "stopped", summary)
 
-    def on_failure(self, error: BaseException) -> None:
+    def on_failure(self, error: Exception) -> None:
         self._finish("failed", {})
 
     def _start(self) -> None:

@@ -49,7 +49,7 @@ def _summary(recipe: Recipe, state: Mapping[str, Any]) -> str:
     parameters, model, moe = state.get("parameters"), recipe.model, recipe.model.moe
     size = f" with {parameters['total']:,} parameters, of which a token uses {parameters['active']:,}" if parameters else ""
     experts = f", {len(model.moe_layers)} of them with {moe.total_experts:,} experts each" if moe is not None and model.moe_layers else ""
-    tokens = f", pretrained on {state['consumed_tokens']:,} tokens" if "consumed_tokens" in state else ""
+    tokens = f", pretrained on {state['consumed_tokens']:,} tokens" if state.get("consumed_tokens") else ""
     return f"A decoder language model{size}: {model.num_hidden_layers} layers{experts}{tokens}. Every setting is in `recipe.yaml` of the run."
 
 
@@ -70,7 +70,7 @@ def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
 def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
     train, optimizer, schedule = recipe.train, recipe.optimizer, recipe.schedule
     rows: list[list[Any]] = [
-        ["steps", f"{state['step']:,} of {train.num_steps:,}" if "step" in state else None],
+        ["steps", f"{state['step']:,} of {train.num_steps:,}" if state.get("step") else None],
         ["batch", f"{train.global_batch_size} sequences of {train.sequence_length} tokens"],
         [
             "optimizer",
