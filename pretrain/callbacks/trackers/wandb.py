@@ -37,7 +37,9 @@ class WandbTracker(Tracker):
             resume="allow",
             reinit="create_new",  # another one of the process may belong to DeepSpeed's monitor
             allow_val_change=True,
-            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_code=True, disable_git=True, init_timeout=START_SECONDS),
+            settings=wandb.Settings(
+                silent=True, console="off", save_code=False, disable_code=True, disable_git=True, x_disable_meta=True, init_timeout=START_SECONDS
+            ),
         )
         # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is a value like others, and the axis of all.
         self._run.define_metric("step", hidden=True)
