@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.metrics import METRICS, read_rows
+from pretrain.config.durable import write_synced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVES = "training_curves.png"
 # The smoothed curve weighs a row by half as much as one that is a fiftieth of the run newer.
@@ -47,34 +49,28 @@ def moving_average(values: Sequence[float], half_life: float) -> list[float]:
     return averages
 
 
-def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draws raw and smoothed values over tokens, and the validation loss beside that of training. What no row has is left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def figure_of(rows: Sequence[Row], title: str) -> Figure:
+    """Raw and smoothed values over tokens, and the validation loss beside that of training. What no row has is left out."""
+    from matplotlib.figure import Figure
 
     train = [row for row in rows if row["kind"] == "train"]
     panels = [panel for panel in PANELS if panel.column == "loss" or any(panel.column in row for row in train)]
     columns = 2 if len(panels) > 1 else 1
     height = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(height, columns, figsize=(6.5 * columns, 3.2 * height), layout="constrained", squeeze=False)
-    try:
-        for axes, panel in zip(grid.flat, panels):
-            _draw(axes, panel, train)
-        validation = [(row["tokens"], row["validation_loss"]) for row in rows if row["kind"] == "validation"]
-        if validation:
-            grid[0, 0].plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation", linewidth=1.2, markersize=4)
-        if train or validation:
-            grid[0, 0].legend()
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        figure.suptitle(title)
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=100, format="png")
-        os.replace(temporary, path)
-    finally:
-        pyplot.close(figure)
+    figure = Figure(figsize=(6.5 * columns, 0.6 + 3.2 * height))
+    grid = figure.subplots(height, columns, squeeze=False)
+    figure.subplots_adjust(left=0.14 / columns, right=1 - 0.03 / columns, bottom=0.18 / height, top=1 - 0.15 / height, hspace=0.28, wspace=0.2)
+    for axes, panel in zip(grid.flat, panels):
+        _draw(axes, panel, train)
+    validation = [(row["tokens"], row["validation_loss"]) for row in rows if row["kind"] == "validation"]
+    if validation:
+        grid[0, 0].plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation", linewidth=1.2, markersize=4)
+    if train or validation:
+        grid[0, 0].legend(loc="upper right")
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    figure.suptitle(title)
+    return figure
 
 
 def _draw(axes: Axes, panel: Panel, train: Sequence[Row]) -> None:
@@ -95,4 +91,6 @@ class TrainingCurves(Callback):
         self.folder = folder
 
     def on_end(self) -> None:
-        draw_curves(read_rows(self.folder / METRICS), self.folder.name, self.folder / CURVES)
+        content = io.BytesIO()
+        figure_of(read_rows(self.folder / METRICS), self.folder.name).savefig(content, dpi=100, format="png")
+        write_synced(self.folder / CURVES, content.getvalue())

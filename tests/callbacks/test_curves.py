@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain.callbacks.curves import draw_curves, moving_average
+from pretrain.callbacks.curves import CURVES, TrainingCurves, figure_of, moving_average
+from pretrain.callbacks.metrics import METRICS
 
 
 def rows(**more: float) -> list[dict[str, Any]]:
@@ -28,21 +30,19 @@ def test_a_moving_average_has_no_bias_towards_zero_and_halves_weights() -> None:
     [(rows(), 4), (rows(router_entropy=1.0, max_violation=0.2), 6), ([], 1)],
     ids=["dense", "moe", "no row"],
 )
-def test_there_is_a_panel_for_each_column_that_rows_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[dict[str, Any]], panels: int
-) -> None:
-    from matplotlib import pyplot
+def test_there_is_a_panel_for_each_column_that_rows_have(given: list[dict[str, Any]], panels: int) -> None:
+    axes = figure_of(given, "run").axes
+    assert len(axes) == panels
+    legend = axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["train", "train, smoothed", "validation"] if given else legend is None
+    assert list(axes[0].lines[0].get_ydata()) == [row["loss"] for row in given if row["kind"] == "train"]
+    if given:
+        assert list(axes[0].lines[2].get_ydata()) == [3.0] and axes[1].get_ylabel() == "learning rate"
 
-    drawn: list[Any] = []
-    close = pyplot.close
-    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.append(figure))
-    draw_curves(given, "run", tmp_path / "curves.png")
-    (figure,) = drawn
-    visible = [axes for axes in figure.axes if axes.get_visible()]
-    assert len(visible) == panels
-    labels = [text.get_text() for text in visible[0].get_legend().get_texts()] if given else []
-    assert labels == (["train", "train, smoothed", "validation"] if given else [])
-    raw = visible[0].lines[0].get_ydata() if given else []
-    assert list(raw) == [row["loss"] for row in given if row["kind"] == "train"]
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"] and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    close(figure)
+
+def test_the_picture_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    for _ in range(2):
+        TrainingCurves(tmp_path).on_end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS, CURVES]
+    assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG")
