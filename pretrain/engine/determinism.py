@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.utils.deterministic
 
 # cuBLAS chooses among algorithms by free workspace unless this fixes it; of the two values that its manual names, the faster one.
 CUBLAS_WORKSPACE = ":4096:8"
@@ -17,5 +18,7 @@ def be_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
+    # It would also fill every new tensor with NaN before it is written, to show reads of memory that was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
