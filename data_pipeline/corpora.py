@@ -21,6 +21,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class TrainingShare:
+    """What the training split has of one source; ``share`` is that of all its tokens."""
+
+    kind: str
+    documents: int
+    tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Corpora:
     """Data folders with one and the same tokenizer.
 
@@ -70,6 +80,17 @@ class Corpora:
                 part = Part(open_split(manifest, "train", name), source_fingerprint(manifest, name))
                 found.setdefault(corpus or name, []).append(part)
         return found
+
+    def training_sources(self) -> dict[str, TrainingShare]:
+        """The sources of all folders, ``corpus/source`` where a folder has a name; empty where training reads the sources itself."""
+        counts: dict[str, tuple[str, int, int]] = {}
+        for corpus, manifest in self.manifests.items():
+            for entry in manifest.splits["train"].shards if "train" in manifest.splits else []:
+                name = f"{corpus}/{entry.source}" if corpus else entry.source
+                kind, documents, tokens = counts.get(name, (manifest.sources[entry.source].kind, 0, 0))
+                counts[name] = (kind, documents + entry.documents, tokens + entry.tokens)
+        total = sum(tokens for _, _, tokens in counts.values()) or 1
+        return {name: TrainingShare(kind, documents, tokens, tokens / total) for name, (kind, documents, tokens) in counts.items()}
 
     def validation_stream(self) -> TokenStream | None:
         """The held-out documents of all folders, one after the other; None where nothing is held out."""

@@ -46,6 +46,9 @@ class Loader(Protocol):
             DataError: where there is not.
         """
 
+    def epochs(self, step: int) -> float | None:
+        """Passes over the training split after ``step`` steps: 1.0 when as many samples as it has were taken of it. None where that is not known."""
+
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after ``step`` steps has to carry, as JSON."""
 
@@ -121,6 +124,10 @@ class TrainLoader:
         batches = self._ahead.popleft()[1].result()
         self.stall_seconds += time.perf_counter() - started
         return batches
+
+    def epochs(self, step: int) -> float:
+        """Samples of a mixture count as those of the whole, so an epoch of it may take a small source more often than once."""
+        return step * self.global_batch_size / sum(len(source.samples) for source in self.sources.values())
 
     def state(self, step: int) -> dict[str, Any]:
         """The mixtures of the run so far: with the step they say which samples it has taken."""

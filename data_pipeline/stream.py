@@ -233,6 +233,9 @@ class StreamLoader:
     def require(self, num_steps: int) -> None:
         """A stream begins again when it ends: it is never too short."""
 
+    def epochs(self, step: int) -> None:
+        """How much a stream holds is not known."""
+
     def state(self, step: int) -> dict[str, Any]:
         """The places after ``step`` steps, which have to be those that were asked for."""
         if step != self._step:

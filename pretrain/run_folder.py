@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
@@ -45,9 +46,9 @@ def start_over(folder: Path, overwrite: bool) -> None:
         what = f"a run (newest checkpoint {newest[0].name})" if newest else "files of a run"
         raise ConfigError(f"--fresh would delete {what} in {folder}: add --overwrite, or choose another folder with --set run_path=FOLDER")
     # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
-    for name in (CHECKPOINTS, USAGE, "tensorboard"):
+    for name in (CHECKPOINTS, USAGE, "tensorboard", *TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "metrics.csv", "loss.png", "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
+    for name in (*RUN_FILES, "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
 
 

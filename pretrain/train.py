@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,7 @@ from data_pipeline.loader import open_loader
 from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
-from pretrain.callbacks.base import Callback
-from pretrain.callbacks.evaluation import ContinuousEvaluation
-from pretrain.callbacks.expert_usage import ExpertUsage
-from pretrain.callbacks.metrics import LossPlot, MetricsFiles
-from pretrain.callbacks.progress import ProgressBar
-from pretrain.callbacks.tensorboard import DeepSpeedMonitor
+from pretrain.callbacks.build import make_callbacks, missing_packages
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
@@ -34,6 +30,7 @@ from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, Pi
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
+from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
@@ -130,13 +127,8 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     held_out = corpora.validation_stream()
     validation = Windows(held_out, train.sequence_length, corpora.pad_id, recipe.data.document_mask) if held_out else None
     store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
-    callbacks: list[Callback] = []
-    if topology.is_main:
-        monitor = engine.deepspeed.monitor
-        usage = ExpertUsage(folder / USAGE, monitor.tb_monitor and monitor.tb_monitor.summary_writer, recipe.logging.hot_expert_factor)
-        callbacks = [MetricsFiles(folder), usage, DeepSpeedMonitor(monitor), ProgressBar(), LossPlot(folder)]
-        if recipe.evaluation is not None:
-            callbacks.append(ContinuousEvaluation(folder, recipe.evaluation))
+    callbacks = make_callbacks(recipe, ds_config, engine, validation is not None, folder / CHECKPOINTS, folder / USAGE) if topology.is_main else []
+    size = model_size(recipe.model, train.sequence_length)
     return Trainer(
         recipe=recipe,
         engine=engine,
@@ -144,9 +136,13 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
         validation=validation,
         store=store,
         identity=identity_of(corpora, engine),
+        facts={
+            "parameters": {"total": size.parameters_total, "active": size.parameters_active},
+            "sources": {name: asdict(source) for name, source in corpora.training_sources().items()},
+        },
         callbacks=callbacks,
         stop=stop,
-        flops_per_token=model_size(recipe.model, train.sequence_length).flops_per_token,
+        flops_per_token=size.flops_per_token,
         peak=peak_flops(topology.device, engine.precision),
     )
 
@@ -175,8 +171,11 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "validation_loss_in_training": progress.last_validation,
+        "best_validation_loss": progress.best_validation,
+        "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
         "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),
+        "checkpoints": layout.pointers(Path(recipe.output_path) / CHECKPOINTS),
     }
 
 
@@ -187,6 +186,8 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, corpora)
     share_cores()
+    if recipe.train.deterministic:
+        be_deterministic()
     topology = connect(recipe.parallel.ep_size)
     folder = Path(recipe.output_path)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
@@ -220,7 +221,12 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     done_already = resumed_from >= trainer.num_steps
     if resumed_from and not done_already:
         say(f"resuming from step {resumed_from} of {trainer.num_steps}")
-    finished = done_already or trainer.fit()
+    try:
+        finished = done_already or trainer.fit()
+    except Exception as error:
+        for callback in trainer.callbacks:
+            callback.on_failure(error)
+        raise
     summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
     if done_already:
         say(
@@ -237,7 +243,9 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
         say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
     if trainer.topology.is_main:
         if not done_already:
-            update_summary(folder, summary)
+            whole = update_summary(folder, summary)
+            for callback in trainer.callbacks:
+                callback.on_summary(whole)
         write_json(summary, options.json_path)
     return DONE if finished else PREEMPTED
 
@@ -247,6 +255,8 @@ def run(options: argparse.Namespace) -> int:
     for warning in warnings_about(recipe) if starts_as_first_rank() else ():
         print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
+    for warning in missing_packages(recipe, ds_config) if starts_as_first_rank() else ():
+        print(f"warning: {warning}", file=sys.stderr)
     stage = zero_stage_of(ds_config, options.ds_config)
     if options.dry_run:
         return plan_only(options, recipe, ds_config, stage)

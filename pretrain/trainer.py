@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.packing import Windows
 from pretrain.callbacks.base import Callback, Row
+from pretrain.checkpoint.layout import BEST, EPOCH
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import NonFiniteError
 from pretrain.config.model_schema import ModelConfig
@@ -45,6 +46,7 @@ class Progress:
     last_validation: float | None = None
     best_validation: float | None = None
     best_step: int | None = None
+    epoch_steps: dict[str, int] = field(default_factory=dict)  # with checkpoint.keep_epochs: the step at whose end an epoch was over
 
 
 class Trainer:
@@ -53,6 +55,7 @@ class Trainer:
     Args:
         validation: what is held out; without it the run has no validation loss and no best checkpoint.
         identity: fingerprints and topology that go into each checkpoint's state.
+        facts: what else its model card says: ``parameters`` and ``sources``.
         flops_per_token, peak: for MFU; ``peak`` is None where the hardware's is not known.
         callbacks: empty on every rank but 0.
     """
@@ -65,13 +68,14 @@ class Trainer:
         validation: Windows | None,
         store: CheckpointStore,
         identity: dict[str, Any],
+        facts: dict[str, Any],
         callbacks: Sequence[Callback],
         stop: StopRequest,
         flops_per_token: float,
         peak: float | None,
     ) -> None:
         self.recipe, self.engine, self.loader, self.validation, self.store = recipe, engine, loader, validation, store
-        self.identity, self.callbacks, self.stop = identity, callbacks, stop
+        self.identity, self.facts, self.callbacks, self.stop = identity, facts, callbacks, stop
         self.flops_per_token, self.peak = flops_per_token, peak
         self.topology = engine.topology
         self.num_steps = recipe.train.num_steps
@@ -104,10 +108,11 @@ class Trainer:
                 self._report_training()
             if step % recipe.logging.usage_interval_steps == 0:
                 self._report_usage()
-            if self.validation is not None and (last or step % recipe.validation.interval_steps == 0):
+            epoch_over = recipe.checkpoint.keep_epochs and self._epoch_is_over()
+            if self.validation is not None and (last or epoch_over or step % recipe.validation.interval_steps == 0):
                 best = self._validate(self.validation, whole=last)
             stopped = self.topology.any(self.stop.requested) and not last
-            if last or stopped or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
+            if last or stopped or epoch_over or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
                 self._save()
         for callback in self.callbacks:
             callback.on_end()
@@ -124,6 +129,21 @@ class Trainer:
         self.progress.train_seconds += time.perf_counter() - started
         self._pending.append(result)
         self._check_finite(result)
+
+    def _epoch_is_over(self) -> bool:
+        """Whether a pass over the training split ended in the step that is done; notes which."""
+        step = self.progress.step
+        before, now = self.loader.epochs(step - 1), self.loader.epochs(step)
+        over = before is not None and now is not None and int(now) > int(before)
+        if over and now is not None:
+            self.progress.epoch_steps[str(int(now))] = step
+        return over
+
+    def _position(self) -> Row:
+        """Where in the run and in the data a row stands."""
+        step = self.progress.step
+        epochs = self.loader.epochs(step)
+        return {"step": step, "tokens": step * self.recipe.train.tokens_per_step} | ({} if epochs is None else {"epoch": epochs})
 
     def _check_finite(self, result: StepResult) -> None:
         """Stops before a weight that is no number is saved. The norm is the same on every rank, so all stop together.
@@ -157,8 +177,7 @@ class Trainer:
         tokens_per_second = len(results) * self.recipe.train.tokens_per_step / seconds
         row: Row = {
             "kind": "train",
-            "step": self.progress.step,
-            "tokens": self.progress.step * self.recipe.train.tokens_per_step,
+            **self._position(),
             **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
             "grad_norm": results[-1].grad_norm,
@@ -207,9 +226,9 @@ class Trainer:
         best = progress.best_validation is None or loss < progress.best_validation
         if best:
             progress.best_validation, progress.best_step = loss, progress.step
-        row = {"kind": "validation", "step": progress.step, "tokens": progress.step * self.recipe.train.tokens_per_step, "validation_loss": loss}
+        row = {"kind": "validation", **self._position(), "validation_loss": loss, "targets": targets}
         for callback in self.callbacks:
-            callback.on_row(row | {"targets": targets})
+            callback.on_row(row)
         self._row_started += time.perf_counter() - started  # not training time
         return best
 
@@ -226,15 +245,22 @@ class Trainer:
             raise NonFiniteError(
                 f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
-        state = self.identity | {
-            "step": progress.step,
-            "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
-            "validation_loss": progress.last_validation,
-            "progress": vars(progress).copy(),
-            "data": self.loader.state(progress.step),
-        }
-        protected = {progress.best_step} if self.recipe.checkpoint.keep_best and progress.best_step is not None else set()
-        self.store.save(progress.step, state, protected)
+        state = (
+            self.identity
+            | self.facts
+            | {
+                "step": progress.step,
+                "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
+                "epoch": self.loader.epochs(progress.step),
+                "validation_loss": progress.last_validation,
+                "progress": asdict(progress),
+                "data": self.loader.state(progress.step),
+            }
+        )
+        named = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()} if self.recipe.checkpoint.keep_epochs else {}
+        if self.recipe.checkpoint.keep_best and progress.best_step is not None:
+            named[BEST] = progress.best_step
+        self.store.save(progress.step, state, named)
         self._row_started += time.perf_counter() - started
 
 

@@ -187,7 +187,7 @@ def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
         "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (standard deviation {summary['export_logits_std']:.2f})",
         "wall time": f"{summary['wall_seconds']:.0f} s: {stage_times}",
         "reused": ", ".join(summary["reused"]) or "nothing",
-        "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/loss.png, {folder}/summary.json",
+        "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/training_curves.png, {folder}/summary.json",
         "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",
     }
     for name, value in rows.items():

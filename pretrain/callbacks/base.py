@@ -26,3 +26,9 @@ class Callback:
 
     def on_end(self) -> None:
         """Training ends: all steps done, or interrupted and saved."""
+
+    def on_summary(self, summary: Row) -> None:
+        """After ``on_end`` of every callback: what summary.json says of the run."""
+
+    def on_failure(self, error: Exception) -> None:
+        """Training ends by an error, and nothing else is called."""

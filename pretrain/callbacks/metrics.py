@@ -1,4 +1,4 @@
-"""metrics.jsonl (everything), metrics.csv (the scalars of training and validation) and loss.png.
+"""metrics.jsonl (everything) and training_log.csv (the scalars of training and validation).
 
 They are kept in step with the checkpoint that a run resumes from.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Row
 
+METRICS, TRAINING_LOG = "metrics.jsonl", "training_log.csv"
 CSV_COLUMNS = (
-    "kind", "step", "tokens", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-    "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds",
+    "kind", "step", "tokens", "epoch", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second",
+    "mfu",    "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds",
 )  # fmt: skip
 CSV_KINDS = ("train", "validation")
 
@@ -34,7 +35,7 @@ class MetricsFiles(Callback):
     """Writes each row at once; on a resume, rows beyond the checkpoint are removed, because those steps run again."""
 
     def __init__(self, folder: Path) -> None:
-        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.jsonl, self.csv = folder / METRICS, folder / TRAINING_LOG
 
     def on_start(self, step: int, num_steps: int) -> None:
         rows = [row for row in read_rows(self.jsonl) if row["step"] <= step]
@@ -53,28 +54,3 @@ class MetricsFiles(Callback):
             return
         with self.csv.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore").writerow(row)
-
-
-class LossPlot(Callback):
-    """loss.png from metrics.jsonl, drawn when training ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_end(self) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        rows = read_rows(self.folder / "metrics.jsonl")
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-        for kind, column, style in (("train", "loss", "-"), ("validation", "validation_loss", "o-")):
-            points = [(row["tokens"], row[column]) for row in rows if row["kind"] == kind]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=kind, linewidth=1.2, markersize=4)
-        axes.set(xlabel="tokens", ylabel="cross-entropy, nats a token", title=self.folder.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(self.folder / "loss.png", dpi=120)
-        pyplot.close(figure)

@@ -2,10 +2,12 @@
 
 checkpoints/
   latest                                  text: the name of the newest complete checkpoint
+  best  epoch_1 ...                       the same for what checkpoint.keep_best and keep_epochs keep
   step_300/
     recipe.yaml  ds_config.json           resolved, as this run used them
     state.json                            step, consumed tokens, fingerprints, topology
     tokenizer.json
+    README.md                             the model card
     weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
     weights-experts-00000-of-00002.safetensors ...
     deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
@@ -26,9 +28,11 @@ from pretrain.config.errors import CheckpointError
 from pretrain.config.load import parse_yaml, validate_recipe
 from pretrain.config.schema import Recipe
 
-LATEST, MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER = "latest", "manifest.json", "state.json", "recipe.yaml", "ds_config.json", "tokenizer.json"
+LATEST, BEST, EPOCH = "latest", "best", "epoch_"
+MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER, CARD = "manifest.json", "state.json", "recipe.yaml", "ds_config.json", "tokenizer.json", "README.md"
 DEEPSPEED_TAG, RANDOM_FOLDER, ROWS_FOLDER = "deepspeed", "random", "rows"
 STEP_NAME = re.compile(r"^step_(\d+)$")
+POINTER_NAME = re.compile(rf"^({LATEST}|{BEST}|{EPOCH}\d+)$")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -44,7 +48,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint, given itself, the ``latest`` pointer beside it, or the folder that holds both.
+    """The folder of a checkpoint, given itself, a pointer beside it (``latest``, ``best``, ``epoch_3``), or the folder that holds both.
 
     Raises:
         CheckpointError: where there is none, or it is not complete.
@@ -54,7 +58,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         path = path / LATEST
     if path.is_file():
         name = path.read_text(encoding="utf-8", errors="replace").strip() if path.stat().st_size < 200 else ""
-        if path.name != LATEST or not STEP_NAME.match(name):
+        if not POINTER_NAME.match(path.name) or not STEP_NAME.match(name):
             raise CheckpointError(f"{path} is no checkpoint: give a step_N folder or the file '{LATEST}' that names one")
         path = path.parent / name
     if not path.is_dir():
@@ -121,6 +125,14 @@ def damage(folder: Path, part: int = 0, parts: int = 1, with_hashes: bool = True
     return None
 
 
-def write_pointer(checkpoints: Path, name: str) -> None:
-    """Moves ``latest`` to a checkpoint, atomically."""
-    write_synced(checkpoints / LATEST, f"{name}\n".encode())
+def write_pointer(checkpoints: Path, name: str, pointer: str = LATEST) -> None:
+    """Moves a pointer to a checkpoint, atomically."""
+    write_synced(checkpoints / pointer, f"{name}\n".encode())
+
+
+def pointers(checkpoints: Path) -> dict[str, str]:
+    """The checkpoints that have a name, by it: ``{"best": "step_200", "epoch_1": "step_150", "latest": "step_300"}``."""
+    if not checkpoints.is_dir():
+        return {}
+    found = sorted(path for path in checkpoints.iterdir() if POINTER_NAME.match(path.name) and path.is_file())
+    return {path.name: path.read_text(encoding="utf-8", errors="replace").strip() for path in found}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.weights import read_experts_part, write_weights
 from pretrain.config.durable import file_sha256, fsync_path
 from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
@@ -60,12 +61,12 @@ class CheckpointStore:
         self.ds_config = ds_config
         self.tokenizer = tokenizer
 
-    def save(self, step: int, state: dict[str, Any], protected: set[int] | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
 
         Args:
             state: written to ``state.json``.
-            protected: steps that are kept beside the newest ``checkpoint.keep_last``.
+            named: steps by the pointer that names them; they are kept beside the newest ``checkpoint.keep_last``.
 
         Raises:
             StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
@@ -90,6 +91,7 @@ class CheckpointStore:
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
+                (temporary / layout.CARD).write_text(model_card(engine.recipe, state), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
             if is_peer_loss(error):
@@ -102,7 +104,8 @@ class CheckpointStore:
         topology.barrier()
         self._publish(temporary, target)
         if topology.is_main:
-            self._remove_old(protected or set())
+            self._point(named or {})
+            self._remove_old(set((named or {}).values()))
         topology.barrier()
         return target
 
@@ -195,6 +198,17 @@ class CheckpointStore:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         layout.write_pointer(self.folder, target.name)
+
+    def _point(self, named: dict[str, int]) -> None:
+        """Writes the pointers of checkpoints that are there; a pointer that no longer names one goes."""
+        there = {name: layout.step_folder(self.folder, step).name for name, step in named.items() if layout.step_folder(self.folder, step).is_dir()}
+        for name, target in layout.pointers(self.folder).items():
+            if name != layout.LATEST and name not in there:
+                (self.folder / name).unlink()
+            elif there.get(name) == target:
+                del there[name]
+        for name, target in there.items():
+            layout.write_pointer(self.folder, target, name)
 
     def _remove_old(self, protected: set[int]) -> None:
         for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:

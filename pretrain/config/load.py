@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pretrain.config.credentials import refuse_credentials
 from pretrain.config.errors import ConfigError
 from pretrain.config.kinds import OneOf, kinds_of
 from pretrain.config.schema import Recipe
@@ -200,6 +201,7 @@ def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
     """A checked recipe, or a :class:`ConfigError` with a sentence for each wrong field."""
     from pretrain.config.rules import check_recipe
 
+    refuse_credentials(content, origin)
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:

@@ -189,6 +189,7 @@ def streams_are_read_once(recipe: Recipe) -> None:
         "data.corpora": data.corpora is not None,
         "data.packing.kind=best_fit": isinstance(data.packing, BestFit),
         "data.mixture.max_epochs": bool(data.mixture.max_epochs),
+        "checkpoint.keep_epochs": recipe.checkpoint.keep_epochs,
         f"data.mixture.kind={data.mixture.kind}": isinstance(data.mixture, Temperature | TokenBudget),
         "data.cleaning.exact_duplicates": cleaning.exact_duplicates,
         "data.cleaning.near_duplicates": cleaning.near_duplicates is not None,

@@ -13,6 +13,7 @@ from pydantic import Field
 from pretrain.config.data_schema import DataConfig
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.section import NonNegative, Positive, Section, Share
+from pretrain.config.tracking_schema import CardConfig, TrackersConfig
 
 # --- training -------------------------------------------------------------------------------------------------------------------
 
@@ -29,6 +30,7 @@ class TrainConfig(Section):
     )
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass instead of keeping its activations")
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
+    deterministic: bool = Field(False, description="only kernels that give the same bits every time; an operation that has none is an error")
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,7 +85,8 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     interval_steps: Positive = 1000
     keep_last: Positive = Field(2, description="newest checkpoints that are kept")
-    keep_best: bool = Field(False, description="also keep the one with the lowest validation loss")
+    keep_best: bool = Field(False, description="also keep the one with the lowest validation loss; checkpoints/best names it")
+    keep_epochs: bool = Field(False, description="save after each pass over the training split, and keep these; checkpoints/epoch_N names them")
 
 
 class ValidationConfig(Section):
@@ -138,6 +141,8 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig | None = Field(None, description="of each saved checkpoint, beside the training; none by default")
+    trackers: TrackersConfig | None = Field(None, description="experiment trackers; none by default")
+    card: CardConfig = CardConfig()
 
     @property
     def data_path(self) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.credentials import refuse_credentials
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
 
@@ -16,7 +17,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        ConfigError: where the file is missing or is not a JSON object.
+        ConfigError: where the file is missing, is not a JSON object, or holds a credential.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -26,6 +27,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, as ds_configs/zero1.json does")
+    refuse_credentials(content, path)
     return content
 
 

@@ -18,6 +18,7 @@ from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.monitor import Monitor, without_monitors
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
@@ -78,7 +79,8 @@ class Engine:
         torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
         optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=without_monitors(ds_config))
+        self.monitor = self.deepspeed.monitor = Monitor(ds_config, topology.is_main, lambda: self.deepspeed.global_samples)
         if self.zero_stage == 0 and precision != "fp32":
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.

@@ -10,7 +10,8 @@ import torch
 
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
-from pretrain.checkpoint.layout import RECIPE, TOKENIZER, read_recipe, read_state
+from pretrain.checkpoint.layout import CARD, RECIPE, TOKENIZER, read_recipe, read_state
+from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.universal import check_universal, write_universal
 from pretrain.checkpoint.whole_weights import open_whole_weights
 from pretrain.export.folded_embedding import without_factors
@@ -99,10 +100,17 @@ def export_hf(
             reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
             parity = compare_logits(reference, load_exported(folder, own_code=bool(target.files)), windows_WS)
             check_parity(parity)
-        step = read_state(checkpoint)["step"]
+        step = _write_card(checkpoint, folder)
         conversion = Conversion(target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
+
+
+def _write_card(checkpoint: Path, folder: Path) -> int:
+    """Writes the model card into an export; returns the step that the weights are of."""
+    state = read_state(checkpoint)
+    (folder / CARD).write_text(model_card(read_recipe(checkpoint), state), encoding="utf-8")
+    return int(state["step"])
 
 
 def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
@@ -133,7 +141,7 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
         size = sum(form.bytes for form in forms.values())
-        conversion = Conversion("safetensors", read_state(checkpoint)["step"], dtype_name(dtype), len(forms), size, None)
+        conversion = Conversion("safetensors", _write_card(checkpoint, folder), dtype_name(dtype), len(forms), size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
@@ -157,6 +165,6 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
         tensors, size = write_universal(checkpoint, folder)
         for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
-        conversion = Conversion("universal", read_state(checkpoint)["step"], "float32", tensors, size, None)
+        conversion = Conversion("universal", _write_card(checkpoint, folder), "float32", tensors, size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion

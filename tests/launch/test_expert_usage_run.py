@@ -110,12 +110,12 @@ def test_without_tensorboard_there_are_rows_and_files_but_no_pictures(runs: tupl
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_table_of_scalars_has_no_rows_of_usage(runs: tuple[Path, Results], name: str) -> None:
-    with (runs[0] / name / "metrics.csv").open() as file:
+    with (runs[0] / name / "training_log.csv").open() as file:
         rows = list(csv.DictReader(file))
     scalars = [row for row in curve(runs[0] / name) if row["kind"] != "usage"]
     assert [(row["kind"], int(row["step"])) for row in rows] == [(row["kind"], row["step"]) for row in scalars]
     assert {row["kind"] for row in rows} == {"train", "validation"}
-    assert (runs[0] / name / "loss.png").stat().st_size > 0
+    assert (runs[0] / name / "training_curves.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("overrides", [(PEER,), ()], ids=["peer", "dropless"])

@@ -32,7 +32,7 @@ def test_rows_have_its_loss_and_a_resumed_run_the_same(tiny: Tiny, in_process: N
         assert [layer["layer"] for layer in row["layers"]] == [0, 1, 2]
         assert all(math.isclose(sum(layer["expert_load"]), 1.0, rel_tol=1e-5) for layer in row["layers"])
     assert train[-1]["multi_token_loss"] < train[0]["multi_token_loss"]
-    with (run / "metrics.csv").open() as file:
+    with (run / "training_log.csv").open() as file:
         assert [float(row["multi_token_loss"]) for row in csv.DictReader(file) if row["kind"] == "train"] == [
             row["multi_token_loss"] for row in train
         ]

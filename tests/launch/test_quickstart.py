@@ -42,7 +42,7 @@ def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(twice: tuple
     assert first["sample"].startswith("the router")
     assert first["validation_loss"] == pytest.approx(first["validation_loss_in_training"], abs=1e-4)
     assert list(first["seconds_by_stage"]) == ["data", "train", "evaluate", "convert", "generate"]
-    for name in ("checkpoints/latest", "metrics.jsonl", "metrics.csv", "loss.png", "log.txt", "hf/config.json"):
+    for name in ("checkpoints/latest", "metrics.jsonl", "training_log.csv", "training_curves.png", "log.txt", "hf/config.json"):
         assert (run / name).stat().st_size > 0, name
     assert any((run / "tensorboard").rglob("events.out.tfevents.*"))
     for command in (

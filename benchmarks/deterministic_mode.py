@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""What train.deterministic costs: the same steps of one model in both modes by turns, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+
+import torch
+from tqdm import trange
+
+from data_pipeline.batch import Batch
+from pretrain.callbacks.environment import hardware
+from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.config.errors import run_command
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import check_topology
+from pretrain.config.schema import Recipe
+from pretrain.engine.determinism import be_deterministic
+from pretrain.engine.ds_config import resolve_ds_config
+from pretrain.engine.engine import Engine
+from pretrain.engine.precision import resolve_precision
+from pretrain.engine.topology import connect, disconnect
+from pretrain.train import resolve_recipe
+
+EXAMPLES = """\
+  python benchmarks/deterministic_mode.py
+  python benchmarks/deterministic_mode.py --recipe quickstart --set parallel.ep_size=1 --steps 10 --json benchmarks/results/deterministic_mode.json"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__ or "", EXAMPLES)
+    add_recipe_options(parser, default="debug")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="pairs of steps (default: 20)")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def random_batch(recipe: Recipe, seed: int) -> Batch:
+    """A micro batch of uniform tokens: their values do not matter for the time."""
+    vocab_size, train = recipe.model.vocab_size, recipe.train
+    assert vocab_size is not None
+    tokens_BS = torch.randint(vocab_size, (train.micro_batch_size, train.sequence_length), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens_BS, tokens_BS)
+
+
+def timed_pairs(engine: Engine, batches: list[Batch], pairs: int) -> list[tuple[float, float]]:
+    """CPU seconds of the same batches in the plain and in the deterministic mode; which comes first changes."""
+    found = []
+    for number in trange(pairs + 1, desc="pairs"):
+        times = {}
+        for deterministic in (False, True) if number % 2 else (True, False):
+            if deterministic:
+                be_deterministic()
+            else:
+                torch.use_deterministic_algorithms(False)
+            started = time.process_time()
+            engine.train_step(batches, 0.0)
+            times[deterministic] = time.process_time() - started
+        found.append((times[False], times[True]))
+    return found[1:]  # the first pair also compiles and allocates
+
+
+def main() -> int:
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    recipe = load_recipe(options.recipe, options.overrides)
+    precision = resolve_precision(recipe.train.precision)
+    recipe = resolve_recipe(recipe, precision, None)
+    accumulation = check_topology(recipe, 1, 1)
+    resolved = resolve_ds_config({"zero_optimization": {"stage": 1}}, "ZeRO 1", recipe, precision, accumulation, 1)
+    resolved["tensorboard"]["enabled"] = False
+    engine = Engine(recipe, resolved, precision, connect(recipe.parallel.ep_size))
+    pairs = timed_pairs(engine, [random_batch(recipe, number) for number in range(accumulation)], options.steps)
+    ratios = sorted(with_mode / plain for plain, with_mode in pairs)
+    result = {
+        "recipe": recipe.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "precision": precision,
+        "pairs": len(pairs),
+        "plain_cpu_seconds_median": statistics.median(plain for plain, _ in pairs),
+        "deterministic_cpu_seconds_median": statistics.median(with_mode for _, with_mode in pairs),
+        "ratio_median": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+    }
+    if options.json_path != "-":
+        print(f"a deterministic step takes {result['ratio_median']:.3f} of the CPU time of a plain one (median of {len(pairs)} pairs)")
+    write_json(result, options.json_path)
+    disconnect()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

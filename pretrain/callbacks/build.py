@@ -1,0 +1,83 @@
+"""Which callbacks a run has, in their order."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pretrain.callbacks.base import Callback
+from pretrain.callbacks.card import ModelCard
+from pretrain.callbacks.curves import CURVES, TrainingCurves
+from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
+from pretrain.callbacks.environment import DS_CONFIG, ENVIRONMENT, RECIPE, RunRecord
+from pretrain.callbacks.evaluation import ContinuousEvaluation
+from pretrain.callbacks.expert_usage import ExpertUsage
+from pretrain.callbacks.history import HISTORY, TrainingHistory
+from pretrain.callbacks.metrics import METRICS, TRAINING_LOG, MetricsFiles
+from pretrain.callbacks.progress import ProgressBar
+from pretrain.callbacks.trackers.comet import OFFLINE, CometTracker
+from pretrain.callbacks.trackers.mlflow import ARTIFACTS, DATABASE, MLflowTracker
+from pretrain.callbacks.trackers.wandb import WandbTracker
+from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracker, Tracking
+from pretrain.checkpoint.layout import CARD
+from pretrain.config.schema import Recipe
+from pretrain.config.tracking_schema import TrackerKind
+from pretrain.engine.engine import Engine
+
+KINDS: dict[TrackerKind, type[Tracker]] = {"wandb": WandbTracker, "mlflow": MLflowTracker, "comet": CometTracker}
+# A tracker or a section of a ds_config: the module that it needs, and what pip calls it.
+PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"), "comet": ("comet_ml", "comet_ml")}
+# What a tracker keeps of a run, and what --fresh deletes.
+KEPT_FILES = (CURVES, HISTORY, CARD, ENVIRONMENT, RECIPE, DS_CONFIG)
+RUN_FILES = (*KEPT_FILES, METRICS, TRAINING_LOG, TRACKERS, DATABASE)
+TRACKER_FOLDERS = ("wandb", ARTIFACTS, OFFLINE)
+
+
+def make_callbacks(recipe: Recipe, ds_config: dict[str, Any], engine: Engine, validates: bool, checkpoints: Path, usage: Path) -> list[Callback]:
+    """Those of rank 0. Files are written before the trackers that keep them.
+
+    Args:
+        validates: whether there is a validation split.
+    """
+    folder, monitor = Path(recipe.output_path), engine.monitor
+    callbacks: list[Callback] = [
+        RunRecord(folder, recipe, ds_config, engine.topology.world_size),
+        MetricsFiles(folder),
+        TrainingHistory(folder, validates),
+        ExpertUsage(usage, monitor.summary_writer, recipe.logging.hot_expert_factor),
+        DeepSpeedMonitor(monitor),
+        ProgressBar(),
+        TrainingCurves(folder),
+        ModelCard(folder, checkpoints, recipe),
+    ]
+    if recipe.evaluation is not None:
+        callbacks.append(ContinuousEvaluation(folder, recipe.evaluation))
+    return callbacks + make_trackers(recipe)
+
+
+def make_trackers(recipe: Recipe) -> list[Callback]:
+    """One for each of the recipe's trackers whose package is installed."""
+    chosen, folder = recipe.trackers, Path(recipe.output_path)
+    if chosen is None:
+        return []
+    run = TrackedRun(
+        folder=folder,
+        project=chosen.project or recipe.name,
+        name=chosen.name or folder.resolve().name,
+        group=chosen.group,
+        tags=chosen.tags,
+        config=recipe.model_dump(mode="json"),
+    )
+    return [Tracking(KINDS[kind](), run, KEPT_FILES) for kind in dict.fromkeys(chosen.kinds) if find_spec(PACKAGES[kind][0])]
+
+
+def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
+    """A sentence for each tracker whose package is not installed; training goes on without it."""
+    asked: dict[str, str] = {f"trackers.kinds: {kind}": kind for kind in (recipe.trackers.kinds if recipe.trackers else ())}
+    asked |= {f"the ds_config's '{kind}'": kind for kind in PACKAGES if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")}
+    return [
+        f"{place} needs a package that is not installed, so this run goes without it: pip install {PACKAGES[kind][1]}"
+        for place, kind in asked.items()
+        if find_spec(PACKAGES[kind][0]) is None
+    ]

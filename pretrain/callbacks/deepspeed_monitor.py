@@ -1,0 +1,17 @@
+"""TensorBoard, and what else of DeepSpeed's monitor the ds_config enables: CSV, W&B, Comet."""
+
+from __future__ import annotations
+
+from pretrain.callbacks.base import Callback, Row
+from pretrain.callbacks.events import events_of
+from pretrain.engine.monitor import Monitor
+
+
+class DeepSpeedMonitor(Callback):
+    """Writes every row through DeepSpeed's monitor, beside what its engine writes there by itself."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def on_row(self, row: Row) -> None:
+        self.monitor.write_row(events_of(row), row["step"])

@@ -1,0 +1,86 @@
+"""training_history.json: one entry for each validation, in columns, and the best of them; what notebooks and plots of a run start from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pretrain.callbacks.base import Callback, Row
+from pretrain.callbacks.metrics import METRICS, read_rows
+from pretrain.config.durable import write_synced
+
+HISTORY = "training_history.json"
+# From the last row of training before a validation, by the name that it has there.
+LAST_OF = {"learning_rate": "learning_rate", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second", "seconds": "seconds"}
+COLUMNS = ("step", "tokens", "epoch", "train_loss", "val_loss", "perplexity", *LAST_OF)
+
+
+class History:
+    """Gathers rows into entries. A run without a validation split gets an entry for each row of training."""
+
+    def __init__(self, validates: bool) -> None:
+        self.validates = validates
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._loss_steps = self._steps = self._last_step = 0.0
+        self._last: Row = {}
+
+    def add(self, row: Row) -> bool:
+        """Whether the row made a new entry."""
+        if row["kind"] == "train":
+            # A row is the mean over the steps since the one before: entries are means over steps, whatever their rows are.
+            steps = row["step"] - self._last_step
+            self._loss_steps, self._steps, self._last_step, self._last = self._loss_steps + steps * row["loss"], self._steps + steps, row["step"], row
+        if row["kind"] != ("validation" if self.validates else "train"):
+            return False
+        loss = row.get("validation_loss")
+        entry = {
+            "step": row["step"],
+            "tokens": row["tokens"],
+            "epoch": row.get("epoch"),
+            "train_loss": self._loss_steps / self._steps if self._steps else None,
+            "val_loss": loss,
+            "perplexity": None if loss is None else _exp(loss),
+            **{name: self._last.get(source) for name, source in LAST_OF.items()},
+        }
+        for name, value in entry.items():
+            self.columns[name].append(value)
+        self._loss_steps = self._steps = 0.0
+        return True
+
+    def content(self) -> dict[str, Any]:
+        """Columns of one length, ``best`` (the entry with the lowest validation loss, None without validation) and ``units``."""
+        losses = [(loss, place) for place, loss in enumerate(self.columns["val_loss"]) if loss is not None]
+        best = {name: values[min(losses)[1]] for name, values in self.columns.items()} if losses else None
+        units = {"train_loss": "nats a token, mean since the last entry", "val_loss": "nats a token", "seconds": "of training, without validation"}
+        return {**self.columns, "best": best, "units": units}
+
+
+def _exp(loss: float) -> float | None:
+    """JSON has no infinity."""
+    value = math.exp(min(loss, 700.0))
+    return value if loss < 700.0 else None
+
+
+def history_of(rows: Iterable[Row], validates: bool) -> History:
+    history = History(validates)
+    for row in rows:
+        history.add(row)
+    return history
+
+
+class TrainingHistory(Callback):
+    """Writes the file at each entry, whole; on a resume it is made again from the rows up to the checkpoint."""
+
+    def __init__(self, folder: Path, validates: bool) -> None:
+        self.folder, self.validates = folder, validates
+        self.history = History(validates)
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        self.history = history_of((row for row in read_rows(self.folder / METRICS) if row["step"] <= step), self.validates)
+
+    def on_row(self, row: Row) -> None:
+        if self.history.add(row):
+            write_synced(self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode())

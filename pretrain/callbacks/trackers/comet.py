@@ -1,0 +1,68 @@
+"""Comet. COMET_API_KEY, COMET_WORKSPACE and COMET_START_ONLINE (``0`` needs no network) come from the environment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.callbacks.base import Row
+from pretrain.callbacks.events import Events
+from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
+
+if TYPE_CHECKING:
+    from comet_ml import CometExperiment
+
+OFFLINE = "comet"
+
+
+class CometTracker(Tracker):
+    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start, which ``comet upload`` joins."""
+
+    kind = "comet"
+    _experiment: CometExperiment
+
+    def start(self, run: TrackedRun, run_id: str | None) -> str:
+        import comet_ml
+
+        own = logging.getLogger("comet_ml")
+        own.handlers, own.propagate = [], True  # to log.txt, as every library's
+        folder = run.folder / OFFLINE
+        folder.mkdir(exist_ok=True)
+        self._experiment = comet_ml.start(
+            project_name=run.project,
+            experiment_key=run_id,
+            mode="get_or_create",
+            experiment_config=comet_ml.ExperimentConfig(
+                name=run.name,
+                tags=[*run.tags, *([run.group] if run.group else [])],
+                offline_directory=str(folder),
+                # environment.json says all this, without what may be private.
+                log_code=False,
+                log_graph=False,
+                parse_args=False,
+                log_git_metadata=False,
+                log_git_patch=False,
+                log_env_details=False,
+                auto_output_logging="",
+                auto_param_logging=False,
+                auto_metric_logging=False,
+                auto_log_co2=False,
+                display_summary_level=0,
+            ),
+        )
+        self._experiment.log_parameters(run.config)
+        return str(self._experiment.get_key())
+
+    def log(self, events: Events, step: int) -> None:
+        self._experiment.log_metrics(dict(events), step=step)
+
+    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+        self._experiment.log_others({**summary, "status": status})
+        for path in files:
+            if path.suffix == ".png":
+                self._experiment.log_image(str(path), name=path.stem)
+            else:
+                self._experiment.log_asset(str(path), overwrite=True)
+        self._experiment.end()

@@ -1,0 +1,86 @@
+"""MLflow. MLFLOW_TRACKING_URI, user, password and token come from the environment; without a URI it writes into the run's folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.callbacks.base import Row
+from pretrain.callbacks.events import Events
+from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+DATABASE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
+STATES: dict[Status, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# MLflow's own limits of one request, and of a parameter's value.
+MAX_METRICS, MAX_PARAMETERS, MAX_CHARACTERS = 1000, 100, 6000
+
+
+class MLflowTracker(Tracker):
+    """An experiment is a project, a run a run; files go to the run's artifacts."""
+
+    kind = "mlflow"
+    _client: MlflowClient
+    _id: str
+
+    def start(self, run: TrackedRun, run_id: str | None) -> str:
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        address = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client = MlflowClient(address or f"sqlite:///{(run.folder / DATABASE).resolve()}")
+        if run_id is None:
+            tags = dict.fromkeys(run.tags, "true") | ({"group": run.group} if run.group else {})
+            self._id = self._client.create_run(self._experiment(run, local=not address), tags=tags, run_name=run.name).info.run_id
+        else:
+            self._id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+        self._log_parameters(run.config)
+        return self._id
+
+    def _experiment(self, run: TrackedRun, local: bool) -> str:
+        found = self._client.get_experiment_by_name(run.project)
+        if found is not None:
+            return str(found.experiment_id)
+        place = (run.folder / ARTIFACTS).resolve().as_uri() if local else None
+        return str(self._client.create_experiment(run.project, artifact_location=place))
+
+    def _log_parameters(self, config: dict[str, Any]) -> None:
+        """A parameter of MLflow never changes: a resumed run adds only those that it does not have. recipe.yaml has them as they are now."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._id).data.params
+        new = [Param(name, str(value)[:MAX_CHARACTERS]) for name, value in _flat(config) if name not in known]
+        for first in range(0, len(new), MAX_PARAMETERS):
+            self._client.log_batch(self._id, params=new[first : first + MAX_PARAMETERS])
+
+    def log(self, events: Events, step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(tag, value, now, step) for tag, value in events]
+        for first in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[first : first + MAX_METRICS])
+
+    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+        if summary:
+            self._client.log_dict(self._id, summary, "summary.json")
+        for path in files:
+            self._client.log_artifact(self._id, str(path))
+        self._client.set_terminated(self._id, STATES[status])
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        name = "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in f"{prefix}{key}")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,63 @@
+"""Weights & Biases. WANDB_API_KEY, WANDB_MODE (``offline`` needs no network), WANDB_ENTITY and the rest come from the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.callbacks.base import Row
+from pretrain.callbacks.events import Events
+from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+START_SECONDS = 60.0
+EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 0, "failed": 1}
+
+
+class WandbTracker(Tracker):
+    """Files of its own lie in ``wandb/`` of the run's folder; it copies no code and no output of the terminal."""
+
+    kind = "wandb"
+    _run: Run
+
+    def start(self, run: TrackedRun, run_id: str | None) -> str:
+        import wandb
+
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            group=run.group,
+            tags=list(run.tags),
+            config=run.config,
+            dir=str(run.folder),
+            id=run_id,
+            resume="allow",
+            reinit="create_new",  # another one of the process may belong to DeepSpeed's monitor
+            allow_val_change=True,
+            settings=wandb.Settings(
+                silent=True, console="off", save_code=False, disable_code=True, disable_git=True, x_disable_meta=True, init_timeout=START_SECONDS
+            ),
+        )
+        # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is a value like others, and the axis of all.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        return self._run.id
+
+    def log(self, events: Events, step: int) -> None:
+        self._run.log({"step": step, **dict(events)})
+
+    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+        import wandb
+
+        self._run.summary.update({**summary, "status": status})
+        for path in files:
+            if path.suffix == ".png":
+                self._run.log({path.stem: wandb.Image(str(path))})
+        artifact = wandb.Artifact(f"run-{self._run.id}", type="run")
+        for path in files:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact)
+        self._run.finish(exit_code=EXIT_CODES[status])

@@ -1,0 +1,89 @@
+"""DeepSpeed's monitor (the sections tensorboard, csv_monitor, wandb and comet of a ds_config), in a form that cannot stop a training.
+
+DeepSpeed's own MonitorMaster is made inside its engine and raises there, and in every step, what a service without a network raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.monitor.comet import CometMonitor
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.monitor import Monitor as Backend
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
+
+from pretrain.config.credentials import redact
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, Callable[[Any], Backend]] = {
+    "tensorboard": TensorBoardMonitor,
+    "csv_monitor": csvMonitor,
+    "wandb": WandbMonitor,
+    "comet": CometMonitor,
+}
+# DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so rows of ours must count the same there.
+COUNT_SAMPLES = ("wandb", "comet")
+
+
+def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The ds_config that DeepSpeed's engine is made from."""
+    return {name: section for name, section in ds_config.items() if name not in BACKENDS}
+
+
+class Monitor:
+    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is told of once and gets no more.
+
+    Args:
+        writes: whether this process is rank 0; others have no backends.
+        samples: how many samples the engine has seen.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], writes: bool, samples: Callable[[], int]) -> None:
+        self._samples = samples
+        self._backends: dict[str, Backend] = {}
+        if not writes:
+            return
+        config = get_monitor_config(ds_config)
+        for name, backend in BACKENDS.items():
+            if (section := getattr(config, name)).enabled:
+                self._try(name, lambda name=name, backend=backend, section=section: self._backends.update({name: backend(section)}))  # type: ignore[misc]
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._backends)
+
+    @property
+    def summary_writer(self) -> SummaryWriter | None:
+        """TensorBoard's, for what is no scalar."""
+        backend = self._backends.get("tensorboard")
+        return None if backend is None else backend.summary_writer
+
+    def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
+        """What DeepSpeed's engine calls: (tag, value, samples)."""
+        for name, backend in list(self._backends.items()):
+            self._try(name, lambda backend=backend: backend.write_events(events))  # type: ignore[misc]
+
+    def write_row(self, events: Sequence[tuple[str, float]], step: int) -> None:
+        """Values of one step: by step where that is possible, else by samples."""
+        for name, backend in list(self._backends.items()):
+            x = self._samples() if name in COUNT_SAMPLES else step
+            placed = [(tag, value, x) for tag, value in events]
+            self._try(name, lambda backend=backend, placed=placed: backend.write_events(placed))  # type: ignore[misc]
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # of any service, of any kind
+            self._backends.pop(name, None)
+            reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            logger.warning("the ds_config's '%s' failed: %s", name, reason)
+            print(f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""The model card: valid for the hub, honest about what is not known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pretrain.checkpoint.model_card import LIMITS, NO_LICENSE, model_card
+from pretrain.config.load import load_recipe
+
+STATE: dict[str, Any] = {
+    "step": 30,
+    "consumed_tokens": 7680,
+    "epoch": 0.31,
+    "validation_loss": 2.0,
+    "progress": {"best_validation": 1.5, "best_step": 20},
+    "parameters": {"total": 38080, "active": 31936},
+    "sources": {
+        "web|text": {"kind": "text", "documents": 3, "tokens": 7500, "share": 0.75},
+        "code": {"kind": "jsonl", "documents": 1, "tokens": 2500, "share": 0.25},
+    },
+}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return content
+
+
+def test_it_has_sources_shares_origins_parameters_and_results() -> None:
+    recipe = load_recipe("debug", ["card={license: mit, intended_use: For tests., data_origin: {code: 'The Stack, permissive'}}"])
+    card = model_card(recipe, STATE, {"hellaswag/acc": 0.25})
+    assert front_matter(card) == {"license": "mit", "pipeline_tag": "text-generation", "tags": ["pretraining", "mixture-of-experts"]}
+    for line in (
+        "| web\\|text | text | 3 | 7,500 | 0.7500 | - |",
+        "| code | jsonl | 1 | 2,500 | 0.2500 | The Stack, permissive |",
+        "| validation perplexity | 7.3891 |",
+        "| best validation loss, at step 20 | 1.5000 |",
+        "| hellaswag/acc | 0.2500 |",
+        "For tests.",
+        LIMITS,
+        "mit",
+    ):
+        assert f"\n{line}\n" in card
+    assert "38,080 parameters, of which a token uses 31,936" in card and "on 7,680 tokens" in card
+
+
+def test_without_a_licence_none_is_claimed() -> None:
+    card = model_card(load_recipe("debug"), STATE)
+    assert "license" not in front_matter(card) and NO_LICENSE in card
+
+
+def test_weights_of_no_run_of_ours_claim_no_tokens_data_or_results() -> None:
+    card = model_card(load_recipe("debug"), {"step": 0, "consumed_tokens": 0, "data": {}})
+    assert "Not recorded." in card and "None were measured." in card
+    assert "pretrained on" not in card and "| steps |" not in card

@@ -1,0 +1,76 @@
+"""Trackers without a network, a package or a key: each is told once, and the run ends as if it had none. DeepSpeed's own sections likewise."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import pretrain.callbacks.build
+from pretrain.callbacks.build import missing_packages
+from pretrain.config.load import load_recipe
+from pretrain.engine.topology import free_port
+from pretrain.train import main
+from tests.callbacks.tracker_files import wandb_history, wandb_records
+from tests.launch.tiny_run import Tiny, curve
+
+STEPS, SAMPLES_OF_A_STEP = 2, 8
+
+
+@pytest.fixture
+def without_comet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Comet's package were not installed."""
+    packages = pretrain.callbacks.build.PACKAGES | {"comet": ("a_module_that_nobody_has", "comet_ml")}
+    monkeypatch.setattr(pretrain.callbacks.build, "PACKAGES", packages)
+
+
+def test_a_missing_package_is_named_with_what_to_install(without_comet: None) -> None:
+    recipe = load_recipe("debug", ["trackers={kinds: [mlflow, comet]}"])
+    assert missing_packages(recipe, {"comet": {"enabled": False}, "wandb": {"enabled": True}}) == [
+        "trackers.kinds: comet needs a package that is not installed, so this run goes without it: pip install comet_ml"
+    ]
+    (section,) = missing_packages(load_recipe("debug"), {"comet": {"enabled": True}})
+    assert section.startswith("the ds_config's 'comet' needs a package")
+
+
+def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
+    tiny: Tiny, tmp_path: Path, in_process: None, without_comet: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:pa55word@127.0.0.1:{free_port()}")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    sections = {
+        "zero_optimization": {"stage": 1},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"},
+        "wandb": {"enabled": True, "project": "of-deepspeed", "group": "g"},
+        "comet": {"enabled": True, "project": "p", "experiment_key": "too-short"},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(sections))
+    run = tmp_path / "run"
+    arguments = tiny.arguments(run, "trackers={kinds: [mlflow, comet]}", "logging.tensorboard=true", steps=STEPS, zero=None)
+    assert main([*arguments, "--ds_config", str(tmp_path / "ds.json")]) == 0
+    wandb.finish()
+
+    told = capsys.readouterr().err
+    warnings = [line for line in told.replace("\r", "\n").splitlines() if line.startswith("warning:")]
+    assert sum("the tracker mlflow failed" in line for line in warnings) == 1
+    assert sum("the ds_config's 'comet' failed" in line for line in warnings) == 1
+    assert sum("trackers.kinds: comet needs a package" in line for line in warnings) == 1 and told.index("needs a package") < told.index("training:")
+    assert "pa55word" not in told + (run / "log.txt").read_text()
+    rows = [row for row in curve(run) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2]
+
+    with (tmp_path / "csv" / "train_loss.csv").open() as file:
+        assert [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)] == [(row["step"], row["loss"]) for row in rows]
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    history = wandb_history(list(wandb_records(log)))
+    losses = {row["_step"]: row["train/loss"] for row in history if "train/loss" in row}
+    assert losses == {row["step"] * SAMPLES_OF_A_STEP: row["loss"] for row in rows}
+    assert [row["_step"] for row in history if "Train/Samples/lr" in row] == [8, 16]
+    assert list((run / "tensorboard").glob("events.*"))
