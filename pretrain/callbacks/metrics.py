@@ -14,7 +14,7 @@ from pretrain.callbacks.base import Callback, Row
 
 CSV_COLUMNS = (
     "kind", "step", "tokens", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-    "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds",
+    "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds", "phase",
 )  # fmt: skip
 CSV_KINDS = ("train", "validation")
 
