@@ -32,8 +32,8 @@ FIXED_FIELDS = (
     "optimizer.kind",
     "train.precision",
 )
-# What phases change beside those.
-PHASE_FIELDS = ("data.mixture",)
+# What phases change of a recipe, and what they have of their own.
+CHANGED_BY_PHASES = ("model", "train.sequence_length", "train.micro_batch_size", "train.global_batch_size", "data.mixture")
 OWN_FIELDS = ("schedule", "frozen")
 CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
 
@@ -151,12 +151,13 @@ def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
     starts = sorted({0, *(stage.first_step for timeline in timelines for stage in timeline.stages if stage.first_step < step)})
     for start in starts:
         here, before = (timeline.at(start) for timeline in timelines)
-        fields = (*FIXED_FIELDS, *PHASE_FIELDS) if now.phases or saved.phases else FIXED_FIELDS
+        fields = (*FIXED_FIELDS, "data.mixture") if now.phases or saved.phases else FIXED_FIELDS
         pairs = {field: (_field(before.recipe, field), _field(here.recipe, field)) for field in fields}
         pairs |= {field: (_own(before, field), _own(here, field)) for field in OWN_FIELDS}
         for field, (old, new) in pairs.items():
             if old != new:
-                where = f"{field} in the phase '{here.name}'" if here.name else field
+                phase = here.name if field in (*CHANGED_BY_PHASES, *OWN_FIELDS) else ""
+                where = f"{field} in the phase '{phase}'" if phase else field
                 return f"{where} ({_difference(old, new)})"
     return None
 
