@@ -118,7 +118,7 @@ def memory() -> int:
 
 def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
     from data_pipeline.corpora import load_corpora
-    from data_pipeline.loader import TrainingSource, TrainLoader
+    from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
     from data_pipeline.packing import prepare_packing, training_samples
     from pretrain.config.data_schema import DataConfig, Proportional
 
@@ -132,7 +132,7 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
     before, started = memory(), time.perf_counter()
     parts = load_corpora({"": str(folder)}).training_parts()
     sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
-    loader = TrainLoader(sources, Proportional(), 0, MICRO_BATCH, MICRO_BATCH, 0, 1)
+    loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
     result |= {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": memory() - before}
     if steps:
@@ -189,14 +189,14 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
 def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     """How long a training step of a millisecond waits for its batch, over many steps."""
     from data_pipeline.corpora import load_corpora
-    from data_pipeline.loader import TrainingSource, TrainLoader
+    from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
     from data_pipeline.packing import training_samples
     from pretrain.config.data_schema import DataConfig, Proportional
 
     config = DataConfig.model_validate({"packing": {"kind": "best_fit"}, "document_mask": True})
     parts = load_corpora({"": str(folder)}).training_parts()
     sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
-    loader = TrainLoader(sources, Proportional(), 0, MICRO_BATCH, MICRO_BATCH, 0, 1)
+    loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
     loader.stall_seconds = 0.0
     started = time.perf_counter()

@@ -49,6 +49,12 @@ class Sample(NamedTuple):
     labels_S: np.ndarray
     documents_S: np.ndarray | None
 
+    def part(self, number: int, parts: int) -> Sample:
+        """One of so many equal parts: a shorter sequence, whose labels are still the next tokens."""
+        length = len(self.inputs_S) // parts
+        here = slice(number * length, (number + 1) * length)
+        return Sample(self.inputs_S[here], self.labels_S[here], None if self.documents_S is None else self.documents_S[here])
+
 
 class Samples(Protocol):
     """What a packing makes of a stream of tokens: samples that can be read in any order."""

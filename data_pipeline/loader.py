@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ from data_pipeline.packing import PADDING_WINDOW, Windows, training_samples
 from pretrain.config.data_schema import Mixture
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 # Read ahead of the step that is asked for, so that a slow disk has to be slow for as long before training waits.
 STEPS_AHEAD = 3
@@ -64,6 +68,44 @@ class TrainingSource:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Steps with the same batch sizes, sequence length and mixture.
+
+    Attributes:
+        global_batch_size, micro_batch_size: in sequences.
+        first_step, first_block: the steps before it, and the blocks that they take.
+        slices: sequences in a block, see :mod:`pretrain.config.timeline`.
+        where: the mixture's field, for sentences.
+    """
+
+    mixture: Mixture
+    global_batch_size: int
+    micro_batch_size: int
+    first_step: int = 0
+    first_block: int = 0
+    slices: int = 1
+    where: str = "data.mixture"
+
+    def first_block_of(self, step: int) -> int:
+        return self.first_block + (step - self.first_step) // self.slices * self.global_batch_size
+
+    def blocks_after(self, step: int) -> int:
+        """Blocks that the run has begun to read after ``step`` steps."""
+        return self.first_block + -(-(step - self.first_step) // self.slices) * self.global_batch_size
+
+
+def stretches_of(recipe: Recipe) -> list[Stretch]:
+    """The recipe's phases as the loader sees them."""
+    found = []
+    for stage in Timeline(recipe).stages:
+        train, own = stage.recipe.train, stage.recipe.data.mixture != recipe.data.mixture
+        where = f"phases.{stage.name}.mixture" if own else "data.mixture"
+        sizes = train.global_batch_size, train.micro_batch_size
+        found.append(Stretch(stage.recipe.data.mixture, *sizes, stage.first_step, stage.first_block, stage.slices, where))
+    return found
+
+
 class TrainLoader:
     """One rank's training batches, a pure function of the step: to resume, ask for the next step.
 
@@ -71,43 +113,39 @@ class TrainLoader:
     size the step's micro batches are the same for any number of ranks; they only lie on other ones. A background thread reads ahead.
 
     Args:
-        sources: by name.
-        mixture: their shares.
+        sources: by name, in samples of the run's longest sequence.
+        stretches: of the run, the first one from step 0.
         seed: of the sample order.
-        global_batch_size, micro_batch_size: in sequences.
         dp_rank, dp_size: this rank's number among the data-parallel ranks, and how many there are.
 
     Raises:
-        ConfigError: where the micro batches do not divide evenly among the ranks, or the mixture names other sources.
+        ConfigError: where the micro batches do not divide evenly among the ranks, or a mixture names other sources.
         DataError: where the data has fewer samples than one step needs, or a source has none.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, TrainingSource],
-        mixture: Mixture,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-    ) -> None:
-        check_micro_batches(global_batch_size, micro_batch_size, dp_size)
-        check_names(mixture, list(sources))
-        self.sources, self.mixture, self.seed = dict(sources), mixture, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+    def __init__(self, sources: Mapping[str, TrainingSource], stretches: Sequence[Stretch], seed: int, dp_rank: int, dp_size: int) -> None:
+        for stretch in stretches:
+            check_micro_batches(stretch.global_batch_size, stretch.micro_batch_size, dp_size)
+            check_names(stretch.mixture, list(sources), stretch.where)
+        self.sources, self.stretches, self.seed = dict(sources), list(stretches), seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.sequence_length = next(iter(sources.values())).samples.sequence_length
         self._check_size()
-        self.schedule = Schedule([self._plan(0, {})], self.sequence_length)
+        # Blocks are counted from the run's beginning. They differ from the stretches' count where earlier blocks had another length.
+        self._offset = 0
+        self.schedule = self._with_coming([self._plan(0, {}, self.stretches[0].mixture)], 0)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="train-loader")
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
         self.stall_seconds = 0.0
 
+    def stretch_at(self, step: int) -> Stretch:
+        return next(stretch for stretch in reversed(self.stretches) if stretch.first_step <= step)
+
     def sample_numbers(self, step: int) -> list[tuple[str, int]]:
-        """The source and the sample in it of each sequence of the whole step, over all ranks."""
-        found: list[tuple[str, int]] = [("", 0)] * self.global_batch_size
-        for name, places, numbers in self.schedule.samples(step * self.global_batch_size, self.global_batch_size):
+        """The source and the sample in it of each sequence of the whole step, over all ranks; of shorter sequences, the sample they are part of."""
+        stretch = self.stretch_at(step)
+        found: list[tuple[str, int]] = [("", 0)] * stretch.global_batch_size
+        for name, places, numbers in self.schedule.samples(self._offset + stretch.first_block_of(step), stretch.global_batch_size):
             samples = shuffled(numbers, len(self.sources[name].samples), self.seed)
             for place, sample in zip(places.tolist(), samples.tolist(), strict=True):
                 found[place] = (name, sample)
@@ -127,59 +165,81 @@ class TrainLoader:
 
     def epochs(self, step: int) -> float:
         """Samples of a mixture count as those of the whole, so an epoch of it may take a small source more often than once."""
-        return step * self.global_batch_size / sum(len(source.samples) for source in self.sources.values())
+        stretch = self.stretch_at(max(step - 1, 0))
+        blocks = self._offset + stretch.first_block + (step - stretch.first_step) * stretch.global_batch_size / stretch.slices
+        return blocks / sum(len(source.samples) for source in self.sources.values())
 
     def state(self, step: int) -> dict[str, Any]:
-        """The mixtures of the run so far: with the step they say which samples it has taken."""
-        return {"plans": [plan.to_dict() for plan in self.schedule.plans]}
+        """The mixtures of the run so far: with the number of samples they say which ones it has taken."""
+        samples = self._samples_after(step)
+        plans = [plan.to_dict() for plan in self.schedule.plans if plan.start_sample < samples or plan.start_sample == 0]
+        return {"plans": plans, "samples": samples, "offset": self._offset}
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps. Where the mixture or its sources have changed, the new ones hold from here on, and every source goes on
-        in its own epoch where it was.
+        in its own epoch where it was. Where the longest sequence has changed, every source begins a new epoch.
 
         Raises:
             DataError: where the data of a source is not what it was.
         """
-        plans = [Plan.from_dict(plan) for plan in state["plans"]]
+        plans, samples, stretch = [Plan.from_dict(plan) for plan in state["plans"]], state["samples"], self.stretch_at(step)
         for plan in plans:
             for name in self.sources:
                 if name in plan.sources:
-                    self._check_same(name, plan.sources[name])
-        schedule, sample = Schedule(plans, self.sequence_length), step * self.global_batch_size
-        if plans[-1].mixture != self.mixture or list(plans[-1].sources) != list(self.sources):
-            kept = [plan for plan in plans if plan.start_sample < sample]
-            schedule = Schedule([*kept, self._plan(sample, schedule.taken(sample))], self.sequence_length)
-        self.schedule = schedule
+                    self._check_same(name, plan)
+        last, taken = plans[-1], Schedule(plans).taken(samples)
+        self._offset = state["offset"]
+        if last.sequence_length != self.sequence_length:
+            logger.warning(
+                "the longest sequence is %d tokens now and was %d: every source begins a new epoch", self.sequence_length, last.sequence_length
+            )
+            self._offset, taken = samples - stretch.first_block_of(step), {}
+        if (last.mixture, list(last.sources), last.sequence_length) != (stretch.mixture, list(self.sources), self.sequence_length):
+            plans = [*(plan for plan in plans if plan.start_sample < samples), self._plan(samples, taken, stretch.mixture)]
+        self.schedule = self._with_coming(plans, step)
         self._ahead.clear()
 
     def require(self, num_steps: int) -> None:
         """Raises :class:`DataError` where the mixture's limits leave too few samples for so many steps."""
-        self.schedule.samples(num_steps * self.global_batch_size - 1, 1)
+        self.schedule.samples(self._samples_after(num_steps) - 1, 1)
+
+    def _samples_after(self, step: int) -> int:
+        return self._offset + self.stretch_at(max(step - 1, 0)).blocks_after(step)
 
     def _read(self, step: int) -> list[Batch]:
-        numbers = self.sample_numbers(step)
-        size = self.micro_batch_size
-        firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
-        return [to_batch([self.sources[name].samples.read(sample) for name, sample in numbers[first : first + size]]) for first in firsts]
+        stretch, numbers = self.stretch_at(step), self.sample_numbers(step)
+        size, part = stretch.micro_batch_size, (step - stretch.first_step) % stretch.slices
+        firsts = range(self.dp_rank * size, stretch.global_batch_size, self.dp_size * size)
+        groups = ([self.sources[name].samples.read(sample) for name, sample in numbers[first : first + size]] for first in firsts)
+        return [to_batch([sample.part(part, stretch.slices) for sample in group] if stretch.slices > 1 else group) for group in groups]
 
-    def _plan(self, start_sample: int, taken: dict[str, int]) -> Plan:
+    def _plan(self, start_sample: int, taken: dict[str, int], mixture: Mixture) -> Plan:
         states = {name: SourceState(source.fingerprint, len(source.samples), taken.get(name, 0)) for name, source in self.sources.items()}
-        return Plan(start_sample, self.mixture, states)
+        return Plan(start_sample, mixture, states, self.sequence_length)
+
+    def _with_coming(self, plans: list[Plan], step: int) -> Schedule:
+        """``plans``, and one for each stretch behind ``step`` with another mixture than the stretch before it."""
+        for stretch in self.stretches:
+            if stretch.first_step > step and stretch.mixture != plans[-1].mixture:
+                start = self._offset + stretch.first_block
+                plans = [*plans, self._plan(start, Schedule(plans).taken(start), stretch.mixture)]
+        return Schedule(plans)
 
     def _check_size(self) -> None:
         for name, source in self.sources.items():
             if not len(source.samples):
                 raise DataError(f"the source '{name}' is shorter than one sample of {self.sequence_length} tokens: add data to it or leave it out")
-        total = sum(len(source.samples) for source in self.sources.values())
-        if total < self.global_batch_size:
+        total, needed = sum(len(source.samples) for source in self.sources.values()), max(stretch.global_batch_size for stretch in self.stretches)
+        if total < needed:
             raise DataError(
                 f"the training split has {total} samples of {self.sequence_length} tokens, but a step over {self.dp_size} ranks needs "
-                f"{self.global_batch_size}: add data, shorten train.sequence_length, or lower train.global_batch_size and start fewer ranks"
+                f"{needed}: add data, shorten train.sequence_length, or lower train.global_batch_size and start fewer ranks"
             )
 
-    def _check_same(self, name: str, saved: SourceState) -> None:
-        now = self.sources[name]
-        if (now.fingerprint, len(now.samples)) != (saved.fingerprint, saved.num_samples):
+    def _check_same(self, name: str, plan: Plan) -> None:
+        now, saved = self.sources[name], plan.sources[name]
+        same_size = len(now.samples) == saved.num_samples or plan.sequence_length != self.sequence_length
+        if now.fingerprint != saved.fingerprint or not same_size:
             raise DataError(
                 f"the run holds other data: its source '{name}' is not what it was when training began; put the old data back, "
                 "give the new data another name, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
@@ -207,15 +267,15 @@ def open_train_loader(recipe: Recipe, corpora: Corpora, dp_rank: int, dp_size: i
         ConfigError: where the batch sizes or the mixture do not fit the ranks or the data.
         DataError: where there is too little data.
     """
-    train = recipe.train
+    block_tokens = Timeline(recipe).block_tokens
     sources = {
         name: TrainingSource(
-            training_samples(parts, recipe.data, train.sequence_length, corpora.pad_id),
+            training_samples(parts, recipe.data, block_tokens, corpora.pad_id),
             canonical_sha256({"parts": [part.fingerprint for part in parts]}),
         )
         for name, parts in corpora.training_parts().items()
     }
-    return TrainLoader(sources, recipe.data.mixture, recipe.seed, train.global_batch_size, train.micro_batch_size, dp_rank, dp_size)
+    return TrainLoader(sources, stretches_of(recipe), recipe.seed, dp_rank, dp_size)
 
 
 def check_micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
@@ -227,13 +287,18 @@ def check_micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: 
         )
 
 
-def seen_samples(plans: list[dict[str, Any]], consumed_samples: int, sequence_length: int, seed: int) -> dict[str, np.ndarray]:
+def seen_samples(plans: list[dict[str, Any]], consumed_samples: int, seed: int) -> dict[str, np.ndarray]:
     """Each sample of each source that a run has seen, once: int64, in the order of their first use.
 
     ``plans`` are those of the checkpoint's state. Every epoch is a permutation, so a source's first epoch meets each sample once and later
     ones add none.
+
+    Raises:
+        DataError: where the run has changed its longest sequence on a resume, and with it what a sample is.
     """
-    schedule = Schedule([Plan.from_dict(plan) for plan in plans], sequence_length)
+    schedule = Schedule([Plan.from_dict(plan) for plan in plans])
+    if len({plan.sequence_length for plan in schedule.plans}) > 1:
+        raise DataError("which samples the model has seen cannot be told of a run whose longest sequence was changed on the way")
     taken = schedule.taken(consumed_samples)
     sizes = {name: source.num_samples for plan in schedule.plans for name, source in plan.sources.items()}
     return {name: shuffled(np.arange(min(taken[name], size)), size, seed) for name, size in sizes.items()}

@@ -117,27 +117,34 @@ class SourceState:
 
 @dataclass(frozen=True)
 class Plan:
-    """A mixture that holds from a sample on, until the next one. Checkpoints carry the plans of their run."""
+    """A mixture that holds from a sample on, until the next one. Checkpoints carry the plans of their run.
+
+    Attributes:
+        sequence_length: tokens of a sample.
+    """
 
     start_sample: int
     mixture: Mixture
     sources: dict[str, SourceState]
+    sequence_length: int
 
     def to_dict(self) -> dict[str, Any]:
         sources = {name: asdict(source) for name, source in self.sources.items()}
-        return {"start_sample": self.start_sample, "mixture": self.mixture.model_dump(mode="json"), "sources": sources}
+        mixture = self.mixture.model_dump(mode="json")
+        return {"start_sample": self.start_sample, "mixture": mixture, "sources": sources, "sequence_length": self.sequence_length}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Plan:
         mixture: Mixture = TypeAdapter(Mixture).validate_python(content["mixture"])
-        return cls(content["start_sample"], mixture, {name: SourceState(**source) for name, source in content["sources"].items()})
+        sources = {name: SourceState(**source) for name, source in content["sources"].items()}
+        return cls(content["start_sample"], mixture, sources, content["sequence_length"])
 
     def limit(self, name: str) -> int | None:
         """Samples that the run may take of a source; None without a limit."""
         epochs = self.mixture.max_epochs.get(name)
         return None if epochs is None else int(epochs * self.sources[name].num_samples)
 
-    def counts(self, active: Sequence[str], sequence_length: int) -> list[int]:
+    def counts(self, active: Sequence[str]) -> list[int]:
         """Slots of each active source, in proportion to their shares."""
         sources = [self.sources[name] for name in active]
         match self.mixture:
@@ -146,7 +153,7 @@ class Plan:
             case Temperature(temperature=temperature):
                 return _quantized([source.num_samples ** (1 / temperature) for source in sources])
             case TokenBudget(tokens=tokens):
-                wanted = [-(-tokens[name] // sequence_length) for name in active]
+                wanted = [-(-tokens[name] // self.sequence_length) for name in active]
                 missing = [max(samples - source.taken, 0) for samples, source in zip(wanted, sources, strict=True)]
                 return missing if any(missing) else wanted
             case Proportional():
@@ -178,8 +185,8 @@ class Schedule:
         num_samples: where every source is exhausted; None where at least one never is.
     """
 
-    def __init__(self, plans: Sequence[Plan], sequence_length: int) -> None:
-        self.plans, self.sequence_length = list(plans), sequence_length
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = list(plans)
         self.num_samples: int | None = None
         stops = [*(plan.start_sample for plan in self.plans[1:]), None]
         self._phases_of_plan = [self._expand(plan, stop) for plan, stop in zip(self.plans, stops, strict=True)]
@@ -194,7 +201,7 @@ class Schedule:
         """
         if self.num_samples is not None and first + count > self.num_samples:
             raise DataError(
-                f"data.mixture.max_epochs allows {self.num_samples} samples of {self.sequence_length} tokens, and the run needs more: "
+                f"data.mixture.max_epochs allows {self.num_samples} samples of {self.plans[-1].sequence_length} tokens, and the run needs more: "
                 "raise it, add data, or lower train.train_tokens"
             )
         found: list[tuple[str, np.ndarray, np.ndarray]] = []
@@ -227,7 +234,7 @@ class Schedule:
         phases: list[Phase] = []
         while stop is None or start < stop:
             active = [name for name in plan.sources if (limit := plan.limit(name)) is None or taken[name] < limit]
-            counts = plan.counts(active, self.sequence_length)
+            counts = plan.counts(active)
             if not any(counts):
                 self.num_samples = start
                 break
@@ -246,24 +253,27 @@ class Schedule:
         return phases
 
 
-def check_names(mixture: Mixture, sources: Sequence[str]) -> None:
+def check_names(mixture: Mixture, sources: Sequence[str], where: str = "data.mixture") -> None:
     """Whether a mixture fits the sources that the data has.
+
+    Args:
+        where: the recipe's field, for sentences.
 
     Raises:
         ConfigError: for a name that no source has, a source without a weight, or weights that are all zero.
     """
     given = mixture.weights if isinstance(mixture, Weights) else mixture.tokens if isinstance(mixture, TokenBudget) else None
     field = "weights" if isinstance(mixture, Weights) else "tokens"
-    for where, names in ((field, list(given or {})), ("max_epochs", list(mixture.max_epochs))):
+    for part, names in ((field, list(given or {})), ("max_epochs", list(mixture.max_epochs))):
         for name in names:
             if name not in sources:
                 near = get_close_matches(name, sources, n=2)
                 hint = "did you mean " + " or ".join(f"'{other}'" for other in near) + "?" if near else f"the data has {', '.join(sources)}"
-                raise ConfigError(f"data.mixture.{where} names '{name}', which is no source of the data: {hint}")
+                raise ConfigError(f"{where}.{part} names '{name}', which is no source of the data: {hint}")
     if given is None:
         return
     for name in sources:
         if name not in given:
-            raise ConfigError(f"data.mixture.{field} does not name the source '{name}': give it a number, or 0 to leave it out")
+            raise ConfigError(f"{where}.{field} does not name the source '{name}': give it a number, or 0 to leave it out")
     if not any(given.values()):
-        raise ConfigError(f"data.mixture.{field} is 0 for every source: give at least one a larger number")
+        raise ConfigError(f"{where}.{field} is 0 for every source: give at least one a larger number")

@@ -31,6 +31,10 @@ class Windows:
         self._targets = max(stream.num_tokens - 1, 0)
         self.num_all = -(-self._targets // sequence_length)
 
+    def of_length(self, sequence_length: int) -> Windows:
+        """The same stream in windows of another length."""
+        return Windows(self.stream, sequence_length, self.pad_id, self.document_mask)
+
     def __len__(self) -> int:
         return self._targets // self.sequence_length
 

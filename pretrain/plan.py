@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.callbacks.metrics import read_rows
+from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.precision import DTYPES
 from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
+from pretrain.optim.frozen import frozen_parameters
+from pretrain.optim.schedules import run_learning_rate_factor
 
 # Share of the rate of a large matrix product that a whole step reaches. Small models on CPUs reached 0.05; for GPUs it is a cautious guess.
 ASSUMED_EFFICIENCY = {"cpu": 0.05, "cuda": 0.25}
@@ -23,11 +27,11 @@ ASSUMED_EFFICIENCY = {"cpu": 0.05, "cuda": 0.25}
 
 def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int) -> dict[str, Any]:
     """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
-    train = recipe.train
+    train, timeline = recipe.train, Timeline(recipe)
     size = model_size(recipe.model, train.sequence_length)
     state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size)
-    tokens = train.num_steps * train.tokens_per_step
-    seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, size.flops_per_token)
+    flops = sum(model_size(recipe.model, stage.recipe.train.sequence_length).flops_per_token * stage.num_tokens for stage in timeline.stages)
+    seconds, basis = _estimate_seconds(recipe, precision, world_size, timeline.num_tokens, flops / timeline.num_tokens)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "ds_config": ds_config,
@@ -39,14 +43,58 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
         "parameters_padding": size.parameters_padding,
         "components": size.components,
         "flops_per_token": size.flops_per_token,
-        "steps": train.num_steps,
-        "train_tokens": tokens,
+        "steps": timeline.num_steps,
+        "train_tokens": timeline.num_tokens,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "state_bytes_per_rank": state,
-        "activation_bytes_per_rank": activation_bytes(recipe.model, train, precision),
+        "activation_bytes_per_rank": max(activation_bytes(recipe.model, stage.recipe.train, precision) for stage in timeline.stages),
         "estimated_seconds": seconds,
         "estimate_basis": basis,
+        "phases": phase_rows(recipe, timeline, world_size),
     }
+
+
+def phase_rows(recipe: Recipe, timeline: Timeline, world_size: int) -> list[dict[str, Any]]:
+    """A row for each phase; none for a run without phases.
+
+    Raises:
+        ConfigError: where a phase freezes what the model has not.
+    """
+    if not recipe.phases:
+        return []
+    dense, experts = tensor_shapes(recipe.model)
+    rows = []
+    for stage in timeline.stages:
+        train, last = stage.recipe.train, stage.end_step - 1
+        factors = [run_learning_rate_factor(step, timeline, recipe.schedule) for step in (stage.first_step, last)]
+        frozen_parameters([*dense, *experts], stage.frozen, f"phases.{stage.name}.frozen")
+        rows.append({
+            "name": stage.name,
+            "tokens": stage.num_tokens,
+            "steps": stage.num_steps,
+            "global_batch_size": train.global_batch_size,
+            "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+            "sequence_length": train.sequence_length,
+            "first_learning_rate": factors[0] * recipe.optimizer.learning_rate,
+            "last_learning_rate": factors[1] * recipe.optimizer.learning_rate,
+            "position": stage.recipe.model.position.model_dump(mode="json", exclude_none=True),
+            "mixture": stage.recipe.data.mixture.model_dump(mode="json"),
+            "frozen": list(stage.frozen),
+        })  # fmt: skip
+    return rows
+
+
+def print_phases(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table("phase", "tokens", "steps", "batch", "length", "learning rate", "what else", title="phases")
+    for row in rows:
+        rates = f"{row['first_learning_rate']:.3g} to {row['last_learning_rate']:.3g}"
+        position, mixture = row["position"], row["mixture"]
+        other = [f"{position.pop('kind')} " + ", ".join(f"{name} {value}" for name, value in position.items())]
+        other += [", ".join(f"{name} {share:g}" for name, share in mixture["weights"].items())] if "weights" in mixture else [mixture["kind"]]
+        other += ["frozen: " + ", ".join(row["frozen"])] if row["frozen"] else []
+        batch = f"{row['global_batch_size']:,} ({row['gradient_accumulation_steps']} passes)"
+        table.add_row(row["name"], f"{row['tokens']:,}", f"{row['steps']:,}", batch, f"{row['sequence_length']:,}", rates, "; ".join(other))
+    console.print(table)
 
 
 def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
@@ -58,7 +106,7 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     rows = {
         "ranks": f"{plan['world_size']} (ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']})",
         "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
-        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps of {recipe.train.tokens_per_step:,}",
+        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps" + ("" if plan["phases"] else f" of {recipe.train.tokens_per_step:,}"),
         "gradient accumulation": f"{accumulation} micro batches of {train.micro_batch_size} x {train.sequence_length}",
         "memory a rank": f"{(state['total'] + plan['activation_bytes_per_rank']) / 1e9:.2f} GB: weights {state['weights'] / 1e9:.2f}, gradients "
         f"{state['gradients'] / 1e9:.2f}, optimizer {state['optimizer'] / 1e9:.2f}, activations about {plan['activation_bytes_per_rank'] / 1e9:.2f}",
@@ -67,6 +115,8 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    if plan["phases"]:
+        print_phases(plan["phases"], console)
 
 
 def _estimate_seconds(recipe: Recipe, precision: str, world_size: int, tokens: int, flops_per_token: float) -> tuple[float, str]:

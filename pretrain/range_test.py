@@ -20,6 +20,7 @@ from data_pipeline.packing import prepare_packing
 from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
@@ -135,11 +136,12 @@ def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_st
 
 
 def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, steps: int) -> tuple[Engine, Loader]:
-    """The engine and the loader of a training of ``recipe``, without its folder: no log, no TensorBoard, no checkpoints.
+    """The engine and the loader of a training of ``recipe``, in its first phase if it has any, without its folder: no log, no TensorBoard, no checkpoints.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.
     """
+    recipe = Timeline(recipe).at(0).recipe
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
     corpora = load_corpora(data_folders(recipe))
     corpora.verify()

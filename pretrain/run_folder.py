@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Stage, Timeline
 
 # What makes a run this run: a change of any of these would continue another model, or on another order of the data.
 FIXED_FIELDS = (
@@ -30,6 +33,9 @@ FIXED_FIELDS = (
     "optimizer.kind",
     "train.precision",
 )
+# What phases change of a recipe, and what they have of their own.
+CHANGED_BY_PHASES = ("model", "train.sequence_length", "train.micro_batch_size", "train.global_batch_size", "data.mixture")
+OWN_FIELDS = ("schedule", "frozen")
 CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
 
 
@@ -107,19 +113,59 @@ def check_same_run(now: Recipe, saved: Recipe, now_identity: dict[str, Any], sav
     Raises:
         ConfigError: naming what differs and what to do.
     """
-    for field in FIXED_FIELDS:
-        if _field(now, field) != _field(saved, field):
-            raise ConfigError(
-                f"{folder} holds a run with another {field} ({_difference(_field(saved, field), _field(now, field))}): "
-                "put it back, choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
-            )
-    for key, value in now_identity.items():
+    ways_out = "choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
+    if difference := past_difference(now, saved, saved_state["step"]):
+        raise ConfigError(f"{folder} holds a run with another {difference}: put it back, {ways_out}")
+    if difference := identity_difference(now_identity, saved_state):
+        raise ConfigError(f"{folder} holds a run with {difference}: resume with what it was started with, {ways_out}")
+
+
+def check_branch(now: Recipe, trunk: Recipe, identity: dict[str, Any], state: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses to go on from a checkpoint of another run (``branch_from``) whose past is not the one that the recipe describes.
+
+    Raises:
+        ConfigError: naming what differs and what to do.
+    """
+    step, num_steps = state["step"], Timeline(now).num_steps
+    if difference := past_difference(now, trunk, step):
+        raise ConfigError(f"branch_from: {checkpoint} is of a run with another {difference}: make the recipe the trunk's up to that step")
+    if difference := identity_difference(identity, state):
+        raise ConfigError(f"branch_from: {checkpoint} is of a run with {difference}: start the branch as its trunk was")
+    if step >= num_steps:
+        raise ConfigError(f"branch_from: {checkpoint} is at step {step}, and the recipe ends after {num_steps}: raise train.train_tokens")
+
+
+def identity_difference(now: dict[str, Any], saved_state: dict[str, Any]) -> str | None:
+    """What of tokenizer and topology is another than that of a checkpoint, in words."""
+    for key, value in now.items():
         if saved_state.get(key) != value:
-            what = "another tokenizer" if key == "tokenizer_sha256" else f"{key} {saved_state.get(key)}, not {value}"
-            raise ConfigError(
-                f"{folder} holds a run with {what}: resume with what it was started with, "
-                "choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
-            )
+            return "another tokenizer" if key == "tokenizer_sha256" else f"{key} {saved_state.get(key)}, not {value}"
+    return None
+
+
+def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
+    """The first field in which a recipe differs from that of a run in what its first ``step`` steps were, in words; None where it does not.
+
+    Without phases the mixture may change: the new one holds from here on. A phase says what it was, also when it is over.
+    """
+    timelines = Timeline(now), Timeline(saved)
+    starts = sorted({0, *(stage.first_step for timeline in timelines for stage in timeline.stages if stage.first_step < step)})
+    for start in starts:
+        here, before = (timeline.at(start) for timeline in timelines)
+        fields = (*FIXED_FIELDS, "data.mixture") if now.phases or saved.phases else FIXED_FIELDS
+        pairs = {field: (_field(before.recipe, field), _field(here.recipe, field)) for field in fields}
+        pairs |= {field: (_own(before, field), _own(here, field)) for field in OWN_FIELDS}
+        for field, (old, new) in pairs.items():
+            if old != new:
+                phase = here.name if field in (*CHANGED_BY_PHASES, *OWN_FIELDS) else ""
+                where = f"{field} in the phase '{phase}'" if phase else field
+                return f"{where} ({_difference(old, new)})"
+    return None
+
+
+def _own(stage: Stage, field: str) -> Any:
+    value = getattr(stage, field)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else list(value or ())
 
 
 def _difference(before: Any, after: Any, path: str = "") -> str:

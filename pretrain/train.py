@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_pipeline.corpora import Corpora, data_folders, load_corpora
-from data_pipeline.loader import open_loader
+from data_pipeline.loader import open_loader, stretches_of
 from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
@@ -30,6 +30,7 @@ from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, Pi
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
@@ -37,7 +38,7 @@ from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import CHECKPOINTS, USAGE, check_same_run, log_to_file, prints_to_log, start_over, update_summary
+from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -107,7 +108,8 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     folders = data_folders(recipe)
     corpora = load_corpora(folders) if all(manifest_path(folder).is_file() for folder in folders.values()) else None
     if corpora and not recipe.data.streaming:
-        check_names(recipe.data.mixture, list(corpora.training_parts()))
+        for stretch in stretches_of(recipe):
+            check_names(stretch.mixture, list(corpora.training_parts()), stretch.where)
     accumulation = check_topology(recipe, world_size, stage)
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, corpora)
@@ -142,7 +144,6 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
         },
         callbacks=callbacks,
         stop=stop,
-        flops_per_token=size.flops_per_token,
         peak=peak_flops(topology.device, engine.precision),
     )
 
@@ -160,7 +161,7 @@ def identity_of(corpora: Corpora, engine: Engine) -> dict[str, Any]:
 def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
     """The run in numbers, for summary.json."""
     size, progress = model_size(recipe.model, recipe.train.sequence_length), trainer.progress
-    tokens = progress.step * recipe.train.tokens_per_step
+    tokens = trainer.timeline.tokens_after(progress.step)
     return {
         "recipe": recipe.name,
         "train_tokens": tokens,
@@ -195,7 +196,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
         if options.fresh and topology.is_main:
             start_over(folder, options.overwrite)
         if topology.is_main:
-            prepare_packing(corpora, recipe.data, recipe.train.sequence_length, progress=True)
+            prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
         topology.barrier()
         log_to_file(folder, topology.rank)
         stop = StopRequest()
@@ -206,8 +207,12 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
             trainer = build_trainer(recipe, resolved, corpora, engine, stop)
             newest = trainer.store.newest()
             if newest is not None:
-                check_same_run(recipe, layout.read_recipe(newest), trainer.identity, layout.read_state(newest), folder)
+                check_same_run(recipe, layout.read_run_recipe(newest), trainer.identity, layout.read_state(newest), folder)
                 trainer.resume(newest)
+            elif recipe.branch_from is not None:
+                trunk = trainer.store.whole(recipe.branch_from)
+                check_branch(recipe, layout.read_run_recipe(trunk), trainer.identity, layout.read_state(trunk), trunk)
+                trainer.resume(trunk)
             trainer.loader.require(trainer.num_steps)
             logger.info("recipe:\n%s", recipe_to_yaml(recipe))
             logger.info("ds_config: %s", json.dumps(resolved))

@@ -19,11 +19,13 @@ from pretrain.config.errors import NonFiniteError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
 from pretrain.evaluation.expert_usage import UsageWindow, usage_columns
 from pretrain.model.decoder import RouterTotals
 from pretrain.model.moe.balance import ALWAYS_COMPUTED, LOSSES, loss_weights
-from pretrain.optim.schedules import balance_update_rate, learning_rate_factor
+from pretrain.model.sizes import model_size
+from pretrain.optim.schedules import balance_update_rate, run_learning_rate_factor
 from pretrain.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class Trainer:
         validation: what is held out; without it the run has no validation loss and no best checkpoint.
         identity: fingerprints and topology that go into each checkpoint's state.
         facts: what else its model card says: ``parameters`` and ``sources``.
-        flops_per_token, peak: for MFU; ``peak`` is None where the hardware's is not known.
+        peak: the device's FLOP/s, for MFU; None where it is not known.
         callbacks: empty on every rank but 0.
     """
 
@@ -71,23 +73,26 @@ class Trainer:
         facts: dict[str, Any],
         callbacks: Sequence[Callback],
         stop: StopRequest,
-        flops_per_token: float,
         peak: float | None,
     ) -> None:
         self.recipe, self.engine, self.loader, self.validation, self.store = recipe, engine, loader, validation, store
         self.identity, self.facts, self.callbacks, self.stop = identity, facts, callbacks, stop
-        self.flops_per_token, self.peak = flops_per_token, peak
-        self.topology = engine.topology
-        self.num_steps = recipe.train.num_steps
+        self.peak, self.topology = peak, engine.topology
+        self.timeline = Timeline(recipe)
+        self.num_steps = self.timeline.num_steps
+        self._stage: Stage | None = None  # the one that the engine is in
+        self._flops_per_token = 0.0
         self.progress = Progress()
         self._pending: list[StepResult] = []
         self._row_started = 0.0
         self._usage_started = 0  # the step after which the window of expert usage began
 
     def resume(self, checkpoint: Path) -> None:
-        """Goes on from a whole checkpoint of this run."""
+        """Goes on from a whole checkpoint of this run, or of the one that it branches from."""
         state = self.store.load(checkpoint)
         self.progress = Progress(**state["progress"])
+        if checkpoint.parent != self.store.folder:  # its best checkpoint lies elsewhere
+            self.progress.best_validation = self.progress.best_step = None
         self.loader.resume(state["data"], self.progress.step)
         logger.info("resumed from %s", checkpoint)
 
@@ -102,17 +107,18 @@ class Trainer:
         while self.progress.step < self.num_steps and not stopped:
             self._step()
             step, last, best = self.progress.step, self.progress.step == self.num_steps, False
+            ends_phase = self.timeline.ends_phase(step)
             for callback in self.callbacks:
                 callback.on_step(step)
-            if last or step % recipe.logging.interval_steps == 0:
+            if last or ends_phase or step % recipe.logging.interval_steps == 0:
                 self._report_training()
             if step % recipe.logging.usage_interval_steps == 0:
                 self._report_usage()
-            epoch_over = recipe.checkpoint.keep_epochs and self._epoch_is_over()
-            if self.validation is not None and (last or epoch_over or step % recipe.validation.interval_steps == 0):
+            ends_part = ends_phase or (recipe.checkpoint.keep_epochs and self._epoch_is_over())
+            if self.validation is not None and (last or ends_part or step % recipe.validation.interval_steps == 0):
                 best = self._validate(self.validation, whole=last)
             stopped = self.topology.any(self.stop.requested) and not last
-            if last or stopped or epoch_over or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
+            if last or stopped or ends_part or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
                 self._save()
         for callback in self.callbacks:
             callback.on_end()
@@ -121,7 +127,9 @@ class Trainer:
     def _step(self) -> None:
         started = time.perf_counter()
         step = self.progress.step
-        factor = learning_rate_factor(step, self.num_steps, self.recipe.schedule)
+        if (stage := self.timeline.at(step)) is not self._stage:
+            self._enter(stage)
+        factor = run_learning_rate_factor(step, self.timeline, self.recipe.schedule)
         moe = self.recipe.model.moe
         balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if isinstance(moe, RoutedMoE) and moe.bias_balancing else 0.0
         result = self.engine.train_step(self.loader.step_batches(step), factor, balance_rate)
@@ -139,11 +147,27 @@ class Trainer:
             self.progress.epoch_steps[str(int(now))] = step
         return over
 
-    def _position(self) -> Row:
-        """Where in the run and in the data a row stands."""
+    def _enter(self, stage: Stage) -> None:
+        """Goes into a phase, at its beginning or, after a resume, anywhere in it."""
+        self._stage = stage
+        self.engine.enter(stage)
+        length = stage.recipe.train.sequence_length
+        if self.validation is not None and self.validation.sequence_length != length:
+            self.validation = self.validation.of_length(length)
+        if self.timeline.changes_length(self.progress.step):
+            # Losses over windows of different lengths do not compare.
+            self.progress.best_validation = self.progress.best_step = None
+        if self.peak is not None:
+            self._flops_per_token = model_size(stage.recipe.model, length).flops_per_token
+        if stage.name:
+            logger.info("phase %d, '%s': steps %d to %d", stage.number, stage.name, stage.first_step + 1, stage.end_step)
+
+    def _row(self, kind: str) -> Row:
+        """What every row begins with: where in the run and in the data it stands."""
         step = self.progress.step
-        epochs = self.loader.epochs(step)
-        return {"step": step, "tokens": step * self.recipe.train.tokens_per_step} | ({} if epochs is None else {"epoch": epochs})
+        stage, epochs = self.timeline.at(step - 1), self.loader.epochs(step)
+        phase = {"phase": stage.name, "phase_number": stage.number} if stage.name else {}
+        return {"kind": kind, "step": step, "tokens": self.timeline.tokens_after(step)} | ({} if epochs is None else {"epoch": epochs}) | phase
 
     def _check_finite(self, result: StepResult) -> None:
         """Stops before a weight that is no number is saved. The norm is the same on every rank, so all stop together.
@@ -174,10 +198,9 @@ class Trainer:
         means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
         now = time.perf_counter()
         seconds, self._row_started = now - self._row_started, now
-        tokens_per_second = len(results) * self.recipe.train.tokens_per_step / seconds
-        row: Row = {
-            "kind": "train",
-            **self._position(),
+        row = self._row("train")
+        tokens_per_second = (row["tokens"] - self.timeline.tokens_after(self.progress.step - len(results))) / seconds
+        row |= {
             **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
             "grad_norm": results[-1].grad_norm,
@@ -188,7 +211,7 @@ class Trainer:
             "stall_seconds": self.loader.stall_seconds,
         }
         if self.peak is not None:
-            row["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * self.topology.world_size)
+            row["mfu"] = tokens_per_second * self._flops_per_token / (self.peak * self.topology.world_size)
         row |= _router_columns(router, self.recipe.model)
         for callback in self.callbacks:
             callback.on_row(row)
@@ -204,7 +227,7 @@ class Trainer:
         steps, self._usage_started = step - self._usage_started, step
         if counts_LE is not None and self.callbacks:
             window = UsageWindow(step, steps, self.recipe.model.routed_layers, counts_LE.numpy())
-            row: Row = {"kind": "usage", "step": step, "tokens": step * self.recipe.train.tokens_per_step, "steps": steps}
+            row = self._row("usage") | {"steps": steps}
             row |= usage_columns(window, self.recipe.logging.hot_expert_factor)
             for callback in self.callbacks:
                 callback.on_usage(window)
@@ -215,7 +238,7 @@ class Trainer:
         """Loss over the validation split: the fixed sample of it, or all of it at the end of a run. True for the best one so far."""
         started = time.perf_counter()
         limit = None if whole else self.recipe.validation.max_windows
-        size, loader = self.recipe.train.micro_batch_size, self.loader
+        size, loader = self.engine.now.train.micro_batch_size, self.loader
         nll, targets = self.engine.evaluate(validation_batches(windows, size, loader.dp_rank, loader.dp_size, limit))
         progress, loss = self.progress, nll / targets
         if not math.isfinite(loss):
@@ -226,7 +249,7 @@ class Trainer:
         best = progress.best_validation is None or loss < progress.best_validation
         if best:
             progress.best_validation, progress.best_step = loss, progress.step
-        row = {"kind": "validation", **self._position(), "validation_loss": loss, "targets": targets}
+        row = self._row("validation") | {"validation_loss": loss, "targets": targets}
         for callback in self.callbacks:
             callback.on_row(row)
         self._row_started += time.perf_counter() - started  # not training time
@@ -250,9 +273,10 @@ class Trainer:
             | self.facts
             | {
                 "step": progress.step,
-                "consumed_tokens": progress.step * self.recipe.train.tokens_per_step,
+                "consumed_tokens": self.timeline.tokens_after(progress.step),
                 "epoch": self.loader.epochs(progress.step),
                 "validation_loss": progress.last_validation,
+                "phase": self.timeline.at(progress.step - 1).name or None,
                 "progress": asdict(progress),
                 "data": self.loader.state(progress.step),
             }

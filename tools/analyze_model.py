@@ -19,6 +19,7 @@ from pretrain.config.load import load_recipe, recipe_names
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model_size, state_bytes_per_rank
 
 EXAMPLES = """\
@@ -61,9 +62,15 @@ def memory_by_layout(size: ModelSize, model: ModelConfig, precision: str, world_
     return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep) for ep in ep_sizes} for stage in stages}
 
 
+def train_flops(model: ModelConfig, timeline: Timeline) -> float:
+    """FLOPs of a whole run, whose phases may have sequences of different lengths."""
+    stages = ((stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.stages)
+    return sum(size.flops_per_token * stage.num_tokens for stage, size in stages)
+
+
 def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Everything that the tables show, in numbers; bytes, parameters and FLOPs."""
-    model, train = sized_model(recipe), recipe.train
+    model, train, timeline = sized_model(recipe), recipe.train, Timeline(recipe)
     size = model_size(model, train.sequence_length)
     precision = "bf16" if train.precision == "auto" else train.precision
     context = model.max_position_embeddings
@@ -78,8 +85,8 @@ def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "components_active": size.components_active,
         "sequence_length": train.sequence_length,
         "flops_per_token": size.flops_per_token,
-        "train_tokens": train.num_steps * train.tokens_per_step,
-        "train_flops": size.flops_per_token * train.num_steps * train.tokens_per_step,
+        "train_tokens": timeline.num_tokens,
+        "train_flops": train_flops(model, timeline),
         "precision": precision,
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,

@@ -22,6 +22,7 @@ from pretrain.config.data_schema import BestFit
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -159,7 +160,7 @@ def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     from data_pipeline.corpora import load_corpora
     from data_pipeline.packing import prepare_packing
 
-    packed = prepare_packing(load_corpora({"": str(output.path)}), recipe.data, recipe.train.sequence_length, progress=True)
+    packed = prepare_packing(load_corpora({"": str(output.path)}), recipe.data, Timeline(recipe).block_tokens, progress=True)
     return {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share} if packed else None
 
 

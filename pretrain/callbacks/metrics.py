@@ -14,8 +14,9 @@ from pretrain.callbacks.base import Callback, Row
 
 METRICS, TRAINING_LOG = "metrics.jsonl", "training_log.csv"
 CSV_COLUMNS = (
-    "kind", "step", "tokens", "epoch", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second",
-    "mfu",    "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds", "stall_seconds",
+    "kind", "step", "tokens", "epoch", "phase", "loss", "total_loss", "multi_token_loss", "validation_loss", "learning_rate", "grad_norm",
+    "tokens_per_second", "mfu", "aux_loss", "z_loss", "router_entropy", "max_violation", "dropped_share", "skipped_steps", "loss_scale", "seconds",
+    "stall_seconds",
 )  # fmt: skip
 CSV_KINDS = ("train", "validation")
 

@@ -26,6 +26,8 @@ class ProgressBar(Callback):
 
     def on_row(self, row: Row) -> None:
         assert self.bar is not None
+        if "phase" in row:
+            self.shown["phase"] = row["phase"]
         if row["kind"] == "train":
             self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
         elif row["kind"] == "validation":

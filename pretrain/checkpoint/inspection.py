@@ -22,7 +22,7 @@ from pretrain.config.schema import Recipe
 
 Order = Literal["absolute", "relative", "cosine"]
 # What of state.json a summary shows.
-STATE_FIELDS = ("step", "consumed_tokens", "validation_loss", "world_size", "ep_size", "zero_stage", "tokenizer_sha256")
+STATE_FIELDS = ("step", "consumed_tokens", "validation_loss", "world_size", "ep_size", "zero_stage", "tokenizer_sha256", "phase")
 
 
 def inspect_checkpoint(folder: Path, verify: bool = False) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pretrain.config.durable import file_sha256, write_synced
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import parse_yaml, validate_recipe
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import recipe_at
 
 LATEST, BEST, EPOCH = "latest", "best", "epoch_"
 MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER, CARD = "manifest.json", "state.json", "recipe.yaml", "ds_config.json", "tokenizer.json", "README.md"
@@ -88,7 +89,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The resolved recipe that the checkpoint was trained with."""
+    """The resolved recipe that the checkpoint was trained with; of a run with phases, as it is in the checkpoint's own phase."""
+    recipe = read_run_recipe(folder)
+    return recipe_at(recipe, read_state(folder)["step"]) if recipe.phases else recipe
+
+
+def read_run_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of the checkpoint's whole run."""
     path = folder / RECIPE
     try:
         text = path.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 
 INTENDED_USE = "Research on the pretraining of language models. It is a base model: it continues a text, and follows no instructions."
 LIMITS = "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not tested for safety."
@@ -68,10 +69,11 @@ def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
 
 
 def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
-    train, optimizer, schedule = recipe.train, recipe.optimizer, recipe.schedule
+    train, optimizer, schedule, timeline = recipe.train, recipe.optimizer, recipe.schedule, Timeline(recipe)
+    sizes = [(stage.name, stage.recipe.train) for stage in timeline.stages]
     rows: list[list[Any]] = [
-        ["steps", f"{state['step']:,} of {train.num_steps:,}" if state.get("step") else None],
-        ["batch", f"{train.global_batch_size} sequences of {train.sequence_length} tokens"],
+        ["steps", f"{state['step']:,} of {timeline.num_steps:,}" if state.get("step") else None],
+        *([f"batch {name}".strip(), f"{now.global_batch_size} sequences of {now.sequence_length} tokens"] for name, now in sizes),
         [
             "optimizer",
             f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind} schedule, {schedule.warmup_steps} warm-up steps",

@@ -125,6 +125,18 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoint of this run is whole: {'; '.join(damaged)}; start over with --fresh")
         return None
 
+    def whole(self, path: str) -> Path:
+        """The checkpoint at ``path``, which may be another run's. Every rank must call it.
+
+        Raises:
+            CheckpointError: where there is none, or it is damaged.
+        """
+        topology = self.engine.topology
+        folder = layout.resolve_checkpoint(path)
+        if faults := [fault for fault in topology.gather(layout.damage(folder, topology.rank, topology.world_size)) if fault]:
+            raise CheckpointError(f"{folder} is damaged: {faults[0]}; choose another checkpoint")
+        return folder
+
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
         loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)

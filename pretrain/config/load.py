@@ -114,20 +114,30 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML."""
+    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML. An entry of a list is called by its number, from 0."""
     path, separator, value = override.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"--set {override}: write it as --set section.field=value")
     keys = path.strip().split(".")
-    section = content
+    section: Any = content
     for depth, key in enumerate(keys[:-1]):
-        below = section.setdefault(key, {})
+        place = _entry(section, key, override)
+        below = section.setdefault(place, {}) if isinstance(section, dict) else section[place]
         if below is None:
-            below = section[key] = {}
-        if not isinstance(below, dict):
+            below = section[place] = {}
+        if not isinstance(below, dict | list):
             raise ConfigError(f"--set {override}: '{'.'.join(keys[: depth + 1])}' is a value, it has no fields")
         section = below
-    section[keys[-1]] = parse_yaml(value, f"--set {override}")
+    section[_entry(section, keys[-1], override)] = parse_yaml(value, f"--set {override}")
+
+
+def _entry(section: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    """What a key of an override indexes: a mapping's key, or the number of an entry that a list has."""
+    if isinstance(section, dict):
+        return key
+    if not key.isdigit() or int(key) >= len(section):
+        raise ConfigError(f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 to {len(section) - 1}")
+    return int(key)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -135,7 +145,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return list(kinds_of(annotation.__origin__))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict, list):
         return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
     return []
 
@@ -156,6 +166,8 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
             models = tagged
             continue
         dotted.append(str(part))
+        if isinstance(part, int):  # an entry of a list
+            continue
         if _is_mapping(annotation):  # the part is a key of the user's own choice
             annotation = None
             continue

@@ -9,8 +9,10 @@ from pretrain.config.data_schema import BestFit, StandardInputSource, Temperatur
 from pretrain.config.errors import ConfigError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, MoE
-from pretrain.config.schema import Recipe
+from pretrain.config.phase_rules import PHASE_RULES, phase_warnings
+from pretrain.config.schema import Recipe, TrainConfig
 from pretrain.config.section import Section
+from pretrain.config.timeline import Timeline, recipe_in_phase
 from pretrain.config.width import base_fits_the_model, mup_knows_the_parts
 from pretrain.model.routers import SoftmaxTopK
 
@@ -154,10 +156,10 @@ def peer_options_fit(recipe: Recipe) -> None:
 
 
 def warmup_fits(recipe: Recipe) -> None:
-    if recipe.schedule.warmup_steps > recipe.train.num_steps:
+    num_steps = Timeline(recipe).num_steps
+    if recipe.schedule.warmup_steps > num_steps:
         raise ConfigError(
-            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run "
-            f"({recipe.train.num_steps} steps): lower it or raise train.train_tokens"
+            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run ({num_steps} steps): lower it or raise train.train_tokens"
         )
 
 
@@ -202,6 +204,16 @@ def streams_are_read_once(recipe: Recipe) -> None:
         raise ConfigError("data.streaming does not know how large its sources are: give their shares with data.mixture.kind=weights")
 
 
+def phases_can_run(recipe: Recipe) -> None:
+    for phase in recipe.phases:
+        now = recipe_in_phase(recipe, phase)
+        for rule in (sequence_fits_positions, micro_batch_divides, rotary_dim_is_even, kernel_computes_the_recipe):
+            try:
+                rule(now)
+            except ConfigError as error:
+                raise ConfigError(f"phases.{phase.name}: {error}") from None
+
+
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_group_evenly,
     rotary_dim_is_even,
@@ -215,6 +227,8 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     peer_options_fit,
     base_fits_the_model,
     mup_knows_the_parts,
+    *PHASE_RULES,
+    phases_can_run,
     warmup_fits,
     evaluations_meet_checkpoints,
     token_budget_fills_the_run,
@@ -230,17 +244,17 @@ def check_recipe(recipe: Recipe) -> None:
 
 def warnings_about(recipe: Recipe) -> list[str]:
     """What a recipe may ask for and should know, a sentence each."""
-    moe = recipe.model.moe
+    moe, found = recipe.model.moe, phase_warnings(recipe)
     if isinstance(moe, PEER) and recipe.model.moe_layers and moe.query_norm == "batch_norm":
-        return [
+        found.append(
             "model.moe.query_norm=batch_norm norms queries by running statistics, in training too, which lag behind what the queries become: "
             "rms_norm and layer_norm need none"
-        ]
-    return []
+        )
+    return found
 
 
 def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
-    """Checks what depends on the launch, and returns the gradient accumulation steps.
+    """Checks what depends on the launch, in every phase, and returns the gradient accumulation steps outside of phases.
 
     Raises:
         ConfigError: where this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the sentence says what to change.
@@ -260,10 +274,16 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
         raise ConfigError(
             "model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless"
         )
+    for phase in recipe.phases:
+        _accumulation(recipe_in_phase(recipe, phase).train, world_size, f"phases.{phase.name}: ")
+    return _accumulation(train, world_size)
+
+
+def _accumulation(train: TrainConfig, world_size: int, where: str = "") -> int:
     ranks_per_pass = train.micro_batch_size * world_size
     if train.global_batch_size % ranks_per_pass:
         raise ConfigError(
-            f"train.global_batch_size ({train.global_batch_size}) is no multiple of "
+            f"{where}train.global_batch_size ({train.global_batch_size}) is no multiple of "
             f"micro_batch_size x ranks ({train.micro_batch_size} x {world_size}): "
             "change the batch sizes or the number of ranks"
         )

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pretrain.config.data_schema import DataConfig
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.phase_schema import PhaseConfig
 from pretrain.config.section import NonNegative, Positive, Section, Share
 from pretrain.config.tracking_schema import CardConfig, TrackersConfig
 
@@ -19,7 +20,7 @@ from pretrain.config.tracking_schema import CardConfig, TrackersConfig
 
 
 class TrainConfig(Section):
-    """Sizes of one run. The number of steps and the gradient accumulation are derived, never given."""
+    """Sizes of one run. The number of steps (:class:`pretrain.config.timeline.Timeline`) and the gradient accumulation are derived, never given."""
 
     sequence_length: Positive = Field(description="tokens")
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
@@ -35,10 +36,6 @@ class TrainConfig(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
-
-    @property
-    def num_steps(self) -> int:
-        return -(-self.train_tokens // self.tokens_per_step)
 
 
 class AdamWConfig(Section):
@@ -131,9 +128,13 @@ class Recipe(Section):
         "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, .bin, .ckpt)",
     )
     initial_weights_partial: bool = Field(False, description="also start from weights that do not all fit; what does not fit is listed")
+    branch_from: str | None = Field(
+        None, description="a checkpoint of another run that a new run goes on from, optimizer and data order included; a resumed run ignores it"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig
+    phases: list[PhaseConfig] = Field([], description="one after the other; without any the whole run is as the other sections say")
     optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="kind")]
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -16,9 +16,11 @@ from data_pipeline.batch import Batch
 from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
 from pretrain.engine.monitor import Monitor, without_monitors
+from pretrain.engine.phases import FrozenParameters, set_batch_sizes
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
@@ -26,6 +28,7 @@ from pretrain.model.init import initialize
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
+from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, peak_learning_rates
 
 # Fills a model that has part i of n of the experts: model, i, n.
@@ -55,6 +58,9 @@ class StepResult:
 class Engine:
     """A model on its devices with its optimizer, driven step by step.
 
+    Attributes:
+        now: the recipe as it is in the phase that was entered last.
+
     Args:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
@@ -63,7 +69,7 @@ class Engine:
     """
 
     def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology, fill: Fill | None = None) -> None:
-        self.recipe = recipe
+        self.recipe = self.now = recipe
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = precision
@@ -74,6 +80,10 @@ class Engine:
         initialize(model, recipe.seed)
         if fill is not None:
             fill(model, self.expert_part, self.expert_parts)
+        names = [name for name, _ in model.named_parameters()]
+        self._frozen_names = {
+            stage.number: frozen_parameters(names, stage.frozen, f"phases.{stage.name}.frozen") for stage in Timeline(recipe).stages if stage.frozen
+        }
         self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
@@ -88,13 +98,27 @@ class Engine:
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.model = model
+        self._frozen = FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._retrieving: list[PEER] = [module for module in model.modules() if isinstance(module, PEER)]
         self._routed_usage_LE: torch.Tensor | None = None
-        self.accumulation_steps: int = self.deepspeed.gradient_accumulation_steps()
         self._expert_group: distributed.ProcessGroup | None = None
         if topology.ep_size > 1 and self.rows is None:
             self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
+
+    def enter(self, stage: Stage) -> None:
+        """Makes the following steps those of a phase: its batch sizes, positions and frozen parameters. Between two steps, and after a load."""
+        before, self.now = self.now, stage.recipe
+        sizes = self.now.train
+        set_batch_sizes(self.deepspeed, sizes.micro_batch_size, sizes.global_batch_size // (sizes.micro_batch_size * self.topology.world_size))
+        if self.now.model.position != before.model.position:
+            self.model.config = self.now.model
+            self.model.position = self.now.model.position.implementing_class()(self.now.model)
+        frozen = self._frozen_names.get(stage.number, set())
+        if self._frozen is not None:
+            self._frozen.freeze([parameter for name, parameter in self.model.named_parameters() if name in frozen])
+        if self.rows is not None:
+            self.rows.frozen = frozen & self.rows.tables.keys()
 
     def train_step(self, micro_batches: list[Batch], learning_rate_factor: float, balance_rate: float = 0.0) -> StepResult:
         """Forward and backward over this rank's micro batches, then one optimizer step.
@@ -165,7 +189,8 @@ class Engine:
         """By the load of the whole global batch, so that every rank moves its copy alike."""
         loads_LE = self.topology.sum(router.counts_LE)
         for module, load_E in zip(self._routers, loads_LE, strict=True):
-            module.move_balance_bias(load_E, rate)
+            if self._frozen is None or id(module.gate.weight) not in self._frozen.ids:
+                module.move_balance_bias(load_E, rate)
 
     def _forward(self, batch: Batch, normalizer: torch.Tensor | float, fractions_LE: torch.Tensor | None = None) -> TrainOutput:
         output: TrainOutput = self.deepspeed(
@@ -210,6 +235,16 @@ class Engine:
         pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
         return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
+    def _master_part(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """What this rank's optimizer holds of a parameter's fp32 weights, not as a copy; None where it holds none of them."""
+        if self.zero_stage == 0:
+            return self._stage_0_masters().get(id(parameter), parameter)
+        if self.zero_stage == 3:
+            part: torch.Tensor = self.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)[0]
+            return part
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return None if mapping is None else mapping.get_hp_fragment()
+
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled."""
         if self.precision == "fp16" and self.zero_stage == 0:
@@ -229,7 +264,7 @@ class Engine:
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
         """Counted tokens of the global batch / number of its micro batches: the same divisor for every micro batch of the step."""
-        sizes = self.recipe.train
+        sizes = self.now.train
         if not self.recipe.data.leaves_out_labels:
             return float(sizes.micro_batch_size * sizes.sequence_length)
         counted = torch.stack([(batch.labels_BS >= 0).sum() for batch in batches]).sum()
@@ -249,7 +284,7 @@ class Engine:
             output = self._forward(batch, normalizer)
             assert output.router is not None
             counts_LE += output.router.counts_LE
-        return self.topology.sum(counts_LE) / (self.recipe.train.global_batch_size * self.recipe.train.sequence_length)
+        return self.topology.sum(counts_LE) / self.now.train.tokens_per_step
 
 
 def _add(total: RouterTotals | None, more: RouterTotals | None) -> RouterTotals | None:

@@ -100,6 +100,9 @@ class RowOptimizer:
 
     Args:
         tables: by name; taken out of their modules' parameters here.
+
+    Attributes:
+        frozen: names of the tables that stay as they are; their gradients are in no norm.
     """
 
     def __init__(self, tables: dict[str, RowTable], config: AdamWConfig | SGDConfig, groups: RowGroups, kernel: str, device: torch.device) -> None:
@@ -112,6 +115,7 @@ class RowOptimizer:
             table_ND = table.weight.flatten(0, 1)
             rows = table_ND.shape[0]
             self.states[name] = RowState(table_ND, rows * replica // replicas, rows * (replica + 1) // replicas, config)
+        self.frozen: set[str] = set()
         self._reduced: dict[str, SortedFactors] = {}
 
     @torch.no_grad()
@@ -128,6 +132,9 @@ class RowOptimizer:
         world_size, _ = _size_and_rank(self.groups.everyone)
         for name, table in self.tables.items():
             assert table.collected is not None
+            if name in self.frozen:
+                table.collected = []
+                continue
             factors = _joined(table.collected, table.weight)
             table.collected = []
             if self.groups.replicas is not None:

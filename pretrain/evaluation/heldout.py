@@ -17,10 +17,11 @@ from data_pipeline.batch import NO_LOSS, Batch
 from data_pipeline.corpora import Corpora
 from data_pipeline.loader import open_train_loader, seen_samples, validation_batches
 from data_pipeline.split import SplitName
-from pretrain.checkpoint.layout import read_state
+from pretrain.checkpoint.layout import read_run_recipe, read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
 from pretrain.evaluation.generators import is_transformers_folder, open_transformers
 from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
@@ -158,7 +159,7 @@ def score_checkpoint(
     text = read_split(corpora, split)
 
     def fit(order: int) -> tuple[NGram, int]:
-        return fit_on_seen_samples(corpora, recipe, state, order)
+        return fit_on_seen_samples(corpora, read_run_recipe(checkpoint), state, order)
 
     # Fitted first: where the data is not what the model was trained on, nobody waits for the rest.
     fitted = {name: fit(ngram_order(name)) for name in baselines if NGRAM_NAMES.match(name)}
@@ -256,13 +257,15 @@ def _score_baseline(name: str, fitted: dict[str, tuple[NGram, int]], text: Heldo
 def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any], order: int = 2) -> tuple[NGram, int]:
     """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen, each once, and the number of these samples.
 
+    Args:
+        recipe: of the whole run.
+
     Raises:
         DataError: where ``corpora`` is not the data that the run has seen.
     """
     if "plans" not in state["data"]:
         raise DataError("the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
-    length = recipe.train.sequence_length
-    seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // length, length, recipe.seed)
+    seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // Timeline(recipe).block_tokens, recipe.seed)
     try:
         loader = open_train_loader(recipe, corpora, 0, 1)
         loader.resume(state["data"], state["step"])

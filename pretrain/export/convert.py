@@ -10,10 +10,11 @@ import torch
 
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
-from pretrain.checkpoint.layout import CARD, RECIPE, TOKENIZER, read_recipe, read_state
+from pretrain.checkpoint.layout import CARD, RECIPE, TOKENIZER, read_recipe, read_run_recipe, read_state
 from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.universal import check_universal, write_universal
 from pretrain.checkpoint.whole_weights import open_whole_weights
+from pretrain.config.load import recipe_to_yaml
 from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.name_map import Link, Tensors, their_forms, to_theirs
@@ -109,7 +110,7 @@ def export_hf(
 def _write_card(checkpoint: Path, folder: Path) -> int:
     """Writes the model card into an export; returns the step that the weights are of."""
     state = read_state(checkpoint)
-    (folder / CARD).write_text(model_card(read_recipe(checkpoint), state), encoding="utf-8")
+    (folder / CARD).write_text(model_card(read_run_recipe(checkpoint), state), encoding="utf-8")
     return int(state["step"])
 
 
@@ -132,14 +133,15 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         ConfigError: when ``output`` is taken.
         CheckpointError: when weights are missing or doubled, or do not read back as they were written; ``output`` is then left as it was.
     """
-    ours = open_whole_weights(checkpoint, read_recipe(checkpoint).model)
+    recipe = read_recipe(checkpoint)
+    ours = open_whole_weights(checkpoint, recipe.model)
     links = [link for name in ours.names for link in _same_name(name, ours.form(name).shape)]
     forms = their_forms(links, ours, dtype)
     with published_folder(output, overwrite) as folder:
         write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
         check_same_numbers(links, ours, open_exported_weights(folder))
-        for name in (RECIPE, TOKENIZER):
-            copy_file(checkpoint / name, folder / name)
+        (folder / RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+        copy_file(checkpoint / TOKENIZER, folder / TOKENIZER)
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion("safetensors", _write_card(checkpoint, folder), dtype_name(dtype), len(forms), size, None)
         write_json_file(folder / RECORD, conversion.to_dict())

@@ -5,7 +5,32 @@ from __future__ import annotations
 import math
 
 from pretrain.config.moe_schema import BiasBalancing
+from pretrain.config.phase_schema import PhaseSchedule
 from pretrain.config.schema import ScheduleConfig
+from pretrain.config.timeline import Timeline
+
+
+def run_learning_rate_factor(step: int, timeline: Timeline, config: ScheduleConfig) -> float:
+    """The factor for step ``step`` (from 0) of a run: its phase's own, or else that of the recipe's schedule over the whole run."""
+    stage = timeline.at(step)
+    if stage.schedule is None:
+        return learning_rate_factor(step, timeline.num_steps, config)
+    return phase_learning_rate_factor(step - stage.first_step, stage.num_steps, stage.schedule)
+
+
+def phase_learning_rate_factor(step: int, num_steps: int, config: PhaseSchedule) -> float:
+    """The factor for step ``step`` (from 0) of a phase of ``num_steps``; like the other schedules it is at its end behind the last step."""
+    if config.kind == "constant":
+        return config.start_ratio
+    progress = step / num_steps
+    match config.kind:
+        case "linear":
+            shape = 1.0 - progress
+        case "cosine":
+            shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "sqrt":
+            shape = 1.0 - math.sqrt(progress)
+    return config.end_ratio + (config.start_ratio - config.end_ratio) * shape
 
 
 def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:

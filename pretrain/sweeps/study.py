@@ -25,6 +25,7 @@ from pretrain.config.durable import write_synced
 from pretrain.config.errors import ConfigError, StorageError
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.sweeps.axes import Axis, Point, parse_axis
 
 STUDY, BASE_RECIPE, DS_CONFIG = "study.json", "base.yaml", "ds_config.json"
@@ -130,7 +131,7 @@ class Study:
 
     def num_steps(self, point: Point) -> int:
         """Optimizer steps of the point's run."""
-        return self.recipe_of(point).train.num_steps
+        return Timeline(self.recipe_of(point)).num_steps
 
     def record(self, point: Point) -> Record:
         """What is on disk of a point's run.

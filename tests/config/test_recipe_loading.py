@@ -14,6 +14,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe_names, recipe_to_yaml
 from pretrain.config.moe_schema import DeepSpeedMoE
 from pretrain.config.schema import AdamWConfig, SGDConfig
+from pretrain.config.timeline import Timeline
 
 RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"
 
@@ -135,8 +136,8 @@ def test_a_recipe_cannot_be_changed_after_its_check() -> None:
 
 
 def test_steps_are_derived_from_tokens_and_rounded_up() -> None:
-    assert load_recipe("debug", ["train.train_tokens=10240"]).train.num_steps == 20
-    assert load_recipe("debug", ["train.train_tokens=10241"]).train.num_steps == 21
+    assert Timeline(load_recipe("debug", ["train.train_tokens=10240"])).num_steps == 20
+    assert Timeline(load_recipe("debug", ["train.train_tokens=10241"])).num_steps == 21
 
 
 @pytest.mark.parametrize("vocab_size,padded", [(64, 64), (65, 128), (100, 128)])

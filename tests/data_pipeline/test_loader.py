@@ -13,7 +13,7 @@ import torch
 from data_pipeline.batch import NO_LOSS, Batch, to_batch
 from data_pipeline.corpora import load_corpora
 from data_pipeline.indexed import HEADER, MAGIC, bin_path
-from data_pipeline.loader import TrainingSource, TrainLoader, open_train_loader, validation_batches
+from data_pipeline.loader import Stretch, TrainingSource, TrainLoader, open_train_loader, validation_batches
 from data_pipeline.manifest import ShardEntry
 from data_pipeline.packing import Windows
 from data_pipeline.token_stream import OPEN_FILES, Shard, TokenStream, open_split
@@ -28,7 +28,7 @@ def windows_of(folder: Path, num_tokens: int, sequence_length: int = 4) -> Windo
 
 
 def train_loader(windows: Windows, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2) -> TrainLoader:
-    return TrainLoader({"all": TrainingSource(windows, "same")}, Proportional(), 1, 8, micro_batch_size, dp_rank, dp_size)
+    return TrainLoader({"all": TrainingSource(windows, "same")}, [Stretch(Proportional(), 8, micro_batch_size)], 1, dp_rank, dp_size)
 
 
 def same(one: Batch, other: Batch) -> bool:

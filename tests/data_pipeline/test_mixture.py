@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import TrainingSource, TrainLoader
+from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
 from data_pipeline.manifest import load_manifest
 from data_pipeline.mixture import BLOCK, Interleaving, Plan, Schedule, SourceState, check_names, quantize
 from data_pipeline.order import sample_indices
@@ -30,7 +30,7 @@ def weights(values: dict[str, float], max_epochs: dict[str, float] | None = None
 
 
 def schedule_of(mixture: Mixture, sizes: Sizes) -> Schedule:
-    return Schedule([Plan(0, mixture, {name: SourceState(name, size) for name, size in sizes.items()})], S)
+    return Schedule([Plan(0, mixture, {name: SourceState(name, size) for name, size in sizes.items()}, S)])
 
 
 def taken_in(schedule: Schedule, first: int, count: int) -> list[tuple[str, int]]:
@@ -182,7 +182,7 @@ def loader_of(folder: Path, sizes: Sizes, mixture: Mixture, dp_rank: int = 0, dp
         place = folder / name
         stream = open_split(load_manifest(place), "train") if place.exists() else counting_stream(place, size * S + 1)
         sources[name] = TrainingSource(Windows(stream, S, 0), f"{name} {size}")
-    return TrainLoader(sources, mixture, 3, 8, 2, dp_rank, dp_size)
+    return TrainLoader(sources, [Stretch(mixture, 8, 2)], 3, dp_rank, dp_size)
 
 
 def steps_of(loader: TrainLoader, first: int, count: int) -> list[tuple[str, int]]:

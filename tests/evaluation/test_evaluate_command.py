@@ -18,6 +18,7 @@ from data_pipeline.token_stream import open_split
 from pretrain.checkpoint.layout import read_state
 from pretrain.config.data_schema import DataConfig, TextSource, TokenizerFile
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, ConfigError, DataError
+from pretrain.config.timeline import Timeline
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generators import open_transformers
 from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint
@@ -212,7 +213,7 @@ def test_a_run_is_watched_until_its_last_step(trained: Trained, tmp_path: Path) 
         earlier = shutil.copytree(last, run / "checkpoints" / f"step_{step}")
         (earlier / "state.json").write_text(json.dumps(read_state(last) | {"step": step}))
         seal(earlier)
-    steps = trained.recipe.train.num_steps
+    steps = Timeline(trained.recipe).num_steps
     os.rename(last, run / "checkpoints" / f"step_{steps}")
     watched = ("--watch", run, "--interval-steps", "10", "--max-windows", "4", "--heldout", "--prompt", "11 +", "--max-new-tokens", "4")
     done = evaluate(*watched, "--json", "-")

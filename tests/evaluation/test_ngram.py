@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from data_pipeline.loader import TrainingSource, TrainLoader, seen_samples
+from data_pipeline.loader import Stretch, TrainingSource, TrainLoader, seen_samples
 from data_pipeline.packing import Windows
 from pretrain.config.data_schema import Mixture, Proportional, Weights
 from pretrain.config.errors import DataError
@@ -189,11 +189,11 @@ def test_pairs_stay_inside_the_chosen_windows_and_documents_and_skip_what_has_no
 def test_seen_samples_are_those_that_the_loader_gave_to_training(tmp_path: Path, mixture: Mixture) -> None:
     streams = {name: stream_of(tmp_path / name, [[[token % VOCAB for token in range(size)]]], VOCAB) for name, size in (("a", 201), ("b", 152))}
     sources = {name: TrainingSource(Windows(stream, 10, 0), name) for name, stream in streams.items()}
-    loader = TrainLoader(sources, mixture, 5, 8, 2, 0, 2)
+    loader = TrainLoader(sources, [Stretch(mixture, 8, 2)], 5, 0, 2)
     for steps in (1, 3, 4, 9):
         given = {sample for step in range(steps) for sample in loader.sample_numbers(step)}
-        seen = seen_samples(loader.state(steps)["plans"], steps * 8, 10, seed=5)
+        seen = seen_samples(loader.state(steps)["plans"], steps * 8, seed=5)
         assert {(name, number) for name, numbers in seen.items() for number in numbers.tolist()} == given
         assert sum(map(len, seen.values())) == len(given)
-    other = seen_samples(loader.state(1)["plans"], 8, 10, seed=6)
+    other = seen_samples(loader.state(1)["plans"], 8, seed=6)
     assert {(name, number) for name, numbers in other.items() for number in numbers.tolist()} != set(loader.sample_numbers(0))

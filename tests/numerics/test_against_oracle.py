@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.loader import Batch
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import AdamWConfig, Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology
@@ -99,7 +100,7 @@ def plain_settings(recipe: Recipe) -> PlainSettings:
         weight_decay=optimizer.weight_decay,
         max_norm=recipe.train.grad_clip,
         warmup_steps=recipe.schedule.warmup_steps,
-        num_steps=recipe.train.num_steps,
+        num_steps=Timeline(recipe).num_steps,
         final_ratio=recipe.schedule.min_learning_rate_ratio,
     )
 
@@ -117,7 +118,7 @@ def run_engine(recipe: Recipe, zero_stage: int, topology: Topology, batches: lis
     engine = Engine(recipe, ds_config, "fp32", topology)
     steps = []
     for step, step_batches in enumerate(batches):
-        factor = learning_rate_factor(step, recipe.train.num_steps, recipe.schedule)
+        factor = learning_rate_factor(step, Timeline(recipe).num_steps, recipe.schedule)
         result = engine.train_step([Batch(*micro_batch) for micro_batch in step_batches], factor)
         cross_entropy, loss = result.losses.tolist()
         steps.append(PlainStep(cross_entropy, loss, result.grad_norm))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
+from pretrain.config.load import load_recipe
+from pretrain.config.phase_schema import PhaseSchedule
 from pretrain.config.schema import ScheduleConfig
-from pretrain.optim.schedules import learning_rate_factor
+from pretrain.config.timeline import Timeline
+from pretrain.optim.schedules import learning_rate_factor, phase_learning_rate_factor, run_learning_rate_factor
 
 STEPS, WARMUP, FLOOR = 100, 10, 0.1
 
@@ -65,3 +69,30 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
 def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
     assert factor(99, "cosine", warmup_steps=100) == pytest.approx(100 / 101)
     assert factor(100, "cosine", warmup_steps=100) == 1.0
+
+
+# --- phases ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "half"), [("constant", 1.0), ("linear", 0.6), ("cosine", 0.6), ("sqrt", 0.2 + 0.8 * (1 - math.sqrt(0.5)))])
+def test_a_phase_goes_from_its_start_to_its_end(kind: str, half: float) -> None:
+    config = PhaseSchedule(kind=kind, end_ratio=0.0 if kind == "constant" else 0.2)  # type: ignore[arg-type]
+    factors = [phase_learning_rate_factor(step, 100, config) for step in range(100)]
+    assert factors[0] == 1.0 and factors[50] == pytest.approx(half)
+    assert all(later <= earlier for earlier, later in pairwise(factors))
+    assert kind == "constant" or factors[99] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_phase_may_warm_up() -> None:
+    config = PhaseSchedule(kind="linear", start_ratio=0.0, end_ratio=1.0)
+    assert [phase_learning_rate_factor(step, 4, config) for step in range(4)] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_a_trunk_with_a_linear_decay_is_wsd_to_the_last_bit() -> None:
+    wsd = load_recipe("debug", ["schedule={kind: wsd, warmup_steps: 3, decay_share: 0.25, min_learning_rate_ratio: 0.1}"])
+    decay = "phases=[{name: stable, tokens: 7680}, {name: decay, schedule: {kind: linear, end_ratio: 0.1}}]"
+    phased = load_recipe("debug", ["schedule={kind: constant, warmup_steps: 3}", decay])
+    factors = [[run_learning_rate_factor(step, Timeline(recipe), recipe.schedule) for step in range(20)] for recipe in (wsd, phased)]
+    assert factors[0] == factors[1] and factors[0][0] == 0.25 and factors[0][-1] < 0.3
+    other = load_recipe("debug", ["schedule={kind: constant, warmup_steps: 3}", decay, "phases.0.tokens=7168"])
+    assert [run_learning_rate_factor(step, Timeline(other), other.schedule) for step in range(20)] != factors[0]

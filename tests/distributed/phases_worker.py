@@ -1,0 +1,109 @@
+"""Runs recipes with phases, many in one start of the processes, and prints losses, norms and what moved in each phase as JSON.
+
+A case has "name", "overrides" and "zero", and optionally "sabotage": a deliberate fault that the tests must notice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from deepspeed.utils import groups
+
+from data_pipeline.batch import Batch
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import check_topology
+from pretrain.config.timeline import Stage, Timeline
+from pretrain.engine.ds_config import resolve_ds_config
+from pretrain.engine.engine import Engine, reduce_steps
+from pretrain.engine.phases import FrozenParameters
+from pretrain.engine.topology import connect, disconnect
+from pretrain.optim.frozen import frozen_parameters, part_of
+from tests.distributed.matrix_worker import synthetic_step, whole_weights
+
+
+def moved_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Of each part of the model: how many of its tensors have changed, and how many it has."""
+    found: dict[str, list[int]] = {}
+    for name, weight in after.items():
+        counts = found.setdefault(part_of(name) or "none", [0, 0])
+        counts[0] += not torch.equal(weight, before[name])
+        counts[1] += 1
+    return found
+
+
+def plain_norm(engine: Engine, stage: Stage, batches: list[Batch]) -> float:
+    """The norm over all parameters that the phase trains, by autograd alone: for one process at ZeRO stage 0."""
+    train, model = stage.recipe.train, engine.model.train()
+    parameters = dict(model.named_parameters())
+    trained = [parameters[name] for name in parameters.keys() - frozen_parameters(parameters, stage.frozen, "the test")]
+    normalizer = float(train.micro_batch_size * train.sequence_length)
+    losses = [model(batch.input_ids_BS, batch.labels_BS, normalizer).loss for batch in batches]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), trained)
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
+    recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
+    topology, precision = connect(recipe.parallel.ep_size), recipe.train.precision
+    accumulation = check_topology(recipe, topology.world_size, case["zero"])
+    ds_config = {"zero_optimization": {"stage": case["zero"]}}
+    engine = Engine(recipe, resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size), precision, topology)
+    if case.get("sabotage") == "not_put_back":
+        assert engine._frozen is not None
+        engine._frozen.masters_of = lambda _: None
+    results, moved, validations, norms = [], {}, [], []
+    for stage in Timeline(recipe).stages:
+        engine.enter(stage)
+        if case.get("sabotage") == "gradients_kept":
+            assert isinstance(engine._frozen, FrozenParameters)
+            for hook in engine._frozen._hooks:
+                hook.remove()
+        before = whole_weights(engine)
+        for step in range(stage.first_step, stage.end_step):
+            batches = synthetic_step(stage.recipe, step, topology.rank, topology.world_size)
+            if case["zero"] == 0 and topology.world_size == 1 and precision == "fp32" and engine.rows is None:
+                norms.append(plain_norm(engine, stage, batches))
+            results.append(engine.train_step(batches, 1.0))
+        parts: dict[str, list[int]] = {}
+        for found in topology.gather(moved_parts(before, whole_weights(engine))):
+            parts = {part: [sum(pair) for pair in zip(parts.get(part, [0, 0]), counts, strict=True)] for part, counts in found.items()}
+        moved[stage.name] = parts
+        nll, tokens = engine.evaluate(synthetic_step(stage.recipe, 77, topology.rank, topology.world_size))
+        validations.append(nll / tokens)
+    losses = reduce_losses(results, engine)
+    return {
+        "name": case["name"],
+        "loss": losses,
+        "grad_norm": [result.grad_norm for result in results],
+        "plain_norm": norms,
+        "validation": validations,
+        "micro_batches": [result.micro_batches for result in results],
+        "moved": moved,
+    }
+
+
+def reduce_losses(results: list[Any], engine: Engine) -> list[float]:
+    losses, _ = reduce_steps(results, engine.topology)
+    return [loss[0] for loss in losses]
+
+
+def main() -> None:
+    output = Path(sys.argv[2])
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        result = run_case(case)
+        if torch.distributed.get_rank() == 0:
+            with output.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()
