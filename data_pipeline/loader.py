@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.batch import Batch, Samples, to_batch
+from data_pipeline.batch import Batch, Origin, Sample, Samples, to_batch
 from data_pipeline.corpora import Corpora
 from data_pipeline.manifest import canonical_sha256
 from data_pipeline.mixture import Plan, Schedule, SourceState, check_names
 from data_pipeline.order import shuffled
 from data_pipeline.packing import PADDING_WINDOW, Windows, training_samples
+from data_pipeline.waiting import Waiting
 from pretrain.config.data_schema import Mixture
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
@@ -29,12 +29,13 @@ class Loader(Protocol):
     """One rank's training batches.
 
     Attributes:
-        stall_seconds: how long training has waited for batches.
+        waiting: how long training has waited for batches.
     """
 
     dp_rank: int
     dp_size: int
-    stall_seconds: float
+    micro_batch_size: int
+    waiting: Waiting
 
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step (from 0), one for each gradient accumulation step."""
@@ -51,6 +52,12 @@ class Loader(Protocol):
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps from what a checkpoint carries."""
+
+    def pass_over(self, step: int, num_steps: int) -> None:
+        """Gives step ``step``, which comes next, and all later ones the samples that stand ``num_steps`` steps further on."""
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each sequence of a step that was read comes from, over all ranks; empty where that is no longer known."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,17 @@ class TrainLoader:
         self.schedule = Schedule([self._plan(0, {})], self.sequence_length)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="train-loader")
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
-        self.stall_seconds = 0.0
+        self.waiting = Waiting()
+        self.samples_passed_over = 0
+
+    def first_sample(self, step: int) -> int:
+        """The number in the schedule of the first sample of a step."""
+        return step * self.global_batch_size + self.samples_passed_over
 
     def sample_numbers(self, step: int) -> list[tuple[str, int]]:
         """The source and the sample in it of each sequence of the whole step, over all ranks."""
         found: list[tuple[str, int]] = [("", 0)] * self.global_batch_size
-        for name, places, numbers in self.schedule.samples(step * self.global_batch_size, self.global_batch_size):
+        for name, places, numbers in self.schedule.samples(self.first_sample(step), self.global_batch_size):
             samples = shuffled(numbers, len(self.sources[name].samples), self.seed)
             for place, sample in zip(places.tolist(), samples.tolist(), strict=True):
                 found[place] = (name, sample)
@@ -117,14 +129,20 @@ class TrainLoader:
         while len(self._ahead) <= STEPS_AHEAD:
             ahead = step + len(self._ahead)
             self._ahead.append((ahead, self._reader.submit(self._read, ahead)))
-        started = time.perf_counter()
-        batches = self._ahead.popleft()[1].result()
-        self.stall_seconds += time.perf_counter() - started
-        return batches
+        return self.waiting.result(self._ahead.popleft()[1])
+
+    def pass_over(self, step: int, num_steps: int) -> None:
+        """Gives step ``step`` and all later ones the samples that stand ``num_steps`` steps further on."""
+        self.samples_passed_over += num_steps * self.global_batch_size
+        self._ahead.clear()
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each sequence of a step comes from, over all ranks."""
+        return [Origin(name, self.sources[name].samples.documents(sample)) for name, sample in self.sample_numbers(step)]
 
     def state(self, step: int) -> dict[str, Any]:
-        """The mixtures of the run so far: with the step they say which samples it has taken."""
-        return {"plans": [plan.to_dict() for plan in self.schedule.plans]}
+        """The mixtures of the run so far, and how many samples it has passed over: with the step they say which samples it has taken."""
+        return {"plans": [plan.to_dict() for plan in self.schedule.plans], "samples_passed_over": self.samples_passed_over}
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps. Where the mixture or its sources have changed, the new ones hold from here on, and every source goes on
@@ -138,7 +156,8 @@ class TrainLoader:
             for name in self.sources:
                 if name in plan.sources:
                     self._check_same(name, plan.sources[name])
-        schedule, sample = Schedule(plans, self.sequence_length), step * self.global_batch_size
+        self.samples_passed_over = state.get("samples_passed_over", 0)
+        schedule, sample = Schedule(plans, self.sequence_length), self.first_sample(step)
         if plans[-1].mixture != self.mixture or list(plans[-1].sources) != list(self.sources):
             kept = [plan for plan in plans if plan.start_sample < sample]
             schedule = Schedule([*kept, self._plan(sample, schedule.taken(sample))], self.sequence_length)
@@ -147,13 +166,17 @@ class TrainLoader:
 
     def require(self, num_steps: int) -> None:
         """Raises :class:`DataError` where the mixture's limits leave too few samples for so many steps."""
-        self.schedule.samples(num_steps * self.global_batch_size - 1, 1)
+        self.schedule.samples(self.first_sample(num_steps) - 1, 1)
 
     def _read(self, step: int) -> list[Batch]:
         numbers = self.sample_numbers(step)
         size = self.micro_batch_size
         firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
-        return [to_batch([self.sources[name].samples.read(sample) for name, sample in numbers[first : first + size]]) for first in firsts]
+        return [to_batch([self._read_sample(name, sample) for name, sample in numbers[first : first + size]]) for first in firsts]
+
+    def _read_sample(self, name: str, number: int) -> Sample:
+        self.waiting.reading = f"sample {number} of the source '{name}'"
+        return self.sources[name].samples.read(number)
 
     def _plan(self, start_sample: int, taken: dict[str, int]) -> Plan:
         states = {name: SourceState(source.fingerprint, len(source.samples), taken.get(name, 0)) for name, source in self.sources.items()}

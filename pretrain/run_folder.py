@@ -47,7 +47,7 @@ def start_over(folder: Path, overwrite: bool) -> None:
     # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
     for name in (CHECKPOINTS, USAGE, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "metrics.csv", "loss.png", "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
+    for name in ("metrics.jsonl", "metrics.csv", "loss.png", "incidents.jsonl", "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
 
 

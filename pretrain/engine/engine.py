@@ -172,14 +172,14 @@ class Engine:
                 layer.get_buffer("usage_E").zero_()
         return None if usage_LE is None else self.topology.sum(usage_LE).cpu()
 
-    def usage_so_far(self) -> list[torch.Tensor | None]:
+    def usage_so_far(self) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """A copy of the counters that :meth:`take_usage` starts anew, for :meth:`restore_usage`."""
         routed = self._routed_usage_LE
-        return [None if routed is None else routed.clone(), *(layer.get_buffer("usage_E").clone() for layer in self._retrieving)]
+        return None if routed is None else routed.clone(), [layer.get_buffer("usage_E").clone() for layer in self._retrieving]
 
-    def restore_usage(self, usage: list[torch.Tensor | None]) -> None:
+    def restore_usage(self, usage: tuple[torch.Tensor | None, list[torch.Tensor]]) -> None:
         self._routed_usage_LE = usage[0]
-        for layer, counts_E in zip(self._retrieving, usage[1:], strict=True):
+        for layer, counts_E in zip(self._retrieving, usage[1], strict=True):
             layer.get_buffer("usage_E").copy_(counts_E)
 
     def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:

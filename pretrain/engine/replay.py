@@ -74,12 +74,15 @@ class _Watch:
         self.engine = engine
         self.found: dict[int, str] = {}
         self._number = 0
+        self._collected: dict[str, int] = {}  # how many factors of each table were looked at
         self._handles: list[Any] = []
 
     def next(self, number: int) -> None:
         """A micro batch is through; those of the tables' gradients that it has left are looked at too."""
         for name, table in self.engine.rows.tables.items() if self.engine.rows is not None else ():
-            if any(not bool(part.c_P.isfinite().all() and part.x_TD.isfinite().all()) for part in table.collected or ()):
+            collected = table.collected or []
+            new, self._collected[name] = collected[self._collected.get(name, 0) :], len(collected)
+            if any(not bool(part.c_P.isfinite().all() and part.x_TD.isfinite().all()) for part in new):
                 self.found.setdefault(number, name)
         self._number = number + 1
 

@@ -46,7 +46,8 @@ class Veto:
         if hasattr(optimizer, "_update_scale"):
             self._update_scale = optimizer._update_scale
             optimizer._update_scale = self._scale_after
-        if hasattr(scaler := getattr(optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+        scaler: Any = getattr(optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # steps that are skipped in a row end a run elsewhere, in a sentence
 
     def begin(self, question: Question | None) -> None:

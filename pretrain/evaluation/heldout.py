@@ -262,7 +262,8 @@ def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any],
     if "plans" not in state["data"]:
         raise DataError("the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
     length = recipe.train.sequence_length
-    seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // length, length, recipe.seed)
+    passed_over = state["data"].get("samples_passed_over", 0)
+    seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // length + passed_over, length, recipe.seed)
     try:
         loader = open_train_loader(recipe, corpora, 0, 1)
         loader.resume(state["data"], state["step"])

@@ -81,7 +81,7 @@ def test_documents_come_in_order_without_the_held_out_ones_and_begin_again_at_th
     labels = torch.cat([batch.labels_BS for batch in loader.step_batches(steps)])
     assert inputs == expected[: len(inputs)] and steps * 4 * S > len(expected) // 3
     assert labels.flatten().tolist() == expected[len(inputs) + 1 : len(inputs) + 4 * S + 1]
-    assert loader.stall_seconds > 0
+    assert loader.waiting.seconds > 0
 
 
 def test_document_mask_takes_no_loss_across_ends(tmp_path: Path, corpora: Corpora) -> None:

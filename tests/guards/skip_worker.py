@@ -76,7 +76,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
     def step(number: int, **options: Any) -> dict[str, Any]:
         result = engine.train_step(batches(number), 1.0, rate, **options)
-        return {"applied": result.applied, "refused": result.refused, "norm": result.grad_norm, "digest": digest(engine), "scale": engine.loss_scale()}
+        return {
+            "applied": result.applied,
+            "refused": result.refused,
+            "norm": result.grad_norm,
+            "digest": digest(engine),
+            "scale": engine.loss_scale(),
+        }
 
     asked: list[tuple[float, float]] = []
 
