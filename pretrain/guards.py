@@ -6,9 +6,8 @@ Every rank is given the same numbers, so every rank decides the same.
 from __future__ import annotations
 
 import math
-from collections import deque
+from bisect import bisect_left, insort
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from pretrain.config.guard_schema import Action, GradNormGuard, GuardConfig, SpikeGuard
@@ -47,18 +46,32 @@ class RobustWindow:
     """
 
     def __init__(self, size: int) -> None:
-        self.values: deque[float] = deque(maxlen=size)
+        self.size = size
+        self.values: list[float] = []  # from the oldest to the newest
+        self._sorted: list[float] = []
 
     def rise(self, value: float) -> tuple[float, float] | None:
         """How far ``value`` is above the median, and how many robust standard deviations that is; None while there is too little to compare."""
-        if len(self.values) < max(16, (self.values.maxlen or 0) // 4):
+        if len(self.values) < max(16, self.size // 4):
             return None
-        middle = median(self.values)
-        deviation = NORMAL_SCALE * median(abs(other - middle) for other in self.values)
+        middle = _middle(self._sorted)
+        deviation = NORMAL_SCALE * _middle(sorted([abs(other - middle) for other in self._sorted]))
         return value - middle, (value - middle) / max(deviation, 1e-12)
 
     def add(self, value: float) -> None:
         self.values.append(value)
+        insort(self._sorted, value)
+        if len(self.values) > self.size:
+            del self._sorted[bisect_left(self._sorted, self.values.pop(0))]
+
+    def replace(self, values: list[float]) -> None:
+        """Forgets what it holds, and takes these."""
+        self.values, self._sorted = list(values[-self.size :]), sorted(values[-self.size :])
+
+
+def _middle(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class Guards:
@@ -108,8 +121,7 @@ class Guards:
         """Goes on from a checkpoint's state; a guard that the checkpoint did not have starts anew."""
         for name, window in (("losses", self._losses), ("log_norms", self._log_norms)):
             if window is not None:
-                window.values.clear()
-                window.values.extend(state.get(name, []))
+                window.replace(state.get(name, []))
         self._in_a_row = dict(state.get("in_a_row", {}))
 
     @staticmethod

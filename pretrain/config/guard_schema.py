@@ -38,7 +38,7 @@ class SpikeGuard(Section):
     action: Action = "warn"
     window_steps: Annotated[int, Field(ge=16)] = Field(128, description="it is silent for the first quarter of them")
     deviations: Above = 10.0
-    min_rise: Above = Field(0.2, description="nats a token")
+    min_rise: Above = Field(0.5, description="nats a token")
     in_a_row: Positive = Field(1, description="such steps until the action is taken; those before are told only")
 
 
