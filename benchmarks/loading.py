@@ -198,12 +198,12 @@ def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
     loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
-    loader.stall_seconds = 0.0
+    loader.waiting.seconds = 0.0
     started = time.perf_counter()
     for number in range(1, steps + 1):
         loader.step_batches(number)
         time.sleep(0.010)
-    return {"steps": steps, "stall_seconds": loader.stall_seconds, "stall_share": loader.stall_seconds / (time.perf_counter() - started)}
+    return {"steps": steps, "stall_seconds": loader.waiting.seconds, "stall_share": loader.waiting.seconds / (time.perf_counter() - started)}
 
 
 def measure(folder: Path, side: str, steps: int) -> dict[str, float]:

@@ -56,6 +56,20 @@ class Sample(NamedTuple):
         return Sample(self.inputs_S[here], self.labels_S[here], None if self.documents_S is None else self.documents_S[here])
 
 
+class Documents(NamedTuple):
+    """Documents of one place, by which a user finds them again.
+
+    Attributes:
+        place: a shard's prefix; of a stream, a file.
+        first, last: their numbers in the data's split, as ``tools/inspect_data.py --document`` takes them; of a streamed file from the start of the
+            part of it that is read in one go, and -1 is the last one there.
+    """
+
+    place: str
+    first: int
+    last: int
+
+
 class Samples(Protocol):
     """What a packing makes of a stream of tokens: samples that can be read in any order."""
 
@@ -66,6 +80,16 @@ class Samples(Protocol):
 
     def read(self, number: int) -> Sample:
         """Sample ``number``, from 0."""
+
+    def documents(self, number: int) -> list[Documents]:
+        """Where sample ``number`` comes from."""
+
+
+class Origin(NamedTuple):
+    """Where one sequence of a batch comes from: its source in the mixture, and the documents."""
+
+    source: str
+    documents: list[Documents]
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.batch import Batch, Samples, to_batch
+from data_pipeline.batch import Batch, Origin, Sample, Samples, to_batch
 from data_pipeline.corpora import Corpora
 from data_pipeline.manifest import canonical_sha256
 from data_pipeline.mixture import Plan, Schedule, SourceState, check_names
 from data_pipeline.order import shuffled
 from data_pipeline.packing import PADDING_WINDOW, Windows, training_samples
+from data_pipeline.waiting import Waiting
 from pretrain.config.data_schema import Mixture
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
@@ -33,12 +33,13 @@ class Loader(Protocol):
     """One rank's training batches.
 
     Attributes:
-        stall_seconds: how long training has waited for batches.
+        waiting: how long training has waited for batches.
     """
 
     dp_rank: int
     dp_size: int
-    stall_seconds: float
+    micro_batch_size: int
+    waiting: Waiting
 
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step (from 0), one for each gradient accumulation step."""
@@ -58,6 +59,15 @@ class Loader(Protocol):
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps from what a checkpoint carries."""
+
+    def position(self, step: int) -> int:
+        """Samples, over all sources, that stand before step ``step`` and that no later step reads."""
+
+    def pass_over(self, step: int, position: int) -> None:
+        """Gives step ``step``, which comes next, and all later ones the samples from ``position`` on, which lies behind it."""
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each sequence of a step that was read comes from, over all ranks; empty where that is no longer known."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class TrainLoader:
         self.schedule = self._with_coming([self._plan(0, {}, self.stretches[0].mixture)], 0)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="train-loader")
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
-        self.stall_seconds = 0.0
+        self.waiting = Waiting()
 
     def stretch_at(self, step: int) -> Stretch:
         return next(stretch for stretch in reversed(self.stretches) if stretch.first_step <= step)
@@ -158,10 +168,23 @@ class TrainLoader:
         while len(self._ahead) <= STEPS_AHEAD:
             ahead = step + len(self._ahead)
             self._ahead.append((ahead, self._reader.submit(self._read, ahead)))
-        started = time.perf_counter()
-        batches = self._ahead.popleft()[1].result()
-        self.stall_seconds += time.perf_counter() - started
-        return batches
+        return self.waiting.result(self._ahead.popleft()[1])
+
+    def position(self, step: int) -> int:
+        """Samples before step ``step``; what it shares with the step before, which reads the same blocks, is among them."""
+        return self._offset + self.stretch_at(max(step - 1, 0)).blocks_after(step)
+
+    def pass_over(self, step: int, position: int) -> None:
+        """Gives step ``step`` and all later ones the samples from ``position`` on."""
+        stretch = self.stretch_at(step)
+        plans = [plan for plan in self.schedule.plans if plan.start_sample <= self._offset + stretch.first_block_of(step)]
+        self._offset = position - stretch.first_block_of(step)
+        self.schedule = self._with_coming(plans, step)
+        self._ahead.clear()
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each sequence of a step comes from, over all ranks."""
+        return [Origin(name, self.sources[name].samples.documents(sample)) for name, sample in self.sample_numbers(step)]
 
     def epochs(self, step: int) -> float:
         """Samples of a mixture count as those of the whole, so an epoch of it may take a small source more often than once."""
@@ -170,8 +193,8 @@ class TrainLoader:
         return blocks / sum(len(source.samples) for source in self.sources.values())
 
     def state(self, step: int) -> dict[str, Any]:
-        """The mixtures of the run so far: with the number of samples they say which ones it has taken."""
-        samples = self._samples_after(step)
+        """The mixtures of the run so far: with the number of samples they say which ones it has taken or passed over."""
+        samples = self.position(step)
         plans = [plan.to_dict() for plan in self.schedule.plans if plan.start_sample < samples or plan.start_sample == 0]
         return {"plans": plans, "samples": samples, "offset": self._offset}
 
@@ -201,17 +224,18 @@ class TrainLoader:
 
     def require(self, num_steps: int) -> None:
         """Raises :class:`DataError` where the mixture's limits leave too few samples for so many steps."""
-        self.schedule.samples(self._samples_after(num_steps) - 1, 1)
-
-    def _samples_after(self, step: int) -> int:
-        return self._offset + self.stretch_at(max(step - 1, 0)).blocks_after(step)
+        self.schedule.samples(self.position(num_steps) - 1, 1)
 
     def _read(self, step: int) -> list[Batch]:
         stretch, numbers = self.stretch_at(step), self.sample_numbers(step)
         size, part = stretch.micro_batch_size, (step - stretch.first_step) % stretch.slices
         firsts = range(self.dp_rank * size, stretch.global_batch_size, self.dp_size * size)
-        groups = ([self.sources[name].samples.read(sample) for name, sample in numbers[first : first + size]] for first in firsts)
+        groups = ([self._read_sample(name, sample) for name, sample in numbers[first : first + size]] for first in firsts)
         return [to_batch([sample.part(part, stretch.slices) for sample in group] if stretch.slices > 1 else group) for group in groups]
+
+    def _read_sample(self, name: str, number: int) -> Sample:
+        self.waiting.reading = f"sample {number} of the source '{name}'"
+        return self.sources[name].samples.read(number)
 
     def _plan(self, start_sample: int, taken: dict[str, int], mixture: Mixture) -> Plan:
         states = {name: SourceState(source.fingerprint, len(source.samples), taken.get(name, 0)) for name, source in self.sources.items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.batch import NO_LOSS, Sample, Samples
+from data_pipeline.batch import NO_LOSS, Documents, Sample, Samples
 from data_pipeline.best_fit import PackedShard, PackingStatistics, pack_stream
 from data_pipeline.corpora import Corpora, Part
 from data_pipeline.token_stream import TokenStream
@@ -47,6 +47,11 @@ class Windows:
         if not 0 <= number < self.num_all:
             raise IndexError(f"window {number} of {self.num_all}")
         return self.read_at(number * length)
+
+    def documents(self, number: int) -> list[Documents]:
+        """Those that the window's tokens belong to, its last target included."""
+        start = number * self.sequence_length
+        return documents_at(self.stream, start, min(self.sequence_length, self._targets - start) + 1)
 
     def read_at(self, start: int) -> Sample:
         """The window whose first input is token ``start`` of the stream; at its end a shorter one, filled up."""
@@ -103,6 +108,12 @@ class PackedSamples:
             documents[filled:] = document + 1
         return Sample(inputs, labels, documents if self.document_mask else None)
 
+    def documents(self, number: int) -> list[Documents]:
+        """Those that are packed in the sequence, piece by piece."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        offset, pieces = self.stream.start_of(shard), self._shards[shard].pieces(number - int(self._starts[shard]))
+        return [documents for start, count in pieces for documents in documents_at(self.stream, offset + start, count)]
+
     def _goes_on(self, token: int) -> bool:
         return token < self.stream.num_tokens and not len(self.stream.document_starts(token, 1))
 
@@ -119,8 +130,22 @@ class Joined:
 
     def read(self, number: int) -> Sample:
         """Sample ``number`` of all."""
+        part, within = self._find(number)
+        return part.read(within)
+
+    def documents(self, number: int) -> list[Documents]:
+        """Where sample ``number`` of all comes from."""
+        part, within = self._find(number)
+        return part.documents(within)
+
+    def _find(self, number: int) -> tuple[Samples, int]:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self.parts[part].read(number - int(self._starts[part]))
+        return self.parts[part], number - int(self._starts[part])
+
+
+def documents_at(stream: TokenStream, start: int, count: int) -> list[Documents]:
+    """The documents of tokens start .. start + count - 1, a line for each shard."""
+    return [Documents(str(shard.prefix), *shard.documents(begin, end)) for shard, begin, end in stream.ranges(start, count)]
 
 
 def training_samples(parts: Sequence[Part], config: DataConfig, sequence_length: int, pad_id: int) -> Samples:

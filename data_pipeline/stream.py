@@ -6,16 +6,15 @@ of the run is the next window of the source that the mixture says. All of this h
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.batch import NO_LOSS, Batch, Sample, to_batch
+from data_pipeline.batch import NO_LOSS, Batch, Documents, Origin, Sample, to_batch
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.corpora import Corpora
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
@@ -26,6 +25,7 @@ from data_pipeline.sources import ReadContext, Unit, open_source
 from data_pipeline.split import SplitPlan
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
+from data_pipeline.waiting import Waiting
 from pretrain.config.data_schema import Weights
 from pretrain.config.errors import DataError
 from pretrain.config.schema import Recipe
@@ -33,6 +33,7 @@ from pretrain.config.schema import Recipe
 # What a resumed run reads again of each source, at most.
 UNIT_BYTES = 16 << 20
 STEPS_AHEAD = 16
+LAST_DOCUMENT = -1  # of a unit, whose number is not known
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
 
 # Choosing an engine takes seconds: once a process for each tokenizer, by its checksum.
@@ -102,6 +103,14 @@ class SourceStream:
         self.place = place
         self._documents = self._encoded(place)
         self._buffer: deque[Encoded] = deque()
+
+    def documents(self, first: Place, last: Place) -> list[Documents]:
+        """The documents from the one of ``first`` to that of ``last``, a line for each unit."""
+        ends = [first.unit, last.unit] if first[:2] != last[:2] else [first.unit]
+        places = [", ".join(self._units[unit].files) for unit in ends]
+        if len(places) == 1:
+            return [Documents(places[0], first.document, last.document)]
+        return [Documents(places[0], first.document, LAST_DOCUMENT), Documents(places[1], 0, last.document)]
 
     def next_window(self) -> Sample:
         """The next S inputs with one target each."""
@@ -177,6 +186,14 @@ class SourceStream:
             place = Place(place.epoch + 1)
 
 
+class Step(NamedTuple):
+    """What a step takes: this rank's batches, the places after it, and of all ranks' sequences the source with its first token and the one after."""
+
+    batches: list[Batch]
+    places: dict[str, Place]
+    windows: list[tuple[str, Place, Place]]
+
+
 @dataclass(frozen=True)
 class StreamState:
     """What a checkpoint carries of a streamed run: the mixture since ``start_sample``, and each source's fingerprint and place."""
@@ -184,6 +201,7 @@ class StreamState:
     start_sample: int
     weights: dict[str, float]
     sources: dict[str, dict[str, Any]]  # those too that the run no longer uses
+    samples_passed_over: int = 0
 
 
 class StreamLoader:
@@ -203,6 +221,7 @@ class StreamLoader:
         check_names(recipe.data.mixture, names)
         self.global_batch_size, self.micro_batch_size = train.global_batch_size, train.micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._steps_kept = STEPS_AHEAD + recipe.logging.interval_steps
         mixture = recipe.data.mixture
         given = mixture.weights if isinstance(mixture, Weights) else dict.fromkeys(names, 1.0)
         self.weights = {name: given[name] for name in names}
@@ -211,8 +230,11 @@ class StreamLoader:
         self._start_sample = 0
         self._retired: dict[str, dict[str, Any]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-loader")
+        self._ahead: deque[Future[Step]] = deque()
+        self._windows: dict[int, list[tuple[str, Place, Place]]] = {}
+        self.waiting = Waiting()
+        self.samples_passed_over = 0
         self._begin(0)
-        self.stall_seconds = 0.0
 
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step (from 0). The steps have to be asked for one after the other.
@@ -224,11 +246,25 @@ class StreamLoader:
             raise ValueError(f"step {step} of a stream that is at step {self._step}")
         while len(self._ahead) < STEPS_AHEAD:
             self._ahead.append(self._reader.submit(self._read, step + len(self._ahead)))
-        started = time.perf_counter()
-        batches, self._places = self._ahead.popleft().result()
-        self.stall_seconds += time.perf_counter() - started
+        read = self.waiting.result(self._ahead.popleft())
+        self._places = read.places
+        self._windows = dict([*self._windows.items(), (step, read.windows)][-self._steps_kept :])
         self._step += 1
-        return batches
+        return read.batches
+
+    def position(self, step: int) -> int:
+        return step * self.global_batch_size + self.samples_passed_over
+
+    def pass_over(self, step: int, position: int) -> None:
+        """Reads as many steps as it takes and throws them away: call it right after :meth:`resume`."""
+        self._drop_what_is_ahead()
+        while self.position(step) < position:
+            self._places = self._read(step).places
+            self.samples_passed_over += self.global_batch_size
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each sequence of one of the last steps comes from, over all ranks; empty for an older one."""
+        return [Origin(name, self.sources[name].documents(first, last)) for name, first, last in self._windows.get(step, [])]
 
     def require(self, num_steps: int) -> None:
         """A stream begins again when it ends: it is never too short."""
@@ -241,7 +277,7 @@ class StreamLoader:
         if step != self._step:
             raise ValueError(f"the state after {step} steps of a stream that is at step {self._step}")
         sources = {name: {"fingerprint": source.fingerprint, "place": list(self._places[name])} for name, source in self.sources.items()}
-        return asdict(StreamState(self._start_sample, self.weights, self._retired | sources))
+        return asdict(StreamState(self._start_sample, self.weights, self._retired | sources, self.samples_passed_over))
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps. Where the weights or the sources have changed, the new ones hold from here on.
@@ -250,6 +286,8 @@ class StreamLoader:
             DataError: where the files of a source are not what they were.
         """
         saved = StreamState(**state)
+        self._drop_what_is_ahead()
+        self.samples_passed_over = saved.samples_passed_over
         for name, source in self.sources.items():
             before = saved.sources.get(name)
             if before is not None and before["fingerprint"] != source.fingerprint:
@@ -261,19 +299,31 @@ class StreamLoader:
             source.go_to(Place(*before["place"]) if before is not None else Place())
         self._retired = {name: source for name, source in saved.sources.items() if name not in self.sources}
         same = list(saved.weights.items()) == list(self.weights.items())
-        self._start_sample = saved.start_sample if same else step * self.global_batch_size
+        self._start_sample = saved.start_sample if same else self.position(step)
         self._begin(step)
 
     def _begin(self, step: int) -> None:
         self._step = step
         self._places = {name: source.place for name, source in self.sources.items()}
-        self._ahead: deque[Future[tuple[list[Batch], dict[str, Place]]]] = deque()
+        self._windows.clear()
 
-    def _read(self, step: int) -> tuple[list[Batch], dict[str, Place]]:
-        """A step's batches, and the places after it. Called for one step after the other."""
-        size, streams = self.micro_batch_size, list(self.sources.values())
-        owners, _ = self._interleaving.slots(step * self.global_batch_size - self._start_sample, self.global_batch_size)
-        samples = [streams[owner].next_window() for owner in owners.tolist()]
+    def _drop_what_is_ahead(self) -> None:
+        """Nothing is read in the background any more: the sources can go elsewhere."""
+        for future in self._ahead:
+            future.cancel()
+        wait(self._ahead)
+        self._ahead.clear()
+
+    def _read(self, step: int) -> Step:
+        """Called for one step after the other."""
+        size, named = self.micro_batch_size, list(self.sources.items())
+        owners, _ = self._interleaving.slots(self.position(step) - self._start_sample, self.global_batch_size)
+        samples, windows = [], []
+        for name, source in (named[owner] for owner in owners.tolist()):
+            self.waiting.reading = f"the source '{name}'"
+            before = source.place
+            samples.append(source.next_window())
+            windows.append((name, before, source.place))
         firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
         batches = [to_batch(samples[first : first + size]) for first in firsts]
-        return batches, {name: source.place for name, source in self.sources.items()}
+        return Step(batches, {name: source.place for name, source in self.sources.items()}, windows)

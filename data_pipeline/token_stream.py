@@ -6,8 +6,9 @@ Tokens and index entries are read, not mapped: memory does not grow with what ha
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,14 @@ class _Offsets:
 
 
 class Shard:
-    """One shard as its manifest describes it."""
+    """One shard as its manifest describes it.
 
-    def __init__(self, folder: Path, entry: ShardEntry, dtype: str) -> None:
-        self.prefix, self.entry, self.dtype = folder / entry.prefix, entry, np.dtype(dtype)
+    Args:
+        first_document: its first document's number in the split.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, dtype: str, first_document: int = 0) -> None:
+        self.prefix, self.entry, self.dtype, self.first_document = folder / entry.prefix, entry, np.dtype(dtype), first_document
         self._bin = ReadFile(bin_path(self.prefix))
         self._offsets: _Offsets | None = None
 
@@ -114,6 +119,11 @@ class Shard:
                 break
             number += len(part)
         return np.unique(np.concatenate(parts) // size)  # a document without a token begins where the next one does
+
+    def documents(self, begin: int, end: int) -> tuple[int, int]:
+        """The documents that hold tokens begin .. end - 1: the numbers of the first and of the last one in the split."""
+        offsets, size = self._check_once(), self.dtype.itemsize
+        return self.first_document + bisect_right(offsets, begin * size) - 1, self.first_document + bisect_left(offsets, end * size) - 1
 
     def _check_once(self) -> _Offsets:
         if self._offsets is None:
@@ -160,6 +170,10 @@ class TokenStream:
         found = [shard.document_starts(begin, end) + (filled - begin) for shard, begin, end, filled in self._pieces(start, count)]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
+    def ranges(self, start: int, count: int) -> list[tuple[Shard, int, int]]:
+        """Where tokens start .. start + count - 1 lie: (shard, first and last + 1 token in it)."""
+        return [(shard, begin, end) for shard, begin, end, _ in self._pieces(start, count)]
+
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:
         """The shards that hold these tokens: (shard, first and last + 1 token in it, number of tokens before them)."""
         if not 0 <= start <= start + count <= self.num_tokens:
@@ -191,8 +205,10 @@ def open_split(manifest: Manifest, split: SplitName, source: str | None = None) 
     """
     if split not in manifest.splits:
         raise DataError(f"the data in {manifest.folder} has no {split} split: build it again with another data.validation_share")
-    entries = [entry for entry in manifest.splits[split].shards if source in (None, entry.source)]
-    return TokenStream([Shard(manifest.folder, entry, manifest.dtype) for entry in entries], manifest.tokenizer.vocab_size)
+    entries = manifest.splits[split].shards
+    firsts = accumulate((entry.documents for entry in entries), initial=0)
+    shards = [Shard(manifest.folder, entry, manifest.dtype, first) for entry, first in zip(entries, firsts) if source in (None, entry.source)]
+    return TokenStream(shards, manifest.tokenizer.vocab_size)
 
 
 def source_fingerprint(manifest: Manifest, source: str) -> str:

@@ -136,7 +136,7 @@ def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_st
 
 
 def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, steps: int) -> tuple[Engine, Loader]:
-    """The engine and the loader of a training of ``recipe``, in its first phase if it has any, without its folder: no log, no TensorBoard, no checkpoints.
+    """The engine and the loader of a training of ``recipe``, in its first phase, without its folder: no log, no TensorBoard, no checkpoints.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.

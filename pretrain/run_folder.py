@@ -54,7 +54,7 @@ def start_over(folder: Path, overwrite: bool) -> None:
     # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
     for name in (CHECKPOINTS, USAGE, "tensorboard", *TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (*RUN_FILES, "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
+    for name in (*RUN_FILES, "incidents.jsonl", "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
 
 

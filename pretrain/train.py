@@ -26,7 +26,7 @@ from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.config.durable import only_writer
-from pretrain.config.errors import DONE, PREEMPTED, DataError, PeerLostError, PipelineError, is_peer_loss
+from pretrain.config.errors import DONE, PREEMPTED, ConfigError, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
@@ -36,6 +36,7 @@ from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_st
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
+from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
 from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
@@ -128,6 +129,8 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     loader = open_loader(recipe, corpora, topology.rank, topology.world_size)
     held_out = corpora.validation_stream()
     validation = Windows(held_out, train.sequence_length, corpora.pad_id, recipe.data.document_mask) if held_out else None
+    if recipe.guards.early_stopping is not None and validation is None:
+        raise ConfigError("guards.early_stopping looks at the validation loss, but the data has no validation split: build one, or leave it out")
     store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
     callbacks = make_callbacks(recipe, ds_config, engine, validation is not None, folder / CHECKPOINTS, folder / USAGE) if topology.is_main else []
     size = model_size(recipe.model, train.sequence_length)
@@ -168,13 +171,16 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "steps": progress.step,
         "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
         "train_seconds": progress.train_seconds,
-        "stall_seconds": trainer.loader.stall_seconds,
+        "stall_seconds": trainer.loader.waiting.seconds,
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "validation_loss_in_training": progress.last_validation,
         "best_validation_loss": progress.best_validation,
         "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
+        "skipped_tokens": progress.skipped_steps * recipe.train.tokens_per_step,
+        "rollbacks": progress.rollbacks,
+        "stopped_early": progress.stopped_early,
         "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),
         "checkpoints": layout.pointers(Path(recipe.output_path) / CHECKPOINTS),
     }
@@ -234,12 +240,14 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
         raise
     summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
     if done_already:
-        say(
-            f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; "
-            "raise train.train_tokens to go on, or use --fresh to start over"
-        )
+        more = "guards.early_stopping.patience" if trainer.progress.stopped_early else "train.train_tokens"
+        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise {more} to go on, or use --fresh to start over")
     elif finished:
         loss = trainer.progress.last_validation
+        if trainer.progress.stopped_early:
+            say(f"stopped early: the validation loss has not fallen for {trainer.progress.stale_validations} validations")
+        if trainer.progress.skipped_steps:
+            say(f"{trainer.progress.skipped_steps} of the steps were skipped, and their data not learned from: see {folder / INCIDENTS} and the log")
         say(
             f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
             f"{'no validation split' if loss is None else f'validation loss {loss:.4f}'}; everything is in {folder}"

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,26 @@ from data_pipeline.packing import Windows
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.layout import BEST, EPOCH
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config.errors import NonFiniteError
+from pretrain.config.errors import GuardError, NonFiniteError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
 from pretrain.evaluation.expert_usage import UsageWindow, usage_columns
+from pretrain.guards import Trip
+from pretrain.incidents import Incidents
 from pretrain.model.decoder import RouterTotals
 from pretrain.model.moe.balance import ALWAYS_COMPUTED, LOSSES, loss_weights
 from pretrain.model.sizes import model_size
 from pretrain.optim.schedules import balance_update_rate, run_learning_rate_factor
 from pretrain.signals import StopRequest
+from pretrain.supervision import Progress, Supervisor
 
 logger = logging.getLogger(__name__)
 
-# fp16's loss scale starts at 2^16 and halves at each skipped step: a healthy run needs fewer than this in a row.
-MAX_SKIPPED_IN_A_ROW = 25
-
 # What a step's losses are called in a row; the last is there with multi-token prediction only.
 LOSS_COLUMNS = ("loss", "total_loss", "multi_token_loss")
-
-
-@dataclass
-class Progress:
-    """What a run is at; saved in each checkpoint and restored from it."""
-
-    step: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    train_seconds: float = 0.0
-    last_validation: float | None = None
-    best_validation: float | None = None
-    best_step: int | None = None
-    epoch_steps: dict[str, int] = field(default_factory=dict)  # with checkpoint.keep_epochs: the step at whose end an epoch was over
 
 
 class Trainer:
@@ -83,6 +69,10 @@ class Trainer:
         self._stage: Stage | None = None  # the one that the engine is in
         self._flops_per_token = 0.0
         self.progress = Progress()
+        incidents = Incidents(Path(recipe.output_path), loader, engine.topology)
+        self.supervisor = Supervisor(recipe.guards, engine, incidents)
+        loader.waiting.watch(recipe.guards.stalled_data, incidents.tell_stall)
+        self._training_loss: float | None = None  # of the last row
         self._pending: list[StepResult] = []
         self._row_started = 0.0
         self._usage_started = 0  # the step after which the window of expert usage began
@@ -91,9 +81,15 @@ class Trainer:
         """Goes on from a whole checkpoint of this run, or of the one that it branches from."""
         state = self.store.load(checkpoint)
         self.progress = Progress(**state["progress"])
-        if checkpoint.parent != self.store.folder:  # its best checkpoint lies elsewhere
+        if checkpoint.parent != self.store.folder:  # its best checkpoint and those of its epochs lie elsewhere
             self.progress.best_validation = self.progress.best_step = None
+            self.progress.epoch_steps.clear()
         self.loader.resume(state["data"], self.progress.step)
+        self.supervisor.restore(state.get("guards", {}))
+        if self.progress.stopped_early:
+            # The recipe may have more patience now.
+            self.progress.stopped_early = self.supervisor.ends_early(self.progress)
+            self.num_steps = self.progress.step if self.progress.stopped_early else self.num_steps
         logger.info("resumed from %s", checkpoint)
 
     def fit(self) -> bool:
@@ -105,7 +101,8 @@ class Trainer:
         self._usage_started = self.progress.step
         stopped = False
         while self.progress.step < self.num_steps and not stopped:
-            self._step()
+            if not self._step():
+                continue
             step, last, best = self.progress.step, self.progress.step == self.num_steps, False
             ends_phase = self.timeline.ends_phase(step)
             for callback in self.callbacks:
@@ -117,14 +114,19 @@ class Trainer:
             ends_part = ends_phase or (recipe.checkpoint.keep_epochs and self._epoch_is_over())
             if self.validation is not None and (last or ends_part or step % recipe.validation.interval_steps == 0):
                 best = self._validate(self.validation, whole=last)
+                if not last and self.supervisor.ends_early(self.progress):
+                    last, best = True, self._end_early(self.validation) or best
             stopped = self.topology.any(self.stop.requested) and not last
-            if last or stopped or ends_part or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best):
+            due = ends_part or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best)
+            # While steps are skipped one after the other nothing new is to be saved, and older checkpoints may soon be needed.
+            if last or stopped or (due and not self.progress.skipped_in_a_row):
                 self._save()
         for callback in self.callbacks:
             callback.on_end()
         return not stopped
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One optimizer step; False where the run went back instead."""
         started = time.perf_counter()
         step = self.progress.step
         if (stage := self.timeline.at(step)) is not self._stage:
@@ -132,11 +134,34 @@ class Trainer:
         factor = run_learning_rate_factor(step, self.timeline, self.recipe.schedule)
         moe = self.recipe.model.moe
         balance_rate = balance_update_rate(step, self.num_steps, moe.bias_balancing) if isinstance(moe, RoutedMoE) and moe.bias_balancing else 0.0
-        result = self.engine.train_step(self.loader.step_batches(step), factor, balance_rate)
+        batches = self.loader.step_batches(step)
+        self.supervisor.begin_step(step + 1)
+        result = self.engine.train_step(batches, factor, balance_rate, self.supervisor.judge)
         self.progress.step += 1
         self.progress.train_seconds += time.perf_counter() - started
         self._pending.append(result)
-        self._check_finite(result)
+        trip = self.supervisor.after_step(self.progress, batches, result)
+        if trip is not None:
+            self._roll_back(trip)
+        return trip is None
+
+    def _roll_back(self, trip: Trip) -> None:
+        """Goes back to the newest checkpoint before the incident, and from there on to data behind it."""
+        before, checkpoint = self.progress, self.store.go_back(trip.from_step)
+        if checkpoint is None:
+            raise GuardError(f"step {trip.step}: {trip.reason}, and there is no checkpoint before it to go back to: lower checkpoint.interval_steps")
+        position = self.loader.position(before.step + self.recipe.guards.rollback.skip_steps)
+        self.resume(checkpoint)
+        progress = self.progress
+        progress.rollbacks, progress.skipped_steps = before.rollbacks + 1, before.skipped_steps
+        progress.train_seconds = before.train_seconds
+        self.loader.pass_over(progress.step, position)
+        self.loader.require(self.num_steps)
+        self._pending.clear()
+        self.engine.take_usage()
+        self._usage_started, self._row_started = progress.step, time.perf_counter()
+        for callback in self.callbacks:
+            callback.on_rollback(progress.step)
 
     def _epoch_is_over(self) -> bool:
         """Whether a pass over the training split ended in the step that is done; notes which."""
@@ -169,33 +194,27 @@ class Trainer:
         phase = {"phase": stage.name, "phase_number": stage.number} if stage.name else {}
         return {"kind": kind, "step": step, "tokens": self.timeline.tokens_after(step)} | ({} if epochs is None else {"epoch": epochs}) | phase
 
-    def _check_finite(self, result: StepResult) -> None:
-        """Stops before a weight that is no number is saved. The norm is the same on every rank, so all stop together.
-
-        ZeRO reports a norm that is not finite as -1, the bf16 optimizer as infinity. Only fp16 has a reason to skip such a step and go on:
-        its loss scale may have been too large. DeepSpeed skips it in every precision.
-        """
-        if not result.applied and self.engine.precision == "fp16":
-            self.progress.skipped_steps += 1
-            self.progress.skipped_in_a_row += 1
-            if self.progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                raise NonFiniteError(
-                    f"the gradients of {self.progress.skipped_in_a_row} steps in a row up to step {self.progress.step} were not finite: "
-                    "lower optimizer.learning_rate, or use train.precision=bf16 or fp32; the last checkpoint is intact"
-                )
-        elif not (result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
-            raise NonFiniteError(
-                f"the gradient of step {self.progress.step} is not finite: lower optimizer.learning_rate or look at the data of this step; "
-                "the last checkpoint is intact"
-            )
-        else:
-            self.progress.skipped_in_a_row = 0
+    def _end_early(self, validation: Windows) -> bool:
+        """Makes the step that was just taken the last one, with the row and the validation that a last one has."""
+        self.progress.stopped_early = True
+        self.num_steps = self.progress.step
+        for callback in self.callbacks:
+            callback.on_early_end(self.num_steps)
+        if self._pending:
+            self._report_training()
+        return self._validate(validation, whole=True)
 
     def _report_training(self) -> None:
-        """Reads what has gathered on the device since the last row."""
-        results, self._pending = self._pending, []
-        losses, router = reduce_steps(results, self.topology)
+        """Reads what has gathered on the device since the last row; what was skipped takes part in no mean."""
+        results = self._pending
+        applied = [result for result in results if result.applied]
+        if not applied:
+            return
+        self._pending = []
+        losses, router = reduce_steps(applied, self.topology)
+        self.supervisor.after_losses(self.progress.step, results, [row[0] for row in losses])
         means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
+        self._training_loss = means[0]
         now = time.perf_counter()
         seconds, self._row_started = now - self._row_started, now
         row = self._row("train")
@@ -203,12 +222,12 @@ class Trainer:
         row |= {
             **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
-            "grad_norm": results[-1].grad_norm,
+            "grad_norm": applied[-1].grad_norm,
             "tokens_per_second": tokens_per_second,
             "skipped_steps": self.progress.skipped_steps,
             "loss_scale": self.engine.loss_scale(),
             "seconds": self.progress.train_seconds,
-            "stall_seconds": self.loader.stall_seconds,
+            "stall_seconds": self.loader.waiting.seconds,
         }
         if self.peak is not None:
             row["mfu"] = tokens_per_second * self._flops_per_token / (self.peak * self.topology.world_size)
@@ -246,6 +265,8 @@ class Trainer:
                 f"the validation loss of step {progress.step} is not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
         progress.last_validation = loss
+        if not whole:
+            self.supervisor.after_validation(progress, loss, self._training_loss)
         best = progress.best_validation is None or loss < progress.best_validation
         if best:
             progress.best_validation, progress.best_step = loss, progress.step
@@ -279,6 +300,7 @@ class Trainer:
                 "phase": self.timeline.at(progress.step - 1).name or None,
                 "progress": asdict(progress),
                 "data": self.loader.state(progress.step),
+                "guards": self.supervisor.state(),
             }
         )
         named = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()} if self.recipe.checkpoint.keep_epochs else {}

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"pretrain.evaluation"},
     {"pretrain.merging"},
     {"pretrain.callbacks"},
-    {"pretrain.trainer", "pretrain.plan", "pretrain.run_folder", "pretrain.signals"},
+    {"pretrain.trainer", "pretrain.guards", "pretrain.incidents", "pretrain.supervision", "pretrain.plan", "pretrain.run_folder", "pretrain.signals"},
     {"pretrain.train"},
     {"pretrain.range_test", "pretrain.sweeps"},
 ]

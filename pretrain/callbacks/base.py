@@ -24,6 +24,12 @@ class Callback:
     def on_usage(self, window: UsageWindow) -> None:
         """A window of expert usage is over, with the counts of all experts."""
 
+    def on_rollback(self, step: int) -> None:
+        """Training goes back to the checkpoint of step ``step``: the steps behind it are taken again."""
+
+    def on_early_end(self, step: int) -> None:
+        """Step ``step``, which is done, is the last one, though more were planned."""
+
     def on_end(self) -> None:
         """Training ends: all steps done, or interrupted and saved."""
 

@@ -57,6 +57,9 @@ class ContinuousEvaluation(Callback):
     def on_step(self, step: int) -> None:
         self.step = step
 
+    def on_early_end(self, step: int) -> None:
+        self.num_steps = step
+
     def on_end(self) -> None:
         if self.process is None:
             return

@@ -30,7 +30,7 @@ def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
 
 
 class ExpertUsage(Callback):
-    """Saves every window as ``step_000100.npz``; on a resume, windows beyond the checkpoint are removed, because those steps run again.
+    """Saves every window as ``step_000100.npz``; on a resume or rollback, windows beyond the checkpoint are removed, because those steps run again.
 
     Args:
         writer: the one of DeepSpeed's monitor, None without TensorBoard. A second one in its folder would write a second file, and
@@ -42,6 +42,9 @@ class ExpertUsage(Callback):
         self.folder, self.writer, self.hot_factor = folder, writer, hot_factor
 
     def on_start(self, step: int, num_steps: int) -> None:
+        self.on_rollback(step)
+
+    def on_rollback(self, step: int) -> None:
         for last in window_steps(self.folder):
             if last > step:
                 window_path(self.folder, last).unlink()

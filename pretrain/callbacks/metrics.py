@@ -33,12 +33,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class MetricsFiles(Callback):
-    """Writes each row at once; on a resume, rows beyond the checkpoint are removed, because those steps run again."""
+    """Writes each row at once; on a resume or rollback, rows beyond the checkpoint are removed, because those steps run again."""
 
     def __init__(self, folder: Path) -> None:
         self.jsonl, self.csv = folder / METRICS, folder / TRAINING_LOG
 
     def on_start(self, step: int, num_steps: int) -> None:
+        self.on_rollback(step)
+
+    def on_rollback(self, step: int) -> None:
         rows = [row for row in read_rows(self.jsonl) if row["step"] <= step]
         temporary = self.jsonl.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -34,6 +34,15 @@ class ProgressBar(Callback):
             self.shown["val"] = f"{row['validation_loss']:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)
 
+    def on_rollback(self, step: int) -> None:
+        assert self.bar is not None
+        self.bar.n = step
+        self.bar.refresh()
+
+    def on_early_end(self, step: int) -> None:
+        assert self.bar is not None
+        self.bar.total = step
+
     def on_end(self) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -40,6 +40,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a folder that is named as a checkpoint is."""
+    return int(STEP_NAME.match(folder.name)[1])  # type: ignore[index]
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Folders that were published whole, newest first. Torn ones carry a temporary name and are not among them."""
     if not checkpoints.is_dir():

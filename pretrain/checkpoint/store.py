@@ -109,11 +109,29 @@ class CheckpointStore:
         topology.barrier()
         return target
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are reported and passed over. The same answer on every rank."""
+    def go_back(self, step: int) -> Path | None:
+        """Removes the checkpoints of step ``step`` and later ones, and returns the newest whole one before; None, and nothing is removed, where
+        there is none. Every rank must call it.
+        """
+        kept, topology = self.newest(before=step), self.engine.topology
+        if kept is not None and topology.is_main:
+            layout.write_pointer(self.folder, kept.name)
+            for folder in layout.complete_checkpoints(self.folder):
+                if layout.step_of(folder) >= step:
+                    logger.warning("removed %s: the run goes back to %s", folder, kept.name)
+                    shutil.rmtree(folder, ignore_errors=True)
+        topology.barrier()
+        return kept
+
+    def newest(self, before: int | None = None) -> Path | None:
+        """The newest checkpoint that is whole, of a step below ``before``; damaged ones are reported and passed over. The same answer on every
+        rank.
+        """
         topology = self.engine.topology
         damaged: list[str] = []
         for folder in layout.complete_checkpoints(self.folder):
+            if before is not None and layout.step_of(folder) >= before:
+                continue
             faults = [fault for fault in topology.gather(layout.damage(folder, topology.rank, topology.world_size)) if fault]
             if not faults:
                 if damaged and topology.is_main:
@@ -224,7 +242,7 @@ class CheckpointStore:
 
     def _remove_old(self, protected: set[int]) -> None:
         for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
-            if int(layout.STEP_NAME.match(folder.name)[1]) not in protected:  # type: ignore[index]
+            if layout.step_of(folder) not in protected:
                 shutil.rmtree(folder, ignore_errors=True)
         for torn in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)

@@ -60,6 +60,12 @@ class NonFiniteError(PipelineError):
     exit_code = NON_FINITE
 
 
+class GuardError(PipelineError):
+    """A guard of the recipe ended the run (exit code 6)."""
+
+    exit_code = NON_FINITE
+
+
 class PeerLostError(PipelineError):
     """Another rank died or hangs (exit code 7)."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pretrain.config.data_schema import DataConfig
+from pretrain.config.guard_schema import GuardConfig
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.phase_schema import PhaseConfig
 from pretrain.config.section import NonNegative, Positive, Section, Share
@@ -141,6 +142,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    guards: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig | None = Field(None, description="of each saved checkpoint, beside the training; none by default")
     trackers: TrackersConfig | None = Field(None, description="experiment trackers; none by default")
     card: CardConfig = CardConfig()

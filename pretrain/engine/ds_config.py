@@ -41,7 +41,9 @@ def zero_stage_of(ds_config: dict[str, Any], origin: str) -> int:
 def _owned_by_recipe(recipe: Recipe, precision: str, accumulation_steps: int, world_size: int) -> dict[tuple[str, ...], tuple[Any, str]]:
     """Key in the ds_config -> (value, the recipe's field that owns it)."""
     train = recipe.train
-    return {
+    # Without it stages 1 and 2 would apply a gradient that is not finite in bf16, and only there can it be switched off.
+    checked = {("bf16", "check_grad_overflow"): (True, "guards.non_finite")} if precision == "bf16" else {}
+    return checked | {
         ("train_batch_size",): (train.global_batch_size, "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu",): (train.micro_batch_size, "train.micro_batch_size"),
         ("gradient_accumulation_steps",): (accumulation_steps, f"train.global_batch_size / micro_batch_size / {world_size} ranks"),

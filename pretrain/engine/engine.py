@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from pretrain.engine.monitor import Monitor, without_monitors
 from pretrain.engine.phases import FrozenParameters, set_batch_sizes
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
+from pretrain.engine.veto import Veto
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
 from pretrain.model.moe.peer import PEER
@@ -33,6 +35,8 @@ from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, pa
 
 # Fills a model that has part i of n of the experts: model, i, n.
 Fill = Callable[[DecoderLM, int, int], None]
+# Says True where a step must not be applied: of its cross-entropy per token (nats) and gradient norm, both over all ranks.
+Judge = Callable[[float, float], bool]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class StepResult:
         router: sums over this rank's micro batches (None for a dense model).
         micro_batches: how many those are.
         grad_norm: L2 norm over the whole model before clipping, the same on every rank.
-        applied: False where DeepSpeed skipped the update because a gradient was not finite.
+        applied: False where the update was skipped, because a gradient was not finite or the judge refused it.
+        refused: True where the judge did.
+        micro_losses: [] fp32 each, the loss that was minimised of every micro batch.
     """
 
     losses: torch.Tensor
@@ -53,6 +59,8 @@ class StepResult:
     micro_batches: int
     grad_norm: float
     applied: bool
+    refused: bool
+    micro_losses: tuple[torch.Tensor, ...]
 
 
 class Engine:
@@ -97,6 +105,7 @@ class Engine:
             self.optimizer.state.clear()
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
+        self.veto = Veto(self.optimizer, self.zero_stage)
         self.model = model
         self._frozen = FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
@@ -120,7 +129,14 @@ class Engine:
         if self.rows is not None:
             self.rows.frozen = frozen & self.rows.tables.keys()
 
-    def train_step(self, micro_batches: list[Batch], learning_rate_factor: float, balance_rate: float = 0.0) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: list[Batch],
+        learning_rate_factor: float,
+        balance_rate: float = 0.0,
+        judge: Judge | None = None,
+        after_backward: Callable[[int], None] | None = None,
+    ) -> StepResult:
         """Forward and backward over this rank's micro batches, then one optimizer step.
 
         The loss of a step is the mean over all counted tokens of the global batch, however they are spread over micro batches and ranks,
@@ -128,6 +144,8 @@ class Engine:
 
         Args:
             balance_rate: how far the routers' balancing biases move after the step, where they have any.
+            judge: is asked before the update, on every rank alike, where the gradient is finite. It costs one small all-reduce a step.
+            after_backward: is told the number of each micro batch when its local gradients are there.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_scale(group) * learning_rate_factor
@@ -136,28 +154,35 @@ class Engine:
         normalizer = self._tokens_per_micro_batch(batches)
         fractions_LE = self._global_fractions(batches, normalizer)
         losses = torch.zeros(2 if self.recipe.model.multi_token_prediction is None else 3, device=self.topology.device)
+        self.veto.begin(None if judge is None else lambda norm: judge(*self._over_ranks(losses[0], norm)))
         router: RouterTotals | None = None
-        for batch in batches:
+        micro_losses: list[torch.Tensor] = []
+        for number, batch in enumerate(batches):
             output = self._forward(batch, normalizer, fractions_LE)
             self.deepspeed.backward(self._scaled(output.loss))
+            if after_backward is not None:
+                after_backward(number)
+            micro_losses.append(output.loss.detach())
+            ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
+            losses += torch.stack((output.nll / normalizer, micro_losses[-1], *ahead)) / len(batches)
             if batch is batches[-1]:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
                 self._rows_norm = torch.zeros(()) if self.rows is None else self.rows.reduce(self.loss_scale())
                 stage0_norm = self._clip_at_stage_0()
             self.deepspeed.step()
-            ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
-            losses += torch.stack((output.nll / normalizer, output.loss.detach(), *ahead)) / len(batches)
             router = _add(router, output.router)
         norm = stage0_norm if stage0_norm is not None else self.deepspeed.get_global_grad_norm()
-        applied = self.deepspeed.was_step_applied()
+        refused = self.veto.refused
+        norm = self.veto.norm if refused else float(norm)
+        applied = self.deepspeed.was_step_applied() and not self.veto.withheld
         if self.rows is not None:
-            self._step_rows(self.rows, float(norm), applied, learning_rate_factor)
+            self._step_rows(self.rows, norm, applied, learning_rate_factor)
         if router is not None:
             counts_LE = router.counts_LE.long()  # fp32 counts exactly within a step, not over many
             self._routed_usage_LE = counts_LE if self._routed_usage_LE is None else self._routed_usage_LE.add_(counts_LE)
         if applied and balance_rate > 0 and router is not None:
             self._move_balance_biases(router, balance_rate)
-        return StepResult(losses, router, len(batches), float(norm), applied)
+        return StepResult(losses, router, len(batches), norm, applied, refused, tuple(micro_losses))
 
     @torch.no_grad()
     def take_usage(self) -> torch.Tensor | None:
@@ -173,8 +198,21 @@ class Engine:
                 layer.get_buffer("usage_E").zero_()
         return None if usage_LE is None else self.topology.sum(usage_LE).cpu()
 
+    def usage_so_far(self) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """A copy of the counters that :meth:`take_usage` starts anew, for :meth:`restore_usage`."""
+        routed = self._routed_usage_LE
+        return None if routed is None else routed.clone(), [layer.get_buffer("usage_E").clone() for layer in self._retrieving]
+
+    def restore_usage(self, usage: tuple[torch.Tensor | None, list[torch.Tensor]]) -> None:
+        self._routed_usage_LE = usage[0]
+        for layer, counts_E in zip(self._retrieving, usage[1], strict=True):
+            layer.get_buffer("usage_E").copy_(counts_E)
+
     def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:
-        """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too."""
+        """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too.
+
+        A step that is skipped moves neither.
+        """
         clip = self.recipe.train.grad_clip
         if applied and math.isfinite(norm):
             factor = 1.0 / max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
@@ -183,7 +221,7 @@ class Engine:
             rows.discard()
         for module in self.model.modules():
             if isinstance(module, RunningStatistics):
-                module.absorb(self.topology.sum)
+                module.absorb(self.topology.sum) if applied else module.forget()
 
     def _move_balance_biases(self, router: RouterTotals, rate: float) -> None:
         """By the load of the whole global batch, so that every rank moves its copy alike."""
@@ -191,6 +229,12 @@ class Engine:
         for module, load_E in zip(self._routers, loads_LE, strict=True):
             if self._frozen is None or id(module.gate.weight) not in self._frozen.ids:
                 module.move_balance_bias(load_E, rate)
+
+    def _over_ranks(self, loss: torch.Tensor, norm: float) -> tuple[float, float]:
+        """The mean loss of all ranks, and the norm; to the last bit the same on every rank."""
+        values = torch.stack((loss, torch.full_like(loss, norm)))
+        loss_mean, norm_mean = (self.topology.sum(values) / self.topology.world_size).tolist()
+        return loss_mean, norm_mean
 
     def _forward(self, batch: Batch, normalizer: torch.Tensor | float, fractions_LE: torch.Tensor | None = None) -> TrainOutput:
         output: TrainOutput = self.deepspeed(
@@ -215,10 +259,25 @@ class Engine:
         return next(float(group["lr"]) / learning_rate_scale(group) for group in self.optimizer.param_groups if group["role"] == "matrix")
 
     def loss_scale(self) -> float:
-        """The fp16 loss scale; 1 in other precisions. The optimizer of stage 0 keeps it elsewhere than those of the other stages."""
+        """The fp16 loss scale; 1 in other precisions."""
+        return float(self._loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
+
+    @contextmanager
+    def without_loss_scale(self) -> Iterator[None]:
+        """Takes the fp16 loss scale away for what runs inside."""
         if self.precision != "fp16":
-            return 1.0
-        return float(self.optimizer.loss_scale_config.cur_scale if self.zero_stage == 0 else self.optimizer.loss_scale)
+            yield
+            return
+        scale, self._loss_scaler.cur_scale = self._loss_scaler.cur_scale, 1.0
+        try:
+            yield
+        finally:
+            self._loss_scaler.cur_scale = scale
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """What holds the fp16 loss scale: the optimizer of stage 0 keeps it elsewhere than those of the other stages."""
+        return self.optimizer.loss_scale_config if self.zero_stage == 0 else self.optimizer.loss_scaler
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """The whole fp32 weight of one parameter (this rank's experts for an expert's). Every rank must call it in the same order."""
@@ -260,6 +319,7 @@ class Engine:
         )
         if self.recipe.train.grad_clip > 0:
             clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
+        self.veto.before_stage_0_step(list(self.model.parameters()), float(norm), self.precision)
         return norm
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:

@@ -87,6 +87,10 @@ class RowState:
         return state | {name: moment[own_U] for name, moment in self.moments.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over a :meth:`state`; rows that it does not name were never used."""
+        (used_U,) = self.steps.nonzero(as_tuple=True)
+        for numbers in (self.steps, *self.moments.values()):
+            numbers[used_U] = 0
         own_U = state["row"].to(self.steps.device) - self.first
         self.steps[own_U] = state["steps"].to(self.steps.device)
         for name, moment in self.moments.items():

@@ -21,7 +21,6 @@ from pretrain.checkpoint.layout import read_run_recipe, read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
-from pretrain.config.timeline import Timeline
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
 from pretrain.evaluation.generators import is_transformers_folder, open_transformers
 from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
@@ -265,7 +264,7 @@ def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any],
     """
     if "plans" not in state["data"]:
         raise DataError("the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
-    seen = seen_samples(state["data"]["plans"], state["consumed_tokens"] // Timeline(recipe).block_tokens, recipe.seed)
+    seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)
     try:
         loader = open_train_loader(recipe, corpora, 0, 1)
         loader.resume(state["data"], state["step"])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.layout import STEP_NAME, complete_checkpoints, read_run_recipe
+from pretrain.checkpoint.layout import STEP_NAME, complete_checkpoints, read_run_recipe, read_state
 from pretrain.config.errors import CheckpointError
 from pretrain.config.timeline import Timeline
 from pretrain.evaluation.report import numbers, write_tensorboard
@@ -77,7 +77,8 @@ def watch(run: Path, evaluate: Callable[[Path], dict[str, Any]], interval_steps:
 def _evaluate_once(run: Path, checkpoint: Path, evaluate: Callable[[Path], dict[str, Any]], interval_steps: int, done: set[int]) -> tuple[bool, bool]:
     """Whether this is the run's last checkpoint, and whether it was evaluated just now."""
     step = int(STEP_NAME.match(checkpoint.name)[1])  # type: ignore[index]
-    is_last = step >= Timeline(read_run_recipe(checkpoint)).num_steps
+    stopped_early = read_state(checkpoint).get("progress", {}).get("stopped_early", False)
+    is_last = stopped_early or step >= Timeline(read_run_recipe(checkpoint)).num_steps
     if step in done or not (is_last or step % interval_steps == 0):
         return is_last, False
     record(run, step, evaluate(checkpoint))

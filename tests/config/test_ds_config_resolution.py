@@ -28,7 +28,7 @@ def test_what_the_recipe_owns_is_filled(given: str) -> None:
     before = copy.deepcopy(ds_config)
     resolved = resolve(ds_config)
     assert {key: resolved[key] for key in values} == values
-    assert resolved["bf16"] == {"enabled": True} and resolved["fp16"]["enabled"] is False
+    assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": True} and resolved["fp16"]["enabled"] is False
     assert resolved["tensorboard"] == {"enabled": True, "output_path": "runs/debug", "job_name": "tensorboard"}
     assert resolved["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert ds_config == before
@@ -49,6 +49,7 @@ def test_precision_switches_one_section_on(precision: str, expected: tuple[bool,
         ({"gradient_accumulation_steps": 4}, ["'gradient_accumulation_steps' is 4", "2 ranks says 2"]),
         ({"gradient_clipping": 0.5}, ["'gradient_clipping' is 0.5", "train.grad_clip says 1.0"]),
         ({"fp16": {"enabled": True}}, ["'fp16.enabled' is True", "train.precision says False"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["'bf16.check_grad_overflow' is False", "guards.non_finite says True"]),
         ({"tensorboard": {"output_path": "elsewhere"}}, ["'tensorboard.output_path' is 'elsewhere'", "run_path says 'runs/debug'"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer' is owned by the recipe's 'optimizer'", "remove it"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler' is owned by the recipe's 'schedule'", "remove it"]),

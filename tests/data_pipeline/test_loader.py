@@ -232,9 +232,9 @@ def test_windows_never_cross_from_one_source_to_the_next(tmp_path: Path) -> None
 
 def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
     loader = train_loader(windows_of(tmp_path, 24 * 4 + 3))
-    assert loader.stall_seconds == 0.0
+    assert loader.waiting.seconds == 0.0
     loader.step_batches(0)
-    assert loader.stall_seconds > 0.0
+    assert loader.waiting.seconds > 0.0
 
 
 def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_documents_come_in_order_without_the_held_out_ones_and_begin_again_at_th
     labels = torch.cat([batch.labels_BS for batch in loader.step_batches(steps)])
     assert inputs == expected[: len(inputs)] and steps * 4 * S > len(expected) // 3
     assert labels.flatten().tolist() == expected[len(inputs) + 1 : len(inputs) + 4 * S + 1]
-    assert loader.stall_seconds > 0
+    assert loader.waiting.seconds > 0
 
 
 def test_document_mask_takes_no_loss_across_ends(tmp_path: Path, corpora: Corpora) -> None:
@@ -225,3 +225,44 @@ def test_a_stream_gives_the_tokens_that_a_build_would_write(tmp_path: Path, corp
         steps = expected.num_tokens // (4 * S)
         read = torch.cat([batch.input_ids_BS for step in range(steps) for batch in loader.step_batches(step)]).flatten()
         assert len(read) > 500 and read.tolist() == expected.read(0, len(read)).tolist()
+
+
+@pytest.mark.parametrize("names,weights", [("a", "null"), ("ab", "{a: 2, b: 1}")])
+def test_steps_that_are_passed_over_are_left_out_and_stay_so_after_a_resume(tmp_path: Path, corpora: Corpora, names: str, weights: str) -> None:
+    for name in names:
+        write_lines(tmp_path, name, 25)
+    mixture = [] if weights == "null" else [f"data.mixture={{kind: weights, weights: {weights}}}"]
+    straight, back, resumed = (loader_of(tmp_path, corpora, *mixture, names=names) for _ in range(3))
+    batches = [numbers_of(straight.step_batches(step)) for step in range(9)]
+    early = back.state(0)
+    for step in range(4):
+        back.step_batches(step)  # what is read ahead of it has to be forgotten
+    back.resume(early, 0)
+    assert numbers_of(back.step_batches(0)) == batches[0]
+    back.resume(early, 0)
+    back.pass_over(0, back.position(3))
+    assert [numbers_of(back.step_batches(step)) for step in range(3)] == batches[3:6]
+    state = json.loads(json.dumps(back.state(3)))
+    resumed.resume(state, 3)
+    assert [numbers_of(loader.step_batches(step)) for loader in (back, resumed) for step in (3, 4)] == [*batches[6:8], *batches[6:8]]
+    forgetful = loader_of(tmp_path, corpora, *mixture, names=names)
+    forgetful.resume(state | {"samples_passed_over": 1}, 3)
+    assert names == "a" or [numbers_of(forgetful.step_batches(step)) for step in (3, 4)] != batches[6:8]
+
+
+def test_a_step_names_the_documents_of_its_sequences_while_they_are_remembered(tmp_path: Path, corpora: Corpora) -> None:
+    write_lines(tmp_path, "a", 25)
+    lines = (tmp_path / "a.txt").read_text().splitlines()
+    loader = loader_of(tmp_path, corpora)
+    assert loader.origins(0) == []
+    for step in range(STEPS_AHEAD + 3):
+        inputs = [row for batch in loader.step_batches(step) for row in batch.input_ids_BS.tolist()]
+        origins = loader.origins(step)
+        assert len(origins) == 4
+        for origin, row in zip(origins, inputs, strict=True):
+            assert origin.source == "a" and all(place == str(tmp_path / "a.txt") for place, *_ in origin.documents)
+            ranges = [lines[first : last + 1 if last >= 0 else None] for _, first, last in origin.documents]
+            named = tokens_of(corpora, [line for part in ranges for line in part])
+            assert set(row) <= {*named, EOD}
+            assert len(origin.documents) == 1 or origin.documents[1].first == 0
+    assert loader.origins(0) == [] and loader.origins(STEPS_AHEAD) != []

@@ -48,6 +48,10 @@ class RunningStatistics(KeepsFp32):
             mean = total / count
             self.mean.lerp_(mean, self.momentum)
             self.variance.lerp_((squares / count - mean.square()).clamp_min(0.0), self.momentum)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leaves out what was seen since the last time: the step is skipped."""
         self.seen.zero_()
 
 

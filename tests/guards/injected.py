@@ -1,0 +1,33 @@
+"""The training command with wrong numbers in it: what a launcher starts in place of launchers/pretrain.py.
+
+FAULTS is a JSON list of {"rank", "micro_batch", "place", "factor", "batches"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pretrain.train
+from pretrain.config.errors import run_command
+from pretrain.trainer import Trainer
+from tests.guards.injection import Injection, poison_batches
+
+
+def build_faulty(*given: Any) -> Trainer:
+    trainer = build(*given)
+    for fault in json.loads(os.environ["FAULTS"]):
+        injection = Injection(trainer.engine, fault["rank"], fault["micro_batch"], fault["place"], float(fault["factor"]))
+        poison_batches(trainer, injection, set(fault["batches"]))
+    return trainer
+
+
+build, pretrain.train.build_trainer = pretrain.train.build_trainer, build_faulty
+
+if __name__ == "__main__":
+    run_command(pretrain.train.main)

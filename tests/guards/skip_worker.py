@@ -1,0 +1,126 @@
+"""One step that is skipped, in many configurations in one start of the processes: what it leaves behind, and what it is told to be.
+
+Started with the file of cases and the file for the results. A case has "name", "overrides", "zero", "place", "rank", "micro_batch".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from deepspeed.utils import groups
+
+from pretrain.config.load import load_recipe
+from pretrain.config.rules import check_topology
+from pretrain.config.schema import Recipe
+from pretrain.engine.ds_config import resolve_ds_config
+from pretrain.engine.engine import Engine
+from pretrain.engine.precision import resolve_precision
+from pretrain.engine.replay import find_non_finite
+from pretrain.engine.topology import connect, disconnect
+from tests.distributed.matrix_worker import synthetic_step
+from tests.guards.injection import Injection
+
+
+def make_engine(case: dict[str, Any]) -> tuple[Recipe, Engine]:
+    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
+    recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
+    topology = connect(recipe.parallel.ep_size)
+    accumulation = check_topology(recipe, topology.world_size, case["zero"])
+    precision = resolve_precision(recipe.train.precision)
+    ds_config = {"zero_optimization": {"stage": case["zero"]}, "fp16": {"enabled": "auto", "initial_scale_power": 8, "hysteresis": 1}}
+    ds_config = resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size)
+    return recipe, Engine(recipe, ds_config, precision, topology)
+
+
+def tensors_of(engine: Engine) -> Iterator[torch.Tensor]:
+    """Everything that a step may move: weights, master weights, buffers, moments and step counts, tables and theirs."""
+    for parameter in engine.model.parameters():
+        yield getattr(parameter, "ds_tensor", parameter)
+    yield from (buffer for name, buffer in engine.model.named_buffers() if not name.endswith("usage_E"))  # choices count, applied or not
+    optimizer = engine.deepspeed.basic_optimizer
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            state = optimizer.state.get(parameter, {})
+            yield from (torch.as_tensor(state[key]) for key in sorted(state))
+    for table in engine.rows.tables.values() if engine.rows is not None else ():
+        yield table.weight
+    for row_state in engine.rows.states.values() if engine.rows is not None else ():
+        yield from (row_state.steps, *row_state.moments.values())
+
+
+def digest(engine: Engine) -> str:
+    """SHA-256 of everything, of all ranks."""
+    own = hashlib.sha256()
+    for tensor in tensors_of(engine):
+        own.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return hashlib.sha256("".join(engine.topology.gather(own.hexdigest())).encode()).hexdigest()
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    recipe, engine = make_engine(case)
+    injection = Injection(engine, case["rank"], case["micro_batch"], case["place"])
+    rate = 0.01 if getattr(recipe.model.moe, "bias_balancing", None) else 0.0
+
+    def batches(step: int) -> list[Any]:
+        return synthetic_step(recipe, step, engine.topology.rank, engine.topology.world_size)
+
+    def step(number: int, **options: Any) -> dict[str, Any]:
+        result = engine.train_step(batches(number), 1.0, rate, **options)
+        return {
+            "applied": result.applied,
+            "refused": result.refused,
+            "norm": result.grad_norm,
+            "digest": digest(engine),
+            "scale": engine.loss_scale(),
+        }
+
+    asked: list[tuple[float, float]] = []
+
+    def refuse(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return True
+
+    found: dict[str, Any] = {"name": case["name"], "weight": injection.weight, "steps": [step(0)]}
+    # The judge looks and lets pass: bitwise the step without a judge, which the second engine takes.
+    found["steps"].append(step(1, judge=lambda loss, norm: False))
+    found["steps"].append(step(2, judge=refuse))
+    injection.armed = True
+    found["steps"].append(step(3))
+    found["found"] = [asdict(entry) for entry in find_non_finite(engine, batches(3))]
+    found["after_search"] = {"digest": digest(engine), "scale": engine.loss_scale(), "steps": engine.deepspeed.global_steps}
+    injection.armed = False
+    found["found_in_a_clean_step"] = [asdict(entry) for entry in find_non_finite(engine, batches(4))]
+    found["steps"].append(step(4))
+    found["asked"] = engine.topology.gather(asked)
+    if case.get("twin"):
+        _, twin = make_engine(case)
+        for number in (0, 1, 4):
+            twin.train_step(batches(number), 1.0, rate)
+        found["twin"] = digest(twin)
+    return found
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    output = Path(sys.argv[2])
+    torch.set_num_threads(1)
+    for case in cases:
+        result = run_case(case)
+        if torch.distributed.get_rank() == 0:
+            with output.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()
