@@ -150,6 +150,11 @@ def peer_options_fit(recipe: Recipe) -> None:
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind=peer, which never forms the answer of one expert: "
             "use model.dropout.feed_forward, which drops their hidden numbers"
         )
+    if isinstance(moe, PEER) and recipe.model.moe_layers and recipe.optimizer.row_optimizer is None:
+        raise ConfigError(
+            f"optimizer.kind={recipe.optimizer.kind} does not go with model.moe.kind=peer, whose tables are trained row by row: "
+            "use optimizer.kind=adamw, muon or sgd"
+        )
 
 
 def warmup_fits(recipe: Recipe) -> None:

@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pretrain.config.data_schema import DataConfig
+from pretrain.config.kinds import OneOf
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.optimizer_schema import Optimizer
 from pretrain.config.section import NonNegative, Positive, Section, Share
 
 # --- training -------------------------------------------------------------------------------------------------------------------
@@ -37,30 +39,6 @@ class TrainConfig(Section):
     @property
     def num_steps(self) -> int:
         return -(-self.train_tokens // self.tokens_per_step)
-
-
-class AdamWConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019)."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)]
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of matrices; norms and embeddings are never decayed")
-    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
-
-
-class SGDConfig(Section):
-    """Plain stochastic gradient descent: for numerical comparisons."""
-
-    kind: Literal["sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
 
 class ScheduleConfig(Section):
@@ -128,7 +106,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig
-    optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="kind")]
+    optimizer: Annotated[Optimizer, OneOf()]
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

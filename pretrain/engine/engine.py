@@ -20,11 +20,13 @@ from pretrain.engine.clip import clip_gradients, global_grad_norm
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
+from pretrain.engine.zero_layout import give_shards
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
+from pretrain.optim.muon import Muon
 from pretrain.optim.param_groups import build_optimizer, parameter_groups, peak_learning_rates
 
 # Fills a model that has part i of n of the experts: model, i, n.
@@ -83,6 +85,8 @@ class Engine:
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
+        if isinstance(optimizer, Muon):
+            give_shards(self.optimizer, optimizer, self.zero_stage, topology.device)
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.model = model

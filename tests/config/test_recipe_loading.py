@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe_names, recipe_to_yaml
 from pretrain.config.moe_schema import DeepSpeedMoE
-from pretrain.config.schema import AdamWConfig, SGDConfig
+from pretrain.config.optimizer_schema import SGD, AdamW
 
 RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"
 
@@ -56,8 +56,8 @@ def test_overrides_reach_nested_fields_in_order() -> None:
 
 def test_an_override_replaces_a_component_by_its_kind() -> None:
     recipe = load_recipe("debug", ["optimizer={kind: sgd, learning_rate: 1e-1}", "model.moe.kind=deepspeed", "model.moe.drop_tokens=false"])
-    assert isinstance(recipe.optimizer, SGDConfig) and isinstance(recipe.model.moe, DeepSpeedMoE)
-    assert isinstance(load_recipe("debug").optimizer, AdamWConfig)
+    assert isinstance(recipe.optimizer, SGD) and isinstance(recipe.model.moe, DeepSpeedMoE)
+    assert isinstance(load_recipe("debug").optimizer, AdamW)
 
 
 @pytest.mark.parametrize(
