@@ -25,7 +25,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
     """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
     train = recipe.train
     size = model_size(recipe.model, train.sequence_length)
-    state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size)
+    state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size, recipe.optimizer)
     tokens = train.num_steps * train.tokens_per_step
     seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, size.flops_per_token)
     return {

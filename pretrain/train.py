@@ -36,7 +36,7 @@ from pretrain.config.rules import check_topology, warnings_about
 from pretrain.config.schema import Recipe
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
-from pretrain.engine.precision import resolve_precision
+from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
@@ -244,7 +244,7 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    for warning in warnings_about(recipe) if starts_as_first_rank() else ():
+    for warning in [*warnings_about(recipe), *hardware_warnings(recipe)] if starts_as_first_rank() else ():
         print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
     stage = zero_stage_of(ds_config, options.ds_config)

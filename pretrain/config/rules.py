@@ -261,6 +261,11 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
         raise ConfigError(
             "model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless"
         )
+    if train.compile != "none" and zero_stage == 3:
+        raise ConfigError(
+            f"train.compile={train.compile} cannot run with ZeRO stage 3, which gathers weights inside what would be compiled: "
+            "use ds_configs/zero2.json, or train.compile=none"
+        )
     ranks_per_pass = train.micro_batch_size * world_size
     if train.global_batch_size % ranks_per_pass:
         raise ConfigError(

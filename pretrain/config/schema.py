@@ -26,9 +26,11 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
     train_tokens: Positive = Field(description="tokens of the whole run, rounded up to whole steps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32; 'fp8': bf16 with linear layers in fp8"
     )
+    tf32: bool = Field(False, description="GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products")
+    compile: Literal["none", "blocks"] = Field("none", description="'blocks': torch.compile of attention and of dense blocks, once at the start")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass instead of keeping its activations")
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
 

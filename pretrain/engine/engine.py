@@ -17,7 +17,10 @@ from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.engine.clip import clip_gradients, global_grad_norm
+from pretrain.engine.compilation import compile_blocks
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.float8 import convert_linears
+from pretrain.engine.precision import set_matmul_precision
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.engine.zero_layout import give_shards
@@ -59,7 +62,7 @@ class Engine:
     Args:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``fp8``.
         fill: overwrites the random weights of the fp32 model on the host.
     """
 
@@ -68,6 +71,7 @@ class Engine:
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = precision
+        set_matmul_precision(recipe.train.tf32)
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
         shards = expert_shards(recipe, topology.world_size, self.zero_stage)
         self.expert_part, self.expert_parts = topology.rank % shards, shards
@@ -75,6 +79,8 @@ class Engine:
         initialize(model, recipe.seed)
         if fill is not None:
             fill(model, self.expert_part, self.expert_parts)
+        if precision == "fp8":
+            convert_linears(model, topology.device)
         self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
@@ -89,6 +95,8 @@ class Engine:
             give_shards(self.optimizer, optimizer, self.zero_stage, topology.device)
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
+        if recipe.train.compile == "blocks":
+            compile_blocks(model)
         self.model = model
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._retrieving: list[PEER] = [module for module in model.modules() if isinstance(module, PEER)]

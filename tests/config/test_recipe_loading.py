@@ -75,7 +75,7 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
         ("train.precision=fp8", ["'train.precision'", "'bf16'", "got 'fp8'"]),
         ("optimizer.learning_rate=fast", ["'optimizer.learning_rate'", "number", "got 'fast'"]),
         ("optimizer.learning_rate=.nan", ["'optimizer.learning_rate'"]),
-        ("optimizer.kind=lion", ["'optimizer.kind' is 'lion'", "one of 'adamw', 'sgd'"]),
+        ("optimizer.kind=adam", ["'optimizer.kind' is 'adam'", "one of 'adamw', 'sgd', 'adamw_8bit', 'lion', 'muon'"]),
         ("name=../elsewhere", ["'name'", "got '../elsewhere'"]),
         ("model.moe.top_k=9", ["'model.moe'", "top_k is 9, but there are only 4 experts"]),
         ("train={}", ["'train.sequence_length' is missing", "'train.train_tokens' is missing"]),
