@@ -107,7 +107,8 @@ def print_tables(result: dict[str, Any]) -> None:
         costs.add_row(name, value)
     memory = result["memory"]
     ep_sizes = list(next(iter(memory.values())))
-    state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=f"weights, gradients and {result['optimizer']} on each of {result['world_size']} ranks")
+    title = f"weights, gradients and {result['optimizer']} on each of {result['world_size']} ranks"
+    state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=title)
     for stage, layouts in memory.items():
         state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
     for table in (parts, costs, state):

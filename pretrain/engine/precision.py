@@ -27,7 +27,9 @@ def resolve_precision(asked: str) -> str:
     if asked == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(f"train.precision is fp16, but this {name} device cannot compute in it: use --set train.precision=bf16 or fp32")
     if asked == "fp8" and (reason := _no_fp8(name)):
-        raise ConfigError(f"train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but {reason}: use --set train.precision=bf16")
+        raise ConfigError(
+            f"train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but {reason}: use --set train.precision=bf16"
+        )
     return asked
 
 

@@ -42,8 +42,8 @@ COMPONENTS = {
 ROUTED = COMPONENTS["routed_experts"]
 OUTSIDE_BLOCKS = ("embedding", "positions", "head")
 STACKED_BIASES = re.compile(r"\.feed_forward\.b[123]$")
-# Parts of several rows that are no hidden matrix: the gate of shared experts, and the mixing of DeepSpeed's residual expert.
-GATES = re.compile(r"\.(shared\.gate|coefficient)\.weight$")
+# Several rows that are no hidden matrix: each is a gate by itself, an expert's, the shared experts' or the residual expert's.
+GATES = re.compile(r"\.(router|gate|retrieval|coefficient)\.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         components[component] += count
         active[component] += used
         if parameter.dim() > 1 and component not in OUTSIDE_BLOCKS and not STACKED_BIASES.search(name):
-            if not is_sharded and component != "routers" and not GATES.search(name):
+            if not is_sharded and not GATES.search(name):
                 matrices += count
             # Sub-keys are multiplied with each head's query.
             products += used * (config.moe.num_heads if isinstance(config.moe, PEER) and ".retrieval.keys_" in name else 1)
@@ -167,9 +167,7 @@ def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
     return sum(min(tokens, window or tokens) for window in windows) * config.attention.cached_per_token * width
 
 
-def state_bytes_per_rank(
-    size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int, optimizer: Optimizer
-) -> dict[str, int]:
+def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
 
     ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the same weights, stage 2 also gradients,

@@ -69,9 +69,7 @@ class MatrixShards:
         owners = choose_owners(matrices, self.ranks)
         self.owned_by = [[matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank] for rank in range(self.ranks)]
 
-    def transform(
-        self, flat_N: torch.Tensor, dtype: torch.dtype, change: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]]
-    ) -> torch.Tensor:
+    def transform(self, flat_N: torch.Tensor, dtype: torch.dtype, change: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]]) -> torch.Tensor:
         """``change`` of the whole matrices, as far as this rank's partition holds them; zeros where no matrix is.
 
         Args:
@@ -90,7 +88,8 @@ class MatrixShards:
         by_rank = [part.split(of_rank) for part, of_rank in zip(arrived.split(here), sizes, strict=True)]
         whole = [torch.cat(pieces).view(matrix.rows, matrix.columns) for matrix, pieces in zip(mine, zip(*by_rank, strict=True), strict=True)]
         changed = [result.reshape(-1) for result in change(whole)]
-        back = [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank in range(self.ranks) for matrix, result in zip(mine, changed, strict=True)]
+        shares = [(rank, matrix, result) for rank in range(self.ranks) for matrix, result in zip(mine, changed, strict=True)]
+        back = [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank, matrix, result in shares]
         returned = self._exchange(back, here, away, dtype)
         result_N, position = torch.zeros_like(flat_N), 0
         for matrix in (matrix for matrices in self.owned_by for matrix in matrices):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ class Muon(torch.optim.Optimizer):
         config = self.config
         for parameter in parameters:
             if not self.state[parameter]:
-                zeros: Callable[[], torch.Tensor] = lambda parameter=parameter: torch.zeros_like(parameter)  # type: ignore[misc]
-                self.state[parameter] = {"exp_avg": zeros(), "exp_avg_sq": zeros(), "step": torch.zeros((), device=parameter.device)}
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = moments | {"step": torch.zeros((), device=parameter.device)}
         states = [self.state[parameter] for parameter in parameters]
         averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
