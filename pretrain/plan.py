@@ -29,7 +29,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
     """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
     train, timeline = recipe.train, Timeline(recipe)
     size = model_size(recipe.model, train.sequence_length)
-    state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size)
+    state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size, recipe.optimizer)
     flops = sum(model_size(recipe.model, stage.recipe.train.sequence_length).flops_per_token * stage.num_tokens for stage in timeline.stages)
     seconds, basis = _estimate_seconds(recipe, precision, world_size, timeline.num_tokens, flops / timeline.num_tokens)
     return {

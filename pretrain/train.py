@@ -34,7 +34,7 @@ from pretrain.config.timeline import Timeline
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
-from pretrain.engine.precision import resolve_precision
+from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
@@ -265,7 +265,7 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    for warning in warnings_about(recipe) if starts_as_first_rank() else ():
+    for warning in [*warnings_about(recipe), *hardware_warnings(recipe)] if starts_as_first_rank() else ():
         print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
     for warning in missing_packages(recipe, ds_config) if starts_as_first_rank() else ():

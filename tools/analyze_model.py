@@ -18,6 +18,7 @@ from pretrain.config.errors import ConfigError, StorageError, run_command
 from pretrain.config.load import load_recipe, recipe_names
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.config.optimizer_schema import Optimizer
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model_size, state_bytes_per_rank
@@ -54,12 +55,14 @@ def sized_model(recipe: Recipe) -> ModelConfig:
     return recipe.model.model_copy(update={"vocab_size": vocab_size})
 
 
-def memory_by_layout(size: ModelSize, model: ModelConfig, precision: str, world_size: int) -> dict[str, dict[str, dict[str, int]]]:
+def memory_by_layout(
+    size: ModelSize, model: ModelConfig, precision: str, world_size: int, optimizer: Optimizer
+) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
     experts = model.moe.total_experts if model.moe is not None and model.routed_layers else 1
     ep_sizes = [count for count in range(1, world_size + 1) if world_size % count == 0 and experts % count == 0]
     stages = [stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)]
-    return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep) for ep in ep_sizes} for stage in stages}
+    return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep, optimizer) for ep in ep_sizes} for stage in stages}
 
 
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
@@ -90,7 +93,8 @@ def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "precision": precision,
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,
-        "memory": memory_by_layout(size, model, precision, world_size),
+        "optimizer": recipe.optimizer.kind,
+        "memory": memory_by_layout(size, model, precision, world_size, recipe.optimizer),
         "activation_bytes_per_rank": activation_bytes(model, train, precision),
         "kv_cache_bytes_per_token": cache_bytes(model, 1, CACHE_WIDTH),
         "max_position_embeddings": context,
@@ -110,7 +114,8 @@ def print_tables(result: dict[str, Any]) -> None:
         costs.add_row(name, value)
     memory = result["memory"]
     ep_sizes = list(next(iter(memory.values())))
-    state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=f"weights, gradients and AdamW on each of {result['world_size']} ranks")
+    title = f"weights, gradients and {result['optimizer']} on each of {result['world_size']} ranks"
+    state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=title)
     for stage, layouts in memory.items():
         state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
     for table in (parts, costs, state):

@@ -153,6 +153,11 @@ def peer_options_fit(recipe: Recipe) -> None:
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind=peer, which never forms the answer of one expert: "
             "use model.dropout.feed_forward, which drops their hidden numbers"
         )
+    if isinstance(moe, PEER) and recipe.model.moe_layers and recipe.optimizer.row_optimizer is None:
+        raise ConfigError(
+            f"optimizer.kind={recipe.optimizer.kind} does not go with model.moe.kind=peer, whose tables are trained row by row: "
+            "use optimizer.kind=adamw, muon or sgd"
+        )
 
 
 def warmup_fits(recipe: Recipe) -> None:
@@ -273,6 +278,11 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
     if isinstance(recipe.model.moe, DeepSpeedMoE) and recipe.model.moe_layers and zero_stage == 3:
         raise ConfigError(
             "model.moe.kind=deepspeed cannot run with ZeRO stage 3 (DeepSpeed refuses it): use ds_configs/zero2.json, or model.moe.kind=dropless"
+        )
+    if train.compile != "none" and zero_stage == 3:
+        raise ConfigError(
+            f"train.compile={train.compile} cannot run with ZeRO stage 3, which gathers weights inside what would be compiled: "
+            "use ds_configs/zero2.json, or train.compile=none"
         )
     for phase in recipe.phases:
         _accumulation(recipe_in_phase(recipe, phase).train, world_size, f"phases.{phase.name}: ")

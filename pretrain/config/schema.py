@@ -12,7 +12,9 @@ from pydantic import Field
 
 from pretrain.config.data_schema import DataConfig
 from pretrain.config.guard_schema import GuardConfig
+from pretrain.config.kinds import OneOf
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.optimizer_schema import Optimizer
 from pretrain.config.phase_schema import PhaseConfig
 from pretrain.config.section import NonNegative, Positive, Section, Share
 from pretrain.config.tracking_schema import CardConfig, TrackersConfig
@@ -27,9 +29,11 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
     train_tokens: Positive = Field(description="tokens of the whole run, rounded up to whole steps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32; 'fp8': bf16 with linear layers in fp8"
     )
+    tf32: bool = Field(False, description="GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products")
+    compile: Literal["none", "blocks"] = Field("none", description="'blocks': torch.compile of attention and of dense blocks, once at the start")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass instead of keeping its activations")
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 switches clipping off")
     deterministic: bool = Field(False, description="only kernels that give the same bits every time; an operation that has none is an error")
@@ -37,30 +41,6 @@ class TrainConfig(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
-
-
-class AdamWConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019)."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)]
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of matrices; norms and embeddings are never decayed")
-    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
-
-
-class SGDConfig(Section):
-    """Plain stochastic gradient descent: for numerical comparisons."""
-
-    kind: Literal["sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
 
 class ScheduleConfig(Section):
@@ -136,7 +116,7 @@ class Recipe(Section):
     model: ModelConfig
     train: TrainConfig
     phases: list[PhaseConfig] = Field([], description="one after the other; without any the whole run is as the other sections say")
-    optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="kind")]
+    optimizer: Annotated[Optimizer, OneOf()]
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

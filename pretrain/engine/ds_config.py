@@ -48,7 +48,7 @@ def _owned_by_recipe(recipe: Recipe, precision: str, accumulation_steps: int, wo
         ("train_micro_batch_size_per_gpu",): (train.micro_batch_size, "train.micro_batch_size"),
         ("gradient_accumulation_steps",): (accumulation_steps, f"train.global_batch_size / micro_batch_size / {world_size} ranks"),
         ("gradient_clipping",): (train.grad_clip, "train.grad_clip"),
-        ("bf16", "enabled"): (precision == "bf16", "train.precision"),
+        ("bf16", "enabled"): (precision in ("bf16", "fp8"), "train.precision"),
         ("fp16", "enabled"): (precision == "fp16", "train.precision"),
         ("tensorboard", "enabled"): (recipe.logging.tensorboard, "logging.tensorboard"),
         ("tensorboard", "output_path"): (recipe.output_path, "run_path"),

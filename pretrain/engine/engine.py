@@ -19,18 +19,23 @@ from pretrain.config.rules import expert_shards
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.clip import clip_gradients, global_grad_norm
+from pretrain.engine.compilation import compile_blocks
 from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import Monitor, without_monitors
 from pretrain.engine.phases import FrozenParameters, set_batch_sizes
+from pretrain.engine.precision import set_matmul_precision
 from pretrain.engine.row_optimizer import RowOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.engine.veto import Veto
+from pretrain.engine.zero_layout import give_shards
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.frozen import frozen_parameters
+from pretrain.optim.muon import Muon
 from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, peak_learning_rates
 
 # Fills a model that has part i of n of the experts: model, i, n.
@@ -72,7 +77,7 @@ class Engine:
     Args:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``fp8``.
         fill: overwrites the random weights of the fp32 model on the host.
     """
 
@@ -81,6 +86,7 @@ class Engine:
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = precision
+        set_matmul_precision(recipe.train.tf32)
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
         shards = expert_shards(recipe, topology.world_size, self.zero_stage)
         self.expert_part, self.expert_parts = topology.rank % shards, shards
@@ -92,6 +98,8 @@ class Engine:
         self._frozen_names = {
             stage.number: frozen_parameters(names, stage.frozen, f"phases.{stage.name}.frozen") for stage in Timeline(recipe).stages if stage.frozen
         }
+        if precision == "fp8":
+            convert_linears(model, topology.device)
         self.rows = expert_rows(model, recipe, self.zero_stage, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
@@ -103,9 +111,13 @@ class Engine:
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
+        if isinstance(optimizer, Muon):
+            give_shards(self.optimizer, optimizer, self.zero_stage, topology.device)
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
         self.veto = Veto(self.optimizer, self.zero_stage)
+        if recipe.train.compile == "blocks":
+            compile_blocks(model)
         self.model = model
         self._frozen = FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]

@@ -32,7 +32,9 @@ def expert_rows(model: DecoderLM, recipe: Recipe, zero_stage: int, topology: Top
         layer.usage_E = layer.usage_E.to(topology.device)
     tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, RowTable)}
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
-    return RowOptimizer(tables, recipe.optimizer, RowGroups(replicas, everyone), recipe.model.moe.expert_kernel, topology.device)
+    config = recipe.optimizer.row_optimizer
+    assert config is not None
+    return RowOptimizer(tables, config, RowGroups(replicas, everyone), recipe.model.moe.expert_kernel, topology.device)
 
 
 def _groups(topology: Topology, shards: int) -> tuple[distributed.ProcessGroup | None, distributed.ProcessGroup | None]:

@@ -6,12 +6,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from pretrain.config.errors import ConfigError
+from pretrain.config.schema import Recipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What weights and activations are; in fp8 only the products of linear layers are narrower.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def resolve_precision(asked: str) -> str:
-    """``fp32``, ``bf16`` or ``fp16`` for this device.
+    """``fp32``, ``bf16``, ``fp16`` or ``fp8`` for this device.
 
     Raises:
         ConfigError: where the device cannot compute in what the recipe asks for.
@@ -24,7 +26,35 @@ def resolve_precision(asked: str) -> str:
         raise ConfigError(f"train.precision is bf16, but this {name} device cannot compute in it: use --set train.precision=fp32")
     if asked == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(f"train.precision is fp16, but this {name} device cannot compute in it: use --set train.precision=bf16 or fp32")
+    if asked == "fp8" and (reason := _no_fp8(name)):
+        raise ConfigError(
+            f"train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but {reason}: use --set train.precision=bf16"
+        )
     return asked
+
+
+def hardware_warnings(recipe: Recipe) -> list[str]:
+    """What a recipe asks for and this device does not have, a sentence each."""
+    if recipe.train.tf32 and not _has_tf32():
+        return ["train.tf32 has no effect here: only GPUs of compute capability 8.0 or more multiply in TF32"]
+    return []
+
+
+def set_matmul_precision(tf32: bool) -> None:
+    """fp32 products in TF32 (NVIDIA 2020), where the hardware has it and the recipe asks for it; else in fp32."""
+    torch.set_float32_matmul_precision("high" if tf32 and _has_tf32() else "highest")
+
+
+def _has_tf32() -> bool:
+    return get_accelerator().device_name() == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+
+
+def _no_fp8(device_name: str) -> str:
+    """Why this device has no fp8 products; empty where it has."""
+    if device_name != "cuda":
+        return f"this device is a {device_name}"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if (major, minor) >= (8, 9) else f"this one has {major}.{minor}"
 
 
 def _native_bf16(device_name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from pretrain.config.schema import AdamWConfig, SGDConfig
+from pretrain.config.optimizer_schema import SGD, AdamW
 from pretrain.model.moe.row_products import Factors, Kernel, RowTable, SortedFactors, kernel_named
 
 # Rows whose gradients stand in memory at once.
@@ -45,10 +45,10 @@ def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 class RowState:
     """The optimizer of one table's rows ``first`` to ``last``: moments [rows, D] fp32 and how many steps used each row, [rows] int32."""
 
-    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: AdamWConfig | SGDConfig) -> None:
+    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: AdamW | SGD) -> None:
         self.table_ND, self.first, self.last, self.config = table_ND, first, last, config
-        has_momentum = isinstance(config, AdamWConfig) or config.momentum > 0
-        names = ["exp_avg", "exp_avg_sq"] if isinstance(config, AdamWConfig) else ["momentum"] * has_momentum
+        has_momentum = isinstance(config, AdamW) or config.momentum > 0
+        names = ["exp_avg", "exp_avg_sq"] if isinstance(config, AdamW) else ["momentum"] * has_momentum
         self.moments = {name: _lazy_zeros(last - first, table_ND.shape[1], table_ND.device) for name in names}
         self.steps = torch.zeros(last - first, dtype=torch.int32, device=table_ND.device)
 
@@ -57,12 +57,12 @@ class RowState:
         own_U = row_U - self.first
         self.steps[own_U] += 1
         weight_UD = self.table_ND[row_U] * (1.0 - learning_rate * self.config.weight_decay)
-        direction_UD = self._adamw(own_U, gradient_UD) if isinstance(self.config, AdamWConfig) else self._sgd(own_U, gradient_UD, self.config)
+        direction_UD = self._adamw(own_U, gradient_UD) if isinstance(self.config, AdamW) else self._sgd(own_U, gradient_UD, self.config)
         self.table_ND[row_U] = weight_UD.sub_(direction_UD, alpha=learning_rate)
 
     def _adamw(self, own_U: torch.Tensor, gradient_UD: torch.Tensor) -> torch.Tensor:
         """Loshchilov & Hutter 2019, algorithm 2, with each row's own number of steps."""
-        assert isinstance(self.config, AdamWConfig)
+        assert isinstance(self.config, AdamW)
         beta1, beta2 = self.config.beta1, self.config.beta2
         first_UD, second_UD = (self.moments[name][own_U] for name in ("exp_avg", "exp_avg_sq"))
         first_UD.lerp_(gradient_UD, 1.0 - beta1)
@@ -72,7 +72,7 @@ class RowState:
         correction1_U1, correction2_U1 = ((1.0 - beta**steps_U1).float() for beta in (beta1, beta2))
         return first_UD.div_(correction1_U1).div_(second_UD.sqrt_().div_(correction2_U1.sqrt()).add_(self.config.eps))
 
-    def _sgd(self, own_U: torch.Tensor, gradient_UD: torch.Tensor, config: SGDConfig) -> torch.Tensor:
+    def _sgd(self, own_U: torch.Tensor, gradient_UD: torch.Tensor, config: SGD) -> torch.Tensor:
         """torch's SGD: the first step of a row starts its momentum."""
         if not config.momentum:
             return gradient_UD
@@ -109,7 +109,7 @@ class RowOptimizer:
         frozen: names of the tables that stay as they are; their gradients are in no norm.
     """
 
-    def __init__(self, tables: dict[str, RowTable], config: AdamWConfig | SGDConfig, groups: RowGroups, kernel: str, device: torch.device) -> None:
+    def __init__(self, tables: dict[str, RowTable], config: AdamW | SGD, groups: RowGroups, kernel: str, device: torch.device) -> None:
         self.tables, self.config, self.groups = tables, config, groups
         self.kernel: Kernel = kernel_named(kernel, device)
         replicas, replica = _size_and_rank(groups.replicas)

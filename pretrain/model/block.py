@@ -43,13 +43,17 @@ class Block(nn.Module):
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block. ``cache`` is the attention's own."""
-        hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
-        x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))
-        x_BSD = x_BSD if self.pre_norm else self.attention_norm(x_BSD)
+        x_BSD = self.attend(x_BSD, positions, mask, cache)
         hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
         y_BSD, statistics = self.feed_forward(hidden_BSD, record, fractions_E) if self.is_moe else (self.feed_forward(hidden_BSD), None)
         x_BSD = x_BSD + self._dropped(y_BSD)
         return x_BSD if self.pre_norm else self.feed_forward_norm(x_BSD), statistics
+
+    def attend(self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: Any = None) -> torch.Tensor:
+        """The first half: attention with its norm and its residual connection, [B, S, D] -> [B, S, D]."""
+        hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
+        x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))
+        return x_BSD if self.pre_norm else self.attention_norm(x_BSD)
 
     def _dropped(self, y_BSD: torch.Tensor) -> torch.Tensor:
         return functional.dropout(y_BSD, self.dropout, self.training)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE
+from pretrain.config.optimizer_schema import Optimizer
 from pretrain.config.schema import TrainConfig
 from pretrain.model.decoder import DecoderLM
 
@@ -41,6 +42,8 @@ COMPONENTS = {
 ROUTED = COMPONENTS["routed_experts"]
 OUTSIDE_BLOCKS = ("embedding", "positions", "head")
 STACKED_BIASES = re.compile(r"\.feed_forward\.b[123]$")
+# Several rows that are no hidden matrix: each is a gate by itself, an expert's, the shared experts' or the residual expert's.
+GATES = re.compile(r"\.(router|gate|retrieval|coefficient)\.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class ModelSize:
     parameters_padding: the rows that pad the vocabulary.
     parameters_experts: routed experts, with their biases.
     parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand on every rank.
-    parameters_rows: those of them in tables of rows, trained in fp32 without a dense gradient (PEER).
+    parameters_matrices: those that stand on every rank and are hidden matrices: not experts, embeddings, head, routers or vectors.
+    parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient (PEER).
     components: ``parameters_total`` by what they belong to; the block of multi-token prediction is one by itself.
     components_active: ``parameters_active`` likewise.
     flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and attention's scores and values.
@@ -62,6 +66,7 @@ class ModelSize:
     parameters_padding: int
     parameters_experts: int
     parameters_sharded: int
+    parameters_matrices: int
     parameters_rows: int
     components: dict[str, int]
     components_active: dict[str, int]
@@ -82,7 +87,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
     with torch.device("meta"):
         model = DecoderLM(config, ep_size=num_experts)
     components, active = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
-    sharded = experts = products = 0
+    sharded = experts = products = matrices = 0
     for name, parameter in model.named_parameters():
         component, is_sharded = _component(name), not getattr(parameter, "allreduce", True)
         count = parameter.numel() * (num_experts if is_sharded else 1)
@@ -93,6 +98,8 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         components[component] += count
         active[component] += used
         if parameter.dim() > 1 and component not in OUTSIDE_BLOCKS and not STACKED_BIASES.search(name):
+            if not is_sharded and not GATES.search(name):
+                matrices += count
             # Sub-keys are multiplied with each head's query.
             products += used * (config.moe.num_heads if isinstance(config.moe, PEER) and ".retrieval.keys_" in name else 1)
     padding = _padding(model)
@@ -105,6 +112,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         parameters_padding=sum(padding.values()),
         parameters_experts=experts,
         parameters_sharded=sharded,
+        parameters_matrices=matrices,
         parameters_rows=experts if isinstance(config.moe, PEER) else 0,
         components=components,
         components_active=active,
@@ -159,25 +167,30 @@ def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
     return sum(min(tokens, window or tokens) for window in windows) * config.attention.cached_per_token * width
 
 
-def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW state on one rank; activations come on top.
+def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
 
     ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the same weights, stage 2 also gradients,
     stage 3 also weights. Experts are replicated on world_size / ep_size ranks only.
     """
     width = 4 if precision == "fp32" else 2
     master = 0 if precision == "fp32" and zero_stage == 0 else 4
-    dense = size.parameters_stored - size.parameters_sharded
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if size.parameters_rows:
         # Tables: fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments always shared by all ranks.
         parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
-        parts["optimizer"] += size.parameters_rows * 8 / world_size
+        moments = optimizer.row_optimizer.matrix_state_bytes if optimizer.row_optimizer is not None else 0.0
+        parts["optimizer"] += size.parameters_rows * moments / world_size
+    others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
     sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
-    for count, replicas in ((dense, world_size), (sharded, world_size / ep_size)):
+    for count, replicas, state in (
+        (others, world_size, optimizer.other_state_bytes),
+        (size.parameters_matrices, world_size, optimizer.matrix_state_bytes),
+        (sharded, world_size / ep_size, optimizer.matrix_state_bytes),
+    ):
         parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
         parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
-        parts["optimizer"] += count * (8 + master) / (replicas if zero_stage >= 1 else 1)
+        parts["optimizer"] += count * (state + master) / (replicas if zero_stage >= 1 else 1)
     return {name: int(value) for name, value in parts.items()} | {"total": int(sum(parts.values()))}
 
 
@@ -211,7 +224,7 @@ def _feed_forward_numbers(config: ModelConfig, layer: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's bf16/fp16 peak where a data sheet is known, else None."""
+    """The device's bf16/fp16 peak, for fp8 too, where a data sheet is known, else None."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)

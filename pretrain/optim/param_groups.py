@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config.schema import AdamWConfig, SGDConfig
+from pretrain.config.optimizer_schema import Muon, Optimizer
 
 ROUTER_MATRICES = (".router.gate.weight", ".router.noise.weight", ".gate.wg.weight")
 EXPERT_BIASES = (".b1", ".b2", ".b3")
+# Of few rows, each a gate by itself: there is nothing to make orthogonal.
+GATES = (".shared.gate.weight", ".coefficient.weight")
 
 
 def parameter_role(name: str, parameter: torch.Tensor) -> str:
@@ -22,7 +24,12 @@ def parameter_role(name: str, parameter: torch.Tensor) -> str:
     return "router" if name.endswith(ROUTER_MATRICES) or ".retrieval." in name else "matrix"
 
 
-def peak_learning_rates(config: AdamWConfig | SGDConfig) -> dict[str, float]:
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon trains it: a matrix, or a stack of them, inside the blocks."""
+    return parameter_role(name, parameter) == "matrix" and not name.startswith("head.") and not name.endswith(GATES)
+
+
+def peak_learning_rates(config: Optimizer) -> dict[str, float]:
     """The peak learning rate of each role."""
     return {
         "embedding": config.embedding_learning_rate or config.learning_rate,
@@ -37,31 +44,33 @@ def learning_rate_scale(group: dict[str, Any]) -> float:
     return float(group.get("learning_rate_scale", 1.0))
 
 
-def parameter_groups(model: nn.Module, config: AdamWConfig | SGDConfig) -> list[dict[str, Any]]:
-    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.width`).
+def parameter_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
+    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.width`);
+    for Muon also by the ``rule`` that trains them, ``muon`` or ``adamw``.
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
     layer wrote on the parameter); else it would average the gradients of different experts. Vectors and embeddings are not decayed. The
     learning rate is 0 until the first step sets it by role and scale; learning rate times decay does not depend on the scale.
     """
-    groups: dict[tuple[str, str | None, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, float, str | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter)
         expert_group: str | None = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
-        if (role, expert_group, scale) not in groups:
+        rule = ("muon" if is_hidden_matrix(name, parameter) else "adamw") if isinstance(config, Muon) else None
+        key = role, expert_group, scale, rule
+        if key not in groups:
             decay = 0.0 if role in ("embedding", "vector") else config.weight_decay / scale
             group: dict[str, Any] = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
             group |= {"learning_rate_scale": scale} if scale != 1.0 else {}
-            groups[role, expert_group, scale] = group | ({"moe": True} if expert_group else {})
-        groups[role, expert_group, scale]["params"].append(parameter)
+            groups[key] = group | ({"moe": True} if expert_group else {}) | ({"rule": rule} if rule else {})
+        groups[key]["params"].append(parameter)
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:
-    """torch's own optimizer over ``groups``."""
-    if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer over ``groups``."""
+    optimizer: torch.optim.Optimizer = config.implementing_class()(groups, config)
+    return optimizer

@@ -31,6 +31,8 @@ MORE_OPTIONS = {
     "router jitter": ["model.moe.router.jitter=0.1"],
     "output z-loss, chunks": ["model.output_z_loss_weight=0.001", "model.loss_chunk_tokens=7"],
 }  # fmt: skip
+# Optimizers but the recipe's own; Lion moves every weight by its rate.
+RATES = {"adamw_8bit": 0.01, "muon": 0.02, "lion": 0.004, "sgd": 2.0}
 # A parameter's values, each with its overrides of the recipe.
 Values = dict[str, list[str]]
 SETTINGS: dict[str, Values] = {
@@ -41,6 +43,7 @@ SETTINGS: dict[str, Values] = {
     "balance scope": {"micro_batch": [], "global_batch": ["model.moe.balance_scope=global_batch"]},
     "kernel": {"sdpa": [], "reference": ["model.attention.kernel=reference"]},
     "precision": {"fp32": [], "bf16": ["train.precision=bf16"]},
+    "optimizer": {"adamw": [], **{kind: [f"optimizer={{kind: {kind}, learning_rate: {rate}}}"] for kind, rate in RATES.items()}},
     "ep_size": {"1": [], "2": ["parallel.ep_size=2"]},
     "zero": {"1": [], "0": [], "2": [], "3": []},  # in the ds_config, not in the recipe
 }

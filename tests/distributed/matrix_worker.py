@@ -69,6 +69,9 @@ def sabotage(engine: Engine, kind: str) -> None:
     elif kind == "table_norm_dropped":
         reduce = engine.rows.reduce
         engine.rows.reduce = lambda scale: reduce(scale) * 0  # clipping then looks at dense weights alone
+    elif kind == "matrices_turned":  # Muon then takes [A, B] for [B, A]
+        for shards in engine.optimizer.optimizer.shards.values():
+            shards.owned_by = [[matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in of_rank] for of_rank in shards.owned_by]
     else:
         raise ValueError(kind)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.optimizer_schema import AdamW
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
@@ -15,6 +16,7 @@ from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model
 from tests.model.tiny_model import KINDS, VOCAB_SIZE, tiny_config, tiny_model
 
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+ADAMW = AdamW(learning_rate=1e-3)
 WIDE = "model.intermediate_size=48"
 PATTERNS = {
     "{kind: all_moe}": [0, 1, 2, 3],
@@ -159,7 +161,7 @@ def test_state_is_sharded_over_the_ranks_that_hold_the_same_weights(
     matrices = 2 * 4 * 3 * 32 * 32
     dense = size.parameters_stored - matrices  # the experts' biases stand on every rank
     expected = dense * per_dense + matrices / 2 * per_expert
-    assert state_bytes_per_rank(size, precision, zero_stage, world_size=4, ep_size=2)["total"] == pytest.approx(expected, abs=4)
+    assert state_bytes_per_rank(size, precision, zero_stage, 4, 2, ADAMW)["total"] == pytest.approx(expected, abs=4)
 
 
 def activations(*overrides: str) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import AdamWConfig, Recipe
+from pretrain.config.optimizer_schema import AdamW
+from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
@@ -82,7 +83,7 @@ def micro_batch(tokens: Tensor, document_mask: bool) -> MicroBatch:
 
 def plain_settings(recipe: Recipe) -> PlainSettings:
     model, optimizer, moe = recipe.model, recipe.optimizer, recipe.model.moe
-    assert isinstance(optimizer, AdamWConfig) and moe is not None and model.vocab_size is not None
+    assert isinstance(optimizer, AdamW) and moe is not None and model.vocab_size is not None
     return PlainSettings(
         num_layers=model.num_hidden_layers,
         head_dim=model.attention.head_dim,

@@ -6,22 +6,22 @@ import psutil
 import pytest
 import torch
 
-from pretrain.config.schema import AdamWConfig, SGDConfig
+from pretrain.config.optimizer_schema import SGD, AdamW
 from pretrain.engine.row_optimizer import RowGroups, RowOptimizer, RowState, _lazy_zeros
 from pretrain.model.moe.row_products import BAGS, PLAIN, Bags, RowTable, SortedFactors
 
-ADAMW = AdamWConfig(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
-CONFIGS: dict[str, AdamWConfig | SGDConfig] = {
+ADAMW = AdamW(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
+CONFIGS: dict[str, AdamW | SGD] = {
     "adamw": ADAMW,
-    "sgd": SGDConfig(kind="sgd", learning_rate=0.01),
-    "momentum": SGDConfig(kind="sgd", learning_rate=0.01, momentum=0.9),
+    "sgd": SGD(kind="sgd", learning_rate=0.01),
+    "momentum": SGD(kind="sgd", learning_rate=0.01, momentum=0.9),
 }
 ALONE, CPU = RowGroups(None, None), torch.device("cpu")
 E, X, D, T = 12, 2, 5, 7
 
 
-def torch_optimizer(parameters: list[torch.nn.Parameter], config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:
-    if isinstance(config, AdamWConfig):
+def torch_optimizer(parameters: list[torch.nn.Parameter], config: AdamW | SGD) -> torch.optim.Optimizer:
+    if isinstance(config, AdamW):
         return torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay
         )
@@ -88,7 +88,7 @@ def test_where_every_step_uses_every_row_it_is_the_dense_optimizer() -> None:
 def test_collected_gradients_of_several_batches_are_the_dense_gradient() -> None:
     weight = torch.randn(E, X, D)
     table, dense = table_of(weight), table_of(weight)
-    rows = RowOptimizer({"t": table}, SGDConfig(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU)
+    rows = RowOptimizer({"t": table}, SGD(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU)
     for seed in range(3):
         bags, x_TD = choice(seed), torch.randn(T, D, requires_grad=True)
         for one in (table, dense):

@@ -1,0 +1,115 @@
+"""Muon (Jordan et al. 2024): the momentum of a matrix, made orthogonal by Newton-Schulz iterations; AdamW for all that is no hidden matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from pretrain.config.optimizer_schema import Muon as MuonConfig
+from pretrain.optim.matrix_shards import MatrixShards
+
+# Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2 (Jordan et al. 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Root mean square of an update, as AdamW's is in practice (Liu et al. 2025, section 2.2).
+UPDATE_RMS = 0.2
+# Numbers that are iterated on at once: what a stack of matrices adds to memory is a few times this.
+NUMBERS_A_BATCH = 1 << 26
+
+
+def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
+    """U V^T of each matrix's singular value decomposition, nearly: singular values end between about 0.7 and 1.2. Zeros stay zeros.
+
+    Args:
+        x_NAB: [N, A, B] in the precision of the iterations; each of the N matrices by itself.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x_NAB.shape[-2] > x_NAB.shape[-1]
+    x_NAB = x_NAB.mT if tall else x_NAB
+    x_NAB = x_NAB / torch.linalg.vector_norm(x_NAB, dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram_NAA = x_NAB @ x_NAB.mT
+        polynomial_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
+        x_NAB = torch.baddbmm(x_NAB, polynomial_NAA, x_NAB, beta=a)
+    return x_NAB.mT if tall else x_NAB
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups whose ``rule`` is ``muon`` hold matrices [..., A, B]; those with ``adamw`` anything.
+
+    ZeRO trains flat partitions instead: ``shards`` then says, for each of them in a ``muon`` group, where the matrices lie.
+    State: ``momentum`` of the parameter's shape, or AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step``.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
+        self.config = config
+        self.shards: dict[torch.Tensor, MatrixShards] = {}
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient. Where partitions are shared, all ranks of their group must call it alike."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["rule"] == "adamw":
+                self._step_adamw(parameters, group)
+                continue
+            for parameter in parameters:
+                update = self._update_of(parameter)
+                shards = self.shards.get(parameter)
+                if shards is not None:
+                    direction = shards.transform(update, self._dtype(parameter.device), self._directions)
+                else:
+                    matrices = update.to(self._dtype(update.device)).reshape(-1, *update.shape[-2:]).unbind(0)
+                    direction = torch.stack(self._directions(matrices)).view_as(update).to(update.dtype)
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        asked = self.config.newton_schulz_precision
+        return torch.bfloat16 if asked == "bf16" or (asked == "auto" and device.type == "cuda") else torch.float32
+
+    def _update_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The momentum after this step's gradient; looked ahead by Nesterov's rule."""
+        gradient, state, momentum = parameter.grad, self.state[parameter], self.config.momentum
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1.0 - momentum)
+        return torch.lerp(gradient, state["momentum"], momentum) if self.config.nesterov else state["momentum"].clone()
+
+    def _directions(self, matrices: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """What each matrix is moved by at a learning rate of 1; matrices of one shape go through the iterations together."""
+        matrices = list(matrices)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.shape, []).append(index)
+        found: dict[int, torch.Tensor] = {}
+        for shape, indexes in by_shape.items():
+            scale, size = UPDATE_RMS * math.sqrt(max(shape)), max(1, NUMBERS_A_BATCH // shape.numel())
+            for first in range(0, len(indexes), size):
+                batch = indexes[first : first + size]
+                directions = orthogonalize(torch.stack([matrices[index] for index in batch]), self.config.newton_schulz_steps) * scale
+                found |= dict(zip(batch, directions.unbind(0), strict=True))
+        return [found[index] for index in range(len(matrices))]
+
+    def _step_adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """As torch.optim.AdamW, by its own function."""
+        config = self.config
+        for parameter in parameters:
+            if not self.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = moments | {"step": torch.zeros((), device=parameter.device)}
+        states = [self.state[parameter] for parameter in parameters]
+        averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        adamw(
+            parameters, [parameter.grad for parameter in parameters if parameter.grad is not None], averages, squares, [], steps,
+            fused=True, amsgrad=False, maximize=False, beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )  # fmt: skip
+
+
+def muon(groups: list[dict[str, Any]], config: MuonConfig) -> torch.optim.Optimizer:
+    return Muon(groups, config)
