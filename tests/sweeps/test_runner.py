@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config.durable import only_writer
 from pretrain.sweeps import launch
 from pretrain.sweeps.axes import grid, parse_axis
 from pretrain.sweeps.launch import error_sentence, launch_command, launch_environment, metrics, slot_devices
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
-from pretrain.sweeps.study import Design, Study, base_mapping, try_lock
+from pretrain.sweeps.study import Design, Study, base_mapping, is_written_to, try_lock
 from tests.launch.tiny_run import LAUNCHERS
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -148,6 +149,13 @@ def test_a_run_waits_for_the_process_that_still_holds_it(new_study: Callable[...
     assert Runner(study, [[]], listed_points(study.points), StopRequest(), progress).run()
     progress.close()
     assert holder.wait() == 0 and progress.waited and states(study) == ["finished"]
+
+
+def test_a_folder_that_training_writes_to_is_seen_from_outside(tmp_path: Path) -> None:
+    assert not is_written_to(tmp_path / "run")
+    with only_writer(tmp_path / "run", "wait"):
+        assert is_written_to(tmp_path / "run")
+    assert not is_written_to(tmp_path / "run")
 
 
 def test_a_run_that_ended_when_the_sweep_was_killed_is_taken_over_without_a_start(new_study: Callable[..., Study]) -> None:
