@@ -231,8 +231,10 @@ def test_gpus_are_shared_among_slots() -> None:
         slot_devices(["0", "1", "2", "3"], 4, 2)
 
 
-def test_a_run_without_a_sentence_is_told_by_its_code_and_last_line() -> None:
+def test_a_failure_is_told_by_its_sentence_else_by_its_code_and_last_line() -> None:
     assert error_sentence("x\nerror: one\nerror: two\n", 2) == "two"
+    bar = "\rtraining:   0%|    | 0/10 [00:00<?, ?step/s]"
+    assert error_sentence(f"{bar}error: the gradient is not finite\n{bar}\n", 6) == "the gradient is not finite"
     assert error_sentence("Traceback\nKeyError: 'a'\n", 1) == "ended with exit code 1: KeyError: 'a'"
     assert error_sentence("", 137) == "ended with exit code 137: it printed nothing"
 
