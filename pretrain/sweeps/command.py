@@ -138,7 +138,7 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
     todo = [point for point in study.runs if point.run not in settled]
     with _working_in(study.design.folder):
         next_point = searching(study) if study.design.search == "tpe" else listed_points(todo)
-        interrupted = not _work(options, study, next_point, settled)
+        interrupted = not _work(options, study, next_point, study.runs, settled)
     return _report(options, study, interrupted, go_on=f"{tool.parent.name}/{tool.name} --output {options.output}")
 
 
@@ -149,17 +149,17 @@ def _run_one(options: argparse.Namespace, study: Study) -> int:
     point = study.runs[options.point]
     with _working_in(study.design.folder):
         if study.record(point).state not in SETTLED or options.retry_failed:
-            _work(options, study, listed_points([point]), set())
+            _work(options, study, listed_points([point]), [point], set())
     record = study.record(point)
     _say(options, f"{record.state} {point.run}{': ' + record.error if record.error else ''}")
     write_json({"point": point.name, "state": record.state, "error": record.error, "result": record.result}, options.json_path)
     return exit_code(study, [point])
 
 
-def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point | None], settled: set[str]) -> bool:
-    """Runs what is left; false where it was interrupted."""
+def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point | None], runs: list[Point], settled: set[str]) -> bool:
+    """Runs what is left of ``runs``, in the order of ``points``; false where it was interrupted."""
     devices = slot_devices(visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks)
-    steps = {point.run: study.num_steps(point) for point in study.runs}
+    steps = {point.run: study.num_steps(point) for point in runs}
     reached = {run: min(reached_step(study.run_folder(run)), count) for run, count in steps.items() if run not in settled}
     if study.design.search == "tpe":
         total_runs = study.design.trials

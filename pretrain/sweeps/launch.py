@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,8 @@ LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 # What a launcher or a batch system tells its processes: a run of a sweep is none of them.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
 TAIL_BYTES = 1 << 14
+# The sentence that a run ends with; a progress bar that has not ended its line stands before it.
+ERROR = re.compile(r"(?:^|\])error: (.+)$")
 
 
 def visible_gpus() -> list[str]:
@@ -100,7 +103,7 @@ def read_result(study: Study, point: Point) -> dict[str, Any] | None:
 def error_sentence(printed: str, code: int) -> str:
     """Why a run failed: its own sentence, else its exit code and the last line it printed."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    told = [match[1] for line in lines if (match := ERROR.search(line))]
     return told[-1] if told else f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from pretrain.config.errors import ConfigError, run_command
-from tests.launch.tiny_run import STEP_TOKENS, Started, Tiny
+from pretrain.sweeps import launch
+from tests.launch.tiny_run import LAUNCHERS, STEP_TOKENS, Started, Tiny, own_process
 from tests.sweeps.sweep_runs import ABLATIONS, SWEEP, TwiceAtOnce, numbers, record, start, steps_of, wait_until_reached, wait_watching, write_axes
 from tools import run_ablations, sweep
 
@@ -82,6 +84,27 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
     searched = ("--recipe", tiny.recipe, "--axis", f"{RATE}=log:1e-4:1e-2", "--search", "tpe", "--output", tmp_path / "tpe", "--slurm")
     with pytest.raises(ConfigError, match="cannot be an array of jobs"):
         command(sweep, *searched)
+
+
+def test_a_tpe_search_runs_its_trials_once_reports_them_and_is_done(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launchers").mkdir()
+    shutil.copy(LAUNCHERS / "supervise.py", tmp_path / "launchers")
+    shutil.copy(Path(__file__).with_name("stand_in.py"), tmp_path / "launchers" / "pretrain.py")
+    monkeypatch.setattr(launch, "LAUNCHERS", tmp_path / "launchers")
+    axes = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]")
+    asked = ("--recipe", tiny.recipe, *axes, "--search", "tpe", "--trials", "5", "--output", tmp_path / "sweep", "--json", "-")
+    with own_process():
+        assert command(sweep, *asked) == 0
+        first = json.loads(capsys.readouterr().out)
+        assert command(sweep, "--output", tmp_path / "sweep", "--json", "-") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert first["states"] == {"finished": 5} and again == first
+    best = first["ranking"][0]
+    assert best["validation_loss"] == min(row["validation_loss"] for row in first["points"]) and set(best["values"]) == {RATE, "model.moe.top_k"}
+    assert all(Path(path).is_file() for path in first["files"].values()) and len(first["files"]) == 5
+    assert [path.name for path in sorted((tmp_path / "sweep" / "runs").iterdir())] == [f"trial_000{number}" for number in range(5)]
 
 
 @pytest.mark.parametrize("tool", [sweep, run_ablations])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
-from pretrain.sweeps.report import finished_groups, point_rows, ranking, states, write_report
+from pretrain.sweeps.report import finished_groups, markdown, point_rows, ranking, states, write_report
 from pretrain.sweeps.study import Design, Record, Study
 
 RATE = "optimizer.learning_rate"
@@ -55,7 +55,7 @@ def test_seeds_are_one_entry_with_mean_and_spread(seeded: Study) -> None:
     assert states(seeded) == {"finished": 5, "failed": 1}
 
 
-def test_the_table_has_a_row_a_point_with_its_values_and_its_failure(seeded: Study) -> None:
+def test_the_table_has_a_row_a_point_and_pictures_are_drawn_whole(seeded: Study) -> None:
     paths = write_report(seeded)
     with paths["csv"].open() as file:
         rows = list(csv.DictReader(file))
@@ -64,24 +64,19 @@ def test_the_table_has_a_row_a_point_with_its_values_and_its_failure(seeded: Stu
     assert [row["attempts"] for row in rows] == ["1", "1", "1", "2", "2", "1"]
     assert rows[5]["exit_code"] == "6" and "not | finite" in rows[5]["error"] and rows[5]["perplexity"] == ""
     assert float(rows[0]["perplexity"]) == pytest.approx(math.exp(2.0)) and rows[0]["overrides"] == f"{RATE}=0.001 seed=1"
+    for name in ("params_vs_perplexity", "active_ratio_vs_perplexity", "axes_vs_perplexity"):
+        content = paths[name].read_bytes()
+        assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82") and len(content) > 5000
+    assert "| 1 | learning_rate=0.01 |" in paths["markdown"].read_text() and not list(seeded.output.glob("*.partial"))
 
 
 def test_markdown_ranks_and_tells_what_is_missing(seeded: Study) -> None:
     seeded.skipped = [{"name": "learning_rate=7", "reason": "too high"}]
-    text = write_report(seeded)["markdown"].read_text()
+    text = markdown(seeded, point_rows(seeded), ranking(seeded))
     assert text.index("| 1 | learning_rate=0.01 |") < text.index("| 2 | learning_rate=0.001 |")
     assert "2.0500 ± 0.0707" in text and "--recipe debug --set optimizer.learning_rate=0.01" in text
     assert "| learning_rate=0.01,seed=3 | failed | 6 | the gradient of step 7 is not \\| finite |" in text
     assert "| learning_rate=7 | left out |  | too high |" in text
-
-
-def test_pictures_are_drawn_whole_and_again(seeded: Study) -> None:
-    for _ in range(2):
-        paths = write_report(seeded)
-        for name in ("params_vs_perplexity", "active_ratio_vs_perplexity", "axes_vs_perplexity"):
-            content = paths[name].read_bytes()
-            assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82") and len(content) > 5000
-    assert not list(seeded.output.glob("*.partial"))
 
 
 def test_equal_recipes_are_ranked_once_and_stand_beside_the_base_on_each_axis(tmp_path: Path) -> None:
@@ -97,7 +92,7 @@ def test_equal_recipes_are_ranked_once_and_stand_beside_the_base_on_each_axis(tm
         ("experts=4", []),
     ]
     assert len(finished_groups(study)) == len(point_rows(study)) == 5
-    text = write_report(study)["markdown"].read_text()
+    text = markdown(study, point_rows(study), ranking(study))
     section = text[text.index("## experts") : text.index("## model.moe.top_k")]
     assert "| 4 | 12.18 | 2.5000 | +0.5000 | 4,000 | 25.0% |" in section and "| 8 | 7.389 | 2.0000 | +0.0000 | 8,000 | 12.5% |" in section
     assert "| 2 | base (also experts=8) |" in text

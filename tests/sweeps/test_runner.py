@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config.durable import only_writer
 from pretrain.sweeps import launch
 from pretrain.sweeps.axes import grid, parse_axis
 from pretrain.sweeps.launch import error_sentence, launch_command, launch_environment, metrics, slot_devices
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
-from pretrain.sweeps.study import Design, Study, base_mapping, try_lock
+from pretrain.sweeps.study import Design, Study, base_mapping, is_written_to, try_lock
 from tests.launch.tiny_run import LAUNCHERS
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -150,6 +151,13 @@ def test_a_run_waits_for_the_process_that_still_holds_it(new_study: Callable[...
     assert holder.wait() == 0 and progress.waited and states(study) == ["finished"]
 
 
+def test_a_folder_that_training_writes_to_is_seen_from_outside(tmp_path: Path) -> None:
+    assert not is_written_to(tmp_path / "run")
+    with only_writer(tmp_path / "run", "wait"):
+        assert is_written_to(tmp_path / "run")
+    assert not is_written_to(tmp_path / "run")
+
+
 def test_a_run_that_ended_when_the_sweep_was_killed_is_taken_over_without_a_start(new_study: Callable[..., Study]) -> None:
     study = new_study([0.01])
     assert work(study)
@@ -223,8 +231,10 @@ def test_gpus_are_shared_among_slots() -> None:
         slot_devices(["0", "1", "2", "3"], 4, 2)
 
 
-def test_a_run_without_a_sentence_is_told_by_its_code_and_last_line() -> None:
+def test_a_failure_is_told_by_its_sentence_else_by_its_code_and_last_line() -> None:
     assert error_sentence("x\nerror: one\nerror: two\n", 2) == "two"
+    bar = "\rtraining:   0%|    | 0/10 [00:00<?, ?step/s]"
+    assert error_sentence(f"{bar}error: the gradient is not finite\n{bar}\n", 6) == "the gradient is not finite"
     assert error_sentence("Traceback\nKeyError: 'a'\n", 1) == "ended with exit code 1: KeyError: 'a'"
     assert error_sentence("", 137) == "ended with exit code 137: it printed nothing"
 
