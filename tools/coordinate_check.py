@@ -66,14 +66,14 @@ def base_width(recipe: Recipe, arguments: argparse.Namespace) -> int:
 def print_table(result: dict[str, Any]) -> None:
     console = Console()
     for kind in KINDS:
-        widths = [f"width {width}" for width in result["widths"]]
-        table = Table(
-            Column("layer", no_wrap=True), "first", "last", "change", *widths, "verdict", title=f"{kind}: growth with the width to the power of"
-        )
+        powers = [Column(name, no_wrap=True) for name in ("first", "last", "change")]
+        sizes = f"sizes at {', '.join(map(str, result['widths']))}"
+        title = f"{kind}: growth with the width to the power of"
+        table = Table(Column("layer", no_wrap=True), *powers, sizes, Column("verdict", no_wrap=True), title=title)
         for name, row in result[kind]["layers"].items():
             change = "" if row["change_slope"] is None else f"{row['change_slope']:+.2f}"
-            sizes = [f"{size:.3g}" for size in row["sizes"][-1]]
-            table.add_row(name, f"{row['slopes'][0]:+.2f}", f"{row['slopes'][-1]:+.2f}", change, *sizes, row["verdict"])
+            shown = ", ".join(f"{size:.3g}" for size in row["sizes"][-1])
+            table.add_row(name, f"{row['slopes'][0]:+.2f}", f"{row['slopes'][-1]:+.2f}", change, shown, row["verdict"])
         console.print(table)
     console.print(
         f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}. 'first' and 'last': the size before the first and "
