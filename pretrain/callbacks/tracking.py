@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tqdm import tqdm
+
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.events import Events, events_of
 from pretrain.config.credentials import redact
@@ -125,7 +127,7 @@ class Tracking(Callback):
     def _tell(self, what: str) -> None:
         sentence = f"the tracker {self.tracker.kind} {redact(what)} and gets nothing more; the training is not touched"
         logger.warning(sentence)
-        print(f"warning: {sentence}", file=sys.stderr)
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)  # beside the progress bar
 
 
 _ids_lock = threading.Lock()

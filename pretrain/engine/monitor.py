@@ -16,6 +16,7 @@ from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.monitor import Monitor as Backend
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
+from tqdm import tqdm
 
 from pretrain.config.credentials import redact
 
@@ -86,4 +87,4 @@ class Monitor:
             self._backends.pop(name, None)
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             logger.warning("the ds_config's '%s' failed: %s", name, reason)
-            print(f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on", file=sys.stderr)
+            tqdm.write(f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on", file=sys.stderr)
