@@ -94,7 +94,7 @@ class Incidents:
             where = "; it did not happen again when the step was repeated: suspect the hardware"
         elif worst:
             entry = worst[0]
-            what = f", {entry['not_finite']}" if "not_finite" in entry else f", loss {entry['loss']}"
+            what = f", {entry['not_finite']}" if "not_finite" in entry else f", loss {math.nan if entry['loss'] is None else entry['loss']:.4f}"
             documents = entry["sequences"][0] if entry["sequences"] else "documents no longer known"
             others = f" and {len(worst) - 1} more" if len(worst) > 1 and "not_finite" in entry else ""
             where = f"; rank {entry['rank']}, micro batch {entry['micro_batch']}{what}: {documents}{others}"

@@ -30,7 +30,7 @@ class NonFiniteGuard(Section):
 
 class SpikeGuard(Section):
     """A loss far above those of the last steps: more than ``deviations`` robust standard deviations (1.4826 times the median absolute deviation)
-    above their median, and more than ``min_rise``.
+    above their median, and more than ``min_rise``. While the loss still falls steeply, its fall counts as deviation.
 
     Without need to refuse an update (``warn``) it looks at the losses that are logged anyway; else one small all-reduce a step is added.
     """

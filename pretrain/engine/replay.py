@@ -47,7 +47,9 @@ def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinit
     found: dict[int, str] = dict(watch.found)
     found |= {number: "loss" for number, loss in enumerate(result.micro_losses) if not bool(loss.isfinite())}
     mine = [NonFinite(engine.topology.rank, number, where) for number, where in sorted(found.items())]
-    return [entry for entries in engine.topology.gather(mine) for entry in entries]
+    everything = [entry for entries in engine.topology.gather(mine) for entry in entries]
+    # Where a loss is to blame, what it does to gradients, also to those of experts on other ranks, says nothing new.
+    return [entry for entry in everything if entry.where == "loss"] or everything
 
 
 @contextmanager

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("injected.py")
 FAULTS: list[dict[str, Any]] = [
     {"rank": 1, "micro_batch": 1, "place": "expert", "factor": "nan", "batches": [2]},
     {"rank": 0, "micro_batch": 0, "place": "loss", "factor": "inf", "batches": [4]},
-    {"rank": 1, "micro_batch": 0, "place": "loss", "factor": "8", "batches": [18]},
+    {"rank": 1, "micro_batch": 0, "place": "loss", "factor": "30", "batches": [18]},
     {"rank": 0, "micro_batch": 1, "place": "dense", "factor": "1000", "batches": [21]},
 ]
 SETTINGS = [

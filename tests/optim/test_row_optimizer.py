@@ -162,3 +162,15 @@ def test_a_rows_gradient_adds_its_pairs_in_their_order(kernel: object) -> None:
         part = slice(first, min(first + 3, by_row.row_U.numel()))
         got[by_row.row_U[part]] = by_row.gradient(part)
     torch.testing.assert_close(got, expected)
+
+
+def test_a_state_that_is_taken_back_forgets_what_was_used_since() -> None:
+    state = RowState(torch.randn(6, 4), 0, 6, ADAMW)
+    state.update(torch.tensor([0, 2]), torch.ones(2, 4), 0.1)
+    saved = {name: tensor.clone() for name, tensor in state.state().items()}
+    state.update(torch.tensor([1, 2]), torch.ones(2, 4), 0.1)
+    assert not all(torch.equal(tensor, saved[name]) for name, tensor in state.state().items())
+    state.load(saved)
+    assert state.steps.tolist() == [1, 0, 1, 0, 0, 0]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state.state().items())
+    assert all(not moment[[1, 3, 4, 5]].any() for moment in state.moments.values())
