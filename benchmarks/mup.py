@@ -74,7 +74,8 @@ def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
 
 def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) -> dict[str, Any]:
     """For each kind and width all losses, the best power, and what the base's best power costs there."""
-    base, result = min(widths), {}
+    base = min(widths)
+    result: dict[str, Any] = {}
     base_best = min(powers, key=lambda power: losses[Job("standard", base, power)])
     for kind in KINDS:
         rows = []
@@ -117,7 +118,8 @@ def main() -> None:
     widths, powers = sorted(set(options.widths)), sorted(set(options.powers))
     if options.steps < 1 or options.processes < 1:
         raise ConfigError("--steps and --processes are 1 or more")
-    jobs, losses = all_jobs(widths, powers), {}
+    jobs = all_jobs(widths, powers)
+    losses: dict[Job, float] = {}
     with ProcessPoolExecutor(options.processes) as pool:
         running = {pool.submit(train, job, options.data, widths[0], options.steps, options.overrides): job for job in jobs}
         for done in tqdm(as_completed(running), total=len(jobs), desc="runs", unit="run"):

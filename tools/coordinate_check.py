@@ -127,7 +127,7 @@ def main() -> None:
         check_recipe(one)
     models = tqdm(recipes.items(), desc="measuring", unit="model")
     measured = [measure(one, kind, batches, arguments.steps) for (kind, _), one in models]
-    result = {"recipe": recipe.name, "base_width": base, "growing": arguments.growing, "tokens": tokens, "steps": arguments.steps}
+    result: dict[str, Any] = {"recipe": recipe.name, "base_width": base, "growing": arguments.growing, "tokens": tokens, "steps": arguments.steps}
     result |= {"widths": widths} | {kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS}
     if arguments.json_path != "-":
         print_table(result)

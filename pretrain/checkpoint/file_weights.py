@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,11 +96,11 @@ def _tensors(path: Path) -> list[tuple[str, tuple[int, ...], Read]]:
         raise CheckpointError(f"there is no file {path}: give a checkpoint's folder, or a file of weights")
     if path.suffix == ".safetensors":
         reader = TensorReader([path])
-        return [(name, reader.form(name).shape, lambda name=name: reader.read(name)) for name in reader.names]  # type: ignore[misc]
+        return [(name, reader.form(name).shape, partial(reader.read, name)) for name in reader.names]
     content: object = load_pickled(path)
     while isinstance(content, dict) and (inside := next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)):
         content = inside
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}: save the model's state_dict")
-    return [(name, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()]  # type: ignore[misc]
+    return [(name, tuple(value.shape), partial(tensors.__getitem__, name)) for name, value in tensors.items()]

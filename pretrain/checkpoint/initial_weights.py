@@ -47,6 +47,7 @@ def starting_weights(recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, t
     if path.is_dir() and (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         raise CheckpointError(f"{where} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
     of_file = path.suffix in FILES and not path.is_dir()
+    stored: FileWeights | StoredWeights
     stored = FileWeights(path, recipe.model) if of_file else StoredWeights(_checked_folder(recipe, tokenizer_sha256, topology))
     found = compare(stored.shapes, recipe.model)
     if not found.loaded or not (found.is_whole or recipe.initial_weights_partial):

@@ -162,8 +162,9 @@ def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterat
         return attend
 
     handles = [model.embedding.register_forward_hook(keep("embedding"))]
-    kernels = []
-    for block in model.layers:
+    kernels: list[tuple[Any, Any]] = []
+    blocks: list[Any] = list(model.layers)
+    for block in blocks:
         kernels.append((block.attention, block.attention.kernel))
         block.attention.kernel = scored(block.attention.kernel)
         handles.append(block.attention.register_forward_hook(keep("attention")))
@@ -200,7 +201,8 @@ def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
     - ``change_slope``: the power that the change from before the first step grows with at the end; None where it cannot be said;
     - ``verdict``: of the last slope, see :func:`verdict_on`.
     """
-    widths, layers = [one.width for one in measured], {}
+    widths = [one.width for one in measured]
+    layers: dict[str, Any] = {}
     for name in measured[0].steps[0]:
         sizes = [[one.steps[step][name].size for one in measured] for step in range(len(measured[0].steps))]
         slopes = [slope(widths, of_step) for of_step in sizes]
