@@ -29,12 +29,12 @@ def case(kind: str, zero: int, ep_size: int, precision: str = "fp32", **extra: A
 
 ONE = [case("dropless", 0, 1), case("peer", 0, 1)]
 TWO = [
-    case("dropless", 1, 2), case("dropless", 3, 2), case("dropless", 0, 2, "bf16"), case("peer", 1, 2),
+    case("dropless", 1, 2), case("dropless", 3, 2),
     case("dropless", 1, 2, sabotage="not_put_back"), case("dropless", 1, 2, sabotage="gradients_kept"),
 ]  # fmt: skip
 REST = [
-    case("dropless", 0, 2), case("dropless", 2, 1), case("dropless", 1, 2, "bf16"), case("dropless", 3, 2, "bf16"), case("deepspeed", 1, 2),
-    case("peer", 3, 2), case("peer", 2, 1), case("dropless", 3, 2, sabotage="not_put_back"),
+    case("dropless", 0, 2), case("dropless", 2, 1), case("deepspeed", 1, 2), case("peer", 1, 2),
+    *(case("dropless", zero, 2, "bf16") for zero in (0, 1, 3)), case("dropless", 3, 2, sabotage="not_put_back"),
 ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def check_agreement(cases: list[dict[str, Any]], rows: Results, one: Results) ->
 
 
 def test_losses_norms_and_validation_agree_in_every_phase(one: Results, two: Results) -> None:
-    assert check_agreement(TWO, two, one) == 3
+    assert check_agreement(TWO, two, one) == 2
 
 
 def test_every_phase_has_its_own_accumulation(one: Results, two: Results) -> None:
@@ -119,7 +119,7 @@ def test_without_putting_them_back_weight_decay_and_moments_would_move_frozen_we
 
 @pytest.mark.full
 def test_all_of_this_holds_at_the_other_stages_precisions_and_kinds_of_layer(one: Results, rest: Results) -> None:
-    assert check_agreement(REST, rest, one) == 5
+    assert check_agreement(REST, rest, one) == 4
     for name in names(REST):
         check_moved(name, rest[name]["moved"])
     with pytest.raises(AssertionError):
