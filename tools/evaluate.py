@@ -12,6 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from data_pipeline.split import SPLITS
+from pretrain.checkpoint.layout import read_state, resolve_checkpoint
+from pretrain.checkpoint.weights_folder import is_weights_alone
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.evaluation.device import choose_device
@@ -86,6 +88,11 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
 
 
+def tells_its_data(checkpoint: Path) -> bool:
+    """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is neither."""
+    return not (checkpoint / "config.json").is_file() and not is_weights_alone(read_state(resolve_checkpoint(checkpoint)))
+
+
 def suite_of(arguments: argparse.Namespace) -> Suite:
     """What the options ask for.
 
@@ -101,8 +108,8 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
     if not arguments.pass_at.replace(",", "").isdigit():
         raise ConfigError(f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such as 1,10")
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
-    # A folder of Hugging Face's, and one checkpoint after the other of a run, have no n-gram unless it is asked for.
-    plain = arguments.no_bigram or arguments.watch or (arguments.checkpoint / "config.json").is_file()
+    # What does not tell the data that it has seen, and one checkpoint after the other of a run, have no n-gram unless it is asked for.
+    plain = arguments.no_bigram or arguments.watch or not tells_its_data(arguments.checkpoint)
     baselines = tuple(arguments.baselines or (() if plain else ("bigram",)))
     heldout = HeldoutOptions(arguments.data, arguments.split, arguments.max_windows, baselines, arguments.window, arguments.stride)
     tasks = None

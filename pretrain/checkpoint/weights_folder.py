@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +90,8 @@ def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str
             if name not in writers:
                 raise CheckpointError(f"the recipe's model has no tensor '{name}': the weights do not belong to it")
             writers[name].write(name, tensor.to(torch.float32))
+
+
+def is_weights_alone(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this ``state.json`` was written here, so that no run's data belong to it."""
+    return state["data"] == {}

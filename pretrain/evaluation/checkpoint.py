@@ -27,12 +27,19 @@ def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Corpora:
     Raises:
         DataError: where the shards are missing or damaged, or were made with another tokenizer.
     """
-    corpora = load_corpora_of(data) if data is not None else _verified(load_corpora(data_folders(read_recipe(checkpoint))))
+    corpora = load_corpora_of(data) if data is not None else _own_corpora(checkpoint)
     if corpora.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
         raise DataError(
             f"the shards in {corpora.place} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data"
         )
     return corpora
+
+
+def _own_corpora(checkpoint: Path) -> Corpora:
+    try:
+        return _verified(load_corpora(data_folders(read_recipe(checkpoint))))
+    except DataError as error:
+        raise DataError(f"{error}; or give other shards of the checkpoint's tokenizer with --data") from None
 
 
 def load_corpora_of(data: str | Path) -> Corpora:

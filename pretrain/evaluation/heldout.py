@@ -19,6 +19,7 @@ from data_pipeline.loader import open_train_loader, seen_samples, validation_bat
 from data_pipeline.split import SplitName
 from pretrain.checkpoint.layout import read_run_recipe, read_state
 from pretrain.checkpoint.weights import load_model
+from pretrain.checkpoint.weights_folder import is_weights_alone
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
@@ -262,6 +263,8 @@ def fit_on_seen_samples(corpora: Corpora, recipe: Recipe, state: dict[str, Any],
     Raises:
         DataError: where ``corpora`` is not the data that the run has seen.
     """
+    if is_weights_alone(state):
+        raise DataError("the n-gram is fitted on what the model has seen, which a checkpoint of weights alone does not tell: leave the n-gram out")
     if "plans" not in state["data"]:
         raise DataError("the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram")
     seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)

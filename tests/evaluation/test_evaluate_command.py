@@ -15,7 +15,9 @@ from data_pipeline.build.coordinator import build
 from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import load_corpora
 from data_pipeline.token_stream import open_split
-from pretrain.checkpoint.layout import read_state
+from pretrain.checkpoint.layout import read_recipe, read_state
+from pretrain.checkpoint.weights import load_state_dict
+from pretrain.checkpoint.weights_folder import write_weights_folder
 from pretrain.config.data_schema import DataConfig, TextSource, TokenizerFile
 from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, ConfigError, DataError
 from pretrain.config.timeline import Timeline
@@ -227,3 +229,15 @@ def test_a_run_is_watched_until_its_last_step(trained: Trained, tmp_path: Path) 
     assert json.loads(again.stdout)["evaluated"] == len(rows) - 1
     gone = evaluate("--watch", tmp_path / "none")
     assert gone.returncode == BAD_CHECKPOINT and "there is no run" in gone.stderr
+
+
+def test_weights_alone_are_scored_without_an_n_gram(trained: Trained, tmp_path: Path) -> None:
+    recipe, weights = read_recipe(trained.checkpoint), load_state_dict(trained.checkpoint)
+    elsewhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(tmp_path / "nowhere")})})
+    write_weights_folder(tmp_path / "alone", elsewhere, weights.items(), trained.data / "tokenizer.json")
+    done = evaluate("--checkpoint", tmp_path / "alone", "--data", trained.data, "--max-windows", "4", "--json", "-")
+    assert done.returncode == DONE and json.loads(done.stdout)["bigram"] is None, done.stderr
+    refusals = {"or give other shards": (), "weights alone": ("--data", trained.data, "--baselines", "bigram")}
+    for words, options in refusals.items():
+        refused = evaluate("--checkpoint", tmp_path / "alone", *options)
+        assert refused.returncode == BAD_DATA and words in refused.stderr
