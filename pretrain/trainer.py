@@ -181,7 +181,10 @@ class Trainer:
             self.validation = self.validation.of_length(length)
         if self.timeline.changes_length(self.progress.step):
             # Losses over windows of different lengths do not compare.
-            self.progress.best_validation = self.progress.best_step = None
+            self.progress.best_validation = self.progress.best_step = self.progress.patience_loss = None
+            self.progress.stale_validations = 0
+        if self.progress.step == stage.first_step:
+            self.supervisor.restore({})  # losses and norms of other batches, lengths and data are no measure
         if self.peak is not None:
             self._flops_per_token = model_size(stage.recipe.model, length).flops_per_token
         if stage.name:
