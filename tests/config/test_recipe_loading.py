@@ -73,7 +73,7 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
         ("data.tokenizer.vocabsize=1", ["unknown field 'data.tokenizer.vocabsize'", "did you mean 'vocab_size'?"]),
         ("train.micro_batch_size=0", ["'train.micro_batch_size'", "greater than or equal to 1", "got 0"]),
         ("train.micro_batch_size=2.5", ["'train.micro_batch_size'", "integer", "got 2.5"]),
-        ("train.precision=fp8", ["'train.precision'", "'bf16'", "got 'fp8'"]),
+        ("train.precision=fp4", ["'train.precision'", "'bf16'", "got 'fp4'"]),
         ("optimizer.learning_rate=fast", ["'optimizer.learning_rate'", "number", "got 'fast'"]),
         ("optimizer.learning_rate=.nan", ["'optimizer.learning_rate'"]),
         ("optimizer.kind=adam", ["'optimizer.kind' is 'adam'", "one of 'adamw', 'sgd', 'adamw_8bit', 'lion', 'muon'"]),
