@@ -38,7 +38,6 @@ class Loader(Protocol):
 
     dp_rank: int
     dp_size: int
-    micro_batch_size: int
     waiting: Waiting
 
     def step_batches(self, step: int) -> list[Batch]:

@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,10 @@ class Incidents:
             worst = [{"rank": rank, "micro_batch": number, "loss": loss} for rank, own in enumerate(losses) for number, loss in enumerate(own)]
             worst = sorted(worst, key=lambda entry: -math.inf if entry["loss"] is None else -entry["loss"])[:MAX_MICRO_BATCHES]
         origins = self.loader.origins(trip.step - 1)
-        for entry in worst:
-            entry["sequences"] = [describe(origin) for origin in self._sequences(origins, entry["rank"], entry["micro_batch"])]
+        size = len(origins) // (self.loader.dp_size * len(result.micro_losses))
+        for entry in worst:  # number k of rank r is micro batch r + k * ranks of the step
+            first = (entry["rank"] + entry["micro_batch"] * self.loader.dp_size) * size
+            entry["sequences"] = [describe(origin) for origin in origins[first : first + size]]
         details = {"in_a_row": trip.in_a_row, "grad_norm": finite(result.grad_norm), "micro_batches": worst}
         self._write(trip.guard, trip.action, trip.step, trip.reason, details)
         self._say(trip, worst, nothing_found=found == [])
@@ -73,11 +74,6 @@ class Incidents:
         self._write("stalled_data", "warn", None, reason, {"rank": self.topology.rank, "seconds": seconds, "reading": reading})
         logger.warning("%s", reason)
         tqdm.write(f"warning: {reason}; training waits", file=sys.stderr)
-
-    def _sequences(self, origins: Sequence[Origin], rank: int, number: int) -> Sequence[Origin]:
-        """Those of one micro batch: number k of rank r is micro batch r + k * ranks of the step."""
-        first = (rank + number * self.loader.dp_size) * self.loader.micro_batch_size
-        return origins[first : first + self.loader.micro_batch_size]
 
     def _write(self, guard: str, action: str, step: int | None, reason: str, details: dict[str, Any]) -> None:
         entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "guard": guard, "action": action, "step": step, "reason": reason} | details

@@ -31,12 +31,11 @@ SETTINGS = (
     "checkpoint={interval_steps: 100, keep_last: 1, keep_best: true, keep_epochs: true}",
     "card={license: apache-2.0, data_origin: {all: 'words of this test, CC0-1.0'}}",
 )  # fmt: skip
-TRACKED = "trackers={kinds: [wandb, mlflow, comet], project: project-of-tests, group: a-group, tags: [first-tag]}"
+TRACKED = "trackers={kinds: [wandb, comet], project: project-of-tests, group: a-group, tags: [first-tag]}"
 # Their values must be found nowhere; that of the last one shows that the search would find them.
 SECRETS = {
     "WANDB_API_KEY": "c0ffee0123456789c0ffee0123456789c0ffee01",
     "COMET_API_KEY": "CanaryOfComet12345CanaryX",
-    "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow",
     "HF_TOKEN": "hf_canaryOfHuggingFaceAAAAAAAAAAAAAAAA",
     "SLURM_JWT": "canary-of-slurm",
 }
@@ -71,7 +70,6 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with own_process(), pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "COMET_START_ONLINE": "0", **SECRETS, **SHOWN}.items():
             patch.setenv(name, value)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         for steps in (FIRST, LAST):
             assert main(small.arguments(folder, steps, TRACKED)) == 0
     yield folder
@@ -169,21 +167,6 @@ def test_wandb_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
         assert {"training_curves.png", "training_history.json", "README.md", "recipe.yaml"} <= kept
         assert next(record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit") == 0
     assert seen == metrics(run, "train", "loss")
-
-
-def test_mlflow_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("project-of-tests")
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.run_id == json.loads((run / "trackers.json").read_text())["mlflow"] and found.info.status == "FINISHED"
-    assert found.data.params["model.moe.num_experts"] == "4" and found.data.tags["group"] == "a-group" and found.data.tags["first-tag"] == "true"
-    history = client.get_metric_history(found.info.run_id, "train/loss")
-    assert {metric.step: metric.value for metric in history} == metrics(run, "train", "loss")
-    files = {entry.path for entry in client.list_artifacts(found.info.run_id)}
-    assert {"training_curves.png", "summary.json", "README.md"} <= files
 
 
 def test_comet_goes_on_in_the_same_experiment_with_every_row(run: Path) -> None:
