@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-full lint benchmark bench-data bench-peer clean
+.PHONY: help install quickstart test test-full lint benchmark bench-data bench-peer bench-training clean
 
 help:
 	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
@@ -15,6 +15,7 @@ help:
 	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
 	@echo "make bench-data   data pipeline and loader against Megatron's, with the cost of each stage"
 	@echo "make bench-peer   PEER's row products, PEER against dense and dropless layers, latent attention against grouped queries"
+	@echo "make bench-training   optimizers, compiled blocks, branches of one trunk, deterministic mode (data/quickstart must be built)"
 	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -51,6 +52,12 @@ bench-data: install
 bench-peer: install
 	$(BIN)/python benchmarks/peer_kernels.py
 	$(BIN)/python benchmarks/peer_and_mla.py
+
+bench-training: install
+	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/wsd_branches.py
+	$(BIN)/python benchmarks/deterministic_mode.py
 
 clean:
 	rm -rf data/quickstart data/debug runs/quickstart runs/debug
