@@ -47,7 +47,6 @@ FEED_FORWARDS = {
     "dropless": [],
     "peer": ["model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"],
 }
-# 196,608 weights a layer against 180,224.
 # 180,224 weights of attention a layer, where grouped queries have 196,608.
 MLA = ["model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}"]
 VARIANTS = FEED_FORWARDS | {"dropless, latent attention": MLA}
@@ -84,9 +83,10 @@ def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[s
     for seed in tqdm(SEEDS, desc=" ".join(variants), unit="seed"):
         for name, overrides in variants.items():
             runs[name].append(train(name, overrides, seed, tokens, folder))
+            tqdm.write(f"{name}, seed {seed}: {runs[name][-1]}")  # what is done is not lost where a later training fails
     found = {}
     for name, overrides in variants.items():
-        recipe = load_recipe("quickstart", [*overrides, "model.vocab_size=4096"])
+        recipe = load_recipe("quickstart", [*TRAINING, *overrides, "model.vocab_size=4096"])
         size = model_size(recipe.model, recipe.train.sequence_length)
         losses = [run["loss"] for run in runs[name]]
         found[name] = {

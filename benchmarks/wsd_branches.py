@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """One trunk of constant learning rate with three decay branches, against three cosine runs of the same lengths.
 
-Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", in small: each length's last fifth is a branch
-of the trunk. Every run is a process of its own with one thread; the seeds of the cosine runs say what differences mean nothing.
+Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", in small: the last 15% of each length are a
+branch of the trunk. Both schedules first choose their peak learning rate, with a seed of its own, at the middle length. Every run is a process of
+its own with one thread; the seeds of the cosine runs say what differences mean nothing.
 
 Needs data/quickstart (tools/preprocess_data.py --recipe quickstart).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,7 +32,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
 STEP_TOKENS = 8 * 128
-DECAY_SHARE = 0.2
+TUNING_SEED = 4
+DECAY_SHARE = 0.15
+# What the learning rates below are multiplied with.
+PEAKS = (0.5, 1.0, 2.0, 4.0)
+EMBEDDING_RATE, RATE = 2e-2, 5e-3
 # The quickstart's model with a quarter of its width and half of its layers.
 MODEL = [
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.moe.moe_intermediate_size=64", "model.vocab_size=4096",
@@ -38,14 +44,26 @@ MODEL = [
 ]  # fmt: skip
 TRAINING = [
     "train.sequence_length=128", "train.micro_batch_size=8", "train.global_batch_size=8", "train.precision=fp32", "parallel.ep_size=1",
-    "optimizer.learning_rate=5e-3", "optimizer.embedding_learning_rate=2e-2", "validation.interval_steps=1000000", "logging.tensorboard=false",
+    "validation.interval_steps=1000000", "logging.tensorboard=false",
 ]  # fmt: skip
 WARMUP = 12
+CONSTANT = f"schedule={{kind: constant, warmup_steps: {WARMUP}}}"
+COSINE = f"schedule={{kind: cosine, warmup_steps: {WARMUP}, min_learning_rate_ratio: 0}}"
 
 
-def train(run: Path, steps: int, data: Path, seed: int, overrides: list[str]) -> float:
+def train(run: Path, steps: int, data: Path, seed: int, peak: float, overrides: list[str]) -> float:
     """The loss over the whole validation split at the end of one run, in nats per token."""
-    settings = [*MODEL, *TRAINING, f"seed={seed}", f"train.train_tokens={steps * STEP_TOKENS}", f"data.path={data}", f"run_path={run}", *overrides]
+    rates = [f"optimizer.learning_rate={RATE * peak}", f"optimizer.embedding_learning_rate={EMBEDDING_RATE * peak}"]
+    settings = [
+        *MODEL,
+        *TRAINING,
+        *rates,
+        f"seed={seed}",
+        f"train.train_tokens={steps * STEP_TOKENS}",
+        f"data.path={data}",
+        f"run_path={run}",
+        *overrides,
+    ]
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "quickstart", "--json", "-"]
     command += [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
@@ -54,34 +72,47 @@ def train(run: Path, steps: int, data: Path, seed: int, overrides: list[str]) ->
     return float(json.loads(done.stdout)["validation_loss_in_training"])
 
 
-def branched(lengths: list[int], data: Path, folder: Path, bar: tqdm) -> tuple[dict[int, float], int]:
+def decay_phases(start: int) -> str:
+    return f"phases=[{{name: trunk, tokens: {start * STEP_TOKENS}}}, {{name: decay, schedule: {{kind: sqrt}}}}]"
+
+
+def decay_start(length: int) -> int:
+    return length - round(DECAY_SHARE * length)
+
+
+def branched(lengths: list[int], peak: float, data: Path, folder: Path, bar: tqdm) -> tuple[dict[int, float], int]:
     """The loss of each length as a branch of one trunk, and all steps that were trained."""
-    decays = {length: round(DECAY_SHARE * length) for length in lengths}
-    starts = {length: length - decay for length, decay in decays.items()}
-    constant = f"schedule={{kind: constant, warmup_steps: {WARMUP}}}"
-    # An interval that meets every branching point.
-    interval = f"checkpoint={{interval_steps: {min(starts.values())}, keep_last: 99}}"
-    train(folder / "trunk", max(starts.values()), data, SEEDS[0], [constant, interval])
+    starts = {length: decay_start(length) for length in lengths}
+    interval = f"checkpoint={{interval_steps: {math.gcd(*starts.values())}, keep_last: 99}}"  # meets every branching point
+    train(folder / "trunk", max(starts.values()), data, SEEDS[0], peak, [CONSTANT, interval])
     bar.update()
     losses = {}
     for length, start in starts.items():
-        phases = f"phases=[{{name: trunk, tokens: {start * STEP_TOKENS}}}, {{name: decay, schedule: {{kind: sqrt}}}}]"
-        branch = [constant, phases, f"branch_from={folder / 'trunk' / 'checkpoints' / f'step_{start}'}"]
-        losses[length] = train(folder / f"branch-{length}", length, data, SEEDS[0], branch)
+        branch = [CONSTANT, decay_phases(start), f"branch_from={folder / 'trunk' / 'checkpoints' / f'step_{start}'}"]
+        losses[length] = train(folder / f"branch-{length}", length, data, SEEDS[0], peak, branch)
         bar.update()
-    return losses, max(starts.values()) + sum(decays.values())
+    return losses, max(starts.values()) + sum(length - start for length, start in starts.items())
 
 
-def compare(third: int, data: Path, folder: Path) -> dict[str, Any]:
-    lengths = [third, 2 * third, 3 * third]
-    cosine = f"schedule={{kind: cosine, warmup_steps: {WARMUP}, min_learning_rate_ratio: 0}}"
-    with tqdm(total=1 + len(lengths) * (1 + len(SEEDS)), unit="run") as bar:
-        losses, steps = branched(lengths, data, folder, bar)
+def best_peak(name: str, overrides: list[str], length: int, data: Path, folder: Path, bar: tqdm) -> tuple[float, dict[float, float]]:
+    losses = {}
+    for peak in PEAKS:
+        losses[peak] = train(folder / f"{name}-{peak}", length, data, TUNING_SEED, peak, overrides)
+        bar.update()
+    return min(losses, key=losses.__getitem__), losses
+
+
+def compare(steps_of_longest: int, data: Path, folder: Path) -> dict[str, Any]:
+    lengths = [steps_of_longest * 4 // 6, steps_of_longest * 5 // 6, steps_of_longest]
+    with tqdm(total=1 + 2 * len(PEAKS) + len(lengths) * (1 + len(SEEDS)), unit="run") as bar:
+        cosine_peak, cosine_tried = best_peak("cosine", [COSINE], lengths[1], data, folder, bar)
+        peak, tried = best_peak("decayed", [CONSTANT, decay_phases(decay_start(lengths[1]))], lengths[1], data, folder, bar)
+        losses, steps = branched(lengths, peak, data, folder, bar)
         rows = []
         for length in lengths:
             seeds = []
             for seed in SEEDS:
-                seeds.append(train(folder / f"cosine-{length}-{seed}", length, data, seed, [cosine]))
+                seeds.append(train(folder / f"cosine-{length}-{seed}", length, data, seed, cosine_peak, [COSINE]))
                 bar.update()
             row = {"tokens": length * STEP_TOKENS, "branch": losses[length], "cosine": seeds, "cosine_mean": mean(seeds), "spread": stdev(seeds)}
             rows.append(row | {"branch_minus_cosine": losses[length] - mean(seeds)})
@@ -89,6 +120,8 @@ def compare(third: int, data: Path, folder: Path) -> dict[str, Any]:
         "trained_tokens_with_branches": steps * STEP_TOKENS,
         "trained_tokens_of_cosine_runs": sum(lengths) * STEP_TOKENS,
         "ratio": round(steps / sum(lengths), 4),
+        "peak_learning_rates": {"branches": RATE * peak, "cosine": RATE * cosine_peak},
+        "tried": {"branches": {RATE * key: loss for key, loss in tried.items()}, "cosine": {RATE * key: loss for key, loss in cosine_tried.items()}},
         "lengths": rows,
     }
 
@@ -96,14 +129,14 @@ def compare(third: int, data: Path, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--third-steps", type=int, default=120, metavar="N", help="steps of the shortest length; the others are twice and three times"
+        "--steps", type=int, default=360, metavar="N", help="of the longest length; the others are four and five sixths (default: 360)"
     )
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "quickstart", metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "wsd_branches.json", metavar="PATH")
     options = parser.parse_args()
     machine = {"date": date.today().isoformat(), "cores": psutil.cpu_count(logical=False), "cpu": platform.processor() or platform.machine()}
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(options.third_steps, options.data.resolve(), Path(folder))
+        found = compare(options.steps, options.data.resolve(), Path(folder))
     result = machine | {"torch": torch.__version__, "model": MODEL, "training": TRAINING, "decay_share": DECAY_SHARE} | found
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))

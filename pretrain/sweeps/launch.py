@@ -108,8 +108,8 @@ def error_sentence(printed: str, code: int) -> str:
 
 
 def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv, or those in its last bytes; a torn last line is left out."""
-    path = run / "metrics.csv"
+    """The rows of a run's training_log.csv, or those in its last bytes; a torn last line is left out."""
+    path = run / "training_log.csv"
     if not path.is_file():
         return []
     with path.open("rb") as file:

@@ -107,6 +107,7 @@ SPANNING: dict[int, list[Case]] = {
         case("peer", 0, 1), case("peer", 1, 2), case("peer", 1, 1, ADAMW), case("peer", 3, 2, ADAMW), case("peer", 0, 2, expert_gain=10.0),
         case("peer", 2, 1, expert_gain=10.0), case("peer", 3, 1, expert_gain=10.0),
         case("peer", 1, 2, expert_gain=10.0, sabotage="table_norm_dropped"),
+        case("peer", 2, 2, **MOVED), case("peer", 2, 2, overrides=RUNNING), case("peer", 1, 2, overrides=RECOMPUTED),
         *(case("dropless", zero, ep_size, MUON) for zero, ep_size in ((1, 2), (2, 1), (3, 2))), case("dropless", 3, 1, LION),
         case("dropless", 2, 2, EIGHT_BIT), case("dropless", 1, 1, MUON, sabotage="matrices_turned"),
     ],

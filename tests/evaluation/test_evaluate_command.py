@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,12 +63,16 @@ def test_every_target_of_the_split_is_scored_once_and_compared_with_the_bigram(t
 
 def test_the_bigram_reads_only_windows_that_the_model_has_seen(trained: Trained) -> None:
     length, corpora, state = trained.recipe.train.sequence_length, load_corpora({"": str(trained.data)}), read_state(trained.checkpoint)
-    early, windows = fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 5 * length})
+
+    def samples(taken: int) -> dict[str, Any]:
+        return {"data": state["data"] | {"samples": taken}}
+
+    early, windows = fit_on_seen_samples(corpora, trained.recipe, state | samples(5))
     assert windows == 5 and early.levels[1].counts.sum() == 5 * length
-    late, windows = fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 10**6 * length})
+    late, windows = fit_on_seen_samples(corpora, trained.recipe, state | samples(10**6))
     assert windows == (trained.manifest.splits["train"].tokens - 1) // length and late.levels[1].counts.sum() == windows * length
     with pytest.raises(DataError, match="seen no window"):
-        fit_on_seen_samples(corpora, trained.recipe, state | {"consumed_tokens": 0})
+        fit_on_seen_samples(corpora, trained.recipe, state | samples(0))
 
 
 def test_windows_can_be_fewer_and_batches_larger(trained: Trained) -> None:

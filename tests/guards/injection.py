@@ -28,7 +28,7 @@ class Injection:
         self.weight = "loss"
         self._micro_batch = -1  # that of the forward pass that ran last
         self._concerned = engine.topology.rank == rank
-        self._wanted, self._accumulation = micro_batch, engine.accumulation_steps
+        self._wanted, self._accumulation = micro_batch, engine.deepspeed.gradient_accumulation_steps()
         forward = engine.model.forward
 
         def counted(*inputs: Any) -> Any:

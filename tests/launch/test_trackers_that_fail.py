@@ -39,6 +39,7 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
 ) -> None:
     import wandb
 
+    wandb.teardown()  # it reads the environment once a process
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.delenv("COMET_API_KEY", raising=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -129,3 +131,11 @@ def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
     right = experts_naive(x_RD, torch.tensor([4, 4, 4, 4, 4]), *weights, FORMS["swiglu"], None)
     shifted = experts_loop(x_RD, torch.tensor([5, 3, 4, 4, 4]), *weights, FORMS["swiglu"], None)
     assert ((right - shifted).abs().amax(dim=1) > 1.0).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compute", [experts_loop, experts_grouped_mm])
+def test_experts_that_no_token_chose_answer_with_no_rows(compute: Callable[..., torch.Tensor], training: bool) -> None:
+    weights = [random_tensor(E, F, D), random_tensor(E, D, F, seed=1), random_tensor(E, F, D, seed=2)]
+    with torch.set_grad_enabled(training):
+        assert compute(random_tensor(0, D), torch.zeros(E, dtype=torch.long), *weights, FORMS["swiglu"], None).shape == (0, D)

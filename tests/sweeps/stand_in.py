@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     saved = run / "saved"
     first = int(saved.read_text()) if saved.is_file() else 0
     loss = (math.log10(rate) + 2.0) ** 2 + 1.0
-    table = run / "metrics.csv"
+    table = run / "training_log.csv"
     if not table.is_file():
         table.write_text(HEADER)
     for step in range(first + 1, steps + 1):

@@ -240,7 +240,7 @@ def test_a_failure_is_told_by_its_sentence_else_by_its_code_and_last_line() -> N
 
 
 def test_only_whole_rows_of_a_growing_table_are_read(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("kind,step,validation_loss\r\ntrain,1,\r\nvalidation,1,2.5\r\ntrain,2")
+    (tmp_path / "training_log.csv").write_text("kind,step,validation_loss\r\ntrain,1,\r\nvalidation,1,2.5\r\ntrain,2")
     assert metrics(tmp_path) == [
         {"kind": "train", "step": "1", "validation_loss": ""},
         {"kind": "validation", "step": "1", "validation_loss": "2.5"},

@@ -81,8 +81,8 @@ def test_memory_is_given_for_every_stage_and_every_way_to_share_experts() -> Non
     assert totals["0", "4"] < totals["0", "1"] and totals["3", "4"] < totals["1", "4"] < totals["0", "4"]
     native = ("model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=false")
     assert list(analyzed("olmoe_1b_7b", *native)["memory"]) == ["0", "1", "2"]  # DeepSpeed's layer has no stage 3
-    dense = load_recipe("debug", ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48", "model.vocab_size=512"]).model
-    assert list(memory_by_layout(model_size(dense, 64), dense, "bf16", 4)["1"]) == ["1"]
+    recipe = load_recipe("debug", ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48", "model.vocab_size=512"])
+    assert list(memory_by_layout(model_size(recipe.model, 64), recipe.model, "bf16", 4, recipe.optimizer)["1"]) == ["1"]
 
 
 def test_the_cache_counts_windows_and_shared_heads() -> None:

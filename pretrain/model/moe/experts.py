@@ -53,7 +53,7 @@ def experts_loop(
             continue  # in training an expert without rows gets a gradient of zeros
         hidden_rF = form.hidden(functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert]))
         outputs.append(functional.linear(hidden_rF, w2_DF, b2[expert]))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else x_RD  # no token of any rank may choose one of these experts
 
 
 def experts_of_one_token(
