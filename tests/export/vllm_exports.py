@@ -6,8 +6,10 @@ vLLM asks for packages that our own environment must not have, so it lives in an
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from pretrain.config.schema import Recipe
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.export.custom_exports import prompts_of, random_model, weights_of
+from tests.export.custom_exports import S, prompts_of, random_model, weights_of
 from tests.export.held_tensors import Held
 from tests.export.random_checkpoint import small_tokenizer
 
@@ -34,12 +36,15 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
 }
 WIDE_HEADS = ["model.attention.head_dim=32"]  # the narrowest that vLLM's attention has on a CPU
+# Where the width of a head is the hidden size by the number of heads.
+TWO_HEADS = [*WIDE_HEADS, "model.attention.num_attention_heads=2", "model.attention.num_key_value_heads=2"]
 RECIPES: dict[str, list[str]] = {
     "quickstart": [],
     "mixtral_8x7b_mini": WIDE_HEADS,
     "qwen3_30b_a3b_mini": WIDE_HEADS,
-    "olmoe_1b_7b_mini": WIDE_HEADS,
-    "deepseek_moe_16b_mini": WIDE_HEADS,
+    "olmoe_1b_7b_mini": TWO_HEADS,
+    "deepseek_moe_16b_mini": TWO_HEADS,
+    "gpt_oss_20b_mini": WIDE_HEADS,
 }
 
 
@@ -60,18 +65,47 @@ def served(folder: Path, recipe: Recipe, model: DecoderLM) -> dict[str, torch.Te
     return load_file(answers)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_vllm_computes_what_our_model_computes(name: str, tmp_path: Path) -> None:
-    recipe = recipe_of(name)
-    model, ids_BS = random_model(recipe), prompts_of(recipe)["ids"]
-    answers = served(tmp_path, recipe, model)
-    whole_BT = torch.cat((ids_BS, answers["greedy"]), dim=1)
+def logits_of(model: DecoderLM, texts_BT: torch.Tensor) -> torch.Tensor:
+    """What follows each token but the last [B, T - 1, V]."""
     with torch.inference_mode():
-        logits_BTV = model.logits(whole_BT[:, :-1])
+        return model.logits(texts_BT[:, :-1]).float()
+
+
+def logprobs_of(model: DecoderLM, texts_BT: torch.Tensor) -> torch.Tensor:
+    return logits_of(model, texts_BT).log_softmax(dim=-1).gather(2, texts_BT[:, 1:, None])[..., 0]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Our model, the prompts with vLLM's greedy texts [B, T], and the log-probability vLLM gives each token but the first [B, T - 1]."""
+
+    model: DecoderLM
+    texts_BT: torch.Tensor
+    logprobs_BT: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    recipe = recipe_of(request.param)
+    model = random_model(recipe)
+    answers = served(tmp_path_factory.mktemp("vllm"), recipe, model)
+    texts_BT = torch.cat((prompts_of(recipe)["ids"], answers["greedy"]), dim=1)
+    return Answered(model, texts_BT, torch.cat((answers["prompt logprobs"], answers["greedy logprobs"]), dim=1))
+
+
+def test_logprobs_equal_ours(answered: Answered) -> None:
+    torch.testing.assert_close(answered.logprobs_BT, logprobs_of(answered.model, answered.texts_BT), atol=1e-4, rtol=0)
+
+
+def test_greedy_texts_equal_ours(answered: Answered) -> None:
+    logits_BTV, new = logits_of(answered.model, answered.texts_BT), answered.texts_BT[:, S:]
     assert logits_BTV.std() > 0.3
-    start = ids_BS.shape[1] - 1
-    assert torch.equal(logits_BTV[:, start:].argmax(dim=-1), answers["greedy"])
-    ours_BT = logits_BTV.float().log_softmax(dim=-1).gather(2, whole_BT[:, 1:, None])[..., 0]
-    theirs_BT = torch.cat((answers["prompt logprobs"], answers["greedy logprobs"]), dim=1)
-    torch.testing.assert_close(theirs_BT, ours_BT, atol=1e-4, rtol=0)
-    print(f"{name}: largest difference of a log-probability {(theirs_BT - ours_BT).abs().max():.1e}")
+    assert torch.equal(logits_BTV[:, S - 1 :].argmax(dim=-1), new)
+
+
+def test_another_expert_weight_would_show(answered: Answered) -> None:
+    spoiled = copy.deepcopy(answered.model)
+    name, weight = [(name, weight) for name, weight in spoiled.named_parameters() if ".experts." in name and weight.dim() == 3][-1]
+    with torch.no_grad():
+        weight[0].mul_(1.05)
+    assert (logprobs_of(spoiled, answered.texts_BT) - answered.logprobs_BT).abs().max() > 1e-3, name
