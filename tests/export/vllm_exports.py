@@ -36,14 +36,10 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
 }
 WIDE_HEADS = ["model.attention.head_dim=32"]  # the narrowest that vLLM's attention has on a CPU
-# Where the width of a head is the hidden size by the number of heads.
-TWO_HEADS = [*WIDE_HEADS, "model.attention.num_attention_heads=2", "model.attention.num_key_value_heads=2"]
 RECIPES: dict[str, list[str]] = {
     "quickstart": [],
     "mixtral_8x7b_mini": WIDE_HEADS,
     "qwen3_30b_a3b_mini": WIDE_HEADS,
-    "olmoe_1b_7b_mini": TWO_HEADS,
-    "deepseek_moe_16b_mini": TWO_HEADS,
     "gpt_oss_20b_mini": WIDE_HEADS,
 }
 
