@@ -80,6 +80,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a whole checkpoint of this run, or of the one that it branches from."""
         state = self.store.load(checkpoint)
+        self._stage = None  # DeepSpeed's counters are the checkpoint's now: the engine enters its phase anew
         self.progress = Progress(**state["progress"])
         if checkpoint.parent != self.store.folder:  # its best checkpoint and those of its epochs lie elsewhere
             self.progress.best_validation = self.progress.best_step = None

@@ -200,6 +200,15 @@ def test_going_back_needs_a_checkpoint_and_has_a_limit(tiny: Tiny, tmp_path: Pat
     assert [(entry["step"], entry["action"]) for entry in incidents(tmp_path / "twice")] == [(4, "rollback"), (4, "rollback")]
 
 
+def test_going_back_to_one_checkpoint_twice_passes_over_both_pieces_of_data(tiny: Tiny, tmp_path: Path) -> None:
+    settings = ("guards.non_finite.action=rollback", "guards.rollback={max_times: 2, skip_steps: 0}", "checkpoint.interval_steps=2")
+    trainer = started(tiny, tmp_path / "run", *settings, steps=5)
+    poison_batches(trainer, Injection(trainer.engine, 0, 0, "loss"), {3, 5})
+    assert trainer.fit() and trainer.progress.rollbacks == 2
+    # Twice from step 4 to step 2, and the second time on with batch 6: batches 2 to 5 are passed over.
+    assert trainer.loader.position(2) // trainer.recipe.train.global_batch_size == 6
+
+
 def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     impatient = ["model.num_hidden_layers=1", "guards.early_stopping={patience: 2, min_delta: 9.0}", "validation.max_windows=4"]
