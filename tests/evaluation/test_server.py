@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pretrain.model.decoder import DecoderLM
 from tests.export.custom_exports import weights_of
 from tests.export.held_tensors import Held
 from tests.export.random_checkpoint import random_model, recipe_of, small_tokenizer
+from tests.own_packages import environment_with
 
 # What transformers[serving] adds to this project's requirements and to what they bring along.
 PACKAGES = ("fastapi", "uvicorn", "openai>=1.98", "jiter")
@@ -33,12 +33,7 @@ STARTED_S = 120
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which ``transformers serve`` has its packages."""
-    site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(site), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.fail(f"{', '.join(PACKAGES)} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}")
-    return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return environment_with(PACKAGES, tmp_path_factory.mktemp("site"), "--no-deps")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.export.custom_exports import MINIS, prompts_of, random_model, weights
 from tests.export.held_tensors import Held
 from tests.export.native_worker import NEW_TOKENS
 from tests.export.random_checkpoint import small_tokenizer
+from tests.own_packages import environment_with
 
 WORKER = Path(__file__).with_name("native_worker.py")
 VERSION = "4.57.6"
@@ -37,12 +37,7 @@ NATIVE = [name for name in ["quickstart", *MINIS] if choose_target(mini(name)).n
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which Python finds transformers 4.57.6."""
-    site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(site), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.fail(f"transformers {VERSION} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}")
-    return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return environment_with(PACKAGES, tmp_path_factory.mktemp("site"), "--no-deps")
 
 
 def exported(folder: Path, name: str, model: DecoderLM) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from pretrain.engine.topology import free_port
 from tests.launch.tiny_run import ROOT, Tiny, curve
+from tests.own_packages import environment_with
 
 pytestmark = pytest.mark.full
 READ_BACK = """
@@ -29,25 +29,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def with_mlflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which Python finds MLflow."""
-    site = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-compile",
-        "--target",
-        str(site),
-        "mlflow-skinny>=3.17,<4",
-        "sqlalchemy",
-        "alembic",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.fail(f"MLflow cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return {**environment, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    environment = environment_with(["mlflow-skinny>=3.17,<4", "sqlalchemy", "alembic"], tmp_path_factory.mktemp("site"))
+    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW_")}
 
 
 def train(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
