@@ -14,10 +14,10 @@ from typing import Any
 
 import pyarrow
 import pytest
-from source_reading import left_out, list_units, read_all, read_units, reasons, texts, write
 
 from data_pipeline.sources import REASONS, LeftOut
 from pretrain.config.errors import DataError, PipelineError
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, reasons, texts, write
 
 
 def jsonl(path: str | Path, **fields: Any) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from source_reading import left_out, list_units, read_all, read_units, texts, write
 
 from data_pipeline.sources import Document, LeftOut
 from data_pipeline.sources.source_code import walk
 from pretrain.config.errors import DataError
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts, write
 
 
 def section(*folders: object, **fields: object) -> dict[str, object]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_reading import left_out, read_all, reasons, texts, write
 
 from data_pipeline.sources import Document
 from pretrain.config.errors import DataError
+from tests.data_pipeline.source_reading import left_out, read_all, reasons, texts, write
 
 
 def section(path: str, **fields: object) -> dict[str, object]:

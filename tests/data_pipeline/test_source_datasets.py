@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from source_reading import SECTION
 
 from data_pipeline.sources import ReadContext, open_source
 from data_pipeline.sources.presets import PRESETS, fill_in
 from pretrain.config.data_schema import DatasetsSource
 from pretrain.config.errors import ConfigError
+from tests.data_pipeline.source_reading import SECTION
 
 SCRIPT = """if True:
     import json, sys

@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_reading import left_out, list_units, read_all, read_units, reasons, texts
 
 from data_pipeline.sources import Document, LeftOut
 from pretrain.config.errors import DataError, PipelineError
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, reasons, texts
 
 
 def section(path: Path, **fields: object) -> dict[str, object]:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_reading import left_out, list_units, read_all, texts, write
 
 from data_pipeline.sources import Document
 from pretrain.config.errors import ConfigError, DataError
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, texts, write
 
 SCRIPT = """if True:
     import sys

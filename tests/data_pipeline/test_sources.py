@@ -13,11 +13,11 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_reading import left_out, list_units, read_all, read_units, texts, write
 
 from data_pipeline.sources import KINDS, Document, LeftOut, ReadContext, open_source
 from pretrain.config import data_schema
 from pretrain.config.errors import ConfigError, DataError
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts, write
 
 
 def compress_zstd(content: bytes) -> bytes:
