@@ -48,7 +48,7 @@ MODEL = [
     "schedule={kind: constant, warmup_steps: 20}", "logging.tensorboard=false",
 ]  # fmt: skip
 STEP_TOKENS = 512
-# What each kind tries: its decay, then the learning rates; none where it takes AdamW's best one. The embedding's rate is five times as high, as
+# What each kind tries: its decay, then the first learning rates; none where it takes AdamW's best one. The embedding's rate is five times as high, as
 # in the quickstart.
 KINDS: dict[str, tuple[float, tuple[float, ...]]] = {
     "adamw": (0.1, (2e-3, 4e-3, 8e-3)),
@@ -95,11 +95,17 @@ def loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
 
 
 def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, float]]:
-    """The validation loss that each kind reaches with each of its learning rates."""
-    trials = [(kind, rate) for kind, (_, rates) in KINDS.items() for rate in rates]
+    """The validation loss that each kind reaches with each of its learning rates, and with doubled ones until a higher rate is no better."""
     found: dict[str, dict[float, float]] = {kind: {} for kind in KINDS}
-    for kind, rate in tqdm(trials, desc="learning rates", unit="training"):
-        found[kind][rate] = train(kind, rate, SWEEP_SEED, steps, steps, data, topology)["curve"][-1]["loss"]
+    with tqdm(desc="learning rates", unit="training") as progress:
+        for kind, (_, rates) in KINDS.items():
+            left = list(rates)
+            while left:
+                rate = left.pop(0)
+                found[kind][rate] = train(kind, rate, SWEEP_SEED, steps, steps, data, topology)["curve"][-1]["loss"]
+                progress.update()
+                if not left and best_rate(found[kind]) == rate:
+                    left.append(2 * rate)
     found["adamw_8bit"] = found["adamw"]
     return found
 
@@ -160,7 +166,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of each training, 512 tokens each (default: 300)")
-    parser.add_argument("--sweep-steps", type=int, default=60, help="of each trial of a learning rate (default: 60)")
+    parser.add_argument("--sweep-steps", type=int, default=100, help="of each trial of a learning rate (default: 100)")
     parser.add_argument("--data", default=str(ROOT / "data" / "quickstart"), metavar="FOLDER", help="(default: data/quickstart)")
     parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "optimizers.json"), metavar="PATH", dest="json_path")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The small twins of published models, what each consists of, and a few of them that have most of it."""
+"""The small twins of published models, what each consists of, and the one that has most of it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,9 @@ def kinds(recipe: Recipe) -> set[str]:
     return {part for part in parts(recipe) if "kind=" in part}
 
 
-def cover(recipes: dict[str, Recipe], count: int) -> list[str]:
-    """``count`` names, each next one with the most kinds, then the most parts, that the ones before it lack."""
-    chosen: list[str] = []
-    covered: set[str] = set()
-    for _ in range(count):
-        best = max(sorted(recipes.keys() - set(chosen)), key=lambda name: (len(kinds(recipes[name]) - covered), len(parts(recipes[name]) - covered)))
-        chosen.append(best)
-        covered |= parts(recipes[best])
-    return chosen
+def richest(recipes: dict[str, Recipe]) -> str:
+    """The one with the most kinds, then the most parts."""
+    return max(sorted(recipes), key=lambda name: (len(kinds(recipes[name])), len(parts(recipes[name]))))
 
 
 def quiet(recipe: Recipe) -> list[str]:
