@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 import pretrain.train
 from data_pipeline.build.coordinator import build
@@ -162,16 +161,14 @@ def own_process() -> Iterator[None]:
 
     DeepSpeed cannot leave its process group and join another one, so the first run's group stays.
     """
-    root, environment, threads = logging.getLogger(), dict(os.environ), torch.get_num_threads()
+    root, environment = logging.getLogger(), dict(os.environ)
     handlers, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain.train, "disconnect", lambda: None)
-        torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
             root.handlers[:], root.level = handlers, level
             os.environ.clear()
             os.environ.update(environment)

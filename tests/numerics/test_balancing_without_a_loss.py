@@ -31,15 +31,6 @@ BALANCED = "bias_balancing: {update_rate: 0.01}"
 FINER = "bias_balancing: {update_rate: 0.0025}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def recipe_of(router: str, balancing: str) -> Recipe:
     moe = f"kind: dropless, num_experts: 8, top_k: 2, moe_intermediate_size: 16, router: {{kind: {router}}}, {NO_LOSS}, {balancing}"
     return load_recipe("debug", [*SIZES, f"model.moe={{{moe}}}"])
