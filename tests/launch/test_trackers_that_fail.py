@@ -47,7 +47,7 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
         "zero_optimization": {"stage": 1},
         "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"},
         "wandb": {"enabled": True, "project": "of-deepspeed", "group": "g"},
-        "comet": {"enabled": True, "project": "p", "experiment_key": "too-short"},
+        "comet": {"enabled": True, "project": "p"},
     }
     (tmp_path / "ds.json").write_text(json.dumps(sections))
     run = tmp_path / "run"
