@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config.cli import add_json_option, write_json
+from pretrain.config.credentials import refuse_credentials
 from pretrain.config.durable import only_writer
-from pretrain.config.errors import DONE, PREEMPTED, ConfigError
+from pretrain.config.errors import DONE, PREEMPTED, USAGE, ConfigError
+from pretrain.config.load import apply_override
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
-from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.plan import REFUSALS_SHOWN, check_search, checked_points, planned_points, searching
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.report import point_rows, ranking, states, terminal_table, write_report
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
@@ -59,13 +61,17 @@ def design_from(options: argparse.Namespace, kind: str, recipe: str, axes: dict[
     """What is asked for.
 
     Raises:
-        ConfigError: for sizes below 1 and axes of no known form.
+        ConfigError: for sizes below 1, axes of no known form, and credentials, which would be copied into the folder.
     """
     for name, least in (("ranks", 1), ("slots", 1), ("tokens", 1)):
         if (value := getattr(options, name)) is not None and value < least:
             raise ConfigError(f"--{name} {value} must be at least {least}")
     for name, spec in axes.items():
-        parse_axis(name, spec)
+        for choice in parse_axis(name, spec).options:
+            content: dict[str, Any] = {}
+            for override in choice.overrides:
+                apply_override(content, override)
+            refuse_credentials(content, f"axis {name}")
     return Design(
         kind=kind,
         recipe=recipe,
@@ -118,7 +124,11 @@ def _planned(output: Path, design: Design | None, skip_invalid: bool) -> Study:
     if design is None:
         raise ConfigError(f"{output} holds no sweep to go on with: say what to vary, see --help")
     study = Study(output, design, [])
-    study.points, study.skipped = checked_points(study, planned_points(design), skip_invalid)
+    points = planned_points(design)
+    if design.search == "tpe":
+        check_search(study)
+    else:
+        study.points, study.skipped = checked_points(study, points, skip_invalid)
     return study
 
 
@@ -176,8 +186,10 @@ def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point 
 
 
 def exit_code(study: Study, points: list[Point]) -> int:
-    """0 where all has finished or was pruned, the code of the first failed run, else 75."""
+    """0 where all has finished or was pruned, the code of the first failed run, 2 where a search found no point that can run, else 75."""
     records = [study.record(point) for point in points]
+    if records and all(record.state == "refused" for record in records):
+        return USAGE
     for record in records:
         if record.state == "failed":
             code: int = record.attempts[-1].get("exit_code") or 1 if record.attempts else 1
@@ -191,10 +203,10 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         console = Console()
         if ranked:
             console.print(terminal_table(study, ranked))
-        for point in study.runs:
-            record = study.record(point)
-            if record.state == "failed":
-                console.print(f"failed {point.run}: {record.error}", markup=False, highlight=False)
+        records = [study.record(point) for point in study.runs]
+        refused = [record for record in records if record.state == "refused"]
+        for record in [*(record for record in records if record.state == "failed"), *refused[:REFUSALS_SHOWN]]:
+            console.print(f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False)
         told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         console.print(f"{told}; the report is {paths['markdown']}", markup=False, highlight=False, soft_wrap=True)
         if interrupted:

@@ -64,6 +64,26 @@ class PointCheck:
         return recipe
 
 
+def check_search(study: Study) -> None:
+    """Looks for a point of a tpe search that can run, as the search itself will.
+
+    Raises:
+        ConfigError: where there is none among its first proposals, with their reasons; nothing has been written then.
+    """
+    axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
+    records: list[Record] = []
+    while len(records) < PROPOSALS_PER_TRIAL:
+        record = Record(next_point(axes, records, design.search_seed), "refused")
+        try:
+            check(record.point)
+            return
+        except PipelineError as error:
+            record.error = str(error)
+        records.append(record)
+    reasons = list(dict.fromkeys(str(record.error) for record in records))[:REFUSALS_SHOWN]
+    raise ConfigError(f"none of the first {len(records)} points of the search can run, nothing was started: {'; '.join(reasons)}")
+
+
 def fingerprint(recipe: Recipe) -> str:
     """The same for recipes that would train the same run."""
     return canonical_sha256({key: value for key, value in recipe.model_dump(mode="json").items() if key not in ("name", "run_path")})

@@ -20,6 +20,7 @@ from tests.sweeps.sweep_runs import ABLATIONS, SWEEP, TwiceAtOnce, numbers, reco
 from tools import run_ablations, sweep
 
 RATE = "optimizer.learning_rate"
+KEY = "0123456789abcdef0123456789abcdef01234567"  # in the form of a tracker's
 Command = Callable[..., int]
 
 
@@ -51,6 +52,9 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tiny: Tiny, tmp_path: Pat
         (sweep, ("--recipe", "TINY", "--axis", "seed=[1]", "--slots", "0"), "--slots 0 must be at least 1"),
         (sweep, ("--recipe", "TINY", "--axis", "model.moe.top_k=[9]"), "1 of 1 points cannot run"),
         (sweep, ("--recipe", "nothing", "--axis", "seed=[1]"), "there is no recipe 'nothing'"),
+        (sweep, ("--recipe", "TINY", "--axis", "model.moe.topk=[1,2]", "--search", "tpe"), "none of the first 10 points .* unknown field"),
+        (sweep, ("--recipe", "TINY", "--axis", "seed=[1,2]", "--search", "tpe", "--set", f"trackers.group={KEY}"), "looks like a credential"),
+        (sweep, ("--recipe", "TINY", "--axis", f"trackers.group=[{KEY},b]", "--skip-invalid"), "axis trackers.group: .* like a credential"),
         (run_ablations, ("AXES", "--axes", "width"), "has no axis 'width': it has seed"),
         (run_ablations, ("--axes", "width"), "needs a file of axes"),
         (run_ablations, ("AXES", "--ds_config", "absent.json"), "cannot read the ds_config absent.json"),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from pretrain.config.errors import ConfigError, StorageError
+from pretrain.sweeps.axes import Point
+from pretrain.sweeps.command import exit_code
 from pretrain.sweeps.plan import checked_points, planned_points, searching
 from pretrain.sweeps.study import Design, Record, Study, base_mapping, check_same, open_study
 from tests.launch.tiny_run import Tiny
@@ -135,6 +137,17 @@ def test_a_tpe_search_hands_out_what_was_left_and_then_new_trials_and_refuses_wh
     assert [record.state for record in records].count("finished") == 4
     assert all("top_k" in str(record.error) for record in records if record.state == "refused")
     assert all(record.point.values[TOP_K] != "8" for record in records if record.state == "finished")
+
+
+def test_a_search_of_which_every_point_was_refused_ends_with_a_code_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    study = planned(tiny, tmp_path / "sweep", {TOP_K: [1, 2]}, "tpe")
+    study.points = [Point("trial_0000", {}, [], run="trial_0000"), Point("trial_0001", {}, [], run="trial_0001")]
+    for point in study.points:
+        study.point_folder(point.run).mkdir(parents=True)
+        study.write(Record(point, "refused"))
+    assert exit_code(study, study.points) == 2
+    study.write(Record(study.points[1], "finished"))
+    assert exit_code(study, study.points) == 0
 
 
 def test_a_tpe_search_takes_no_seeds(tiny: Tiny, tmp_path: Path) -> None:
