@@ -68,6 +68,7 @@ class Point:
         values: the label of each axis that is varied, by the axis's name.
         overrides: what sets them, in order, the seed last.
         run: the name of the point whose run stands for this one: its own, but where an earlier point is the same recipe.
+        measured_on: what its validation loss is taken over, by name; losses over different things do not compare.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Point:
     seed: int | None = None
     run: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    measured_on: dict[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> str:

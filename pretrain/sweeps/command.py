@@ -23,7 +23,7 @@ from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
 from pretrain.sweeps.plan import REFUSALS_SHOWN, check_search, checked_points, planned_points, searching
 from pretrain.sweeps.progress import SweepProgress
-from pretrain.sweeps.report import point_rows, ranking, states, terminal_table, write_report
+from pretrain.sweeps.report import incomparable, point_rows, ranking, states, terminal_table, write_report
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.slurm import write_array
 from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, check_same, open_study
@@ -101,6 +101,8 @@ def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) ->
     if design is not None and found is not None:
         check_same(found.design, design, options.output)
     study = found or _planned(output, design, options.skip_invalid)
+    if (note := incomparable(study)) is not None:
+        print(f"warning: {note}", file=sys.stderr)
     if options.dry_run:
         return _list_points(options, study)
     if found is None:
@@ -207,6 +209,8 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         refused = [record for record in records if record.state == "refused"]
         for record in [*(record for record in records if record.state == "failed"), *refused[:REFUSALS_SHOWN]]:
             console.print(f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False)
+        if (note := incomparable(study)) is not None:
+            console.print(f"warning: {note}", markup=False, highlight=False, soft_wrap=True)
         told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         console.print(f"{told}; the report is {paths['markdown']}", markup=False, highlight=False, soft_wrap=True)
         if interrupted:
@@ -216,6 +220,7 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         "search": study.design.search,
         "runs": len(study.runs),
         "states": counts,
+        "incomparable": incomparable(study),
         "ranking": ranked,
         "points": point_rows(study),
         "skipped": study.skipped,

@@ -12,6 +12,7 @@ from data_pipeline.mixture import check_names
 from pretrain.config.errors import ConfigError, DataError, PipelineError
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
 from pretrain.sweeps.search import next_point, random_points
@@ -52,16 +53,30 @@ class PointCheck:
         """Raises :class:`PipelineError` where the point cannot run, with the sentence that training would end with."""
         recipe = self.study.recipe_of(point)
         check_topology(recipe, self.study.design.ranks, self.stage)
-        folders = data_folders(recipe)
-        key = json.dumps(folders, sort_keys=True)
-        if key not in self._corpora:
-            self._corpora[key] = load_corpora(folders)
-        corpora = self._corpora[key]
+        corpora = self._corpora_of(recipe)
         if not corpora.utf8_bytes("validation"):
             raise DataError(f"the data in {corpora.place} has no validation split to compare runs by: build it with data.validation_share above 0")
         if not recipe.data.streaming:
             check_names(recipe.data.mixture, list(corpora.training_parts()))
         return recipe
+
+    def measured_on(self, recipe: Recipe) -> dict[str, str]:
+        """What the validation loss of a run of this recipe is taken over: equal for runs whose losses compare."""
+        corpora = self._corpora_of(recipe)
+        held_out = [manifest.splits["validation"] for manifest in corpora.manifests.values() if "validation" in manifest.splits]
+        return {
+            "tokenizer": corpora.tokenizer.sha256,
+            "validation split": canonical_sha256({"shards": [[shard.bin_sha256, shard.idx_sha256] for split in held_out for shard in split.shards]}),
+            "sequence length": str(Timeline(recipe).stages[-1].recipe.train.sequence_length),
+            "document mask": str(recipe.data.document_mask),
+        }
+
+    def _corpora_of(self, recipe: Recipe) -> Corpora:
+        folders = data_folders(recipe)
+        key = json.dumps(folders, sort_keys=True)
+        if key not in self._corpora:
+            self._corpora[key] = load_corpora(folders)
+        return self._corpora[key]
 
 
 def check_search(study: Study) -> None:
@@ -99,11 +114,11 @@ def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) ->
     runs: dict[str, str] = {}
     for point in points:
         try:
-            digest = fingerprint(check(point))
+            recipe = check(point)
         except PipelineError as error:
             refused.append({"name": point.name, "reason": str(error)})
             continue
-        kept.append(replace(point, run=runs.setdefault(digest, point.name)))
+        kept.append(replace(point, run=runs.setdefault(fingerprint(recipe), point.name), measured_on=check.measured_on(recipe)))
     if refused and (not skip_invalid or not kept):
         shown = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused[:REFUSALS_SHOWN])
         more = f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
@@ -125,9 +140,11 @@ def searching(study: Study) -> Callable[[], Point | None]:
             records = [study.record(point) for point in study.points]
             record = Record(next_point(axes, records, design.search_seed))
             try:
-                digest = fingerprint(check(record.point))
+                recipe = check(record.point)
+                digest = fingerprint(recipe)
                 if digest in fingerprints:
                     raise ConfigError(f"it is the same recipe as {fingerprints[digest]}")
+                record.point = replace(record.point, measured_on=check.measured_on(recipe))
             except PipelineError as error:
                 record.state, record.error = "refused", str(error)
             study.point_folder(record.point.run).mkdir(parents=True, exist_ok=True)

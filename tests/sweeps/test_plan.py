@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.build.coordinator import build
+from data_pipeline.build.workspace import Output
 from pretrain.config.errors import ConfigError, StorageError
+from pretrain.config.load import load_recipe
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.command import exit_code
 from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.report import incomparable, markdown, point_rows
 from pretrain.sweeps.study import Design, Record, Study, base_mapping, check_same, open_study
 from tests.launch.tiny_run import Tiny
 
@@ -72,6 +76,24 @@ def test_equal_recipes_are_one_run(tiny: Tiny, tmp_path: Path) -> None:
         "top_k=2": "base",
     }
     assert [point.name for point in study.runs] == ["base", "experts=2", "top_k=1"]
+
+
+def test_points_whose_losses_are_over_different_tokens_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    build(load_recipe(str(tiny.recipe), ["data.tokenizer.vocab_size=290"]).data, Output(tmp_path / "other"))
+    changes = {"train.sequence_length": 16, "data.path": str(tmp_path / "other"), "data.document_mask": True, "model.attention.qk_norm": "none"}
+    told = {}
+    for field, value in changes.items():
+        study = planned(tiny, tmp_path / "sweep", {"axis": {"base": {"seed": 7}, "changed": {field: value}}})
+        assert len(study.runs) == 2
+        told[field] = incomparable(study)
+        assert (f"**Warning:** {told[field]}." in markdown(study, point_rows(study), [])) == (told[field] is not None)
+    differing = {field: note and note.removeprefix("validation losses of runs that differ in ").split(" are over")[0] for field, note in told.items()}
+    assert differing == {
+        "train.sequence_length": "sequence length",
+        "data.path": "tokenizer or validation split",
+        "data.document_mask": "document mask",
+        "model.attention.qk_norm": None,
+    }
 
 
 def test_a_recipe_that_changes_under_a_sweep_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
