@@ -54,6 +54,12 @@ class Axis:
     low: float = 0.0
     high: float = 0.0
 
+    def covers(self, other: Axis) -> bool:
+        """Whether every value that ``other`` can have is also one of this axis."""
+        if self.scale is None or other.scale is None:
+            return self.scale == other.scale and set(other.options) <= set(self.options)
+        return self.scale == other.scale and self.low <= other.low and other.high <= self.high
+
     def at(self, value: float) -> Choice:
         """A value of the range; four digits, so that the value that is shown is the one that is used."""
         exact: float | int = round(value) if self.scale == "int" else float(f"{value:.4g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from data_pipeline.corpora import Corpora, data_folders, load_corpora
 from data_pipeline.manifest import canonical_sha256
@@ -16,7 +17,7 @@ from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
 from pretrain.sweeps.search import next_point, random_points
-from pretrain.sweeps.study import SETTLED, Design, Record, Study
+from pretrain.sweeps.study import Design, Record, Study, same_design
 
 # A search gives up after so many proposals a trial that no rule lets pass, or that are the same as an earlier one.
 PROPOSALS_PER_TRIAL = 10
@@ -39,6 +40,38 @@ def planned_points(design: Design) -> list[Point]:
     else:
         points = grid(axes) if design.search == "grid" else one_at_a_time(axes)
     return with_seeds(without_equal_names(points), design.seeds)
+
+
+def planned_study(output: Path, design: Design, found: Study | None, skip_invalid: bool) -> Study:
+    """The sweep that is asked for, its points all checked; nothing is written yet.
+
+    Args:
+        found: what the folder holds. It may be a part of what is asked for: its points stay the first ones, with their names and runs.
+
+    Raises:
+        ConfigError: where the folder holds another sweep, or a point cannot run.
+    """
+    points = planned_points(design)
+    if found is not None:
+        if same_design(found.design, design, output, grows=_contains(points, design, found)):
+            return found
+        known = {point.name for point in found.points}
+        points = [*found.points, *(point for point in points if point.name not in known)]
+    study = Study(output, design, points)
+    if design.search == "tpe":
+        check_search(study)
+    else:
+        study.points, study.skipped = checked_points(study, points, skip_invalid)
+    return study
+
+
+def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
+    """Whether a design, and the points that are known of it from the start, have all that the sweep that was found has."""
+    if design.search == "tpe":
+        before, now = ({axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design))
+        return design.trials >= found.design.trials and before.keys() == now.keys() and all(now[name].covers(before[name]) for name in before)
+    asked = {point.name: point.overrides for point in points}
+    return all(asked.get(point.name) == point.overrides for point in found.points)
 
 
 class PointCheck:
@@ -127,14 +160,17 @@ def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) ->
     return kept, refused
 
 
-def searching(study: Study) -> Callable[[], Point | None]:
-    """Hands out the points of a tpe search: first those that an earlier start left, then new ones until there are enough trials."""
+def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]:
+    """Hands out the points of a tpe search: first those that are ``left`` of earlier starts, then new ones until there are enough trials.
+
+    A run that failed is a trial as well.
+    """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
-    left = iter([point for point in study.points if study.record(point).state not in SETTLED])
+    remaining = iter(left)
     fingerprints = {fingerprint(study.recipe_of(point)): point.name for point in study.points if study.record(point).state != "refused"}
 
     def following() -> Point | None:
-        if (point := next(left, None)) is not None:
+        if (point := next(remaining, None)) is not None:
             return point
         while len(fingerprints) < design.trials and len(study.points) < design.trials * PROPOSALS_PER_TRIAL:
             records = [study.record(point) for point in study.points]

@@ -83,6 +83,14 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
     assert json.loads(capsys.readouterr().out)["states"] == {"waiting": 5}
     with pytest.raises(ConfigError, match="another 'axes'"):
         command(run_ablations, axes, "--axes", "seed", "--output", output)
+    for given in (("--tokens", "999"), ("--seeds", "1"), ("--set", "seed=1"), ("--ds-config", "absent"), ("--mode", "each"), ("--skip-invalid",)):
+        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+            command(run_ablations, "--output", output, *given)
+    for given in (("--search", "tpe"), ("--trials", "16"), ("--search-seed", "0"), ("--prune",), ("--ranks", "1")):
+        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+            command(sweep, "--output", output, *given)
+    with pytest.raises(ConfigError, match="--slots 0 must be"):
+        command(run_ablations, "--output", output, "--slots", "0")
     with pytest.raises(ConfigError, match="has runs 0 to 4"):
         command(run_ablations, "--output", output, "--point", "5")
     searched = ("--recipe", tiny.recipe, "--axis", f"{RATE}=log:1e-4:1e-2", "--search", "tpe", "--output", tmp_path / "tpe", "--slurm")
@@ -90,25 +98,34 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
         command(sweep, *searched)
 
 
-def test_a_tpe_search_runs_its_trials_once_reports_them_and_is_done(
+def test_a_tpe_search_runs_its_trials_and_more_once_retries_what_failed_and_is_done(
     tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "launchers").mkdir()
     shutil.copy(LAUNCHERS / "supervise.py", tmp_path / "launchers")
     shutil.copy(Path(__file__).with_name("stand_in.py"), tmp_path / "launchers" / "pretrain.py")
     monkeypatch.setattr(launch, "LAUNCHERS", tmp_path / "launchers")
-    axes = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]")
-    asked = ("--recipe", tiny.recipe, *axes, "--search", "tpe", "--trials", "5", "--output", tmp_path / "sweep", "--json", "-")
-    with own_process():
-        assert command(sweep, *asked) == 0
-        first = json.loads(capsys.readouterr().out)
-        assert command(sweep, "--output", tmp_path / "sweep", "--json", "-") == 0
-    again = json.loads(capsys.readouterr().out)
-    assert first["states"] == {"finished": 5} and again == first
+    axes, output = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]"), tmp_path / "sweep"
+    asked = ("--recipe", tiny.recipe, *axes, "--search", "tpe", "--output", output, "--json", "-", "--trials")
+
+    def result(code: int, *arguments: str | Path) -> dict[str, Any]:
+        with own_process():
+            assert command(sweep, *arguments) == code
+        content: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return content
+
+    assert result(0, *asked, "4")["states"] == {"finished": 4}
+    path, failed = output / "points" / "trial_0003" / "record.json", record(output, "trial_0003")
+    path.write_text(json.dumps(failed | {"state": "failed", "result": None, "attempts": [{"exit_code": 3}]}))
+    (path.parent / "result.json").unlink()
+    assert result(3, "--output", output, "--json", "-")["states"] == {"finished": 3, "failed": 1}
+    first = result(0, *asked, "5", "--retry-failed")
+    assert first["states"] == {"finished": 5} and first == result(0, "--output", output, "--json", "-")
+    assert [len(record(output, f"trial_000{number}")["attempts"]) for number in range(5)] == [1, 1, 1, 2, 1]
     best = first["ranking"][0]
     assert best["validation_loss"] == min(row["validation_loss"] for row in first["points"]) and set(best["values"]) == {RATE, "model.moe.top_k"}
     assert all(Path(path).is_file() for path in first["files"].values()) and len(first["files"]) == 5
-    assert [path.name for path in sorted((tmp_path / "sweep" / "runs").iterdir())] == [f"trial_000{number}" for number in range(5)]
+    assert [path.name for path in sorted((output / "runs").iterdir())] == [f"trial_000{number}" for number in range(5)]
 
 
 @pytest.mark.parametrize("tool", [sweep, run_ablations])

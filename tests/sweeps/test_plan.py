@@ -15,9 +15,9 @@ from pretrain.config.errors import ConfigError, StorageError
 from pretrain.config.load import load_recipe
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.command import exit_code
-from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.plan import checked_points, planned_points, planned_study, searching
 from pretrain.sweeps.report import incomparable, markdown, point_rows
-from pretrain.sweeps.study import Design, Record, Study, base_mapping, check_same, open_study
+from pretrain.sweeps.study import SETTLED, Design, Record, Study, base_mapping, open_study
 from tests.launch.tiny_run import Tiny
 
 TOP_K = "model.moe.top_k"
@@ -30,9 +30,7 @@ def design_of(tiny: Tiny, axes: dict[str, Any], search: str = "grid", **changes:
 
 
 def planned(tiny: Tiny, output: Path, axes: dict[str, Any], search: str = "grid", skip_invalid: bool = False, **changes: Any) -> Study:
-    study = Study(output, design_of(tiny, axes, search, **changes), [])
-    study.points, study.skipped = checked_points(study, planned_points(study.design), skip_invalid)
-    return study
+    return planned_study(output, design_of(tiny, axes, search, **changes), None, skip_invalid)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +107,55 @@ def test_a_recipe_that_changes_under_a_sweep_changes_nothing(tiny: Tiny, tmp_pat
     assert (found.seed, found.train.train_tokens, found.run_path) == (11, 512, str(tmp_path / "sweep" / "runs" / "top_k=1"))
 
 
-@pytest.mark.parametrize("field,value", [("axes", {TOP_K: [1]}), ("seeds", [1]), ("ranks", 2), ("search", "random"), ("ds_config", {"a": 1})])
-def test_another_sweeps_folder_is_refused(tiny: Tiny, field: str, value: Any) -> None:
-    found = design_of(tiny, {TOP_K: [1, 2]})
-    check_same(found, found, Path("sweep"))
+def grown(tiny: Tiny, found: Study, **changes: Any) -> Study:
+    """The sweep of a folder, asked for with changes; written, and read back."""
+    asked = dataclasses.replace(design_of(tiny, {}), **(vars(found.design) | changes))
+    study = planned_study(found.output, asked, found, False)
+    study.save()
+    again = open_study(found.output)
+    assert again is not None and again.design == asked
+    return again
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("axes", {TOP_K: [1]}), ("axes", {TOP_K: [1, 2], "seed": [1]}), ("seeds", [1]), ("ranks", 2), ("search", "random"), ("ds_config", {"a": 1})],
+)
+def test_another_sweeps_folder_is_refused(tiny: Tiny, tmp_path: Path, field: str, value: Any) -> None:
+    found = planned(tiny, tmp_path / "sweep", {TOP_K: [1, 2]})
+    assert planned_study(found.output, found.design, found, False) is found
     with pytest.raises(ConfigError, match=f"holds a sweep with another '{field}'.*choose another folder with --output"):
-        check_same(found, dataclasses.replace(found, **{field: value}), Path("sweep"))
+        planned_study(found.output, dataclasses.replace(found.design, **{field: value}), found, False)
+
+
+def test_more_seeds_and_values_are_added_behind_the_runs_that_are_there(tiny: Tiny, tmp_path: Path) -> None:
+    found = planned(tiny, tmp_path / "sweep", {TOP_K: [1]}, seeds=[2])
+    found.save()
+    found.point_folder("top_k=1,seed=2").mkdir(parents=True)
+    found.write(Record(found.points[0], "finished"))
+    study = grown(tiny, found, axes={TOP_K: [2, 1]}, seeds=[1, 2])
+    assert [point.name for point in study.points] == ["top_k=1,seed=2", "top_k=2,seed=1", "top_k=2,seed=2", "top_k=1,seed=1"]
+    assert study.points[0] == found.points[0] and [study.record(point).state for point in study.points] == ["finished"] + ["waiting"] * 3
+    with pytest.raises(ConfigError, match="another 'seeds'"):
+        grown(tiny, study, seeds=[1])
+
+
+def test_an_axis_is_added_where_each_is_tried_by_itself_and_points_to_a_random_search(tiny: Tiny, tmp_path: Path) -> None:
+    found = planned(tiny, tmp_path / "each", {TOP_K: [1]}, "each")
+    assert [point.name for point in grown(tiny, found, axes={"seed": [5], TOP_K: [1]}).points] == ["base", "top_k=1", "seed=5"]
+    drawn = planned(tiny, tmp_path / "random", {"optimizer.learning_rate": "log:1e-4:1e-2"}, "random", trials=2)
+    assert grown(tiny, drawn, trials=4).points[:2] == drawn.points
+    with pytest.raises(ConfigError, match="another 'axes'"):
+        grown(tiny, drawn, axes={"optimizer.learning_rate": "log:1e-5:1e-2"})
+
+
+def test_a_tpe_search_gets_more_trials_and_wider_axes_and_neither_fewer_nor_narrower(tiny: Tiny, tmp_path: Path) -> None:
+    found = planned(tiny, tmp_path / "sweep", {"optimizer.learning_rate": "log:1e-4:1e-2", TOP_K: [1]}, "tpe", trials=4)
+    wider = {"optimizer.learning_rate": "log:1e-5:1e-2", TOP_K: [1, 2]}
+    study = grown(tiny, found, trials=6, axes=wider)
+    for changes in ({"trials": 5}, {"axes": found.design.axes}, {"axes": wider | {"seed": [1, 2]}}):
+        with pytest.raises(ConfigError, match="holds a sweep with another"):
+            grown(tiny, study, **changes)
 
 
 def test_a_folder_with_other_files_and_damaged_files_are_told(tiny: Tiny, tmp_path: Path) -> None:
@@ -140,7 +181,7 @@ def test_a_tpe_search_hands_out_what_was_left_and_then_new_trials_and_refuses_wh
     axes = {"optimizer.learning_rate": "log:1e-4:1e-2", TOP_K: [1, 2, 8]}
     study = planned(tiny, tmp_path / "sweep", axes, "tpe")
     study.save()
-    following = searching(study)
+    following = searching(study, [])
     first = following()
     assert first is not None and study.record(first).state == "waiting"
     study.write(Record(first, "finished", [{"exit_code": 0}], None, {"validation_loss_in_training": 3.0}))
@@ -149,7 +190,7 @@ def test_a_tpe_search_hands_out_what_was_left_and_then_new_trials_and_refuses_wh
 
     again = open_study(tmp_path / "sweep")
     assert again is not None
-    rest = searching(again)
+    rest = searching(again, [point for point in again.points if again.record(point).state not in SETTLED])
     handed = []
     while (point := rest()) is not None:
         handed.append(point)
