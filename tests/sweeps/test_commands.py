@@ -118,7 +118,6 @@ def test_a_tpe_search_runs_its_trials_and_more_once_retries_what_failed_and_is_d
     path, failed = output / "points" / "trial_0003" / "record.json", record(output, "trial_0003")
     path.write_text(json.dumps(failed | {"state": "failed", "result": None, "attempts": [{"exit_code": 3}]}))
     (path.parent / "result.json").unlink()
-    assert result(3, "--output", output, "--json", "-")["states"] == {"finished": 3, "failed": 1}
     first = result(0, *asked, "5", "--retry-failed")
     assert first["states"] == {"finished": 5} and first == result(0, "--output", output, "--json", "-")
     assert [len(record(output, f"trial_000{number}")["attempts"]) for number in range(5)] == [1, 1, 1, 2, 1]
@@ -161,6 +160,23 @@ def test_a_real_grid_over_seeds_stopped_by_ctrl_c_goes_on_and_tells_which_rate_d
     assert (entry["point"], entry["seeds"]) == ("learning_rate=0.03", 2) and entry["spread"] > 0
     assert steps_of(output / "runs" / names[0]) == list(range(1, 11))
     assert [len(record(output, name)["attempts"]) for name in names] == [2, 1, 1, 1]
+
+
+@pytest.mark.full
+def test_a_real_tpe_search_whose_runs_stop_early_finishes_and_gets_more_trials(tiny: Tiny, tmp_path: Path) -> None:
+    output, names = tmp_path / "sweep", [f"trial_000{number}" for number in range(4)]
+    settings = ("--set", "guards.early_stopping={patience: 1, min_delta: 10.0}", "--tokens", str(10 * STEP_TOKENS), "--output", output)
+    axes = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1, 2, 8]")
+    arguments = ("--recipe", tiny.recipe, *axes, *settings, "--search", "tpe", "--json", "-", "--trials")
+    first = start(SWEEP, tmp_path, *arguments, "3")
+    assert first.wait() == 0, first.stderr
+    before = {name: record(output, name) for name in names[:3]}
+    more = start(SWEEP, tmp_path, *arguments, "4")
+    assert more.wait() == 0, more.stderr
+    result = json.loads(more.stdout)
+    assert result["states"]["finished"] == 4 and len(result["ranking"]) == 4
+    assert [row["steps"] for row in result["points"] if row["state"] == "finished"] == [4] * 4
+    assert {name: record(output, name) for name in names[:3]} == before
 
 
 @pytest.mark.full
