@@ -21,6 +21,8 @@ from pretrain.sweeps.study import Design, Record, Study, same_design
 
 # A search gives up after so many proposals a trial that no rule lets pass, or that are the same as an earlier one.
 PROPOSALS_PER_TRIAL = 10
+# Before a search starts, the proposals of so many trials are looked through for one that can run.
+TRIALS_CHECKED = 5
 REFUSALS_SHOWN = 5
 
 
@@ -120,7 +122,7 @@ def check_search(study: Study) -> None:
     """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
     records: list[Record] = []
-    while len(records) < PROPOSALS_PER_TRIAL:
+    while len(records) < PROPOSALS_PER_TRIAL * min(design.trials, TRIALS_CHECKED):
         record = Record(next_point(axes, records, design.search_seed), "refused")
         try:
             check(record.point)

@@ -16,7 +16,7 @@ from rich.table import Table
 from pretrain.config.durable import write_synced
 from pretrain.sweeps.axes import BASE, short_names
 from pretrain.sweeps.plots import draw_axes, draw_sizes
-from pretrain.sweeps.study import Record, Study
+from pretrain.sweeps.study import TRIAL, Record, Study
 
 SHOWN_ROWS = 20
 SIZES = ("parameters_total", "parameters_active")
@@ -108,12 +108,13 @@ def incomparable(study: Study) -> str | None:
     """A warning where the losses of the runs are over different things, so that their order says nothing; None where they compare."""
     seen: dict[str, set[str]] = {}
     for point in study.runs:
-        for what, value in point.measured_on.items():
-            seen.setdefault(what, set()).add(value)
-    differing = [what for what, values in seen.items() if len(values) > 1]
+        for name, value in point.measured_on.items():
+            seen.setdefault(name, set()).add(value)
+    differing = [name for name, values in seen.items() if len(values) > 1]
     if not differing:
         return None
-    return f"validation losses of runs that differ in {' or '.join(differing)} are over other tokens and do not compare: rank only runs that share it"
+    what = " or ".join(differing)
+    return f"runs that differ in {what} have validation losses over different windows, which do not compare: rank only runs that share it"
 
 
 def states(study: Study) -> dict[str, int]:
@@ -153,10 +154,19 @@ def _runs_text(entry: dict[str, Any]) -> str:
     return str(entry["seeds"]) if entry["seeds"] == entry["seeds_asked"] else f"{entry['seeds']} of {entry['seeds_asked']}"
 
 
+def _point_text(entry: dict[str, Any]) -> str:
+    """The point's name, with its values where the name does not tell them."""
+    names = short_names(list(entry["values"]))
+    text: str = entry["point"]
+    if text.startswith(TRIAL):
+        text += f" ({', '.join(f'{names[axis]}={value}' for axis, value in entry['values'].items())})"
+    return text + (f" (also {', '.join(entry['also'])})" if entry["also"] else "")
+
+
 def _cells(entry: dict[str, Any]) -> list[str]:
     return [
         str(entry["rank"]),
-        entry["point"] + (f" (also {', '.join(entry['also'])})" if entry["also"] else ""),
+        _point_text(entry),
         f"{entry['perplexity']:.4g}",
         _loss_text(entry),
         _runs_text(entry),

@@ -31,6 +31,7 @@ from pretrain.sweeps.axes import Axis, Point, parse_axis
 # What may become more in a sweep that is there.
 GROWING = ("axes", "seeds", "trials")
 STUDY, BASE_RECIPE, DS_CONFIG = "study.json", "base.yaml", "ds_config.json"
+TRIAL = "trial_"  # how the names of a search's points begin
 State = Literal["waiting", "running", "interrupted", "finished", "pruned", "failed", "refused"]
 # Nothing more happens to a run in these states.
 SETTLED = ("finished", "pruned", "failed", "refused")
@@ -157,7 +158,7 @@ class Study:
 
     def searched_points(self) -> list[Point]:
         """Of a search that chooses as it goes: the points so far, in order."""
-        folders = sorted((self.output / "points").glob("trial_*"))
+        folders = sorted((self.output / "points").glob(f"{TRIAL}*"))
         return [self.record(Point(folder.name, {}, [], run=folder.name)).point for folder in folders if (folder / "record.json").is_file()]
 
     def save(self) -> None:

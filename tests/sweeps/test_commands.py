@@ -52,7 +52,7 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tiny: Tiny, tmp_path: Pat
         (sweep, ("--recipe", "TINY", "--axis", "seed=[1]", "--slots", "0"), "--slots 0 must be at least 1"),
         (sweep, ("--recipe", "TINY", "--axis", "model.moe.top_k=[9]"), "1 of 1 points cannot run"),
         (sweep, ("--recipe", "nothing", "--axis", "seed=[1]"), "there is no recipe 'nothing'"),
-        (sweep, ("--recipe", "TINY", "--axis", "model.moe.topk=[1,2]", "--search", "tpe"), "none of the first 10 points .* unknown field"),
+        (sweep, ("--recipe", "TINY", "--axis", "model.moe.topk=[1,2]", "--search", "tpe"), "none of the first 50 points .* unknown field"),
         (sweep, ("--recipe", "TINY", "--axis", "seed=[1,2]", "--search", "tpe", "--set", f"trackers.group={KEY}"), "looks like a credential"),
         (sweep, ("--recipe", "TINY", "--axis", f"trackers.group=[{KEY},b]", "--skip-invalid"), "axis trackers.group: .* like a credential"),
         (run_ablations, ("AXES", "--axes", "width"), "has no axis 'width': it has seed"),

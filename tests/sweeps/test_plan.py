@@ -76,7 +76,7 @@ def test_equal_recipes_are_one_run(tiny: Tiny, tmp_path: Path) -> None:
     assert [point.name for point in study.runs] == ["base", "experts=2", "top_k=1"]
 
 
-def test_points_whose_losses_are_over_different_tokens_are_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_points_whose_losses_are_over_different_windows_are_told(tiny: Tiny, tmp_path: Path) -> None:
     build(load_recipe(str(tiny.recipe), ["data.tokenizer.vocab_size=290"]).data, Output(tmp_path / "other"))
     changes = {"train.sequence_length": 16, "data.path": str(tmp_path / "other"), "data.document_mask": True, "model.attention.qk_norm": "none"}
     told = {}
@@ -85,7 +85,7 @@ def test_points_whose_losses_are_over_different_tokens_are_told(tiny: Tiny, tmp_
         assert len(study.runs) == 2
         told[field] = incomparable(study)
         assert (f"**Warning:** {told[field]}." in markdown(study, point_rows(study), [])) == (told[field] is not None)
-    differing = {field: note and note.removeprefix("validation losses of runs that differ in ").split(" are over")[0] for field, note in told.items()}
+    differing = {field: note and note.removeprefix("runs that differ in ").split(" have ")[0] for field, note in told.items()}
     assert differing == {
         "train.sequence_length": "sequence length",
         "data.path": "tokenizer or validation split",

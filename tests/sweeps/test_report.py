@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
 from pretrain.sweeps.report import finished_groups, markdown, point_rows, ranking, states, write_report
+from pretrain.sweeps.search import random_points
 from pretrain.sweeps.study import Design, Record, Study
 
 RATE = "optimizer.learning_rate"
@@ -98,6 +99,13 @@ def test_equal_recipes_are_ranked_once_and_stand_beside_the_base_on_each_axis(tm
     section = text[text.index("## experts") : text.index("## model.moe.top_k")]
     assert "| 4 | 12.18 | 2.5000 | 1 | +0.5000 | 4,000 | 25.0% |" in section and "| 8 | 7.389 | 2.0000 | 1 | +0.0000 | 8,000 | 12.5% |" in section
     assert "| 2 | base (also experts=8) |" in text
+
+
+def test_a_search_shows_the_values_of_its_trials(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "sweep", {RATE: "log:1e-3:1e-2:2"}, "grid", [])
+    study.points = random_points(study.design.parsed_axes(), 1, seed=0)
+    settle(study, "trial_0000", "finished", [{"exit_code": 0}], None, result(2.0))
+    assert f"| 1 | trial_0000 (learning_rate={study.points[0].values[RATE]}) | 7.389 |" in markdown(study, [], ranking(study))
 
 
 def test_a_sweep_of_which_nothing_has_finished_still_reports(tmp_path: Path) -> None:
