@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("file", nargs="?", metavar="AXES", help="a file in pretrain/recipes/axes/ without .yaml, or a path")
     parser.add_argument("--recipe", "--base-config", metavar="NAME|PATH", help="instead of the file's base")
     parser.add_argument("--axes", nargs="+", metavar="NAME", help="only these axes of the file")
-    parser.add_argument("--mode", choices=("each", "grid"), default="each", help="one axis at a time, or every combination (default: each)")
+    parser.add_argument("--mode", choices=("each", "grid"), help="one axis at a time, or every combination (default: each)")
     add_sweep_options(parser)
     return parser.parse_args()
 
@@ -51,7 +51,7 @@ def design(options: argparse.Namespace) -> Design | None:
         if name not in axes:
             raise ConfigError(f"{options.file} has no axis '{name}': it has {', '.join(map(str, axes))}")
     chosen = {name: spec for name, spec in axes.items() if not options.axes or name in options.axes}
-    return design_from(options, "ablation", recipe, chosen, options.mode)
+    return design_from(options, "ablation", recipe, chosen, options.mode or "each")
 
 
 def main() -> int:

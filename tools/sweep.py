@@ -35,10 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", metavar="NAME|PATH", help="what is varied: a file in pretrain/recipes/ without .yaml, or a path")
     parser.add_argument("--axis", action="append", default=[], metavar="FIELD=VALUES", help="what to vary; may be repeated")
     parser.add_argument("--axes-file", metavar="NAME|PATH", help="a file of axes; --axis adds to it and replaces its axes of the same name")
-    parser.add_argument("--search", choices=SEARCHES, default="grid", help="every combination, random points, or tpe, which learns (default: grid)")
-    parser.add_argument("--trials", type=int, default=16, metavar="N", help="points of a random or tpe search (default: 16)")
-    parser.add_argument("--search-seed", type=int, default=0, metavar="N", help="seed of a random or tpe search (default: 0)")
-    parser.add_argument("--prune", action="store_true", help="end runs early that are worse than the median of finished ones at the same step")
+    parser.add_argument("--search", choices=SEARCHES, help="every combination, random points, or tpe, which learns (default: grid)")
+    parser.add_argument("--trials", type=int, metavar="N", help="points of a random or tpe search (default: 16)")
+    parser.add_argument("--search-seed", type=int, metavar="N", help="seed of a random or tpe search (default: 0)")
+    parser.add_argument(
+        "--prune", action="store_true", default=None, help="end runs early that are worse than the median of finished ones at the same step"
+    )
     add_sweep_options(parser)
     return parser.parse_args()
 
@@ -52,9 +54,10 @@ def design(options: argparse.Namespace) -> Design | None:
         return None
     if not axes or recipe is None:
         raise ConfigError("a sweep needs a recipe and at least one axis: give --recipe and --axis, or --axes-file")
-    if options.trials < 1:
-        raise ConfigError(f"--trials {options.trials} must be at least 1")
-    return design_from(options, "sweep", recipe, axes, options.search, 0 if options.search == "grid" else options.trials)
+    search, trials = options.search or "grid", 16 if options.trials is None else options.trials
+    if trials < 1:
+        raise ConfigError(f"--trials {trials} must be at least 1")
+    return design_from(options, "sweep", recipe, axes, search, 0 if search == "grid" else trials)
 
 
 def main() -> int:

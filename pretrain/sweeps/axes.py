@@ -54,6 +54,12 @@ class Axis:
     low: float = 0.0
     high: float = 0.0
 
+    def covers(self, other: Axis) -> bool:
+        """Whether every value that ``other`` can have is also one of this axis."""
+        if self.scale is None or other.scale is None:
+            return self.scale == other.scale and set(other.options) <= set(self.options)
+        return self.scale == other.scale and self.low <= other.low and other.high <= self.high
+
     def at(self, value: float) -> Choice:
         """A value of the range; four digits, so that the value that is shown is the one that is used."""
         exact: float | int = round(value) if self.scale == "int" else float(f"{value:.4g}")
@@ -68,6 +74,7 @@ class Point:
         values: the label of each axis that is varied, by the axis's name.
         overrides: what sets them, in order, the seed last.
         run: the name of the point whose run stands for this one: its own, but where an earlier point is the same recipe.
+        measured_on: what its validation loss is taken over, by name; losses over different things do not compare.
     """
 
     name: str
@@ -76,6 +83,7 @@ class Point:
     seed: int | None = None
     run: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    measured_on: dict[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> str:

@@ -14,40 +14,43 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config.cli import add_json_option, write_json
+from pretrain.config.credentials import refuse_credentials
 from pretrain.config.durable import only_writer
-from pretrain.config.errors import DONE, PREEMPTED, ConfigError
+from pretrain.config.errors import DONE, PREEMPTED, USAGE, ConfigError
+from pretrain.config.load import apply_override
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
-from pretrain.sweeps.plan import checked_points, planned_points, searching
+from pretrain.sweeps.plan import REFUSALS_SHOWN, planned_study, searching
 from pretrain.sweeps.progress import SweepProgress
-from pretrain.sweeps.report import point_rows, ranking, states, terminal_table, write_report
+from pretrain.sweeps.report import incomparable, point_rows, ranking, states, terminal_table, write_report
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.slurm import write_array
-from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, check_same, open_study
+from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, open_study
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1.json"
+# What makes a sweep another one.
+DESIGN_OPTIONS = ("overrides", "tokens", "seeds", "ranks", "ds_config", "skip_invalid", "search", "trials", "search_seed", "prune", "mode")
 EXIT_CODES = """
 The same command again, or --output alone, goes on: finished runs are not started again, interrupted ones go on from their checkpoints.
+The same command with more seeds, values of an axis or trials adds runs to those that are there.
 
 exit codes: 0 every run finished, 2 usage, a point that cannot run, or another sweep's folder, 3 data, 5 disk,
 75 interrupted and saved; where runs failed, the exit code of the first of them"""
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both commands take."""
+    """The options that both commands take. Those of :data:`DESIGN_OPTIONS` are None where they are not given."""
     parser.add_argument("--output", "--output-dir", type=Path, required=True, metavar="FOLDER", help="runs, records and report; alone: go on with it")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a field in every run; may be repeated"
-    )
+    parser.add_argument("--set", dest="overrides", action="append", metavar="A.B=C", help="override a field in every run; may be repeated")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of each run (default: the recipe's train.train_tokens)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="run every point with each of these seeds")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run; above 1 by the deepspeed launcher (default: 1)")
-    parser.add_argument("--ds_config", "--ds-config", default=str(DEFAULT_DS_CONFIG), metavar="PATH", help="DeepSpeed's JSON, for every run")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="run every point with each of these seeds")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes of a run; above 1 by the deepspeed launcher (default: 1)")
+    parser.add_argument("--ds_config", "--ds-config", metavar="PATH", help="DeepSpeed's JSON, for every run (default: ds_configs/zero1.json)")
     parser.add_argument("--slots", type=int, metavar="N", help="runs at once (default: what the GPUs allow, 1 on CPUs)")
     parser.add_argument("--keep-going", action=argparse.BooleanOptionalAction, default=True, help="start other runs after one has failed")
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs once more")
-    parser.add_argument("--skip-invalid", action="store_true", help="leave out points that a rule refuses, instead of starting nothing")
+    parser.add_argument("--skip-invalid", action="store_true", default=None, help="leave out points that a rule refuses, instead of starting nothing")
     parser.add_argument("--dry-run", action="store_true", help="list the points, start and write nothing")
     parser.add_argument("--slurm", action="store_true", help="write a batch script with one job of an array for each run, and start nothing")
     parser.add_argument("--point", type=int, metavar="N", help="with --output alone: only run number N (from 0), as a job of an array does")
@@ -59,27 +62,31 @@ def design_from(options: argparse.Namespace, kind: str, recipe: str, axes: dict[
     """What is asked for.
 
     Raises:
-        ConfigError: for sizes below 1 and axes of no known form.
+        ConfigError: for sizes below 1, axes of no known form, and credentials, which would be copied into the folder.
     """
-    for name, least in (("ranks", 1), ("slots", 1), ("tokens", 1)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise ConfigError(f"--{name} {value} must be at least {least}")
+    for name in ("ranks", "tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value} must be at least 1")
     for name, spec in axes.items():
-        parse_axis(name, spec)
+        for choice in parse_axis(name, spec).options:
+            content: dict[str, Any] = {}
+            for override in choice.overrides:
+                apply_override(content, override)
+            refuse_credentials(content, f"axis {name}")
     return Design(
         kind=kind,
         recipe=recipe,
-        base=base_mapping(recipe, options.overrides, options.tokens),
+        base=base_mapping(recipe, options.overrides or [], options.tokens),
         axes={str(name): _plain(spec) for name, spec in axes.items()},
         search=search,
         trials=trials,
-        search_seed=getattr(options, "search_seed", 0),
-        seeds=options.seeds,
+        search_seed=getattr(options, "search_seed", None) or 0,
+        seeds=options.seeds or [],
         train_tokens=options.tokens,
-        ranks=options.ranks,
-        ds_config=read_ds_config(options.ds_config),
+        ranks=options.ranks or 1,
+        ds_config=read_ds_config(options.ds_config or str(DEFAULT_DS_CONFIG)),
         folder=os.getcwd(),
-        prune=getattr(options, "prune", False),
+        prune=bool(getattr(options, "prune", None)),
     )
 
 
@@ -90,14 +97,16 @@ def _plain(spec: Any) -> Any:
 
 def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) -> int:
     """From what is asked for, or what the folder holds, to a report."""
+    if options.slots is not None and options.slots < 1:
+        raise ConfigError(f"--slots {options.slots} must be at least 1")
     output = options.output.resolve()
     found = open_study(output)
-    if design is not None and found is not None:
-        check_same(found.design, design, options.output)
-    study = found or _planned(output, design, options.skip_invalid)
+    study = _found_alone(options, found) if design is None else planned_study(output, design, found, bool(options.skip_invalid))
     if options.dry_run:
         return _list_points(options, study)
-    if found is None:
+    if study is not found:
+        if (note := incomparable(study)) is not None:
+            print(f"warning: {note}", file=sys.stderr)
         with only_writer(output, "choose another folder with --output"):
             study.save()
     if options.point is not None:
@@ -113,13 +122,19 @@ def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) ->
         return _run_all(options, study, tool)
 
 
-def _planned(output: Path, design: Design | None, skip_invalid: bool) -> Study:
-    """A new sweep whose points are all checked; nothing is written yet."""
-    if design is None:
-        raise ConfigError(f"{output} holds no sweep to go on with: say what to vary, see --help")
-    study = Study(output, design, [])
-    study.points, study.skipped = checked_points(study, planned_points(design), skip_invalid)
-    return study
+def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
+    """What --output alone goes on with.
+
+    Raises:
+        ConfigError: where there is nothing, or options say what a sweep is, which would change nothing of the one that is there.
+    """
+    if found is None:
+        raise ConfigError(f"{options.output} holds no sweep to go on with: say what to vary, see --help")
+    for name in DESIGN_OPTIONS:
+        if getattr(options, name, None) is not None:
+            flag = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} says what a sweep is, and --output alone goes on with the one that is there: give the whole command again")
+    return found
 
 
 @contextlib.contextmanager
@@ -137,7 +152,7 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
         settled -= {point.run for point in study.runs if study.record(point).state == "failed"}
     todo = [point for point in study.runs if point.run not in settled]
     with _working_in(study.design.folder):
-        next_point = searching(study) if study.design.search == "tpe" else listed_points(todo)
+        next_point = searching(study, todo) if study.design.search == "tpe" else listed_points(todo)
         interrupted = not _work(options, study, next_point, study.runs, settled)
     return _report(options, study, interrupted, go_on=f"{tool.parent.name}/{tool.name} --output {options.output}")
 
@@ -176,8 +191,10 @@ def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point 
 
 
 def exit_code(study: Study, points: list[Point]) -> int:
-    """0 where all has finished or was pruned, the code of the first failed run, else 75."""
+    """0 where all has finished or was pruned, the code of the first failed run, 2 where a search found no point that can run, else 75."""
     records = [study.record(point) for point in points]
+    if records and all(record.state == "refused" for record in records):
+        return USAGE
     for record in records:
         if record.state == "failed":
             code: int = record.attempts[-1].get("exit_code") or 1 if record.attempts else 1
@@ -191,10 +208,12 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         console = Console()
         if ranked:
             console.print(terminal_table(study, ranked))
-        for point in study.runs:
-            record = study.record(point)
-            if record.state == "failed":
-                console.print(f"failed {point.run}: {record.error}", markup=False, highlight=False)
+        records = [study.record(point) for point in study.runs]
+        refused = [record for record in records if record.state == "refused"]
+        for record in [*(record for record in records if record.state == "failed"), *refused[:REFUSALS_SHOWN]]:
+            console.print(f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False)
+        if (note := incomparable(study)) is not None:
+            console.print(f"warning: {note}", markup=False, highlight=False, soft_wrap=True)
         told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         console.print(f"{told}; the report is {paths['markdown']}", markup=False, highlight=False, soft_wrap=True)
         if interrupted:
@@ -204,6 +223,7 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         "search": study.design.search,
         "runs": len(study.runs),
         "states": counts,
+        "incomparable": incomparable(study),
         "ranking": ranked,
         "points": point_rows(study),
         "skipped": study.skipped,
@@ -221,6 +241,8 @@ def _list_points(options: argparse.Namespace, study: Study) -> int:
         for number, point in enumerate(points):
             table.add_row(str(number), point.name, " ".join(point.overrides).replace("[", "\\["))
         Console().print(table)
+        if (note := incomparable(study)) is not None:
+            print(f"warning: {note}")
         for entry in study.skipped:
             print(f"left out {entry['name']}: {entry['reason']}")
     write_json({"points": [{"name": point.name, "overrides": point.overrides} for point in points], "skipped": study.skipped}, options.json_path)

@@ -91,12 +91,12 @@ def output_path(study: Study, point: Point) -> Path:
 
 
 def read_result(study: Study, point: Point) -> dict[str, Any] | None:
-    """What a run that has all its steps says of itself; None where it is not there or torn."""
+    """What a run says of itself that has all its steps, or that a guard ended early; None where it is not there or torn."""
     try:
         result: dict[str, Any] = json.loads(result_path(study, point).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    done: bool = result.get("steps", 0) >= study.num_steps(point)
+    done: bool = result["stopped_early"] or result["steps"] >= study.num_steps(point)
     return result if done else None
 
 

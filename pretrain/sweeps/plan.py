@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from data_pipeline.corpora import Corpora, data_folders, load_corpora
 from data_pipeline.manifest import canonical_sha256
@@ -12,13 +13,16 @@ from data_pipeline.mixture import check_names
 from pretrain.config.errors import ConfigError, DataError, PipelineError
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
 from pretrain.sweeps.search import next_point, random_points
-from pretrain.sweeps.study import SETTLED, Design, Record, Study
+from pretrain.sweeps.study import Design, Record, Study, same_design
 
 # A search gives up after so many proposals a trial that no rule lets pass, or that are the same as an earlier one.
 PROPOSALS_PER_TRIAL = 10
+# Before a search starts, the proposals of so many trials are looked through for one that can run.
+TRIALS_CHECKED = 5
 REFUSALS_SHOWN = 5
 
 
@@ -40,6 +44,38 @@ def planned_points(design: Design) -> list[Point]:
     return with_seeds(without_equal_names(points), design.seeds)
 
 
+def planned_study(output: Path, design: Design, found: Study | None, skip_invalid: bool) -> Study:
+    """The sweep that is asked for, its points all checked; nothing is written yet.
+
+    Args:
+        found: what the folder holds. It may be a part of what is asked for: its points stay the first ones, with their names and runs.
+
+    Raises:
+        ConfigError: where the folder holds another sweep, or a point cannot run.
+    """
+    points = planned_points(design)
+    if found is not None:
+        if same_design(found.design, design, output, grows=_contains(points, design, found)):
+            return found
+        known = {point.name for point in found.points}
+        points = [*found.points, *(point for point in points if point.name not in known)]
+    study = Study(output, design, points)
+    if design.search == "tpe":
+        check_search(study)
+    else:
+        study.points, study.skipped = checked_points(study, points, skip_invalid)
+    return study
+
+
+def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
+    """Whether a design, and the points that are known of it from the start, have all that the sweep that was found has."""
+    if design.search == "tpe":
+        before, now = ({axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design))
+        return design.trials >= found.design.trials and before.keys() == now.keys() and all(now[name].covers(before[name]) for name in before)
+    asked = {point.name: point.overrides for point in points}
+    return all(asked.get(point.name) == point.overrides for point in found.points)
+
+
 class PointCheck:
     """Rules, ranks, data and mixture of a point, before a process is started; data folders are read once."""
 
@@ -52,16 +88,50 @@ class PointCheck:
         """Raises :class:`PipelineError` where the point cannot run, with the sentence that training would end with."""
         recipe = self.study.recipe_of(point)
         check_topology(recipe, self.study.design.ranks, self.stage)
-        folders = data_folders(recipe)
-        key = json.dumps(folders, sort_keys=True)
-        if key not in self._corpora:
-            self._corpora[key] = load_corpora(folders)
-        corpora = self._corpora[key]
+        corpora = self._corpora_of(recipe)
         if not corpora.utf8_bytes("validation"):
             raise DataError(f"the data in {corpora.place} has no validation split to compare runs by: build it with data.validation_share above 0")
         if not recipe.data.streaming:
             check_names(recipe.data.mixture, list(corpora.training_parts()))
         return recipe
+
+    def measured_on(self, recipe: Recipe) -> dict[str, str]:
+        """What the validation loss of a run of this recipe is taken over: equal for runs whose losses compare."""
+        corpora = self._corpora_of(recipe)
+        held_out = [manifest.splits["validation"] for manifest in corpora.manifests.values() if "validation" in manifest.splits]
+        return {
+            "tokenizer": corpora.tokenizer.sha256,
+            "validation split": canonical_sha256({"shards": [[shard.bin_sha256, shard.idx_sha256] for split in held_out for shard in split.shards]}),
+            "sequence length": str(Timeline(recipe).stages[-1].recipe.train.sequence_length),
+            "document mask": str(recipe.data.document_mask),
+        }
+
+    def _corpora_of(self, recipe: Recipe) -> Corpora:
+        folders = data_folders(recipe)
+        key = json.dumps(folders, sort_keys=True)
+        if key not in self._corpora:
+            self._corpora[key] = load_corpora(folders)
+        return self._corpora[key]
+
+
+def check_search(study: Study) -> None:
+    """Looks for a point of a tpe search that can run, as the search itself will.
+
+    Raises:
+        ConfigError: where there is none among its first proposals, with their reasons; nothing has been written then.
+    """
+    axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
+    records: list[Record] = []
+    while len(records) < PROPOSALS_PER_TRIAL * min(design.trials, TRIALS_CHECKED):
+        record = Record(next_point(axes, records, design.search_seed), "refused")
+        try:
+            check(record.point)
+            return
+        except PipelineError as error:
+            record.error = str(error)
+        records.append(record)
+    reasons = list(dict.fromkeys(str(record.error) for record in records))[:REFUSALS_SHOWN]
+    raise ConfigError(f"none of the first {len(records)} points of the search can run, nothing was started: {'; '.join(reasons)}")
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -79,11 +149,11 @@ def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) ->
     runs: dict[str, str] = {}
     for point in points:
         try:
-            digest = fingerprint(check(point))
+            recipe = check(point)
         except PipelineError as error:
             refused.append({"name": point.name, "reason": str(error)})
             continue
-        kept.append(replace(point, run=runs.setdefault(digest, point.name)))
+        kept.append(replace(point, run=runs.setdefault(fingerprint(recipe), point.name), measured_on=check.measured_on(recipe)))
     if refused and (not skip_invalid or not kept):
         shown = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused[:REFUSALS_SHOWN])
         more = f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
@@ -92,22 +162,27 @@ def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) ->
     return kept, refused
 
 
-def searching(study: Study) -> Callable[[], Point | None]:
-    """Hands out the points of a tpe search: first those that an earlier start left, then new ones until there are enough trials."""
+def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]:
+    """Hands out the points of a tpe search: first those that are ``left`` of earlier starts, then new ones until there are enough trials.
+
+    A run that failed is a trial as well.
+    """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
-    left = iter([point for point in study.points if study.record(point).state not in SETTLED])
+    remaining = iter(left)
     fingerprints = {fingerprint(study.recipe_of(point)): point.name for point in study.points if study.record(point).state != "refused"}
 
     def following() -> Point | None:
-        if (point := next(left, None)) is not None:
+        if (point := next(remaining, None)) is not None:
             return point
         while len(fingerprints) < design.trials and len(study.points) < design.trials * PROPOSALS_PER_TRIAL:
             records = [study.record(point) for point in study.points]
             record = Record(next_point(axes, records, design.search_seed))
             try:
-                digest = fingerprint(check(record.point))
+                recipe = check(record.point)
+                digest = fingerprint(recipe)
                 if digest in fingerprints:
                     raise ConfigError(f"it is the same recipe as {fingerprints[digest]}")
+                record.point = replace(record.point, measured_on=check.measured_on(recipe))
             except PipelineError as error:
                 record.state, record.error = "refused", str(error)
             study.point_folder(record.point.run).mkdir(parents=True, exist_ok=True)

@@ -41,12 +41,13 @@ def _pyplot() -> Any:
 
 
 def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> bytes:
-    """Perplexity against a size of the model, and the line of points that no smaller one beats."""
+    """Perplexity against a size of the model, and the line of points, all their seeds finished, that no smaller one beats."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     sizes, values = [entry[column] for entry in ranked], [entry["perplexity"] for entry in ranked]
     axes.errorbar(sizes, values, yerr=_perplexity_error(ranked), fmt="o", markersize=5, capsize=3, elinewidth=0.8)
-    front = _front(sizes, values)
+    whole = [entry for entry in ranked if entry["seeds"] == entry["seeds_asked"]] or ranked
+    front = _front([entry[column] for entry in whole], [entry["perplexity"] for entry in whole])
     axes.plot(*zip(*front, strict=True), color="tab:gray", linewidth=0.8, linestyle="--", drawstyle="steps-post", label="best up to this size")
     if len(ranked) <= NAMED_POINTS:
         for entry, size, value in zip(ranked, sizes, values, strict=True):

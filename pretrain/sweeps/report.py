@@ -16,7 +16,7 @@ from rich.table import Table
 from pretrain.config.durable import write_synced
 from pretrain.sweeps.axes import BASE, short_names
 from pretrain.sweeps.plots import draw_axes, draw_sizes
-from pretrain.sweeps.study import Record, Study
+from pretrain.sweeps.study import TRIAL, Record, Study
 
 SHOWN_ROWS = 20
 SIZES = ("parameters_total", "parameters_active")
@@ -52,13 +52,16 @@ def point_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def ranking(study: Study) -> list[dict[str, Any]]:
-    """Finished points, best first; points of the same recipe are one entry, with the others' names in ``also``."""
+    """Finished points, best first; points of the same recipe are one entry, with the others' names in ``also``.
+
+    Points of which not every seed has finished are behind: what diverged would be missing in their mean.
+    """
     entries: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in finished_groups(study):
         first = entries.setdefault(tuple(entry["run_names"]), entry)
         if first is not entry:
             first["also"].append(entry["point"])
-    ranked = sorted(entries.values(), key=lambda entry: entry["validation_loss"])
+    ranked = sorted(entries.values(), key=lambda entry: (entry["seeds"] < entry["seeds_asked"], entry["validation_loss"]))
     return [{"rank": index + 1} | entry for index, entry in enumerate(ranked)]
 
 
@@ -67,6 +70,7 @@ def finished_groups(study: Study) -> list[dict[str, Any]]:
 
     Perplexity is that of the mean loss, so that both give the same order.
     """
+    asked = Counter(point.group for point in study.points)
     by_group: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row, point in zip(point_rows(study), study.points, strict=True):
         if row["validation_loss"] is not None:
@@ -83,6 +87,7 @@ def finished_groups(study: Study) -> list[dict[str, Any]]:
             "values": {axis: first[key] for axis, key in zip(study.design.axes, _axis_columns(study), strict=True)},
             "numbers": point.numbers,
             "seeds": len(losses),
+            "seeds_asked": asked[name],
             "validation_loss": mean,
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "perplexity": math.exp(mean),
@@ -97,6 +102,19 @@ def finished_groups(study: Study) -> list[dict[str, Any]]:
 def _axis_columns(study: Study) -> list[str]:
     names = short_names(list(study.design.axes))
     return [f"axis_{names[axis]}" for axis in study.design.axes]
+
+
+def incomparable(study: Study) -> str | None:
+    """A warning where the losses of the runs are over different things, so that their order says nothing; None where they compare."""
+    seen: dict[str, set[str]] = {}
+    for point in study.runs:
+        for name, value in point.measured_on.items():
+            seen.setdefault(name, set()).add(value)
+    differing = [name for name, values in seen.items() if len(values) > 1]
+    if not differing:
+        return None
+    what = " or ".join(differing)
+    return f"runs that differ in {what} have validation losses over different windows, which do not compare: rank only runs that share it"
 
 
 def states(study: Study) -> dict[str, int]:
@@ -132,13 +150,26 @@ def _loss_text(entry: dict[str, Any]) -> str:
     return f"{entry['validation_loss']:.4f}{spread}"
 
 
+def _runs_text(entry: dict[str, Any]) -> str:
+    return str(entry["seeds"]) if entry["seeds"] == entry["seeds_asked"] else f"{entry['seeds']} of {entry['seeds_asked']}"
+
+
+def _point_text(entry: dict[str, Any]) -> str:
+    """The point's name, with its values where the name does not tell them."""
+    names = short_names(list(entry["values"]))
+    text: str = entry["point"]
+    if text.startswith(TRIAL):
+        text += f" ({', '.join(f'{names[axis]}={value}' for axis, value in entry['values'].items())})"
+    return text + (f" (also {', '.join(entry['also'])})" if entry["also"] else "")
+
+
 def _cells(entry: dict[str, Any]) -> list[str]:
     return [
         str(entry["rank"]),
-        entry["point"] + (f" (also {', '.join(entry['also'])})" if entry["also"] else ""),
+        _point_text(entry),
         f"{entry['perplexity']:.4g}",
         _loss_text(entry),
-        str(entry["seeds"]),
+        _runs_text(entry),
         f"{entry['parameters_total']:,}",
         f"{entry['parameters_active']:,}",
         f"{entry['active_share']:.1%}",
@@ -177,6 +208,8 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
         "Losses are nats a token over the whole validation split"
         f"{', mean ± standard deviation over seeds' if design.seeds else ''}.",
     ]
+    if note := incomparable(study):
+        parts.append(f"**Warning:** {note}.")
     if ranked:
         best = ranked[0]
         command = ["python", "launchers/pretrain.py", "--recipe", design.recipe, *(part for one in best["overrides"] for part in ("--set", one))]
@@ -213,11 +246,15 @@ def _axis_sections(study: Study) -> list[str]:
                 entry["values"][axis.name],
                 f"{entry['perplexity']:.4g}",
                 _loss_text(entry),
+                _runs_text(entry),
                 "" if base is None else f"{entry['validation_loss'] - base['validation_loss']:+.4f}",
                 f"{entry['parameters_total']:,}",
                 f"{entry['active_share']:.1%}",
             ]
             for entry in entries
         ]
-        parts += [f"## {axis.name}", _markdown_table((axis.name, "perplexity", "validation loss", "against base", "parameters", "share"), lines)]
+        parts += [
+            f"## {axis.name}",
+            _markdown_table((axis.name, "perplexity", "validation loss", "runs", "against base", "parameters", "share"), lines),
+        ]
     return parts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config.errors import NON_FINITE
 from pretrain.sweeps.axes import Axis, Choice, Point, point_of, short_names
-from pretrain.sweeps.study import Record
+from pretrain.sweeps.study import TRIAL, Record
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -24,7 +24,7 @@ PRUNING_STARTS_AFTER_VALIDATIONS = 1
 
 
 def trial_name(number: int) -> str:
-    return f"trial_{number:04d}"
+    return f"{TRIAL}{number:04d}"
 
 
 def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:

@@ -28,7 +28,10 @@ from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.sweeps.axes import Axis, Point, parse_axis
 
+# What may become more in a sweep that is there.
+GROWING = ("axes", "seeds", "trials")
 STUDY, BASE_RECIPE, DS_CONFIG = "study.json", "base.yaml", "ds_config.json"
+TRIAL = "trial_"  # how the names of a search's points begin
 State = Literal["waiting", "running", "interrupted", "finished", "pruned", "failed", "refused"]
 # Nothing more happens to a run in these states.
 SETTLED = ("finished", "pruned", "failed", "refused")
@@ -60,7 +63,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Design:
-    """What is asked for: the same again goes on, anything else is another sweep.
+    """What is asked for: the same again goes on, more of :data:`GROWING` adds runs, anything else is another sweep.
 
     Attributes:
         kind: the command that made it, ``sweep`` or ``ablation``.
@@ -155,17 +158,17 @@ class Study:
 
     def searched_points(self) -> list[Point]:
         """Of a search that chooses as it goes: the points so far, in order."""
-        folders = sorted((self.output / "points").glob("trial_*"))
+        folders = sorted((self.output / "points").glob(f"{TRIAL}*"))
         return [self.record(Point(folder.name, {}, [], run=folder.name)).point for folder in folders if (folder / "record.json").is_file()]
 
     def save(self) -> None:
-        """Writes the study: from here on the folder holds this sweep.
+        """Writes the study: from here on the folder holds this sweep, or more of the one that it holds.
 
         Raises:
             ConfigError: where the folder holds something that is no sweep's.
         """
         foreign = [path.name for path in self.output.iterdir() if path.name not in (BASE_RECIPE, DS_CONFIG)] if self.output.is_dir() else []
-        if foreign:
+        if foreign and STUDY not in foreign:
             raise ConfigError(f"{self.output} holds {sorted(foreign)[0]} and no sweep: choose another folder with --output")
         self.output.mkdir(parents=True, exist_ok=True)
         write_synced(self.base_recipe, yaml.safe_dump(self.design.base, sort_keys=False, width=120).encode())
@@ -197,16 +200,21 @@ def open_study(output: Path) -> Study | None:
     return study
 
 
-def check_same(found: Design, asked: Design, output: Path) -> None:
-    """Raises :class:`ConfigError` where ``output`` holds a sweep that is not the one that is asked for."""
+def same_design(found: Design, asked: Design, output: Path, grows: bool) -> bool:
+    """Whether ``output`` holds just the sweep that is asked for; where it ``grows``, it may hold less of it.
+
+    Raises:
+        ConfigError: where it holds another one.
+    """
     before, now = (json.loads(json.dumps(asdict(design))) for design in (found, asked))
     for name, value in now.items():
-        if value != before[name]:
+        if value != before[name] and not (grows and name in GROWING):
             shown = f" ({before[name]}, not {value})" if len(f"{before[name]}{value}") < 100 else ""
             raise ConfigError(
                 f"{output} holds a sweep with another '{name}'{shown}: choose another folder with --output, or go on with what is there "
                 f"by giving --output {output} alone"
             )
+    return bool(now == before)
 
 
 def try_lock(folder: Path) -> int | None:

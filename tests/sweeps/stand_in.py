@@ -1,6 +1,7 @@
 """A run that takes no time: it reads the options of launchers/pretrain.py that a sweep gives, steps, saves at SIGTERM with code 75 and resumes.
 
-The loss depends on the learning rate alone: (log10(rate) + 2)^2 + 1. A rate above 1 ends with code 6, and ``data.path=absent`` with code 3.
+The loss depends on the learning rate alone: (log10(rate) + 2)^2 + 1. A rate above 1 ends with code 6, ``data.path=absent`` with code 3, and a
+rate below 1e-5 ends the run early after two steps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     pairs = [arguments[index + 1] for index, word in enumerate(arguments) if word == "--set"]
     settings = dict(pair.split("=", 1) for pair in pairs)
     run, result = Path(settings["run_path"]), Path(arguments[arguments.index("--json") + 1])
-    rate, steps = float(settings.get("optimizer.learning_rate", "0.01")), int(settings.get("stand_in.steps", "5"))
+    rate = float(settings.get("optimizer.learning_rate", "0.01"))
     seconds = float((run.parent.parent / "seconds").read_text()) if (run.parent.parent / "seconds").is_file() else 0.0
     run.mkdir(parents=True, exist_ok=True)
     with (run / "starts.txt").open("a") as starts:
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
     table = run / "training_log.csv"
     if not table.is_file():
         table.write_text(HEADER)
+    steps = 2 if rate < 1e-5 else 5
     for step in range(first + 1, steps + 1):
         time.sleep(seconds)
         with table.open("a") as rows:
@@ -46,7 +48,8 @@ def main(arguments: list[str]) -> int:
         if stopped:
             return 75
     total = {"parameters_total": 2000, "parameters_active": 1000, "train_tokens": steps * 256, "tokens_per_second": 10.0, "train_seconds": 1.0}
-    result.write_text(json.dumps({"steps": steps, "resumed_from_step": first, "validation_loss_in_training": loss, **total}))
+    summary = {"steps": steps, "stopped_early": steps < 5, "resumed_from_step": first, "validation_loss_in_training": loss}
+    result.write_text(json.dumps(summary | total))
     return 0
 
 

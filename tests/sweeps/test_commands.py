@@ -20,6 +20,7 @@ from tests.sweeps.sweep_runs import ABLATIONS, SWEEP, TwiceAtOnce, numbers, reco
 from tools import run_ablations, sweep
 
 RATE = "optimizer.learning_rate"
+KEY = "0123456789abcdef0123456789abcdef01234567"  # in the form of a tracker's
 Command = Callable[..., int]
 
 
@@ -51,6 +52,9 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tiny: Tiny, tmp_path: Pat
         (sweep, ("--recipe", "TINY", "--axis", "seed=[1]", "--slots", "0"), "--slots 0 must be at least 1"),
         (sweep, ("--recipe", "TINY", "--axis", "model.moe.top_k=[9]"), "1 of 1 points cannot run"),
         (sweep, ("--recipe", "nothing", "--axis", "seed=[1]"), "there is no recipe 'nothing'"),
+        (sweep, ("--recipe", "TINY", "--axis", "model.moe.topk=[1,2]", "--search", "tpe"), "none of the first 50 points .* unknown field"),
+        (sweep, ("--recipe", "TINY", "--axis", "seed=[1,2]", "--search", "tpe", "--set", f"trackers.group={KEY}"), "looks like a credential"),
+        (sweep, ("--recipe", "TINY", "--axis", f"trackers.group=[{KEY},b]", "--skip-invalid"), "axis trackers.group: .* like a credential"),
         (run_ablations, ("AXES", "--axes", "width"), "has no axis 'width': it has seed"),
         (run_ablations, ("--axes", "width"), "needs a file of axes"),
         (run_ablations, ("AXES", "--ds_config", "absent.json"), "cannot read the ds_config absent.json"),
@@ -79,6 +83,14 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
     assert json.loads(capsys.readouterr().out)["states"] == {"waiting": 5}
     with pytest.raises(ConfigError, match="another 'axes'"):
         command(run_ablations, axes, "--axes", "seed", "--output", output)
+    for given in (("--tokens", "999"), ("--seeds", "1"), ("--set", "seed=1"), ("--ds-config", "absent"), ("--mode", "each"), ("--skip-invalid",)):
+        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+            command(run_ablations, "--output", output, *given)
+    for given in (("--search", "tpe"), ("--trials", "16"), ("--search-seed", "0"), ("--prune",), ("--ranks", "1")):
+        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+            command(sweep, "--output", output, *given)
+    with pytest.raises(ConfigError, match="--slots 0 must be"):
+        command(run_ablations, "--output", output, "--slots", "0")
     with pytest.raises(ConfigError, match="has runs 0 to 4"):
         command(run_ablations, "--output", output, "--point", "5")
     searched = ("--recipe", tiny.recipe, "--axis", f"{RATE}=log:1e-4:1e-2", "--search", "tpe", "--output", tmp_path / "tpe", "--slurm")
@@ -86,25 +98,33 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
         command(sweep, *searched)
 
 
-def test_a_tpe_search_runs_its_trials_once_reports_them_and_is_done(
+def test_a_tpe_search_runs_its_trials_and_more_once_retries_what_failed_and_is_done(
     tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "launchers").mkdir()
     shutil.copy(LAUNCHERS / "supervise.py", tmp_path / "launchers")
     shutil.copy(Path(__file__).with_name("stand_in.py"), tmp_path / "launchers" / "pretrain.py")
     monkeypatch.setattr(launch, "LAUNCHERS", tmp_path / "launchers")
-    axes = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]")
-    asked = ("--recipe", tiny.recipe, *axes, "--search", "tpe", "--trials", "5", "--output", tmp_path / "sweep", "--json", "-")
-    with own_process():
-        assert command(sweep, *asked) == 0
-        first = json.loads(capsys.readouterr().out)
-        assert command(sweep, "--output", tmp_path / "sweep", "--json", "-") == 0
-    again = json.loads(capsys.readouterr().out)
-    assert first["states"] == {"finished": 5} and again == first
+    axes, output = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]"), tmp_path / "sweep"
+    asked = ("--recipe", tiny.recipe, *axes, "--search", "tpe", "--output", output, "--json", "-", "--trials")
+
+    def result(code: int, *arguments: str | Path) -> dict[str, Any]:
+        with own_process():
+            assert command(sweep, *arguments) == code
+        content: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return content
+
+    assert result(0, *asked, "4")["states"] == {"finished": 4}
+    path, failed = output / "points" / "trial_0003" / "record.json", record(output, "trial_0003")
+    path.write_text(json.dumps(failed | {"state": "failed", "result": None, "attempts": [{"exit_code": 3}]}))
+    (path.parent / "result.json").unlink()
+    first = result(0, *asked, "5", "--retry-failed")
+    assert first["states"] == {"finished": 5} and first == result(0, "--output", output, "--json", "-")
+    assert [len(record(output, f"trial_000{number}")["attempts"]) for number in range(5)] == [1, 1, 1, 2, 1]
     best = first["ranking"][0]
     assert best["validation_loss"] == min(row["validation_loss"] for row in first["points"]) and set(best["values"]) == {RATE, "model.moe.top_k"}
     assert all(Path(path).is_file() for path in first["files"].values()) and len(first["files"]) == 5
-    assert [path.name for path in sorted((tmp_path / "sweep" / "runs").iterdir())] == [f"trial_000{number}" for number in range(5)]
+    assert [path.name for path in sorted((output / "runs").iterdir())] == [f"trial_000{number}" for number in range(5)]
 
 
 @pytest.mark.parametrize("tool", [sweep, run_ablations])
@@ -140,6 +160,23 @@ def test_a_real_grid_over_seeds_stopped_by_ctrl_c_goes_on_and_tells_which_rate_d
     assert (entry["point"], entry["seeds"]) == ("learning_rate=0.03", 2) and entry["spread"] > 0
     assert steps_of(output / "runs" / names[0]) == list(range(1, 11))
     assert [len(record(output, name)["attempts"]) for name in names] == [2, 1, 1, 1]
+
+
+@pytest.mark.full
+def test_a_real_tpe_search_whose_runs_stop_early_finishes_and_gets_more_trials(tiny: Tiny, tmp_path: Path) -> None:
+    output, names = tmp_path / "sweep", [f"trial_000{number}" for number in range(4)]
+    settings = ("--set", "guards.early_stopping={patience: 1, min_delta: 10.0}", "--tokens", str(10 * STEP_TOKENS), "--output", output)
+    axes = ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1, 2, 8]")
+    arguments = ("--recipe", tiny.recipe, *axes, *settings, "--search", "tpe", "--json", "-", "--trials")
+    first = start(SWEEP, tmp_path, *arguments, "3")
+    assert first.wait() == 0, first.stderr
+    before = {name: record(output, name) for name in names[:3]}
+    more = start(SWEEP, tmp_path, *arguments, "4")
+    assert more.wait() == 0, more.stderr
+    result = json.loads(more.stdout)
+    assert result["states"]["finished"] == 4 and len(result["ranking"]) == 4
+    assert [row["steps"] for row in result["points"] if row["state"] == "finished"] == [4] * 4
+    assert {name: record(output, name) for name in names[:3]} == before
 
 
 @pytest.mark.full

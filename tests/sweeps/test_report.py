@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
 from pretrain.sweeps.report import finished_groups, markdown, point_rows, ranking, states, write_report
+from pretrain.sweeps.search import random_points
 from pretrain.sweeps.study import Design, Record, Study
 
 RATE = "optimizer.learning_rate"
@@ -45,13 +46,14 @@ def seeded(tmp_path: Path) -> Study:
     return study
 
 
-def test_seeds_are_one_entry_with_mean_and_spread(seeded: Study) -> None:
-    first, second = ranking(seeded)
-    assert (first["rank"], first["point"], first["seeds"]) == (1, "learning_rate=0.01", 2)
-    assert first["validation_loss"] == pytest.approx(2.05) and first["spread"] == pytest.approx(math.sqrt(0.005))
-    assert second["validation_loss"] == pytest.approx(2.2) and second["spread"] == pytest.approx(0.2)
-    assert second["perplexity"] == pytest.approx(math.exp(2.2)) and second["active_share"] == 0.25
-    assert first["overrides"] == [f"{RATE}=0.01"]
+def test_seeds_are_one_entry_with_mean_and_spread_behind_those_of_which_every_seed_finished(seeded: Study) -> None:
+    whole, partial = ranking(seeded)
+    assert (whole["rank"], whole["point"], whole["seeds"], whole["seeds_asked"]) == (1, "learning_rate=0.001", 3, 3)
+    assert (partial["rank"], partial["point"], partial["seeds"], partial["seeds_asked"]) == (2, "learning_rate=0.01", 2, 3)
+    assert partial["validation_loss"] == pytest.approx(2.05) and partial["spread"] == pytest.approx(math.sqrt(0.005))
+    assert whole["validation_loss"] == pytest.approx(2.2) and whole["spread"] == pytest.approx(0.2)
+    assert whole["perplexity"] == pytest.approx(math.exp(2.2)) and whole["active_share"] == 0.25
+    assert whole["overrides"] == [f"{RATE}=0.001"]
     assert states(seeded) == {"finished": 5, "failed": 1}
 
 
@@ -67,14 +69,15 @@ def test_the_table_has_a_row_a_point_and_pictures_are_drawn_whole(seeded: Study)
     for name in ("params_vs_perplexity", "active_ratio_vs_perplexity", "axes_vs_perplexity"):
         content = paths[name].read_bytes()
         assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82") and len(content) > 5000
-    assert "| 1 | learning_rate=0.01 |" in paths["markdown"].read_text() and not list(seeded.output.glob("*.partial"))
+    assert "| 1 | learning_rate=0.001 |" in paths["markdown"].read_text() and not list(seeded.output.glob("*.partial"))
 
 
 def test_markdown_ranks_and_tells_what_is_missing(seeded: Study) -> None:
     seeded.skipped = [{"name": "learning_rate=7", "reason": "too high"}]
     text = markdown(seeded, point_rows(seeded), ranking(seeded))
-    assert text.index("| 1 | learning_rate=0.01 |") < text.index("| 2 | learning_rate=0.001 |")
-    assert "2.0500 ± 0.0707" in text and "--recipe debug --set optimizer.learning_rate=0.01" in text
+    assert text.index("| 1 | learning_rate=0.001 |") < text.index("| 2 | learning_rate=0.01 |")
+    assert "| 9.025 | 2.2000 ± 0.2000 | 3 |" in text and "| 7.768 | 2.0500 ± 0.0707 | 2 of 3 |" in text
+    assert "--recipe debug --set optimizer.learning_rate=0.001" in text and "Warning" not in text
     assert "| learning_rate=0.01,seed=3 | failed | 6 | the gradient of step 7 is not \\| finite |" in text
     assert "| learning_rate=7 | left out |  | too high |" in text
 
@@ -94,8 +97,15 @@ def test_equal_recipes_are_ranked_once_and_stand_beside_the_base_on_each_axis(tm
     assert len(finished_groups(study)) == len(point_rows(study)) == 5
     text = markdown(study, point_rows(study), ranking(study))
     section = text[text.index("## experts") : text.index("## model.moe.top_k")]
-    assert "| 4 | 12.18 | 2.5000 | +0.5000 | 4,000 | 25.0% |" in section and "| 8 | 7.389 | 2.0000 | +0.0000 | 8,000 | 12.5% |" in section
+    assert "| 4 | 12.18 | 2.5000 | 1 | +0.5000 | 4,000 | 25.0% |" in section and "| 8 | 7.389 | 2.0000 | 1 | +0.0000 | 8,000 | 12.5% |" in section
     assert "| 2 | base (also experts=8) |" in text
+
+
+def test_a_search_shows_the_values_of_its_trials(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "sweep", {RATE: "log:1e-3:1e-2:2"}, "grid", [])
+    study.points = random_points(study.design.parsed_axes(), 1, seed=0)
+    settle(study, "trial_0000", "finished", [{"exit_code": 0}], None, result(2.0))
+    assert f"| 1 | trial_0000 (learning_rate={study.points[0].values[RATE]}) | 7.389 |" in markdown(study, [], ranking(study))
 
 
 def test_a_sweep_of_which_nothing_has_finished_still_reports(tmp_path: Path) -> None:

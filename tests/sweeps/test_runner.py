@@ -86,6 +86,14 @@ def test_a_failure_is_recorded_with_its_sentence_and_code_and_the_others_go_on(n
     assert starts(study) == [2, 1] and study.record(study.points[0]).state == "failed"
 
 
+def test_a_run_that_a_guard_ended_early_has_finished(new_study: Callable[..., Study]) -> None:
+    study = new_study([1e-6, 0.01])
+    assert work(study)
+    early = study.record(study.points[0])
+    assert states(study) == ["finished"] * 2 and early.result is not None and early.result["steps"] == 2
+    assert early.loss == pytest.approx(17.0)
+
+
 def test_without_keep_going_nothing_new_starts_after_a_failure(new_study: Callable[..., Study]) -> None:
     study = new_study([2.0, 0.01])
     assert work(study, keep_going=False)
