@@ -157,14 +157,21 @@ class CheckpointStore:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
+        optimizer = self.engine.optimizer
+        own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
             )
+        # With the moments come the checkpoint's weight decay, betas and clipping: those of the recipe hold.
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.engine.recipe.train.grad_clip
         self._load_rows(folder)
-        own = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
-        restore_random_state(torch.load(own, weights_only=True))
+        path = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
+        restore_random_state(torch.load(path, weights_only=True))
         return layout.read_state(folder)
 
     def _write_rows(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from data_pipeline.loader import TrainLoader
 from pretrain.config.errors import PREEMPTED
 from pretrain.model.decoder import DecoderLM
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, curve
+from tests.launch.tiny_run import Tiny, curve, make_trainer
 
 STEPS, ACCUMULATION = 7, 2
 CASES = [("fp32", 1), ("bf16", 2)]
@@ -118,3 +118,27 @@ def test_rows_after_the_checkpoint_are_taken_back_when_a_run_dies_without_saving
     assert curve(tmp_path / "run")[-1]["step"] == 4
     assert main(arguments) == 0
     assert curve(tmp_path / "run") == baseline("fp32", 1)
+
+
+PEER = "model.moe={kind: peer, product_key_sizes: [6, 6], query_dim: 16, num_heads: 1, top_k: 2}"
+ADAMW = ("optimizer.weight_decay=0.25", "optimizer.beta2=0.5", "optimizer.eps=1e-4", "train.grad_clip=0.25")
+MOMENTUM = ("optimizer={kind: sgd, learning_rate: 0.01, momentum: 0.9}", "train.grad_clip=0.25")
+
+
+@pytest.mark.parametrize(
+    ("zero", "before", "now"),
+    [(0, (), ADAMW), (1, (), ADAMW), (3, (), ADAMW), (1, (PEER, "optimizer={kind: sgd, learning_rate: 0.01}"), (PEER, *MOMENTUM))],
+)
+def test_what_the_recipe_says_of_the_optimizer_now_holds_after_a_resume(
+    zero: int, before: tuple[str, ...], now: tuple[str, ...], tiny: Tiny, tmp_path: Path
+) -> None:
+    small = ("model.num_hidden_layers=1", "validation.interval_steps=9")
+    assert make_trainer(tiny, tmp_path, *small, *before, zero=zero, steps=2).fit()
+    resumed = make_trainer(tiny, tmp_path, *small, *now, zero=zero, steps=3)
+    optimizer = resumed.engine.optimizer
+    asked = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+    resumed.resume(tmp_path / "checkpoints" / "step_2")
+    assert [{name: group[name] for name in options} for group, options in zip(optimizer.param_groups, asked, strict=True)] == asked
+    assert any(0.25 == group["weight_decay"] or 0.9 == group.get("momentum") for group in optimizer.param_groups)
+    assert getattr(optimizer, "clip_grad", 0.25) == 0.25
+    assert resumed.fit()
