@@ -105,21 +105,29 @@ class CheckpointStore:
         self._publish(temporary, target)
         if topology.is_main:
             self._point(named or {})
-            self._remove_old(set((named or {}).values()))
+            self._remove_old(step, set((named or {}).values()))
         topology.barrier()
         return target
 
-    def go_back(self, step: int) -> Path | None:
+    def go_back(self, step: int, trunk: Path | None = None) -> Path | None:
         """Removes the checkpoints of step ``step`` and later ones, and returns the newest whole one before; None, and nothing is removed, where
         there is none. Every rank must call it.
+
+        Args:
+            trunk: a checkpoint of another run before ``step``, to go back to where this run has none.
         """
-        kept, topology = self.newest(before=step), self.engine.topology
+        kept, topology = self.newest(before=step) or trunk, self.engine.topology
         if kept is not None and topology.is_main:
-            layout.write_pointer(self.folder, kept.name)
+            if kept.parent == self.folder:
+                layout.write_pointer(self.folder, kept.name)
             for folder in layout.complete_checkpoints(self.folder):
                 if layout.step_of(folder) >= step:
-                    logger.warning("removed %s: the run goes back to %s", folder, kept.name)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    logger.warning("removed %s: the run goes back to %s", folder, kept)
+                    self._set_aside(folder)
+            for name, target in layout.pointers(self.folder).items():
+                if not (self.folder / target).is_dir():
+                    (self.folder / name).unlink()
+            self._clear()
         topology.barrier()
         return kept
 
@@ -232,7 +240,8 @@ class CheckpointStore:
         (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (temporary / layout.MANIFEST, *(child for child in temporary.iterdir() if child.is_dir()), temporary):
             fsync_path(path)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            self._set_aside(target)
         os.replace(temporary, target)
         layout.write_pointer(self.folder, target.name)
 
@@ -247,9 +256,24 @@ class CheckpointStore:
         for name, target in there.items():
             layout.write_pointer(self.folder, target, name)
 
-    def _remove_old(self, protected: set[int]) -> None:
-        for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
-            if layout.step_of(folder) not in protected:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _remove_old(self, step: int, protected: set[int]) -> None:
+        """After a save at ``step``. Whatever is of a later step was damaged when the run began: it goes too, and counts for nothing."""
+        folders = layout.complete_checkpoints(self.folder)
+        later = [folder for folder in folders if layout.step_of(folder) > step]
+        for folder in later:
+            logger.warning("removed %s: the run began before it, and has saved step %d", folder, step)
+        old = folders[len(later) + self.engine.recipe.checkpoint.keep_last :]
+        for folder in (*later, *(folder for folder in old if layout.step_of(folder) not in protected)):
+            self._set_aside(folder)
+        self._clear()
+
+    def _set_aside(self, folder: Path) -> None:
+        """Gives a checkpoint that goes a temporary name: a kill while it is removed leaves no torn folder under a final one."""
+        aside = folder.with_name(f".{folder.name}.removed.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+
+    def _clear(self) -> None:
+        """Removes what has a temporary name, from before too."""
         for torn in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
