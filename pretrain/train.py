@@ -178,7 +178,7 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "best_validation_loss": progress.best_validation,
         "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
-        "skipped_tokens": progress.skipped_steps * recipe.train.tokens_per_step,
+        "skipped_tokens": progress.skipped_tokens,
         "rollbacks": progress.rollbacks,
         "stopped_early": progress.stopped_early,
         "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),

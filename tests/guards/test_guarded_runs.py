@@ -219,6 +219,7 @@ def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, 
     rows = [row for row in curve(run) if row["step"] == 6]
     assert [row["kind"] for row in rows] == ["train", "validation", "validation"] and rows[1]["targets"] < rows[2]["targets"]
     assert (run / "checkpoints" / "latest").read_text() == "step_6\n"
+    shutil.copytree(run / "checkpoints" / "step_6", tmp_path / "trunk")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped_early"] and summary["steps"] == 6 and summary["validation_loss_in_training"] == rows[2]["validation_loss"]
 
@@ -228,6 +229,11 @@ def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, 
     assert main(tiny.arguments(run, *patient, steps=8)) == 0
     assert (run / "checkpoints" / "latest").read_text() == "step_8\n" and "stopped early" not in capsys.readouterr().out
     assert not json.loads((run / "summary.json").read_text())["stopped_early"]
+
+    # A branch has patience of its own.
+    branch = [*impatient, f"branch_from={tmp_path / 'trunk'}"]
+    assert main(tiny.arguments(tmp_path / "branch", *branch, steps=8)) == 0
+    assert (tmp_path / "branch" / "checkpoints" / "latest").read_text() == "step_8\n" and "done already" not in capsys.readouterr().out
 
 
 def test_a_falling_validation_loss_does_not_end_a_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
