@@ -21,6 +21,7 @@ from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
+from pretrain.engine.pending import from_state, to_state
 from pretrain.evaluation.expert_usage import UsageWindow, usage_columns
 from pretrain.guards import Trip
 from pretrain.incidents import Incidents
@@ -73,8 +74,8 @@ class Trainer:
         self.supervisor = Supervisor(recipe.guards, engine, incidents)
         loader.waiting.watch(recipe.guards.stalled_data, incidents.tell_stall)
         self._training_loss: float | None = None  # of the last row
-        self._pending: list[StepResult] = []
-        self._row_started = 0.0
+        self._pending: list[StepResult] = []  # steps that are in no row yet
+        self._row_started = self._row_seconds = 0.0  # the clock when the first of them began, and what they took before a resume
         self._usage_started = 0  # the step after which the window of expert usage began
         self._epoch = 0  # passes over the training split that are done
         self._part_is_due = False  # whether an epoch or phase has ended and is not saved
@@ -93,6 +94,8 @@ class Trainer:
         if self.recipe.checkpoint.keep_best and best is not None and not step_folder(self.store.folder, best).is_dir():
             self.progress.forget_best()  # a run that went back has lost it, one that did not keep it never had it
         self.loader.resume(state["data"], self.progress.step)
+        own = state["own"]
+        self._pending, self._row_seconds = from_state(own.get("pending", []), self.topology.device), own.get("row_seconds", 0.0)
         self._epoch, self._part_is_due, self._epoch_is_due = int(self.loader.epochs(self.progress.step) or 0), False, False
         self.supervisor.restore(state.get("guards", {}))
         if self.progress.stopped_early:
@@ -106,7 +109,7 @@ class Trainer:
         recipe = self.recipe
         for callback in self.callbacks:
             callback.on_start(self.progress.step, self.num_steps)
-        self._row_started = time.perf_counter()
+        self._row_started = time.perf_counter() - self._row_seconds
         self._usage_started = self.progress.step
         stopped = False
         while self.progress.step < self.num_steps and not stopped:
@@ -168,9 +171,8 @@ class Trainer:
         progress.skipped_steps, progress.skipped_tokens = before.skipped_steps, before.skipped_tokens
         self.loader.pass_over(progress.step, position)
         self.loader.require(self.num_steps)
-        self._pending.clear()
         self.engine.take_usage()
-        self._usage_started, self._row_started = progress.step, time.perf_counter()
+        self._usage_started, self._row_started = progress.step, time.perf_counter() - self._row_seconds
         for callback in self.callbacks:
             callback.on_rollback(progress.step)
 
@@ -232,6 +234,7 @@ class Trainer:
         row = self._row("train")
         tokens_per_second = (row["tokens"] - self.timeline.tokens_after(self.progress.step - len(results))) / seconds
         row |= {
+            "steps": len(applied),
             **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
             "grad_norm": applied[-1].grad_norm,
@@ -337,7 +340,8 @@ class Trainer:
         named = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()} if self.recipe.checkpoint.keep_epochs else {}
         if self.recipe.checkpoint.keep_best and progress.best_step is not None:
             named[BEST] = progress.best_step
-        self.store.save(progress.step, state, named)
+        own = {"pending": to_state(self._pending), "row_seconds": started - self._row_started}
+        self.store.save(progress.step, state, named, own)
         self._row_started += time.perf_counter() - started
 
 

@@ -61,12 +61,13 @@ class CheckpointStore:
         self.ds_config = ds_config
         self.tokenizer = tokenizer
 
-    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None, own: dict[str, Any] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
 
         Args:
             state: written to ``state.json``.
             named: steps by the pointer that names them; they are kept beside the newest ``checkpoint.keep_last``.
+            own: this rank's own state, of plain types and tensors.
 
         Raises:
             StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
@@ -77,7 +78,7 @@ class CheckpointStore:
         self._prepare(temporary)
         try:
             (temporary / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
-            torch.save(random_state(), temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
+            torch.save(random_state() | {"own": own or {}}, temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
             moe = engine.recipe.model.moe
             tables = {name: table.weight for name, table in engine.rows.tables.items()} if engine.rows is not None else {}
             num_experts = moe.total_experts if moe else 1
@@ -164,7 +165,11 @@ class CheckpointStore:
         return folder
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
+        """Restores weights, optimizer and random state from ``folder``. Every rank must call it.
+
+        Returns:
+            its ``state.json``, with what :meth:`save` got as this rank's ``own``.
+        """
         optimizer = self.engine.optimizer
         own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
@@ -179,8 +184,9 @@ class CheckpointStore:
             optimizer.clip_grad = self.engine.recipe.train.grad_clip
         self._load_rows(folder)
         path = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
-        restore_random_state(torch.load(path, weights_only=True))
-        return layout.read_state(folder)
+        of_rank = torch.load(path, weights_only=True)
+        restore_random_state(of_rank)
+        return layout.read_state(folder) | {"own": of_rank.get("own", {})}
 
     def _write_rows(self, folder: Path) -> None:
         """The optimizer state of tables, as far as rows were used: DeepSpeed knows nothing of it."""
