@@ -200,7 +200,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
     with only_writer(folder, OTHER_FOLDER) if topology.is_main else contextlib.nullcontext():
         if options.fresh and topology.is_main:
-            start_over(folder, options.overwrite)
+            start_over(folder, options.overwrite, recipe)
         if topology.is_main:
             prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
         topology.barrier()
