@@ -68,6 +68,7 @@ class Trainer:
         self.timeline = Timeline(recipe)
         self.num_steps = self.timeline.num_steps
         self._stage: Stage | None = None  # the one that the engine is in
+        self._trunk: Path | None = None  # another run's checkpoint that this one began with
         self._flops_per_token = 0.0
         self.progress = Progress()
         incidents = Incidents(Path(recipe.output_path), loader, engine.topology)
@@ -86,7 +87,9 @@ class Trainer:
         state = self.store.load(checkpoint)
         self._stage = None  # DeepSpeed's counters are the checkpoint's now: the engine enters its phase anew
         self.progress = Progress(**state["progress"])
-        if checkpoint.parent != self.store.folder:  # its best checkpoint and those of its epochs lie elsewhere, and its end was another
+        if checkpoint.parent != self.store.folder:
+            self._trunk = checkpoint
+            # Its best checkpoint and those of its epochs lie elsewhere, and its end was another.
             self.progress.forget_best()
             self.progress.forget_patience()
             self.progress.epoch_steps.clear()
@@ -161,15 +164,15 @@ class Trainer:
 
     def _roll_back(self, trip: Trip) -> None:
         """Goes back to the newest checkpoint before the incident, and from there on to data behind it."""
-        before, checkpoint = self.progress, self.store.go_back(trip.from_step)
+        before, checkpoint = self.progress, self.store.go_back(trip.from_step, self._trunk)
         if checkpoint is None:
             raise GuardError(f"step {trip.step}: {trip.reason}, and there is no checkpoint before it to go back to: lower checkpoint.interval_steps")
-        position = self.loader.position(before.step + self.recipe.guards.rollback.skip_steps)
+        consumed = self.loader.consumed(before.step + self.recipe.guards.rollback.skip_steps)
         self.resume(checkpoint)
         progress = self.progress
         progress.rollbacks, progress.train_seconds = before.rollbacks + 1, before.train_seconds
         progress.skipped_steps, progress.skipped_tokens = before.skipped_steps, before.skipped_tokens
-        self.loader.pass_over(progress.step, position)
+        self.loader.pass_over(progress.step, consumed)
         self.loader.require(self.num_steps)
         self.engine.take_usage()
         self._usage_started, self._row_started = progress.step, time.perf_counter() - self._row_seconds

@@ -115,9 +115,11 @@ class CheckpointStore:
         there is none. Every rank must call it.
 
         Args:
-            trunk: a checkpoint of another run before ``step``, to go back to where this run has none.
+            trunk: a checkpoint of another run, to go back to where this run has none; if it is of a step before ``step``.
         """
-        kept, topology = self.newest(before=step) or trunk, self.engine.topology
+        kept, topology = self.newest(before=step), self.engine.topology
+        if kept is None and trunk is not None and layout.read_state(trunk)["step"] < step:
+            kept = trunk
         if kept is not None and topology.is_main:
             if kept.parent == self.folder:
                 layout.write_pointer(self.folder, kept.name)

@@ -171,7 +171,7 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
             shutil.rmtree(checkpoint)
     fresh = started(tiny, other, *settings, zero=zero, steps=26)
     assert fresh.progress.step == 16
-    fresh.loader.pass_over(16, fresh.loader.position(20))
+    fresh.loader.pass_over(16, fresh.loader.consumed(20))
     assert fresh.fit() and incidents(other) == incidents(tmp_path / "run")
     expected = [row | {"skipped_steps": 0} for row in curve(other)]
     assert [row | {"skipped_steps": 0} for row in rows] == expected
@@ -207,6 +207,17 @@ def test_going_back_to_one_checkpoint_twice_passes_over_both_pieces_of_data(tiny
     assert trainer.fit() and trainer.progress.rollbacks == 2
     # Twice from step 4 to step 2, and the second time on with batch 6: batches 2 to 5 are passed over.
     assert trainer.loader.position(2) // trainer.recipe.train.global_batch_size == 6
+
+
+def test_a_branch_without_a_checkpoint_of_its_own_goes_back_to_its_trunk(tiny: Tiny, tmp_path: Path) -> None:
+    assert started(tiny, tmp_path / "trunk", steps=2).fit()
+    trunk = tmp_path / "trunk" / "checkpoints" / "step_2"
+    branch = started(tiny, tmp_path / "branch", "guards.non_finite.action=rollback", f"branch_from={trunk}", steps=5)
+    branch.resume(trunk)
+    poison_batches(branch, Injection(branch.engine, 0, 0, "loss"), {3})
+    assert branch.fit() and (branch.progress.rollbacks, branch.progress.skipped_steps) == (1, 1)
+    assert [row["step"] for row in curve(tmp_path / "branch") if row["kind"] == "train"] == [3, 4, 5]
+    assert trunk.is_dir() and [path.name for path in complete_checkpoints(tmp_path / "branch" / "checkpoints")] == ["step_5"]
 
 
 def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
