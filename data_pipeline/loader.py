@@ -277,8 +277,8 @@ class TrainLoader:
 
     def _tell_new_order(self, length_before: int) -> None:
         message = (
-            f"the longest sequence is {self.sequence_length} tokens now and was {length_before}: every source begins anew, in another order, and what "
-            "was read may come again; to read nothing twice, name the longest sequence in the phases from the first step on"
+            f"the longest sequence is {self.sequence_length} tokens now and was {length_before}: every source begins anew, in another order, and "
+            "what was read may come again; to read nothing twice, name the longest sequence in the phases from the first step on"
         )
         logger.warning("%s", message)
         if self.dp_rank == 0:

@@ -39,7 +39,17 @@ from pretrain.engine.topology import connect, disconnect, world_size_from_enviro
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
+from pretrain.run_folder import (
+    CHECKPOINTS,
+    USAGE,
+    check_branch,
+    check_same_run,
+    log_to_file,
+    planned_start,
+    prints_to_log,
+    start_over,
+    update_summary,
+)
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -112,11 +122,11 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
         for stretch in stretches_of(recipe):
             check_names(stretch.mixture, list(corpora.training_parts()), stretch.where)
     accumulation = check_topology(recipe, world_size, stage)
-    precision = resolve_precision(recipe.train.precision)
+    precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, corpora)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
     if starts_as_first_rank():
-        plan = make_plan(recipe, resolved, precision, world_size, stage)
+        plan = make_plan(recipe, resolved, precision, world_size, stage, first_step)
         if options.json_path != "-":
             print_plan(plan, recipe)
         write_json(plan, options.json_path)

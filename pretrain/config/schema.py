@@ -69,7 +69,9 @@ class CheckpointConfig(Section):
 
 class ValidationConfig(Section):
     interval_steps: Positive = 500
-    max_windows: Positive | None = Field(None, description="sequences an in-loop validation reads, and the best is judged on; a run's end reads all as well")
+    max_windows: Positive | None = Field(
+        None, description="sequences an in-loop validation reads, and the best is judged on; a run's end reads all as well"
+    )
 
 
 class EvaluationConfig(Section):

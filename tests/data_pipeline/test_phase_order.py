@@ -121,9 +121,7 @@ def test_a_changed_mixture_of_a_phase_holds_from_its_first_sample_and_sources_go
     assert [plan["start_sample"] for plan in loader.state(5)["plans"]] == [0, 16]
 
 
-def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_from_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_from_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = TrainLoader(sources_of(tmp_path, 4), [Stretch(Proportional(), 4, 2)], 5, 0, 1)
     longer = [Stretch(Proportional(), 4, 2, slices=2), Stretch(Proportional(), 2, 2, first_step=4, first_block=8)]
     changed, again = (TrainLoader(sources_of(tmp_path / str(number)), longer, 5, 0, 1) for number in range(2))

@@ -147,6 +147,6 @@ def test_what_the_recipe_says_of_the_optimizer_now_holds_after_a_resume(
     asked = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
     resumed.resume(tmp_path / "checkpoints" / "step_2")
     assert [{name: group[name] for name in options} for group, options in zip(optimizer.param_groups, asked, strict=True)] == asked
-    assert any(0.25 == group["weight_decay"] or 0.9 == group.get("momentum") for group in optimizer.param_groups)
+    assert any(group["weight_decay"] == 0.25 or group.get("momentum") == 0.9 for group in optimizer.param_groups)
     assert getattr(optimizer, "clip_grad", 0.25) == 0.25
     assert resumed.fit()
