@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.callbacks.metrics import read_rows
+from pretrain.checkpoint.layout import complete_checkpoints, read_run_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.schema import Recipe
@@ -20,9 +21,28 @@ from pretrain.engine.precision import DTYPES
 from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.schedules import run_learning_rate_factor
+from pretrain.run_folder import CHECKPOINTS, check_branch
 
 # Share of the rate of a large matrix product that a whole step reaches. Small models on CPUs reached 0.05; for GPUs it is a cautious guess.
 ASSUMED_EFFICIENCY = {"cpu": 0.05, "cuda": 0.25}
+
+
+def planned_start(recipe: Recipe) -> int:
+    """The step that a run starts at, before there is anything of it: that of ``branch_from``, else 0. What the recipe leaves open is as in the trunk.
+
+    Raises:
+        CheckpointError: where ``branch_from`` names no checkpoint.
+        ConfigError: see :func:`pretrain.run_folder.check_branch`.
+    """
+    if recipe.branch_from is None or complete_checkpoints(Path(recipe.output_path) / CHECKPOINTS):
+        return 0
+    checkpoint = resolve_checkpoint(recipe.branch_from)
+    trunk, state = read_run_recipe(checkpoint), read_state(checkpoint)
+    model, train = recipe.model, recipe.train
+    model = model if model.vocab_size else model.model_copy(update={"vocab_size": trunk.model.vocab_size})
+    train = train if train.precision != "auto" else train.model_copy(update={"precision": trunk.train.precision})
+    check_branch(recipe.model_copy(update={"model": model, "train": train}), trunk, {}, state, checkpoint)
+    return int(state["step"])
 
 
 def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int, first_step: int = 0) -> dict[str, Any]:

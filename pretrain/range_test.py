@@ -142,13 +142,13 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.
     """
+    recipe = Timeline(recipe).at(0).recipe
+    recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
     if recipe.branch_from is not None:
         raise ConfigError(
             "a range test cannot go on with the optimizer of branch_from: for its weights alone "
             f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
         )
-    recipe = Timeline(recipe).at(0).recipe
-    recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
     corpora = load_corpora(data_folders(recipe))
     corpora.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)

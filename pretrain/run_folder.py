@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
 from pretrain.checkpoint.initial_weights import REPORT as INITIAL_WEIGHTS
-from pretrain.checkpoint.layout import complete_checkpoints, read_run_recipe, read_state, resolve_checkpoint
+from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Stage, Timeline
@@ -141,24 +141,6 @@ def check_branch(now: Recipe, trunk: Recipe, identity: dict[str, Any], state: di
         raise ConfigError(f"branch_from: {checkpoint} is of a run with {difference}: start the branch as its trunk was")
     if step >= num_steps:
         raise ConfigError(f"branch_from: {checkpoint} is at step {step}, and the recipe ends after {num_steps}: raise train.train_tokens")
-
-
-def planned_start(recipe: Recipe) -> int:
-    """The step that a run starts at, before there is anything of it: that of ``branch_from``, else 0. What the recipe leaves open is as in the trunk.
-
-    Raises:
-        CheckpointError: where ``branch_from`` names no checkpoint.
-        ConfigError: see :func:`check_branch`.
-    """
-    if recipe.branch_from is None or complete_checkpoints(Path(recipe.output_path) / CHECKPOINTS):
-        return 0
-    checkpoint = resolve_checkpoint(recipe.branch_from)
-    trunk, state = read_run_recipe(checkpoint), read_state(checkpoint)
-    model, train = recipe.model, recipe.train
-    model = model if model.vocab_size else model.model_copy(update={"vocab_size": trunk.model.vocab_size})
-    train = train if train.precision != "auto" else train.model_copy(update={"precision": trunk.train.precision})
-    check_branch(recipe.model_copy(update={"model": model, "train": train}), trunk, {}, state, checkpoint)
-    return int(state["step"])
 
 
 def identity_difference(now: dict[str, Any], saved_state: dict[str, Any]) -> str | None:

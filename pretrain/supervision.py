@@ -24,12 +24,13 @@ class Progress:
     """What a run is at; saved in each checkpoint and restored from it.
 
     Attributes:
-        skipped_steps, skipped_tokens: all that left the weights as they were, those of fp16's loss scale too.
+        skipped_steps: all that left the weights as they were, those of fp16's loss scale too.
         skipped_in_a_row: since a step was applied, without those of fp16's loss scale.
-        last_validation, validation_step, validation_targets: the newest validation loss, and the step and the number of targets that it is of.
-        best_validation, best_step: of the validations that read what ``validation.max_windows`` allows.
         stale_validations: since ``patience_loss``, the lowest validation loss that counted as a new best for early stopping.
         stopped_early: whether the run ended because of it.
+        skipped_tokens: of the ``skipped_steps``.
+        last_validation, validation_step, validation_targets: the newest validation loss, and the step and the number of targets that it is of.
+        best_validation, best_step: of the validations that read what ``validation.max_windows`` allows.
         epoch_steps: with ``checkpoint.keep_epochs``, the step whose checkpoint each epoch ended with.
     """
 

@@ -38,18 +38,8 @@ from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
-from pretrain.plan import make_plan, print_plan
-from pretrain.run_folder import (
-    CHECKPOINTS,
-    USAGE,
-    check_branch,
-    check_same_run,
-    log_to_file,
-    planned_start,
-    prints_to_log,
-    start_over,
-    update_summary,
-)
+from pretrain.plan import make_plan, planned_start, print_plan
+from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
