@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,14 @@ logger = logging.getLogger(__name__)
 
 # Read ahead of the step that is asked for, so that a slow disk has to be slow for as long before training waits.
 STEPS_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What a run has read or passed over: samples of all sources, and of each of them; streams, which keep their places, do not count those."""
+
+    samples: int
+    by_source: dict[str, int]
 
 
 class Loader(Protocol):
@@ -62,8 +71,11 @@ class Loader(Protocol):
     def position(self, step: int) -> int:
         """Samples, over all sources, that stand before step ``step`` and that no later step reads."""
 
-    def pass_over(self, step: int, position: int) -> None:
-        """Gives step ``step``, which comes next, and all later ones the samples from ``position`` on, which lies behind it."""
+    def consumed(self, step: int) -> Consumed:
+        """What is consumed before step ``step``, which may lie ahead."""
+
+    def pass_over(self, step: int, consumed: Consumed) -> None:
+        """Gives step ``step``, which comes next, and all later ones the samples behind ``consumed``, of every source."""
 
     def origins(self, step: int) -> list[Origin]:
         """Where each sequence of a step that was read comes from, over all ranks; empty where that is no longer known."""
@@ -142,6 +154,8 @@ class TrainLoader:
         self._check_size()
         # Blocks are counted from the run's beginning. They differ from the stretches' count where earlier blocks had another length.
         self._offset = 0
+        # Passes over the training split up to a block, from which on they are counted in blocks of the split as it is now.
+        self._passes: tuple[float, float] = (0.0, 0.0)
         self.schedule = self._with_coming([self._plan(0, {}, self.stretches[0].mixture)], 0)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="train-loader")
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
@@ -173,11 +187,19 @@ class TrainLoader:
         """Samples before step ``step``; what it shares with the step before, which reads the same blocks, is among them."""
         return self._offset + self.stretch_at(max(step - 1, 0)).blocks_after(step)
 
-    def pass_over(self, step: int, position: int) -> None:
-        """Gives step ``step`` and all later ones the samples from ``position`` on."""
+    def consumed(self, step: int) -> Consumed:
+        samples = self.position(step)
+        return Consumed(samples, self.schedule.taken(samples))
+
+    def pass_over(self, step: int, consumed: Consumed) -> None:
+        """Gives step ``step`` and all later ones the samples behind ``consumed``. Where other mixtures than this step's have taken some of them,
+        each source goes on behind what was taken of it.
+        """
         stretch = self.stretch_at(step)
         plans = [plan for plan in self.schedule.plans if plan.start_sample <= self._offset + stretch.first_block_of(step)]
-        self._offset = position - stretch.first_block_of(step)
+        if Schedule(plans).taken(consumed.samples) != consumed.by_source:
+            plans = [*plans, self._plan(consumed.samples, consumed.by_source, stretch.mixture)]
+        self._offset = consumed.samples - stretch.first_block_of(step)
         self.schedule = self._with_coming(plans, step)
         self._ahead.clear()
 
@@ -187,19 +209,18 @@ class TrainLoader:
 
     def epochs(self, step: int) -> float:
         """Samples of a mixture count as those of the whole, so an epoch of it may take a small source more often than once."""
-        stretch = self.stretch_at(max(step - 1, 0))
-        blocks = self._offset + stretch.first_block + (step - stretch.first_step) * stretch.global_batch_size / stretch.slices
-        return blocks / sum(len(source.samples) for source in self.sources.values())
+        passes, since = self._passes
+        return passes + (self._blocks(step) - since) / sum(len(source.samples) for source in self.sources.values())
 
     def state(self, step: int) -> dict[str, Any]:
         """The mixtures of the run so far: with the number of samples they say which ones it has taken or passed over."""
         samples = self.position(step)
         plans = [plan.to_dict() for plan in self.schedule.plans if plan.start_sample < samples or plan.start_sample == 0]
-        return {"plans": plans, "samples": samples, "offset": self._offset}
+        return {"plans": plans, "samples": samples, "offset": self._offset, "passes": self._passes}
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Goes on after ``step`` steps. Where the mixture or its sources have changed, the new ones hold from here on, and every source goes on
-        in its own epoch where it was. Where the longest sequence has changed, every source begins a new epoch.
+        in its own epoch where it was. Where the longest sequence has changed, every source begins a new order, and that is told.
 
         Raises:
             DataError: where the data of a source is not what it was.
@@ -212,18 +233,24 @@ class TrainLoader:
         last, taken = plans[-1], Schedule(plans).taken(samples)
         self._offset = state["offset"]
         if last.sequence_length != self.sequence_length:
-            logger.warning(
-                "the longest sequence is %d tokens now and was %d: every source begins a new epoch", self.sequence_length, last.sequence_length
-            )
+            self._tell_new_order(last.sequence_length)
             self._offset, taken = samples - stretch.first_block_of(step), {}
         if (last.mixture, list(last.sources), last.sequence_length) != (stretch.mixture, list(self.sources), self.sequence_length):
             plans = [*(plan for plan in plans if plan.start_sample < samples), self._plan(samples, taken, stretch.mixture)]
+        passes, since = state.get("passes", (0.0, 0.0))
+        before, now = sum(source.num_samples for source in last.sources.values()), sum(len(source.samples) for source in self.sources.values())
+        self._passes = (passes, since) if before == now else (passes + (samples - since) / before, self._blocks(step))
         self.schedule = self._with_coming(plans, step)
         self._ahead.clear()
 
     def require(self, num_steps: int) -> None:
         """Raises :class:`DataError` where the mixture's limits leave too few samples for so many steps."""
         self.schedule.samples(self.position(num_steps) - 1, 1)
+
+    def _blocks(self, step: int) -> float:
+        """Blocks that ``step`` steps have used up; of one that shorter sequences share, the part that was read."""
+        stretch = self.stretch_at(max(step - 1, 0))
+        return self._offset + stretch.first_block + (step - stretch.first_step) * stretch.global_batch_size / stretch.slices
 
     def _read(self, step: int) -> list[Batch]:
         stretch, numbers = self.stretch_at(step), self.sample_numbers(step)
@@ -247,6 +274,15 @@ class TrainLoader:
                 start = self._offset + stretch.first_block
                 plans = [*plans, self._plan(start, Schedule(plans).taken(start), stretch.mixture)]
         return Schedule(plans)
+
+    def _tell_new_order(self, length_before: int) -> None:
+        message = (
+            f"the longest sequence is {self.sequence_length} tokens now and was {length_before}: every source begins anew, in another order, and "
+            "what was read may come again; to read nothing twice, name the longest sequence in the phases from the first step on"
+        )
+        logger.warning("%s", message)
+        if self.dp_rank == 0:
+            print(f"warning: {message}", file=sys.stderr)
 
     def _check_size(self) -> None:
         for name, source in self.sources.items():

@@ -222,6 +222,8 @@ class Schedule:
         result: dict[str, int] = {}
         ends = [*(min(plan.start_sample, sample) for plan in self.plans[1:]), sample]
         for plan, phases, end in zip(self.plans, self._phases_of_plan, ends, strict=True):
+            if plan.start_sample > sample:
+                break
             result |= {name: source.taken for name, source in plan.sources.items()}
             for phase, following in zip_longest(phases, phases[1:]):
                 if phase.start_sample < end:

@@ -18,7 +18,7 @@ from data_pipeline.batch import NO_LOSS, Batch, Documents, Origin, Sample, to_ba
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.corpora import Corpora
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
-from data_pipeline.loader import check_micro_batches
+from data_pipeline.loader import Consumed, check_micro_batches
 from data_pipeline.manifest import canonical_sha256
 from data_pipeline.mixture import Interleaving, check_names, quantize
 from data_pipeline.sources import ReadContext, Unit, open_source
@@ -255,10 +255,13 @@ class StreamLoader:
     def position(self, step: int) -> int:
         return step * self.global_batch_size + self.samples_passed_over
 
-    def pass_over(self, step: int, position: int) -> None:
+    def consumed(self, step: int) -> Consumed:
+        return Consumed(self.position(step), {})
+
+    def pass_over(self, step: int, consumed: Consumed) -> None:
         """Reads as many steps as it takes and throws them away: call it right after :meth:`resume`."""
         self._drop_what_is_ahead()
-        while self.position(step) < position:
+        while self.position(step) < consumed.samples:
             self._places = self._read(step).places
             self.samples_passed_over += self.global_batch_size
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.callbacks.metrics import read_rows
+from pretrain.checkpoint.layout import complete_checkpoints, read_run_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.schema import Recipe
@@ -20,18 +21,44 @@ from pretrain.engine.precision import DTYPES
 from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.schedules import run_learning_rate_factor
+from pretrain.run_folder import CHECKPOINTS, check_branch
 
 # Share of the rate of a large matrix product that a whole step reaches. Small models on CPUs reached 0.05; for GPUs it is a cautious guess.
 ASSUMED_EFFICIENCY = {"cpu": 0.05, "cuda": 0.25}
 
 
-def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int) -> dict[str, Any]:
-    """Sizes, memory and time of a run, from its resolved recipe and ds_config."""
+def planned_start(recipe: Recipe) -> int:
+    """The step that a run starts at, before there is anything of it: that of ``branch_from``, else 0. What the recipe leaves open is as in the trunk.
+
+    Raises:
+        CheckpointError: where ``branch_from`` names no checkpoint.
+        ConfigError: see :func:`pretrain.run_folder.check_branch`.
+    """
+    if recipe.branch_from is None or complete_checkpoints(Path(recipe.output_path) / CHECKPOINTS):
+        return 0
+    checkpoint = resolve_checkpoint(recipe.branch_from)
+    trunk, state = read_run_recipe(checkpoint), read_state(checkpoint)
+    model, train = recipe.model, recipe.train
+    model = model if model.vocab_size else model.model_copy(update={"vocab_size": trunk.model.vocab_size})
+    train = train if train.precision != "auto" else train.model_copy(update={"precision": trunk.train.precision})
+    check_branch(recipe.model_copy(update={"model": model, "train": train}), trunk, {}, state, checkpoint)
+    return int(state["step"])
+
+
+def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int, first_step: int = 0) -> dict[str, Any]:
+    """Sizes, memory and time of a run, from its resolved recipe and ds_config.
+
+    Args:
+        first_step: steps that a branch has of its trunk; they take no time.
+    """
     train, timeline = recipe.train, Timeline(recipe)
     size = model_size(recipe.model, train.sequence_length)
     state = state_bytes_per_rank(size, precision, zero_stage, world_size, recipe.parallel.ep_size, recipe.optimizer)
-    flops = sum(model_size(recipe.model, stage.recipe.train.sequence_length).flops_per_token * stage.num_tokens for stage in timeline.stages)
-    seconds, basis = _estimate_seconds(recipe, precision, world_size, timeline.num_tokens, flops / timeline.num_tokens)
+    done = timeline.tokens_after(first_step)
+    ahead = [(stage, min(stage.num_tokens, stage.first_tokens + stage.num_tokens - done)) for stage in timeline.stages if stage.end_step > first_step]
+    flops = sum(model_size(recipe.model, stage.recipe.train.sequence_length).flops_per_token * tokens for stage, tokens in ahead)
+    tokens = timeline.num_tokens - done
+    seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, flops / tokens)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "ds_config": ds_config,
@@ -44,6 +71,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
         "components": size.components,
         "flops_per_token": size.flops_per_token,
         "steps": timeline.num_steps,
+        "first_step": first_step,
         "train_tokens": timeline.num_tokens,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "state_bytes_per_rank": state,
@@ -106,7 +134,9 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     rows = {
         "ranks": f"{plan['world_size']} (ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']})",
         "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
-        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps" + ("" if plan["phases"] else f" of {recipe.train.tokens_per_step:,}"),
+        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps"
+        + ("" if plan["phases"] else f" of {recipe.train.tokens_per_step:,}")
+        + (f", the first {plan['first_step']:,} of them the trunk's" if plan["first_step"] else ""),
         "gradient accumulation": f"{accumulation} micro batches of {train.micro_batch_size} x {train.sequence_length}",
         "memory a rank": f"{(state['total'] + plan['activation_bytes_per_rank']) / 1e9:.2f} GB: weights {state['weights'] / 1e9:.2f}, gradients "
         f"{state['gradients'] / 1e9:.2f}, optimizer {state['optimizer'] / 1e9:.2f}, activations about {plan['activation_bytes_per_rank'] / 1e9:.2f}",

@@ -18,6 +18,7 @@ from data_pipeline.corpora import data_folders, load_corpora
 from data_pipeline.loader import Loader, open_loader
 from data_pipeline.packing import prepare_packing
 from pretrain.checkpoint.initial_weights import starting_weights
+from pretrain.config.errors import ConfigError
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
@@ -143,6 +144,11 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, 
     """
     recipe = Timeline(recipe).at(0).recipe
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
+    if recipe.branch_from is not None:
+        raise ConfigError(
+            "a range test cannot go on with the optimizer of branch_from: for its weights alone "
+            f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
+        )
     corpora = load_corpora(data_folders(recipe))
     corpora.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)

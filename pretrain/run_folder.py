@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
+from pretrain.checkpoint.initial_weights import REPORT as INITIAL_WEIGHTS
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
@@ -39,11 +40,11 @@ OWN_FIELDS = ("schedule", "frozen")
 CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
 
 
-def start_over(folder: Path, overwrite: bool) -> None:
+def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     """For --fresh: an empty folder, or the user's word that what is in it may go.
 
     Raises:
-        ConfigError: where the folder holds a run and ``overwrite`` is false.
+        ConfigError: where the folder holds a run and ``overwrite`` is false, or the run is to start from what would be deleted.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -51,10 +52,17 @@ def start_over(folder: Path, overwrite: bool) -> None:
         newest = complete_checkpoints(folder / CHECKPOINTS)
         what = f"a run (newest checkpoint {newest[0].name})" if newest else "files of a run"
         raise ConfigError(f"--fresh would delete {what} in {folder}: add --overwrite, or choose another folder with --set run_path=FOLDER")
+    for field in ("initial_weights", "branch_from"):
+        start = getattr(recipe, field)
+        if start is not None and Path(start).resolve().is_relative_to((folder / CHECKPOINTS).resolve()):
+            raise ConfigError(
+                f"--fresh --overwrite would delete {start}, which {field} starts from: "
+                "move it out of the run's folder, or choose another folder with --set run_path=FOLDER"
+            )
     # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
     for name in (CHECKPOINTS, USAGE, "tensorboard", *TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (*RUN_FILES, "incidents.jsonl", "evaluations.jsonl", "evaluation.log", SUMMARY, LOG):
+    for name in (*RUN_FILES, "incidents.jsonl", "evaluations.jsonl", "evaluation.log", INITIAL_WEIGHTS, SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
 
 

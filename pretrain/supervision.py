@@ -28,14 +28,20 @@ class Progress:
         skipped_in_a_row: since a step was applied, without those of fp16's loss scale.
         stale_validations: since ``patience_loss``, the lowest validation loss that counted as a new best for early stopping.
         stopped_early: whether the run ended because of it.
-        epoch_steps: with ``checkpoint.keep_epochs``, the step at whose end each epoch was over.
+        skipped_tokens: of the ``skipped_steps``.
+        last_validation, validation_step, validation_targets: the newest validation loss, and the step and the number of targets that it is of.
+        best_validation, best_step: of the validations that read what ``validation.max_windows`` allows.
+        epoch_steps: with ``checkpoint.keep_epochs``, the step whose checkpoint each epoch ended with.
     """
 
     step: int = 0
     skipped_steps: int = 0
+    skipped_tokens: int = 0
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0
     last_validation: float | None = None
+    validation_step: int | None = None
+    validation_targets: int | None = None
     best_validation: float | None = None
     best_step: int | None = None
     rollbacks: int = 0
@@ -43,6 +49,14 @@ class Progress:
     stale_validations: int = 0
     stopped_early: bool = False
     epoch_steps: dict[str, int] = field(default_factory=dict)
+
+    def forget_best(self) -> None:
+        """The next validation is the best one."""
+        self.best_validation = self.best_step = None
+
+    def forget_patience(self) -> None:
+        """Early stopping begins anew."""
+        self.patience_loss, self.stale_validations, self.stopped_early = None, 0, False
 
 
 class Supervisor:
@@ -79,7 +93,9 @@ class Supervisor:
             GuardError: where it has to stop for another reason.
         """
         found: list[NonFinite] | None = None
-        progress.skipped_steps += not result.applied
+        if not result.applied:
+            progress.skipped_steps += 1
+            progress.skipped_tokens += self.engine.now.train.tokens_per_step
         if not result.applied and not result.refused:
             found = find_non_finite(self.engine, batches)
             if not found and self.engine.precision == "fp16":

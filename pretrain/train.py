@@ -38,7 +38,7 @@ from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
-from pretrain.plan import make_plan, print_plan
+from pretrain.plan import make_plan, planned_start, print_plan
 from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
@@ -112,11 +112,11 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
         for stretch in stretches_of(recipe):
             check_names(stretch.mixture, list(corpora.training_parts()), stretch.where)
     accumulation = check_topology(recipe, world_size, stage)
-    precision = resolve_precision(recipe.train.precision)
+    precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, corpora)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
     if starts_as_first_rank():
-        plan = make_plan(recipe, resolved, precision, world_size, stage)
+        plan = make_plan(recipe, resolved, precision, world_size, stage, first_step)
         if options.json_path != "-":
             print_plan(plan, recipe)
         write_json(plan, options.json_path)
@@ -178,7 +178,7 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "best_validation_loss": progress.best_validation,
         "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
-        "skipped_tokens": progress.skipped_steps * recipe.train.tokens_per_step,
+        "skipped_tokens": progress.skipped_tokens,
         "rollbacks": progress.rollbacks,
         "stopped_early": progress.stopped_early,
         "checkpoint": str(Path(recipe.output_path) / CHECKPOINTS / layout.LATEST),
@@ -200,7 +200,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
     with only_writer(folder, OTHER_FOLDER) if topology.is_main else contextlib.nullcontext():
         if options.fresh and topology.is_main:
-            start_over(folder, options.overwrite)
+            start_over(folder, options.overwrite, recipe)
         if topology.is_main:
             prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
         topology.barrier()

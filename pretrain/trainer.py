@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.packing import Windows
 from pretrain.callbacks.base import Callback, Row
-from pretrain.checkpoint.layout import BEST, EPOCH
+from pretrain.checkpoint.layout import BEST, EPOCH, step_folder
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.errors import GuardError, NonFiniteError
 from pretrain.config.model_schema import ModelConfig
@@ -21,6 +21,7 @@ from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.engine import Engine, StepResult, reduce_steps
+from pretrain.engine.pending import from_state, to_state
 from pretrain.evaluation.expert_usage import UsageWindow, usage_columns
 from pretrain.guards import Trip
 from pretrain.incidents import Incidents
@@ -67,25 +68,38 @@ class Trainer:
         self.timeline = Timeline(recipe)
         self.num_steps = self.timeline.num_steps
         self._stage: Stage | None = None  # the one that the engine is in
+        self._trunk: Path | None = None  # another run's checkpoint that this one began with
         self._flops_per_token = 0.0
         self.progress = Progress()
         incidents = Incidents(Path(recipe.output_path), loader, engine.topology)
         self.supervisor = Supervisor(recipe.guards, engine, incidents)
         loader.waiting.watch(recipe.guards.stalled_data, incidents.tell_stall)
         self._training_loss: float | None = None  # of the last row
-        self._pending: list[StepResult] = []
-        self._row_started = 0.0
+        self._pending: list[StepResult] = []  # steps that are in no row yet
+        self._row_started = self._row_seconds = 0.0  # the clock when the first of them began, and what they took before a resume
         self._usage_started = 0  # the step after which the window of expert usage began
+        self._epoch = 0  # passes over the training split that are done
+        self._part_is_due = False  # whether an epoch or phase has ended and is not saved
+        self._epoch_is_due = False
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a whole checkpoint of this run, or of the one that it branches from."""
         state = self.store.load(checkpoint)
         self._stage = None  # DeepSpeed's counters are the checkpoint's now: the engine enters its phase anew
         self.progress = Progress(**state["progress"])
-        if checkpoint.parent != self.store.folder:  # its best checkpoint and those of its epochs lie elsewhere
-            self.progress.best_validation = self.progress.best_step = None
+        if checkpoint.parent != self.store.folder:
+            self._trunk = checkpoint
+            # Its best checkpoint and those of its epochs lie elsewhere, and its end was another.
+            self.progress.forget_best()
+            self.progress.forget_patience()
             self.progress.epoch_steps.clear()
+        best = self.progress.best_step
+        if self.recipe.checkpoint.keep_best and best is not None and not step_folder(self.store.folder, best).is_dir():
+            self.progress.forget_best()  # a run that went back has lost it, one that did not keep it never had it
         self.loader.resume(state["data"], self.progress.step)
+        own = state["own"]
+        self._pending, self._row_seconds = from_state(own.get("pending", []), self.topology.device), own.get("row_seconds", 0.0)
+        self._epoch, self._part_is_due, self._epoch_is_due = int(self.loader.epochs(self.progress.step) or 0), False, False
         self.supervisor.restore(state.get("guards", {}))
         if self.progress.stopped_early:
             # The recipe may have more patience now.
@@ -98,7 +112,7 @@ class Trainer:
         recipe = self.recipe
         for callback in self.callbacks:
             callback.on_start(self.progress.step, self.num_steps)
-        self._row_started = time.perf_counter()
+        self._row_started = time.perf_counter() - self._row_seconds
         self._usage_started = self.progress.step
         stopped = False
         while self.progress.step < self.num_steps and not stopped:
@@ -112,13 +126,15 @@ class Trainer:
                 self._report_training()
             if step % recipe.logging.usage_interval_steps == 0:
                 self._report_usage()
-            ends_part = ends_phase or (recipe.checkpoint.keep_epochs and self._epoch_is_over())
+            ends_part = (recipe.checkpoint.keep_epochs and self._epoch_is_over()) or ends_phase
+            self._part_is_due |= ends_part
             if self.validation is not None and (last or ends_part or step % recipe.validation.interval_steps == 0):
-                best = self._validate(self.validation, whole=last)
+                best = self._validate(self.validation, last)
                 if not last and self.supervisor.ends_early(self.progress):
-                    last, best = True, self._end_early(self.validation) or best
+                    last = True
+                    self._end_early(self.validation)
             stopped = self.topology.any(self.stop.requested) and not last
-            due = ends_part or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best)
+            due = self._part_is_due or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best)
             # While steps are skipped one after the other nothing new is to be saved, and older checkpoints may soon be needed.
             if last or stopped or (due and not self.progress.skipped_in_a_row):
                 self._save()
@@ -148,30 +164,26 @@ class Trainer:
 
     def _roll_back(self, trip: Trip) -> None:
         """Goes back to the newest checkpoint before the incident, and from there on to data behind it."""
-        before, checkpoint = self.progress, self.store.go_back(trip.from_step)
+        before, checkpoint = self.progress, self.store.go_back(trip.from_step, self._trunk)
         if checkpoint is None:
             raise GuardError(f"step {trip.step}: {trip.reason}, and there is no checkpoint before it to go back to: lower checkpoint.interval_steps")
-        position = self.loader.position(before.step + self.recipe.guards.rollback.skip_steps)
+        consumed = self.loader.consumed(before.step + self.recipe.guards.rollback.skip_steps)
         self.resume(checkpoint)
         progress = self.progress
-        progress.rollbacks, progress.skipped_steps = before.rollbacks + 1, before.skipped_steps
-        progress.train_seconds = before.train_seconds
-        self.loader.pass_over(progress.step, position)
+        progress.rollbacks, progress.train_seconds = before.rollbacks + 1, before.train_seconds
+        progress.skipped_steps, progress.skipped_tokens = before.skipped_steps, before.skipped_tokens
+        self.loader.pass_over(progress.step, consumed)
         self.loader.require(self.num_steps)
-        self._pending.clear()
         self.engine.take_usage()
-        self._usage_started, self._row_started = progress.step, time.perf_counter()
+        self._usage_started, self._row_started = progress.step, time.perf_counter() - self._row_seconds
         for callback in self.callbacks:
             callback.on_rollback(progress.step)
 
     def _epoch_is_over(self) -> bool:
-        """Whether a pass over the training split ended in the step that is done; notes which."""
-        step = self.progress.step
-        before, now = self.loader.epochs(step - 1), self.loader.epochs(step)
-        over = before is not None and now is not None and int(now) > int(before)
-        if over and now is not None:
-            self.progress.epoch_steps[str(int(now))] = step
-        return over
+        """Whether a pass over the training split ended in the step that is done, or was passed over before it."""
+        before, self._epoch = self._epoch, int(self.loader.epochs(self.progress.step) or 0)
+        self._epoch_is_due |= self._epoch > before
+        return self._epoch > before
 
     def _enter(self, stage: Stage) -> None:
         """Goes into a phase, at its beginning or, after a resume, anywhere in it."""
@@ -182,8 +194,8 @@ class Trainer:
             self.validation = self.validation.of_length(length)
         if self.timeline.changes_length(self.progress.step):
             # Losses over windows of different lengths do not compare.
-            self.progress.best_validation = self.progress.best_step = self.progress.patience_loss = None
-            self.progress.stale_validations = 0
+            self.progress.forget_best()
+            self.progress.forget_patience()
         if self.progress.step == stage.first_step:
             self.supervisor.restore({})  # losses and norms of other batches, lengths and data are no measure
         if self.peak is not None:
@@ -198,7 +210,7 @@ class Trainer:
         phase = {"phase": stage.name, "phase_number": stage.number} if stage.name else {}
         return {"kind": kind, "step": step, "tokens": self.timeline.tokens_after(step)} | ({} if epochs is None else {"epoch": epochs}) | phase
 
-    def _end_early(self, validation: Windows) -> bool:
+    def _end_early(self, validation: Windows) -> None:
         """Makes the step that was just taken the last one, with the row and the validation that a last one has."""
         self.progress.stopped_early = True
         self.num_steps = self.progress.step
@@ -206,7 +218,8 @@ class Trainer:
             callback.on_early_end(self.num_steps)
         if self._pending:
             self._report_training()
-        return self._validate(validation, whole=True)
+        if self._samples(validation):
+            self._validation_loss(validation, whole=True)
 
     def _report_training(self) -> None:
         """Reads what has gathered on the device since the last row; what was skipped takes part in no mean."""
@@ -224,6 +237,7 @@ class Trainer:
         row = self._row("train")
         tokens_per_second = (row["tokens"] - self.timeline.tokens_after(self.progress.step - len(results))) / seconds
         row |= {
+            "steps": len(applied),
             **dict(zip(LOSS_COLUMNS, means)),
             "learning_rate": self.engine.learning_rate(),
             "grad_norm": applied[-1].grad_norm,
@@ -257,8 +271,27 @@ class Trainer:
                 callback.on_row(row)
         self._row_started += time.perf_counter() - started  # not training time
 
-    def _validate(self, windows: Windows, whole: bool) -> bool:
-        """Loss over the validation split: the fixed sample of it, or all of it at the end of a run. True for the best one so far."""
+    def _samples(self, windows: Windows) -> bool:
+        """Whether a validation in the loop reads a part of the split only."""
+        limit = self.recipe.validation.max_windows
+        return limit is not None and limit < windows.num_all
+
+    def _validate(self, windows: Windows, last: bool) -> bool:
+        """Loss over the validation split, or the fixed sample of it; at the end of a run then over all of it too. True for the best one so far.
+
+        Which is the best is judged on one and the same data. Where steps are being skipped nothing is saved, and so nothing is the best.
+        """
+        progress, loss = self.progress, self._validation_loss(windows, whole=False)
+        if not last:
+            self.supervisor.after_validation(progress, loss, self._training_loss)
+        best = not progress.skipped_in_a_row and (progress.best_validation is None or loss < progress.best_validation)
+        if best:
+            progress.best_validation, progress.best_step = loss, progress.step
+        if last and self._samples(windows):
+            self._validation_loss(windows, whole=True)
+        return best
+
+    def _validation_loss(self, windows: Windows, whole: bool) -> float:
         started = time.perf_counter()
         limit = None if whole else self.recipe.validation.max_windows
         size, loader = self.engine.now.train.micro_batch_size, self.loader
@@ -268,17 +301,12 @@ class Trainer:
             raise NonFiniteError(
                 f"the validation loss of step {progress.step} is not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
-        progress.last_validation = loss
-        if not whole:
-            self.supervisor.after_validation(progress, loss, self._training_loss)
-        best = progress.best_validation is None or loss < progress.best_validation
-        if best:
-            progress.best_validation, progress.best_step = loss, progress.step
+        progress.last_validation, progress.validation_step, progress.validation_targets = loss, progress.step, targets
         row = self._row("validation") | {"validation_loss": loss, "targets": targets}
         for callback in self.callbacks:
             callback.on_row(row)
         self._row_started += time.perf_counter() - started  # not training time
-        return best
+        return loss
 
     def _weights_are_finite(self) -> bool:
         """The same answer on every rank; of a weight that ZeRO 3 has partitioned, each rank looks at its own part."""
@@ -293,6 +321,9 @@ class Trainer:
             raise NonFiniteError(
                 f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"
             )
+        if self._epoch_is_due:
+            progress.epoch_steps[str(self._epoch)] = progress.step
+        self._part_is_due = self._epoch_is_due = False
         state = (
             self.identity
             | self.facts
@@ -301,6 +332,8 @@ class Trainer:
                 "consumed_tokens": self.timeline.tokens_after(progress.step),
                 "epoch": self.loader.epochs(progress.step),
                 "validation_loss": progress.last_validation,
+                "validation_step": progress.validation_step,
+                "validation_targets": progress.validation_targets,
                 "phase": self.timeline.at(progress.step - 1).name or None,
                 "progress": asdict(progress),
                 "data": self.loader.state(progress.step),
@@ -310,7 +343,8 @@ class Trainer:
         named = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()} if self.recipe.checkpoint.keep_epochs else {}
         if self.recipe.checkpoint.keep_best and progress.best_step is not None:
             named[BEST] = progress.best_step
-        self.store.save(progress.step, state, named)
+        own = {"pending": to_state(self._pending), "row_seconds": started - self._row_started}
+        self.store.save(progress.step, state, named, own)
         self._row_started += time.perf_counter() - started
 
 

@@ -12,7 +12,7 @@ checkpoints/
     weights-experts-00000-of-00002.safetensors ...
     deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
     rows/rank_00000.safetensors ...       optimizer state of tables of experts, where the model has some (PEER)
-    random/rank_00000.pt ...              random state of every rank
+    random/rank_00000.pt ...              random state of every rank, and its steps that are in no row of metrics yet
     manifest.json                         size and sha256 of every file above; written last
 """
 

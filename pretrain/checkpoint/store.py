@@ -61,12 +61,13 @@ class CheckpointStore:
         self.ds_config = ds_config
         self.tokenizer = tokenizer
 
-    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None, own: dict[str, Any] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
 
         Args:
             state: written to ``state.json``.
             named: steps by the pointer that names them; they are kept beside the newest ``checkpoint.keep_last``.
+            own: this rank's own state, of plain types and tensors.
 
         Raises:
             StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
@@ -77,7 +78,7 @@ class CheckpointStore:
         self._prepare(temporary)
         try:
             (temporary / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
-            torch.save(random_state(), temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
+            torch.save(random_state() | {"own": own or {}}, temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
             moe = engine.recipe.model.moe
             tables = {name: table.weight for name, table in engine.rows.tables.items()} if engine.rows is not None else {}
             num_experts = moe.total_experts if moe else 1
@@ -105,21 +106,31 @@ class CheckpointStore:
         self._publish(temporary, target)
         if topology.is_main:
             self._point(named or {})
-            self._remove_old(set((named or {}).values()))
+            self._remove_old(step, set((named or {}).values()))
         topology.barrier()
         return target
 
-    def go_back(self, step: int) -> Path | None:
+    def go_back(self, step: int, trunk: Path | None = None) -> Path | None:
         """Removes the checkpoints of step ``step`` and later ones, and returns the newest whole one before; None, and nothing is removed, where
         there is none. Every rank must call it.
+
+        Args:
+            trunk: a checkpoint of another run, to go back to where this run has none; if it is of a step before ``step``.
         """
         kept, topology = self.newest(before=step), self.engine.topology
+        if kept is None and trunk is not None and layout.read_state(trunk)["step"] < step:
+            kept = trunk
         if kept is not None and topology.is_main:
-            layout.write_pointer(self.folder, kept.name)
+            if kept.parent == self.folder:
+                layout.write_pointer(self.folder, kept.name)
             for folder in layout.complete_checkpoints(self.folder):
                 if layout.step_of(folder) >= step:
-                    logger.warning("removed %s: the run goes back to %s", folder, kept.name)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    logger.warning("removed %s: the run goes back to %s", folder, kept)
+                    self._set_aside(folder)
+            for name, target in layout.pointers(self.folder).items():
+                if not (self.folder / target).is_dir():
+                    (self.folder / name).unlink()
+            self._clear()
         topology.barrier()
         return kept
 
@@ -156,16 +167,28 @@ class CheckpointStore:
         return folder
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and random state from ``folder`` and returns its ``state.json``. Every rank must call it."""
+        """Restores weights, optimizer and random state from ``folder``. Every rank must call it.
+
+        Returns:
+            its ``state.json``, with what :meth:`save` got as this rank's ``own``.
+        """
+        optimizer = self.engine.optimizer
+        own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
             )
+        # With the moments come the checkpoint's weight decay, betas and clipping: those of the recipe hold.
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.engine.recipe.train.grad_clip
         self._load_rows(folder)
-        own = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
-        restore_random_state(torch.load(own, weights_only=True))
-        return layout.read_state(folder)
+        path = folder / layout.RANDOM_FOLDER / f"rank_{self.engine.topology.rank:05d}.pt"
+        of_rank = torch.load(path, weights_only=True)
+        restore_random_state(of_rank)
+        return layout.read_state(folder) | {"own": of_rank.get("own", {})}
 
     def _write_rows(self, folder: Path) -> None:
         """The optimizer state of tables, as far as rows were used: DeepSpeed knows nothing of it."""
@@ -225,7 +248,8 @@ class CheckpointStore:
         (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (temporary / layout.MANIFEST, *(child for child in temporary.iterdir() if child.is_dir()), temporary):
             fsync_path(path)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            self._set_aside(target)
         os.replace(temporary, target)
         layout.write_pointer(self.folder, target.name)
 
@@ -240,9 +264,24 @@ class CheckpointStore:
         for name, target in there.items():
             layout.write_pointer(self.folder, target, name)
 
-    def _remove_old(self, protected: set[int]) -> None:
-        for folder in layout.complete_checkpoints(self.folder)[self.engine.recipe.checkpoint.keep_last :]:
-            if layout.step_of(folder) not in protected:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _remove_old(self, step: int, protected: set[int]) -> None:
+        """After a save at ``step``. Whatever is of a later step was damaged when the run began: it goes too, and counts for nothing."""
+        folders = layout.complete_checkpoints(self.folder)
+        later = [folder for folder in folders if layout.step_of(folder) > step]
+        for folder in later:
+            logger.warning("removed %s: the run began before it, and has saved step %d", folder, step)
+        old = folders[len(later) + self.engine.recipe.checkpoint.keep_last :]
+        for folder in (*later, *(folder for folder in old if layout.step_of(folder) not in protected)):
+            self._set_aside(folder)
+        self._clear()
+
+    def _set_aside(self, folder: Path) -> None:
+        """Gives a checkpoint that goes a temporary name: a kill while it is removed leaves no torn folder under a final one."""
+        aside = folder.with_name(f".{folder.name}.removed.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+
+    def _clear(self) -> None:
+        """Removes what has a temporary name, from before too."""
         for torn in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)

@@ -35,7 +35,11 @@ class PhaseConfig(Section):
     """One phase. What it leaves out is as the recipe says outside of its phases."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    tokens: Positive | None = Field(None, description="rounded up to whole steps; the last phase may leave it out and takes the rest of the run")
+    tokens: Positive | None = Field(
+        None,
+        description="rounded up to whole steps, or where others are longer to whole blocks (longest / own length steps each); "
+        "the last phase may leave it out and takes the rest of the run",
+    )
     global_batch_size: Positive | None = Field(None, description="sequences a step, over all ranks")
     micro_batch_size: Positive | None = Field(None, description="sequences a rank holds at once")
     sequence_length: Positive | None = Field(None, description="tokens; a divisor of the longest of the run")

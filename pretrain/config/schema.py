@@ -28,7 +28,7 @@ class TrainConfig(Section):
     sequence_length: Positive = Field(description="tokens")
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
-    train_tokens: Positive = Field(description="tokens of the whole run, rounded up to whole steps")
+    train_tokens: Positive = Field(description="tokens of the whole run, rounded up to whole steps; phases round up by themselves")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto", description="'auto': bf16 where the hardware multiplies it natively, else fp32; 'fp8': bf16 with linear layers in fp8"
     )
@@ -69,7 +69,9 @@ class CheckpointConfig(Section):
 
 class ValidationConfig(Section):
     interval_steps: Positive = 500
-    max_windows: Positive | None = Field(None, description="sequences an in-loop validation reads; the last one of a run reads all")
+    max_windows: Positive | None = Field(
+        None, description="sequences an in-loop validation reads, and the best is judged on; a run's end reads all as well"
+    )
 
 
 class EvaluationConfig(Section):

@@ -3,8 +3,9 @@
 Steps, tokens and samples are counted here and nowhere else. A run without phases is one stage of the whole recipe.
 
 Sequences of several lengths share one order: it goes over blocks of the run's longest sequence. A step of B shorter ones reads one window of
-each of B blocks, and the following steps read the next windows of the same blocks until they are used up. So a phase takes whole blocks, and
-no token comes twice before its source's epoch ends, whatever the lengths.
+each of B blocks, and the following steps read the next windows of the same blocks until they are used up. So a phase takes whole blocks: its
+tokens are rounded up to as many steps as read them, longest / own length steps at a time. No token comes twice before its source's epoch ends,
+whatever the lengths, if the longest is the same from the first step on.
 """
 
 from __future__ import annotations

@@ -87,14 +87,14 @@ class RowState:
         return state | {name: moment[own_U] for name, moment in self.moments.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over a :meth:`state`; rows that it does not name were never used."""
+        """Takes over a :meth:`state`; rows that it does not name were never used, and moments that it does not have start at zero."""
         (used_U,) = self.steps.nonzero(as_tuple=True)
         for numbers in (self.steps, *self.moments.values()):
             numbers[used_U] = 0
         own_U = state["row"].to(self.steps.device) - self.first
         self.steps[own_U] = state["steps"].to(self.steps.device)
-        for name, moment in self.moments.items():
-            moment[own_U] = state[name].to(moment.device)
+        for name in self.moments.keys() & state.keys():
+            self.moments[name][own_U] = state[name].to(self.steps.device)
 
 
 class RowOptimizer:

@@ -73,7 +73,7 @@ def test_a_step_names_the_source_of_each_sequence_also_behind_data_that_was_pass
     later = [batch.input_ids_BS.tolist() for batch in loader.step_batches(5)]
     for step in (0, 2):
         if step == 2:
-            loader.pass_over(2, loader.position(5))
+            loader.pass_over(2, loader.consumed(5))
             assert [batch.input_ids_BS.tolist() for batch in loader.step_batches(2)] == later
         inputs = [row for batch in loader.step_batches(step) for row in batch.input_ids_BS.tolist()]
         origins = loader.origins(step)
@@ -88,7 +88,7 @@ def test_data_that_was_passed_over_stays_passed_over_after_a_resume(tmp_path: Pa
     sizes = ["train.sequence_length=4", "train.micro_batch_size=2", "train.global_batch_size=4", f"data.path={tmp_path}"]
     recipe, corpora = load_recipe("debug", sizes), load_corpora({"": str(tmp_path)})
     first, second, third = (open_train_loader(recipe, corpora, 0, 1) for _ in range(3))
-    first.pass_over(2, first.position(5))
+    first.pass_over(2, first.consumed(5))
     second.resume(first.state(4), 4)
     third.resume(third.state(4), 4)
     numbers = [first.sample_numbers(4), second.sample_numbers(4), third.sample_numbers(7)]

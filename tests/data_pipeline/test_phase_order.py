@@ -121,18 +121,42 @@ def test_a_changed_mixture_of_a_phase_holds_from_its_first_sample_and_sources_go
     assert [plan["start_sample"] for plan in loader.state(5)["plans"]] == [0, 16]
 
 
-def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_from_there(tmp_path: Path) -> None:
+def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_from_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = TrainLoader(sources_of(tmp_path, 4), [Stretch(Proportional(), 4, 2)], 5, 0, 1)
     longer = [Stretch(Proportional(), 4, 2, slices=2), Stretch(Proportional(), 2, 2, first_step=4, first_block=8)]
     changed, again = (TrainLoader(sources_of(tmp_path / str(number)), longer, 5, 0, 1) for number in range(2))
     changed.resume(json.loads(json.dumps(short.state(3))), 3)
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and "8 tokens now and was 4" in told and "name the longest sequence in the phases" in told
+    # Half of the short blocks are as many long ones: passes are of tokens, and go on where they were.
+    assert changed.epochs(3) == pytest.approx(short.epochs(3)) and short.epochs(3) == 12 / 128
+    assert changed.epochs(9) - changed.epochs(4) == pytest.approx(10 / 64)
     tokens = tokens_of(changed, range(3, 9))
     assert max(Counter(tokens).values()) == 1 and len(tokens) == 16 + 5 * 16
     again.resume(json.loads(json.dumps(changed.state(6))), 6)
-    assert tokens_of(again, range(6, 9)) == tokens[3 * 16 :]
+    assert tokens_of(again, range(6, 9)) == tokens[3 * 16 :] and again.epochs(9) == changed.epochs(9)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_mixture_of_a_phase_is_called_by_its_place(tmp_path: Path) -> None:
     wrong = Stretch(Weights(kind="weights", weights={"a": 1, "c": 1}), 4, 2, where="phases.late.mixture")
     with pytest.raises(ConfigError, match=r"phases\.late\.mixture\.weights names 'c'"):
         TrainLoader(sources_of(tmp_path), [wrong], 5, 0, 1)
+
+
+def test_going_back_over_a_border_passes_over_the_data_of_both_mixtures(tmp_path: Path) -> None:
+    only_a, only_b = (Weights(kind="weights", weights=shares) for shares in ({"a": 1, "b": 0}, {"a": 0, "b": 1}))
+    stretches = [Stretch(only_a, 2, 2), Stretch(only_b, 2, 2, first_step=5, first_block=10)]
+    sources = sources_of(tmp_path)
+    straight, loader, resumed = (TrainLoader(sources, stretches, 5, 0, 1) for _ in range(3))
+    tokens = {step: set(tokens_of(straight, range(step, step + 1))) for step in range(9)}
+    saved = json.loads(json.dumps(loader.state(4)))
+    for behind in (7, 6):  # twice from step 6 to step 4: the second time what was read in between is passed over too
+        consumed = loader.consumed(behind)
+        loader.resume(saved, 4)
+        loader.pass_over(4, consumed)
+    # Step 4 reads a, of which five steps were taken and then one more; b goes on behind the two and the one that were passed over.
+    assert set(tokens_of(loader, range(4, 5))).isdisjoint(set().union(*(tokens[step] for step in range(5))))
+    assert set(tokens_of(loader, range(5, 6))) == tokens[8] and tokens[8].isdisjoint(tokens[5] | tokens[6] | tokens[7])
+    resumed.resume(json.loads(json.dumps(loader.state(6))), 6)
+    assert [resumed.sample_numbers(step) for step in (6, 7)] == [loader.sample_numbers(step) for step in (6, 7)]

@@ -240,7 +240,7 @@ def test_steps_that_are_passed_over_are_left_out_and_stay_so_after_a_resume(tmp_
     back.resume(early, 0)
     assert numbers_of(back.step_batches(0)) == batches[0]
     back.resume(early, 0)
-    back.pass_over(0, back.position(3))
+    back.pass_over(0, back.consumed(3))
     assert [numbers_of(back.step_batches(step)) for step in range(3)] == batches[3:6]
     state = json.loads(json.dumps(back.state(3)))
     resumed.resume(state, 3)

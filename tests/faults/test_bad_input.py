@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from deepspeed.accelerator import get_accelerator
 
+from pretrain.checkpoint import layout
 from pretrain.config.errors import ConfigError
+from pretrain.config.load import load_recipe
 from pretrain.engine.precision import resolve_precision
+from pretrain.run_folder import start_over
 from tests.launch.tiny_run import LAUNCHERS, ROOT, Started, Tiny
 
 Command = Callable[[list[str]], tuple[int, str]]
@@ -166,3 +169,16 @@ def test_fp16_where_the_device_cannot_is_refused_with_what_to_use(monkeypatch: p
         ConfigError, match=r"train.precision is fp16, but this \w+ device cannot compute in it: use --set train.precision=bf16 or fp32"
     ):
         resolve_precision("fp16")
+
+
+@pytest.mark.parametrize("field", ["initial_weights", "branch_from"])
+def test_starting_over_never_deletes_what_it_starts_from(field: str, six_steps: Path, tiny: Tiny, tmp_path: Path, train: Command) -> None:
+    run = Path(shutil.copytree(six_steps, tmp_path / "run"))
+    (run / "initial_weights.json").write_text("{}")
+    start = f"{field}={run / 'checkpoints' / 'latest'}"
+    code, message = train([*tiny.arguments(run, start), "--fresh", "--overwrite"])
+    assert code == 2
+    assert_one_sentence(message, "would delete", f"which {field} starts from", "run_path")
+    assert layout.damage(run / "checkpoints" / "step_6") is None
+    start_over(run, True, load_recipe(str(tiny.recipe)))
+    assert list(run.iterdir()) == []

@@ -21,6 +21,7 @@ from data_pipeline.token_stream import open_split
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.config.errors import CheckpointError
+from pretrain.train import main
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, make_trainer
 
 Command = Callable[[list[str]], tuple[int, str]]
@@ -110,6 +111,41 @@ def test_a_torn_temporary_folder_is_ignored_and_removed_at_the_next_save(run: Pa
     (torn / layout.MANIFEST).unlink()
     assert train(tiny.arguments(run, steps=7))[0] == 0
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_6", "step_7"}
+
+
+def test_checkpoints_saved_after_a_fallback_are_kept_and_the_damaged_one_goes(run: Path, tiny: Tiny, train: Command) -> None:
+    flip_a_bit(run / "checkpoints" / "step_6" / "weights-dense.safetensors")
+    for steps in (4, 5):
+        assert train(tiny.arguments(run, "checkpoint.keep_last=1", steps=steps))[0] == 0
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", f"step_{steps}"}
+        assert layout.resolve_checkpoint(run / "checkpoints" / "latest").name == f"step_{steps}"
+    steps_begun = [line.rpartition("/")[2] for line in (run / "log.txt").read_text().splitlines() if "resumed from" in line]
+    assert steps_begun == ["step_3", "step_4"]
+
+
+class Killed(BaseException):
+    """Where a process would end."""
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_looks_whole(
+    run: Path, tiny: Tiny, train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_tree = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if "step_3" in path.name and path.is_dir():  # as far as a removal gets: the folder is still there, its manifest is not
+            (path / layout.MANIFEST).unlink()
+            raise Killed
+        remove_tree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        main(tiny.arguments(run, steps=7))
+    monkeypatch.undo()
+    assert not (run / "checkpoints" / "step_3").exists()
+    assert layout.resolve_checkpoint(run / "checkpoints" / "latest").name == "step_7"
+    assert train(tiny.arguments(run, steps=8))[0] == 0
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_7", "step_8"}
 
 
 # Everything is written, synced and listed in the manifest; only the rename is missing.

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import plan
 from pretrain.checkpoint.layout import read_recipe, read_run_recipe, read_state
 from pretrain.checkpoint.weights import load_model
-from pretrain.config.errors import PREEMPTED
+from pretrain.config.errors import PREEMPTED, ConfigError
 from pretrain.config.load import load_recipe
 from pretrain.config.timeline import Timeline
 from pretrain.evaluation.heldout import score_checkpoint
 from pretrain.model.decoder import DecoderLM
+from pretrain.range_test import prepare
 from pretrain.train import main
 from tests.launch.tiny_run import Tiny, curve
 
@@ -184,6 +186,30 @@ def test_a_branch_from_nothing_or_from_a_damaged_checkpoint_is_refused(tiny: Tin
     assert code == 4 and "there is no checkpoint" in message
 
 
+def test_the_plan_of_a_branch_looks_at_its_trunk_and_leaves_out_its_steps(
+    tiny: Tiny, trunk: Path, tmp_path: Path, train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_measured_flops", lambda *_: 1e9)
+    start, result = f"branch_from={trunk / 'checkpoints' / 'step_3'}", tmp_path / "plan.json"
+
+    def planned(*overrides: str) -> tuple[int, str]:
+        arguments = trunk_arguments(tiny, tmp_path / "run", DECAY, "train.precision=auto", *overrides)
+        return train([*arguments, "--dry-run", "--world-size", "1", "--json", str(result)])
+
+    assert planned()[0] == 0
+    straight = json.loads(result.read_text())
+    assert planned(start)[0] == 0
+    branch = json.loads(result.read_text())
+    assert (straight["first_step"], branch["first_step"], branch["steps"]) == (0, 3, 6)
+    assert branch["estimated_seconds"] == pytest.approx(straight["estimated_seconds"] / 2)
+    code, message = planned("branch_from=nowhere/step_3")
+    assert code == 4 and "there is no checkpoint nowhere/step_3" in message
+    code, message = planned(start, "seed=8")
+    assert code == 2 and "another seed (7 -> 8)" in message
+    with pytest.raises(ConfigError, match=r"branch_from=null --set initial_weights=.*step_3"):
+        prepare(load_recipe(str(tiny.recipe), [start]), {}, "zero1.json", 1, 20)
+
+
 def test_what_is_past_must_be_as_it_was_and_what_is_ahead_may_change(tiny: Tiny, tmp_path: Path, train: Command) -> None:
     run = tmp_path / "run"
     assert train(trunk_arguments(tiny, run, steps=4))[0] == 0
@@ -200,7 +226,8 @@ def test_what_is_past_must_be_as_it_was_and_what_is_ahead_may_change(tiny: Tiny,
 
 
 def test_losses_of_another_length_are_no_better_and_no_worse(tiny: Tiny, whole: Path) -> None:
-    rows = {row["step"]: row["validation_loss"] for row in curve(whole) if row["kind"] == "validation"}
+    # Of the last step there are two: the sample's, which competes, and then that of the whole split.
+    rows = {row["step"]: row["validation_loss"] for row in reversed(curve(whole)) if row["kind"] == "validation"}
     for step, same_length in ((7, (5, 6, 7)), (11, (8, 9, 10, 11))):
         progress = read_state(whole / "checkpoints" / f"step_{step}")["progress"]
         assert progress["best_validation"] == min(rows[near] for near in same_length if near in rows)

@@ -18,7 +18,8 @@ STEPS = 45
 
 
 def arguments_for(tiny: Tiny, run: Path) -> list[str]:
-    return tiny.arguments(run, "parallel.ep_size=2", "checkpoint.interval_steps=10", "validation.interval_steps=10", steps=STEPS)
+    intervals = ("checkpoint.interval_steps=10", "validation.interval_steps=10", "logging.interval_steps=3")
+    return tiny.arguments(run, "parallel.ep_size=2", *intervals, steps=STEPS)
 
 
 def start(script: str, tiny: Tiny, run: Path) -> Started:

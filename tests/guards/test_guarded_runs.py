@@ -153,7 +153,7 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
     zero: int, precision: str, overrides: Sequence[str], tiny: Tiny, tmp_path: Path
 ) -> None:
     settings = (*overrides, f"train.precision={precision}", "train.micro_batch_size=4", "checkpoint.interval_steps=4", BACK)
-    settings += (SPIKE.replace("ACTION", "rollback"), "logging.usage_interval_steps=8", "checkpoint.keep_last=9")
+    settings += (SPIKE.replace("ACTION", "rollback"), "logging.usage_interval_steps=8", "logging.interval_steps=3", "checkpoint.keep_last=9")
     trainer = started(tiny, tmp_path / "run", *settings, zero=zero, steps=26)
     poison_batches(trainer, Injection(trainer.engine, 0, 1, "loss", factor=6.0), {17, 19})
     assert trainer.fit()
@@ -162,7 +162,7 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
     assert trainer.progress.rollbacks == 1 and trainer.progress.skipped_steps == 1
     rows = curve(tmp_path / "run")
     steps = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps == list(range(1, 27))
+    assert steps == [*range(3, 26, 3), 26]  # rows of three steps, also that of the step it went back to and the two behind it
 
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "run", other)
@@ -171,7 +171,7 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
             shutil.rmtree(checkpoint)
     fresh = started(tiny, other, *settings, zero=zero, steps=26)
     assert fresh.progress.step == 16
-    fresh.loader.pass_over(16, fresh.loader.position(20))
+    fresh.loader.pass_over(16, fresh.loader.consumed(20))
     assert fresh.fit() and incidents(other) == incidents(tmp_path / "run")
     expected = [row | {"skipped_steps": 0} for row in curve(other)]
     assert [row | {"skipped_steps": 0} for row in rows] == expected
@@ -209,6 +209,17 @@ def test_going_back_to_one_checkpoint_twice_passes_over_both_pieces_of_data(tiny
     assert trainer.loader.position(2) // trainer.recipe.train.global_batch_size == 6
 
 
+def test_a_branch_without_a_checkpoint_of_its_own_goes_back_to_its_trunk(tiny: Tiny, tmp_path: Path) -> None:
+    assert started(tiny, tmp_path / "trunk", steps=2).fit()
+    trunk = tmp_path / "trunk" / "checkpoints" / "step_2"
+    branch = started(tiny, tmp_path / "branch", "guards.non_finite.action=rollback", f"branch_from={trunk}", steps=5)
+    branch.resume(trunk)
+    poison_batches(branch, Injection(branch.engine, 0, 0, "loss"), {3})
+    assert branch.fit() and (branch.progress.rollbacks, branch.progress.skipped_steps) == (1, 1)
+    assert [row["step"] for row in curve(tmp_path / "branch") if row["kind"] == "train"] == [3, 4, 5]
+    assert trunk.is_dir() and [path.name for path in complete_checkpoints(tmp_path / "branch" / "checkpoints")] == ["step_5"]
+
+
 def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     impatient = ["model.num_hidden_layers=1", "guards.early_stopping={patience: 2, min_delta: 9.0}", "validation.max_windows=4"]
@@ -219,6 +230,7 @@ def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, 
     rows = [row for row in curve(run) if row["step"] == 6]
     assert [row["kind"] for row in rows] == ["train", "validation", "validation"] and rows[1]["targets"] < rows[2]["targets"]
     assert (run / "checkpoints" / "latest").read_text() == "step_6\n"
+    shutil.copytree(run / "checkpoints" / "step_6", tmp_path / "trunk")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped_early"] and summary["steps"] == 6 and summary["validation_loss_in_training"] == rows[2]["validation_loss"]
 
@@ -228,6 +240,11 @@ def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(tiny: Tiny, 
     assert main(tiny.arguments(run, *patient, steps=8)) == 0
     assert (run / "checkpoints" / "latest").read_text() == "step_8\n" and "stopped early" not in capsys.readouterr().out
     assert not json.loads((run / "summary.json").read_text())["stopped_early"]
+
+    # A branch has patience of its own.
+    branch = [*impatient, f"branch_from={tmp_path / 'trunk'}"]
+    assert main(tiny.arguments(tmp_path / "branch", *branch, steps=8)) == 0
+    assert (tmp_path / "branch" / "checkpoints" / "latest").read_text() == "step_8\n" and "done already" not in capsys.readouterr().out
 
 
 def test_a_falling_validation_loss_does_not_end_a_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
