@@ -96,4 +96,4 @@ class GuardConfig(Section):
     stalled_data: StalledDataGuard | None = StalledDataGuard()
     early_stopping: EarlyStopping | None = None
     rollback: Rollback = Rollback()
-    max_skipped_in_a_row: Positive = Field(10, description="steps in a row, for whatever reason; then it stops")
+    max_skipped_in_a_row: Positive = Field(10, description="for whatever reason but a loss scale of fp16 that falls; then it stops")
