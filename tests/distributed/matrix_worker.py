@@ -71,7 +71,8 @@ def sabotage(engine: Engine, kind: str) -> None:
         engine.rows.reduce = lambda scale: reduce(scale) * 0  # clipping then looks at dense weights alone
     elif kind == "matrices_turned":  # Muon then takes [A, B] for [B, A]
         for shards in engine.optimizer.optimizer.shards.values():
-            shards.owned_by = [[matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in of_rank] for of_rank in shards.owned_by]
+            for matrices in (of_rank for by_owner in shards.rounds for of_rank in by_owner):
+                matrices[:] = [matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in matrices]
     else:
         raise ValueError(kind)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain.optim.matrix_shards
+import pretrain.optim.muon
 from pretrain.config.load import load_recipe
 from pretrain.config.optimizer_schema import Muon as MuonConfig
 from pretrain.model.decoder import DecoderLM
@@ -143,7 +147,10 @@ def test_a_matrix_that_all_ranks_share_has_one_owner_and_the_work_is_spread() ->
     assert choose_owners(shared, 4) == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_a_flat_partition_is_trained_as_its_matrices_are() -> None:
+@pytest.mark.parametrize("batch", [1, 200, 1 << 26])
+def test_a_flat_partition_is_trained_as_its_matrices_are(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
+        monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
     start = random(2, 8, 12)
     whole, flat = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.cat((start.flatten(), torch.zeros(5))))
     gradient = random(2, 8, 12, seed=1)
@@ -154,3 +161,41 @@ def test_a_flat_partition_is_trained_as_its_matrices_are() -> None:
     optimizer.step()
     torch.testing.assert_close(flat[:192].view(2, 8, 12), whole, rtol=1e-6, atol=1e-7)
     assert not flat[192:].any()
+
+
+class Allocations(TorchDispatchMode):
+    """The most numbers that were held in tensors made inside, all at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        known = {given.untyped_storage().data_ptr() for given in arguments if isinstance(given, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.held += result.numel()
+            self.most = max(self.most, self.held)
+            weakref.finalize(result, self._released, result.numel())
+        return result
+
+    def _released(self, numbers: int) -> None:
+        self.held -= numbers
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {}
+    for batch in (4 * 16, 1 << 26):
+        for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
+            monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+        parameter = torch.nn.Parameter(random(100 * 16) if flat else random(100, 4, 4))
+        optimizer = optimizer_of(parameter)
+        optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        if flat:
+            optimizer.shards[parameter] = MatrixShards(cut_matrices(torch.Size((100, 4, 4)), 0, 1600, 1, 0, 0), None, CPU)
+        parameter.grad = random(*parameter.shape)
+        with Allocations() as allocations:
+            optimizer.step()
+        numbers[batch] = allocations.most
+    assert numbers[4 * 16] <= 10 * 4 * 16 and numbers[1 << 26] > 3 * 1600
