@@ -17,6 +17,9 @@ from torch import distributed
 # Numbers that are exchanged and changed at once: what a step adds to memory is a few times this.
 NUMBERS_A_BATCH = 1 << 26
 
+# Of the matrices of a batch that a rank owns, [N, A, B], and of each one the sum of its parts' marks, [N].
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 class ShardedMatrix(NamedTuple):
     """One matrix of ``rows x columns`` numbers in row order.
@@ -33,6 +36,10 @@ class ShardedMatrix(NamedTuple):
 
     def held_by(self, rank: int) -> int:
         return self.bounds[rank + 1] - self.bounds[rank]
+
+    def sent_by(self, rank: int) -> int:
+        """Numbers that the rank sends of it: those that it holds, and behind them a mark."""
+        return self.held_by(rank) + 1 if self.held_by(rank) else 0
 
     def stretch(self, rank: int) -> slice:
         """Where the part of this rank, ``rank``, lies in its partition."""
@@ -96,33 +103,31 @@ class MatrixShards:
     def transform(
         self,
         take: Callable[[slice], torch.Tensor],
-        change: Callable[[torch.Tensor], torch.Tensor],
+        change: Change,
         give: Callable[[slice, torch.Tensor], None],
         dtype: torch.dtype,
     ) -> None:
         """``change`` of the whole matrices, one batch of them after the other: what it adds to memory is a few times a batch.
 
         Args:
-            take: this rank's numbers in one stretch of its partition.
-            change: of [N, A, B], the matrices of a batch that this rank owns, in ``dtype`` on ``device``.
+            take: this rank's numbers in one stretch of its partition, and behind them a mark, which is no number of the matrix.
+            change: see :data:`Change`; in ``dtype`` on ``device``.
             give: is handed what of the result belongs into a stretch.
         """
         for by_owner in self.rounds:
-            mine, mine_at = (
-                by_owner[self.rank],
-                [matrix.stretch(self.rank) for matrices in by_owner for matrix in matrices if matrix.held_by(self.rank)],
-            )
-            away = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in by_owner]
-            here = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
-            parts = [take(stretch).to(self.device, dtype) for stretch in mine_at]
-            back = self._changed(mine, self._exchange(parts, away, here, dtype).split(here), change)
-            returned = self._exchange(back, here, away, dtype)
-            for stretch, part in zip(mine_at, returned.split([stretch.stop - stretch.start for stretch in mine_at]), strict=True):
+            mine = by_owner[self.rank]
+            stretches = [matrix.stretch(self.rank) for matrices in by_owner for matrix in matrices if matrix.held_by(self.rank)]
+            parts = [take(stretch).to(self.device, dtype) for stretch in stretches]
+            sent = [sum(matrix.sent_by(self.rank) for matrix in matrices) for matrices in by_owner]
+            received = [sum(matrix.sent_by(rank) for matrix in mine) for rank in range(self.ranks)]
+            back = self._changed(mine, self._exchange(parts, sent, received, dtype).split(received), change)
+            away = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
+            here = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in by_owner]
+            returned = self._exchange(back, away, here, dtype)
+            for stretch, part in zip(stretches, returned.split([stretch.stop - stretch.start for stretch in stretches]), strict=True):
                 give(stretch, part)
 
-    def _changed(
-        self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _changed(self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Change) -> list[torch.Tensor]:
         """The parts of the changed matrices in the order of the ranks they belong to.
 
         Args:
@@ -130,9 +135,13 @@ class MatrixShards:
         """
         if not mine:
             return []
-        parts = [numbers.split([matrix.held_by(rank) for matrix in mine]) for rank, numbers in enumerate(by_rank)]
-        whole = torch.cat([part for of_matrix in zip(*parts, strict=True) for part in of_matrix])
-        changed = change(whole.view(len(mine), mine[0].rows, mine[0].columns)).flatten(1)
+        sent = [numbers.split([matrix.sent_by(rank) for matrix in mine]) for rank, numbers in enumerate(by_rank)]
+        of_matrices = list(zip(*sent, strict=True))
+        whole = torch.cat([part[:-1] for parts in of_matrices for part in parts])
+        marks = torch.cat([part[-1:] for parts in of_matrices for part in parts])
+        belongs_to = [number for number, matrix in enumerate(mine) for rank in range(self.ranks) if matrix.held_by(rank)]
+        marks_N = marks.new_zeros(len(mine)).index_add_(0, torch.tensor(belongs_to, device=self.device), marks)
+        changed = change(whole.view(len(mine), mine[0].rows, mine[0].columns), marks_N).flatten(1)
         pairs = list(zip(mine, changed, strict=True))
         return [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank in range(self.ranks) for matrix, result in pairs]
 

@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         parameter.mul_(1.0 - rate * group["weight_decay"])
         if shards is not None:
             shards.transform(
-                take=lambda stretch: self._update(gradient[stretch], momentum[stretch]),
+                take=lambda stretch: self._marked_update(gradient[stretch], momentum[stretch]),
                 change=self._directions,
                 give=lambda stretch, direction: parameter[stretch].add_(direction.to(parameter), alpha=-rate),
                 dtype=self._dtype(shards.device),
@@ -77,7 +77,8 @@ class Muon(torch.optim.Optimizer):
         size = max(1, NUMBERS_A_BATCH // (rows * columns))
         batches = [whole.reshape(-1, rows, columns).split(size) for whole in (gradient, momentum)]
         for moved, *looked_at in zip(parameter.view(-1, rows, columns).split(size), *batches, strict=True):
-            direction = self._directions(self._update(*looked_at).to(self._dtype(parameter.device)))
+            touched_N = looked_at[0].flatten(1).any(1)
+            direction = self._directions(self._update(*looked_at).to(self._dtype(parameter.device)), touched_N)
             moved.add_(direction.to(moved.dtype), alpha=-rate)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
@@ -88,10 +89,17 @@ class Muon(torch.optim.Optimizer):
         """The momentum after this step's gradient; looked ahead by Nesterov's rule."""
         return torch.lerp(gradient, momentum, self.config.momentum) if self.config.nesterov else momentum
 
-    def _directions(self, matrices_NAB: torch.Tensor) -> torch.Tensor:
-        """What each matrix is moved by at a learning rate of 1."""
+    def _marked_update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+        """Of a part of a matrix, [P] -> [P + 1]: behind it 1, or 0 where its gradient is zero."""
+        return torch.cat((self._update(gradient, momentum), gradient.any()[None].to(gradient.dtype)))
+
+    def _directions(self, matrices_NAB: torch.Tensor, touched_N: torch.Tensor) -> torch.Tensor:
+        """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0, for its gradient is zero.
+
+        An update's size does not depend on the momentum's: an expert without tokens would go on as far a step until its momentum is rounded away.
+        """
         scale = UPDATE_RMS * math.sqrt(max(matrices_NAB.shape[-2:]))
-        return orthogonalize(matrices_NAB, self.config.newton_schulz_steps) * scale
+        return orthogonalize(matrices_NAB, self.config.newton_schulz_steps).mul_(scale).mul_((touched_N > 0)[:, None, None])
 
     def _step_adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         """As torch.optim.AdamW, by its own function."""

@@ -82,12 +82,23 @@ def test_each_expert_of_a_stack_is_trained_by_itself() -> None:
     assert (flat.detach().view(3, 8, 12) - start - together).abs().max() > 0.1 * together.abs().max()
 
 
-def test_an_expert_without_a_gradient_stays_but_for_its_decay() -> None:
-    stack = torch.nn.Parameter(random(2, 8, 8))
-    start = stack.detach().clone()
-    stack.grad = torch.stack((random(8, 8), torch.zeros(8, 8)))
-    optimizer_of(stack).step()
-    assert torch.equal(stack[1], start[1] * (1 - 0.02 * 0.1)) and not torch.equal(stack[0], start[0] * (1 - 0.02 * 0.1))
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bool) -> None:
+    stack = torch.nn.Parameter(random(3, 8, 8).flatten() if flat else random(3, 8, 8))
+    optimizer = optimizer_of(stack)
+    if flat:
+        optimizer.shards[stack] = MatrixShards(cut_matrices(torch.Size((3, 8, 8)), 0, 192, 1, 0, 0), None, CPU)
+    trained(stack.detach().clone(), optimizer, stack)
+    before = stack.detach().clone().view(3, 8, 8)
+    gradient = random(3, 8, 8, seed=1)
+    gradient[1] = 0
+    gradient[2, :4] = 0  # some of its tokens' hidden numbers are
+    stack.grad = gradient.view_as(stack)
+    optimizer.step()
+    decayed, after = before * (1 - 0.02 * 0.1), stack.detach().view(3, 8, 8)
+    assert torch.equal(after[1], decayed[1])
+    assert all((after[expert] - decayed[expert]).square().mean().sqrt() > 0.1 * 0.02 for expert in (0, 2))
+    assert optimizer.state[stack]["momentum"].view(3, 8, 8)[1].any()
 
 
 def test_an_update_has_adamws_root_mean_square_whatever_the_shape() -> None:
