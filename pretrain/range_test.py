@@ -18,13 +18,15 @@ from data_pipeline.corpora import data_folders, load_corpora
 from data_pipeline.loader import Loader, open_loader
 from data_pipeline.packing import prepare_packing
 from pretrain.checkpoint.initial_weights import starting_weights
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, world_size_from_environment
+from pretrain.optim.schedules import balance_update_rate
 from pretrain.train import resolve_recipe, share_cores
 
 # Weight of the past in the running mean that ends the test, and how far above its lowest it may rise before.
@@ -116,12 +118,19 @@ def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> 
 def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_step: Callable[[float, float], None]) -> RangeTest:
     """Trains ``engine`` a step with each learning rate until the loss diverges. Every rank must call it; all see the same numbers.
 
-    The other groups of parameters keep their learning rates' ratio to that of matrices. The order of the data is the run's own.
+    The other groups of parameters keep their learning rates' ratio to that of matrices. All else is the run's own: its data in their order, its
+    phases, and how its balancing biases move.
     """
-    peak = engine.recipe.optimizer.learning_rate
+    recipe, timeline = engine.recipe, Timeline(engine.recipe)
+    peak, moe = recipe.optimizer.learning_rate, recipe.model.moe
     losses: list[float] = []
+    stage: Stage | None = None
     for step, rate in enumerate(rates):
-        result = engine.train_step(loader.step_batches(step), rate / peak)
+        if (now := timeline.at(step)) is not stage:
+            engine.enter(stage := now)
+        balancing = moe.bias_balancing if isinstance(moe, RoutedMoE) else None
+        balance_rate = balance_update_rate(step, timeline.num_steps, balancing) if balancing is not None else 0.0
+        result = engine.train_step(loader.step_batches(step), rate / peak, balance_rate)
         (row,), _ = reduce_steps([result], engine.topology)
         finite = math.isfinite(row[0]) and (
             engine.precision == "fp16" or (result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0)
@@ -136,12 +145,11 @@ def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_st
 
 
 def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, steps: int) -> tuple[Engine, Loader]:
-    """The engine and the loader of a training of ``recipe``, in its first phase, without its folder: no log, no TensorBoard, no checkpoints.
+    """The engine and the loader of a training of ``recipe``, without its folder: no log, no TensorBoard, no checkpoints.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.
     """
-    recipe = Timeline(recipe).at(0).recipe
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
     corpora = load_corpora(data_folders(recipe))
     corpora.verify()
@@ -152,7 +160,7 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, 
     topology = connect(recipe.parallel.ep_size)
     resolved = resolve_ds_config(ds_config, origin, recipe, precision, accumulation, topology.world_size)
     if topology.is_main:
-        prepare_packing(corpora, recipe.data, recipe.train.sequence_length, progress=True)
+        prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
     topology.barrier()
     fill = starting_weights(recipe, corpora.tokenizer.sha256, Path(os.devnull), topology)  # as of a new run, also where there is one
     loader = open_loader(recipe, corpora, topology.rank, topology.world_size)

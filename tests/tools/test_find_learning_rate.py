@@ -73,6 +73,19 @@ def test_it_trains_as_the_run_would_and_touches_nothing_of_it_but_its_picture(
     assert short["diverged"] is None and len(short["losses"]) == 20 and contents(run)["learning_rate.png"] != after["learning_rate.png"]
 
 
+def test_at_the_runs_learning_rate_it_is_the_run_with_its_phases_frozen_parts_and_balancing(tiny: Tiny, find: Find, tmp_path: Path) -> None:
+    settings = [
+        "phases=[{name: small, tokens: 1280, global_batch_size: 4, sequence_length: 16, frozen: [embedding, head]}, {name: rest}]",
+        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {update_rate: 0.05}}",
+        "schedule={kind: constant, warmup_steps: 0}",
+    ]
+    assert pretrain.train.main(tiny.arguments(tmp_path / "run", *settings, steps=6)) == 0
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    result = find(*overrides, "--set", f"train.train_tokens={6 * 256}", "--from", "3e-3", "--to", "3.0000001e-3", "--steps", "21")
+    expected = [row["loss"] for row in curve(tmp_path / "run") if row["kind"] == "train"]
+    assert len(expected) == 21 and result["losses"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments,told",
     [(("--from", "1", "--to", "0.1"), "the first must be above 0"), (("--from", "0"), "above 0"), (("--steps", "5"), "take at least 20")],
