@@ -71,6 +71,26 @@ def test_an_action_waits_for_as_many_spikes_in_a_row_as_the_recipe_says() -> Non
     assert found[-1].from_step == 71
 
 
+def test_spikes_on_both_sides_of_a_step_that_guards_never_saw_are_in_a_row_from_the_first() -> None:
+    guard = guards(spike={"action": "rollback", "in_a_row": 2})
+    for step in range(1, 100):
+        assert guard.look(step, 3.0 + 0.01 * (step % 5), 1.0) == []
+    (told,) = guard.look(100, 9.0, 1.0)
+    second = guards(spike={"action": "rollback", "in_a_row": 2})
+    second.restore(json.loads(json.dumps(guard.state())))
+    for asked in (guard, second):
+        (trip,) = asked.look(102, 9.0, 1.0)  # the gradient of step 101 was not finite
+        assert (trip.action, trip.in_a_row, trip.from_step) == ("rollback", 2, 100)
+    assert (told.action, told.from_step) == ("warn", 100)
+
+
+def test_gradient_norms_that_hardly_vary_do_not_trip_on_a_rounding() -> None:
+    guard = guards(spike=None, grad_norm={"deviations": 10.0})
+    assert trips(guard, [3.0] * 42, [0.5] * 40 + [0.5 * (1 + 1e-6), 0.54]) == []
+    (trip,) = guard.look(43, 3.0, 0.6)
+    assert "1.2 times the median" in trip.reason
+
+
 def test_a_loss_that_is_no_number_is_a_spike_and_leaves_the_window_alone() -> None:
     guard = guards(spike={"action": "skip"})
     (trip,) = trips(guard, [3.0] * 50 + [math.nan] + [3.0] * 50)
