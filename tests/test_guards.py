@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,29 @@ def test_a_clean_run_of_ten_thousand_steps_trips_nothing() -> None:
     norms = [math.exp(source.gauss(-1, 0.4)) for _ in range(10_000)]
     found = trips(guards(spike={"action": "skip"}, grad_norm={"deviations": 10.0, "action": "skip"}), clean_losses(10_000, seed=0), norms)
     assert found == []
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a real run."""
+    lines = (Path(__file__).parent / "guards" / "recorded_losses.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines if line[0].isdigit()]
+    assert len(rows) == 3500
+    return [float(loss) for loss, _ in rows], [float(norm) for _, norm in rows]
+
+
+def test_a_recorded_run_trips_nothing_and_a_spike_in_it_is_found(recorded: tuple[list[float], list[float]]) -> None:
+    losses, norms = recorded
+    config: dict[str, object] = {"spike": {"action": "skip"}, "grad_norm": {"deviations": 20.0, "action": "skip"}}
+    assert trips(guards(**config), losses, norms) == []
+    for at in (40, 500, 1700, 3400):
+        spiked, rising = losses[:], norms[:]
+        spiked[at] += 3.0
+        rising[at] *= 30.0
+        assert [(trip.guard, trip.step) for trip in trips(guards(**config), spiked, norms)] == [("spike", at + 1)]
+        assert [(trip.guard, trip.step) for trip in trips(guards(**config), losses, rising)] == [("grad_norm", at + 1)]
+    # What a step of these 512 tokens is off by is well below the guard's limits.
+    assert trips(guards(spike={"action": "skip", "deviations": 2.5}), losses, norms) != []
 
 
 def test_a_spike_is_found_wherever_it_comes_and_not_what_is_under_the_limits() -> None:

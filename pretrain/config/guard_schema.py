@@ -48,7 +48,9 @@ class GradNormGuard(Section):
     action: Action = "warn"
     max: Above | None = Field(None, description="of the norm before clipping")
     window_steps: Annotated[int, Field(ge=16)] = 128
-    deviations: Above | None = Field(None, description="robust standard deviations, of at least 0.01, of the norm's logarithm")
+    deviations: Above | None = Field(
+        None, description="robust standard deviations, of at least 0.01, of the norm's logarithm; clean runs of small batches have reached 16"
+    )
     in_a_row: Positive = 1
 
     @model_validator(mode="after")
