@@ -34,8 +34,9 @@ RUNNING_SMOOTHING = 0.9
 DIVERGED_ABOVE = 1.3
 # Steps before that mean is compared with its lowest: it is of few numbers until then.
 SETTLING_STEPS = 5
-# Weight of what is further away in the curve that is judged afterwards, and the steps that a slope is taken over.
-SMOOTHING = 0.8
+# The share of a decade of learning rates that a slope is taken over, and the steps that these are at least: a slope of few steps among many is
+# that of noise.
+SLOPE_DECADES = 0.6
 SLOPE_STEPS = 10
 FEWEST_STEPS = 2 * SLOPE_STEPS
 # What is left of the learning rate that diverges.
@@ -80,9 +81,19 @@ def running_mean(losses: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """The mean of running means forwards and backwards: one of them alone lags behind, and would show every learning rate too high."""
-    forwards, backwards = running_mean(losses, SMOOTHING), running_mean(losses[::-1], SMOOTHING)[::-1]
+def slope_steps(rates: Sequence[float]) -> int:
+    """Steps that a slope is taken over, of a test with these learning rates: of half of them at most."""
+    of_decades = SLOPE_DECADES / math.log10(rates[1] / rates[0])
+    return max(SLOPE_STEPS, min(round(of_decades), len(rates) // 2))
+
+
+def smooth(losses: Sequence[float], steps: int) -> list[float]:
+    """The mean of running means forwards and backwards, each over half of the ``steps`` of a slope.
+
+    One of them alone lags behind, and would show every learning rate too high.
+    """
+    weight = 1.0 - 2.0 / steps
+    forwards, backwards = running_mean(losses, weight), running_mean(losses[::-1], weight)[::-1]
     return [(before + after) / 2.0 for before, after in zip(forwards, backwards, strict=True)]
 
 
@@ -98,9 +109,9 @@ def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | Non
     return next((rates[step] for step in range(lowest, len(smoothed)) if smoothed[step] > DIVERGED_ABOVE * smoothed[lowest]), None)
 
 
-def steepest_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The learning rate in the middle of the ``SLOPE_STEPS`` over which the smoothed loss falls most; None where it falls nowhere."""
-    half = SLOPE_STEPS // 2
+def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: int) -> float | None:
+    """The learning rate in the middle of the ``steps`` over which the smoothed loss falls most; None where it falls nowhere."""
+    half = steps // 2
     slopes = {middle: smoothed[middle + half] - smoothed[middle - half] for middle in range(half, len(smoothed) - half)}
     if not slopes:
         return None
@@ -110,9 +121,10 @@ def steepest_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float
 
 def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> RangeTest:
     """``losses`` may be fewer than ``rates``; ``stopped`` says that the last one ended the test, by its height or a gradient."""
-    used, smoothed = list(rates[: len(losses)]), smooth(losses)
+    steps = slope_steps(rates)
+    used, smoothed = list(rates[: len(losses)]), smooth(losses, steps)
     diverged = (divergence(used, smoothed) or used[-1]) if stopped and used else None
-    return RangeTest(used, list(losses), smoothed, steepest_descent(used, smoothed), diverged)
+    return RangeTest(used, list(losses), smoothed, steepest_descent(used, smoothed, steps), diverged)
 
 
 def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_step: Callable[[float, float], None]) -> RangeTest:
