@@ -104,7 +104,7 @@ class MatrixShards:
         self,
         take: Callable[[slice], torch.Tensor],
         change: Change,
-        give: Callable[[slice, torch.Tensor], None],
+        give: Callable[[slice, torch.Tensor], object],
         dtype: torch.dtype,
     ) -> None:
         """``change`` of the whole matrices, one batch of them after the other: what it adds to memory is a few times a batch.
