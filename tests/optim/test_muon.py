@@ -210,3 +210,15 @@ def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(f
             optimizer.step()
         numbers[batch] = allocations.most
     assert numbers[4 * 16] <= 10 * 4 * 16 and numbers[1 << 26] > 3 * 1600
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_precision_follows_the_device_that_iterates_where_the_state_is_kept_on_the_host(
+    device: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = torch.nn.Parameter(random(96))
+    flat.grad, optimizer, asked = random(96), optimizer_of(flat), []
+    optimizer.shards[flat] = MatrixShards(cut_matrices(torch.Size((8, 12)), 0, 96, 1, 0, 0), None, torch.device(device))
+    monkeypatch.setattr(MatrixShards, "transform", lambda shards, **given: asked.append(given["dtype"]))
+    optimizer.step()
+    assert asked == [expected]
