@@ -80,7 +80,7 @@ def test_fp16_whose_loss_scale_does_not_fall_far_enough_ends_with_code_6(
 ) -> None:
     ds_config, run = tmp_path / "ds_config.json", tmp_path / "run"
     ds_config.write_text(f'{{"zero_optimization": {{"stage": {zero}}}, "fp16": {{"enabled": "auto", {fp16}}}}}')
-    settings = ("train.precision=fp16", "checkpoint.interval_steps=3", "guards.max_skipped_in_a_row=2")
+    settings = ("train.precision=fp16", "checkpoint.interval_steps=3", "guards.max_skipped_in_a_row=2", "model.num_hidden_layers=1")
     code, message = train([*tiny.arguments(run, *settings, steps=9, zero=None), "--ds_config", str(ds_config)])
     assert code == 6 and f"error: 3 steps in a row up to step {last} were skipped, the last one because it overflows in fp16" in message
     assert "set fp16.loss_scale to 0 in the ds_config" in message and "Traceback" not in message
