@@ -14,6 +14,8 @@ from pretrain.config.guard_schema import Action, GradNormGuard, GuardConfig, Spi
 
 # The standard deviation of normal numbers in units of their median absolute deviation.
 NORMAL_SCALE = 1.4826
+# Below it a deviation of a gradient norm's logarithm is nothing to judge by: norms that hardly vary would trip on a rounding.
+LEAST_LOG_DEVIATION = 0.01
 SEVERITY: tuple[Action, ...] = ("warn", "skip", "rollback", "stop")
 
 
@@ -23,8 +25,9 @@ class Trip:
 
     Attributes:
         reason: what, in words and numbers, as the end of a sentence about the step.
-        in_a_row: how many steps in a row the same guard has found something, this one included.
-        from_step: the first of these.
+        in_a_row: how many steps in a row the same guard has found something, this one included; steps that were skipped before it was asked
+            are passed over.
+        first: the first of these, where it is not this one.
     """
 
     guard: str
@@ -32,10 +35,11 @@ class Trip:
     step: int
     reason: str
     in_a_row: int = 1
+    first: int | None = None
 
     @property
     def from_step(self) -> int:
-        return self.step - self.in_a_row + 1
+        return self.step if self.first is None else self.first
 
 
 class RobustWindow:
@@ -43,10 +47,13 @@ class RobustWindow:
 
     Median and median absolute deviation: of the values in the window almost half may be outliers, and a level that stays is the new normal once
     they are half of it.
+
+    Args:
+        least_deviation: what the robust standard deviation is at least.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, least_deviation: float = 1e-12) -> None:
+        self.size, self.least_deviation = size, least_deviation
         self.values: list[float] = []  # from the oldest to the newest
         self._sorted: list[float] = []
 
@@ -56,7 +63,7 @@ class RobustWindow:
             return None
         middle = _middle(self._sorted)
         deviation = NORMAL_SCALE * _middle(sorted([abs(other - middle) for other in self._sorted]))
-        return value - middle, (value - middle) / max(deviation, 1e-12)
+        return value - middle, (value - middle) / max(deviation, self.least_deviation)
 
     def add(self, value: float) -> None:
         self.values.append(value)
@@ -80,8 +87,9 @@ class Guards:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._losses = RobustWindow(config.spike.window_steps) if config.spike else None
-        self._log_norms = RobustWindow(config.grad_norm.window_steps) if config.grad_norm else None
+        self._log_norms = RobustWindow(config.grad_norm.window_steps, LEAST_LOG_DEVIATION) if config.grad_norm else None
         self._in_a_row: dict[str, int] = {}
+        self._first: dict[str, int] = {}
 
     @property
     def judges(self) -> bool:
@@ -115,14 +123,17 @@ class Guards:
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries, as JSON: with it a resumed run decides as the uninterrupted one."""
         windows = {"losses": self._losses, "log_norms": self._log_norms}
-        return {name: list(window.values) for name, window in windows.items() if window is not None} | {"in_a_row": self._in_a_row}
+        return {name: list(window.values) for name, window in windows.items() if window is not None} | {
+            "in_a_row": self._in_a_row,
+            "first": self._first,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state; a guard that the checkpoint did not have starts anew."""
         for name, window in (("losses", self._losses), ("log_norms", self._log_norms)):
             if window is not None:
                 window.replace(state.get(name, []))
-        self._in_a_row = dict(state.get("in_a_row", {}))
+        self._in_a_row, self._first = dict(state.get("in_a_row", {})), dict(state.get("first", {}))
 
     @staticmethod
     def _spike(guard: SpikeGuard, window: RobustWindow, loss: float) -> str | None:
@@ -149,10 +160,12 @@ class Guards:
         """A reason as a trip: with the guard's action once there are enough in a row, only told before."""
         if reason is None:
             self._in_a_row.pop(name, None)
+            self._first.pop(name, None)
             return None
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+        first = self._first.setdefault(name, step)
         action: Action = guard.action if self._in_a_row[name] >= guard.in_a_row else "warn"
-        return Trip(name, action, step, reason, self._in_a_row[name])
+        return Trip(name, action, step, reason, self._in_a_row[name], first)
 
 
 def severest(trips: list[Trip]) -> Trip | None:

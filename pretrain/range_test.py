@@ -19,13 +19,15 @@ from data_pipeline.loader import Loader, open_loader
 from data_pipeline.packing import prepare_packing
 from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.config.errors import ConfigError
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.rules import check_topology
 from pretrain.config.schema import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import Stage, Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, world_size_from_environment
+from pretrain.optim.schedules import balance_update_rate
 from pretrain.train import resolve_recipe, share_cores
 
 # Weight of the past in the running mean that ends the test, and how far above its lowest it may rise before.
@@ -33,8 +35,9 @@ RUNNING_SMOOTHING = 0.9
 DIVERGED_ABOVE = 1.3
 # Steps before that mean is compared with its lowest: it is of few numbers until then.
 SETTLING_STEPS = 5
-# Weight of what is further away in the curve that is judged afterwards, and the steps that a slope is taken over.
-SMOOTHING = 0.8
+# The share of a decade of learning rates that a slope is taken over, and the steps that these are at least: a slope of few steps among many is
+# that of noise.
+SLOPE_DECADES = 0.6
 SLOPE_STEPS = 10
 FEWEST_STEPS = 2 * SLOPE_STEPS
 # What is left of the learning rate that diverges.
@@ -79,9 +82,19 @@ def running_mean(losses: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """The mean of running means forwards and backwards: one of them alone lags behind, and would show every learning rate too high."""
-    forwards, backwards = running_mean(losses, SMOOTHING), running_mean(losses[::-1], SMOOTHING)[::-1]
+def slope_steps(rates: Sequence[float]) -> int:
+    """Steps that a slope is taken over, of a test with these learning rates: of half of them at most."""
+    of_decades = SLOPE_DECADES / math.log10(rates[1] / rates[0])
+    return max(SLOPE_STEPS, min(round(of_decades), len(rates) // 2))
+
+
+def smooth(losses: Sequence[float], steps: int) -> list[float]:
+    """The mean of running means forwards and backwards, each over half of the ``steps`` of a slope.
+
+    One of them alone lags behind, and would show every learning rate too high.
+    """
+    weight = 1.0 - 2.0 / steps
+    forwards, backwards = running_mean(losses, weight), running_mean(losses[::-1], weight)[::-1]
     return [(before + after) / 2.0 for before, after in zip(forwards, backwards, strict=True)]
 
 
@@ -97,9 +110,9 @@ def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | Non
     return next((rates[step] for step in range(lowest, len(smoothed)) if smoothed[step] > DIVERGED_ABOVE * smoothed[lowest]), None)
 
 
-def steepest_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The learning rate in the middle of the ``SLOPE_STEPS`` over which the smoothed loss falls most; None where it falls nowhere."""
-    half = SLOPE_STEPS // 2
+def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: int) -> float | None:
+    """The learning rate in the middle of the ``steps`` over which the smoothed loss falls most; None where it falls nowhere."""
+    half = steps // 2
     slopes = {middle: smoothed[middle + half] - smoothed[middle - half] for middle in range(half, len(smoothed) - half)}
     if not slopes:
         return None
@@ -109,20 +122,28 @@ def steepest_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float
 
 def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> RangeTest:
     """``losses`` may be fewer than ``rates``; ``stopped`` says that the last one ended the test, by its height or a gradient."""
-    used, smoothed = list(rates[: len(losses)]), smooth(losses)
+    steps = slope_steps(rates)
+    used, smoothed = list(rates[: len(losses)]), smooth(losses, steps)
     diverged = (divergence(used, smoothed) or used[-1]) if stopped and used else None
-    return RangeTest(used, list(losses), smoothed, steepest_descent(used, smoothed), diverged)
+    return RangeTest(used, list(losses), smoothed, steepest_descent(used, smoothed, steps), diverged)
 
 
 def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_step: Callable[[float, float], None]) -> RangeTest:
     """Trains ``engine`` a step with each learning rate until the loss diverges. Every rank must call it; all see the same numbers.
 
-    The other groups of parameters keep their learning rates' ratio to that of matrices. The order of the data is the run's own.
+    The other groups of parameters keep their learning rates' ratio to that of matrices. All else is the run's own: its data in their order, its
+    phases, and how its balancing biases move.
     """
-    peak = engine.recipe.optimizer.learning_rate
+    recipe, timeline = engine.recipe, Timeline(engine.recipe)
+    peak, moe = recipe.optimizer.learning_rate, recipe.model.moe
     losses: list[float] = []
+    stage: Stage | None = None
     for step, rate in enumerate(rates):
-        result = engine.train_step(loader.step_batches(step), rate / peak)
+        if (now := timeline.at(step)) is not stage:
+            engine.enter(stage := now)
+        balancing = moe.bias_balancing if isinstance(moe, RoutedMoE) else None
+        balance_rate = balance_update_rate(step, timeline.num_steps, balancing) if balancing is not None else 0.0
+        result = engine.train_step(loader.step_batches(step), rate / peak, balance_rate)
         (row,), _ = reduce_steps([result], engine.topology)
         finite = math.isfinite(row[0]) and (
             engine.precision == "fp16" or (result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0)
@@ -137,12 +158,11 @@ def run_range_test(engine: Engine, loader: Loader, rates: Sequence[float], on_st
 
 
 def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, steps: int) -> tuple[Engine, Loader]:
-    """The engine and the loader of a training of ``recipe``, in its first phase, without its folder: no log, no TensorBoard, no checkpoints.
+    """The engine and the loader of a training of ``recipe``, without its folder: no log, no TensorBoard, no checkpoints.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.
     """
-    recipe = Timeline(recipe).at(0).recipe
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"tensorboard": False})})
     if recipe.branch_from is not None:
         raise ConfigError(
@@ -158,7 +178,7 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, 
     topology = connect(recipe.parallel.ep_size)
     resolved = resolve_ds_config(ds_config, origin, recipe, precision, accumulation, topology.world_size)
     if topology.is_main:
-        prepare_packing(corpora, recipe.data, recipe.train.sequence_length, progress=True)
+        prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
     topology.barrier()
     fill = starting_weights(recipe, corpora.tokenizer.sha256, Path(os.devnull), topology)  # as of a new run, also where there is one
     loader = open_loader(recipe, corpora, topology.rank, topology.world_size)

@@ -25,7 +25,7 @@ class Progress:
 
     Attributes:
         skipped_steps: all that left the weights as they were, those of fp16's loss scale too.
-        skipped_in_a_row: since a step was applied, without those of fp16's loss scale.
+        skipped_in_a_row: since a step was applied, without those after which fp16's loss scale fell.
         stale_validations: since ``patience_loss``, the lowest validation loss that counted as a new best for early stopping.
         stopped_early: whether the run ended because of it.
         skipped_tokens: of the ``skipped_steps``.
@@ -70,12 +70,12 @@ class Supervisor:
         self.config, self.engine, self.incidents = config, engine, incidents
         self.guards = Guards(config)
         self.judge: Judge | None = self._judge if self.guards.judges else None
-        self._step = 0
+        self._step, self._loss_scale = 0, 1.0
         self._trips: list[Trip] = []
 
     def begin_step(self, step: int) -> None:
         """Step ``step`` (from 1) starts."""
-        self._step, self._trips = step, []
+        self._step, self._trips, self._loss_scale = step, [], self.engine.loss_scale()
 
     def _judge(self, loss: float, grad_norm: float) -> bool:
         self._trips = self.guards.look(self._step, loss, grad_norm)
@@ -99,7 +99,7 @@ class Supervisor:
         if not result.applied and not result.refused:
             found = find_non_finite(self.engine, batches)
             if not found and self.engine.precision == "fp16":
-                logger.info("step %d overflowed and was skipped; fp16's loss scale is now %g", progress.step, self.engine.loss_scale())
+                self._overflowed(progress)
                 return None
             self._trips.append(self.guards.non_finite(progress.step))
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
@@ -155,6 +155,18 @@ class Supervisor:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.guards.restore(state)
+
+    def _overflowed(self, progress: Progress) -> None:
+        """fp16's loss scale was too high for the step. It falls for that only so often: where it did not, the step is skipped like any other."""
+        scale = self.engine.loss_scale()
+        logger.info("step %d overflowed and was skipped; fp16's loss scale is now %g", progress.step, scale)
+        progress.skipped_in_a_row += scale == self._loss_scale
+        if progress.skipped_in_a_row > self.config.max_skipped_in_a_row:
+            raise NonFiniteError(
+                f"{progress.skipped_in_a_row} steps in a row up to step {progress.step} were skipped, the last one because it overflows in fp16 at a "
+                f"loss scale of {scale:g}, which does not fall: set fp16.loss_scale to 0 in the ds_config, lower its fp16.min_loss_scale, or use "
+                "--set train.precision=bf16; the last checkpoint is intact"
+            )
 
     def _act(self, progress: Progress, trips: list[Trip]) -> Trip | None:
         worst = severest(trips)

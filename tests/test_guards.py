@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,29 @@ def test_a_clean_run_of_ten_thousand_steps_trips_nothing() -> None:
     assert found == []
 
 
+@pytest.fixture(scope="module")
+def recorded() -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a real run."""
+    lines = (Path(__file__).parent / "guards" / "recorded_losses.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines if line[0].isdigit()]
+    assert len(rows) == 3500
+    return [float(loss) for loss, _ in rows], [float(norm) for _, norm in rows]
+
+
+def test_a_recorded_run_trips_nothing_and_a_spike_in_it_is_found(recorded: tuple[list[float], list[float]]) -> None:
+    losses, norms = recorded
+    config: dict[str, object] = {"spike": {"action": "skip"}, "grad_norm": {"deviations": 20.0, "action": "skip"}}
+    assert trips(guards(**config), losses, norms) == []
+    for at in (40, 500, 1700, 3400):
+        spiked, rising = losses[:], norms[:]
+        spiked[at] += 3.0
+        rising[at] *= 30.0
+        assert [(trip.guard, trip.step) for trip in trips(guards(**config), spiked, norms)] == [("spike", at + 1)]
+        assert [(trip.guard, trip.step) for trip in trips(guards(**config), losses, rising)] == [("grad_norm", at + 1)]
+    # What a step of these 512 tokens is off by is well below the guard's limits.
+    assert trips(guards(spike={"action": "skip", "deviations": 2.5}), losses, norms) != []
+
+
 def test_a_spike_is_found_wherever_it_comes_and_not_what_is_under_the_limits() -> None:
     for at in (300, 500, 999):
         losses = clean_losses(1000, seed=1)
@@ -69,6 +93,26 @@ def test_an_action_waits_for_as_many_spikes_in_a_row_as_the_recipe_says() -> Non
     found = trips(guards(spike={"action": "rollback", "in_a_row": 3}), losses)
     assert [(trip.step, trip.action) for trip in found] == [(61, "warn"), (71, "warn"), (72, "warn"), (73, "rollback")]
     assert found[-1].from_step == 71
+
+
+def test_spikes_on_both_sides_of_a_step_that_guards_never_saw_are_in_a_row_from_the_first() -> None:
+    guard = guards(spike={"action": "rollback", "in_a_row": 2})
+    for step in range(1, 100):
+        assert guard.look(step, 3.0 + 0.01 * (step % 5), 1.0) == []
+    (told,) = guard.look(100, 9.0, 1.0)
+    second = guards(spike={"action": "rollback", "in_a_row": 2})
+    second.restore(json.loads(json.dumps(guard.state())))
+    for asked in (guard, second):
+        (trip,) = asked.look(102, 9.0, 1.0)  # the gradient of step 101 was not finite
+        assert (trip.action, trip.in_a_row, trip.from_step) == ("rollback", 2, 100)
+    assert (told.action, told.from_step) == ("warn", 100)
+
+
+def test_gradient_norms_that_hardly_vary_do_not_trip_on_a_rounding() -> None:
+    guard = guards(spike=None, grad_norm={"deviations": 10.0})
+    assert trips(guard, [3.0] * 42, [0.5] * 40 + [0.5 * (1 + 1e-6), 0.54]) == []
+    (trip,) = guard.look(43, 3.0, 0.6)
+    assert "1.2 times the median" in trip.reason
 
 
 def test_a_loss_that_is_no_number_is_a_spike_and_leaves_the_window_alone() -> None:

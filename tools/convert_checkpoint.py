@@ -47,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         help="hf: a Hugging Face folder, which becomes a recipe and a checkpoint of weights alone; deepspeed: any DeepSpeed MoE checkpoint, "
         "which becomes safetensors under its own names",
     )
-    parser.add_argument("--to", choices=("hf", "safetensors", "universal", "gguf"), help="hf: compared with the checkpoint before it is published")
+    told = "hf: compared with the checkpoint before it is published; universal: of AdamW and dropless experts at ZeRO 1 to 3"
+    parser.add_argument("--to", choices=("hf", "safetensors", "universal", "gguf"), help=told)
     parser.add_argument(
         "--target",
         default=AUTO,

@@ -85,6 +85,8 @@ def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> dict[str, Any]:
 
 def sentences(test: RangeTest, options: argparse.Namespace, recipe: Recipe, plot: Path) -> list[str]:
     """What the test found, for the terminal."""
+    if not test.losses:
+        return [f"no suggestion: at the first step already, at {options.low:g}, the loss or its gradient is not finite; look at data and recipe"]
     if test.suggestion is None:
         told = [f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; try a lower --from and more --steps"]
     else:

@@ -19,6 +19,7 @@ from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE
+from pretrain.config.optimizer_schema import AdamW
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -31,13 +32,19 @@ UNIVERSAL_TAG, UNIVERSAL_LATEST = "universal", "latest_universal"
 def check_universal(checkpoint: Path) -> None:
     """Raises :class:`ConfigError` where DeepSpeed's converter is known to fail or the checkpoint has nothing to convert."""
     stage = _zero_stage(checkpoint)
-    model = read_recipe(checkpoint).model
+    recipe = read_recipe(checkpoint)
+    model = recipe.model
     if stage is None or not (checkpoint / DEEPSPEED_TAG).is_dir():
         raise ConfigError(f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run")
     if not isinstance(model.moe, DroplessMoE) or not model.routed_layers:
         kind = f"model.moe.kind={model.moe.kind}" if isinstance(model.moe, DeepSpeedMoE | PEER) else "a dense model"
         raise ConfigError(
             f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs with dropless experts only: "
+            "convert with --to safetensors"
+        )
+    if not isinstance(recipe.optimizer, AdamW):
+        raise ConfigError(
+            f"optimizer.kind={recipe.optimizer.kind} has no universal checkpoints, because DeepSpeed's converter knows Adam's two moments only: "
             "convert with --to safetensors"
         )
     if stage == 0:

@@ -36,7 +36,7 @@ class SpikeGuard(Section):
     """
 
     action: Action = "warn"
-    window_steps: Annotated[int, Field(ge=16)] = Field(128, description="it is silent for the first quarter of them")
+    window_steps: Annotated[int, Field(ge=16)] = Field(128, description="it is silent for the first quarter of them, and for 16 at least")
     deviations: Above = 10.0
     min_rise: Above = Field(0.5, description="nats a token")
     in_a_row: Positive = Field(1, description="such steps until the action is taken; those before are told only")
@@ -48,7 +48,9 @@ class GradNormGuard(Section):
     action: Action = "warn"
     max: Above | None = Field(None, description="of the norm before clipping")
     window_steps: Annotated[int, Field(ge=16)] = 128
-    deviations: Above | None = Field(None, description="robust standard deviations of the norm's logarithm")
+    deviations: Above | None = Field(
+        None, description="robust standard deviations, of at least 0.01, of the norm's logarithm; clean runs of small batches have reached 16"
+    )
     in_a_row: Positive = 1
 
     @model_validator(mode="after")
@@ -96,4 +98,4 @@ class GuardConfig(Section):
     stalled_data: StalledDataGuard | None = StalledDataGuard()
     early_stopping: EarlyStopping | None = None
     rollback: Rollback = Rollback()
-    max_skipped_in_a_row: Positive = Field(10, description="steps in a row, for whatever reason; then it stops")
+    max_skipped_in_a_row: Positive = Field(10, description="for whatever reason but a loss scale of fp16 that falls; then it stops")

@@ -95,7 +95,8 @@ class AdamW8bit(Optimizer):
 class Lion(Optimizer):
     """Lion (Chen et al. 2023): the sign of an average of the momentum and the gradient.
 
-    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as much more weight decay.
+    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as much more weight decay. As published, also those
+    whose gradient is zero: an expert that gets no tokens any more goes on by the sign of its momentum, step by step as far as before.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.lion:lion"
@@ -112,7 +113,7 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself; AdamW for embeddings, head, routers and vectors.
 
     An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025, "Muon is scalable"): both share a learning
-    rate and a decay.
+    rate and a decay. A matrix whose gradient is zero, that of an expert without tokens, does not move but for its decay.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.muon:muon"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.data_schema import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import PEER, DeepSpeedMoE, MoE
+from pretrain.config.model_schema import GELU, ModelConfig, SiLU
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE
+from pretrain.config.optimizer_schema import Muon
 from pretrain.config.phase_rules import PHASE_RULES, phase_warnings
 from pretrain.config.schema import Recipe, TrainConfig
 from pretrain.config.section import Section
@@ -160,6 +161,16 @@ def peer_options_fit(recipe: Recipe) -> None:
         )
 
 
+def muon_sees_whole_matrices(recipe: Recipe) -> None:
+    """Stacked experts that are not gated keep their first matrix as two halves, and Muon's update of two halves is not that of the whole."""
+    model = recipe.model
+    if isinstance(recipe.optimizer, Muon) and isinstance(model.moe, DroplessMoE) and model.moe_layers and isinstance(model.feed_forward, GELU | SiLU):
+        raise ConfigError(
+            f"optimizer.kind=muon does not go with model.feed_forward.kind={model.feed_forward.kind} in experts of model.moe.kind=dropless, "
+            "whose first matrix is kept in halves: use model.feed_forward.kind=swiglu, or model.moe.kind=deepspeed"
+        )
+
+
 def warmup_fits(recipe: Recipe) -> None:
     num_steps = Timeline(recipe).num_steps
     if recipe.schedule.warmup_steps > num_steps:
@@ -230,6 +241,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     native_options_fit,
     experts_divide,
     peer_options_fit,
+    muon_sees_whole_matrices,
     base_fits_the_model,
     mup_knows_the_parts,
     *PHASE_RULES,

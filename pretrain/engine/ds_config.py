@@ -11,6 +11,9 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Recipe
 
 AUTO = "auto"
+# What DeepSpeed calls them.
+GRADIENT_DTYPES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+GRADIENT_DTYPES |= {name: name for name in ("fp32", "bf16", "fp16")}
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -56,6 +59,28 @@ def _owned_by_recipe(recipe: Recipe, precision: str, accumulation_steps: int, wo
     }
 
 
+def _check_gradients(ds_config: dict[str, Any], origin: str, precision: str) -> None:
+    """Refuses what would leave a step without the gradient norm that clipping and guards look at.
+
+    At stage 1 DeepSpeed takes another optimizer for bf16 weights whose gradients are summed in fp32, one that averages the norms of ranks with
+    different experts, and at stage 0 it has none for them.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ConfigError(f"{origin}: zero_optimization.compute_grad_norm must stay true, because clipping and guards need the norm: leave it out")
+    given = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    stage, model = zero_stage_of(ds_config, origin), "bf16" if precision == "fp8" else precision
+    dtype = None if given is None else GRADIENT_DTYPES.get(str(given).removeprefix("torch."), "")
+    if dtype == "":
+        raise ConfigError(f"{origin}: data_types.grad_accum_dtype is {given!r}; use fp32, bf16 or fp16")
+    on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    if dtype not in (None, model) and (stage == 0 or (stage == 1 and model == "bf16" and not on_host)):
+        raise ConfigError(
+            f"{origin}: data_types.grad_accum_dtype is {given!r}, which DeepSpeed cannot do for {model} weights at ZeRO stage {stage}: "
+            "use ds_configs/zero2.json or zero3.json with it"
+        )
+
+
 def resolve_ds_config(
     ds_config: dict[str, Any], origin: str, recipe: Recipe, precision: str, accumulation_steps: int, world_size: int
 ) -> dict[str, Any]:
@@ -77,6 +102,7 @@ def resolve_ds_config(
         if given != AUTO and given != value:
             raise ConfigError(f"{origin}: '{'.'.join(keys)}' is {given!r}, but the recipe's {owner} says {value!r}: write \"auto\" in the file")
         section[keys[-1]] = value
+    _check_gradients(resolved, origin, precision)
     resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of optimizers it has tried leaves out torch's SGD
     resolved["zero_force_ds_cpu_optimizer"] = False
     resolved.setdefault("steps_per_print", 10**9)

@@ -317,7 +317,11 @@ class Engine:
         return None if mapping is None else mapping.get_hp_fragment()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled."""
+        """What is differentiated. Where the loss is not finite no gradient is, so that every stage sees it and skips the step.
+
+        DeepSpeed's engine scales the loss for fp16 at stages 1 to 3; its stage 0 optimizer unscales, but nothing has scaled.
+        """
+        loss = loss * (1.0 + 0.0 * loss.detach())
         if self.precision == "fp16" and self.zero_stage == 0:
             return loss * self.loss_scale()
         return loss

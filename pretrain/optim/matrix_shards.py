@@ -1,17 +1,24 @@
 """Whole matrices out of flat partitions that ranks share, and back: ZeRO cuts parameters anywhere, Muon needs them whole.
 
 Each matrix has one owner among the ranks that hold a part of it. The parts go there, the owner computes once, and the parts of the result go
-back: two exchanges in which a rank sends no more numbers than its partition has. At ZeRO 1 and 2 nearly every matrix lies whole in one
+back: exchanges in which a rank sends no more numbers than its partition has, twice. At ZeRO 1 and 2 nearly every matrix lies whole in one
 partition and stays where it is. After Liu et al. 2025 ("Muon is scalable", algorithm 1), where every rank that holds a part computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import distributed
+
+# Numbers that are exchanged and changed at once: what a step adds to memory is a few times this.
+NUMBERS_A_BATCH = 1 << 26
+
+# Of the matrices of a batch that a rank owns, [N, A, B], and of each one the sum of its parts' marks, [N].
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ShardedMatrix(NamedTuple):
@@ -29,6 +36,14 @@ class ShardedMatrix(NamedTuple):
 
     def held_by(self, rank: int) -> int:
         return self.bounds[rank + 1] - self.bounds[rank]
+
+    def sent_by(self, rank: int) -> int:
+        """Numbers that the rank sends of it: those that it holds, and behind them a mark."""
+        return self.held_by(rank) + 1 if self.held_by(rank) else 0
+
+    def stretch(self, rank: int) -> slice:
+        """Where the part of this rank, ``rank``, lies in its partition."""
+        return slice(self.offset, self.offset + self.held_by(rank))
 
 
 def cut_matrices(shape: torch.Size, start: int, partition_size: int, ranks: int, rank: int, offset: int) -> list[ShardedMatrix]:
@@ -55,51 +70,80 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
     return owners
 
 
+def same_shaped_batches(matrices: Iterable[ShardedMatrix]) -> list[list[ShardedMatrix]]:
+    """Matrices of one shape each, of not more than ``NUMBERS_A_BATCH`` numbers unless one alone has more."""
+    by_shape: dict[tuple[int, int], list[ShardedMatrix]] = {}
+    for matrix in matrices:
+        by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix)
+    batches = []
+    for (rows, columns), alike in by_shape.items():
+        size = max(1, NUMBERS_A_BATCH // (rows * columns))
+        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return batches
+
+
 class MatrixShards:
     """The matrices of one flat partition.
 
     Args:
         group: the ranks that share them; None for this process alone.
         device: where matrices are exchanged and computed: the process group's, also where the optimizer's state is kept on the host.
+
+    Attributes:
+        rounds: the matrices in the order in which they are exchanged: of each round those that each rank owns, the same on every rank.
     """
 
     def __init__(self, matrices: list[ShardedMatrix], group: distributed.ProcessGroup | None, device: torch.device) -> None:
         self.group, self.device = group, device
         self.ranks, self.rank = (1, 0) if group is None else (distributed.get_world_size(group), distributed.get_rank(group))
         owners = choose_owners(matrices, self.ranks)
-        self.owned_by = [[matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank] for rank in range(self.ranks)]
+        owned_by = [[matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank] for rank in range(self.ranks)]
+        self.rounds: list[tuple[list[ShardedMatrix], ...]] = list(zip_longest(*map(same_shaped_batches, owned_by), fillvalue=[]))
 
-    def transform(self, flat_N: torch.Tensor, dtype: torch.dtype, change: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]]) -> torch.Tensor:
-        """``change`` of the whole matrices, as far as this rank's partition holds them; zeros where no matrix is.
+    def transform(
+        self,
+        take: Callable[[slice], torch.Tensor],
+        change: Change,
+        give: Callable[[slice, torch.Tensor], object],
+        dtype: torch.dtype,
+    ) -> None:
+        """``change`` of the whole matrices, one batch of them after the other: what it adds to memory is a few times a batch.
 
         Args:
-            flat_N: this rank's partition.
-            dtype: of the matrices on their way and in ``change``, which gets those that this rank owns.
-
-        Returns:
-            [N] in the dtype and on the device of ``flat_N``.
+            take: this rank's numbers in one stretch of its partition, and behind them a mark, which is no number of the matrix.
+            change: see :data:`Change`; in ``dtype`` on ``device``.
+            give: is handed what of the result belongs into a stretch.
         """
-        mine = self.owned_by[self.rank]
-        parts = [self._own_part(flat_N, matrix).to(self.device, dtype) for matrices in self.owned_by for matrix in matrices]
-        away = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in self.owned_by]
-        here = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
-        arrived = self._exchange(parts, away, here, dtype)
-        sizes = [[matrix.held_by(rank) for matrix in mine] for rank in range(self.ranks)]
-        by_rank = [part.split(of_rank) for part, of_rank in zip(arrived.split(here), sizes, strict=True)]
-        whole = [torch.cat(pieces).view(matrix.rows, matrix.columns) for matrix, pieces in zip(mine, zip(*by_rank, strict=True), strict=True)]
-        changed = [result.reshape(-1) for result in change(whole)]
-        shares = [(rank, matrix, result) for rank in range(self.ranks) for matrix, result in zip(mine, changed, strict=True)]
-        back = [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank, matrix, result in shares]
-        returned = self._exchange(back, here, away, dtype)
-        result_N, position = torch.zeros_like(flat_N), 0
-        for matrix in (matrix for matrices in self.owned_by for matrix in matrices):
-            held = matrix.held_by(self.rank)
-            self._own_part(result_N, matrix).copy_(returned[position : position + held])
-            position += held
-        return result_N
+        for by_owner in self.rounds:
+            mine = by_owner[self.rank]
+            stretches = [matrix.stretch(self.rank) for matrices in by_owner for matrix in matrices if matrix.held_by(self.rank)]
+            parts = [take(stretch).to(self.device, dtype) for stretch in stretches]
+            sent = [sum(matrix.sent_by(self.rank) for matrix in matrices) for matrices in by_owner]
+            received = [sum(matrix.sent_by(rank) for matrix in mine) for rank in range(self.ranks)]
+            back = self._changed(mine, self._exchange(parts, sent, received, dtype).split(received), change)
+            away = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
+            here = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in by_owner]
+            returned = self._exchange(back, away, here, dtype)
+            for stretch, part in zip(stretches, returned.split([stretch.stop - stretch.start for stretch in stretches]), strict=True):
+                give(stretch, part)
 
-    def _own_part(self, flat_N: torch.Tensor, matrix: ShardedMatrix) -> torch.Tensor:
-        return flat_N[matrix.offset : matrix.offset + matrix.held_by(self.rank)]
+    def _changed(self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Change) -> list[torch.Tensor]:
+        """The parts of the changed matrices in the order of the ranks they belong to.
+
+        Args:
+            by_rank: from each rank its parts of the matrices, one after the other.
+        """
+        if not mine:
+            return []
+        sent = [numbers.split([matrix.sent_by(rank) for matrix in mine]) for rank, numbers in enumerate(by_rank)]
+        of_matrices = list(zip(*sent, strict=True))
+        whole = torch.cat([part[:-1] for parts in of_matrices for part in parts])
+        marks = torch.cat([part[-1:] for parts in of_matrices for part in parts])
+        belongs_to = [number for number, matrix in enumerate(mine) for rank in range(self.ranks) if matrix.held_by(rank)]
+        marks_N = marks.new_zeros(len(mine)).index_add_(0, torch.tensor(belongs_to, device=self.device), marks)
+        changed = change(whole.view(len(mine), mine[0].rows, mine[0].columns), marks_N).flatten(1)
+        pairs = list(zip(mine, changed, strict=True))
+        return [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank in range(self.ranks) for matrix, result in pairs]
 
     def _exchange(self, parts: list[torch.Tensor], sent: list[int], received: list[int], dtype: torch.dtype) -> torch.Tensor:
         """``sent`` numbers to each rank in turn for ``received`` from each."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
 from pretrain.config.optimizer_schema import Muon as MuonConfig
-from pretrain.optim.matrix_shards import MatrixShards
+from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixShards
 
 # Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2 (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Root mean square of an update, as AdamW's is in practice (Liu et al. 2025, section 2.2).
 UPDATE_RMS = 0.2
-# Numbers that are iterated on at once: what a stack of matrices adds to memory is a few times this.
-NUMBERS_A_BATCH = 1 << 26
 
 
 def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
@@ -58,42 +55,51 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(parameters, group)
                 continue
             for parameter in parameters:
-                update = self._update_of(parameter)
-                shards = self.shards.get(parameter)
-                if shards is not None:
-                    direction = shards.transform(update, self._dtype(parameter.device), self._directions)
-                else:
-                    matrices = update.to(self._dtype(update.device)).reshape(-1, *update.shape[-2:]).unbind(0)
-                    direction = torch.stack(self._directions(matrices)).view_as(update).to(update.dtype)
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+                self._step_muon(parameter, group)
+
+    def _step_muon(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum, rate, shards = state["momentum"], group["lr"], self.shards.get(parameter)
+        momentum.lerp_(gradient, 1.0 - self.config.momentum)
+        parameter.mul_(1.0 - rate * group["weight_decay"])
+        if shards is not None:
+            shards.transform(
+                take=lambda stretch: self._marked_update(gradient[stretch], momentum[stretch]),
+                change=self._directions,
+                give=lambda stretch, direction: parameter[stretch].add_(direction.to(parameter), alpha=-rate),
+                dtype=self._dtype(shards.device),
+            )
+            return
+        *_, rows, columns = parameter.shape
+        size = max(1, NUMBERS_A_BATCH // (rows * columns))
+        batches = [whole.reshape(-1, rows, columns).split(size) for whole in (gradient, momentum)]
+        for moved, *looked_at in zip(parameter.view(-1, rows, columns).split(size), *batches, strict=True):
+            touched_N = looked_at[0].flatten(1).any(1)
+            direction = self._directions(self._update(*looked_at).to(self._dtype(parameter.device)), touched_N)
+            moved.add_(direction.to(moved.dtype), alpha=-rate)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         asked = self.config.newton_schulz_precision
         return torch.bfloat16 if asked == "bf16" or (asked == "auto" and device.type == "cuda") else torch.float32
 
-    def _update_of(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
         """The momentum after this step's gradient; looked ahead by Nesterov's rule."""
-        gradient, state, momentum = parameter.grad, self.state[parameter], self.config.momentum
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1.0 - momentum)
-        return torch.lerp(gradient, state["momentum"], momentum) if self.config.nesterov else state["momentum"].clone()
+        return torch.lerp(gradient, momentum, self.config.momentum) if self.config.nesterov else momentum
 
-    def _directions(self, matrices: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """What each matrix is moved by at a learning rate of 1; matrices of one shape go through the iterations together."""
-        matrices = list(matrices)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, matrix in enumerate(matrices):
-            by_shape.setdefault(matrix.shape, []).append(index)
-        found: dict[int, torch.Tensor] = {}
-        for shape, indexes in by_shape.items():
-            scale, size = UPDATE_RMS * math.sqrt(max(shape)), max(1, NUMBERS_A_BATCH // shape.numel())
-            for first in range(0, len(indexes), size):
-                batch = indexes[first : first + size]
-                directions = orthogonalize(torch.stack([matrices[index] for index in batch]), self.config.newton_schulz_steps) * scale
-                found |= dict(zip(batch, directions.unbind(0), strict=True))
-        return [found[index] for index in range(len(matrices))]
+    def _marked_update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+        """Of a part of a matrix, [P] -> [P + 1]: behind it 1, or 0 where its gradient is zero."""
+        return torch.cat((self._update(gradient, momentum), gradient.any()[None].to(gradient.dtype)))
+
+    def _directions(self, matrices_NAB: torch.Tensor, touched_N: torch.Tensor) -> torch.Tensor:
+        """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0, for its gradient is zero.
+
+        An update's size does not depend on the momentum's: an expert without tokens would go on as far a step until its momentum is rounded away.
+        """
+        scale = UPDATE_RMS * math.sqrt(max(matrices_NAB.shape[-2:]))
+        return orthogonalize(matrices_NAB, self.config.newton_schulz_steps).mul_(scale).mul_((touched_N > 0)[:, None, None])
 
     def _step_adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         """As torch.optim.AdamW, by its own function."""

@@ -13,6 +13,7 @@ from pretrain.config.load import load_recipe
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 
 ORIGIN = "my.json"
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "float32"}}
 
 
 def resolve(ds_config: dict[str, Any], *overrides: str, precision: str = "bf16") -> dict[str, Any]:
@@ -53,6 +54,13 @@ def test_precision_switches_one_section_on(precision: str, expected: tuple[bool,
         ({"tensorboard": {"output_path": "elsewhere"}}, ["'tensorboard.output_path' is 'elsewhere'", "run_path says 'runs/debug'"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer' is owned by the recipe's 'optimizer'", "remove it"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler' is owned by the recipe's 'schedule'", "remove it"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm must stay true", "leave it out"]),
+        ({"data_types": {"grad_accum_dtype": "fp64"}}, ["data_types.grad_accum_dtype is 'fp64'", "fp32, bf16 or fp16"]),
+        (
+            {"zero_optimization": {"stage": 1}} | FP32_SUMS,
+            ["data_types.grad_accum_dtype is 'float32'", "at ZeRO stage 1", "zero2.json or zero3.json"],
+        ),
+        (FP32_SUMS, ["at ZeRO stage 0", "zero2.json or zero3.json"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage is 4", "0, 1, 2 or 3"]),
     ],
 )
@@ -61,6 +69,15 @@ def test_a_clash_names_both_places(ds_config: dict[str, Any], parts: list[str]) 
         resolve(ds_config)
     for part in (ORIGIN, *parts):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "zero,precision",
+    [({"stage": 2}, "bf16"), ({"stage": 3}, "bf16"), ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, "bf16"), ({"stage": 1}, "fp16")],
+)
+def test_gradients_are_summed_in_fp32_where_deepspeed_can(zero: dict[str, Any], precision: str) -> None:
+    assert resolve({"zero_optimization": zero} | FP32_SUMS, precision=precision)["data_types"] == FP32_SUMS["data_types"]
+    assert resolve({"data_types": {"grad_accum_dtype": None}})["data_types"] == {"grad_accum_dtype": None}
 
 
 def test_optimizer_and_scheduler_may_say_auto() -> None:

@@ -126,6 +126,11 @@ BROKEN = {
         ["evaluation asks for nothing", "evaluation.heldout=true"],
         ["evaluation={heldout: true}"],
     ),
+    "muon_sees_whole_matrices": (
+        ["optimizer={kind: muon, learning_rate: 1e-3}", "model.feed_forward.kind=gelu"],
+        ["optimizer.kind=muon", "model.feed_forward.kind=gelu", "kept in halves", "model.feed_forward.kind=swiglu"],
+        ["model.feed_forward.kind=swiglu"],
+    ),
     "warmup_fits": (["schedule.warmup_steps=21"], ["warmup_steps (21)", "20 steps"], ["schedule.warmup_steps=20"]),
 }
 

@@ -1,8 +1,8 @@
 """Runs many training configurations in one start of the processes and prints each step's loss and gradient norm as JSON.
 
 Started by a launcher with the file of cases and the file for the results. A case has "name", "overrides", "zero", "steps", and optionally
-"changes" (report how every weight moved in the first step), "expert_gain" (experts' gradients are multiplied by it) and "sabotage" (a
-deliberate fault that the equality tests must notice).
+"changes" (report how every weight moved in the first step), "expert_gain" (experts' gradients are multiplied by it), "starved" (the step from
+which on one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate fault that the equality tests must notice).
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def scaled_factors(take_gradient: Callable[..., Any], gain: float, factors: Fact
     return take_gradient(factors._replace(c_P=factors.c_P * gain), *rest)
 
 
+def starve(engine: Engine) -> None:
+    for name, parameter in engine.model.named_parameters():
+        if is_expert(parameter):
+            parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), 0.0))
+        elif name.endswith("q_proj.weight"):
+            parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.arange(len(gradient) // 2), 0.0))
+
+
 def sabotage(engine: Engine, kind: str) -> None:
     """Breaks one thing on purpose."""
     if kind == "expert_gradient_scaled":
@@ -71,7 +79,13 @@ def sabotage(engine: Engine, kind: str) -> None:
         engine.rows.reduce = lambda scale: reduce(scale) * 0  # clipping then looks at dense weights alone
     elif kind == "matrices_turned":  # Muon then takes [A, B] for [B, A]
         for shards in engine.optimizer.optimizer.shards.values():
-            shards.owned_by = [[matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in of_rank] for of_rank in shards.owned_by]
+            for matrices in (of_rank for by_owner in shards.rounds for of_rank in by_owner):
+                matrices[:] = [matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in matrices]
+    elif kind == "marks_kept":  # Muon then looks only at this rank's part of a gradient
+        muon = engine.optimizer.optimizer
+        muon._marked_update = lambda gradient, momentum: torch.cat(
+            (muon._update(gradient, momentum) * gradient.any(), gradient.any()[None].to(gradient.dtype))
+        )
     else:
         raise ValueError(kind)
 
@@ -120,6 +134,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         sabotage(engine, case["sabotage"])
     results, changes = [], {}
     for step in range(case["steps"]):
+        if step == case.get("starved"):
+            starve(engine)
         before = whole_weights(engine) if step == 0 and "changes" in case else None
         balancing = getattr(recipe.model.moe, "bias_balancing", None)
         rate = balancing.update_rate if balancing is not None else 0.0

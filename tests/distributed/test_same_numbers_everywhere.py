@@ -93,6 +93,7 @@ SPANNING: dict[int, list[Case]] = {
         case("peer", 0, 1), case("peer", 0, 1, ADAMW), case("peer", 0, 1, expert_gain=10.0), case("peer", 0, 1, **MOVED),
         case("peer", 0, 1, overrides=RUNNING), case("peer", 0, 1, overrides=RECOMPUTED),
         *(case("dropless", 0, 1, optimizer) for optimizer in (MUON, LION, EIGHT_BIT)),
+        case("dropless", 0, 1, MUON, starved=4),
     ],
     2: [
         case("dropless", 0, 2), case("dropless", 1, 2), case("dropless", 2, 1), case("dropless", 3, 2), case("deepspeed", 1, 2),
@@ -110,6 +111,8 @@ SPANNING: dict[int, list[Case]] = {
         case("peer", 2, 2, **MOVED), case("peer", 2, 2, overrides=RUNNING), case("peer", 1, 2, overrides=RECOMPUTED),
         *(case("dropless", zero, ep_size, MUON) for zero, ep_size in ((1, 2), (2, 1), (3, 2))), case("dropless", 3, 1, LION),
         case("dropless", 2, 2, EIGHT_BIT), case("dropless", 1, 1, MUON, sabotage="matrices_turned"),
+        case("dropless", 1, 1, MUON, starved=4), case("dropless", 3, 1, MUON, starved=4),
+        case("dropless", 3, 1, MUON, starved=4, sabotage="marks_kept"),
     ],
     4: [
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4), case("dropless", 1, 4, ADAMW),
@@ -286,6 +289,11 @@ def test_a_broken_engine_is_noticed(spanning: dict[int, Results], fault: str) ->
 def test_a_matrix_put_together_wrongly_is_noticed(spanning: dict[int, Results]) -> None:
     found = difference(spanning[2]["dropless-muon-sabotage=matrices_turned/zero1/ep1"], spanning[1]["dropless-muon/zero0/ep1"])
     assert found > 1e-4
+
+
+def test_a_rank_that_looks_only_at_its_own_part_of_a_gradient_is_noticed(spanning: dict[int, Results]) -> None:
+    found = difference(spanning[2]["dropless-muon-starved=4-sabotage=marks_kept/zero3/ep1"], spanning[1]["dropless-muon-starved=4/zero0/ep1"])
+    assert found > 1e-5
 
 
 def test_optimizers_differ_from_each_other(spanning: dict[int, Results]) -> None:

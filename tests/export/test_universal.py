@@ -21,6 +21,8 @@ from tests.launch.tiny_run import make_tiny, make_trainer, own_process
 KINDS = {
     "native": ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
     "peer": ["model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"],
+    "muon": ["optimizer.kind=muon"],
+    "adamw_8bit": ["optimizer.kind=adamw_8bit"],
     "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"],
 }
 
@@ -86,6 +88,8 @@ def test_what_deepspeeds_converter_cannot_do_is_refused_before_it_starts(checkpo
         "stage_0": "ZeRO stage 0",
         "native": "model.moe.kind=deepspeed has no universal",
         "peer": "model.moe.kind=peer has no universal",
+        "muon": "optimizer.kind=muon has no universal",
+        "adamw_8bit": "optimizer.kind=adamw_8bit has no universal",
         "dense": "a dense model has no universal",
         "alone": "weights alone",
     }

@@ -68,3 +68,20 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(tiny: Tin
     # Without loss scale nothing overflows, so the scale was to blame: no incident.
     assert trainer.progress.skipped_steps == 1 and not (run / "incidents.jsonl").exists()
     assert trainer.store.newest() == run / "checkpoints" / "step_5"
+
+
+@pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this device does not compute in fp16")
+@pytest.mark.parametrize(
+    ("zero", "fp16", "last"),
+    [(0, '"loss_scale": 1e9', 3), (1, '"initial_scale_power": 30, "min_loss_scale": 2.7e8, "hysteresis": 1', 5)],
+)
+def test_fp16_whose_loss_scale_does_not_fall_far_enough_ends_with_code_6(
+    zero: int, fp16: str, last: int, tiny: Tiny, tmp_path: Path, train: Command
+) -> None:
+    ds_config, run = tmp_path / "ds_config.json", tmp_path / "run"
+    ds_config.write_text(f'{{"zero_optimization": {{"stage": {zero}}}, "fp16": {{"enabled": "auto", {fp16}}}}}')
+    settings = ("train.precision=fp16", "checkpoint.interval_steps=3", "guards.max_skipped_in_a_row=2", "model.num_hidden_layers=1")
+    code, message = train([*tiny.arguments(run, *settings, steps=9, zero=None), "--ds_config", str(ds_config)])
+    assert code == 6 and f"error: 3 steps in a row up to step {last} were skipped, the last one because it overflows in fp16" in message
+    assert "set fp16.loss_scale to 0 in the ds_config" in message and "Traceback" not in message
+    assert complete_checkpoints(run / "checkpoints") == []

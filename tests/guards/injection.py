@@ -12,11 +12,12 @@ from pretrain.engine.engine import Engine
 from pretrain.model.moe.row_products import Factors
 from pretrain.trainer import Trainer
 
-PLACES = ("loss", "dense", "expert", "table")
+PLACES = ("loss", "loss_alone", "dense", "expert", "table")
 
 
 class Injection:
-    """While ``armed``, one micro batch of each step on one rank has its loss, or the gradient of one weight, multiplied by ``factor``.
+    """While ``armed``, one micro batch of each step on one rank has its loss, or the gradient of one weight, multiplied by ``factor``, or an infinite
+    loss whose gradient is that of the finite one.
 
     Attributes:
         weight: whose gradient it is; "loss" for the loss.
@@ -37,13 +38,15 @@ class Injection:
             output = forward(*inputs)
             if place == "loss" and self._now():
                 return output._replace(loss=output.loss * factor, nll=output.nll * factor)
+            if place == "loss_alone" and self._now():
+                return output._replace(loss=output.loss + torch.inf, nll=output.nll + torch.inf)
             return output
 
         engine.model.forward = counted
         if place == "table":
             self.weight, table = next(iter(engine.rows.tables.items()))
             table.take_gradient = self._poisoned(table.take_gradient)
-        elif place != "loss":
+        elif place not in ("loss", "loss_alone"):
             named = [(name, p) for name, p in engine.model.named_parameters() if is_expert(p) == (place == "expert") and p.requires_grad]
             self.weight, parameter = named[-1]
             parameter.register_hook(lambda gradient: gradient * factor if self._now() else gradient)

@@ -77,6 +77,16 @@ def test_a_step_that_is_not_finite_is_named_with_its_documents_and_skipped(tiny:
         assert any(tokens[start : start + len(inputs)] == inputs for start in range(len(tokens)))
 
 
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_a_loss_that_is_not_finite_is_never_learned_from_though_its_gradient_is(zero: int, precision: str, tiny: Tiny, tmp_path: Path) -> None:
+    trainer = started(tiny, tmp_path, f"train.precision={precision}", "logging.interval_steps=4", zero=zero)
+    poison_batches(trainer, Injection(trainer.engine, 0, 1, "loss_alone"), {2})
+    assert trainer.fit() and trainer.progress.skipped_steps == 1
+    (entry,) = incidents(tmp_path)
+    assert (entry["guard"], entry["step"]) == ("non_finite", 3)
+    assert [(found["micro_batch"], found["not_finite"]) for found in entry["micro_batches"]] == [(1, "loss")]
+
+
 def test_what_does_not_happen_again_is_laid_to_the_hardware(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = started(tiny, tmp_path)
     injection = Injection(trainer.engine, 0, 0, "dense")

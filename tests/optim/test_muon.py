@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain.optim.matrix_shards
+import pretrain.optim.muon
 from pretrain.config.load import load_recipe
 from pretrain.config.optimizer_schema import Muon as MuonConfig
 from pretrain.model.decoder import DecoderLM
@@ -78,12 +82,23 @@ def test_each_expert_of_a_stack_is_trained_by_itself() -> None:
     assert (flat.detach().view(3, 8, 12) - start - together).abs().max() > 0.1 * together.abs().max()
 
 
-def test_an_expert_without_a_gradient_stays_but_for_its_decay() -> None:
-    stack = torch.nn.Parameter(random(2, 8, 8))
-    start = stack.detach().clone()
-    stack.grad = torch.stack((random(8, 8), torch.zeros(8, 8)))
-    optimizer_of(stack).step()
-    assert torch.equal(stack[1], start[1] * (1 - 0.02 * 0.1)) and not torch.equal(stack[0], start[0] * (1 - 0.02 * 0.1))
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bool) -> None:
+    stack = torch.nn.Parameter(random(3, 8, 8).flatten() if flat else random(3, 8, 8))
+    optimizer = optimizer_of(stack)
+    if flat:
+        optimizer.shards[stack] = MatrixShards(cut_matrices(torch.Size((3, 8, 8)), 0, 192, 1, 0, 0), None, CPU)
+    trained(stack.detach().clone(), optimizer, stack)
+    before = stack.detach().clone().view(3, 8, 8)
+    gradient = random(3, 8, 8, seed=1)
+    gradient[1] = 0
+    gradient[2, :4] = 0  # some of its tokens' hidden numbers are
+    stack.grad = gradient.view_as(stack)
+    optimizer.step()
+    decayed, after = before * (1 - 0.02 * 0.1), stack.detach().view(3, 8, 8)
+    assert torch.equal(after[1], decayed[1])
+    assert all((after[expert] - decayed[expert]).square().mean().sqrt() > 0.1 * 0.02 for expert in (0, 2))
+    assert optimizer.state[stack]["momentum"].view(3, 8, 8)[1].any()
 
 
 def test_an_update_has_adamws_root_mean_square_whatever_the_shape() -> None:
@@ -143,7 +158,10 @@ def test_a_matrix_that_all_ranks_share_has_one_owner_and_the_work_is_spread() ->
     assert choose_owners(shared, 4) == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_a_flat_partition_is_trained_as_its_matrices_are() -> None:
+@pytest.mark.parametrize("batch", [1, 200, 1 << 26])
+def test_a_flat_partition_is_trained_as_its_matrices_are(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
+        monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
     start = random(2, 8, 12)
     whole, flat = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.cat((start.flatten(), torch.zeros(5))))
     gradient = random(2, 8, 12, seed=1)
@@ -154,3 +172,53 @@ def test_a_flat_partition_is_trained_as_its_matrices_are() -> None:
     optimizer.step()
     torch.testing.assert_close(flat[:192].view(2, 8, 12), whole, rtol=1e-6, atol=1e-7)
     assert not flat[192:].any()
+
+
+class Allocations(TorchDispatchMode):
+    """The most numbers that were held in tensors made inside, all at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        known = {given.untyped_storage().data_ptr() for given in arguments if isinstance(given, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.held += result.numel()
+            self.most = max(self.most, self.held)
+            weakref.finalize(result, self._released, result.numel())
+        return result
+
+    def _released(self, numbers: int) -> None:
+        self.held -= numbers
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {}
+    for batch in (4 * 16, 1 << 26):
+        for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
+            monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+        parameter = torch.nn.Parameter(random(100 * 16) if flat else random(100, 4, 4))
+        optimizer = optimizer_of(parameter)
+        optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        if flat:
+            optimizer.shards[parameter] = MatrixShards(cut_matrices(torch.Size((100, 4, 4)), 0, 1600, 1, 0, 0), None, CPU)
+        parameter.grad = random(*parameter.shape)
+        with Allocations() as allocations:
+            optimizer.step()
+        numbers[batch] = allocations.most
+    assert numbers[4 * 16] <= 10 * 4 * 16 and numbers[1 << 26] > 3 * 1600
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_precision_follows_the_device_that_iterates_where_the_state_is_kept_on_the_host(
+    device: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = torch.nn.Parameter(random(96))
+    flat.grad, optimizer, asked = random(96), optimizer_of(flat), []
+    optimizer.shards[flat] = MatrixShards(cut_matrices(torch.Size((8, 12)), 0, 96, 1, 0, 0), None, torch.device(device))
+    monkeypatch.setattr(MatrixShards, "transform", lambda shards, **given: asked.append(given["dtype"]))
+    optimizer.step()
+    assert asked == [expected]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain.train
 from pretrain.config.errors import ConfigError
+from pretrain.model.decoder import DecoderLM
 from tests.launch.tiny_run import ROOT, Started, Tiny, curve, make_tiny, own_process
 from tools import find_learning_rate
 
@@ -73,6 +75,21 @@ def test_it_trains_as_the_run_would_and_touches_nothing_of_it_but_its_picture(
     assert short["diverged"] is None and len(short["losses"]) == 20 and contents(run)["learning_rate.png"] != after["learning_rate.png"]
 
 
+def test_at_the_runs_learning_rate_it_is_the_run_with_its_phases_frozen_parts_and_balancing(tiny: Tiny, find: Find, tmp_path: Path) -> None:
+    settings = [
+        "phases=[{name: small, tokens: 1280, global_batch_size: 4, sequence_length: 16, frozen: [embedding, head]}, {name: rest}]",
+        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {update_rate: 0.05}}",
+        "schedule={kind: constant, warmup_steps: 0}",
+        "model.num_hidden_layers=1",
+    ]
+    quick = ("validation.interval_steps=100", "checkpoint.interval_steps=100")
+    assert pretrain.train.main(tiny.arguments(tmp_path / "run", *settings, *quick, steps=6)) == 0
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    result = find(*overrides, "--set", f"train.train_tokens={6 * 256}", "--from", "3e-3", "--to", "3.0000001e-3", "--steps", "21")
+    expected = [row["loss"] for row in curve(tmp_path / "run") if row["kind"] == "train"]
+    assert len(expected) == 21 and result["losses"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments,told",
     [(("--from", "1", "--to", "0.1"), "the first must be above 0"), (("--from", "0"), "above 0"), (("--steps", "5"), "take at least 20")],
@@ -81,6 +98,21 @@ def test_a_range_that_is_none_is_refused_before_anything_starts(find: Find, tmp_
     with pytest.raises(ConfigError, match=told):
         find(*arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_first_loss_that_is_not_finite_is_told_in_a_sentence(
+    tiny: Tiny, find: Find, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = DecoderLM.forward
+
+    def poisoned(*inputs: Any) -> Any:
+        output = forward(*inputs)
+        return output._replace(loss=output.loss * torch.nan, nll=output.nll * torch.nan)
+
+    monkeypatch.setattr(DecoderLM, "forward", poisoned)
+    result = find(*RANGE)
+    assert result["suggestion"] is None and result["losses"] == []
+    assert "no suggestion: at the first step already, at 0.001, the loss or its gradient is not finite" in capsys.readouterr().out
 
 
 @pytest.mark.full
