@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,18 +112,14 @@ class Supervisor:
         Args:
             results: of these steps.
             losses: the mean cross-entropy of those that were applied, over all ranks.
-
-        Raises:
-            NonFiniteError: for a loss that is not finite although its gradient was.
         """
+        if self.judge is not None:
+            return
         first = last_step - len(results) + 1
         applied = [(first + place, result) for place, result in enumerate(results) if result.applied]
         for (step, result), loss in zip(applied, losses, strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"the loss of step {step} is not finite: lower optimizer.learning_rate; the last checkpoint is intact")
-            if self.judge is None:
-                for trip in self.guards.look(step, loss, result.grad_norm):
-                    self.incidents.tell_step(trip, result)
+            for trip in self.guards.look(step, loss, result.grad_norm):
+                self.incidents.tell_step(trip, result)
 
     def after_validation(self, progress: Progress, loss: float, training_loss: float | None) -> None:
         """Compares with the training loss, and counts validations for early stopping.
