@@ -24,30 +24,40 @@ class History:
     def __init__(self, validates: bool) -> None:
         self.validates = validates
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        self._loss_steps = self._steps = self._last_step = 0.0
+        self._sums = self._entered = (0.0, 0)  # losses over steps, and steps: since the last entry, and of that entry
+        self._last_step = 0
         self._last: Row = {}
 
+    def go_on_from(self, step: int) -> None:
+        """The run goes on behind this step, where it may have no row."""
+        self._last_step = max(self._last_step, step)
+
     def add(self, row: Row) -> bool:
-        """Whether the row made a new entry."""
+        """Whether the row made a new entry, or replaced that of the same step."""
         if row["kind"] == "train":
             # A row is the mean over the steps since the one before: entries are means over steps, whatever their rows are.
-            steps = row["step"] - self._last_step
-            self._loss_steps, self._steps, self._last_step, self._last = self._loss_steps + steps * row["loss"], self._steps + steps, row["step"], row
+            steps = row.get("steps", row["step"] - self._last_step)
+            self._sums = (self._sums[0] + steps * row["loss"], self._sums[1] + steps)
+            self._last_step, self._last = row["step"], row
         if row["kind"] != ("validation" if self.validates else "train"):
             return False
+        if self.columns["step"][-1:] == [row["step"]]:
+            self._sums = (self._sums[0] + self._entered[0], self._sums[1] + self._entered[1])
+            for values in self.columns.values():
+                values.pop()
         loss = row.get("validation_loss")
         entry = {
             "step": row["step"],
             "tokens": row["tokens"],
             "epoch": row.get("epoch"),
-            "train_loss": self._loss_steps / self._steps if self._steps else None,
+            "train_loss": self._sums[0] / self._sums[1] if self._sums[1] else None,
             "val_loss": loss,
             "perplexity": None if loss is None else _exp(loss),
             **{name: self._last.get(source) for name, source in LAST_OF.items()},
         }
         for name, value in entry.items():
             self.columns[name].append(value)
-        self._loss_steps = self._steps = 0.0
+        self._sums, self._entered = (0.0, 0), self._sums
         return True
 
     def content(self) -> dict[str, Any]:
@@ -72,15 +82,24 @@ def history_of(rows: Iterable[Row], validates: bool) -> History:
 
 
 class TrainingHistory(Callback):
-    """Writes the file at each entry, whole; on a resume it is made again from the rows up to the checkpoint."""
+    """Writes the file at each entry, whole; on a resume or rollback it is made again from the rows up to the checkpoint."""
 
     def __init__(self, folder: Path, validates: bool) -> None:
         self.folder, self.validates = folder, validates
         self.history = History(validates)
 
     def on_start(self, step: int, num_steps: int) -> None:
+        self.on_rollback(step)
+
+    def on_rollback(self, step: int) -> None:
         self.history = history_of((row for row in read_rows(self.folder / METRICS) if row["step"] <= step), self.validates)
+        self.history.go_on_from(step)
+        if (self.folder / HISTORY).is_file():
+            self._write()
 
     def on_row(self, row: Row) -> None:
         if self.history.add(row):
-            write_synced(self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode())
+            self._write()
+
+    def _write(self) -> None:
+        write_synced(self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode())

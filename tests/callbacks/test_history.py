@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.callbacks.base import Callback
 from pretrain.callbacks.history import COLUMNS, HISTORY, TrainingHistory, history_of
-from pretrain.callbacks.metrics import METRICS
+from pretrain.callbacks.metrics import METRICS, MetricsFiles
 
 
 def train(step: int, loss: float) -> dict[str, Any]:
@@ -42,6 +43,39 @@ def test_an_entry_has_the_mean_training_loss_over_its_steps_and_the_last_of_the_
     assert content["perplexity"] == [math.exp(loss) for loss in content["val_loss"]]
     assert content["learning_rate"] == [0.1 / 3, 0.1 / 4, 0.1 / 5] and content["seconds"] == [1.5, 2.0, 2.5]
     assert content["best"] == {name: content[name][1] for name in COLUMNS}
+
+
+def test_the_first_row_behind_a_checkpoint_weighs_the_steps_since_then(tmp_path: Path) -> None:
+    callback = TrainingHistory(tmp_path, validates=True)
+    callback.on_start(500, 600)  # a branch: the rows of its trunk are elsewhere
+    for row in (train(510, 4.0), train(520, 2.0), train(530, 2.0), {**train(560, 1.0), "steps": 10}, validation(560, 2.0)):
+        callback.on_row(row)
+    assert callback.history.content()["train_loss"] == [(4.0 + 2.0 + 2.0 + 1.0) / 4]
+
+
+def test_the_second_validation_of_a_step_replaces_the_first() -> None:
+    content = history_of([train(2, 4.0), validation(3, 2.0), train(3, 1.0), validation(3, 1.5)], validates=True).content()
+    assert content["step"] == [3] and content["val_loss"] == [1.5] and content["train_loss"] == [(2 * 4.0 + 1.0) / 3]
+
+
+def test_a_rollback_leaves_no_entry_of_a_step_that_is_taken_again(tmp_path: Path) -> None:
+    files: tuple[Callback, ...] = (MetricsFiles(tmp_path), TrainingHistory(tmp_path, validates=True))
+
+    def tell(*rows: dict[str, Any]) -> dict[str, Any]:
+        for row in rows:
+            for callback in files:
+                callback.on_row(row)
+        content: dict[str, Any] = json.loads((tmp_path / HISTORY).read_text())
+        return content
+
+    before = tell(*(row for step in (10, 20, 30, 40) for row in (train(step, 4.0), validation(step, 3.0 if step < 40 else 2.0))))
+    assert before["step"] == [10, 20, 30, 40] and before["best"]["step"] == 40
+    for callback in files:
+        callback.on_rollback(25)
+    assert tell()["step"] == [10, 20]
+    after = tell(train(30, 1.0), train(40, 4.0), validation(40, 2.5))
+    assert after["step"] == [10, 20, 40] and after["val_loss"] == [3.0, 3.0, 2.5] and after["best"]["val_loss"] == 2.5
+    assert after["train_loss"] == [4.0, 4.0, (5 * 1.0 + 10 * 4.0) / 15]
 
 
 def test_without_a_validation_split_each_row_of_training_is_an_entry() -> None:
