@@ -37,6 +37,8 @@ FIXED_FIELDS = (
 # What phases change of a recipe, and what they have of their own.
 CHANGED_BY_PHASES = ("model", "train.sequence_length", "train.micro_batch_size", "train.global_batch_size", "data.mixture")
 OWN_FIELDS = ("schedule", "frozen")
+# In summary.json: the last step of a run whose end was told to all who wait for it, such as trackers.
+ENDED = "ended_at_step"
 CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
 
 
@@ -94,14 +96,18 @@ def prints_to_log() -> Iterator[None]:
         yield
 
 
-def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Merges ``values`` into the run's summary.json, atomically, and returns the whole."""
-    path = folder / SUMMARY
-    summary: dict[str, Any] = {}
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the run's summary.json says; nothing where there is none."""
+    path, summary = folder / SUMMARY, {}
     if path.is_file():
         with contextlib.suppress(json.JSONDecodeError):
             summary = json.loads(path.read_text(encoding="utf-8"))
-    summary |= values
+    return summary
+
+
+def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Merges ``values`` into the run's summary.json, atomically, and returns the whole."""
+    path, summary = folder / SUMMARY, read_summary(folder) | values
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -39,7 +39,18 @@ from pretrain.engine.topology import connect, disconnect, world_size_from_enviro
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.plan import make_plan, planned_start, print_plan
-from pretrain.run_folder import CHECKPOINTS, USAGE, check_branch, check_same_run, log_to_file, prints_to_log, start_over, update_summary
+from pretrain.run_folder import (
+    CHECKPOINTS,
+    ENDED,
+    USAGE,
+    check_branch,
+    check_same_run,
+    log_to_file,
+    prints_to_log,
+    read_summary,
+    start_over,
+    update_summary,
+)
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -230,15 +241,18 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     say = print if trainer.topology.is_main and options.json_path != "-" else (lambda *_: None)
     resumed_from, folder = trainer.progress.step, Path(recipe.output_path)
     done_already = resumed_from >= trainer.num_steps
+    # A run that was killed between its last step and its end has only that to make up for.
+    ended = done_already and read_summary(folder).get(ENDED) == resumed_from
     if resumed_from and not done_already:
         say(f"resuming from step {resumed_from} of {trainer.num_steps}")
     try:
-        finished = done_already or trainer.fit()
+        finished = ended or trainer.fit()
+        summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
+        if trainer.topology.is_main and not ended:
+            end(trainer, folder, summary, finished)
     except Exception as error:
-        for callback in trainer.callbacks:
-            callback.on_failure(error)
+        fail(trainer, error)
         raise
-    summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
     if done_already:
         more = "guards.early_stopping.patience" if trainer.progress.stopped_early else "train.train_tokens"
         say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise {more} to go on, or use --fresh to start over")
@@ -255,12 +269,26 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
     else:
         say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
     if trainer.topology.is_main:
-        if not done_already:
-            whole = update_summary(folder, summary)
-            for callback in trainer.callbacks:
-                callback.on_summary(whole)
         write_json(summary, options.json_path)
     return DONE if finished else PREEMPTED
+
+
+def end(trainer: Trainer, folder: Path, summary: dict[str, Any], finished: bool) -> None:
+    """The run's summary, and what callbacks do at its end; they may wait for others, and be killed meanwhile."""
+    whole = update_summary(folder, summary)
+    for callback in trainer.callbacks:
+        callback.on_end(whole)
+    if finished:
+        update_summary(folder, {ENDED: trainer.progress.step})
+
+
+def fail(trainer: Trainer, error: Exception) -> None:
+    """Tells callbacks of the error that ends the run; what goes wrong with them meanwhile does not take its place."""
+    for callback in trainer.callbacks:
+        try:
+            callback.on_failure(error)
+        except Exception:
+            logger.exception("%s failed after the run had", type(callback).__name__)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -138,8 +138,6 @@ class Trainer:
             # While steps are skipped one after the other nothing new is to be saved, and older checkpoints may soon be needed.
             if last or stopped or (due and not self.progress.skipped_in_a_row):
                 self._save()
-        for callback in self.callbacks:
-            callback.on_end()
         return not stopped
 
     def _step(self) -> bool:

@@ -30,11 +30,11 @@ class Callback:
     def on_early_end(self, step: int) -> None:
         """Step ``step``, which is done, is the last one, though more were planned."""
 
-    def on_end(self) -> None:
-        """Training ends: all steps done, or interrupted and saved."""
+    def on_end(self, summary: Row) -> None:
+        """Training ends: all steps done, or interrupted and saved. ``summary`` is what summary.json says of the run.
 
-    def on_summary(self, summary: Row) -> None:
-        """After ``on_end`` of every callback: what summary.json says of the run."""
+        A finished run that is killed in here is told of its start and its end once more when it is started again.
+        """
 
     def on_failure(self, error: Exception) -> None:
         """Training ends by an error, and nothing else is called."""

@@ -49,10 +49,10 @@ def make_callbacks(recipe: Recipe, ds_config: dict[str, Any], engine: Engine, va
         DeepSpeedMonitor(monitor),
         ProgressBar(),
         TrainingCurves(folder),
-        ModelCard(folder, checkpoints, recipe),
+        card := ModelCard(folder, checkpoints, recipe),
     ]
-    if recipe.evaluation is not None:
-        callbacks.append(ContinuousEvaluation(folder, recipe.evaluation))
+    if recipe.evaluation is not None:  # whose end may take long, and gives the card its last numbers
+        callbacks += [ContinuousEvaluation(folder, recipe.evaluation), card]
     return callbacks + make_trackers(recipe)
 
 

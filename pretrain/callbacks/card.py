@@ -34,7 +34,7 @@ class ModelCard(Callback):
     def __init__(self, folder: Path, checkpoints: Path, recipe: Recipe) -> None:
         self.folder, self.checkpoints, self.recipe = folder, checkpoints, recipe
 
-    def on_summary(self, summary: Row) -> None:
+    def on_end(self, summary: Row) -> None:
         named = pointers(self.checkpoints)
         state = read_state(self.checkpoints / named["latest"])
         lines = table(["checkpoint", "folder"], [[name, f"checkpoints/{step}"] for name, step in named.items()])

@@ -85,12 +85,18 @@ def _draw(axes: Axes, panel: Panel, train: Sequence[Row]) -> None:
 
 
 class TrainingCurves(Callback):
-    """Draws the rows of metrics.jsonl when training ends."""
+    """Draws the rows of metrics.jsonl when training ends, also by an error."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_end(self) -> None:
+    def on_end(self, summary: Row) -> None:
+        self._draw()
+
+    def on_failure(self, error: Exception) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
         content = io.BytesIO()
         figure_of(read_rows(self.folder / METRICS), self.folder.name).savefig(content, dpi=100, format="png")
         write_synced(self.folder / CURVES, content.getvalue())

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import Callback, Row
 from pretrain.config.schema import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ContinuousEvaluation(Callback):
     def on_early_end(self, step: int) -> None:
         self.num_steps = step
 
-    def on_end(self) -> None:
+    def on_end(self, summary: Row) -> None:
         if self.process is None:
             return
         try:

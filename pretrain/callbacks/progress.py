@@ -43,6 +43,6 @@ class ProgressBar(Callback):
         assert self.bar is not None
         self.bar.total = step
 
-    def on_end(self) -> None:
+    def on_end(self, summary: Row) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -23,8 +23,8 @@ from pretrain.config.durable import write_synced
 logger = logging.getLogger(__name__)
 
 TRACKERS = "trackers.json"
-# How long the end of a training waits for what a tracker still has to send.
-FINISH_SECONDS = 120.0
+# How long the end of a training waits for what a tracker still has to send. One that is stopped may be killed soon.
+FINISH_SECONDS, STOP_SECONDS = 120.0, 15.0
 Status = Literal["finished", "stopped", "failed"]
 
 
@@ -91,7 +91,10 @@ class Tracking(Callback):
         if not self._failed.is_set():
             self._waiting.put(lambda: self.tracker.log(events_of(row), row["step"]))
 
-    def on_summary(self, summary: Row) -> None:
+    def on_early_end(self, step: int) -> None:
+        self._num_steps = step
+
+    def on_end(self, summary: Row) -> None:
         self._finish("finished" if self._step == self._num_steps else "stopped", summary)
 
     def on_failure(self, error: Exception) -> None:
@@ -111,9 +114,10 @@ class Tracking(Callback):
         files = [self.run.folder / name for name in self.files if (self.run.folder / name).is_file()]
         self._waiting.put(lambda: self.tracker.finish(status, summary, files))
         self._waiting.put(None)
-        self._thread.join(FINISH_SECONDS)
+        seconds = STOP_SECONDS if status == "stopped" else FINISH_SECONDS
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._tell(f"has not answered for {FINISH_SECONDS:.0f} s")
+            self._tell(f"has not answered for {seconds:.0f} s")
 
     def _work(self) -> None:
         while (action := self._waiting.get()) is not None:

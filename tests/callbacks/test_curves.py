@@ -40,9 +40,10 @@ def test_there_is_a_panel_for_each_column_that_rows_have(given: list[dict[str, A
         assert list(axes[0].lines[2].get_ydata()) == [3.0] and axes[1].get_ylabel() == "learning rate"
 
 
-def test_the_picture_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
+def test_the_picture_appears_whole_and_replaces_the_earlier_one_also_after_an_error(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    for _ in range(2):
-        TrainingCurves(tmp_path).on_end()
+    TrainingCurves(tmp_path).on_end({})
+    (tmp_path / CURVES).write_bytes(b"earlier")
+    TrainingCurves(tmp_path).on_failure(RuntimeError())
     assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS, CURVES]
     assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG")

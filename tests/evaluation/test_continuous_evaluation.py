@@ -49,11 +49,11 @@ def test_an_interrupted_training_does_not_wait_and_a_finished_one_does(tmp_path:
     callback = started_callback(tmp_path, monkeypatch, "import time; time.sleep(300)")
     callback.on_step(2)
     started = time.monotonic()
-    callback.on_end()
+    callback.on_end({})
     assert time.monotonic() - started < 10 and not psutil.pid_exists(callback.process.pid)
     callback = started_callback(tmp_path, monkeypatch, "import sys, time; time.sleep(0.5); print(sys.argv)")
     callback.on_step(3)
-    callback.on_end()
+    callback.on_end({})
     assert callback.process.returncode == 0 and "--watch" in (tmp_path / "evaluation.log").read_text()
 
 
@@ -62,7 +62,7 @@ def test_the_watching_process_is_no_rank(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, "1")
     callback = started_callback(tmp_path, monkeypatch, "import os; print(sorted(os.environ))")
     callback.on_step(3)
-    callback.on_end()
+    callback.on_end({})
     log = (tmp_path / "evaluation.log").read_text()
     assert "'KEPT'" in log and not any(f"'{name}'" in log for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"))
 

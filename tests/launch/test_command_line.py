@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.callbacks import evaluation
+from pretrain.callbacks.base import Row
+from pretrain.callbacks.evaluation import ContinuousEvaluation
 from pretrain.config.durable import only_writer
 from pretrain.config.errors import ConfigError
 from pretrain.train import main
@@ -34,6 +37,30 @@ def test_the_same_command_says_that_it_is_done_and_rewrites_nothing(
     assert "done already" in capsys.readouterr().out
     assert main([*tiny.arguments(finished), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 5
+    assert before.items() <= contents(finished).items()
+
+
+def test_a_run_that_is_killed_at_its_end_has_its_summary_and_makes_up_for_the_rest(
+    tiny: Tiny, finished: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Killed(BaseException): ...
+
+    def kill(self: ContinuousEvaluation, summary: Row) -> None:
+        raise Killed
+
+    (tool := finished / "tool.py").write_text("print('evaluated')")
+    monkeypatch.setattr(evaluation, "TOOL", tool)
+    for name in (kept := ("README.md", "training_curves.png", "summary.json")):
+        (finished / name).unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ContinuousEvaluation, "on_end", kill)  # while it waits for the evaluation of the last checkpoint
+        main(tiny.arguments(finished, "evaluation={}"))
+    assert all((finished / name).is_file() for name in kept) and "ended_at_step" not in json.loads((finished / "summary.json").read_text())
+    assert main(tiny.arguments(finished, "evaluation={}")) == 0
+    assert "done already" in capsys.readouterr().out and "evaluated" in (finished / "evaluation.log").read_text()
+    before = contents(finished)
+    assert json.loads((finished / "summary.json").read_text())["ended_at_step"] == 5
+    assert main(tiny.arguments(finished, "evaluation={}")) == 0
     assert before.items() <= contents(finished).items()
 
 

@@ -73,4 +73,4 @@ def test_the_progress_bar_names_the_phase() -> None:
     bar.on_start(0, 2)
     bar.on_row({"kind": "train", "step": 1, "loss": 1.0, "tokens_per_second": 1.0, "phase": "warm", "phase_number": 1})
     assert bar.shown["phase"] == "warm"
-    bar.on_end()
+    bar.on_end({})
