@@ -25,10 +25,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+def ask_nothing() -> None:
+    """Makes ``wandb.init`` fail where it would ask for a key on the terminal, below the progress bar, with every rank waiting for the answer."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+
+
+def wandb_without_questions(section: Any) -> Backend:
+    ask_nothing()
+    return WandbMonitor(section)
+
+
 BACKENDS: dict[str, Callable[[Any], Backend]] = {
     "tensorboard": TensorBoardMonitor,
     "csv_monitor": csvMonitor,
-    "wandb": WandbMonitor,
+    "wandb": wandb_without_questions,
     "comet": CometMonitor,
 }
 # DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so rows of ours must count the same there.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain.callbacks.trackers.wandb import WandbTracker
+from pretrain.callbacks.tracking import TrackedRun, Tracking
 from pretrain.engine.monitor import Monitor, without_monitors
 
 
@@ -45,3 +50,36 @@ def test_a_backend_that_fails_is_told_once_and_the_others_go_on(tmp_path: Path, 
     assert (tmp_path / "job" / "Train_Samples_lr.csv").read_text().split() == ["step,lr", "8,0.1"]
     (sentence,) = capsys.readouterr().err.strip().splitlines()
     assert sentence.startswith("warning: the ds_config's 'tensorboard' failed (NotADirectoryError")
+
+
+@pytest.fixture
+def without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    wandb.teardown()  # it reads the environment once a process
+    yield
+    wandb.teardown()
+
+
+def test_wandb_without_a_key_asks_nothing_on_a_terminal(tmp_path: Path, without_key: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    person, place = os.openpty()
+    os.write(person, b"3\n" * 9)  # the answers to what it might ask
+    with monkeypatch.context() as patch, open(place, "w", buffering=1) as errors, open(place, closefd=False) as answers:
+        patch.setattr(sys, "stdin", answers)
+        patch.setattr(sys, "stderr", errors)
+        Monitor({"wandb": {"enabled": True, "project": "p"}}, writes=True, samples=lambda: 0)
+        tracking = Tracking(WandbTracker(), TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}), [])
+        tracking.on_start(0, 1)
+        tracking.on_end({})
+        os.write(place, b"the end")
+        shown = ""
+        while not shown.endswith("the end"):
+            shown += os.read(person, 1 << 16).decode()
+    os.close(person)
+    assert "Enter your choice" not in shown
+    for who in ("the ds_config's 'wandb'", "the tracker wandb"):
+        assert f"warning: {who} failed (UsageError: No API key" in shown

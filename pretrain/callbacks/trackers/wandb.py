@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pretrain.callbacks.base import Row
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
+from pretrain.engine.monitor import ask_nothing
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -26,6 +27,7 @@ class WandbTracker(Tracker):
     def start(self, run: TrackedRun, run_id: str | None) -> str:
         import wandb
 
+        ask_nothing()
         self._run = wandb.init(
             project=run.project,
             name=run.name,
