@@ -20,7 +20,7 @@ from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
 from pretrain.evaluation.sampling import Sampling
 from pretrain.evaluation.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
-from pretrain.evaluation.watch import watch
+from pretrain.evaluation.watch import Parent, watch
 
 EXAMPLES = """\
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--checkpoint", type=Path, metavar="PATH", help="a step_N folder, the file 'latest', or a Hugging Face folder")
     what.add_argument("--watch", type=Path, metavar="RUN", help="each checkpoint of a run as it appears, into RUN/evaluations.jsonl and TensorBoard")
     parser.add_argument("--interval-steps", type=int, default=1, metavar="N", help="with --watch: steps that are a multiple of N, and the last one")
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the training that started it
+    parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)  # the training that started it: see Parent
     _add_heldout(parser)
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", metavar="A,B", help="its names, or those of the files in --include-path")
@@ -155,7 +155,8 @@ def main() -> None:
         return
     # Training beside it goes first.
     os.nice(10 if arguments.parent is not None else 0)
-    count = watch(arguments.watch, suite.run, arguments.interval_steps, arguments.parent)
+    parent = None if arguments.parent is None else Parent(*arguments.parent)
+    count = watch(arguments.watch, suite.run, arguments.interval_steps, parent)
     if arguments.json_path != "-":
         print(f"evaluated {count} checkpoints of {arguments.watch}: see {arguments.watch / 'evaluations.jsonl'}")
     write_json({"run": str(arguments.watch), "evaluated": count}, arguments.json_path)

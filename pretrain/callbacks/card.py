@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.layout import CARD, pointers, read_state
 from pretrain.checkpoint.model_card import model_card, table
 from pretrain.config.durable import write_synced
 from pretrain.config.schema import Recipe
-from pretrain.evaluation.watch import EVALUATIONS
+from pretrain.evaluation.watch import read_evaluations
 
 
-def newest_evaluation(run: Path) -> dict[str, float]:
-    """The numbers of the last checkpoint that was evaluated beside the training, without how much was read for them."""
-    path = run / EVALUATIONS
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+def newest_evaluation(run: Path, step: int) -> dict[str, float]:
+    """The numbers of the last checkpoint up to ``step`` that was evaluated beside the training, without how much was read for them."""
     counts = ("step", "targets", "window", "windows", "stride")
+    rows = [row for row in read_evaluations(run) if row["step"] <= step]
     newest = max(rows, key=lambda row: row["step"], default={})
-    return {name: value for name, value in newest.items() if isinstance(value, float) and name.rpartition("/")[2] not in counts}
+    numbers = {name: value for name, value in newest.items() if isinstance(value, float) and name.rpartition("/")[2] not in counts}
+    return {f"{name}, at step {newest['step']:,}": value for name, value in numbers.items()}
 
 
 class ModelCard(Callback):
@@ -38,5 +31,5 @@ class ModelCard(Callback):
         named = pointers(self.checkpoints)
         state = read_state(self.checkpoints / named["latest"])
         lines = table(["checkpoint", "folder"], [[name, f"checkpoints/{step}"] for name, step in named.items()])
-        text = model_card(self.recipe, state, newest_evaluation(self.folder)) + "\n".join(["", "## Checkpoints", "", *lines, ""])
+        text = model_card(self.recipe, state, newest_evaluation(self.folder, state["step"])) + "\n".join(["", "## Checkpoints", "", *lines, ""])
         write_synced(self.folder / CARD, text.encode())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.config.schema import EvaluationConfig
+from pretrain.evaluation.watch import forget_after
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,9 @@ LOG = "evaluation.log"
 RANK_PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "CROSS_", "MPI_")
 
 
-def watch_command(run: Path, config: EvaluationConfig) -> list[str]:
-    """The command line that evaluates each new checkpoint of the run as the recipe's section says."""
-    command = [sys.executable, str(TOOL), "--watch", str(run), "--parent", str(os.getpid()), "--device", config.device]
+def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int) -> list[str]:
+    """The command line that evaluates each new checkpoint of the run, which goes on from ``step``, as the recipe's section says."""
+    command = [sys.executable, str(TOOL), "--watch", str(run), "--parent", str(os.getpid()), str(step), str(last_step), "--device", config.device]
     command += ["--max-new-tokens", str(config.max_new_tokens)]
     options: dict[str, int | str | None] = {"--interval-steps": config.interval_steps, "--max-windows": config.max_windows, "--limit": config.limit}
     options |= {"--tasks": ",".join(config.tasks) or None, "--include-path": config.include_path}
@@ -47,12 +48,12 @@ class ContinuousEvaluation(Callback):
         self.step = self.num_steps = 0
 
     def on_start(self, step: int, num_steps: int) -> None:
-        self.step, self.num_steps = step, num_steps
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}
-        with (self.run / LOG).open("ab") as log:
-            self.process = subprocess.Popen(
-                watch_command(self.run, self.config), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+        self.num_steps = num_steps
+        self._watch_from(step)
+
+    def on_rollback(self, step: int) -> None:
+        self._stop()
+        self._watch_from(step)
 
     def on_step(self, step: int) -> None:
         self.step = step
@@ -69,5 +70,17 @@ class ContinuousEvaluation(Callback):
                 logger.warning("the evaluation of checkpoints ended with exit code %d: see %s", code, self.run / LOG)
         except subprocess.TimeoutExpired:
             logger.warning("the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s goes on", self.run)
+            self._stop()
+
+    def _watch_from(self, step: int) -> None:
+        self.step = step
+        forget_after(self.run, step)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}
+        command = watch_command(self.run, self.config, step, self.num_steps)
+        with (self.run / LOG).open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def _stop(self) -> None:
+        if self.process is not None:
             self.process.terminate()
             self.process.wait()

@@ -77,8 +77,11 @@ def write_markdown(result: Mapping[str, Any], path: Path) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}; choose another --markdown path") from None
 
 
-def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int) -> None:
+def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int, forget_later: bool = False) -> None:
     """Every number as ``evaluation/<path>``, and every text, at ``step``.
+
+    Args:
+        forget_later: whether what the folder has of this step and later ones is no longer shown.
 
     Raises:
         StorageError: where the folder cannot be written to.
@@ -86,7 +89,7 @@ def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int) -> Non
     from torch.utils.tensorboard import SummaryWriter
 
     try:
-        with SummaryWriter(str(folder)) as writer:
+        with SummaryWriter(str(folder), purge_step=step if forget_later else None) as writer:
             for name, value in numbers(result):
                 writer.add_scalar(f"evaluation/{name}", value, step)
             for number, text in enumerate(result.get("texts", [])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_an_interrupted_training_does_not_wait_and_a_finished_one_does(tmp_path:
     assert callback.process.returncode == 0 and "--watch" in (tmp_path / "evaluation.log").read_text()
 
 
+def test_a_run_that_goes_back_forgets_evaluations_and_is_watched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = started_callback(tmp_path, monkeypatch, "import time; time.sleep(300)")
+    first = callback.process
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2)))
+    callback.on_rollback(1)
+    assert first.returncode is not None and callback.process.pid != first.pid
+    assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [1]
+    callback.on_end({})
+    assert not psutil.pid_exists(callback.process.pid)
+
+
 def test_the_watching_process_is_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "KEPT"):
         monkeypatch.setenv(name, "1")
@@ -71,9 +83,10 @@ def test_every_option_of_the_section_reaches_the_command(tmp_path: Path) -> None
     config = EvaluationConfig(
         interval_steps=20, heldout=True, max_windows=3, prompts=["a b"], tasks=["x", "y"], include_path="t", limit=5, device="cuda:1"
     )
-    command = watch_command(tmp_path, config)
+    command = watch_command(tmp_path, config, 20, 100)
     for part in ("--heldout", "--prompt=a b", "x,y"):
         assert part in command
+    assert command[command.index("--parent") :][:4] == ["--parent", str(os.getpid()), "20", "100"]
     pairs = set(itertools.pairwise(command))
     expected = {
         ("--interval-steps", "20"),
