@@ -22,6 +22,7 @@ from pretrain.callbacks.trackers.wandb import WandbTracker
 from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracker, Tracking
 from pretrain.checkpoint.layout import CARD
 from pretrain.config.schema import Recipe
+from pretrain.config.timeline import Timeline
 from pretrain.config.tracking_schema import TrackerKind
 from pretrain.engine.engine import Engine
 
@@ -44,7 +45,7 @@ def make_callbacks(recipe: Recipe, ds_config: dict[str, Any], engine: Engine, va
     callbacks: list[Callback] = [
         RunRecord(folder, recipe, ds_config, engine.topology.world_size),
         MetricsFiles(folder),
-        TrainingHistory(folder, validates),
+        TrainingHistory(folder, validates, Timeline(recipe)),
         ExpertUsage(usage, monitor.summary_writer, recipe.logging.hot_expert_factor),
         DeepSpeedMonitor(monitor),
         ProgressBar(),

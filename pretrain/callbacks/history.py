@@ -11,19 +11,26 @@ from typing import Any
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.metrics import METRICS, read_rows
 from pretrain.config.durable import write_synced
+from pretrain.config.timeline import Timeline
 
 HISTORY = "training_history.json"
 # From the last row of training before a validation, by the name that it has there.
 LAST_OF = {"learning_rate": "learning_rate", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second", "seconds": "seconds"}
-COLUMNS = ("step", "tokens", "epoch", "train_loss", "val_loss", "perplexity", *LAST_OF)
+COLUMNS = ("step", "tokens", "epoch", "train_loss", "val_loss", "val_targets", "perplexity", *LAST_OF)
 
 
 class History:
-    """Gathers rows into entries. A run without a validation split gets an entry for each row of training."""
+    """Gathers rows into entries. A run without a validation split gets an entry for each row of training.
 
-    def __init__(self, validates: bool) -> None:
-        self.validates = validates
+    Attributes:
+        best: the entry with the lowest validation loss among those that compare: over as many targets, in sequences of the same length. Of the
+            two validations of a last step the one of the whole split is the step's entry, and the other one takes part.
+    """
+
+    def __init__(self, validates: bool, timeline: Timeline) -> None:
+        self.validates, self.timeline = validates, timeline
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.best: dict[str, Any] | None = None
         self._sums = self._entered = (0.0, 0)  # losses over steps, and steps: since the last entry, and of that entry
         self._last_step = 0
         self._last: Row = {}
@@ -41,7 +48,8 @@ class History:
             self._last_step, self._last = row["step"], row
         if row["kind"] != ("validation" if self.validates else "train"):
             return False
-        if self.columns["step"][-1:] == [row["step"]]:
+        again = self.columns["step"][-1:] == [row["step"]]
+        if again:
             self._sums = (self._sums[0] + self._entered[0], self._sums[1] + self._entered[1])
             for values in self.columns.values():
                 values.pop()
@@ -52,20 +60,26 @@ class History:
             "epoch": row.get("epoch"),
             "train_loss": self._sums[0] / self._sums[1] if self._sums[1] else None,
             "val_loss": loss,
+            "val_targets": row.get("targets"),
             "perplexity": None if loss is None else _exp(loss),
             **{name: self._last.get(source) for name, source in LAST_OF.items()},
         }
         for name, value in entry.items():
             self.columns[name].append(value)
         self._sums, self._entered = (0.0, 0), self._sums
+        if loss is not None and not again and (self.best is None or not self._compare(self.best, entry) or loss < self.best["val_loss"]):
+            self.best = entry
         return True
 
+    def _compare(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        """Whether the validation losses of two entries are of the same data."""
+        lengths = [self.timeline.at(entry["step"] - 1).recipe.train.sequence_length for entry in (one, other)]
+        return lengths[0] == lengths[1] and one["val_targets"] == other["val_targets"]
+
     def content(self) -> dict[str, Any]:
-        """Columns of one length, ``best`` (the entry with the lowest validation loss, None without validation) and ``units``."""
-        losses = [(loss, place) for place, loss in enumerate(self.columns["val_loss"]) if loss is not None]
-        best = {name: values[min(losses)[1]] for name, values in self.columns.items()} if losses else None
+        """Columns of one length, ``best`` (None without validation) and ``units``."""
         units = {"train_loss": "nats a token, mean since the last entry", "val_loss": "nats a token", "seconds": "of training, without validation"}
-        return {**self.columns, "best": best, "units": units}
+        return {**self.columns, "best": self.best, "units": units}
 
 
 def _exp(loss: float) -> float | None:
@@ -74,8 +88,8 @@ def _exp(loss: float) -> float | None:
     return value if loss < 700.0 else None
 
 
-def history_of(rows: Iterable[Row], validates: bool) -> History:
-    history = History(validates)
+def history_of(rows: Iterable[Row], validates: bool, timeline: Timeline) -> History:
+    history = History(validates, timeline)
     for row in rows:
         history.add(row)
     return history
@@ -84,15 +98,16 @@ def history_of(rows: Iterable[Row], validates: bool) -> History:
 class TrainingHistory(Callback):
     """Writes the file at each entry, whole; on a resume or rollback it is made again from the rows up to the checkpoint."""
 
-    def __init__(self, folder: Path, validates: bool) -> None:
-        self.folder, self.validates = folder, validates
-        self.history = History(validates)
+    def __init__(self, folder: Path, validates: bool, timeline: Timeline) -> None:
+        self.folder, self.validates, self.timeline = folder, validates, timeline
+        self.history = History(validates, timeline)
 
     def on_start(self, step: int, num_steps: int) -> None:
         self.on_rollback(step)
 
     def on_rollback(self, step: int) -> None:
-        self.history = history_of((row for row in read_rows(self.folder / METRICS) if row["step"] <= step), self.validates)
+        rows = [row for row in read_rows(self.folder / METRICS) if row["step"] <= step]
+        self.history = history_of(rows, self.validates, self.timeline)
         self.history.go_on_from(step)
         if (self.folder / HISTORY).is_file():
             self._write()

@@ -20,8 +20,8 @@ def model_card(recipe: Recipe, state: Mapping[str, Any], results: Mapping[str, f
     """The card's text.
 
     Args:
-        state: of a checkpoint: ``step``, ``consumed_tokens``, ``validation_loss``, ``progress``, ``parameters`` and ``sources``; what is missing
-            is left out of the card.
+        state: of a checkpoint: ``step``, ``consumed_tokens``, ``validation_loss`` with its ``validation_step`` and ``validation_targets``,
+            ``progress``, ``parameters`` and ``sources``; what is missing is left out of the card.
         results: other measured numbers by name, such as those of tasks.
     """
     card = recipe.card
@@ -87,7 +87,10 @@ def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
 def _results(state: Mapping[str, Any], results: Mapping[str, float]) -> list[str]:
     progress, rows = state.get("progress", {}), []
     if (loss := state.get("validation_loss")) is not None:
-        rows += [["validation loss, nats a token", loss], ["validation perplexity", _perplexity(loss)]]
+        step, targets = state.get("validation_step"), state.get("validation_targets")
+        when = "" if step is None else f", at step {step:,}"
+        of = "" if targets is None else f", over {targets:,} tokens"
+        rows += [[f"validation loss, nats a token{when}{of}", loss], [f"validation perplexity{when}", _perplexity(loss)]]
     if (best := progress.get("best_validation")) is not None:
         rows.append([f"best validation loss, at step {progress['best_step']:,}", best])
     rows += [[name, value] for name, value in results.items()]

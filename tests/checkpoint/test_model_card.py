@@ -14,6 +14,8 @@ STATE: dict[str, Any] = {
     "consumed_tokens": 7680,
     "epoch": 0.31,
     "validation_loss": 2.0,
+    "validation_step": 25,
+    "validation_targets": 4096,
     "progress": {"best_validation": 1.5, "best_step": 20},
     "parameters": {"total": 38080, "active": 31936},
     "sources": {
@@ -35,7 +37,8 @@ def test_it_has_sources_shares_origins_parameters_and_results() -> None:
     for line in (
         "| web\\|text | text | 3 | 7,500 | 0.7500 | - |",
         "| code | jsonl | 1 | 2,500 | 0.2500 | The Stack, permissive |",
-        "| validation perplexity | 7.3891 |",
+        "| validation loss, nats a token, at step 25, over 4,096 tokens | 2.0000 |",
+        "| validation perplexity, at step 25 | 7.3891 |",
         "| best validation loss, at step 20 | 1.5000 |",
         "| hellaswag/acc | 0.2500 |",
         "For tests.",
