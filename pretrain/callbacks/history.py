@@ -35,14 +35,10 @@ class History:
         self._last_step = 0
         self._last: Row = {}
 
-    def go_on_from(self, step: int) -> None:
-        """The run goes on behind this step, where it may have no row."""
-        self._last_step = max(self._last_step, step)
-
     def add(self, row: Row) -> bool:
         """Whether the row made a new entry, or replaced that of the same step."""
         if row["kind"] == "train":
-            # A row is the mean over the steps since the one before: entries are means over steps, whatever their rows are.
+            # Entries are means over steps, whatever their rows are. A row without its number of steps is the mean since the one before.
             steps = row.get("steps", row["step"] - self._last_step)
             self._sums = (self._sums[0] + steps * row["loss"], self._sums[1] + steps)
             self._last_step, self._last = row["step"], row
@@ -108,7 +104,6 @@ class TrainingHistory(Callback):
     def on_rollback(self, step: int) -> None:
         rows = [row for row in read_rows(self.folder / METRICS) if row["step"] <= step]
         self.history = history_of(rows, self.validates, self.timeline)
-        self.history.go_on_from(step)
         if (self.folder / HISTORY).is_file():
             self._write()
 

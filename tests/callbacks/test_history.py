@@ -50,12 +50,9 @@ def test_an_entry_has_the_mean_training_loss_over_its_steps_and_the_last_of_the_
     assert content["best"] == {name: content[name][1] for name in COLUMNS}
 
 
-def test_the_first_row_behind_a_checkpoint_weighs_the_steps_since_then(tmp_path: Path) -> None:
-    callback = TrainingHistory(tmp_path, validates=True, timeline=PLAIN)
-    callback.on_start(500, 600)  # a branch: the rows of its trunk are elsewhere
-    for row in (train(510, 4.0), train(520, 2.0), train(530, 2.0), {**train(560, 1.0), "steps": 10}, validation(560, 2.0)):
-        callback.on_row(row)
-    assert callback.history.content()["train_loss"] == [(4.0 + 2.0 + 2.0 + 1.0) / 4]
+def test_a_row_weighs_the_steps_that_it_is_the_mean_of() -> None:
+    rows = [train(510, 4.0) | {"steps": 5}, train(520, 2.0) | {"steps": 10}, validation(520, 2.0)]  # a branch: earlier rows are elsewhere
+    assert history_of(rows, validates=True, timeline=PLAIN).content()["train_loss"] == [(5 * 4.0 + 10 * 2.0) / 15]
 
 
 def test_the_second_validation_of_a_step_replaces_the_first_and_is_not_the_best() -> None:
@@ -92,7 +89,7 @@ def test_a_rollback_leaves_no_entry_of_a_step_that_is_taken_again(tmp_path: Path
     for callback in files:
         callback.on_rollback(25)
     assert tell()["step"] == [10, 20]
-    after = tell(train(30, 1.0), train(40, 4.0), validation(40, 2.5))
+    after = tell(train(30, 1.0) | {"steps": 5}, train(40, 4.0), validation(40, 2.5))
     assert after["step"] == [10, 20, 40] and after["val_loss"] == [3.0, 3.0, 2.5] and after["best"]["val_loss"] == 2.5
     assert after["train_loss"] == [4.0, 4.0, (5 * 1.0 + 10 * 4.0) / 15]
 
