@@ -13,5 +13,11 @@ class DeepSpeedMonitor(Callback):
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
 
+    def on_start(self, step: int, num_steps: int) -> None:
+        self.monitor.begin_after(step)
+
+    def on_rollback(self, step: int) -> None:
+        self.monitor.begin_after(step)
+
     def on_row(self, row: Row) -> None:
         self.monitor.write_row(events_of(row), row["step"])

@@ -46,6 +46,8 @@ BACKENDS: dict[str, Callable[[Any], Backend]] = {
 }
 # DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so rows of ours must count the same there.
 COUNT_SAMPLES = ("wandb", "comet")
+# In TensorBoard the engine's values are a run of their own below ours: steps that are taken again are forgotten for a whole run.
+ROWS, SAMPLES = "tensorboard", "samples"
 
 
 def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -67,9 +69,9 @@ class Monitor:
         if not writes:
             return
         config = get_monitor_config(ds_config)
-        for name, backend in BACKENDS.items():
+        for name in BACKENDS:
             if (section := getattr(config, name)).enabled:
-                self._try(name, lambda name=name, backend=backend, section=section: self._backends.update({name: backend(section)}))  # type: ignore[misc]
+                self._try(name, lambda name=name, section=section: self._open(name, section))  # type: ignore[misc]
 
     @property
     def enabled(self) -> bool:
@@ -78,20 +80,37 @@ class Monitor:
     @property
     def summary_writer(self) -> SummaryWriter | None:
         """TensorBoard's, for what is no scalar."""
-        backend = self._backends.get("tensorboard")
-        return None if backend is None else backend.summary_writer
+        return self._writer(ROWS)
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         """What DeepSpeed's engine calls: (tag, value, samples)."""
-        for name, backend in list(self._backends.items()):
+        for name, backend in self._others(ROWS):
             self._try(name, lambda backend=backend: backend.write_events(events))  # type: ignore[misc]
 
     def write_row(self, events: Sequence[tuple[str, float]], step: int) -> None:
         """Values of one step: by step where that is possible, else by samples."""
-        for name, backend in list(self._backends.items()):
+        for name, backend in self._others(SAMPLES):
             x = self._samples() if name in COUNT_SAMPLES else step
             placed = [(tag, value, x) for tag, value in events]
             self._try(name, lambda backend=backend, placed=placed: backend.write_events(placed))  # type: ignore[misc]
+
+    def begin_after(self, step: int) -> None:
+        """What TensorBoard was told of later steps is shown no more: they are taken again. The others keep both."""
+        for name, x in ((ROWS, step), (SAMPLES, self._samples())):
+            if (writer := self._writer(name)) is not None:
+                self._try(name, lambda writer=writer, x=x: _begin_session(writer, x + 1))  # type: ignore[misc]
+
+    def _open(self, name: str, section: Any) -> None:
+        self._backends[name] = BACKENDS[name](section)
+        if name == ROWS:
+            self._backends[SAMPLES] = TensorBoardMonitor(section.model_copy(update={"job_name": f"{section.job_name}/{SAMPLES}"}))
+
+    def _writer(self, name: str) -> SummaryWriter | None:
+        backend = self._backends.get(name)
+        return None if backend is None else backend.summary_writer
+
+    def _others(self, than: str) -> list[tuple[str, Backend]]:
+        return [(name, backend) for name, backend in self._backends.items() if name != than]
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
         try:
@@ -101,3 +120,10 @@ class Monitor:
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             logger.warning("the ds_config's '%s' failed: %s", name, reason)
             tqdm.write(f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on", file=sys.stderr)
+
+
+def _begin_session(writer: SummaryWriter, first: int) -> None:
+    """TensorBoard's mark for a process that goes on at the step ``first``: what the folder has from there on is no longer shown."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer._get_file_writer().add_event(Event(session_log=SessionLog(status=SessionLog.START)), first)
