@@ -6,6 +6,8 @@
 #
 # pip's usual index has torch with CUDA libraries under this name. A CPU image is some GB smaller with the wheels of PyTorch's CPU index:
 #   --build-arg TORCH="torch==2.13.0 --index-url URL"
+# .git stays outside. A run in the image notes the commit that it was built from where that is told:
+#   --build-arg COMMIT="$(git rev-parse HEAD)"
 ARG TORCH=torch==2.13.0
 ARG CUDA=13.0.2
 
@@ -17,6 +19,10 @@ WORKDIR /app
 COPY Makefile requirements.txt pyproject.toml ./
 RUN make install TORCH="$TORCH"
 COPY . .
+# The copied files may be newer than the environment: once more, so that no container installs anything.
+RUN make install TORCH="$TORCH"
+ARG COMMIT
+ENV IMAGE_COMMIT="$COMMIT"
 ENV PATH="/app/.venv/bin:$PATH"
 CMD ["make", "help"]
 
@@ -28,5 +34,9 @@ WORKDIR /app
 COPY Makefile requirements.txt pyproject.toml ./
 RUN make install TORCH="$TORCH"
 COPY . .
+# The copied files may be newer than the environment: once more, so that no container installs anything.
+RUN make install TORCH="$TORCH"
+ARG COMMIT
+ENV IMAGE_COMMIT="$COMMIT"
 ENV PATH="/app/.venv/bin:$PATH"
 CMD ["make", "help"]

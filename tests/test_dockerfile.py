@@ -6,9 +6,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from pathspec import GitIgnoreSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("cpu", "cuda")
@@ -31,17 +34,28 @@ def default_arguments() -> dict[str, str]:
     return dict(re.findall(r"^ARG (\w+)=(.+)$", text, flags=re.MULTILINE))
 
 
+def docker_ignores() -> GitIgnoreSpec:
+    """What .dockerignore keeps out of the build; its patterns begin at the root."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    return GitIgnoreSpec.from_lines([f"/{line}" for line in lines if line and not line.startswith("#")])
+
+
 def context_files() -> list[str]:
-    """What `COPY . .` takes: tracked files, and new ones that git does not ignore."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    """What `COPY . .` takes."""
+    ignored, files = docker_ignores(), []
+    for folder, folders, names in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        folders[:] = [name for name in folders if not ignored.match_file(here / name)]
+        files += [(here / name).as_posix() for name in names if not ignored.match_file(here / name)]
+    return files
 
 
 def copy(sources: list[str], folder: Path) -> None:
+    """As from a clone of this moment, which an image's earlier layers may be older than."""
     for name in context_files() if sources == ["."] else sources:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copyfile(ROOT / name, folder / name)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -63,9 +77,45 @@ def test_both_targets_take_the_same_steps_behind_their_packages() -> None:
     assert [step for step in cpu if step != packages[0]] == [step for step in cuda if step != packages[1]]
 
 
-def test_no_image_carries_data_runs_or_the_environment_of_the_host() -> None:
-    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    assert {".venv", ".git", "data", "runs"} <= set(ignored)
+def outputs() -> set[str]:
+    """The first part of every path below the project that a command of the documentation writes or reads."""
+    texts = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tools/*.py"))]
+    commands = [line for text in texts for line in text.splitlines() if "python tools/" in line]
+    found = [re.findall(r"--(?:output|output-prefix|from hf) (\w+)", command) for command in commands]
+    return {name for names in found for name in names} | {"runs"}
+
+
+def test_what_the_documentations_commands_write_is_neither_in_an_image_nor_a_change_of_the_code() -> None:
+    written, ignored = outputs(), docker_ignores()
+    assert {"data", "downloads", "exports", "sweeps", "ablations", "averaged", "upcycled"} <= written
+    assert [name for name in written if not ignored.match_file(f"{name}/file")] == []
+    command = ["git", "check-ignore", "--no-index", *(f"{name}/file" for name in written)]
+    seen = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {path.split("/")[0] for path in seen} == written
+    for name in (".git", ".venv", "runs/quickstart/checkpoints/latest", "pretrain/__pycache__/train.pyc"):
+        assert ignored.match_file(name)
+
+
+def test_an_image_has_every_file_of_the_project() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [name for name in tracked if docker_ignores().match_file(name)] == []
+    assert {"pretrain/train.py", "Makefile", "README.md"} <= set(context_files())
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_container_installs_nothing_anew(tmp_path: Path, left_out: int) -> None:
+    """The steps of the Makefile in order; what pip would do is left out."""
+    (python := tmp_path / ".venv" / "bin" / "python").parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    steps = [(name, rest) for name, rest in instructions("cpu") if name == "COPY" or rest.startswith("make")]
+    for name, rest in steps[: len(steps) - left_out]:
+        if name == "COPY":
+            time.sleep(0.02)
+            copy(rest.split()[:-1], tmp_path)
+        else:
+            subprocess.run([*rest.split(), f"PYTHON={sys.executable}"], cwd=tmp_path, check=True, capture_output=True)
+    assert subprocess.run(["make", "-q", "install"], cwd=tmp_path).returncode == left_out
 
 
 @pytest.mark.full

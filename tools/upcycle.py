@@ -27,8 +27,8 @@ from pretrain.model.sizes import model_size
 TOLERANCE = 1e-5
 EXAMPLES = """\
   python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled --num-experts 8 --top-k 2
-  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output fine --num-experts 32 --top-k 8 --granularity 4
-  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output drop --num-experts 8 --top-k 2 --reinit-share 0.5 \\
+  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_fine --num-experts 32 --top-k 8 --granularity 4
+  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_drop --num-experts 8 --top-k 2 --reinit-share 0.5 \\
       --set 'model.layer_pattern={kind: every_nth, n: 2}' --set model.moe.router.kind=sigmoid_topk
 then  python launchers/pretrain.py --recipe upcycled/recipe.yaml --set initial_weights=upcycled
 exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 disk full"""

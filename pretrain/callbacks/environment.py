@@ -38,8 +38,9 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and branch of the checkout that holds ``file``, and a hash of what differs from the commit; None where git does not track the file.
+    """Commit and branch of the checkout that holds ``file``, and a hash of what differs from the commit.
 
+    Where git does not track the file, only the commit that an image was built from, or None where that is not known either.
     Files that git neither tracks nor ignores count by their names and sizes: they may be as large as data.
     """
 
@@ -55,7 +56,8 @@ def git_state(file: Path) -> dict[str, Any] | None:
         for name in unknown:
             digest.update(f"{name}\0{(root / name).lstat().st_size}\0".encode())
     except (OSError, subprocess.SubprocessError):
-        return None
+        commit = os.environ.get("IMAGE_COMMIT")  # of the Dockerfile
+        return {"commit": commit} if commit else None
     dirty = bool(difference or unknown)
     return {"commit": commit, "branch": branch, "dirty": dirty, "diff_sha256": digest.hexdigest() if dirty else None, "untracked_files": len(unknown)}
 

@@ -42,9 +42,14 @@ def test_each_change_has_a_hash_of_its_own(checkout: Path) -> None:
     assert len(hashes | {state["diff_sha256"]}) == 3
 
 
-def test_what_git_does_not_track_has_no_commit(checkout: Path, tmp_path: Path) -> None:
+def test_what_git_does_not_track_has_at_most_the_commit_of_an_image(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGE_COMMIT", raising=False)
     (checkout / "installed.py").write_text("not of this project\n")
     assert git_state(checkout / "installed.py") is None
+    assert git_state(tmp_path / "nowhere.py") is None
+    monkeypatch.setenv("IMAGE_COMMIT", "c0ffee")
+    assert git_state(tmp_path / "nowhere.py") == {"commit": "c0ffee"}
+    monkeypatch.setenv("IMAGE_COMMIT", "")  # built without one
     assert git_state(tmp_path / "nowhere.py") is None
 
 
