@@ -41,7 +41,7 @@ def model_card(recipe: Recipe, state: Mapping[str, Any], results: Mapping[str, f
 
 def _front_matter(recipe: Recipe) -> list[str]:
     moe = ["mixture-of-experts"] if recipe.model.moe_layers else []
-    fields = {"license": recipe.card.license, "pipeline_tag": "text-generation", "tags": ["pretraining", *moe]}
+    fields = {"license": recipe.card.license, "base_model": recipe.card.base_model, "pipeline_tag": "text-generation", "tags": ["pretraining", *moe]}
     given = {name: value for name, value in fields.items() if value is not None}
     return ["---", yaml.safe_dump(given, sort_keys=False).rstrip("\n"), "---", ""]
 
@@ -80,6 +80,8 @@ def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
         ],
         ["precision", train.precision],
         ["seed", str(recipe.seed)],
+        ["goes on from", recipe.branch_from],
+        ["initial weights", recipe.initial_weights and f"{recipe.initial_weights}{' (in part)' if recipe.initial_weights_partial else ''}"],
     ]
     return table(["what", "value"], [row for row in rows if row[1] is not None])
 

@@ -9,10 +9,13 @@ from typing import Any
 from pretrain.config.errors import ConfigError
 
 NAME = re.compile(r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|access_key|private_key|(auth|access|api)_token)$|^token$", re.I)
-# What issuers document of their keys: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS, Slack; and a password inside an address.
+# What issuers document of their keys: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS, Slack; and inside an address a password, which
+# may hold a slash where a port could not stand, a token in its place, and what signs a query.
 VALUE = re.compile(
-    r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,}|glpat-[\w-]{20,}"
-    r"|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,})\b|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
+    r"|github_pat_\w{40,}|glpat-[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,})\b"
+    r"|(?<=://)([^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[\w.~%-]{20,})(?=@)"
+    r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
 )
 # W&B's older keys are 40 hexadecimal digits, Comet's 25 letters and digits: nowhere but in these sections would that be no name or checksum.
 BARE_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{25,}")

@@ -29,6 +29,7 @@ class CardConfig(Section):
     """What the model card says that nothing else in the recipe does. A card is the README.md of a run, of its checkpoints and of its exports."""
 
     license: str | None = Field(None, description="of the weights, as an SPDX identifier such as apache-2.0")
+    base_model: str | None = Field(None, description="the hub's name of the model that it started from, such as allenai/OLMoE-1B-7B-0924")
     intended_use: str | None = Field(None, description="research on pretraining, by default")
     limits: str | None = Field(None, description="those of any base model, by default")
     data_origin: dict[str, str] = Field({}, description="where a source of the data comes from, and under which licence, by the source's name")

@@ -54,6 +54,16 @@ def test_without_a_licence_none_is_claimed() -> None:
     assert "license" not in front_matter(card) and NO_LICENSE in card
 
 
+def test_it_says_what_the_weights_started_from() -> None:
+    card = model_card(load_recipe("debug", ["initial_weights=/models/olmoe", "card.base_model=allenai/OLMoE-1B-7B-0924"]), STATE)
+    assert front_matter(card)["base_model"] == "allenai/OLMoE-1B-7B-0924" and "\n| initial weights | /models/olmoe |\n" in card
+    assert "\n| goes on from | runs/trunk/checkpoints/step_9 |\n" in model_card(
+        load_recipe("debug", ["branch_from=runs/trunk/checkpoints/step_9"]), STATE
+    )
+    card = model_card(load_recipe("debug"), STATE)
+    assert "base_model" not in front_matter(card) and "goes on from" not in card and "initial weights" not in card
+
+
 def test_weights_of_no_run_of_ours_claim_no_tokens_data_or_results() -> None:
     card = model_card(load_recipe("debug"), {"step": 0, "consumed_tokens": 0, "data": {}})
     assert "Not recorded." in card and "None were measured." in card

@@ -38,6 +38,7 @@ def test_a_recipe_with_a_credential_is_refused_by_its_place_alone(override: str,
     [
         "trackers={kinds: [wandb, mlflow, comet], project: moe-pretraining-of-the-whole-group, tags: [first, 'lr=3e-4'], group: g, name: n}",
         f"data.source={{kind: datasets, dataset: a/b, revision: {HEX}}}",
+        "data.path=data/sk-commoncrawl-2024-deduplicated",
         "card={license: apache-2.0, data_origin: {all: 'https://example.com/data, CC-BY-4.0'}}",
     ],
 )
@@ -64,7 +65,13 @@ def test_a_ds_config_with_comets_key_is_refused(tmp_path: Path) -> None:
 
 def test_texts_are_redacted_and_others_are_left() -> None:
     assert redact("--remote https://u:secret1@host --x") == "--remote https://[redacted]@host --x"
-    assert redact("sk-" + "a1" * 12) == "[redacted]"
+    assert redact("sk-" + "a1" * 24) == redact("sk-proj-" + "a_-1" * 8) == redact("sk-ant-api03-" + "a-1" * 12) == "[redacted]"
+    assert redact(f"https://{HEX}@git.example.org/x") == "https://[redacted]@git.example.org/x"
+    assert redact("postgresql://u:p/w@h/db mlflow://h:5000/a@b") == "postgresql://[redacted]@h/db mlflow://h:5000/a@b"
+    assert redact("https://a.example/c/f?sv=1&sig=SECRET%3D&se=2") == "https://a.example/c/f?sv=1&[redacted]&se=2"
+    assert redact("https://b.example/k?X-Amz-Date=1&X-Amz-Signature=dead#end") == "https://b.example/k?X-Amz-Date=1&[redacted]#end"
+    for text in ("ssh://git@host/x", "http://host:8080/path", "https://a.example/?design=1&step=2", "runs/sk-fineweb2-annealing-v3"):
+        assert redact(text) == text
     assert redact("--set data.path=data/my run_path=runs/a1") == "--set data.path=data/my run_path=runs/a1"
 
 
