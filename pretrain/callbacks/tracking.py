@@ -62,6 +62,9 @@ class Tracker(ABC):
     def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
         """Ends, with the run's summary (empty where training failed) and files to keep beside it."""
 
+    def abandon(self) -> None:  # noqa: B027
+        """Called by another thread where one of the others takes too long: nothing may hold back the end of this process."""
+
 
 class Tracking(Callback):
     """Calls a tracker from a thread of its own. The first error is told, once, and is the tracker's end.
@@ -117,15 +120,18 @@ class Tracking(Callback):
         seconds = STOP_SECONDS if status == "stopped" else FINISH_SECONDS
         self._thread.join(seconds)
         if self._thread.is_alive():
+            self._failed.set()
             self._tell(f"has not answered for {seconds:.0f} s")
+            self.tracker.abandon()
 
     def _work(self) -> None:
         while (action := self._waiting.get()) is not None:
             try:
                 action()
             except BaseException as error:  # of any service, of any kind: some call sys.exit
-                self._failed.set()
-                self._tell(f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+                if not self._failed.is_set():
+                    self._failed.set()
+                    self._tell(f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
                 return
 
     def _tell(self, what: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +16,8 @@ from pretrain.callbacks import tracking
 from pretrain.callbacks.base import Row
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker, Tracking
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Remembering(Tracker):
@@ -67,3 +72,32 @@ def test_a_run_that_was_stopped_waits_a_shorter_time(
     callback.on_end({})
     assert time.monotonic() - started < 10 and "has not answered for" in capsys.readouterr().err
     tracker.may_end.set()
+
+
+SILENT_SERVER = """
+import os, socket, sys
+from pathlib import Path
+import psutil
+from pretrain.callbacks import tracking
+from pretrain.callbacks.trackers.wandb import WandbTracker
+server = socket.create_server(("127.0.0.1", 0))
+os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:%d" % server.getsockname()[1]
+tracking.STOP_SECONDS = 2.0
+callback = tracking.Tracking(WandbTracker(), tracking.TrackedRun(Path(sys.argv[1]), "p", "n", None, [], {}), [])
+callback.on_start(0, 2)
+callback.on_end({})
+print([child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE])
+"""
+
+
+@pytest.mark.full
+def test_a_stopped_run_ends_although_wandb_still_waits_for_its_server(tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    variables |= {"WANDB_API_KEY": "c0ffee01" * 5, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT_SERVER, str(tmp_path)], env=variables, capture_output=True, text=True, timeout=200, check=True
+    )
+    assert done.stdout == "[]\n" and time.monotonic() - started < 45  # its own process would try for a minute, and Python's end would wait for it
+    (sentence,) = done.stderr.strip().splitlines()
+    assert sentence.startswith("warning: the tracker wandb has not answered for 2 s")

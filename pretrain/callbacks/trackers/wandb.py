@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from pretrain.callbacks.base import Row
 from pretrain.callbacks.events import Events
@@ -14,7 +18,7 @@ from pretrain.engine.monitor import ask_nothing
 if TYPE_CHECKING:
     from wandb import Run
 
-START_SECONDS = 60.0
+START_SECONDS, FAREWELL_SECONDS = 60.0, 2.0
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 0, "failed": 1}
 
 
@@ -63,3 +67,20 @@ class WandbTracker(Tracker):
             artifact.add_file(str(path))
         self._run.log_artifact(artifact)
         self._run.finish(exit_code=EXIT_CODES[status])
+
+    def abandon(self) -> None:
+        """Ends W&B's own process: Python's end would wait for it while it tries to send. What is left lies in ``wandb/``, for ``wandb sync``."""
+        farewell = threading.Thread(target=_tear_down, daemon=True)  # so that nothing of it is left for Python's end
+        farewell.start()
+        farewell.join(FAREWELL_SECONDS)
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb"):
+                    child.kill()
+                    child.wait(FAREWELL_SECONDS)
+
+
+def _tear_down() -> None:
+    import wandb
+
+    wandb.teardown()
