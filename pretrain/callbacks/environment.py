@@ -56,8 +56,8 @@ def git_state(file: Path) -> dict[str, Any] | None:
         for name in unknown:
             digest.update(f"{name}\0{(root / name).lstat().st_size}\0".encode())
     except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("IMAGE_COMMIT")  # of the Dockerfile
-        return {"commit": commit} if commit else None
+        built_from = os.environ.get("IMAGE_COMMIT")  # of the Dockerfile
+        return {"commit": built_from} if built_from else None
     dirty = bool(difference or unknown)
     return {"commit": commit, "branch": branch, "dirty": dirty, "diff_sha256": digest.hexdigest() if dirty else None, "untracked_files": len(unknown)}
 
