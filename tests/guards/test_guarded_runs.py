@@ -154,7 +154,7 @@ ROLLBACKS = [
     pytest.param(0, "fp32", (), marks=pytest.mark.full),
     (1, "fp32", (PEER,)),
     pytest.param(2, "bf16", (), marks=pytest.mark.full),
-    (3, "bf16", ()),
+    pytest.param(3, "bf16", (), marks=pytest.mark.full),
 ]
 
 
