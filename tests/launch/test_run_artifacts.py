@@ -172,7 +172,9 @@ def test_wandb_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
 def test_comet_goes_on_in_the_same_experiment_with_every_row(run: Path) -> None:
     key = json.loads((run / "trackers.json").read_text())["comet"]
     seen: dict[tuple[str, int], float] = {}
-    for archive in sorted((run / "comet").glob("*.zip")):
+    archives = list((run / "comet").glob("*/*.zip"))
+    assert len(archives) == 2
+    for archive in archives:
         experiment, messages = comet_messages(archive)
         assert experiment["offline_id"] == key and experiment["project_name"] == "project-of-tests"
         assert sorted(experiment["tags"]) == ["a-group", "first-tag"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,10 @@ OFFLINE = "comet"
 
 
 class CometTracker(Tracker):
-    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start, which ``comet upload`` joins."""
+    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start, which ``comet upload`` joins.
+
+    Each start has a folder of its own: Comet tells archives apart by letters from ``random``, whose state a resumed run takes from its checkpoint.
+    """
 
     kind = "comet"
     _experiment: CometExperiment
@@ -28,8 +32,8 @@ class CometTracker(Tracker):
 
         own = logging.getLogger("comet_ml")
         own.handlers, own.propagate = [], True  # to log.txt, as every library's
-        folder = run.folder / OFFLINE
-        folder.mkdir(exist_ok=True)
+        folder = run.folder / OFFLINE / uuid.uuid4().hex[:8]
+        folder.mkdir(parents=True)
         self._experiment = comet_ml.start(
             project_name=run.project,
             experiment_key=run_id,
