@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -36,24 +37,24 @@ class Attention(Component):
         return self.sliding_window
 
     @property
+    @abstractmethod
     def rotary_dim(self) -> int:
         """Numbers of a head that a rotary embedding turns."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def score_dim(self) -> int:
         """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def value_dim(self) -> int:
         """Numbers of all heads together that scores are multiplied with."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cached_per_token(self) -> int:
         """Numbers that one layer's cache keeps of a token."""
-        raise NotImplementedError
 
     @property
     def trained_per_token(self) -> int:
@@ -61,9 +62,9 @@ class Attention(Component):
         return self.cached_per_token
 
     @property
+    @abstractmethod
     def widest_head(self) -> int:
         """Numbers of the widest head that a kernel is given, in training or with a cache."""
-        raise NotImplementedError
 
 
 class GroupedQueryAttention(Attention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -175,9 +176,9 @@ class ProductSwiGLU(Clamped):
 
 
 class LayerPattern(Section):
+    @abstractmethod
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is a mixture of experts."""
-        raise NotImplementedError
 
 
 class AllMoE(LayerPattern):

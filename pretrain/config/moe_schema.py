@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -40,14 +41,14 @@ class MoE(Component):
         return self.num_shared_experts * (self.shared_intermediate_size or self.moe_intermediate_size)
 
     @property
+    @abstractmethod
     def total_experts(self) -> int:
         """Routed experts of one layer."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def experts_per_token(self) -> int:
         """How many of them one token is sent to, at most."""
-        raise NotImplementedError
 
 
 class RoutedMoE(MoE):

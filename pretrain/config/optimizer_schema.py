@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -24,9 +25,9 @@ class Optimizer(Component):
     embedding_learning_rate: Rate | None = None
 
     @property
+    @abstractmethod
     def matrix_state_bytes(self) -> float:
         """Bytes of optimizer state for one parameter of a hidden matrix, experts included."""
-        raise NotImplementedError
 
     @property
     def other_state_bytes(self) -> float:

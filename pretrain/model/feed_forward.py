@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from pretrain.config.model_schema import Clamped
 from pretrain.config.model_schema import FeedForward as FeedForwardConfig
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Module, ABC):
     """down(dropout(activate(gate(x), up(x)))).
 
     A kind says how wide its first products are and what it makes of them. ``gated`` kinds have two matrices before the activation, the
@@ -34,12 +35,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)
 
     @staticmethod
+    @abstractmethod
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What the two products become, [..., expansion * F] each -> [..., F].
 
         Kinds that are not gated get one product in two parts, which may be its halves or all of it and nothing.
         """
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -37,9 +38,9 @@ class Router(Section):
     jitter: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in training the input is multiplied by 1 +- this at random (Switch)")
     groups: ExpertGroups | None = None
 
+    @abstractmethod
     def scores(self, logits_TE: Tensor) -> Tensor:
         """What experts are chosen by and weights are made of, [T, E], not negative, larger for the better."""
-        raise NotImplementedError
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """A distribution over the experts for losses and statistics, [T, E]."""
