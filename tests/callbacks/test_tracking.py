@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from pretrain.callbacks import tracking
 from pretrain.callbacks.base import Row
 from pretrain.callbacks.events import Events
+from pretrain.callbacks.trackers.comet import CometTracker
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker, Tracking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +74,20 @@ def test_a_run_that_was_stopped_waits_a_shorter_time(
     callback.on_end({})
     assert time.monotonic() - started < 10 and "has not answered for" in capsys.readouterr().err
     tracker.may_end.set()
+
+
+def test_a_resumed_run_never_writes_over_comets_archive_of_the_start_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comet_ml  # noqa: F401 - which draws random numbers too
+
+    monkeypatch.setenv("COMET_START_ONLINE", "0")
+    run, first, second = TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}), CometTracker(), CometTracker()
+    saved = random.getstate()  # by a checkpoint, while the tracker still starts in its thread
+    key = first.start(run, None)
+    first.finish("stopped", {}, [])
+    random.setstate(saved)
+    assert second.start(run, key) == key
+    second.finish("finished", {}, [])
+    assert len(list(tmp_path.rglob("*.zip"))) == 2
 
 
 SILENT_SERVER = """
