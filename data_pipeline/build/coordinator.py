@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from data_pipeline.build import finish
 from data_pipeline.build.engine import fit_engine
-from data_pipeline.build.merge import ShardPlan, cut_into_shards, write_shard
+from data_pipeline.build.growing import GrowingShards
+from data_pipeline.build.merge import ShardCutter, ShardPlan, write_shard
 from data_pipeline.build.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.build.pool import Pool, default_workers, local_pool
 from data_pipeline.build.reader import Task
@@ -160,11 +161,14 @@ class Build:
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
         self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
         self.task = replace(self.task, engine=engine or fit_engine(self.plan, self.task, self.pool))
-        records = self._encode()
-        self._check_at_rest()
-        if looks_for_duplicates(self.config.cleaning):
-            self._mark_duplicates(records)
-        shards = self._merge(records, tokenizer)
+        dtype = token_dtype(tokenizer.vocab_size)
+        limit = None if self.config.max_shard_bytes is None else self.config.max_shard_bytes // dtype.itemsize
+        with GrowingShards(self.workspace, dtype, limit) as growing:
+            records = self._encode(growing)
+            self._check_at_rest()
+            if looks_for_duplicates(self.config.cleaning):
+                self._mark_duplicates(records)
+            shards = self._merge(records, growing)
         manifest, names = finish.describe(self.plan, self.output, self.workspace, records, shards, tokenizer)
         write_synced(self.workspace / "shards" / self.output.tokenizer, tokenizer.content)
         content = (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode()
@@ -227,14 +231,17 @@ class Build:
                                 yield from cut_before_white_space(part)
                         bar.update(len(line))
 
-    def _encode(self) -> list[Record]:
+    def _encode(self, growing: GrowingShards) -> list[Record]:
         """The records of all units, encoded so that no split is empty."""
         numbers = list(range(len(self.plan.units)))
         if self.config.streaming:
             return self._encode_held_out(numbers)
-        records = self._run(encode_unit, "units", self.task, numbers, "encoding")
+        # What is a duplicate is known when all units are.
+        follow = None if looks_for_duplicates(self.config.cleaning) else growing.add
+        records = self._run(encode_unit, "units", self.task, numbers, "encoding", follow)
         split = self._split_plan(records)
         if split != self.task.split:
+            growing.discard()
             self.task = replace(self.task, split=split)
             records = self._run(encode_unit, "units", self.task, numbers, "encoding")
         if sum(record["documents"] for record in records) == 0:
@@ -267,8 +274,19 @@ class Build:
         fixed = any(source.split == "validation" for source in self.config.named_sources.values())
         return SplitPlan(self.config.validation_share) if fixed else plan_split(self.config.validation_share, hashed, lowest, highest)
 
-    def _run(self, function: Callable[[Job], Record], stage: str, task: Task, numbers: list[int], title: str) -> list[Record]:
-        """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are."""
+    def _run(
+        self,
+        function: Callable[[Job], Record],
+        stage: str,
+        task: Task,
+        numbers: list[int],
+        title: str,
+        follow: Callable[[Record], None] | None = None,
+    ) -> list[Record]:
+        """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are.
+
+        ``follow`` is called with the record of each unit as soon as those of all units before it are there.
+        """
         records: dict[int, Record] = {}
         for number in numbers:
             folder = unit_folder(self.workspace, stage, number)
@@ -280,7 +298,10 @@ class Build:
         if records:
             logger.info("%s: %d of %d units are there already", title, len(records), len(numbers))
         jobs = [(task, number, self.plan.units[number]) for number in numbers if number not in records]
-        for record in _collect(self.pool.run(function, jobs), self.plan, title, self.progress, list(records.values())):
+        results = self.pool.run(function, jobs)
+        if follow is not None:
+            results = _followed(results, numbers, dict(records), follow)
+        for record in _collect(results, self.plan, title, self.progress, list(records.values())):
             records[record["unit"]] = record
         return [records[number] for number in numbers]
 
@@ -300,23 +321,42 @@ class Build:
 
             mark_duplicates(keys, scratch, cleaning.exact_duplicates, near, progress=advance)
 
-    def _merge(self, records: list[Record], tokenizer: Tokenizer) -> list[Record]:
-        """Writes all shards and returns their records in order."""
-        dtype = token_dtype(tokenizer.vocab_size)
+    def _merge(self, records: list[Record], growing: GrowingShards) -> list[Record]:
+        """Writes all shards that have not grown already, and returns the records of all in order."""
         names = list(self.config.named_sources)
-        limit = None if self.config.max_shard_bytes is None else self.config.max_shard_bytes // dtype.itemsize
         plans = []
         for split in SPLITS:
             for name in names:
-                units = [(record["unit"], record["splits"][split]["tokens"]) for record in records if record["source"] == name]
-                cuts = cut_into_shards(self.workspace, [(unit, tokens) for unit, tokens in units if tokens], split, limit)
-                for number, pieces in enumerate(cuts):
-                    shard = self.output.shard(split, name, number, len(cuts), len(names) == 1)
-                    plans.append(ShardPlan(shard, split, name, pieces, dtype.name, str(self.workspace)))
+                cutter = ShardCutter(self.workspace, split, growing.max_tokens)
+                for record in records:
+                    if record["source"] == name:
+                        cutter.add(record["unit"], record["splits"][split]["tokens"])
+                for number, pieces in enumerate(cutter.shards):
+                    shard = self.output.shard(split, name, number, len(cutter.shards), len(names) == 1)
+                    plans.append(ShardPlan(shard, split, name, pieces, growing.dtype.name, str(self.workspace)))
         written = {}
-        for record in tqdm(self.pool.run(write_shard, plans), total=len(plans), desc="merging", unit="shard", disable=not self.progress):
-            written[record["prefix"]] = record
+        with tqdm(total=len(plans), desc="merging", unit="shard", disable=not self.progress) as bar:
+            for plan in plans:
+                if (grown := growing.take(plan)) is not None:
+                    written[plan.name] = grown
+                    bar.update()
+            for record in self.pool.run(write_shard, [plan for plan in plans if plan.name not in written]):
+                written[record["prefix"]] = record
+                bar.update()
         return [written[plan.name] for plan in plans]
+
+
+def _followed(results: Iterator[Record], numbers: list[int], known: dict[int, Record], follow: Callable[[Record], None]) -> Iterator[Record]:
+    """Passes results on as they come, and calls ``follow`` with the known ones and with them in the order of ``numbers``."""
+    waiting = iter(numbers)
+    number = next(waiting, None)
+    for result in itertools.chain([None], results):
+        if result is not None:
+            known[result["unit"]] = result
+            yield result
+        while number in known:
+            follow(known[number])
+            number = next(waiting, None)
 
 
 def _collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: bool, earlier: Sequence[Record] = ()) -> list[Record]:

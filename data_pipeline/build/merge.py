@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from data_pipeline.build.worker import MARKS, SIDES, unit_folder
 from data_pipeline.build.workspace import no_space_is_told, read_json
-from data_pipeline.indexed import IndexedReader, IndexedWriter, bin_path, idx_path
+from data_pipeline.indexed import IndexedReader, IndexedWriter, WrittenShard, bin_path, idx_path
 from data_pipeline.manifest import ShardEntry
 from data_pipeline.split import SPLITS, SplitName
 
@@ -48,35 +47,42 @@ def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray |
     return np.load(folder / MARKS)[mine] == 0
 
 
-def cut_into_shards(workspace: Path, units: list[tuple[int, int]], split: SplitName, max_tokens: int | None) -> list[list[Piece]]:
-    """Which pieces make up each shard: as many documents as fit into ``max_tokens``, and one at least.
+class ShardCutter:
+    """Cuts the units of one source and split into shards: as many documents as fit into ``max_tokens``, and one at least.
 
-    Args:
-        units: (number, tokens) of each unit that has documents, in order; tokens before deduplication.
+    Attributes:
+        shards: the pieces of each shard so far; all but the last one are complete.
     """
-    shards: list[list[Piece]] = [[]]
-    room = max_tokens
-    for unit, tokens in units:
-        if room is None or tokens <= room:
-            shards[-1].append(Piece(unit))
-            room = None if room is None else room - tokens
-            continue
-        assert max_tokens is not None
-        ends = np.cumsum(IndexedReader(unit_folder(workspace, "units", unit) / split).sequence_lengths, dtype=np.int64)
+
+    def __init__(self, workspace: Path, split: SplitName, max_tokens: int | None) -> None:
+        self.workspace, self.split, self.max_tokens = workspace, split, max_tokens
+        self.shards: list[list[Piece]] = []
+        self._room = max_tokens
+
+    def add(self, unit: int, tokens: int) -> None:
+        """Takes the next unit in order, with its tokens before deduplication; one without any is in no shard."""
+        if not tokens:
+            return
+        self.shards = self.shards or [[]]
+        if self._room is None or tokens <= self._room:
+            self.shards[-1].append(Piece(unit))
+            self._room = None if self._room is None else self._room - tokens
+            return
+        assert self.max_tokens is not None
+        ends = np.cumsum(IndexedReader(unit_folder(self.workspace, "units", unit) / self.split).sequence_lengths, dtype=np.int64)
         first = 0
         while first < len(ends):
             before = int(ends[first - 1]) if first else 0
-            last = int(np.searchsorted(ends, before + room, side="right"))
-            if last == first and not shards[-1]:
+            last = int(np.searchsorted(ends, before + self._room, side="right"))
+            if last == first and not self.shards[-1]:
                 last += 1  # a document that is larger than a shard has one to itself
             if last > first:
-                shards[-1].append(Piece(unit, first, last))
-                room -= int(ends[last - 1]) - before
+                self.shards[-1].append(Piece(unit, first, last))
+                self._room -= int(ends[last - 1]) - before
             if last < len(ends):
-                shards.append([])
-                room = max_tokens
+                self.shards.append([])
+                self._room = self.max_tokens
             first = last
-    return [shard for shard in shards if shard]
 
 
 def write_shard(plan: ShardPlan) -> dict[str, Any]:
@@ -89,16 +95,25 @@ def write_shard(plan: ShardPlan) -> dict[str, Any]:
         return found
     for path in (bin_path(prefix), idx_path(prefix)):
         path.unlink(missing_ok=True)
-    with no_space_is_told(workspace), ExitStack() as stack:
-        writer = stack.enter_context(IndexedWriter(prefix, np.dtype(plan.dtype)))
+    with no_space_is_told(workspace), IndexedWriter(prefix, np.dtype(plan.dtype)) as writer:
         for piece in plan.pieces:
-            reader = IndexedReader(unit_folder(workspace, "units", piece.unit) / plan.split)
-            kept = kept_documents(workspace, piece.unit, plan.split)
-            for first, last in _runs(kept, piece.first, len(reader) if piece.last is None else piece.last):
-                writer.copy(reader, first, last)
-        result = {"split": plan.split, **ShardEntry.of(writer.finish(), plan.name, plan.source).model_dump()}
-        record.write_text(json.dumps(result), encoding="utf-8")
-        return result
+            append_piece(writer, workspace, plan.split, piece)
+        return keep_record(plan, writer.finish())
+
+
+def append_piece(writer: IndexedWriter, workspace: Path, split: SplitName, piece: Piece) -> None:
+    """Copies the documents of a piece that stay to the end of a shard."""
+    reader = IndexedReader(unit_folder(workspace, "units", piece.unit) / split)
+    kept = kept_documents(workspace, piece.unit, split)
+    for first, last in _runs(kept, piece.first, len(reader) if piece.last is None else piece.last):
+        writer.copy(reader, first, last)
+
+
+def keep_record(plan: ShardPlan, written: WrittenShard) -> dict[str, Any]:
+    """The record of a finished shard; where it is on disk, the shard is never written again."""
+    result = {"split": plan.split, **ShardEntry.of(written, plan.name, plan.source).model_dump()}
+    (Path(plan.workspace) / "shards" / f"{plan.name}.json").write_text(json.dumps(result), encoding="utf-8")
+    return result
 
 
 def _runs(kept: np.ndarray | None, first: int, last: int) -> Iterator[tuple[int, int]]:

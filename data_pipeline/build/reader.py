@@ -68,6 +68,7 @@ class Reader:
         spool = str(Path(task.workspace) / f"input-{unit.source}")
         self.source = _source(self.section.model_dump_json(), ReadContext(unit.source, config.max_record_bytes, spool))
         self.cleaner = _cleaner(config.cleaning)
+        self.fixed_place = {"train": 1.0, "validation": -1.0}.get(self.section.split)
         self.counters = Counters()
         self.checksum = hashlib.sha256()
         self.documents = 0
@@ -77,38 +78,36 @@ class Reader:
 
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
         """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
+        counters, checksum, cleaner, fixed_place = self.counters, self.checksum, self.cleaner, self.fixed_place
         for result in self.source.read(self.unit):
-            self.counters.records += 1
+            counters.records += 1
             if isinstance(result, LeftOut):
                 self._leave_out(result)
                 continue
             digest = text_digest(result.text)
-            self.checksum.update(digest.to_bytes(16, "little") + (result.key or "").encode("utf-8") + b"\0")
-            place = self._place(result, digest)
-            if self.cleaner is not None:
-                cleaned = self.cleaner.clean(result.text)
+            checksum.update(digest.to_bytes(16, "little") + (b"\0" if result.key is None else result.key.encode("utf-8") + b"\0"))
+            place = position(result, digest) if fixed_place is None else fixed_place
+            if cleaner is not None:
+                cleaned = cleaner.clean(result.text)
                 if cleaned.edits:
-                    self.counters.edits.update(cleaned.edits)
+                    counters.edits.update(cleaned.edits)
                 if cleaned.dropped is not None:
                     self._drop(result, cleaned.dropped, cleaned.detail)
                     continue
                 if cleaned.text is not result.text:
                     result = result._replace(text=cleaned.text)
                     digest = text_digest(cleaned.text)
-            if self.section.split == "hash":
+            if fixed_place is None:
                 self._note(place)
             yield result, digest, place
             self.documents += 1
 
-    def _place(self, document: Document, digest: int) -> float:
-        fixed = {"train": 1.0, "validation": -1.0}.get(self.section.split)
-        return position(document, digest) if fixed is None else fixed
-
     def _note(self, place: float) -> None:
-        mine = Extreme(place, self.number, self.documents)
         self.hashed += 1
-        self.lowest = mine if self.lowest is None or mine < self.lowest else self.lowest
-        self.highest = mine if self.highest is None or mine > self.highest else self.highest
+        if self.lowest is None or place < self.lowest.position:
+            self.lowest = Extreme(place, self.number, self.documents)
+        if self.highest is None or place >= self.highest.position:
+            self.highest = Extreme(place, self.number, self.documents)
 
     def _leave_out(self, record: LeftOut) -> None:
         (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1

@@ -25,7 +25,8 @@ from pretrain.config.cleaning_schema import Cleaning
 from pretrain.config.data_schema import TokenizerBase
 from pretrain.config.errors import ConfigError, DataError
 
-BATCH_CHARACTERS = 1 << 24
+# Texts and ids of a batch stay in a core's cache on their way from JSON to the file.
+BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
 MINHASH_CHARACTERS = 1 << 22
 CHECK_EVERY = 1000
@@ -79,11 +80,12 @@ def encode_unit(job: Job) -> Record:
         report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
         reader = Reader(task, number, unit, report)
         part = stack.enter_context(PartWriter(task, folder, unit.source))
+        assign, wanted = task.split.assign, task.held_out_only
         for document, digest, where in reader.documents_with_split():
-            for split, text in task.split.assign(document.text, where, number, reader.documents):
-                if split == "validation" or task.held_out_only is None:
+            for split, text in assign(document.text, where, number, reader.documents):
+                if split == "validation" or wanted is None:
                     part.add(document.id, text, digest, SPLITS.index(split))
-            if task.held_out_only is not None and part.documents[1] >= task.held_out_only:
+            if wanted is not None and part.documents[1] >= wanted:
                 break
         splits = part.finish()
         report.flush()
@@ -145,7 +147,9 @@ class PartWriter:
         self.transform = FillInTheMiddleTransform(middle, self.tokenizer.token_id) if middle and applies else None
         self.keys = DuplicateKeys(folder, config.cleaning) if looks_for_duplicates(config.cleaning) else None
         self.documents, self.text_bytes = [0, 0], [0, 0]
-        self._batch = Batch()
+        self._before: list[str | int] = [self.tokenizer.bos_id] if self.tokenizer.prepend_bos and self.tokenizer.bos_id is not None else []
+        self._after: list[str | int] = [self.tokenizer.eod_id] if self.tokenizer.append_eod else []
+        self._batch, self._bytes = Batch(), 0
         self._stack = ExitStack()
 
     def __enter__(self) -> PartWriter:
@@ -156,34 +160,27 @@ class PartWriter:
         self._stack.close()
 
     def add(self, name: str, text: str, digest: int, side: int) -> None:
-        batch, tokenizer = self._batch, self.tokenizer
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
         self.documents[side] += 1
         self.text_bytes[side] += size
         if self.keys is not None:
             self.keys.add(name, text, digest, side, size)
-        batch.begin(side)
-        if tokenizer.prepend_bos and tokenizer.bos_id is not None:
-            batch.literal(tokenizer.bos_id)
+        segments: list[str | int] = self._before.copy()
         parts = self.transform.split(text, digest, 0) if self.transform is not None and side == 0 else None
-        for part in parts or [text]:
-            if isinstance(part, int):
-                batch.literal(part)
-                continue
-            for piece in tokenizer.pieces(part):
-                batch.text(piece, digest, name)
-        if tokenizer.append_eod:
-            batch.literal(tokenizer.eod_id)
-        if batch.characters >= BATCH_CHARACTERS or len(batch.sides) >= BATCH_DOCUMENTS:
+        for part in parts or (text,):
+            segments += (part,) if isinstance(part, int) else self.tokenizer.pieces(part)
+        segments += self._after
+        self._batch.add(name, digest, side, segments)
+        self._bytes += size
+        if self._bytes >= BATCH_BYTES or len(self._batch.sides) >= BATCH_DOCUMENTS:
             self.flush()
 
     def flush(self) -> None:
         """Encodes the batch and appends it to the parts."""
-        batch, self._batch = self._batch, Batch()
+        batch, self._batch, self._bytes = self._batch, Batch(), 0
         if not batch.sides:
             return
-        ids, offsets = self.encoder.encode_flat(batch.texts, batch.digests, batch.names)
-        tokens, lengths = batch.assemble(ids, offsets, self.dtype)
+        tokens, lengths = batch.encode(self.encoder, self.dtype)
         sides = np.array(batch.sides)
         for side, writer in enumerate(self.writers):
             mine = sides == side
@@ -205,41 +202,39 @@ class PartWriter:
 
 
 class Batch:
-    """Documents on their way to the engine: texts, and literal token ids between them."""
+    """Documents on their way to the engine, as segments: texts, and literal token ids around and between them."""
 
     def __init__(self) -> None:
         self.sides: list[int] = []
-        self.texts: list[str] = []
-        self.digests: list[int] = []
-        self.names: list[str] = []
-        self.characters = 0
-        self._literals: list[int] = []  # of each segment: a token id, or -1 for the next text
+        self._names: list[str] = []
+        self._digests: list[int] = []
+        self._segments: list[str | int] = []
         self._first_segments: list[int] = []
 
-    def begin(self, side: int) -> None:
+    def add(self, name: str, digest: int, side: int, segments: list[str | int]) -> None:
+        self._first_segments.append(len(self._segments))
+        self._segments += segments
         self.sides.append(side)
-        self._first_segments.append(len(self._literals))
+        self._names.append(name)
+        self._digests.append(digest)
 
-    def literal(self, token: int) -> None:
-        self._literals.append(token)
-
-    def text(self, text: str, digest: int, name: str) -> None:
-        self._literals.append(-1)
-        self.texts.append(text)
-        self.digests.append(digest)
-        self.names.append(name)
-        self.characters += len(text)
-
-    def assemble(self, ids: np.ndarray, offsets: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all documents [n] and their lengths [documents], from the engine's ids [m] and offsets [texts + 1].
+    def encode(self, encoder: CheckedEncoder, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all documents [n] and their lengths [documents].
 
         Raises:
             DataError: for an id that the token type cannot hold.
         """
+        literals = np.array([segment if isinstance(segment, int) else -1 for segment in self._segments], dtype=np.int64)
+        is_text = literals < 0
+        texts = [segment for segment in self._segments if isinstance(segment, str)]
+        digests, names = self._digests, self._names
+        counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
+        if (counts != 1).any():
+            owners = np.repeat(np.arange(len(counts)), counts).tolist()
+            digests, names = [digests[owner] for owner in owners], [names[owner] for owner in owners]
+        ids, offsets = encoder.encode_flat(texts, digests, names)
         if ids.size and ids.max() > np.iinfo(dtype).max:
             raise DataError(f"the tokenizer gives the id {ids.max()}, which does not fit {dtype.name}: its vocabulary is larger than it says")
-        literals = np.array(self._literals, dtype=np.int64)
-        is_text = literals < 0
         sizes = np.ones(len(literals), dtype=np.int64)
         sizes[is_text] = np.diff(offsets)
         starts = np.cumsum(sizes) - sizes

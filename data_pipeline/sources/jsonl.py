@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -25,16 +26,16 @@ class Jsonl(Source[JsonlSource]):
         self.lines_read = 0
         with open_stream(path) as stream:
             try:
-                for line in read_lines(stream, unit.start, unit.end, longest):
-                    self.lines_read = line.number
-                    if line.content is None:
-                        yield LeftOut(path, "too_long", line.number, line.offset, f"longer than {longest} bytes")
+                for number, offset, content in read_lines(stream, unit.start, unit.end, longest):
+                    self.lines_read = number
+                    if content is None:
+                        yield LeftOut(path, "too_long", number, offset, f"longer than {longest} bytes")
                         continue
-                    if not line.content or line.content.isspace():
+                    if not content or content.isspace():
                         continue
-                    record, fault = parse_object(line.content)
-                    result = fault or to_document(record, f"{path}:{line.offset}")
-                    yield result if isinstance(result, Document) else LeftOut(path, result[0], line.number, line.offset, result[1])
+                    record, fault = parse_object(content)
+                    result = fault or to_document(record, f"{path}:{offset}")
+                    yield result if isinstance(result, Document) else LeftOut(path, result[0], number, offset, result[1])
             except DAMAGED_STREAM as error:
                 yield damaged(path, self.lines_read + 1, error)
 
@@ -96,10 +97,9 @@ def text_fault(text: Any, field_name: str) -> tuple[str, str] | None:
         return ("missing_field", f"no '{field_name}'") if text is None else ("not_a_string", f"'{field_name}' is a {type(text).__name__}")
     if not text or text.isspace():
         return "empty", ""
-    if "\0" in text:
-        return "nul", f"at character {text.index(chr(0))}"
     try:
-        text.isascii() or text.encode("utf-8")
+        # A text keeps the UTF-8 that this makes of it: it is encoded once, and not again for its digest, its size and the engine.
+        has_nul = "\0" in text if text.isascii() else b"\0" in codecs.readbuffer_encode(text)[0]
     except UnicodeEncodeError as error:
         return "lone_surrogate", f"half of a UTF-16 pair at character {error.start}"
-    return None
+    return ("nul", f"at character {text.index(chr(0))}") if has_nul else None

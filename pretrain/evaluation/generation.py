@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,14 +127,17 @@ def transformers_next_logits(model: PreTrainedModel, max_tokens: int, device: to
 
     check_length(max_tokens, model.config.max_position_embeddings)
     cache, alignment = DynamicCache(config=model.config), _Alignment(padding, device)
-    has_positions = "position_ids" in inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # the older releases' name
 
     @torch.inference_mode()
     def next_logits(added_BS: Tensor) -> Tensor:
         positions_BS, present_BU = alignment.extend(added_BS.shape[1])
         # Models with ALiBi take no positions: they count what the mask leaves.
-        given = {"position_ids": positions_BS} if has_positions and positions_BS is not None else {}
-        logits_BSV = model(input_ids=added_BS.to(device), attention_mask=present_BU, past_key_values=cache, use_cache=True, **given).logits
+        given: dict[str, Any] = {cache_name: cache}
+        if "position_ids" in parameters and positions_BS is not None:
+            given["position_ids"] = positions_BS
+        logits_BSV = model(input_ids=added_BS.to(device), attention_mask=present_BU, use_cache=True, **given).logits
         return logits_BSV[:, -1]
 
     return next_logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,9 @@ def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int, forget
     from torch.utils.tensorboard import SummaryWriter
 
     try:
+        # TensorBoard reads files in the order of their names. Those of one second differ by a number, which it compares as text: 10 is before 9.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
+            time.sleep(0.05)
         with SummaryWriter(str(folder), purge_step=step if forget_later else None) as writer:
             for name, value in numbers(result):
                 writer.add_scalar(f"evaluation/{name}", value, step)

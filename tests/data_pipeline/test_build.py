@@ -104,7 +104,7 @@ def test_validation_texts_do_not_reach_the_tokenizer(work: Path, text_config: Te
     assert after.splits["validation"] != before.splits["validation"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("BATCH_CHARACTERS", 100), ("BATCH_DOCUMENTS", 1)])
+@pytest.mark.parametrize(("name", "value"), [("BATCH_BYTES", 100), ("BATCH_DOCUMENTS", 1)])
 def test_batches_do_not_change_the_shards(work: Path, text_config: TextConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
     build(text_config("raw/*.txt"), Output(work / "one"))
     monkeypatch.setattr(worker, name, value)

@@ -57,13 +57,15 @@ def biased(router: str, biases: list[float]) -> Callable[[dict[str, Tensor]], No
     return edit
 
 
-@pytest.mark.parametrize("overrides,exact", [(SIGMOID, True), (("model.moe.bias_balancing={}",), False)], ids=["sigmoid", "softmax"])
-def test_pruning_an_expert_that_was_never_used_leaves_the_loss(trained: Trained, tmp_path: Path, overrides: tuple[str, ...], exact: bool) -> None:
-    """Bit for bit, where scores do not compete. Renormalised softmax weights are the same numbers, but rounded after another sum."""
+@pytest.mark.parametrize("overrides,tolerance", [(SIGMOID, 1e-7), (("model.moe.bias_balancing={}",), 1e-6)], ids=["sigmoid", "softmax"])
+def test_pruning_an_expert_that_was_never_used_leaves_the_loss(
+    trained: Trained, tmp_path: Path, overrides: tuple[str, ...], tolerance: float
+) -> None:
+    """Up to rounding: some CPUs multiply by three router rows in another order than by four, and softmax weights are rounded after another sum."""
     unused = variant(trained, tmp_path / "unused", biased("router.", [0.0, 0.0, NEVER, 0.0]), *overrides)
     result = reduce("prune", unused, tmp_path / "out", "--keep", "3")
     before, after = before_and_after(result)
-    assert after == (before if exact else pytest.approx(before, abs=1e-6))
+    assert after == pytest.approx(before, abs=tolerance)
     assert [layer["experts"] for layer in result["layers"]] == [[[0], [1], [3]]] * 2
     assert all(layer["usage"][2] == 0 and sum(layer["usage"]) == pytest.approx(1) for layer in result["layers"])
     fewer = reduce("prune", unused, tmp_path / "fewer", "--keep", "2")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_moe_pretrain import ATTENTION, NORMS, Places, places
@@ -21,6 +21,10 @@ FP32 = ("balance_bias", "running_mean", "running_variance", "up_rows", "gate_row
 
 def norm(config: MoePretrainConfig) -> nn.Module:
     return NORMS[config.norm["kind"]](config.hidden_size, eps=config.norm["eps"])
+
+
+# Releases before 5.24 call the cache past_key_values, in arguments and outputs.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class Block(nn.Module):
@@ -75,11 +79,12 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **_: Any,
+        cache: Cache | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits in fp32, and the cross-entropy of ``labels`` where they are given.
 
@@ -89,14 +94,22 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: [B, S]; by default each token's number among the real ones of its sequence.
             labels: [B, S] int64, the inputs themselves (they are shifted here), -100 where no loss is taken.
             logits_to_keep: how many of the last tokens get logits, or which; 0 for all.
+            past_key_values, cache: what was computed before; older releases of transformers give it by the first name, newer ones by the second.
+            others: what transformers may give to any model, without a meaning here.
 
         Raises:
+            TypeError: for a cache under a name that is not known here: without it the text would go on from nothing.
             ValueError: for an attention_mask of another shape, and for padding in a model that drops tokens: it would take the room of others.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
+        if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
+            raise TypeError(
+                f"this model takes a cache as past_key_values or cache, not as {unknown[0]}: use a release of transformers from 4.57 to 5.24"
+            )
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
         B, S = input_ids.shape
-        U = S + (0 if past_key_values is None else past_key_values.get_seq_length())
+        U = S + (0 if cache is None else cache.get_seq_length())
         real_BU = torch.ones(B, U, dtype=torch.bool, device=input_ids.device) if attention_mask is None else attention_mask.bool()
         if real_BU.shape != (B, U):
             raise ValueError(f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in the cache and of the new ones")
@@ -111,14 +124,15 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         if self.position is not None:
             x_BSD = x_BSD + self.position(position_ids)
         for block in self.layers:
-            x_BSD = block(x_BSD, where, past_key_values)
+            x_BSD = block(x_BSD, where, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x_BSD = self.final_norm(x_BSD[:, kept])
         if self.embedding_projection is not None:
             x_BSD = x_BSD @ self.embedding_projection.weight
         logits_BSV = self.head(x_BSD).float()
         loss = None if labels is None else self.loss_function(logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=past_key_values)
+        kept_cache: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, **kept_cache)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
