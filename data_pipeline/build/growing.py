@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +38,7 @@ class GrowingShards:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self.discard()
+        self._forget()
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes the next unit in order.
@@ -59,7 +59,9 @@ class GrowingShards:
 
     def discard(self) -> None:
         """Forgets all that has grown: the units are encoded anew."""
-        wait(self._added)
+        self._thread.submit(self._forget).result()
+
+    def _forget(self) -> None:
         self._added.clear()
         for shard in self._shards.values():
             shard.close()

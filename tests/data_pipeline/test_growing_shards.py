@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_pipeline.build import coordinator, growing
@@ -122,3 +124,23 @@ def test_a_shard_of_other_pieces_is_not_taken(tmp_path: Path) -> None:
         patch.setattr(GrowingShards, "take", take_other)
         build(config, Output(tmp_path / "data"))
     assert seen == [None] * 4
+
+
+@pytest.mark.timeout(60)
+def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        assert goes_on.wait(30)
+
+    monkeypatch.setattr(growing, "append_piece", slow)
+    counts = {"tokens": 1}
+    with pytest.raises(KeyboardInterrupt), GrowingShards(tmp_path, np.dtype("<u2"), None) as shards:
+        (tmp_path / "attempts").mkdir()
+        for unit in range(3):
+            shards.add({"unit": unit, "source": "all", "splits": {"train": counts, "validation": counts}})
+        assert begun.wait(30)
+        threading.Timer(0.2, goes_on.set).start()
+        raise KeyboardInterrupt
+    assert list((tmp_path / "attempts").iterdir()) == []
