@@ -236,8 +236,10 @@ class Build:
         numbers = list(range(len(self.plan.units)))
         if self.config.streaming:
             return self._encode_held_out(numbers)
-        # What is a duplicate is known when all units are.
-        follow = None if looks_for_duplicates(self.config.cleaning) else growing.add
+        # What is a duplicate is known when all units are. Over nodes, one may not see at once what another has renamed. And where merging
+        # had begun, what it has finished stays.
+        has_merged = any((self.workspace / "shards").glob("*.json"))
+        follow = growing.add if self.pool.is_local and not looks_for_duplicates(self.config.cleaning) and not has_merged else None
         records = self._run(encode_unit, "units", self.task, numbers, "encoding", follow)
         split = self._split_plan(records)
         if split != self.task.split:
@@ -285,7 +287,7 @@ class Build:
     ) -> list[Record]:
         """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are.
 
-        ``follow`` is called with the record of each unit as soon as those of all units before it are there.
+        ``follow`` is called with the record of each unit as soon as those of all units before it are there, unless all were there already.
         """
         records: dict[int, Record] = {}
         for number in numbers:
@@ -299,7 +301,7 @@ class Build:
             logger.info("%s: %d of %d units are there already", title, len(records), len(numbers))
         jobs = [(task, number, self.plan.units[number]) for number in numbers if number not in records]
         results = self.pool.run(function, jobs)
-        if follow is not None:
+        if follow is not None and jobs:
             results = _followed(results, numbers, dict(records), follow)
         for record in _collect(results, self.plan, title, self.progress, list(records.values())):
             records[record["unit"]] = record
@@ -324,7 +326,7 @@ class Build:
     def _merge(self, records: list[Record], growing: GrowingShards) -> list[Record]:
         """Writes all shards that have not grown already, and returns the records of all in order."""
         names = list(self.config.named_sources)
-        plans = []
+        plans, taken = [], {}
         for split in SPLITS:
             for name in names:
                 cutter = ShardCutter(self.workspace, split, growing.max_tokens)
@@ -334,15 +336,22 @@ class Build:
                 for number, pieces in enumerate(cutter.shards):
                     shard = self.output.shard(split, name, number, len(cutter.shards), len(names) == 1)
                     plans.append(ShardPlan(shard, split, name, pieces, growing.dtype.name, str(self.workspace)))
-        written = {}
+                    if number == 0 and not growing.is_empty:
+                        taken[shard] = growing.take(plans[-1])
+        written: dict[str, Record] = {}
         with tqdm(total=len(plans), desc="merging", unit="shard", disable=not self.progress) as bar:
-            for plan in plans:
-                if (grown := growing.take(plan)) is not None:
-                    written[plan.name] = grown
+
+            def write(missing: list[ShardPlan]) -> None:
+                for record in self.pool.run(write_shard, missing):
+                    written[record["prefix"]] = record
                     bar.update()
-            for record in self.pool.run(write_shard, [plan for plan in plans if plan.name not in written]):
-                written[record["prefix"]] = record
-                bar.update()
+
+            write([plan for plan in plans if plan.name not in taken])  # while the thread ends those that have grown
+            for name, grown in taken.items():
+                if (result := grown.result()) is not None:
+                    written[name] = result
+                    bar.update()
+            write([plan for plan in plans if plan.name not in written])
         return [written[plan.name] for plan in plans]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ class GrowingShards:
 
     Args:
         workspace: the staging folder.
+        dtype: of a token.
         max_tokens: of a shard.
     """
 
@@ -38,41 +40,57 @@ class GrowingShards:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._forget()
+        # On a full disk closing fails as writing did, which is what has to be told.
+        with suppress(*(OSError,) if kind is not None else ()):
+            self._forget()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no unit was added since the beginning, or since all was discarded."""
+        return not self._added and not self._shards
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes the next unit in order.
+        """Takes the next unit in order; those of one source follow each other.
 
         Raises:
-            OSError: that writing an earlier one met.
+            OSError, DataError: that an earlier one met.
         """
         while self._added and self._added[0].done():
             self._added.popleft().result()
         self._added.append(self._thread.submit(self._append, record))
 
     def _append(self, record: dict[str, Any]) -> None:
+        for (_, source), shard in self._shards.items():
+            if source != record["source"]:
+                shard.finish()  # no unit of that source comes any more
         for split in SPLITS:
-            key = split, record["source"]
-            if key not in self._shards:
-                self._shards[key] = _GrowingShard(self, split, len(self._shards))
-            self._shards[key].add(record["unit"], record["splits"][split]["tokens"])
+            if tokens := record["splits"][split]["tokens"]:
+                key = split, record["source"]
+                if key not in self._shards:
+                    self._shards[key] = _GrowingShard(self, split, len(self._shards))
+                self._shards[key].add(record["unit"], tokens)
 
     def discard(self) -> None:
         """Forgets all that has grown: the units are encoded anew."""
+        for added in self._added:
+            added.cancel()
         self._thread.submit(self._forget).result()
 
     def _forget(self) -> None:
         self._added.clear()
-        for shard in self._shards.values():
-            shard.close()
+        with ExitStack() as stack:
+            for shard in self._shards.values():
+                stack.callback(shard.close)
         self._shards.clear()
 
-    def take(self, plan: ShardPlan) -> dict[str, Any] | None:
-        """Gives a shard its place and returns its record; None where it is none of those that have grown here.
+    def take(self, plan: ShardPlan) -> Future[dict[str, Any] | None]:
+        """Gives a shard its place once all units are in it: its record, or None where it is none of those that have grown here.
 
-        Raises:
-            OSError: that writing it met.
+        The result raises what writing it met.
         """
+        return self._thread.submit(self._take, plan)
+
+    def _take(self, plan: ShardPlan) -> dict[str, Any] | None:
         for added in self._added:
             added.result()
         shard = self._shards.get((plan.split, plan.source))
@@ -92,18 +110,24 @@ class _GrowingShard:
         self.pieces: list[Piece] = []
         self._cutter = ShardCutter(shards.workspace, split, shards.max_tokens)
         self._writer = IndexedWriter(self.prefix, shards.dtype)
+        self._written: WrittenShard | None = None
 
     def add(self, unit: int, tokens: int) -> None:
-        if len(self._cutter.shards) > 1:
+        if self._written is not None:
             return
         self._cutter.add(unit, tokens)
-        first = self._cutter.shards[0] if self._cutter.shards else []
-        for piece in first[len(self.pieces) :]:
+        for piece in self._cutter.shards[0][len(self.pieces) :]:
             append_piece(self._writer, self.workspace, self.split, piece)
             self.pieces.append(piece)
+        if len(self._cutter.shards) > 1:
+            self.finish()
 
     def finish(self) -> WrittenShard:
-        return self._writer.finish()
+        """Completes and closes the files; they may be few that a process can hold open."""
+        if self._written is None:
+            self._written = self._writer.finish()
+            self.close()
+        return self._written
 
     def close(self) -> None:
         self._writer.__exit__(None, None, None)

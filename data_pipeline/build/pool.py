@@ -44,10 +44,11 @@ class Pool:
 
     Args:
         executor: where the jobs run; None: in this process, one after the other.
+        is_local: whether all jobs run on this machine.
     """
 
-    def __init__(self, executor: Submits | None, workers: int) -> None:
-        self.executor, self.workers = executor, workers
+    def __init__(self, executor: Submits | None, workers: int, is_local: bool = True) -> None:
+        self.executor, self.workers, self.is_local = executor, workers, is_local
 
     def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
         """Starts one job ahead of all that come later; it is done already where this process does the work."""
@@ -149,4 +150,4 @@ def mpi_pool() -> Iterator[Pool | None]:
     for variable in THREAD_VARIABLES:
         os.environ.setdefault(variable, "1")
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        yield Pool(cast(Submits, executor), MPI.COMM_WORLD.Get_size() - 1) if executor is not None else None
+        yield Pool(cast(Submits, executor), MPI.COMM_WORLD.Get_size() - 1, is_local=False) if executor is not None else None

@@ -50,7 +50,9 @@ BAD_LINES = {
     b"7": "not_an_object",
     b'{"text": ""}': "empty",
     b'{"text": " \\n\\t"}': "empty",
+    b'{"text": "\xc3\xa9\\u0000b"}': "nul",
     b'{"text": "\\ud83d"}': "lone_surrogate",
+    b'{"text": "\\ud83d\\u0000"}': "lone_surrogate",
     b'{"text": "' + b"x" * 1000 + b'"}': "too_long",
     b"[" * 900: "invalid_json",
 }

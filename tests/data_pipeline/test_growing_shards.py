@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline.build import coordinator, growing
+from data_pipeline.build import coordinator, growing, merge
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.growing import GrowingShards
 from data_pipeline.build.merge import Piece, ShardPlan
 from data_pipeline.build.workspace import Output
+from data_pipeline.indexed import IndexedWriter
+from data_pipeline.manifest import verify
 from pretrain.config.data_schema import DataConfig
-from pretrain.config.errors import StorageError
+from pretrain.config.errors import DataError, StorageError
 from tests.data_pipeline.test_build import DOCUMENTS, contents, jsonl, section
 
 
@@ -114,23 +120,88 @@ def test_units_are_followed_in_their_order_as_soon_as_all_before_them_are_there(
 def test_a_shard_of_other_pieces_is_not_taken(tmp_path: Path) -> None:
     config = two_sources(tmp_path)
     seen: list[dict[str, Any] | None] = []
-    take = GrowingShards.take
+    take = GrowingShards._take
 
     def take_other(shards: GrowingShards, plan: ShardPlan) -> dict[str, Any] | None:
-        seen.append(take(shards, ShardPlan(plan.name, plan.split, plan.source, [*plan.pieces, Piece(99)], plan.dtype, plan.workspace)))
-        return None
+        seen.append(take(shards, replace(plan, pieces=[*plan.pieces, Piece(99)])))
+        return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GrowingShards, "take", take_other)
-        build(config, Output(tmp_path / "data"))
+        patch.setattr(GrowingShards, "_take", take_other)
+        result = build(config, Output(tmp_path / "data"))
     assert seen == [None] * 4
+    verify(result.manifest, deep=True)
+
+
+def test_a_build_that_goes_on_where_merging_had_begun_appends_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = two_sources(tmp_path)
+    build(config, Output(tmp_path / "undisturbed"))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(coordinator.finish, "describe", stop)
+        build(config, Output(tmp_path / "data"))
+    monkeypatch.setattr(growing, "append_piece", stop)
+    monkeypatch.setattr(merge, "append_piece", stop)
+    build(config, Output(tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
+
+
+def test_workers_and_kills_inside_the_last_step_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = two_sources(tmp_path)
+    build(config, Output(tmp_path / "undisturbed"))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(growing, "keep_record", stop)  # the shard has its place, and nothing says so
+        build(config, Output(tmp_path / "data"), workers=2)
+    assert list((tmp_path / "data" / ".building" / "shards").glob("*.bin"))
+    build(config, Output(tmp_path / "data"), workers=2)
+    assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
+
+
+def test_sources_of_any_number_need_few_open_files(tmp_path: Path) -> None:
+    files = [jsonl(tmp_path / f"{number}.jsonl", DOCUMENTS[:3]) for number in range(40)]
+    sources = {f"s{number}": {"kind": "jsonl", "input": [str(path)]} for number, path in enumerate(files)}
+    config = section(files[0], source=None, sources=sources, validation_share=0.3)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        result = build(config, Output(tmp_path / "data"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sum(split.documents for split in result.manifest.splits.values()) == 120
+
+
+def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attempts").mkdir()
+    monkeypatch.setattr(growing, "append_piece", lambda *_: None)
+    leave = IndexedWriter.__exit__
+
+    def full(writer: IndexedWriter, *error: Any) -> None:
+        leave(writer, *error)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexedWriter, "__exit__", full)
+    counts = {"tokens": 1}
+    with pytest.raises(DataError, match="the first"), GrowingShards(tmp_path, np.dtype("<u2"), None) as shards:
+        shards.add({"unit": 0, "source": "all", "splits": {"train": counts, "validation": counts}})
+        while not shards._added[0].done():
+            time.sleep(0.01)
+        raise DataError("the first")
+    assert list((tmp_path / "attempts").iterdir()) == []
 
 
 @pytest.mark.timeout(60)
 def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, goes_on = threading.Event(), threading.Event()
+    begun, goes_on, appended = threading.Event(), threading.Event(), list[int]()
 
-    def slow(*_: Any) -> None:
+    def slow(writer: Any, workspace: Path, split: str, piece: Piece) -> None:
+        appended.append(piece.unit)
         begun.set()
         assert goes_on.wait(30)
 
@@ -143,4 +214,5 @@ def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_the
         assert begun.wait(30)
         threading.Timer(0.2, goes_on.set).start()
         raise KeyboardInterrupt
+    assert appended == [0, 0]  # both splits of the unit that was begun
     assert list((tmp_path / "attempts").iterdir()) == []

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import pretrain.evaluation.watch
 from pretrain.callbacks.card import newest_evaluation
 from pretrain.checkpoint.layout import step_of
 from pretrain.config.load import load_recipe, recipe_to_yaml
+from pretrain.evaluation.report import write_tensorboard
 from pretrain.evaluation.watch import Parent, forget_after, read_evaluations, watch
 
 LAST = 60
@@ -64,6 +66,16 @@ def test_a_step_that_is_saved_again_is_evaluated_again_in_place_of_the_first(run
     save(run, 10, seed=2)
     assert watch(run, evaluations) == 1
     assert sorted((row["step"], row["loss"]) for row in read_evaluations(run)) == [(10, 6.0), (20, 4.0), (LAST, 5.0)]
+
+
+def test_evaluations_of_one_second_are_read_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The number at the end of a file's name goes from 9 to 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for step, loss in ((10, 2.0), (20, 1.0)):
+        write_tensorboard({"step": step, "loss": loss, "targets": 8}, tmp_path, step, forget_later=True)
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("evaluation/loss")] == [(10, 2.0), (20, 1.0)]
 
 
 def test_a_run_that_goes_on_is_watched_to_its_new_end(run: Path) -> None:

@@ -56,6 +56,10 @@ def try_out(folder: Path) -> None:
     computed = {"logits": model(ids_BS, use_cache=False).logits}
     computed["loss"] = model(ids_BS, labels=ids_BS).loss
     computed["cached logits"] = cached_logits(model, ids_BS)
+    try:
+        model(ids_BS, cache_of_another_name=transformers.DynamicCache())
+    except TypeError as error:
+        said["unknown cache"] = str(error)
     whole = torch.ones_like(ids_BS)
     for name, options in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True}, "beams": {"do_sample": False, "num_beams": 3}}.items():
         computed[name] = generated(model, ids_BS, whole, **options)

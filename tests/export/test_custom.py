@@ -55,6 +55,11 @@ def test_logits_equal_ours(case: str, opened: dict[str, Opened]) -> None:
 
 
 @cases
+def test_a_cache_under_an_unknown_name_is_refused_and_not_forgotten(case: str, opened: dict[str, Opened]) -> None:
+    assert "not as cache_of_another_name" in opened[case].said["unknown cache"]
+
+
+@cases
 def test_a_cache_changes_nothing(case: str, opened: dict[str, Opened]) -> None:
     """But where experts have limited room: there our own model says what tokens find one by one."""
     computed = opened[case].computed
