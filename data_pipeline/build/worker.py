@@ -168,7 +168,7 @@ class PartWriter:
         segments: list[str | int] = self._before.copy()
         parts = self.transform.split(text, digest, 0) if self.transform is not None and side == 0 else None
         for part in parts or (text,):
-            segments += (part,) if isinstance(part, int) else self.tokenizer.pieces(part)
+            segments += [part] if isinstance(part, int) else self.tokenizer.pieces(part)
         segments += self._after
         self._batch.add(name, digest, side, segments)
         self._bytes += size

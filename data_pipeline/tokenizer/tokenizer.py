@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from data_pipeline.tokenizer.patterns import PIECE_CHARACTERS, cut_before_white_space, may_be_cut
+from data_pipeline.tokenizer.patterns import cut_before_white_space, may_be_cut
 from pretrain.config.data_schema import TokenizerBase
 from pretrain.config.errors import DataError
 
@@ -79,9 +79,9 @@ class Tokenizer:
         found: int | None = self.reference.token_to_id(token)
         return found
 
-    def pieces(self, text: str) -> Iterable[str]:
+    def pieces(self, text: str) -> Iterator[str]:
         """Parts of a long text that encode to the same tokens as the whole, for parallelism and bounded memory."""
-        return cut_before_white_space(text) if self._may_be_cut and len(text) > PIECE_CHARACTERS else (text,)
+        return cut_before_white_space(text) if self._may_be_cut else iter([text])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Token ids [n] int64 of each text, on all cores, without special tokens."""
