@@ -7,16 +7,14 @@ with a manifest is complete.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
-import xxhash
 from tqdm import tqdm
 
 from data_pipeline.build import finish
@@ -26,6 +24,7 @@ from data_pipeline.build.merge import ShardCutter, ShardPlan, write_shard
 from data_pipeline.build.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.build.pool import Pool, default_workers, local_pool
 from data_pipeline.build.reader import Task
+from data_pipeline.build.units import collect, followed, is_usable
 from data_pipeline.build.worker import (
     BANDS,
     DIGESTS,
@@ -33,13 +32,11 @@ from data_pipeline.build.worker import (
     SAMPLE,
     Job,
     Record,
-    boot_id,
     encode_unit,
     looks_for_duplicates,
     sample_unit,
     scan_unit,
     unit_folder,
-    unit_plan,
 )
 from data_pipeline.build.workspace import RECORD, Output, Workspace, begin_staging, finish_publishing, no_space_is_told, publish, read_json
 from data_pipeline.cleaning import Cleaner
@@ -57,8 +54,6 @@ logger = logging.getLogger(__name__)
 
 # A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
 SAMPLE_MARGIN = 4
-# Records after which a share of bad ones means something.
-BAD_SHARE_FROM = 10_000
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bo
             raise other
         task = Task(plan.config, str(output.staging), SplitPlan(plan.config.validation_share))
         jobs = [(task, number, unit) for number, unit in enumerate(plan.units)]
-        records = _collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
+        records = collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
         found = {name: finish.source_sha256(records, name) for name in plan.config.named_sources}
         if found != {name: source.sha256 for name, source in manifest.sources.items()}:
             raise other
@@ -293,7 +288,7 @@ class Build:
         for number in numbers:
             folder = unit_folder(self.workspace, stage, number)
             found = read_json(folder / RECORD)
-            if found is not None and _is_usable(found, folder, task):
+            if found is not None and is_usable(found, folder, task):
                 records[number] = found
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -302,8 +297,8 @@ class Build:
         jobs = [(task, number, self.plan.units[number]) for number in numbers if number not in records]
         results = self.pool.run(function, jobs)
         if follow is not None and jobs:
-            results = _followed(results, numbers, dict(records), follow)
-        for record in _collect(results, self.plan, title, self.progress, list(records.values())):
+            results = followed(results, numbers, dict(records), follow)
+        for record in collect(results, self.plan, title, self.progress, list(records.values())):
             records[record["unit"]] = record
         return [records[number] for number in numbers]
 
@@ -353,63 +348,3 @@ class Build:
                     bar.update()
             write([plan for plan in plans if plan.name not in written])
         return [written[plan.name] for plan in plans]
-
-
-def _followed(results: Iterator[Record], numbers: list[int], known: dict[int, Record], follow: Callable[[Record], None]) -> Iterator[Record]:
-    """Passes results on as they come, and calls ``follow`` with the known ones and with them in the order of ``numbers``."""
-    waiting = iter(numbers)
-    number = next(waiting, None)
-    for result in itertools.chain([None], results):
-        if result is not None:
-            known[result["unit"]] = result
-            yield result
-        while number in known:
-            follow(known[number])
-            number = next(waiting, None)
-
-
-def _collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: bool, earlier: Sequence[Record] = ()) -> list[Record]:
-    """The records of units as they come, with a progress bar.
-
-    Raises:
-        DataError: as soon as too many records are bad; of the first few, before the end, any share is let pass.
-    """
-    records: list[Record] = []
-    read = bad = tokens = 0
-    with tqdm(total=plan.input_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress) as bar:
-        for number, record in enumerate(itertools.chain(earlier, results)):
-            records.append(record)
-            read += record["records"]
-            bad += sum(record["bad"].values())
-            if number >= len(earlier):
-                tokens += sum(split["tokens"] for split in record.get("splits", {}).values())
-            bar.set_postfix_str(f"{tokens / (bar.format_dict['elapsed'] or 1.0) / 1e6:.2f}M tokens/s" if tokens else "", refresh=False)
-            bar.update(plan.units[record["unit"]].size)
-            if read >= BAD_SHARE_FROM and bad > plan.config.max_bad_share * read:
-                break
-    if bad > plan.config.max_bad_share * read:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in finish.total(records, "bad").most_common())
-        raise DataError(
-            f"{bad} of {read} records are bad ({reasons}), more than --max-bad-share {plan.config.max_bad_share:g} allows: "
-            "mend the input, or raise the share"
-        )
-    return records
-
-
-def _is_usable(record: Record, folder: Path, task: Task) -> bool:
-    """Whether a unit that an earlier run has finished can stay: encoded with the same split, and surely on disk."""
-    if record["plan"] != unit_plan(task, record["unit"]):
-        return False
-    if record["boot"] == boot_id():
-        return True
-    # What a process has written survives its end, but not a power cut: after a restart of the machine the parts are read.
-    return all((folder / name).is_file() and _fast_checksum(folder / name) == checksum for name, checksum in record["checksums"].items())
-
-
-def _fast_checksum(path: Path) -> str:
-    """XXH3 of a file, as scratch shards carry it."""
-    checksum = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 22), b""):
-            checksum.update(block)
-    return checksum.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import coordinator, worker
+from data_pipeline.build import coordinator, units, worker
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.workspace import Output
 from data_pipeline.indexed import IndexedReader
@@ -330,7 +330,7 @@ def test_units_written_before_a_restart_of_the_machine_are_checked(work: Path, m
     stopped_after(5, monkeypatch, config, Output(work / "data"))
     part = next(path for path in sorted((work / "data" / ".building" / "units").rglob("train.bin")) if path.stat().st_size)
     part.write_bytes(bytes(part.stat().st_size))  # what a power cut may leave
-    monkeypatch.setattr(coordinator, "boot_id", lambda: "another")
+    monkeypatch.setattr(units, "boot_id", lambda: "another")
     build(config, Output(work / "data"))
     assert contents(work / "data") == contents(clean.folder)
 

@@ -18,6 +18,7 @@ from data_pipeline.build import coordinator, growing, merge
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.growing import GrowingShards
 from data_pipeline.build.merge import Piece, ShardPlan
+from data_pipeline.build.units import followed
 from data_pipeline.build.workspace import Output
 from data_pipeline.indexed import IndexedWriter
 from data_pipeline.manifest import verify
@@ -109,12 +110,12 @@ def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(tmp_path
 
 
 def test_units_are_followed_in_their_order_as_soon_as_all_before_them_are_there() -> None:
-    followed: list[int] = []
+    seen: list[int] = []
     results = iter([{"unit": unit} for unit in (4, 2, 6, 3)])
-    follow = coordinator._followed(results, [1, 2, 3, 4, 6], {1: {"unit": 1}}, lambda record: followed.append(record["unit"]))
-    passed = [(record["unit"], followed.copy()) for record in follow]
+    follow = followed(results, [1, 2, 3, 4, 6], {1: {"unit": 1}}, lambda record: seen.append(record["unit"]))
+    passed = [(record["unit"], seen.copy()) for record in follow]
     assert passed == [(4, [1]), (2, [1]), (6, [1, 2]), (3, [1, 2])]
-    assert followed == [1, 2, 3, 4, 6]
+    assert seen == [1, 2, 3, 4, 6]
 
 
 def test_a_shard_of_other_pieces_is_not_taken(tmp_path: Path) -> None:
