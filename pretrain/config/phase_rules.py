@@ -54,10 +54,13 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
         if not (before.rotary and now.rotary) or before.alibi != now.alibi:
             raise ConfigError(
                 f"phases.{phase.name}.position has kind={names[1]} in a model of kind={names[0]}: "
-                "only the base of a rotary embedding can change in a run, and rope can become yarn"
+                "only the base of a rotary embedding can change in a run, and rope can become yarn or llama3"
             )
-        if names == ["yarn", "rope"]:
-            raise ConfigError(f"phases.{phase.name}.position takes YaRN away from the model: write kind: yarn with its factor")
+        if names[0] in ("yarn", "llama3") and names[1] != names[0]:
+            raise ConfigError(
+                f"phases.{phase.name}.position takes {names[0]} away from the model: "
+                f"write kind: {names[0]} with its factor"
+            )
 
 
 def phase_mixtures_are_shares(recipe: Recipe) -> None:

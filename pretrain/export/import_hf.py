@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import tokenizers
 import torch
 
 from pretrain.checkpoint.layout import TOKENIZER
@@ -16,10 +14,10 @@ from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.weights import open_weights
 from pretrain.checkpoint.weights_folder import fill_weights_folder, tensor_shapes
 from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.load import validate_recipe
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
+from pretrain.export.hf_recipe import REFUSALS, recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
 from pretrain.export.targets import ARCHITECTURES
@@ -28,50 +26,8 @@ from pretrain.export.writer import RECORD, dtype_name, open_exported_weights, pu
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Fields of config.json that change nothing of what the model computes, or that a recipe says in its own way.
-NEUTRAL = {
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "initializer_range",
-    "num_nextn_predict_layers",
-    "output_router_logits",
-    "pretraining_tp",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-    "transformers_version",
-    "use_cache",
-    # Qwen's, without use_sliding_window, which is compared.
-    "max_window_layers",
-    "sliding_window_pattern",
-    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what recipes cannot say.
-    "decoder_sparse_step",
-    "mlp_only_layers",
-}
 NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 WINDOWS, WINDOW_TOKENS = 4, 256
-
-
-class _Fields(Mapping[str, Any]):
-    """A config's fields with transformers' defaults, under every name that transformers knows them by."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-
-    def __getitem__(self, name: str) -> Any:
-        if not hasattr(self.config, name):
-            raise KeyError(name)
-        return getattr(self.config, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.config.to_dict())
-
-    def __len__(self) -> int:
-        return len(self.config.to_dict())
 
 
 def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None) -> Conversion:
@@ -86,7 +42,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
         CheckpointError: when weights are missing, superfluous or damaged, or numbers differ; ``output`` is then left as it was.
     """
     target, config = _architecture(source)
-    recipe = _recipe(source, output, target, config)
+    recipe = recipe_of(source, output, target, config)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
     left_out = _left_out(theirs, links, recipe)
@@ -127,57 +83,8 @@ def _architecture(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
         raise ConfigError(f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
     try:
         return known[name], AutoConfig.from_pretrained(source, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
+    except REFUSALS as error:
         raise ConfigError(f"transformers does not take {path}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _recipe(source: Path, output: Path, target: LlamaLike, config: PreTrainedConfig) -> Recipe:
-    """A recipe whose model is that of ``config``; what it says of training is a beginning to be changed.
-
-    Raises:
-        ConfigError: naming a field of ``config`` that no recipe can say.
-    """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.resolve().name).lstrip("._-") or target.name
-    content = {
-        "name": name,
-        "data": {"tokenizer": _tokenizer_section(source, output, config)},
-        "model": target.model_section(_Fields(config)),
-        "train": {
-            "sequence_length": min(config.max_position_embeddings, 4096),
-            "micro_batch_size": 1,
-            "global_batch_size": 8,
-            "train_tokens": 1_000_000_000,
-        },
-        "optimizer": {"kind": "adamw", "learning_rate": 1e-5},
-    }
-    recipe = validate_recipe(content, str(source / "config.json"))
-    if reasons := target.reasons_against(recipe.model):
-        raise ConfigError(f"{source / 'config.json'} describes what {target.name} is not: {'; '.join(reasons)}")
-    again = type(config)(**target.config(recipe.model, 0)).to_dict()
-    for field, value in config.to_dict().items():
-        if field in again and field not in NEUTRAL and not field.startswith("_") and _canonical(again[field]) != _canonical(value):
-            raise ConfigError(
-                f"{source / 'config.json'} says {field} = {value}, and the nearest recipe would be {again[field]}: it cannot be converted exactly"
-            )
-    return recipe
-
-
-def _canonical(value: Any) -> Any:
-    """Rope parameters without what stands there for older readers or changes nothing."""
-    if not isinstance(value, dict):
-        return value
-    return {key: item for key, item in value.items() if item is not None and key not in ("type", "partial_rotary_factor")} | {
-        "partial_rotary_factor": value.get("partial_rotary_factor", 1.0)
-    }
-
-
-def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
-    if not (source / TOKENIZER).is_file():
-        return {"kind": "train_bpe"}
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    section = {"kind": "file", "path": str(output / TOKENIZER)}
-    token = None if eos is None else tokenizers.Tokenizer.from_file(str(source / TOKENIZER)).id_to_token(eos)
-    return section if token is None else section | {"eod_token": token}
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:

@@ -13,9 +13,12 @@ from pretrain.export.architectures.glm4_moe import Glm4Moe
 from pretrain.export.architectures.gpt_oss import GptOss
 from pretrain.export.architectures.llama import Llama
 from pretrain.export.architectures.llama_like import LlamaLike
+from pretrain.export.architectures.mistral import Mistral
 from pretrain.export.architectures.mixtral import Mixtral
 from pretrain.export.architectures.olmoe import Olmoe
+from pretrain.export.architectures.qwen2 import Qwen2
 from pretrain.export.architectures.qwen2_moe import Qwen2Moe
+from pretrain.export.architectures.qwen3 import Qwen3
 from pretrain.export.architectures.qwen3_moe import Qwen3Moe
 from pretrain.export.custom.target import Custom
 from pretrain.export.name_map import Links
@@ -56,7 +59,10 @@ class ExportTarget(Protocol):
 
 
 # Also opened by --from hf. Those that most programs read come first: auto takes the first one that fits.
-ARCHITECTURES: tuple[LlamaLike, ...] = (Llama(), Mixtral(), Qwen3Moe(), Qwen2Moe(), Olmoe(), DeepseekV3(), DeepseekV2(), Glm4Moe(), GptOss())
+ARCHITECTURES: tuple[LlamaLike, ...] = (
+    *(Llama(), Mistral(), Qwen3(), Qwen2()),
+    *(Mixtral(), Qwen3Moe(), Qwen2Moe(), Olmoe(), DeepseekV3(), DeepseekV2(), Glm4Moe(), GptOss()),
+)
 # The last one is a class of our own, which travels with the weights.
 TARGETS: tuple[ExportTarget, ...] = (*ARCHITECTURES, Custom())
 

@@ -306,5 +306,5 @@ def test_a_feature_that_no_white_list_names_speaks_against_every_target() -> Non
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="auto or one of llama, mixtral"):
+    with pytest.raises(ConfigError, match="auto or one of llama, mistral"):
         choose_target(recipe_of("debug"), "gpt5")

@@ -88,7 +88,7 @@ def test_an_imported_model_writes_the_same_text_and_is_exported_by_the_command(t
 @pytest.mark.parametrize(
     "change,words",
     [
-        ({"model_type": "bert"}, "model_type 'bert', and the ones that recipes can say are llama, mixtral"),
+        ({"model_type": "bert"}, "model_type 'bert', and the ones that recipes can say are llama, mistral"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'linear'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu, and the nearest recipe would be silu"),

@@ -28,6 +28,7 @@ NEEDED: dict[tuple[str, str], list[str]] = {
     ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],
     ("attention", "mla"): [f"model.attention={{kind: mla, num_attention_heads: 4, {LATENT}}}"],
     ("position", "yarn"): [f"model.position={{kind: yarn, {YARN}}}"],
+    ("position", "llama3"): ["model.position={kind: llama3, factor: 4, original_max_position_embeddings: 16}"],
     ("feed_forward", "swiglu"): ["model.feed_forward.bias=true"],
     ("feed_forward", "gelu"): ["model.feed_forward={kind: gelu, bias: true}"],
     ("feed_forward", "clamped_swiglu"): ["model.feed_forward={kind: clamped_swiglu, bias: true}"],

@@ -77,8 +77,9 @@ class LatentDecoder(LlamaLike):
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        sizes = ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        attention = {"kind": "mla", **{size: config[size] for size in sizes}, "bias": "all" if config["attention_bias"] else "none"}
+        sizes = ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        given = {size: config[size] for size in sizes} | {"q_lora_rank": config.get("q_lora_rank")}
+        attention = {"kind": "mla", **given, "bias": "all" if config["attention_bias"] else "none"}
         return super().model_section(config) | {"attention": attention}
 
 
@@ -115,10 +116,15 @@ class DeepseekV2(LatentDecoder):
             "norm_topk_prob": False,
         }
 
+    def unread(self, config: Mapping[str, Any]) -> set[str]:
+        of_groups = {"n_group", "topk_group"} if config.get("topk_method") == "greedy" else set()
+        # Its class never renormalises; only what says that it should is refused.
+        return super().unread(config) | of_groups | ({"norm_topk_prob"} if not config.get("norm_topk_prob") else set())
+
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        groups = {"num_groups": config["n_group"], "top_k_groups": config["topk_group"], "score": "max"}
         router = {"kind": "softmax_topk", "norm_topk_prob": False, "routed_scaling_factor": config["routed_scaling_factor"]}
-        router |= {"groups": groups} if config["topk_method"] == "group_limited_greedy" else {}
+        if config["topk_method"] == "group_limited_greedy":
+            router["groups"] = {"num_groups": config["n_group"], "top_k_groups": config["topk_group"], "score": "max"}
         return super().model_section(config) | prefix_experts(config, router)
 
 
@@ -149,7 +155,7 @@ def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[st
         "num_experts": config["n_routed_experts"],
         "top_k": config["num_experts_per_tok"],
         "moe_intermediate_size": config["moe_intermediate_size"],
-        "num_shared_experts": config["n_shared_experts"] or 0,
+        "num_shared_experts": config.get("n_shared_experts") or 0,
         "router": router,
     }
     return {"layer_pattern": {"kind": "first_k_dense", "k": config["first_k_dense_replace"]}, "moe": moe}

@@ -96,7 +96,7 @@ def sigmoid_experts(config: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "sigmoid_topk",
         "norm_topk_prob": config["norm_topk_prob"],
         "routed_scaling_factor": config["routed_scaling_factor"],
-        "groups": groups_of(config["n_group"], config["topk_group"], "top2_sum"),
+        "groups": groups_of(config.get("n_group"), config.get("topk_group"), "top2_sum"),
     }
     section = prefix_experts(config, router)
     section["moe"]["bias_balancing"] = {}

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import Clamped, ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
-from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, expert_names, router_name
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    SOFTMAX,
+    TRUNK,
+    LlamaLike,
+    expert_names,
+    router_name,
+    window_section,
+    windowed_layers,
+)
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, expand, stacked
 
@@ -59,14 +68,13 @@ class GptOss(LlamaLike):
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         attention, moe, form = model.attention, model.moe, model.feed_forward
         assert isinstance(attention, GroupedQueryAttention) and isinstance(moe, RoutedMoE) and isinstance(form, Clamped)
-        windows = [attention.window(layer) for layer in range(model.num_hidden_layers)]
         return {
             **super().config(model, eod_id),
             "intermediate_size": moe.moe_intermediate_size,
             "attention_bias": attention.bias == "all",
+            **windowed_layers(model),
             # transformers asks for a width also where no layer has a window.
             "sliding_window": attention.sliding_window or model.max_position_embeddings,
-            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "swiglu_limit": form.limit,
@@ -76,10 +84,7 @@ class GptOss(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
-        windows = {"sliding_window": config["sliding_window"], "full_attention_every": _full_every(config["layer_types"])}
-        if "sliding_attention" not in config["layer_types"]:
-            windows = {}
-        section["attention"] |= {"sinks": True, "bias": "all" if config["attention_bias"] else "none", **windows}
+        section["attention"] |= {"sinks": True, "bias": "all" if config["attention_bias"] else "none", **window_section(config)}
         return section | {
             "feed_forward": {"kind": "clamped_swiglu", "bias": True, "limit": config["swiglu_limit"], "alpha": config["swiglu_alpha"]},
             "moe": {
@@ -92,7 +97,3 @@ class GptOss(LlamaLike):
             },
         }
 
-
-def _full_every(layer_types: list[str]) -> int | None:
-    """The n of ``full_attention_every``; another pattern is found when the configs are compared."""
-    return next((layer + 1 for layer, kind in enumerate(layer_types) if kind == "full_attention"), None)

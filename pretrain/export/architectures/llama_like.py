@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig, RotaryBase, Yarn
+from pretrain.config.model_schema import ModelConfig, RotaryBase
 from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
+from pretrain.export.architectures.rope import ROPE, position_section, rope_parameters
 from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.name_map import Link, Links, Zeros, expand
 
@@ -22,7 +23,6 @@ NORMS = {
 DENSE = {f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 NATIVE_EXPERT = "layers.{layer}.feed_forward.deepspeed_moe.experts.deepspeed_experts.{expert}."
 SHARED = "layers.{layer}.feed_forward.shared."
-YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 TRUNK: Takes = {
     "vocab_size": ANY,
@@ -39,12 +39,7 @@ TRUNK: Takes = {
     "final_norm": (True,),
     "feed_forward.kind": ("swiglu",),
     "feed_forward.bias": (False,),
-    "position.kind": ("rope", "yarn"),
-    "position.rope_theta": ANY,
-    **{f"position.{field}": ANY for field in YARN_FIELDS},
-    # Outside of DeepSeek's own architectures transformers does not scale attention by it.
-    "position.mscale": (None,),
-    "position.mscale_all_dim": (None,),
+    **ROPE,
     "layer_pattern.kind": ANY,  # see moe_layers
     "layer_pattern.n": ANY,
     "layer_pattern.k": ANY,
@@ -133,9 +128,7 @@ class LlamaLike:
         """The architecture's own fields of ``config.json``."""
         attention, position = model.attention, model.position
         assert isinstance(position, RotaryBase)
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": position.rope_theta}
-        if isinstance(position, Yarn):
-            rope |= {"rope_type": "yarn", **{field: getattr(position, field) for field in YARN_FIELDS if getattr(position, field) is not None}}
+        rope = rope_parameters(position)
         fields = {
             "model_type": self.name,
             "vocab_size": model.vocab_size,
@@ -151,7 +144,7 @@ class LlamaLike:
             # Readers from before transformers 5 look for rope_theta and rope_scaling, and fall back to defaults where they are missing.
             "rope_parameters": rope,
             "rope_theta": position.rope_theta,
-            **({"rope_scaling": rope} if isinstance(position, Yarn) else {}),
+            **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),
             "attention_dropout": 0.0,
             "bos_token_id": eod_id,
             "eos_token_id": eod_id,
@@ -160,19 +153,19 @@ class LlamaLike:
             fields |= {"num_key_value_heads": attention.num_key_value_heads, "head_dim": attention.head_dim}
         return fields
 
+    def unread(self, config: Mapping[str, Any]) -> set[str]:
+        """Fields that change nothing of what transformers computes for this ``config``, whatever they say."""
+        types = config.get("layer_types")
+        return {"sliding_window", "use_sliding_window"} if types and "sliding_attention" not in types else set()
+
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The way back: a recipe's model section from all fields of transformers' config, defaults included.
+
+        ``config[name]`` refuses a null, and ``config.get(name)`` takes it: for fields in which it says something.
 
         What it cannot say is found by comparing :meth:`config` of the result with ``config``.
         """
         heads = config["num_attention_heads"]
-        rope = dict(config["rope_parameters"])
-        kind = rope.pop("rope_type", "default")
-        if kind not in ("default", "yarn"):
-            raise ConfigError(f"config.json's rope_type is '{kind}', and recipes have default and yarn only: this model cannot be converted")
-        position = {"kind": "yarn" if kind == "yarn" else "rope", "rope_theta": rope["rope_theta"]}
-        if kind == "yarn":
-            position |= {field: rope[field] for field in YARN_FIELDS if rope.get(field) is not None}
         return {
             "vocab_size": config["vocab_size"],
             "hidden_size": config["hidden_size"],
@@ -185,7 +178,7 @@ class LlamaLike:
                 "num_key_value_heads": config.get("num_key_value_heads") or heads,
                 "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
             },
-            "position": position,
+            "position": position_section(config),
             "norm": {"kind": "rms_norm", "eps": config["rms_norm_eps"]},
             "layer_pattern": {"kind": "all_dense" if self.moe_layers == "none" else "all_moe"},
             "tie_word_embeddings": config["tie_word_embeddings"],
@@ -226,9 +219,27 @@ def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
     return [Zeros(theirs.format(layer=layer) + f".{name}.weight", shape) for layer in model.moe_layers for name, shape in shapes.items()]
 
 
+def windowed_layers(model: ModelConfig) -> dict[str, Any]:
+    """``sliding_window`` and ``layer_types`` of configs that say layer by layer which have a window."""
+    windows = [model.attention.window(layer) for layer in range(model.num_hidden_layers)]
+    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return {"sliding_window": model.attention.sliding_window, "layer_types": types}
+
+
+def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe's attention that ``layer_types`` mean; a pattern that is none is found when configs are compared."""
+    types = config["layer_types"]
+    if "sliding_attention" not in types:
+        return {}
+    full = next((layer + 1 for layer, kind in enumerate(types) if kind == "full_attention"), None)
+    return {"sliding_window": config["sliding_window"], "full_attention_every": full}
+
+
 def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layer pattern that ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs mean."""
     count, step = config["num_hidden_layers"], config["decoder_sparse_step"]
+    if step < 1:
+        raise ConfigError(f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that: give 1 or more")
     dense = [layer for layer in range(count) if layer in config["mlp_only_layers"] or (layer + 1) % step]
     if not dense:
         return {"kind": "all_moe"}

@@ -31,7 +31,7 @@ class Mixtral(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
-        section["attention"]["sliding_window"] = config["sliding_window"]
+        section["attention"]["sliding_window"] = config.get("sliding_window")
         moe = {
             "num_experts": config["num_local_experts"],
             "top_k": config["num_experts_per_tok"],

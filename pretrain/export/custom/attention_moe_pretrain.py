@@ -77,13 +77,15 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
 def rotary_turns(config: MoePretrainConfig, position_ids_BS: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
     """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with; (None, 1) for the other kinds."""
     position = SimpleNamespace(**config.position)
-    if position.kind not in ("rope", "yarn", "rope_alibi"):
+    if position.kind not in ("rope", "yarn", "llama3", "rope_alibi"):
         return None, 1.0
     size = config.attention["qk_rope_head_dim" if config.attention["kind"] == "mla" else "head_dim"]
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids_BS.device) / size
     frequencies, growth, scale = position.rope_theta**-exponents, 1.0, 1.0
     if position.kind == "yarn":
         frequencies, growth, scale = yarn(position, frequencies, size)
+    elif position.kind == "llama3":
+        frequencies = llama3(position, frequencies)
     angles = position_ids_BS[:, None, :, None].float() * frequencies
     return (angles.cos() * growth, angles.sin() * growth), scale
 
@@ -112,6 +114,18 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
     if position.mscale is not None:  # DeepSeek's: one growth of all scores, another one of what is turned
         return frequencies, growth(position.mscale) / growth(position.mscale_all_dim), growth(position.mscale_all_dim) ** 2
     return frequencies, growth(1.0) if position.attention_factor is None else position.attention_factor, 1.0
+
+
+def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
+    """Llama 3.1's new frequencies (``apply_scaling`` of Meta's llama-models).
+
+    A pair that turns more than ``high_freq_factor`` times over the original length keeps its frequency, one that
+    turns less than ``low_freq_factor`` times has it divided by ``factor``; between them the kept share rises linearly.
+    """
+    turns = position.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - position.low_freq_factor) / (position.high_freq_factor - position.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * kept + frequencies / position.factor * (1 - kept)
 
 
 def turned(x_BNSH: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:

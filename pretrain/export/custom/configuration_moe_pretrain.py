@@ -20,7 +20,7 @@ class MoePretrainConfig(PretrainedConfig):
         embedding_size: numbers of a row of embedding and head, projected to D and back; D by default.
         intermediate_size: hidden numbers of a dense feed-forward; None where no layer has one.
         max_position_embeddings: longest sequence in tokens.
-        position: kind rope, yarn, alibi, rope_alibi, learned or none.
+        position: kind rope, yarn, llama3, alibi, rope_alibi, learned or none.
         norm: kind rms_norm or layer_norm, and ``eps``.
         norm_position: 'pre', x + f(norm(x)), or 'post', norm(x + f(x)).
         final_norm: a norm between the last block and the head.

@@ -40,6 +40,7 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
         *("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
+    model_schema.Llama3: ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     model_schema.Alibi: (),
     model_schema.RopeAlibi: ("rope_theta",),
     model_schema.Learned: (),

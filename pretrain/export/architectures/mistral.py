@@ -1,0 +1,25 @@
+"""Our dense decoder as transformers' ``mistral``: Llama's, with a sliding window in every layer or in none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.model_schema import ModelConfig
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
+from pretrain.export.features import ANY, Takes
+
+
+class Mistral(LlamaLike):
+    """The target ``MistralForCausalLM``."""
+
+    name, architecture, moe_layers = "mistral", "MistralForCausalLM", "none"
+    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, "attention.sliding_window": ANY}
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        return {**super().config(model, eod_id), "sliding_window": model.attention.sliding_window}
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config)
+        section["attention"]["sliding_window"] = config.get("sliding_window")
+        return section

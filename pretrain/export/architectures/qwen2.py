@@ -1,0 +1,44 @@
+"""Our dense decoder as transformers' ``qwen2``: biases of queries, keys and values, windows in any pattern of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.model_schema import ModelConfig
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    TRUNK,
+    LlamaLike,
+    window_section,
+    windowed_layers,
+)
+from pretrain.export.features import ANY, Takes
+
+WINDOWED: Takes = {"attention.sliding_window": ANY, "attention.full_attention_every": ANY}
+
+
+class Qwen2(LlamaLike):
+    """The target ``Qwen2ForCausalLM``, which always has these biases."""
+
+    name, architecture, moe_layers = "qwen2", "Qwen2ForCausalLM", "none"
+    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **WINDOWED, "attention.bias": ("qkv",)}
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        return {**super().config(model, eod_id), **window_fields(model)}
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config)
+        section["attention"] |= {"bias": "qkv", **window_section(config)}
+        return section
+
+
+def window_fields(model: ModelConfig) -> dict[str, Any]:
+    """Qwen's fields about windows; a release without ``layer_types`` reads the first layer that has one."""
+    types = windowed_layers(model)["layer_types"]
+    first = types.index("sliding_attention") if "sliding_attention" in types else len(types)
+    return {
+        **windowed_layers(model),
+        "use_sliding_window": "sliding_attention" in types,
+        "max_window_layers": first,
+    }

@@ -1,0 +1,36 @@
+"""Our dense decoder as transformers' ``qwen3``: each head of queries and keys normalised, windows in any pattern of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pretrain.config.attention_schema import GroupedQueryAttention
+from pretrain.config.model_schema import ModelConfig
+from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike, window_section
+from pretrain.export.architectures.qwen2 import WINDOWED, window_fields
+from pretrain.export.features import Takes
+
+
+class Qwen3(LlamaLike):
+    """The target ``Qwen3ForCausalLM`` (transformers 4.51 and later)."""
+
+    name, architecture, moe_layers = "qwen3", "Qwen3ForCausalLM", "none"
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **WINDOWED,
+        "attention.qk_norm": ("head",),
+        "attention.bias": ("none", "all"),
+    }
+
+    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+        assert isinstance(model.attention, GroupedQueryAttention)
+        biased = model.attention.bias == "all"
+        return {**super().config(model, eod_id), **window_fields(model), "attention_bias": biased}
+
+    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().model_section(config)
+        bias = "all" if config["attention_bias"] else "none"
+        section["attention"] |= {"qk_norm": "head", "bias": bias, **window_section(config)}
+        return section

@@ -1,0 +1,84 @@
+"""Rotary embeddings in ``config.json``: transformers' ``rope_parameters`` and our position section, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.model_schema import Llama3, Position, RotaryBase, Yarn
+from pretrain.export.features import ANY, Takes
+
+# transformers' name of each kind, and the fields that both call alike.
+YARN_FIELDS = (
+    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+)
+LLAMA3_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "default": ("rope", ()),
+    "yarn": ("yarn", YARN_FIELDS),
+    "llama3": ("llama3", LLAMA3_FIELDS),
+}
+
+ROPE: Takes = {
+    "position.kind": ("rope", "yarn", "llama3"),
+    "position.rope_theta": ANY,
+    **{f"position.{field}": ANY for field in (*YARN_FIELDS, *LLAMA3_FIELDS)},
+    # Outside of DeepSeek's own architectures transformers does not scale attention by it.
+    "position.mscale": (None,),
+    "position.mscale_all_dim": (None,),
+}
+
+
+def rope_parameters(position: Position) -> dict[str, Any]:
+    """transformers' ``rope_parameters`` of a position section; a field that is None is left out."""
+    assert isinstance(position, RotaryBase)
+    kind = "yarn" if isinstance(position, Yarn) else "llama3" if isinstance(position, Llama3) else "default"
+    fields = {field: getattr(position, field) for field in KINDS[kind][1]}
+    given = {field: value for field, value in fields.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": position.rope_theta, **given}
+
+
+def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The way back, from a config that transformers has read.
+
+    Raises:
+        ConfigError: for a type of scaling that recipes do not have.
+    """
+    rope = resolved(config.get("rope_parameters"), config["max_position_embeddings"])
+    kind = rope["rope_type"]
+    if kind not in KINDS:
+        raise ConfigError(
+            f"config.json's rope_parameters.rope_type is '{kind}', and recipes have {', '.join(KINDS)} only: "
+            "this model cannot be converted"
+        )
+    if rope.get("rope_theta") is None:
+        raise ConfigError(
+            "config.json's rope_parameters has no single rope_theta for all layers, and recipes have only that: "
+            "this model cannot be converted"
+        )
+    name, fields = KINDS[kind]
+    given = {field: rope[field] for field in fields if rope.get(field) is not None}
+    return {"kind": name, "rope_theta": rope["rope_theta"], **given}
+
+
+def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> dict[str, Any]:
+    """What transformers computes with, whichever form the parameters were written in.
+
+    The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``, which takes 0
+    and null for a missing value too, but a null ``truncate`` for false. ``type`` is the older name of ``rope_type``.
+    """
+    fields = {name: value for name, value in (rope or {}).items() if name != "type"}
+    kind = fields["rope_type"] = fields.get("rope_type") or "default"
+    fields["partial_rotary_factor"] = fields.get("partial_rotary_factor", 1.0)
+    if kind != "yarn":
+        return fields
+    if fields.get("factor") is None and fields.get("original_max_position_embeddings"):
+        fields["factor"] = max_positions / fields["original_max_position_embeddings"]
+    fields["beta_fast"] = fields.get("beta_fast") or 32.0
+    fields["beta_slow"] = fields.get("beta_slow") or 1.0
+    fields["truncate"] = bool(fields.get("truncate", True))
+    if not fields.get("mscale_all_dim"):
+        fields["mscale"] = fields["mscale_all_dim"] = None
+    return {name: value for name, value in fields.items() if value is not None}

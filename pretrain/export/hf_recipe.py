@@ -1,0 +1,178 @@
+"""A Hugging Face ``config.json`` as a recipe: what transformers reads in it, and a refusal of what no recipe can say."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from pretrain.checkpoint.layout import TOKENIZER
+from pretrain.config.errors import ConfigError
+from pretrain.config.load import validate_recipe
+from pretrain.config.schema import Recipe
+from pretrain.export.architectures.llama_like import LlamaLike
+from pretrain.export.architectures.rope import resolved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# What transformers raises for a config that it cannot make sense of; some classes look into values before they check their types.
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, StrictDataclassError, AssertionError, RuntimeError)
+# Fields of config.json that change nothing of what the model computes, or that a recipe says in its own way.
+NEUTRAL = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "initializer_range",
+    "num_nextn_predict_layers",
+    "output_router_logits",
+    "pretraining_tp",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "transformers_version",
+    "use_cache",
+    # Qwen's, without use_sliding_window, which is compared.
+    "max_window_layers",
+    "sliding_window_pattern",
+    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what recipes cannot say.
+    "decoder_sparse_step",
+    "mlp_only_layers",
+}
+# Fields that code shared by all classes reads where a class does not declare them, and what changes nothing.
+READ_ANYWHERE: dict[str, Any] = {
+    "attention_chunk_size": None,
+    "head_dim": None,
+    "is_causal": True,
+    "kv_sharing_modes": None,
+    "layer_types": None,
+    "per_layer_config": None,
+    "sliding_window": None,
+}
+
+
+class _Fields(Mapping[str, Any]):
+    """A config's fields with transformers' defaults, under every name that transformers knows them by.
+
+    ``fields[name]`` raises :class:`ConfigError` for a null, ``fields.get(name)`` gives it.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+
+    def __getitem__(self, name: str) -> Any:
+        if not hasattr(self.config, name):
+            raise KeyError(name)
+        if (value := getattr(self.config, name)) is None:
+            raise ConfigError(f"config.json says {name} = null, which {self.config.model_type} cannot compute with: give it a value")
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self.config, name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.config.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.config.to_dict())
+
+
+def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedConfig) -> Recipe:
+    """A recipe whose model is that of ``config``; what it says of training is a beginning to be changed.
+
+    Args:
+        source: the folder of ``config``, for the recipe's name, the tokenizer and errors.
+        output: where the tokenizer will be.
+
+    Raises:
+        ConfigError: naming a field of ``config`` that no recipe can say, or that transformers' own class cannot compute with.
+    """
+    path = source / "config.json"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.resolve().name).lstrip("._-") or target.name
+    _check_undeclared(path, config)
+    content = {
+        "name": name,
+        "data": {"tokenizer": _tokenizer_section(source, output, config)},
+        "model": target.model_section(_Fields(config)),
+        "train": {
+            "sequence_length": min(config.max_position_embeddings, 4096),
+            "micro_batch_size": 1,
+            "global_batch_size": 8,
+            "train_tokens": 1_000_000_000,
+        },
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-5},
+    }
+    recipe = validate_recipe(content, str(path))
+    if reasons := target.reasons_against(recipe.model):
+        raise ConfigError(f"{path} describes what {target.name} is not: {'; '.join(reasons)}")
+    ours, theirs = (_resolved(each) for each in (type(config)(**target.config(recipe.model, 0)), config))
+    unread = NEUTRAL | target.unread(_Fields(config))
+    for field, value in theirs.items():
+        if field not in unread and not field.startswith("_") and field in ours and ours[field] != value:
+            said, nearest = _difference(field, value, ours[field])
+            raise ConfigError(f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be converted exactly")
+    _check_buildable(path, target, config)
+    return recipe
+
+
+def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
+    """A field that the class does not declare is passed over by most readers, but not by all of transformers' code."""
+    declared = {field.name for field in dataclasses.fields(config)}
+    written = config.to_dict()
+    for field, harmless in READ_ANYWHERE.items():
+        if field in declared or field not in written or field in type(config).attribute_map:
+            continue
+        value = written[field]
+        if field == "head_dim" and value is not None:
+            continue  # read by every class; recipes have it
+        if field == "head_dim" or value != harmless:
+            raise ConfigError(f"{path} says {field} = {value}, which {config.model_type} has no meaning for: take it out of the file")
+
+
+def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) -> None:
+    """transformers' own class takes the config: without memory for its weights, and before ours are written."""
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            getattr(transformers, target.architecture)(config)
+    except REFUSALS as error:
+        raise ConfigError(f"transformers cannot build the model of {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields with what transformers' class computes for those that are null or left out."""
+    fields: dict[str, Any] = config.to_dict()
+    declared = {field.name for field in dataclasses.fields(config)}
+    if "rope_parameters" in fields:
+        fields["rope_parameters"] = resolved(fields["rope_parameters"], config.max_position_embeddings)
+    if "head_dim" in declared and fields.get("head_dim") is None:
+        fields["head_dim"] = config.hidden_size // config.num_attention_heads
+    return fields
+
+
+def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
+    """Two values that differ, in the words of ``config.json``; of dictionaries the first entry that does."""
+    if isinstance(value, dict) and isinstance(ours, dict):
+        for name in (*value, *ours):
+            if value.get(name) != ours.get(name):
+                return f"{field}.{name} = {value.get(name)}", str(ours.get(name))
+    return f"{field} = {value}", str(ours)
+
+
+def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
+    if not (source / TOKENIZER).is_file():
+        return {"kind": "train_bpe"}
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    section = {"kind": "file", "path": str(output / TOKENIZER)}
+    token = None if eos is None else tokenizers.Tokenizer.from_file(str(source / TOKENIZER)).id_to_token(eos)
+    return section if token is None else section | {"eod_token": token}

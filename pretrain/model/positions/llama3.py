@@ -1,0 +1,38 @@
+"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the reference implementation)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pretrain.config.model_schema import Llama3, ModelConfig
+from pretrain.model.positions.interface import PositionEncoding, PositionTerms
+from pretrain.model.positions.rope import inverse_frequencies, rope_tables
+
+
+def llama3_frequencies(config: Llama3, rotary_dim: int, device: torch.device) -> torch.Tensor:
+    """What a step turns each pair by, radians, fp32 [H/2].
+
+    A pair that turns more than ``high_freq_factor`` times over the original length keeps its
+    frequency, one that turns less than ``low_freq_factor`` times has it divided by ``factor``;
+    between them the share that is kept rises linearly with how often the pair turns.
+    """
+    frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
+    turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * kept + frequencies / config.factor * (1 - kept)
+
+
+class Llama3Position(PositionEncoding):
+    """Rotary tables of :func:`llama3_frequencies`; scores do not grow, other than with YaRN."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        assert isinstance(model.position, Llama3)
+        self.config, self.rotary_dim = model.position, model.attention.rotary_dim
+
+    def terms(self, positions: torch.Tensor) -> PositionTerms:
+        frequencies = llama3_frequencies(self.config, self.rotary_dim, positions.device)
+        return PositionTerms(rope=rope_tables(positions, frequencies))
