@@ -124,6 +124,12 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     return recipe
 
 
+def reason(error: BaseException, fields: Mapping[str, Any]) -> str:
+    """What transformers says against a config, and which of its fields have no value: its errors rarely name the field."""
+    unset = [field for field, value in _entries(fields) if value is None and field not in NEUTRAL]
+    return " ".join(str(error).split())[:300] + (f"; without a value are {', '.join(unset)}" if unset else "")
+
+
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
     """A field that the class does not declare is passed over by most readers, but not by all of transformers' code."""
     declared = {field.name for field in dataclasses.fields(config)}
@@ -146,7 +152,7 @@ def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) ->
         with torch.device("meta"):
             getattr(transformers, target.architecture)(config)
     except REFUSALS as error:
-        raise ConfigError(f"transformers cannot build the model of {path}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"transformers cannot build the model of {path}: {reason(error, config.to_dict())}") from None
 
 
 def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
@@ -158,6 +164,12 @@ def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
     if "head_dim" in declared and fields.get("head_dim") is None:
         fields["head_dim"] = config.hidden_size // config.num_attention_heads
     return fields
+
+
+def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Fields and, of dictionaries, entries by their dotted names."""
+    for field, value in fields.items():
+        yield from _entries({f"{field}.{name}": entry for name, entry in value.items()}) if isinstance(value, dict) else [(field, value)]
 
 
 def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
-from pretrain.export.hf_recipe import REFUSALS, recipe_of
+from pretrain.export.hf_recipe import REFUSALS, reason, recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
 from pretrain.export.targets import ARCHITECTURES
@@ -41,7 +41,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
         ConfigError: when a recipe cannot say what the model computes, or ``output`` is taken.
         CheckpointError: when weights are missing, superfluous or damaged, or numbers differ; ``output`` is then left as it was.
     """
-    target, config = _architecture(source)
+    target, config = read_config(source)
     recipe = recipe_of(source, output, target, config)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
@@ -67,7 +67,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
     return conversion
 
 
-def _architecture(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
+def read_config(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
     from transformers import AutoConfig
 
     path = source / "config.json"
@@ -84,7 +84,7 @@ def _architecture(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
     try:
         return known[name], AutoConfig.from_pretrained(source, local_files_only=True)
     except REFUSALS as error:
-        raise ConfigError(f"transformers does not take {path}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"transformers does not take {path}: {reason(error, content)}") from None
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pretrain.config.timeline import Timeline, recipe_at
 
 # Rule -> (overrides that break it, parts of the sentence, overrides that mend it); debug has 10,240 tokens in sequences of 64.
 TWO = "phases=[{name: a, tokens: 2048}, {name: b}]"
+LLAMA3 = "model.position={kind: llama3, factor: 2, original_max_position_embeddings: 64}"
 BROKEN = {
     "phases_have_names_of_their_own": (["phases=[{name: a, tokens: 2048}, {name: a}]"], ["two are called 'a'"], ["phases.1.name=b"]),
     "phases_fill_the_run": ([TWO, "phases.1.tokens=1"], ["take 2049 tokens", "train_tokens is 10240"], ["phases.1.tokens=8192"]),
@@ -40,8 +41,13 @@ BROKEN = {
     ),
     "phase_positions_need_no_training/yarn": (
         [TWO, "phases.1.position={kind: rope}", "model.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}"],
-        ["takes YaRN away"],
+        ["takes yarn away"],
         ["phases.1.position={kind: yarn, factor: 4, original_max_position_embeddings: 64}"],
+    ),
+    "phase_positions_need_no_training/llama3": (
+        [TWO, "phases.1.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}", LLAMA3],
+        ["takes llama3 away"],
+        ["phases.1.position={kind: llama3, factor: 4, original_max_position_embeddings: 64}"],
     ),
     "phase_mixtures_are_shares": (
         [TWO, "phases.1.mixture={kind: tokens, tokens: {all: 1}}"], ["phases.b.mixture.kind=tokens"], ["phases.1.mixture={kind: proportional}"],

@@ -24,6 +24,8 @@ NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
 OWN_GATE = [*NATIVE, "model.moe.gate=router"]
 YARN = "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, truncate: false}"
 MSCALE = "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.3}"
+LLAMA3 = "model.position={kind: llama3, factor: 8, original_max_position_embeddings: 32, low_freq_factor: 1}"
+THREE = ["model.num_hidden_layers=3", "model.attention.full_attention_every=3"]
 SIGMOID = ["model.moe.router={kind: sigmoid_topk, norm_topk_prob: false, routed_scaling_factor: 1.7}"]
 DENSE = ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"]
 V2 = "model.moe.router={kind: softmax_topk, norm_topk_prob: false, routed_scaling_factor: 3}"
@@ -54,6 +56,27 @@ VARIANTS: dict[str, tuple[str, list[str], str]] = {
         "llama",
     ),
     "llama: tied factorised embedding": ("debug", [PLAIN, *DENSE, "model.embedding_size=16", "model.tie_word_embeddings=true"], "llama"),
+    "llama: Llama 3.1's stretched RoPE": ("debug", [PLAIN, *DENSE, LLAMA3], "llama"),
+    "mistral: window, YaRN, tied": (
+        "debug",
+        [PLAIN, *DENSE, "model.attention.sliding_window=9", YARN, "model.tie_word_embeddings=true"],
+        "mistral",
+    ),
+    "qwen2: windows but in every third layer": (
+        "debug",
+        [PLAIN, *DENSE, "model.attention.bias=qkv", "model.attention.sliding_window=9", *THREE],
+        "qwen2",
+    ),
+    "qwen2: no window, tied": (
+        "debug",
+        [PLAIN, *DENSE, "model.attention.bias=qkv", LLAMA3, "model.tie_word_embeddings=true"],
+        "qwen2",
+    ),
+    "qwen3: biases, heads of another width, windows in all layers": (
+        "debug",
+        [*DENSE, "model.attention.bias=all", "model.attention.head_dim=16", "model.attention.sliding_window=9"],
+        "qwen3",
+    ),
     "mixtral: window, YaRN, tied": ("debug", [PLAIN, "model.attention.sliding_window=9", YARN, "model.tie_word_embeddings=true"], "mixtral"),
     "mixtral: native layer": ("debug", [PLAIN, *OWN_GATE], "mixtral"),
     "qwen3_moe: every second layer dense": (
@@ -98,6 +121,10 @@ NATIVES = {name: (name, list[str](), target) for name, target in MINIS.items() i
 # One of each architecture, and what is written in another way than plain renaming.
 QUICK = {
     "llama: tied factorised embedding",
+    "llama: Llama 3.1's stretched RoPE",
+    "mistral: window, YaRN, tied",
+    "qwen2: windows but in every third layer",
+    "qwen3: biases, heads of another width, windows in all layers",
     "mixtral: window, YaRN, tied",
     "qwen3_moe: every second layer dense",
     "qwen2_moe: ungated shared experts of the native layer",

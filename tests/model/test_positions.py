@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import _compute_yarn_parameters
+from transformers.modeling_rope_utils import _compute_llama3_parameters, _compute_yarn_parameters
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 
 from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import Yarn
+from pretrain.config.model_schema import Llama3, Yarn
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.reference import reference_attention
 from pretrain.model.attention.scores import Scores
@@ -21,6 +21,7 @@ from pretrain.model.attention.sdpa import sdpa_attention
 from pretrain.model.init import initialize
 from pretrain.model.positions.alibi import alibi_slopes
 from pretrain.model.positions.learned import LearnedPosition
+from pretrain.model.positions.llama3 import Llama3Position, llama3_frequencies
 from pretrain.model.positions.rope import apply_rope, inverse_frequencies, rope_tables
 from pretrain.model.positions.yarn import YarnPosition, yarn_frequencies
 from pretrain.optim.param_groups import parameter_role
@@ -66,6 +67,41 @@ def test_rope_takes_a_place_of_its_own_for_each_token_of_each_sequence() -> None
     for row in range(2):
         torch.testing.assert_close(together[row : row + 1], apply_rope(x[row : row + 1], rope(positions[row], H, 100.0)))
     assert (together[1, :, 2] - apply_rope(x, rope(torch.arange(4), H, 100.0))[1, :, 2]).abs().max() > 1e-2
+
+
+# --- llama3 ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "factor", "low", "high", "original", "theta"),
+    [(128, 8.0, 1.0, 4.0, 8192, 500000.0), (64, 32.0, 1.0, 4.0, 8192, 500000.0), (8, 2.0, 0.5, 9.0, 64, 100.0)],
+)
+def test_llama3_equals_transformers(
+    rotary_dim: int, factor: float, low: float, high: float, original: int, theta: float
+) -> None:
+    fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high, "rope_theta": theta}
+    fields["original_max_position_embeddings"] = original
+    parameters = {"rope_type": "llama3", **fields}
+    sizes = {"hidden_size": rotary_dim, "num_attention_heads": 1, "head_dim": rotary_dim}
+    expected, growth = _compute_llama3_parameters(LlamaConfig(**sizes, rope_parameters=parameters), CPU)
+    ours = llama3_frequencies(Llama3(kind="llama3", **fields), rotary_dim, CPU)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0.0)
+    plain = inverse_frequencies(rotary_dim, theta, CPU)
+    assert growth == 1.0 and ours[0] == plain[0] and ours[-1] < 0.9 * plain[-1]
+    between = (ours > plain / factor * 1.01) & (ours < plain * 0.99)
+    assert between.any(), "no pair is between the two ends: the blend is not compared"
+
+
+def test_llama3_turns_by_its_own_frequencies_and_leaves_scores_alone() -> None:
+    position = Llama3Position(tiny_config("model.position={kind: llama3, factor: 4, original_max_position_embeddings: 32}"))
+    terms = position.terms(torch.arange(3))
+    expected = rope_tables(torch.arange(3), llama3_frequencies(position.config, H, CPU))
+    assert terms.rope is not None and all(map(torch.equal, terms.rope, expected)) and terms.score_factor == 1.0
+
+
+def test_a_blend_without_a_width_is_refused() -> None:
+    with pytest.raises(ConfigError, match="high_freq_factor"):
+        tiny_config("model.position={kind: llama3, factor: 4, original_max_position_embeddings: 32, low_freq_factor: 4}")
 
 
 # --- yarn ------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import EXPERTS, TRUNK, LlamaLike, absent_shared_experts, shared_links
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, RotaryRows, expand
-from pretrain.model.routers import ExpertGroups
 
 LATENT: Takes = {
     "attention.kind": ("mla",),
@@ -163,7 +162,7 @@ def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[st
 
 def groups_of(count: int | None, kept: int | None, score: str) -> dict[str, Any] | None:
     """A router's groups; one group is none."""
-    return None if count in (None, 1) else ExpertGroups(num_groups=count, top_k_groups=kept, score=score).model_dump()
+    return None if count in (None, 1) else {"num_groups": count, "top_k_groups": kept, "score": score}
 
 
 def _in_attention(names: dict[str, str]) -> dict[str, str]:

@@ -96,4 +96,3 @@ class GptOss(LlamaLike):
                 "aux_loss_weight": config["router_aux_loss_coef"],
             },
         }
-

@@ -227,11 +227,22 @@ def windowed_layers(model: ModelConfig) -> dict[str, Any]:
 
 
 def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe's attention that ``layer_types`` mean; a pattern that is none is found when configs are compared."""
+    """The fields of a recipe's attention that ``layer_types`` mean.
+
+    Raises:
+        ConfigError: for a pattern that recipes do not have.
+    """
     types = config["layer_types"]
     if "sliding_attention" not in types:
         return {}
     full = next((layer + 1 for layer, kind in enumerate(types) if kind == "full_attention"), None)
+    pattern = [kind if full is None or (layer + 1) % full else "full_attention" for layer, kind in enumerate(types)]
+    if pattern != types or full == 1 or not {"full_attention", "sliding_attention"}.issuperset(types):
+        windows = [layer for layer, kind in enumerate(types) if kind != "full_attention"]
+        raise ConfigError(
+            f"config.json's layer_types has windows in the layers {windows} of {len(types)}, and recipes know windows "
+            "in all layers or in all but each n-th: it cannot be converted"
+        )
     return {"sliding_window": config["sliding_window"], "full_attention_every": full}
 
 

@@ -50,15 +50,18 @@ def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope["rope_type"]
     if kind not in KINDS:
         raise ConfigError(
-            f"config.json's rope_parameters.rope_type is '{kind}', and recipes have {', '.join(KINDS)} only: "
-            "this model cannot be converted"
+            f"config.json's rope_parameters.rope_type is '{kind}', and recipes have {', '.join(KINDS)} only: this model cannot be converted"
         )
     if rope.get("rope_theta") is None:
         raise ConfigError(
-            "config.json's rope_parameters has no single rope_theta for all layers, and recipes have only that: "
-            "this model cannot be converted"
+            "config.json's rope_parameters has no single rope_theta for all layers, and recipes have only that: this model cannot be converted"
         )
     name, fields = KINDS[kind]
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", *fields}
+    if unknown := sorted(field for field in rope.keys() - known if rope[field] is not None):
+        raise ConfigError(
+            f"config.json's rope_parameters has {', '.join(unknown)}, which rope_type '{kind}' has no meaning for: correct rope_type, or take it out"
+        )
     given = {field: rope[field] for field in fields if rope.get(field) is not None}
     return {"kind": name, "rope_theta": rope["rope_theta"], **given}
 
