@@ -84,6 +84,7 @@ class GptOss(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
+        _ = config["sliding_window"]  # a null is refused: transformers asks for a width whatever the layers are
         section["attention"] |= {"sinks": True, "bias": "all" if config["attention_bias"] else "none", **window_section(config)}
         return section | {
             "feed_forward": {"kind": "clamped_swiglu", "bias": True, "limit": config["swiglu_limit"], "alpha": config["swiglu_alpha"]},
