@@ -82,9 +82,7 @@ def starting_point(recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Pa
     else:
         folder = resolve_checkpoint(path)
         if tokenizer_sha256 is not None and read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
-            raise CheckpointError(
-                f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own"
-            )
+            raise CheckpointError(f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own")
         stored, model = StoredWeights(folder), read_recipe(folder).model
     found = compare(stored.shapes, recipe.model)
     if model is not None:

@@ -26,9 +26,7 @@ class Attention(Component):
         None, description="with a window: layer i sees everything if (i + 1) % n == 0"
     )
     sinks: bool = Field(False, description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)")
-    kernel: Annotated[KernelName, Effect.NONE] = Field(
-        "sdpa", description="'reference' is the plain fp32 form that tests compare with"
-    )
+    kernel: Annotated[KernelName, Effect.NONE] = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Attention:

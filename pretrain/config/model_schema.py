@@ -67,18 +67,12 @@ class Yarn(RotaryBase):
 
     implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
     kind: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1), Effect.FUNCTION] = Field(
-        description="longest sequence / original_max_position_embeddings"
-    )
-    original_max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(
-        description="tokens the frequencies were trained for"
-    )
+    factor: Annotated[float, Field(ge=1), Effect.FUNCTION] = Field(description="longest sequence / original_max_position_embeddings")
+    original_max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(description="tokens the frequencies were trained for")
     beta_fast: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
         32.0, description="pairs that rotate more often than this over the original length are kept"
     )
-    beta_slow: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
-        1.0, description="pairs that rotate less often than this are interpolated"
-    )
+    beta_slow: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="pairs that rotate less often than this are interpolated")
     attention_factor: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
     )
@@ -263,9 +257,7 @@ class MultiTokenPrediction(Section):
 class ModelConfig(Section):
     """A decoder-only transformer: embedding, blocks of attention and feed-forward, head."""
 
-    vocab_size: Annotated[Positive | None, Effect.FUNCTION] = Field(
-        None, description="tokens; taken from the tokenizer when left out"
-    )
+    vocab_size: Annotated[Positive | None, Effect.FUNCTION] = Field(None, description="tokens; taken from the tokenizer when left out")
     vocab_multiple: Annotated[Positive, Effect.NONE] = Field(
         64, description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted"
     )
@@ -292,12 +284,8 @@ class ModelConfig(Section):
         0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)"
     )
     initialization: Annotated[Initialization, OneOf(), Effect.NONE] = StandardInitialization()
-    output_z_loss_weight: Annotated[Weight, Effect.NONE] = Field(
-        0.0, description="weight of mean(logsumexp(output logits)^2)"
-    )
-    loss_chunk_tokens: Annotated[Positive, Effect.NONE] = Field(
-        1024, description="tokens whose logits are in memory at once during training"
-    )
+    output_z_loss_weight: Annotated[Weight, Effect.NONE] = Field(0.0, description="weight of mean(logsumexp(output logits)^2)")
+    loss_chunk_tokens: Annotated[Positive, Effect.NONE] = Field(1024, description="tokens whose logits are in memory at once during training")
 
     @property
     def moe_layers(self) -> list[int]:

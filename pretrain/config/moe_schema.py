@@ -26,9 +26,7 @@ class BiasBalancing(Section):
     schedule: Annotated[Literal["constant", "linear", "cosine"], Effect.NONE] = Field(
         "constant", description="how the rate falls to zero towards the frozen end"
     )
-    frozen_share: Annotated[Share, Effect.NONE] = Field(
-        0.0, description="share of the run's steps, at its end, in which the bias stays as it is"
-    )
+    frozen_share: Annotated[Share, Effect.NONE] = Field(0.0, description="share of the run's steps, at its end, in which the bias stays as it is")
 
 
 class MoE(Component):
@@ -162,19 +160,11 @@ class DeepSpeedMoE(RoutedMoE):
         "comes before them in it, other texts included, and differ with a cache; false pads every expert to the fullest "
         "one, and drops nothing",
     )
-    use_rts: Annotated[bool, Effect.FUNCTION] = Field(
-        False, description="random token selection when an expert is full (top_k 1 only)"
-    )
+    use_rts: Annotated[bool, Effect.FUNCTION] = Field(False, description="random token selection when an expert is full (top_k 1 only)")
     noisy_gate_policy: Annotated[Literal["Jitter", "RSample"] | None, Effect.NONE] = None
-    top2_2nd_expert_sampling: Annotated[bool, Effect.FUNCTION] = Field(
-        False, description="Gumbel noise on the second choice (top_k 2 only)"
-    )
-    use_residual: bool = Field(
-        False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)"
-    )
-    causal: Annotated[bool, Effect.NONE] = Field(
-        True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones"
-    )
+    top2_2nd_expert_sampling: Annotated[bool, Effect.FUNCTION] = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
+    use_residual: bool = Field(False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)")
+    causal: Annotated[bool, Effect.NONE] = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
 
     @property
     def router_learns(self) -> bool:

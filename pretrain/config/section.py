@@ -27,9 +27,7 @@ class Effect(Enum):
 class Section(BaseModel):
     """A part of a recipe: frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
         """Whether weights trained with ``other``, another kind in this one's place, keep their meaning."""

@@ -35,12 +35,9 @@ class Router(Section):
     bias: bool = Field(False, description="a learned bias on the logits")
     norm_topk_prob: Annotated[bool, Effect.FUNCTION] = Field(
         True,
-        description="the chosen experts' weights are divided by their sum; false by default if top_k is 1, whose weight "
-        "would always be 1",
+        description="the chosen experts' weights are divided by their sum; false by default if top_k is 1, whose weight would always be 1",
     )
-    routed_scaling_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
-        1.0, description="the weights are multiplied by this"
-    )
+    routed_scaling_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="the weights are multiplied by this")
     jitter: Annotated[float, Field(ge=0, lt=1), Effect.NONE] = Field(
         0.0, description="in training the input is multiplied by 1 +- this at random (Switch)"
     )

@@ -17,9 +17,7 @@ class SoftmaxTopK(Router):
     """Probabilities compete: what one expert wins, the others lose."""
 
     kind: Literal["softmax_topk"] = "softmax_topk"
-    temperature: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
-        1.0, description="logits are divided by this; above 1 choices are more even"
-    )
+    temperature: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="logits are divided by this; above 1 choices are more even")
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return (logits_TE / self.temperature).softmax(dim=-1)
