@@ -15,6 +15,7 @@ from pretrain.config.differences import differences
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.router_rules import deaf_router
 from pretrain.config.schema import Recipe
 from pretrain.config.section import Effect
 from pretrain.config.width import width_ratio
@@ -63,8 +64,15 @@ def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), *
 
 
 def moe_recipe(dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
-    """:func:`derived_recipe` with every feed-forward a mixture of experts."""
-    return derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+    """:func:`derived_recipe` with every feed-forward a mixture of experts.
+
+    Raises:
+        ConfigError: as there, and for a new router that training could not teach.
+    """
+    recipe = derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+    if deaf := deaf_router(recipe.model):
+        raise ConfigError(deaf)
+    return recipe
 
 
 def check_overrides(before: ModelConfig, after: ModelConfig) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes, routed_moe
 from pretrain.checkpoint.comparison import check_same_function
+from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes, routed_moe
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.config.errors import CheckpointError, ConfigError

@@ -61,9 +61,16 @@ def chosen_checkpoints(given: Sequence[str] | None, run: Path | None, last: int 
 
 
 def _tokenizer_of(folder: Path) -> str | None:
-    """The sha256 of a checkpoint's tokenizer.json, or of the one that its training knew; None if it never had one."""
-    path = folder / TOKENIZER
-    return file_sha256(path) if path.is_file() else read_state(folder).get("tokenizer_sha256")
+    """The sha256 of a checkpoint's tokenizer, None if it has none.
+
+    Raises:
+        CheckpointError: if its tokenizer.json is not the one that its state names.
+    """
+    path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
+    found = file_sha256(path) if path.is_file() else None
+    if named is not None and found not in (None, named):
+        raise CheckpointError(f"{path} is another tokenizer than the one that the checkpoint was trained with ({_begin(named)}): put that one there")
+    return named or found
 
 
 def _begin(sha256: str | None) -> str:

@@ -66,7 +66,7 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
     if not (router.norm_topk_prob or even or all_chosen):
         raise ConfigError(
             "the weights of a token's experts add up to another number for each token, because model.moe.router.norm_topk_prob is false: "
-            "set it to true, or take --router zero, with which they are all alike"
+            f"take --router zero, with which they are all alike{', or set it to true' if moe.top_k > 1 else ''}"
         )
     if options.granularity > 1:
         _check_whole_groups(moe, options)
