@@ -16,6 +16,7 @@ from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_exper
 from pretrain.checkpoint.layout import TOKENIZER, complete_checkpoints, read_recipe, read_state
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
+from pretrain.config.differences import differences
 from pretrain.config.durable import file_sha256
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
@@ -95,7 +96,14 @@ def blend(folders: Sequence[Path], output: Path, suffix: str, rates: Sequence[fl
     recipes = [read_recipe(folder) for folder in folders]
     check_same_function([recipe.model for recipe in recipes], [str(folder) for folder in folders])
     stores = [StoredWeights(folder) for folder in folders]
-    return _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+    result = _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+    others = zip(folders[:-1], recipes[:-1], strict=True)
+    notes = [
+        f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose recipe the result has; no weight depends on it"
+        for folder, recipe in others
+        for one in differences(recipe.model, recipes[-1].model)
+    ]
+    return result | {"notes": notes}
 
 
 def mix(
