@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.callbacks.metrics import read_rows
+from pretrain.checkpoint.initial_weights import starting_point
 from pretrain.checkpoint.layout import complete_checkpoints, read_run_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_folder import tensor_shapes
 from pretrain.config.load import recipe_to_yaml
@@ -45,11 +47,35 @@ def planned_start(recipe: Recipe) -> int:
     return int(state["step"])
 
 
-def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_size: int, zero_stage: int, first_step: int = 0) -> dict[str, Any]:
+def planned_weights(recipe: Recipe, tokenizer_sha256: str | None) -> list[str]:
+    """A sentence about each field in which ``initial_weights`` differ from the recipe, and about what does not fit; none without them.
+
+    Args:
+        tokenizer_sha256: of the data's tokenizer; None before there are data.
+
+    Raises:
+        CheckpointError: as the run would.
+    """
+    start = starting_point(recipe, tokenizer_sha256, Path(recipe.output_path) / CHECKPOINTS)
+    if start is None:
+        return []
+    return start.notes if start.found.is_whole else [*start.notes, f"{start.where} fits in part: {start.found.counts}"]
+
+
+def make_plan(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    precision: str,
+    world_size: int,
+    zero_stage: int,
+    first_step: int = 0,
+    weight_notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """Sizes, memory and time of a run, from its resolved recipe and ds_config.
 
     Args:
         first_step: steps that a branch has of its trunk; they take no time.
+        weight_notes: of :func:`planned_weights`.
     """
     train, timeline = recipe.train, Timeline(recipe)
     size = model_size(recipe.model, train.sequence_length)
@@ -79,6 +105,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any], precision: str, world_s
         "estimated_seconds": seconds,
         "estimate_basis": basis,
         "phases": phase_rows(recipe, timeline, world_size),
+        "initial_weights": list(weight_notes),
     }
 
 
@@ -145,6 +172,8 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    for note in plan["initial_weights"]:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if plan["phases"]:
         print_phases(plan["phases"], console)
 

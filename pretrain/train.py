@@ -38,7 +38,7 @@ from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
-from pretrain.plan import make_plan, planned_start, print_plan
+from pretrain.plan import make_plan, planned_start, planned_weights, print_plan
 from pretrain.run_folder import (
     CHECKPOINTS,
     ENDED,
@@ -126,8 +126,9 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, corpora)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
+    notes = planned_weights(recipe, corpora.tokenizer.sha256 if corpora else None)
     if starts_as_first_rank():
-        plan = make_plan(recipe, resolved, precision, world_size, stage, first_step)
+        plan = make_plan(recipe, resolved, precision, world_size, stage, first_step, notes)
         if options.json_path != "-":
             print_plan(plan, recipe)
         write_json(plan, options.json_path)

@@ -15,8 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.checkpoint.layout import read_recipe
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, run_command
+from pretrain.config.router_rules import router_warnings
 from pretrain.evaluation.checkpoint import load_matching_corpora, whole_checkpoint
 from pretrain.export.convert import Conversion, export_hf, export_safetensors, export_universal
 from pretrain.export.deepspeed_moe import import_deepspeed
@@ -89,7 +91,10 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
     if arguments.origin is not None:
         form, folder = arguments.origin[0], Path(arguments.origin[1])
         if form == "hf":
-            return import_hf(folder, output, overwrite)
+            conversion = import_hf(folder, output, overwrite)
+            for warning in router_warnings(read_recipe(output).model):
+                print(f"warning: {warning}", file=sys.stderr)
+            return conversion
         return import_deepspeed(folder, output, dtype, overwrite, shard_bytes)
     checkpoint = whole_checkpoint(arguments.checkpoint)
     if arguments.to == "safetensors":

@@ -134,6 +134,8 @@ def main() -> None:
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
     stop = [string.replace("\\n", "\n").replace("\\t", "\t") for string in arguments.stop]
     generator = open_generator(Path(arguments.model), choose_device(arguments.device))
+    if generator.call_dependence is not None:
+        print(f"note: {generator.call_dependence}", file=sys.stderr)
     writer = Writer(generator, sampling, arguments.max_new_tokens, stop)
     texts = write_texts(arguments, writer, prompts)
     write_json(report(arguments, writer, prompts, texts), arguments.json_path)

@@ -103,6 +103,8 @@ def show(result: dict[str, Any]) -> None:
         clusters = " ".join("+".join(map(str, cluster)) for cluster in layer["experts"])
         used = " ".join(f"{share:.3f}" for share in layer["usage"])
         print(f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}")
+    for note in result.get("notes", []):
+        print(f"note: {note}")
     print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB to {result['output']}")
 
 

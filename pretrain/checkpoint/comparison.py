@@ -1,13 +1,16 @@
-"""Which tensors of a checkpoint belong to a model, told before a number is read."""
+"""What of a checkpoint belongs to a model: its tensors by name and shape, and the fields that say what they compute; no tensor is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.checkpoint.weights_folder import tensor_shapes
+from pretrain.config.differences import Difference, differences, with_field
+from pretrain.config.errors import CheckpointError
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.section import Effect
 
 Shape = tuple[int, ...]
 REMEDY = "change the recipe's model, choose another, or set initial_weights_partial=true to start from what fits"
@@ -15,11 +18,13 @@ REMEDY = "change the recipe's model, choose another, or set initial_weights_part
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes:
-    loaded: names that both have in the same shape.
-    missing: what the model has and the checkpoint has not.
-    unexpected: what the checkpoint has and the model has not.
-    wrong_shapes: name, shape in the checkpoint, shape in the model.
+    """The names and shapes of a checkpoint's tensors beside those of a model.
+
+    Attributes:
+        loaded: names that both have in the same shape.
+        missing: what the model has and the checkpoint has not.
+        unexpected: what the checkpoint has and the model has not.
+        wrong_shapes: name, shape in the checkpoint, shape in the model.
     """
 
     loaded: list[str]
@@ -72,3 +77,44 @@ def compare(stored: Mapping[str, Shape], model: ModelConfig) -> Comparison:
         unexpected=sorted(stored.keys() - shapes.keys()),
         wrong_shapes=[(name, tuple(stored[name]), shapes[name]) for name in shared if stored[name] != shapes[name]],
     )
+
+
+def unread_differences(stored: ModelConfig, wanted: ModelConfig, loaded: Collection[str]) -> list[Difference]:
+    """The fields by which tensors of one name and shape mean something else in ``wanted``: weights that must not be taken over.
+
+    Parts of other kinds are among them, and a field that says what is in a tensor which is loaded (4 heads of 16 and 8 heads of 8 have
+    matrices of one shape). A field whose every tensor has another name or shape, and so is not loaded, is not.
+
+    Args:
+        loaded: names of the tensors that would be taken over.
+    """
+    found = [difference for difference in differences(stored, wanted) if difference.effect is Effect.MEANING]
+    return [one for one in found if one.is_kind or not _shows_in_shapes(stored, wanted, one.path, loaded)]
+
+
+def _shows_in_shapes(stored: ModelConfig, wanted: ModelConfig, path: str, loaded: Collection[str]) -> bool:
+    """Whether a field decides on names or shapes of tensors, and none of those is loaded."""
+    shapes = [dense | experts for dense, experts in map(tensor_shapes, (stored, with_field(stored, wanted, path)))]
+    decided = {name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)}
+    return bool(decided) and decided.isdisjoint(loaded)
+
+
+def check_same_function(models: Sequence[ModelConfig], places: Sequence[str], parts: Collection[str] = ()) -> None:
+    """Whether equal weights compute the same in all models.
+
+    Args:
+        places: where each model is from, for the sentence.
+        parts: paths below which models may differ.
+
+    Raises:
+        CheckpointError: naming every field in which another one differs from the first, both values, and both places.
+    """
+    for model, place in zip(models[1:], places[1:], strict=True):
+        found = [one for one in differences(models[0], model) if one.effect is not Effect.NONE]
+        found = [one for one in found if not any(f"{one.path}.".startswith(f"{part}.") for part in parts)]
+        if found:
+            fields = ", ".join(f"{one.path} ({one.values[0]} and {one.values[1]})" for one in found)
+            raise CheckpointError(
+                f"{places[0]} and {place} differ in {fields}: the same weights compute different things in them; give models that differ "
+                "in what training alone reads"
+            )

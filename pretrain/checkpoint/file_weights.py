@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pretrain.checkpoint.pickled import load_pickled
@@ -15,6 +18,7 @@ from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.config.errors import CheckpointError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DroplessMoE
+from pretrain.config.section import Section
 
 # Where a dictionary keeps the model's state beside optimizers and counters.
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
@@ -25,6 +29,27 @@ HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer
 NUMBERED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
 STACKED_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+# Where a training loop keeps what its model is, beside the weights.
+CONFIGS = ("config", "model_config", "model_args", "hyper_parameters", "hparams", "args", "recipe")
+# Other loops' names of our fields.
+ALIASES = {
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "rope_base": "rope_theta",
+    "rms_norm_eps": "norm.eps",
+    "layer_norm_eps": "norm.eps",
+    "norm_eps": "norm.eps",
+    "num_experts_per_tok": "top_k",
+}
+# Names that say nothing without their section.
+VAGUE = {"kind", "bias", "eps", "limit", "alpha", "factor", "schedule", "score", "gate", "decode", "n", "k"}
 
 Read = Callable[[], Tensor]
 
@@ -37,6 +62,7 @@ class FileWeights(Mapping[str, Tensor]):
 
     Attributes:
         shapes: of every tensor, by name; known without reading one.
+        config: what the training loop saved of its model's configuration; empty without any.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, dangerous or without tensors, and for two tensors of one name.
@@ -46,7 +72,8 @@ class FileWeights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._readers: dict[str, list[Read]] = {}
         experts: dict[str, dict[int, tuple[tuple[int, ...], Read]]] = {}
-        for stored_name, shape, read in _tensors(path):
+        tensors, self.config = _content(path)
+        for stored_name, shape, read in tensors:
             name = ".".join(part for part in stored_name.split(".") if part not in WRAPPED)
             if (place := _stacked_place(name, model)) is not None:
                 experts.setdefault(place[0], {})[place[1]] = (shape, read)
@@ -91,16 +118,81 @@ def _stacked_place(name: str, model: ModelConfig) -> tuple[str, int] | None:
     return None
 
 
-def _tensors(path: Path) -> list[tuple[str, tuple[int, ...], Read]]:
+def _content(path: Path) -> tuple[list[tuple[str, tuple[int, ...], Read]], Mapping[str, Any]]:
+    """The tensors of a file, name, shape and how to read them, and the configuration beside them."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give a checkpoint's folder, or a file of weights")
     if path.suffix == ".safetensors":
         reader = TensorReader([path])
-        return [(name, reader.form(name).shape, partial(reader.read, name)) for name in reader.names]
+        return [(name, reader.form(name).shape, partial(reader.read, name)) for name in reader.names], _parsed(reader.metadata)
     content: object = load_pickled(path)
-    while isinstance(content, dict) and (inside := next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)):
+    config: Mapping[str, Any] = {}
+    while isinstance(content, dict):
+        config = config or next((content[name] for name in CONFIGS if isinstance(content.get(name), dict)), {})
+        inside = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inside is None:
+            break
         content = inside
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}: save the model's state_dict")
-    return [(name, tuple(value.shape), partial(tensors.__getitem__, name)) for name, value in tensors.items()]
+    return [(name, tuple(value.shape), partial(tensors.__getitem__, name)) for name, value in tensors.items()], config
+
+
+def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A safetensors file's texts, those that are JSON as what they say."""
+    parsed: dict[str, Any] = {}
+    for name, text in metadata.items():
+        try:
+            parsed[name] = json.loads(text)
+        except ValueError:
+            parsed[name] = text
+    return parsed
+
+
+def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfig | None:
+    """``model`` with every field as a training loop's configuration has it, as far as it names them; None if it names none.
+
+    The names are Hugging Face's, which are ours, or those in ``ALIASES``; a recipe of ours names all of them.
+    """
+    try:
+        ours = ModelConfig.model_validate(config.get("model", config))
+        return ours if ours.vocab_size else ours.model_copy(update={"vocab_size": model.vocab_size})
+    except ValidationError:
+        pass  # another project's configuration
+    named: dict[str, Any] = {}
+    for section in _sections(config):
+        for name, value in section.items():
+            named.setdefault(ALIASES.get(str(name), str(name)), value)
+    known = 0
+
+    def as_named(section: Section, path: str) -> Section:
+        nonlocal known
+        changed: dict[str, Any] = {}
+        for name in type(section).model_fields:
+            value, full = getattr(section, name), f"{path}{name}"
+            given = named.get(full, None if name in VAGUE else named.get(name))
+            if isinstance(value, Section):
+                changed[name] = as_named(value, f"{full}.")
+            elif isinstance(given, bool | int | float | str) and (value is None or _alike(given, value)):
+                changed[name], known = given, known + 1
+        return section.model_copy(update=changed)
+
+    found = as_named(model, "")
+    assert isinstance(found, ModelConfig)
+    return found if known else None
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The mapping and all mappings inside it, from the outside in."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _sections(value)
+
+
+def _alike(given: bool | int | float | str, value: Any) -> bool:
+    """Whether two values are of one type; whole numbers are numbers."""
+    if isinstance(given, bool) or isinstance(value, bool):
+        return isinstance(given, bool) and isinstance(value, bool)
+    return isinstance(given, type(value)) or (isinstance(given, int | float) and isinstance(value, int | float))

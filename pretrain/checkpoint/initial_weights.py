@@ -3,69 +3,135 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from pretrain.checkpoint.comparison import Comparison, compare
-from pretrain.checkpoint.file_weights import FileWeights
+from pretrain.checkpoint.comparison import Comparison, compare, unread_differences
+from pretrain.checkpoint.file_weights import FileWeights, model_of_config
 from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights import global_name
+from pretrain.config.differences import differences
 from pretrain.config.durable import write_synced
 from pretrain.config.errors import CheckpointError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.schema import Recipe
+from pretrain.config.section import Effect
 from pretrain.engine.engine import Fill
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 
-# Other kinds of these may have tensors of the same names and shapes, and compute something else with them.
-FAMILIES = ("attention", "norm", "feed_forward", "moe")
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 REPORT = "initial_weights.json"
 SHOWN_ROWS = 20
 
+logger = logging.getLogger(__name__)
 
-def starting_weights(recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, topology: Topology) -> Fill | None:
-    """What fills a fresh model for ``recipe.initial_weights``; None without it, and in a run that has a checkpoint of its own.
 
-    A folder is a checkpoint, which says of what kind its model is and which tokenizer it knows; a file has names and shapes alone. What does not
-    fit a partial start is told on standard error and in ``initial_weights.json`` of the run's folder. Every rank must call it.
+@dataclass(frozen=True)
+class StartingPoint:
+    """The weights that a new run starts from, looked at and not read yet.
+
+    Attributes:
+        where: for sentences: ``initial_weights`` and its value.
+        folder: the checkpoint that it names; None for a file.
+        stored: its weights.
+        found: which of them fit.
+        notes: a sentence about each field in which the two models differ, or about why that is not known.
+    """
+
+    where: str
+    folder: Path | None
+    stored: FileWeights | StoredWeights
+    found: Comparison
+    notes: list[str]
+
+
+def starting_point(recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Path) -> StartingPoint | None:
+    """What ``recipe.initial_weights`` names; None without it, and in a run that has a checkpoint of its own.
+
+    A folder is a checkpoint, which says what its model computes and which tokenizer it knows; a file says so if its training loop saved its
+    configuration.
+
+    Args:
+        tokenizer_sha256: of the data's tokenizer; None before there are data.
+        checkpoints: the run's own.
 
     Raises:
-        CheckpointError: where the weights are missing or damaged, or belong to another tokenizer or another kind of model, and where a tensor
-            does not fit, unless the recipe allows that.
+        CheckpointError: if the weights are missing, belong to another tokenizer, or mean something else in the recipe's model, and if a
+            tensor does not fit, unless the recipe allows that.
     """
     if recipe.initial_weights is None or complete_checkpoints(checkpoints):
         return None
     path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
     if path.is_dir() and (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         raise CheckpointError(f"{where} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
-    of_file = path.suffix in FILES and not path.is_dir()
+    folder: Path | None = None
     stored: FileWeights | StoredWeights
-    stored = FileWeights(path, recipe.model) if of_file else StoredWeights(_checked_folder(recipe, tokenizer_sha256, topology))
+    model: ModelConfig | None
+    if path.suffix in FILES and not path.is_dir():
+        stored = FileWeights(path, recipe.model)
+        model = model_of_config(stored.config, recipe.model)
+    else:
+        folder = resolve_checkpoint(path)
+        if tokenizer_sha256 is not None and read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
+            raise CheckpointError(f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own")
+        stored, model = StoredWeights(folder), read_recipe(folder).model
     found = compare(stored.shapes, recipe.model)
+    if model is not None:
+        _check_meaning(model, recipe.model, found, where)
     if not found.loaded or not (found.is_whole or recipe.initial_weights_partial):
         raise CheckpointError(found.first_fault(where))
-    if not found.is_whole and topology.is_main:
-        _report(found, where, checkpoints.parent / REPORT)
-    return lambda model, part, parts: fill(model, stored, part, parts, set(found.loaded))
+    return StartingPoint(where, folder, stored, found, _notes(model, recipe.model, where))
 
 
-def _checked_folder(recipe: Recipe, tokenizer_sha256: str, topology: Topology) -> Path:
-    assert recipe.initial_weights is not None
-    folder = resolve_checkpoint(recipe.initial_weights)
-    if faults := [fault for fault in topology.gather(damage(folder, topology.rank, topology.world_size)) if fault]:
+def _check_meaning(stored: ModelConfig, wanted: ModelConfig, found: Comparison, where: str) -> None:
+    if unread := unread_differences(stored, wanted, found.loaded):
+        fields = " and ".join(f"{one.path}={one.values[0]}, and the recipe {one.values[1]}" for one in unread)
+        raise CheckpointError(f"{where} has {fields}: its weights would mean something else; make them equal")
+
+
+def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[str]:
+    if stored is None:
+        return [
+            f"{where} has tensors alone: their names and shapes fit, and nothing says if the model computes with them what theirs did "
+            "(heads, rotary base, activation, norms, top_k)"
+        ]
+    training = {Effect.NONE: " (which no finished model depends on)"}
+    return [
+        f"{where} has {one.path}={one.values[0]}, and the recipe {one.values[1]}{training.get(one.effect, '')}" for one in differences(stored, wanted)
+    ]
+
+
+def starting_weights(recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, topology: Topology) -> Fill | None:
+    """What fills a fresh model for ``recipe.initial_weights``; None as :func:`starting_point`. Every rank must call it.
+
+    In what the two models differ is reported on standard error and in the log; what does not fit a partial start there and in
+    ``initial_weights.json`` of the run's folder.
+
+    Raises:
+        CheckpointError: as :func:`starting_point`, and if a file is damaged.
+    """
+    start = starting_point(recipe, tokenizer_sha256, checkpoints)
+    if start is None:
+        return None
+    folder = start.folder
+    if folder is not None and (faults := [fault for fault in topology.gather(damage(folder, topology.rank, topology.world_size)) if fault]):
         raise CheckpointError(f"initial_weights: {folder} is damaged: {faults[0]}; choose another checkpoint")
-    if read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
-        raise CheckpointError(f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own")
-    check_same_kinds(recipe.model, read_recipe(folder).model, f"initial_weights: {folder}")
-    return folder
+    if topology.is_main:
+        for note in start.notes:
+            print(note, file=sys.stderr)
+            logger.info("%s", note)
+        if not start.found.is_whole:
+            _report(start.found, start.where, checkpoints.parent / REPORT)
+    return lambda model, part, parts: fill(model, start.stored, part, parts, set(start.found.loaded))
 
 
 def _report(found: Comparison, where: str, path: Path) -> None:
@@ -76,24 +142,6 @@ def _report(found: Comparison, where: str, path: Path) -> None:
     for row in found.rows()[:SHOWN_ROWS]:
         table.add_row(*row)
     Console(stderr=True).print(table)
-
-
-def check_same_kinds(wanted: ModelConfig, stored: ModelConfig, where: str) -> None:
-    """Raises :class:`CheckpointError` where the same tensors would compute something else."""
-    pairs = {name: (getattr(stored, name), getattr(wanted, name)) for name in FAMILIES}
-    if not (stored.routed_layers and wanted.routed_layers):
-        del pairs["moe"]
-    for name, (before, after) in pairs.items():
-        if before.kind != after.kind:
-            raise CheckpointError(f"{where} has model.{name}.kind={before.kind}, and the recipe {after.kind}: make them equal")
-    if stored.norm_position != wanted.norm_position:
-        raise CheckpointError(f"{where} has model.norm_position={stored.norm_position}, and the recipe {wanted.norm_position}: make them equal")
-    for trait in ("rotary", "alibi"):
-        if getattr(stored.position, trait) != getattr(wanted.position, trait):
-            raise CheckpointError(
-                f"{where} has model.position.kind={stored.position.kind}, and the recipe {wanted.position.kind}, "  # type: ignore[attr-defined]
-                "which says otherwise where a token stands: make them equal"
-            )
 
 
 @torch.no_grad()

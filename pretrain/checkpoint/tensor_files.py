@@ -106,14 +106,19 @@ class TensorReader:
     Args:
         paths: in the order in which shares of a tensor are joined.
 
+    Attributes:
+        metadata: the texts that the files' headers hold beside the tensors.
+
     Raises:
         CheckpointError: for a file that is missing, cut off or not safetensors.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._holders: dict[str, list[tuple[Path, TensorForm]]] = {}
+        self.metadata: dict[str, str] = {}
         for path in paths:
             with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     part = file.get_slice(name)
                     dtype = _DTYPES.get(part.get_dtype())

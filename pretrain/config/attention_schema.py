@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pretrain.config.kinds import Component
-from pretrain.config.section import Positive
+from pretrain.config.section import Effect, Positive
 
 KernelName = Literal["sdpa", "reference", "flex", "flash"]
 
@@ -19,10 +19,14 @@ class Attention(Component):
     rotary_field: ClassVar[str]
 
     num_attention_heads: Positive
-    sliding_window: Positive | None = Field(None, description="tokens a query sees, itself included; all before it by default")
-    full_attention_every: Positive | None = Field(None, description="with a window: layer i sees everything where (i + 1) % n == 0")
+    sliding_window: Annotated[Positive | None, Effect.FUNCTION] = Field(
+        None, description="tokens a query sees, itself included; all before it by default"
+    )
+    full_attention_every: Annotated[Positive | None, Effect.FUNCTION] = Field(
+        None, description="with a window: layer i sees everything if (i + 1) % n == 0"
+    )
     sinks: bool = Field(False, description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)")
-    kernel: KernelName = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
+    kernel: Annotated[KernelName, Effect.NONE] = Field("sdpa", description="'reference' is the plain fp32 form that tests compare with")
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Attention:
@@ -116,7 +120,7 @@ class MultiHeadLatentAttention(Attention):
     v_head_dim: Positive
     latent_norm: Literal["rms_norm", "layer_norm"] = Field("rms_norm", description="of both latents; DeepSeek's is rms_norm")
     bias: Literal["none", "all"] = Field("none", description="'all': q_a_proj, kv_a_proj and o_proj (Hugging Face's attention_bias)")
-    decode: Literal["absorbed", "plain"] = Field(
+    decode: Annotated[Literal["absorbed", "plain"], Effect.NONE] = Field(
         "absorbed", description="with a cache: attend to latents where that multiplies less, or always make keys and values of them"
     )
 

@@ -11,7 +11,7 @@ from pretrain.config.attention_schema import Attention
 from pretrain.config.initialization_schema import Initialization, StandardInitialization
 from pretrain.config.kinds import Component, OneOf
 from pretrain.config.moe_schema import MoE
-from pretrain.config.section import NonNegative, Positive, Section
+from pretrain.config.section import Effect, NonNegative, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
 Growth = Annotated[float, Field(gt=0)]
@@ -21,7 +21,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Norm(Component):
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1e-6
 
 
 class RMSNorm(Norm):
@@ -45,10 +45,14 @@ class Position(Component):
     rotary: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
 
+    def keeps_the_meaning_of(self, other: Section) -> bool:
+        """If both tell in the same way where a token is; what else a kind has are tensors of its own."""
+        return isinstance(other, Position) and (self.rotary, self.alibi) == (other.rotary, other.alibi)
+
 
 class RotaryBase(Position):
     rotary: ClassVar[bool] = True
-    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    rope_theta: Annotated[float, Field(gt=1), Effect.FUNCTION] = 10000.0
 
 
 class Rope(RotaryBase):
@@ -63,18 +67,26 @@ class Yarn(RotaryBase):
 
     implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
     kind: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1)] = Field(description="longest sequence / original_max_position_embeddings")
-    original_max_position_embeddings: Positive = Field(description="tokens the frequencies were trained for")
-    beta_fast: Annotated[float, Field(gt=0)] = Field(32.0, description="pairs that turn more often than this over the original length are kept")
-    beta_slow: Annotated[float, Field(gt=0)] = Field(1.0, description="pairs that turn less often than this are interpolated")
-    attention_factor: Annotated[float, Field(gt=0)] | None = Field(
+    factor: Annotated[float, Field(ge=1), Effect.FUNCTION] = Field(description="longest sequence / original_max_position_embeddings")
+    original_max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(description="tokens the frequencies were trained for")
+    beta_fast: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
+        32.0, description="pairs that rotate more often than this over the original length are kept"
+    )
+    beta_slow: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="pairs that rotate less often than this are interpolated")
+    attention_factor: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
     )
-    mscale: Growth | None = Field(None, description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)")
-    mscale_all_dim: Growth | None = Field(
-        None, description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, turned numbers or not (DeepSeek-V3's code)"
+    mscale: Annotated[Growth | None, Effect.FUNCTION] = Field(
+        None,
+        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)",
     )
-    truncate: bool = Field(True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)")
+    mscale_all_dim: Annotated[Growth | None, Effect.FUNCTION] = Field(
+        None,
+        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not (DeepSeek-V3's code)",
+    )
+    truncate: Annotated[bool, Effect.FUNCTION] = Field(
+        True, description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)"
+    )
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Yarn:
@@ -168,7 +180,7 @@ class GELU(FeedForward):
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
     kind: Literal["gelu"]
-    approximate: Literal["none", "tanh"] = "none"
+    approximate: Annotated[Literal["none", "tanh"], Effect.FUNCTION] = "none"
 
 
 class SiLU(FeedForward):
@@ -179,8 +191,8 @@ class SiLU(FeedForward):
 
 
 class Clamped(FeedForward):
-    limit: Annotated[float, Field(gt=0)] = 7.0
-    alpha: Annotated[float, Field(gt=0)] = 1.702
+    limit: Annotated[float, Field(gt=0), Effect.FUNCTION] = 7.0
+    alpha: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1.702
 
 
 class ClampedSwiGLU(Clamped):
@@ -207,6 +219,10 @@ class LayerPattern(Section):
     @abstractmethod
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is a mixture of experts."""
+
+    def keeps_the_meaning_of(self, other: Section) -> bool:
+        """Always: dense layers and mixtures of experts have tensors of other names."""
+        return True
 
 
 class AllMoE(LayerPattern):
@@ -269,15 +285,17 @@ class MultiTokenPrediction(Section):
 class ModelConfig(Section):
     """A decoder-only transformer: embedding, blocks of attention and feed-forward, head."""
 
-    vocab_size: Positive | None = Field(None, description="tokens; taken from the tokenizer when left out")
-    vocab_multiple: Positive = Field(64, description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted")
+    vocab_size: Annotated[Positive | None, Effect.FUNCTION] = Field(None, description="tokens; taken from the tokenizer when left out")
+    vocab_multiple: Annotated[Positive, Effect.NONE] = Field(
+        64, description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted"
+    )
     embedding_size: Positive | None = Field(
         None, description="width of a factorised embedding, projected to hidden_size and back (Lan et al. 2020); hidden_size by default"
     )
     hidden_size: Positive
     num_hidden_layers: Positive
     intermediate_size: Positive | None = Field(None, description="width of dense feed-forwards; needed where the pattern has dense layers")
-    max_position_embeddings: Positive = Field(2048, description="longest sequence in tokens")
+    max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(2048, description="longest sequence in tokens")
     attention: Annotated[Attention, OneOf()]
     position: Annotated[Position, OneOf()] = Rope()
     norm: Annotated[Norm, OneOf()] = RMSNorm()
@@ -286,14 +304,16 @@ class ModelConfig(Section):
     feed_forward: Annotated[FeedForward, OneOf()] = SwiGLU()
     layer_pattern: Annotated[LayerPattern, OneOf()] = AllMoE()
     moe: Annotated[MoE, OneOf()] | None = None
-    dropout: Dropout = Dropout()
-    multi_token_prediction: MultiTokenPrediction | None = None
+    dropout: Annotated[Dropout, Effect.NONE] = Dropout()
+    multi_token_prediction: Annotated[MultiTokenPrediction | None, Effect.NONE] = None
     tie_word_embeddings: bool = False
     head_bias: bool = False
-    initializer_range: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)")
-    initialization: Annotated[Initialization, OneOf()] = StandardInitialization()
-    output_z_loss_weight: Weight = Field(0.0, description="weight of mean(logsumexp(output logits)^2)")
-    loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits stand in memory at once during training")
+    initializer_range: Annotated[float, Field(gt=0), Effect.NONE] = Field(
+        0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)"
+    )
+    initialization: Annotated[Initialization, OneOf(), Effect.NONE] = StandardInitialization()
+    output_z_loss_weight: Annotated[Weight, Effect.NONE] = Field(0.0, description="weight of mean(logsumexp(output logits)^2)")
+    loss_chunk_tokens: Annotated[Positive, Effect.NONE] = Field(1024, description="tokens whose logits are in memory at once during training")
 
     @property
     def moe_layers(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pretrain.config.kinds import Component, OneOf
-from pretrain.config.section import NonNegative, Positive, Section, Share
+from pretrain.config.section import Effect, NonNegative, Positive, Section, Share
 from pretrain.model.routers import Router, SoftmaxTopK
 
 Weight = Annotated[float, Field(ge=0)]
@@ -22,9 +22,11 @@ class BiasBalancing(Section):
     that had more falls by it; then the mean is taken off.
     """
 
-    update_rate: Annotated[float, Field(gt=0)] = 0.001
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls to zero towards the frozen end")
-    frozen_share: Share = Field(0.0, description="share of the run's steps, at its end, in which the bias stays as it is")
+    update_rate: Annotated[float, Field(gt=0), Effect.NONE] = 0.001
+    schedule: Annotated[Literal["constant", "linear", "cosine"], Effect.NONE] = Field(
+        "constant", description="how the rate falls to zero towards the frozen end"
+    )
+    frozen_share: Annotated[Share, Effect.NONE] = Field(0.0, description="share of the run's steps, at its end, in which the bias stays as it is")
 
 
 class MoE(Component):
@@ -50,22 +52,49 @@ class MoE(Component):
     def experts_per_token(self) -> int:
         """How many of them one token is sent to, at most."""
 
+    @property
+    @abstractmethod
+    def router_learns(self) -> bool:
+        """Whether the language loss has a gradient for what chooses experts: it has none if their weights are constant."""
+
+    @property
+    def depends_on_the_call(self) -> bool:
+        """Whether a token's output in evaluation depends on more than the tokens before it: on what is computed together."""
+        return False
+
+
+def norm_is_by_default(router: Router) -> bool:
+    """Whether a recipe leaves it open if the chosen experts' weights are divided by their sum."""
+    return "norm_topk_prob" not in router.model_fields_set
+
 
 class RoutedMoE(MoE):
     """Experts with a router that scores every one of them."""
 
     num_experts: Positive
-    top_k: Positive
+    top_k: Annotated[Positive, Effect.FUNCTION]
     router: Annotated[Router, OneOf()] = SoftmaxTopK()
-    aux_loss_weight: Weight = Field(0.01, description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)")
-    z_loss_weight: Weight = Field(0.001, description="of mean(logsumexp(router logits)^2), summed over MoE layers (ST-MoE, Zoph et al. 2022, eq. 5)")
-    sequence_loss_weight: Weight = Field(0.0, description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)")
-    cv_loss_weight: Weight = Field(
-        0.0, description="of the squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6)"
+    aux_loss_weight: Annotated[Weight, Effect.NONE] = Field(
+        0.01, description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)"
     )
-    entropy_loss_weight: Weight = Field(0.0, description="of ln E - entropy of the mean probabilities: lower is more diverse (Shen et al. 2023)")
-    balance_scope: Literal["micro_batch", "global_batch"] = Field(
-        "micro_batch", description="over which tokens f_e of aux_loss is counted; 'global_batch' costs one more forward pass a micro batch"
+    z_loss_weight: Annotated[Weight, Effect.NONE] = Field(
+        0.001,
+        description="of mean(logsumexp(router logits)^2), summed over MoE layers (ST-MoE, Zoph et al. 2022, eq. 5)",
+    )
+    sequence_loss_weight: Annotated[Weight, Effect.NONE] = Field(
+        0.0, description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)"
+    )
+    cv_loss_weight: Annotated[Weight, Effect.NONE] = Field(
+        0.0,
+        description="of the squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6)",
+    )
+    entropy_loss_weight: Annotated[Weight, Effect.NONE] = Field(
+        0.0,
+        description="of ln E - entropy of the mean probabilities: lower is more diverse (Shen et al. 2023)",
+    )
+    balance_scope: Annotated[Literal["micro_batch", "global_batch"], Effect.NONE] = Field(
+        "micro_batch",
+        description="over which tokens f_e of aux_loss is counted; 'global_batch' costs one more forward pass a micro batch",
     )
     bias_balancing: BiasBalancing | None = None
 
@@ -76,6 +105,19 @@ class RoutedMoE(MoE):
     @property
     def experts_per_token(self) -> int:
         return self.top_k
+
+    @property
+    def router_learns(self) -> bool:
+        return self.router.weights_vary(self.num_experts, self.top_k)
+
+    @model_validator(mode="after")
+    def _one_choice_keeps_its_score(self) -> RoutedMoE:
+        """norm_topk_prob is false by default if there is one choice; :func:`norm_is_by_default` knows that nobody set it."""
+        if self.top_k == 1 and norm_is_by_default(self.router):
+            router = self.router.model_copy(update={"norm_topk_prob": False})
+            router.model_fields_set.discard("norm_topk_prob")
+            self.__dict__["router"] = router
+        return self
 
     @model_validator(mode="after")
     def _choices_fit(self) -> RoutedMoE:
@@ -90,7 +132,9 @@ class DroplessMoE(RoutedMoE):
 
     implementation: ClassVar[str] = "pretrain.model.moe.dropless:DroplessMoE"
     kind: Literal["dropless"] = "dropless"
-    expert_kernel: Literal["auto", "loop", "grouped_mm"] = Field("auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop")
+    expert_kernel: Annotated[Literal["auto", "loop", "grouped_mm"], Effect.NONE] = Field(
+        "auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop"
+    )
 
 
 class DeepSpeedMoE(RoutedMoE):
@@ -102,15 +146,34 @@ class DeepSpeedMoE(RoutedMoE):
         "deepspeed",
         description="'deepspeed' is its own gate, for the plain softmax_topk; 'router' takes every router, and drops the last tokens first",
     )
-    capacity_factor: Annotated[float, Field(gt=0)] = Field(1.25, description="room per expert in training, times tokens * top_k / num_experts")
-    eval_capacity_factor: Annotated[float, Field(gt=0)] = 2.0
-    min_capacity: NonNegative = Field(4, description="tokens")
-    drop_tokens: bool = Field(True, description="false pads every expert to the fullest one, and drops nothing")
-    use_rts: bool = Field(False, description="random token selection when an expert is full (top_k 1 only)")
-    noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
-    top2_2nd_expert_sampling: bool = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
+    capacity_factor: Annotated[float, Field(gt=0), Effect.NONE] = Field(
+        1.25, description="room per expert in training, times tokens * top_k / num_experts"
+    )
+    eval_capacity_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
+        2.0, description="the same in evaluation and generation, of the tokens of one call: see drop_tokens"
+    )
+    min_capacity: Annotated[NonNegative, Effect.FUNCTION] = Field(4, description="tokens")
+    drop_tokens: Annotated[bool, Effect.FUNCTION] = Field(
+        True,
+        description="an expert has room for a share of the tokens that one call computes together, over all its texts, and "
+        "its output is 0 for those that find none: so a token's logits depend on how many tokens the call has and on what "
+        "comes before them in it, other texts included, and differ with a cache; false pads every expert to the fullest "
+        "one, and drops nothing",
+    )
+    use_rts: Annotated[bool, Effect.FUNCTION] = Field(False, description="random token selection when an expert is full (top_k 1 only)")
+    noisy_gate_policy: Annotated[Literal["Jitter", "RSample"] | None, Effect.NONE] = None
+    top2_2nd_expert_sampling: Annotated[bool, Effect.FUNCTION] = Field(False, description="Gumbel noise on the second choice (top_k 2 only)")
     use_residual: bool = Field(False, description="a dense expert beside the routed ones, mixed by a learned coefficient (PR-MoE)")
-    causal: bool = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
+    causal: Annotated[bool, Effect.NONE] = Field(True, description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones")
+
+    @property
+    def router_learns(self) -> bool:
+        """DeepSpeed's own gate never normalises a single choice."""
+        return self.num_experts > 1 if self.gate == "deepspeed" else super().router_learns
+
+    @property
+    def depends_on_the_call(self) -> bool:
+        return self.drop_tokens or self.top2_2nd_expert_sampling
 
 
 class PEER(MoE):
@@ -126,14 +189,18 @@ class PEER(MoE):
         description="sub-keys of each dimension; their product is the number of experts"
     )
     num_heads: Positive = Field(8, description="queries a token asks, each with a choice of its own; keys and experts are shared")
-    top_k: Positive = Field(16, description="experts a head takes")
+    top_k: Annotated[Positive, Effect.FUNCTION] = Field(
+        16, description="experts a head takes; with 1 its softmax is always 1, and keys and queries learn nothing"
+    )
     query_dim: Positive = Field(256, description="size of one head's query, cut into one part a dimension")
     query_bias: bool = False
     query_norm: Literal["rms_norm", "layer_norm", "batch_norm", "none"] = Field(
         "rms_norm", description="over each query; 'batch_norm' takes running statistics in training too: those of the batch would show later tokens"
     )
     moe_intermediate_size: Positive = Field(1, description="hidden numbers of one expert")
-    expert_kernel: Literal["auto", "plain", "bags", "triton"] = Field("auto", description="'auto': triton on CUDA, else torch's embedding bags")
+    expert_kernel: Annotated[Literal["auto", "plain", "bags", "triton"], Effect.NONE] = Field(
+        "auto", description="'auto': triton on CUDA, else torch's embedding bags"
+    )
 
     @property
     def total_experts(self) -> int:
@@ -142,6 +209,10 @@ class PEER(MoE):
     @property
     def experts_per_token(self) -> int:
         return min(self.num_heads * self.top_k, self.total_experts)
+
+    @property
+    def router_learns(self) -> bool:
+        return self.top_k > 1
 
     @model_validator(mode="after")
     def _keys_fit(self) -> PEER:

@@ -11,6 +11,7 @@ from pretrain.config.model_schema import GELU, ModelConfig, SiLU
 from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE
 from pretrain.config.optimizer_schema import Muon
 from pretrain.config.phase_rules import PHASE_RULES, phase_warnings
+from pretrain.config.router_rules import router_warnings
 from pretrain.config.schema import Recipe, TrainConfig
 from pretrain.config.section import Section
 from pretrain.config.timeline import Timeline, recipe_in_phase
@@ -261,7 +262,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def warnings_about(recipe: Recipe) -> list[str]:
     """What a recipe may ask for and should know, a sentence each."""
-    moe, found = recipe.model.moe, phase_warnings(recipe)
+    moe, found = recipe.model.moe, phase_warnings(recipe) + router_warnings(recipe.model)
     if isinstance(moe, PEER) and recipe.model.moe_layers and moe.query_norm == "batch_norm":
         found.append(
             "model.moe.query_norm=batch_norm norms queries by running statistics, in training too, which lag behind what the queries become: "

@@ -13,6 +13,7 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.evaluation.call_dependence import call_dependence, call_dependence_of_export
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation import ONE_TEXT, NextLogits, native_next_logits, transformers_next_logits
 from pretrain.evaluation.speculative import DraftingModel, NativeDrafting
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
 
 class TextGenerator(Protocol):
-    """What a command needs to write text."""
+    """What a command needs to write text.
+
+    Attributes:
+        call_dependence: why logits depend on what is computed together, in a sentence; None if they do not.
+    """
 
     eod_id: int
     max_positions: int
+    call_dependence: str | None
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -48,6 +54,7 @@ class NativeGenerator:
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.eod_id, self.max_positions = tokenizer.eod_id, model.config.max_position_embeddings
+        self.call_dependence = call_dependence(model.config)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode([text])[0].tolist()
@@ -72,6 +79,7 @@ class TransformersGenerator:
         self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
         self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
+        self.call_dependence = call_dependence_of_export(model.config)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

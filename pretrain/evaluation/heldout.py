@@ -22,6 +22,7 @@ from pretrain.checkpoint.weights import load_model
 from pretrain.checkpoint.weights_folder import is_weights_alone
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
+from pretrain.evaluation.call_dependence import call_dependence
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
 from pretrain.evaluation.generators import is_transformers_folder, open_transformers
 from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
@@ -96,13 +97,18 @@ class BaselineScore:
 
 @dataclass(frozen=True)
 class HeldoutScore:
-    """A model's result. ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens."""
+    """A model's result. ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens.
+
+    ``batch_size`` windows were computed together, on which the result depends if ``depends_on_batch`` says why.
+    """
 
     data: str
     step: int | None
     split: str
     window: int
     stride: int
+    batch_size: int
+    depends_on_batch: str | None
     targets: int
     loss: float
     perplexity: float
@@ -165,7 +171,8 @@ def score_checkpoint(
     fitted = {name: fit(ngram_order(name)) for name in baselines if NGRAM_NAMES.match(name)}
     score = _score(native_logits(model), text, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, fitted, text, plan, device) for name in baselines}
-    return HeldoutScore(corpora.place, state["step"], split, plan.window, plan.stride, **score, baselines=scores)
+    how = (plan.window, plan.stride, plan.batch_size, call_dependence(model.config))
+    return HeldoutScore(corpora.place, state["step"], split, *how, **score, baselines=scores)
 
 
 def score_transformers(
@@ -196,7 +203,8 @@ def score_transformers(
     encoded = encoded_again(text, opened.encode, opened.eod_id, opened.vocab_size)
     score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
-    return HeldoutScore(corpora.place, None, split, plan.window, plan.stride, **score, baselines=scores)
+    how = (plan.window, plan.stride, plan.batch_size, opened.call_dependence)
+    return HeldoutScore(corpora.place, None, split, *how, **score, baselines=scores)
 
 
 def _plan(window: int, stride: int | None, longest: int, batch_size: int, pad_id: int, recipe: Recipe | None, max_windows: int | None) -> WindowPlan:

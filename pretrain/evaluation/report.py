@@ -28,6 +28,9 @@ def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole result as Markdown: a section for each evaluation."""
     lines = [f"# {result['checkpoint']}", ""]
+    if result.get("depends_on_batch") is not None:
+        together = f" Held-out windows were computed {result['batch_size']} at once." if "batch_size" in result else ""
+        lines += [f"Results depend on the batch: {result['depends_on_batch']}.{together}", ""]
     if "loss" in result:
         lines += [f"## {result['split']} split of {result['data']}", ""]
         rows = [[name.replace("_", " "), f"{_shown(result[name])} {UNITS.get(name, '')}".strip()] for name in HELDOUT]

@@ -95,6 +95,7 @@ class Suite:
         if self.tasks is None and not self.prompts and self.references is None and self.code is None:
             return result
         opened = open_generator(folder, self.device)
+        result["depends_on_batch"] = opened.call_dependence
         writer = Writer(opened, self.sampling, self.max_new_tokens, self.stop)
         if self.tasks is not None:
             options = self.tasks

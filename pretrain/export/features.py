@@ -7,44 +7,15 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from pretrain.config.differences import mark_of
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.section import Section
+from pretrain.config.section import Effect, Section
 
 ANY = None
 """In a white list: whatever the field says."""
 
-# Fields that change nothing of what a finished model computes.
-TRAINING_ONLY = frozenset(
-    {
-        "dropout.embedding",
-        "dropout.attention",
-        "dropout.residual",
-        "dropout.feed_forward",
-        "dropout.expert",
-        "multi_token_prediction",
-        "initializer_range",
-        "output_z_loss_weight",
-        "loss_chunk_tokens",
-        "attention.kernel",
-        "attention.decode",
-        "moe.expert_kernel",
-        "moe.aux_loss_weight",
-        "moe.z_loss_weight",
-        "moe.sequence_loss_weight",
-        "moe.cv_loss_weight",
-        "moe.entropy_loss_weight",
-        "moe.balance_scope",
-        "moe.router.jitter",
-        "moe.noisy_gate_policy",
-        # Room in an expert matters where tokens are dropped, which every architecture refuses.
-        "moe.capacity_factor",
-        "moe.eval_capacity_factor",
-        "moe.min_capacity",
-        "moe.use_rts",
-        "moe.causal",
-        "moe.gate",
-    }
-)
+# Fields of room in an expert, which matters if tokens are dropped: every architecture refuses that. The two gates differ in their names alone.
+WITHOUT_DROPS = frozenset({"moe.eval_capacity_factor", "moe.min_capacity", "moe.use_rts", "moe.gate"})
 
 Takes = Mapping[str, Collection[Any] | None]
 
@@ -56,8 +27,8 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
     experts do not count where no layer is one.
     """
     reasons = []
-    for path, value, field in _fields(model, ""):
-        if path in TRAINING_ONLY or path.startswith("initialization.") or (path.startswith("moe.") and not model.moe_layers):
+    for path, value, field in _fields(model, "", Effect.MEANING):
+        if path in WITHOUT_DROPS or (path.startswith("moe.") and not model.moe_layers):
             continue
         if path in takes:
             allowed = takes[path]
@@ -69,13 +40,18 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
     return reasons
 
 
-def _fields(section: Section, prefix: str) -> Iterator[tuple[str, Any, FieldInfo]]:
-    """Path, value and declaration of each field; a section stands for its own fields, but one that is there or not counts as one value."""
+def _fields(section: Section, prefix: str, effect: Effect) -> Iterator[tuple[str, Any, FieldInfo]]:
+    """Path, value and declaration of each field that a finished model depends on.
+
+    A section stands for its own fields, but one that is there or not counts as one value.
+    """
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, mark = getattr(section, name), mark_of(field, effect)
         optional = field.get_default() is None and not field.is_required() and prefix + name != "moe"
+        if mark is Effect.NONE:
+            continue
         if isinstance(value, Section) and not optional:
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from _fields(value, f"{prefix}{name}.", mark)
         elif name != "moe":
             yield f"{prefix}{name}", value, field
 

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from pretrain.checkpoint.expert_weights import DOWN, Expert, routed_moe, router_names, write_experts
 from pretrain.checkpoint.weights_folder import tensor_shapes
+from pretrain.config.differences import differences
+from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.model_schema import ModelConfig
+from pretrain.config.router_rules import deaf_router
 from pretrain.config.schema import Recipe
+from pretrain.config.section import Effect
 from pretrain.config.width import width_ratio
 
 
@@ -60,8 +64,33 @@ def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), *
 
 
 def moe_recipe(dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
-    """:func:`derived_recipe` with every feed-forward a mixture of experts."""
-    return derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+    """:func:`derived_recipe` with every feed-forward a mixture of experts.
+
+    Raises:
+        ConfigError: as there, and for a new router that training could not teach.
+    """
+    recipe = derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+    if deaf := deaf_router(recipe.model):
+        raise ConfigError(deaf)
+    return recipe
+
+
+def check_overrides(before: ModelConfig, after: ModelConfig) -> None:
+    """Whether the weights that are taken over compute in the new recipe what they did.
+
+    The mixture of experts is put together anew, so that its section may say anything.
+
+    Raises:
+        ConfigError: naming every other field that overrides have changed, and both values.
+    """
+    kept = [one for one in differences(before, after) if one.effect is not Effect.NONE]
+    kept = [one for one in kept if not one.path.startswith(("model.moe.", "model.layer_pattern"))]
+    if kept:
+        fields = ", ".join(f"{one.path} ({one.values[0]} before, {one.values[1]} now)" for one in kept)
+        raise ConfigError(
+            f"--set changes {fields}, and the weights that are taken over would compute something else: leave it out here; what training "
+            "can adapt to may be set in the run that starts from the result"
+        )
 
 
 def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:

@@ -6,25 +6,26 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from pretrain.checkpoint.comparison import check_same_function
 from pretrain.checkpoint.expert_weights import feed_forward_names, moe_prefixes, routed_moe
-from pretrain.checkpoint.initial_weights import check_same_kinds
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.model_schema import ModelConfig
-from pretrain.merging.assembly import RouterStart, moe_layer
+from pretrain.merging.assembly import RouterStart, check_overrides, moe_layer
 from pretrain.merging.blend import blended, check_same_tensors, uniform_rates
 
 
 def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None:
     """Raises where the models are not dense ones of one form, or do not fit the new recipe."""
-    first = read_recipe(stores[0].folder).model
-    for store in stores:
-        model = read_recipe(store.folder).model
+    models = [read_recipe(store.folder).model for store in stores]
+    for store, model in zip(stores, models, strict=True):
         if model.routed_layers:
             raise CheckpointError(f"layer {model.routed_layers[0]} of {store.folder} is a mixture of experts already: give dense models")
-        check_same_kinds(first, model, str(store.folder))
+    check_same_function(models, [str(store.folder) for store in stores])
     check_same_tensors(stores)
+    first = models[0]
+    check_overrides(first, target)
     moe = routed_moe(target)
     if moe.num_experts % len(stores):
         raise ConfigError(f"{len(stores)} models cannot share {moe.num_experts} experts evenly: change model.moe.num_experts")

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from data_pipeline.corpora import data_folders
+from pretrain.checkpoint.comparison import check_same_function
 from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, routed_moe, weight_similarity
-from pretrain.checkpoint.initial_weights import check_same_kinds
 from pretrain.checkpoint.layout import TOKENIZER, complete_checkpoints, read_recipe, read_state
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder
+from pretrain.config.differences import differences
+from pretrain.config.durable import file_sha256
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
 from pretrain.config.width import initial_router_std
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.export.convert import export_safetensors
 from pretrain.export.writer import parse_bytes
-from pretrain.merging.assembly import RouterStart, derived_recipe, moe_recipe
+from pretrain.merging.assembly import RouterStart, check_overrides, derived_recipe, moe_recipe
 from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, weighted_rates
 from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
 from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
@@ -49,11 +51,31 @@ def chosen_checkpoints(given: Sequence[str] | None, run: Path | None, last: int 
             raise ConfigError(f"{run} has {len(found)} complete checkpoints: train with a larger checkpoint.keep_last, or lower --last")
         given = [str(folder) for folder in reversed(found[:last])]
     folders = [whole_checkpoint(path) for path in given or []]
-    tokenizers = [read_state(folder).get("tokenizer_sha256") for folder in folders]
+    tokenizers = [_tokenizer_of(folder) for folder in folders]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         if tokenizer != tokenizers[0]:
-            raise CheckpointError(f"{folder} has another tokenizer than {folders[0]}: give checkpoints of one tokenizer")
+            raise CheckpointError(
+                f"{folder} has another tokenizer than {folders[0]} (sha256 {_begin(tokenizer)} and {_begin(tokenizers[0])}), so that equal ids are "
+                "other texts: give checkpoints of one tokenizer"
+            )
     return folders
+
+
+def _tokenizer_of(folder: Path) -> str | None:
+    """The sha256 of a checkpoint's tokenizer, None if it has none.
+
+    Raises:
+        CheckpointError: if its tokenizer.json is not the one that its state names.
+    """
+    path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
+    found = file_sha256(path) if path.is_file() else None
+    if named is not None and found not in (None, named):
+        raise CheckpointError(f"{path} is another tokenizer than the one that the checkpoint was trained with ({_begin(named)}): put that one there")
+    return named or found
+
+
+def _begin(sha256: str | None) -> str:
+    return "of none" if sha256 is None else f"{sha256[:12]}..."
 
 
 def rates_of(count: int, weights: Sequence[float] | None, decay: float | None) -> list[float]:
@@ -72,10 +94,16 @@ def rates_of(count: int, weights: Sequence[float] | None, decay: float | None) -
 def blend(folders: Sequence[Path], output: Path, suffix: str, rates: Sequence[float], scoring: Scoring | None) -> Result:
     """A weighted mean of checkpoints of one model; the recipe is the last one's."""
     recipes = [read_recipe(folder) for folder in folders]
-    for folder, recipe in zip(folders, recipes, strict=True):
-        check_same_kinds(recipes[0].model, recipe.model, str(folder))
+    check_same_function([recipe.model for recipe in recipes], [str(folder) for folder in folders])
     stores = [StoredWeights(folder) for folder in folders]
-    return _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+    result = _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+    others = zip(folders[:-1], recipes[:-1], strict=True)
+    notes = [
+        f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose recipe the result has; no weight depends on it"
+        for folder, recipe in others
+        for one in differences(recipe.model, recipes[-1].model)
+    ]
+    return result | {"notes": notes}
 
 
 def mix(
@@ -109,6 +137,7 @@ def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | N
         alike = weight_similarity(experts) if similarity == "weights" else cosines(list(answers(experts, before.model, inputs[index])))
         clusters.append(folded(alike, keep, moe))
     after = derived_recipe(before, suffix, overrides, moe=smaller)
+    check_overrides(before.model, after.model)
     result = _publish([folder], output, after, regrouped_tensors(stored, before.model, after.model, clusters, usage_LE), scoring)
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
     rows = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)

@@ -21,7 +21,7 @@ from pretrain.checkpoint.expert_weights import DOWN, GATE, UP, Expert, feed_forw
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
-from pretrain.merging.assembly import RouterStart, moe_layer, random_normal, random_stream
+from pretrain.merging.assembly import RouterStart, check_overrides, moe_layer, random_normal, random_stream
 from pretrain.model.routers import NoisyTopK, SoftmaxTopK
 
 
@@ -66,7 +66,7 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
     if not (router.norm_topk_prob or even or all_chosen):
         raise ConfigError(
             "the weights of a token's experts add up to another number for each token, because model.moe.router.norm_topk_prob is false: "
-            "set it to true, or take --router zero, with which they are all alike"
+            f"take --router zero, with which they are all alike{', or set it to true' if moe.top_k > 1 else ''}"
         )
     if options.granularity > 1:
         _check_whole_groups(moe, options)
@@ -101,6 +101,7 @@ def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> 
     """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
     if dense.routed_layers:
         raise CheckpointError(f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model")
+    check_overrides(dense, target)
     moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
     if moe.moe_intermediate_size * g != width:
         raise ConfigError(

@@ -73,7 +73,11 @@ BROKEN = {
         ["RSample works with top_k=1 only"],
         ["model.moe.noisy_gate_policy=Jitter"],
     ),
-    "native_options_fit/one": ([*NATIVE, "model.moe.top_k=1"], ["top_k=1", "norm_topk_prob=False"], ["model.moe.router.norm_topk_prob=false"]),
+    "native_options_fit/one": (
+        [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=true"],
+        ["top_k=1", "norm_topk_prob=False"],
+        ["model.moe.router.norm_topk_prob=false"],
+    ),
     "native_options_fit/two": (
         [*NATIVE, "model.moe.router.norm_topk_prob=false"],
         ["norm_topk_prob=True", "gate=router"],

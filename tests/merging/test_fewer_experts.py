@@ -98,7 +98,7 @@ def twins(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("similarity", ["weights", "outputs"])
 def test_two_identical_experts_fold_without_change(trained: Trained, tmp_path: Path, similarity: str) -> None:
-    same = variant(trained, tmp_path / "same", twins, "model.moe.top_k=1", "model.moe.router={kind: sigmoid_topk}")
+    same = variant(trained, tmp_path / "same", twins, "model.moe.top_k=1", "model.moe.router={kind: sigmoid_topk, norm_topk_prob: true}")
     result = reduce("fold", same, tmp_path / "out", "--keep", "3", "--similarity", similarity)
     before, after = before_and_after(result)
     assert after == before

@@ -73,7 +73,8 @@ CASES: dict[str, tuple[Upcycling, int, int, tuple[str, ...]]] = {
     "shards in DeepSpeed's layer": (Upcycling(2), 8, 4, NATIVE),
     "DeepSpeed's own gate": (Upcycling(), 4, 2, OWN_GATE),
     "shards with DeepSpeed's own gate": (Upcycling(2), 4, 2, OWN_GATE),
-    "DeepSpeed's own gate with one choice": (Upcycling(router_std=0.0), 4, 1, (*OWN_GATE, "moe.router.norm_topk_prob=false")),
+    "DeepSpeed's own gate with one choice": (Upcycling(router_std=0.0), 4, 1, OWN_GATE),
+    "one choice, zero router": (Upcycling(router_std=0.0), 4, 1, ()),
     "a residual expert": (Upcycling(), 4, 2, (*NATIVE, "moe.use_residual=true")),
     "scaled weights": (Upcycling(), 4, 2, ("moe.router.routed_scaling_factor=2.5",)),
     "scaled weights of shards": (Upcycling(4), 16, 8, ("moe.router.routed_scaling_factor=2.5", "moe.router.bias=true")),
@@ -109,7 +110,7 @@ def test_the_mixture_computes_what_the_dense_model_does(case: str) -> None:
 def test_it_does_for_every_kind_of_feed_forward(feed_forward: str, kind: tuple[str, ...], granularity: int) -> None:
     recipe, dense = dense_model(f"feed_forward={{kind: {feed_forward}}}", "multi_token_prediction={}")
     options = Upcycling(granularity)
-    target, tensors = upcycle(recipe, dense, options, 2 * granularity, granularity, *kind)
+    target, tensors = upcycle(recipe, dense, options, 4 * granularity, 2 * granularity, *kind)
     mixture = filled(target, tensors)
     assert difference(dense, mixture) < 2e-5
     with torch.no_grad():
@@ -129,6 +130,10 @@ def test_half_a_group_of_shards_computes_something_else() -> None:
     "options,num_experts,top_k,overrides,reason",
     [
         (Upcycling(), 4, 2, ("moe.router.norm_topk_prob=false",), "add up to another number for each token"),
+        (Upcycling(), 4, 1, (), "take --router zero, with which they are all alike$"),
+        (Upcycling(), 4, 1, ("moe.router.norm_topk_prob=true",), "lets the router learn nothing"),
+        (Upcycling(), 4, 2, ("position.rope_theta=5e5",), r"model\.position\.rope_theta \(10000.0 before, 500000.0 now\)"),
+        (Upcycling(), 4, 2, ("attention.num_attention_heads=2", "attention.head_dim=16"), r"num_attention_heads \(4 before, 2 now\)"),
         (Upcycling(router_std=0.0), 4, 2, ("moe.router={kind: noisy_topk, norm_topk_prob: false}",), "add up to another number"),
         (Upcycling(), 4, 2, ("moe.kind=deepspeed", "moe.gate=router"), "would drop tokens"),
         (Upcycling(2), 4, 3, (), "must be multiples of --granularity"),

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from pretrain.config import attention_schema, model_schema
+from pretrain.config.differences import mark_of
 from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, MoE, RoutedMoE
-from pretrain.config.section import Section
+from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, RoutedMoE
+from pretrain.config.section import Effect, Section
 from pretrain.export.name_map import Link, Links, is_left_out
 from pretrain.model import routers
 from pretrain.model.decoder import DecoderLM
@@ -22,8 +23,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_moe_pretrain.MoePretrainConfig",
     "AutoModelForCausalLM": "modeling_moe_pretrain.MoePretrainForCausalLM",
 }
-# What the class computes: each kind of section, and the fields of it that config.json carries. What stands neither here nor in
-# TRAINING_ONLY is a reason against the export.
+# What the class computes: each kind of section, and the fields of it that config.json carries. A field that is neither here nor in RESOLVED
+# is a reason against the export, unless the schema says that no finished model depends on it.
 _SHARED_BY_ATTENTION = ("num_attention_heads", "bias", "sinks")
 _SHARED_BY_ROUTERS = ("bias", "norm_topk_prob", "routed_scaling_factor", "groups")
 _SHARED_BY_MOE = ("moe_intermediate_size", "shared_expert_gate")
@@ -63,19 +64,10 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
     DeepSpeedMoE: (*_SHARED_BY_ROUTED, "gate", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_residual"),
     PEER: (*_SHARED_BY_MOE, "product_key_sizes", "num_heads", "top_k", "query_dim", "query_bias", "query_norm"),
 }
-# What changes no logit in evaluation, and what :meth:`Custom.config` resolves itself.
-TRAINING_ONLY: dict[type[Section], tuple[str, ...]] = {
-    ModelConfig: (
-        *("vocab_multiple", "dropout", "multi_token_prediction", "output_z_loss_weight", "loss_chunk_tokens", "layer_pattern"),
-        "initialization",
-    ),
-    attention_schema.Attention: ("kernel", "decode", "sliding_window", "full_attention_every"),
-    routers.Router: ("jitter",),
-    MoE: (
-        *("aux_loss_weight", "z_loss_weight", "sequence_loss_weight", "cv_loss_weight", "entropy_loss_weight", "balance_scope", "bias_balancing"),
-        *("num_shared_experts", "shared_intermediate_size", "expert_kernel"),
-        *("capacity_factor", "use_rts", "noisy_gate_policy", "top2_2nd_expert_sampling", "causal"),
-    ),
+# What :meth:`Custom.config` and :meth:`Custom.reasons_against` look at themselves.
+RESOLVED = {
+    *("layer_pattern", "sliding_window", "full_attention_every", "num_shared_experts", "shared_intermediate_size", "bias_balancing"),
+    *("use_rts", "top2_2nd_expert_sampling"),
 }
 
 # The class keeps our names but for these.
@@ -173,13 +165,12 @@ def _unknown(section: Section, path: str) -> list[str]:
     """Fields and kinds below ``path`` that the class does not know."""
     if type(section) not in COMPUTED:
         return [f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class does not have"]
-    ignored = {"kind"}.union(*(names for family, names in TRAINING_ONLY.items() if isinstance(section, family)))
     reasons = []
-    for name in type(section).model_fields:
+    for name, field in type(section).model_fields.items():
         if name in COMPUTED[type(section)]:
             value = getattr(section, name)
             reasons += _unknown(value, f"{path}.{name}") if isinstance(value, Section) else []
-        elif name not in ignored:
+        elif name != "kind" and name not in RESOLVED and mark_of(field, Effect.MEANING) is not Effect.NONE:
             reasons.append(f"the class does not know {path}.{name}")
     return reasons
 

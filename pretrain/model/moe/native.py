@@ -30,8 +30,14 @@ class _ObservedGate(TopKGate):
 
     decision: GateDecision
 
-    def forward(self, *args: Any, **kwargs: Any) -> GateDecision:
-        self.decision = super().forward(*args, **kwargs)
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> GateDecision:
+        least_room = self.min_capacity
+        # For one choice DeepSpeed refuses fewer tokens than the least room, as a step with a cache has; room for all of them is enough.
+        self.min_capacity = min(least_room, input.shape[0])
+        try:
+            self.decision = super().forward(input, *args, **kwargs)
+        finally:
+            self.min_capacity = least_room
         return self.decision
 
     def routing(self, x_TD: torch.Tensor) -> Routing:

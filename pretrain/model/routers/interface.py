@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.config.section import Positive, Section
+from pretrain.config.section import Effect, Positive, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,23 @@ class Router(Section):
     learned_noise: ClassVar[bool] = False
 
     bias: bool = Field(False, description="a learned bias on the logits")
-    norm_topk_prob: bool = Field(True, description="the chosen experts' weights are divided by their sum")
-    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="the weights are multiplied by this")
-    jitter: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in training the input is multiplied by 1 +- this at random (Switch)")
-    groups: ExpertGroups | None = None
+    norm_topk_prob: Annotated[bool, Effect.FUNCTION] = Field(
+        True,
+        description="the chosen experts' weights are divided by their sum; false by default if top_k is 1, whose weight would always be 1",
+    )
+    routed_scaling_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="the weights are multiplied by this")
+    jitter: Annotated[float, Field(ge=0, lt=1), Effect.NONE] = Field(
+        0.0, description="in training the input is multiplied by 1 +- this at random (Switch)"
+    )
+    groups: Annotated[ExpertGroups | None, Effect.FUNCTION] = None
+
+    def keeps_the_meaning_of(self, other: Section) -> bool:
+        """Always: every kind scores an expert higher for a larger logit."""
+        return True
+
+    def weights_vary(self, num_experts: int, top_k: int) -> bool:
+        """Whether the weights of a token's experts depend on its scores; if not, the language loss gives the router no gradient."""
+        return not (self.norm_topk_prob and top_k == 1)
 
     @abstractmethod
     def scores(self, logits_TE: Tensor) -> Tensor:

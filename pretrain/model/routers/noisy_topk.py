@@ -25,3 +25,7 @@ class NoisyTopK(Router):
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         return scores_TE
+
+    def weights_vary(self, num_experts: int, top_k: int) -> bool:
+        """Not if all there is is one expert, either: its probability is 1."""
+        return num_experts > 1 and super().weights_vary(num_experts, top_k)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from pretrain.config.section import Effect
 from pretrain.model.routers.interface import Router
 
 if TYPE_CHECKING:
@@ -16,10 +17,14 @@ class SoftmaxTopK(Router):
     """Probabilities compete: what one expert wins, the others lose."""
 
     kind: Literal["softmax_topk"] = "softmax_topk"
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="logits are divided by this; above 1 choices are more even")
+    temperature: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(1.0, description="logits are divided by this; above 1 choices are more even")
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return (logits_TE / self.temperature).softmax(dim=-1)
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         return scores_TE
+
+    def weights_vary(self, num_experts: int, top_k: int) -> bool:
+        """Not if all there is is one expert, either: its probability is 1."""
+        return num_experts > 1 and super().weights_vary(num_experts, top_k)
