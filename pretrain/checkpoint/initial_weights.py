@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from pretrain.checkpoint.comparison import Comparison, compare, unread_differences
 from pretrain.checkpoint.file_weights import FileWeights, model_of_config
-from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
+from pretrain.checkpoint.layout import complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights import global_name
 from pretrain.config.differences import differences
@@ -71,8 +71,6 @@ def starting_point(recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Pa
     if recipe.initial_weights is None or complete_checkpoints(checkpoints):
         return None
     path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
-    if path.is_dir() and (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{where} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
     folder: Path | None = None
     stored: FileWeights | StoredWeights
     model: ModelConfig | None

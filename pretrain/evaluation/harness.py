@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.errors import ConfigError, DataError, PipelineError
 from pretrain.evaluation.generators import NativeGenerator, TransformersGenerator
+from pretrain.export.hf_open import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -36,11 +36,12 @@ def run_tasks(
         ConfigError: for a task that there is not.
         DataError: where a task's data cannot be read: tasks of the harness's own list come from the hub.
     """
+    quiet_libraries()
+    import datasets
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = _task_manager(list(tasks), include_path)
     if isinstance(opened, NativeGenerator):
         from pretrain.evaluation.harness_model import NativeHarnessModel

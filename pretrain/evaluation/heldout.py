@@ -24,10 +24,11 @@ from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
 from pretrain.evaluation.call_dependence import call_dependence
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
-from pretrain.evaluation.generators import is_transformers_folder, open_transformers
+from pretrain.evaluation.generators import open_transformers
 from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
 from pretrain.evaluation.ngram import NGram, fit_ngram, ngram_nll, sample_pairs
 from pretrain.evaluation.perplexity import BatchLogits, Evaluation, checked, native_logits, score_batches, transformers_logits
+from pretrain.export.hf_files import is_hf_folder
 
 NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
 NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
@@ -239,7 +240,7 @@ def _score(logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: 
 def check_baselines(names: Sequence[str]) -> None:
     """Raises :class:`ConfigError` for a name that is neither an n-gram nor a Hugging Face folder."""
     for name in names:
-        if not NGRAM_NAMES.match(name) and not is_transformers_folder(Path(name)):
+        if not NGRAM_NAMES.match(name) and not is_hf_folder(Path(name)):
             raise ConfigError(f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no Hugging Face folder: correct it")
 
 

@@ -13,11 +13,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from pretrain.checkpoint.layout import TOKENIZER
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import validate_recipe
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
+from pretrain.export.hf_files import unset_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -124,12 +125,6 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     return recipe
 
 
-def reason(error: BaseException, fields: Mapping[str, Any]) -> str:
-    """What transformers says against a config, and which of its fields have no value: its errors rarely name the field."""
-    unset = [field for field, value in _entries(fields) if value is None and field not in NEUTRAL]
-    return " ".join(str(error).split())[:300] + (f"; without a value are {', '.join(unset)}" if unset else "")
-
-
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
     """A field that the class does not declare is passed over by most readers, but not by all of transformers' code."""
     declared = {field.name for field in dataclasses.fields(config)}
@@ -152,7 +147,9 @@ def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) ->
         with torch.device("meta"):
             getattr(transformers, target.architecture)(config)
     except REFUSALS as error:
-        raise ConfigError(f"transformers cannot build the model of {path}: {reason(error, config.to_dict())}") from None
+        raise ConfigError(
+            f"transformers cannot build the model of {path}: {' '.join(str(error).split())[:300]}{unset_fields(config.to_dict())}"
+        ) from None
 
 
 def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
@@ -164,12 +161,6 @@ def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
     if "head_dim" in declared and fields.get("head_dim") is None:
         fields["head_dim"] = config.hidden_size // config.num_attention_heads
     return fields
-
-
-def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Fields and, of dictionaries, entries by their dotted names."""
-    for field, value in fields.items():
-        yield from _entries({f"{field}.{name}": entry for name, entry in value.items()}) if isinstance(value, dict) else [(field, value)]
 
 
 def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
@@ -184,7 +175,14 @@ def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
 def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
     if not (source / TOKENIZER).is_file():
         return {"kind": "train_bpe"}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({error}): copy the model's own there") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.vocab_size:
+        raise CheckpointError(f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     section = {"kind": "file", "path": str(output / TOKENIZER)}
-    token = None if eos is None else tokenizers.Tokenizer.from_file(str(source / TOKENIZER)).id_to_token(eos)
+    token = None if eos is None else tokenizer.id_to_token(eos)
     return section if token is None else section | {"eod_token": token}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,9 @@ from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
-from pretrain.export.hf_recipe import REFUSALS, reason, recipe_of
+from pretrain.export.hf_files import CONFIG, read_config
+from pretrain.export.hf_open import open_config
+from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
 from pretrain.export.targets import ARCHITECTURES
@@ -41,7 +42,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
         ConfigError: when a recipe cannot say what the model computes, or ``output`` is taken.
         CheckpointError: when weights are missing, superfluous or damaged, or numbers differ; ``output`` is then left as it was.
     """
-    target, config = read_config(source)
+    target, config = architecture_of(source)
     recipe = recipe_of(source, output, target, config)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
@@ -67,24 +68,21 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
     return conversion
 
 
-def read_config(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
-    from transformers import AutoConfig
+def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
+    """The architecture and the config of a Hugging Face folder.
 
-    path = source / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path} is missing or no JSON: give a Hugging Face folder") from None
-    name = content.get("model_type") if isinstance(content, dict) else None
+    Raises:
+        ConfigError: for an architecture that no recipe can say, and for quantised weights.
+        CheckpointError: when the config is damaged, or the folder holds foreign code.
+    """
+    path, content = source / CONFIG, read_config(source)
+    name = content["model_type"]
     known = {target.name: target for target in ARCHITECTURES}
     if name not in known:
         raise ConfigError(f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}")
     if content.get("quantization_config"):
         raise ConfigError(f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
-    try:
-        return known[name], AutoConfig.from_pretrained(source, local_files_only=True)
-    except REFUSALS as error:
-        raise ConfigError(f"transformers does not take {path}: {reason(error, content)}") from None
+    return known[name], open_config(source)
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:
