@@ -7,13 +7,12 @@ Both Megatron-LM and Megatron-DeepSpeed read and write it. We write one sequence
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import xxhash
 
+from data_pipeline.block_checksums import FileChecksums
 from pretrain.config.durable import fsync_path
 from pretrain.config.errors import DataError, StorageError
 
@@ -59,7 +59,10 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3."""
+    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3.
+
+    ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see :mod:`data_pipeline.block_checksums`.
+    """
 
     documents: int
     tokens: int
@@ -67,6 +70,8 @@ class WrittenShard:
     bin_checksum: str
     idx_bytes: int
     idx_checksum: str
+    bin_blocks: list[str] = field(default_factory=list)
+    idx_blocks: list[str] = field(default_factory=list)
 
 
 class IndexedWriter:
@@ -84,14 +89,13 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], durable: bool = True) -> None:
         self.prefix, self.dtype, self.durable = prefix, dtype, durable
-        self._code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
         for path in (bin_path(prefix), idx_path(prefix)):
             if path.exists():
                 raise StorageError(f"{path} is there already and would be overwritten: remove it, or choose another folder")
         self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.partial") for kind in ("bin", "idx", "lengths")}
         self._bin = self._temporary["bin"].open("wb")
         self._lengths = self._temporary["lengths"].open("w+b")
-        self._hash = hashlib.sha256 if durable else xxhash.xxh3_128
+        self._hash = FileChecksums if durable else xxhash.xxh3_128
         self._bin_hash = self._hash()
         # A shard's block is hashed while it is written: both take about as long, and neither holds the interpreter's lock.
         self._hasher = ThreadPoolExecutor(1) if durable else None
@@ -161,7 +165,7 @@ class IndexedWriter:
         self._complete(self._bin)
         index_hash, index_bytes = self._hash(), 0
         with self._temporary["idx"].open("wb") as stream:
-            for block in self._index():
+            for block in index_content(self.dtype, self.documents, self._read_lengths):
                 index_hash.update(block)
                 stream.write(block)
                 index_bytes += len(block)
@@ -177,6 +181,8 @@ class IndexedWriter:
             bin_checksum=self._bin_hash.hexdigest(),
             idx_bytes=index_bytes,
             idx_checksum=index_hash.hexdigest(),
+            bin_blocks=_blocks_of(self._bin_hash),
+            idx_blocks=_blocks_of(index_hash),
         )
 
     def _complete(self, stream: BinaryIO) -> None:
@@ -184,21 +190,32 @@ class IndexedWriter:
         if self.durable:
             os.fsync(stream.fileno())
 
-    def _index(self) -> Iterator[bytes]:
-        """The index file in blocks: the lengths are read back twice, the second time to sum them up to offsets."""
-        yield HEADER.pack(MAGIC, VERSION, self._code, self.documents, self.documents + 1)
-        yield from self._read_lengths()
-        offset = 0
-        for block in self._read_lengths():
-            ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
-            yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()
-            offset = int(ends[-1])
-        for start in range(0, self.documents + 1, BLOCK_TOKENS):
-            yield np.arange(start, min(start + BLOCK_TOKENS, self.documents + 1), dtype="<i8").tobytes()
-
     def _read_lengths(self) -> Iterator[bytes]:
         self._lengths.seek(0)
         return iter(lambda: self._lengths.read(4 * BLOCK_TOKENS), b"")
+
+
+def index_content(dtype: np.dtype[Any], documents: int, read_lengths: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+    """An index file of one sequence a document, in blocks.
+
+    Args:
+        dtype: of a token.
+        read_lengths: the documents' lengths in tokens as int32, in blocks; it is called twice, the second time to sum them up to offsets.
+    """
+    code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
+    yield HEADER.pack(MAGIC, VERSION, code, documents, documents + 1)
+    yield from read_lengths()
+    offset = 0
+    for block in read_lengths():
+        ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * dtype.itemsize
+        yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()
+        offset = int(ends[-1])
+    for start in range(0, documents + 1, BLOCK_TOKENS):
+        yield np.arange(start, min(start + BLOCK_TOKENS, documents + 1), dtype="<i8").tobytes()
+
+
+def _blocks_of(checksums: FileChecksums | xxhash.xxh3_128) -> list[str]:
+    return checksums.blocks() if isinstance(checksums, FileChecksums) else []
 
 
 class IndexedReader:
