@@ -208,7 +208,8 @@ def load_manifest(data: Path | str) -> Manifest:
     version = content.get("version") if isinstance(content, dict) else None
     if version not in READ_VERSIONS:
         raise DataError(
-            f"{path} has version {version!r}, this code reads versions {READ_VERSIONS[0]} to {READ_VERSIONS[-1]}: build the data again with tools/preprocess_data.py --fresh"
+            f"{path} has version {version!r}, this code reads versions {READ_VERSIONS[0]} to {READ_VERSIONS[-1]}: "
+            "build the data again with tools/preprocess_data.py --fresh"
         )
     try:
         return Manifest.model_validate(content).at(path.parent)

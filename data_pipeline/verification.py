@@ -1,7 +1,8 @@
 """Whether shards are still what was written: blocks of their files are compared with the manifest when training starts.
 
-``sample`` reads one block of every file, other ones at each start, in the background of the first steps; ``full`` reads everything before them. The work
-is split over the ranks, so each may find what the others do not: :meth:`pretrain.trainer.Trainer` has them agree.
+``sample`` reads one block of every file, other ones at each start, in the background of the first steps;
+``full`` reads everything before them. The work is split over the ranks, so each may find what the others do
+not: :class:`pretrain.trainer.Trainer` has them agree.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Block:
         if checksum.hexdigest() == self.checksum:
             return None
         return (
-            f"{self.place} has changed since it was written (its checksum is not that of the manifest): copy the file again from where it is whole, or "
-            "build the data again with tools/preprocess_data.py --fresh; tools/verify_data.py lists all that is damaged"
+            f"{self.place} has changed since it was written (its checksum is not that of the manifest): copy the file "
+            "again from where it is whole, or build the data again with tools/preprocess_data.py --fresh; "
+            "tools/verify_data.py lists all that is damaged"
         )
 
     @property

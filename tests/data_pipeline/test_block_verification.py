@@ -59,7 +59,7 @@ def test_checksums_do_not_depend_on_how_the_bytes_come(small_blocks: None, sizes
 
 def test_every_block_of_every_file_is_listed_once_and_whole(folder: Path) -> None:
     manifest = load_manifest(folder)
-    covered = {path: b"" for path in folder.glob("*.bin")} | {path: b"" for path in folder.glob("*.idx")}
+    covered = dict.fromkeys((*folder.glob("*.bin"), *folder.glob("*.idx")), b"")
     for block in every_block([manifest]):
         assert block.start == len(covered[block.path])
         part = block.path.read_bytes()[block.start : block.start + block.size]

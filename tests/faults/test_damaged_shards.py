@@ -27,7 +27,9 @@ def flip_low_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["sample", "full"])
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
-def test_a_flipped_low_bit_stops_training_before_its_first_checkpoint(tiny: Tiny, data: Path, tmp_path: Path, train: Command, how: str, name: str) -> None:
+def test_a_flipped_low_bit_stops_training_before_its_first_checkpoint(
+    tiny: Tiny, data: Path, tmp_path: Path, train: Command, how: str, name: str
+) -> None:
     flip_low_bit(data / name)
     run = tmp_path / "run"
     code, message = train(tiny.arguments(run, f"data.path={data}", f"data.verify={how}", "checkpoint.interval_steps=1", steps=3))
