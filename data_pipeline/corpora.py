@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data_pipeline.manifest import Manifest, TokenizerEntry, load_manifest, verify
 from data_pipeline.split import SplitName
 from data_pipeline.token_stream import TokenStream, open_split, source_fingerprint
+from data_pipeline.verification import BackgroundCheck, every_block, first_fault, lacks_blocks, sampled_blocks
 from pretrain.config.errors import DataError
 from pretrain.config.schema import Recipe
 
@@ -115,6 +119,26 @@ class Corpora:
         """See :func:`data_pipeline.manifest.verify`."""
         for manifest in self.manifests.values():
             verify(manifest)
+
+    def check_blocks(self, how: Literal["sizes", "sample", "full"], rank: int, world_size: int) -> BackgroundCheck:
+        """Compares this rank's part of the files' blocks with the manifests, beyond the sizes that :meth:`verify` looks at.
+
+        Returns:
+            What is still being read in the background; of ``full`` nothing is left to read.
+        """
+        manifests = list(self.manifests.values())
+        if how == "full":
+            return BackgroundCheck([], first_fault(every_block(manifests)[rank::world_size], progress=rank == 0))
+        if how == "sizes":
+            return BackgroundCheck([])
+        if (old := lacks_blocks(manifests)) is not None and rank == 0:
+            print(
+                f"warning: the manifest in {old.folder} has no checksums of blocks, so that only sizes are compared: use --set data.verify=full, or "
+                "build the data again",
+                file=sys.stderr,
+            )
+        # Other blocks at each start: the seed is the system's, not the recipe's.
+        return BackgroundCheck(sampled_blocks(manifests, random.Random())[rank::world_size])
 
 
 def data_folders(recipe: Recipe) -> dict[str, str]:

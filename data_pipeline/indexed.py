@@ -1,19 +1,19 @@
 """Megatron's indexed token format: ``PREFIX.bin`` holds the tokens of all documents back to back, ``PREFIX.idx`` says where each one lies.
 
 The index, little-endian: magic ``MMIDIDX\\0\\0``; u64 version 1; u8 code of the token type; u64 number of sequences; u64 number of document
-marks; int32 lengths in tokens; int64 byte offsets into the .bin; int64 document marks (sequence numbers, from 0 to the number of sequences).
-Both Megatron-LM and Megatron-DeepSpeed read and write it. We write one sequence per document.
+marks; int32 lengths in tokens; int64 byte offsets into the .bin; int64 document marks (sequence numbers, from 0 to the number of sequences);
+in a multimodal data set then a byte a sequence, its mode. Megatron-LM, Megatron-DeepSpeed and GPT-NeoX read and write it. We write one sequence
+per document.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -21,10 +21,12 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import xxhash
 
+from data_pipeline.block_checksums import FileChecksums
 from pretrain.config.durable import fsync_path
 from pretrain.config.errors import DataError, StorageError
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLDER_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES: dict[int, np.dtype[Any]] = {
@@ -36,6 +38,7 @@ TOKEN_TYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 FLOAT_CODES = {6: "float64", 7: "float32"}
+BUILD_AGAIN = "build the shards again with tools/preprocess_data.py --fresh"
 LONGEST_DOCUMENT = 2**31 - 1
 BLOCK_TOKENS = 1 << 21
 # An index of this many sequences is read whole when it is opened: milliseconds.
@@ -59,7 +62,10 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3."""
+    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3.
+
+    ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see :mod:`data_pipeline.block_checksums`.
+    """
 
     documents: int
     tokens: int
@@ -67,6 +73,8 @@ class WrittenShard:
     bin_checksum: str
     idx_bytes: int
     idx_checksum: str
+    bin_blocks: list[str] = field(default_factory=list)
+    idx_blocks: list[str] = field(default_factory=list)
 
 
 class IndexedWriter:
@@ -84,14 +92,13 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], durable: bool = True) -> None:
         self.prefix, self.dtype, self.durable = prefix, dtype, durable
-        self._code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
         for path in (bin_path(prefix), idx_path(prefix)):
             if path.exists():
                 raise StorageError(f"{path} is there already and would be overwritten: remove it, or choose another folder")
         self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.partial") for kind in ("bin", "idx", "lengths")}
         self._bin = self._temporary["bin"].open("wb")
         self._lengths = self._temporary["lengths"].open("w+b")
-        self._hash = hashlib.sha256 if durable else xxhash.xxh3_128
+        self._hash = FileChecksums if durable else xxhash.xxh3_128
         self._bin_hash = self._hash()
         # A shard's block is hashed while it is written: both take about as long, and neither holds the interpreter's lock.
         self._hasher = ThreadPoolExecutor(1) if durable else None
@@ -120,14 +127,8 @@ class IndexedWriter:
         """
         if int(lengths.sum()) != tokens.size:
             raise ValueError(f"{tokens.size} tokens for documents of {lengths.sum()} in all")
-        if lengths.size and lengths.max() > LONGEST_DOCUMENT:
-            raise DataError(f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several")
-        limits = np.iinfo(self.dtype)
-        if tokens.dtype != self.dtype and tokens.size and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0)):
-            raise DataError(
-                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
-            )
-        self._append(np.ascontiguousarray(tokens, dtype=self.dtype), lengths)
+        self.add_part(tokens)
+        self.end_documents(lengths)
         self._wait_for_hash()  # the array is the caller's, who may change it now
 
     def copy(self, reader: IndexedReader, first: int, last: int) -> None:
@@ -136,9 +137,31 @@ class IndexedWriter:
             raise ValueError(f"{reader.prefix} holds {reader.dtype}, {self.prefix} {self.dtype}")
         begin, end = reader.start_of(first), reader.start_of(last)
         for start in range(begin, end, BLOCK_TOKENS):
-            self._append(reader.tokens[start : min(start + BLOCK_TOKENS, end)], np.zeros(0, "<i4"))
+            self.add_part(reader.tokens[start : min(start + BLOCK_TOKENS, end)])
         for start in range(first, last, BLOCK_TOKENS):
-            self._append(np.zeros(0, self.dtype), reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
+            self.end_documents(reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
+
+    def add_part(self, tokens: Tokens) -> None:
+        """Appends tokens, of any integer type, whose documents :meth:`end_documents` ends later. The array must not change.
+
+        Raises:
+            DataError: for an id that the shard's type cannot hold.
+        """
+        self._append(self._converted(tokens), np.zeros(0, "<i4"))
+
+    def end_documents(self, lengths: np.ndarray) -> None:
+        """The lengths in tokens of the next documents [num_documents]."""
+        if lengths.size and lengths.max() > LONGEST_DOCUMENT:
+            raise DataError(f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several")
+        self._append(np.zeros(0, self.dtype), lengths)
+
+    def _converted(self, tokens: Tokens) -> Tokens:
+        limits = np.iinfo(self.dtype)
+        if tokens.dtype != self.dtype and tokens.size and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0)):
+            raise DataError(
+                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
+            )
+        return np.ascontiguousarray(tokens, dtype=self.dtype)
 
     def _append(self, tokens: Tokens, lengths: np.ndarray) -> None:
         if self._hasher is None:
@@ -161,7 +184,7 @@ class IndexedWriter:
         self._complete(self._bin)
         index_hash, index_bytes = self._hash(), 0
         with self._temporary["idx"].open("wb") as stream:
-            for block in self._index():
+            for block in index_content(self.dtype, self.documents, self._read_lengths):
                 index_hash.update(block)
                 stream.write(block)
                 index_bytes += len(block)
@@ -177,6 +200,8 @@ class IndexedWriter:
             bin_checksum=self._bin_hash.hexdigest(),
             idx_bytes=index_bytes,
             idx_checksum=index_hash.hexdigest(),
+            bin_blocks=_blocks_of(self._bin_hash),
+            idx_blocks=_blocks_of(index_hash),
         )
 
     def _complete(self, stream: BinaryIO) -> None:
@@ -184,21 +209,32 @@ class IndexedWriter:
         if self.durable:
             os.fsync(stream.fileno())
 
-    def _index(self) -> Iterator[bytes]:
-        """The index file in blocks: the lengths are read back twice, the second time to sum them up to offsets."""
-        yield HEADER.pack(MAGIC, VERSION, self._code, self.documents, self.documents + 1)
-        yield from self._read_lengths()
-        offset = 0
-        for block in self._read_lengths():
-            ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
-            yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()
-            offset = int(ends[-1])
-        for start in range(0, self.documents + 1, BLOCK_TOKENS):
-            yield np.arange(start, min(start + BLOCK_TOKENS, self.documents + 1), dtype="<i8").tobytes()
-
     def _read_lengths(self) -> Iterator[bytes]:
         self._lengths.seek(0)
         return iter(lambda: self._lengths.read(4 * BLOCK_TOKENS), b"")
+
+
+def index_content(dtype: np.dtype[Any], documents: int, read_lengths: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+    """An index file of one sequence a document, in blocks.
+
+    Args:
+        dtype: of a token.
+        read_lengths: the documents' lengths in tokens as int32, in blocks; it is called twice, the second time to sum them up to offsets.
+    """
+    code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
+    yield HEADER.pack(MAGIC, VERSION, code, documents, documents + 1)
+    yield from read_lengths()
+    offset = 0
+    for block in read_lengths():
+        ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * dtype.itemsize
+        yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()
+        offset = int(ends[-1])
+    for start in range(0, documents + 1, BLOCK_TOKENS):
+        yield np.arange(start, min(start + BLOCK_TOKENS, documents + 1), dtype="<i8").tobytes()
+
+
+def _blocks_of(checksums: FileChecksums | xxhash.xxh3_128) -> list[str]:
+    return checksums.blocks() if isinstance(checksums, FileChecksums) else []
 
 
 class IndexedReader:
@@ -211,22 +247,27 @@ class IndexedReader:
         tokens: [num_tokens], of the shard's token type, mapped from the .bin.
         sequence_lengths: [num_sequences] int32, in tokens, mapped from the .idx.
         document_marks: [num_documents + 1] int64, sequence numbers, mapped from the .idx.
+        sequence_modes: [num_sequences] int8 of a multimodal data set, else None.
+
+    Args:
+        remedy: what to do about a damaged file, for the error's sentence.
 
     Raises:
         DataError: for a file that is missing, of another format, cut short, or not consistent; it names the file.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: Path, remedy: str = BUILD_AGAIN) -> None:
+        self.prefix, self._remedy = prefix, remedy
         index_path, token_path = idx_path(prefix), bin_path(prefix)
         for path in (index_path, token_path):
             if not path.is_file():
-                raise DataError(f"{path} is missing: build the shards again with tools/preprocess_data.py --fresh")
-        self.dtype, sequences, marks = _read_header(index_path)
-        index = np.memmap(index_path, mode="r", dtype=np.uint8)
+                raise DataError(f"{path} is missing: {remedy}")
+        self.dtype, sequences, marks = _read_header(index_path, remedy)
+        index, end = np.memmap(index_path, mode="r", dtype=np.uint8), HEADER.size + 12 * sequences + 8 * marks
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self._offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.document_marks = np.frombuffer(index, "<i8", marks, HEADER.size + 12 * sequences)
+        self.sequence_modes = np.frombuffer(index, "<i1", sequences, end) if len(index) > end else None
         self._check_ends()
         self.tokens: Tokens = np.memmap(token_path, mode="r", dtype=self.dtype) if token_path.stat().st_size else np.zeros(0, self.dtype)
         if len(self) <= CHECKED_WHEN_OPENED:
@@ -264,6 +305,11 @@ class IndexedReader:
         marks = bisect_left(self.document_marks, first), bisect_left(self.document_marks, last)
         return np.unique(starts[self.document_marks[marks[0] : marks[1]] - first])
 
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends: tokens before its end, int64 [num_documents]."""
+        starts = np.append(np.asarray(self._offsets, dtype=np.int64) // self.dtype.itemsize, self.num_tokens)
+        return starts[self.document_marks[1:]]
+
     def check(self) -> None:
         """Reads the whole index: lengths, offsets and document marks must agree with each other, block by block.
 
@@ -274,52 +320,61 @@ class IndexedReader:
         for start in range(0, len(self), BLOCK_TOKENS):
             lengths = np.asarray(self.sequence_lengths[start : start + BLOCK_TOKENS], dtype=np.int64)
             if (lengths < 0).any():
-                raise _damaged(path, f"sequence {start + int((lengths < 0).argmax())} has a negative length")
+                raise self._damaged(path, f"sequence {start + int((lengths < 0).argmax())} has a negative length")
             ends = expected + np.cumsum(lengths) * self.dtype.itemsize
             begins = np.concatenate([np.array([expected]), ends[:-1]])
             wrong = self._offsets[start : start + BLOCK_TOKENS] != begins
             if wrong.any():
-                raise _damaged(path, f"the offset of sequence {start + int(wrong.argmax())} is not where the one before it ends")
+                raise self._damaged(path, f"the offset of sequence {start + int(wrong.argmax())} is not where the one before it ends")
             expected = int(ends[-1])
         if expected != self.num_tokens * self.dtype.itemsize:
-            raise _damaged(path, f"it counts {expected} bytes of tokens, but {bin_path(self.prefix)} has {self.num_tokens * self.dtype.itemsize}")
+            found = self.num_tokens * self.dtype.itemsize
+            raise self._damaged(path, f"it counts {expected} bytes of tokens, but {bin_path(self.prefix)} has {found}")
         for start in range(0, self.num_documents, BLOCK_TOKENS):
             if (np.diff(self.document_marks[start : start + BLOCK_TOKENS + 1]) < 0).any():
-                raise _damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
+                raise self._damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
 
     def _check_ends(self) -> None:
         path = idx_path(self.prefix)
         found = bin_path(self.prefix).stat().st_size
         last = int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if len(self) else 0
         if last != found:
-            raise _damaged(bin_path(self.prefix), f"it has {found} bytes, but its index ends at {last}")
+            raise self._damaged(bin_path(self.prefix), f"it has {found} bytes, but its index ends at {last}")
         if len(self) and self._offsets[0] != 0:
-            raise _damaged(path, "the offset of sequence 0 is not 0")
+            raise self._damaged(path, "the offset of sequence 0 is not 0")
         if self.document_marks[0] != 0 or self.document_marks[-1] != len(self):
-            raise _damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
+            raise self._damaged(path, f"its document marks do not rise from 0 to {len(self)}, the number of sequences")
+
+    def _damaged(self, path: Path, reason: str) -> DataError:
+        return DataError(f"{path} is damaged: {reason}; {self._remedy}")
 
 
-def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"{path} is damaged: {reason}; build the shards again with tools/preprocess_data.py --fresh")
-
-
-def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
+def _read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
     """Token type, number of sequences and number of document marks; the counts are checked against the file's size before any use."""
     with path.open("rb") as stream:
         head = stream.read(HEADER.size)
+    if head.startswith(OLDER_MAGIC):
+        raise DataError(
+            f"{path} is an index of the older kind TNTIDX (--dataset-impl lazy or cached), which cannot be mapped: write the shards again with "
+            "--dataset-impl mmap, or tokenize the text with tools/preprocess_data.py"
+        )
     if head[: len(MAGIC)] != MAGIC:
         raise DataError(f"{path} is not an index in Megatron's format (it does not begin with MMIDIDX): give the prefix of a .bin/.idx pair")
     if len(head) < HEADER.size:
-        raise _damaged(path, f"it ends after {len(head)} bytes, inside its header")
+        raise DataError(f"{path} is damaged: it ends after {len(head)} bytes, inside its header; {remedy}")
     _, version, code, sequences, marks = HEADER.unpack(head)
     if version != VERSION:
         raise DataError(f"{path} has index version {version}, this reader knows version {VERSION}: write it again with tools/preprocess_data.py")
     if code not in TOKEN_TYPES:
         what = f"{FLOAT_CODES[code]} numbers, not token ids" if code in FLOAT_CODES else f"an unknown token type (code {code})"
         raise DataError(f"{path} announces {what}: write it again with tools/preprocess_data.py")
+    # Of a multimodal data set, one byte a sequence follows.
     expected, found = HEADER.size + 12 * sequences + 8 * marks, path.stat().st_size
-    if expected != found:
-        raise _damaged(path, f"it has {found} bytes, but {sequences} sequences and {marks} document marks need {expected}")
+    if found not in (expected, expected + sequences):
+        raise DataError(
+            f"{path} is damaged: it has {found} bytes, but {sequences} sequences and {marks} document marks need {expected}, "
+            f"or {expected + sequences} with modes; {remedy}"
+        )
     if marks == 0:
-        raise _damaged(path, "it has no document marks")
+        raise DataError(f"{path} is damaged: it has no document marks; {remedy}")
     return TOKEN_TYPES[code], sequences, marks

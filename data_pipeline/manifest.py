@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from data_pipeline.block_checksums import BLOCK_BYTES, num_blocks
 from data_pipeline.indexed import WrittenShard, bin_path, idx_path
 from data_pipeline.split import SplitName
 from pretrain.config.durable import file_sha256
@@ -16,7 +17,9 @@ from pretrain.config.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
+# Version 2 has no checksums of blocks; all else is the same.
+READ_VERSIONS = (2, 3)
 
 Counts = dict[str, int]
 # A manifest from elsewhere must not lead out of its own folder.
@@ -69,7 +72,12 @@ class SourceEntry(ManifestPart):
 
 
 class ShardEntry(ManifestPart):
-    """One .bin/.idx pair of one source; ``prefix`` is relative to the manifest's folder."""
+    """One .bin/.idx pair of one source; ``prefix`` is relative to the manifest's folder.
+
+    Attributes:
+        block_bytes: of each block of both files but the last one; None in a manifest of version 2.
+        bin_blocks, idx_blocks: the blocks' checksums, XXH3 of 128 bits in hexadecimal.
+    """
 
     prefix: FileName
     source: str
@@ -79,6 +87,17 @@ class ShardEntry(ManifestPart):
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+    block_bytes: Annotated[int, Field(gt=0)] | None = None
+    bin_blocks: list[str] = []
+    idx_blocks: list[str] = []
+
+    @model_validator(mode="after")
+    def _every_block_has_a_checksum(self) -> ShardEntry:
+        for name, size, blocks in (("bin", self.bin_bytes, self.bin_blocks), ("idx", self.idx_bytes, self.idx_blocks)):
+            expected = 0 if self.block_bytes is None else num_blocks(size, self.block_bytes)
+            if len(blocks) != expected:
+                raise ValueError(f"{self.prefix}.{name} has {len(blocks)} checksums of blocks, not {expected}")
+        return self
 
     @classmethod
     def of(cls, written: WrittenShard, prefix: str, source: str) -> ShardEntry:
@@ -92,6 +111,9 @@ class ShardEntry(ManifestPart):
             bin_sha256=written.bin_checksum,
             idx_bytes=written.idx_bytes,
             idx_sha256=written.idx_checksum,
+            block_bytes=BLOCK_BYTES,
+            bin_blocks=written.bin_blocks,
+            idx_blocks=written.idx_blocks,
         )
 
 
@@ -102,6 +124,9 @@ class SplitEntry(ManifestPart):
     tokens: int
     utf8_bytes: int
     shards: list[ShardEntry]
+
+
+NOT_IN_FINGERPRINT: Any = {"splits": {"__all__": {"shards": {"__all__": {"block_bytes", "bin_blocks", "idx_blocks"}}}}}
 
 
 class Manifest(ManifestPart):
@@ -144,8 +169,9 @@ class Manifest(ManifestPart):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what training reads: tokenizer, sources and shards. Two machines that build the same corpus get the same one."""
-        content = self.model_dump(mode="json", include={"version", "dtype", "tokenizer", "splits", "streamed"})
-        return canonical_sha256(content | {"sources": {name: source.sha256 for name, source in self.sources.items()}})
+        content = self.model_dump(mode="json", include={"dtype", "tokenizer", "splits", "streamed"}, exclude=NOT_IN_FINGERPRINT)
+        # The blocks' checksums say nothing that SHA-256 does not: data keeps its fingerprint from version 2.
+        return canonical_sha256(content | {"version": 2, "sources": {name: source.sha256 for name, source in self.sources.items()}})
 
     def at(self, folder: Path) -> Manifest:
         """This manifest as it lies in ``folder``."""
@@ -180,9 +206,10 @@ def load_manifest(data: Path | str) -> Manifest:
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON: build the data again with tools/preprocess_data.py --fresh") from None
     version = content.get("version") if isinstance(content, dict) else None
-    if version != MANIFEST_VERSION:
+    if version not in READ_VERSIONS:
         raise DataError(
-            f"{path} has version {version!r}, this code reads version {MANIFEST_VERSION}: build the data again with tools/preprocess_data.py --fresh"
+            f"{path} has version {version!r}, this code reads versions {READ_VERSIONS[0]} to {READ_VERSIONS[-1]}: "
+            "build the data again with tools/preprocess_data.py --fresh"
         )
     try:
         return Manifest.model_validate(content).at(path.parent)

@@ -20,6 +20,7 @@ from data_pipeline.loader import open_loader, stretches_of
 from data_pipeline.manifest import manifest_path
 from data_pipeline.mixture import check_names
 from data_pipeline.packing import Windows, prepare_packing
+from data_pipeline.verification import BackgroundCheck
 from pretrain.callbacks.build import make_callbacks, missing_packages
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.initial_weights import starting_weights
@@ -135,7 +136,7 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     return DONE
 
 
-def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, engine: Engine, stop: StopRequest) -> Trainer:
+def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, engine: Engine, stop: StopRequest, check: BackgroundCheck) -> Trainer:
     """Wires data, engine, checkpoints and callbacks."""
     topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
     loader = open_loader(recipe, corpora, topology.rank, topology.world_size)
@@ -160,6 +161,7 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
         callbacks=callbacks,
         stop=stop,
         peak=peak_flops(topology.device, engine.precision),
+        data_check=check,
     )
 
 
@@ -217,12 +219,13 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
             prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
         topology.barrier()
         log_to_file(folder, topology.rank)
+        check = corpora.check_blocks(recipe.data.verify, topology.rank, topology.world_size)
         stop = StopRequest()
         stop.install()
         fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
         with prints_to_log():
             engine = Engine(recipe, resolved, precision, topology, fill)
-            trainer = build_trainer(recipe, resolved, corpora, engine, stop)
+            trainer = build_trainer(recipe, resolved, corpora, engine, stop, check)
             newest = trainer.store.newest()
             if newest is not None:
                 check_same_run(recipe, layout.read_run_recipe(newest), trainer.identity, layout.read_state(newest), folder)

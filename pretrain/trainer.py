@@ -12,10 +12,11 @@ from typing import Any
 
 from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.packing import Windows
+from data_pipeline.verification import BackgroundCheck
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.layout import BEST, EPOCH, step_folder
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config.errors import GuardError, NonFiniteError
+from pretrain.config.errors import DataError, GuardError, NonFiniteError
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
 from pretrain.config.schema import Recipe
@@ -47,6 +48,7 @@ class Trainer:
         facts: what else its model card says: ``parameters`` and ``sources``.
         peak: the device's FLOP/s, for MFU; None where it is not known.
         callbacks: empty on every rank but 0.
+        data_check: what this rank still compares of the data with its manifest.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Trainer:
         callbacks: Sequence[Callback],
         stop: StopRequest,
         peak: float | None,
+        data_check: BackgroundCheck,
     ) -> None:
         self.recipe, self.engine, self.loader, self.validation, self.store = recipe, engine, loader, validation, store
         self.identity, self.facts, self.callbacks, self.stop = identity, facts, callbacks, stop
         self.peak, self.topology = peak, engine.topology
         self.timeline = Timeline(recipe)
         self.num_steps = self.timeline.num_steps
+        self.data_check, self._data_is_checked = data_check, False
         self._stage: Stage | None = None  # the one that the engine is in
         self._trunk: Path | None = None  # another run's checkpoint that this one began with
         self._flops_per_token = 0.0
@@ -115,6 +119,7 @@ class Trainer:
         self._row_started = time.perf_counter() - self._row_seconds
         self._usage_started = self.progress.step
         stopped = False
+        self._agree_on_data()  # of what was read before the first step
         while self.progress.step < self.num_steps and not stopped:
             if not self._step():
                 continue
@@ -133,12 +138,30 @@ class Trainer:
                 if not last and self.supervisor.ends_early(self.progress):
                     last = True
                     self._end_early(self.validation)
-            stopped = self.topology.any(self.stop.requested) and not last
+            stopped = self._asked_to_stop() and not last
             due = self._part_is_due or step % recipe.checkpoint.interval_steps == 0 or (best and recipe.checkpoint.keep_best)
             # While steps are skipped one after the other nothing new is to be saved, and older checkpoints may soon be needed.
             if last or stopped or (due and not self.progress.skipped_in_a_row):
                 self._save()
         return not stopped
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; one all-reduce a step also spreads that a rank has found damaged data."""
+        if not self.topology.any(self.stop.requested or self.data_check.fault is not None):
+            return False
+        self._agree_on_data()
+        return True
+
+    def _agree_on_data(self) -> None:
+        """Every rank must call it.
+
+        Raises:
+            DataError: on all ranks, for what any of them has found in the data so far.
+        """
+        faults = [fault for fault in self.topology.gather(self.data_check.fault) if fault is not None]
+        if faults:
+            others = f" (and {len(faults) - 1} more by other ranks)" if len(faults) > 1 else ""
+            raise DataError(f"{faults[0]}{others}; no checkpoint was written since this start")
 
     def _step(self) -> bool:
         """One optimizer step; False where the run went back instead."""
@@ -315,6 +338,10 @@ class Trainer:
     def _save(self) -> None:
         started = time.perf_counter()
         progress = self.progress
+        if not self._data_is_checked:  # a checkpoint must not have learned from damaged data in silence
+            self.data_check.finish(give_up=self.stop.requested)
+            self._agree_on_data()
+            self._data_is_checked = True
         if not self._weights_are_finite():
             raise NonFiniteError(
                 f"the weights after step {progress.step} are not finite: lower optimizer.learning_rate; the last checkpoint is intact"

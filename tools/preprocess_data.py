@@ -14,8 +14,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
 from data_pipeline.build.coordinator import BuildResult, build
+from data_pipeline.build.importing import ImportResult, import_shards
 from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.build.workspace import Output
+from data_pipeline.manifest import TokenizerEntry
 from data_pipeline.sources.guess import sources_of
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.data_schema import BestFit
@@ -36,6 +38,8 @@ EXAMPLES = """\
   python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix --workers 16
       several kinds at once; a folder is source code
   zstdcat dump.jsonl.zst | python tools/preprocess_data.py --input - --output data/dump
+  python tools/preprocess_data.py --import-shards old/part_*.bin --tokenizer tokenizer.json --output data/old
+      shards that are there: Megatron's and GPT-NeoX's .bin/.idx, nanotron's .ds, nanoGPT's and llm.c's .bin; linked, not copied, if they can be
   mpirun -n 64 python tools/preprocess_data.py --recipe big
       over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all nodes share
 The same command again finds finished data and does nothing; --fresh builds it again."""
@@ -53,6 +57,16 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
     source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
     source.add_argument("--max-bad-share", type=float, metavar="SHARE", help="a larger share of bad records stops the build (default: 1)")
+    ready = parser.add_argument_group("shards that are there")
+    ready.add_argument(
+        "--import-shards",
+        nargs="+",
+        action="extend",
+        metavar="PREFIX",
+        help="make a data folder of shards of Megatron, GPT-NeoX, nanotron, nanoGPT or llm.c, instead of --input; with --validation-share all are "
+        "copied, documents held out by a hash of their ids",
+    )
+    ready.add_argument("--import-validation", nargs="+", action="extend", metavar="PREFIX", help="shards that are held out (default: nothing is)")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", metavar="PATH", help="an existing tokenizer.json, SentencePiece .model, or Mistral's file by name")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="entries of the tokenizer")
@@ -89,6 +103,9 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     content["data"] = data = dict(content.get("data") or {})
     if arguments.output_prefix:
         data |= {"validation_share": 0.0, "max_shard_bytes": None}
+    if arguments.import_shards:
+        _check_import(arguments)
+        data["validation_share"] = 0.0  # unless the command says more
     if arguments.input:
         _set_sources(data, arguments)
     _set_tokenizer(data, arguments)
@@ -99,6 +116,13 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         apply_override(content, override)
     recipe = validate_recipe(content, origin)
     return recipe, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
+
+
+def _check_import(arguments: argparse.Namespace) -> None:
+    for name in ("input", "output_prefix", "append_eod", "engine"):
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} does not go with --import-shards, whose tokens and document ends are taken as they are: leave it out")
 
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -178,6 +202,9 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
         f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"
         + (f"; encoded with {result.engine}" if result.engine else "")
     )
+    if isinstance(result, ImportResult) and result.how is not None:
+        how = ", ".join(f"{count:,} {what}" for what, count in result.how.items())
+        print(f"imported    {how}; the largest token id is {result.largest_id:,}; documents {_ends(tokenizer)}")
     read = sum(source.utf8_bytes for source in manifest.sources.values())
     speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
     print(f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})")
@@ -191,16 +218,29 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
     print(f"\nnext: {command}")
 
 
+def _ends(tokenizer: TokenizerEntry) -> str:
+    """What stands around the documents, as the import has found it."""
+    begin = f"begin with the token {tokenizer.bos_id} and " if tokenizer.prepend_bos else ""
+    return f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token {tokenizer.eod_id}"
+
+
 def run(pool: Pool | None) -> None:
     arguments = parse_arguments()
     recipe, output = data_section(arguments)
     started = time.perf_counter()
-    result = build(recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
+    if arguments.import_validation and not arguments.import_shards:
+        raise ConfigError("--import-validation names what is held out beside --import-shards PREFIX: give both")
+    result: BuildResult
+    if arguments.import_shards:
+        held_out = arguments.import_validation or []
+        result = import_shards(arguments.import_shards, held_out, recipe.data, output, arguments.fresh, True, arguments.workers)
+    else:
+        result = build(recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
     command = next_command(arguments.recipe, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
-    fixed = {
+    fixed: dict[str, Any] = {
         "folder": str(output.path),
         "reused": result.reused,
         "engine": result.engine,
@@ -208,6 +248,10 @@ def run(pool: Pool | None) -> None:
         "packing": packing,
         "fingerprint": result.manifest.fingerprint,
     }
+    if isinstance(result, ImportResult):
+        fixed |= {"imported": result.how, "largest_id": result.largest_id, "notes": result.notes}
+        for note in result.notes:
+            print(f"warning: {note}", file=sys.stderr)
     write_json({**fixed, **summary, "next": command}, arguments.json_path)
     if arguments.json_path != "-":
         print_table(result, packing, seconds, command)

@@ -38,7 +38,17 @@ from data_pipeline.build.worker import (
     scan_unit,
     unit_folder,
 )
-from data_pipeline.build.workspace import RECORD, Output, Workspace, begin_staging, finish_publishing, no_space_is_told, publish, read_json
+from data_pipeline.build.workspace import (
+    RECORD,
+    Output,
+    Workspace,
+    begin_staging,
+    finish_publishing,
+    no_space_is_told,
+    publish,
+    read_json,
+    remove_unused,
+)
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.indexed import token_dtype
@@ -99,7 +109,7 @@ def build(
     Cleaner(config.cleaning)  # what is wrong with it is told before any work
     is_new = not output.folder.exists()
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
-        stack.callback(_remove_unused, output, is_new)
+        stack.callback(remove_unused, output, is_new)
         begin_staging(output.staging, request_sha256(config, given))
         plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
@@ -111,14 +121,6 @@ def build(
             return BuildResult(output, _matching_manifest(output, plan, pool, progress), reused=True)
         workspace = Workspace(output.staging, identity)
         return Build(plan, output, workspace.folder, pool, progress).run(given, engine)
-
-
-def _remove_unused(output: Output, is_new: bool) -> None:
-    """Removes a staging folder in which no build has begun, and with it an output folder that was made for nothing."""
-    if not (output.staging / "identity.json").exists():
-        shutil.rmtree(output.staging, ignore_errors=True)
-    if is_new and not any(output.folder.iterdir()):
-        output.folder.rmdir()
 
 
 def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:

@@ -16,7 +16,7 @@ SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
 UNITS_WANTED = 4096
 
 # These say where data lies and how training uses it; the shards do not depend on them.
-NOT_IN_SHARDS = {"path", "corpora", "mixture", "packing", "document_mask", "tokenizer", "max_bad_share", "on_bad"}
+NOT_IN_SHARDS = {"path", "corpora", "mixture", "packing", "document_mask", "verify", "tokenizer", "max_bad_share", "on_bad"}
 
 
 @dataclass(frozen=True)

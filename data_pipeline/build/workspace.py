@@ -79,6 +79,14 @@ def begin_staging(folder: Path, request_sha256: str) -> None:
     folder.mkdir(exist_ok=True)
 
 
+def remove_unused(output: Output, is_new: bool) -> None:
+    """Removes a staging folder in which no build has begun, and with it an output folder that was made for nothing."""
+    if not (output.staging / "identity.json").exists():
+        shutil.rmtree(output.staging, ignore_errors=True)
+    if is_new and not any(output.folder.iterdir()):
+        output.folder.rmdir()
+
+
 class Workspace:
     """The staging folder. Each piece of work is done in an attempt folder, which takes its place with one rename.
 

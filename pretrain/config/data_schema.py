@@ -268,6 +268,11 @@ class DataConfig(Section):
     mixture: Mixture = Proportional()
     packing: Packing = Concatenate()
     document_mask: bool = Field(False, description="attention stays inside a document, and no loss is taken across its end")
+    verify: Literal["sizes", "sample", "full"] = Field(
+        "sample",
+        description="what training compares with the manifest at its start: sizes alone; also a random block of 64 MiB of every file, in the "
+        "background of the first steps; or every byte, before them",
+    )
     streaming: bool = Field(False, description="training reads the source itself; the shards then hold only the validation split")
     streaming_validation_documents: Positive = Field(256, description="with streaming: documents held out for validation")
 

@@ -185,4 +185,4 @@ def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int =
     accumulation, topology = check_topology(recipe, 1, zero), connect(1)
     resolved = resolve_ds_config(ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1)
     engine = Engine(recipe, resolved, recipe.train.precision, topology)
-    return pretrain.train.build_trainer(recipe, resolved, corpora, engine, StopRequest())
+    return pretrain.train.build_trainer(recipe, resolved, corpora, engine, StopRequest(), corpora.check_blocks(recipe.data.verify, 0, 1))
