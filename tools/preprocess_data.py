@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -219,7 +220,15 @@ def run(pool: Pool | None) -> None:
         print_table(result, packing, seconds, command)
 
 
+def show_warnings() -> None:
+    """Prints what the pipeline warns of, such as what of a folder is not read."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("data_pipeline").addHandler(handler)
+
+
 def main() -> None:
+    show_warnings()
     if mpi_size(os.environ) == 1:
         run(None)
         return

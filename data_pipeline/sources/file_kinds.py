@@ -76,10 +76,18 @@ def class_of(path: str) -> str:
     return CLASS_OF_ENDING.get(ending) or (ARCHIVE if name.endswith(COMPRESSED) else OTHER)
 
 
-def is_of_kind(path: str, kind: str) -> bool:
-    """Whether a source of this kind reads a file of a folder; ``path`` is below the folder."""
-    found = class_of(path)
-    if kind in ("text", "line"):
-        # At the top of a folder README and the like describe it; further down they are texts like others.
-        return found == TEXT or (found == SIDE and "/" in path and CLASS_OF_ENDING.get(ending_of(path)) == TEXT)
-    return found == kind or (found, kind) == (JSON, "jsonl")
+def files_of_kind(paths: list[str], kind: str) -> list[str]:
+    """Those of a folder's files, named from the folder, that a source of this kind reads.
+
+    Texts are files that are named so or, if there are none, all that are neither records nor archives. At the top of a folder README and the
+    like describe it; further down they are texts like others.
+    """
+    if kind == JSONL:
+        return [path for path in paths if class_of(path) in (JSONL, JSON)]
+    if kind != TEXT:
+        return [path for path in paths if class_of(path) == kind]
+    named = [path for path in paths if class_of(path) == TEXT]
+    if not named:
+        return [path for path in paths if class_of(path) in (CODE, OTHER)]
+    described = [path for path in paths if class_of(path) == SIDE and "/" in path and CLASS_OF_ENDING.get(ending_of(path)) == TEXT]
+    return sorted(named + described)

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 
-from data_pipeline.sources.file_kinds import ARCHIVE, CODE, CSV, DATA, JSON, JSONL, LABELS, OTHER, RECORDS, TSV, class_of, is_of_kind
+from data_pipeline.sources.file_kinds import ARCHIVE, CODE, CSV, DATA, JSON, JSONL, LABELS, OTHER, RECORDS, TSV, class_of, files_of_kind
 from data_pipeline.sources.files import list_files
 from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
 from data_pipeline.sources.hub_layout import (
@@ -119,11 +119,11 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
     configs, description = declared_configs(root), ""
     if configs:
         config = choose_config(configs, section.config, root)
-        splits, description = _declared(root, found, config, has_titles).only(lambda path: is_of_kind(path, kind)), f"config {config.name}"
+        splits, description = _declared(root, found, config, has_titles).only(kind), f"config {config.name}"
     elif section.config is not None:
         raise DataError(f"{root} declares no configs in its README.md: leave out --dataset-config, or give the folder of that part as --input")
     else:
-        splits = splits_by_name([path for path in found if is_of_kind(path, kind)], has_titles)
+        splits = splits_by_name(files_of_kind(found, kind), has_titles)
     if not splits.files and not splits.unnamed:
         others = Counter(LABELS[class_of(path)] for path in found)
         holds = ", ".join(f"{count} of {name}" for name, count in sorted(others.items())) or "nothing"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from data_pipeline.sources.file_kinds import files_of_kind
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.records import listed
 from pretrain.config.errors import DataError
@@ -47,9 +47,9 @@ class Splits(NamedTuple):
     files: dict[str, list[str]]
     unnamed: list[str]
 
-    def only(self, wanted: Callable[[str], bool]) -> Splits:
-        kept = {split: [path for path in paths if wanted(path)] for split, paths in self.files.items()}
-        return Splits({split: paths for split, paths in kept.items() if paths}, [path for path in self.unnamed if wanted(path)])
+    def only(self, kind: str) -> Splits:
+        kept = {split: files_of_kind(paths, kind) for split, paths in self.files.items()}
+        return Splits({split: paths for split, paths in kept.items() if paths}, files_of_kind(self.unnamed, kind))
 
 
 def declared_configs(root: str) -> list[Config]:

@@ -130,8 +130,11 @@ def suggestion(wanted: str, names: list[str]) -> str | None:
     """The name among those of texts that was probably meant: a close one, else one that is usual for texts."""
     by_lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(wanted.lower(), by_lower, 1, 0.7)
-    usual = (name for field in USUAL_TEXT_FIELDS for lower, name in by_lower.items() if lower.rpartition(".")[2] == field)
-    return by_lower[close[0]] if close else next(usual, None)
+    if close:
+        return by_lower[close[0]]
+    usual = [lower for lower in by_lower if lower.rpartition(".")[2] in USUAL_TEXT_FIELDS]
+    best = min(usual, key=lambda lower: (lower.count("."), USUAL_TEXT_FIELDS.index(lower.rpartition(".")[2])), default=None)
+    return by_lower[best] if best else None
 
 
 def missing(wanted: str, names: list[str], texts: list[str]) -> str:
