@@ -25,7 +25,6 @@ SPLIT_OF_WORD = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-HELD_OUT = {"validation", "test"}
 # The hub's separators, and the = of split=test/ in partitioned folders.
 SEPARATOR = r"[-._ =0-9]"
 WORD = re.compile(rf"(?:^|{SEPARATOR})({'|'.join(sorted(SPLIT_OF_WORD, key=len, reverse=True))})(?=$|{SEPARATOR})")
@@ -173,7 +172,7 @@ def splits_by_name(paths: list[str], only_plain: bool) -> Splits:
 def _split_of(path: str, only_plain: bool) -> str | None:
     shard = SHARD.fullmatch(path)
     if shard:
-        return SPLIT_OF_WORD.get(shard[1].lower(), shard[1])
+        return shard[1]
     *folders, name = path.lower().split("/")
     for names in (folders, [name.partition(".")[0] if only_plain else name]):
         words = [name for name in names if name in SPLIT_OF_WORD] if only_plain else [word for name in names for word in WORD.findall(name)]
@@ -208,7 +207,7 @@ def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[st
         return files[wanted], wanted
     if TRAIN in files:
         return files[TRAIN], TRAIN
-    if len(files) == 1 and not HELD_OUT & set(files):
+    if len(files) == 1 and SPLIT_OF_WORD.get(next(iter(files)).lower()) in (None, TRAIN):
         return next(iter(files.values())), next(iter(files))
     raise DataError(f"{root} has no split 'train' (it has {counts}): choose one with --dataset-split, or take all with --dataset-split all")
 
