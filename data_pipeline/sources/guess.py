@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, RECORDS, TSV, class_of, ending_of
 from data_pipeline.sources.files import list_files
 from data_pipeline.sources.folders import kind_of_folder
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import ConfigError, DataError
 
 STANDARD_INPUT = "-"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATASETS = "datasets"
 # Sections by the name of what they read; for all others the name is the kind.
 SECTIONS: dict[str, dict[str, Any]] = {"line": {"kind": "text", "document": "line"}, TSV: {"kind": CSV, "delimiter": "\t"}}
@@ -66,6 +68,8 @@ def _name(pattern: str, place: str, kind: str | None, config: str | None) -> str
 
 
 def _kind_of(pattern: str) -> str:
+    if HUB_NAME.fullmatch(pattern) and not os.path.exists(os.path.dirname(pattern)):
+        raise DataError(f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format datasets if the hub has it")
     ending = ending_of(pattern)
     is_clear = ending.isascii() and ending[1:].isalnum()
     kinds = {_kind_by_name(path) for path in ([pattern] if is_clear else list_files([pattern]))}
