@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -36,7 +37,9 @@ EXAMPLES = """\
       --output-prefix data/corpus --workers 2 --append-eod
       Megatron's form: data/corpus.bin and .idx, one document a record, nothing held out
   python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix --workers 16
-      several kinds at once; a folder is source code
+      several kinds at once; a folder is what its files are
+  python tools/preprocess_data.py --input my/hub_clone --output data/clone
+      the train split of a clone or download from the hub; --dataset-config and --dataset-split choose others
   zstdcat dump.jsonl.zst | python tools/preprocess_data.py --input - --output data/dump
   python tools/preprocess_data.py --import-shards old/part_*.bin --tokenizer tokenizer.json --output data/old
       shards that are there: Megatron's and GPT-NeoX's .bin/.idx, nanotron's .ds, nanoGPT's and llm.c's .bin; linked, not copied, if they can be
@@ -51,9 +54,13 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_argument_group("input")
     source.add_argument("--input", nargs="+", action="extend", metavar="GLOB", help="files, quoted patterns (** reaches into subfolders), folders, -")
     source.add_argument(
-        "--format", choices=["text", "line", "jsonl", "parquet", "csv", "source_code"], help="of --input (default: by the files' names)"
+        "--format",
+        choices=["text", "line", "jsonl", "parquet", "arrow", "csv", "source_code", "datasets"],
+        help="of --input (default: by the files' names); datasets reads names of the Hugging Face hub too",
     )
-    source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record that holds the text (default: text)")
+    source.add_argument("--dataset-config", metavar="NAME", help="config of a folder or data set that has several")
+    source.add_argument("--dataset-split", metavar="NAME", help="split of a folder or data set (default: train; all reads every file)")
+    source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record with the text, a.b for b inside a (default: text)")
     source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
     source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
     source.add_argument("--max-bad-share", type=float, metavar="SHARE", help="a larger share of bad records stops the build (default: 1)")
@@ -126,9 +133,9 @@ def _check_import(arguments: argparse.Namespace) -> None:
 
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
-    sources = sources_of(arguments.input, arguments.format)
+    sources = sources_of(arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split)
     for section in sources.values():
-        if section["kind"] in ("jsonl", "parquet", "csv", "stdin"):
+        if section["kind"] in ("jsonl", "parquet", "arrow", "csv", "datasets", "stdin"):
             section |= {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
     data.pop("source", None)
     data.pop("sources", None)
@@ -257,7 +264,15 @@ def run(pool: Pool | None) -> None:
         print_table(result, packing, seconds, command)
 
 
+def show_warnings() -> None:
+    """Prints what the pipeline warns of, such as what of a folder is not read."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("data_pipeline").addHandler(handler)
+
+
 def main() -> None:
+    show_warnings()
     if mpi_size(os.environ) == 1:
         run(None)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_pipeline.sources.arrow_files import Arrow
 from data_pipeline.sources.csv_files import Csv
 from data_pipeline.sources.datasets_source import Datasets
 from data_pipeline.sources.interface import REASONS, Document, LeftOut, ReadContext, Source, Unit
@@ -12,6 +13,7 @@ from data_pipeline.sources.source_code import SourceCode
 from data_pipeline.sources.standard_input import StandardInput
 from data_pipeline.sources.text import Text
 from pretrain.config.data_schema import (
+    ArrowSource,
     CsvSource,
     DatasetsSource,
     JsonlSource,
@@ -31,6 +33,7 @@ KINDS: dict[type[SourceBase], type[Source]] = {
     TextSource: Text,
     JsonlSource: Jsonl,
     ParquetSource: Parquet,
+    ArrowSource: Arrow,
     CsvSource: Csv,
     SourceCodeSource: SourceCode,
     DatasetsSource: Datasets,

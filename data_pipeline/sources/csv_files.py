@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from data_pipeline.sources.files import DAMAGED_STREAM, Line, damaged, list_files, one_line, open_stream, read_lines, stamp_of
+from data_pipeline.sources.files import DAMAGED_STREAM, Line, damaged, open_stream, read_lines, stamp_of
+from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
-from data_pipeline.sources.jsonl import RecordReader
+from data_pipeline.sources.records import RecordReader, check_first_file, listed, suggestion
 from pretrain.config.data_schema import CsvSource
 from pretrain.config.errors import DataError
 
@@ -17,9 +18,10 @@ class Csv(Source[CsvSource]):
 
     def units(self, unit_bytes: int) -> list[Unit]:
         units = []
-        for path in list_files(self.config.input):
+        for path in files_of(self.config):
             size, stamp = stamp_of(path)
             units.append(Unit(self.context.name, (path,), size=size, stamp=stamp))
+        check_first_file(self, units)
         return units
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
@@ -38,7 +40,7 @@ class Csv(Source[CsvSource]):
     def _records(self, path: str, feed: _Feed) -> Iterator[Document | LeftOut]:
         rows = csv.reader(feed, delimiter=self.config.delimiter)
         header: list[str] | None = None
-        to_document = RecordReader(self.config, nested=False)
+        to_document = RecordReader(self.config)
         while True:
             feed.begin_record()
             values: list[str] = []
@@ -73,7 +75,9 @@ class Csv(Source[CsvSource]):
         for wanted in (self.config.text_field, self.config.id_field, *self.config.metadata_fields):
             if wanted is not None and header.count(wanted) != 1:
                 problem = "two columns" if wanted in header else "no column"
-                raise DataError(f"{path} has {problem} '{wanted}' (it has {one_line(', '.join(header))}): check text_field, id_field and delimiter")
+                probable = suggestion(wanted, header)
+                advice = f", perhaps --text-field {probable}" if probable and wanted == self.config.text_field != probable else ""
+                raise DataError(f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field, id_field and delimiter{advice}")
         return header
 
 

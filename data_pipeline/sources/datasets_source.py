@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.sources.arrow_rows import BATCH_ROWS, Row, check_columns, column_at, document_of, rows_of, top_columns
+from data_pipeline.sources.file_kinds import DATA, class_of
 from data_pipeline.sources.files import one_line
+from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
+from data_pipeline.sources.hub_layout import ALL
 from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
-from data_pipeline.sources.jsonl import RecordReader, reach, text_fault
-from data_pipeline.sources.parquet import BATCH_ROWS, Row, check_columns, columns_of, document_of, records
 from data_pipeline.sources.presets import fill_in
+from data_pipeline.sources.records import RecordReader, listed, text_fault
 from pretrain.config.data_schema import DatasetsSource, RecordsBase
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.config.errors import ConfigError, DataError, PipelineError
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow
-    from datasets import Dataset, DatasetBuilder, IterableDataset
+    from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset
 
 # WikiText's article heading is a line with one '=' on either side; a section's has two or more, each with a space between.
 HEADING_START = " = "
@@ -42,6 +47,7 @@ class Datasets(Source[DatasetsSource]):
             raise ConfigError(f"source '{context.name}': rows that 'group' joins share no id: leave out 'id_field' or 'group'")
         # A copy without the hub's README knows nothing of the config that a preset names.
         self._config_is_optional = config.config is None
+        self._split_was_named = config.dataset_split is not None
         self._fields = RecordsBase.model_validate(self.config.model_dump(include=set(RecordsBase.model_fields)))
 
     @property
@@ -50,9 +56,14 @@ class Datasets(Source[DatasetsSource]):
         return self.config.dataset
 
     def units(self, unit_bytes: int) -> list[Unit]:
+        if os.path.isdir(self._path):
+            refuse_pointers(os.path.join(self._path, file) for file in walk(self._path))
         if self.config.streaming:
-            return [Unit(self.context.name, (self.name,), stamp=self._stamp)]
+            units = [Unit(self.context.name, (self.name,), stamp=self._stamp)]
+            self._say_unread()
+            return units
         table = self._table
+        self._say_unread()
         rows_of_unit = max(1, unit_bytes * len(table) // max(table.data.nbytes, 1))
         row_bytes = table.data.nbytes / max(len(table), 1)
         limit = self.config.max_documents or len(table)
@@ -61,7 +72,8 @@ class Datasets(Source[DatasetsSource]):
             end = int(starts[limit]) if limit < len(starts) else len(table)
         else:
             starts, end = None, min(limit, len(table))
-        units, start = [], 0
+        units = []
+        start = 0
         while start < end:
             stop = min(start + rows_of_unit, end)
             if starts is not None:  # the article that the unit would cut is its last one
@@ -79,13 +91,13 @@ class Datasets(Source[DatasetsSource]):
             results = self._articles(rows)
         else:
             to_document = RecordReader(self._fields)
-            results = (row if isinstance(row, LeftOut) else document_of(to_document, row[1], self.name, row[0]) for row in rows)
+            results = (row if isinstance(row, LeftOut) else document_of(to_document, row, self.name) for row in rows)
         yield from itertools.islice(results, self.config.max_documents) if self.config.streaming else results
 
     def _rows(self, unit: Unit) -> Iterator[Row | LeftOut]:
         number = unit.start
         for batch in self._batches(unit):
-            yield from records(batch, self._fields.text_field, self.name, number, self.context.max_record_bytes)
+            yield from rows_of(batch, self._fields, self.name, number, self.context.max_record_bytes)
             number += batch.num_rows
 
     def _batches(self, unit: Unit) -> Iterator[pyarrow.RecordBatch]:
@@ -104,28 +116,28 @@ class Datasets(Source[DatasetsSource]):
             if table is None:
                 return
             check_columns(table.schema, self._fields, self.name)
-            yield from table.select(self._columns).to_batches()
+            yield from table.select(top_columns(table.schema, self._fields)).to_batches()
 
     def _articles(self, rows: Iterator[Row | LeftOut]) -> Iterator[Document | LeftOut]:
         """Rows joined from one heading to the next, each with its line end; blank rows before the first text are dropped."""
-        path, longest = self._fields.text_field.split("."), self.context.max_record_bytes
+        longest = self.context.max_record_bytes
         first = size = 0
         lines: list[str] = []
         for row in rows:
-            fault = None if isinstance(row, LeftOut) else text_fault(reach(row[1], path), self._fields.text_field)
+            fault = None if isinstance(row, LeftOut) else text_fault(row.text, self._fields.text_field)
             if isinstance(row, LeftOut):
                 yield row
             elif fault and fault[0] != "empty":
-                yield LeftOut(self.name, fault[0], detail=f"row {row[0]}: {fault[1]}")
+                yield LeftOut(self.name, fault[0], detail=f"row {row.number}: {fault[1]}")
             else:
-                line = reach(row[1], path).removesuffix("\n") + "\n"
+                line = str(row.text).removesuffix("\n") + "\n"
                 if size and HEADING.fullmatch(line):
                     yield self._article(lines, first, size)
                     lines, size = [], 0
                 if not size:
                     if fault:
                         continue
-                    first = row[0]
+                    first = row.number
                 size += len(line.encode("utf-8"))
                 if size > longest:
                     lines = []
@@ -144,20 +156,14 @@ class Datasets(Source[DatasetsSource]):
         import numpy as np
         import pyarrow.compute
 
-        table, top, *path = self._table.with_format("arrow"), *self._fields.text_field.split(".")
+        table = self._table.with_format("arrow")
         starts = [0]
         for offset in range(0, len(table), HEADING_SCAN_ROWS):
-            column = table[offset : offset + HEADING_SCAN_ROWS].column(top).combine_chunks()
-            for part in path:
-                column = pyarrow.compute.struct_field(column, part)
+            column = column_at(table[offset : offset + HEADING_SCAN_ROWS], self._fields.text_field)
             for row in np.flatnonzero(pyarrow.compute.starts_with(column, HEADING_START).fill_null(False).to_numpy(zero_copy_only=False)):
                 if _is_heading(column[int(row)]):
                     starts.append(offset + int(row))
         return np.array([0, *starts[2:]] if len(starts) > 1 else starts, dtype=np.int64)
-
-    @property
-    def _columns(self) -> list[str]:
-        return list(dict.fromkeys(name.split(".")[0] for name in columns_of(self._fields)))
 
     @property
     def _stamp(self) -> str:
@@ -172,15 +178,49 @@ class Datasets(Source[DatasetsSource]):
         path = self._path
         try:
             if is_saved(path):
-                table = datasets.load_from_disk(path)
-                if isinstance(table, datasets.DatasetDict):
-                    table = table[str(self.config.dataset_split)]
+                table = self._saved_split(datasets.load_from_disk(path))
             else:
                 table = datasets.load_dataset(path, self._config_name, split=self.config.dataset_split, **self._choice)
+        except PipelineError:
+            raise
         except Exception as error:
             raise library_error(self.name, error) from None
         check_columns(table.features.arrow_schema, self._fields, self.name)
-        return table.select_columns(self._columns)
+        return table.select_columns(top_columns(table.features.arrow_schema, self._fields))
+
+    def _saved_split(self, saved: Dataset | DatasetDict) -> Dataset:
+        """The split that was asked for, of what ``save_to_disk`` wrote."""
+        import datasets
+
+        wanted = str(self.config.dataset_split)
+        if isinstance(saved, datasets.DatasetDict):
+            if wanted not in saved:
+                raise DataError(f"{self.name} has no split '{wanted}' (it has {listed(saved)}): {CHOOSE_SPLIT}")
+            return saved[wanted]
+        own = str(saved.split or wanted)
+        if own != wanted and self._split_was_named:
+            raise DataError(f"{self.name} is a single saved table, of the split '{own}': leave out 'dataset_split' (--dataset-split)")
+        return saved
+
+    def _say_unread(self) -> None:
+        """Says once which splits and which files of a folder are not read."""
+        path, wanted = self._path, str(self.config.dataset_split).partition("[")[0]
+        splits: dict[str, list[str]] = {}
+        if is_saved(path):
+            names = saved_splits(path)
+            if not names and self._table.split not in (None, wanted):
+                say(f"{self.name}: its only table, of the split '{self._table.split}', is read")
+            splits = {name: [] for name in names}
+        elif self._builder.config.data_files:
+            splits = {str(name): list(map(str, files)) for name, files in self._builder.config.data_files.items()}
+        others = [name for name in splits if name != wanted and wanted != ALL]
+        if others:
+            say(f"{self.name}: the split {wanted} is read; not read: {', '.join(others)}")
+        if os.path.isdir(path) and not is_saved(path) and not self.config.data_files:
+            known = {os.path.realpath(file) for files in splits.values() for file in files}
+            rest = [file for file in walk(path) if class_of(file) in DATA and os.path.realpath(os.path.join(path, file)) not in known]
+            if rest and known:
+                say(f"{self.name}: {len(rest)} files are of no split of this config and are not read, such as {rest[0]}")
 
     @cached_property
     def _builder(self) -> DatasetBuilder:
@@ -205,7 +245,11 @@ class Datasets(Source[DatasetsSource]):
     @property
     def _path(self) -> str:
         path = os.path.expanduser(self.name)
-        if not os.path.isdir(path) and path.startswith((".", "/")):
+        if os.path.isdir(path):
+            return snapshot_of(path)
+        if os.path.exists(path):
+            raise DataError(f"{self.name} is a file: give the folder of a data set, or read the file as --input of its own format")
+        if path.startswith((".", "/")):
             raise DataError(f"data.source.dataset: there is no folder {self.name}: check the path")
         return path
 
@@ -219,9 +263,14 @@ class Datasets(Source[DatasetsSource]):
         return config
 
 
-def is_saved(path: str) -> bool:
-    """True for a folder that ``save_to_disk`` wrote."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+def saved_splits(path: str) -> list[str]:
+    """Splits of a ``DatasetDict`` that ``save_to_disk`` wrote; none for a single table."""
+    try:
+        return [str(name) for name in json.loads(Path(path, "dataset_dict.json").read_bytes())["splits"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise library_error(path, error) from None
 
 
 def _is_heading(row: pyarrow.Scalar) -> bool:
@@ -231,13 +280,14 @@ def _is_heading(row: pyarrow.Scalar) -> bool:
         return False
 
 
+CHOOSE_SPLIT = "choose one with 'dataset_split' (--dataset-split)"
 # What the package says, and what a user can do about it; the first that fits.
 ADVICE = (
     (("gated", "authenticated", "401 Client", "403 Client"), "accept its terms on its page and log in with 'hf auth login'"),
     (("OfflineModeIsEnabled", "offline mode"), "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as 'dataset'"),
     (("Couldn't reach", "ConnectionError", "Connection"), "check the network, or give the folder of a copy as 'dataset'"),
-    (("BuilderConfig", "Config name is missing"), "choose one with 'config'"),
-    (("Unknown split", "Bad split", "KeyError"), "choose one with 'dataset_split'"),
+    (("BuilderConfig", "Config name is missing"), "choose one with 'config' (--dataset-config)"),
+    (("Unknown split", "Bad split"), CHOOSE_SPLIT),
     (
         ("data file", "DataFilesNotFoundError", "EmptyDatasetError"),
         "check 'data_files', or name the folder of a copy that holds the files themselves",

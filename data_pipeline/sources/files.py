@@ -68,7 +68,11 @@ def _matches(pattern: str) -> list[str]:
         return [Path(literal).as_posix()]
     if os.path.isdir(literal):
         raise DataError(f"--input {pattern} is a folder: say which files of it, such as '{pattern.rstrip('/')}/**/*.txt'")
-    found = sorted(Path(path).as_posix() for path in glob.glob(literal, recursive=True) if os.path.isfile(path))
+    matches = glob.glob(literal, recursive=True)
+    found = sorted(Path(path).as_posix() for path in matches if os.path.isfile(path))
+    for path in matches:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise DataError(f"{path} is a link to a file that is not there: fetch it again, or remove the link")
     if not found:
         raise DataError(f"--input {pattern} matches no file in {Path.cwd()}: check the path or the pattern")
     return found

@@ -1,25 +1,34 @@
-"""Which kind of source a file name or pattern stands for."""
+"""Which kind of source a file name, a pattern or a folder stands for."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
-from data_pipeline.sources.files import COMPRESSED, list_files
-from pretrain.config.errors import ConfigError
+from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, RECORDS, TSV, class_of, ending_of
+from data_pipeline.sources.files import list_files
+from data_pipeline.sources.folders import kind_of_folder
+from pretrain.config.errors import ConfigError, DataError
 
 STANDARD_INPUT = "-"
-KIND_OF_ENDING = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DATASETS = "datasets"
+# Sections by the name of what they read; for all others the name is the kind.
+SECTIONS: dict[str, dict[str, Any]] = {"line": {"kind": "text", "document": "line"}, TSV: {"kind": CSV, "delimiter": "\t"}}
+WITHOUT_SPLITS = ("source_code", "stdin")
 
 
-def sources_of(inputs: list[str], kind: str | None) -> dict[str, dict[str, Any]]:
-    """The source sections that ``--input`` means, by name; patterns of one kind are one source.
+def sources_of(inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None) -> dict[str, dict[str, Any]]:
+    """The source sections that ``--input`` means, by name; patterns of one kind are one source, and each data set is one.
 
     Args:
-        kind: of all inputs; None: by the ending of each name, a folder being source code.
+        kind: of all inputs; None: by the ending of each name, and by the files of a folder.
+        config, split: of the folders and data sets among the inputs.
 
     Raises:
-        ConfigError: for a pattern whose files are of several kinds.
+        ConfigError: for a pattern or a folder whose files are of several kinds, and for a choice that nothing could follow.
+        DataError: for a folder without data.
     """
     if STANDARD_INPUT in inputs:
         if len(inputs) > 1:
@@ -29,27 +38,47 @@ def sources_of(inputs: list[str], kind: str | None) -> dict[str, dict[str, Any]]
             raise ConfigError(f"--format {kind} cannot be read from standard input: pipe jsonl, line or text")
         return {"stdin": {"kind": "stdin", "format": forms[kind]}}
     found: dict[str, dict[str, Any]] = {}
+    choice = {name: value for name, value in (("config", config), ("dataset_split", split)) if value is not None}
+    was_chosen = not choice
     for pattern in inputs:
-        name = kind or _kind_of(pattern)
-        section = found.setdefault(name, {"kind": "text", "document": "line"} if name == "line" else {"kind": name})
+        place = os.path.expanduser(pattern)
+        is_folder = os.path.isdir(place)
+        name = _name(pattern, place, kind, config)
+        if name == DATASETS:
+            number = sum(section["kind"] == DATASETS for section in found.values())
+            found[f"{DATASETS}_{number + 1}" if number else DATASETS] = {"kind": DATASETS, "dataset": pattern, **choice}
+            was_chosen = True
+            continue
+        section = found.setdefault(name, dict(SECTIONS.get(name, {"kind": name})))
         section.setdefault("input", []).append(pattern)
-        if name == "csv" and _ending(pattern) == ".tsv":
-            section["delimiter"] = "\t"
+        if is_folder and name not in WITHOUT_SPLITS:
+            section |= choice
+            was_chosen = True
+    if not was_chosen:
+        raise ConfigError("--dataset-config and --dataset-split choose a part of a folder or a data set, and no input is one: leave them out")
     return found
 
 
+def _name(pattern: str, place: str, kind: str | None, config: str | None) -> str:
+    if kind is None:
+        return kind_of_folder(place, config) if os.path.isdir(place) else _kind_of(pattern)
+    if kind == CSV and not os.path.isdir(place) and ending_of(pattern) == ".tsv":
+        return TSV
+    return kind
+
+
 def _kind_of(pattern: str) -> str:
-    if os.path.isdir(os.path.expanduser(pattern)):
-        return "source_code"
-    ending = _ending(pattern)
-    kinds = {KIND_OF_ENDING.get(ending, "text")} if ending.isascii() and ending[1:].isalnum() else set()
-    kinds = kinds or {KIND_OF_ENDING.get(_ending(path), "text") for path in list_files([pattern])}
+    if HUB_NAME.fullmatch(pattern) and not os.path.exists(os.path.dirname(pattern)):
+        raise DataError(f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format datasets if the hub has it")
+    ending = ending_of(pattern)
+    is_clear = ending.isascii() and ending[1:].isalnum()
+    kinds = {_kind_by_name(path) for path in ([pattern] if is_clear else list_files([pattern]))}
     if len(kinds) > 1:
         raise ConfigError(f"--input {pattern} matches files of several kinds ({', '.join(sorted(kinds))}): give one pattern for each, or --format")
     return kinds.pop()
 
 
-def _ending(path: str) -> str:
-    for compressed in COMPRESSED:
-        path = path.removesuffix(compressed)
-    return os.path.splitext(path)[1].lower()
+def _kind_by_name(path: str) -> str:
+    # A name that was given is meant, even if it is one that stands beside data as a rule.
+    found = class_of(f"x{ending_of(path)}")
+    return JSONL if found == JSON else found if found in RECORDS else "text"

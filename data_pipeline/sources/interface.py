@@ -28,9 +28,10 @@ REASONS = {
     "field_count": "more or fewer values than the CSV header has names",
     "invalid_csv": "a line that the CSV rules do not allow",
     "damaged_compression": "the rest of a compressed file that is cut short or damaged",
-    "damaged_file": "rows whose pages in a Parquet file cannot be read",
+    "damaged_file": "rows of a Parquet or Arrow file that cannot be read",
     "binary": "a file with NUL bytes among source code",
     "too_large": "a file above max_file_bytes among source code",
+    "git_lfs_pointer": "among source code, what git keeps in place of a file that 'git lfs pull' would fetch",
 }
 
 

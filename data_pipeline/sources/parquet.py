@@ -1,25 +1,23 @@
-"""Apache Parquet: a document is a row. What reads rows out of Arrow tables serves data sets too."""
+"""Apache Parquet: a document is a row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from data_pipeline.sources.files import list_files, one_line, stamp_of, unreadable
+from data_pipeline.sources.arrow_rows import BATCH_ROWS, Row, check_columns, columns_of, document_of, rows_of
+from data_pipeline.sources.files import one_line, stamp_of, unreadable
+from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
-from data_pipeline.sources.jsonl import RecordReader
-from pretrain.config.data_schema import ParquetSource, RecordsBase
+from data_pipeline.sources.records import RecordReader
+from pretrain.config.data_schema import ParquetSource
 from pretrain.config.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow
     from pyarrow.parquet import FileMetaData, ParquetFile
 
-# Rows that are decoded together: few enough that long texts fit into memory, and about so many bytes where rows are known to be long.
-BATCH_ROWS = 256
+# About so many bytes are decoded together if rows are known to be long.
 BATCH_BYTES = 8 << 20
-
-Row = tuple[int, dict[str, Any]]
 
 
 class RowGroup(NamedTuple):
@@ -39,7 +37,7 @@ class Parquet(Source[ParquetSource]):
 
     def units(self, unit_bytes: int) -> list[Unit]:
         units = []
-        for path in list_files(self.config.input):
+        for path in files_of(self.config):
             stamp = stamp_of(path)[1]
             file, groups = self._open(path)
             file.close()
@@ -60,7 +58,7 @@ class Parquet(Source[ParquetSource]):
         with file:
             for number, group in enumerate(groups[unit.start : unit.end], unit.start):
                 for result in self._read_group(file, number, group, path, row):
-                    yield result if isinstance(result, LeftOut) else document_of(to_document, result[1], path, result[0])
+                    yield result if isinstance(result, LeftOut) else document_of(to_document, result, path)
                 row += group.rows
 
     def _read_group(self, file: ParquetFile, number: int, group: RowGroup, path: str, first: int) -> Iterator[Row | LeftOut]:
@@ -70,7 +68,7 @@ class Parquet(Source[ParquetSource]):
         batch_rows = min(BATCH_ROWS, 1 + BATCH_BYTES * group.rows // (1 + group.bytes))
         try:
             for batch in file.iter_batches(batch_rows, row_groups=[number], columns=columns_of(self.config)):
-                yield from records(batch, self.config.text_field, path, row, self.context.max_record_bytes)
+                yield from rows_of(batch, self.config, path, row, self.context.max_record_bytes)
                 row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -101,75 +99,3 @@ def _row_groups(metadata: FileMetaData) -> list[RowGroup]:
     if any(min(group.num_rows, group.total_byte_size) < 0 for group in groups):
         raise ValueError("a row group has a negative size")
     return [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
-
-
-def columns_of(config: RecordsBase) -> list[str]:
-    """The columns that a section asks for, dotted where they lie inside others."""
-    wanted = [config.text_field, *([config.id_field] if config.id_field else []), *config.metadata_fields]
-    return list(dict.fromkeys(wanted))
-
-
-def check_columns(schema: pyarrow.Schema, config: RecordsBase, place: str) -> None:
-    """
-    Raises:
-        DataError: for a column that is not there, or a text column that holds no text.
-    """
-    import pyarrow
-
-    for name in columns_of(config):
-        kind: Any = pyarrow.struct(list(schema))
-        for part in name.split("."):
-            number = kind.get_field_index(part) if pyarrow.types.is_struct(kind) else -1
-            if number < 0:
-                raise DataError(
-                    f"{place} has no column '{name}' (it has {one_line(', '.join(schema.names))}): name others with text_field or id_field"
-                )
-            kind = kind.field(number).type
-        if name == config.text_field and not _is_text(kind):
-            raise DataError(f"column '{name}' of {place} holds {kind}, not text (its columns are {one_line(', '.join(schema.names))}): name another")
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
-
-
-def records(batch: pyarrow.RecordBatch, text_field: str, name: str, first: int, longest: int) -> Iterator[Row | LeftOut]:
-    """The rows of a batch with their numbers, one at a time; a text of more than ``longest`` bytes is never made a Python object.
-
-    Args:
-        first: number of the batch's first row in its file or data set.
-    """
-    columns = [(column_name, batch.column(column_name)) for column_name in batch.schema.names]
-    for number, length in enumerate(_text_bytes(batch, text_field), first):
-        if length is not None and length > longest:
-            yield LeftOut(name, "too_long", detail=f"row {number}: {length} bytes, the limit is {longest}")
-            continue
-        try:
-            record = {column_name: column[number - first].as_py() for column_name, column in columns}
-        except UnicodeDecodeError as error:
-            yield LeftOut(name, "invalid_utf8", detail=f"row {number}: at byte {error.start}")
-        except (ValueError, OverflowError) as error:  # a date that Python cannot hold
-            yield LeftOut(name, "undecodable", detail=f"row {number}: {one_line(str(error))}")
-        else:
-            yield number, record
-
-
-def _text_bytes(batch: pyarrow.RecordBatch, text_field: str) -> list[int | None]:
-    import pyarrow
-    import pyarrow.compute
-
-    top, *path = text_field.split(".")
-    column = batch.column(top)
-    for part in path:
-        column = pyarrow.compute.struct_field(column, part)
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-        column = column.cast(pyarrow.large_binary()) if not pyarrow.types.is_dictionary(column.type) else column.dictionary_decode()
-    return pyarrow.compute.binary_length(column).to_pylist()
-
-
-def document_of(to_document: RecordReader, record: dict[str, Any], name: str, row: int) -> Document | LeftOut:
-    result = to_document(record, f"{name}:{row}")
-    return result if isinstance(result, Document) else LeftOut(name, result[0], detail=f"row {row}: {result[1]}".rstrip(": "))

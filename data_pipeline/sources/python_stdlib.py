@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_pipeline.sources.files import grouped_units, unreadable
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
-from data_pipeline.sources.jsonl import text_fault
+from data_pipeline.sources.records import text_fault
 from pretrain.config.data_schema import PythonStdlibSource
 from pretrain.config.errors import DataError
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.sources.files import BYTE_ORDER_MARK, check_names, grouped_units, unreadable
+from data_pipeline.sources.folder_walk import is_pointer
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
-from data_pipeline.sources.jsonl import text_fault
+from data_pipeline.sources.records import text_fault
 from pretrain.config.data_schema import SourceCodeSource
 from pretrain.config.errors import DataError
 
@@ -59,6 +60,8 @@ class SourceCode(Source[SourceCodeSource]):
             return LeftOut(path, "too_large", detail=f"larger than {self.config.max_file_bytes} bytes", is_bad=False)
         if len(content) > self.context.max_record_bytes:
             return LeftOut(path, "too_long", detail=f"longer than {self.context.max_record_bytes} bytes")
+        if is_pointer(content):
+            return LeftOut(path, "git_lfs_pointer", is_bad=False)
         if b"\0" in content:
             return LeftOut(path, "binary", is_bad=False)
         try:

@@ -32,7 +32,10 @@ class StandardInput(Source[StandardInputSource]):
         if not os.path.getsize(spool):
             os.remove(spool)
             raise DataError("standard input was empty: pipe the records into the command, such as 'zcat a.jsonl.gz | ...'")
-        return self._source().units(unit_bytes)
+        try:
+            return self._source().units(unit_bytes)
+        except DataError as error:
+            raise DataError(str(error).replace(spool, NAME)) from None
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
         source = self._source()

@@ -11,13 +11,13 @@ from data_pipeline.sources.files import (
     DAMAGED_STREAM,
     damaged,
     grouped_units,
-    list_files,
     open_stream,
     range_units,
     read_lines,
 )
+from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
-from data_pipeline.sources.jsonl import text_fault
+from data_pipeline.sources.records import text_fault
 from pretrain.config.data_schema import TextSource
 from pretrain.config.errors import ConfigError
 
@@ -37,7 +37,7 @@ class Text(Source[TextSource]):
             )
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        files = list_files(self.config.input)
+        files = files_of(self.config)
         cut = range_units if self.config.document == "line" else grouped_units
         return cut(self.context.name, files, unit_bytes)
 

@@ -19,11 +19,23 @@ class SourceBase(Section):
 
 
 class FilesBase(SourceBase):
-    input: Annotated[list[str], Field(min_length=1, description="file names or glob patterns; ** reaches into subfolders")]
+    input: Annotated[list[str], Field(min_length=1, description="file names, folders, or glob patterns; ** reaches into subfolders")]
+
+
+class FoldersBase(FilesBase):
+    """Files, or folders that hold files of the kind."""
+
+    # Left out of a dump if it is not given, so that data built before folders could be read is still known by its checksum.
+    config: str | None = Field(None, exclude_if=lambda value: value is None, description="of a folder whose README.md declares several")
+    dataset_split: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="of a folder with splits: train if there is one; 'all' reads every file",
+    )
 
 
 class RecordsBase(Section):
-    """How a record becomes a document."""
+    """How a record becomes a document. A field's name is looked up as it is, then as a path: a.b is b inside a."""
 
     text_field: str = Field("text", description="the record's field that holds the text; a.b reaches into a")
     id_field: str | None = Field(None, description="a field that names the document for ever: it then decides the split instead of the text")
@@ -36,7 +48,7 @@ class PythonStdlibSource(SourceBase):
     kind: Literal["python_stdlib"] = "python_stdlib"
 
 
-class TextSource(FilesBase):
+class TextSource(FoldersBase):
     """Text files: one document a file, a line, or a part between separators; plain, .gz or .zst."""
 
     kind: Literal["text"]
@@ -51,19 +63,25 @@ class TextSource(FilesBase):
         return self
 
 
-class JsonlSource(FilesBase, RecordsBase):
+class JsonlSource(FoldersBase, RecordsBase):
     """One JSON object a line; plain, .gz or .zst."""
 
     kind: Literal["jsonl"]
 
 
-class ParquetSource(FilesBase, RecordsBase):
+class ParquetSource(FoldersBase, RecordsBase):
     """Apache Parquet, one document a row."""
 
     kind: Literal["parquet"]
 
 
-class CsvSource(FilesBase, RecordsBase):
+class ArrowSource(FoldersBase, RecordsBase):
+    """Arrow IPC files or streams (.arrow, .ipc, .feather), one document a row."""
+
+    kind: Literal["arrow"]
+
+
+class CsvSource(FoldersBase, RecordsBase):
     """Comma-separated values with a header line; plain, .gz or .zst."""
 
     kind: Literal["csv"]
@@ -114,7 +132,7 @@ class StandardInputSource(SourceBase, RecordsBase):
 
 
 Source = Annotated[
-    PythonStdlibSource | TextSource | JsonlSource | ParquetSource | CsvSource | SourceCodeSource | DatasetsSource | StandardInputSource,
+    PythonStdlibSource | TextSource | JsonlSource | ParquetSource | ArrowSource | CsvSource | SourceCodeSource | DatasetsSource | StandardInputSource,
     Field(discriminator="kind"),
 ]
 

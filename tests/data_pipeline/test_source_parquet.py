@@ -47,7 +47,7 @@ def test_nested_columns_ids_and_metadata(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     results = read_all(section(tmp_path / "a.parquet", text_field="doc.text", id_field="id", metadata_fields=["day"]))
     assert results[0] == Document("one", "3", "3", {"day": datetime.date(2020, 1, 1)})
-    assert isinstance(results[1], LeftOut) and (results[1].reason, results[1].detail) == ("missing_field", "row 1: no 'doc.text'")
+    assert isinstance(results[1], LeftOut) and (results[1].reason, results[1].detail) == ("missing_field", "row 1: 'doc.text' is null")
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])

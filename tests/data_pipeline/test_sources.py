@@ -90,7 +90,7 @@ def test_a_pattern_that_matches_nothing_is_named_even_beside_one_that_does(tmp_p
     path = write(tmp_path / "a.txt", "a")
     with pytest.raises(DataError, match=r"nothing\*"):
         list_units({"kind": "text", "input": [path, str(tmp_path / "nothing*")]})
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="holds no files of JSON lines"):
         list_units({"kind": "jsonl", "input": [str(tmp_path)]})
 
 

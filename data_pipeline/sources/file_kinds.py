@@ -1,0 +1,93 @@
+"""What a file probably is, by its name."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from data_pipeline.sources.files import COMPRESSED
+
+JSONL, JSON, PARQUET, CSV, TSV, ARROW, TEXT, CODE = "jsonl", "json", "parquet", "csv", "tsv", "arrow", "text", "code"
+SIDE, ARCHIVE, OTHER = "side", "archive", "other"
+# Records, as nobody writes source code.
+RECORDS = (JSONL, PARQUET, CSV, TSV, ARROW)
+DATA = (*RECORDS, JSON, TEXT)
+
+LABELS = {
+    JSONL: "JSON lines",
+    JSON: "JSON",
+    PARQUET: "Parquet",
+    CSV: "CSV",
+    TSV: "TSV",
+    ARROW: "Arrow",
+    TEXT: "text",
+    CODE: "source code",
+    SIDE: "side files",
+    ARCHIVE: "archives",
+    OTHER: "other kinds",
+}
+CODE_ENDINGS = """
+    .ada .asm .bash .bat .c .cc .cfg .clj .cljs .cmake .coffee .cpp .cs .css .cu .cuh .cxx .d .dart .el .elm .erl .ex .exs .f .f90 .fs .go .gradle
+    .graphql .groovy .h .hh .hpp .hs .html .hxx .ini .ipynb .java .jl .js .jsx .kt .kts .less .lisp .lua .m .mjs .ml .mli .mm .nim .php .pl .pm .proto
+    .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scm .scss .sh .sol .sql .sv .svelte .swift .tcl .tf .toml .ts .tsx .v .vb .vhd .vim .vue .xml .yaml .yml
+    .zig .zsh
+""".split()
+CLASS_OF_ENDING = {
+    ".jsonl": JSONL,
+    ".ndjson": JSONL,
+    ".json": JSON,
+    ".parquet": PARQUET,
+    ".csv": CSV,
+    ".tsv": TSV,
+    ".arrow": ARROW,
+    ".arrows": ARROW,
+    ".ipc": ARROW,
+    ".feather": ARROW,
+    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex"), TEXT),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4"), ARCHIVE),
+    **dict.fromkeys((".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc", ".lock", ".cff", ".pdf", ".png", ".svg", ".bib"), SIDE),
+    **dict.fromkeys(CODE_ENDINGS, CODE),
+}
+# What is put beside data, or beside anything.
+SIDE_NAME = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors|data_?card|dataset_?card)"
+    r"([-_.][\w-]*)?(\.(md|txt|rst|html))?"
+    r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|manifest)\.json"
+    r"|(sha\d*sums?|md5sums?|checksums?)(\.txt)?|requirements[\w-]*\.txt|makefile|dockerfile"
+    r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"  # results that the package datasets keeps among the files of a data set
+    r"|_[^.]*"  # _SUCCESS, _metadata and the like of Spark and Hive
+)
+
+
+def ending_of(path: str) -> str:
+    """The ending of a name without that of its compression, in lower case."""
+    for compressed in COMPRESSED:
+        path = path.removesuffix(compressed)
+    return os.path.splitext(path)[1].lower()
+
+
+def class_of(path: str) -> str:
+    name = path.rpartition("/")[2].lower()
+    if SIDE_NAME.fullmatch(name):
+        return SIDE
+    ending = ending_of(name)
+    if ending == ".json" and not name.endswith(ending):
+        return JSONL  # what is compressed is no part of source code
+    return CLASS_OF_ENDING.get(ending) or (ARCHIVE if name.endswith(COMPRESSED) else OTHER)
+
+
+def files_of_kind(paths: list[str], kind: str) -> list[str]:
+    """Those of a folder's files, named from the folder, that a source of this kind reads.
+
+    Texts are files that are named so or, if there are none, all that are neither records nor archives. At the top of a folder README and the
+    like describe it; further down they are texts like others.
+    """
+    if kind == JSONL:
+        return [path for path in paths if class_of(path) in (JSONL, JSON)]
+    if kind != TEXT:
+        return [path for path in paths if class_of(path) == kind]
+    named = [path for path in paths if class_of(path) == TEXT]
+    if not named:
+        return [path for path in paths if class_of(path) in (CODE, OTHER)]
+    described = [path for path in paths if class_of(path) == SIDE and "/" in path and CLASS_OF_ENDING.get(ending_of(path)) == TEXT]
+    return sorted(named + described)
