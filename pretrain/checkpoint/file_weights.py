@@ -25,8 +25,14 @@ HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer
 NUMBERED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
 STACKED_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 Read = Callable[[], Tensor]
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether ``initial_weights`` names a file of another training loop, and no folder of ours."""
+    return path.suffix in FILES and not path.is_dir()
 
 
 class FileWeights(Mapping[str, Tensor]):

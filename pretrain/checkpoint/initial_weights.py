@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pretrain.checkpoint.comparison import Comparison, compare
-from pretrain.checkpoint.file_weights import FileWeights
+from pretrain.checkpoint.file_weights import FileWeights, is_weights_file
 from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights import global_name
@@ -26,7 +26,6 @@ from pretrain.model.decoder import DecoderLM
 
 # Other kinds of these may have tensors of the same names and shapes, and compute something else with them.
 FAMILIES = ("attention", "norm", "feed_forward", "moe")
-FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 REPORT = "initial_weights.json"
 SHOWN_ROWS = 20
 
@@ -46,7 +45,7 @@ def starting_weights(recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, t
     path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
     if path.is_dir() and (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         raise CheckpointError(f"{where} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
-    of_file = path.suffix in FILES and not path.is_dir()
+    of_file = is_weights_file(path)
     stored: FileWeights | StoredWeights
     stored = FileWeights(path, recipe.model) if of_file else StoredWeights(_checked_folder(recipe, tokenizer_sha256, topology))
     found = compare(stored.shapes, recipe.model)

@@ -11,6 +11,7 @@ from torch import nn
 
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
+from pretrain.checkpoint.tokenizer_files import end_ids, read_side_files, token_ids
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 
 class TextGenerator(Protocol):
-    """What a command needs to write text."""
+    """What a command needs to write text. A new document starts with ``eod_id``; any token of ``end_ids`` ends a text, it among them."""
 
     eod_id: int
+    end_ids: frozenset[int]
     max_positions: int
 
     def encode(self, text: str) -> list[int]:
@@ -43,11 +45,12 @@ class TextGenerator(Protocol):
 
 
 class NativeGenerator:
-    """One of our models."""
+    """One of our models; ``ends`` are tokens beside the tokenizer's own that end a text."""
 
-    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device, ends: frozenset[int] = frozenset()) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.eod_id, self.max_positions = tokenizer.eod_id, model.config.max_position_embeddings
+        self.end_ids = ends | {self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode([text])[0].tolist()
@@ -72,6 +75,8 @@ class TransformersGenerator:
         self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
         self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
+        generation = model.generation_config
+        self.end_ids = token_ids(generation.eos_token_id if generation is not None else None) | {self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -96,7 +101,8 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
         return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
-    return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    return NativeGenerator(model, tokenizer, device, end_ids(read_side_files(checkpoint)))
 
 
 def is_transformers_folder(path: Path) -> bool:

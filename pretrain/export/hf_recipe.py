@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from pretrain.checkpoint.layout import TOKENIZER
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import validate_recipe
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
@@ -184,7 +184,14 @@ def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
 def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
     if not (source / TOKENIZER).is_file():
         return {"kind": "train_bpe"}
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    section = {"kind": "file", "path": str(output / TOKENIZER)}
-    token = None if eos is None else tokenizers.Tokenizer.from_file(str(source / TOKENIZER)).id_to_token(eos)
-    return section if token is None else section | {"eod_token": token}
+    try:
+        library = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
+    except Exception as error:  # the library raises nothing more particular
+        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder") from None
+    eos = config.eos_token_id[0] if config.eos_token_id and isinstance(config.eos_token_id, list) else config.eos_token_id
+    ids = {"eod_token": eos, "bos_token": config.bos_token_id, "pad_token": config.pad_token_id}
+    tokens = {field: library.id_to_token(number) for field, number in ids.items() if isinstance(number, int) and 0 <= number < 1 << 31}
+    section = {"kind": "file", "path": str(output / TOKENIZER)} | {field: token for field, token in tokens.items() if token is not None}
+    # A model that was trained with a token before each text gets it in training too.
+    begins = library.encode("a").ids[:1]
+    return section | ({"prepend_bos": True} if "bos_token" in section and begins == [config.bos_token_id] else {})
