@@ -23,7 +23,7 @@ CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_template
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja")
 ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LARGEST_BYTES = 64_000_000
-# Code to be run, and files elsewhere that would be read in place of those beside them.
+# Code to be run, and paths of files elsewhere that would be read in place of those in the folder.
 CODE = ("auto_map", "trust_remote_code", "custom_generate")
 
 SideFiles = Mapping[str, bytes]

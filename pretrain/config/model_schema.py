@@ -103,10 +103,10 @@ class Llama3(RotaryBase):
         description="tokens the frequencies were trained for"
     )
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="pairs that turn less often than this over the original length are interpolated"
+        1.0, description="pairs that rotate less often than this over the original length are interpolated"
     )
     high_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="pairs that turn more often than this over the original length are kept"
+        4.0, description="pairs that rotate more often than this over the original length are kept"
     )
 
     @model_validator(mode="after")

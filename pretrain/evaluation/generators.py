@@ -45,7 +45,7 @@ class TextGenerator(Protocol):
 
 
 class NativeGenerator:
-    """One of our models; ``ends`` are tokens beside the tokenizer's own that end a text."""
+    """One of our models; ``ends`` are tokens that end a text, other than the end of a document."""
 
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device, ends: frozenset[int] = frozenset()) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device

@@ -42,7 +42,7 @@ def write_hf_folder(
     Args:
         model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
-        side_files: what a model of others brought along beside its ``tokenizer.json``; written again as it was.
+        side_files: what a model of others brought along next to its ``tokenizer.json``; written again as it was.
 
     Returns:
         the number of tensors, their bytes, and the names of tensors that only training reads, which are left out.

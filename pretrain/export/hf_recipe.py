@@ -189,8 +189,11 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
     except Exception as error:  # the library raises nothing more particular
         raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder") from None
     eos = config.eos_token_id[0] if config.eos_token_id and isinstance(config.eos_token_id, list) else config.eos_token_id
-    ids = {"eod_token": eos, "bos_token": config.bos_token_id, "pad_token": config.pad_token_id}
-    tokens = {field: library.id_to_token(number) for field, number in ids.items() if isinstance(number, int) and 0 <= number < 1 << 31}
+    special = {number: token.content for number, token in library.get_added_tokens_decoder().items() if token.special}
+    # Where config.json leaves out these two, its class names ids that may be any word of the vocabulary.
+    tokens = {"bos_token": special.get(config.bos_token_id), "pad_token": special.get(config.pad_token_id)}
+    if isinstance(eos, int) and 0 <= eos < 1 << 31:
+        tokens["eod_token"] = library.id_to_token(eos)
     section = {"kind": "file", "path": str(output / TOKENIZER)} | {field: token for field, token in tokens.items() if token is not None}
     # A model that was trained with a token before each text gets it in training too.
     begins = library.encode("a").ids[:1]
