@@ -25,6 +25,7 @@ from pretrain.callbacks.build import make_callbacks, missing_packages
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.initial_weights import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.config.durable import only_writer
 from pretrain.config.errors import DONE, PREEMPTED, ConfigError, DataError, PeerLostError, PipelineError, is_peer_loss
@@ -227,6 +228,8 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
             engine = Engine(recipe, resolved, precision, topology, fill)
             trainer = build_trainer(recipe, resolved, corpora, engine, stop, check)
             newest = trainer.store.newest()
+            origin = origin_of(recipe, newest)
+            trainer.store.side_files = {} if origin is None else read_side_files(origin)
             if newest is not None:
                 check_same_run(recipe, layout.read_run_recipe(newest), trainer.identity, layout.read_state(newest), folder)
                 trainer.resume(newest)

@@ -29,6 +29,7 @@ HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer
 NUMBERED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
 STACKED_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 # Where a training loop keeps what its model is, beside the weights.
 CONFIGS = ("config", "model_config", "model_args", "hyper_parameters", "hparams", "args", "recipe")
@@ -52,6 +53,11 @@ ALIASES = {
 VAGUE = {"kind", "bias", "eps", "limit", "alpha", "factor", "schedule", "score", "gate", "decode", "n", "k"}
 
 Read = Callable[[], Tensor]
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether ``initial_weights`` names a file of another training loop, and no folder of ours."""
+    return path.suffix in FILES and not path.is_dir()
 
 
 class FileWeights(Mapping[str, Tensor]):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pretrain.checkpoint.comparison import Comparison, compare, unread_differences
-from pretrain.checkpoint.file_weights import FileWeights, model_of_config
+from pretrain.checkpoint.file_weights import FileWeights, is_weights_file, model_of_config
 from pretrain.checkpoint.layout import complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights import global_name
@@ -28,7 +28,6 @@ from pretrain.engine.engine import Fill
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 
-FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 REPORT = "initial_weights.json"
 SHOWN_ROWS = 20
 
@@ -74,7 +73,7 @@ def starting_point(recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Pa
     folder: Path | None = None
     stored: FileWeights | StoredWeights
     model: ModelConfig | None
-    if path.suffix in FILES and not path.is_dir():
+    if is_weights_file(path):
         stored = FileWeights(path, recipe.model)
         model = model_of_config(stored.config, recipe.model)
     else:

@@ -7,6 +7,7 @@ checkpoints/
     recipe.yaml  ds_config.json           resolved, as this run used them
     state.json                            step, consumed tokens, fingerprints, topology
     tokenizer.json
+    tokenizer_config.json ...             of a model of others: tokenizer_files.py
     README.md                             the model card
     weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
     weights-experts-00000-of-00002.safetensors ...

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.model_card import model_card
+from pretrain.checkpoint.tokenizer_files import SideFiles, write_side_files
 from pretrain.checkpoint.weights import read_experts_part, write_weights
 from pretrain.config.durable import file_sha256, fsync_path
 from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
@@ -53,6 +54,9 @@ class CheckpointStore:
     Args:
         folder: ``runs/<name>/checkpoints``, on storage that all ranks share.
         tokenizer: copied into each checkpoint, so that it can be used alone.
+
+    Attributes:
+        side_files: what belongs to the tokenizer and travels with it; written into each checkpoint.
     """
 
     def __init__(self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path) -> None:
@@ -60,6 +64,7 @@ class CheckpointStore:
         self.engine = engine
         self.ds_config = ds_config
         self.tokenizer = tokenizer
+        self.side_files: SideFiles = {}
 
     def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None, own: dict[str, Any] | None = None) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
@@ -92,6 +97,7 @@ class CheckpointStore:
                 (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
+                write_side_files(self.side_files, temporary)
                 (temporary / layout.CARD).write_text(model_card(engine.recipe, state), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
+from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
 from pretrain.checkpoint.weights import DENSE_FILE, EXPERTS_FILE, is_expert
 from pretrain.config.durable import appearing_folder, file_sha256
 from pretrain.config.errors import CheckpointError, ConfigError
@@ -46,7 +47,8 @@ def write_weights_folder(folder: Path, recipe: Recipe, tensors: Iterable[tuple[s
         recipe: with ``model.vocab_size`` set.
         tensors: name and tensor, as :func:`load_state_dict` gives them, in any order and of any floating dtype; written in fp32. They are taken
             one by one, so that a generator's peak memory is that of its largest tensor.
-        tokenizer: a ``tokenizer.json`` to copy; without one the weights can only be trained on or converted.
+        tokenizer: a ``tokenizer.json`` to copy, with the files in its folder that belong to it; without one the weights can only be
+            trained on or converted.
 
     Raises:
         ConfigError: where ``folder`` is not empty, or the vocabulary is unknown.
@@ -70,10 +72,13 @@ def fill_weights_folder(folder: Path, recipe: Recipe, tensors: Iterable[tuple[st
         if not tokenizer.is_file():
             raise CheckpointError(f"{tokenizer} is missing: give a tokenizer.json")
         shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
+        write_side_files(read_side_files(tokenizer.parent), folder)
     sha256 = None if tokenizer is None else file_sha256(tokenizer)
     state: dict[str, object] = {"step": step, "consumed_tokens": 0, "tokenizer_sha256": sha256, "data": {}}
     (folder / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(folder)}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(folder)
+    }
     (folder / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
 
 

@@ -111,9 +111,11 @@ class Llama3(RotaryBase):
     factor: Annotated[float, Field(ge=1)] = Field(description="what the frequency of slow pairs is divided by")
     original_max_position_embeddings: Positive = Field(description="tokens the frequencies were trained for")
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="pairs that turn less often than this over the original length are interpolated"
+        1.0, description="pairs that rotate less often than this over the original length are interpolated"
     )
-    high_freq_factor: Annotated[float, Field(gt=0)] = Field(4.0, description="pairs that turn more often than this over the original length are kept")
+    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="pairs that rotate more often than this over the original length are kept"
+    )
 
     @model_validator(mode="after")
     def _blend_has_a_width(self) -> Llama3:

@@ -11,6 +11,7 @@ from torch import nn
 
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
+from pretrain.checkpoint.tokenizer_files import end_ids, read_side_files, token_ids
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.errors import ConfigError
 from pretrain.evaluation.call_dependence import call_dependence, call_dependence_of_export
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
 
 
 class TextGenerator(Protocol):
-    """What a command needs to write text.
+    """What a command needs to write text. A new document starts with ``eod_id``.
 
     Attributes:
+        end_ids: tokens that end a text; ``eod_id`` is among them.
         call_dependence: why logits depend on what is computed together, in a sentence; None if they do not.
     """
 
     eod_id: int
+    end_ids: frozenset[int]
     max_positions: int
     call_dependence: str | None
 
@@ -50,12 +53,13 @@ class TextGenerator(Protocol):
 
 
 class NativeGenerator:
-    """One of our models."""
+    """One of our models; ``ends`` are tokens that end a text, other than the end of a document."""
 
-    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, device: torch.device, ends: frozenset[int] = frozenset()) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.eod_id, self.max_positions = tokenizer.eod_id, model.config.max_position_embeddings
         self.call_dependence = call_dependence(model.config)
+        self.end_ids = ends | {self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode([text])[0].tolist()
@@ -81,6 +85,8 @@ class TransformersGenerator:
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
         self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
         self.call_dependence = call_dependence_of_export(model.config)
+        generation = model.generation_config
+        self.end_ids = token_ids(generation.eos_token_id if generation is not None else None) | {self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -105,7 +111,8 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
         return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
-    return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    return NativeGenerator(model, tokenizer, device, end_ids(read_side_files(checkpoint)))
 
 
 def open_transformers(path: Path, device: torch.device) -> TransformersGenerator:

@@ -107,7 +107,7 @@ class Writer:
                 self.speed.decode_tokens += len(open_texts)
             for row in sorted(open_texts):
                 texts[row].new_tokens += 1
-                if tokens[row] == self.generator.eod_id:
+                if tokens[row] in self.generator.end_ids:
                     texts[row].ended = "end of document"
                     open_texts.discard(row)
                     continue

@@ -12,6 +12,7 @@ from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import CARD, RECIPE, TOKENIZER, read_recipe, read_run_recipe, read_state
 from pretrain.checkpoint.model_card import model_card
+from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
 from pretrain.checkpoint.universal import check_universal, write_universal
 from pretrain.checkpoint.whole_weights import open_whole_weights
 from pretrain.config.load import recipe_to_yaml
@@ -94,7 +95,8 @@ def export_hf(
     weights = open_whole_weights(checkpoint, recipe.model)
     model, ours = (recipe.model, weights) if target.keeps_factors else without_factors(recipe.model, weights)
     with published_folder(output, overwrite) as folder:
-        tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes)
+        brought = read_side_files(checkpoint)
+        tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes, brought)
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
@@ -142,6 +144,7 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         check_same_numbers(links, ours, open_exported_weights(folder))
         (folder / RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
         copy_file(checkpoint / TOKENIZER, folder / TOKENIZER)
+        write_side_files(read_side_files(checkpoint), folder)
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion("safetensors", _write_card(checkpoint, folder), dtype_name(dtype), len(forms), size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
@@ -167,6 +170,7 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
         tensors, size = write_universal(checkpoint, folder)
         for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
+        write_side_files(read_side_files(checkpoint), folder)
         conversion = Conversion("universal", _write_card(checkpoint, folder), "float32", tensors, size, None)
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
+from pretrain.checkpoint.tokenizer_files import (
+    GENERATION_CONFIG,
+    ID_FIELDS,
+    TOKEN_IDS,
+    TOKENIZER_CONFIG,
+    SideFiles,
+    content_of,
+    write_side_files,
+)
 from pretrain.config.model_schema import ModelConfig
 from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
@@ -24,15 +32,17 @@ def write_hf_folder(
     tokenizer: Tokenizer,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    side_files: SideFiles | None = None,
 ) -> tuple[int, int, tuple[str, ...]]:
     """Writes the whole folder tensor by tensor, reads the weights back and compares them bit for bit.
 
     The keys are one per expert, where transformers itself writes such: transformers 4 and 5, vLLM and converters to other formats all read
-    these. The end-of-document token starts and ends a text.
+    these. The end-of-document token starts and ends a text, unless ``side_files`` say otherwise.
 
     Args:
         model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
+        side_files: what a model of others brought along next to its ``tokenizer.json``; written again as it was.
 
     Returns:
         the number of tensors, their bytes, and the names of tensors that only training reads, which are left out.
@@ -48,27 +58,29 @@ def write_hf_folder(
     write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
     check_same_numbers(links, ours, open_exported_weights(folder))
     config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype_name(dtype)}
-    _write_configs(folder, config, tokenizer, model.max_position_embeddings)
+    _write_configs(folder, config, tokenizer, model.max_position_embeddings, side_files or {})
     for file in target.files:
         copy_file(Path(file), folder / Path(file).name)
     return len(forms), sum(form.bytes for form in forms.values()), left_out
 
 
-def _write_configs(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> None:
+def _write_configs(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, max_tokens: int, side_files: SideFiles) -> None:
     """Writes everything but the weights: ``config.json``, how texts start and end, and the tokenizer."""
+    eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
+    ids = content_of(side_files, TOKEN_IDS)
+    if ids is not None:
+        config = {name: value for name, value in config.items() if name not in ID_FIELDS} | ids
     write_json_file(folder / "config.json", config)
-    eod_id = tokenizer.eod_id
-    write_json_file(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id})
+    generation = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
+    write_json_file(folder / GENERATION_CONFIG, generation if ids is None else ids)
     (folder / "tokenizer.json").write_bytes(tokenizer.content)
-    eod_token = tokenizer.decode([tokenizer.eod_id])
-    write_json_file(
-        folder / "tokenizer_config.json",
-        {
-            # Without a class AutoTokenizer takes the model type's own one, with its own pre-tokenizer.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": eod_token,
-            "bos_token": eod_token,
-            "model_max_length": max_tokens,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    tokens = {
+        # Without a class AutoTokenizer takes the model type's own one, with its own pre-tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eod_token,
+        "bos_token": eod_token,
+        "model_max_length": max_tokens,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json_file(folder / TOKENIZER_CONFIG, tokens)
+    write_side_files({name: content for name, content in side_files.items() if name != TOKEN_IDS}, folder)

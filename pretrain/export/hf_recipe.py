@@ -176,13 +176,19 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
     if not (source / TOKENIZER).is_file():
         return {"kind": "train_bpe"}
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({error}): copy the model's own there") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        library = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
+    except Exception as error:  # the library raises nothing more particular
+        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder") from None
+    largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise CheckpointError(f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there")
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    section = {"kind": "file", "path": str(output / TOKENIZER)}
-    token = None if eos is None else tokenizer.id_to_token(eos)
-    return section if token is None else section | {"eod_token": token}
+    eos = config.eos_token_id[0] if config.eos_token_id and isinstance(config.eos_token_id, list) else config.eos_token_id
+    special = {number: token.content for number, token in library.get_added_tokens_decoder().items() if token.special}
+    # Where config.json leaves out these two, its class names ids that may be any word of the vocabulary.
+    tokens = {"bos_token": special.get(config.bos_token_id), "pad_token": special.get(config.pad_token_id)}
+    if isinstance(eos, int) and 0 <= eos < 1 << 31:
+        tokens["eod_token"] = library.id_to_token(eos)
+    section = {"kind": "file", "path": str(output / TOKENIZER)} | {field: token for field, token in tokens.items() if token is not None}
+    # A model that was trained with a token before each text gets it in training too.
+    begins = library.encode("a").ids[:1]
+    return section | ({"prepend_bos": True} if "bos_token" in section and begins == [config.bos_token_id] else {})

@@ -72,13 +72,13 @@ def read(folder: Path) -> tuple[LlamaLike, Recipe]:
     return target, recipe_of(folder, folder / "ours", target, config)
 
 
-def their_numbers(model: PreTrainedModel) -> int:
+def their_elements(model: PreTrainedModel) -> int:
     buffers = [buffer for name, buffer in model.named_buffers() if "e_score" in name]
     tied = {id(tensor): tensor for tensor in [*model.parameters(), *buffers]}
     return sum(tensor.numel() for tensor in tied.values())
 
 
-def our_numbers(target: LlamaLike, recipe: Recipe) -> int:
+def our_elements(target: LlamaLike, recipe: Recipe) -> int:
     """Of the export of the recipe's model, counted without memory for them."""
     dense, experts = tensor_shapes(recipe.model)
     ours = Held({name: torch.empty(shape, device="meta") for name, shape in (dense | experts).items()})
@@ -97,7 +97,7 @@ def same_logits(target: LlamaLike, recipe: Recipe, theirs: PreTrainedModel, fold
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in BASES])
 def test_a_field_that_is_absent_or_null_is_read_as_transformers_reads_it(name: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", fields_of(name))
-    weights, numbers = base.state_dict(), their_numbers(base)
+    weights, numbers = base.state_dict(), their_elements(base)
     read_too, refused, compared = [], [], 0
     for number, (field, change, fields) in enumerate(variants(name)):
         case = f"{field} {change}"
@@ -113,8 +113,8 @@ def test_a_field_that_is_absent_or_null_is_read_as_transformers_reads_it(name: s
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             theirs = AutoModelForCausalLM.from_config(config)
-        assert their_numbers(theirs) == our_numbers(target, recipe), case
-        if their_numbers(theirs) == numbers and {n: t.shape for n, t in theirs.state_dict().items()} == {n: t.shape for n, t in weights.items()}:
+        assert their_elements(theirs) == our_elements(target, recipe), case
+        if their_elements(theirs) == numbers and {n: t.shape for n, t in theirs.state_dict().items()} == {n: t.shape for n, t in weights.items()}:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             model.load_state_dict(weights)
             assert same_logits(target, recipe, model, tmp_path / "base") <= 1e-4, case

@@ -13,7 +13,9 @@ from pretrain.export.architectures.llama_like import (
     SOFTMAX,
     TRUNK,
     LlamaLike,
+    aux_loss_weight,
     expert_names,
+    router_aux_loss_coef,
     router_name,
     window_section,
     windowed_layers,
@@ -79,7 +81,7 @@ class GptOss(LlamaLike):
             "num_experts_per_tok": moe.top_k,
             "swiglu_limit": form.limit,
             "swiglu_alpha": form.alpha,
-            "router_aux_loss_coef": moe.aux_loss_weight,
+            "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +96,6 @@ class GptOss(LlamaLike):
                 "top_k": config["num_experts_per_tok"],
                 "moe_intermediate_size": config["intermediate_size"],
                 "router": {"kind": "softmax_topk", "bias": True, "norm_topk_prob": True},
-                "aux_loss_weight": config["router_aux_loss_coef"],
+                "aux_loss_weight": aux_loss_weight(config, config["num_hidden_layers"]),
             },
         }

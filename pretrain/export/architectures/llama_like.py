@@ -246,12 +246,42 @@ def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config["sliding_window"], "full_attention_every": full}
 
 
-def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The layer pattern that ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs mean."""
-    count, step = config["num_hidden_layers"], config["decoder_sparse_step"]
-    if step < 1:
+def router_aux_loss_coef(model: ModelConfig) -> float:
+    """transformers' weight of its load-balancing loss, for ``aux_loss_weight`` of ours.
+
+    Ours is the sum over L layers of E/k sum_e f_e p_e, 1 a layer when balanced; theirs (``load_balancing_loss_func``) is
+    E sum_e f_e p_e with f and p over the tokens of all layers together, k when balanced. With one layer both are equal
+    then, and with several they are wherever experts of one number have the same share in all of them.
+    """
+    assert isinstance(model.moe, RoutedMoE)
+    return rounded(model.moe.aux_loss_weight * len(model.moe_layers) / model.moe.top_k)
+
+
+def aux_loss_weight(config: Mapping[str, Any], moe_layers: int) -> float:
+    """The way back of :func:`router_aux_loss_coef`."""
+    return rounded(config["router_aux_loss_coef"] * config["num_experts_per_tok"] / max(moe_layers, 1))
+
+
+def rounded(weight: float) -> float:
+    """Twelve digits: there and back again is the same number."""
+    return float(f"{weight:.12g}")
+
+
+def dense_layers(config: Mapping[str, Any]) -> list[int]:
+    """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs."""
+    if (step := config["decoder_sparse_step"]) < 1:
         raise ConfigError(f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that: give 1 or more")
-    dense = [layer for layer in range(count) if layer in config["mlp_only_layers"] or (layer + 1) % step]
+    return [layer for layer in range(config["num_hidden_layers"]) if layer in config["mlp_only_layers"] or (layer + 1) % step]
+
+
+def expert_layers(config: Mapping[str, Any]) -> int:
+    """How many layers are mixtures of experts by the same fields."""
+    return int(config["num_hidden_layers"]) - len(dense_layers(config))
+
+
+def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer pattern that :func:`dense_layers` is."""
+    count, dense = config["num_hidden_layers"], dense_layers(config)
     if not dense:
         return {"kind": "all_moe"}
     if dense == list(range(len(dense))):

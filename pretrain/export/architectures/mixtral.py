@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
-from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    SOFTMAX,
+    TRUNK,
+    LlamaLike,
+    aux_loss_weight,
+    router_aux_loss_coef,
+)
 from pretrain.export.features import ANY, Takes
 
 
@@ -26,7 +33,7 @@ class Mixtral(LlamaLike):
             "sliding_window": model.attention.sliding_window,
             "num_local_experts": model.moe.num_experts,
             "num_experts_per_tok": model.moe.top_k,
-            "router_aux_loss_coef": model.moe.aux_loss_weight,
+            "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,4 +44,4 @@ class Mixtral(LlamaLike):
             "top_k": config["num_experts_per_tok"],
             "moe_intermediate_size": config["intermediate_size"],
         }
-        return section | {"moe": {"kind": "dropless", **moe, "aux_loss_weight": config["router_aux_loss_coef"]}}
+        return section | {"moe": {"kind": "dropless", **moe, "aux_loss_weight": aux_loss_weight(config, config["num_hidden_layers"])}}

@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
-from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    SOFTMAX,
+    TRUNK,
+    LlamaLike,
+    router_aux_loss_coef,
+)
 from pretrain.export.architectures.qwen3_moe import qwen_experts
 from pretrain.export.features import Takes
 
@@ -37,10 +43,10 @@ class Olmoe(LlamaLike):
             "num_experts": model.moe.num_experts,
             "num_experts_per_tok": model.moe.top_k,
             "norm_topk_prob": model.moe.router.norm_topk_prob,
-            "router_aux_loss_coef": model.moe.aux_loss_weight,
+            "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"] |= {"qk_norm": "full", "bias": "all" if config["attention_bias"] else "none"}
-        return section | {"moe": qwen_experts(config, width="intermediate_size")}
+        return section | {"moe": qwen_experts(config, config["num_hidden_layers"], "intermediate_size")}

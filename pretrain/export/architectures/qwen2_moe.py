@@ -15,6 +15,8 @@ from pretrain.export.architectures.llama_like import (
     TRUNK,
     LlamaLike,
     absent_shared_experts,
+    expert_layers,
+    router_aux_loss_coef,
     shared_links,
     sparse_layers,
 )
@@ -65,7 +67,7 @@ class Qwen2Moe(LlamaLike):
             "moe_intermediate_size": model.moe.moe_intermediate_size,
             "shared_expert_intermediate_size": model.moe.shared_width,
             "norm_topk_prob": model.moe.router.norm_topk_prob,
-            "router_aux_loss_coef": model.moe.aux_loss_weight,
+            "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,4 +75,7 @@ class Qwen2Moe(LlamaLike):
         section["attention"]["bias"] = "qkv" if config["qkv_bias"] else "none"
         width = config["shared_expert_intermediate_size"]
         shared = {"num_shared_experts": 1, "shared_intermediate_size": width, "shared_expert_gate": True} if width else {}
-        return section | {"layer_pattern": sparse_layers(config), "moe": qwen_experts(config) | shared}
+        return section | {
+            "layer_pattern": sparse_layers(config),
+            "moe": qwen_experts(config, expert_layers(config)) | shared,
+        }

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 from pretrain.config.attention_schema import GroupedQueryAttention
 from pretrain.config.model_schema import ModelConfig
 from pretrain.config.moe_schema import RoutedMoE
-from pretrain.export.architectures.llama_like import GROUPED_QUERY, SOFTMAX, TRUNK, LlamaLike, sparse_layers
+from pretrain.export.architectures.llama_like import (
+    GROUPED_QUERY,
+    SOFTMAX,
+    TRUNK,
+    LlamaLike,
+    aux_loss_weight,
+    expert_layers,
+    router_aux_loss_coef,
+    sparse_layers,
+)
 from pretrain.export.features import Takes
 
 
@@ -31,22 +40,25 @@ class Qwen3Moe(LlamaLike):
             "num_experts_per_tok": model.moe.top_k,
             "moe_intermediate_size": model.moe.moe_intermediate_size,
             "norm_topk_prob": model.moe.router.norm_topk_prob,
-            "router_aux_loss_coef": model.moe.aux_loss_weight,
+            "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
         section["attention"] |= {"qk_norm": "head", "bias": "all" if config["attention_bias"] else "none"}
-        return section | {"layer_pattern": sparse_layers(config), "moe": qwen_experts(config)}
+        return section | {
+            "layer_pattern": sparse_layers(config),
+            "moe": qwen_experts(config, expert_layers(config)),
+        }
 
 
-def qwen_experts(config: Mapping[str, Any], width: str = "moe_intermediate_size") -> dict[str, Any]:
-    """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share."""
+def qwen_experts(config: Mapping[str, Any], moe_layers: int, width: str = "moe_intermediate_size") -> dict[str, Any]:
+    """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share; ``moe_layers`` says how many have it."""
     return {
         "kind": "dropless",
         "num_experts": config["num_experts"],
         "top_k": config["num_experts_per_tok"],
         "moe_intermediate_size": config[width],
         "router": {"kind": "softmax_topk", "norm_topk_prob": config["norm_topk_prob"]},
-        "aux_loss_weight": config["router_aux_loss_coef"],
+        "aux_loss_weight": aux_loss_weight(config, moe_layers),
     }

@@ -119,11 +119,11 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
 def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
     """Llama 3.1's new frequencies (``apply_scaling`` of Meta's llama-models).
 
-    A pair that turns more than ``high_freq_factor`` times over the original length keeps its frequency, one that
-    turns less than ``low_freq_factor`` times has it divided by ``factor``; between them the kept share rises linearly.
+    A pair that rotates more than ``high_freq_factor`` times over the original length keeps its frequency, one that
+    rotates less than ``low_freq_factor`` times has it divided by ``factor``; between them the kept share rises linearly.
     """
-    turns = position.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - position.low_freq_factor) / (position.high_freq_factor - position.low_freq_factor)
+    rotations = position.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (rotations - position.low_freq_factor) / (position.high_freq_factor - position.low_freq_factor)
     kept = kept.clamp(0, 1)
     return frequencies * kept + frequencies / position.factor * (1 - kept)
 

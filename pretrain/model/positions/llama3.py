@@ -12,16 +12,16 @@ from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 
 
 def llama3_frequencies(config: Llama3, rotary_dim: int, device: torch.device) -> torch.Tensor:
-    """What a step turns each pair by, radians, fp32 [H/2].
+    """What a step rotates each pair by, radians, fp32 [H/2].
 
-    A pair that turns more than ``high_freq_factor`` times over the original length keeps its
-    frequency, one that turns less than ``low_freq_factor`` times has it divided by ``factor``;
-    between them the share that is kept rises linearly with how often the pair turns.
+    A pair that rotates more than ``high_freq_factor`` times over the original length keeps its
+    frequency, one that rotates less than ``low_freq_factor`` times has it divided by ``factor``;
+    between them the share that is kept rises linearly with how often the pair rotates.
     """
     frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
-    turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+    rotations = config.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
     return frequencies * kept + frequencies / config.factor * (1 - kept)
 
 
