@@ -43,5 +43,6 @@ class Mixtral(LlamaLike):
             "num_experts": config["num_local_experts"],
             "top_k": config["num_experts_per_tok"],
             "moe_intermediate_size": config["intermediate_size"],
+            "router": {"norm_topk_prob": True},
         }
         return section | {"moe": {"kind": "dropless", **moe, "aux_loss_weight": aux_loss_weight(config, config["num_hidden_layers"])}}
