@@ -67,6 +67,23 @@ def test_a_file_cut_anywhere_gives_the_first_rows_and_says_so_or_is_refused(tmp_
     assert outcomes["refused"] > 10 and (outcomes["said"] > 20) == is_stream, outcomes
 
 
+def test_a_stream_that_stops_between_two_batches_says_that_rows_may_be_missing(tmp_path: Path) -> None:
+    path, ends = tmp_path / "a.arrow", []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.schema({"text": pa.string()})) as writer:
+        for number in range(4):
+            writer.write_batch(pa.record_batch({"text": [f"row {number}"]}))
+            ends.append(sink.tell())
+    content = path.read_bytes()
+    for count, end in enumerate(ends, 1):
+        path.write_bytes(content[:end])
+        results = read_all(section(path))
+        assert texts(results) == [f"row {number}" for number in range(count)]
+        (bad,) = left_out(results)
+        assert bad.reason == "damaged_file" and f"stops after row {count - 1} without its end marker" in bad.detail
+    path.write_bytes(content)
+    assert left_out(read_all(section(path))) == []
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_changed_bytes_give_documents_reasons_or_one_sentence(tmp_path: Path, is_stream: bool) -> None:
     path, source = tmp_path / "a.arrow", random.Random(3)

@@ -311,7 +311,7 @@ def test_splits_and_files_that_are_not_read_are_said_and_pointers_refused(tmp_pa
     assert [document[0] for document in train["results"]] == ["bytes"]
     assert train["said"] == [
         f"{copy['dataset']}: the split train is read; not read: test",
-        f"{copy['dataset']}: 1 files are of no split of this config and are not read, such as more/x.parquet",
+        f"{copy['dataset']}: files of no split of this config are not read (1, such as more/x.parquet)",
     ]
     assert [document[0] for document in test["results"]] == ["held out"] and "the split test is read; not read: train" in test["said"][0]
     assert "'git lfs pull'" in pointer["error"]
