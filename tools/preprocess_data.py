@@ -28,6 +28,7 @@ from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
 
 EXAMPLE_RECIPE = "quickstart"
+OF_INPUT = ("format", "text_field", "id_field", "dataset_config", "dataset_split")
 EXAMPLES = """\
   python tools/preprocess_data.py --recipe quickstart
       the data of a recipe, where the recipe looks for it
@@ -115,6 +116,10 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         data["validation_share"] = 0.0  # unless the command says more
     if arguments.input:
         _set_sources(data, arguments)
+    elif given := [name for name in OF_INPUT if getattr(arguments, name)]:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} says how to read --input: give that too, or set the field of the recipe's source with --set"
+        )
     _set_tokenizer(data, arguments)
     for name in ("validation_share", "max_shard_bytes", "on_bad", "max_bad_share"):
         if getattr(arguments, name) is not None:
@@ -134,9 +139,14 @@ def _check_import(arguments: argparse.Namespace) -> None:
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
     sources = sources_of(arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split)
-    for section in sources.values():
-        if section["kind"] in ("jsonl", "parquet", "arrow", "csv", "datasets", "stdin"):
-            section |= {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
+    fields = {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
+    records = [section for section in sources.values() if section["kind"] not in ("text", "source_code")]
+    if fields and not records:
+        raise ConfigError(
+            "--text-field and --id-field name fields of records, and --input holds texts: leave them out, or say what it is with --format"
+        )
+    for section in records:
+        section |= fields
     data.pop("source", None)
     data.pop("sources", None)
     data |= {"source": next(iter(sources.values()))} if len(sources) == 1 else {"sources": sources}

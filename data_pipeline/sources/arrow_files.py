@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 FILE_MAGIC = b"ARROW1"
-# A stream ends with this marker, or just ends; then nobody can know if something is missing.
-END_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+# Each message of a stream begins with the marker and its length, which is 0 at the end. A stream may just stop too; then nobody can know if
+# something is missing. Streams of before 2019 have no marker, only the length.
+MARKER = b"\xff\xff\xff\xff"
+NO_LENGTH = b"\0\0\0\0"
 
 
 class Arrow(Source[ArrowSource]):
@@ -104,7 +106,9 @@ def _check_offsets(batch: pyarrow.RecordBatch) -> None:
 
 def _ends_early(path: str) -> bool:
     with open(path, "rb") as stream:
-        if stream.read(len(FILE_MAGIC)) == FILE_MAGIC:
+        start = stream.read(len(FILE_MAGIC))
+        if start == FILE_MAGIC:
             return False
-        stream.seek(-min(8, os.path.getsize(path)), os.SEEK_END)
-        return not stream.read().endswith(END_OF_STREAM)
+        end = MARKER + NO_LENGTH if start.startswith(MARKER) else NO_LENGTH
+        stream.seek(-min(len(end), os.path.getsize(path)), os.SEEK_END)
+        return stream.read() != end

@@ -220,7 +220,7 @@ class Datasets(Source[DatasetsSource]):
             known = {os.path.realpath(file) for files in splits.values() for file in files}
             rest = [file for file in walk(path) if class_of(file) in DATA and os.path.realpath(os.path.join(path, file)) not in known]
             if rest and known:
-                say(f"{self.name}: {len(rest)} files are of no split of this config and are not read, such as {rest[0]}")
+                say(f"{self.name}: files of no split of this config are not read ({len(rest)}, such as {one_line(rest[0])})")
 
     @cached_property
     def _builder(self) -> DatasetBuilder:

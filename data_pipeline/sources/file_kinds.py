@@ -50,8 +50,8 @@ CLASS_OF_ENDING = {
 }
 # What is put beside data, or beside anything.
 SIDE_NAME = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors|data_?card|dataset_?card)"
-    r"([-_.][\w-]*)?(\.(md|txt|rst|html))?"
+    r"(readme([-_.]\w\w([-_]\w+)?)?|licen[cs]e([-_.](mit|apache|bsd|cc|gpl|data|code)[\w.-]*)?"
+    r"|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors|data_?card|dataset_?card)(\.(md|txt|rst|html))?"
     r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|manifest)\.json"
     r"|(sha\d*sums?|md5sums?|checksums?)(\.txt)?|requirements[\w-]*\.txt|makefile|dockerfile"
     r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"  # results that the package datasets keeps among the files of a data set

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER_BYTES = 1024
+NO_DATA = {"__pycache__", "__MACOSX"}
 
 
 @lru_cache(maxsize=1024)
@@ -46,7 +47,7 @@ def _walk(root: str, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
         raise unreadable(folder, error) from None
     for entry in entries:
         path = f"{inside}{entry.name}"
-        if entry.name.startswith((".", "__")):
+        if entry.name.startswith(".") or entry.name in NO_DATA:
             continue
         if entry.name == "_delta_log":
             raise DataError(f"{folder} is a Delta Lake table, whose log says which of its files count: write its rows to plain Parquet files first")

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 from data_pipeline.sources.file_kinds import ARCHIVE, CODE, CSV, DATA, JSON, JSONL, LABELS, OTHER, RECORDS, TSV, class_of, files_of_kind
-from data_pipeline.sources.files import list_files
+from data_pipeline.sources.files import list_files, one_line
 from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
 from data_pipeline.sources.hub_layout import (
     Config,
@@ -86,8 +86,8 @@ def _without_scripts(root: str, files: list[str], counts: Counter[str]) -> Count
     """The counts without what .gitignore names, and without the scripts that made a data set or load it."""
     from data_pipeline.sources.source_code import walk as walk_code
 
-    kept = {os.path.relpath(path, root) for path in walk_code(root, respect_gitignore=True)}
-    visible = [path for path in files if path in kept]
+    ignored = set(walk_code(root, respect_gitignore=False)) - set(walk_code(root, respect_gitignore=True))
+    visible = [path for path in files if f"{root}/{path}" not in ignored]
     scripts = [path for path in visible if class_of(path) == CODE]
     if not scripts:
         return Counter({name: count for name, count in counts.items() if name != CODE})
@@ -105,8 +105,8 @@ def _nothing_there(folder: str, files: list[str]) -> ConfigError | DataError:
         found = [path for path in files if class_of(path) == name]
         if found:
             kind = "archives" if name == ARCHIVE else "files of no known kind"
-            return ConfigError(f"{folder} holds {len(found)} {kind}, such as {found[0]}: {advice}")
-    return DataError(f"{folder} holds no data, only {files[0]} and the like: check the folder, or name the files with a pattern")
+            return ConfigError(f"{folder} holds {len(found)} {kind}, such as {one_line(found[0])}: {advice}")
+    return DataError(f"{folder} holds no data, only {one_line(files[0])} and the like: check the folder, or name the files with a pattern")
 
 
 def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
@@ -154,15 +154,19 @@ def _declared(root: str, found: list[str], config: Config, has_titles: bool) -> 
 def _say_unread(folder: str, description: str, found: list[str], chosen: list[str], splits: Splits) -> None:
     """Says once what of a folder is not read, and which shards are not there."""
     rest = sorted(set(found) - set(chosen))
+    parts, named = [], set(chosen)
+    for split, paths in splits.files.items():
+        others = set(paths) - named
+        named |= others
+        parts += [f"{len(others)} of split {split}"] if others else []
+        shared = set(paths) & set(chosen)
+        if shared and len(shared) < len(chosen):
+            say(f"{folder}: of the files that are read ({description}) README.md names {len(shared)} for the split {split} too")
     if rest:
-        parts, named = [], set(chosen)
-        for split, paths in splits.files.items():
-            others = set(paths) - named
-            named |= others
-            parts += [f"{len(others)} of split {split}"] if others else []
         parts += [f"{count} of {LABELS[name]}" for name, count in sorted(Counter(class_of(path) for path in rest if path not in named).items())]
         example = next((path for path in rest if path not in named), rest[0])
-        say(f"{folder}: {len(chosen)} files are read{f' ({description})' if description else ''}; not read: {', '.join(parts)}, such as {example}")
+        read = f"{len(chosen)} of {len(found)} files are read{f' ({description})' if description else ''}"
+        say(f"{folder}: {read}; not read: {', '.join(parts)}, such as {one_line(example)}")
     shards: dict[tuple[str, str, str], set[str]] = {}
     for path in chosen:
         if shard := SHARD.fullmatch(path):

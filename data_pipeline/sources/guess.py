@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, RECORDS, TSV, class_of, ending_of
 from data_pipeline.sources.files import list_files
+from data_pipeline.sources.folder_walk import snapshot_of, walk
 from data_pipeline.sources.folders import kind_of_folder
 from pretrain.config.errors import ConfigError, DataError
 
@@ -16,7 +17,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATASETS = "datasets"
 # Sections by the name of what they read; for all others the name is the kind.
 SECTIONS: dict[str, dict[str, Any]] = {"line": {"kind": "text", "document": "line"}, TSV: {"kind": CSV, "delimiter": "\t"}}
-WITHOUT_SPLITS = ("source_code", "stdin")
+NO_CHOICE = "--dataset-config and --dataset-split choose a part of a folder of data or a data set, and no input is one: leave them out"
 
 
 def sources_of(inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None) -> dict[str, dict[str, Any]]:
@@ -30,15 +31,17 @@ def sources_of(inputs: list[str], kind: str | None, config: str | None = None, s
         ConfigError: for a pattern or a folder whose files are of several kinds, and for a choice that nothing could follow.
         DataError: for a folder without data.
     """
+    choice = {name: value for name, value in (("config", config), ("dataset_split", split)) if value is not None}
     if STANDARD_INPUT in inputs:
         if len(inputs) > 1:
             raise ConfigError("--input - reads standard input, and nothing beside it: give files, or pipe them all in")
         forms = {None: "jsonl", "jsonl": "jsonl", "text": "text", "line": "line"}
         if kind not in forms:
             raise ConfigError(f"--format {kind} cannot be read from standard input: pipe jsonl, line or text")
+        if choice:
+            raise ConfigError(NO_CHOICE)
         return {"stdin": {"kind": "stdin", "format": forms[kind]}}
     found: dict[str, dict[str, Any]] = {}
-    choice = {name: value for name, value in (("config", config), ("dataset_split", split)) if value is not None}
     was_chosen = not choice
     for pattern in inputs:
         place = os.path.expanduser(pattern)
@@ -51,20 +54,22 @@ def sources_of(inputs: list[str], kind: str | None, config: str | None = None, s
             continue
         section = found.setdefault(name, dict(SECTIONS.get(name, {"kind": name})))
         section.setdefault("input", []).append(pattern)
-        if is_folder and name not in WITHOUT_SPLITS:
+        if is_folder and name != "source_code":
             section |= choice
             was_chosen = True
     if not was_chosen:
-        raise ConfigError("--dataset-config and --dataset-split choose a part of a folder or a data set, and no input is one: leave them out")
+        raise ConfigError(NO_CHOICE)
     return found
 
 
 def _name(pattern: str, place: str, kind: str | None, config: str | None) -> str:
     if kind is None:
         return kind_of_folder(place, config) if os.path.isdir(place) else _kind_of(pattern)
-    if kind == CSV and not os.path.isdir(place) and ending_of(pattern) == ".tsv":
-        return TSV
-    return kind
+    if kind != CSV:
+        return kind
+    paths = walk(snapshot_of(place)) if os.path.isdir(place) else [f"x{ending_of(pattern)}"]
+    classes = set(map(class_of, paths))
+    return TSV if TSV in classes and CSV not in classes else CSV
 
 
 def _kind_of(pattern: str) -> str:

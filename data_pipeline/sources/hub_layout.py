@@ -133,7 +133,7 @@ def choose_config(configs: list[Config], wanted: str | None, root: str) -> Confi
 
 
 def declared_splits(root: str, config: Config) -> Splits:
-    """Files of a config, as ``root/...``, in the order of its patterns.
+    """Files of a config below ``root``, in the order of its patterns.
 
     Raises:
         DataError: for a pattern that matches nothing.
@@ -151,13 +151,19 @@ def declared_splits(root: str, config: Config) -> Splits:
     return Splits(found, [])
 
 
-def splits_by_name(paths: list[str], only_plain: bool) -> Splits:
+def splits_by_name(paths: list[str], has_titles: bool) -> Splits:
     """Splits by the names of folders, else of the file.
 
     Args:
         paths: below the folder, with ``/``.
-        only_plain: a word counts only if it is the whole name, since texts may have any title.
+        has_titles: of texts, which may have any. Then a word inside a name counts only if each file names a split, and not all the same.
     """
+    splits = _splits_by_name(paths, False)
+    return _splits_by_name(paths, True) if has_titles and (splits.unnamed or len(splits.files) == 1) else splits
+
+
+def _splits_by_name(paths: list[str], only_plain: bool) -> Splits:
+    """``only_plain``: a word counts only if it is the whole name."""
     splits: dict[str, list[str]] = {}
     unnamed: list[str] = []
     for path in paths:

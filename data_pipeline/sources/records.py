@@ -161,5 +161,7 @@ def check_first_file(source: Source[Any], units: list[Unit]) -> None:
             if fault is None and result.reason in ("missing_field", "not_a_string"):
                 fault = result
     if fault is not None:
-        advice = "name the field that holds it with --text-field, and join lists and render chats into one text first"
+        advice = "name its field with --text-field"
+        if fault.reason == "not_a_string":
+            advice += ", or join lists and render chats into one text first"
         raise DataError(f"no record of {fault.path} has a text there ({fault.detail}): {advice}")

@@ -54,7 +54,7 @@ def test_side_files_among_data_are_left_out_and_said_once(tmp_path: Path, ending
     assert found == ["one", "two"]
     read(tmp_path)
     (sentence,) = [record.getMessage() for record in said.records]
-    assert "1 files are read (split train); not read: 6 of side files, such as LICENSE" in sentence
+    assert "1 of 7 files are read (split train); not read: 6 of side files, such as LICENSE" in sentence
     expected = {"json": "jsonl", "tsv": "csv"}.get(ending, ending)
     assert kinds == [expected]
 
@@ -106,6 +106,42 @@ def test_every_file_of_a_text_folder_is_a_document_or_a_line(tmp_path: Path) -> 
     with pytest.raises(DataError, match="splits test"):
         read(tmp_path, "line")
     assert read(tmp_path, "line", split="all")[1][:2] == ["b/README.md", "line 2"]
+
+
+def test_texts_that_all_name_a_split_are_split(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        write(tmp_path / f"wiki.{split}.raw", split)
+    assert read(tmp_path, "text")[1] == ["train"] and read(tmp_path, "text", split="validation")[1] == ["valid"]
+    for split in ("train", "valid"):
+        (tmp_path / f"wiki.{split}.raw").unlink()
+    assert read(tmp_path, "text")[1] == ["test"]
+
+
+def test_files_with_tabs_are_csv_by_name_too(tmp_path: Path) -> None:
+    write(tmp_path / "a/x.tsv", "n\ttext\n1\ttab\n")
+    assert read(tmp_path / "a", "csv")[1] == ["tab"] == read(tmp_path / "a/x.tsv", "csv")[1]
+    write(tmp_path / "b/x.tsv", "n\ttext\n1\ttab\n")
+    write(tmp_path / "b/x.csv", "n,text\n1,comma\n")
+    assert read(tmp_path / "b", "csv")[1] == ["comma"]
+
+
+def test_files_that_a_card_names_for_two_splits_are_said(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", name)
+    splits = "  - split: train\n    path: '*.jsonl'\n  - split: test\n    path: b.jsonl\n"
+    write(tmp_path / "README.md", f"---\nconfigs:\n- config_name: a\n  data_files:\n{splits}---\n")
+    assert read(tmp_path)[1] == ["a", "b"]
+    assert "README.md names 1 for the split test too" in said.text
+
+
+def test_code_that_git_ignores_and_data_behind_links_are_seen_as_they_are(tmp_path: Path) -> None:
+    write_rows(tmp_path / "outside/x.jsonl", "row")
+    write(tmp_path / "in/src/a.py", "code")
+    (tmp_path / "in/data").symlink_to("../outside")
+    with pytest.raises(ConfigError, match="1 of JSON lines, 1 of source code"):
+        read(tmp_path / "in")
+    write(tmp_path / "in/.gitignore", "src/\n")
+    assert read(tmp_path / "in") == (["jsonl"], ["row"])
 
 
 def test_texts_without_an_ending_need_a_format(tmp_path: Path) -> None:
@@ -224,8 +260,9 @@ def test_a_split_is_chosen_and_the_rest_is_said_or_the_folder_is_refused(tmp_pat
         read(tmp_path / "plain", split="test")
     with pytest.raises(DataError, match="declares no configs"):
         read(tmp_path / "plain", config="en")
-    with pytest.raises(ConfigError, match="no input is one"):
-        sources_of([str(tmp_path / "plain/a.jsonl")], None, split="test")
+    for given in (str(tmp_path / "plain/a.jsonl"), "-"):
+        with pytest.raises(ConfigError, match="no input is one"):
+            sources_of([given], None, split="test")
 
 
 @pytest.mark.parametrize(
@@ -272,18 +309,18 @@ def test_no_random_folder_is_read_in_part_without_a_word(tmp_path: Path, said: p
             write_rows(root / name, f"row of {name}")
         kind = source.choice([None, None, "jsonl", "text", "csv", "parquet", "source_code"])
         try:
-            _, found = read(root, kind)
+            (read_as,), found = read(root, kind)
         except PipelineError as error:
             assert error.exit_code in (2, 3) and str(root) in str(error) and "\n" not in str(error)
             outcomes["refused"] += 1
             continue
         unread = [name for name in chosen if not any(f"row of {name}" in text for text in found)]
         sentences = [record.getMessage() for record in said.records if record.getMessage().startswith(f"{root}:")]
-        counted = sum(
-            int(part.split()[0]) for sentence in sentences for part in sentence.partition("not read: ")[2].rpartition(", such")[0].split(", ")
-        )
-        # Among source code a Parquet file is binary, which is counted where it is read.
-        assert counted == len(unread) or kind == "source_code" or not sentences, (chosen, kind, found, sentences)
+        parts = [part for sentence in sentences for part in sentence.partition("not read: ")[2].rpartition(", such")[0].split(", ")]
+        counted = sum(int(part.split()[0]) for part in parts if part)
+        # Of source code every file is read, a Parquet file as one that is binary, which is counted then.
+        assert counted == len(unread) or read_as == "source_code", (chosen, kind, found, sentences)
+        assert read_as != "source_code" or all(name.endswith(".parquet") for name in unread), (chosen, unread)
         outcomes["said" if unread else "whole"] += 1
         said.clear()
     assert min(outcomes.values()) > 30, outcomes

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 
@@ -71,6 +72,8 @@ def test_json_alone_on_standard_output(work: Path) -> None:
         (["--input", "raw/*.txt", "--output", "data", "--validation-share", "1.5"], 2, "data.validation_share"),
         (["--input", "raw/*.txt", "--output", "data", "--set", "data.tokeniser.kind=file"], 2, "did you mean 'tokenizer'"),
         (["--input", "raw/*.txt", "--output", "data", "--tokenizer", "raw/000.txt"], 3, "raw/000.txt is not a tokenizer"),
+        (["--input", "raw/*.txt", "--output", "data", "--text-field", "body"], 2, "--input holds texts"),
+        (["--recipe", "quickstart", "--dataset-split", "test"], 2, "--dataset-split says how to read --input"),
         (["--recipe", "no-such-recipe"], 2, "no recipe 'no-such-recipe'"),
     ],
 )
@@ -152,6 +155,21 @@ def test_mpirun_writes_the_same_bytes_as_one_process(work: Path) -> None:
         assert result.stdout.count("next: ") == 1
         for path in (work / "one").iterdir():
             assert path.read_bytes() == (work / f"mpi{ranks}" / path.name).read_bytes(), path.name
+
+
+def test_a_clone_from_the_hub_is_trained_on_without_its_readme_and_held_out_rows(work: Path) -> None:
+    for split, rows in (("train", 60), ("test", 5)):
+        path = work / "clone" / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{split} row {row} " * 20 for row in range(rows)]}), path)
+    (work / "clone" / "README.md").write_text("---\nlicense: mit\n---\n# About\n")
+    result = run(work, "--input", "clone", "--vocab-size", "300", "--output", "data/clone", "--workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((work / "data" / "clone" / "manifest.json").read_text())["sources"]["all"]["records"] == 60
+    notes = [line for line in result.stderr.splitlines() if "note: clone: " in line]
+    assert len(notes) == 1 and "1 of 3 files are read (split train); not read: 1 of split test, 1 of side files, such as README.md" in notes[0]
+    refused = run(work, "--input", "clone", "--output", "data/clone", "--text-field", "body", "--dataset-split", "test")
+    assert refused.returncode == 3 and "has no column 'body' (it has text)" in refused.stderr
 
 
 def test_standard_input_is_read_once_and_built(work: Path) -> None:

@@ -29,13 +29,18 @@ SCRIPT = """if True:
     from source_reading import SECTION
     from data_pipeline.sources import ReadContext, open_source
     from pretrain.config.errors import PipelineError
-    outcomes = []
+    import logging
+    outcomes, said = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("data_pipeline").addHandler(handler)
     for section, unit_bytes, context in json.load(sys.stdin):
+        said.clear()
         try:
             source = open_source(SECTION.validate_python({"kind": "datasets", **section}), ReadContext("all", **context))
             units = source.units(unit_bytes)
             results = [result for unit in units for result in source.read(unit)]
-            outcomes.append({"units": [[unit.start, unit.end, unit.stamp] for unit in units], "results": results})
+            outcomes.append({"said": said[:], "units": [[unit.start, unit.end, unit.stamp] for unit in units], "results": results})
         except PipelineError as error:
             outcomes.append({"error": str(error), "exit_code": error.exit_code})
     print("RESULTS" + json.dumps(outcomes))
@@ -282,6 +287,36 @@ def test_the_librarys_errors_become_one_sentence_that_says_what_to_do(tmp_path: 
     asked: list[Asked] = [(section, 1 << 20, {}) for section, _ in expected]
     for (section, advice), outcome in zip(expected, read(tmp_path, *asked)):
         assert outcome.get("exit_code") == 3 and advice in outcome["error"] and "\n" not in outcome["error"], (section, outcome)
+
+
+def test_splits_and_files_that_are_not_read_are_said_and_pointers_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "copy/data/train-00000-of-00001.parquet", {"meta.text": ["one"], "text": [b"bytes"]})
+    write_parquet(tmp_path / "copy/data/test-00000-of-00001.parquet", {"meta.text": ["held out"], "text": [b"bytes"]})
+    write_parquet(tmp_path / "copy/more/x.parquet", {"text": ["of no split"]})
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone/train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    copy, cache = {"dataset": str(tmp_path / "copy")}, tmp_path / "datasets--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    write_parquet(cache / "snapshots/abc/train.parquet", {"text": ["from the cache"]})
+    asked: list[Asked] = [
+        (copy, 1 << 20, {}),
+        (copy | {"text_field": "meta.text", "dataset_split": "test", "streaming": True}, 1 << 20, {}),
+        ({"dataset": str(tmp_path / "clone")}, 1 << 20, {}),
+        ({"dataset": str(cache)}, 1 << 20, {}),
+        ({"dataset": str(tmp_path / "copy/more/x.parquet")}, 1 << 20, {}),
+    ]
+    train, test, pointer, cached, file = read(tmp_path, *asked)
+    assert [document[0] for document in train["results"]] == ["bytes"]
+    assert train["said"] == [
+        f"{copy['dataset']}: the split train is read; not read: test",
+        f"{copy['dataset']}: files of no split of this config are not read (1, such as more/x.parquet)",
+    ]
+    assert [document[0] for document in test["results"]] == ["held out"] and "the split test is read; not read: train" in test["said"][0]
+    assert "'git lfs pull'" in pointer["error"]
+    assert [document[0] for document in cached["results"]] == ["from the cache"]
+    assert "is a file: give the folder" in file["error"]
 
 
 def test_articles_have_no_id_field() -> None:

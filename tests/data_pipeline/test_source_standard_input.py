@@ -73,6 +73,15 @@ def test_a_terminal_and_an_empty_pipe_are_refused(tmp_path: Path, monkeypatch: p
     assert not os.path.exists(spool)
 
 
+def test_records_without_the_text_field_are_refused_by_the_pipes_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(write(tmp_path / "piped", '{"body": "x"}\n')) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(
+            DataError, match=r"no record of stdin has a text there \(no 'text' among body, perhaps 'body'\): name its field with --text-field"
+        ):
+            list_units({"kind": "stdin"}, spool=str(tmp_path / "spool"))
+
+
 def test_text_that_is_not_there_again_is_read_from_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = write(tmp_path / "spool", "kept\n")
     with open(os.devnull) as nothing:
