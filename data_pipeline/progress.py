@@ -64,7 +64,7 @@ class Stage:
 
     def __init__(self, title: str, show: bool, total: float | None = None, unit: str = "", initial: int = 0, counts_documents: bool = False) -> None:
         self.title, self.show, self.total, self.unit, self.initial = title, show, total, unit, initial
-        self.done = initial
+        self.done: float = initial
         self._before = current_tally().read() if counts_documents else None
         self._ended = threading.Event()
         self._is_terminal = sys.stderr.isatty()

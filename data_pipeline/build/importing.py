@@ -132,7 +132,7 @@ def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> 
 
 
 def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
-    stamps = {
+    stamps: dict[str, Any] = {
         split: [[str(path.resolve()), (found := path.stat()).st_size, found.st_mtime_ns] for shard in shards for path in shard.files]
         for split, shards in given.items()
     }
@@ -141,7 +141,7 @@ def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
 
 def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
     """Of the types that training reads and that hold every id, the one that most bytes are of already, so that little is to be converted."""
-    short, long = np.dtype("<u2"), np.dtype("<i4")
+    short, long = MANIFEST_TYPES
     sizes = {short: 0, long: 0}
     for shard in shards:
         same = long if shard.dtype == np.dtype("<u4") else shard.dtype
@@ -154,7 +154,7 @@ def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
 
 def _jobs(given: dict[SplitName, list[ForeignShard]], share: float, tokenizer: Tokenizer, output: Output, folder: Path) -> list[ImportJob]:
     dtype = _token_type([shard for shards in given.values() for shard in shards], tokenizer.vocab_size)
-    jobs = []
+    jobs: list[ImportJob] = []
     for split, shards in given.items():
         sides: list[SplitName] = list(SPLITS) if share else [split]
         for number, shard in enumerate(shards):

@@ -116,7 +116,7 @@ class _Importer:
             raise DataError(f"{self.shard.path} has a document of {self.sizes.max():,} tokens{hint}: at most {LONGEST_DOCUMENT:,} are possible")
 
     def run(self) -> ImportRecord:
-        names, sinks = self.job.names, {}
+        names, sinks = self.job.names, dict[SplitName, _Sink]()
         with ExitStack() as stack:
             linked = self._linked() if self._reads_as_it_is() else None
             for split, name in names.items():
