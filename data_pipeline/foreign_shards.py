@@ -28,7 +28,7 @@ REMEDY = "copy it again from where it is whole, or write it again with the progr
 READ_TOKENS = 1 << 20
 LLM_C_HEADER = np.dtype("<i4"), 256
 # Magic number and version of each token type (llm.c, dev/data/data_common.py).
-LLM_C_TYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+LLM_C_TYPES: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 # A plain file of 4-byte ids, read as 2-byte ones, has a zero in every second place.
 PLAIN_SAMPLE = 1 << 12
 

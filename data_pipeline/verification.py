@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_pipeline.block_checksums import block_checksum, num_blocks
 from data_pipeline.indexed import bin_path, idx_path
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.progress import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +117,8 @@ def _blocks(path: Path, size: int, block_bytes: int | None, checksums: list[str]
 def first_fault(blocks: Sequence[Block], progress: bool) -> str | None:
     """Reads blocks one after the other, with a bar on standard error, up to the first fault."""
     total = sum(block.size for block in blocks)
-    with tqdm(total=total, desc="verifying data", unit="B", unit_scale=True, unit_divisor=1000, disable=not progress) as bar:
-        return next((fault for block in blocks if (fault := block.fault(bar.update))), None)
+    with Stage("verifying data", progress, total, "B") as stage:
+        return next((fault for block in blocks if (fault := block.fault(stage.advance))), None)
 
 
 class BackgroundCheck:

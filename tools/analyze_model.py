@@ -10,6 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from rich.console import Console
 from rich.table import Table
 

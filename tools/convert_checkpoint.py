@@ -15,6 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, run_command

@@ -11,6 +11,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from data_pipeline.split import SPLITS
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_folder import is_weights_alone

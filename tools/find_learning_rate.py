@@ -14,6 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from tqdm import tqdm
 
 from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json

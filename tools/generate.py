@@ -12,6 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import ConfigError, DataError, run_command
 from pretrain.evaluation.device import choose_device

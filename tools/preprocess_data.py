@@ -14,6 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.importing import ImportResult, import_shards
 from data_pipeline.build.pool import Pool, mpi_pool, mpi_size

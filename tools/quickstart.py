@@ -17,6 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from rich.console import Console
 from rich.table import Table
 
@@ -65,7 +69,8 @@ class Stages:
         path = self.result_path(name)
         path.unlink(missing_ok=True)
         started = time.perf_counter()
-        finished = subprocess.run([*command, "--json", str(path)], check=False)
+        with interrupts.deferred():  # the stage gets it too, and may need a while to save
+            finished = subprocess.run([*command, "--json", str(path)], check=False)
         elapsed = time.perf_counter() - started
         if finished.returncode != 0:
             # An interrupted stage goes on later: what it has taken so far belongs to its time.

@@ -10,6 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from pretrain.config.cli import command_parser
 from pretrain.config.errors import ConfigError, run_command
 from pretrain.sweeps.axes import parse_axis_option, read_axes_file

@@ -10,6 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
+from pretrain.config import interrupts
+
+interrupts.install()
+
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights_folder import write_weights_folder

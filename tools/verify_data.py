@@ -9,10 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
 
-from tqdm import tqdm
+from pretrain.config import interrupts
+
+interrupts.install()
 
 from data_pipeline.inspection import check_everything
 from data_pipeline.manifest import load_manifest
+from data_pipeline.progress import Stage
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import BAD_DATA, DONE, run_command
 
@@ -32,8 +35,8 @@ def main() -> int:
     arguments = parse_arguments()
     manifest = load_manifest(arguments.data)
     total = sum(split.tokens for split in manifest.splits.values())
-    with tqdm(total=total, desc="verifying", unit="token", unit_scale=True) as bar:
-        faults = check_everything(manifest, bar.update)
+    with Stage("verifying", True, total, "token") as stage:
+        faults = check_everything(manifest, stage.advance)
     result = {"data": arguments.data, "whole": not faults, "faults": faults, "tokens": total, "fingerprint": manifest.fingerprint}
     write_json(result, arguments.json_path)
     if arguments.json_path != "-":

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
-from tqdm import tqdm
 
 from data_pipeline.build import finish
 from data_pipeline.build.engine import fit_engine
@@ -44,6 +43,7 @@ from data_pipeline.build.workspace import (
     Workspace,
     begin_staging,
     finish_publishing,
+    interruption_is_told,
     no_space_is_told,
     publish,
     read_json,
@@ -53,12 +53,14 @@ from data_pipeline.cleaning import Cleaner
 from data_pipeline.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import Manifest, load_manifest, verify
+from data_pipeline.progress import Stage
 from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.durable import only_writer, write_synced
 from pretrain.config.errors import ConfigError, DataError
+from pretrain.config.interrupts import interruptible
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +107,18 @@ def build(
         StorageError: where the disk is full.
         PeerLostError: where a worker was killed.
     """
-    given = None if isinstance(config.tokenizer, TrainBPE) else load_configured(config.tokenizer)
+    given = None
+    if not isinstance(config.tokenizer, TrainBPE):
+        with Stage("loading the tokenizer", progress):
+            given = load_configured(config.tokenizer)
     Cleaner(config.cleaning)  # what is wrong with it is told before any work
     is_new = not output.folder.exists()
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
         stack.callback(remove_unused, output, is_new)
+        stack.enter_context(interruption_is_told(output))
         begin_staging(output.staging, request_sha256(config, given))
-        plan = plan_build(config, given, open_sources(config, output.staging))
+        with Stage("listing the input", progress):
+            plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
         if read_json(output.staging / "identity.json") == identity and finish_publishing(output.staging, output):
             return BuildResult(output, load_manifest(output.path), reused=False)
@@ -157,7 +164,9 @@ class Build:
         tokenizer = given or self._trained_tokenizer()
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
         self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
-        self.task = replace(self.task, engine=engine or fit_engine(self.plan, self.task, self.pool))
+        with Stage("choosing the engine", self.progress and engine is None, counts_documents=True):
+            engine = engine or fit_engine(self.plan, self.task, self.pool)
+        self.task = replace(self.task, engine=engine)
         dtype = token_dtype(tokenizer.vocab_size)
         limit = None if self.config.max_shard_bytes is None else self.config.max_shard_bytes // dtype.itemsize
         with GrowingShards(self.workspace, dtype, limit) as growing:
@@ -185,7 +194,10 @@ class Build:
         trained = self.workspace / "trained.json"
         if trained.exists():
             return Tokenizer(trained.read_bytes(), "the trained tokenizer", self.config.tokenizer)
-        tokenizer = train_bpe(self._training_texts(numbers), self.config.tokenizer)
+        config = self.config.tokenizer
+        size = sum((unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size for number in numbers)
+        with Stage("training the tokenizer", self.progress, size, "B") as stage:  # it is read first, and then pairs are merged
+            tokenizer = interruptible(lambda: train_bpe(self._training_texts(numbers, stage), config))
         if tokenizer.vocab_size < self.config.tokenizer.vocab_size:
             logger.warning(
                 "the corpus gives a vocabulary of %d entries, not %d: it is too small for more",
@@ -216,17 +228,15 @@ class Build:
             numbers += chosen
         return shares, numbers
 
-    def _training_texts(self, numbers: list[int]) -> Iterator[str]:
-        size = sum((unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size for number in numbers)
-        with tqdm(total=size, desc="training the tokenizer", unit="B", unit_scale=True, disable=not self.progress) as bar:
-            for number in numbers:
-                with (unit_folder(self.workspace, "samples", number) / SAMPLE).open("rb") as stream:
-                    for line in stream:
-                        ordinal, place, text = orjson.loads(line)
-                        for split, part in self.task.split.assign(text, place, number, ordinal):
-                            if split == "train":
-                                yield from cut_before_white_space(part)
-                        bar.update(len(line))
+    def _training_texts(self, numbers: list[int], stage: Stage) -> Iterator[str]:
+        for number in numbers:
+            with (unit_folder(self.workspace, "samples", number) / SAMPLE).open("rb") as stream:
+                for line in stream:
+                    ordinal, place, text = orjson.loads(line)
+                    for split, part in self.task.split.assign(text, place, number, ordinal):
+                        if split == "train":
+                            yield from cut_before_white_space(part)
+                    stage.advance(len(line))
 
     def _encode(self, growing: GrowingShards) -> list[Record]:
         """The records of all units, encoded so that no split is empty."""
@@ -312,11 +322,11 @@ class Build:
             folder = unit_folder(self.workspace, "units", record["unit"])
             keys.append(UnitKeys(folder / DIGESTS, folder / BANDS if near else None, folder / MARKS))
         scratch = self.workspace / "attempts"
-        with tqdm(desc="finding duplicates", unit=" steps", disable=not self.progress) as bar:
+        with Stage("finding duplicates", self.progress, unit="step") as stage:
 
             def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+                stage.total = total
+                stage.advance(done - stage.done)
 
             mark_duplicates(keys, scratch, cleaning.exact_duplicates, near, progress=advance)
 
@@ -336,17 +346,17 @@ class Build:
                     if number == 0 and not growing.is_empty:
                         taken[shard] = growing.take(plans[-1])
         written: dict[str, Record] = {}
-        with tqdm(total=len(plans), desc="merging", unit="shard", disable=not self.progress) as bar:
+        with Stage("merging", self.progress, len(plans), "shard") as stage:
 
             def write(missing: list[ShardPlan]) -> None:
                 for record in self.pool.run(write_shard, missing):
                     written[record["prefix"]] = record
-                    bar.update()
+                    stage.advance(1)
 
             write([plan for plan in plans if plan.name not in taken])  # while the thread ends those that have grown
             for name, grown in taken.items():
                 if (result := grown.result()) is not None:
                     written[name] = result
-                    bar.update()
+                    stage.advance(1)
             write([plan for plan in plans if plan.name not in written])
         return [written[plan.name] for plan in plans]

@@ -17,14 +17,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipeline.build.coordinator import BuildResult
 from data_pipeline.build.shard_import import ImportJob, ImportRecord, import_shard
-from data_pipeline.build.workspace import Output, Workspace, begin_staging, finish_publishing, no_space_is_told, publish, read_json, remove_unused
+from data_pipeline.build.workspace import (
+    Output,
+    Workspace,
+    begin_staging,
+    finish_publishing,
+    interruption_is_told,
+    no_space_is_told,
+    publish,
+    read_json,
+    remove_unused,
+)
 from data_pipeline.foreign_shards import ForeignShard, open_foreign
 from data_pipeline.indexed import WrittenShard, token_dtype
 from data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry, canonical_sha256, load_manifest, verify
+from data_pipeline.progress import Stage
 from data_pipeline.split import SPLITS, SplitName
 from data_pipeline.tokenizer import Tokenizer, load_configured
 from pretrain.config.data_schema import DataConfig, TrainBPE
@@ -93,6 +103,7 @@ def import_shards(
     identity = {"request_sha256": request, "inputs_sha256": _stamp(given)}
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
         stack.callback(remove_unused, output, is_new)
+        stack.enter_context(interruption_is_told(output))
         begin_staging(output.staging, request)
         if read_json(output.staging / "identity.json") == identity and finish_publishing(output.staging, output):
             return ImportResult(output, load_manifest(output.path), reused=False)
@@ -121,7 +132,7 @@ def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> 
 
 
 def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
-    stamps = {
+    stamps: dict[str, Any] = {
         split: [[str(path.resolve()), (found := path.stat()).st_size, found.st_mtime_ns] for shard in shards for path in shard.files]
         for split, shards in given.items()
     }
@@ -130,7 +141,7 @@ def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
 
 def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
     """Of the types that training reads and that hold every id, the one that most bytes are of already, so that little is to be converted."""
-    short, long = np.dtype("<u2"), np.dtype("<i4")
+    short, long = MANIFEST_TYPES
     sizes = {short: 0, long: 0}
     for shard in shards:
         same = long if shard.dtype == np.dtype("<u4") else shard.dtype
@@ -143,7 +154,7 @@ def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
 
 def _jobs(given: dict[SplitName, list[ForeignShard]], share: float, tokenizer: Tokenizer, output: Output, folder: Path) -> list[ImportJob]:
     dtype = _token_type([shard for shards in given.values() for shard in shards], tokenizer.vocab_size)
-    jobs = []
+    jobs: list[ImportJob] = []
     for split, shards in given.items():
         sides: list[SplitName] = list(SPLITS) if share else [split]
         for number, shard in enumerate(shards):
@@ -156,12 +167,12 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
     """The records of all jobs, in their order. Threads suffice: reading, checksums and numpy leave the interpreter's lock."""
     ended = threading.Event()
     total = sum(job.shard.num_tokens for job in jobs)
-    with tqdm(total=total, desc="importing", unit="token", unit_scale=True, disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
+    with Stage("importing", progress, total, "token") as stage, ThreadPoolExecutor(workers) as pool:
 
         def advance(tokens: int) -> None:
             if ended.is_set():
                 raise InterruptedError  # another shard has failed, or the user has had enough
-            bar.update(tokens)
+            stage.advance(tokens)
 
         futures = [pool.submit(import_shard, job, advance) for job in jobs]
         try:

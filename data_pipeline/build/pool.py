@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -13,7 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
+from data_pipeline.progress import Tally, use_tally
 from pretrain.config.errors import ConfigError, PeerLostError
+from pretrain.config.interrupts import not_for_children
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -29,6 +32,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(16 << 20),
     # A stream of the datasets library would import torch, seconds for nothing.
     "USE_TORCH": "0",
+    # The process that removes the pool's semaphores after an interrupted build has nothing to say about them.
+    "PYTHONWARNINGS": "ignore:resource_tracker",
 }
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 
@@ -79,6 +84,14 @@ class Pool:
                 future.cancel()
 
 
+class _Executor(ProcessPoolExecutor):
+    """Starts its processes where work is handed to it."""
+
+    def submit(self, function: Callable[..., ResultT], /, *arguments: Any, **named: Any) -> Future[ResultT]:
+        with not_for_children():
+            return super().submit(function, *arguments, **named)
+
+
 @contextmanager
 def local_pool(workers: int) -> Iterator[Pool]:
     """Processes of this machine; one worker is this process itself.
@@ -97,7 +110,10 @@ def local_pool(workers: int) -> Iterator[Pool]:
     # Workers must find these when they start: allocators and thread pools look only once.
     os.environ |= environment
     # Forking a process with threads may leave a lock taken for ever: workers start afresh.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array(ctypes.c_uint64, 2)
+    use_tally(Tally(counts))
+    executor = _Executor(workers, context, _begin_worker, (counts,))
     try:
         yield Pool(executor, workers)
     except BaseException as error:
@@ -122,8 +138,9 @@ def default_workers(input_bytes: int) -> int:
     return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
 
 
-def _begin_worker() -> None:
-    """Ties a worker's life to its parent's."""
+def _begin_worker(counts: Any) -> None:
+    """Ties a worker's life to its parent's, and counts what it reads for the parent's progress bar."""
+    use_tally(Tally(counts))
     # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the time.
     gc.set_threshold(100_000, 20, 20)
     parent = multiprocessing.parent_process()

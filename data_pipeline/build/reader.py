@@ -14,12 +14,16 @@ from typing import Any, TextIO
 from pydantic import TypeAdapter
 
 from data_pipeline.cleaning import Cleaner
+from data_pipeline.progress import current_tally
 from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
 from data_pipeline.split import Extreme, SplitPlan, position, text_digest
 from pretrain.config.cleaning_schema import Cleaning
 from pretrain.config.data_schema import DataConfig
 from pretrain.config.data_schema import Source as SourceSection
 from pretrain.config.errors import DataError
+
+# What is read is counted for the progress bar so often: seldom enough to cost nothing.
+TALLIED_DOCUMENTS, TALLIED_CHARACTERS = 1 << 8, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,16 @@ class Reader:
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
         """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
         counters, checksum, cleaner, fixed_place = self.counters, self.checksum, self.cleaner, self.fixed_place
+        tally, documents, characters = current_tally(), 0, 0
         for result in self.source.read(self.unit):
             counters.records += 1
+            if documents == TALLIED_DOCUMENTS or characters >= TALLIED_CHARACTERS:
+                tally.add(documents, characters)
+                documents = characters = 0
             if isinstance(result, LeftOut):
                 self._leave_out(result)
                 continue
+            documents, characters = documents + 1, characters + len(result.text)
             digest = text_digest(result.text)
             checksum.update(digest.to_bytes(16, "little") + (b"\0" if result.key is None else result.key.encode("utf-8") + b"\0"))
             place = position(result, digest) if fixed_place is None else fixed_place
@@ -101,6 +110,7 @@ class Reader:
                 self._note(place)
             yield result, digest, place
             self.documents += 1
+        tally.add(documents, characters)
 
     def _note(self, place: float) -> None:
         self.hashed += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,8 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer.text_bytes import TextBytes
 from pretrain.config.durable import fsync_path
 from pretrain.config.errors import DataError, StorageError
+
+COPIED_BYTES = 1 << 24
 
 
 @dataclass
@@ -115,7 +116,7 @@ class _Importer:
             raise DataError(f"{self.shard.path} has a document of {self.sizes.max():,} tokens{hint}: at most {LONGEST_DOCUMENT:,} are possible")
 
     def run(self) -> ImportRecord:
-        names, sinks = self.job.names, {}
+        names, sinks = self.job.names, dict[SplitName, _Sink]()
         with ExitStack() as stack:
             linked = self._linked() if self._reads_as_it_is() else None
             for split, name in names.items():
@@ -135,7 +136,7 @@ class _Importer:
 
     def _linked(self) -> _LinkedShard:
         (name,) = self.job.names.values()
-        return _LinkedShard(self.job.folder / name, self.shard.path, self.job.dtype, self.sizes)
+        return _LinkedShard(self.job.folder / name, self.shard.path, self.job.dtype, self.sizes, self.advance)
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         """Documents first .. last - 1 that are read at once: as many as ``READ_TOKENS`` hold, and one at least."""
@@ -218,8 +219,8 @@ class _LinkedShard:
         how: whether the file could be linked, or had to be copied.
     """
 
-    def __init__(self, prefix: Path, source: Path, dtype: np.dtype[Any], lengths: np.ndarray) -> None:
-        self.prefix, self.source, self.dtype, self.lengths = prefix, source, dtype, lengths
+    def __init__(self, prefix: Path, source: Path, dtype: np.dtype[Any], lengths: np.ndarray, advance: Callable[[int], object]) -> None:
+        self.prefix, self.source, self.dtype, self.lengths, self._advance = prefix, source, dtype, lengths, advance
         self.how = "linked"
         self._checksums = FileChecksums()
 
@@ -235,7 +236,10 @@ class _LinkedShard:
             os.link(self.source.resolve(), path)
         except OSError:  # another file system, or one that has no links, or files of somebody else
             self.how = "copied"
-            shutil.copyfile(self.source, path)
+            with self.source.open("rb") as source, path.open("wb") as target:
+                while block := source.read(COPIED_BYTES):
+                    target.write(block)
+                    self._advance(0)
         if path.stat().st_size != size:
             raise StorageError(f"{self.source} changed while it was read: run the same command again once it is at rest")
         fsync_path(path)

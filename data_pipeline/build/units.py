@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
-from tqdm import tqdm
 
 from data_pipeline.build import finish
 from data_pipeline.build.plan import BuildPlan
 from data_pipeline.build.reader import Task
 from data_pipeline.build.worker import Record, boot_id, unit_plan
+from data_pipeline.progress import Stage
 from pretrain.config.errors import DataError
 
 # Records after which a share of bad ones means something.
@@ -39,16 +39,15 @@ def collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: bo
         DataError: as soon as too many records are bad; of the first few, before the end, any share is let pass.
     """
     records: list[Record] = []
-    read = bad = tokens = 0
-    with tqdm(total=plan.input_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress) as bar:
+    read = bad = 0
+    done = sum(plan.units[record["unit"]].size for record in earlier)
+    with Stage(title, progress, plan.input_bytes, "B", done, counts_documents=True) as stage:
         for number, record in enumerate(itertools.chain(earlier, results)):
             records.append(record)
             read += record["records"]
             bad += sum(record["bad"].values())
             if number >= len(earlier):
-                tokens += sum(split["tokens"] for split in record.get("splits", {}).values())
-            bar.set_postfix_str(f"{tokens / (bar.format_dict['elapsed'] or 1.0) / 1e6:.2f}M tokens/s" if tokens else "", refresh=False)
-            bar.update(plan.units[record["unit"]].size)
+                stage.advance(plan.units[record["unit"]].size)
             if read >= BAD_SHARE_FROM and bad > plan.config.max_bad_share * read:
                 break
     if bad > plan.config.max_bad_share * read:

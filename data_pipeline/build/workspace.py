@@ -144,6 +144,16 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def interruption_is_told(output: Output) -> Iterator[None]:
+    """Ctrl-C inside the block says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what is finished is kept in {output.staging}" if (output.staging / "identity.json").exists() else "nothing was begun"
+        raise KeyboardInterrupt(f"{kept}, and the data in {output.path} is as it was") from None
+
+
 def read_json(path: Path) -> dict | None:
     """A JSON object, or None where there is no whole one."""
     try:

@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from pretrain.config.interrupts import leave
+
 logger = logging.getLogger(__name__)
 
 DONE = 0
@@ -93,9 +95,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{where}: free space or choose another folder, then run the same command.", file=sys.stderr)
         code = IO_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on.", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        leave(f"interrupted: {error}" if str(error) else "interrupted")
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
