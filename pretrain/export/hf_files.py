@@ -26,6 +26,9 @@ TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "special_tokens_map.json", "adde
 CODE_SUFFIXES = {".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so"}
 # Fields of config.json by which transformers reads other files than those that are checked here.
 OTHER_FILES = ("configuration_files", "transformers_weights")
+# Transformers makes lists and modules of these lengths before it looks at any weight.
+COUNT = re.compile(r"n(um)?_.*(layers?|experts?)")
+LARGEST_COUNT = 10_000
 TOKENIZER_CLASS = re.compile(r"\w+(Tokenizer(Fast)?|Backend)")
 OWN_TYPE = MoePretrainConfig.model_type
 
@@ -49,6 +52,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field in OTHER_FILES:
         if config.get(field) is not None:
             raise CheckpointError(f"{folder / CONFIG} has the field {field}, by which other files than {CONFIG} and {WEIGHTS} are read: remove it")
+    for field, value, _ in json_fields(config):
+        if COUNT.fullmatch(field) and isinstance(value, int | float) and value > LARGEST_COUNT:
+            raise CheckpointError(f"{folder / CONFIG} says {field} = {value}, and no model has more than {LARGEST_COUNT}: it is damaged")
     return config
 
 

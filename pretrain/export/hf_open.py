@@ -72,15 +72,26 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     if content.get("quantization_config"):
         raise CheckpointError(f"the weights in {folder} are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
     shapes = stored_shapes(folder)
-    layers = content.get("num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(shapes):
-        raise CheckpointError(f"{folder} has {layers} layers by its config.json, and only {len(shapes)} tensors: they do not belong together")
     with checked_view(folder, content, weights=True) as view:
         config = _config(folder, view)
         _check_shapes(folder, _outline(folder, config), shapes)
         model = _load(folder, view, config, dtype)
     _check_finite(folder, model)
     return model.eval()
+
+
+def check_stored(folder: Path) -> None:
+    """Without loading a weight, for a reader of its own that expects the names which transformers writes; tensors that are too many are its matter.
+
+    Raises:
+        CheckpointError: as :func:`open_model`, when a tensor is missing or has another shape.
+    """
+    content, shapes = read_config(folder), stored_shapes(folder)
+    with checked_view(folder, content, weights=False) as view:
+        outline = _outline(folder, _config(folder, view))
+    expected, found = _without_copies(folder, outline, shapes)
+    if wrong := _missing(expected, found) + _reshaped(expected, found):
+        raise _incomplete(folder, wrong)
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -179,6 +190,18 @@ def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
 
     Names may be others than those of the outline (files of other releases): then transformers' own report decides.
     """
+    expected, found = _without_copies(folder, outline, stored)
+    if expected != found and sum(map(prod, expected.values())) != sum(map(prod, found.values())):
+        superfluous = [f"'{name}' has no place in it" for name in found if name not in expected]
+        raise _incomplete(folder, _missing(expected, found) + _reshaped(expected, found) + superfluous)
+
+
+def _without_copies(folder: Path, outline: Outline, stored: Shapes) -> tuple[Shapes, Shapes]:
+    """What the model expects and what is stored, with one name for each tensor, and without what the class leaves out.
+
+    Raises:
+        CheckpointError: when copies of one tensor differ.
+    """
     expected = dict(outline.shapes)
     found = {name: shape for name, shape in stored.items() if not outline.leaves_out(name)}
     for aliases in outline.aliases:
@@ -188,8 +211,7 @@ def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
             if name != (held or aliases)[0]:
                 expected.pop(name, None)
                 found.pop(name, None)
-    if expected != found and sum(map(prod, expected.values())) != sum(map(prod, found.values())):
-        raise _incomplete(folder, _differences(expected, found))
+    return expected, found
 
 
 def _check_equal(folder: Path, names: list[str]) -> None:
@@ -209,10 +231,12 @@ def _read(folder: Path, name: str) -> Tensor:
     raise CheckpointError(f"{folder} has no tensor '{name}' any more: it changed while it was read")
 
 
-def _differences(expected: Shapes, found: Shapes) -> list[str]:
-    missing = [f"'{name}' is missing" for name in expected if name not in found]
-    reshaped = [f"'{name}' is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
-    return missing + reshaped + [f"'{name}' has no place in it" for name in found if name not in expected]
+def _missing(expected: Shapes, found: Shapes) -> list[str]:
+    return [f"'{name}' is missing" for name in expected if name not in found]
+
+
+def _reshaped(expected: Shapes, found: Shapes) -> list[str]:
+    return [f"'{name}' is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
 
 
 def _incomplete(folder: Path, clauses: Iterable[str]) -> CheckpointError:

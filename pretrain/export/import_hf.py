@@ -17,7 +17,7 @@ from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
 from pretrain.export.hf_files import CONFIG, read_config
-from pretrain.export.hf_open import open_config
+from pretrain.export.hf_open import check_stored, open_config
 from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
@@ -44,6 +44,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
     """
     target, config = architecture_of(source)
     recipe = recipe_of(source, output, target, config)
+    check_stored(source)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
     left_out = _left_out(theirs, links, recipe)

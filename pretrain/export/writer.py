@@ -66,7 +66,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every field of objects and every item of lists (named ""), each with its depth; without recursion, which hostile nesting exhausts."""
+    """Every field of objects and every item of lists (of the name ""), each with its depth; without recursion, as nesting may be hostile."""
     waiting = [("", content, 0)]
     while waiting:
         name, value, depth = waiting.pop()
