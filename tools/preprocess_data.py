@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command r
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.build.workspace import Output
+from data_pipeline.sources import NOTES
 from data_pipeline.sources.guess import sources_of
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.data_schema import BestFit
@@ -39,6 +40,13 @@ EXAMPLES = """\
   mpirun -n 64 python tools/preprocess_data.py --recipe big
       over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all nodes share
 The same command again finds finished data and does nothing; --fresh builds it again."""
+# Options that are fields of a source's section, and the kinds of source that have them.
+SOURCE_OPTIONS = {
+    "text_field": ("jsonl", "parquet", "csv", "stdin"),
+    "id_field": ("jsonl", "parquet", "csv", "stdin"),
+    "encoding": ("jsonl", "csv", "text", "stdin"),
+    "quoting": ("csv",),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record that holds the text (default: text)")
     source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
     source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
-    source.add_argument("--max-bad-share", type=float, metavar="SHARE", help="a larger share of bad records stops the build (default: 1)")
+    source.add_argument(
+        "--max-bad-share", type=float, metavar="SHARE", help="a larger share of a source's records or bytes lost stops the build (default: 0.05)"
+    )
+    source.add_argument("--encoding", metavar="NAME", help="of text, JSON and CSV (default: utf-8, or what a byte order mark says)")
+    source.add_argument(
+        "--quoting", action=argparse.BooleanOptionalAction, help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)'
+    )
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", metavar="PATH", help="an existing tokenizer.json, SentencePiece .model, or Mistral's file by name")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="entries of the tokenizer")
@@ -104,8 +118,8 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
     sources = sources_of(arguments.input, arguments.format)
     for section in sources.values():
-        if section["kind"] in ("jsonl", "parquet", "csv", "stdin"):
-            section |= {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
+        names = [name for name, kinds in SOURCE_OPTIONS.items() if section["kind"] in kinds and getattr(arguments, name) is not None]
+        section |= {name: getattr(arguments, name) for name in names}
     data.pop("source", None)
     data.pop("sources", None)
     data |= {"source": next(iter(sources.values()))} if len(sources) == 1 else {"sources": sources}
@@ -173,6 +187,8 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
     for name, source in manifest.sources.items():
         losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]
         print(f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}")
+        for note, count in source.notes.items():
+            print(f"{'':<12}look at     {count:,} {note}: {NOTES[note]}")
     tokenizer = manifest.tokenizer
     print(
         f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"

@@ -8,7 +8,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from pretrain.config.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ BYTE_ORDER_MARKS = (
 )
 # What no encoding holds becomes half of a pair, which UTF-8 cannot hold either: the record that has it is left out, and no other.
 UNDECODABLE = "data_pipeline.undecodable"
-codecs.register_error(UNDECODABLE, lambda error: ("\udcff", error.end) if isinstance(error, UnicodeDecodeError) else ("", 0))
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 
 
 class DamagedStream(Exception):
@@ -78,6 +78,7 @@ def checked_encoding(name: str) -> str:
         ConfigError: for one that it does not know.
     """
     try:
+        b"".decode(name)  # refuses those that are no encodings of text, such as base64
         return codecs.lookup(name).name
     except LookupError:
         raise ConfigError(f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ...") from None

@@ -14,7 +14,7 @@ from pretrain.config.data_schema import CsvSource
 from pretrain.config.errors import DataError
 
 DELIMITERS = ",\t;|"
-MANY_LINES, FEW_LINES = 100, 5
+MANY_LINES, FEW_LINES = 100, 6
 
 
 class Csv(Source[CsvSource]):
@@ -61,8 +61,9 @@ class Csv(Source[CsvSource]):
 
     def _records(self, path: str, feed: _Feed, stream: Stream, delimiter: str) -> Iterator[Document | LeftOut]:
         quoting = self.config.quoting if self.config.quoting is not None else delimiter != "\t"
-        style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
-        rows = csv.reader(feed, delimiter=delimiter, quoting=style, escapechar=self.config.escape, strict=True)
+        rows = csv.reader(
+            feed, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE, escapechar=self.config.escape, strict=True
+        )
         header = None if self.config.columns is None else self._checked(self.config.columns, path)
         to_document = RecordReader(self.config, nested=False)
         while True:
@@ -139,21 +140,14 @@ class _Feed:
     def __iter__(self) -> _Feed:
         return self
 
-    def _next_line(self) -> Line | None:
-        line = self._again.popleft() if self._again else next(self._lines, None)
-        if line is not None:
-            self.number = max(self.number, line.number)
-            self.size += line.size + 1
-        return line
-
     def __next__(self) -> str:
-        line = self._next_line()
-        if line is None:
-            raise StopIteration
+        line = self._again.popleft() if self._again else next(self._lines)
         if not self._held:
             self.line, self.offset = line.number, line.offset
         self._held.append(line)
-        if line.content is None or self.size - 1 > self._longest:
+        self.number = line.number
+        self.size += line.size + 1
+        if line.content is None or self.size > self._longest + 1:
             raise _TooLong
         return line.content.decode("utf-8", "surrogateescape") + "\n"
 
@@ -166,9 +160,9 @@ class _Feed:
 
     def looks_like_rows(self, delimiter: str, width: int) -> bool:
         """Whether the record at hand has so many lines, or such lines, that a stray quote may have joined rows."""
+        if not FEW_LINES <= len(self._held) < MANY_LINES:
+            return len(self._held) >= MANY_LINES
         inside = self._held[1:-1]
-        if len(inside) < FEW_LINES or len(inside) >= MANY_LINES:
-            return len(inside) >= MANY_LINES
         return width > 1 and all((line.content or b"").count(delimiter.encode()) == width - 1 for line in inside)
 
     def skip_record(self) -> None:
@@ -178,7 +172,7 @@ class _Feed:
         content = self._held[-1].content
         # Doubled quotes stand for one inside a value, so an odd number of them on a line closes the value.
         while content is not None and content.count(b'"') % 2 == 0:
-            line = self._next_line()
+            line = self._again.popleft() if self._again else next(self._lines, None)
             if line is None:
                 return
-            content = line.content
+            self.number, self.size, content = line.number, self.size + line.size + 1, line.content

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from data_pipeline.sources.containers import COMPRESSED, DamagedStream, Described, Stream, describe, open_content
 from data_pipeline.sources.interface import BYTE_ORDER_MARK, LeftOut, Unit

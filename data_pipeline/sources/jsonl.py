@@ -18,7 +18,6 @@ from data_pipeline.sources.json_values import Value, ValueReader, holds_lines
 from pretrain.config.data_schema import JsonlSource, RecordsBase
 from pretrain.config.errors import DataError
 
-
 Fault = tuple[str, str]  # reason and detail
 Parsed = tuple[Line | Value, Any, Fault | None]
 
@@ -78,15 +77,15 @@ class Jsonl(Source[JsonlSource]):
                     yield value, None, ("invalid_json", value.fault) if value.fault else too_long
             return
         for line in read_lines(stream, unit.start, unit.end, longest):
-            self.lines_read = line.number
-            if line.content is None:
+            self.lines_read, content = line.number, line.content
+            if content is None:
                 yield line, None, too_long
-            elif line.content and not line.content.isspace():
-                record, fault = parse_object(line.content)
-                if fault is not None and fault[0] == "invalid_json":
-                    yield from values_of_line(line, fault)
-                else:
-                    yield line, record, fault
+                continue
+            try:
+                yield line, orjson.loads(content), None
+            except orjson.JSONDecodeError:
+                if content and not content.isspace():
+                    yield from values_of_line(line, content)
 
 
 def _holds_lines(stream: Peekable) -> bool:
@@ -94,9 +93,11 @@ def _holds_lines(stream: Peekable) -> bool:
     return holds_lines(head, len(head) < HEAD_BYTES)
 
 
-def values_of_line(line: Line, fault: Fault) -> list[Parsed]:
-    """What a line that is no JSON value holds: several of them, or one with a comma behind it; else the line as it is."""
-    content = line.content or b""
+def values_of_line(line: Line, content: bytes) -> list[Parsed]:
+    """What a line holds that is not one JSON value: several of them, or one with a comma behind it; else what is wrong with it."""
+    record, fault = parse_object(content)
+    if fault is None or fault[0] != "invalid_json":
+        return [(line, record, fault)]
     values = [value._replace(number=line.number, offset=line.offset + value.offset) for value in ValueReader(io.BytesIO(content), len(content))]
     parsed: list[Parsed] = [(value, *parse_object(value.content or b"")) for value in values]
     return [(line, None, fault)] if any(part[2] for part in parsed) else parsed

@@ -84,8 +84,10 @@ class Text(Source[TextSource]):
         while size <= longest and (block := stream.read(min(BLOCK_BYTES, longest + 1 - size))):
             blocks.append(block)
             size += len(block)
-        result = self._part(b"".join(blocks) if size <= longest else None, path, None, None, stamp_of(path)[0])
-        return result._replace(id=path, key=path) if isinstance(result, Document) else result
+        result = self._part(b"".join(blocks) if size <= longest else None, path, None, None, size, stream)
+        if isinstance(result, LeftOut):
+            return result._replace(size=stamp_of(path)[0])
+        return result._replace(id=path, key=path)
 
     def _by_line(self, path: str, stream: Stream, unit: Unit) -> Iterator[Document | LeftOut]:
         if unit.end is None:
@@ -94,7 +96,7 @@ class Text(Source[TextSource]):
             self.lines_read = line.number
             content = None if line.content is None else line.content.removesuffix(b"\r")
             if content is None or content.strip():
-                yield self._part(content, path, line.number, line.offset, stored_bytes(stream, line.size))
+                yield self._part(content, path, line.number, line.offset, line.size, stream)
 
     def _by_separator(self, path: str, stream: Stream) -> Iterator[Document | LeftOut]:
         assert self.config.separator is not None
@@ -106,7 +108,7 @@ class Text(Source[TextSource]):
             self.lines_read = line.number
             if line.content is not None and line.content.removesuffix(b"\r") == separator:
                 if size:
-                    yield self._part(None if size > longest else b"".join(part), path, *first, stored_bytes(stream, size))
+                    yield self._part(None if size > longest else b"".join(part), path, *first, size, stream)
                 part, size, first = [], 0, (line.number + 1, line.offset + len(line.content) + 1)
                 continue
             size += line.size + 1
@@ -115,12 +117,12 @@ class Text(Source[TextSource]):
             else:
                 part += [line.content or b"", b"\n"]
         if size:
-            yield self._part(None if size > longest else b"".join(part), path, *first, stored_bytes(stream, size))
+            yield self._part(None if size > longest else b"".join(part), path, *first, size, stream)
 
-    def _part(self, content: bytes | None, path: str, line: int | None, offset: int | None, size: int) -> Document | LeftOut:
-        """The document that begins on this line, or the whole file; ``content`` is None if it is too long, ``size`` its bytes in the file."""
+    def _part(self, content: bytes | None, path: str, line: int | None, offset: int | None, size: int, stream: Stream) -> Document | LeftOut:
+        """The document that begins on this line, or the whole file; ``content`` is None if it is too long, ``size`` its bytes."""
         if content is None:
-            return LeftOut(path, "too_long", line, offset, f"longer than {self.context.max_record_bytes} bytes", size=size)
+            return LeftOut(path, "too_long", line, offset, f"longer than {self.context.max_record_bytes} bytes", size=stored_bytes(stream, size))
         is_utf8 = self._encoding == "utf-8"
         try:
             # An encoding with a byte order mark of its own takes it away itself.
@@ -128,8 +130,8 @@ class Text(Source[TextSource]):
         except UnicodeError as error:
             position = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "its end"
             detail = f"not {self.config.encoding} at {position}; another encoding is named with --encoding"
-            return LeftOut(path, "invalid_utf8" if is_utf8 else "undecodable", line, offset, detail, size=size)
+            return LeftOut(path, "invalid_utf8" if is_utf8 else "undecodable", line, offset, detail, size=stored_bytes(stream, size))
         fault = text_fault(text, "text")
         if fault:
-            return LeftOut(path, fault[0], line, offset, fault[1], size=size)
+            return LeftOut(path, fault[0], line, offset, fault[1], size=stored_bytes(stream, size))
         return Document(text, f"{path}:{offset}")

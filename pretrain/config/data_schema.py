@@ -75,7 +75,7 @@ class CsvSource(FilesBase, RecordsBase):
 
     kind: Literal["csv"]
     delimiter: Character | None = Field(None, description="by default the one of , tab ; | that cuts the header into the wanted columns")
-    quoting: bool | None = Field(None, description='whether "..." may hold delimiters and line ends; by default yes, but no where the delimiter is a tab')
+    quoting: bool | None = Field(None, description='whether "..." may hold delimiters and line ends; yes by default, but not between tabs')
     escape: Character | None = Field(None, description="a character that takes the next one's meaning away, such as \\")
     columns: list[str] | None = Field(None, description="the columns' names, for files without a header line")
     encoding: Encoding = "utf-8"
@@ -122,6 +122,7 @@ class StandardInputSource(SourceBase, RecordsBase):
 
     kind: Literal["stdin"]
     format: Literal["jsonl", "line", "text"] = Field("jsonl", description="JSON lines, one document a line, or one document in all")
+    encoding: Encoding = "utf-8"
 
 
 Source = Annotated[
