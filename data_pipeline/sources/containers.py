@@ -78,7 +78,7 @@ def checked_encoding(name: str) -> str:
         ConfigError: for one that it does not know.
     """
     try:
-        b"".decode(name)  # refuses those that are no encodings of text, such as base64
+        b"a".decode(name, "replace")  # refuses those that are no encodings of text, such as base64
         return codecs.lookup(name).name
     except LookupError:
         raise ConfigError(f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ...") from None
@@ -267,6 +267,8 @@ class Decompressed:
             block = self._slowly()
             if not block and self._damage is not None:
                 raise self._damage from None
+        if not block and not self._raw.tell():
+            raise DamagedStream("it is empty", 0)
         self._position += len(block)
         return block
 
