@@ -55,6 +55,7 @@ class SourceEntry(ManifestPart):
         left_out: records that the source itself passes over, by reason.
         dropped: documents that cleaning removed, by reason.
         edits: what cleaning changed inside documents.
+        notes: what in the documents is worth a look, such as a CSV value over many lines.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class SourceEntry(ManifestPart):
     left_out: Counts = {}
     dropped: Counts = {}
     edits: Counts = {}
+    notes: Counts = {}
 
 
 class ShardEntry(ManifestPart):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.batch import NO_LOSS, Batch, Documents, Origin, Sample, to_batch
+from data_pipeline.build.bad_share import BadShares
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.corpora import Corpora
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
@@ -171,16 +172,25 @@ class SourceStream:
                 yield Encoded(text.place, tokens)
 
     def _texts(self, start: Place) -> Iterator[Text]:
-        """The training documents from a place on, without end."""
+        """The training documents from a place on, without end.
+
+        Raises:
+            DataError: if there is none, or more of the source is bad than allowed.
+        """
         place = start._replace(token=0)
         found = start != Place()
+        size = sum(unit.size for unit in self._units)
         while True:
+            shares = BadShares(self._task.config.max_bad_share, {self.name: size})
             for unit in range(place.unit, len(self._units)):
                 reader = Reader(self._task, unit, self._units[unit], None)
                 for number, (document, digest, where) in enumerate(reader.documents_with_split()):
                     if where >= self._task.split.validation_share and (unit, number) >= (place.unit, place.document):
                         found = True
                         yield Text(Place(place.epoch, unit, number), document.text, digest)
+                shares.add(reader.record())
+            if not place.unit:  # a pass that a resumed run began in the middle says nothing about the whole
+                shares.check()
             if not found:
                 raise DataError(f"the source '{self.name}' has no document to train on: give it more, or lower data.validation_share")
             place = Place(place.epoch + 1)

@@ -23,6 +23,7 @@ from data_pipeline.build.importing import ImportResult, import_shards
 from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.build.workspace import Output
 from data_pipeline.manifest import TokenizerEntry
+from data_pipeline.sources import NOTES
 from data_pipeline.sources.guess import sources_of
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.data_schema import BestFit
@@ -51,6 +52,13 @@ EXAMPLES = """\
   mpirun -n 64 python tools/preprocess_data.py --recipe big
       over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all nodes share
 The same command again finds finished data and does nothing; --fresh builds it again."""
+# Options that are fields of a source's section, and the kinds of source that have them.
+SOURCE_OPTIONS = {
+    "text_field": ("jsonl", "parquet", "arrow", "csv", "datasets", "stdin"),
+    "id_field": ("jsonl", "parquet", "arrow", "csv", "datasets", "stdin"),
+    "encoding": ("jsonl", "csv", "text", "stdin"),
+    "quoting": ("csv",),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,7 +76,13 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record with the text, a.b for b inside a (default: text)")
     source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
     source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
-    source.add_argument("--max-bad-share", type=float, metavar="SHARE", help="a larger share of bad records stops the build (default: 1)")
+    source.add_argument(
+        "--max-bad-share", type=float, metavar="SHARE", help="a larger share of a source's records or bytes lost stops the build (default: 0.05)"
+    )
+    source.add_argument("--encoding", metavar="NAME", help="of text, JSON and CSV (default: utf-8, or what a byte order mark says)")
+    source.add_argument(
+        "--quoting", action=argparse.BooleanOptionalAction, help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)'
+    )
     ready = parser.add_argument_group("shards that are there")
     ready.add_argument(
         "--import-shards",
@@ -143,14 +157,17 @@ def _check_import(arguments: argparse.Namespace) -> None:
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
     sources = sources_of(arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split)
-    fields = {name: getattr(arguments, name) for name in ("text_field", "id_field") if getattr(arguments, name)}
-    records = [section for section in sources.values() if section["kind"] not in ("text", "source_code")]
-    if fields and not records:
-        raise ConfigError(
-            "--text-field and --id-field name fields of records, and --input holds texts: leave them out, or say what it is with --format"
-        )
-    for section in records:
-        section |= fields
+    for name, kinds in SOURCE_OPTIONS.items():
+        value, sections = getattr(arguments, name), [section for section in sources.values() if section["kind"] in kinds]
+        if value is None:
+            continue
+        if not sections:
+            option, kinds_read = f"--{name.replace('_', '-')}", ", ".join(sorted({section["kind"] for section in sources.values()}))
+            raise ConfigError(
+                f"{option} is for {', '.join(kinds)}, and --input is read as {kinds_read}: leave it out, or say what it is with --format"
+            )
+        for section in sections:
+            section[name] = value
     data.pop("source", None)
     data.pop("sources", None)
     data |= {"source": next(iter(sources.values()))} if len(sources) == 1 else {"sources": sources}
@@ -218,6 +235,8 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
     for name, source in manifest.sources.items():
         losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]
         print(f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}")
+        for note, count in source.notes.items():
+            print(f"{'':<12}look at     {count:,} {note}: {NOTES[note]}")
     tokenizer = manifest.tokenizer
     print(
         f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"

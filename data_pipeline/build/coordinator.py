@@ -17,13 +17,14 @@ from pathlib import Path
 import orjson
 
 from data_pipeline.build import finish
+from data_pipeline.build.bad_share import BadShares
 from data_pipeline.build.engine import fit_engine
 from data_pipeline.build.growing import GrowingShards
 from data_pipeline.build.merge import ShardCutter, ShardPlan, write_shard
 from data_pipeline.build.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.build.pool import Pool, default_workers, local_pool
 from data_pipeline.build.reader import Task
-from data_pipeline.build.units import collect, followed, is_usable
+from data_pipeline.build.units import collect, followed, is_usable, judged
 from data_pipeline.build.worker import (
     BANDS,
     DIGESTS,
@@ -262,12 +263,15 @@ class Build:
     def _encode_held_out(self, numbers: list[int]) -> list[Record]:
         """The first documents of the stream that are held out, unit by unit until there are enough."""
         records, wanted = [], self.config.streaming_validation_documents
+        shares = BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
         for number in numbers:
-            [record] = self._run(encode_unit, "units", replace(self.task, held_out_only=wanted), [number], "reading the stream")
+            task = replace(self.task, held_out_only=wanted)
+            [record] = self._run(encode_unit, "units", task, [number], "reading the stream", shares=shares)
             records.append(record)
             wanted -= record["splits"]["validation"]["documents"]
             if wanted <= 0:
                 break
+        shares.check()
         if not sum(record["splits"]["validation"]["documents"] for record in records):
             raise DataError("no document of the stream is held out for validation: raise data.validation_share")
         return records
@@ -291,11 +295,17 @@ class Build:
         numbers: list[int],
         title: str,
         follow: Callable[[Record], None] | None = None,
+        shares: BadShares | None = None,
     ) -> list[Record]:
         """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are.
 
         ``follow`` is called with the record of each unit as soon as those of all units before it are there, unless all were there already.
+        ``shares`` of a stage in several calls are checked by the caller.
+
+        Raises:
+            DataError: if more of a source is bad than allowed.
         """
+        counted = shares or BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
         records: dict[int, Record] = {}
         for number in numbers:
             folder = unit_folder(self.workspace, stage, number)
@@ -307,11 +317,15 @@ class Build:
         if records:
             logger.info("%s: %d of %d units are there already", title, len(records), len(numbers))
         jobs = [(task, number, self.plan.units[number]) for number in numbers if number not in records]
-        results = self.pool.run(function, jobs)
+        for record in records.values():
+            counted.add(record)
+        results = judged(self.pool.run(function, jobs), counted)
         if follow is not None and jobs:
             results = followed(results, numbers, dict(records), follow)
         for record in collect(results, self.plan, title, self.progress, list(records.values())):
             records[record["unit"]] = record
+        if shares is None:
+            counted.check()
         return [records[number] for number in numbers]
 
     def _mark_duplicates(self, records: list[Record]) -> None:

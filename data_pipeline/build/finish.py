@@ -131,6 +131,7 @@ def _source_entry(plan: BuildPlan, name: str, records: list[Record], account: Ac
         left_out=_sorted(total(mine, "left_out")),
         dropped=_sorted(total(mine, "dropped") + account.duplicates.get(name, Counter())),
         edits=_sorted(total(mine, "edits")),
+        notes=_sorted(total(mine, "notes")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,13 @@ class BuildPlan:
     @property
     def input_bytes(self) -> int:
         return sum(unit.size for unit in self.units)
+
+    def bytes_of_sources(self, numbers: Iterable[int]) -> dict[str, int]:
+        """The bytes of these units, by source."""
+        sizes = dict.fromkeys(self.config.named_sources, 0)
+        for number in numbers:
+            sizes[self.units[number].source] += self.units[number].size
+        return sizes
 
 
 def open_sources(config: DataConfig, spool_folder: Path) -> dict[str, Source]:

@@ -13,9 +13,11 @@ from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
+from data_pipeline.build.bad_share import NO_LOSS
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.progress import current_tally
 from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
+from data_pipeline.sources.files import one_line
 from data_pipeline.split import Extreme, SplitPlan, position, text_digest
 from pretrain.config.cleaning_schema import Cleaning
 from pretrain.config.data_schema import DataConfig
@@ -77,6 +79,8 @@ class Reader:
         self.checksum = hashlib.sha256()
         self.documents = 0
         self.hashed = 0
+        self._bad_bytes = self._bad_without_size = 0
+        self._bad_examples: dict[str, str] = {}
         self.lowest: Extreme | None = None
         self.highest: Extreme | None = None
 
@@ -121,6 +125,11 @@ class Reader:
 
     def _leave_out(self, record: LeftOut) -> None:
         (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1
+        if record.is_bad and record.reason not in NO_LOSS:
+            self._bad_bytes += record.size or 0
+            self._bad_without_size += record.size is None
+            place = record.path + (f" line {record.line:,}" if record.line is not None and not self.unit.start else "")
+            self._bad_examples.setdefault(record.reason, f"{place} {one_line(record.detail)}".rstrip())
         if record.is_bad and self.task.config.on_bad == "fail":
             place = "".join(f", {name} {value}" for name, value in (("record", self.counters.records), ("byte", record.offset)) if value is not None)
             raise DataError(f"{record.path}{place}: {record.reason} {record.detail}".rstrip() + ": mend it, or pass --on-bad skip to leave it out")
@@ -141,6 +150,7 @@ class Reader:
     def record(self) -> dict[str, Any]:
         """The counts of this unit, as JSON."""
         counters = self.counters
+        of_average_size = self._bad_without_size * self.unit.size // max(counters.records, 1)
         return {
             "unit": self.number,
             "source": self.unit.source,
@@ -155,6 +165,9 @@ class Reader:
             "left_out": dict(counters.left_out),
             "dropped": dict(counters.dropped),
             "edits": dict(counters.edits),
+            "notes": {note: count for note, count in self.source.notes.items() if count},
+            "bad_bytes": self._bad_bytes + of_average_size,
+            "bad_examples": self._bad_examples,
         }
 
 

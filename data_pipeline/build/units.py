@@ -8,15 +8,11 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline.build import finish
+from data_pipeline.build.bad_share import BadShares
 from data_pipeline.build.plan import BuildPlan
 from data_pipeline.build.reader import Task
 from data_pipeline.build.worker import Record, boot_id, unit_plan
 from data_pipeline.progress import Stage
-from pretrain.config.errors import DataError
-
-# Records after which a share of bad ones means something.
-BAD_SHARE_FROM = 10_000
 
 
 def followed(results: Iterator[Record], numbers: list[int], known: dict[int, Record], follow: Callable[[Record], None]) -> Iterator[Record]:
@@ -33,30 +29,26 @@ def followed(results: Iterator[Record], numbers: list[int], known: dict[int, Rec
 
 
 def collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: bool, earlier: Sequence[Record] = ()) -> list[Record]:
-    """The records of units as they come, with a progress bar.
-
-    Raises:
-        DataError: as soon as too many records are bad; of the first few, before the end, any share is let pass.
-    """
+    """The records of units as they come, with a progress bar."""
     records: list[Record] = []
-    read = bad = 0
     done = sum(plan.units[record["unit"]].size for record in earlier)
     with Stage(title, progress, plan.input_bytes, "B", done, counts_documents=True) as stage:
         for number, record in enumerate(itertools.chain(earlier, results)):
             records.append(record)
-            read += record["records"]
-            bad += sum(record["bad"].values())
             if number >= len(earlier):
                 stage.advance(plan.units[record["unit"]].size)
-            if read >= BAD_SHARE_FROM and bad > plan.config.max_bad_share * read:
-                break
-    if bad > plan.config.max_bad_share * read:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in finish.total(records, "bad").most_common())
-        raise DataError(
-            f"{bad} of {read} records are bad ({reasons}), more than --max-bad-share {plan.config.max_bad_share:g} allows: "
-            "mend the input, or raise the share"
-        )
     return records
+
+
+def judged(results: Iterator[Record], shares: BadShares) -> Iterator[Record]:
+    """Passes results on as they come.
+
+    Raises:
+        DataError: as soon as more of a source is lost than allowed.
+    """
+    for record in results:
+        shares.add(record)
+        yield record
 
 
 def is_usable(record: Record, folder: Path, task: Task) -> bool:

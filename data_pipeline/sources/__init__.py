@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.sources.arrow_files import Arrow
 from data_pipeline.sources.csv_files import Csv
 from data_pipeline.sources.datasets_source import Datasets
-from data_pipeline.sources.interface import REASONS, Document, LeftOut, ReadContext, Source, Unit
+from data_pipeline.sources.interface import NOTES, REASONS, Document, LeftOut, ReadContext, Source, Unit
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.parquet import Parquet
 from data_pipeline.sources.python_stdlib import PythonStdlib
@@ -25,7 +25,7 @@ from pretrain.config.data_schema import (
     TextSource,
 )
 
-__all__ = ["KINDS", "REASONS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
+__all__ = ["KINDS", "NOTES", "REASONS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
 
 # A new kind is a section in the schema, a file here, and a line here.
 KINDS: dict[type[SourceBase], type[Source]] = {

@@ -1,26 +1,36 @@
-"""Comma-separated values with a header line (RFC 4180)."""
+"""Rows of values with a header line: comma-separated (RFC 4180), or with another delimiter."""
 
 from __future__ import annotations
 
 import csv
+from collections import deque
 from collections.abc import Iterator
 
-from data_pipeline.sources.files import DAMAGED_STREAM, Line, damaged, open_stream, read_lines, stamp_of
+from data_pipeline.sources.containers import HEAD_BYTES, DamagedStream, Peekable, Stream, checked_encoding, stored_bytes, with_line_feeds
+from data_pipeline.sources.files import Line, damaged, file_kind, one_line, open_stream, read_lines, whole_unit
 from data_pipeline.sources.folders import files_of
-from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
+from data_pipeline.sources.interface import BYTE_ORDER_MARK, Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import RecordReader, check_first_file, listed, suggestion
 from pretrain.config.data_schema import CsvSource
 from pretrain.config.errors import DataError
 
+DELIMITERS = ",\t;|"
+MANY_LINES, FEW_LINES = 100, 6
+
 
 class Csv(Source[CsvSource]):
-    """A file is one unit: a quoted value may hold line ends, so no line is sure to begin a record."""
+    """A file is one unit: a quoted value may hold line ends, so no line is sure to begin a record.
+
+    A value that opens a quote and does not close it as the rules say makes its first line a bad record; the lines behind are read again as
+    records of their own, so that a stray quote takes no other record with it.
+    """
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        units = []
-        for path in files_of(self.config):
-            size, stamp = stamp_of(path)
-            units.append(Unit(self.context.name, (path,), size=size, stamp=stamp))
+        checked_encoding(self.config.encoding)
+        paths = files_of(self.config)
+        for path in paths:
+            file_kind(path)  # what is no text is refused before any work
+        units = [whole_unit(self.context.name, path) for path in paths]
         check_first_file(self, units)
         return units
 
@@ -28,18 +38,36 @@ class Csv(Source[CsvSource]):
         path, longest = unit.files[0], self.context.max_record_bytes
         csv.field_size_limit(max(csv.field_size_limit(), longest))
         self.lines_read = 0
-        with open_stream(path) as stream:
-            feed = _Feed(read_lines(stream, 0, None, longest), longest)
+        self.notes.clear()
+        with open_stream(path, self.config.encoding) as content:
+            stream = Peekable(content)
+            feed = _Feed(read_lines(with_line_feeds(stream), 0, None, longest), longest)
             try:
-                yield from self._records(path, feed)
-            except DAMAGED_STREAM as error:
+                yield from self._records(path, feed, stream, self._delimiter(stream.peek(HEAD_BYTES)))
+            except DamagedStream as error:
                 yield damaged(path, feed.number + 1, error)
             finally:
                 self.lines_read = feed.number
 
-    def _records(self, path: str, feed: _Feed) -> Iterator[Document | LeftOut]:
-        rows = csv.reader(feed, delimiter=self.config.delimiter)
-        header: list[str] | None = None
+    def _delimiter(self, head: bytes) -> str:
+        """The delimiter that is named, or the first that cuts the header into the wanted columns, else the one that cuts it most often."""
+        if self.config.delimiter is not None or self.config.columns is not None:
+            return self.config.delimiter or ","
+        text = head.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace").replace("\r", "\n").lstrip("\n").partition("\n")[0]
+        headers = {delimiter: next(csv.reader([text], delimiter=delimiter), []) for delimiter in DELIMITERS}
+        fitting = (delimiter for delimiter, names in headers.items() if all(wanted in names for wanted in self._wanted))
+        return next(fitting, max(headers, key=lambda delimiter: len(headers[delimiter])))
+
+    @property
+    def _wanted(self) -> list[str]:
+        return [self.config.text_field, *([self.config.id_field] if self.config.id_field else []), *self.config.metadata_fields]
+
+    def _records(self, path: str, feed: _Feed, stream: Stream, delimiter: str) -> Iterator[Document | LeftOut]:
+        quoting = self.config.quoting if self.config.quoting is not None else delimiter != "\t"
+        rows = csv.reader(
+            feed, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE, escapechar=self.config.escape, strict=True
+        )
+        header = None if self.config.columns is None else self._checked(self.config.columns, path)
         to_document = RecordReader(self.config)
         while True:
             feed.begin_record()
@@ -50,7 +78,7 @@ class Csv(Source[CsvSource]):
             except StopIteration:
                 return
             except csv.Error as error:
-                fault = ("invalid_csv", str(error))
+                fault = ("invalid_csv", feed.read_again() or one_line(str(error)))
             except _TooLong:
                 feed.skip_record()
                 fault = ("too_long", f"longer than {self.context.max_record_bytes} bytes")
@@ -60,24 +88,29 @@ class Csv(Source[CsvSource]):
                     continue
                 if not values:  # a blank line
                     continue
-                fault = self._fault(len(values), len(header), feed)
+                if values == header:
+                    yield LeftOut(path, "repeated_header", feed.line, feed.offset, is_bad=False)
+                    continue
+                fault = None if len(values) == len(header) else ("field_count", f"{len(values)} values, and the header has {len(header)} names")
             if header is None:
                 raise DataError(f"the header line of {path} cannot be read ({fault and fault[1]}): write the names of the columns there")
             result = fault or to_document(dict(zip(header, values)), f"{path}:{feed.offset}")
-            yield result if isinstance(result, Document) else LeftOut(path, _renamed(result[0]), feed.line, feed.offset, result[1])
-
-    def _fault(self, values: int, names: int, feed: _Feed) -> tuple[str, str] | None:
-        if feed.is_cut_short:
-            return "invalid_csv", "a quote that is never closed"
-        return None if values == names else ("field_count", f"{values} values, and the header has {names} names")
+            if isinstance(result, Document):
+                self.notes["value_over_many_lines"] += feed.looks_like_rows(delimiter, len(header))
+                yield result
+            else:
+                yield LeftOut(path, _renamed(result[0]), feed.line, feed.offset, result[1], size=stored_bytes(stream, feed.size))
 
     def _checked(self, header: list[str], path: str) -> list[str]:
-        for wanted in (self.config.text_field, self.config.id_field, *self.config.metadata_fields):
-            if wanted is not None and header.count(wanted) != 1:
+        for wanted in self._wanted:
+            if header.count(wanted) != 1:
                 problem = "two columns" if wanted in header else "no column"
                 probable = suggestion(wanted, header)
                 advice = f", perhaps --text-field {probable}" if probable and wanted == self.config.text_field != probable else ""
-                raise DataError(f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field, id_field and delimiter{advice}")
+                raise DataError(
+                    f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field, id_field and delimiter, "
+                    f"and name the columns with 'columns' if the file has no header line{advice}"
+                )
         return header
 
 
@@ -91,50 +124,60 @@ class _TooLong(Exception):
 
 
 class _Feed:
-    """Lines for csv.reader, which remembers where the record at hand began and refuses to let it grow without bound.
+    """Lines for csv.reader, which remembers those of the record at hand and refuses to let it grow without bound.
 
     Attributes:
         number: lines given so far.
         line, offset: where the record at hand began.
-        is_cut_short: the file ended inside the record's quotes.
+        size: of its lines in bytes.
     """
 
     def __init__(self, lines: Iterator[Line], longest: int) -> None:
         self._lines, self._longest = lines, longest
-        self.number = self.line = self.offset = 0
-        self.is_cut_short = False
-        self.begin_record()
+        self._again: deque[Line] = deque()
+        self._held: list[Line] = []
+        self.number = self.line = self.offset = self.size = 0
 
     def begin_record(self) -> None:
-        self._size, self._quoted = 0, False
-        self._last: bytes | None = None
+        self._held = []
+        self.size = 0
 
     def __iter__(self) -> _Feed:
         return self
 
     def __next__(self) -> str:
-        self._quoted = self._size > 0  # a reader that asks on inside a record is inside quotes
-        line = next(self._lines, None)
-        if line is None:
-            self.is_cut_short = self._quoted
-            raise StopIteration
-        self.number = line.number
-        if not self._quoted:
+        line = self._again.popleft() if self._again else next(self._lines)
+        if not self._held:
             self.line, self.offset = line.number, line.offset
-        self._last = line.content
-        if line.content is None or self._size + len(line.content) > self._longest:
+        self._held.append(line)
+        self.number = line.number
+        self.size += line.size + 1
+        if line.content is None or self.size > self._longest + 1:
             raise _TooLong
-        self._size += len(line.content) + 1
         return line.content.decode("utf-8", "surrogateescape") + "\n"
+
+    def read_again(self) -> str | None:
+        """Takes all lines of the record at hand back but its first; what is wrong with it then, None if it has only one."""
+        first, *others = self._held
+        self._again.extendleft(reversed(others))
+        self.size = first.size + 1
+        return "a quote that is not closed, or not before a delimiter" if others else None
+
+    def looks_like_rows(self, delimiter: str, width: int) -> bool:
+        """Whether the record at hand has so many lines, or such lines, that a stray quote may have joined rows."""
+        if not FEW_LINES <= len(self._held) < MANY_LINES:
+            return len(self._held) >= MANY_LINES
+        inside = self._held[1:-1]
+        return width > 1 and all((line.content or b"").count(delimiter.encode()) == width - 1 for line in inside)
 
     def skip_record(self) -> None:
         """Passes over the rest of a record that is too long: where it is inside quotes, up to the line that closes them."""
-        if not self._quoted:
+        if len(self._held) < 2:
             return
-        content = self._last
+        content = self._held[-1].content
         # Doubled quotes stand for one inside a value, so an odd number of them on a line closes the value.
         while content is not None and content.count(b'"') % 2 == 0:
-            line = next(self._lines, None)
+            line = self._again.popleft() if self._again else next(self._lines, None)
             if line is None:
                 return
-            self.number, content = line.number, line.content
+            self.number, self.size, content = line.number, self.size + line.size + 1, line.content

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple, cast
 
-from data_pipeline.sources.interface import LeftOut, Unit
+from data_pipeline.sources.containers import COMPRESSED, DamagedStream, Described, Stream, describe, open_content
+from data_pipeline.sources.interface import BYTE_ORDER_MARK, LeftOut, Unit
 from pretrain.config.errors import DataError
 
-PLAIN_BLOCK_BYTES = 1 << 19
-# Small, since what a damaged compressed file holds is lost from the block before the damage on.
-BLOCK_BYTES = 1 << 18
-COMPRESSED = (".gz", ".zst")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+__all__ = ["BYTE_ORDER_MARK", "COMPRESSED"]
 
-
-class DamagedZstd(Exception):
-    """A .zst stream that is cut short or damaged."""
-
-
-# What the decompressors raise for such a stream.
-DAMAGED_STREAM = (EOFError, zlib.error, gzip.BadGzipFile, DamagedZstd)
+BLOCK_BYTES = 1 << 19
 
 
 class Line(NamedTuple):
-    """A line without its end. ``content`` is None where it is longer than the limit."""
+    """A line without its end, and its length in bytes. ``content`` is None if it is longer than the limit."""
 
     number: int
     offset: int
     content: bytes | None
+    size: int
 
 
 def list_files(patterns: list[str]) -> list[str]:
@@ -78,10 +68,6 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def is_compressed(path: str) -> bool:
-    return path.endswith(COMPRESSED)
-
-
 def unreadable(path: str, error: OSError) -> DataError:
     problem = error.strerror or error
     return DataError(
@@ -98,17 +84,30 @@ def stamp_of(path: str) -> tuple[int, str]:
     return status.st_size, f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def range_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
-    """Byte ranges of plain files, and whole compressed ones."""
-    units = []
-    for path in files:
-        size, stamp = stamp_of(path)
-        if is_compressed(path):
-            units.append(Unit(source, (path,), size=size, stamp=stamp))
-            continue
-        for start in range(0, size, unit_bytes):
-            units.append(Unit(source, (path,), start, min(start + unit_bytes, size), min(unit_bytes, size - start), stamp))
-    return units
+def file_kind(path: str) -> Described:
+    """What a file is, by its first bytes.
+
+    Raises:
+        DataError: if it cannot be read, or is an archive or of a kind that has a source of its own.
+    """
+    try:
+        with open(path, "rb") as raw:
+            return describe(raw, path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def whole_unit(source: str, path: str) -> Unit:
+    """A file that one worker reads from end to end."""
+    size, stamp = stamp_of(path)
+    return Unit(source, (path,), size=size, stamp=stamp)
+
+
+def range_units(source: str, path: str, unit_bytes: int) -> list[Unit]:
+    """Byte ranges of a plain file."""
+    size, stamp = stamp_of(path)
+    ends = [min(start + unit_bytes, size) for start in range(0, size, unit_bytes)]
+    return [Unit(source, (path,), start, end, end - start, stamp) for start, end in zip([0, *ends], ends)]
 
 
 def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
@@ -130,65 +129,36 @@ def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
     return units
 
 
-class _ZstdStream:
-    """Arrow's reader takes several frames in a row, and knows one that is cut short, which the package zstandard takes for a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import pyarrow
-
-        self._stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._stream.read(size)
-        except OSError as error:
-            if error.errno is not None:  # the disk's fault, not the stream's
-                raise
-            raise DamagedZstd(str(error)) from None
-
-    def __enter__(self) -> _ZstdStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-
 @contextmanager
-def open_stream(path: str) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed by its name's ending. Errors of reading become one sentence.
+def open_stream(path: str, encoding: str | None = "utf-8") -> Iterator[Stream]:
+    """A file's content, decompressed and in UTF-8. Errors of reading become one sentence.
+
+    Args:
+        encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes as they are.
 
     Raises:
-        DataError: where the file is gone, forbidden, or on a failing disk.
+        DataError: if the file is gone, forbidden, on a failing disk, or of a kind that holds no lines.
     """
     try:
         with open(path, "rb") as raw:
-            if path.endswith(".gz"):
-                with gzip.GzipFile(fileobj=raw) as stream:
-                    yield stream  # type: ignore[misc]
-            elif path.endswith(".zst"):
-                with _ZstdStream(raw) as stream:
-                    yield stream  # type: ignore[misc]
-            else:
-                yield raw
-    except gzip.BadGzipFile:
-        raise
+            yield open_content(raw, path, encoding)
     except OSError as error:
         raise unreadable(path, error) from None
 
 
-def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) -> Iterator[Line]:
+def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> Iterator[Line]:
     """The lines that begin in [start, end) of a stream; a byte order mark at its very start is no part of the first one.
 
     A line belongs to the range that its first byte lies in, so ranges that follow each other give each line once.
     """
-    # A range may begin inside a line, which belongs to the range before; the byte before it tells.
+    # A range may begin inside a line, which belongs to the range before; the byte before it shows that.
     offset, skipping, number = max(start - 1, 0), start > 0, 0
     if start:
-        stream.seek(offset)
+        cast(io.BufferedReader, stream).seek(offset)
     carried: list[bytes] = []
     size = 0
-    block_bytes = PLAIN_BLOCK_BYTES if isinstance(stream, io.BufferedReader) else BLOCK_BYTES
-    for block in iter(lambda: stream.read(block_bytes), b""):
+    long_from: int | None = None  # where a line began that is too long, and is passed over to its end
+    for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
             end = end and max(end, offset + 1)  # the first line belongs to the range that holds the mark's first byte
@@ -196,6 +166,9 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
             cut = block.find(b"\n") + 1
             offset += cut or len(block)
             block, skipping = block[cut:], not cut
+            if long_from is not None and cut:
+                yield Line(number, long_from, None, offset - 1 - long_from)
+                long_from = None
         if not skipping:
             begin = 0
             # find() looks at many bytes at once, split() at one.
@@ -207,25 +180,26 @@ def read_lines(stream: BinaryIO, start: int, end: int | None, max_bytes: int) ->
                     content = b"".join([*carried, content])
                     carried, size = [], 0
                 number += 1
-                yield Line(number, offset, content if len(content) <= max_bytes else None)
+                yield Line(number, offset, content if len(content) <= max_bytes else None, len(content))
                 offset += len(content) + 1
                 begin = cut + 1
             carried.append(block[begin:])
             size += len(block) - begin
-        if end is not None and offset >= end:
+        if long_from is None and end is not None and offset >= end:
             return
         if size > max_bytes:
             number += 1
-            yield Line(number, offset, None)
-            offset, carried, size, skipping = offset + size, [], 0, True
+            long_from, offset, carried, size, skipping = offset, offset + size, [], 0, True
     content = b"".join(carried)
-    if content and (end is None or offset < end):
-        yield Line(number + 1, offset, content)
+    if long_from is not None:
+        yield Line(number, long_from, None, offset - long_from)
+    elif content and (end is None or offset < end):
+        yield Line(number + 1, offset, content, len(content))
 
 
-def damaged(path: str, number: int, error: Exception) -> LeftOut:
+def damaged(path: str, number: int, error: DamagedStream) -> LeftOut:
     """The rest of a compressed file that is cut short or damaged."""
-    return LeftOut(path, "damaged_compression", number or None, None, one_line(str(error)) or "it ends too early")
+    return LeftOut(path, "damaged_compression", number or None, None, one_line(str(error)) or "it ends too early", size=error.unread)
 
 
 def one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -11,15 +12,17 @@ from pretrain.config.data_schema import SourceBase
 
 ConfigT = TypeVar("ConfigT", bound=SourceBase)
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 # Why a record gives no document. Reports count these words, and bad_records.jsonl names one for each record.
 REASONS = {
     "too_long": "longer than data.max_record_bytes",
     "empty": "nothing but white space",
     "nul": "holds the character NUL",
-    "invalid_utf8": "its bytes are not UTF-8",
+    "invalid_utf8": "its bytes are not UTF-8, or not the encoding that is named or that the file's byte order mark stands for",
     "undecodable": "its bytes are not in the encoding that was named, or its value cannot be shown",
     "lone_surrogate": "holds half of a UTF-16 pair, which no UTF-8 can",
-    "invalid_json": "the line is not JSON",
+    "invalid_json": "not JSON",
     "too_deep": "JSON that is nested too deeply",
     "not_an_object": "JSON, but no object",
     "missing_field": "the text field is not there, or null",
@@ -27,12 +30,17 @@ REASONS = {
     "bad_id": "the id field is no text and no whole number",
     "field_count": "more or fewer values than the CSV header has names",
     "invalid_csv": "a line that the CSV rules do not allow",
+    "repeated_header": "a row that says the CSV header again",
     "damaged_compression": "the rest of a compressed file that is cut short or damaged",
     "damaged_file": "rows of a Parquet or Arrow file that cannot be read",
     "binary": "a file with NUL bytes among source code",
     "too_large": "a file above max_file_bytes among source code",
     "git_lfs_pointer": "among source code, what git keeps in place of a file that 'git lfs pull' would fetch",
 }
+
+
+# What a document may show that is no fault in itself.
+NOTES = {"value_over_many_lines": "a CSV value over so many lines that a stray quote may have opened it"}
 
 
 class Document(NamedTuple):
@@ -61,6 +69,7 @@ class LeftOut(NamedTuple):
         offset: of its first byte in the (decompressed) file; None where that means nothing.
         detail: what exactly is wrong, for bad_records.jsonl.
         is_bad: false for what a rule of the source leaves out on purpose, such as a binary file among source code.
+        size: about how many bytes of the file are lost with it; None: as many as a record of its unit has.
     """
 
     path: str
@@ -69,6 +78,7 @@ class LeftOut(NamedTuple):
     offset: int | None = None
     detail: str = ""
     is_bad: bool = True
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +121,13 @@ class Source(ABC, Generic[ConfigT]):
 
     Attributes:
         lines_read: lines of the unit that was read last, so that the next unit of the same file can number its own.
+        notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES``.
     """
 
     def __init__(self, config: ConfigT, context: ReadContext) -> None:
         self.config, self.context = config, context
         self.lines_read = 0
+        self.notes: Counter[str] = Counter()
 
     @abstractmethod
     def units(self, unit_bytes: int) -> list[Unit]:

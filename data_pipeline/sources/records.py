@@ -18,6 +18,8 @@ ABSENT: Any = object()
 USUAL_TEXT_FIELDS = ("text", "content", "body", "raw_content", "document", "article", "markdown", "code", "completion")
 NAMES_SHOWN = 12
 NAME_DEPTH = 3
+# So many records without a text are judged with all others of their source, by data.max_bad_share.
+FIRST_RECORDS = 10_000
 
 
 class RecordReader:
@@ -147,13 +149,17 @@ def check_first_file(source: Source[Any], units: list[Unit]) -> None:
     """Reads on until a record shows that the text field is right, which the first one does as a rule.
 
     Raises:
-        DataError: if records of the first file were read, and none of them has a text there.
+        DataError: if the first file has fewer than ``FIRST_RECORDS`` records, and none of them has a text there.
     """
     fault: LeftOut | None = None
+    read = 0
     for unit in units:
         if unit.files[0] != units[0].files[0]:
             break
         for result in source.read(unit):
+            read += 1
+            if read == FIRST_RECORDS:
+                return
             if isinstance(result, Document) or result.reason in ("empty", "nul", "lone_surrogate", "bad_id"):
                 return
             if result.reason == "missing_field" and result.detail.endswith(" is null"):

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 from data_pipeline.sources.files import BLOCK_BYTES
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
@@ -56,9 +57,10 @@ class StandardInput(Source[StandardInputSource]):
     def _source(self) -> Jsonl | Text:
         config, files = self.config, [self._spool]
         if config.format == "jsonl":
-            fields = config.model_dump(include={"text_field", "id_field", "metadata_fields"})
+            fields = config.model_dump(include={"text_field", "id_field", "metadata_fields", "encoding"})
             return Jsonl(JsonlSource(kind="jsonl", input=files, **fields), self.context)
-        return Text(TextSource(kind="text", input=files, document="line" if config.format == "line" else "file"), self.context)
+        document: Literal["line", "file"] = "line" if config.format == "line" else "file"
+        return Text(TextSource(kind="text", input=files, document=document, encoding=config.encoding), self.context)
 
 
 def _copy_standard_input(spool: str) -> None:

@@ -48,13 +48,16 @@ class PythonStdlibSource(SourceBase):
     kind: Literal["python_stdlib"] = "python_stdlib"
 
 
+Encoding = Annotated[str, Field(description="of the text, by Python's names; of UTF-8 files those with a mark of UTF-16 or UTF-32 are read as that")]
+
+
 class TextSource(FoldersBase):
-    """Text files: one document a file, a line, or a part between separators; plain, .gz or .zst."""
+    """Text files: one document a file, a line, or a part between separators; plain or compressed (.gz, .zst, .bz2, .xz, .lz4)."""
 
     kind: Literal["text"]
     document: Literal["file", "line", "separator"] = "file"
     separator: str | None = Field(None, description="with document=separator: the line that stands between two documents")
-    encoding: str = "utf-8"
+    encoding: Encoding = "utf-8"
 
     @model_validator(mode="after")
     def _separator_belongs(self) -> TextSource:
@@ -64,9 +67,10 @@ class TextSource(FoldersBase):
 
 
 class JsonlSource(FoldersBase, RecordsBase):
-    """One JSON object a line; plain, .gz or .zst."""
+    """JSON objects: one a line, in an array, or one after the other; plain or compressed (.gz, .zst, .bz2, .xz, .lz4)."""
 
     kind: Literal["jsonl"]
+    encoding: Encoding = "utf-8"
 
 
 class ParquetSource(FoldersBase, RecordsBase):
@@ -81,11 +85,18 @@ class ArrowSource(FoldersBase, RecordsBase):
     kind: Literal["arrow"]
 
 
+Character = Annotated[str, Field(min_length=1, max_length=1)]
+
+
 class CsvSource(FoldersBase, RecordsBase):
-    """Comma-separated values with a header line; plain, .gz or .zst."""
+    """Rows of values with a header line; plain or compressed (.gz, .zst, .bz2, .xz, .lz4)."""
 
     kind: Literal["csv"]
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Character | None = Field(None, description="by default the one of , tab ; | that cuts the header into the wanted columns")
+    quoting: bool | None = Field(None, description='whether "..." may hold delimiters and line ends; yes by default, but not between tabs')
+    escape: Character | None = Field(None, description="a character that takes the next one's meaning away, such as \\")
+    columns: list[str] | None = Field(None, description="the columns' names, for files without a header line")
+    encoding: Encoding = "utf-8"
 
 
 class SourceCodeSource(FilesBase):
@@ -129,6 +140,7 @@ class StandardInputSource(SourceBase, RecordsBase):
 
     kind: Literal["stdin"]
     format: Literal["jsonl", "line", "text"] = Field("jsonl", description="JSON lines, one document a line, or one document in all")
+    encoding: Encoding = "utf-8"
 
 
 Source = Annotated[
@@ -280,7 +292,7 @@ class DataConfig(Section):
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0, description="share of documents held out, by a hash")] = 0.05
     max_shard_bytes: Annotated[int, Field(ge=1 << 16)] | None = Field(4 << 30, description="of one .bin; none for a single file")
     on_bad: Literal["skip", "fail"] = Field("skip", description="what a record that cannot be read does; skipped ones are listed")
-    max_bad_share: Share = Field(1.0, description="a larger share of bad records stops the build")
+    max_bad_share: Share = Field(0.05, description="a larger share of bad records, or of bytes lost with them, in any source stops the build")
     max_record_bytes: Positive = Field(256 << 20, description="longer records are bad")
     unit_bytes: Positive | None = Field(None, description="of input that a worker takes at once; chosen by the input's size when left out")
     mixture: Mixture = Proportional()

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.sources import Document
+from data_pipeline.sources import Document, ReadContext, open_source
 from pretrain.config.errors import DataError
-from tests.data_pipeline.source_reading import left_out, read_all, reasons, texts, write
+from tests.data_pipeline.source_reading import SECTION, left_out, read_all, reasons, texts, write
 
 
 def section(path: str, **fields: object) -> dict[str, object]:
@@ -81,9 +81,61 @@ def test_a_value_of_more_than_the_csv_modules_own_limit_is_read(tmp_path: Path) 
     assert reasons(read_all(section(path), max_record_bytes=299_999)) == ["too_long"]
 
 
-def test_a_quote_that_is_never_closed_is_reported(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_costs_its_own_line_alone(tmp_path: Path) -> None:
     results = read_all(section(write(tmp_path / "a.csv", 'text\ngood\n"open\nmore\n')))
-    assert (texts(results), [(bad.reason, bad.line) for bad in left_out(results)]) == (["good"], [("invalid_csv", 3)])
+    assert (texts(results), [(bad.reason, bad.line) for bad in left_out(results)]) == (["good", "more"], [("invalid_csv", 3)])
+
+
+def test_two_stray_quotes_take_no_other_row_with_them(tmp_path: Path) -> None:
+    rows = [f"{number},text of {number}" for number in range(900)]
+    rows[2], rows[898] = '2,"text of 2', '898,"text of 898'
+    results = read_all(section(write(tmp_path / "a.csv", "\n".join(["n,text", *rows, ""]))))
+    assert [int(text.split()[-1]) for text in texts(results)] == [number for number in range(900) if number not in (2, 898)]
+    assert [(bad.reason, bad.line) for bad in left_out(results)] == [("invalid_csv", 4), ("invalid_csv", 900)]
+    # Between tabs quotes are characters like others.
+    path = write(tmp_path / "a.tsv", "\n".join(["n,text", *rows, ""]).replace(",", "\t"))
+    assert len(texts(read_all(section(path, delimiter="\t")))) == 900
+    assert len(texts(read_all(section(path, quoting=True)))) == 898
+
+
+def test_a_value_over_lines_that_look_like_rows_is_noted(tmp_path: Path) -> None:
+    def notes(content: str, **fields: object) -> dict[str, int]:
+        source = open_source(SECTION.validate_python(section(write(tmp_path / "a.csv", content), **fields)), ReadContext("all"))
+        assert [len(list(source.read(unit))) for unit in source.units(1 << 20)]
+        return dict(source.notes)
+
+    rows = [f"{number},text of {number}" for number in range(40)]
+    rows[3], rows[30] = '3,"text of 3', '30,text of 30"'
+    assert notes("\n".join(["n,text", *rows, ""])) == {"value_over_many_lines": 1}
+    prose = "\n".join(f"line {number}, and more, of a text" for number in range(40))
+    assert notes(f'n,text\n1,"{prose}"\n')["value_over_many_lines"] == 0
+    assert notes('text\n"' + "a line\n" * 200 + '"\n') == {"value_over_many_lines": 1}
+
+
+def test_delimiters_are_found_by_the_header_or_refused_with_it(tmp_path: Path) -> None:
+    for delimiter in ",;\t|":
+        path = write(tmp_path / "a.csv", f"\ufeff\nid{delimiter}text{delimiter}\r\n1{delimiter}one, two{delimiter}x\r\n")
+        expected = [] if delimiter == "," else ["one, two"]
+        assert texts(read_all(section(path, id_field="id"))) == expected
+    with pytest.raises(DataError, match=r"no column 'text' \(it has body, title\).*'columns'"):
+        read_all(section(write(tmp_path / "a.csv", "body;title\nx;y\n")))
+    with pytest.raises(DataError, match="it has id;text"):
+        read_all(section(write(tmp_path / "a.csv", "id;text\nx;y\n"), delimiter=","))
+    assert texts(read_all(section(write(tmp_path / "a.csv", "1,one\n2,two\n"), columns=["id", "text"]))) == ["one", "two"]
+
+
+def test_line_ends_of_every_system_and_backslash_escapes(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        assert texts(read_all(section(write(tmp_path / "a.csv", end.join(["n,text", "1,one", '2,"two, too"', ""]))))) == ["one", "two, too"]
+    path = write(tmp_path / "a.csv", 'n,text\n1,"say \\"hi\\", he said"\n')
+    assert texts(read_all(section(path, escape="\\"))) == ['say "hi", he said']
+    assert (texts(read_all(section(path))), reasons(read_all(section(path)))) == ([], ["invalid_csv"])
+
+
+def test_a_header_that_comes_again_is_no_document(tmp_path: Path) -> None:
+    results = read_all(section(write(tmp_path / "a.csv", "n,text,,\n1,one,,\nn,text,,\n2,two,,\n")))
+    assert texts(results) == ["one", "two"]
+    assert [(left.reason, left.line, left.is_bad) for left in left_out(results)] == [("repeated_header", 3, False)]
 
 
 def test_a_header_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
