@@ -18,9 +18,10 @@ from data_pipeline.batch import NO_LOSS, Batch, Documents, Origin, Sample, to_ba
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.corpora import Corpora
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.interleaving import Interleaving
 from data_pipeline.loader import Consumed, check_micro_batches
 from data_pipeline.manifest import canonical_sha256
-from data_pipeline.mixture import Interleaving, check_names, quantize
+from data_pipeline.mixture import check_names, exact_weights
 from data_pipeline.sources import ReadContext, Unit, open_source
 from data_pipeline.split import SplitPlan
 from data_pipeline.tokenizer import load_tokenizer
@@ -226,7 +227,7 @@ class StreamLoader:
         given = mixture.weights if isinstance(mixture, Weights) else dict.fromkeys(names, 1.0)
         self.weights = {name: given[name] for name in names}
         self.sources = {name: SourceStream(recipe, name, corpora) for name in names}
-        self._interleaving = Interleaving(quantize([self.weights[name] for name in names]))
+        self._interleaving = Interleaving(exact_weights([self.weights[name] for name in names]))
         self._start_sample = 0
         self._retired: dict[str, dict[str, Any]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-loader")
