@@ -112,11 +112,13 @@ class Interleaving:
         first, stretches = block * BLOCK, BLOCK // STRETCH
         borders = np.array([self._counts_at(slot) for slot in range(first, first + BLOCK + 1, STRETCH)]).T
         # A source's next slot may not come before it is behind, and has to come before it is behind by one.
-        ceilings, deadlines, offsets = [], [], []
+        ceilings: list[np.ndarray] = []
+        deadlines: list[np.ndarray] = []
+        offsets: list[int] = []
         for fraction, low, high in zip(self._fractions, borders[:, 0].tolist(), borders[:, -1].tolist(), strict=True):
             whole, has_rest = floors(fraction, first, BLOCK + 1)
             ceilings.append((whole + has_rest)[1:])
-            offsets.append(sum(map(len, deadlines)) - low)
+            offsets.append(sum(len(known) for known in deadlines) - low)
             deadlines.append(np.searchsorted(whole, np.arange(low + 1, high + 2)) - 1)
         released = np.array(ceilings).reshape(-1, stretches, STRETCH).transpose(2, 0, 1).copy()
         deadline, offset = np.concatenate(deadlines), np.array(offsets)[:, None]

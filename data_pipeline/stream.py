@@ -90,9 +90,10 @@ class SourceStream:
         self.tokenizer = load_tokenizer(corpora.tokenizer_path, data.tokenizer)
         self._encoder: CheckedEncoder | None = None
         self._task = Task(data, str(corpora.first.folder), SplitPlan(data.validation_share))
-        self._units: list[Unit] = open_source(data.named_sources[name], ReadContext(name, data.max_record_bytes)).units(UNIT_BYTES)
+        self._units: list[Unit] = open_source(data.named_sources[name], ReadContext.of(data, name)).units(UNIT_BYTES)
         files = [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]
-        reading = data.model_dump(mode="json", include={"cleaning", "fill_in_the_middle", "validation_share", "max_record_bytes"})
+        fields = {"cleaning", "fill_in_the_middle", "validation_share", "split_by", "split_root", "max_record_bytes"}
+        reading = data.model_dump(mode="json", include=fields)
         self.fingerprint = canonical_sha256({"units": files, "source": data.named_sources[name].model_dump(mode="json"), **reading})
         middle = data.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or name in middle.sources)

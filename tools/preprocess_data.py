@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -68,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)")
     output.add_argument("--output-prefix", metavar="PREFIX", help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out")
     output.add_argument("--validation-share", type=float, metavar="SHARE", help="share of documents held out, from 0 to below 1")
+    output.add_argument(
+        "--split-by", choices=["content", "path", "id"], help="what decides whether a document is held out: its text (default), file or --id-field"
+    )
     output.add_argument("--max-shard-bytes", type=int, metavar="BYTES", help="of one .bin")
     output.add_argument("--workers", type=int, metavar="N", help="processes (default: every core)")
     output.add_argument("--fresh", action="store_true", help="build also where there is data, and replace it at the end")
@@ -92,7 +96,7 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     if arguments.input:
         _set_sources(data, arguments)
     _set_tokenizer(data, arguments)
-    for name in ("validation_share", "max_shard_bytes", "on_bad", "max_bad_share"):
+    for name in ("validation_share", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
         if getattr(arguments, name) is not None:
             data[name] = getattr(arguments, name)
     for override in arguments.overrides:
@@ -191,8 +195,17 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
     print(f"\nnext: {command}")
 
 
+def show_warnings() -> None:
+    """What the pipeline warns about goes to standard error: the user has to know of it, and there is no log file."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("data_pipeline").addHandler(handler)
+
+
 def run(pool: Pool | None) -> None:
     arguments = parse_arguments()
+    show_warnings()
     recipe, output = data_section(arguments)
     started = time.perf_counter()
     result = build(recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)

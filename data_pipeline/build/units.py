@@ -62,7 +62,7 @@ def collect(results: Iterator[Record], plan: BuildPlan, title: str, progress: bo
 
 def is_usable(record: Record, folder: Path, task: Task) -> bool:
     """Whether a unit that an earlier run has finished can stay: encoded with the same split, and surely on disk."""
-    if record["plan"] != unit_plan(task, record["unit"]):
+    if record["plan"] != unit_plan(task):
         return False
     if record["boot"] == boot_id():
         return True

@@ -61,7 +61,7 @@ class Text(Source[TextSource]):
         content = stream.read(longest + 1)
         if len(content) > longest:
             return LeftOut(path, "too_long", None, None, f"longer than {longest} bytes")
-        return self._document(content, path, path, path, None, None)
+        return self._document(content, path, path, None, None)
 
     def _by_line(self, path: str, stream: BinaryIO, unit: Unit) -> Iterator[Document | LeftOut]:
         for line in read_lines(stream, unit.start, unit.end, self.context.max_record_bytes):
@@ -94,9 +94,9 @@ class Text(Source[TextSource]):
         """The document that begins on this line; ``content`` is None where it is too long."""
         if content is None:
             return LeftOut(path, "too_long", line, offset, f"longer than {self.context.max_record_bytes} bytes")
-        return self._document(content, f"{path}:{offset}", None, path, line, offset)
+        return self._document(content, f"{path}:{offset}", path, line, offset)
 
-    def _document(self, content: bytes, name: str, key: str | None, path: str, line: int | None, offset: int | None) -> Document | LeftOut:
+    def _document(self, content: bytes, name: str, path: str, line: int | None, offset: int | None) -> Document | LeftOut:
         encoding = self.config.encoding
         try:
             # An encoding with a byte order mark of its own takes it away itself.
@@ -106,4 +106,4 @@ class Text(Source[TextSource]):
             reason = "invalid_utf8" if codecs.lookup(encoding).name == "utf-8" else "undecodable"
             return LeftOut(path, reason, line, offset, f"not {encoding} at {position}; another encoding is named with data.source.encoding")
         fault = text_fault(text, "text")
-        return LeftOut(path, fault[0], line, offset, fault[1]) if fault else Document(text, name, key)
+        return LeftOut(path, fault[0], line, offset, fault[1]) if fault else Document(text, name, file=path)
