@@ -1,7 +1,8 @@
 """Which source each training sample comes from: a pure function of the sample's number, in memory that does not grow.
 
 Sample i of a run is number j of its source: j // N is the source's epoch, and the order of that epoch (:mod:`data_pipeline.order`) says which of
-its N samples it is. So every source passes through its own epochs, each sample once in each, whatever its share of the mixture is.
+its N samples it is. So every source passes through its own epochs, each sample once in each, whatever its share of the mixture is. Shares are exact:
+a weight is the decimal number that was written, and :mod:`data_pipeline.interleaving` rounds nothing that adds up.
 """
 
 from __future__ import annotations
@@ -10,94 +11,19 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
+from data_pipeline.interleaving import Interleaving
 from pretrain.config.data_schema import Mixture, Proportional, Temperature, TokenBudget, Weights
 from pretrain.config.errors import ConfigError, DataError
 
-# Shares are rounded to this many parts, and tables are made for about this many samples at a time.
-BLOCK = 65_536
-
-
-class Interleaving:
-    """A sequence of slots with counts[s] of them for source s, spread evenly, and then the same again.
-
-    Slot number k of a source with n slots has its place at (k + 0.5) / n; all slots are sorted by their places, equal ones by source. So any
-    first part of the sequence holds each source's share of it to within about one slot. The order is made block by block.
-    """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = [int(count) for count in counts]
-        self.total = sum(self.counts)
-        self._blocks = -(-self.total // BLOCK)
-        self._table = lru_cache(maxsize=2)(self._make_table)
-
-    def slots(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source and the running number in it of slots first .. first + count - 1: two int64 [count]."""
-        sources, numbers = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        filled = 0
-        while filled < count:
-            period, inside = divmod(first + filled, self.total)
-            start, owners, places = self._table(self._block_of(inside))
-            here = slice(inside - start, inside - start + count - filled)
-            taken = len(owners[here])
-            sources[filled : filled + taken] = owners[here]
-            numbers[filled : filled + taken] = places[here] + period * np.array(self.counts)[owners[here]]
-            filled += taken
-        return sources, numbers
-
-    def counts_before(self, slot: int) -> list[int]:
-        """How many slots each source has before this one."""
-        period, inside = divmod(slot, self.total)
-        block = self._block_of(inside)
-        start, owners, _ = self._table(block)
-        within = np.bincount(owners[: inside - start], minlength=len(self.counts)).tolist()
-        return [period * count + before + more for count, before, more in zip(self.counts, self._before(block), within, strict=True)]
-
-    def slot_of(self, source: int, number: int) -> int:
-        """The slot of a source's running number."""
-        period, within = divmod(number, self.counts[source])
-        block = (2 * within + 1) * self._blocks // (2 * self.counts[source])
-        start, owners, places = self._table(block)
-        return period * self.total + start + int(np.flatnonzero((owners == source) & (places == within))[0])
-
-    def _before(self, block: int) -> list[int]:
-        """How many slots of each source lie in the blocks before: those with (k + 0.5) / n below block / blocks, in whole numbers."""
-        return [-(-(2 * block * count - self._blocks) // (2 * self._blocks)) if count else 0 for count in self.counts]
-
-    def _block_of(self, inside: int) -> int:
-        block = inside * self._blocks // self.total
-        while sum(self._before(block)) > inside:
-            block -= 1
-        while sum(self._before(block + 1)) <= inside:
-            block += 1
-        return block
-
-    def _make_table(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The block's first slot, and the source and number of each of its slots."""
-        before, after = self._before(block), self._before(block + 1)
-        owners = np.repeat(np.arange(len(self.counts)), np.subtract(after, before))
-        numbers = np.concatenate([np.arange(low, high, dtype=np.int64) for low, high in zip(before, after, strict=True)])
-        order = np.argsort((numbers + 0.5) / np.array(self.counts)[owners], kind="stable")
-        return sum(before), owners[order], numbers[order]
-
-
-def quantize(weights: Sequence[float], parts: int = BLOCK) -> list[int]:
-    """Whole numbers in proportion to weights that add up to ``parts``, by the largest remainder; above zero stays above zero."""
-    ideal = [weight * parts / sum(weights) for weight in weights]
-    counts = [max(int(share), 1) if share > 0 else 0 for share in ideal]
-    while (missing := parts - sum(counts)) != 0:
-        step = 1 if missing > 0 else -1
-        # Below, one part is the least that a source keeps.
-        eligible = [i for i, count in enumerate(counts) if ideal[i] > 0 and count + step >= 1]
-        for i in sorted(eligible, key=lambda i: step * (counts[i] - ideal[i]))[: abs(missing)]:
-            counts[i] += step
-    return counts
+# Of how samples are dealt out: a checkpoint's plans count samples by it.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -131,10 +57,26 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         sources = {name: asdict(source) for name, source in self.sources.items()}
         mixture = self.mixture.model_dump(mode="json")
-        return {"start_sample": self.start_sample, "mixture": mixture, "sources": sources, "sequence_length": self.sequence_length}
+        return {
+            "version": VERSION,
+            "start_sample": self.start_sample,
+            "mixture": mixture,
+            "sources": sources,
+            "sequence_length": self.sequence_length,
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Plan:
+        """The plan that :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: if an earlier version wrote it, which dealt out the samples of several sources in another order.
+        """
+        if content.get("version") != VERSION and len(content["sources"]) > 1:
+            raise DataError(
+                "an earlier version of this program, which mixed sources in another order, wrote the checkpoint: what it has read is not known here; "
+                "resume with that version, or start a new run from its weights with initial_weights"
+            )
         mixture: Mixture = TypeAdapter(Mixture).validate_python(content["mixture"])
         sources = {name: SourceState(**source) for name, source in content["sources"].items()}
         return cls(content["start_sample"], mixture, sources, content["sequence_length"])
@@ -142,26 +84,29 @@ class Plan:
     def limit(self, name: str) -> int | None:
         """Samples that the run may take of a source; None without a limit."""
         epochs = self.mixture.max_epochs.get(name)
-        return None if epochs is None else int(epochs * self.sources[name].num_samples)
+        return None if epochs is None else int(Fraction(repr(epochs)) * self.sources[name].num_samples)
 
-    def counts(self, active: Sequence[str]) -> list[int]:
-        """Slots of each active source, in proportion to their shares."""
+    def shares(self, active: Sequence[str]) -> list[Fraction]:
+        """The share of each active source, in numbers that need not add up to 1."""
         sources = [self.sources[name] for name in active]
         match self.mixture:
             case Weights(weights=weights):
-                return _quantized([weights[name] for name in active])
+                return exact_weights([weights[name] for name in active])
             case Temperature(temperature=temperature):
-                return _quantized([source.num_samples ** (1 / temperature) for source in sources])
+                # Relative to the largest, so that no power is too large for a float.
+                largest = max((source.num_samples for source in sources), default=1)
+                return [Fraction((source.num_samples / largest) ** (1 / temperature)) for source in sources]
             case TokenBudget(tokens=tokens):
                 wanted = [-(-tokens[name] // self.sequence_length) for name in active]
                 missing = [max(samples - source.taken, 0) for samples, source in zip(wanted, sources, strict=True)]
-                return missing if any(missing) else wanted
+                return [Fraction(samples) for samples in (missing if any(missing) else wanted)]
             case Proportional():
-                return [source.num_samples for source in sources]
+                return [Fraction(source.num_samples) for source in sources]
 
 
-def _quantized(weights: list[float]) -> list[int]:
-    return quantize(weights) if any(weights) else [0] * len(weights)
+def exact_weights(weights: Sequence[float]) -> list[Fraction]:
+    """The decimal numbers that were written: 0.1 is a tenth, and not the nearest binary fraction."""
+    return [Fraction(repr(weight)) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -236,18 +181,19 @@ class Schedule:
         phases: list[Phase] = []
         while stop is None or start < stop:
             active = [name for name in plan.sources if (limit := plan.limit(name)) is None or taken[name] < limit]
-            counts = plan.counts(active)
-            if not any(counts):
+            shares = plan.shares(active)
+            if not any(shares):
                 self.num_samples = start
                 break
-            phase = Phase(start, active, Interleaving(counts), [taken[name] for name in active])
+            phase = Phase(start, active, Interleaving(shares), [taken[name] for name in active])
             phases.append(phase)
             limits = [plan.limit(name) for name in active]
-            ends = [
-                phase.interleaving.slot_of(source, limit - before - 1) + 1
+            lasts = [
+                phase.interleaving.slot_of(source, limit - before - 1)
                 for source, (limit, before) in enumerate(zip(limits, phase.taken, strict=True))
-                if limit is not None and counts[source]
+                if limit is not None and shares[source]
             ]
+            ends = [last + 1 for last in lasts if last is not None]
             if not ends:
                 break
             start += min(ends)

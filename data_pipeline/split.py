@@ -1,4 +1,4 @@
-"""Which documents are held out: a hash of a document decides, so that adding documents never moves one."""
+"""Which documents are held out: a hash decides, of the text as the shards hold it, of its file's path or of its id. Adding documents moves none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import xxhash
 
-from data_pipeline.sources.interface import Document
+from pretrain.config.data_schema import SplitBy
 from pretrain.config.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,22 +24,16 @@ def text_digest(text: str) -> int:
     return xxhash.xxh3_128_intdigest(text.encode("utf-8"))
 
 
-def position(document: Document, digest: int) -> float:
-    """A document's place in [0, 1), uniform over documents; those below the validation share are held out.
+def position(digest: int, name: str | None = None) -> float:
+    """A document's place in [0, 1), uniform over texts or names; those below the validation share are held out.
 
-    It depends on the document's key, or on the digest of its text where it has none. So equal texts without keys are on the same side.
+    Args:
+        digest: of its text, which decides if there is no name.
+        name: its path or id; all documents of the same name are on the same side.
     """
-    if document.key is None:
+    if name is None:
         return (digest >> 64) / 2**64
-    return int.from_bytes(hashlib.blake2b(document.key.encode("utf-8"), digest_size=8).digest()) / 2**64
-
-
-class Extreme(NamedTuple):
-    """The document of a unit with the lowest or highest position."""
-
-    position: float
-    unit: int
-    ordinal: int
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()) / 2**64
 
 
 @dataclass(frozen=True)
@@ -47,41 +41,49 @@ class SplitPlan:
     """The split of one corpus, apart from its hash.
 
     Attributes:
-        moved: (unit, number inside it) of the one document that goes to the other side than its hash says, because that side would be empty.
-        cut: the corpus is a single document, which is cut in two.
+        moved: the place whose documents go to the other side than it says, because that side would be empty.
+        cut: the corpus is a single text, which is cut in two.
     """
 
     validation_share: float
-    moved: tuple[int, int] | None = None
+    moved: float | None = None
     cut: bool = False
 
-    def assign(self, text: str, place: float, unit: int, ordinal: int) -> list[tuple[SplitName, str]]:
-        """The side of a document, or of its two parts where it is the only one."""
+    def assign(self, text: str, place: float) -> list[tuple[SplitName, str]]:
+        """The side of a document, or of its two parts if there is no other text."""
         if self.cut:
             return list(zip(SPLITS, cut_at_line_end(text, 1.0 - self.validation_share), strict=True))
-        held_out = (place < self.validation_share) != ((unit, ordinal) == self.moved)
+        held_out = (place < self.validation_share) != (place == self.moved)
         return [("validation" if held_out else "train", text)]
 
 
-def plan_split(validation_share: float, documents: int, lowest: Iterable[Extreme], highest: Iterable[Extreme]) -> SplitPlan:
+def plan_split(validation_share: float, by: SplitBy, documents: int, places: Iterable[float]) -> SplitPlan:
     """The plan for a corpus in which neither split may be empty.
 
     Args:
         documents: how many documents the hash decides about.
-        lowest, highest: of each unit that has documents.
+        places: the lowest and the highest of them in each unit that has documents.
+
+    Raises:
+        DataError: if there are several texts, and all are of one path or id.
     """
     if validation_share == 0.0 or documents == 0:
         return SplitPlan(validation_share)
-    if documents == 1:
-        logger.warning("there is a single document: its last part, about %.3g of it, is held out for validation", validation_share)
+    found = set(places)
+    lowest, highest = min(found), max(found)
+    if lowest == highest and (documents == 1 or by == "content"):
+        logger.warning("there is a single text: its last part, about %.3g of it, is held out for validation", validation_share)
         return SplitPlan(validation_share, cut=True)
-    first, last = min(lowest), max(highest)
-    if first.position >= validation_share:
+    if lowest == highest:
+        raise DataError(
+            f"all {documents} documents have one {by}, so data.split_by={by} can hold none out: split by content, or give more files or ids"
+        )
+    if lowest >= validation_share:
         logger.warning("no document's hash falls into the validation share of %.3g: the one with the lowest is held out", validation_share)
-        return SplitPlan(validation_share, moved=(first.unit, first.ordinal))
-    if last.position < validation_share:
+        return SplitPlan(validation_share, moved=lowest)
+    if highest < validation_share:
         logger.warning("every document's hash falls into the validation share of %.3g: the one with the highest is trained on", validation_share)
-        return SplitPlan(validation_share, moved=(last.unit, last.ordinal))
+        return SplitPlan(validation_share, moved=highest)
     return SplitPlan(validation_share)
 
 

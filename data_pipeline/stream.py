@@ -19,9 +19,10 @@ from data_pipeline.build.bad_share import BadShares
 from data_pipeline.build.reader import Reader, Task
 from data_pipeline.corpora import Corpora
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.interleaving import Interleaving
 from data_pipeline.loader import Consumed, check_micro_batches
 from data_pipeline.manifest import canonical_sha256
-from data_pipeline.mixture import Interleaving, check_names, quantize
+from data_pipeline.mixture import check_names, exact_weights
 from data_pipeline.sources import ReadContext, Unit, open_source
 from data_pipeline.split import SplitPlan
 from data_pipeline.tokenizer import load_tokenizer
@@ -90,9 +91,10 @@ class SourceStream:
         self.tokenizer = load_tokenizer(corpora.tokenizer_path, data.tokenizer)
         self._encoder: CheckedEncoder | None = None
         self._task = Task(data, str(corpora.first.folder), SplitPlan(data.validation_share))
-        self._units: list[Unit] = open_source(data.named_sources[name], ReadContext(name, data.max_record_bytes)).units(UNIT_BYTES)
+        self._units: list[Unit] = open_source(data.named_sources[name], ReadContext.of(data, name)).units(UNIT_BYTES)
         files = [[list(unit.files), unit.start, unit.end, unit.stamp] for unit in self._units]
-        reading = data.model_dump(mode="json", include={"cleaning", "fill_in_the_middle", "validation_share", "max_record_bytes"})
+        fields = {"cleaning", "fill_in_the_middle", "validation_share", "split_by", "split_root", "max_record_bytes"}
+        reading = data.model_dump(mode="json", include=fields)
         self.fingerprint = canonical_sha256({"units": files, "source": data.named_sources[name].model_dump(mode="json"), **reading})
         middle = data.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or name in middle.sources)
@@ -236,7 +238,7 @@ class StreamLoader:
         given = mixture.weights if isinstance(mixture, Weights) else dict.fromkeys(names, 1.0)
         self.weights = {name: given[name] for name in names}
         self.sources = {name: SourceStream(recipe, name, corpora) for name in names}
-        self._interleaving = Interleaving(quantize([self.weights[name] for name in names]))
+        self._interleaving = Interleaving(exact_weights([self.weights[name] for name in names]))
         self._start_sample = 0
         self._retired: dict[str, dict[str, Any]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-loader")

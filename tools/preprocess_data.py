@@ -33,7 +33,6 @@ from pretrain.config.schema import Recipe
 from pretrain.config.timeline import Timeline
 
 EXAMPLE_RECIPE = "quickstart"
-OF_INPUT = ("format", "text_field", "id_field", "dataset_config", "dataset_split")
 EXAMPLES = """\
   python tools/preprocess_data.py --recipe quickstart
       the data of a recipe, where the recipe looks for it
@@ -59,6 +58,7 @@ SOURCE_OPTIONS = {
     "encoding": ("jsonl", "csv", "text", "stdin"),
     "quoting": ("csv",),
 }
+OF_INPUT = ("format", "dataset_config", "dataset_split", *SOURCE_OPTIONS)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,6 +108,9 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)")
     output.add_argument("--output-prefix", metavar="PREFIX", help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out")
     output.add_argument("--validation-share", type=float, metavar="SHARE", help="share of documents held out, from 0 to below 1")
+    output.add_argument(
+        "--split-by", choices=["content", "path", "id"], help="what decides whether a document is held out: its text (default), file or --id-field"
+    )
     output.add_argument("--max-shard-bytes", type=int, metavar="BYTES", help="of one .bin")
     output.add_argument("--workers", type=int, metavar="N", help="processes (default: every core)")
     output.add_argument("--fresh", action="store_true", help="build also where there is data, and replace it at the end")
@@ -134,12 +137,12 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         data["validation_share"] = 0.0  # unless the command says more
     if arguments.input:
         _set_sources(data, arguments)
-    elif given := [name for name in OF_INPUT if getattr(arguments, name)]:
+    elif given := [name for name in OF_INPUT if getattr(arguments, name) is not None]:
         raise ConfigError(
             f"--{given[0].replace('_', '-')} says how to read --input: give that too, or set the field of the recipe's source with --set"
         )
     _set_tokenizer(data, arguments)
-    for name in ("validation_share", "max_shard_bytes", "on_bad", "max_bad_share"):
+    for name in ("validation_share", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
         if getattr(arguments, name) is not None:
             data[name] = getattr(arguments, name)
     for override in arguments.overrides:
@@ -264,8 +267,17 @@ def _ends(tokenizer: TokenizerEntry) -> str:
     return f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token {tokenizer.eod_id}"
 
 
+def show_warnings() -> None:
+    """What the pipeline warns about goes to standard error: the user has to know of it, and there is no log file."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("data_pipeline").addHandler(handler)
+
+
 def run(pool: Pool | None) -> None:
     arguments = parse_arguments()
+    show_warnings()
     recipe, output = data_section(arguments)
     started = time.perf_counter()
     if arguments.import_validation and not arguments.import_shards:
@@ -295,13 +307,6 @@ def run(pool: Pool | None) -> None:
     write_json({**fixed, **summary, "next": command}, arguments.json_path)
     if arguments.json_path != "-":
         print_table(result, packing, seconds, command)
-
-
-def show_warnings() -> None:
-    """Prints what the pipeline warns of, such as what of a folder is not read."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logging.getLogger("data_pipeline").addHandler(handler)
 
 
 def main() -> None:

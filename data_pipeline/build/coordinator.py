@@ -55,7 +55,7 @@ from data_pipeline.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.indexed import token_dtype
 from data_pipeline.manifest import Manifest, load_manifest, verify
 from data_pipeline.progress import Stage
-from data_pipeline.split import SPLITS, Extreme, SplitPlan, plan_split
+from data_pipeline.split import SPLITS, SplitPlan, plan_split
 from data_pipeline.tokenizer import Tokenizer, load_configured, train_bpe
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from pretrain.config.data_schema import DataConfig, TrainBPE
@@ -233,8 +233,8 @@ class Build:
         for number in numbers:
             with (unit_folder(self.workspace, "samples", number) / SAMPLE).open("rb") as stream:
                 for line in stream:
-                    ordinal, place, text = orjson.loads(line)
-                    for split, part in self.task.split.assign(text, place, number, ordinal):
+                    place, text = orjson.loads(line)
+                    for split, part in self.task.split.assign(text, place):
                         if split == "train":
                             yield from cut_before_white_space(part)
                     stage.advance(len(line))
@@ -282,10 +282,11 @@ class Build:
             raise DataError("the source files changed while they were read: run the same command again once they are at rest")
 
     def _split_plan(self, records: list[Record]) -> SplitPlan:
+        config = self.config
         hashed = sum(record["hashed"] for record in records)
-        lowest, highest = ([Extreme(*record[side]) for record in records if record[side]] for side in ("lowest", "highest"))
-        fixed = any(source.split == "validation" for source in self.config.named_sources.values())
-        return SplitPlan(self.config.validation_share) if fixed else plan_split(self.config.validation_share, hashed, lowest, highest)
+        places = (record[side] for record in records if record["hashed"] for side in ("lowest", "highest"))
+        fixed = any(source.split == "validation" for source in config.named_sources.values())
+        return SplitPlan(config.validation_share) if fixed else plan_split(config.validation_share, config.split_by, hashed, places)
 
     def _run(
         self,

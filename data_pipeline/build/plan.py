@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 from data_pipeline.cleaning import near_duplicates
 from data_pipeline.manifest import canonical_sha256
 from data_pipeline.sources import ReadContext, Source, Unit, open_source
-from data_pipeline.sources.files import list_files, stamp_of
+from data_pipeline.sources.files import identity_of, list_files, stamp_of
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.config.data_schema import DataConfig
+from pretrain.config.errors import ConfigError
 
 SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
 UNITS_WANTED = 4096
@@ -48,10 +50,7 @@ class BuildPlan:
 
 def open_sources(config: DataConfig, spool_folder: Path) -> dict[str, Source]:
     """The sources of a recipe by name."""
-    return {
-        name: open_source(section, ReadContext(name, config.max_record_bytes, str(spool_folder / f"input-{name}")))
-        for name, section in config.named_sources.items()
-    }
+    return {name: open_source(section, ReadContext.of(config, name, spool_folder)) for name, section in config.named_sources.items()}
 
 
 def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
@@ -66,6 +65,7 @@ def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, S
     """Lists the input and cuts it into units. Their size depends on the input alone, so any number of workers writes the same bytes.
 
     Raises:
+        ConfigError: if two sources name the same file.
         DataError: where a source has nothing to read.
     """
     units = [unit for source in sources.values() for unit in source.units(config.unit_bytes or SMALLEST_UNIT)]
@@ -73,8 +73,23 @@ def plan_build(config: DataConfig, given: Tokenizer | None, sources: dict[str, S
     if config.unit_bytes is None and wanted > SMALLEST_UNIT:
         size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)
         units = [unit for source in sources.values() for unit in source.units(size)]
+    check_files(units)
     against = config.cleaning.decontaminate.against if config.cleaning.decontaminate else []
     evaluation = [stamp_of(path)[1] for path in list_files(against)]
     listed = [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]
     inputs = canonical_sha256({"units": listed, "evaluation": evaluation})
     return BuildPlan(config, units, request_sha256(config, given), inputs)
+
+
+def check_files(units: list[Unit]) -> None:
+    """Raises :class:`ConfigError` if two sources read the same file, under whatever names."""
+    if len({unit.source for unit in units}) == 1:
+        return
+    owners: dict[tuple[int, int], tuple[str, str]] = {}
+    for source, path in dict.fromkeys((unit.source, path) for unit in units for path in unit.files):
+        if not os.path.isfile(path):  # a data set's name
+            continue
+        owner, name = owners.setdefault(identity_of(path), (source, path))
+        if owner != source:
+            same = path if name == path else f"{path}, which is {name},"
+            raise ConfigError(f"the file {same} is in two sources, '{owner}' and '{source}': name it in one of them, or its text is there twice")

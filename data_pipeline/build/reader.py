@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import TypeAdapter
@@ -18,7 +17,7 @@ from data_pipeline.cleaning import Cleaner
 from data_pipeline.progress import current_tally
 from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
 from data_pipeline.sources.files import one_line
-from data_pipeline.split import Extreme, SplitPlan, position, text_digest
+from data_pipeline.split import SplitPlan, position, text_digest
 from pretrain.config.cleaning_schema import Cleaning
 from pretrain.config.data_schema import DataConfig
 from pretrain.config.data_schema import Source as SourceSection
@@ -64,15 +63,15 @@ class Reader:
     """The clean documents of one unit, with everything else counted and reported.
 
     Attributes:
-        checksum: over every document that was read, its key and its text's digest, in order.
+        checksum: over every document that was read, its text's digest and the name that decides its side if its text does not, in order.
+        lowest, highest: places of the documents whose side a hash decides.
     """
 
     def __init__(self, task: Task, number: int, unit: Unit, report: TextIO | None) -> None:
         config = task.config
         self.task, self.number, self.unit, self.report = task, number, unit, report
         self.section = config.named_sources[unit.source]
-        spool = str(Path(task.workspace) / f"input-{unit.source}")
-        self.source = _source(self.section.model_dump_json(), ReadContext(unit.source, config.max_record_bytes, spool))
+        self.source = _source(self.section.model_dump_json(), ReadContext.of(config, unit.source, task.workspace))
         self.cleaner = _cleaner(config.cleaning)
         self.fixed_place = {"train": 1.0, "validation": -1.0}.get(self.section.split)
         self.counters = Counters()
@@ -81,8 +80,8 @@ class Reader:
         self.hashed = 0
         self._bad_bytes = self._bad_without_size = 0
         self._bad_examples: dict[str, str] = {}
-        self.lowest: Extreme | None = None
-        self.highest: Extreme | None = None
+        self.lowest: float | None = None
+        self.highest: float | None = None
 
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
         """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
@@ -98,8 +97,8 @@ class Reader:
                 continue
             documents, characters = documents + 1, characters + len(result.text)
             digest = text_digest(result.text)
-            checksum.update(digest.to_bytes(16, "little") + (b"\0" if result.key is None else result.key.encode("utf-8") + b"\0"))
-            place = position(result, digest) if fixed_place is None else fixed_place
+            name = self.source.split_name(result, self.unit) if fixed_place is None else None
+            checksum.update(digest.to_bytes(16, "little") + (b"\0" if name is None else name.encode("utf-8") + b"\0"))
             if cleaner is not None:
                 cleaned = cleaner.clean(result.text)
                 if cleaned.edits:
@@ -110,6 +109,8 @@ class Reader:
                 if cleaned.text is not result.text:
                     result = result._replace(text=cleaned.text)
                     digest = text_digest(cleaned.text)
+            # Texts that cleaning makes equal are on one side.
+            place = position(digest, name) if fixed_place is None else fixed_place
             if fixed_place is None:
                 self._note(place)
             yield result, digest, place
@@ -118,10 +119,8 @@ class Reader:
 
     def _note(self, place: float) -> None:
         self.hashed += 1
-        if self.lowest is None or place < self.lowest.position:
-            self.lowest = Extreme(place, self.number, self.documents)
-        if self.highest is None or place >= self.highest.position:
-            self.highest = Extreme(place, self.number, self.documents)
+        self.lowest = place if self.lowest is None else min(self.lowest, place)
+        self.highest = place if self.highest is None else max(self.highest, place)
 
     def _leave_out(self, record: LeftOut) -> None:
         (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1

@@ -53,7 +53,7 @@ def judged(results: Iterator[Record], shares: BadShares) -> Iterator[Record]:
 
 def is_usable(record: Record, folder: Path, task: Task) -> bool:
     """Whether a unit that an earlier run has finished can stay: encoded with the same split, and surely on disk."""
-    if record["plan"] != unit_plan(task, record["unit"]):
+    if record["plan"] != unit_plan(task):
         return False
     if record["boot"] == boot_id():
         return True

@@ -17,7 +17,7 @@ from data_pipeline.cleaning.near_duplicates import minhash_bands_batch, num_band
 from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.indexed import IndexedWriter, token_dtype
 from data_pipeline.sources import Unit
-from data_pipeline.split import SPLITS
+from data_pipeline.split import SPLITS, text_digest
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import EngineUnavailableError
@@ -59,7 +59,7 @@ def scan_unit(job: Job) -> Record:
 
 
 def sample_unit(job: Job) -> Record:
-    """Writes the documents of a unit that the tokenizer is trained on: each with its number and its place for the split."""
+    """Writes the documents of a unit that the tokenizer is trained on: each with its place for the split."""
     task, number, unit = job
     place = unit_folder(task.workspace, "samples", number)
     share = task.sample_shares[unit.source]
@@ -68,7 +68,7 @@ def sample_unit(job: Job) -> Record:
         with (folder / SAMPLE).open("wb") as stream:
             for document, digest, where in reader.documents_with_split():
                 if (digest & 0xFFFFFFFF) / 2**32 < share:
-                    stream.write(orjson.dumps([reader.documents, where, document.text]) + b"\n")
+                    stream.write(orjson.dumps([where, document.text]) + b"\n")
         return _finish(folder, job, reader.record())
 
 
@@ -82,9 +82,10 @@ def encode_unit(job: Job) -> Record:
         part = stack.enter_context(PartWriter(task, folder, unit.source))
         assign, wanted = task.split.assign, task.held_out_only
         for document, digest, where in reader.documents_with_split():
-            for split, text in assign(document.text, where, number, reader.documents):
+            for split, text in assign(document.text, where):
                 if split == "validation" or wanted is None:
-                    part.add(document.id, text, digest, SPLITS.index(split))
+                    # The two parts of a text that is cut are no duplicates of each other.
+                    part.add(document.id, text, text_digest(text) if task.split.cut else digest, SPLITS.index(split))
             if wanted is not None and part.documents[1] >= wanted:
                 break
         splits = part.finish()
@@ -108,18 +109,17 @@ def choose(job: tuple[Task, list[str]]) -> str:
 
 def _finish(folder: Path, job: Job, record: Record) -> Record:
     """Completes a unit's record, and writes it."""
-    task, number, _ = job
+    task = job[0]
     # Merging trusts a part as it is, unless the machine has been restarted since.
     checksums = {f"{split}.bin": part.pop("checksum") for split, part in record.get("splits", {}).items()}
-    record |= {"plan": unit_plan(task, number), "boot": boot_id(), "checksums": checksums}
+    record |= {"plan": unit_plan(task), "boot": boot_id(), "checksums": checksums}
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
     return record
 
 
-def unit_plan(task: Task, number: int) -> list[Any]:
-    """What of the split's plan concerns one unit, and the engine, as JSON."""
-    moved = task.split.moved[1] if task.split.moved is not None and task.split.moved[0] == number else None
-    return [task.split.validation_share, moved, task.split.cut, task.held_out_only, task.engine]
+def unit_plan(task: Task) -> list[Any]:
+    """The split's plan and the engine, as JSON: units of another one are encoded again."""
+    return [task.split.validation_share, task.split.moved, task.split.cut, task.held_out_only, task.engine]
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,8 @@ class Datasets(Source[DatasetsSource]):
     ``max_documents`` counts rows, or articles with ``group``, from the start.
     """
 
+    has_files = False
+
     def __init__(self, config: DatasetsSource, context: ReadContext) -> None:
         super().__init__(fill_in(config), context)
         if self.config.group and self.config.id_field:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -15,6 +17,8 @@ from data_pipeline.sources.interface import BYTE_ORDER_MARK, LeftOut, Unit
 from pretrain.config.errors import DataError
 
 __all__ = ["BYTE_ORDER_MARK", "COMPRESSED"]
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 19
 
@@ -34,10 +38,47 @@ def list_files(patterns: list[str]) -> list[str]:
     Raises:
         DataError: for a pattern that matches no file.
     """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        found |= dict.fromkeys(_matches(pattern))
-    return check_names(list(found))
+    return distinct(check_names([path for pattern in patterns for path in _matches(pattern)]))
+
+
+def distinct(paths: list[str]) -> list[str]:
+    """The paths without those of a file that an earlier one names, by another spelling, a link or another pattern; that is said.
+
+    Raises:
+        DataError: for a file that is gone or forbidden.
+    """
+    first: dict[tuple[int, int], str] = {}
+    again: list[tuple[str, str]] = []
+    for path in paths:
+        identity = identity_of(path)
+        if identity in first:
+            again.append((path, first[identity]))
+        else:
+            first[identity] = path
+    if again:
+        name, earlier = again[0]
+        files = f"{len(again)} more names of files that are named already" if len(again) > 1 else "a file that is named already"
+        _warn_once(f"the input has {files} ({name} is {'named twice' if name == earlier else earlier}): each file is read once")
+    return list(first.values())
+
+
+def identity_of(path: str) -> tuple[int, int]:
+    """What all names of a file have in common: its device and its number there.
+
+    Raises:
+        DataError: for a file that is gone or forbidden.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return status.st_dev, status.st_ino
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    """The input is listed more often than once in a build."""
+    logger.warning("%s", message)
 
 
 def check_names(paths: list[str]) -> list[str]:

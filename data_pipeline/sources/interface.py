@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from pretrain.config.data_schema import SourceBase
+from pretrain.config.data_schema import DataConfig, SourceBase, SplitBy
+from pretrain.config.errors import ConfigError, DataError
 
 ConfigT = TypeVar("ConfigT", bound=SourceBase)
 
@@ -49,14 +53,16 @@ class Document(NamedTuple):
     Attributes:
         text: not empty, without NUL and without lone surrogates.
         id: where it came from, for reports: a path, path:offset, or the record's own id.
-        key: a name that is stable whatever else the corpus holds; it decides the split. None: the text itself does.
+        key: the record's own id, of the recipe's id_field.
         metadata: the fields that the recipe asks for.
+        file: that it was read from, if its unit has several.
     """
 
     text: str
     id: str
     key: str | None = None
     metadata: dict[str, Any] | None = None
+    file: str | None = None
 
 
 class LeftOut(NamedTuple):
@@ -109,11 +115,20 @@ class ReadContext:
         name: the source's name in the recipe.
         max_record_bytes: longer records are left out as ``too_long``, without ever being held in memory.
         spool: a file that keeps what can be read only once.
+        split_by, split_root: the fields of the data section; a source that cannot be split so is refused.
     """
 
     name: str
     max_record_bytes: int = 256 << 20
     spool: str | None = None
+    split_by: SplitBy = "content"
+    split_root: str | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig, name: str, spool_folder: str | Path | None = None) -> ReadContext:
+        """What the source ``name`` of a recipe needs to know."""
+        spool = None if spool_folder is None else str(Path(spool_folder) / f"input-{name}")
+        return cls(name, config.max_record_bytes, spool, config.split_by, config.split_root)
 
 
 class Source(ABC, Generic[ConfigT]):
@@ -122,12 +137,20 @@ class Source(ABC, Generic[ConfigT]):
     Attributes:
         lines_read: lines of the unit that was read last, so that the next unit of the same file can number its own.
         notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES``.
+        has_files: its documents are in files that have paths.
+
+    Raises:
+        ConfigError: if its documents have no path or id, and that is what the split is made by.
     """
+
+    has_files: ClassVar[bool] = True
 
     def __init__(self, config: ConfigT, context: ReadContext) -> None:
         self.config, self.context = config, context
         self.lines_read = 0
         self.notes: Counter[str] = Counter()
+        if config.split == "hash":
+            self._check_split()
 
     @abstractmethod
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -144,3 +167,44 @@ class Source(ABC, Generic[ConfigT]):
         Raises:
             DataError: for a file that is gone or cannot be read at all.
         """
+
+    def split_name(self, document: Document, unit: Unit) -> str | None:
+        """What decides on which side a document is: its path or id; None: its text.
+
+        Raises:
+            DataError: for a file outside ``split_root``.
+        """
+        match self.context.split_by:
+            case "content":
+                return None
+            case "id":
+                return document.key
+            case "path":
+                return self.path_of(document.file or unit.files[0])
+
+    def path_of(self, file: str) -> str:
+        """A file's path, the same however it is named and wherever the command runs."""
+        return real_path(file, self.context.split_root)
+
+    def _check_split(self) -> None:
+        place, by = f"data.split_by is {self.context.split_by}, and the source '{self.context.name}'", self.context.split_by
+        if by == "path" and not self.has_files:
+            raise ConfigError(f"{place} has no files with paths: split by content, or by id")
+        if by == "id" and getattr(self.config, "id_field", None) is None:
+            raise ConfigError(f"{place} has no id_field: name the field of its records that holds the id, or split by content")
+
+
+@lru_cache(maxsize=4096)
+def real_path(file: str, root: str | None) -> str:
+    """A file's path from ``root`` on, or from the root of the disk, without links, ``.`` and ``..``.
+
+    Raises:
+        DataError: for a file outside the root.
+    """
+    real = Path(os.path.realpath(file))
+    if root is None:
+        return real.as_posix()
+    folder = Path(os.path.realpath(os.path.expanduser(root)))
+    if not real.is_relative_to(folder):
+        raise DataError(f"{file} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in")
+    return real.relative_to(folder).as_posix()

@@ -30,6 +30,10 @@ class PythonStdlib(Source[PythonStdlibSource]):
             raise DataError(f"there are no Python modules in {root}: this interpreter carries its library elsewhere; give your own text with --input")
         return grouped_units(self.context.name, [str(root / name) for name in files], unit_bytes)
 
+    def path_of(self, file: str) -> str:
+        """A module's path inside the library, wherever that is on this machine."""
+        return Path(file).relative_to(stdlib_folder()).as_posix()
+
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
         root = stdlib_folder()
         for path in unit.files:
@@ -43,7 +47,7 @@ class PythonStdlib(Source[PythonStdlibSource]):
             except OSError as error:
                 raise unreadable(path, error) from None
             fault = text_fault(text, "text")
-            yield LeftOut(name, fault[0], detail=fault[1], is_bad=fault[0] != "empty") if fault else Document(text, name, name)
+            yield LeftOut(name, fault[0], detail=fault[1], is_bad=fault[0] != "empty") if fault else Document(text, name, file=path)
 
 
 def stdlib_folder() -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.sources.files import BYTE_ORDER_MARK, check_names, grouped_units, unreadable
+from data_pipeline.sources.files import BYTE_ORDER_MARK, check_names, distinct, grouped_units, unreadable
 from data_pipeline.sources.folder_walk import is_pointer
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import text_fault
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 
 
 class SourceCode(Source[SourceCodeSource]):
-    """A document's name and key are its path below the folder, behind the folder's name as given.
+    """A document's name is its path below the folder, behind the folder's name as given.
 
     The .gitignore files of the folder and of those inside it hold, with git's rules; those above it do not. ``.git`` is never entered.
     Symbolic links are not followed: what they reach inside the folder is read at its own place, and what lies outside is not asked for.
     """
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        found: dict[str, None] = {}
-        for pattern in self.config.input:
-            found |= dict.fromkeys(self._matches(pattern))
+        found = [path for pattern in self.config.input for path in self._matches(pattern)]
         if not found:
             wanted = f" that ends in {', '.join(self.config.suffixes)}" if self.config.suffixes else ""
             raise DataError(f"{', '.join(self.config.input)} holds no file{wanted}: check the folder, 'suffixes' and .gitignore")
-        return grouped_units(self.context.name, check_names(list(found)), unit_bytes)
+        return grouped_units(self.context.name, distinct(check_names(found)), unit_bytes)
 
     def _matches(self, pattern: str) -> Iterator[str]:
         literal = os.path.expanduser(pattern)
@@ -69,7 +67,7 @@ class SourceCode(Source[SourceCodeSource]):
         except UnicodeDecodeError as error:
             return LeftOut(path, "invalid_utf8", detail=f"at byte {error.start}")
         fault = text_fault(text, "text")
-        return LeftOut(path, fault[0], detail=fault[1], is_bad=fault[0] != "empty") if fault else Document(text, path, path)
+        return LeftOut(path, fault[0], detail=fault[1], is_bad=fault[0] != "empty") if fault else Document(text, path, file=path)
 
 
 def walk(root: str, respect_gitignore: bool) -> Iterator[str]:

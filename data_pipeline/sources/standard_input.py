@@ -21,6 +21,8 @@ NAME = "stdin"
 class StandardInput(Source[StandardInputSource]):
     """A pipe can be read once only, so it is copied to ``context.spool`` first; a copy that is there already is used instead of the pipe."""
 
+    has_files = False
+
     def units(self, unit_bytes: int) -> list[Unit]:
         """
         Raises:
@@ -43,8 +45,8 @@ class StandardInput(Source[StandardInputSource]):
         for result in source.read(unit):
             if isinstance(result, LeftOut):
                 yield result._replace(path=NAME)
-            elif result.id.startswith(self._spool):
-                yield result._replace(id=NAME + result.id.removeprefix(self._spool), key=None)
+            elif result.key is None:
+                yield result._replace(id=NAME + result.id.removeprefix(self._spool), file=None)
             else:
                 yield result
         self.lines_read = source.lines_read
@@ -58,9 +60,9 @@ class StandardInput(Source[StandardInputSource]):
         config, files = self.config, [self._spool]
         if config.format == "jsonl":
             fields = config.model_dump(include={"text_field", "id_field", "metadata_fields", "encoding"})
-            return Jsonl(JsonlSource(kind="jsonl", input=files, **fields), self.context)
+            return Jsonl(JsonlSource(kind="jsonl", input=files, split=config.split, **fields), self.context)
         document: Literal["line", "file"] = "line" if config.format == "line" else "file"
-        return Text(TextSource(kind="text", input=files, document=document, encoding=config.encoding), self.context)
+        return Text(TextSource(kind="text", input=files, split=config.split, document=document, encoding=config.encoding), self.context)
 
 
 def _copy_standard_input(spool: str) -> None:

@@ -87,7 +87,7 @@ class Text(Source[TextSource]):
         result = self._part(b"".join(blocks) if size <= longest else None, path, None, None, size, stream)
         if isinstance(result, LeftOut):
             return result._replace(size=stamp_of(path)[0])
-        return result._replace(id=path, key=path)
+        return result._replace(id=path)
 
     def _by_line(self, path: str, stream: Stream, unit: Unit) -> Iterator[Document | LeftOut]:
         if unit.end is None:
@@ -134,4 +134,4 @@ class Text(Source[TextSource]):
         fault = text_fault(text, "text")
         if fault:
             return LeftOut(path, fault[0], line, offset, fault[1], size=stored_bytes(stream, size))
-        return Document(text, f"{path}:{offset}")
+        return Document(text, f"{path}:{offset}", file=path)

@@ -38,7 +38,7 @@ class RecordsBase(Section):
     """How a record becomes a document. A field's name is looked up as it is, then as a path: a.b is b inside a."""
 
     text_field: str = Field("text", description="the record's field that holds the text; a.b reaches into a")
-    id_field: str | None = Field(None, description="a field that names the document for ever: it then decides the split instead of the text")
+    id_field: str | None = Field(None, description="a field that names the document for ever, in reports and for data.split_by=id")
     metadata_fields: list[str] = Field([], description="fields that are kept beside the document in reports")
 
 
@@ -280,6 +280,8 @@ class BestFit(Section):
 
 Packing = Annotated[Concatenate | BestFit, Field(discriminator="kind")]
 
+SplitBy = Literal["content", "path", "id"]
+
 
 class DataConfig(Section):
     path: str | None = Field(None, description="folder of the shards, or their prefix; data/<name> by default")
@@ -290,6 +292,12 @@ class DataConfig(Section):
     cleaning: Cleaning = Cleaning()
     fill_in_the_middle: FillInTheMiddle | None = None
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0, description="share of documents held out, by a hash")] = 0.05
+    split_by: SplitBy = Field(
+        "content",
+        description="what is hashed: 'content', the text as it is stored, so that equal texts are on one side; 'path', of its file, so that "
+        "a file's records are; 'id', the record's id_field",
+    )
+    split_root: str | None = Field(None, description="with split_by=path: paths count from this folder on; by default from the root of the disk")
     max_shard_bytes: Annotated[int, Field(ge=1 << 16)] | None = Field(4 << 30, description="of one .bin; none for a single file")
     on_bad: Literal["skip", "fail"] = Field("skip", description="what a record that cannot be read does; skipped ones are listed")
     max_bad_share: Share = Field(0.05, description="a larger share of bad records, or of bytes lost with them, in any source stops the build")
@@ -314,6 +322,8 @@ class DataConfig(Section):
             raise ValueError("'sources' is empty: name at least one")
         if self.path is not None and self.corpora is not None:
             raise ValueError("give 'path' or 'corpora', not both")
+        if self.split_root is not None and self.split_by != "path":
+            raise ValueError("'split_root' belongs to split_by: path")
         return self
 
     @property

@@ -69,8 +69,8 @@ def test_names_are_stable_and_sorted_whatever_else_is_in_the_corpus(tmp_path: Pa
     for name in ("repos/one/b.py", "repos/one/a/z.py", "repos/two/c.py", "repos/two/.git/config", "repos/one/README"):
         write(Path(name), name)
     both = read_all(section("repos/one/", "repos/two"))
-    assert [document.key for document in both] == ["repos/one/README", "repos/one/a/z.py", "repos/one/b.py", "repos/two/c.py"]
-    assert all(document.id == document.key for document in both if isinstance(document, Document))
+    assert [document.file for document in both] == ["repos/one/README", "repos/one/a/z.py", "repos/one/b.py", "repos/two/c.py"]
+    assert all(document.id == document.file for document in both if isinstance(document, Document))
     assert read_all(section("repos/two")) == both[3:]
     assert texts(read_all(section("repos/*", suffixes=[".py"]))) == ["repos/one/a/z.py", "repos/one/b.py", "repos/two/c.py"]
     assert texts(read_all(section("repos/two/c.py", "repos"))) == ["repos/two/c.py", "repos/one/README", "repos/one/a/z.py", "repos/one/b.py"]

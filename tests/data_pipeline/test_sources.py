@@ -47,7 +47,7 @@ def test_stdlib_holds_modules_and_no_tests_packages_or_build_settings() -> None:
     assert not [part for part in parts if part.startswith(("_sysconfigdata", "config-"))]
     assert ids == sorted(ids)
     first = [result for result in read_units(section, units[:1]) if isinstance(result, Document)]
-    assert all(document.key == document.id and (root / document.id).exists() for document in first)
+    assert all(document.key is None and document.file == str(root / document.id) for document in first)
 
 
 def test_text_ids_are_paths_as_given_sorted_and_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_text_ids_are_paths_as_given_sorted_and_once_each(tmp_path: Path, monkey
     for name in ("my/b.txt", "my/a.txt", "my/deep/c.txt", "my/odd[1].txt"):
         write(Path(name), name)
     results = read_all({"kind": "text", "input": ["my/**/*.txt", "./my/a.txt", "my/odd[1].txt"]})
-    assert [(document.id, document.key) for document in results] == [
+    assert [(document.id, document.file) for document in results] == [
         (name, name) for name in ("my/a.txt", "my/b.txt", "my/deep/c.txt", "my/odd[1].txt")
     ]
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.sources import Document
-from data_pipeline.split import Extreme, SplitPlan, cut_at_line_end, plan_split, position, text_digest
+from data_pipeline.split import SplitPlan, cut_at_line_end, plan_split, position, text_digest
 from pretrain.config.errors import DataError
 
 KEYS = [f"folder/{number}.txt" for number in range(2000)]
 
 
 def place(key: str) -> float:
-    return position(Document("text", key, key), 0)
+    return position(0, key)
 
 
 def plan(keys: list[str], share: float) -> SplitPlan:
     """The plan of a corpus in which every document is a unit of its own."""
-    extremes = [Extreme(place(key), unit, 0) for unit, key in enumerate(keys)]
-    return plan_split(share, len(keys), extremes, extremes)
+    return plan_split(share, "path", len(keys), map(place, keys))
 
 
 def sides(keys: list[str], share: float) -> list[str]:
     chosen = plan(keys, share)
-    return [chosen.assign("text", place(key), unit, 0)[0][0] for unit, key in enumerate(keys)]
+    return [chosen.assign("text", place(key))[0][0] for key in keys]
 
 
 def test_adding_documents_moves_none() -> None:
@@ -39,10 +37,9 @@ def test_share_is_met_within_four_standard_deviations() -> None:
     assert abs(sides(KEYS, 0.1).count("validation") - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
 
 
-def test_without_a_key_the_text_decides_whatever_the_document_is_called() -> None:
+def test_without_a_name_the_text_decides() -> None:
     texts = [f"text number {number}" for number in range(1000)]
-    places = [position(Document(text, str(number)), text_digest(text)) for number, text in enumerate(texts)]
-    assert places == [position(Document(text, "elsewhere"), text_digest(text)) for text in texts]
+    places = [position(text_digest(text)) for text in texts]
     assert len(set(places)) == 1000 and 0.4 < sum(places) / 1000 < 0.6 and 0 <= min(places) <= max(places) < 1
 
 
@@ -59,7 +56,7 @@ def test_without_a_share_nothing_is_held_out() -> None:
 
 def test_a_single_document_is_cut_in_two() -> None:
     text = "".join(f"line {number}\n" for number in range(100))
-    parts = dict(plan(["only.txt"], 0.1).assign(text, 0.5, 0, 0))
+    parts = dict(plan(["only.txt"], 0.1).assign(text, 0.5))
     assert list(parts) == ["train", "validation"]
     assert parts["train"] + parts["validation"] == text
     assert parts["train"].endswith("\n") and 0.08 < len(parts["validation"]) / len(text) < 0.12

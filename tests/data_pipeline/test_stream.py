@@ -16,7 +16,6 @@ from data_pipeline.build.coordinator import build
 from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import Corpora, load_corpora
 from data_pipeline.loader import open_loader
-from data_pipeline.sources import Document
 from data_pipeline.split import position, text_digest
 from data_pipeline.stream import STEPS_AHEAD, StreamLoader
 from data_pipeline.token_stream import open_split
@@ -48,7 +47,7 @@ def write_lines(folder: Path, name: str, count: int) -> list[str]:
     folder.mkdir(exist_ok=True)
     texts = [f"{name} {number} " + "word " * (number * 7 % 11) + "end" for number in range(count)]
     (folder / f"{name}.txt").write_text("\n".join(texts) + "\n")
-    return [text for text in texts if position(Document(text, ""), text_digest(text)) >= SHARE]
+    return [text for text in texts if position(text_digest(text)) >= SHARE]
 
 
 def loader_of(folder: Path, corpora: Corpora, *overrides: str, names: str = "a", dp_rank: int = 0, dp_size: int = 1) -> StreamLoader:
