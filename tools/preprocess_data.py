@@ -310,7 +310,6 @@ def run(pool: Pool | None) -> None:
 
 
 def main() -> None:
-    show_warnings()
     if mpi_size(os.environ) == 1:
         run(None)
         return
