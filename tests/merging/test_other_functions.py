@@ -150,7 +150,7 @@ def test_what_training_adapts_to_is_said_once_and_taken(trained: Trained, plain:
         *("model.moe.top_k", "model.norm.eps", "model.position.rope_theta"),
     ]
     assert any("rope_theta=10000.0, and the recipe 500000.0" in note for note in notes)
-    assert [note for note in notes if "no finished model depends on" in note] == [note for note in notes if "dropout" in note]
+    assert [note for note in notes if "no finished model depends on it" in note] == [note for note in notes if "dropout" in note]
     assert start(trained, plain).notes == []
 
 
