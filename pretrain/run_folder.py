@@ -183,9 +183,10 @@ def _own(stage: Stage, field: str) -> Any:
 
 
 def _difference(before: Any, after: Any, path: str = "") -> str:
-    """The first difference of two nested values, as 'path: before -> after'."""
+    """The first difference of two nested values, as 'path: before -> after'; a section's own values come before those of the sections in it,
+    whose defaults may follow from them."""
     if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
+        for key in sorted(before.keys() | after.keys(), key=lambda key: (isinstance(before.get(key), dict), key)):
             if before.get(key) != after.get(key):
                 return _difference(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     return f"{path + ': ' if path else ''}{before} -> {after}"

@@ -31,14 +31,12 @@ LISTED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_p
 STACKED_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
-# Where a training loop keeps what its model is, beside the weights.
+# Where a training loop keeps what its model is, next to the weights.
 CONFIGS = ("config", "model_config", "model_args", "hyper_parameters", "hparams", "args", "recipe")
 # Other loops' names of our fields.
 ALIASES = {
     "n_embd": "hidden_size",
     "d_model": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_layers": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_heads": "num_attention_heads",
     "n_kv_head": "num_key_value_heads",
@@ -49,8 +47,10 @@ ALIASES = {
     "norm_eps": "norm.eps",
     "num_experts_per_tok": "top_k",
 }
-# Names that say nothing without their section.
-VAGUE = {"kind", "bias", "eps", "limit", "alpha", "factor", "schedule", "score", "gate", "decode", "n", "k"}
+# Names that say nothing without their section, and numbers that the tensors' names and shapes show.
+VAGUE = {"kind", "bias", "eps", "limit", "alpha", "factor", "schedule", "score", "gate", "decode", "n", "k", "num_hidden_layers", "num_experts"}
+# Mappings inside each other that a configuration may have.
+NESTED = 4
 
 Read = Callable[[], Tensor]
 
@@ -125,7 +125,7 @@ def _stacked_place(name: str, model: ModelConfig) -> tuple[str, int] | None:
 
 
 def _content(path: Path) -> tuple[list[tuple[str, tuple[int, ...], Read]], Mapping[str, Any]]:
-    """The tensors of a file, name, shape and how to read them, and the configuration beside them."""
+    """The tensors of a file, name, shape and how to read them, and the configuration next to them."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give a checkpoint's folder, or a file of weights")
     if path.suffix == ".safetensors":
@@ -151,7 +151,7 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
     for name, text in metadata.items():
         try:
             parsed[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed[name] = text
     return parsed
 
@@ -167,7 +167,7 @@ def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfi
     except ValidationError:
         pass  # another project's configuration
     named: dict[str, Any] = {}
-    for section in _sections(config):
+    for section in _sections(config, NESTED):
         for name, value in section.items():
             named.setdefault(ALIASES.get(str(name), str(name)), value)
     known = 0
@@ -175,30 +175,39 @@ def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfi
     def as_named(section: Section, path: str) -> Section:
         nonlocal known
         changed: dict[str, Any] = {}
+        numbers = 0
         for name in type(section).model_fields:
             value, full = getattr(section, name), f"{path}{name}"
             given = named.get(full, None if name in VAGUE else named.get(name))
             if isinstance(value, Section):
                 changed[name] = as_named(value, f"{full}.")
-            elif isinstance(given, bool | int | float | str) and (value is None or _alike(given, value)):
-                changed[name], known = given, known + 1
-        return section.model_copy(update=changed)
+            elif isinstance(given, bool | int | float | str) and _alike(given, value):
+                changed[name], numbers = given, numbers + 1
+        content = {name: getattr(section, name) for name in type(section).model_fields} | changed
+        try:
+            named_section = type(section).model_validate(content)
+        except ValidationError:
+            return section  # nothing that could be a model
+        known += numbers
+        return named_section
 
     found = as_named(model, "")
     assert isinstance(found, ModelConfig)
     return found if known else None
 
 
-def _sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The mapping and all mappings inside it, from the outside in."""
+def _sections(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:
+    """The mapping and the mappings inside it to ``depth``, from the outside in."""
     yield config
     for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _sections(value)
+        if isinstance(value, Mapping) and depth:
+            yield from _sections(value, depth - 1)
 
 
 def _alike(given: bool | int | float | str, value: Any) -> bool:
-    """Whether two values are of one type; whole numbers are numbers."""
+    """Whether two values are of one type; whole numbers are numbers, and so is what a recipe leaves open."""
+    if value is None:
+        return isinstance(given, int | float) and not isinstance(given, bool)
     if isinstance(given, bool) or isinstance(value, bool):
         return isinstance(given, bool) and isinstance(value, bool)
     return isinstance(given, type(value)) or (isinstance(given, int | float) and isinstance(value, int | float))

@@ -78,6 +78,8 @@ def starting_point(recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Pa
         model = model_of_config(stored.config, recipe.model)
     else:
         folder = resolve_checkpoint(path)
+        if fault := damage(folder, with_hashes=False):
+            raise CheckpointError(f"initial_weights: {folder} is damaged: {fault}; choose another checkpoint")
         if tokenizer_sha256 is not None and read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
             raise CheckpointError(f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own")
         stored, model = StoredWeights(folder), read_recipe(folder).model
@@ -98,10 +100,10 @@ def _check_meaning(stored: ModelConfig, wanted: ModelConfig, found: Comparison, 
 def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[str]:
     if stored is None:
         return [
-            f"{where} has tensors alone: their names and shapes fit, and nothing says if the model computes with them what theirs did "
-            "(heads, rotary base, activation, norms, top_k)"
+            f"{where} has tensors alone: names and shapes were compared, and nothing says if the recipe's model computes with them what "
+            "theirs did (heads, rotary base, activation, norms, top_k)"
         ]
-    training = {Effect.NONE: " (which no finished model depends on)"}
+    training = {Effect.NONE: " (no finished model depends on it)"}
     return [
         f"{where} has {one.path}={one.values[0]}, and the recipe {one.values[1]}{training.get(one.effect, '')}" for one in differences(stored, wanted)
     ]

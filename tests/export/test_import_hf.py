@@ -13,6 +13,7 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe
 from pretrain.checkpoint.whole_weights import open_whole_weights
 from pretrain.config.errors import DONE, CheckpointError, ConfigError
+from pretrain.config.moe_schema import RoutedMoE
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation import Sampling, generate
 from pretrain.evaluation.generators import open_generator
@@ -21,6 +22,7 @@ from pretrain.export.import_hf import import_hf
 from pretrain.export.parity import load_exported, same_bits
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import RECORD, WEIGHTS, open_exported_weights
+from tests.evaluation.tool_runs import run_here
 from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.export.test_architectures import NATIVES
 
@@ -65,6 +67,18 @@ def test_there_and_back_is_the_same_bit_for_bit(case: str, tmp_path: Path, token
     tied_copy = {"lm_head.weight"} if recipe.model.tie_word_embeddings else set()
     assert set(first.names) - tied_copy == set(again.names)
     assert all(same_bits(first.read(name), again.read(name)) for name in again.names)
+
+
+def test_one_choice_that_is_divided_by_itself_comes_as_it_is_with_a_warning(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """It computes what it says, which transformers' logits confirm; only training on would leave its router as it is."""
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer, torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    done = run_here("convert_checkpoint.py", "--from", "hf", source, "--output", tmp_path / "ours")
+    assert done.returncode == 0 and "warning: model.moe.router.norm_topk_prob=true with top_k=1" in done.stderr
+    model = read_recipe(tmp_path / "ours").model
+    assert isinstance(model.moe, RoutedMoE) and (model.moe.top_k, model.moe.router.norm_topk_prob) == (1, True)
+    assert choose_target(read_recipe(tmp_path / "ours"), "mixtral").name == "mixtral"
 
 
 def test_an_imported_model_writes_the_same_text_and_is_exported_by_the_command(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -106,6 +106,23 @@ def test_a_resumed_run_ignores_them(tiny: Tiny, dense_run: Path, tmp_path: Path)
             main(tiny.arguments(tmp_path / "other", *DENSE, f"initial_weights={copy}", steps=3))
 
 
+def test_what_differs_is_said_at_the_start_of_the_run_and_of_its_plan(
+    tiny: Tiny, dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = f"initial_weights={dense_run / 'checkpoints'}"
+    arguments = tiny.arguments(tmp_path / "run", *DENSE, weights, "model.position.rope_theta=5e5", steps=2)
+    said = "has model.position.rope_theta=10000.0, and the recipe 500000.0"
+    with own_process():
+        assert main([*arguments, "--dry-run"]) == 0
+        assert capsys.readouterr().out.count(said) == 1
+        assert main([*arguments, "--dry-run", "--json", "-"]) == 0
+        (note,) = json.loads(capsys.readouterr().out)["initial_weights"]
+        assert said in note
+        assert main(arguments) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count(said) == 1
+
+
 @pytest.mark.parametrize(
     "override,named",
     [

@@ -20,6 +20,7 @@ NATIVE = ("model.moe.kind=deepspeed", "model.moe.causal=false")
 ROUTED = ("model.moe.kind=deepspeed", "model.moe.gate=router")
 ONE, NORMED = "model.moe.top_k=1", "model.moe.router.norm_topk_prob=true"
 SIGMOID, NOISY = "model.moe.router.kind=sigmoid_topk", "model.moe.router.kind=noisy_topk"
+GATED = ("model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true")
 EACH_ALONE = "model.moe.router.groups={num_groups: 4, top_k_groups: 2}"
 # Overrides, and whether the language loss has a gradient for the router.
 CASES: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -28,7 +29,7 @@ CASES: dict[str, tuple[tuple[str, ...], bool]] = {
     "one choice": ((ONE,), True),
     "one choice divided by itself": ((ONE, NORMED), False),
     "one choice divided by itself, scaled": ((ONE, NORMED, "model.moe.router.routed_scaling_factor=2.5"), False),
-    "one choice divided by itself, shared experts with a gate": ((ONE, NORMED, "model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true"), False),
+    "one choice divided by itself, shared experts with a gate": ((ONE, NORMED, *GATED), False),
     "one sigmoid choice": ((ONE, SIGMOID), True),
     "one sigmoid choice divided by itself": ((ONE, SIGMOID, NORMED), False),
     "one noisy choice": ((ONE, NOISY), True),

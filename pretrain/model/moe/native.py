@@ -29,6 +29,7 @@ class _ObservedGate(TopKGate):
     """DeepSpeed's gate, which also leaves behind what it decided."""
 
     decision: GateDecision
+    min_capacity: int
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> GateDecision:
         least_room = self.min_capacity
