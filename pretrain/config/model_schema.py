@@ -96,12 +96,8 @@ class Llama3(RotaryBase):
 
     implementation: ClassVar[str] = "pretrain.model.positions.llama3:Llama3Position"
     kind: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1)] = Field(
-        description="what the frequency of slow pairs is divided by"
-    )
-    original_max_position_embeddings: Positive = Field(
-        description="tokens the frequencies were trained for"
-    )
+    factor: Annotated[float, Field(ge=1)] = Field(description="what the frequency of slow pairs is divided by")
+    original_max_position_embeddings: Positive = Field(description="tokens the frequencies were trained for")
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
         1.0, description="pairs that rotate less often than this over the original length are interpolated"
     )
@@ -112,10 +108,7 @@ class Llama3(RotaryBase):
     @model_validator(mode="after")
     def _blend_has_a_width(self) -> Llama3:
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor ({self.high_freq_factor}) must be larger than "
-                f"low_freq_factor ({self.low_freq_factor})"
-            )
+            raise ValueError(f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor ({self.low_freq_factor})")
         return self
 
 

@@ -57,10 +57,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
                 "only the base of a rotary embedding can change in a run, and rope can become yarn or llama3"
             )
         if names[0] in ("yarn", "llama3") and names[1] != names[0]:
-            raise ConfigError(
-                f"phases.{phase.name}.position takes {names[0]} away from the model: "
-                f"write kind: {names[0]} with its factor"
-            )
+            raise ConfigError(f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: {names[0]} with its factor")
 
 
 def phase_mixtures_are_shares(recipe: Recipe) -> None:

@@ -76,9 +76,7 @@ def test_rope_takes_a_place_of_its_own_for_each_token_of_each_sequence() -> None
     ("rotary_dim", "factor", "low", "high", "original", "theta"),
     [(128, 8.0, 1.0, 4.0, 8192, 500000.0), (64, 32.0, 1.0, 4.0, 8192, 500000.0), (8, 2.0, 0.5, 9.0, 64, 100.0)],
 )
-def test_llama3_equals_transformers(
-    rotary_dim: int, factor: float, low: float, high: float, original: int, theta: float
-) -> None:
+def test_llama3_equals_transformers(rotary_dim: int, factor: float, low: float, high: float, original: int, theta: float) -> None:
     fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high, "rope_theta": theta}
     fields["original_max_position_embeddings"] = original
     parameters = {"rope_type": "llama3", **fields}
