@@ -19,7 +19,7 @@ from data_pipeline.build.workspace import Output
 from data_pipeline.corpora import load_corpora
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import MANIFEST, TOKENIZER
-from pretrain.checkpoint.tokenizer_files import TOKEN_IDS, end_ids, read_side_files
+from pretrain.checkpoint.tokenizer_files import LARGEST_BYTES, TOKEN_IDS, end_ids, origin_of, read_side_files
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import load_recipe
 from pretrain.evaluation.generators import open_generator
@@ -201,3 +201,20 @@ def test_files_elsewhere_and_ids_that_are_none_are_passed_over(tmp_path: Path) -
     assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
     assert end_ids(files) == {7, 8} and set(files) == {"tokenizer_config.json", "generation_config.json"}
     assert end_ids({}) == frozenset()
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "chat_template.jinja").open("wb") as file:
+        file.truncate(LARGEST_BYTES + 1)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja has 64,000,001 bytes"):
+        read_side_files(tmp_path)
+
+
+def test_a_run_carries_on_the_files_of_its_own_checkpoint_or_of_where_it_began(chat: Chat, tmp_path: Path) -> None:
+    recipe = load_recipe(str(chat.ours / "recipe.yaml"), [f"initial_weights={chat.ours}"])
+    assert origin_of(recipe, None) == chat.ours and origin_of(recipe, chat.trained) == chat.trained
+    branched = load_recipe(str(chat.ours / "recipe.yaml"), [f"branch_from={chat.trained.with_name('latest')}"])
+    assert origin_of(branched, None) == chat.trained
+    (tmp_path / "weights.pt").write_bytes(b"")
+    of_file = load_recipe(str(chat.ours / "recipe.yaml"), [f"initial_weights={tmp_path / 'weights.pt'}"])
+    assert origin_of(of_file, None) is None and origin_of(load_recipe("debug", []), None) is None

@@ -19,6 +19,7 @@ from tests.export.custom_exports import MINIS, prompts_of, random_model, weights
 from tests.export.held_tensors import Held
 from tests.export.native_worker import NEW_TOKENS
 from tests.export.random_checkpoint import small_tokenizer
+from tests.export.test_architectures import VARIANTS
 from tests.own_packages import environment_with
 
 WORKER = Path(__file__).with_name("native_worker.py")
@@ -26,12 +27,19 @@ VERSION = "4.57.6"
 # What release 4.57.6 asks for and a newer transformers does not have; the rest, torch first of all, is the tests' own.
 PACKAGES = (f"transformers=={VERSION}", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
 
+# Architectures that no shipped recipe is.
+DENSE = [name for name in VARIANTS if name.startswith(("llama", "mistral", "qwen2: ", "qwen3: "))]
+
+# An export multiplies a factorised embedding out, and the tensors here are given as they are.
+PLAIN = ["model.embedding_size=null"]
+
 
 def mini(name: str) -> Recipe:
-    return load_recipe(name, ["model.vocab_size=500"])
+    recipe, overrides = (VARIANTS[name][0], [*VARIANTS[name][1], *PLAIN]) if name in DENSE else (name, [])
+    return load_recipe(recipe, ["model.vocab_size=500", *overrides])
 
 
-NATIVE = [name for name in ["quickstart", *MINIS] if choose_target(mini(name)).name != "custom"]
+NATIVE = [name for name in ["quickstart", *MINIS, *DENSE] if choose_target(mini(name)).name != "custom"]
 
 
 @pytest.fixture(scope="module")
