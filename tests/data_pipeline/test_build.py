@@ -262,7 +262,7 @@ def test_bad_records_are_skipped_counted_and_listed_with_their_place(work: Path)
 
 def test_nothing_but_bad_records_is_an_error_that_names_the_reasons(work: Path) -> None:
     with pytest.raises(DataError, match="no document that is not empty: 2 missing_field"):
-        build(section(jsonl(work / "a.jsonl", [{"content": "x"}, {"content": "y"}])), Output(work / "data"))
+        build(section(jsonl(work / "a.jsonl", [{"text": None}, {"content": "y"}])), Output(work / "data"))
 
 
 def test_a_source_that_changes_under_the_build_leaves_nothing(work: Path, text_config: TextConfig, monkeypatch: pytest.MonkeyPatch) -> None:
