@@ -71,7 +71,7 @@ class BadShares:
             return
         reason, count = reasons.most_common(1)[0]
         example = self.examples.get((name, reason))
-        what = f"{count:,} times: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
+        what = f"{count:,}: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
         raise DataError(
             f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with "
             f"{self.bytes[name] / max(self.sizes[name], 1):.1%} of its bytes; most often {reason} ({what}). --max-bad-share "

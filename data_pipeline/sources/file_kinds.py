@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from data_pipeline.sources.files import COMPRESSED
+from data_pipeline.sources.containers import COMPRESSED
 
 JSONL, JSON, PARQUET, CSV, TSV, ARROW, TEXT, CODE = "jsonl", "json", "parquet", "csv", "tsv", "arrow", "text", "code"
 SIDE, ARCHIVE, OTHER = "side", "archive", "other"

@@ -12,11 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from data_pipeline.sources.containers import COMPRESSED, DamagedStream, Described, Stream, describe, open_content
+from data_pipeline.sources.containers import COMPRESSED as COMPRESSED
+from data_pipeline.sources.containers import DamagedStream, Described, Stream, describe, open_content
 from data_pipeline.sources.interface import BYTE_ORDER_MARK, LeftOut, Unit
 from pretrain.config.errors import DataError
-
-__all__ = ["BYTE_ORDER_MARK", "COMPRESSED"]
 
 logger = logging.getLogger(__name__)
 

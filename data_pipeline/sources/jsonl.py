@@ -55,8 +55,8 @@ class Jsonl(Source[JsonlSource]):
                     if isinstance(result, Document):
                         yield result
                         continue
-                    if count == 1 and (unit.end is None or value.offset + value.size + 1 >= os.path.getsize(path)):
-                        around = list_inside(record)
+                    if count == 1 and unit.start == 0 and (unit.end is None or value.offset + value.size + 1 >= os.path.getsize(path)):
+                        around = list_inside(record)  # of a file's only value
                     yield LeftOut(path, result[0], value.number, value.offset, result[1], size=stored_bytes(stream, value.size))
             except DamagedStream as error:
                 yield damaged(path, self.lines_read + 1, error)

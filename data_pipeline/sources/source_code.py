@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.sources.files import BYTE_ORDER_MARK, check_names, distinct, grouped_units, unreadable
+from data_pipeline.sources.files import check_names, distinct, grouped_units, unreadable
 from data_pipeline.sources.folder_walk import is_pointer
-from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
+from data_pipeline.sources.interface import BYTE_ORDER_MARK, Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import text_fault
 from pretrain.config.data_schema import SourceCodeSource
 from pretrain.config.errors import DataError

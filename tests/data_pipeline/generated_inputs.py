@@ -12,10 +12,13 @@ import io
 import json
 import lzma
 import random
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 SEPARATOR = "<|end|>"
 WORDS = ["alpha", "beta,", "γάμμα", "δ😀", "it's", "[ep]", "{brace}", "back\\slash", "semi;colon", "中文", "mü", "12.5", "null", "#x", "a|b"]
@@ -188,6 +191,11 @@ FORMATS = [
 
 
 # --- containers ----------------------------------------------------------------------------------------------------------------------
+
+
+# Of the containers; without one of them there is nothing to compare with.
+TOOLS = ("gzip", "bzip2", "xz", "zstd", "lz4")
+has_tools = pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs the commands {', '.join(TOOLS)}")
 
 
 def _tool(*command: str) -> Callable[[bytes], bytes]:

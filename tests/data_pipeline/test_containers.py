@@ -19,8 +19,10 @@ import pytest
 
 from data_pipeline.sources.containers import DamagedStream, open_content
 from pretrain.config.errors import ConfigError, DataError
+from tests.data_pipeline.generated_inputs import has_tools
 from tests.data_pipeline.source_reading import left_out, read_all, reasons, texts, write
 
+pytestmark = has_tools
 TOOLS = {
     ".gz": (["gzip", "-c"], ["gzip", "-dc"]),
     ".bz2": (["bzip2", "-c"], ["bzip2", "-dc"]),

@@ -14,9 +14,10 @@ from data_pipeline.sources import REASONS, Document, LeftOut, ReadContext, open_
 from data_pipeline.tokenizer import train_bpe
 from pretrain.config.data_schema import DataConfig, TrainBPE
 from pretrain.config.errors import DataError, PipelineError
-from tests.data_pipeline.generated_inputs import HARMLESS, Case, cases
+from tests.data_pipeline.generated_inputs import HARMLESS, Case, cases, has_tools
 from tests.data_pipeline.source_reading import SECTION
 
+pytestmark = has_tools
 UNIT_BYTES = (37, 1 << 20)
 # A build is slower than reading: so many of the cases, spread over all, are built.
 BUILDS = 40

@@ -63,7 +63,9 @@ def test_an_object_around_the_records_is_refused_with_the_name_of_its_list(tmp_p
     for indent in (None, 2):
         with pytest.raises(DataError, match=r"a\.json is one object, which holds a list in 'data'"):
             read(tmp_path, json.dumps({"version": 1, "data": RECORDS}, indent=indent))
-    # A record of many that has a list and no text is a bad one.
+    # A record of many that has a list and no text is a bad one, the last of a range too.
+    path = write(tmp_path / "a.jsonl", (json.dumps(RECORDS[0]) + "\n") * 9 + json.dumps({"data": RECORDS}))
+    assert reasons(read_all(jsonl(path), len(json.dumps(RECORDS[0])) + 1)) == ["missing_field"]
     assert read(tmp_path, json.dumps({"data": RECORDS}) + "\n" + json.dumps(RECORDS[0])) == (TEXTS[:1], [("missing_field", 1)])
 
 
@@ -79,19 +81,28 @@ def test_of_a_cut_array_what_is_whole_is_kept(tmp_path: Path, indent: int | None
             except ValueError:
                 break
             whole.append(record["text"])
-        assert found == whole and [reason for reason, _ in bad] == ["invalid_json"]
+        # Inside the cut record a text looks like the border between two.
+        assert found == whole and [reason for reason, _ in bad] in (["invalid_json"], ["invalid_json"] * 2)
 
 
-@pytest.mark.parametrize("layout", ["lines", "one line", "pretty"])
-@pytest.mark.parametrize("bad", ['{"text": "x" "y"}', '{"text": "x}', '{"text": "x"', '{"text": x}', "x", "// a comment, with [ and {"])
-def test_a_bad_element_costs_no_other(tmp_path: Path, layout: str, bad: str) -> None:
-    elements = [json.dumps(record, indent=2 if layout == "pretty" else None) for record in RECORDS]
+BAD_ELEMENTS = ['{"text": "x" "y"}', '{"text": "x}', '{"text": "x"', '{"text": x}', "x"]
+
+
+@pytest.mark.parametrize("bad", [*BAD_ELEMENTS, "// a comment, with [ and {"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_bad_element_costs_no_other(tmp_path: Path, indent: int | None, bad: str) -> None:
+    elements = [json.dumps(record, indent=indent) for record in RECORDS]
     elements.insert(2, bad)
-    if layout == "one line" and bad.startswith("//"):
-        return
-    found, left = read(tmp_path, "[" + (", " if layout == "one line" else "\n,\n" if bad.startswith("//") else ",\n").join(["", *elements])[1:] + "]")
-    assert found == TEXTS
-    assert [reason for reason, _ in left] == ["invalid_json"]
+    found, left = read(tmp_path, "[\n" + "\n,\n".join(elements) + "\n]")
+    assert found == TEXTS and [reason for reason, _ in left] == ["invalid_json"]
+
+
+@pytest.mark.parametrize("bad", BAD_ELEMENTS)
+def test_a_bad_element_among_others_on_a_line_costs_at_most_the_next_one(tmp_path: Path, bad: str) -> None:
+    elements = [json.dumps({"text": text, "more": {"of": [1, 2]}}) for text in TEXTS]
+    elements.insert(2, bad)
+    found, left = read(tmp_path, "[" + ", ".join(elements) + "]")
+    assert found in (TEXTS, [*TEXTS[:2], *TEXTS[3:]]) and [reason for reason, _ in left] == ["invalid_json"]
 
 
 def test_comments_are_counted_line_by_line(tmp_path: Path) -> None:
