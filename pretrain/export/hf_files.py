@@ -22,6 +22,7 @@ CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 # What transformers gets to see besides configs and weights. All of it is data.
 TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+PLAIN_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # Python runs a file of any of these on an import.
 CODE_SUFFIXES = {".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so"}
 # Fields of config.json by which transformers reads other files than those that are checked here.
@@ -114,18 +115,24 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a folder, from the headers of its files.
 
     Raises:
-        CheckpointError: when a file is missing or cut off, holds a tensor that another one holds too, or is not what the index says.
+        CheckpointError: when a file is missing, cut off or not what the index says, or holds a tensor of packed numbers or one that another
+            file holds too.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, str] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+                packed = {name: kind for name, part in parts.items() if (kind := part.get_dtype()) not in PLAIN_TYPES}
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the weights are incomplete, take a whole folder") from None
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, take another folder") from None
+        if packed:
+            name, kind = min(packed.items())
+            raise CheckpointError(f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32 first")
         if twice := sorted(found.keys() & shapes.keys()):
             raise CheckpointError(f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not belong together")
         shapes |= found

@@ -103,7 +103,7 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     content = {
         "name": name,
         "data": {"tokenizer": _tokenizer_section(source, output, config)},
-        "model": target.model_section(_Fields(config)),
+        "model": _model_section(path, target, config),
         "train": {
             "sequence_length": min(config.max_position_embeddings, 4096),
             "micro_batch_size": 1,
@@ -123,6 +123,14 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
             raise ConfigError(f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be converted exactly")
     _check_buildable(path, target, config)
     return recipe
+
+
+def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> dict[str, Any]:
+    try:
+        return target.model_section(_Fields(config))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # fields of the wrong type, or none
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another folder") from None
 
 
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
