@@ -21,6 +21,7 @@ from pretrain.evaluation.report import markdown, write_markdown, write_tensorboa
 from pretrain.evaluation.sampling import Sampling
 from pretrain.evaluation.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
 from pretrain.evaluation.watch import Parent, watch
+from pretrain.export.hf_files import is_hf_folder
 
 EXAMPLES = """\
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest
@@ -90,7 +91,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 def tells_its_data(checkpoint: Path) -> bool:
     """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is neither."""
-    return not (checkpoint / "config.json").is_file() and not is_weights_alone(read_state(resolve_checkpoint(checkpoint)))
+    return not is_hf_folder(checkpoint) and not is_weights_alone(read_state(resolve_checkpoint(checkpoint)))
 
 
 def suite_of(arguments: argparse.Namespace) -> Suite:

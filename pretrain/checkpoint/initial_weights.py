@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from pretrain.checkpoint.comparison import Comparison, compare
 from pretrain.checkpoint.file_weights import FileWeights
-from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
+from pretrain.checkpoint.layout import complete_checkpoints, damage, read_recipe, read_state, resolve_checkpoint
 from pretrain.checkpoint.stored_weights import StoredWeights
 from pretrain.checkpoint.weights import global_name
 from pretrain.config.durable import write_synced
@@ -44,8 +44,6 @@ def starting_weights(recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, t
     if recipe.initial_weights is None or complete_checkpoints(checkpoints):
         return None
     path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
-    if path.is_dir() and (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{where} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
     of_file = path.suffix in FILES and not path.is_dir()
     stored: FileWeights | StoredWeights
     stored = FileWeights(path, recipe.model) if of_file else StoredWeights(_checked_folder(recipe, tokenizer_sha256, topology))

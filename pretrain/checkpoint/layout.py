@@ -71,6 +71,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         others = complete_checkpoints(path.parent)
         hint = f"there is {others[0]}" if others else "train first, with launchers/pretrain.py"
         raise CheckpointError(f"there is no checkpoint {path}: {hint}")
+    if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is no complete checkpoint (it has no {MANIFEST}): choose another step_N folder")
     return path

@@ -12,11 +12,12 @@ from torch import nn
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.weights import load_model
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation import ONE_TEXT, NextLogits, native_next_logits, transformers_next_logits
 from pretrain.evaluation.speculative import DraftingModel, NativeDrafting
-from pretrain.export.custom.target import holds_our_class
+from pretrain.export.hf_files import is_hf_folder
+from pretrain.export.hf_open import check_fit, open_model, open_tokenizer
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
@@ -92,31 +93,19 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
     Raises:
         CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document token.
     """
-    if is_transformers_folder(path):
+    if is_hf_folder(path):
         return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
     return NativeGenerator(model, load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer), device)
 
 
-def is_transformers_folder(path: Path) -> bool:
-    """Whether a path is a Hugging Face model folder; our checkpoints have no ``config.json``."""
-    return (path / "config.json").is_file()
-
-
 def open_transformers(path: Path, device: torch.device) -> TransformersGenerator:
-    """Opens a Hugging Face model folder, without the network. Code in it is run only where it is this project's own class.
+    """Opens a Hugging Face model folder, without the network. No code in it is run.
 
     Raises:
-        CheckpointError: where transformers cannot open it, or its tokenizer has no end-of-document token.
+        CheckpointError: when the folder is incomplete or damaged, holds foreign code, or its tokenizer has no end-of-document token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, trust_remote_code=holds_our_class(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot open {path}: {' '.join(str(error).split())[:300]}; export the checkpoint again") from None
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"the tokenizer in {path} has no end-of-document token (eos_token): add it to tokenizer_config.json")
+    tokenizer, model = open_tokenizer(path), open_model(path)
+    check_fit(path, model, tokenizer)
     return TransformersGenerator(model, tokenizer, device)

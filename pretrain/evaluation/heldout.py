@@ -23,10 +23,12 @@ from pretrain.checkpoint.weights_folder import is_weights_alone
 from pretrain.config.errors import ConfigError, DataError
 from pretrain.config.schema import Recipe
 from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
-from pretrain.evaluation.generators import is_transformers_folder, open_transformers
-from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, encoded_again, read_split
+from pretrain.evaluation.generators import open_transformers
+from pretrain.evaluation.heldout_text import Groups, HeldoutText, SlidingWindows, read_split
 from pretrain.evaluation.ngram import NGram, fit_ngram, ngram_nll, sample_pairs
+from pretrain.evaluation.other_tokens import in_tokens_of
 from pretrain.evaluation.perplexity import BatchLogits, Evaluation, checked, native_logits, score_batches, transformers_logits
+from pretrain.export.hf_files import is_hf_folder, read_config, stored_shapes
 
 NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
 NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
@@ -47,10 +49,10 @@ class WindowPlan:
     max_windows: int | None = None
 
     def windows(self, text: HeldoutText) -> SlidingWindows:
-        return SlidingWindows(text.stream, self.window, self.stride, self.pad_id, self.document_mask)
+        return SlidingWindows(text.stream, self.window, self.stride, self.pad_id, self.document_mask, text.section)
 
     def is_complete(self, windows: SlidingWindows) -> bool:
-        return self.max_windows is None or self.max_windows >= windows.num_all
+        return not windows.is_sample and (self.max_windows is None or self.max_windows >= windows.num_all)
 
     def batches(self, windows: SlidingWindows, title: str) -> Iterator[Batch]:
         """Batches of fixed windows, with a progress bar."""
@@ -61,7 +63,7 @@ class WindowPlan:
     def places(self, windows: SlidingWindows) -> Iterator[np.ndarray]:
         """For each batch, which token of the stream each of its targets is: int64 [b, S], without the last batch's filling."""
         count = min(windows.num_all, self.max_windows or windows.num_all)
-        starts = np.arange(count) * windows.num_all // count * self.stride
+        starts = np.arange(count) * windows.num_all // count * windows.step
         for first in range(0, count, self.batch_size):
             yield starts[first : first + self.batch_size, None] + np.arange(1, self.window + 1)
 
@@ -181,6 +183,9 @@ def score_transformers(
 ) -> HeldoutScore:
     """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document ended by its end-of-document token.
 
+    With ``max_windows`` and a tokenizer that is not that of the data, only those windows are encoded: see
+    :func:`pretrain.evaluation.other_tokens.in_tokens_of`.
+
     Raises:
         ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is not known.
         DataError, CheckpointError: as :func:`score_checkpoint`.
@@ -193,7 +198,7 @@ def score_transformers(
     opened = open_transformers(folder, device)
     window = window or min(1024, opened.max_positions)
     plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
-    encoded = encoded_again(text, opened.encode, opened.eod_id, opened.vocab_size)
+    encoded = in_tokens_of(opened, text, window, max_windows)
     score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
     return HeldoutScore(corpora.place, None, split, plan.window, plan.stride, **score, baselines=scores)
@@ -229,9 +234,19 @@ def _score(logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: 
 
 
 def check_baselines(names: Sequence[str]) -> None:
-    """Raises :class:`ConfigError` for a name that is neither an n-gram nor a Hugging Face folder."""
+    """Before anybody waits for the model's own score.
+
+    Raises:
+        ConfigError: for a name that is neither an n-gram nor a Hugging Face folder.
+        CheckpointError: for a folder with foreign code, or files of weights that are missing or damaged.
+    """
     for name in names:
-        if not NGRAM_NAMES.match(name) and not is_transformers_folder(Path(name)):
+        if NGRAM_NAMES.match(name):
+            continue
+        if is_hf_folder(Path(name)):
+            read_config(Path(name))
+            stored_shapes(Path(name))
+        else:
             raise ConfigError(f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no Hugging Face folder: correct it")
 
 
@@ -247,8 +262,8 @@ def _score_baseline(name: str, fitted: dict[str, tuple[NGram, int]], text: Heldo
         bits = evaluation.bits_per_byte(text.utf8_bytes) if plan.is_complete(windows) else None
         return BaselineScore(evaluation.loss, evaluation.perplexity, bits, evaluation.targets, samples)
     opened = open_transformers(Path(name), device)
-    own = encoded_again(text, opened.encode, opened.eod_id, opened.vocab_size)
     window = min(plan.window, opened.max_positions)
+    own = in_tokens_of(opened, text, window, plan.max_windows)
     theirs = WindowPlan(window, min(plan.stride, window), plan.batch_size, opened.eod_id, plan.document_mask, plan.max_windows)
     score = _score(transformers_logits(opened.model), own, theirs, device, Path(name).name)
     return BaselineScore(score["loss"], score["perplexity"], score["bits_per_byte"], score["targets"])

@@ -26,16 +26,23 @@ class SlidingWindows(Windows):
 
     So every target but those of the first window has at least S - stride tokens of context. With ``stride`` = S they are plain windows.
 
+    Args:
+        section: the stream is a sample: sections of this many tokens that do not follow each other, with a window at the beginning of each.
+
     Raises:
         ConfigError: where the stride is not from 1 to S: targets would be left out.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, stride: int, pad_id: int, document_mask: bool = False) -> None:
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, stride: int, pad_id: int, document_mask: bool = False, section: int | None = None
+    ) -> None:
         super().__init__(stream, sequence_length, pad_id, document_mask)
         if not 1 <= stride <= sequence_length:
             raise ConfigError(f"the stride is {stride} tokens with windows of {sequence_length}: give one from 1 to the window's size")
-        self.stride = stride
-        self.num_all = 1 + max(0, -(-(self._targets - sequence_length) // stride)) if self._targets else 0
+        self.stride, self.is_sample = stride, section is not None
+        # Tokens from the beginning of a window to that of the next one.
+        self.step = section or stride
+        self.num_all = 1 + max(0, -(-(self._targets - sequence_length) // self.step)) if self._targets else 0
 
     def read(self, number: int) -> Sample:
         """One window, whose labels that an earlier one has scored are -100."""
@@ -43,7 +50,7 @@ class SlidingWindows(Windows):
             return super().read(number)
         if not 0 <= number < self.num_all:
             raise IndexError(f"window {number} of {self.num_all}")
-        sample = self.read_at(number * self.stride)
+        sample = self.read_at(number * self.step)
         if number:
             sample.labels_S[: self.sequence_length - self.stride] = NO_LOSS
         return sample
@@ -78,6 +85,9 @@ class HeldoutText:
         sources: names; ``source_D`` are their numbers.
         utf8_bytes: of all texts, as the data's manifest says.
         texts: reads the documents' texts, in order.
+        corpora: the data folders whose tokens these are; None for tokens of another model.
+        section: see :class:`SlidingWindows`; None for the whole text.
+        whole_lengths_D: tokens of each document in the data folders, where ``stream`` has only parts of them.
     """
 
     stream: TokenStream
@@ -86,9 +96,14 @@ class HeldoutText:
     source_D: np.ndarray
     utf8_bytes: int
     texts: Callable[[], Iterator[str]]
+    corpora: Corpora | None = None
+    section: int | None = None
+    whole_lengths_D: np.ndarray | None = None
 
     def lengths_D(self) -> np.ndarray:
         """Tokens of each document."""
+        if self.whole_lengths_D is not None:
+            return self.whole_lengths_D
         return np.diff(self.starts_D, append=self.stream.num_tokens)
 
     def bytes_D(self) -> np.ndarray:
@@ -119,28 +134,30 @@ def read_split(corpora: Corpora, split: SplitName) -> HeldoutText:
     def texts() -> Iterator[str]:
         return _decoded(stream, starts_D, corpora)
 
-    return HeldoutText(stream, starts_D, sources, source_D, corpora.utf8_bytes(split), texts)
+    return HeldoutText(stream, starts_D, sources, source_D, corpora.utf8_bytes(split), texts, corpora)
 
 
 def _decoded(stream: TokenStream, starts_D: np.ndarray, corpora: Corpora) -> Iterator[str]:
     """Each document's text, without the tokens around it."""
-    library = tokenizers.Tokenizer.from_file(str(corpora.tokenizer_path))
-    policy = corpora.tokenizer
+    decode = document_decoder(corpora)
     ends_D = np.append(starts_D[1:], stream.num_tokens)
     for start, end in tqdm(zip(starts_D.tolist(), ends_D.tolist(), strict=True), total=len(starts_D), desc="decoding documents", unit="document"):
-        ids = stream.read(start, end - start)
+        yield decode(stream.read(start, end - start))
+
+
+def document_decoder(corpora: Corpora) -> Callable[[np.ndarray], str]:
+    """Makes text of a document's tokens, or of a part of them, without the tokens around a document."""
+    library = tokenizers.Tokenizer.from_file(str(corpora.tokenizer_path))
+    policy = corpora.tokenizer
+
+    def decode(ids: np.ndarray) -> str:
         if policy.prepend_bos and len(ids) and ids[0] == policy.bos_id:
             ids = ids[1:]
         if policy.append_eod and len(ids) and ids[-1] == policy.eod_id:
             ids = ids[:-1]
-        yield library.decode(ids.tolist(), skip_special_tokens=False)
+        return library.decode(ids.tolist(), skip_special_tokens=False)
 
-
-def encoded_again(text: HeldoutText, encode: Callable[[str], list[int]], eod_id: int, vocab_size: int) -> HeldoutText:
-    """The same documents in another model's tokens, each ended by its end-of-document token; all of them in memory."""
-    documents = [np.array([*encode(document), eod_id], dtype=np.int64) for document in text.texts()]
-    stream = TokensInMemory(documents, vocab_size)
-    return HeldoutText(stream, stream.document_starts(0, stream.num_tokens), text.sources, text.source_D, text.utf8_bytes, text.texts)
+    return decode
 
 
 class Groups:

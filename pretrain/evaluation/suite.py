@@ -14,12 +14,13 @@ from pretrain.checkpoint.layout import read_state
 from pretrain.config.errors import ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.code import STOP, read_problems, score_code
-from pretrain.evaluation.generators import NativeGenerator, TransformersGenerator, is_transformers_folder, open_generator
+from pretrain.evaluation.generators import NativeGenerator, TransformersGenerator, open_generator
 from pretrain.evaluation.harness import run_tasks
 from pretrain.evaluation.heldout import HeldoutScore, score_checkpoint, score_transformers
 from pretrain.evaluation.references import read_references, score_references
 from pretrain.evaluation.sampling import Sampling
 from pretrain.evaluation.writing import Writer
+from pretrain.export.hf_files import is_hf_folder
 
 WRITING_BATCH = 8
 GREEDY = Sampling(greedy=True)
@@ -87,8 +88,8 @@ class Suite:
         Raises:
             PipelineError: where one of the evaluations cannot be done.
         """
-        folder = path if is_transformers_folder(path) else whole_checkpoint(path)
-        step = None if is_transformers_folder(folder) else read_state(folder)["step"]
+        folder = path if is_hf_folder(path) else whole_checkpoint(path)
+        step = None if is_hf_folder(folder) else read_state(folder)["step"]
         result: dict[str, Any] = {"checkpoint": str(folder), "step": step}
         if self.heldout is not None:
             result |= self._heldout(folder, self.heldout).to_dict()
@@ -113,7 +114,7 @@ class Suite:
 
     def _heldout(self, folder: Path, options: HeldoutOptions) -> HeldoutScore:
         how = (options.max_windows, options.baselines, options.window, options.stride)
-        if not is_transformers_folder(folder):
+        if not is_hf_folder(folder):
             return score_checkpoint(folder, options.data, options.split, self.device, self.batch_size, *how)
         if options.data is None:
             raise ConfigError(f"{folder} does not say what it was trained on: give held-out text with --data FOLDER")

@@ -99,7 +99,7 @@ def export_hf(
         if unchecked is None:
             # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
             reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
-            parity = compare_logits(reference, load_exported(folder, own_code=bool(target.files)), windows_WS)
+            parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
         step = _write_card(checkpoint, folder)
         conversion = Conversion(target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from pretrain.config.load import validate_recipe
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
+from pretrain.export.hf_files import CONFIG, read_config
+from pretrain.export.hf_open import check_stored, open_config
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
 from pretrain.export.targets import ARCHITECTURES
@@ -87,6 +88,7 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
     """
     target, config = _architecture(source)
     recipe = _recipe(source, output, target, config)
+    check_stored(source)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
     left_out = _left_out(theirs, links, recipe)
@@ -112,23 +114,14 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
 
 
 def _architecture(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
-    from transformers import AutoConfig
-
-    path = source / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path} is missing or no JSON: give a Hugging Face folder") from None
-    name = content.get("model_type") if isinstance(content, dict) else None
+    path, content = source / CONFIG, read_config(source)
+    name = content["model_type"]
     known = {target.name: target for target in ARCHITECTURES}
     if name not in known:
         raise ConfigError(f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}")
     if content.get("quantization_config"):
         raise ConfigError(f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
-    try:
-        return known[name], AutoConfig.from_pretrained(source, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"transformers does not take {path}: {' '.join(str(error).split())[:300]}") from None
+    return known[name], open_config(source)
 
 
 def _recipe(source: Path, output: Path, target: LlamaLike, config: PreTrainedConfig) -> Recipe:
@@ -141,7 +134,7 @@ def _recipe(source: Path, output: Path, target: LlamaLike, config: PreTrainedCon
     content = {
         "name": name,
         "data": {"tokenizer": _tokenizer_section(source, output, config)},
-        "model": target.model_section(_Fields(config)),
+        "model": _model_section(source, target, config),
         "train": {
             "sequence_length": min(config.max_position_embeddings, 4096),
             "micro_batch_size": 1,
@@ -162,6 +155,14 @@ def _recipe(source: Path, output: Path, target: LlamaLike, config: PreTrainedCon
     return recipe
 
 
+def _model_section(source: Path, target: LlamaLike, config: PreTrainedConfig) -> dict[str, Any]:
+    try:
+        return target.model_section(_Fields(config))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # fields of the wrong type, or none
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source / CONFIG} is no config of {target.name} ({type(error).__name__}: {reason}): take another folder") from None
+
+
 def _canonical(value: Any) -> Any:
     """Rope parameters without what stands there for older readers or changes nothing."""
     if not isinstance(value, dict):
@@ -174,9 +175,16 @@ def _canonical(value: Any) -> Any:
 def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
     if not (source / TOKENIZER).is_file():
         return {"kind": "train_bpe"}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({error}): copy the model's own there") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.vocab_size:
+        raise CheckpointError(f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     section = {"kind": "file", "path": str(output / TOKENIZER)}
-    token = None if eos is None else tokenizers.Tokenizer.from_file(str(source / TOKENIZER)).id_to_token(eos)
+    token = None if eos is None else tokenizer.id_to_token(eos)
     return section if token is None else section | {"eod_token": token}
 
 

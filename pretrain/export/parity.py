@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pretrain.config.errors import CheckpointError, DataError
 from pretrain.config.model_schema import ModelConfig
+from pretrain.export.hf_open import open_model
 from pretrain.export.name_map import Link, Tensors, Zeros
 from pretrain.model.decoder import DecoderLM
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 WINDOWS = 8
 TOLERANCE = 1e-4
-FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,16 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
 
 
-def load_exported(folder: Path, own_code: bool = False) -> PreTrainedModel:
-    """The exported model in fp32 on the CPU, by transformers' own code, or with ``own_code`` by that in the folder.
+def load_exported(folder: Path) -> PreTrainedModel:
+    """The exported model in fp32 on the CPU.
 
     Raises:
-        CheckpointError: when transformers misses a tensor, has one too many or one of another shape.
+        CheckpointError: when transformers cannot open it, or misses a tensor, has one too many or one of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
-    model: PreTrainedModel
-    report: dict[str, Any]
-    # transformers' annotations leave out that output_loading_info makes it a pair.
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=own_code
-    )
-    model, report = opened
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if kind in FAULTS and names}
-    if wrong:
-        raise CheckpointError(f"transformers does not read {folder} completely ({wrong}): the export is wrong, nothing was published")
-    return model.eval()
+    try:
+        return open_model(folder, torch.float32)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nothing was published") from None
 
 
 @torch.inference_mode()

@@ -23,6 +23,9 @@ SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "export.json"
 SHARD_BYTES = 5_000_000_000
+# Files of weights that are read by unpickling or by other frameworks.
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".pkl"}
+DEEPEST = 32
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,6 +48,33 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that anybody may have written.
+
+    Raises:
+        CheckpointError: when there is none, or it is nested so deeply that Python cannot walk it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(f"{path} is missing or no JSON: give a whole Hugging Face folder") from None
+    if not isinstance(content, dict) or any(depth > DEEPEST for _, _, depth in json_fields(content)):
+        raise CheckpointError(f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging Face folder")
+    return content
+
+
+def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
+    """Every field of objects and every item of lists (of the name ""), each with its depth; without recursion, as nesting may be hostile."""
+    waiting = [("", content, 0)]
+    while waiting:
+        name, value, depth = waiting.pop()
+        yield name, value, depth
+        if isinstance(value, dict):
+            waiting += [(field, item, depth + 1) for field, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [("", item, depth + 1) for item in value]
 
 
 def parse_bytes(text: str) -> int:
@@ -102,22 +132,42 @@ def _shards(forms: Mapping[str, TensorForm], shard_bytes: int) -> list[list[str]
     return shards
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: ``model.safetensors``, or the shards that the index names.
+
+    Raises:
+        CheckpointError: when there are none, or both, or the index is damaged.
+    """
+    whole, index = folder / WEIGHTS, folder / INDEX
+    if whole.is_file() and index.is_file():
+        raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not belong there")
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return sorted({folder / name for name in weight_map(index).values()})
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
+        raise CheckpointError(f"{folder} has its weights as {pickles[0]}, which can run code while it is read: convert it to safetensors")
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}: the weights are missing, take a whole folder")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are safetensors files beside it."""
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} is no index of weights: take another folder")
+    for name in names.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file beside it: take another folder")
+    return names
+
+
 def open_exported_weights(folder: Path) -> TensorReader:
     """All tensors of a Hugging Face folder, ours or not, to be read one by one.
 
     Raises:
-        CheckpointError: where a file is missing or damaged.
+        CheckpointError: when a file is missing or damaged.
     """
-    index = folder / INDEX
-    if not index.is_file():
-        return TensorReader([folder / WEIGHTS])
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} is no index of weights: take another folder") from None
-    if any(Path(file).name != file for file in files):
-        raise CheckpointError(f"{index} names files outside of its folder: take another folder")
-    return TensorReader(folder / file for file in files)
+    return TensorReader(weight_files(folder))
 
 
 def copy_file(source: Path, destination: Path) -> None:

@@ -24,7 +24,7 @@ from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, Config
 from pretrain.config.timeline import Timeline
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generators import open_transformers
-from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint
+from pretrain.evaluation.heldout import fit_on_seen_samples, score_checkpoint, score_transformers
 from pretrain.evaluation.heldout_text import SlidingWindows, read_split
 from pretrain.evaluation.ngram import fit_ngram
 from pretrain.evaluation.perplexity import native_logits, score_batches, transformers_logits
@@ -178,6 +178,15 @@ def test_an_export_has_the_checkpoint_s_numbers_and_may_be_its_baseline(trained:
     for arguments, words in (((), "give held-out text with --data"), (("--data", trained.data, "--baselines", "bigram"), "leave it out")):
         refused = evaluate("--checkpoint", exported, *arguments)
         assert refused.returncode == USAGE and words in refused.stderr
+
+
+def test_a_few_windows_of_an_export_are_those_of_its_checkpoint(trained: Trained, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the data's tokenizer, so nothing is decoded and encoded again."""
+    ours = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, max_windows=5, baselines=())
+    monkeypatch.setattr("pretrain.evaluation.generators.TransformersGenerator.encode", None)
+    theirs = score_transformers(exported, trained.data, "validation", CPU, max_windows=5, window=trained.recipe.train.sequence_length)
+    assert theirs.targets == ours.targets == 5 * trained.recipe.train.sequence_length and theirs.bits_per_byte is None
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-5) and theirs.by_length.keys() == ours.by_length.keys()
 
 
 def test_document_masks_hold_for_an_export_too(trained: Trained, exported: Path) -> None:

@@ -91,7 +91,7 @@ def test_wrong_arguments_end_in_one_sentence_and_their_code(trained: Trained, tm
         (("--model", trained.latest, "--prompts-file", tmp_path / "prompts.jsonl"), BAD_DATA, "no JSON object with a"),
         (("--model", trained.latest, "--prompts-file", tmp_path / "none.txt"), BAD_DATA, "none.txt cannot be read"),
         ((*text, "--model", trained.latest, "--max-new-tokens", "300"), USAGE, "256 positions"),
-        ((*text, "--model", tmp_path), BAD_CHECKPOINT, "transformers cannot open"),
+        ((*text, "--model", tmp_path), BAD_CHECKPOINT, "names no model_type"),
     ]
     for arguments, code, words in cases:
         refused = run_here("generate.py", *arguments)

@@ -15,7 +15,9 @@ from data_pipeline.corpora import load_corpora
 from data_pipeline.packing import PADDING_WINDOW
 from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.heldout_text import LENGTH_EDGES, Groups, HeldoutText, SlidingWindows, TokensInMemory, encoded_again, read_split
+from pretrain.evaluation.heldout import WindowPlan
+from pretrain.evaluation.heldout_text import LENGTH_EDGES, Groups, HeldoutText, SlidingWindows, TokensInMemory, read_split
+from pretrain.evaluation.other_tokens import in_tokens_of
 from tests.data_pipeline.data_folder import stream_of
 
 
@@ -124,9 +126,63 @@ def test_each_document_of_a_split_has_its_source_and_its_text(two_sources: dict[
     assert alone.sources == ["sums", "words"]
 
 
+class ByteModel:
+    """A model whose tokens are bytes; it counts what it encodes."""
+
+    eod_id, vocab_size, tokenizer, encoded = 256, 257, None, 0
+
+    def encode(self, text: str) -> list[int]:
+        self.encoded += len(text.encode())
+        return list(text.encode())
+
+
 def test_another_tokenizer_s_tokens_are_of_the_same_documents(two_sources: dict[str, str]) -> None:
     text = read_split(load_corpora(two_sources), "validation")
-    again = encoded_again(text, lambda one: list(one.encode()), eod_id=256, vocab_size=257)
+    again = in_tokens_of(ByteModel(), text, 16, None)
     assert again.stream.num_tokens == text.utf8_bytes + len(text.starts_D)
     assert (again.source_D == text.source_D).all() and (again.lengths_D() == text.bytes_D() + 1).all()
     assert again.stream.read(int(again.starts_D[1]) - 1, 1).tolist() == [256]
+
+
+def test_a_few_windows_in_another_tokenizer_s_tokens_are_all_that_is_encoded(two_sources: dict[str, str]) -> None:
+    """Sections of the whole text in the model's tokens, spread evenly over it, each with the sources and lengths of its documents."""
+    text = read_split(load_corpora(two_sources), "validation")
+    whole = in_tokens_of(ByteModel(), text, 16, None)
+    model, window, count = ByteModel(), 40, 5
+    few = in_tokens_of(model, text, window, count)
+    assert model.encoded < text.utf8_bytes / 2 and few.stream.num_tokens == count * (window + 1)
+    everything = whole.stream.read(0, whole.stream.num_tokens).tolist()
+    source_T = np.repeat(whole.source_D, whole.lengths_D())
+    length_T = np.repeat(text.lengths_D(), whole.lengths_D())
+    own_source_T, own_length_T = (np.repeat(of_D, np.diff(few.starts_D, append=few.stream.num_tokens)) for of_D in (few.source_D, few.lengths_D()))
+    ends = 0
+    for number in range(count):
+        section = few.stream.read(number * (window + 1), window + 1).tolist()
+        matches = [start for start in range(len(everything) - window) if everything[start : start + window + 1] == section]
+        own = slice(number * (window + 1), (number + 1) * (window + 1))
+        assert any(
+            (source_T[start : start + window + 1] == own_source_T[own]).all() and (length_T[start : start + window + 1] == own_length_T[own]).all()
+            for start in matches
+        )
+        ends += section.count(256)
+    assert ends > 0 and len(set(few.source_D.tolist())) > 1
+
+
+def test_a_window_begins_at_the_beginning_of_each_section(two_sources: dict[str, str]) -> None:
+    few = in_tokens_of(ByteModel(), read_split(load_corpora(two_sources), "validation"), 40, 5)
+    plan = WindowPlan(40, 10, 2, 0, False, 5)
+    windows = plan.windows(few)
+    assert windows.num_all == 5 and not plan.is_complete(windows)
+    tokens = few.stream.read(0, few.stream.num_tokens)
+    for number in range(5):
+        sample, section = windows.read(number), tokens[number * 41 : number * 41 + 41]
+        assert sample.inputs_S.tolist() == section[:40].tolist()
+        assert sample.labels_S.tolist()[30 if number else 0 :] == section[31 if number else 1 :].tolist()
+        assert not number or (sample.labels_S[:30] == NO_LOSS).all()
+    assert np.concatenate(list(plan.places(windows)))[:, 0].tolist() == [number * 41 + 1 for number in range(5)]
+
+
+def test_where_windows_would_run_into_each_other_everything_is_encoded(two_sources: dict[str, str]) -> None:
+    text = read_split(load_corpora(two_sources), "validation")
+    all_of_it = in_tokens_of(ByteModel(), text, 40, text.stream.num_tokens // 20)
+    assert all_of_it.section is None and all_of_it.stream.num_tokens == text.utf8_bytes + len(text.starts_D)

@@ -20,9 +20,8 @@ from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import load_recipe
 from pretrain.config.model_schema import RMSNorm
 from pretrain.config.section import Section
-from pretrain.evaluation.generators import open_transformers
 from pretrain.export.custom import target as custom_target
-from pretrain.export.custom.target import CLASS_FILES, Custom, holds_our_class
+from pretrain.export.custom.target import CLASS_FILES, Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.name_map import to_theirs
 from pretrain.export.targets import choose_target
@@ -221,18 +220,6 @@ def test_weights_that_do_not_belong_to_the_recipe_are_refused(tmp_path: Path, to
     del weights["layers.1.feed_forward.experts.w3"]
     with pytest.raises(CheckpointError, match=r"has no tensor 'layers\.1\.feed_forward\.experts\.w3'"):
         write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights), tokenizer)
-
-
-def test_code_that_was_changed_is_not_ours(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    recipe = recipe_of("position=learned")
-    write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights_of(random_model(recipe))), tokenizer)
-    assert holds_our_class(tmp_path)
-    open_transformers(tmp_path, torch.device("cpu"))
-    with (tmp_path / "modeling_moe_pretrain.py").open("a") as file:
-        file.write("\nraise SystemExit\n")
-    assert not holds_our_class(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot open"):
-        open_transformers(tmp_path, torch.device("cpu"))
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -151,11 +151,6 @@ def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link
     return [Link(ours[0], theirs, rows=vocab_size if theirs in VOCABULARY else None, exact=theirs.endswith(EXACT))]
 
 
-def holds_our_class(folder: Path) -> bool:
-    """Whether the code in an export is this project's, byte for byte, and so may be run."""
-    return all((folder / path.name).is_file() and (folder / path.name).read_bytes() == path.read_bytes() for path in CLASS_FILES)
-
-
 def _their_name(name: str, gated: bool) -> str:
     """All experts of a layer have one tensor a matrix; without a gate our dropless layer has the halves of one matrix in two tensors."""
     if match := DROPLESS_EXPERTS.search(name):
