@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import logging
-from collections.abc import Sequence
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import tqdm
 
 from pretrain.config.errors import ConfigError, DataError, PipelineError
 from pretrain.evaluation.generators import NativeGenerator, TransformersGenerator
+from pretrain.export.hf_open import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -36,11 +42,12 @@ def run_tasks(
         ConfigError: for a task that there is not.
         DataError: where a task's data cannot be read: tasks of the harness's own list come from the hub.
     """
+    quiet_libraries()
+    import datasets
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = _task_manager(list(tasks), include_path)
     if isinstance(opened, NativeGenerator):
         from pretrain.evaluation.harness_model import NativeHarnessModel
@@ -48,12 +55,22 @@ def run_tasks(
         model: Any = NativeHarnessModel(opened, batch_size)
     else:
         model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size, device=str(opened.device))
-    results = simple_evaluate(
-        model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=False, bootstrap_iters=1000, task_manager=manager
-    )
+    with _without_asides():
+        results = simple_evaluate(
+            model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=False, bootstrap_iters=1000, task_manager=manager
+        )
     assert results is not None
     found = {**results["results"], **results.get("groups", {})}
     return {task: {name: _plain(value) for name, value in metrics.items() if name not in ("alias", "name")} for task, metrics in found.items()}
+
+
+@contextmanager
+def _without_asides() -> Iterator[None]:
+    """Without what the harness prints to standard output, which may be ours for JSON alone, and without its bars that have no name."""
+    silent = functools.partial(tqdm.tqdm, disable=True)
+    # Its metrics import tqdm when they are called; modules that run the model have imported their own before, whose bars are named and stay.
+    with redirect_stdout(io.StringIO()), patch("tqdm.tqdm", silent), patch("lm_eval.api.task.tqdm", silent):
+        yield
 
 
 def _plain(value: Any) -> Any:
