@@ -153,4 +153,5 @@ class BackgroundCheck:
             if fault is not None:
                 self.fault = fault
                 return
-        logger.info("%d blocks of the data, %d bytes, are as they were written", len(self._blocks), sum(block.size for block in self._blocks))
+        if self._blocks:
+            logger.info("%d blocks of the data, %d bytes, are as they were written", len(self._blocks), sum(block.size for block in self._blocks))
