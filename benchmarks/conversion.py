@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from held_memory import MEASURE, PeakMemory
 from rich.console import Console
 from rich.table import Table
 
@@ -57,8 +58,7 @@ from pathlib import Path
 source, output, data = map(Path, sys.argv[1:])
 started = time.perf_counter()
 {side}
-status = Path("/proc/self/status").read_text()
-print("MEASURED", time.perf_counter() - started, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+print("MEASURED", time.perf_counter() - started)
 """
 COMMON = [
     "train.sequence_length=32",
@@ -97,16 +97,18 @@ def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
 
 
 def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
-    """Seconds and peak bytes, or the error's last line."""
+    """Seconds and the most bytes held, or the error's last line."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-c", PROGRAM.format(side=SIDES[side]), str(source), str(output), str(folder / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with PeakMemory(process.pid) as memory:
+        printed, errors = process.communicate()
     shutil.rmtree(output, ignore_errors=True)
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1].replace(str(source), "...")[:200]
-    seconds, peak = done.stdout.split("MEASURED")[1].split()
-    return float(seconds), int(peak)
+    if process.returncode:
+        return errors.strip().splitlines()[-1].replace(str(source), "...")[:200]
+    return float(printed.split("MEASURED")[1]), memory.peak
 
 
 def main() -> None:
@@ -117,6 +119,7 @@ def main() -> None:
     result: dict[str, object] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
+        "memory": MEASURE,
         "models": {},
     }
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:

@@ -2,7 +2,8 @@
 """From shards to batches: this loader against Megatron-Core's GPTDataset on the same shards, and at the size of a trillion tokens.
 
 The shards hold random tokens in documents of log-normal length. Both sides give sequences with document boundaries: ours document ids,
-Megatron's reset position ids and loss masks. Each measurement is a process of its own; its memory is counted from after the imports. The
+Megatron's reset position ids and loss masks. Each measurement is a process of its own; its memory is what it holds
+(benchmarks/held_memory.py) beyond the imports. The
 corpus of a trillion tokens is 500 shards whose token files are sparse: they have their size, but take no room on the disk.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import psutil
+from held_memory import MEASURE, held_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -112,10 +113,6 @@ def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
     return {"tokens_per_second": rate, "p50_ms": middle, "p99_ms": late, "max_ms": most}
 
 
-def memory() -> int:
-    return psutil.Process().memory_info().rss
-
-
 def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
     from data_pipeline.corpora import load_corpora
     from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
@@ -129,14 +126,14 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
         packed = prepare_packing(load_corpora({"": str(folder)}), config, SEQUENCE_LENGTH)
         assert packed is not None
         result = {"packing_seconds": time.perf_counter() - started, "padding_share": packed.padding_share, "truncated_share": packed.truncated_share}
-    before, started = memory(), time.perf_counter()
+    before, started = held_bytes(), time.perf_counter()
     parts = load_corpora({"": str(folder)}).training_parts()
     sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
     loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
-    result |= {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": memory() - before}
+    result |= {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": held_bytes() - before}
     if steps:
-        result |= timed_steps(lambda number: loader.step_batches(number + 1), steps) | {"bytes": memory() - before}
+        result |= timed_steps(lambda number: loader.step_batches(number + 1), steps) | {"bytes": held_bytes() - before}
     return result
 
 
@@ -158,7 +155,7 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
             raise NotImplementedError("the shards hold tokens")
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    before, started = memory(), time.perf_counter()
+    before, started = held_bytes(), time.perf_counter()
     prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("train_*.bin"))
     cache = folder / "megatron-cache"
     config = GPTDatasetConfig(
@@ -180,8 +177,8 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
         return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")}
 
     step(0)
-    result: dict[str, float] = {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": memory() - before}
-    result |= timed_steps(lambda number: step(number + 1), steps) | {"bytes": memory() - before}
+    result: dict[str, float] = {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": held_bytes() - before}
+    result |= timed_steps(lambda number: step(number + 1), steps) | {"bytes": held_bytes() - before}
     shutil.rmtree(cache)
     return result
 
@@ -225,7 +222,7 @@ def run_side(folder: Path, side: str, steps: int) -> dict[str, float]:
 
 def print_report(report: dict[str, Any]) -> None:
     console = Console()
-    table = Table("side", "first batch s", "memory MB", "tokens/s", "p50 ms", "p99 ms", "max ms", title=f"{report['tokens'] / 1e6:.0f} M tokens")
+    table = Table("side", "first batch s", "held memory MB", "tokens/s", "p50 ms", "p99 ms", "max ms", title=f"{report['tokens'] / 1e6:.0f} M tokens")
     for side, row in report["sides"].items():
         cells = [f"{row['first_batch_seconds']:.2f}", f"{row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second'] / 1e6:.1f} M"]
         table.add_row(side, *cells, *(f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")))
@@ -256,6 +253,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "memory": MEASURE,
         "tokens": sum(shard["tokens"] for shard in json.loads((small / "manifest.json").read_text())["splits"]["train"]["shards"]),
         "sides": {side: measure(small, side, options.steps) for side in ("concatenate", "best_fit", "megatron")},
         "trillion": measure(large, "concatenate", 300),

@@ -3,7 +3,8 @@
 
 * trainings: the quickstart's model on its corpus, three seeds each, with feed-forwards of equal FLOPs a token: dense, dropless experts, PEER
   (all with grouped-query attention); and with latent attention (and dropless experts).
-* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory of the process.
+* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory
+  that the process holds (benchmarks/held_memory.py).
 * decoding: what both kinds of attention keep of a token, and how fast they decode.
 
 Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of its own with one thread.
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 import torch
+from held_memory import MEASURE, PeakMemory, held_bytes
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -59,22 +61,21 @@ EXPERTS = {"4,096": [64, 64], "65,536": [256, 256], "1,048,576": [1024, 1024]}
 
 
 def train(name: str, overrides: list[str], seed: int, tokens: int, folder: Path) -> dict[str, float]:
-    """One training in a process of its own: validation loss, median tokens a second, largest resident memory."""
+    """One training in a process of its own: validation loss, median tokens a second, the most memory held."""
     run = folder / f"{name}-{seed}"
     settings = [*TRAINING, *overrides, f"seed={seed}", f"train.train_tokens={tokens}", f"run_path={run}", f"data.path={ROOT / 'data/quickstart'}"]
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "quickstart", "--json", "-"]
     command += [word for setting in settings for word in ("--set", setting)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    with PeakMemory(process.pid) as memory:
+        _, errors = process.communicate()
+    if process.returncode:
         raise SystemExit(f"{name} failed: {errors[-2000:]}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"][1:]
     summary = json.loads((run / "summary.json").read_text())
     shutil.rmtree(run)
-    return {"loss": summary["validation_loss_in_training"], "tokens_per_second": median(speeds), "peak_rss_gb": usage.ru_maxrss * 1024 / 1e9}
+    return {"loss": summary["validation_loss_in_training"], "tokens_per_second": median(speeds), "peak_gb": memory.peak / 1e9}
 
 
 def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[s
             "loss_mean": mean(losses),
             "loss_spread": stdev(losses),
             "tokens_per_second": median(run["tokens_per_second"] for run in runs[name]),
-            "peak_rss_gb": max(run["peak_rss_gb"] for run in runs[name]),
+            "peak_gb": max(run["peak_gb"] for run in runs[name]),
         }
     return found
 
@@ -129,7 +130,7 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
     topology = connect(1)
     ds_config = resolve_ds_config({"zero_optimization": {"stage": 0}}, "this benchmark", recipe, "fp32", check_topology(recipe, 1, 0), 1)
     engine = Engine(recipe, ds_config, "fp32", topology)
-    held = psutil.Process().memory_info().rss
+    built = held_bytes()
     times = []
     for step in range(steps + 2):
         tokens = torch.randint(0, 4096, (2, 257), generator=torch.Generator().manual_seed(step))
@@ -138,9 +139,9 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         times.append(time.perf_counter() - started)
     assert engine.rows is not None
     used = max(int((state.steps > 0).sum()) for state in engine.rows.states.values())
-    rss = psutil.Process().memory_info().rss
+    after = held_bytes()
     disconnect()
-    return {"step_seconds": median(times[2:]), "rss_built_gb": held / 1e9, "rss_after_gb": rss / 1e9, "experts_used": used}
+    return {"step_seconds": median(times[2:]), "built_gb": built / 1e9, "after_gb": after / 1e9, "experts_used": used}
 
 
 def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, Any]:
@@ -187,6 +188,7 @@ def main() -> None:
     path = Path(options.json_path)
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # parts that are not measured now stay
     results["date"] = date.today().isoformat()
+    results["memory"] = MEASURE
     results["hardware"] = f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process"
     with tempfile.TemporaryDirectory() as folder:
         measures: dict[str, Callable[[], dict[str, Any]]] = {

@@ -3,7 +3,8 @@
 
 The corpus is real code and text: the files of the interpreter's library and of all installed packages, as JSON lines. The tokenizer is a
 byte-level BPE of 32,768 entries trained on a tenth of it. Each measurement is a process of its own that reports its seconds without
-imports and start-up, and its peak memory over all its processes. Rounds alternate, so that a change of the machine's speed meets all sides.
+imports and start-up, and the most memory that all its processes held (benchmarks/held_memory.py). Rounds alternate, so that a change of the machine's
+speed meets all sides.
 
 * newest: what Megatron-LM's preprocess_data_fast.py does: gigatoken's encode_files over the whole file, then one call of the builder.
 * classic: what its preprocess_data.py does: a pool of 2 processes, one encode of the tokenizers library a document (on a part of the file).
@@ -33,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
+from held_memory import MEASURE, PeakMemory
 from rich.console import Console
 from rich.table import Table
 
@@ -250,21 +252,14 @@ def stages(folder: Path) -> dict[str, float]:
 
 
 def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> dict[str, float]:
-    """Runs one side in a process of its own: its result, with the peak memory of it and its children together, in bytes."""
+    """Runs one side in a process of its own: its result, with the most that it and its children held together, in bytes."""
     command = [sys.executable, __file__, "--folder", str(folder), "--side", side, "--options", json.dumps(options or {})]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watched, peak = psutil.Process(process.pid), 0
-    while process.poll() is None:
-        try:
-            family = [watched, *watched.children(recursive=True)]
-            peak = max(peak, sum(member.memory_info().rss for member in family))
-        except psutil.Error:
-            pass
-        time.sleep(0.02)
-    output = process.stdout.read() if process.stdout else ""
+    with PeakMemory(process.pid) as memory:
+        output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the side {side} failed")
-    return json.loads(output.splitlines()[-1]) | {"peak_bytes": peak}
+    return json.loads(output.splitlines()[-1]) | {"peak_bytes": memory.peak}
 
 
 def run_side(folder: Path, side: str, options: dict[str, Any]) -> dict[str, float]:
@@ -385,6 +380,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "memory": MEASURE,
         "sides": rounds(options.folder, options.rounds),
         "touched": touched_rounds(options.folder, options.rounds),
         "stages": measure(options.folder, "stages"),

@@ -13,6 +13,7 @@ import xxhash
 from data_pipeline.indexed import IndexedReader, bin_path, idx_path
 from data_pipeline.manifest import Manifest, ShardEntry, check_file
 from data_pipeline.split import SplitName
+from data_pipeline.verification import every_block
 from pretrain.config.errors import DataError
 
 BLOCK = 1 << 21
@@ -131,8 +132,8 @@ def find_duplicates(manifest: Manifest, split: SplitName, most: int, advance: Ad
 def check_everything(manifest: Manifest, advance: Advance) -> list[str]:
     """Everything that is wrong with a data folder, one sentence each; empty where it is whole.
 
-    Checks every checksum and size, each index against its tokens, every token id against the vocabulary, the end-of-document tokens, and
-    the manifest's totals.
+    Checks every checksum and size, those of blocks too, each index against its tokens, every token id against the vocabulary, the
+    end-of-document tokens, and the manifest's totals.
     """
     remedy = "build the data again with tools/preprocess_data.py --fresh"
     put_back = "put back the tokenizer that the shards were built with"
@@ -144,6 +145,8 @@ def check_everything(manifest: Manifest, advance: Advance) -> list[str]:
             checks.append(partial(check_file, bin_path(prefix), shard.bin_bytes, shard.bin_sha256, remedy))
             checks.append(partial(_check_shard, prefix, shard, manifest, advance))
     faults = [fault for check in checks if (fault := _fault_of(check))]
+    # Where in a file the damage is; and training looks at these checksums.
+    faults += [fault for block in every_block([manifest]) if not block.is_whole_file and (fault := block.fault())]
     for name, split in manifest.splits.items():
         for what in ("documents", "tokens"):
             counted = sum(getattr(shard, what) for shard in split.shards)

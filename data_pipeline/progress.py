@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -120,8 +121,11 @@ class Stage:
 
     def _open_bar(self) -> Any:
         layout = BAR if self.total else WITHOUT_TOTAL if self.unit else JUST_A_TITLE
+        # A terminal may not know its size.
+        size = {} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80, "nrows": 20}
         # Without smoothing the remaining time follows the mean rate since the start of this stage.
-        return tqdm(total=self.total, desc=self.title, initial=self.initial, unit_scale=True, smoothing=0, bar_format=layout, miniters=0)
+        options: dict[str, Any] = {"unit_scale": True, "smoothing": 0, "miniters": 0, "bar_format": layout, **size}
+        return tqdm(total=self.total, desc=self.title, initial=self.initial, **options)
 
     def _refresh(self, bar: Any) -> None:
         if self.total and not bar.total:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 READ_BYTES = 1 << 20
 # The least share of a processor that the system gives: what training leaves over.
 LOWEST_PRIORITY = 19
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Block:
             advance: is called with the number of bytes that were read.
             stop: asked between reads; once it is true the rest is let pass.
         """
-        checksum: Any = hashlib.sha256() if len(self.checksum) == 64 else block_checksum()
+        checksum: Any = hashlib.sha256() if self.is_whole_file else block_checksum()
         left, buffer = self.size, memoryview(bytearray(READ_BYTES))
         try:
             with self.path.open("rb", buffering=0) as stream:
@@ -72,6 +73,11 @@ class Block:
         )
 
     @property
+    def is_whole_file(self) -> bool:
+        """Whether the manifest has no checksums of blocks: SHA-256 stands for the file."""
+        return len(self.checksum) == SHA256_DIGITS
+
+    @property
     def place(self) -> str:
         """File, block and bytes, for sentences."""
         return f"{self.path}, block {self.number} of {self.of} (bytes {self.start:,} to {self.start + self.size - 1:,}),"
@@ -84,7 +90,7 @@ def every_block(manifests: Iterable[Manifest]) -> list[Block]:
 
 def sampled_blocks(manifests: Sequence[Manifest], source: random.Random) -> list[Block]:
     """A random block of every file that has checksums of blocks."""
-    return [source.choice(blocks) for blocks in _files(manifests) if len(blocks[0].checksum) == 32]
+    return [source.choice(blocks) for blocks in _files(manifests) if not blocks[0].is_whole_file]
 
 
 def lacks_blocks(manifests: Iterable[Manifest]) -> Manifest | None:
@@ -153,4 +159,5 @@ class BackgroundCheck:
             if fault is not None:
                 self.fault = fault
                 return
-        logger.info("%d blocks of the data, %d bytes, are as they were written", len(self._blocks), sum(block.size for block in self._blocks))
+        if self._blocks:
+            logger.info("%d blocks of the data, %d bytes, are as they were written", len(self._blocks), sum(block.size for block in self._blocks))

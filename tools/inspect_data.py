@@ -19,10 +19,10 @@ interrupts.install()
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 from data_pipeline.inspection import Duplicates, LengthStatistics, documents, find_duplicates, length_statistics
 from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.progress import Stage
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.config.cli import add_json_option, command_parser, write_json
 from pretrain.config.errors import run_command
@@ -106,8 +106,8 @@ def main() -> None:
     ]
     duplicates = None
     if arguments.duplicates:
-        with tqdm(total=manifest.splits[arguments.split].tokens, desc="comparing", unit="token", unit_scale=True) as bar:
-            duplicates = find_duplicates(manifest, arguments.split, 5, bar.update)
+        with Stage("comparing", True, manifest.splits[arguments.split].tokens, "token") as stage:
+            duplicates = find_duplicates(manifest, arguments.split, 5, stage.advance)
     if arguments.histogram:
         draw_lengths(lengths, f"{arguments.data}, {arguments.split}", arguments.histogram)
     result: dict[str, Any] = {"data": arguments.data, "split": arguments.split, "manifest": manifest.model_dump(mode="json"), "documents": shown}

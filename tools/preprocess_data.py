@@ -281,7 +281,7 @@ def run(pool: Pool | None) -> None:
     recipe, output = data_section(arguments)
     started = time.perf_counter()
     if arguments.import_validation and not arguments.import_shards:
-        raise ConfigError("--import-validation names what is held out beside --import-shards PREFIX: give both")
+        raise ConfigError("--import-validation names what is held out of --import-shards PREFIX: give both")
     result: BuildResult
     if arguments.import_shards:
         held_out = arguments.import_validation or []

@@ -44,7 +44,7 @@ from data_pipeline.build.workspace import (
     Workspace,
     begin_staging,
     finish_publishing,
-    interruption_is_told,
+    interruption_is_reported,
     no_space_is_told,
     publish,
     read_json,
@@ -116,7 +116,7 @@ def build(
     is_new = not output.folder.exists()
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
         stack.callback(remove_unused, output, is_new)
-        stack.enter_context(interruption_is_told(output))
+        stack.enter_context(interruption_is_reported(output))
         begin_staging(output.staging, request_sha256(config, given))
         with Stage("listing the input", progress):
             plan = plan_build(config, given, open_sources(config, output.staging))

@@ -1,4 +1,4 @@
-"""From shards of other programs to a data folder: what training, evaluation and the tools need beside the tokens, and the proof that they are whole.
+"""From shards of other programs to a data folder: the tokens, what training and the tools need with them, and the proof that they are whole.
 
 Finished shards survive a killed run, and the same command resumes. Files take their names at the end, the manifest last: a folder with a
 manifest is complete.
@@ -25,7 +25,7 @@ from data_pipeline.build.workspace import (
     Workspace,
     begin_staging,
     finish_publishing,
-    interruption_is_told,
+    interruption_is_reported,
     no_space_is_told,
     publish,
     read_json,
@@ -103,7 +103,7 @@ def import_shards(
     identity = {"request_sha256": request, "inputs_sha256": _stamp(given)}
     with only_writer(output.folder, "choose another --output"), no_space_is_told(output.folder), ExitStack() as stack:
         stack.callback(remove_unused, output, is_new)
-        stack.enter_context(interruption_is_told(output))
+        stack.enter_context(interruption_is_reported(output))
         begin_staging(output.staging, request)
         if read_json(output.staging / "identity.json") == identity and finish_publishing(output.staging, output):
             return ImportResult(output, load_manifest(output.path), reused=False)

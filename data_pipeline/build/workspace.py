@@ -145,7 +145,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def interruption_is_told(output: Output) -> Iterator[None]:
+def interruption_is_reported(output: Output) -> Iterator[None]:
     """Ctrl-C inside the block says what is kept."""
     try:
         yield

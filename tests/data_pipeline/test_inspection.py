@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.block_checksums import FileChecksums
 from data_pipeline.build.coordinator import BuildResult, build
 from data_pipeline.build.workspace import Output
 from data_pipeline.indexed import HEADER, IndexedWriter
@@ -18,7 +19,6 @@ from data_pipeline.inspection import check_everything, documents, find_duplicate
 from data_pipeline.manifest import load_manifest
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.config.data_schema import DataConfig
-from pretrain.config.durable import file_sha256
 from pretrain.config.errors import DataError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -36,8 +36,15 @@ def copied(built: BuildResult, tmp_path: Path) -> Path:
 def ignore(_: int) -> None: ...
 
 
+def with_checksums(folder: Path, kind: str) -> dict[str, object]:
+    """The entries of the training shard's .bin or .idx for what is in it now, so that only content can give damage away."""
+    checksums = FileChecksums()
+    checksums.update((folder / f"train.{kind}").read_bytes())
+    return {f"{kind}_sha256": checksums.hexdigest(), f"{kind}_blocks": checksums.blocks()}
+
+
 def rewrite_manifest(folder: Path, **changes: object) -> None:
-    """Changes the training shard's entry, so that only content can give the damage away."""
+    """Changes the training shard's entry."""
     content = json.loads((folder / "manifest.json").read_text())
     content["splits"]["train"]["shards"][0] |= changes
     (folder / "manifest.json").write_text(json.dumps(content))
@@ -72,22 +79,28 @@ def test_content_that_contradicts_itself_is_found_though_its_checksums_are_right
     tokens = np.fromfile(copied / "train.bin", dtype="<u2")
     tokens[7] = 60_000
     tokens.tofile(copied / "train.bin")
-    rewrite_manifest(copied, bin_sha256=file_sha256(copied / "train.bin"))
+    rewrite_manifest(copied, **with_checksums(copied, "bin"))
     [fault] = check_everything(load_manifest(copied), ignore)
     assert "token id 60000 at token 7" in fault
     tokens[7] = 1
     tokens[-1] = 1
     tokens.tofile(copied / "train.bin")
-    rewrite_manifest(copied, bin_sha256=file_sha256(copied / "train.bin"))
+    rewrite_manifest(copied, **with_checksums(copied, "bin"))
     [fault] = check_everything(load_manifest(copied), ignore)
     assert "does not end with the end-of-document token" in fault
     index = bytearray((copied / "train.idx").read_bytes())
     index[HEADER.size] ^= 1
     (copied / "train.idx").write_bytes(bytes(index))
-    rewrite_manifest(copied, idx_sha256=file_sha256(copied / "train.idx"))
+    rewrite_manifest(copied, **with_checksums(copied, "idx"))
     assert any("train.idx" in fault and "offset" in fault for fault in check_everything(load_manifest(copied), ignore))
     rewrite_manifest(copied, documents=3)
     assert any("its shards 3" in fault for fault in check_everything(load_manifest(copied), ignore))
+
+
+def test_a_damaged_block_is_named_though_its_file_has_the_right_checksum(copied: Path) -> None:
+    rewrite_manifest(copied, bin_blocks=["0" * 32])
+    [fault] = check_everything(load_manifest(copied), ignore)
+    assert "train.bin, block 0 of 1 (bytes 0 to" in fault
 
 
 def test_documents_are_shown_as_they_were(built: BuildResult) -> None:
