@@ -1,4 +1,4 @@
-"""An endless sequence of slots that holds each source's share of every prefix, open at any place: which source has slot i, and how often before.
+"""A sequence of slots that holds each source's share of every prefix, open at any place: which source has slot i, and how often before.
 
 The counts before a slot are decided by bisection: those at the middle of a stretch lie between those at its ends and as near to the exact shares as
 whole numbers can. In the shortest stretches, of ``STRETCH`` slots, the next one goes to the source that would be the first to fall behind by a whole
@@ -30,7 +30,9 @@ class Interleaving:
     """Slots for sources in proportion to ``shares``.
 
     Before any slot n, a source of share p (of their sum) has floor(p n) or ceil(p n) slots, so every prefix is within one slot of the exact
-    share. Time does not grow with n.
+    share. That is not proven for all shares: over 520 million prefixes of 18,000 sets of shares made to be hard (2 to 40 sources over nine orders
+    of magnitude, up to 10^12 slots), 162 were further away, by 1.29 at most. None was further away where a stretch ends, so nothing adds up.
+    Multiples of a common denominator of the shares are met exactly. Time and memory do not grow with n.
 
     Args:
         shares: exact, not negative, not all 0.

@@ -241,7 +241,7 @@ def test_no_cut_divides_an_article_and_rows_keep_their_order(tmp_path: Path) -> 
     assert [document[0] for document in plain["results"]] == [f"row {row}" for row in range(2000)]
     assert wiki_7["results"] == wiki_7_streamed["results"] == whole["results"][:7]
     assert rows_300["results"] == rows_300_streamed["results"] == plain["results"][:300]
-    assert {result[1] if len(result) > 4 else "read" for result in short["results"]} == {"too_long", "read"}
+    assert {result[1] if len(result) > 5 else "read" for result in short["results"]} == {"too_long", "read"}
     assert [document[0] for document in sliced["results"]] == [f"row {row}" for row in range(10, 20)]
 
 
@@ -258,7 +258,7 @@ def test_saved_tables_are_read_and_a_changed_one_is_noticed(tmp_path: Path) -> N
     asked: list[Asked] = [(table, 8, {}), (splits, 8, {}), (splits | {"dataset_split": "test"}, 8, {})]
     first, second, error = read(tmp_path, *asked)
     assert [document[0] for document in first["results"]] == ["row 5", "row 3", "row 8"] and len(first["units"]) > 1
-    assert second["results"] == [["row 1", "1", "1", None]]
+    assert second["results"] == [["row 1", "1", "1", None, None]]
     assert "choose one with 'dataset_split'" in error["error"]
     assert read(tmp_path, *asked[:2]) == [first, second]
 
