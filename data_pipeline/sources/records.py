@@ -18,7 +18,7 @@ ABSENT: Any = object()
 USUAL_TEXT_FIELDS = ("text", "content", "body", "raw_content", "document", "article", "markdown", "code", "completion")
 NAMES_SHOWN = 12
 NAME_DEPTH = 3
-# So many records without a text are judged with all others of their source, by data.max_bad_share.
+# Of so many records at least one has to have a text.
 FIRST_RECORDS = 10_000
 
 
@@ -149,23 +149,23 @@ def check_first_file(source: Source[Any], units: list[Unit]) -> None:
     """Reads on until a record shows that the text field is right, which the first one does as a rule.
 
     Raises:
-        DataError: if the first file has fewer than ``FIRST_RECORDS`` records, and none of them has a text there.
+        DataError: if none of the first file's records, or of the first ``FIRST_RECORDS``, has a text there.
     """
     fault: LeftOut | None = None
     read = 0
     for unit in units:
-        if unit.files[0] != units[0].files[0]:
+        if unit.files[0] != units[0].files[0] or read == FIRST_RECORDS:
             break
         for result in source.read(unit):
             read += 1
-            if read == FIRST_RECORDS:
-                return
             if isinstance(result, Document) or result.reason in ("empty", "nul", "lone_surrogate", "bad_id"):
                 return
             if result.reason == "missing_field" and result.detail.endswith(" is null"):
                 return
             if fault is None and result.reason in ("missing_field", "not_a_string"):
                 fault = result
+            if read == FIRST_RECORDS:
+                break
     if fault is not None:
         advice = "name its field with --text-field"
         if fault.reason == "not_a_string":
