@@ -105,7 +105,7 @@ class Stage:
         if self._before is not None:
             documents, characters = (now - before for now, before in zip(current_tally().read(), self._before, strict=True))
             if documents:
-                return f"{documents / seconds:,.0f} documents/s, {characters / seconds / 1e6:.2f} M characters/s"
+                return f"{documents / seconds:,.0f} documents/s, {characters / seconds / 1e6:.2f} M chars/s"
         done = self.done - self.initial
         return f"{tqdm.format_sizeof(done / seconds)}{self._name}/s" if done and self.unit else ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +11,6 @@ import xxhash
 
 from pretrain.config.data_schema import SplitBy
 from pretrain.config.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
@@ -49,6 +46,18 @@ class SplitPlan:
     moved: float | None = None
     cut: bool = False
 
+    def notice(self, by: SplitBy) -> str | None:
+        """What was done so that neither side is empty, in a sentence; None if nothing had to be."""
+        share = f"the validation share of {self.validation_share:.3g}"
+        if self.cut:
+            return f"there is a single text: its last part, about {self.validation_share:.3g} of it, is held out for validation"
+        if self.moved is None:
+            return None
+        the_one, is_ = ("the one", "is") if by == "content" else (f"the documents of the {by}", "are")
+        if self.moved >= self.validation_share:
+            return f"no document's hash falls into {share}: {the_one} with the lowest {is_} held out"
+        return f"every document's hash falls into {share}: {the_one} with the highest {is_} trained on"
+
     def assign(self, text: str, place: float) -> list[tuple[SplitName, str]]:
         """The side of a document, or of its two parts if there is no other text."""
         if self.cut:
@@ -72,17 +81,14 @@ def plan_split(validation_share: float, by: SplitBy, documents: int, places: Ite
     found = set(places)
     lowest, highest = min(found), max(found)
     if lowest == highest and (documents == 1 or by == "content"):
-        logger.warning("there is a single text: its last part, about %.3g of it, is held out for validation", validation_share)
         return SplitPlan(validation_share, cut=True)
     if lowest == highest:
         raise DataError(
             f"all {documents} documents have one {by}, so data.split_by={by} can hold none out: split by content, or give more files or ids"
         )
     if lowest >= validation_share:
-        logger.warning("no document's hash falls into the validation share of %.3g: the one with the lowest is held out", validation_share)
         return SplitPlan(validation_share, moved=lowest)
     if highest < validation_share:
-        logger.warning("every document's hash falls into the validation share of %.3g: the one with the highest is trained on", validation_share)
         return SplitPlan(validation_share, moved=highest)
     return SplitPlan(validation_share)
 

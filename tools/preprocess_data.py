@@ -152,7 +152,7 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
 
 
 def _check_import(arguments: argparse.Namespace) -> None:
-    for name in ("input", "output_prefix", "append_eod", "engine"):
+    for name in ("input", "output_prefix", "append_eod", "engine", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} does not go with --import-shards, whose tokens and document ends are taken as they are: leave it out")

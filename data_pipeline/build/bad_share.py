@@ -12,6 +12,8 @@ from pretrain.config.errors import DataError
 NO_LOSS = {"empty"}
 # One record says little about a source of a few, unless it holds much.
 ONE_RECORD_BYTES = 1 << 16
+# With these the rest of a file is lost, which is as much as it holds and not one record.
+REST_IS_LOST = {"damaged_compression", "damaged_file"}
 ADVICE = {
     "invalid_utf8": "name the encoding of the text with --encoding, such as cp1252",
     "undecodable": "name another encoding with --encoding",
@@ -66,7 +68,9 @@ class BadShares:
 
     def _check(self, name: str, is_more: bool) -> None:
         reasons = self.reasons[name]
-        is_one = reasons.total() == 1 and self.bytes[name] < ONE_RECORD_BYTES and self.records[name] > 1 and self.allowed > 0
+        share = min(self.bytes[name] / max(self.sizes[name], 1), 1.0)
+        is_small = self.bytes[name] < ONE_RECORD_BYTES and (share <= self.allowed or not reasons.keys() & REST_IS_LOST)
+        is_one = reasons.total() == 1 and is_small and self.records[name] > 1 and self.allowed > 0
         if not is_more or is_one or not reasons:
             return
         reason, count = reasons.most_common(1)[0]
@@ -74,6 +78,6 @@ class BadShares:
         what = f"{count:,}: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
         raise DataError(
             f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with "
-            f"{self.bytes[name] / max(self.sizes[name], 1):.1%} of its bytes; most often {reason} ({what}). --max-bad-share "
+            f"{share:.1%} of its bytes; most often {reason} ({what}). --max-bad-share "
             f"{self.allowed:g} allows less: {ADVICE.get(reason, 'correct the input')}, or raise the share to leave the bad records out"
         )

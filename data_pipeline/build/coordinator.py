@@ -286,7 +286,11 @@ class Build:
         hashed = sum(record["hashed"] for record in records)
         places = (record[side] for record in records if record["hashed"] for side in ("lowest", "highest"))
         fixed = any(source.split == "validation" for source in config.named_sources.values())
-        return SplitPlan(config.validation_share) if fixed else plan_split(config.validation_share, config.split_by, hashed, places)
+        split = SplitPlan(config.validation_share) if fixed else plan_split(config.validation_share, config.split_by, hashed, places)
+        notice = split.notice(config.split_by)
+        if notice is not None and split != self.task.split:  # else the sample has shown it already
+            logger.warning("%s", notice)
+        return split
 
     def _run(
         self,

@@ -131,7 +131,7 @@ class Reader:
             self._bad_examples.setdefault(record.reason, f"{place} {one_line(record.detail)}".rstrip())
         if record.is_bad and self.task.config.on_bad == "fail":
             place = "".join(f", {name} {value}" for name, value in (("record", self.counters.records), ("byte", record.offset)) if value is not None)
-            raise DataError(f"{record.path}{place}: {record.reason} {record.detail}".rstrip() + ": mend it, or pass --on-bad skip to leave it out")
+            raise DataError(f"{record.path}{place}: {record.reason} {record.detail}".rstrip() + ": correct it, or pass --on-bad skip to leave it out")
         if record.is_bad:
             where = {"path": record.path, "line": record.line, "byte": record.offset}
             self._write({"bad": True, **where, "reason": record.reason, "detail": record.detail})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from typing import TYPE_CHECKING
 
 from data_pipeline.sources.arrow_rows import BATCH_ROWS, check_columns, document_of, rows_of, top_columns
@@ -32,7 +33,7 @@ class Arrow(Source[ArrowSource]):
         units = []
         for path in files_of(self.config):
             size, stamp = stamp_of(path)
-            with _open(path) as (schema, _):
+            with _open(path) as (schema, _, _):
                 check_columns(schema, self.config, path)
             units.append(Unit(self.context.name, (path,), size=size, stamp=stamp))
         return units
@@ -41,10 +42,11 @@ class Arrow(Source[ArrowSource]):
         import pyarrow
 
         path, to_document, row = unit.files[0], RecordReader(self.config), 0
-        with _open(path) as (schema, batches):
+        with _open(path) as (schema, batches, unread):
             check_columns(schema, self.config, path)
             columns = top_columns(schema, self.config)
             while True:
+                rest = unread()
                 try:
                     batch = next(batches, None)
                     if batch is None:
@@ -54,7 +56,7 @@ class Arrow(Source[ArrowSource]):
                 except (pyarrow.ArrowException, OSError, ValueError) as error:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise unreadable(path, error) from None
-                    yield LeftOut(path, "damaged_file", detail=f"row {row} and all after it: {one_line(str(error))}")
+                    yield LeftOut(path, "damaged_file", detail=f"row {row} and all after it: {one_line(str(error))}", size=rest)
                     return
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     part = batch.slice(start, BATCH_ROWS)
@@ -66,8 +68,8 @@ class Arrow(Source[ArrowSource]):
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]]:
-    """A file's schema and its batches.
+def _open(path: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch], Callable[[], int]]]:
+    """A file's schema, its batches, and about how many of its bytes are not read yet.
 
     Raises:
         DataError: for a file that is not there or not Arrow's.
@@ -79,9 +81,13 @@ def _open(path: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBa
             is_file = mapped.read(len(FILE_MAGIC)) == FILE_MAGIC
             mapped.seek(0)
             reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else iter(reader)
-            schema = reader.schema
-            yield schema, batches
+            size, schema = mapped.size(), reader.schema
+            if not is_file:
+                yield schema, iter(reader), lambda: size - mapped.tell()
+                return
+            count = reader.num_record_batches
+            numbers = iter(range(count))
+            yield schema, map(reader.get_batch, numbers), lambda: size * length_hint(numbers) // max(count, 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None

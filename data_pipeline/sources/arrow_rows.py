@@ -152,7 +152,7 @@ def rows_of(batch: pyarrow.RecordBatch, config: RecordsBase, name: str, first: i
     for index, length in enumerate(_lengths(texts).to_pylist()):
         number = first + index
         if length is not None and length > longest:
-            yield LeftOut(name, "too_long", detail=f"row {number}: {length} bytes, the limit is {longest}")
+            yield LeftOut(name, "too_long", detail=f"row {number}: {length} bytes, the limit is {longest}", size=length)
             continue
         try:
             row = Row(number, texts[index].as_py(), {column_name: column[index].as_py() for column_name, column in columns})

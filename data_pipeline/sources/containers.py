@@ -48,6 +48,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# Names that leave the byte order to a mark, and the order of a file without one: that of Windows, and of Python on most machines.
+WITHOUT_MARK = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 # What no encoding holds becomes half of a pair, which UTF-8 cannot hold either: the record that has it is left out, and no other.
 UNDECODABLE = "data_pipeline.undecodable"
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
@@ -79,8 +81,9 @@ def checked_encoding(name: str) -> str:
     """
     try:
         b"a".decode(name, "replace")  # refuses those that are no encodings of text, such as base64
+        codecs.getincrementaldecoder(name)(UNDECODABLE)
         return codecs.lookup(name).name
-    except LookupError:
+    except (LookupError, UnicodeError):  # the second for encodings of names in the internet, such as idna
         raise ConfigError(f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ...") from None
 
 
@@ -163,8 +166,11 @@ def open_content(raw: BinaryIO, path: str, encoding: str | None) -> Stream:
         marked = encoding_of(head)
     if encoding is None:
         return content
-    if codecs.lookup(encoding).name != "utf-8":
-        return Utf8(content, encoding)
+    name = codecs.lookup(encoding).name
+    if name in WITHOUT_MARK:
+        return Utf8(content, marked or WITHOUT_MARK[name])
+    if name != "utf-8":
+        return Utf8(content, name)
     return Utf8(content, marked) if marked else content
 
 

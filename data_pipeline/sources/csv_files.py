@@ -99,7 +99,8 @@ class Csv(Source[CsvSource]):
                 self.notes["value_over_many_lines"] += feed.looks_like_rows(delimiter, len(header))
                 yield result
             else:
-                yield LeftOut(path, _renamed(result[0]), feed.line, feed.offset, result[1], size=stored_bytes(stream, feed.size))
+                reason, detail = self._of_bytes(result)
+                yield LeftOut(path, reason, feed.line, feed.offset, detail, size=stored_bytes(stream, feed.size))
 
     def _checked(self, header: list[str], path: str) -> list[str]:
         for wanted in self._wanted:
@@ -113,10 +114,11 @@ class Csv(Source[CsvSource]):
                 )
         return header
 
-
-def _renamed(reason: str) -> str:
-    # Only bytes that are not UTF-8 become surrogates when a line is decoded.
-    return "invalid_utf8" if reason == "lone_surrogate" else reason
+    def _of_bytes(self, fault: tuple[str, str]) -> tuple[str, str]:
+        """The same fault; of surrogates, which only bytes outside the encoding become when a line is decoded, the bytes are the fault."""
+        if fault[0] != "lone_surrogate":
+            return fault
+        return "invalid_utf8", f"not {self.config.encoding} at character {fault[1].rpartition(' ')[2]}; another encoding is named with --encoding"
 
 
 class _TooLong(Exception):

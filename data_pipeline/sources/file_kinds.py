@@ -61,9 +61,10 @@ SIDE_NAME = re.compile(
 
 def ending_of(path: str) -> str:
     """The ending of a name without that of its compression, in lower case."""
+    path = path.lower()
     for compressed in COMPRESSED:
         path = path.removesuffix(compressed)
-    return os.path.splitext(path)[1].lower()
+    return os.path.splitext(path)[1]
 
 
 def class_of(path: str) -> str:

@@ -206,5 +206,6 @@ def real_path(file: str, root: str | None) -> str:
         return real.as_posix()
     folder = Path(os.path.realpath(os.path.expanduser(root)))
     if not real.is_relative_to(folder):
-        raise DataError(f"{file} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in")
+        place = file if os.path.abspath(file) == str(real) else f"{file}, a link to {real},"
+        raise DataError(f"{place} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in")
     return real.relative_to(folder).as_posix()

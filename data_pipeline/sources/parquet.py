@@ -75,7 +75,9 @@ class Parquet(Source[ParquetSource]):
                 raise unreadable(path, error) from None
             problem = one_line(str(error))
         if row != first + group.rows:
-            yield LeftOut(path, "damaged_file", detail=f"rows {row} to {first + group.rows - 1}: {problem}")
+            lost = first + group.rows - row
+            size = group.bytes * lost // max(group.rows, 1)
+            yield LeftOut(path, "damaged_file", detail=f"rows {row} to {first + group.rows - 1}: {problem}", size=size)
 
     def _open(self, path: str) -> tuple[ParquetFile, list[RowGroup]]:
         import pyarrow

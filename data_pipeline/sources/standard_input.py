@@ -19,7 +19,8 @@ NAME = "stdin"
 
 
 class StandardInput(Source[StandardInputSource]):
-    """A pipe can be read once only, so it is copied to ``context.spool`` first; a copy that is there already is used instead of the pipe."""
+    """A pipe can be read once only, so it is copied to ``context.spool`` first. A copy that an unfinished build has left counts if the same
+    comes through the pipe again, or nothing."""
 
     has_files = False
 
@@ -30,7 +31,9 @@ class StandardInput(Source[StandardInputSource]):
             DataError: where nothing came through the pipe.
         """
         spool = self._spool
-        if not os.path.exists(spool):
+        if os.path.exists(spool):
+            _compare_standard_input(spool)
+        else:
             _copy_standard_input(spool)
         if not os.path.getsize(spool):
             os.remove(spool)
@@ -65,11 +68,34 @@ class StandardInput(Source[StandardInputSource]):
         return Text(TextSource(kind="text", input=files, split=config.split, document=document, encoding=config.encoding), self.context)
 
 
+def _is_open() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty()
+
+
 def _copy_standard_input(spool: str) -> None:
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+    if not _is_open():
         raise ConfigError("source kind 'stdin' reads what is piped into the command, and standard input is no pipe: use 'cat file | ...'")
     os.makedirs(os.path.dirname(spool) or ".", exist_ok=True)
     partial = f"{spool}.partial"
     with open(partial, "wb") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy, BLOCK_BYTES)
+    os.replace(partial, spool)
+
+
+def _compare_standard_input(spool: str) -> None:
+    """Replaces the copy if something else comes through the pipe; nothing is written as long as it is the same."""
+    if not _is_open():
+        return
+    same, partial = 0, f"{spool}.partial"
+    with open(spool, "rb") as kept:
+        while (block := sys.stdin.buffer.read(BLOCK_BYTES)) and kept.read(len(block)) == block:
+            same += len(block)
+        if not block and same in (0, os.path.getsize(spool)):
+            return
+        kept.seek(0)
+        with open(partial, "wb") as copy:
+            for start in range(0, same, BLOCK_BYTES):
+                copy.write(kept.read(min(BLOCK_BYTES, same - start)))
+            copy.write(block)
+            shutil.copyfileobj(sys.stdin.buffer, copy, BLOCK_BYTES)
     os.replace(partial, spool)

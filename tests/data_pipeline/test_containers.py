@@ -203,6 +203,16 @@ def test_another_encoding_can_be_named_and_is_advised(tmp_path: Path) -> None:
     assert texts(read_all({"kind": "jsonl", "input": [path], "encoding": "cp1252"}, 7)) == ["Käse “fein”"] * 3
     path = write(tmp_path / "a.csv", b"text\nK\xe4se\n")
     assert texts(read_all({"kind": "csv", "input": [path], "encoding": "latin-1"})) == ["Käse"]
-    for name in ("klingon", "base64"):
+    for name in ("klingon", "base64", "idna", "undefined"):
         with pytest.raises(ConfigError, match=f"no encoding '{name}'"):
             read_all({"kind": "csv", "input": [path], "encoding": name})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_named_encoding_of_either_byte_order_is_that_of_the_mark_or_little_endian(tmp_path: Path, encoding: str) -> None:
+    line = json.dumps({"text": "é 中"}, ensure_ascii=False) + "\n"
+    for content in (line.encode(f"{encoding}-le"), ("\ufeff" + line).encode(f"{encoding}-be"), line.encode(encoding)):
+        for stored in (content, gzip.compress(content)):
+            assert texts(read_all({"kind": "jsonl", "input": [write(tmp_path / "a", stored)], "encoding": encoding})) == ["é 中"]
+    wrong = write(tmp_path / "a", line * 3)
+    assert set(reasons(read_all({"kind": "jsonl", "input": [wrong], "encoding": encoding}))) <= {"invalid_json", "invalid_utf8"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -123,6 +124,13 @@ def test_files_with_tabs_are_csv_by_name_too(tmp_path: Path) -> None:
     write(tmp_path / "b/x.tsv", "n\ttext\n1\ttab\n")
     write(tmp_path / "b/x.csv", "n,text\n1,comma\n")
     assert read(tmp_path / "b", "csv")[1] == ["comma"]
+
+
+def test_names_in_capitals_are_of_the_same_kind_alone_and_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a/PART.JSONL.GZ"
+    write(path, gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    for given in (path, tmp_path / "a", tmp_path / "a/*"):
+        assert read(given)[1] == ["one", "two"]
 
 
 def test_files_that_a_card_names_for_two_splits_are_said(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:

@@ -72,9 +72,10 @@ def test_json_alone_on_standard_output(work: Path) -> None:
         (["--input", "raw/*.txt", "--output", "data", "--validation-share", "1.5"], 2, "data.validation_share"),
         (["--input", "raw/*.txt", "--output", "data", "--set", "data.tokeniser.kind=file"], 2, "did you mean 'tokenizer'"),
         (["--input", "raw/*.txt", "--output", "data", "--tokenizer", "raw/000.txt"], 3, "raw/000.txt is not a tokenizer"),
-        (["--input", "raw/*.txt", "--output", "data", "--text-field", "body"], 2, "--input holds texts"),
+        (["--input", "raw/*.txt", "--output", "data", "--text-field", "body"], 2, "and --input is read as text"),
         (["--recipe", "quickstart", "--dataset-split", "test"], 2, "--dataset-split says how to read --input"),
         (["--recipe", "no-such-recipe"], 2, "no recipe 'no-such-recipe'"),
+        (["--import-shards", "a", "--split-by", "path"], 2, "--split-by does not go with --import-shards"),
     ],
 )
 def test_bad_requests_end_with_a_sentence_and_a_code(work: Path, options: list[str], code: int, message: str) -> None:

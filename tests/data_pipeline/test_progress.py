@@ -62,7 +62,7 @@ def test_the_rate_of_documents_is_that_of_the_present_stage() -> None:
         with Stage("encoding", False, counts_documents=True) as stage:
             time.sleep(0.2)
             current_tally().add(50, 20_000)
-            documents, _ = numbers(r"([\d,.]+) (?:documents|M characters)/s", stage.rate())
+            documents, _ = numbers(r"([\d,.]+) (?:documents|M chars)/s", stage.rate())
             assert 50 < documents <= 250
     finally:
         use_tally(before)

@@ -85,6 +85,23 @@ def test_a_stream_that_stops_between_two_batches_says_that_rows_may_be_missing(t
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
+def test_all_bytes_behind_the_damage_count_as_lost(tmp_path: Path, is_stream: bool) -> None:
+    path, starts = tmp_path / "a.arrow", []
+    make = pa.ipc.new_stream if is_stream else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, make(sink, pa.schema({"text": pa.string()})) as writer:
+        for number in range(10):
+            starts.append(sink.tell())
+            writer.write_batch(pa.record_batch({"text": [f"row {number} " + "word " * 200] * 30}))
+    content = bytearray(path.read_bytes())
+    content[starts[3] : starts[3] + 64] = b"?" * 64
+    path.write_bytes(content)
+    results = read_all(section(path))
+    (bad,) = left_out(results)
+    assert len(texts(results)) == 90 and bad.reason == "damaged_file"
+    assert bad.size == pytest.approx(0.7 * len(content), rel=0.02)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
 def test_changed_bytes_give_documents_reasons_or_one_sentence(tmp_path: Path, is_stream: bool) -> None:
     path, source = tmp_path / "a.arrow", random.Random(3)
     write_arrow(path, 60, 20, is_stream)

@@ -54,6 +54,7 @@ def test_bad_records_say_what_and_where_and_the_next_one_is_read(tmp_path: Path)
         ("empty", 10),
         ("too_long", 11),
     ]
+    assert left_out(results)[2].detail == "not utf-8 at character 1; another encoding is named with --encoding"
     lines = content.split(b"\n")
     for bad in left_out(results):
         assert bad.line is not None and bad.offset is not None

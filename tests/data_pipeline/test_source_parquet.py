@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline.sources import Document, LeftOut
 from pretrain.config.errors import DataError, PipelineError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, reasons, texts
+from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts
 
 
 def section(path: Path, **fields: object) -> dict[str, object]:
@@ -56,7 +56,7 @@ def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: pa.DataType) ->
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     results = read_all(section(tmp_path / "a.parquet"), max_record_bytes=20)
     assert texts(results) == ["é", "é"]
-    assert reasons(results) == ["missing_field", "too_long"]
+    assert [(bad.reason, bad.size) for bad in left_out(results)] == [("missing_field", None), ("too_long", 40)]
 
 
 def test_columns_that_are_not_there_or_hold_no_text_are_named(tmp_path: Path) -> None:
@@ -88,6 +88,7 @@ def test_a_page_that_cannot_be_read_loses_the_rest_of_its_row_group_only(tmp_pat
     assert texts(results) == values[:400] + values[500:]
     (bad,) = left_out(results)
     assert bad.reason == "damaged_file" and bad.detail.startswith("rows 400 to 499: ")
+    assert bad.size == pq.ParquetFile(path).metadata.row_group(4).total_byte_size
 
 
 def test_a_file_without_a_good_footer_is_an_error_before_any_work(tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_a_pipe_is_kept_and_a_second_run_needs_none(tmp_path: Path) -> None:
     assert [path.name for path in spool.parent.iterdir()] == ["stdin"]
 
 
+@pytest.mark.parametrize("change", ["other", "longer", "shorter", "late"])
+def test_what_is_piped_counts_and_not_what_another_build_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    lines = [f"line number {number}" for number in range(100_000)]  # of several blocks
+    spool = tmp_path / "spool"
+    spool.write_text("\n".join(lines))
+    os.utime(spool, ns=(1, 1))
+    piped = {"other": ["else"], "longer": [*lines, "more"], "shorter": lines[:-1], "late": [*lines[:-1], "else"]}[change]
+    for content, is_kept in ((lines, True), (piped, False)):
+        with open(write(tmp_path / "piped", "\n".join(content))) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert texts(read_all({"kind": "stdin", "format": "line"}, spool=str(spool))) == content
+        assert (spool.stat().st_mtime_ns == 1) == is_kept
+    assert not Path(f"{spool}.partial").exists()
+
+
 def test_a_copy_that_was_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     write(tmp_path / "stdin.partial", "half of a li")
     assert pipe(b"whole\n", tmp_path / "stdin") == "stdin:0 whole\n"

@@ -50,6 +50,12 @@ def test_neither_split_is_empty_and_the_document_nearest_to_the_border_moves(sha
     assert [key for key, side in zip(keys, sides(keys, share), strict=True) if side == split] == [moved]
 
 
+def test_a_notice_says_what_was_moved() -> None:
+    assert plan(KEYS, 0.1).notice("path") is None
+    assert (plan(KEYS[:5], 1e-9).notice("path") or "").endswith("the documents of the path with the lowest are held out")
+    assert (plan(KEYS[:5], 1 - 1e-9).notice("content") or "").endswith("the one with the highest is trained on")
+
+
 def test_without_a_share_nothing_is_held_out() -> None:
     assert set(sides(KEYS[:1], 0.0)) == set(sides(KEYS, 0.0)) == {"train"}
 

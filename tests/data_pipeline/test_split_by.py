@@ -141,6 +141,9 @@ def test_by_path_the_records_of_a_file_are_on_one_side_wherever_the_corpus_is(co
     assert files_of["validation"] == {str(n) for n in range(12) if position(0, f"{n}.jsonl") < SHARE}
     with pytest.raises(DataError, match=r"one/0.jsonl is outside data.split_root .*/two"):
         build_in("data_three", config_of({"kind": "jsonl", "input": ["one/*.jsonl"]}, split_by="path", split_root="two"))
+    (corpus / "two" / "link.jsonl").symlink_to("../one/0.jsonl")
+    with pytest.raises(DataError, match=r"two/link.jsonl, a link to .*/one/0.jsonl, is outside data.split_root .*/two"):
+        build_in("data_four", config_of({"kind": "jsonl", "input": ["two/*.jsonl"]}, split_by="path", split_root="two"))
 
 
 def test_by_id_the_id_decides_and_a_changed_text_stays(corpus: Path) -> None:
