@@ -271,7 +271,7 @@ def show_warnings() -> None:
     """What the pipeline warns about goes to standard error: the user has to know of it, and there is no log file."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("data_pipeline").addHandler(handler)
 
 
