@@ -88,8 +88,6 @@ def write_source(folder: Path) -> None:
     model.generation_config = GenerationConfig(**SAMPLING, **ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +136,7 @@ def test_ids_and_sampling_defaults_are_those_of_the_source(chat: Chat) -> None:
         assert getattr(configs[0], name) == getattr(configs[1], name) is not None
 
 
-def test_no_code_travels_and_every_file_is_hashed(chat: Chat) -> None:
-    for folder in (chat.ours, chat.trained, chat.back):
-        assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
+def test_every_file_that_travels_is_hashed(chat: Chat) -> None:
     for folder in (chat.ours, chat.trained):
         listed = json.loads((folder / MANIFEST).read_text())["files"]
         assert read_side_files(folder).keys() <= listed.keys() and TOKEN_IDS in listed
@@ -192,13 +188,14 @@ def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> N
 
 
 def test_files_elsewhere_and_ids_that_are_none_are_passed_over(tmp_path: Path) -> None:
-    hostile = {"tokenizer_file": "/etc/passwd", "trust_remote_code": True, "eos_token": "</s>"}
+    hostile = {"tokenizer_file": "/etc/passwd", "trust_remote_code": True, "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    hostile |= {"tokenizer_class": "Evil", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hostile))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, True, "x", None, 8]}))
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "-rf.jinja").write_text("x")
     files = read_side_files(tmp_path)
-    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
+    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     assert end_ids(files) == {7, 8} and set(files) == {"tokenizer_config.json", "generation_config.json"}
     assert end_ids({}) == frozenset()
 
