@@ -23,7 +23,9 @@ from pretrain.checkpoint.tokenizer_files import LARGEST_BYTES, TOKEN_IDS, end_id
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import load_recipe
 from pretrain.evaluation.generators import open_generator
+from pretrain.evaluation.heldout import score_checkpoint, score_transformers
 from pretrain.export.convert import export_hf, export_safetensors
+from pretrain.export.hf_open import open_tokenizer
 from pretrain.export.import_hf import import_hf
 from pretrain.merging.commands import blend
 from pretrain.train import main
@@ -134,6 +136,21 @@ def test_ids_and_sampling_defaults_are_those_of_the_source(chat: Chat) -> None:
     configs = [AutoConfig.from_pretrained(folder) for folder in (chat.source, chat.back)]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(configs[0], name) == getattr(configs[1], name) is not None
+
+
+def test_the_tools_open_the_templates_and_the_tokens_of_the_source(chat: Chat) -> None:
+    for folder in (chat.source, chat.back):
+        opened, first = open_tokenizer(folder), AutoTokenizer.from_pretrained(chat.source)
+        assert opened.chat_template == first.chat_template == {"default": CHAT, "tool_use": TOOLS}
+        assert opened.special_tokens_map == first.special_tokens_map
+
+
+def test_a_folder_and_the_checkpoint_it_is_of_have_one_heldout_loss(chat: Chat) -> None:
+    """Documents begin and end with the tokens of training, which are not those that end a turn."""
+    device = torch.device("cpu")
+    ours = score_checkpoint(chat.trained, chat.data, "validation", device, baselines=(), window=32)
+    theirs = score_transformers(chat.back, chat.data, "validation", device, window=32)
+    assert theirs.targets == ours.targets and theirs.loss == pytest.approx(ours.loss, rel=1e-5)
 
 
 def test_every_file_that_travels_is_hashed(chat: Chat) -> None:
