@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ from pretrain.checkpoint.layout import MANIFEST, TOKENIZER
 from pretrain.checkpoint.tokenizer_files import LARGEST_BYTES, TOKEN_IDS, end_ids, origin_of, read_side_files
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generators import open_generator
+from pretrain.evaluation.generators import document_end, open_generator
 from pretrain.evaluation.heldout import score_checkpoint, score_transformers
 from pretrain.export.convert import export_hf, export_safetensors
 from pretrain.export.hf_open import open_tokenizer
-from pretrain.export.import_hf import import_hf
+from pretrain.export.hf_recipe import recipe_of
+from pretrain.export.import_hf import architecture_of, import_hf
 from pretrain.merging.commands import blend
 from pretrain.train import main
+from tests.evaluation.foreign_folders import edit_json
 from tests.export.random_checkpoint import small_tokenizer
 from tests.launch.tiny_run import own_process
 from tools.generate import main as generate
@@ -151,6 +154,17 @@ def test_a_folder_and_the_checkpoint_it_is_of_have_one_heldout_loss(chat: Chat) 
     ours = score_checkpoint(chat.trained, chat.data, "validation", device, baselines=(), window=32)
     theirs = score_transformers(chat.back, chat.data, "validation", device, window=32)
     assert theirs.targets == ours.targets and theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("eos", "end"), [([0, 295], ENDS[0]), (296, ENDS[2]), (5, ENDS[1]), (None, ENDS[1]), ([], ENDS[1])])
+def test_a_document_ends_with_a_token_that_is_no_word(eos: Any, end: str, chat: Chat, tmp_path: Path) -> None:
+    """Ids of config.json may be the class's defaults: then the tokenizer's end is taken, in imports and by tools alike."""
+    shutil.copytree(chat.source, tmp_path / "source")
+    edit_json(tmp_path / "source", eos_token_id=eos)
+    target, config = architecture_of(tmp_path / "source")
+    policy = recipe_of(tmp_path / "source", chat.source, target, config).data.tokenizer
+    tokenizer = open_tokenizer(tmp_path / "source")
+    assert policy.eod_token == end == tokenizer.convert_ids_to_tokens(document_end(config, tokenizer))
 
 
 def test_every_file_that_travels_is_hashed(chat: Chat) -> None:
