@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF, and others to ours.
 
-Exit codes: 0 converted; 2 usage, or no architecture computes what the model computes; 3 the data for comparing logits; 4 a damaged checkpoint,
-or numbers that differ; 5 disk full. Nothing stands under --output unless the code is 0.
+Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the model computes; 3 the data for comparing
+logits; 4 a checkpoint or folder that is damaged, incomplete or holds foreign code, or numbers that differ; 5 disk full. Nothing is written
+under --output unless the code is 0.
 """
 
 from __future__ import annotations

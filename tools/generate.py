@@ -88,9 +88,14 @@ def write_texts(arguments: argparse.Namespace, writer: Writer, prompts: list[str
     quiet = arguments.json_path == "-"
     if len(prompts) == 1:
         encoded = writer.prompt_ids(prompts[0])
-        if not quiet:
-            show(prompts[0])
-        piece = (lambda _: None) if quiet else show
+        pieces = [prompts[0]]  # shown with the first new piece: an error has a line of its own
+
+        def piece(new: str) -> None:
+            pieces.append(new)
+            if not quiet:
+                show("".join(pieces))
+            pieces.clear()
+
         text = writer.write_drafted(encoded, piece) if arguments.draft else writer.write_batch([encoded], show=piece)[0]
         if not quiet:
             show("\n")

@@ -23,7 +23,7 @@ from pretrain.export.hf_open import check_fit, open_model, open_tokenizer
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TextGenerator(Protocol):
@@ -77,16 +77,18 @@ class NativeGenerator:
 
 
 class TransformersGenerator:
-    """A model that transformers opened."""
+    """A model that transformers opened; ``bos_ids`` is the token that its tokenizer puts before a text, if it does."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
         self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
-        self.eod_id, self.max_positions = int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
+        self.eod_id, self.max_positions = document_end(model.config, tokenizer), int(model.config.max_position_embeddings)
+        begins = list(tokenizer("a")["input_ids"])[:1]
+        self.bos_ids = begins if begins == [tokenizer.bos_token_id] else []
         self.call_dependence = call_dependence_of_export(model.config)
         generation = model.generation_config
-        self.end_ids = token_ids(generation.eos_token_id if generation is not None else None) | {self.eod_id}
+        self.end_ids = token_ids(generation.eos_token_id if generation is not None else None) | {self.eod_id, int(tokenizer.eos_token_id)}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -99,6 +101,13 @@ class TransformersGenerator:
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         raise ConfigError("a Hugging Face folder has no block of multi-token prediction: leave --draft out, or give one of our checkpoints")
+
+
+def document_end(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The first end that ``config.json`` names, as an import takes it: a chat model's tokenizer names the end of a turn."""
+    named = config.eos_token_id[:1] if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    # A class has an id by default too, which may be any word of this vocabulary.
+    return next((token for token in named if token in tokenizer.added_tokens_decoder), int(tokenizer.eos_token_id))
 
 
 def open_generator(path: Path, device: torch.device) -> NativeGenerator | TransformersGenerator:

@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 import tqdm
 
+from pretrain.checkpoint.tokenizer_files import ID_FIELDS
 from pretrain.config.errors import ConfigError, DataError, PipelineError
 from pretrain.evaluation.generators import NativeGenerator, TransformersGenerator
 from pretrain.export.hf_open import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
 
 
 def run_tasks(
@@ -31,7 +33,7 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Each metric of each task and group, as the harness names them ("acc,none"), with its standard error.
 
-    A Hugging Face folder is run by the harness's own class.
+    A Hugging Face folder is run by the harness's own class. Texts are written as the task says, whatever the folder's own sampling defaults are.
 
     Args:
         include_path: folder of task files (YAML). Where they are all the tasks, the harness's own list is not read.
@@ -54,6 +56,7 @@ def run_tasks(
 
         model: Any = NativeHarnessModel(opened, batch_size)
     else:
+        _forget_sampling_defaults(opened.model)
         model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size, device=str(opened.device))
     with _without_asides():
         results = simple_evaluate(
@@ -62,6 +65,14 @@ def run_tasks(
     assert results is not None
     found = {**results["results"], **results.get("groups", {})}
     return {task: {name: _plain(value) for name, value in metrics.items() if name not in ("alias", "name")} for task, metrics in found.items()}
+
+
+def _forget_sampling_defaults(model: PreTrainedModel) -> None:
+    """The tokens that end a text are all that stays: a repetition penalty of ``generation_config.json`` would change greedy texts too."""
+    from transformers import GenerationConfig
+
+    if (defaults := model.generation_config) is not None:
+        model.generation_config = GenerationConfig(**{field: getattr(defaults, field) for field in ID_FIELDS})
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def score_transformers(
     window: int | None = None,
     stride: int | None = None,
 ) -> HeldoutScore:
-    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document ended by its end-of-document token.
+    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document with the tokens around it that the model knows.
 
     With ``max_windows`` and a tokenizer that is not that of the data, only those windows are encoded: see
     :func:`pretrain.evaluation.other_tokens.in_tokens_of`.

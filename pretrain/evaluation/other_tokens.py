@@ -19,14 +19,15 @@ AROUND_TEXT = ("post_processor", "truncation", "padding")
 
 
 def in_tokens_of(model: TransformersGenerator, text: HeldoutText, window: int, max_windows: int | None) -> HeldoutText:
-    """The text as ``model`` reads it, each document ended by its end-of-document token.
+    """The text as ``model`` reads it, each document ended by its end-of-document token, and begun by the one its tokenizer puts before a text.
 
     With the tokenizer of the data it is ``text`` itself. With another one, ``max_windows`` are taken out of the split before they are encoded,
     from places spread evenly over it; without that number, or if the split is hardly longer, everything is encoded and stands in memory.
     """
     assert text.corpora is not None
     policy = text.corpora.tokenizer
-    if policy.append_eod and not policy.prepend_bos and policy.eod_id == model.eod_id and _same_tokenizer(model, text.corpora.tokenizer_path):
+    same_ends = policy.append_eod and policy.eod_id == model.eod_id and ([policy.bos_id] if policy.prepend_bos else []) == model.bos_ids
+    if same_ends and _same_tokenizer(model, text.corpora.tokenizer_path):
         return text
     sample = None if max_windows is None else sampled_again(text, model, window, max_windows)
     return sample or encoded_again(text, model)
@@ -44,7 +45,7 @@ def _same_tokenizer(model: TransformersGenerator, path: Path) -> bool:
 
 def encoded_again(text: HeldoutText, model: TransformersGenerator) -> HeldoutText:
     """All documents in the model's tokens, in memory."""
-    documents = [np.array([*model.encode(document), model.eod_id], dtype=np.int64) for document in text.texts()]
+    documents = [np.array([*model.bos_ids, *model.encode(document), model.eod_id], dtype=np.int64) for document in text.texts()]
     stream = TokensInMemory(documents, model.vocab_size)
     return HeldoutText(stream, stream.document_starts(0, stream.num_tokens), text.sources, text.source_D, text.utf8_bytes, text.texts)
 
@@ -111,6 +112,7 @@ class _SectionEncoder:
             decoded = self.decode(ids[begin - place : end - place])
             if begin > starts_D[document]:
                 decoded = decoded.lstrip("\ufffd")  # of a character that was cut
+            opened = self.model.bos_ids if begin == starts_D[document] else []
             closed = [self.model.eod_id] if end <= place + count else []
-            parts.append((document, np.array([*self.model.encode(decoded), *closed], dtype=np.int64)))
+            parts.append((document, np.array([*opened, *self.model.encode(decoded), *closed], dtype=np.int64)))
         return parts

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pretrain.checkpoint.tokenizer_files import MORE_TEMPLATES
 from pretrain.config.errors import CheckpointError
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES
@@ -163,8 +164,10 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
         paths = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
         if weights:
             paths += [*weight_files(folder), *([folder / INDEX] if (folder / INDEX).is_file() else [])]
+        (view / MORE_TEMPLATES).mkdir()
+        paths += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
         for path in paths:
-            (view / path.name).symlink_to(path.resolve())
+            (view / path.relative_to(folder)).symlink_to(path.resolve())
         yield view
 
 

@@ -100,9 +100,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: when there is none, transformers cannot open it, or it has no end-of-document token.
     """
+    quiet_libraries()
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    quiet_libraries()
     content = read_config(folder)
     check_tokenizer_files(folder)
     with checked_view(folder, content, weights=False) as view:
@@ -129,11 +129,11 @@ def check_fit(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _config(folder: Path, view: Path) -> PreTrainedConfig:
+    quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pretrain.export.custom.modeling_moe_pretrain import MoePretrainForCausalLM
 
-    quiet_libraries()
     AutoConfig.register(MoePretrainConfig.model_type, MoePretrainConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoePretrainConfig, MoePretrainForCausalLM, exist_ok=True)
     try:

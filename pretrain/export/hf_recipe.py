@@ -18,7 +18,8 @@ from pretrain.config.load import validate_recipe
 from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
-from pretrain.export.hf_files import unset_fields
+from pretrain.export.hf_files import TOKENIZER_CONFIG, unset_fields
+from pretrain.export.writer import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -190,13 +191,25 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
     largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise CheckpointError(f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there")
-    eos = config.eos_token_id[0] if config.eos_token_id and isinstance(config.eos_token_id, list) else config.eos_token_id
+    # Where config.json leaves these ids out, its class names some that may be any word of the vocabulary.
     special = {number: token.content for number, token in library.get_added_tokens_decoder().items() if token.special}
-    # Where config.json leaves out these two, its class names ids that may be any word of the vocabulary.
-    tokens = {"bos_token": special.get(config.bos_token_id), "pad_token": special.get(config.pad_token_id)}
-    if isinstance(eos, int) and 0 <= eos < 1 << 31:
-        tokens["eod_token"] = library.id_to_token(eos)
+    tokens = {
+        "eod_token": _document_end(source, library, config),
+        "bos_token": special.get(config.bos_token_id),
+        "pad_token": special.get(config.pad_token_id),
+    }
     section = {"kind": "file", "path": str(output / TOKENIZER)} | {field: token for field, token in tokens.items() if token is not None}
     # A model that was trained with a token before each text gets it in training too.
     begins = library.encode("a").ids[:1]
     return section | ({"prepend_bos": True} if "bos_token" in section and begins == [config.bos_token_id] else {})
+
+
+def _document_end(source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig) -> str | None:
+    """The first end that ``config.json`` names if it is no word, else the one of ``tokenizer_config.json``, if there is one."""
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}
+    path = source / TOKENIZER_CONFIG
+    named = read_json_object(path).get("eos_token") if path.is_file() else None
+    named = named.get("content") if isinstance(named, dict) else named
+    known = named if isinstance(named, str) and library.token_to_id(named) is not None else None
+    return added.get(ids[0], known) if ids and isinstance(ids[0], int) else known

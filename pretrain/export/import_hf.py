@@ -17,7 +17,7 @@ from pretrain.config.schema import Recipe
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
 from pretrain.export.hf_files import CONFIG, read_config
-from pretrain.export.hf_open import check_stored, open_config
+from pretrain.export.hf_open import COMPUTED, check_stored, open_config
 from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
@@ -27,7 +27,6 @@ from pretrain.export.writer import RECORD, dtype_name, open_exported_weights, pu
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 WINDOWS, WINDOW_TOKENS = 4, 256
 
 
@@ -97,7 +96,7 @@ def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, 
     layers = recipe.model.num_hidden_layers
     left_out = []
     for name in theirs.names:
-        if name in linked or NO_WEIGHTS.search(name):
+        if name in linked or COMPUTED.search(name):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if name == "lm_head.weight" and same_bits(theirs.read(name), theirs.read("model.embed_tokens.weight")):

@@ -96,3 +96,4 @@ def test_wrong_arguments_end_in_one_sentence_and_their_code(trained: Trained, tm
     for arguments, code, words in cases:
         refused = run_here("generate.py", *arguments)
         assert refused.returncode == code and words in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+        assert refused.stdout == "" and refused.stderr.splitlines()[-1].startswith("error: ")

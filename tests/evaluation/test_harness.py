@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.errors import BAD_DATA, USAGE
+from tests.evaluation.foreign_folders import edit_json
 from tests.export.tiny_checkpoint import Trained
 
 WORKER = Path(__file__).with_name("harness_worker.py")
@@ -26,7 +28,10 @@ def run_worker(folder: Path, *models: Path) -> dict[str, Any]:
 
 
 def test_a_checkpoint_has_the_results_of_its_export_and_not_those_of_another_prefix(trained: Trained, exported: Path, tmp_path: Path) -> None:
-    results = run_worker(tmp_path, trained.checkpoint, exported)
+    # Sampling defaults, such as chat models bring along, are not those of a task.
+    folder = Path(shutil.copytree(exported, tmp_path / "export"))
+    edit_json(folder, "generation_config.json", do_sample=True, temperature=0.6, repetition_penalty=3.0)
+    results = run_worker(tmp_path, trained.checkpoint, folder)
     native, exported_results = results["native"], results["exported"]
     assert native.keys() == exported_results.keys() == {"local_choice", "local_rolling", "local_until"}
     for task, metrics in native.items():

@@ -129,7 +129,10 @@ def test_each_document_of_a_split_has_its_source_and_its_text(two_sources: dict[
 class ByteModel:
     """A model whose tokens are bytes; it counts what it encodes."""
 
-    eod_id, vocab_size, tokenizer, encoded = 256, 257, None, 0
+    eod_id, vocab_size, tokenizer, encoded = 256, 258, None, 0
+
+    def __init__(self, bos_ids: list[int] | None = None) -> None:
+        self.bos_ids = bos_ids or []
 
     def encode(self, text: str) -> list[int]:
         self.encoded += len(text.encode())
@@ -142,13 +145,17 @@ def test_another_tokenizer_s_tokens_are_of_the_same_documents(two_sources: dict[
     assert again.stream.num_tokens == text.utf8_bytes + len(text.starts_D)
     assert (again.source_D == text.source_D).all() and (again.lengths_D() == text.bytes_D() + 1).all()
     assert again.stream.read(int(again.starts_D[1]) - 1, 1).tolist() == [256]
+    begun = in_tokens_of(ByteModel([257]), text, 16, None)
+    assert begun.stream.read(0, 1).tolist() == [257] and (begun.lengths_D() == text.bytes_D() + 2).all()
+    assert begun.stream.read(int(begun.starts_D[1]) - 1, 2).tolist() == [256, 257]
 
 
-def test_a_few_windows_in_another_tokenizer_s_tokens_are_all_that_is_encoded(two_sources: dict[str, str]) -> None:
+@pytest.mark.parametrize("bos_ids", [[], [257]])
+def test_a_few_windows_in_another_tokenizer_s_tokens_are_all_that_is_encoded(two_sources: dict[str, str], bos_ids: list[int]) -> None:
     """Sections of the whole text in the model's tokens, spread evenly over it, each with the sources and lengths of its documents."""
     text = read_split(load_corpora(two_sources), "validation")
-    whole = in_tokens_of(ByteModel(), text, 16, None)
-    model, window, count = ByteModel(), 40, 5
+    whole = in_tokens_of(ByteModel(bos_ids), text, 16, None)
+    model, window, count = ByteModel(bos_ids), 40, 5
     few = in_tokens_of(model, text, window, count)
     assert model.encoded < text.utf8_bytes / 2 and few.stream.num_tokens == count * (window + 1)
     everything = whole.stream.read(0, whole.stream.num_tokens).tolist()

@@ -95,6 +95,13 @@ def test_our_own_class_never_asks_and_strangers_are_refused_without_a_question(t
 
 
 @pytest.mark.full
+def test_an_import_shows_its_own_bars_and_result_alone(exported: Path, tmp_path: Path) -> None:
+    (said,) = in_a_terminal(tmp_path, [["convert_checkpoint.py", "--from", "hf", exported, "--output", tmp_path / "ours", "--json", "-"]])
+    assert said.code == DONE and json.loads(said.stdout)["tensors"] > 0, said.lines
+    assert [line for line in said.lines if not re.fullmatch(r"(writing weights|reading back|comparing logits): .*|", line)] == []
+
+
+@pytest.mark.full
 def test_tasks_of_the_harness_leave_standard_output_to_json(trained: Trained, own_class: Path, exported: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path)
     tasks = ["--tasks", ",".join(TASKS), "--include-path", tmp_path, "--limit", "3", "--json", "-"]

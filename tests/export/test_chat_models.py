@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,15 @@ from pretrain.checkpoint.layout import MANIFEST, TOKENIZER
 from pretrain.checkpoint.tokenizer_files import LARGEST_BYTES, TOKEN_IDS, end_ids, origin_of, read_side_files
 from pretrain.config.errors import CheckpointError
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generators import open_generator
+from pretrain.evaluation.generators import document_end, open_generator
+from pretrain.evaluation.heldout import score_checkpoint, score_transformers
 from pretrain.export.convert import export_hf, export_safetensors
-from pretrain.export.import_hf import import_hf
+from pretrain.export.hf_open import open_tokenizer
+from pretrain.export.hf_recipe import recipe_of
+from pretrain.export.import_hf import architecture_of, import_hf
 from pretrain.merging.commands import blend
 from pretrain.train import main
+from tests.evaluation.foreign_folders import edit_json
 from tests.export.random_checkpoint import small_tokenizer
 from tests.launch.tiny_run import own_process
 from tools.generate import main as generate
@@ -88,8 +93,6 @@ def write_source(folder: Path) -> None:
     model.generation_config = GenerationConfig(**SAMPLING, **ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +141,33 @@ def test_ids_and_sampling_defaults_are_those_of_the_source(chat: Chat) -> None:
         assert getattr(configs[0], name) == getattr(configs[1], name) is not None
 
 
-def test_no_code_travels_and_every_file_is_hashed(chat: Chat) -> None:
-    for folder in (chat.ours, chat.trained, chat.back):
-        assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
+def test_the_tools_open_the_templates_and_the_tokens_of_the_source(chat: Chat) -> None:
+    for folder in (chat.source, chat.back):
+        opened, first = open_tokenizer(folder), AutoTokenizer.from_pretrained(chat.source)
+        assert opened.chat_template == first.chat_template == {"default": CHAT, "tool_use": TOOLS}
+        assert opened.special_tokens_map == first.special_tokens_map
+
+
+def test_a_folder_and_the_checkpoint_it_is_of_have_one_heldout_loss(chat: Chat) -> None:
+    """Documents begin and end with the tokens of training, which are not those that end a turn."""
+    device = torch.device("cpu")
+    ours = score_checkpoint(chat.trained, chat.data, "validation", device, baselines=(), window=32)
+    theirs = score_transformers(chat.back, chat.data, "validation", device, window=32)
+    assert theirs.targets == ours.targets and theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("eos", "end"), [([0, 295], ENDS[0]), (296, ENDS[2]), (5, ENDS[1]), (None, ENDS[1]), ([], ENDS[1])])
+def test_a_document_ends_with_a_token_that_is_no_word(eos: Any, end: str, chat: Chat, tmp_path: Path) -> None:
+    """Ids of config.json may be the class's defaults: then the tokenizer's end is taken, in imports and by tools alike."""
+    shutil.copytree(chat.source, tmp_path / "source")
+    edit_json(tmp_path / "source", eos_token_id=eos)
+    target, config = architecture_of(tmp_path / "source")
+    policy = recipe_of(tmp_path / "source", chat.source, target, config).data.tokenizer
+    tokenizer = open_tokenizer(tmp_path / "source")
+    assert policy.eod_token == end == tokenizer.convert_ids_to_tokens(document_end(config, tokenizer))
+
+
+def test_every_file_that_travels_is_hashed(chat: Chat) -> None:
     for folder in (chat.ours, chat.trained):
         listed = json.loads((folder / MANIFEST).read_text())["files"]
         assert read_side_files(folder).keys() <= listed.keys() and TOKEN_IDS in listed
@@ -192,13 +219,14 @@ def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> N
 
 
 def test_files_elsewhere_and_ids_that_are_none_are_passed_over(tmp_path: Path) -> None:
-    hostile = {"tokenizer_file": "/etc/passwd", "trust_remote_code": True, "eos_token": "</s>"}
+    hostile = {"tokenizer_file": "/etc/passwd", "trust_remote_code": True, "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    hostile |= {"tokenizer_class": "Evil", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hostile))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, True, "x", None, 8]}))
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "-rf.jinja").write_text("x")
     files = read_side_files(tmp_path)
-    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
+    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     assert end_ids(files) == {7, 8} and set(files) == {"tokenizer_config.json", "generation_config.json"}
     assert end_ids({}) == frozenset()
 
