@@ -85,21 +85,26 @@ def describe(
         request_sha256=plan.request_sha256,
         inputs_sha256=plan.inputs_sha256,
         dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
-        tokenizer=TokenizerEntry(
-            file=output.tokenizer,
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            bos_id=tokenizer.bos_id,
-            pad_id=tokenizer.pad_id,
-            append_eod=tokenizer.append_eod,
-            prepend_bos=tokenizer.prepend_bos,
-        ),
+        tokenizer=tokenizer_entry(tokenizer, output),
         sources={name: _source_entry(plan, name, records, account) for name in plan.config.named_sources},
         splits={split: _split_entry(split, shards, account) for split in SPLITS if any(shard["split"] == split for shard in shards)},
         streamed=plan.config.streaming,
     )
     return manifest, names
+
+
+def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
+    """The tokenizer, as a manifest has it."""
+    return TokenizerEntry(
+        file=output.tokenizer,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+        append_eod=tokenizer.append_eod,
+        prepend_bos=tokenizer.prepend_bos,
+    )
 
 
 def _split_entry(split: SplitName, shards: list[dict[str, Any]], account: Account) -> SplitEntry:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipeline.build.coordinator import BuildResult
+from data_pipeline.build.finish import tokenizer_entry
 from data_pipeline.build.shard_import import ImportJob, ImportRecord, import_shard
 from data_pipeline.build.workspace import (
     Output,
@@ -33,7 +34,7 @@ from data_pipeline.build.workspace import (
 )
 from data_pipeline.foreign_shards import ForeignShard, open_foreign
 from data_pipeline.indexed import WrittenShard, token_dtype
-from data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry, canonical_sha256, load_manifest, verify
+from data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, SplitEntry, canonical_sha256, load_manifest, verify
 from data_pipeline.progress import Stage
 from data_pipeline.split import SPLITS, SplitName
 from data_pipeline.tokenizer import Tokenizer, load_configured
@@ -204,20 +205,12 @@ def _publish(
             splits[split] = SplitEntry(documents=documents, tokens=tokens, utf8_bytes=size, shards=entries)
     documents = sum(split.documents for split in splits.values())
     with_eod, with_bos = sum(record.end_with_eod for record in records), sum(record.begin_with_bos for record in records)
+    around = {"append_eod": with_eod == documents, "prepend_bos": with_bos == documents and tokenizer.bos_id is not None}
     manifest = Manifest(
         created_by="tools/preprocess_data.py --import-shards",
         **identity,
         dtype=MANIFEST_TYPES[jobs[0].dtype],
-        tokenizer=TokenizerEntry(
-            file=output.tokenizer,
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            bos_id=tokenizer.bos_id,
-            pad_id=tokenizer.pad_id,
-            append_eod=with_eod == documents,
-            prepend_bos=with_bos == documents and tokenizer.bos_id is not None,
-        ),
+        tokenizer=tokenizer_entry(tokenizer, output).model_copy(update=around),
         sources={SOURCE: _source(splits, sum(record.empty for record in records))},
         splits=splits,
     )
