@@ -117,7 +117,9 @@ class Stage:
         return f", {rate}" if (rate := self.rate()) else ""
 
     def _size(self) -> str:
-        return f"{tqdm.format_sizeof(self.total)}{self._name}" if self.total else ""
+        if not self.total:
+            return ""
+        return f"{self.total:,.0f}{self._name}" if self.unit != "B" else f"{tqdm.format_sizeof(self.total)}B"
 
     def _open_bar(self) -> Any:
         layout = BAR if self.total else WITHOUT_TOTAL if self.unit else JUST_A_TITLE
