@@ -20,7 +20,11 @@ RUN_AGAIN = "run the same command again to continue"
 
 
 class _CtrlC:
-    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the first one tidies up."""
+    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the first one tidies up.
+
+    While a module is imported nothing is unwound: libraries take an exception there for something else (NumPy's import then fails, or
+    crashes the process), and there is nothing yet to tidy up.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -29,7 +33,17 @@ class _CtrlC:
         self.count += 1
         if self.count > 1:
             leave("interrupted again: nothing more is tidied up")
+        if _is_importing(frame):
+            leave("interrupted")
         raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def install() -> None:

@@ -52,7 +52,7 @@ def write_lines(folder: Path, name: str, count: int) -> list[str]:
 
 def loader_of(folder: Path, corpora: Corpora, *overrides: str, names: str = "a", dp_rank: int = 0, dp_size: int = 1) -> StreamLoader:
     sources = ", ".join(f"{name}: {{kind: text, document: line, input: [{folder}/{name}.txt]}}" for name in names)
-    settings = ["data.source=null", f"data.sources={{{sources}}}", "data.streaming=true", f"data.validation_share={SHARE}"]
+    settings = ["data.source=null", f"data.sources={{{sources}}}", "data.streaming=true", "data.split_by=content", f"data.validation_share={SHARE}"]
     sizes = [f"train.sequence_length={S}", "train.global_batch_size=4", "train.micro_batch_size=2", "data.tokenizer=null"]
     tokenizer = f"data.tokenizer={{kind: file, path: {corpora.tokenizer_path}}}"
     loader = open_loader(load_recipe("debug", [*settings, *sizes, tokenizer, *overrides]), corpora, dp_rank, dp_size)
@@ -217,7 +217,7 @@ def test_a_stream_gives_the_tokens_that_a_build_would_write(tmp_path: Path, corp
     source = f"data.source={{kind: text, document: line, input: [{tmp_path}/a.txt]}}"
     tokenizer = f"data.tokenizer={{kind: file, path: {corpora.tokenizer_path}}}"
     for overrides in ([], middle):
-        settings = [f"data.validation_share={SHARE}", "data.tokenizer=null", tokenizer, *overrides]
+        settings = [f"data.validation_share={SHARE}", "data.split_by=content", "data.tokenizer=null", tokenizer, *overrides]
         built = build(load_recipe("debug", [*settings, source]).data, Output(tmp_path / f"built{len(overrides)}"))
         expected = open_split(built.manifest, "train")
         loader = loader_of(tmp_path, corpora, *overrides)

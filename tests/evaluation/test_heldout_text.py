@@ -103,12 +103,12 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / source).mkdir()
         for number in range(20):
             (folder / source / f"{number}.txt").write_text(f"{source} " * (number + 1) + "ü\n")
-    tokenizer = ["data.tokenizer.vocab_size=300", "data.validation_share=0.5"]
+    tokenizer = ["data.tokenizer.vocab_size=300", "data.validation_share=0.5", "data.split_by=content"]
     named = ", ".join(f"{source}: {{kind: text, input: ['{folder / source}/*.txt']}}" for source in ("sums", "words"))
     build(load_recipe("debug", ["data.source=null", f"data.sources={{{named}}}", *tokenizer]).data, Output(folder / "first"))
     same = f"data.tokenizer={{kind: file, path: {folder / 'first' / 'tokenizer.json'}}}"
     other = f"data.source={{kind: text, input: ['{folder / 'other'}/*.txt']}}"
-    build(load_recipe("debug", [other, same, tokenizer[1]]).data, Output(folder / "second"))
+    build(load_recipe("debug", [other, same, *tokenizer[1:]]).data, Output(folder / "second"))
     return {"a": str(folder / "first"), "b": str(folder / "second")}
 
 
