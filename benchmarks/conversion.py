@@ -38,8 +38,8 @@ SIDES = {
         "from pretrain.export.convert import export_safetensors; export_safetensors(source, output, torch.bfloat16, overwrite=False)"
     ),
     "ours, hf, bf16": (
-        "from pretrain.export.convert import export_hf; from data_pipeline.token_stream import open_split; "
-        "from data_pipeline.manifest import load_manifest; stream = open_split(load_manifest(data), 'train'); "
+        "from pretrain.export.convert import export_hf; from data_pipeline.shards.token_stream import open_split; "
+        "from data_pipeline.shards.manifest import load_manifest; stream = open_split(load_manifest(data), 'train'); "
         "export_hf(source, output, stream, torch.bfloat16, overwrite=False, memory_bytes=0)"
     ),
     "deepspeed, zero_to_fp32": (
@@ -90,9 +90,20 @@ MODELS = {
 def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
     """A real checkpoint, from the training command itself."""
     run = folder / name.replace(" ", "_")
-    settings = [f"data.path={folder / 'data'}", f"run_path={run}", "schedule.warmup_steps=0", *COMMON, *overrides]
+    settings = [
+        f"data.path={folder / 'data'}",
+        f"run_path={run}",
+        "schedule.warmup_steps=0",
+        *COMMON,
+        *overrides,
+    ]
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "debug"]
-    subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting))],
+        check=True,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+    )
     return run / "checkpoints" / "step_1"
 
 
@@ -100,9 +111,18 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
     """Seconds and the most bytes held, or the error's last line."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-c", PROGRAM.format(side=SIDES[side]), str(source), str(output), str(folder / "data")]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM.format(side=SIDES[side]),
+        str(source),
+        str(output),
+        str(folder / "data"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     with PeakMemory(process.pid) as memory:
         printed, errors = process.communicate()
     shutil.rmtree(output, ignore_errors=True)
@@ -113,8 +133,12 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json")
-    parser.add_argument("--folder", type=Path, help="where 15 GB have room; a temporary folder by default")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where 15 GB have room; a temporary folder by default"
+    )
     arguments = parser.parse_args()
     result: dict[str, object] = {
         "date": date.today().isoformat(),
@@ -124,14 +148,26 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
-        preprocess = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(ROOT / "pretrain" / "**" / "*.py")]
-        subprocess.run([*preprocess, "--output", str(folder / "data")], check=True, stdout=subprocess.DEVNULL)
+        preprocess = [
+            sys.executable,
+            str(ROOT / "tools" / "preprocess_data.py"),
+            "--input",
+            str(ROOT / "pretrain" / "**" / "*.py"),
+        ]
+        subprocess.run(
+            [*preprocess, "--output", str(folder / "data")], check=True, stdout=subprocess.DEVNULL
+        )
         models: dict[str, object] = {}
         for name, overrides in MODELS.items():
             source = train_one_step(folder, name, overrides)
             weights = open_weights(source)
             sizes = [weights.form(tensor).bytes for tensor in weights.names]
-            table = Table("side", "seconds", "peak MB", title=f"{name}: {sum(sizes) / 1e9:.2f} GB of fp32, largest tensor {max(sizes) / 1e6:.0f} MB")
+            table = Table(
+                "side",
+                "seconds",
+                "peak MB",
+                title=f"{name}: {sum(sizes) / 1e9:.2f} GB of fp32, largest tensor {max(sizes) / 1e6:.0f} MB",
+            )
             sides: dict[str, object] = {}
             for side in SIDES:
                 if name == "dense" and side == "ours, hf, bf16":
@@ -144,7 +180,11 @@ def main() -> None:
                 else:
                     sides[side] = {"seconds": measured[0], "peak_bytes": measured[1]}
                     table.add_row(side, f"{measured[0]:.1f}", f"{measured[1] / 1e6:.0f}")
-            models[name] = {"weights_bytes": sum(sizes), "largest_tensor_bytes": max(sizes), "sides": sides}
+            models[name] = {
+                "weights_bytes": sum(sizes),
+                "largest_tensor_bytes": max(sizes),
+                "sides": sides,
+            }
             shutil.rmtree(source.parent.parent)
             Console().print(table)
     result["models"] = models

@@ -10,18 +10,20 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
 import torch
 from tqdm import trange
 
-from data_pipeline.batch import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.callbacks.environment import hardware
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.errors import run_command
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import run_command
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
@@ -37,7 +39,9 @@ EXAMPLES = """\
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser, default="debug")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="pairs of steps (default: 20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="pairs of steps (default: 20)"
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -46,7 +50,11 @@ def random_batch(recipe: Recipe, seed: int) -> Batch:
     """A micro batch of uniform tokens: their values do not matter for the time."""
     vocab_size, train = recipe.model.vocab_size, recipe.train
     assert vocab_size is not None
-    tokens_BS = torch.randint(vocab_size, (train.micro_batch_size, train.sequence_length), generator=torch.Generator().manual_seed(seed))
+    tokens_BS = torch.randint(
+        vocab_size,
+        (train.micro_batch_size, train.sequence_length),
+        generator=torch.Generator().manual_seed(seed),
+    )
     return Batch(tokens_BS, tokens_BS)
 
 
@@ -74,10 +82,14 @@ def main() -> int:
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, None)
     accumulation = check_topology(recipe, 1, 1)
-    resolved = resolve_ds_config({"zero_optimization": {"stage": 1}}, "ZeRO 1", recipe, precision, accumulation, 1)
+    resolved = resolve_ds_config(
+        {"zero_optimization": {"stage": 1}}, "ZeRO 1", recipe, precision, accumulation, 1
+    )
     resolved["tensorboard"]["enabled"] = False
     engine = Engine(recipe, resolved, precision, connect(recipe.parallel.ep_size))
-    pairs = timed_pairs(engine, [random_batch(recipe, number) for number in range(accumulation)], options.steps)
+    pairs = timed_pairs(
+        engine, [random_batch(recipe, number) for number in range(accumulation)], options.steps
+    )
     ratios = sorted(with_mode / plain for plain, with_mode in pairs)
     result = {
         "recipe": recipe.name,
@@ -92,7 +104,9 @@ def main() -> int:
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
     }
     if options.json_path != "-":
-        print(f"a deterministic step takes {result['ratio_median']:.3f} of the CPU time of a plain one (median of {len(pairs)} pairs)")
+        print(
+            f"a deterministic step takes {result['ratio_median']:.3f} of the CPU time of a plain one (median of {len(pairs)} pairs)"
+        )
     write_json(result, options.json_path)
     disconnect()
     return 0

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import run_command
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import NextLogits, continue_prompts, native_next_logits
-from pretrain.evaluation.sampling import Sampling
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import run_command
+from pretrain.evaluation.generation.generate import NextLogits, continue_prompts, native_next_logits
+from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 
@@ -58,9 +60,13 @@ def timed(next_logits: NextLogits, prompt: list[int], new_tokens: int) -> tuple[
 
 def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """Seconds of both ways behind a prompt, one after the other, and whether they wrote the same."""
-    prompt = torch.randint(4096, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(
+        4096, (prompt_tokens,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     timed(native_next_logits(model, prompt_tokens + 8, DEVICE), prompt, 8)
-    cached, cached_seconds = timed(native_next_logits(model, prompt_tokens + new_tokens, DEVICE), prompt, new_tokens)
+    cached, cached_seconds = timed(
+        native_next_logits(model, prompt_tokens + new_tokens, DEVICE), prompt, new_tokens
+    )
     whole, whole_seconds = timed(without_cache(model), prompt, new_tokens)
     return {
         "prompt_tokens": prompt_tokens,
@@ -75,7 +81,14 @@ def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> dict[str, 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1, 64, 256], metavar="N", help="(default: 1 64 256)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        nargs="+",
+        default=[1, 64, 256],
+        metavar="N",
+        help="(default: 1 64 256)",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
     add_json_option(parser)
     return parser.parse_args()
@@ -90,7 +103,13 @@ def main() -> None:
         for row in rows:
             print(", ".join(f"{name} {value}" for name, value in row.items()))
     machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}"
-    result = {"date": date.today().isoformat(), "machine": machine, "load": round(os.getloadavg()[0], 1), "threads": arguments.threads, "runs": rows}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "load": round(os.getloadavg()[0], 1),
+        "threads": arguments.threads,
+        "runs": rows,
+    }
     write_json(result, arguments.json_path)
 
 

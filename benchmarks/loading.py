@@ -30,8 +30,14 @@ from held_memory import MEASURE, held_bytes
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.indexed import HEADER, MAGIC, VERSION, IndexedWriter, bin_path, idx_path
-from data_pipeline.manifest import Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry
+from data_pipeline.shards.indexed import HEADER, MAGIC, VERSION, IndexedWriter, bin_path, idx_path
+from data_pipeline.shards.manifest import (
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    TokenizerEntry,
+)
 
 SEQUENCE_LENGTH, MICRO_BATCH = 2048, 8
 VOCAB_SIZE = 32_000
@@ -43,18 +49,35 @@ TRILLION_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 500, 2_000_000_000, 2_000_000
 
 def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
     (folder / "tokenizer.json").write_text("{}")
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    documents, tokens = (
+        sum(shard.documents for shard in shards),
+        sum(shard.tokens for shard in shards),
+    )
     nothing = "0" * 64
     manifest = Manifest(
         created_by="benchmark",
         request_sha256=nothing,
         inputs_sha256=nothing,
         dtype="uint16",
-        tokenizer=TokenizerEntry(file="tokenizer.json", sha256=nothing, vocab_size=VOCAB_SIZE, eod_id=0),
+        tokenizer=TokenizerEntry(
+            file="tokenizer.json", sha256=nothing, vocab_size=VOCAB_SIZE, eod_id=0
+        ),
         sources={
-            "all": SourceEntry(kind="jsonl", sha256=nothing, records=documents, documents=documents, tokens=tokens, utf8_bytes=4 * tokens, share=1.0)
+            "all": SourceEntry(
+                kind="jsonl",
+                sha256=nothing,
+                records=documents,
+                documents=documents,
+                tokens=tokens,
+                utf8_bytes=4 * tokens,
+                share=1.0,
+            )
         },
-        splits={"train": SplitEntry(documents=documents, tokens=tokens, utf8_bytes=4 * tokens, shards=shards)},
+        splits={
+            "train": SplitEntry(
+                documents=documents, tokens=tokens, utf8_bytes=4 * tokens, shards=shards
+            )
+        },
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json())
 
@@ -94,7 +117,16 @@ def make_trillion(folder: Path) -> None:
             stream.truncate(SHARD_TOKENS * 2)
         sizes = {"bin_bytes": SHARD_TOKENS * 2, "idx_bytes": first.stat().st_size}
         counts = {"documents": SHARD_DOCUMENTS, "tokens": SHARD_TOKENS}
-        shards.append(ShardEntry(prefix=prefix.name, source="all", bin_sha256=nothing, idx_sha256=nothing, **sizes, **counts))
+        shards.append(
+            ShardEntry(
+                prefix=prefix.name,
+                source="all",
+                bin_sha256=nothing,
+                idx_sha256=nothing,
+                **sizes,
+                **counts,
+            )
+        )
     write_manifest(folder, shards)
 
 
@@ -114,26 +146,40 @@ def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
 
 
 def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
-    from data_pipeline.corpora import load_corpora
-    from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
-    from data_pipeline.packing import prepare_packing, training_samples
-    from pretrain.config.data_schema import DataConfig, Proportional
+    from data_pipeline.config import DataConfig, Proportional
+    from data_pipeline.loading.packing import prepare_packing, training_samples
+    from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+    from data_pipeline.shards.datasets import load_datasets
 
     config = DataConfig.model_validate({"packing": {"kind": packing}, "document_mask": True})
     result: dict[str, float] = {}
     if packing == "best_fit":
         started = time.perf_counter()
-        packed = prepare_packing(load_corpora({"": str(folder)}), config, SEQUENCE_LENGTH)
+        packed = prepare_packing(load_datasets({"": str(folder)}), config, SEQUENCE_LENGTH)
         assert packed is not None
-        result = {"packing_seconds": time.perf_counter() - started, "padding_share": packed.padding_share, "truncated_share": packed.truncated_share}
+        result = {
+            "packing_seconds": time.perf_counter() - started,
+            "padding_share": packed.padding_share,
+            "truncated_share": packed.truncated_share,
+        }
     before, started = held_bytes(), time.perf_counter()
-    parts = load_corpora({"": str(folder)}).training_parts()
-    sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
-    loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
+    parts = load_datasets({"": str(folder)}).training_parts()
+    sources = {
+        name: TrainingSource(
+            training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint
+        )
+        for name, found in parts.items()
+    }
+    loader = TrainLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
-    result |= {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": held_bytes() - before}
+    result |= {
+        "first_batch_seconds": time.perf_counter() - started,
+        "first_batch_bytes": held_bytes() - before,
+    }
     if steps:
-        result |= timed_steps(lambda number: loader.step_batches(number + 1), steps) | {"bytes": held_bytes() - before}
+        result |= timed_steps(lambda number: loader.step_batches(number + 1), steps) | {
+            "bytes": held_bytes() - before
+        }
     return result
 
 
@@ -142,7 +188,9 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
     with warnings.catch_warnings():  # it misses optional CUDA packages, aloud
         warnings.simplefilter("ignore")
         import torch
-        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.blended_megatron_dataset_builder import (
+            BlendedMegatronDatasetBuilder,
+        )
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
 
@@ -154,7 +202,9 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
         def tokenize(self, text: str) -> np.ndarray:
             raise NotImplementedError("the shards hold tokens")
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     before, started = held_bytes(), time.perf_counter()
     prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("train_*.bin"))
     cache = folder / "megatron-cache"
@@ -170,14 +220,22 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
         eod_mask_loss=True,
         create_attention_mask=False,
     )
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [max(steps, 1) * MICRO_BATCH + MICRO_BATCH, 0, 0], lambda: True, config).build()[0]
+    dataset = BlendedMegatronDatasetBuilder(
+        GPTDataset, [max(steps, 1) * MICRO_BATCH + MICRO_BATCH, 0, 0], lambda: True, config
+    ).build()[0]
 
     def step(number: int) -> object:
         samples = [dataset[number * MICRO_BATCH + row] for row in range(MICRO_BATCH)]
-        return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+        return {
+            name: torch.stack([sample[name] for sample in samples])
+            for name in ("tokens", "labels", "loss_mask", "position_ids")
+        }
 
     step(0)
-    result: dict[str, float] = {"first_batch_seconds": time.perf_counter() - started, "first_batch_bytes": held_bytes() - before}
+    result: dict[str, float] = {
+        "first_batch_seconds": time.perf_counter() - started,
+        "first_batch_bytes": held_bytes() - before,
+    }
     result |= timed_steps(lambda number: step(number + 1), steps) | {"bytes": held_bytes() - before}
     shutil.rmtree(cache)
     return result
@@ -185,26 +243,44 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
 
 def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     """How long a training step of a millisecond waits for its batch, over many steps."""
-    from data_pipeline.corpora import load_corpora
-    from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
-    from data_pipeline.packing import training_samples
-    from pretrain.config.data_schema import DataConfig, Proportional
+    from data_pipeline.config import DataConfig, Proportional
+    from data_pipeline.loading.packing import training_samples
+    from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+    from data_pipeline.shards.datasets import load_datasets
 
     config = DataConfig.model_validate({"packing": {"kind": "best_fit"}, "document_mask": True})
-    parts = load_corpora({"": str(folder)}).training_parts()
-    sources = {name: TrainingSource(training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint) for name, found in parts.items()}
-    loader = TrainLoader(sources, [Stretch(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
+    parts = load_datasets({"": str(folder)}).training_parts()
+    sources = {
+        name: TrainingSource(
+            training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint
+        )
+        for name, found in parts.items()
+    }
+    loader = TrainLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
     loader.waiting.seconds = 0.0
     started = time.perf_counter()
     for number in range(1, steps + 1):
         loader.step_batches(number)
         time.sleep(0.010)
-    return {"steps": steps, "stall_seconds": loader.waiting.seconds, "stall_share": loader.waiting.seconds / (time.perf_counter() - started)}
+    return {
+        "steps": steps,
+        "stall_seconds": loader.waiting.seconds,
+        "stall_share": loader.waiting.seconds / (time.perf_counter() - started),
+    }
 
 
 def measure(folder: Path, side: str, steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--folder", str(folder), "--side", side, "--steps", str(steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--side",
+        side,
+        "--steps",
+        str(steps),
+    ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
@@ -222,20 +298,43 @@ def run_side(folder: Path, side: str, steps: int) -> dict[str, float]:
 
 def print_report(report: dict[str, Any]) -> None:
     console = Console()
-    table = Table("side", "first batch s", "held memory MB", "tokens/s", "p50 ms", "p99 ms", "max ms", title=f"{report['tokens'] / 1e6:.0f} M tokens")
+    table = Table(
+        "side",
+        "first batch s",
+        "held memory MB",
+        "tokens/s",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        title=f"{report['tokens'] / 1e6:.0f} M tokens",
+    )
     for side, row in report["sides"].items():
-        cells = [f"{row['first_batch_seconds']:.2f}", f"{row['bytes'] / 1e6:.0f}", f"{row['tokens_per_second'] / 1e6:.1f} M"]
-        table.add_row(side, *cells, *(f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")))
+        cells = [
+            f"{row['first_batch_seconds']:.2f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['tokens_per_second'] / 1e6:.1f} M",
+        ]
+        table.add_row(
+            side, *cells, *(f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms"))
+        )
     console.print(table)
     packed, trillion, stalls = report["sides"]["best_fit"], report["trillion"], report["stalls"]
-    console.print(f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the documents cut")
+    console.print(
+        f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the documents cut"
+    )
     first = f"first batch after {trillion['first_batch_seconds']:.2f} s and {trillion['first_batch_bytes'] / 1e6:.0f} MB"
-    console.print(f"a trillion tokens in {TRILLION_SHARDS} shards: {first}; {trillion['bytes'] / 1e6:.0f} MB after 300 steps")
-    console.print(f"{stalls['steps']:,} steps of 10 ms with best-fit packing and document ids: {stalls['stall_share']:.3%} of the time waiting")
+    console.print(
+        f"a trillion tokens in {TRILLION_SHARDS} shards: {first}; {trillion['bytes'] / 1e6:.0f} MB after 300 steps"
+    )
+    console.print(
+        f"{stalls['steps']:,} steps of 10 ms with best-fit packing and document ids: {stalls['stall_share']:.3%} of the time waiting"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark-loading"))
     parser.add_argument("--megatokens", type=int, default=200)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -254,8 +353,16 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "memory": MEASURE,
-        "tokens": sum(shard["tokens"] for shard in json.loads((small / "manifest.json").read_text())["splits"]["train"]["shards"]),
-        "sides": {side: measure(small, side, options.steps) for side in ("concatenate", "best_fit", "megatron")},
+        "tokens": sum(
+            shard["tokens"]
+            for shard in json.loads((small / "manifest.json").read_text())["splits"]["train"][
+                "shards"
+            ]
+        ),
+        "sides": {
+            side: measure(small, side, options.steps)
+            for side in ("concatenate", "best_fit", "megatron")
+        },
         "trillion": measure(large, "concatenate", 300),
         "stalls": measure(small, "stalls", options.steps),
     }

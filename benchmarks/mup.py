@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from data_pipeline.corpora import data_folders, load_corpora
-from data_pipeline.loader import open_train_loader
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, run_command
+from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.shards.datasets import data_folders, load_datasets
+from pretrain.analysis.coordinates import KINDS, Kind, PlainTraining, recipe_at, with_vocabulary
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.coordinates import KINDS, Kind, PlainTraining, recipe_at, with_vocabulary
-from pretrain.optim.schedules import learning_rate_factor
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, run_command
+from pretrain.training.schedules import learning_rate_factor
 
 EXAMPLES = """\
   python benchmarks/mup.py --data data/quickstart --json benchmarks/results/mup.json
@@ -56,12 +56,18 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
     """The mean loss of the last fifth of a run's steps, nats a token."""
     torch.set_num_threads(1)
     rate = f"optimizer.learning_rate={2.0**job.power}"
-    recipe = load_recipe("quickstart", [*SETTINGS, *overrides, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"])
-    corpora = load_corpora(data_folders(recipe))
-    recipe = with_vocabulary(recipe, corpora.tokenizer.vocab_size)
-    loader = open_train_loader(recipe, corpora, 0, 1)
+    recipe = load_recipe(
+        "quickstart",
+        [*SETTINGS, *overrides, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"],
+    )
+    datasets = load_datasets(data_folders(recipe))
+    recipe = with_vocabulary(recipe, datasets.tokenizer.vocab_size)
+    loader = open_train_loader(recipe, datasets, 0, 1)
     training = PlainTraining(recipe_at(recipe, job.width, base, job.kind, "heads"))
-    losses = [training.step(loader.step_batches(step), learning_rate_factor(step, steps, recipe.schedule)) for step in range(steps)]
+    losses = [
+        training.step(loader.step_batches(step), learning_rate_factor(step, steps, recipe.schedule))
+        for step in range(steps)
+    ]
     last = losses[-max(1, round(LAST_SHARE * steps)) :]
     return sum(last) / len(last)
 
@@ -69,7 +75,10 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
 def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
     """The longest ones first; at the base both kinds are one."""
     jobs = [Job(kind, width, power) for kind in KINDS for width in widths for power in powers]
-    return sorted((job for job in jobs if job.kind == "standard" or job.width != min(widths)), key=lambda job: -job.width)
+    return sorted(
+        (job for job in jobs if job.kind == "standard" or job.width != min(widths)),
+        key=lambda job: -job.width,
+    )
 
 
 def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) -> dict[str, Any]:
@@ -80,12 +89,18 @@ def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) 
     for kind in KINDS:
         rows = []
         for width in widths:
-            found = {power: losses[Job("standard" if width == base else kind, width, power)] for power in powers}
+            found = {
+                power: losses[Job("standard" if width == base else kind, width, power)]
+                for power in powers
+            }
             best = min(powers, key=lambda power: found[power])
             rows.append(
                 {
                     "width": width,
-                    "losses": {f"2^{power}": round(loss, 4) if math.isfinite(loss) else None for power, loss in found.items()},
+                    "losses": {
+                        f"2^{power}": round(loss, 4) if math.isfinite(loss) else None
+                        for power, loss in found.items()
+                    },
                     "best": f"2^{best}",
                     "steps_from_base": powers.index(best) - powers.index(base_best),
                     "loss": round(found[best], 4),
@@ -98,21 +113,62 @@ def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) 
 
 def print_table(result: dict[str, Any]) -> None:
     for kind in KINDS:
-        table = Table("width", *result["rates"], "best", "grid steps from the base", "cost of the base's best", title=kind)
+        table = Table(
+            "width",
+            *result["rates"],
+            "best",
+            "grid steps from the base",
+            "cost of the base's best",
+            title=kind,
+        )
         for row in result[kind]:
-            cells = [f"{loss:.3f}" if loss is not None else "not finite" for loss in row["losses"].values()]
-            table.add_row(str(row["width"]), *cells, row["best"], f"{row['steps_from_base']:+d}", f"{row['loss_at_base_best'] - row['loss']:.3f}")
+            cells = [
+                f"{loss:.3f}" if loss is not None else "not finite"
+                for loss in row["losses"].values()
+            ]
+            table.add_row(
+                str(row["width"]),
+                *cells,
+                row["best"],
+                f"{row['steps_from_base']:+d}",
+                f"{row['loss_at_base_best'] - row['loss']:.3f}",
+            )
         Console().print(table)
 
 
 def main() -> None:
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="shards of the quickstart")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="D", help="hidden sizes; the smallest is the base")
-    parser.add_argument("--powers", type=int, nargs="+", default=list(range(-10, -3)), metavar="P", help="learning rates are 2^P")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps of 512 tokens a run")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, a core each")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="of the recipe at its base; may be repeated")
+    parser.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[32, 64, 128, 256],
+        metavar="D",
+        help="hidden sizes; the smallest is the base",
+    )
+    parser.add_argument(
+        "--powers",
+        type=int,
+        nargs="+",
+        default=list(range(-10, -3)),
+        metavar="P",
+        help="learning rates are 2^P",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="optimizer steps of 512 tokens a run"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="runs at a time, a core each"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="of the recipe at its base; may be repeated",
+    )
     add_json_option(parser)
     options = parser.parse_args()
     widths, powers = sorted(set(options.widths)), sorted(set(options.powers))
@@ -121,7 +177,10 @@ def main() -> None:
     jobs = all_jobs(widths, powers)
     losses: dict[Job, float] = {}
     with ProcessPoolExecutor(options.processes) as pool:
-        running = {pool.submit(train, job, options.data, widths[0], options.steps, options.overrides): job for job in jobs}
+        running = {
+            pool.submit(train, job, options.data, widths[0], options.steps, options.overrides): job
+            for job in jobs
+        }
         for done in tqdm(as_completed(running), total=len(jobs), desc="runs", unit="run"):
             losses[running[done]] = done.result()
     result = {

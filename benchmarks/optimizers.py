@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from data_pipeline.corpora import load_corpora
-from data_pipeline.loader import open_loader, validation_batches
-from data_pipeline.packing import Windows
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import open_loader, validation_batches
+from data_pipeline.shards.datasets import load_datasets
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology, connect, disconnect
-from pretrain.optim.schedules import learning_rate_factor
+from pretrain.training.schedules import learning_rate_factor
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS, SWEEP_SEED = (1, 2, 3), 0
@@ -62,20 +62,40 @@ VALIDATION_WINDOWS, EVERY = 64, 50
 def state_bytes(engine: Engine) -> float:
     """Bytes of optimizer state a parameter, from the tensors that are there; the table of 8-bit levels, which all states share, left out."""
     states = engine.optimizer.state.values()
-    held = sum(value.nbytes for state in states for name, value in state.items() if torch.is_tensor(value) and not name.startswith("qmap"))
+    held = sum(
+        value.nbytes
+        for state in states
+        for name, value in state.items()
+        if torch.is_tensor(value) and not name.startswith("qmap")
+    )
     return held / sum(parameter.numel() for parameter in engine.model.parameters())
 
 
-def train(kind: str, rate: float, seed: int, steps: int, every: int, data: str, topology: Topology) -> dict[str, Any]:
+def train(
+    kind: str, rate: float, seed: int, steps: int, every: int, data: str, topology: Topology
+) -> dict[str, Any]:
     """One training: the validation loss at every ``every`` steps, with the CPU seconds of the steps so far."""
     optimizer = f"{{kind: {kind}, learning_rate: {rate}, embedding_learning_rate: {5 * rate}, weight_decay: {KINDS[kind][0]}}}"
-    sizes = [*MODEL, f"optimizer={optimizer}", f"seed={seed}", f"train.train_tokens={steps * STEP_TOKENS}", f"data.path={data}"]
+    sizes = [
+        *MODEL,
+        f"optimizer={optimizer}",
+        f"seed={seed}",
+        f"train.train_tokens={steps * STEP_TOKENS}",
+        f"data.path={data}",
+    ]
     recipe = load_recipe("quickstart", sizes)
-    corpora = load_corpora({"quickstart": data})
-    loader, held_out = open_loader(recipe, corpora, 0, 1), corpora.validation_stream()
+    datasets = load_datasets({"quickstart": data})
+    loader, held_out = open_loader(recipe, datasets, 0, 1), datasets.validation_stream()
     assert held_out is not None
-    windows = Windows(held_out, recipe.train.sequence_length, corpora.pad_id)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 0}}, "this benchmark", recipe, "fp32", check_topology(recipe, 1, 0), 1)
+    windows = Windows(held_out, recipe.train.sequence_length, datasets.pad_id)
+    ds_config = resolve_ds_config(
+        {"zero_optimization": {"stage": 0}},
+        "this benchmark",
+        recipe,
+        "fp32",
+        check_topology(recipe, 1, 0),
+        1,
+    )
     engine = Engine(recipe, ds_config, "fp32", topology)
     curve, step_seconds = [], []
     for step in range(steps):
@@ -86,12 +106,20 @@ def train(kind: str, rate: float, seed: int, steps: int, every: int, data: str, 
         if (step + 1) % every == 0:
             nll, targets = engine.evaluate(validation_batches(windows, 8, 0, 1, VALIDATION_WINDOWS))
             curve.append({"step": step + 1, "seconds": sum(step_seconds), "loss": nll / targets})
-    return {"curve": curve, "step_seconds": median(step_seconds), "state_bytes_a_parameter": state_bytes(engine)}
+    return {
+        "curve": curve,
+        "step_seconds": median(step_seconds),
+        "state_bytes_a_parameter": state_bytes(engine),
+    }
 
 
 def loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
     """The loss after so many seconds, between the points of a curve."""
-    return float(numpy.interp(seconds, [point["seconds"] for point in curve], [point["loss"] for point in curve]))
+    return float(
+        numpy.interp(
+            seconds, [point["seconds"] for point in curve], [point["loss"] for point in curve]
+        )
+    )
 
 
 def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, float]]:
@@ -102,7 +130,9 @@ def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, fl
             left = list(rates)
             while left:
                 rate = left.pop(0)
-                found[kind][rate] = train(kind, rate, SWEEP_SEED, steps, steps, data, topology)["curve"][-1]["loss"]
+                found[kind][rate] = train(kind, rate, SWEEP_SEED, steps, steps, data, topology)[
+                    "curve"
+                ][-1]["loss"]
                 progress.update()
                 if not left and best_rate(found[kind]) == rate:
                     left.append(2 * rate)
@@ -110,23 +140,37 @@ def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, fl
     return found
 
 
-def summarize(steps: int, swept: dict[str, dict[float, float]], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize(
+    steps: int, swept: dict[str, dict[float, float]], runs: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
     # All kinds at the moment when the fastest one had seen all tokens.
     budget = min(run["curve"][-1]["seconds"] for of_kind in runs.values() for run in of_kind)
     kinds = {}
     for kind, of_kind in runs.items():
         curves = [run["curve"] for run in of_kind]
-        losses = {"tokens": [curve[-1]["loss"] for curve in curves], "seconds": [loss_at(curve, budget) for curve in curves]}
+        losses = {
+            "tokens": [curve[-1]["loss"] for curve in curves],
+            "seconds": [loss_at(curve, budget) for curve in curves],
+        }
         kinds[kind] = {
             "learning_rate": best_rate(swept[kind]),
             **{f"loss_at_equal_{name}": mean(values) for name, values in losses.items()},
-            **{f"spread_at_equal_{name}": stdev(values) if len(values) > 1 else 0.0 for name, values in losses.items()},
+            **{
+                f"spread_at_equal_{name}": stdev(values) if len(values) > 1 else 0.0
+                for name, values in losses.items()
+            },
             "step_seconds": median(run["step_seconds"] for run in of_kind),
             "state_bytes_a_parameter": of_kind[0]["state_bytes_a_parameter"],
             "sweep": swept[kind],
             "curves": curves,
         }
-    return {"steps": steps, "tokens": steps * STEP_TOKENS, "seeds": len(curves), "equal_seconds": budget, "kinds": kinds}
+    return {
+        "steps": steps,
+        "tokens": steps * STEP_TOKENS,
+        "seeds": len(curves),
+        "equal_seconds": budget,
+        "kinds": kinds,
+    }
 
 
 def best_rate(losses: dict[float, float]) -> float:
@@ -134,9 +178,18 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def show(results: dict[str, Any]) -> None:
-    columns = ("learning_rate", "loss_at_equal_tokens", "spread_at_equal_tokens", "loss_at_equal_seconds", "step_seconds", "state_bytes_a_parameter")
+    columns = (
+        "learning_rate",
+        "loss_at_equal_tokens",
+        "spread_at_equal_tokens",
+        "loss_at_equal_seconds",
+        "step_seconds",
+        "state_bytes_a_parameter",
+    )
     table = Table(
-        "optimizer", *columns, title=f"{results['tokens']:,} tokens, or {results['equal_seconds']:.0f} CPU seconds; {results['seeds']} seeds"
+        "optimizer",
+        *columns,
+        title=f"{results['tokens']:,} tokens, or {results['equal_seconds']:.0f} CPU seconds; {results['seeds']} seeds",
     )
     for kind, row in results["kinds"].items():
         table.add_row(kind, *(f"{row[column]:.4g}" for column in columns))
@@ -164,21 +217,48 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of each training, 512 tokens each (default: 300)")
-    parser.add_argument("--sweep-steps", type=int, default=100, help="of each trial of a learning rate (default: 100)")
-    parser.add_argument("--data", default=str(ROOT / "data" / "quickstart"), metavar="FOLDER", help="(default: data/quickstart)")
-    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "optimizers.json"), metavar="PATH", dest="json_path")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of each training, 512 tokens each (default: 300)"
+    )
+    parser.add_argument(
+        "--sweep-steps",
+        type=int,
+        default=100,
+        help="of each trial of a learning rate (default: 100)",
+    )
+    parser.add_argument(
+        "--data",
+        default=str(ROOT / "data" / "quickstart"),
+        metavar="FOLDER",
+        help="(default: data/quickstart)",
+    )
+    parser.add_argument(
+        "--json",
+        default=str(ROOT / "benchmarks" / "results" / "optimizers.json"),
+        metavar="PATH",
+        dest="json_path",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     topology, path = connect(1), Path(options.json_path)
     machine = f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread"
     swept = sweep(options.sweep_steps, options.data, topology)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for seed in SEEDS:  # all kinds with one seed after the other: a change of the machine's speed meets all
+    for seed in (
+        SEEDS
+    ):  # all kinds with one seed after the other: a change of the machine's speed meets all
         for kind in tqdm(KINDS, desc=f"seed {seed}", unit="training"):
-            runs[kind].append(train(kind, best_rate(swept[kind]), seed, options.steps, EVERY, options.data, topology))
-        results = {"date": date.today().isoformat(), "hardware": machine} | summarize(options.steps, swept, runs)
+            runs[kind].append(
+                train(
+                    kind, best_rate(swept[kind]), seed, options.steps, EVERY, options.data, topology
+                )
+            )
+        results = {"date": date.today().isoformat(), "hardware": machine} | summarize(
+            options.steps, swept, runs
+        )
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     disconnect()
     plot(results, path.with_suffix(".png"))

@@ -47,10 +47,14 @@ SEEDS = (1, 2, 3)
 FEED_FORWARDS = {
     "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"],
     "dropless": [],
-    "peer": ["model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"],
+    "peer": [
+        "model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"
+    ],
 }
 # 180,224 weights of attention a layer, where grouped queries have 196,608.
-MLA = ["model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}"]
+MLA = [
+    "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}"
+]
 VARIANTS = FEED_FORWARDS | {"dropless, latent attention": MLA}
 ATTENTIONS = {"gqa": [], "mla": MLA}
 TRAINING = [
@@ -60,13 +64,35 @@ TRAINING = [
 EXPERTS = {"4,096": [64, 64], "65,536": [256, 256], "1,048,576": [1024, 1024]}
 
 
-def train(name: str, overrides: list[str], seed: int, tokens: int, folder: Path) -> dict[str, float]:
+def train(
+    name: str, overrides: list[str], seed: int, tokens: int, folder: Path
+) -> dict[str, float]:
     """One training in a process of its own: validation loss, median tokens a second, the most memory held."""
     run = folder / f"{name}-{seed}"
-    settings = [*TRAINING, *overrides, f"seed={seed}", f"train.train_tokens={tokens}", f"run_path={run}", f"data.path={ROOT / 'data/quickstart'}"]
-    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "quickstart", "--json", "-"]
+    settings = [
+        *TRAINING,
+        *overrides,
+        f"seed={seed}",
+        f"train.train_tokens={tokens}",
+        f"run_path={run}",
+        f"data.path={ROOT / 'data/quickstart'}",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "pretrain.py"),
+        "--recipe",
+        "quickstart",
+        "--json",
+        "-",
+    ]
     command += [word for setting in settings for word in ("--set", setting)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with PeakMemory(process.pid) as memory:
         _, errors = process.communicate()
     if process.returncode:
@@ -75,7 +101,11 @@ def train(name: str, overrides: list[str], seed: int, tokens: int, folder: Path)
     speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"][1:]
     summary = json.loads((run / "summary.json").read_text())
     shutil.rmtree(run)
-    return {"loss": summary["validation_loss_in_training"], "tokens_per_second": median(speeds), "peak_gb": memory.peak / 1e9}
+    return {
+        "loss": summary["validation_loss_in_training"],
+        "tokens_per_second": median(speeds),
+        "peak_gb": memory.peak / 1e9,
+    }
 
 
 def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[str, Any]:
@@ -84,7 +114,9 @@ def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[s
     for seed in tqdm(SEEDS, desc=" ".join(variants), unit="seed"):
         for name, overrides in variants.items():
             runs[name].append(train(name, overrides, seed, tokens, folder))
-            tqdm.write(f"{name}, seed {seed}: {runs[name][-1]}")  # what is done is not lost where a later training fails
+            tqdm.write(
+                f"{name}, seed {seed}: {runs[name][-1]}"
+            )  # what is done is not lost where a later training fails
     found = {}
     for name, overrides in variants.items():
         recipe = load_recipe("quickstart", [*TRAINING, *overrides, "model.vocab_size=4096"])
@@ -108,15 +140,21 @@ def step_times(steps: int) -> dict[str, Any]:
     found = {}
     for name, sizes in tqdm(EXPERTS.items(), desc="numbers of experts", unit="size"):
         command = [sys.executable, __file__, "--experts", json.dumps(sizes), "--steps", str(steps)]
-        output = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         found[name] = json.loads(output.splitlines()[-1])
     return found
 
 
 def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
     """A dense layer and one of PEER, 512 random tokens a step, ZeRO 0, AdamW."""
-    from data_pipeline.loader import Batch
-    from pretrain.config.rules import check_topology
+    from data_pipeline.loading.shard_loader import Batch
+    from pretrain.config.rules.sections import check_topology
     from pretrain.engine.ds_config import resolve_ds_config
     from pretrain.engine.engine import Engine
     from pretrain.engine.topology import connect, disconnect
@@ -128,20 +166,34 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         f"model.moe={{kind: peer, product_key_sizes: {sizes}, query_dim: 256, num_heads: 8, top_k: 16}}",
     ])  # fmt: skip
     topology = connect(1)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 0}}, "this benchmark", recipe, "fp32", check_topology(recipe, 1, 0), 1)
+    ds_config = resolve_ds_config(
+        {"zero_optimization": {"stage": 0}},
+        "this benchmark",
+        recipe,
+        "fp32",
+        check_topology(recipe, 1, 0),
+        1,
+    )
     engine = Engine(recipe, ds_config, "fp32", topology)
     built = held_bytes()
     times = []
     for step in range(steps + 2):
         tokens = torch.randint(0, 4096, (2, 257), generator=torch.Generator().manual_seed(step))
         started = time.perf_counter()
-        engine.train_step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)], 1.0)
+        engine.train_step(
+            [Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)], 1.0
+        )
         times.append(time.perf_counter() - started)
     assert engine.rows is not None
     used = max(int((state.steps > 0).sum()) for state in engine.rows.states.values())
     after = held_bytes()
     disconnect()
-    return {"step_seconds": median(times[2:]), "built_gb": built / 1e9, "after_gb": after / 1e9, "experts_used": used}
+    return {
+        "step_seconds": median(times[2:]),
+        "built_gb": built / 1e9,
+        "after_gb": after / 1e9,
+        "experts_used": used,
+    }
 
 
 def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, Any]:
@@ -157,39 +209,72 @@ def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str,
         for _ in range(5):
             for name, model in models.items():
                 cache = model.new_cache(1, behind + new, "cpu", torch.float32)
-                token = model.logits(torch.randint(0, 4096, (1, behind)), cache=cache)[:, -1:].argmax(-1)
+                token = model.logits(torch.randint(0, 4096, (1, behind)), cache=cache)[
+                    :, -1:
+                ].argmax(-1)
                 started = time.perf_counter()
                 for _ in range(new):
                     token = model.logits(token, cache=cache).argmax(-1)
                 speeds[name].append(new / (time.perf_counter() - started))
     return {
-        name: {"cache_bytes_a_token": cache_bytes(model.config, 1, 4), "tokens_per_second": median(speeds[name])} for name, model in models.items()
+        name: {
+            "cache_bytes_a_token": cache_bytes(model.config, 1, 4),
+            "tokens_per_second": median(speeds[name]),
+        }
+        for name, model in models.items()
     }
 
 
 def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     table = Table("", *(key for key in next(iter(rows.values())) if key != "losses"), title=title)
     for name, row in rows.items():
-        table.add_row(name, *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for key, value in row.items() if key != "losses"))
+        table.add_row(
+            name,
+            *(
+                f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+                for key, value in row.items()
+                if key != "losses"
+            ),
+        )
     Console().print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=204_800, help="of each training (default: 204800, 100 steps)")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps for each number of experts (default: 8)")
-    parser.add_argument("--parts", nargs="+", choices=("trainings", "experts", "decoding"), default=("decoding", "experts", "trainings"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=204_800, help="of each training (default: 204800, 100 steps)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, help="timed steps for each number of experts (default: 8)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("trainings", "experts", "decoding"),
+        default=("decoding", "experts", "trainings"),
+    )
     parser.add_argument("--experts", metavar="SIZES", help=argparse.SUPPRESS)
-    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "peer_and_mla.json"), metavar="PATH", dest="json_path")
+    parser.add_argument(
+        "--json",
+        default=str(ROOT / "benchmarks" / "results" / "peer_and_mla.json"),
+        metavar="PATH",
+        dest="json_path",
+    )
     options = parser.parse_args()
     if options.experts:
         print(json.dumps(time_steps(json.loads(options.experts), options.steps)))
         return
     path = Path(options.json_path)
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # parts that are not measured now stay
+    results: dict[str, Any] = (
+        json.loads(path.read_text()) if path.is_file() else {}
+    )  # parts that are not measured now stay
     results["date"] = date.today().isoformat()
     results["memory"] = MEASURE
-    results["hardware"] = f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process"
+    results["hardware"] = (
+        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process"
+    )
     with tempfile.TemporaryDirectory() as folder:
         measures: dict[str, Callable[[], dict[str, Any]]] = {
             "trainings": lambda: compare(VARIANTS, options.tokens, Path(folder)),

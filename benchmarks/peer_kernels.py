@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pretrain.model.moe.row_products import Bags, Factors, Kernel, SortedFactors, kernel_named
+from pretrain.model.moe.tables.products import Bags, Factors, Kernel, SortedFactors, kernel_named
 
 CHOSEN, HIDDEN_SIZE = 128, 768
 TABLES = (65_536, 1_048_576)
@@ -51,8 +51,14 @@ def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[W
     # Sorting is part of it, as in a step; the kernel's share is what differs.
     return {
         "row_dots": (lambda kernel: kernel.row_dots(x_TD, table_ND, bags), c_P.numel() * row_bytes),
-        "weighted_rows": (lambda kernel: kernel.weighted_rows(c_P, table_ND, bags), c_P.numel() * row_bytes),
-        "row_gradients": (lambda kernel: SortedFactors(factors, kernel).gradient(rows), int(pairs_U[rows].sum()) * row_bytes),
+        "weighted_rows": (
+            lambda kernel: kernel.weighted_rows(c_P, table_ND, bags),
+            c_P.numel() * row_bytes,
+        ),
+        "row_gradients": (
+            lambda kernel: SortedFactors(factors, kernel).gradient(rows),
+            int(pairs_U[rows].sum()) * row_bytes,
+        ),
     }
 
 
@@ -64,7 +70,9 @@ def seconds(work: Work, kernel: Kernel, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def compared(work: Work, row_bytes: int, names: list[str], rounds: int, device: torch.device, bar: tqdm[Any]) -> dict[str, dict[str, float]]:
+def compared(
+    work: Work, row_bytes: int, names: list[str], rounds: int, device: torch.device, bar: tqdm[Any]
+) -> dict[str, dict[str, float]]:
     """For each kernel its median seconds, bytes a second, and how many times as fast as plain it was."""
     kernels = {name: kernel_named(name, device) for name in names}
     wanted = work(kernels["plain"])
@@ -80,24 +88,40 @@ def compared(work: Work, row_bytes: int, names: list[str], rounds: int, device: 
         name: {
             "median_seconds": round(median(times), 6),
             "bytes_per_second": round(row_bytes / median(times)),
-            "times_as_fast_as_plain": round(median(plain / own for plain, own in zip(found["plain"], times, strict=True)), 3),
+            "times_as_fast_as_plain": round(
+                median(plain / own for plain, own in zip(found["plain"], times, strict=True)), 3
+            ),
         }
         for name, times in found.items()
     }
 
 
 def print_report(report: dict[str, Any]) -> None:
-    table = Table("rows", "product", "kernel", "median ms", "GB/s", "times as fast as plain", title=report["device"])
+    table = Table(
+        "rows",
+        "product",
+        "kernel",
+        "median ms",
+        "GB/s",
+        "times as fast as plain",
+        title=report["device"],
+    )
     for num_rows, products in report["tables"].items():
         for product, kernels in products.items():
             for kernel, row in kernels.items():
-                cells = (f"{row['median_seconds'] * 1000:.2f}", f"{row['bytes_per_second'] / 1e9:.2f}", f"{row['times_as_fast_as_plain']:.2f}")
+                cells = (
+                    f"{row['median_seconds'] * 1000:.2f}",
+                    f"{row['bytes_per_second'] / 1e9:.2f}",
+                    f"{row['times_as_fast_as_plain']:.2f}",
+                )
                 table.add_row(num_rows, product, kernel, *cells)
     Console().print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/peer_kernels.json"))
@@ -107,7 +131,9 @@ def main() -> None:
     names = ["plain", "bags", "triton"] if on_cuda else ["plain", "bags"]
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_cuda else torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if on_cuda
+        else torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -118,7 +144,10 @@ def main() -> None:
     with tqdm(total=len(TABLES) * 3 * options.rounds, desc="rounds", unit="round") as bar:
         for num_rows in TABLES:
             timed = works(num_rows, options.tokens, device)
-            report["tables"][str(num_rows)] = {name: compared(*given, names, options.rounds, device, bar) for name, given in timed.items()}
+            report["tables"][str(num_rows)] = {
+                name: compared(*given, names, options.rounds, device, bar)
+                for name, given in timed.items()
+            }
             del timed
     print_report(report)
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

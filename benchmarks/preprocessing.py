@@ -77,8 +77,8 @@ def texts() -> Iterator[str]:
 
 def make_corpus(folder: Path, size: int) -> None:
     """corpus.jsonl of ``size`` bytes, part.jsonl of the first of them, tokenizer.json."""
-    from data_pipeline.tokenizer import train_bpe
-    from pretrain.config.data_schema import TrainBPE
+    from data_pipeline.config import TrainBPE
+    from data_pipeline.tokenizer.training import train_bpe
 
     written, sample = 0, []
     with (folder / "corpus.jsonl").open("wb") as stream, (folder / "part.jsonl").open("wb") as part:
@@ -98,12 +98,14 @@ def make_corpus(folder: Path, size: int) -> None:
 # --- the sides, each in a process of its own ------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, workers: int, cleaning: dict[str, Any], engine: str | None, touched: bool) -> dict[str, float]:
+def ours(
+    folder: Path, workers: int, cleaning: dict[str, Any], engine: str | None, touched: bool
+) -> dict[str, float]:
     """This pipeline in Megatron's form: one .bin, no split, an end-of-document token after each document."""
-    from data_pipeline.build.coordinator import build
-    from data_pipeline.build.pool import local_pool
-    from data_pipeline.build.workspace import Output
-    from pretrain.config.data_schema import DataConfig
+    from data_pipeline.config import DataConfig
+    from data_pipeline.preprocess.coordinator import build
+    from data_pipeline.preprocess.pool import local_pool
+    from data_pipeline.preprocess.workspace import Output
 
     config = DataConfig.model_validate(
         {
@@ -120,7 +122,11 @@ def ours(folder: Path, workers: int, cleaning: dict[str, Any], engine: str | Non
             touch_memory()
         started, used = time.perf_counter(), cpu_seconds()
         result = build(config, Output(folder, "ours"), fresh=True, pool=pool, engine=engine)
-        return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": result.manifest.splits["train"].tokens}
+        return {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": cpu_seconds() - used,
+            "tokens": result.manifest.splits["train"].tokens,
+        }
 
 
 def touch_memory() -> None:
@@ -133,7 +139,10 @@ def touch_memory() -> None:
 def cpu_seconds() -> float:
     """Processor time of this process and its children so far."""
     this = psutil.Process()
-    return sum(times.user + times.system for times in (process.cpu_times() for process in (this, *this.children(recursive=True))))
+    return sum(
+        times.user + times.system
+        for times in (process.cpu_times() for process in (this, *this.children(recursive=True)))
+    )
 
 
 def _warm(pool: Any) -> None:
@@ -143,7 +152,7 @@ def _warm(pool: Any) -> None:
 
 
 def _imports(number: int) -> None:
-    import data_pipeline.build.worker  # noqa: F401
+    import data_pipeline.preprocess.worker  # noqa: F401
 
     time.sleep(0.02)
 
@@ -168,7 +177,11 @@ def newest(folder: Path, touched: bool) -> dict[str, float]:
     builder = IndexedDatasetBuilder(str(folder / "newest.bin"), dtype=np.uint16)
     builder.add_document(torch.from_numpy(with_ends), (lengths + 1).tolist())
     builder.finalize(str(folder / "newest.idx"))
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": len(with_ends)}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": cpu_seconds() - used,
+        "tokens": len(with_ends),
+    }
 
 
 _classic_tokenizer: Any = None
@@ -193,7 +206,9 @@ def classic(folder: Path) -> dict[str, float]:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(folder / "classic.bin"), dtype=np.uint16)
-    with multiprocessing.get_context("spawn").Pool(2, _classic_begin, (str(folder / "tokenizer.json"),)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        2, _classic_begin, (str(folder / "tokenizer.json"),)
+    ) as pool:
         pool.map(_classic_encode, ['{"text": "warm"}'] * 4)
         started, used, tokens = time.perf_counter(), cpu_seconds(), 0
         with (folder / "part.jsonl").open(encoding="utf-8") as stream:
@@ -201,7 +216,11 @@ def classic(folder: Path) -> dict[str, float]:
                 builder.add_document(torch.IntTensor(ids), [len(ids)])
                 tokens += len(ids)
         builder.finalize(str(folder / "classic.idx"))
-        return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - used, "tokens": tokens}
+        return {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": cpu_seconds() - used,
+            "tokens": tokens,
+        }
 
 
 def stages(folder: Path) -> dict[str, float]:
@@ -211,12 +230,12 @@ def stages(folder: Path) -> dict[str, float]:
 
     import numpy as np
 
+    from data_pipeline.config import JsonlSource
+    from data_pipeline.shards.split import text_digest
     from data_pipeline.sources import Document, ReadContext, open_source
     from data_pipeline.sources.files import open_stream, read_lines
-    from data_pipeline.split import text_digest
-    from data_pipeline.tokenizer import load_tokenizer
     from data_pipeline.tokenizer.engines import open_engine
-    from pretrain.config.data_schema import JsonlSource
+    from data_pipeline.tokenizer.tokenizer import load_tokenizer
 
     path, clock, result = str(folder / "corpus.jsonl"), time.perf_counter, {}
     started = clock()
@@ -226,7 +245,12 @@ def stages(folder: Path) -> dict[str, float]:
     result["reading lines"] = clock() - started
     source = open_source(JsonlSource(kind="jsonl", input=[path]), ReadContext("corpus"))
     started = clock()
-    documents = [found.text for unit in source.units(1 << 40) for found in source.read(unit) if isinstance(found, Document)]
+    documents = [
+        found.text
+        for unit in source.units(1 << 40)
+        for found in source.read(unit)
+        if isinstance(found, Document)
+    ]
     result["JSON and checks"] = clock() - started - result["reading lines"]
     started = clock()
     for text in documents:
@@ -235,7 +259,10 @@ def stages(folder: Path) -> dict[str, float]:
     engine = open_engine("fastokens", load_tokenizer(folder / "tokenizer.json"))
     engine.encode_flat(documents[:10])
     started = clock()
-    encoded = [engine.encode_flat(documents[start : start + 1000])[0] for start in range(0, len(documents), 1000)]
+    encoded = [
+        engine.encode_flat(documents[start : start + 1000])[0]
+        for start in range(0, len(documents), 1000)
+    ]
     result["BPE"] = clock() - started
     started = clock()
     with (folder / "stages.bin").open("wb") as stream:
@@ -253,7 +280,16 @@ def stages(folder: Path) -> dict[str, float]:
 
 def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> dict[str, float]:
     """Runs one side in a process of its own: its result, with the most that it and its children held together, in bytes."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--side", side, "--options", json.dumps(options or {})]
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--side",
+        side,
+        "--options",
+        json.dumps(options or {}),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with PeakMemory(process.pid) as memory:
         output, _ = process.communicate()
@@ -265,7 +301,13 @@ def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> d
 def run_side(folder: Path, side: str, options: dict[str, Any]) -> dict[str, float]:
     match side:
         case "ours":
-            return ours(folder, options.get("workers", 2), options.get("cleaning", {}), options.get("engine"), options.get("touched", False))
+            return ours(
+                folder,
+                options.get("workers", 2),
+                options.get("cleaning", {}),
+                options.get("engine"),
+                options.get("touched", False),
+            )
         case "newest":
             return newest(folder, options.get("touched", False))
         case "classic":
@@ -282,7 +324,10 @@ def clear(folder: Path) -> None:
 
 def rounds(folder: Path, count: int) -> dict[str, Any]:
     """Paired rounds of the three sides: medians, and the medians of the ratios of each round."""
-    whole, part = (folder / "corpus.jsonl").stat().st_size / 1e6, (folder / "part.jsonl").stat().st_size / 1e6
+    whole, part = (
+        (folder / "corpus.jsonl").stat().st_size / 1e6,
+        (folder / "part.jsonl").stat().st_size / 1e6,
+    )
     rates: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
     peaks: dict[str, list[int]] = {"ours": [], "newest": [], "classic": []}
     processor: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
@@ -301,11 +346,17 @@ def rounds(folder: Path, count: int) -> dict[str, Any]:
         "tokens": tokens["ours"],
         "tokens_of_newest": tokens["newest"],
         "megabytes_per_second": {side: median(values) for side, values in rates.items()},
-        "megabytes_per_processor_second": {side: median(values) for side, values in processor.items()},
+        "megabytes_per_processor_second": {
+            side: median(values) for side, values in processor.items()
+        },
         "all_rounds": rates,
         "peak_megabytes": {side: max(values) / 1e6 for side, values in peaks.items()},
-        "ours_over_newest": median(a / b for a, b in zip(rates["ours"], rates["newest"], strict=True)),
-        "ours_over_classic": median(a / b for a, b in zip(rates["ours"], rates["classic"], strict=True)),
+        "ours_over_newest": median(
+            a / b for a, b in zip(rates["ours"], rates["newest"], strict=True)
+        ),
+        "ours_over_classic": median(
+            a / b for a, b in zip(rates["ours"], rates["classic"], strict=True)
+        ),
     }
 
 
@@ -320,7 +371,9 @@ def touched_rounds(folder: Path, count: int) -> dict[str, Any]:
     return {
         "megabytes_per_second": {side: median(values) for side, values in rates.items()},
         "all_rounds": rates,
-        "ours_over_newest": median(a / b for a, b in zip(rates["ours"], rates["newest"], strict=True)),
+        "ours_over_newest": median(
+            a / b for a, b in zip(rates["ours"], rates["newest"], strict=True)
+        ),
     }
 
 
@@ -346,25 +399,41 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for side, rate in sides["megabytes_per_second"].items():
         processor = sides["megabytes_per_processor_second"][side]
-        table.add_row(side, f"{rate:.1f}", f"{processor:.1f}", f"{sides['peak_megabytes'][side]:.0f}")
+        table.add_row(
+            side, f"{rate:.1f}", f"{processor:.1f}", f"{sides['peak_megabytes'][side]:.0f}"
+        )
     console.print(table)
-    console.print(f"ours / newest {sides['ours_over_newest']:.2f}, ours / classic {sides['ours_over_classic']:.0f} (medians of the rounds' ratios)")
+    console.print(
+        f"ours / newest {sides['ours_over_newest']:.2f}, ours / classic {sides['ours_over_classic']:.0f} (medians of the rounds' ratios)"
+    )
     touched = report["touched"]
     console.print(
         f"in memory that was used right before: ours {touched['megabytes_per_second']['ours']:.1f} MB/s, "
         f"newest {touched['megabytes_per_second']['newest']:.1f} MB/s, ours / newest {touched['ours_over_newest']:.2f}"
     )
     console.print(f"tokens: ours {sides['tokens']:,}, newest {sides['tokens_of_newest']:,}")
-    for title, rows in (("one process, one thread", report["stages"]), ("cleaning, two workers", report["costs"])):
+    for title, rows in (
+        ("one process, one thread", report["stages"]),
+        ("cleaning, two workers", report["costs"]),
+    ):
         table = Table("stage", "seconds", "MB/s", title=title)
         for name, seconds in rows.items():
-            table.add_row(name, f"{seconds:.2f}", f"{sides['corpus_megabytes'] / max(seconds, 1e-3):.0f}")
+            table.add_row(
+                name, f"{seconds:.2f}", f"{sides['corpus_megabytes'] / max(seconds, 1e-3):.0f}"
+            )
         console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="for the corpus and all output (default: data/benchmark)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("data/benchmark"),
+        help="for the corpus and all output (default: data/benchmark)",
+    )
     parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/preprocessing.json"))

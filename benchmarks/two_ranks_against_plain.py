@@ -25,10 +25,10 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from data_pipeline.loader import Batch
+from data_pipeline.loading.shard_loader import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import DTYPES, resolve_precision
@@ -43,7 +43,12 @@ STEPS_A_ROUND = 4
 def micro_batches(recipe: Recipe, rank: int, world_size: int) -> list[Batch]:
     train = recipe.train
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, recipe.model.vocab_size or 0, (train.global_batch_size, train.sequence_length + 1), generator=generator)
+    tokens = torch.randint(
+        0,
+        recipe.model.vocab_size or 0,
+        (train.global_batch_size, train.sequence_length + 1),
+        generator=generator,
+    )
     parts = tokens.split(train.micro_batch_size)[rank::world_size]
     return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
 
@@ -51,7 +56,14 @@ def micro_batches(recipe: Recipe, rank: int, world_size: int) -> list[Batch]:
 def engine_step(recipe: Recipe, precision: str) -> Callable[[], None]:
     topology = connect(recipe.parallel.ep_size)
     accumulation = check_topology(recipe, topology.world_size, 1)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, "the benchmark", recipe, precision, accumulation, topology.world_size)
+    ds_config = resolve_ds_config(
+        {"zero_optimization": {"stage": 1}},
+        "the benchmark",
+        recipe,
+        precision,
+        accumulation,
+        topology.world_size,
+    )
     engine = Engine(recipe, ds_config, precision, topology)
     batches = micro_batches(recipe, topology.rank, topology.world_size)
 
@@ -70,7 +82,10 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
     masters = [parameter.detach().clone().requires_grad_() for parameter in working]
     remaining = iter(masters)
     peaks = peak_learning_rates(recipe.optimizer)
-    optimizer = build_optimizer([group | {"params": [next(remaining) for _ in group["params"]]} for group in groups], recipe.optimizer)
+    optimizer = build_optimizer(
+        [group | {"params": [next(remaining) for _ in group["params"]]} for group in groups],
+        recipe.optimizer,
+    )
     for group in optimizer.param_groups:
         group["lr"] = peaks[group["role"]]
     model.to(DTYPES[precision])
@@ -95,7 +110,10 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
 def worker(kind: str) -> None:
     """Waits for a line on standard input before each round; prints the round's seconds."""
     ep_size = 2 if kind == "engine" else 1
-    recipe = load_recipe("quickstart", ["model.vocab_size=4096", f"parallel.ep_size={ep_size}", "logging.tensorboard=false"])
+    recipe = load_recipe(
+        "quickstart",
+        ["model.vocab_size=4096", f"parallel.ep_size={ep_size}", "logging.tensorboard=false"],
+    )
     precision = resolve_precision("auto")
     torch.set_num_threads(1 if kind == "engine" else 2)
     step = engine_step(recipe, precision) if kind == "engine" else plain_step(recipe, precision)
@@ -122,11 +140,21 @@ class Contestant:
     """The processes of one side."""
 
     def __init__(self, kind: str, ranks: int) -> None:
-        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(2 // ranks)}
+        common = {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": str(2 // ranks),
+        }
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, "--worker", kind],
-                env=os.environ | (common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {"OMP_NUM_THREADS": "2"}),
+                env=os.environ
+                | (
+                    common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    if ranks > 1
+                    else {"OMP_NUM_THREADS": "2"}
+                ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -161,7 +189,9 @@ class Contestant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--worker", choices=("engine", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
@@ -172,7 +202,10 @@ def main() -> None:
     recipe = load_recipe("quickstart")
     tokens = STEPS_A_ROUND * recipe.train.tokens_per_step
     engine, plain = Contestant("engine", 2), Contestant("plain", 1)
-    pairs = [(tokens / engine.round(), tokens / plain.round()) for _ in tqdm(range(options.rounds), desc="rounds", unit="round")]
+    pairs = [
+        (tokens / engine.round(), tokens / plain.round())
+        for _ in tqdm(range(options.rounds), desc="rounds", unit="round")
+    ]
     engine.close()
     plain.close()
     result = {

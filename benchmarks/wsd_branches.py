@@ -53,7 +53,10 @@ COSINE = f"schedule={{kind: cosine, warmup_steps: {WARMUP}, min_learning_rate_ra
 
 def train(run: Path, steps: int, data: Path, seed: int, peak: float, overrides: list[str]) -> float:
     """The loss over the whole validation split at the end of one run, in nats per token."""
-    rates = [f"optimizer.learning_rate={RATE * peak}", f"optimizer.embedding_learning_rate={EMBEDDING_RATE * peak}"]
+    rates = [
+        f"optimizer.learning_rate={RATE * peak}",
+        f"optimizer.embedding_learning_rate={EMBEDDING_RATE * peak}",
+    ]
     settings = [
         *MODEL,
         *TRAINING,
@@ -64,9 +67,22 @@ def train(run: Path, steps: int, data: Path, seed: int, peak: float, overrides: 
         f"run_path={run}",
         *overrides,
     ]
-    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "quickstart", "--json", "-"]
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "pretrain.py"),
+        "--recipe",
+        "quickstart",
+        "--json",
+        "-",
+    ]
     command += [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"{run.name} failed: {done.stderr[-2000:]}")
     return float(json.loads(done.stdout)["validation_loss_in_training"])
@@ -80,7 +96,9 @@ def decay_start(length: int) -> int:
     return length - round(DECAY_SHARE * length)
 
 
-def branched(lengths: list[int], peak: float, data: Path, folder: Path, bar: tqdm) -> tuple[dict[int, float], int]:
+def branched(
+    lengths: list[int], peak: float, data: Path, folder: Path, bar: tqdm
+) -> tuple[dict[int, float], int]:
     """The loss of each length as a branch of one trunk, and all steps that were trained."""
     starts = {length: decay_start(length) for length in lengths}
     interval = f"checkpoint={{interval_steps: {math.gcd(*starts.values())}, keep_last: 99}}"  # meets every branching point
@@ -88,13 +106,19 @@ def branched(lengths: list[int], peak: float, data: Path, folder: Path, bar: tqd
     bar.update()
     losses = {}
     for length, start in starts.items():
-        branch = [CONSTANT, decay_phases(start), f"branch_from={folder / 'trunk' / 'checkpoints' / f'step_{start}'}"]
+        branch = [
+            CONSTANT,
+            decay_phases(start),
+            f"branch_from={folder / 'trunk' / 'checkpoints' / f'step_{start}'}",
+        ]
         losses[length] = train(folder / f"branch-{length}", length, data, SEEDS[0], peak, branch)
         bar.update()
     return losses, max(starts.values()) + sum(length - start for length, start in starts.items())
 
 
-def best_peak(name: str, overrides: list[str], length: int, data: Path, folder: Path, bar: tqdm) -> tuple[float, dict[float, float]]:
+def best_peak(
+    name: str, overrides: list[str], length: int, data: Path, folder: Path, bar: tqdm
+) -> tuple[float, dict[float, float]]:
     losses = {}
     for peak in PEAKS:
         losses[peak] = train(folder / f"{name}-{peak}", length, data, TUNING_SEED, peak, overrides)
@@ -106,38 +130,87 @@ def compare(steps_of_longest: int, data: Path, folder: Path) -> dict[str, Any]:
     lengths = [steps_of_longest * 4 // 6, steps_of_longest * 5 // 6, steps_of_longest]
     with tqdm(total=1 + 2 * len(PEAKS) + len(lengths) * (1 + len(SEEDS)), unit="run") as bar:
         cosine_peak, cosine_tried = best_peak("cosine", [COSINE], lengths[1], data, folder, bar)
-        peak, tried = best_peak("decayed", [CONSTANT, decay_phases(decay_start(lengths[1]))], lengths[1], data, folder, bar)
+        peak, tried = best_peak(
+            "decayed",
+            [CONSTANT, decay_phases(decay_start(lengths[1]))],
+            lengths[1],
+            data,
+            folder,
+            bar,
+        )
         losses, steps = branched(lengths, peak, data, folder, bar)
         rows = []
         for length in lengths:
             seeds = []
             for seed in SEEDS:
-                seeds.append(train(folder / f"cosine-{length}-{seed}", length, data, seed, cosine_peak, [COSINE]))
+                seeds.append(
+                    train(
+                        folder / f"cosine-{length}-{seed}",
+                        length,
+                        data,
+                        seed,
+                        cosine_peak,
+                        [COSINE],
+                    )
+                )
                 bar.update()
-            row = {"tokens": length * STEP_TOKENS, "branch": losses[length], "cosine": seeds, "cosine_mean": mean(seeds), "spread": stdev(seeds)}
+            row = {
+                "tokens": length * STEP_TOKENS,
+                "branch": losses[length],
+                "cosine": seeds,
+                "cosine_mean": mean(seeds),
+                "spread": stdev(seeds),
+            }
             rows.append(row | {"branch_minus_cosine": losses[length] - mean(seeds)})
     return {
         "trained_tokens_with_branches": steps * STEP_TOKENS,
         "trained_tokens_of_cosine_runs": sum(lengths) * STEP_TOKENS,
         "ratio": round(steps / sum(lengths), 4),
         "peak_learning_rates": {"branches": RATE * peak, "cosine": RATE * cosine_peak},
-        "tried": {"branches": {RATE * key: loss for key, loss in tried.items()}, "cosine": {RATE * key: loss for key, loss in cosine_tried.items()}},
+        "tried": {
+            "branches": {RATE * key: loss for key, loss in tried.items()},
+            "cosine": {RATE * key: loss for key, loss in cosine_tried.items()},
+        },
         "lengths": rows,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--steps", type=int, default=360, metavar="N", help="of the longest length; the others are four and five sixths (default: 360)"
+        "--steps",
+        type=int,
+        default=360,
+        metavar="N",
+        help="of the longest length; the others are four and five sixths (default: 360)",
     )
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "quickstart", metavar="FOLDER")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "wsd_branches.json", metavar="PATH")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "wsd_branches.json",
+        metavar="PATH",
+    )
     options = parser.parse_args()
-    machine = {"date": date.today().isoformat(), "cores": psutil.cpu_count(logical=False), "cpu": platform.processor() or platform.machine()}
+    machine = {
+        "date": date.today().isoformat(),
+        "cores": psutil.cpu_count(logical=False),
+        "cpu": platform.processor() or platform.machine(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         found = compare(options.steps, options.data.resolve(), Path(folder))
-    result = machine | {"torch": torch.__version__, "model": MODEL, "training": TRAINING, "decay_share": DECAY_SHARE} | found
+    result = (
+        machine
+        | {
+            "torch": torch.__version__,
+            "model": MODEL,
+            "training": TRAINING,
+            "decay_share": DECAY_SHARE,
+        }
+        | found
+    )
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 

@@ -1,4 +1,4 @@
 """From raw files to training batches: documents, split, tokenizer, shards in Megatron's format, manifest, sample order, loader.
 
-Only :mod:`data_pipeline.loader` imports torch.
+Only :mod:`data_pipeline.loading.shard_loader` imports torch.
 """

@@ -24,7 +24,9 @@ PARENT_SECONDS = 0.5  # between two looks at the parent
 def is_rank(process: psutil.Process) -> bool:
     """Whether a process is Python running the training script; launchers carry its name only as a later argument."""
     try:
-        script = next((argument for argument in process.cmdline()[1:] if not argument.startswith("-")), "")
+        script = next(
+            (argument for argument in process.cmdline()[1:] if not argument.startswith("-")), ""
+        )
     except psutil.Error:
         return False
     return Path(script).name == SCRIPT

@@ -13,5 +13,7 @@ def _to_root_logger(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("DeepSpeed").addFilter(_to_root_logger)
-logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python prints warnings to standard error
+logging.getLogger().addHandler(
+    logging.NullHandler()
+)  # without any handler, Python prints warnings to standard error
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

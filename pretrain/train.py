@@ -15,33 +15,42 @@ from typing import Any
 
 import torch
 
-from data_pipeline.corpora import Corpora, data_folders, load_corpora
-from data_pipeline.loader import open_loader, stretches_of
-from data_pipeline.manifest import manifest_path
-from data_pipeline.mixture import check_names
-from data_pipeline.packing import Windows, prepare_packing
-from data_pipeline.verification import BackgroundCheck
+from data_pipeline.loading.mixture import check_names
+from data_pipeline.loading.packing import Windows, prepare_packing
+from data_pipeline.loading.shard_loader import loader_phases, open_loader
+from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
+from data_pipeline.shards.manifest import manifest_path
+from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.callbacks.build import make_callbacks, missing_packages
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.initial_weights import starting_weights
+from pretrain.checkpoint.initialize_from import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.durable import only_writer
-from pretrain.config.errors import DONE, PREEMPTED, ConfigError, DataError, PeerLostError, PipelineError, is_peer_loss
 from pretrain.config.load import load_recipe, recipe_to_yaml
-from pretrain.config.rules import check_topology, warnings_about
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology, warnings_about
 from pretrain.config.timeline import Timeline
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import (
+    DONE,
+    PREEMPTED,
+    ConfigError,
+    DataError,
+    PeerLostError,
+    PipelineError,
+    is_peer_loss,
+)
+from pretrain.core.files import only_writer
+from pretrain.core.signals import StopRequest
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
-from pretrain.incidents import INCIDENTS
+from pretrain.guards.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
-from pretrain.plan import make_plan, planned_start, planned_weights, print_plan
-from pretrain.run_folder import (
+from pretrain.run.dry_run import make_plan, planned_start, planned_weights, print_plan
+from pretrain.run.folder import (
     CHECKPOINTS,
     ENDED,
     USAGE,
@@ -53,8 +62,7 @@ from pretrain.run_folder import (
     start_over,
     update_summary,
 )
-from pretrain.signals import StopRequest
-from pretrain.trainer import Trainer
+from pretrain.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +75,10 @@ EXAMPLES = """\
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_parser("Pretrains a model from a recipe. The same command again resumes; a finished run says so.", EXAMPLES)
+    parser = command_parser(
+        "Pretrains a model from a recipe. The same command again resumes; a finished run says so.",
+        EXAMPLES,
+    )
     add_recipe_options(parser)
     parser.add_argument(
         "--ds_config",
@@ -76,32 +87,48 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="DeepSpeed's JSON (default: ds_configs/zero1.json of this project)",
     )
-    parser.add_argument("--fresh", action="store_true", help="start over; refuses where the folder holds a run")
-    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes, memory and time, and stop")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; refuses where the folder holds a run"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --fresh: delete the run that is there"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, sizes, memory and time, and stop",
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
     add_json_option(parser)
     return parser.parse_args(arguments)
 
 
-def resolve_recipe(recipe: Recipe, precision: str, corpora: Corpora | None) -> Recipe:
+def resolve_recipe(recipe: Recipe, precision: str, datasets: Datasets | None) -> Recipe:
     """Fills in what is left open: the number format, and the vocabulary's size from the data or, before there is any, from its plan.
 
     Raises:
         DataError: where the recipe's vocabulary is smaller than the tokenizer's.
     """
-    planned = corpora.tokenizer.vocab_size if corpora else recipe.data.tokenizer.vocab_size
+    planned = datasets.tokenizer.vocab_size if datasets else recipe.data.tokenizer.vocab_size
     vocab_size = recipe.model.vocab_size or planned
     if vocab_size is None:
-        raise DataError(f"the vocabulary's size is not known before there is data in {recipe.data_path}: build it, or set model.vocab_size")
-    if corpora and vocab_size < corpora.tokenizer.vocab_size:
         raise DataError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer of {corpora.place} has "
-            f"{corpora.tokenizer.vocab_size} entries: leave model.vocab_size out"
+            f"the vocabulary's size is not known before there is data in {recipe.data_path}: build it, or set model.vocab_size"
+        )
+    if datasets and vocab_size < datasets.tokenizer.vocab_size:
+        raise DataError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer of {datasets.place} has "
+            f"{datasets.tokenizer.vocab_size} entries: leave model.vocab_size out"
         )
     model = recipe.model.model_copy(update={"vocab_size": vocab_size})
-    return recipe.model_copy(update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})})
+    return recipe.model_copy(
+        update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})}
+    )
 
 
 def share_cores() -> None:
@@ -117,18 +144,28 @@ def starts_as_first_rank() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
-def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
-    world_size = options.world_size or max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
+def plan_only(
+    options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int
+) -> int:
+    world_size = options.world_size or max(
+        world_size_from_environment(os.environ), recipe.parallel.ep_size
+    )
     folders = data_folders(recipe)
-    corpora = load_corpora(folders) if all(manifest_path(folder).is_file() for folder in folders.values()) else None
-    if corpora and not recipe.data.streaming:
-        for stretch in stretches_of(recipe):
-            check_names(stretch.mixture, list(corpora.training_parts()), stretch.where)
+    datasets = (
+        load_datasets(folders)
+        if all(manifest_path(folder).is_file() for folder in folders.values())
+        else None
+    )
+    if datasets and not recipe.data.streaming:
+        for phase in loader_phases(recipe):
+            check_names(phase.mixture, list(datasets.training_parts()), phase.where)
     accumulation = check_topology(recipe, world_size, stage)
     precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
-    recipe = resolve_recipe(recipe, precision, corpora)
-    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, world_size)
-    notes = planned_weights(recipe, corpora.tokenizer.sha256 if corpora else None)
+    recipe = resolve_recipe(recipe, precision, datasets)
+    resolved = resolve_ds_config(
+        ds_config, options.ds_config, recipe, precision, accumulation, world_size
+    )
+    notes = planned_weights(recipe, datasets.tokenizer.sha256 if datasets else None)
     if starts_as_first_rank():
         plan = make_plan(recipe, resolved, precision, world_size, stage, first_step, notes)
         if options.json_path != "-":
@@ -137,16 +174,35 @@ def plan_only(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, 
     return DONE
 
 
-def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, engine: Engine, stop: StopRequest, check: BackgroundCheck) -> Trainer:
+def build_trainer(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    datasets: Datasets,
+    engine: Engine,
+    stop: StopRequest,
+    check: BackgroundCheck,
+) -> Trainer:
     """Wires data, engine, checkpoints and callbacks."""
     topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
-    loader = open_loader(recipe, corpora, topology.rank, topology.world_size)
-    held_out = corpora.validation_stream()
-    validation = Windows(held_out, train.sequence_length, corpora.pad_id, recipe.data.document_mask) if held_out else None
+    loader = open_loader(recipe, datasets, topology.rank, topology.world_size)
+    held_out = datasets.validation_stream()
+    validation = (
+        Windows(held_out, train.sequence_length, datasets.pad_id, recipe.data.document_mask)
+        if held_out
+        else None
+    )
     if recipe.guards.early_stopping is not None and validation is None:
-        raise ConfigError("guards.early_stopping looks at the validation loss, but the data has no validation split: build one, or leave it out")
-    store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, corpora.tokenizer_path)
-    callbacks = make_callbacks(recipe, ds_config, engine, validation is not None, folder / CHECKPOINTS, folder / USAGE) if topology.is_main else []
+        raise ConfigError(
+            "guards.early_stopping looks at the validation loss, but the data has no validation split: build one, or leave it out"
+        )
+    store = CheckpointStore(folder / CHECKPOINTS, engine, ds_config, datasets.tokenizer_path)
+    callbacks = (
+        make_callbacks(
+            recipe, ds_config, engine, validation is not None, folder / CHECKPOINTS, folder / USAGE
+        )
+        if topology.is_main
+        else []
+    )
     size = model_size(recipe.model, train.sequence_length)
     return Trainer(
         recipe=recipe,
@@ -154,10 +210,12 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
         loader=loader,
         validation=validation,
         store=store,
-        identity=identity_of(corpora, engine),
+        identity=identity_of(datasets, engine),
         facts={
             "parameters": {"total": size.parameters_total, "active": size.parameters_active},
-            "sources": {name: asdict(source) for name, source in corpora.training_sources().items()},
+            "sources": {
+                name: asdict(source) for name, source in datasets.training_sources().items()
+            },
         },
         callbacks=callbacks,
         stop=stop,
@@ -166,10 +224,10 @@ def build_trainer(recipe: Recipe, ds_config: dict[str, Any], corpora: Corpora, e
     )
 
 
-def identity_of(corpora: Corpora, engine: Engine) -> dict[str, Any]:
+def identity_of(datasets: Datasets, engine: Engine) -> dict[str, Any]:
     """What must be the same for a checkpoint to be resumed; the loader looks at the data itself."""
     return {
-        "tokenizer_sha256": corpora.tokenizer.sha256,
+        "tokenizer_sha256": datasets.tokenizer.sha256,
         "world_size": engine.topology.world_size,
         "ep_size": engine.topology.ep_size,
         "zero_stage": engine.zero_stage,
@@ -201,41 +259,57 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int) -> int:
-    corpora = load_corpora(data_folders(recipe))
-    corpora.verify()
+def train(
+    options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int
+) -> int:
+    datasets = load_datasets(data_folders(recipe))
+    datasets.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
     precision = resolve_precision(recipe.train.precision)
-    recipe = resolve_recipe(recipe, precision, corpora)
+    recipe = resolve_recipe(recipe, precision, datasets)
     share_cores()
     if recipe.train.deterministic:
         be_deterministic()
     topology = connect(recipe.parallel.ep_size)
     folder = Path(recipe.output_path)
-    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size)
+    resolved = resolve_ds_config(
+        ds_config, options.ds_config, recipe, precision, accumulation, topology.world_size
+    )
     with only_writer(folder, OTHER_FOLDER) if topology.is_main else contextlib.nullcontext():
         if options.fresh and topology.is_main:
             start_over(folder, options.overwrite, recipe)
         if topology.is_main:
-            prepare_packing(corpora, recipe.data, Timeline(recipe).block_tokens, progress=True)
+            prepare_packing(datasets, recipe.data, Timeline(recipe).block_tokens, progress=True)
         topology.barrier()
         log_to_file(folder, topology.rank)
-        check = corpora.check_blocks(recipe.data.verify, topology.rank, topology.world_size)
+        check = datasets.check_blocks(recipe.data.verify, topology.rank, topology.world_size)
         stop = StopRequest()
         stop.install()
-        fill = starting_weights(recipe, corpora.tokenizer.sha256, folder / CHECKPOINTS, topology)
+        fill = starting_weights(recipe, datasets.tokenizer.sha256, folder / CHECKPOINTS, topology)
         with prints_to_log():
             engine = Engine(recipe, resolved, precision, topology, fill)
-            trainer = build_trainer(recipe, resolved, corpora, engine, stop, check)
+            trainer = build_trainer(recipe, resolved, datasets, engine, stop, check)
             newest = trainer.store.newest()
             origin = origin_of(recipe, newest)
             trainer.store.side_files = {} if origin is None else read_side_files(origin)
             if newest is not None:
-                check_same_run(recipe, layout.read_run_recipe(newest), trainer.identity, layout.read_state(newest), folder)
+                check_same_run(
+                    recipe,
+                    layout.read_run_recipe(newest),
+                    trainer.identity,
+                    layout.read_state(newest),
+                    folder,
+                )
                 trainer.resume(newest)
             elif recipe.branch_from is not None:
                 trunk = trainer.store.whole(recipe.branch_from)
-                check_branch(recipe, layout.read_run_recipe(trunk), trainer.identity, layout.read_state(trunk), trunk)
+                check_branch(
+                    recipe,
+                    layout.read_run_recipe(trunk),
+                    trainer.identity,
+                    layout.read_state(trunk),
+                    trunk,
+                )
                 trainer.resume(trunk)
             trainer.loader.require(trainer.num_steps)
             logger.info("recipe:\n%s", recipe_to_yaml(recipe))
@@ -254,27 +328,42 @@ def report(trainer: Trainer, recipe: Recipe, options: argparse.Namespace) -> int
         say(f"resuming from step {resumed_from} of {trainer.num_steps}")
     try:
         finished = ended or trainer.fit()
-        summary = summarize(trainer, recipe) | {"resumed_from_step": resumed_from, "done_already": done_already}
+        summary = summarize(trainer, recipe) | {
+            "resumed_from_step": resumed_from,
+            "done_already": done_already,
+        }
         if trainer.topology.is_main and not ended:
             end(trainer, folder, summary, finished)
     except Exception as error:
         fail(trainer, error)
         raise
     if done_already:
-        more = "guards.early_stopping.patience" if trainer.progress.stopped_early else "train.train_tokens"
-        say(f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise {more} to go on, or use --fresh to start over")
+        more = (
+            "guards.early_stopping.patience"
+            if trainer.progress.stopped_early
+            else "train.train_tokens"
+        )
+        say(
+            f"done already: {folder} holds step {resumed_from} of {trainer.num_steps}; raise {more} to go on, or use --fresh to start over"
+        )
     elif finished:
         loss = trainer.progress.last_validation
         if trainer.progress.stopped_early:
-            say(f"stopped early: the validation loss has not fallen for {trainer.progress.stale_validations} validations")
+            say(
+                f"stopped early: the validation loss has not fallen for {trainer.progress.stale_validations} validations"
+            )
         if trainer.progress.skipped_steps:
-            say(f"{trainer.progress.skipped_steps} of the steps were skipped, and their data not learned from: see {folder / INCIDENTS} and the log")
+            say(
+                f"{trainer.progress.skipped_steps} of the steps were skipped, and their data not learned from: see {folder / INCIDENTS} and the log"
+            )
         say(
             f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; "
             f"{'no validation split' if loss is None else f'validation loss {loss:.4f}'}; everything is in {folder}"
         )
     else:
-        say(f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there")
+        say(
+            f"stopped and saved at step {trainer.progress.step} of {trainer.num_steps}: the same command goes on from there"
+        )
     if trainer.topology.is_main:
         write_json(summary, options.json_path)
     return DONE if finished else PREEMPTED
@@ -300,7 +389,9 @@ def fail(trainer: Trainer, error: Exception) -> None:
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    for warning in [*warnings_about(recipe), *hardware_warnings(recipe)] if starts_as_first_rank() else ():
+    for warning in (
+        [*warnings_about(recipe), *hardware_warnings(recipe)] if starts_as_first_rank() else ()
+    ):
         print(f"warning: {warning}", file=sys.stderr)
     ds_config = read_ds_config(options.ds_config)
     for warning in missing_packages(recipe, ds_config) if starts_as_first_rank() else ():

@@ -13,8 +13,21 @@ import pytest
 
 def environment_with(packages: Sequence[str], site: Path, *options: str) -> dict[str, str]:
     """An environment in which Python finds ``packages`` before all others; pip installs them into the empty folder ``site``."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(site), *options, *packages]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--target",
+        str(site),
+        *options,
+        *packages,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        pytest.fail(f"{', '.join(packages)} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}")
+        pytest.fail(
+            f"{', '.join(packages)} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}"
+        )
     return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

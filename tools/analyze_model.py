@@ -8,24 +8,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.errors import ConfigError, StorageError, run_command
 from pretrain.config.load import load_recipe, recipe_names
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE
-from pretrain.config.optimizer_schema import Optimizer
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
-from pretrain.model.sizes import ModelSize, activation_bytes, cache_bytes, model_size, state_bytes_per_rank
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import DeepSpeedMoE
+from pretrain.model.sizes import (
+    ModelSize,
+    activation_bytes,
+    cache_bytes,
+    model_size,
+    state_bytes_per_rank,
+)
+from pretrain.optim.config import Optimizer
 
 EXAMPLES = """\
   python tools/analyze_model.py --recipe h64lm
@@ -38,8 +46,18 @@ CACHE_WIDTH = 2  # bytes of a cached number: bf16
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(f"{__doc__} Needs neither data nor a tokenizer.", EXAMPLES)
     add_recipe_options(parser)
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that the memory is planned for (default: the recipe's ep_size)")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw total against active parameters of all shipped recipes, this one marked")
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="ranks that the memory is planned for (default: the recipe's ep_size)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="draw total against active parameters of all shipped recipes, this one marked",
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -64,14 +82,28 @@ def memory_by_layout(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
     experts = model.moe.total_experts if model.moe is not None and model.routed_layers else 1
-    ep_sizes = [count for count in range(1, world_size + 1) if world_size % count == 0 and experts % count == 0]
-    stages = [stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)]
-    return {str(stage): {str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep, optimizer) for ep in ep_sizes} for stage in stages}
+    ep_sizes = [
+        count
+        for count in range(1, world_size + 1)
+        if world_size % count == 0 and experts % count == 0
+    ]
+    stages = [
+        stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)
+    ]
+    return {
+        str(stage): {
+            str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep, optimizer)
+            for ep in ep_sizes
+        }
+        for stage in stages
+    }
 
 
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
-    stages = ((stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.stages)
+    stages = (
+        (stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.stages
+    )
     return sum(size.flops_per_token * stage.num_tokens for stage, size in stages)
 
 
@@ -108,11 +140,22 @@ def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def print_tables(result: dict[str, Any]) -> None:
     console = Console()
-    parts = Table("component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters")
-    rows = [(name, count, result["components_active"][name]) for name, count in result["components"].items() if count]
+    parts = Table(
+        "component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters"
+    )
+    rows = [
+        (name, count, result["components_active"][name])
+        for name, count in result["components"].items()
+        if count
+    ]
     rows.append(("total", result["parameters_total"], result["parameters_active"]))
     for name, count, active in rows:
-        parts.add_row(name.replace("_", " "), f"{count:,}", f"{count / result['parameters_total']:.1%}", f"{active:,}")
+        parts.add_row(
+            name.replace("_", " "),
+            f"{count:,}",
+            f"{count / result['parameters_total']:.1%}",
+            f"{active:,}",
+        )
     costs = Table("what", "value", title="costs")
     for name, value in cost_rows(result).items():
         costs.add_row(name, value)
@@ -141,7 +184,11 @@ def cost_rows(result: dict[str, Any]) -> dict[str, str]:
 def shipped_points() -> dict[str, tuple[int, int]]:
     """Total and active parameters of every shipped recipe whose vocabulary is known."""
     recipes = {name: load_recipe(name) for name in recipe_names()}
-    known = {name: sized_model(recipe) for name, recipe in recipes.items() if recipe.model.vocab_size or recipe.data.tokenizer.vocab_size}
+    known = {
+        name: sized_model(recipe)
+        for name, recipe in recipes.items()
+        if recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
+    }
     sizes = {name: model_size(model, sequence_length=1) for name, model in known.items()}
     return {name: (size.parameters_total, size.parameters_active) for name, size in sizes.items()}
 
@@ -160,10 +207,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the folder of {path}: {error.strerror}; choose another --plot path") from None
+        raise StorageError(
+            f"cannot make the folder of {path}: {error.strerror}; choose another --plot path"
+        ) from None
     points = shipped_points()
     figure, axes = pyplot.subplots(figsize=(9, 7), layout="constrained")
-    axes.loglog(*zip(*points.values(), strict=True), "o", color="tab:gray", markersize=4, label="shipped recipes")
+    axes.loglog(
+        *zip(*points.values(), strict=True),
+        "o",
+        color="tab:gray",
+        markersize=4,
+        label="shipped recipes",
+    )
     own = (result["parameters_total"], result["parameters_active"])
     axes.loglog(*own, "*", color="tab:red", markersize=15, label=result["recipe"])
     # The small twins lie close together: only the real sizes are named, by turns below to the right and above to the left.
@@ -171,7 +226,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for index, (point, name) in enumerate(named):
         offset, side = ((5, -9), "left") if index % 2 == 0 else ((-5, 5), "right")
         axes.annotate(name, point, xytext=offset, ha=side, textcoords="offset points", fontsize=7)
-    ends = [min(active for _, active in points.values()), max(total for total, _ in points.values())]
+    ends = [
+        min(active for _, active in points.values()),
+        max(total for total, _ in points.values()),
+    ]
     axes.loglog(ends, ends, "--", color="tab:gray", linewidth=0.8, label="all active")
     axes.set(xlabel="parameters in all", ylabel="active parameters a token")
     axes.grid(alpha=0.3)
@@ -179,7 +237,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write {path}: {error}; choose another --plot path, ending in .png") from None
+        raise StorageError(
+            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
+        ) from None
     finally:
         pyplot.close(figure)
 
@@ -187,7 +247,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    world_size = arguments.world_size if arguments.world_size is not None else recipe.parallel.ep_size
+    world_size = (
+        arguments.world_size if arguments.world_size is not None else recipe.parallel.ep_size
+    )
     if world_size < 1:
         raise ConfigError(f"--world-size is {world_size}: give 1 or more")
     result = analyze(recipe, world_size)

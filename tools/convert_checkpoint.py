@@ -14,16 +14,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from pretrain.checkpoint.layout import read_recipe
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, run_command
-from pretrain.config.router_rules import router_warnings
+from pretrain.config.rules.routers import router_warnings
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, run_command
 from pretrain.evaluation.checkpoint import load_matching_corpora, whole_checkpoint
 from pretrain.export.convert import Conversion, export_hf, export_safetensors, export_universal
 from pretrain.export.deepspeed_moe import import_deepspeed
@@ -45,7 +47,11 @@ EXAMPLES = """\
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="PATH", help="a step_N folder of ours, or the file 'latest' that names one; goes with --to")
+    source.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a step_N folder of ours, or the file 'latest' that names one; goes with --to",
+    )
     source.add_argument(
         "--from",
         dest="origin",
@@ -63,23 +69,45 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of --to hf: {AUTO} (the default) takes the first that is exact of {', '.join(target_names())}",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights (default: float32)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, such as 500MB (default: 5GB)")
-    parser.add_argument("--data", metavar="FOLDER", help="shards whose held-out text is compared (--to hf); the run's own by default")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the written weights (default: float32)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of one file of weights, such as 500MB (default: 5GB)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="shards whose held-out text is compared (--to hf); the run's own by default",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export in --output"
+    )
     add_json_option(parser)
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.to is not None):
-        parser.error("--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself what is written")
+        parser.error(
+            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself what is written"
+        )
     if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
         parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
     return arguments
 
 
 def summary(conversion: Conversion, output: Path) -> str:
-    lines = [f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of {conversion.dtype}, as {conversion.target} to {output}"]
+    lines = [
+        f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of {conversion.dtype}, as {conversion.target} to {output}"
+    ]
     if conversion.left_out:
-        lines.append(f"left out {len(conversion.left_out)} tensors that no next token depends on: {', '.join(conversion.left_out)}")
+        lines.append(
+            f"left out {len(conversion.left_out)} tensors that no next token depends on: {', '.join(conversion.left_out)}"
+        )
     if conversion.parity is not None:
         parity = conversion.parity
         lines.append(
@@ -92,7 +120,11 @@ def summary(conversion: Conversion, output: Path) -> str:
 
 
 def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
-    output, overwrite, shard_bytes = arguments.output, arguments.overwrite, parse_bytes(arguments.max_shard_size)
+    output, overwrite, shard_bytes = (
+        arguments.output,
+        arguments.overwrite,
+        parse_bytes(arguments.max_shard_size),
+    )
     if arguments.origin is not None:
         form, folder = arguments.origin[0], Path(arguments.origin[1])
         if form == "hf":
@@ -106,8 +138,8 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
         return export_safetensors(checkpoint, output, dtype, overwrite, shard_bytes)
     if arguments.to == "universal":
         return export_universal(checkpoint, output, overwrite)
-    corpora = load_matching_corpora(arguments.data, checkpoint)
-    compared = corpora.validation_stream() or corpora.stream("train")
+    datasets = load_matching_corpora(arguments.data, checkpoint)
+    compared = datasets.validation_stream() or datasets.stream("train")
     if arguments.to == "gguf":
         return export_gguf(checkpoint, output, compared, dtype, overwrite)
     return export_hf(checkpoint, output, compared, dtype, overwrite, arguments.target, shard_bytes)
@@ -120,8 +152,14 @@ def main() -> None:
     conversion = convert(arguments, getattr(torch, arguments.dtype))
     if arguments.json_path != "-":
         print(summary(conversion, arguments.output))
-    came_from = {"source": arguments.origin[1]} if arguments.origin is not None else {"checkpoint": str(whole_checkpoint(arguments.checkpoint))}
-    write_json({**came_from, "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path)
+    came_from = (
+        {"source": arguments.origin[1]}
+        if arguments.origin is not None
+        else {"checkpoint": str(whole_checkpoint(arguments.checkpoint))}
+    )
+    write_json(
+        {**came_from, "output": str(arguments.output), **conversion.to_dict()}, arguments.json_path
+    )
 
 
 if __name__ == "__main__":

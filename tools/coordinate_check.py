@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
@@ -18,13 +20,13 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.errors import ConfigError, StorageError, run_command
-from pretrain.config.initialization_schema import MaximalUpdate
+from pretrain.analysis.coordinates import KINDS, batches_of, measure, recipe_at, summary
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_recipe
-from pretrain.config.schema import Recipe
-from pretrain.evaluation.coordinates import KINDS, batches_of, measure, recipe_at, summary
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_recipe
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.model.init_config import MaximalUpdate
 
 EXAMPLES = """\
   python tools/coordinate_check.py --recipe quickstart --growing head_dim --plot coordinates.png
@@ -41,12 +43,38 @@ exit codes: 0 measured, 2 a recipe or widths that do not fit, 3 data that are mi
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="D", help="hidden sizes (default: 64 128 256 512)")
-    parser.add_argument("--base-width", type=int, metavar="D", help="muP's base (default: that of the recipe, or else the smallest width)")
-    parser.add_argument("--growing", choices=("heads", "head_dim"), default="heads", help="what attention grows by: more heads, or larger ones")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="optimizer steps at the recipe's peak learning rates")
     parser.add_argument(
-        "--tokens", choices=("auto", "data", "random"), default="auto", help="the recipe's data, or random ones (default: as there are)"
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512],
+        metavar="D",
+        help="hidden sizes (default: 64 128 256 512)",
+    )
+    parser.add_argument(
+        "--base-width",
+        type=int,
+        metavar="D",
+        help="muP's base (default: that of the recipe, or else the smallest width)",
+    )
+    parser.add_argument(
+        "--growing",
+        choices=("heads", "head_dim"),
+        default="heads",
+        help="what attention grows by: more heads, or larger ones",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=6,
+        metavar="N",
+        help="optimizer steps at the recipe's peak learning rates",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=("auto", "data", "random"),
+        default="auto",
+        help="the recipe's data, or random ones (default: as there are)",
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sizes of both kinds")
     add_json_option(parser)
@@ -55,16 +83,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     if len(set(arguments.widths)) < 2 or min(arguments.widths) < 1:
-        raise ConfigError(f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or more")
+        raise ConfigError(
+            f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or more"
+        )
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}: give 1 or more")
     if arguments.plot is not None and arguments.plot.exists():
-        raise ConfigError(f"{arguments.plot} is there already: choose another --plot path, or remove it")
+        raise ConfigError(
+            f"{arguments.plot} is there already: choose another --plot path, or remove it"
+        )
 
 
 def base_width(recipe: Recipe, arguments: argparse.Namespace) -> int:
     mup = recipe.model.initialization
-    return arguments.base_width or (mup.base.hidden_size if isinstance(mup, MaximalUpdate) else min(arguments.widths))
+    return arguments.base_width or (
+        mup.base.hidden_size if isinstance(mup, MaximalUpdate) else min(arguments.widths)
+    )
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -73,11 +107,24 @@ def print_table(result: dict[str, Any]) -> None:
         powers = [Column(name, no_wrap=True) for name in ("first", "last", "change")]
         sizes = f"sizes at {', '.join(map(str, result['widths']))}"
         title = f"{kind}: growth with the width to the power of"
-        table = Table(Column("layer", no_wrap=True), *powers, sizes, Column("verdict", no_wrap=True), title=title)
+        table = Table(
+            Column("layer", no_wrap=True),
+            *powers,
+            sizes,
+            Column("verdict", no_wrap=True),
+            title=title,
+        )
         for name, row in result[kind]["layers"].items():
             change = "" if row["change_slope"] is None else f"{row['change_slope']:+.2f}"
             shown = ", ".join(f"{size:.3g}" for size in row["sizes"][-1])
-            table.add_row(name, f"{row['slopes'][0]:+.2f}", f"{row['slopes'][-1]:+.2f}", change, shown, row["verdict"])
+            table.add_row(
+                name,
+                f"{row['slopes'][0]:+.2f}",
+                f"{row['slopes'][-1]:+.2f}",
+                change,
+                shown,
+                row["verdict"],
+            )
         console.print(table)
     console.print(
         f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}. 'first' and 'last': the size before the first and "
@@ -97,16 +144,33 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     layers = list(result["mup"]["layers"])
-    figure, axes = pyplot.subplots(2, len(layers), figsize=(2.6 * len(layers), 6.5), sharex=True, sharey="col", layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        2,
+        len(layers),
+        figsize=(2.6 * len(layers), 6.5),
+        sharex=True,
+        sharey="col",
+        layout="constrained",
+        squeeze=False,
+    )
     colours = pyplot.get_cmap("viridis")
     for row, kind in zip(axes, KINDS, strict=True):
         for panel, name in zip(row, layers, strict=True):
             measured = result[kind]["layers"][name]
             for step, sizes in enumerate(measured["sizes"]):
-                panel.plot(result["widths"], sizes, marker="o", markersize=3, color=colours(0.9 * step / result["steps"]), label=f"step {step}")
+                panel.plot(
+                    result["widths"],
+                    sizes,
+                    marker="o",
+                    markersize=3,
+                    color=colours(0.9 * step / result["steps"]),
+                    label=f"step {step}",
+                )
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-            panel.set_title(f"{kind}: {name}\n{measured['slopes'][-1]:+.2f}, {measured['verdict']}", fontsize=9)
+            panel.set_title(
+                f"{kind}: {name}\n{measured['slopes'][-1]:+.2f}, {measured['verdict']}", fontsize=9
+            )
         row[0].set_ylabel("root mean square")
     for panel in axes[1]:
         panel.set_xlabel("hidden_size")
@@ -115,7 +179,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write {path}: {error}; choose another --plot path, ending in .png") from None
+        raise StorageError(
+            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
+        ) from None
     finally:
         pyplot.close(figure)
 
@@ -126,13 +192,25 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe, tokens, batches = batches_of(recipe, arguments.tokens)
     base, widths = base_width(recipe, arguments), sorted(set(arguments.widths))
-    recipes = {(kind, width): recipe_at(recipe, width, base, kind, arguments.growing) for kind in KINDS for width in widths}
+    recipes = {
+        (kind, width): recipe_at(recipe, width, base, kind, arguments.growing)
+        for kind in KINDS
+        for width in widths
+    }
     for one in recipes.values():
         check_recipe(one)
     models = tqdm(recipes.items(), desc="measuring", unit="model")
     measured = [measure(one, kind, batches, arguments.steps) for (kind, _), one in models]
-    result: dict[str, Any] = {"recipe": recipe.name, "base_width": base, "growing": arguments.growing, "tokens": tokens, "steps": arguments.steps}
-    result |= {"widths": widths} | {kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS}
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "base_width": base,
+        "growing": arguments.growing,
+        "tokens": tokens,
+        "steps": arguments.steps,
+    }
+    result |= {"widths": widths} | {
+        kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS
+    }
     if arguments.json_path != "-":
         print_table(result)
     if arguments.plot is not None:

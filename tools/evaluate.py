@@ -9,21 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from data_pipeline.split import SPLITS
+from data_pipeline.shards.split import SPLITS
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
-from pretrain.checkpoint.weights_folder import is_weights_alone
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, run_command
+from pretrain.checkpoint.weights_only import is_weights_alone
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, run_command
 from pretrain.evaluation.device import choose_device
+from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
-from pretrain.evaluation.sampling import Sampling
-from pretrain.evaluation.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
+from pretrain.evaluation.tasks.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
 from pretrain.evaluation.watch import Parent, watch
 from pretrain.export.hf_files import is_hf_folder
 
@@ -45,57 +47,174 @@ exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 a file cannot be written, 6
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, metavar="PATH", help="a step_N folder, the file 'latest', or a Hugging Face folder")
-    what.add_argument("--watch", type=Path, metavar="RUN", help="each checkpoint of a run as it appears, into RUN/evaluations.jsonl and TensorBoard")
-    parser.add_argument("--interval-steps", type=int, default=1, metavar="N", help="with --watch: steps that are a multiple of N, and the last one")
-    parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)  # the training that started it: see Parent
+    what.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a step_N folder, the file 'latest', or a Hugging Face folder",
+    )
+    what.add_argument(
+        "--watch",
+        type=Path,
+        metavar="RUN",
+        help="each checkpoint of a run as it appears, into RUN/evaluations.jsonl and TensorBoard",
+    )
+    parser.add_argument(
+        "--interval-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --watch: steps that are a multiple of N, and the last one",
+    )
+    parser.add_argument(
+        "--parent", type=int, nargs=3, help=argparse.SUPPRESS
+    )  # the training that started it: see Parent
     _add_heldout(parser)
     tasks = parser.add_argument_group("lm-evaluation-harness")
-    tasks.add_argument("--tasks", metavar="A,B", help="its names, or those of the files in --include-path")
-    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="more tasks: YAML files, whose data may be local files")
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question; the task's own number by default")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    tasks.add_argument(
+        "--tasks", metavar="A,B", help="its names, or those of the files in --include-path"
+    )
+    tasks.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="FOLDER",
+        help="more tasks: YAML files, whose data may be local files",
+    )
+    tasks.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question; the task's own number by default",
+    )
+    tasks.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N documents of each task"
+    )
     _add_texts(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="windows, requests or texts at once (default: the recipe's micro batch, and 8)")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report as Markdown")
-    parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="also write all numbers to TensorBoard, at the checkpoint's step")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="windows, requests or texts at once (default: the recipe's micro batch, and 8)",
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PATH", help="also write the report as Markdown"
+    )
+    parser.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="FOLDER",
+        help="also write all numbers to TensorBoard, at the checkpoint's step",
+    )
     add_json_option(parser)
     return parser.parse_args()
 
 
 def _add_heldout(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out text")
-    group.add_argument("--heldout", action="store_true", help="score held-out text beside what else is asked for")
-    group.add_argument("--data", metavar="FOLDER", help="shards of the run's tokenizer; the run's own by default. A Hugging Face folder reads any")
+    group.add_argument(
+        "--heldout", action="store_true", help="score held-out text beside what else is asked for"
+    )
+    group.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="shards of the run's tokenizer; the run's own by default. A Hugging Face folder reads any",
+    )
     group.add_argument("--split", choices=SPLITS, default="validation")
-    group.add_argument("--max-windows", type=int, metavar="N", help="score N windows spread over the split instead of all; leaves out bits per byte")
-    group.add_argument("--window", type=int, metavar="TOKENS", help="context and targets (default: the training's sequence length)")
-    group.add_argument("--stride", type=int, metavar="TOKENS", help="from window to window; less than a window gives each target more context")
-    group.add_argument("--baselines", nargs="+", metavar="NAME", help="unigram, bigram, 5-gram ... or Hugging Face folders (default: bigram)")
+    group.add_argument(
+        "--max-windows",
+        type=int,
+        metavar="N",
+        help="score N windows spread over the split instead of all; leaves out bits per byte",
+    )
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="context and targets (default: the training's sequence length)",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="from window to window; less than a window gives each target more context",
+    )
+    group.add_argument(
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        help="unigram, bigram, 5-gram ... or Hugging Face folders (default: bigram)",
+    )
     group.add_argument("--no-bigram", action="store_true", help="leave out the baseline")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("texts and code")
-    group.add_argument("--prompt", action="append", default=[], dest="prompts", metavar="TEXT", help="show a text behind it; may be repeated")
-    group.add_argument("--references", type=Path, metavar="JSONL", help='BLEU and ROUGE: a "prompt" and a "reference" a line')
-    group.add_argument("--code-problems", type=Path, metavar="JSONL", help='pass@k: HumanEval\'s "task_id", "prompt", "test", "entry_point" a line')
-    group.add_argument("--allow-code-execution", action="store_true", help="needed for --code-problems: runs what the model writes, in a sandbox")
-    group.add_argument("--num-samples", type=int, default=1, metavar="N", help="solutions of each problem (default: 1)")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        dest="prompts",
+        metavar="TEXT",
+        help="show a text behind it; may be repeated",
+    )
+    group.add_argument(
+        "--references",
+        type=Path,
+        metavar="JSONL",
+        help='BLEU and ROUGE: a "prompt" and a "reference" a line',
+    )
+    group.add_argument(
+        "--code-problems",
+        type=Path,
+        metavar="JSONL",
+        help='pass@k: HumanEval\'s "task_id", "prompt", "test", "entry_point" a line',
+    )
+    group.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="needed for --code-problems: runs what the model writes, in a sandbox",
+    )
+    group.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="solutions of each problem (default: 1)",
+    )
     group.add_argument("--pass-at", default="1", metavar="K,K", help="(default: 1)")
-    group.add_argument("--program-seconds", type=float, default=10.0, metavar="S", help="for each program (default: 10)")
-    group.add_argument("--program-memory", type=int, default=1024, metavar="MIB", help="for each program (default: 1024)")
-    group.add_argument("--temperature", type=float, help="draw texts and code; the likeliest token by default")
+    group.add_argument(
+        "--program-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="for each program (default: 10)",
+    )
+    group.add_argument(
+        "--program-memory",
+        type=int,
+        default=1024,
+        metavar="MIB",
+        help="for each program (default: 1024)",
+    )
+    group.add_argument(
+        "--temperature", type=float, help="draw texts and code; the likeliest token by default"
+    )
     group.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
     group.add_argument("--seed", type=int, default=0, help="with --temperature (default: 0)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated"
+    )
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
 
 
 def tells_its_data(checkpoint: Path) -> bool:
     """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is neither."""
-    return not is_hf_folder(checkpoint) and not is_weights_alone(read_state(resolve_checkpoint(checkpoint)))
+    return not is_hf_folder(checkpoint) and not is_weights_alone(
+        read_state(resolve_checkpoint(checkpoint))
+    )
 
 
 def suite_of(arguments: argparse.Namespace) -> Suite:
@@ -104,29 +223,66 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
     Raises:
         ConfigError: for a number below 1, or for code that must not be executed.
     """
-    for option in ("max_windows", "batch_size", "window", "stride", "limit", "num_samples", "max_new_tokens", "interval_steps", "program_memory"):
+    for option in (
+        "max_windows",
+        "batch_size",
+        "window",
+        "stride",
+        "limit",
+        "num_samples",
+        "max_new_tokens",
+        "interval_steps",
+        "program_memory",
+    ):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
     if arguments.code_problems is not None and not arguments.allow_code_execution:
-        raise ConfigError("--code-problems runs programs that the model writes: allow it with --allow-code-execution")
+        raise ConfigError(
+            "--code-problems runs programs that the model writes: allow it with --allow-code-execution"
+        )
     if not arguments.pass_at.replace(",", "").isdigit():
-        raise ConfigError(f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such as 1,10")
+        raise ConfigError(
+            f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such as 1,10"
+        )
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
     # What does not tell the data that it has seen, and one checkpoint after the other of a run, have no n-gram unless it is asked for.
     plain = arguments.no_bigram or arguments.watch or not tells_its_data(arguments.checkpoint)
     baselines = tuple(arguments.baselines or (() if plain else ("bigram",)))
-    heldout = HeldoutOptions(arguments.data, arguments.split, arguments.max_windows, baselines, arguments.window, arguments.stride)
+    heldout = HeldoutOptions(
+        arguments.data,
+        arguments.split,
+        arguments.max_windows,
+        baselines,
+        arguments.window,
+        arguments.stride,
+    )
     tasks = None
     if arguments.tasks:
-        tasks = TaskOptions(arguments.tasks.split(","), arguments.include_path, arguments.num_fewshot, arguments.limit)
+        tasks = TaskOptions(
+            arguments.tasks.split(","),
+            arguments.include_path,
+            arguments.num_fewshot,
+            arguments.limit,
+        )
     code = None
     if arguments.code_problems is not None:
         pass_at = tuple(int(k) for k in arguments.pass_at.split(",") if k)
         memory = arguments.program_memory << 20
-        code = CodeOptions(arguments.code_problems, arguments.num_samples, pass_at, arguments.program_seconds, memory)
+        code = CodeOptions(
+            arguments.code_problems,
+            arguments.num_samples,
+            pass_at,
+            arguments.program_seconds,
+            memory,
+        )
     greedy = arguments.temperature is None
-    sampling = Sampling(1.0 if greedy else arguments.temperature, top_p=arguments.top_p, greedy=greedy, seed=arguments.seed)
+    sampling = Sampling(
+        1.0 if greedy else arguments.temperature,
+        top_p=arguments.top_p,
+        greedy=greedy,
+        seed=arguments.seed,
+    )
     return Suite(
         device=choose_device(arguments.device),
         heldout=heldout if arguments.heldout or not chosen else None,
@@ -163,7 +319,9 @@ def main() -> None:
     parent = None if arguments.parent is None else Parent(*arguments.parent)
     count = watch(arguments.watch, suite.run, arguments.interval_steps, parent)
     if arguments.json_path != "-":
-        print(f"evaluated {count} checkpoints of {arguments.watch}: see {arguments.watch / 'evaluations.jsonl'}")
+        print(
+            f"evaluated {count} checkpoints of {arguments.watch}: see {arguments.watch / 'evaluations.jsonl'}"
+        )
     write_json({"run": str(arguments.watch), "evaluated": count}, arguments.json_path)
 
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
@@ -19,10 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, StorageError, run_command
-from pretrain.config.schema import LoggingConfig
-from pretrain.evaluation.expert_usage import (
+from pretrain.analysis.expert_usage import (
     SCALARS,
     UsageWindow,
     binned,
@@ -34,6 +33,9 @@ from pretrain.evaluation.expert_usage import (
     window_path,
     window_steps,
 )
+from pretrain.config.recipe import LoggingConfig
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, StorageError, run_command
 
 EXAMPLES = """\
   python tools/expert_usage.py runs/quickstart
@@ -48,12 +50,35 @@ NAMED_LAYERS = 10
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("path", type=Path, metavar="RUN_OR_NPZ", help="a run's folder, or one file of its usage/ folder")
-    parser.add_argument("--step", type=int, metavar="N", help="the window that ends with this step (default: the newest)")
-    parser.add_argument("--layer", type=int, action="append", metavar="L", help="only this layer; may be repeated")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_NPZ",
+        help="a run's folder, or one file of its usage/ folder",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="the window that ends with this step (default: the newest)",
+    )
+    parser.add_argument(
+        "--layer", type=int, action="append", metavar="L", help="only this layer; may be repeated"
+    )
     default = LoggingConfig().hot_expert_factor
-    parser.add_argument("--hot-factor", type=float, default=default, metavar="M", help=f"hot is above M times the mean (default: {default:g})")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw histogram, Lorenz curve and heat map of the window")
+    parser.add_argument(
+        "--hot-factor",
+        type=float,
+        default=default,
+        metavar="M",
+        help=f"hot is above M times the mean (default: {default:g})",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="draw histogram, Lorenz curve and heat map of the window",
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -66,10 +91,14 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
     """
     if path.is_file():
         if step is not None:
-            raise ConfigError(f"--step {step} chooses a window of a run, but {path} is one window: leave it out, or give the run's folder")
+            raise ConfigError(
+                f"--step {step} chooses a window of a run, but {path} is one window: leave it out, or give the run's folder"
+            )
         return path, []
     if not path.is_dir():
-        raise ConfigError(f"{path} is not there: give a run's folder, or a file of its usage/ folder")
+        raise ConfigError(
+            f"{path} is not there: give a run's folder, or a file of its usage/ folder"
+        )
     steps = window_steps(path / "usage")
     if not steps:
         raise ConfigError(
@@ -78,9 +107,15 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
         )
     if step is not None and step not in steps:
         nearest = min(steps, key=lambda known: abs(known - step))
-        raise ConfigError(f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the newest {steps[-1]}")
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), TREND_WINDOWS)).round().astype(int))
-    return window_path(path / "usage", steps[-1] if step is None else step), [window_path(path / "usage", steps[index]) for index in chosen]
+        raise ConfigError(
+            f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the newest {steps[-1]}"
+        )
+    chosen = np.unique(
+        np.linspace(0, len(steps) - 1, min(len(steps), TREND_WINDOWS)).round().astype(int)
+    )
+    return window_path(path / "usage", steps[-1] if step is None else step), [
+        window_path(path / "usage", steps[index]) for index in chosen
+    ]
 
 
 def trend(paths: list[Path], layers: list[int] | None, hot_factor: float) -> list[dict[str, Any]]:
@@ -89,7 +124,9 @@ def trend(paths: list[Path], layers: list[int] | None, hot_factor: float) -> lis
     for path in tqdm(paths, desc="reading windows", unit="window", delay=5):
         window = load_window(path, layers)
         columns = usage_columns(window, hot_factor)
-        rows.append({"step": window.step, "steps": window.steps} | {name: columns[name] for name in SCALARS})
+        rows.append(
+            {"step": window.step, "steps": window.steps} | {name: columns[name] for name in SCALARS}
+        )
     return rows
 
 
@@ -110,7 +147,10 @@ def print_tables(result: dict[str, Any]) -> None:
     title = f"{result['path']}: {result['experts']:,} experts a layer, {result['steps']} steps up to step {result['step']}"
     table = Table("layer", *names, "hottest experts (load)", title=title)
     for row in result["layers"]:
-        hottest = [f"{expert} ({load:,.1f}x)" for expert, load in zip(row["hottest"], row["hottest_load"], strict=True)]
+        hottest = [
+            f"{expert} ({load:,.1f}x)"
+            for expert, load in zip(row["hottest"], row["hottest_load"], strict=True)
+        ]
         table.add_row(str(row["layer"]), *cells(row), ", ".join(hottest))
     console.print(table)
     if len(result["trend"]) > 1:
@@ -135,32 +175,66 @@ def plot(window: UsageWindow, hot_factor: float, path: Path) -> None:
     loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
     edges = np.linspace(0.0, log_load(loads_LE.max(keepdims=True)).item(), 65)
     colours = pyplot.get_cmap("viridis")(np.linspace(0.0, 0.9, len(window.layers)))
-    for layer, colour, loads_E, counts_E in zip(window.layers, colours, loads_LE, window.counts_LE, strict=True):
-        histogram.stairs(np.histogram(log_load(loads_E), edges)[0], 2.0**edges - 1.0, color=colour, label=f"layer {layer}")
+    for layer, colour, loads_E, counts_E in zip(
+        window.layers, colours, loads_LE, window.counts_LE, strict=True
+    ):
+        histogram.stairs(
+            np.histogram(log_load(loads_E), edges)[0],
+            2.0**edges - 1.0,
+            color=colour,
+            label=f"layer {layer}",
+        )
         lorenz.plot(*lorenz_curve(counts_E), color=colour, linewidth=1.2)
     histogram.axvline(hot_factor, color="tab:red", linestyle=":", label="hot")
-    histogram.set_xscale("function", functions=(lambda load: np.log2(1.0 + np.maximum(load, 0.0)), lambda log: 2.0**log - 1.0))
+    histogram.set_xscale(
+        "function",
+        functions=(lambda load: np.log2(1.0 + np.maximum(load, 0.0)), lambda log: 2.0**log - 1.0),
+    )
     ticks = [0, *(2**power for power in range(int(edges[-1]) + 1))]
     histogram.set_xticks(ticks, [str(tick) for tick in ticks])
-    histogram.set(xlabel="load, multiples of the mean", ylabel="experts", yscale="symlog", title="experts by load")
+    histogram.set(
+        xlabel="load, multiples of the mean",
+        ylabel="experts",
+        yscale="symlog",
+        title="experts by load",
+    )
     if len(window.layers) <= NAMED_LAYERS:
         histogram.legend()
     lorenz.plot([0, 1], [0, 1], "--", color="tab:gray", linewidth=0.8)
-    lorenz.set(xlabel="share of the experts, least used first", ylabel="their share of all choices", title="Lorenz curve")
+    lorenz.set(
+        xlabel="share of the experts, least used first",
+        ylabel="their share of all choices",
+        title="Lorenz curve",
+    )
     if len(window.layers) == 1:
-        picture, places = square_grid(window.counts_LE[0]), {"xlabel": "column", "ylabel": "row", "title": "experts, row by row"}
+        picture, places = (
+            square_grid(window.counts_LE[0]),
+            {"xlabel": "column", "ylabel": "row", "title": "experts, row by row"},
+        )
     else:
         picture = np.stack([binned(counts_E) for counts_E in window.counts_LE])
-        places = {"xlabel": f"experts in {picture.shape[1]} bins", "ylabel": "layer", "title": "layers and experts"}
+        places = {
+            "xlabel": f"experts in {picture.shape[1]} bins",
+            "ylabel": "layer",
+            "title": "layers and experts",
+        }
         heat.set_yticks(range(len(window.layers)), [str(layer) for layer in window.layers])
-    image = heat.imshow(log_load(picture), aspect="auto", interpolation="nearest", vmin=0.0, vmax=float(np.log2(1.0 + hot_factor)))
+    image = heat.imshow(
+        log_load(picture),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0.0,
+        vmax=float(np.log2(1.0 + hot_factor)),
+    )
     heat.set(**places)
     figure.colorbar(image, ax=heat, label="log2(1 + load)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write {path}: {error}; choose another --plot path, ending in .png") from None
+        raise StorageError(
+            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
+        ) from None
     finally:
         pyplot.close(figure)
 
@@ -170,10 +244,17 @@ def main() -> None:
     if not arguments.hot_factor > 0:
         raise ConfigError(f"--hot-factor is {arguments.hot_factor:g}: give a number above 0")
     if arguments.plot is not None and arguments.plot.exists():
-        raise ConfigError(f"{arguments.plot} is there already: choose another --plot path, or remove it")
+        raise ConfigError(
+            f"{arguments.plot} is there already: choose another --plot path, or remove it"
+        )
     shown, others = find_windows(arguments.path, arguments.step)
     window = load_window(shown, arguments.layer)
-    result: dict[str, Any] = {"path": str(shown), "step": window.step, "steps": window.steps, "experts": window.counts_LE.shape[1]}
+    result: dict[str, Any] = {
+        "path": str(shown),
+        "step": window.step,
+        "steps": window.steps,
+        "experts": window.counts_LE.shape[1],
+    }
     result |= {"hot_factor": arguments.hot_factor} | usage_columns(window, arguments.hot_factor)
     result["trend"] = trend(others, arguments.layer, arguments.hot_factor)
     if arguments.json_path != "-":

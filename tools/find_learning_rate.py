@@ -12,23 +12,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from tqdm import tqdm
 
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.durable import write_synced
-from pretrain.config.errors import DONE, ConfigError, run_command
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import DONE, ConfigError, run_command
+from pretrain.core.files import write_synced
 from pretrain.engine.ds_config import read_ds_config, zero_stage_of
 from pretrain.engine.topology import disconnect
-from pretrain.range_test import FEWEST_STEPS, RangeTest, draw, learning_rates, prepare, run_range_test
-from pretrain.run_folder import prints_to_log
+from pretrain.run.folder import prints_to_log
+from pretrain.run.lr_finder import (
+    FEWEST_STEPS,
+    RangeTest,
+    draw,
+    learning_rates,
+    prepare,
+    run_range_test,
+)
 from pretrain.train import DEFAULT_DS_CONFIG
 
 EXAMPLES = """\
@@ -46,13 +55,48 @@ PLOT = "learning_rate.png"
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser)
-    parser.add_argument("--ds_config", "--ds-config", default=str(DEFAULT_DS_CONFIG), metavar="PATH", help="DeepSpeed's JSON (default: zero1.json)")
-    parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="LR", help="of the first step (default: 1e-6)")
-    parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="LR", help="of the last step (default: 1)")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps, fewer where the loss diverges before (default: 100)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help=f"the picture (default: {PLOT} in the run's folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the picture of an earlier test")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--ds_config",
+        "--ds-config",
+        default=str(DEFAULT_DS_CONFIG),
+        metavar="PATH",
+        help="DeepSpeed's JSON (default: zero1.json)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="low",
+        type=float,
+        default=1e-6,
+        metavar="LR",
+        help="of the first step (default: 1e-6)",
+    )
+    parser.add_argument(
+        "--to",
+        dest="high",
+        type=float,
+        default=1.0,
+        metavar="LR",
+        help="of the last step (default: 1)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        metavar="N",
+        help="optimizer steps, fewer where the loss diverges before (default: 100)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help=f"the picture (default: {PLOT} in the run's folder)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the picture of an earlier test"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
     add_json_option(parser)
     return parser.parse_args()
 
@@ -64,9 +108,13 @@ def check(options: argparse.Namespace, recipe: Recipe) -> Path:
         ConfigError: where the range is none, or the picture is there already.
     """
     if not 0 < options.low < options.high:
-        raise ConfigError(f"--from {options.low:g} --to {options.high:g}: the first must be above 0 and below the second")
+        raise ConfigError(
+            f"--from {options.low:g} --to {options.high:g}: the first must be above 0 and below the second"
+        )
     if options.steps < FEWEST_STEPS:
-        raise ConfigError(f"--steps {options.steps} are too few to see a slope: take at least {FEWEST_STEPS}")
+        raise ConfigError(
+            f"--steps {options.steps} are too few to see a slope: take at least {FEWEST_STEPS}"
+        )
     path: Path = options.plot or Path(recipe.output_path) / PLOT
     if path.exists() and not options.overwrite:
         raise ConfigError(f"{path} is there already: add --overwrite, or choose another --plot")
@@ -87,18 +135,28 @@ def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> dict[str, Any]:
     }
 
 
-def sentences(test: RangeTest, options: argparse.Namespace, recipe: Recipe, plot: Path) -> list[str]:
+def sentences(
+    test: RangeTest, options: argparse.Namespace, recipe: Recipe, plot: Path
+) -> list[str]:
     """What the test found, for the terminal."""
     if not test.losses:
-        return [f"no suggestion: at the first step already, at {options.low:g}, the loss or its gradient is not finite; look at data and recipe"]
+        return [
+            f"no suggestion: at the first step already, at {options.low:g}, the loss or its gradient is not finite; look at data and recipe"
+        ]
     if test.suggestion is None:
-        told = [f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; try a lower --from and more --steps"]
+        told = [
+            f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; try a lower --from and more --steps"
+        ]
     else:
-        told = [f"suggested learning rate {test.suggestion:.2g} (the recipe has {recipe.optimizer.learning_rate:.2g})"]
+        told = [
+            f"suggested learning rate {test.suggestion:.2g} (the recipe has {recipe.optimizer.learning_rate:.2g})"
+        ]
     if test.steepest is not None:
         told.append(f"the loss falls fastest at {test.steepest:.2g}")
     if test.diverged is None:
-        told.append(f"it has not diverged up to {test.learning_rates[-1]:.2g}: a higher --to would show where")
+        told.append(
+            f"it has not diverged up to {test.learning_rates[-1]:.2g}: a higher --to would show where"
+        )
     else:
         told.append(f"it diverges at {test.diverged:.2g}")
     return [*told, f"the curve is in {plot}"]
@@ -108,12 +166,19 @@ def main() -> int:
     options = parse_arguments()
     recipe = load_recipe(options.recipe, options.overrides)
     plot, ds_config = check(options, recipe), read_ds_config(options.ds_config)
-    stage, rates = zero_stage_of(ds_config, options.ds_config), learning_rates(options.low, options.high, options.steps)
-    logging.getLogger().addHandler(logging.NullHandler())  # no log file: the run's folder is not ours to write to
+    stage, rates = (
+        zero_stage_of(ds_config, options.ds_config),
+        learning_rates(options.low, options.high, options.steps),
+    )
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # no log file: the run's folder is not ours to write to
     with prints_to_log():
         engine, loader = prepare(recipe, ds_config, options.ds_config, stage, len(rates))
     main_rank = engine.topology.is_main
-    with tqdm(total=len(rates), unit="step", desc="range test", disable=not main_rank, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(rates), unit="step", desc="range test", disable=not main_rank, dynamic_ncols=True
+    ) as bar:
 
         def show(rate: float, loss: float) -> None:
             bar.set_postfix_str(f"lr={rate:.2g} loss={loss:.3f}", refresh=False)

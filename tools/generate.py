@@ -10,18 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import ConfigError, DataError, run_command
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, DataError, run_command
 from pretrain.evaluation.device import choose_device
-from pretrain.evaluation.generators import open_generator
-from pretrain.evaluation.sampling import Sampling
-from pretrain.evaluation.writing import Continuation, Writer
+from pretrain.evaluation.generation.generators import open_generator
+from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.generation.writing import Continuation, Writer
 
 EXAMPLES = """\
   python tools/generate.py --model runs/quickstart/checkpoints/latest --prompt "def main("
@@ -35,25 +37,76 @@ exit codes: 0 done, 2 usage, 3 the prompts cannot be read, 4 no checkpoint or a 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--model", required=True, metavar="PATH", help="a step_N folder, the file 'latest', or a Hugging Face folder")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated; '' starts a document")
-    prompts.add_argument(
-        "--prompts-file", type=Path, metavar="PATH", help='a prompt a line; of a file named *.jsonl, the field "prompt" of each line'
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a step_N folder, the file 'latest', or a Hugging Face folder",
     )
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts of each prompt (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts written at once (default: 8)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="text to continue; may be repeated; '' starts a document",
+    )
+    prompts.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="PATH",
+        help='a prompt a line; of a file named *.jsonl, the field "prompt" of each line',
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="texts of each prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="texts written at once (default: 8)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold the probability P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="draw from tokens with at least P times the likeliest one's probability")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="of tokens that were there already (default: 1, none)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text, and is left out of it; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the first text, each further one has the next number (default: 0)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the fewest tokens that hold the probability P",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw from tokens with at least P times the likeliest one's probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of tokens that were there already (default: 1, none)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a text, and is left out of it; may be repeated",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first text, each further one has the next number (default: 0)",
+    )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--draft", action="store_true", help="speculative decoding with the model's multi-token prediction: same text, fewer passes")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="speculative decoding with the model's multi-token prediction: same text, fewer passes",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -66,13 +119,19 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        prompts = (
+            [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        )
     except OSError as error:
         raise DataError(f"--prompts-file {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not UTF-8: mend it') from None
+        raise DataError(
+            f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not UTF-8: mend it'
+        ) from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise DataError(f"--prompts-file {path} has no prompt, or one that is no text: give one a line")
+        raise DataError(
+            f"--prompts-file {path} has no prompt, or one that is no text: give one a line"
+        )
     return prompts
 
 
@@ -83,7 +142,9 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def write_texts(arguments: argparse.Namespace, writer: Writer, prompts: list[str]) -> list[Continuation]:
+def write_texts(
+    arguments: argparse.Namespace, writer: Writer, prompts: list[str]
+) -> list[Continuation]:
     """A text behind each prompt; a single one is shown as it comes."""
     quiet = arguments.json_path == "-"
     if len(prompts) == 1:
@@ -96,20 +157,30 @@ def write_texts(arguments: argparse.Namespace, writer: Writer, prompts: list[str
                 show("".join(pieces))
             pieces.clear()
 
-        text = writer.write_drafted(encoded, piece) if arguments.draft else writer.write_batch([encoded], show=piece)[0]
+        text = (
+            writer.write_drafted(encoded, piece)
+            if arguments.draft
+            else writer.write_batch([encoded], show=piece)[0]
+        )
         if not quiet:
             show("\n")
         return [text]
     if arguments.draft:
-        raise ConfigError("--draft writes one text at a time: give one --prompt and leave --num-samples out")
+        raise ConfigError(
+            "--draft writes one text at a time: give one --prompt and leave --num-samples out"
+        )
     texts = writer.write(prompts, arguments.batch_size)
     if not quiet:
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
-            show(f"--- {number} of {len(texts)}: {text.new_tokens} tokens, {text.ended}\n{prompt}{text.text}\n")
+            show(
+                f"--- {number} of {len(texts)}: {text.new_tokens} tokens, {text.ended}\n{prompt}{text.text}\n"
+            )
     return texts
 
 
-def report(arguments: argparse.Namespace, writer: Writer, prompts: list[str], texts: list[Continuation]) -> dict[str, Any]:
+def report(
+    arguments: argparse.Namespace, writer: Writer, prompts: list[str], texts: list[Continuation]
+) -> dict[str, Any]:
     """Prints speeds to standard error; returns the whole result."""
     speed, drafts = writer.speed, writer.drafts
     speeds = {
@@ -123,12 +194,20 @@ def report(arguments: argparse.Namespace, writer: Writer, prompts: list[str], te
     )
     result = {
         "model": arguments.model,
-        "samples": [{"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)],
+        "samples": [
+            {"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)
+        ],
         **speeds,
     }
     if arguments.draft:
-        print(f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted ({drafts.accepted_share:.0%})", file=sys.stderr)
-        result |= {"drafted_tokens": drafts.drafted, "accepted_share": round(drafts.accepted_share, 4)}
+        print(
+            f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted ({drafts.accepted_share:.0%})",
+            file=sys.stderr,
+        )
+        result |= {
+            "drafted_tokens": drafts.drafted,
+            "accepted_share": round(drafts.accepted_share, 4),
+        }
     return result
 
 
@@ -136,10 +215,14 @@ def main() -> None:
     arguments = parse_arguments()
     for option in ("max_new_tokens", "num_samples", "batch_size"):
         if getattr(arguments, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}: give 1 or more")
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is {getattr(arguments, option)}: give 1 or more"
+            )
     fields = ("temperature", "top_k", "top_p", "greedy", "seed", "min_p", "repetition_penalty")
     sampling = Sampling(**{field: getattr(arguments, field) for field in fields})
-    prompts = arguments.prompts if arguments.prompts is not None else read_prompts(arguments.prompts_file)
+    prompts = (
+        arguments.prompts if arguments.prompts is not None else read_prompts(arguments.prompts_file)
+    )
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
     stop = [string.replace("\\n", "\n").replace("\\t", "\t") for string in arguments.stop]
     generator = open_generator(Path(arguments.model), choose_device(arguments.device))

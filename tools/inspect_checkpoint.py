@@ -8,19 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.checkpoint.inspection import STATE_FIELDS, compare_checkpoints, inspect_checkpoint
+from pretrain.checkpoint.inspect import STATE_FIELDS, compare_checkpoints, inspect_checkpoint
 from pretrain.checkpoint.layout import RECIPE, resolve_checkpoint
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import CheckpointError, ConfigError, run_command
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import CheckpointError, ConfigError, run_command
 
 EXAMPLES = """\
   python tools/inspect_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest
@@ -31,13 +33,35 @@ exit codes: 0 done, also where two checkpoints differ; 2 usage; 4 checkpoint mis
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a step_N folder, a folder of weights, or the file 'latest'")
-    parser.add_argument("--verify", action="store_true", help="hash every file; without it only sizes are compared with the manifest")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a step_N folder, a folder of weights, or the file 'latest'",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="hash every file; without it only sizes are compared with the manifest",
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--recipe", action="store_true", help="print the recipe")
-    parser.add_argument("--diff", metavar="OTHER", help="compare with another checkpoint, tensor by tensor, instead")
-    parser.add_argument("--sort", choices=("absolute", "relative", "cosine"), default="absolute", help="what --diff goes by (default: absolute)")
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="rows that --diff prints; --json has all (default: 20)")
+    parser.add_argument(
+        "--diff", metavar="OTHER", help="compare with another checkpoint, tensor by tensor, instead"
+    )
+    parser.add_argument(
+        "--sort",
+        choices=("absolute", "relative", "cosine"),
+        default="absolute",
+        help="what --diff goes by (default: absolute)",
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=20,
+        metavar="N",
+        help="rows that --diff prints; --json has all (default: 20)",
+    )
     add_json_option(parser)
     return parser.parse_args(arguments)
 
@@ -55,11 +79,21 @@ def show_checkpoint(result: dict[str, Any], tensors: bool, recipe: bool) -> None
             table.add_row(name.replace("_", " "), str(result[name]))
     model = result["recipe"]["model"]
     layers = f"{model['num_hidden_layers']} layers of width {model['hidden_size']}, {len(result['experts'])} with experts"
-    table.add_row("model", f"{result['recipe']['name']}: {result['parameters']:,} weights in {len(result['tensors'])} tensors; {layers}")
+    table.add_row(
+        "model",
+        f"{result['recipe']['name']}: {result['parameters']:,} weights in {len(result['tensors'])} tensors; {layers}",
+    )
     console.print(table)
-    files = Table("file", "bytes", "sha256 as saved", "now", title=f"{result['bytes'] / 1e6:,.1f} MB")
+    files = Table(
+        "file", "bytes", "sha256 as saved", "now", title=f"{result['bytes'] / 1e6:,.1f} MB"
+    )
     for file in result["files"]:
-        files.add_row(file["name"], f"{file['bytes'] or 0:,}", file["sha256"][:16], file["fault"] or "as saved")
+        files.add_row(
+            file["name"],
+            f"{file['bytes'] or 0:,}",
+            file["sha256"][:16],
+            file["fault"] or "as saved",
+        )
     console.print(files)
     if tensors:
         listed = Table("tensor", "shape", title="tensors, the experts of all ranks joined")
@@ -69,13 +103,24 @@ def show_checkpoint(result: dict[str, Any], tensors: bool, recipe: bool) -> None
     if result["experts"]:
         console.print(expert_rows(result["experts"]))
     if recipe:
-        console.print((Path(result["checkpoint"]) / RECIPE).read_text(encoding="utf-8"), markup=False, highlight=False)
+        console.print(
+            (Path(result["checkpoint"]) / RECIPE).read_text(encoding="utf-8"),
+            markup=False,
+            highlight=False,
+        )
 
 
 def expert_rows(layers: list[dict[str, Any]]) -> Table:
     names = list(layers[0]["norms"])
     table = Table(
-        "layer", "experts", *names, "router row", "balance bias", "most alike", "least alike", title="experts: norms from the least to the largest"
+        "layer",
+        "experts",
+        *names,
+        "router row",
+        "balance bias",
+        "most alike",
+        "least alike",
+        title="experts: norms from the least to the largest",
     )
     for layer in layers:
         spans = [_span(layer["norms"][name]) for name in names] + [_span(layer["router_norms"])]
@@ -90,18 +135,32 @@ def _span(values: list[float]) -> str:
 
 
 def _pair(pair: dict[str, Any] | None) -> str:
-    return "-" if pair is None else f"{pair['experts'][0]}, {pair['experts'][1]}: {pair['cosine']:.4f}"
+    return (
+        "-" if pair is None else f"{pair['experts'][0]}, {pair['experts'][1]}: {pair['cosine']:.4f}"
+    )
 
 
 def show_differences(result: dict[str, Any], top: int) -> None:
     console = wide_console()
     rows = result["tensors"]
-    table = Table("tensor", "max |a - b|", "relative", "cosine", title=f"{result['checkpoint']} (a) and {result['other']} (b)")
+    table = Table(
+        "tensor",
+        "max |a - b|",
+        "relative",
+        "cosine",
+        title=f"{result['checkpoint']} (a) and {result['other']} (b)",
+    )
     for row in rows[:top]:
-        values = [row["fault"], "", ""] if row["fault"] else [f"{row['absolute']:.3e}", f"{row['relative']:.3e}", f"{row['cosine']:.6f}"]
+        values = (
+            [row["fault"], "", ""]
+            if row["fault"]
+            else [f"{row['absolute']:.3e}", f"{row['relative']:.3e}", f"{row['cosine']:.6f}"]
+        )
         table.add_row(row["name"], *values)
     console.print(table)
-    print(f"{result['equal']} of {len(rows)} tensors are equal bit for bit; {max(len(rows) - top, 0)} more rows are in --json")
+    print(
+        f"{result['equal']} of {len(rows)} tensors are equal bit for bit; {max(len(rows) - top, 0)} more rows are in --json"
+    )
     for name, (before, after) in result["recipe"].items():
         print(f"recipe: {name} is {before} in a, {after} in b")
 
@@ -122,7 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
         show_checkpoint(result, options.tensors, options.recipe)
     write_json(result, options.json_path)
     if faults := [file for file in result["files"] if file["fault"]]:
-        raise CheckpointError(f"{folder} is damaged: {faults[0]['name']} {faults[0]['fault']}; choose another checkpoint")
+        raise CheckpointError(
+            f"{folder} is damaged: {faults[0]['name']} {faults[0]['fault']}; choose another checkpoint"
+        )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
@@ -20,12 +22,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_pipeline.inspection import Duplicates, LengthStatistics, documents, find_duplicates, length_statistics
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.progress import Stage
-from data_pipeline.tokenizer import load_tokenizer
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import run_command
+from data_pipeline.shards.inspection import (
+    Duplicates,
+    LengthStatistics,
+    documents,
+    find_duplicates,
+    length_statistics,
+)
+from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import run_command
+from pretrain.core.progress import Stage
 
 EXAMPLES = """\
   python tools/inspect_data.py data/quickstart
@@ -38,33 +46,84 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("data", help="a data folder, or the prefix of shards")
     parser.add_argument("--split", default="train", choices=["train", "validation"])
-    parser.add_argument("--document", type=int, action="append", default=[], metavar="N", help="show this document; may be repeated")
-    parser.add_argument("--sample", type=int, default=2, metavar="N", help="show this many documents, chosen at random (default: 2)")
+    parser.add_argument(
+        "--document",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="show this document; may be repeated",
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=2,
+        metavar="N",
+        help="show this many documents, chosen at random (default: 2)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
-    parser.add_argument("--characters", type=int, default=600, metavar="N", help="of each document that are shown (default: 600)")
-    parser.add_argument("--duplicates", action="store_true", help="read every document and count those that repeat an earlier one")
+    parser.add_argument(
+        "--characters",
+        type=int,
+        default=600,
+        metavar="N",
+        help="of each document that are shown (default: 600)",
+    )
+    parser.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="read every document and count those that repeat an earlier one",
+    )
     parser.add_argument("--histogram", metavar="PNG", help="also draw the lengths into a picture")
     add_json_option(parser)
     return parser.parse_args()
 
 
 def print_sources(console: Console, manifest: Manifest) -> None:
-    table = Table("source", "kind", "records", "documents", "tokens", "text bytes", "tokens a document", "share", "not in the shards")
+    table = Table(
+        "source",
+        "kind",
+        "records",
+        "documents",
+        "tokens",
+        "text bytes",
+        "tokens a document",
+        "share",
+        "not in the shards",
+    )
     for name, source in manifest.sources.items():
-        losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]
+        losses = [
+            f"{count:,} {reason}"
+            for counts in (source.bad, source.left_out, source.dropped)
+            for reason, count in counts.items()
+        ]
         per_document = f"{source.tokens / source.documents:,.0f}" if source.documents else "-"
-        sizes = [f"{value:,}" for value in (source.records, source.documents, source.tokens, source.utf8_bytes)]
-        table.add_row(name, source.kind, *sizes, per_document, f"{source.share:.1%}", ", ".join(losses) or "-")
+        sizes = [
+            f"{value:,}"
+            for value in (source.records, source.documents, source.tokens, source.utf8_bytes)
+        ]
+        table.add_row(
+            name, source.kind, *sizes, per_document, f"{source.share:.1%}", ", ".join(losses) or "-"
+        )
     console.print(table)
     table = Table("split", "documents", "tokens", "text bytes", "shards")
     for name, split in manifest.splits.items():
-        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.utf8_bytes:,}", f"{len(split.shards):,}")
+        table.add_row(
+            name,
+            f"{split.documents:,}",
+            f"{split.tokens:,}",
+            f"{split.utf8_bytes:,}",
+            f"{len(split.shards):,}",
+        )
     console.print(table)
 
 
 def print_lengths(console: Console, lengths: LengthStatistics) -> None:
     percentiles = ", ".join(f"{share}% {length:,}" for share, length in lengths.percentiles.items())
-    console.print(f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,}; percentiles {percentiles}", highlight=False)
+    console.print(
+        f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,}; percentiles {percentiles}",
+        highlight=False,
+    )
     most = max(lengths.counts, default=0)
     for low, high, count in zip(lengths.edges[:-1], lengths.edges[1:], lengths.counts, strict=True):
         if count:
@@ -89,7 +148,9 @@ def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
 
 def print_duplicates(console: Console, found: Duplicates) -> None:
     share = found.repeated / found.documents if found.documents else 0.0
-    console.print(f"{found.repeated:,} of {found.documents:,} documents ({share:.2%}, {found.repeated_tokens:,} tokens) repeat an earlier one")
+    console.print(
+        f"{found.repeated:,} of {found.documents:,} documents ({share:.2%}, {found.repeated_tokens:,} tokens) repeat an earlier one"
+    )
     for number, copies in found.most:
         console.print(f"  document {number:,} is there {copies:,} times", highlight=False)
 
@@ -99,9 +160,18 @@ def main() -> None:
     manifest = load_manifest(arguments.data)
     tokenizer = load_tokenizer(manifest.tokenizer_path)
     lengths = length_statistics(manifest, arguments.split)
-    numbers = arguments.document or sorted(random.Random(arguments.seed).sample(range(lengths.documents), min(arguments.sample, lengths.documents)))
+    numbers = arguments.document or sorted(
+        random.Random(arguments.seed).sample(
+            range(lengths.documents), min(arguments.sample, lengths.documents)
+        )
+    )
     shown: list[dict[str, Any]] = [
-        {"number": found.number, "source": found.source, "tokens": len(found.tokens), "text": tokenizer.decode(found.tokens.tolist())}
+        {
+            "number": found.number,
+            "source": found.source,
+            "tokens": len(found.tokens),
+            "text": tokenizer.decode(found.tokens.tolist()),
+        }
         for found in documents(manifest, arguments.split, numbers)
     ]
     duplicates = None
@@ -110,7 +180,12 @@ def main() -> None:
             duplicates = find_duplicates(manifest, arguments.split, 5, stage.advance)
     if arguments.histogram:
         draw_lengths(lengths, f"{arguments.data}, {arguments.split}", arguments.histogram)
-    result: dict[str, Any] = {"data": arguments.data, "split": arguments.split, "manifest": manifest.model_dump(mode="json"), "documents": shown}
+    result: dict[str, Any] = {
+        "data": arguments.data,
+        "split": arguments.split,
+        "manifest": manifest.model_dump(mode="json"),
+        "documents": shown,
+    }
     result |= {"lengths": asdict(lengths), "duplicates": asdict(duplicates) if duplicates else None}
     write_json(result, arguments.json_path)
     if arguments.json_path == "-":
@@ -121,10 +196,14 @@ def main() -> None:
     if duplicates:
         print_duplicates(console, duplicates)
     for row in shown:
-        console.rule(f"{arguments.split} document {row['number']:,} of {row['source']}, {row['tokens']:,} tokens")
+        console.rule(
+            f"{arguments.split} document {row['number']:,} of {row['source']}, {row['tokens']:,} tokens"
+        )
         console.print(escape(row["text"][: arguments.characters]), highlight=False)
         if len(row["text"]) > arguments.characters:
-            console.print(f"... {len(row['text']) - arguments.characters:,} more characters", style="dim")
+            console.print(
+                f"... {len(row['text']) - arguments.characters:,} more characters", style="dim"
+            )
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import run_command
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import run_command
 from pretrain.merging import commands
 from pretrain.merging.options import add_scoring_options, scoring_of
 
@@ -40,58 +42,146 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(f"{__doc__} Prints the held-out loss before and after.", EXAMPLES)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
 
-    def job(name: str, explanation: str, many: bool, scored: bool | None = True) -> argparse.ArgumentParser:
+    def job(
+        name: str, explanation: str, many: bool, scored: bool | None = True
+    ) -> argparse.ArgumentParser:
         """``scored``: whether it measures losses: yes, None for always, no."""
         below = jobs.add_parser(name, help=explanation, description=explanation)
         if many:
-            below.add_argument("--checkpoints", nargs="+", metavar="PATH", help="step_N folders, folders of weights, or files 'latest', in order")
+            below.add_argument(
+                "--checkpoints",
+                nargs="+",
+                metavar="PATH",
+                help="step_N folders, folders of weights, or files 'latest', in order",
+            )
         else:
-            below.add_argument("--checkpoint", required=True, metavar="PATH", help="a step_N folder, a folder of weights, or the file 'latest'")
-        below.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="must not exist, or be empty")
+            below.add_argument(
+                "--checkpoint",
+                required=True,
+                metavar="PATH",
+                help="a step_N folder, a folder of weights, or the file 'latest'",
+            )
+        below.add_argument(
+            "--output",
+            required=True,
+            type=Path,
+            metavar="FOLDER",
+            help="must not exist, or be empty",
+        )
         if scored is not False:
             add_scoring_options(below, optional=scored is True)
         add_json_option(below)
         return below
 
-    average = job("average", "the uniform mean of checkpoints of one run, or of given ones", many=True)
-    average.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints")
-    average.add_argument("--last", type=int, metavar="K", help="the run's K newest checkpoints (default: all)")
+    average = job(
+        "average", "the uniform mean of checkpoints of one run, or of given ones", many=True
+    )
+    average.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints"
+    )
+    average.add_argument(
+        "--last", type=int, metavar="K", help="the run's K newest checkpoints (default: all)"
+    )
     soup = job("soup", "a mean with given weights", many=True)
-    soup.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each checkpoint; divided by their sum")
-    ema = job("ema", "an exponential moving average over a run's checkpoints, oldest first", many=True)
-    ema.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints")
-    ema.add_argument("--decay", type=float, required=True, help="mean = decay * mean + (1 - decay) * next")
-    shards = job("shards", "all weights, the experts of all ranks joined, as one safetensors file or as shards by size", many=False, scored=False)
+    soup.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="W",
+        help="one for each checkpoint; divided by their sum",
+    )
+    ema = job(
+        "ema", "an exponential moving average over a run's checkpoints, oldest first", many=True
+    )
+    ema.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints"
+    )
+    ema.add_argument(
+        "--decay", type=float, required=True, help="mean = decay * mean + (1 - decay) * next"
+    )
+    shards = job(
+        "shards",
+        "all weights, the experts of all ranks joined, as one safetensors file or as shards by size",
+        many=False,
+        scored=False,
+    )
     shards.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; one file by default")
     shards.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    experts = job("experts", "branch-train-mix: the feed-forwards of dense models become experts, everything else is averaged", many=True)
+    experts = job(
+        "experts",
+        "branch-train-mix: the feed-forwards of dense models become experts, everything else is averaged",
+        many=True,
+    )
     experts.add_argument("--top-k", type=int, default=2, metavar="K", help="(default: 2)")
-    experts.add_argument("--router-std", type=float, metavar="STD", help="of the new routers (default: the recipe's initializer_range)")
+    experts.add_argument(
+        "--router-std",
+        type=float,
+        metavar="STD",
+        help="of the new routers (default: the recipe's initializer_range)",
+    )
     experts.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
-    prune = job("prune", "leaves out the experts of each layer that held-out text uses least", many=False, scored=None)
-    fold = job("fold", "makes one of the experts of each layer that are most alike", many=False, scored=None)
-    fold.add_argument("--similarity", choices=("weights", "outputs"), default="outputs", help="cosines of what (default: outputs)")
+    prune = job(
+        "prune",
+        "leaves out the experts of each layer that held-out text uses least",
+        many=False,
+        scored=None,
+    )
+    fold = job(
+        "fold",
+        "makes one of the experts of each layer that are most alike",
+        many=False,
+        scored=None,
+    )
+    fold.add_argument(
+        "--similarity",
+        choices=("weights", "outputs"),
+        default="outputs",
+        help="cosines of what (default: outputs)",
+    )
     for below in (prune, fold):
-        below.add_argument("--keep", type=int, required=True, metavar="N", help="experts that each layer has afterwards")
+        below.add_argument(
+            "--keep",
+            type=int,
+            required=True,
+            metavar="N",
+            help="experts that each layer has afterwards",
+        )
     for below in (experts, prune, fold):
-        below.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=SET_HELP)
+        below.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=SET_HELP
+        )
     return parser.parse_args(arguments)
 
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:
     if options.job == "shards":
-        return commands.shards(options.checkpoint, options.output, options.dtype, options.max_shard_size)
+        return commands.shards(
+            options.checkpoint, options.output, options.dtype, options.max_shard_size
+        )
     scoring = scoring_of(options)
     if options.job in ("prune", "fold"):
         assert scoring is not None
         similarity = options.similarity if options.job == "fold" else None
-        return commands.reduce_experts(options.checkpoint, options.output, options.keep, similarity, options.overrides, scoring)
+        return commands.reduce_experts(
+            options.checkpoint, options.output, options.keep, similarity, options.overrides, scoring
+        )
     run = getattr(options, "run", None)
     last = getattr(options, "last", None)
     folders = commands.chosen_checkpoints(options.checkpoints, run, last)
     if options.job == "experts":
-        return commands.mix(folders, options.output, options.top_k, options.router_std, options.seed, options.overrides, scoring)
-    rates = commands.rates_of(len(folders), getattr(options, "weights", None), getattr(options, "decay", None))
+        return commands.mix(
+            folders,
+            options.output,
+            options.top_k,
+            options.router_std,
+            options.seed,
+            options.overrides,
+            scoring,
+        )
+    rates = commands.rates_of(
+        len(folders), getattr(options, "weights", None), getattr(options, "decay", None)
+    )
     return commands.blend(folders, options.output, f"-{options.job}", rates, scoring)
 
 
@@ -106,10 +196,14 @@ def show(result: dict[str, Any]) -> None:
     for layer in result.get("layers", []):
         clusters = " ".join("+".join(map(str, cluster)) for cluster in layer["experts"])
         used = " ".join(f"{share:.3f}" for share in layer["usage"])
-        print(f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}")
+        print(
+            f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}"
+        )
     for note in result.get("notes", []):
         print(f"note: {note}")
-    print(f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB to {result['output']}")
+    print(
+        f"wrote {result['tensors']} tensors in {result['bytes'] / 1e6:.1f} MB to {result['output']}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,25 +12,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from data_pipeline.build.coordinator import BuildResult, build
-from data_pipeline.build.importing import ImportResult, import_shards
-from data_pipeline.build.pool import Pool, mpi_pool, mpi_size
-from data_pipeline.build.workspace import Output
-from data_pipeline.manifest import TokenizerEntry
+from data_pipeline.config import BestFit
+from data_pipeline.preprocess.coordinator import BuildResult, build
+from data_pipeline.preprocess.import_shards import ImportResult, import_shards
+from data_pipeline.preprocess.pool import Pool, mpi_pool, mpi_size
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.manifest import TokenizerEntry
 from data_pipeline.sources import NOTES
 from data_pipeline.sources.guess import sources_of
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.data_schema import BestFit
-from pretrain.config.errors import ConfigError, run_command
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import ConfigError, run_command
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -63,25 +65,59 @@ OF_INPUT = ("format", "dataset_config", "dataset_split", *SOURCE_OPTIONS)
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--recipe", metavar="NAME|PATH", help="build the data section of this recipe (default: the defaults of every field)")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|PATH",
+        help="build the data section of this recipe (default: the defaults of every field)",
+    )
     source = parser.add_argument_group("input")
-    source.add_argument("--input", nargs="+", action="extend", metavar="GLOB", help="files, quoted patterns (** reaches into subfolders), folders, -")
+    source.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        metavar="GLOB",
+        help="files, quoted patterns (** reaches into subfolders), folders, -",
+    )
     source.add_argument(
         "--format",
         choices=["text", "line", "jsonl", "parquet", "arrow", "csv", "source_code", "datasets"],
         help="of --input (default: by the files' names); datasets reads names of the Hugging Face hub too",
     )
-    source.add_argument("--dataset-config", metavar="NAME", help="config of a folder or data set that has several")
-    source.add_argument("--dataset-split", metavar="NAME", help="split of a folder or data set (default: train; all reads every file)")
-    source.add_argument("--text-field", "--json-key", metavar="NAME", help="field of a record with the text, a.b for b inside a (default: text)")
-    source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
-    source.add_argument("--on-bad", choices=["skip", "fail"], help="what a bad record does (default: skip; each is listed in bad_records.jsonl)")
     source.add_argument(
-        "--max-bad-share", type=float, metavar="SHARE", help="a larger share of a source's records or bytes lost stops the build (default: 0.05)"
+        "--dataset-config", metavar="NAME", help="config of a folder or data set that has several"
     )
-    source.add_argument("--encoding", metavar="NAME", help="of text, JSON and CSV (default: utf-8, or what a byte order mark says)")
     source.add_argument(
-        "--quoting", action=argparse.BooleanOptionalAction, help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)'
+        "--dataset-split",
+        metavar="NAME",
+        help="split of a folder or data set (default: train; all reads every file)",
+    )
+    source.add_argument(
+        "--text-field",
+        "--json-key",
+        metavar="NAME",
+        help="field of a record with the text, a.b for b inside a (default: text)",
+    )
+    source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
+    source.add_argument(
+        "--on-bad",
+        choices=["skip", "fail"],
+        help="what a bad record does (default: skip; each is listed in bad_records.jsonl)",
+    )
+    source.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="SHARE",
+        help="a larger share of a source's records or bytes lost stops the build (default: 0.05)",
+    )
+    source.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of text, JSON and CSV (default: utf-8, or what a byte order mark says)",
+    )
+    source.add_argument(
+        "--quoting",
+        action=argparse.BooleanOptionalAction,
+        help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)',
     )
     ready = parser.add_argument_group("shards that are there")
     ready.add_argument(
@@ -92,9 +128,19 @@ def parse_arguments() -> argparse.Namespace:
         help="make a data folder of shards of Megatron, GPT-NeoX, nanotron, nanoGPT or llm.c, instead of --input; with --validation-share all are "
         "copied, documents held out by a hash of their ids",
     )
-    ready.add_argument("--import-validation", nargs="+", action="extend", metavar="PREFIX", help="shards that are held out (default: nothing is)")
+    ready.add_argument(
+        "--import-validation",
+        nargs="+",
+        action="extend",
+        metavar="PREFIX",
+        help="shards that are held out (default: nothing is)",
+    )
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer", metavar="PATH", help="an existing tokenizer.json, SentencePiece .model, or Mistral's file by name")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="an existing tokenizer.json, SentencePiece .model, or Mistral's file by name",
+    )
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="entries of the tokenizer")
     tokenizer.add_argument(
         "--append-eod",
@@ -102,19 +148,45 @@ def parse_arguments() -> argparse.Namespace:
         help="end each document with the end-of-document token (default: yes; with --output-prefix: no)",
     )
     tokenizer.add_argument(
-        "--engine", choices=["fastokens", "gigatoken", "tiktoken", "tokenizers"], help="library that encodes (default: the fastest with equal ids)"
+        "--engine",
+        choices=["fastokens", "gigatoken", "tiktoken", "tokenizers"],
+        help="library that encodes (default: the fastest with equal ids)",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)")
-    output.add_argument("--output-prefix", metavar="PREFIX", help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out")
-    output.add_argument("--validation-share", type=float, metavar="SHARE", help="share of documents held out, from 0 to below 1")
     output.add_argument(
-        "--split-by", choices=["content", "path", "id"], help="what decides whether a document is held out: its text (default), file or --id-field"
+        "--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)"
+    )
+    output.add_argument(
+        "--output-prefix",
+        metavar="PREFIX",
+        help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out",
+    )
+    output.add_argument(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="share of documents held out, from 0 to below 1",
+    )
+    output.add_argument(
+        "--split-by",
+        choices=["content", "path", "id"],
+        help="what decides whether a document is held out: its text (default), file or --id-field",
     )
     output.add_argument("--max-shard-bytes", type=int, metavar="BYTES", help="of one .bin")
     output.add_argument("--workers", type=int, metavar="N", help="processes (default: every core)")
-    output.add_argument("--fresh", action="store_true", help="build also where there is data, and replace it at the end")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override any recipe field; may be repeated")
+    output.add_argument(
+        "--fresh",
+        action="store_true",
+        help="build also where there is data, and replace it at the end",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override any recipe field; may be repeated",
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -152,20 +224,39 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
 
 
 def _check_import(arguments: argparse.Namespace) -> None:
-    for name in ("input", "output_prefix", "append_eod", "engine", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
+    for name in (
+        "input",
+        "output_prefix",
+        "append_eod",
+        "engine",
+        "split_by",
+        "max_shard_bytes",
+        "on_bad",
+        "max_bad_share",
+    ):
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} does not go with --import-shards, whose tokens and document ends are taken as they are: leave it out")
+            raise ConfigError(
+                f"{option} does not go with --import-shards, whose tokens and document ends are taken as they are: leave it out"
+            )
 
 
 def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
-    sources = sources_of(arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split)
+    sources = sources_of(
+        arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split
+    )
     for name, kinds in SOURCE_OPTIONS.items():
-        value, sections = getattr(arguments, name), [section for section in sources.values() if section["kind"] in kinds]
+        value, sections = (
+            getattr(arguments, name),
+            [section for section in sources.values() if section["kind"] in kinds],
+        )
         if value is None:
             continue
         if not sections:
-            option, kinds_read = f"--{name.replace('_', '-')}", ", ".join(sorted({section["kind"] for section in sources.values()}))
+            option, kinds_read = (
+                f"--{name.replace('_', '-')}",
+                ", ".join(sorted({section["kind"] for section in sources.values()})),
+            )
             raise ConfigError(
                 f"{option} is for {', '.join(kinds)}, and --input is read as {kinds_read}: leave it out, or say what it is with --format"
             )
@@ -187,7 +278,9 @@ def _set_tokenizer(data: dict[str, Any], arguments: argparse.Namespace) -> None:
         section = {"kind": "file", "path": path}
     if arguments.vocab_size is not None:
         section = {"kind": "train_bpe"} | section | {"vocab_size": arguments.vocab_size}
-    append_eod = False if arguments.append_eod is None and arguments.output_prefix else arguments.append_eod
+    append_eod = (
+        False if arguments.append_eod is None and arguments.output_prefix else arguments.append_eod
+    )
     if append_eod is not None:
         section = {"kind": "train_bpe"} | section | {"append_eod": append_eod}
     if section:
@@ -200,11 +293,15 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
             raise ConfigError("--output and --output-prefix name two places: give one of them")
         prefix = Path(arguments.output_prefix)
         if prefix.is_dir() or not prefix.name:
-            raise ConfigError(f"--output-prefix {prefix} is a folder: add the beginning of the files' names, such as {prefix / 'corpus'}")
+            raise ConfigError(
+                f"--output-prefix {prefix} is a folder: add the beginning of the files' names, such as {prefix / 'corpus'}"
+            )
         return Output(prefix.parent, prefix.name)
     folder = arguments.output or data_path
     if folder is None:
-        raise ConfigError("there is no folder to write to: name one with --output FOLDER, or a recipe with --recipe")
+        raise ConfigError(
+            "there is no folder to write to: name one with --output FOLDER, or a recipe with --recipe"
+        )
     return Output(Path(folder))
 
 
@@ -222,22 +319,43 @@ def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     if not isinstance(recipe.data.packing, BestFit):
         return None
     # These need torch, which takes seconds to import.
-    from data_pipeline.corpora import load_corpora
-    from data_pipeline.packing import prepare_packing
+    from data_pipeline.loading.packing import prepare_packing
+    from data_pipeline.shards.datasets import load_datasets
 
-    packed = prepare_packing(load_corpora({"": str(output.path)}), recipe.data, Timeline(recipe).block_tokens, progress=True)
-    return {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share} if packed else None
+    packed = prepare_packing(
+        load_datasets({"": str(output.path)}),
+        recipe.data,
+        Timeline(recipe).block_tokens,
+        progress=True,
+    )
+    return (
+        {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share}
+        if packed
+        else None
+    )
 
 
-def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: float, command: str) -> None:
+def print_table(
+    result: BuildResult, packing: dict[str, float] | None, seconds: float, command: str
+) -> None:
     manifest = result.manifest
     print(f"{'split':<12}{'documents':>12}{'tokens':>18}{'text bytes':>18}{'shards':>8}")
     for side, split in manifest.splits.items():
-        print(f"{side:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}")
-    print(f"\n{'source':<12}{'records':>12}{'documents':>12}{'share':>8}  what is not in the shards")
+        print(
+            f"{side:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}"
+        )
+    print(
+        f"\n{'source':<12}{'records':>12}{'documents':>12}{'share':>8}  what is not in the shards"
+    )
     for name, source in manifest.sources.items():
-        losses = [f"{count:,} {reason}" for counts in (source.bad, source.left_out, source.dropped) for reason, count in counts.items()]
-        print(f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}")
+        losses = [
+            f"{count:,} {reason}"
+            for counts in (source.bad, source.left_out, source.dropped)
+            for reason, count in counts.items()
+        ]
+        print(
+            f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}"
+        )
         for note, count in source.notes.items():
             print(f"{'':<12}look at     {count:,} {note}: {NOTES[note]}")
     tokenizer = manifest.tokenizer
@@ -247,14 +365,22 @@ def print_table(result: BuildResult, packing: dict[str, float] | None, seconds: 
     )
     if isinstance(result, ImportResult) and result.how is not None:
         how = ", ".join(f"{count:,} {what}" for what, count in result.how.items())
-        print(f"imported    {how}; the largest token id is {result.largest_id:,}; documents {_ends(tokenizer)}")
+        print(
+            f"imported    {how}; the largest token id is {result.largest_id:,}; documents {_ends(tokenizer)}"
+        )
     read = sum(source.utf8_bytes for source in manifest.sources.values())
     speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
-    print(f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})")
+    print(
+        f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})"
+    )
     if packing:
-        print(f"packing     {packing['padding_share']:.4%} of the tokens are padding, {packing['truncated_share']:.1%} of the documents are cut")
+        print(
+            f"packing     {packing['padding_share']:.4%} of the tokens are padding, {packing['truncated_share']:.1%} of the documents are cut"
+        )
     reports = [
-        path for name in ("bad_records.jsonl", "dropped_documents.jsonl") if (path := result.output.folder / result.output.name(name)).exists()
+        path
+        for name in ("bad_records.jsonl", "dropped_documents.jsonl")
+        if (path := result.output.folder / result.output.name(name)).exists()
     ]
     if reports:
         print(f"reports     {', '.join(map(str, reports))}")
@@ -281,13 +407,25 @@ def run(pool: Pool | None) -> None:
     recipe, output = data_section(arguments)
     started = time.perf_counter()
     if arguments.import_validation and not arguments.import_shards:
-        raise ConfigError("--import-validation names what is held out of --import-shards PREFIX: give both")
+        raise ConfigError(
+            "--import-validation names what is held out of --import-shards PREFIX: give both"
+        )
     result: BuildResult
     if arguments.import_shards:
         held_out = arguments.import_validation or []
-        result = import_shards(arguments.import_shards, held_out, recipe.data, output, arguments.fresh, True, arguments.workers)
+        result = import_shards(
+            arguments.import_shards,
+            held_out,
+            recipe.data,
+            output,
+            arguments.fresh,
+            True,
+            arguments.workers,
+        )
     else:
-        result = build(recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine)
+        result = build(
+            recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine
+        )
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
     command = next_command(arguments.recipe, output.path)

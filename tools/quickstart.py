@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
@@ -25,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.checkpoint.layout import resolve_checkpoint
-from pretrain.config.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.config.errors import PipelineError, run_command
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
+from pretrain.core.errors import PipelineError, run_command
 from pretrain.engine.topology import free_port
-from pretrain.run_folder import SUMMARY, update_summary
+from pretrain.run.folder import SUMMARY, update_summary
 
 EXAMPLES = """\
   make quickstart
@@ -59,7 +61,9 @@ class Stages:
     def result_path(self, name: str) -> Path:
         return self.results / f"{name}.json"
 
-    def run(self, name: str, command: list[str], is_reuse: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def run(
+        self, name: str, command: list[str], is_reuse: Callable[[dict[str, Any]], bool]
+    ) -> dict[str, Any]:
         """Prints and runs a command that writes its result as JSON. The time counts unless the command found its work done.
 
         Raises:
@@ -75,7 +79,9 @@ class Stages:
         if finished.returncode != 0:
             # An interrupted stage goes on later: what it has taken so far belongs to its time.
             self._record(name, self.seconds.get(name, 0.0) + elapsed)
-            failure = StageFailed(f"the stage '{name}' stopped with exit code {finished.returncode}: see above; `make quickstart` goes on from here")
+            failure = StageFailed(
+                f"the stage '{name}' stopped with exit code {finished.returncode}: see above; `make quickstart` goes on from here"
+            )
             failure.exit_code = finished.returncode if finished.returncode > 0 else 1
             raise failure
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -121,19 +127,36 @@ def other_port() -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser, default="quickstart")
-    parser.add_argument("--num-accelerators", type=int, metavar="N", help="processes (default: 2, or 1 with a single GPU)")
+    parser.add_argument(
+        "--num-accelerators",
+        type=int,
+        metavar="N",
+        help="processes (default: 2, or 1 with a single GPU)",
+    )
     parser.add_argument("--ds_config", default="ds_configs/zero1.json", metavar="PATH")
     parser.add_argument("--prompt", default=PROMPT)
     add_json_option(parser)
     return parser.parse_args()
 
 
-def run_stages(options: argparse.Namespace, recipe: Recipe, stages: Stages) -> dict[str, dict[str, Any]]:
+def run_stages(
+    options: argparse.Namespace, recipe: Recipe, stages: Stages
+) -> dict[str, dict[str, Any]]:
     """The five commands of the main job, in order; their results by name."""
     python, folder = "python", Path(recipe.output_path)
-    chosen = ["--recipe", options.recipe, *(part for override in options.overrides for part in ("--set", override))]
+    chosen = [
+        "--recipe",
+        options.recipe,
+        *(part for override in options.overrides for part in ("--set", override)),
+    ]
     latest, exported = str(folder / "checkpoints" / "latest"), folder / "hf"
-    results = {"data": stages.run("data", [python, "tools/preprocess_data.py", *chosen], lambda result: bool(result["reused"]))}
+    results = {
+        "data": stages.run(
+            "data",
+            [python, "tools/preprocess_data.py", *chosen],
+            lambda result: bool(result["reused"]),
+        )
+    }
     train = [
         "deepspeed",
         *other_port(),
@@ -150,12 +173,30 @@ def run_stages(options: argparse.Namespace, recipe: Recipe, stages: Stages) -> d
     results["evaluate"] = stages.reuse("evaluate", same) or stages.run(
         "evaluate", [python, "tools/evaluate.py", "--checkpoint", latest], lambda _: False
     )
-    convert = [python, "tools/convert_checkpoint.py", "--checkpoint", latest, "--to", "hf", "--output", str(exported), "--overwrite"]
+    convert = [
+        python,
+        "tools/convert_checkpoint.py",
+        "--checkpoint",
+        latest,
+        "--to",
+        "hf",
+        "--output",
+        str(exported),
+        "--overwrite",
+    ]
     exported_there = (exported / "config.json").is_file()
-    results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run("convert", convert, lambda _: False)
+    results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run(
+        "convert", convert, lambda _: False
+    )
     generate = [python, "tools/generate.py", "--model", str(exported), "--prompt", options.prompt]
-    fresh_text = lambda result: [text["prompt"] for text in result.get("samples", [])] == [options.prompt] and "convert" in stages.reused  # noqa: E731
-    results["generate"] = stages.reuse("generate", fresh_text) or stages.run("generate", generate, lambda _: False)
+
+    def fresh_text(result: dict[str, Any]) -> bool:
+        prompts = [text["prompt"] for text in result.get("samples", [])]
+        return prompts == [options.prompt] and "convert" in stages.reused
+
+    results["generate"] = stages.reuse("generate", fresh_text) or stages.run(
+        "generate", generate, lambda _: False
+    )
     return results
 
 
@@ -181,7 +222,9 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
 
 def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
     folder = recipe.output_path
-    stage_times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items())
+    stage_times = ", ".join(
+        f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items()
+    )
     table = Table("what", "value", title=f"{recipe.name}: the main job", show_lines=False)
     rows = {
         "tokens": f"{summary['train_tokens']:,} in {summary['steps']:,} steps, {summary['tokens_per_second']:,.0f} tokens/s",

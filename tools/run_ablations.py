@@ -7,14 +7,16 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from pretrain.config.cli import command_parser
-from pretrain.config.errors import ConfigError, run_command
+from pretrain.core.cli import command_parser
+from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import read_axes_file
 from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
 from pretrain.sweeps.study import Design
@@ -33,10 +35,21 @@ An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a s
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("file", nargs="?", metavar="AXES", help="a file in pretrain/recipes/axes/ without .yaml, or a path")
-    parser.add_argument("--recipe", "--base-config", metavar="NAME|PATH", help="instead of the file's base")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="AXES",
+        help="a file in pretrain/recipes/axes/ without .yaml, or a path",
+    )
+    parser.add_argument(
+        "--recipe", "--base-config", metavar="NAME|PATH", help="instead of the file's base"
+    )
     parser.add_argument("--axes", nargs="+", metavar="NAME", help="only these axes of the file")
-    parser.add_argument("--mode", choices=("each", "grid"), help="one axis at a time, or every combination (default: each)")
+    parser.add_argument(
+        "--mode",
+        choices=("each", "grid"),
+        help="one axis at a time, or every combination (default: each)",
+    )
     add_sweep_options(parser)
     return parser.parse_args()
 
@@ -45,15 +58,21 @@ def design(options: argparse.Namespace) -> Design | None:
     """What is asked for; None where only the folder is given."""
     if options.file is None:
         if options.recipe or options.axes:
-            raise ConfigError("an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a path")
+            raise ConfigError(
+                "an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a path"
+            )
         return None
     base, axes = read_axes_file(options.file)
     recipe = options.recipe or base
     if recipe is None:
-        raise ConfigError(f"{options.file} names no base recipe: add 'base:' to it, or give --recipe")
+        raise ConfigError(
+            f"{options.file} names no base recipe: add 'base:' to it, or give --recipe"
+        )
     for name in options.axes or []:
         if name not in axes:
-            raise ConfigError(f"{options.file} has no axis '{name}': it has {', '.join(map(str, axes))}")
+            raise ConfigError(
+                f"{options.file} has no axis '{name}': it has {', '.join(map(str, axes))}"
+            )
     chosen = {name: spec for name, spec in axes.items() if not options.axes or name in options.axes}
     return design_from(options, "ablation", recipe, chosen, options.mode or "each")
 

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from pretrain.config.cli import command_parser
-from pretrain.config.errors import ConfigError, run_command
+from pretrain.core.cli import command_parser
+from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import parse_axis_option, read_axes_file
 from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
 from pretrain.sweeps.study import Design
@@ -36,14 +38,39 @@ SEARCHES = ("grid", "random", "tpe")
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument("--recipe", metavar="NAME|PATH", help="what is varied: a file in pretrain/recipes/ without .yaml, or a path")
-    parser.add_argument("--axis", action="append", default=[], metavar="FIELD=VALUES", help="what to vary; may be repeated")
-    parser.add_argument("--axes-file", metavar="NAME|PATH", help="a file of axes; --axis adds to it and replaces its axes of the same name")
-    parser.add_argument("--search", choices=SEARCHES, help="every combination, random points, or tpe, which learns (default: grid)")
-    parser.add_argument("--trials", type=int, metavar="N", help="points of a random or tpe search (default: 16)")
-    parser.add_argument("--search-seed", type=int, metavar="N", help="seed of a random or tpe search (default: 0)")
     parser.add_argument(
-        "--prune", action="store_true", default=None, help="end runs early that are worse than the median of finished ones at the same step"
+        "--recipe",
+        metavar="NAME|PATH",
+        help="what is varied: a file in pretrain/recipes/ without .yaml, or a path",
+    )
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUES",
+        help="what to vary; may be repeated",
+    )
+    parser.add_argument(
+        "--axes-file",
+        metavar="NAME|PATH",
+        help="a file of axes; --axis adds to it and replaces its axes of the same name",
+    )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        help="every combination, random points, or tpe, which learns (default: grid)",
+    )
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="points of a random or tpe search (default: 16)"
+    )
+    parser.add_argument(
+        "--search-seed", type=int, metavar="N", help="seed of a random or tpe search (default: 0)"
+    )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        default=None,
+        help="end runs early that are worse than the median of finished ones at the same step",
     )
     add_sweep_options(parser)
     return parser.parse_args()
@@ -57,7 +84,9 @@ def design(options: argparse.Namespace) -> Design | None:
     if not axes and recipe is None:
         return None
     if not axes or recipe is None:
-        raise ConfigError("a sweep needs a recipe and at least one axis: give --recipe and --axis, or --axes-file")
+        raise ConfigError(
+            "a sweep needs a recipe and at least one axis: give --recipe and --axis, or --axes-file"
+        )
     search, trials = options.search or "grid", 16 if options.trials is None else options.trials
     if trials < 1:
         raise ConfigError(f"--trials {trials} must be at least 1")

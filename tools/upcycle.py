@@ -8,25 +8,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
-from pretrain.checkpoint.stored_weights import StoredWeights
-from pretrain.checkpoint.weights_folder import write_weights_folder
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import CheckpointError, ConfigError, run_command
-from pretrain.config.schema import Recipe
-from pretrain.config.width import initial_router_std
+from pretrain.checkpoint.lazy_weights import StoredWeights
+from pretrain.checkpoint.weights_only import write_weights_folder
+from pretrain.config.recipe import Recipe
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import CheckpointError, ConfigError, run_command
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.merging.assembly import moe_recipe
 from pretrain.merging.options import add_scoring_options, scoring_of
 from pretrain.merging.publish import checked_folder
 from pretrain.merging.upcycle import Upcycling, check_sizes, upcycled_tensors
 from pretrain.model.sizes import model_size
+from pretrain.model.widths import initial_router_std
 
 TOLERANCE = 1e-5
 EXAMPLES = """\
@@ -39,21 +41,66 @@ exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 disk full"""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_parser(f"{__doc__} The mixture's loss equals the dense model's, unless the experts are varied.", EXAMPLES)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a dense model: a step_N folder, a folder of weights, or 'latest'")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="weights and recipe to train on from; must not exist")
+    parser = command_parser(
+        f"{__doc__} The mixture's loss equals the dense model's, unless the experts are varied.",
+        EXAMPLES,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a dense model: a step_N folder, a folder of weights, or 'latest'",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="weights and recipe to train on from; must not exist",
+    )
     parser.add_argument("--num-experts", required=True, type=int, metavar="E")
     parser.add_argument("--top-k", required=True, type=int, metavar="K")
-    parser.add_argument("--granularity", type=int, default=1, metavar="G", help="split each feed-forward into G shards (default: 1)")
-    parser.add_argument("--router", choices=("normal", "zero"), default="normal", help="the new routers' matrices (default: normal)")
     parser.add_argument(
-        "--router-std", type=float, metavar="STD", help="standard deviation of normal routers (default: the recipe's initializer_range)"
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="split each feed-forward into G shards (default: 1)",
     )
-    parser.add_argument("--noise-std", type=float, default=0.0, metavar="SHARE", help="noise on the copies, as a share of each matrix' own std")
-    parser.add_argument("--reinit-share", type=float, default=0.0, metavar="SHARE", help="share of each expert's hidden numbers that is drawn anew")
+    parser.add_argument(
+        "--router",
+        choices=("normal", "zero"),
+        default="normal",
+        help="the new routers' matrices (default: normal)",
+    )
+    parser.add_argument(
+        "--router-std",
+        type=float,
+        metavar="STD",
+        help="standard deviation of normal routers (default: the recipe's initializer_range)",
+    )
+    parser.add_argument(
+        "--noise-std",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="noise on the copies, as a share of each matrix' own std",
+    )
+    parser.add_argument(
+        "--reinit-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of each expert's hidden numbers that is drawn anew",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of routers and noise (default: 0)")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="any field of the new recipe, such as model.layer_pattern.kind"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="any field of the new recipe, such as model.layer_pattern.kind",
     )
     add_scoring_options(parser)
     add_json_option(parser)
@@ -61,7 +108,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
-    for name, low, high in (("granularity", 1, None), ("noise_std", 0, None), ("reinit_share", 0, 1), ("router_std", 0, None)):
+    for name, low, high in (
+        ("granularity", 1, None),
+        ("noise_std", 0, None),
+        ("reinit_share", 0, 1),
+        ("router_std", 0, None),
+    ):
         value = getattr(arguments, name)
         if value is not None and (value < low or (high is not None and value > high)):
             limits = f"{low} or more" if high is None else f"{low} to {high}"
@@ -69,7 +121,13 @@ def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
     if arguments.router == "zero" and arguments.router_std is not None:
         raise ConfigError("--router-std is for --router normal: leave one of them out")
     std = initial_router_std(dense.model) if arguments.router_std is None else arguments.router_std
-    return Upcycling(arguments.granularity, 0.0 if arguments.router == "zero" else std, arguments.noise_std, arguments.reinit_share, arguments.seed)
+    return Upcycling(
+        arguments.granularity,
+        0.0 if arguments.router == "zero" else std,
+        arguments.noise_std,
+        arguments.reinit_share,
+        arguments.seed,
+    )
 
 
 def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -79,15 +137,26 @@ def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
     if dense.model.intermediate_size is None:
         raise CheckpointError(f"{checkpoint} has no dense feed-forward: give a dense model")
     width = dense.model.intermediate_size // options.granularity
-    moe = {"num_experts": arguments.num_experts, "top_k": arguments.top_k, "moe_intermediate_size": width}
+    moe = {
+        "num_experts": arguments.num_experts,
+        "top_k": arguments.top_k,
+        "moe_intermediate_size": width,
+    }
     recipe = moe_recipe(dense, "-upcycled", moe, arguments.overrides)
     check_sizes(dense.model, recipe.model, options)
     with checked_folder(arguments.output) as folder:
         before = scoring.loss(checkpoint) if scoring is not None else None
         tensors = upcycled_tensors(StoredWeights(checkpoint), recipe.model, options)
-        write_weights_folder(folder, recipe, tensors, checkpoint / TOKENIZER, read_state(checkpoint)["step"])
+        write_weights_folder(
+            folder, recipe, tensors, checkpoint / TOKENIZER, read_state(checkpoint)["step"]
+        )
         after = scoring.loss(folder) if scoring is not None else None
-        if before is not None and after is not None and options.is_exact and not abs(after - before) <= TOLERANCE:
+        if (
+            before is not None
+            and after is not None
+            and options.is_exact
+            and not abs(after - before) <= TOLERANCE
+        ):
             raise CheckpointError(
                 f"the mixture's loss is {after:.6f} and the dense model's {before:.6f}, which should be equal: nothing was published; "
                 "a checkpoint in which the loss depends on the batch (such as one with dropped tokens) cannot be upcycled"
@@ -114,8 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"{result['parameters_after']:,}, {result['parameters_active']:,} active"
         )
         if result["loss_before"] is not None:
-            print(f"held-out loss: dense {result['loss_before']:.6f}, mixture {result['loss_after']:.6f} nats per token")
-        print(f"train on: python launchers/pretrain.py --recipe {options.output}/recipe.yaml --set initial_weights={options.output}")
+            print(
+                f"held-out loss: dense {result['loss_before']:.6f}, mixture {result['loss_after']:.6f} nats per token"
+            )
+        print(
+            f"train on: python launchers/pretrain.py --recipe {options.output}/recipe.yaml --set initial_weights={options.output}"
+        )
     write_json(result, options.json_path)
 
 

@@ -7,17 +7,19 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the command runs from a checkout, from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the command runs from a checkout, from any folder
 
-from pretrain.config import interrupts
+from pretrain.core import interrupts
 
 interrupts.install()
 
-from data_pipeline.inspection import check_everything
-from data_pipeline.manifest import load_manifest
-from data_pipeline.progress import Stage
-from pretrain.config.cli import add_json_option, command_parser, write_json
-from pretrain.config.errors import BAD_DATA, DONE, run_command
+from data_pipeline.shards.inspection import check_everything
+from data_pipeline.shards.manifest import load_manifest
+from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.errors import BAD_DATA, DONE, run_command
+from pretrain.core.progress import Stage
 
 EXAMPLES = """\
   python tools/verify_data.py data/quickstart
@@ -37,11 +39,21 @@ def main() -> int:
     total = sum(split.tokens for split in manifest.splits.values())
     with Stage("verifying", True, total, "token") as stage:
         faults = check_everything(manifest, stage.advance)
-    result = {"data": arguments.data, "whole": not faults, "faults": faults, "tokens": total, "fingerprint": manifest.fingerprint}
+    result = {
+        "data": arguments.data,
+        "whole": not faults,
+        "faults": faults,
+        "tokens": total,
+        "fingerprint": manifest.fingerprint,
+    }
     write_json(result, arguments.json_path)
     if arguments.json_path != "-":
         shards = sum(len(split.shards) for split in manifest.splits.values())
-        print("\n".join(faults) if faults else f"{arguments.data} is whole: {shards} shards, {total:,} tokens, fingerprint {manifest.fingerprint}")
+        print(
+            "\n".join(faults)
+            if faults
+            else f"{arguments.data} is whole: {shards} shards, {total:,} tokens, fingerprint {manifest.fingerprint}"
+        )
     return BAD_DATA if faults else DONE
 
 

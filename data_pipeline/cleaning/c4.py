@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import re
 
+from data_pipeline.cleaning.config import C4Quality
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import C4Quality
 
 # "A terminal punctuation mark (i.e. a period, exclamation mark, question mark, or end quotation mark)".
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”")
 ELLIPSES = ("...", "…")
-POLICY_PHRASES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+POLICY_PHRASES = (
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
 CITATION = re.compile(r"\[(?:\d{1,4}|edit|citation needed)\]")
 BLANK_LINES = re.compile(r"\n{3,}")
 SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]{0,3}(?:\s|\Z)""")
@@ -30,7 +37,9 @@ class C4Filter:
         if config.drop_curly_bracket and "{" in text:
             return Cleaned(text, "c4_curly_bracket", f"at character {text.index('{')}")
         if config.drop_lorem_ipsum and "lorem ipsum" in text.lower():
-            return Cleaned(text, "c4_lorem_ipsum", f"at character {text.lower().index('lorem ipsum')}")
+            return Cleaned(
+                text, "c4_lorem_ipsum", f"at character {text.lower().index('lorem ipsum')}"
+            )
         edits: dict[str, int] = {}
         if config.remove_citations and "[" in text:
             text, count = CITATION.subn("", text)
@@ -40,16 +49,26 @@ class C4Filter:
         # An empty line separates paragraphs: it is neither a line to judge nor worth a count.
         kept = [line for line in lines if not line.strip() or self._keeps(line)]
         if len(kept) < len(lines):
-            text, edits["c4_removed_lines"] = BLANK_LINES.sub("\n\n", "\n".join(kept)).strip("\n"), len(lines) - len(kept)
+            text, edits["c4_removed_lines"] = (
+                BLANK_LINES.sub("\n\n", "\n".join(kept)).strip("\n"),
+                len(lines) - len(kept),
+            )
         sentences = len(SENTENCE_END.findall(text)) if config.min_sentences else 0
         if sentences < config.min_sentences:
-            return Cleaned(text, "c4_sentences", f"{sentences} sentences, the least is {config.min_sentences}", edits or None)
+            return Cleaned(
+                text,
+                "c4_sentences",
+                f"{sentences} sentences, the least is {config.min_sentences}",
+                edits or None,
+            )
         return Cleaned(text, edits=edits or None)
 
     def _keeps(self, line: str) -> bool:
         config = self.config
         end = line.rstrip()
-        if config.require_terminal_punctuation and (not end.endswith(TERMINAL_PUNCTUATION) or end.endswith(ELLIPSES)):
+        if config.require_terminal_punctuation and (
+            not end.endswith(TERMINAL_PUNCTUATION) or end.endswith(ELLIPSES)
+        ):
             return False
         words = line.split()
         if len(words) < config.min_words_per_line or max(map(len, words)) > config.max_word_length:
@@ -57,4 +76,6 @@ class C4Filter:
         lowered = line.lower()
         if config.drop_javascript_lines and "javascript" in lowered:
             return False
-        return not (config.drop_policy_lines and any(phrase in lowered for phrase in POLICY_PHRASES))
+        return not (
+            config.drop_policy_lines and any(phrase in lowered for phrase in POLICY_PHRASES)
+        )

@@ -6,13 +6,13 @@ from collections import Counter
 
 from data_pipeline.cleaning.c4 import C4Filter
 from data_pipeline.cleaning.code import CodeFilter
+from data_pipeline.cleaning.config import Cleaning
 from data_pipeline.cleaning.decontaminate import Decontaminator
 from data_pipeline.cleaning.gopher import GopherQualityFilter, GopherRepetitionFilter
 from data_pipeline.cleaning.language import LanguageFilter
 from data_pipeline.cleaning.normalize import Normalizer
 from data_pipeline.cleaning.redact import Redactor
 from data_pipeline.cleaning.stage import Cleaned, Stage
-from pretrain.config.cleaning_schema import Cleaning
 
 
 class Cleaner:
@@ -58,5 +58,10 @@ class Cleaner:
             if cleaned.dropped:
                 return cleaned._replace(edits=dict(edits) or None)
             if not text or text.isspace():
-                return Cleaned(text, "empty_after_cleaning", f"after {type(stage).__name__}", dict(edits) or None)
+                return Cleaned(
+                    text,
+                    "empty_after_cleaning",
+                    f"after {type(stage).__name__}",
+                    dict(edits) or None,
+                )
         return Cleaned(text, edits=dict(edits) or None)

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.cleaning.config import Decontaminate
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
 from data_pipeline.cleaning.stage import Cleaned
+from data_pipeline.config import JsonlSource, TextSource
 from data_pipeline.sources.interface import LeftOut, ReadContext
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.text import Text
-from pretrain.config.cleaning_schema import Decontaminate
-from pretrain.config.data_schema import JsonlSource, TextSource
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +69,26 @@ class Decontaminator:
         first = int(found[0])
         ngram = b" ".join(words[first : first + self.size]).decode("utf-8")
         name = self.known.names[self.known.files[places[first]]]
-        return Cleaned(text, "contaminated", f"{found.size} n-grams of {self.size} words are in {name} too, the first: {ngram[:200]}")
+        return Cleaned(
+            text,
+            "contaminated",
+            f"{found.size} n-grams of {self.size} words are in {name} too, the first: {ngram[:200]}",
+        )
 
 
 def _list_files(patterns: list[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for pattern in patterns:
         path = os.path.expanduser(pattern)
-        matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        matches = (
+            [path]
+            if os.path.isfile(path)
+            else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        )
         if not matches:
-            raise ConfigError(f"data.cleaning.decontaminate.against: {pattern} matches no file: check the path or the pattern")
+            raise ConfigError(
+                f"data.cleaning.decontaminate.against: {pattern} matches no file: check the path or the pattern"
+            )
         found |= dict.fromkeys(matches)
     return tuple(found)
 
@@ -92,7 +102,13 @@ def load_ngrams(paths: tuple[str, ...], text_field: str, size: int) -> Evaluatio
         texts = [hash_ngrams(hash_words(words_of(text)), size) for text in _texts(path, text_field)]
         short = sum(not ngrams.size for ngrams in texts)
         if short:
-            logger.warning("%s: %d of %d texts are shorter than %d words: copies of them are not found", path, short, len(texts), size)
+            logger.warning(
+                "%s: %d of %d texts are shorter than %d words: copies of them are not found",
+                path,
+                short,
+                len(texts),
+                size,
+            )
         hashes += texts
         files += [np.full(len(ngrams), number) for ngrams in texts]
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
@@ -112,12 +128,15 @@ def _texts(path: str, text_field: str) -> Iterator[str]:
         case "jsonl":
             source = Jsonl(JsonlSource(kind="jsonl", input=[path], text_field=text_field), context)
         case _:
-            raise ConfigError(f"data.cleaning.decontaminate.against: {path} is neither .txt nor .jsonl (plain, .gz or .zst): convert it")
+            raise ConfigError(
+                f"data.cleaning.decontaminate.against: {path} is neither .txt nor .jsonl (plain, .gz or .zst): convert it"
+            )
     for unit in source.units(unit_bytes=1 << 62):
         for document in source.read(unit):
             if isinstance(document, LeftOut):
                 place = f"{path}, line {document.line}" if document.line else path
                 raise DataError(
-                    f"{place}: {document.reason} {document.detail}".rstrip() + ": mend the evaluation file, so that nothing of it is missed"
+                    f"{place}: {document.reason} {document.detail}".rstrip()
+                    + ": mend the evaluation file, so that nothing of it is missed"
                 )
             yield document.text

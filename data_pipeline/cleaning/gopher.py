@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.cleaning.config import GopherQuality, GopherRepetition
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import GopherQuality, GopherRepetition
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
 BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*")
@@ -49,20 +49,37 @@ class GopherQualityFilter:
         # "For either the hash symbol or the ellipsis": each on its own.
         ratio = max(text.count("#"), sum(map(text.count, ELLIPSES))) / len(words)
         if ratio > limits.max_symbol_word_ratio:
-            yield "gopher_symbol_word_ratio", f"{ratio:.3f} symbols per word, the most is {limits.max_symbol_word_ratio:g}"
+            yield (
+                "gopher_symbol_word_ratio",
+                f"{ratio:.3f} symbols per word, the most is {limits.max_symbol_word_ratio:g}",
+            )
         lines = [line for line in map(str.strip, text.split("\n")) if line]
         bullets = sum(line.startswith(BULLETS) for line in lines) / len(lines)
         if bullets > limits.max_bullet_lines:
-            yield "gopher_bullet_lines", f"a share of {bullets:.3f}, the most is {limits.max_bullet_lines:g}"
+            yield (
+                "gopher_bullet_lines",
+                f"a share of {bullets:.3f}, the most is {limits.max_bullet_lines:g}",
+            )
         ellipses = sum(line.endswith(ELLIPSES) for line in lines) / len(lines)
         if ellipses > limits.max_ellipsis_lines:
-            yield "gopher_ellipsis_lines", f"a share of {ellipses:.3f}, the most is {limits.max_ellipsis_lines:g}"
-        alphabetic = sum(word.isalpha() or LETTER.search(word) is not None for word in words) / len(words)
+            yield (
+                "gopher_ellipsis_lines",
+                f"a share of {ellipses:.3f}, the most is {limits.max_ellipsis_lines:g}",
+            )
+        alphabetic = sum(word.isalpha() or LETTER.search(word) is not None for word in words) / len(
+            words
+        )
         if alphabetic < limits.min_alphabetic_words:
-            yield "gopher_alphabetic_words", f"a share of {alphabetic:.3f}, the least is {limits.min_alphabetic_words:g}"
+            yield (
+                "gopher_alphabetic_words",
+                f"a share of {alphabetic:.3f}, the least is {limits.min_alphabetic_words:g}",
+            )
         stop_words = len(STOP_WORDS.intersection(text.lower().split()))
         if stop_words < limits.min_stop_words:
-            yield "gopher_stop_words", f"{stop_words} different stop words, the least is {limits.min_stop_words}"
+            yield (
+                "gopher_stop_words",
+                f"{stop_words} different stop words, the least is {limits.min_stop_words}",
+            )
 
 
 class GopherRepetitionFilter:
@@ -73,13 +90,18 @@ class GopherRepetitionFilter:
 
     def __init__(self, config: GopherRepetition) -> None:
         self.config = config
-        self.top, self.duplicate = config.max_top_ngram_characters, config.max_duplicate_ngram_characters
+        self.top, self.duplicate = (
+            config.max_top_ngram_characters,
+            config.max_duplicate_ngram_characters,
+        )
         self.longest = max([*self.top, *self.duplicate], default=0)
 
     def __call__(self, text: str) -> Cleaned:
         for reason, share, limit, detail in self._shares(text):
             if share > limit:
-                return Cleaned(text, reason, f"{detail}a share of {share:.3f}, the most is {limit:g}")
+                return Cleaned(
+                    text, reason, f"{detail}a share of {share:.3f}, the most is {limit:g}"
+                )
         return Cleaned(text)
 
     def _shares(self, text: str) -> Iterator[tuple[str, float, float, str]]:
@@ -87,16 +109,38 @@ class GopherRepetitionFilter:
         lines = [line for line in map(str.strip, text.split("\n")) if line]
         parts, characters = duplicate_shares(lines)
         yield "gopher_duplicate_lines", parts, config.max_duplicate_lines, ""
-        yield "gopher_duplicate_line_characters", characters, config.max_duplicate_line_characters, ""
-        parts, characters = duplicate_shares([part for part in map(str.strip, PARAGRAPH_BREAK.split(text)) if part])
+        yield (
+            "gopher_duplicate_line_characters",
+            characters,
+            config.max_duplicate_line_characters,
+            "",
+        )
+        parts, characters = duplicate_shares(
+            [part for part in map(str.strip, PARAGRAPH_BREAK.split(text)) if part]
+        )
         yield "gopher_duplicate_paragraphs", parts, config.max_duplicate_paragraphs, ""
-        yield "gopher_duplicate_paragraph_characters", characters, config.max_duplicate_paragraph_characters, ""
+        yield (
+            "gopher_duplicate_paragraph_characters",
+            characters,
+            config.max_duplicate_paragraph_characters,
+            "",
+        )
         words = Words.of(text)
         for size, repeated in words.repeated_ngrams(self.longest):
             if size in self.top:
-                yield "gopher_top_ngram", words.share(repeated.commonest(), size), self.top[size], f"{size} words: "
+                yield (
+                    "gopher_top_ngram",
+                    words.share(repeated.commonest(), size),
+                    self.top[size],
+                    f"{size} words: ",
+                )
             if size in self.duplicate:
-                yield "gopher_duplicate_ngrams", words.share(repeated.starts[~repeated.is_first], size), self.duplicate[size], f"{size} words: "
+                yield (
+                    "gopher_duplicate_ngrams",
+                    words.share(repeated.starts[~repeated.is_first], size),
+                    self.duplicate[size],
+                    f"{size} words: ",
+                )
 
 
 def duplicate_shares(parts: list[str]) -> tuple[float, float]:
@@ -166,7 +210,9 @@ class Words(NamedTuple):
             inside = found.starts + size <= count
             starts = found.starts[inside]
             # Exact, not a hash: the group of all but the last word, which is below ``count``, and the last word.
-            found = RepeatedNgrams.of(starts, found.groups[inside] * count + self.ids[starts + size - 1])
+            found = RepeatedNgrams.of(
+                starts, found.groups[inside] * count + self.ids[starts + size - 1]
+            )
             if not found.starts.size:
                 return
             yield size, found

@@ -6,9 +6,9 @@ import difflib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from data_pipeline.cleaning.config import Language
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import Language
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -46,11 +46,15 @@ class LanguageFilter:
         for code in config.keep:
             if code not in known:
                 near = difflib.get_close_matches(code, known, 1, 0)[0]
-                raise ConfigError(f"data.cleaning.language.keep: py3langid knows no language '{code}': use an ISO 639-1 code, such as '{near}'")
+                raise ConfigError(
+                    f"data.cleaning.language.keep: py3langid knows no language '{code}': use an ISO 639-1 code, such as '{near}'"
+                )
 
     def __call__(self, text: str) -> Cleaned:
         language, probability = _identifier().classify(sample_of(text))
         if language in self.keep and probability >= self.config.min_probability:
             return Cleaned(text)
         wanted = f"{', '.join(self.config.keep)} from {self.config.min_probability:g}"
-        return Cleaned(text, "language", f"{language} with probability {probability:.3f}, kept are {wanted}")
+        return Cleaned(
+            text, "language", f"{language} with probability {probability:.3f}, kept are {wanted}"
+        )

@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.cleaning.config import NearDuplicates
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
-from pretrain.config.cleaning_schema import NearDuplicates
 
 SEED = 1
 
@@ -79,7 +79,13 @@ def minhash_bands_batch(texts: Sequence[str], config: NearDuplicates) -> NDArray
     of_texts = [shingles(text, config.shingle_words) for text in texts]
     offsets = np.zeros(len(texts) + 1, np.uint64)
     np.cumsum([len(hashes) for hashes in of_texts], out=offsets[1:])
-    signatures = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(of_texts), offsets, config.num_permutations, SEED).to_rows()
+    signatures = RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(of_texts), offsets, config.num_permutations, SEED
+    ).to_rows()
     values = np.array(signatures, "<u4")[:, : bands * rows].reshape(len(texts), bands, rows)
-    keys = [xxhash.xxh3_64_intdigest(values[text, band], band) for text in range(len(texts)) for band in range(bands)]
+    keys = [
+        xxhash.xxh3_64_intdigest(values[text, band], band)
+        for text in range(len(texts))
+        for band in range(bands)
+    ]
     return np.array(keys, np.uint64).reshape(len(texts), bands)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from data_pipeline.cleaning.config import Normalize
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import Normalize
 
 # General category Cc without tab, line feed and carriage return, which is a line end. Indentation is never touched.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")

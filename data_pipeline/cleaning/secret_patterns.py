@@ -16,7 +16,21 @@ WORD = "A-Za-z0-9_-"
 
 TURN = re.compile(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 MIN_ENTROPY_BITS = 3.2
-PLACEHOLDERS = ("example", "placeholder", "changeme", "password", "secret", "your", "xxxx", "1234567", "abcdef", "token", "...", "://", "***")
+PLACEHOLDERS = (
+    "example",
+    "placeholder",
+    "changeme",
+    "password",
+    "secret",
+    "your",
+    "xxxx",
+    "1234567",
+    "abcdef",
+    "token",
+    "...",
+    "://",
+    "***",
+)
 
 
 def looks_random(value: str) -> bool:
@@ -52,13 +66,19 @@ class SecretPattern(NamedTuple):
 
 def _issued(prefix: str, rest: str, literal: str | None = None) -> SecretPattern:
     """A token that its prefix (of one length, so that a look-behind can hold it) gives away; it must not stand inside a longer word."""
-    return SecretPattern(literal or prefix, re.compile(f"{prefix}(?<![{WORD}]{prefix}){rest}(?![{WORD}])"))
+    return SecretPattern(
+        literal or prefix, re.compile(f"{prefix}(?<![{WORD}]{prefix}){rest}(?![{WORD}])")
+    )
 
 
 def _assigned(ending: str, after: str = "") -> SecretPattern:
     """A quoted value after a name with this part in it, such as ``db_password = "..."`` or ``"apiKey": "..."``."""
     value = r"""["'](?P<secret>[^\s"'<>{}()\[\]$%\\]{12,256})["']"""
-    return SecretPattern(ending, re.compile(rf"""{ending}{after}\w{{0,16}}["']?\s{{0,4}}(?:=>|:=|[=:])\s{{0,4}}{value}"""), looks_random)
+    return SecretPattern(
+        ending,
+        re.compile(rf"""{ending}{after}\w{{0,16}}["']?\s{{0,4}}(?:=>|:=|[=:])\s{{0,4}}{value}"""),
+        looks_random,
+    )
 
 
 ISSUED = (
@@ -106,17 +126,43 @@ PRIVATE_KEY = SecretPattern(
 
 ASSIGNED = (
     # Without their first letter, names are found in both ways to write it.
-    *map(_assigned, ("assword", "ASSWORD", "asswd", "ASSWD", "ecret", "ECRET", "oken", "OKEN", "pikey", "PIKEY")),
+    *map(
+        _assigned,
+        (
+            "assword",
+            "ASSWORD",
+            "asswd",
+            "ASSWD",
+            "ecret",
+            "ECRET",
+            "oken",
+            "OKEN",
+            "pikey",
+            "PIKEY",
+        ),
+    ),
     _assigned("_key", "(?:(?<=api_key)|(?<=auth_key)|(?<=access_key)|(?<=private_key))"),
     _assigned("_KEY", "(?:(?<=API_KEY)|(?<=AUTH_KEY)|(?<=ACCESS_KEY)|(?<=PRIVATE_KEY))"),
     _assigned("Key", "(?:(?<=piKey)|(?<=uthKey)|(?<=ccessKey)|(?<=rivateKey))"),
     # An AWS secret access key is 40 base64 characters, in ini files without quotes (AWS CLI user guide, "Configuration and credential files").
     *(
-        SecretPattern(name, re.compile(rf"""{name}["']?\s{{0,4}}[=:]\s{{0,4}}["']?(?P<secret>[A-Za-z0-9/+]{{40}})(?![A-Za-z0-9/+=])"""), looks_random)
+        SecretPattern(
+            name,
+            re.compile(
+                rf"""{name}["']?\s{{0,4}}[=:]\s{{0,4}}["']?(?P<secret>[A-Za-z0-9/+]{{40}})(?![A-Za-z0-9/+=])"""
+            ),
+            looks_random,
+        )
         for name in ("secret_access_key", "SECRET_ACCESS_KEY", "ecretAccessKey")
     ),
     # A password in a URL (RFC 3986, section 3.2.1).
-    SecretPattern("://", re.compile(r"://[^\s/:@'\"<>{}]{1,64}:(?P<secret>[^\s/:@'\"<>{}$%]{12,128})@(?=[A-Za-z0-9])"), looks_random),
+    SecretPattern(
+        "://",
+        re.compile(
+            r"://[^\s/:@'\"<>{}]{1,64}:(?P<secret>[^\s/:@'\"<>{}$%]{12,128})@(?=[A-Za-z0-9])"
+        ),
+        looks_random,
+    ),
 )
 
 SECRETS = (*ISSUED, PRIVATE_KEY, *ASSIGNED)

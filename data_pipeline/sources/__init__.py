@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.sources.arrow_files import Arrow
-from data_pipeline.sources.csv_files import Csv
-from data_pipeline.sources.datasets_source import Datasets
-from data_pipeline.sources.interface import NOTES, REASONS, Document, LeftOut, ReadContext, Source, Unit
-from data_pipeline.sources.jsonl import Jsonl
-from data_pipeline.sources.parquet import Parquet
-from data_pipeline.sources.python_stdlib import PythonStdlib
-from data_pipeline.sources.source_code import SourceCode
-from data_pipeline.sources.standard_input import StandardInput
-from data_pipeline.sources.text import Text
-from pretrain.config.data_schema import (
+from data_pipeline.config import (
     ArrowSource,
     CsvSource,
     DatasetsSource,
@@ -24,8 +14,36 @@ from pretrain.config.data_schema import (
     StandardInputSource,
     TextSource,
 )
+from data_pipeline.sources.arrow_files import Arrow
+from data_pipeline.sources.csv_files import Csv
+from data_pipeline.sources.datasets_source import HubDatasets
+from data_pipeline.sources.interface import (
+    NOTES,
+    REASONS,
+    Document,
+    LeftOut,
+    ReadContext,
+    Source,
+    Unit,
+)
+from data_pipeline.sources.jsonl import Jsonl
+from data_pipeline.sources.parquet import Parquet
+from data_pipeline.sources.python_stdlib import PythonStdlib
+from data_pipeline.sources.source_code import SourceCode
+from data_pipeline.sources.standard_input import StandardInput
+from data_pipeline.sources.text import Text
 
-__all__ = ["KINDS", "NOTES", "REASONS", "Document", "LeftOut", "ReadContext", "Source", "Unit", "open_source"]
+__all__ = [
+    "KINDS",
+    "NOTES",
+    "REASONS",
+    "Document",
+    "LeftOut",
+    "ReadContext",
+    "Source",
+    "Unit",
+    "open_source",
+]
 
 # A new kind is a section in the schema, a file here, and a line here.
 KINDS: dict[type[SourceBase], type[Source]] = {
@@ -36,7 +54,7 @@ KINDS: dict[type[SourceBase], type[Source]] = {
     ArrowSource: Arrow,
     CsvSource: Csv,
     SourceCodeSource: SourceCode,
-    DatasetsSource: Datasets,
+    DatasetsSource: HubDatasets,
     StandardInputSource: StandardInput,
 }
 

@@ -8,13 +8,19 @@ from contextlib import contextmanager
 from operator import length_hint
 from typing import TYPE_CHECKING
 
-from data_pipeline.sources.arrow_rows import BATCH_ROWS, check_columns, document_of, rows_of, top_columns
+from data_pipeline.config import ArrowSource
+from data_pipeline.sources.arrow_rows import (
+    BATCH_ROWS,
+    check_columns,
+    document_of,
+    rows_of,
+    top_columns,
+)
 from data_pipeline.sources.files import one_line, stamp_of, unreadable
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import RecordReader
-from pretrain.config.data_schema import ArrowSource
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -56,19 +62,36 @@ class Arrow(Source[ArrowSource]):
                 except (pyarrow.ArrowException, OSError, ValueError) as error:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise unreadable(path, error) from None
-                    yield LeftOut(path, "damaged_file", detail=f"row {row} and all after it: {one_line(str(error))}", size=rest)
+                    yield LeftOut(
+                        path,
+                        "damaged_file",
+                        detail=f"row {row} and all after it: {one_line(str(error))}",
+                        size=rest,
+                    )
                     return
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     part = batch.slice(start, BATCH_ROWS)
-                    for result in rows_of(part, self.config, path, row + start, self.context.max_record_bytes):
-                        yield result if isinstance(result, LeftOut) else document_of(to_document, result, path)
+                    for result in rows_of(
+                        part, self.config, path, row + start, self.context.max_record_bytes
+                    ):
+                        yield (
+                            result
+                            if isinstance(result, LeftOut)
+                            else document_of(to_document, result, path)
+                        )
                 row += batch.num_rows
         if _ends_early(path):
-            yield LeftOut(path, "damaged_file", detail=f"the stream stops after row {row - 1} without its end marker: rows may be missing")
+            yield LeftOut(
+                path,
+                "damaged_file",
+                detail=f"the stream stops after row {row - 1} without its end marker: rows may be missing",
+            )
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch], Callable[[], int]]]:
+def _open(
+    path: str,
+) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch], Callable[[], int]]]:
     """A file's schema, its batches, and about how many of its bytes are not read yet.
 
     Raises:
@@ -87,11 +110,17 @@ def _open(path: str) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBa
                 return
             count = reader.num_record_batches
             numbers = iter(range(count))
-            yield schema, map(reader.get_batch, numbers), lambda: size * length_hint(numbers) // max(count, 1)
+            yield (
+                schema,
+                map(reader.get_batch, numbers),
+                lambda: size * length_hint(numbers) // max(count, 1),
+            )
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
-        raise DataError(f"{path} is no Arrow file or stream, or is cut short ({one_line(str(error))}): fetch it again or leave it out") from None
+        raise DataError(
+            f"{path} is no Arrow file or stream, or is cut short ({one_line(str(error))}): fetch it again or leave it out"
+        ) from None
 
 
 def _check_offsets(batch: pyarrow.RecordBatch) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data_pipeline.config import RecordsBase
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.interface import Document, LeftOut
 from data_pipeline.sources.records import NAME_DEPTH, RecordReader, listed, suggestion
-from pretrain.config.data_schema import RecordsBase
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -87,7 +87,9 @@ def check_columns(schema: pyarrow.Schema, config: RecordsBase, place: str) -> No
             option = "--text-field" if name == config.text_field else "id_field or metadata_fields"
             probable = suggestion(name, texts if name == config.text_field else list(names))
             advice = f"{option}, perhaps {one_line(probable)}" if probable else option
-            raise DataError(f"{place} has no column '{name}' (it has {listed(names)}): name another with {advice}")
+            raise DataError(
+                f"{place} has no column '{name}' (it has {listed(names)}): name another with {advice}"
+            )
         if name == config.text_field:
             kind = _kind_at(schema, path)
             if not _is_text(kind):
@@ -111,7 +113,12 @@ def _names(fields: list[pyarrow.Field]) -> dict[str, pyarrow.DataType]:
     for _ in range(NAME_DEPTH):
         found |= {f"{prefix}{field.name}": _storage(field.type) for prefix, field in level}
         structs = [(f"{prefix}{field.name}.", _storage(field.type)) for prefix, field in level]
-        level = [(prefix, inner) for prefix, kind in structs if pyarrow.types.is_struct(kind) for inner in kind]
+        level = [
+            (prefix, inner)
+            for prefix, kind in structs
+            if pyarrow.types.is_struct(kind)
+            for inner in kind
+        ]
     return found
 
 
@@ -121,7 +128,13 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
     kind = _storage(kind.value_type if types.is_dictionary(kind) else kind)
     is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_null(kind)
+    return (
+        is_string
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_null(kind)
+    )
 
 
 def _advice(kind: pyarrow.DataType, name: str) -> str:
@@ -129,8 +142,18 @@ def _advice(kind: pyarrow.DataType, name: str) -> str:
 
     if types.is_struct(kind):
         texts = [inner for inner, inner_kind in _names(list(kind)).items() if _is_text(inner_kind)]
-        return f"name a text inside it, such as --text-field {name}.{texts[0]}" if texts else "name another with --text-field"
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+        return (
+            f"name a text inside it, such as --text-field {name}.{texts[0]}"
+            if texts
+            else "name another with --text-field"
+        )
+    lists = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
     if any(is_list(kind) for is_list in lists):
         if types.is_struct(_storage(kind.value_type)):
             return "render each chat into one text first, as with the tokenizer's chat template, or name another with --text-field"
@@ -138,24 +161,40 @@ def _advice(kind: pyarrow.DataType, name: str) -> str:
     return "name another with --text-field"
 
 
-def rows_of(batch: pyarrow.RecordBatch, config: RecordsBase, name: str, first: int, longest: int) -> Iterator[Row | LeftOut]:
+def rows_of(
+    batch: pyarrow.RecordBatch, config: RecordsBase, name: str, first: int, longest: int
+) -> Iterator[Row | LeftOut]:
     """The rows of a batch, one at a time; a text of more than ``longest`` bytes is never made a Python object.
 
     Args:
         first: number of the batch's first row in its file or data set.
     """
     texts = _as_text(column_at(batch, config.text_field))
-    others = dict.fromkeys(_path_of(list(batch.schema), column)[0] for column in _other_columns(config))
+    others = dict.fromkeys(
+        _path_of(list(batch.schema), column)[0] for column in _other_columns(config)
+    )
     columns = [(column_name, batch.column(column_name)) for column_name in others]
     # Writers that keep text as bytes do so with names too.
-    columns = [(name_, _as_text(column) if name_ == config.id_field and _is_text(column.type) else column) for name_, column in columns]
+    columns = [
+        (name_, _as_text(column) if name_ == config.id_field and _is_text(column.type) else column)
+        for name_, column in columns
+    ]
     for index, length in enumerate(_lengths(texts).to_pylist()):
         number = first + index
         if length is not None and length > longest:
-            yield LeftOut(name, "too_long", detail=f"row {number}: {length} bytes, the limit is {longest}", size=length)
+            yield LeftOut(
+                name,
+                "too_long",
+                detail=f"row {number}: {length} bytes, the limit is {longest}",
+                size=length,
+            )
             continue
         try:
-            row = Row(number, texts[index].as_py(), {column_name: column[index].as_py() for column_name, column in columns})
+            row = Row(
+                number,
+                texts[index].as_py(),
+                {column_name: column[index].as_py() for column_name, column in columns},
+            )
         except UnicodeDecodeError as error:
             yield LeftOut(name, "invalid_utf8", detail=f"row {number}: at byte {error.start}")
         except (ValueError, OverflowError) as error:  # a date that Python cannot hold
@@ -214,4 +253,8 @@ def _lengths(texts: pyarrow.Array) -> pyarrow.Array:
 
 def document_of(to_document: RecordReader, row: Row, name: str) -> Document | LeftOut:
     result = to_document.document(row.text, row.record, f"{name}:{row.number}")
-    return result if isinstance(result, Document) else LeftOut(name, result[0], detail=f"row {row.number}: {result[1]}".rstrip(": "))
+    return (
+        result
+        if isinstance(result, Document)
+        else LeftOut(name, result[0], detail=f"row {row.number}: {result[1]}".rstrip(": "))
+    )

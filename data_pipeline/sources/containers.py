@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 MARK_BYTES = 512  # that of a tar archive is at byte 257
 HEAD_BYTES = 1 << 16  # by which the kind of a text is known
@@ -22,7 +22,12 @@ XZ_MEMORY_BYTES = 1 << 30
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 
 # First bytes, and the name's ending that says the same; of an lz4 or a zstd stream either may begin with a frame to skip.
-MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0", ".lz4": b"\x04\x22\x4d\x18"}
+MAGIC = {
+    ".gz": b"\x1f\x8b",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".xz": b"\xfd7zXZ\0",
+    ".lz4": b"\x04\x22\x4d\x18",
+}
 BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)")
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
@@ -83,8 +88,13 @@ def checked_encoding(name: str) -> str:
         b"a".decode(name, "replace")  # refuses those that are no encodings of text, such as base64
         codecs.getincrementaldecoder(name)(UNDECODABLE)
         return codecs.lookup(name).name
-    except (LookupError, UnicodeError):  # the second for encodings of names in the internet, such as idna
-        raise ConfigError(f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ...") from None
+    except (
+        LookupError,
+        UnicodeError,
+    ):  # the second for encodings of names in the internet, such as idna
+        raise ConfigError(
+            f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ..."
+        ) from None
 
 
 def compression_of(head: bytes, path: str) -> str | None:
@@ -95,7 +105,9 @@ def compression_of(head: bytes, path: str) -> str | None:
     for ending, magic in MAGIC.items():
         if head.startswith(magic) or (path.endswith(ending) and magic.startswith(head)):
             return ending
-    if BZIP2.match(head) or (path.endswith(".bz2") and len(head) < 10 and b"BZh9".startswith(head[:3])):
+    if BZIP2.match(head) or (
+        path.endswith(".bz2") and len(head) < 10 and b"BZh9".startswith(head[:3])
+    ):
         return ".bz2"
     if SKIPPABLE.match(head):
         return ".lz4" if path.endswith(".lz4") else ".zst"
@@ -112,7 +124,9 @@ def refuse_other_kinds(head: bytes, path: str) -> None:
     Raises:
         DataError: for an archive, and for a format that holds no lines of text.
     """
-    kind = next(((kind, advice) for magic, kind, advice in OTHER_KINDS if head.startswith(magic)), None)
+    kind = next(
+        ((kind, advice) for magic, kind, advice in OTHER_KINDS if head.startswith(magic)), None
+    )
     if head[257:262] == b"ustar":
         kind = ("a tar archive", UNPACK)
     elif head.startswith(b"PAR1") and b"\0" in head:

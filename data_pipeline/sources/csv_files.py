@@ -6,13 +6,29 @@ import csv
 from collections import deque
 from collections.abc import Iterator
 
-from data_pipeline.sources.containers import HEAD_BYTES, DamagedStream, Peekable, Stream, checked_encoding, stored_bytes, with_line_feeds
-from data_pipeline.sources.files import Line, damaged, file_kind, one_line, open_stream, read_lines, whole_unit
+from data_pipeline.config import CsvSource
+from data_pipeline.sources.containers import (
+    HEAD_BYTES,
+    DamagedStream,
+    Peekable,
+    Stream,
+    checked_encoding,
+    stored_bytes,
+    with_line_feeds,
+)
+from data_pipeline.sources.files import (
+    Line,
+    damaged,
+    file_kind,
+    one_line,
+    open_stream,
+    read_lines,
+    whole_unit,
+)
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import BYTE_ORDER_MARK, Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import RecordReader, check_first_file, listed, suggestion
-from pretrain.config.data_schema import CsvSource
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 DELIMITERS = ",\t;|"
 MANY_LINES, FEW_LINES = 100, 6
@@ -43,7 +59,9 @@ class Csv(Source[CsvSource]):
             stream = Peekable(content)
             feed = _Feed(read_lines(with_line_feeds(stream), 0, None, longest), longest)
             try:
-                yield from self._records(path, feed, stream, self._delimiter(stream.peek(HEAD_BYTES)))
+                yield from self._records(
+                    path, feed, stream, self._delimiter(stream.peek(HEAD_BYTES))
+                )
             except DamagedStream as error:
                 yield damaged(path, feed.number + 1, error)
             finally:
@@ -53,19 +71,41 @@ class Csv(Source[CsvSource]):
         """The delimiter that is named, or the first that cuts the header into the wanted columns, else the one that cuts it most often."""
         if self.config.delimiter is not None or self.config.columns is not None:
             return self.config.delimiter or ","
-        text = head.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace").replace("\r", "\n").lstrip("\n").partition("\n")[0]
-        headers = {delimiter: next(csv.reader([text], delimiter=delimiter), []) for delimiter in DELIMITERS}
-        fitting = (delimiter for delimiter, names in headers.items() if all(wanted in names for wanted in self._wanted))
+        text = (
+            head.removeprefix(BYTE_ORDER_MARK)
+            .decode("utf-8", "replace")
+            .replace("\r", "\n")
+            .lstrip("\n")
+            .partition("\n")[0]
+        )
+        headers = {
+            delimiter: next(csv.reader([text], delimiter=delimiter), []) for delimiter in DELIMITERS
+        }
+        fitting = (
+            delimiter
+            for delimiter, names in headers.items()
+            if all(wanted in names for wanted in self._wanted)
+        )
         return next(fitting, max(headers, key=lambda delimiter: len(headers[delimiter])))
 
     @property
     def _wanted(self) -> list[str]:
-        return [self.config.text_field, *([self.config.id_field] if self.config.id_field else []), *self.config.metadata_fields]
+        return [
+            self.config.text_field,
+            *([self.config.id_field] if self.config.id_field else []),
+            *self.config.metadata_fields,
+        ]
 
-    def _records(self, path: str, feed: _Feed, stream: Stream, delimiter: str) -> Iterator[Document | LeftOut]:
+    def _records(
+        self, path: str, feed: _Feed, stream: Stream, delimiter: str
+    ) -> Iterator[Document | LeftOut]:
         quoting = self.config.quoting if self.config.quoting is not None else delimiter != "\t"
         rows = csv.reader(
-            feed, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE, escapechar=self.config.escape, strict=True
+            feed,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+            escapechar=self.config.escape,
+            strict=True,
         )
         header = None if self.config.columns is None else self._checked(self.config.columns, path)
         to_document = RecordReader(self.config)
@@ -91,23 +131,43 @@ class Csv(Source[CsvSource]):
                 if values == header:
                     yield LeftOut(path, "repeated_header", feed.line, feed.offset, is_bad=False)
                     continue
-                fault = None if len(values) == len(header) else ("field_count", f"{len(values)} values, and the header has {len(header)} names")
+                fault = (
+                    None
+                    if len(values) == len(header)
+                    else (
+                        "field_count",
+                        f"{len(values)} values, and the header has {len(header)} names",
+                    )
+                )
             if header is None:
-                raise DataError(f"the header line of {path} cannot be read ({fault and fault[1]}): write the names of the columns there")
+                raise DataError(
+                    f"the header line of {path} cannot be read ({fault and fault[1]}): write the names of the columns there"
+                )
             result = fault or to_document(dict(zip(header, values)), f"{path}:{feed.offset}")
             if isinstance(result, Document):
                 self.notes["value_over_many_lines"] += feed.looks_like_rows(delimiter, len(header))
                 yield result
             else:
                 reason, detail = self._of_bytes(result)
-                yield LeftOut(path, reason, feed.line, feed.offset, detail, size=stored_bytes(stream, feed.size))
+                yield LeftOut(
+                    path,
+                    reason,
+                    feed.line,
+                    feed.offset,
+                    detail,
+                    size=stored_bytes(stream, feed.size),
+                )
 
     def _checked(self, header: list[str], path: str) -> list[str]:
         for wanted in self._wanted:
             if header.count(wanted) != 1:
                 problem = "two columns" if wanted in header else "no column"
                 probable = suggestion(wanted, header)
-                advice = f", perhaps --text-field {probable}" if probable and wanted == self.config.text_field != probable else ""
+                advice = (
+                    f", perhaps --text-field {probable}"
+                    if probable and wanted == self.config.text_field != probable
+                    else ""
+                )
                 raise DataError(
                     f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field, id_field and delimiter, "
                     f"and name the columns with 'columns' if the file has no header line{advice}"
@@ -118,7 +178,10 @@ class Csv(Source[CsvSource]):
         """The same fault; of surrogates, which only bytes outside the encoding become when a line is decoded, the bytes are the fault."""
         if fault[0] != "lone_surrogate":
             return fault
-        return "invalid_utf8", f"not {self.config.encoding} at character {fault[1].rpartition(' ')[2]}; another encoding is named with --encoding"
+        return (
+            "invalid_utf8",
+            f"not {self.config.encoding} at character {fault[1].rpartition(' ')[2]}; another encoding is named with --encoding",
+        )
 
 
 class _TooLong(Exception):
@@ -170,7 +233,9 @@ class _Feed:
         if not FEW_LINES <= len(self._held) < MANY_LINES:
             return len(self._held) >= MANY_LINES
         inside = self._held[1:-1]
-        return width > 1 and all((line.content or b"").count(delimiter.encode()) == width - 1 for line in inside)
+        return width > 1 and all(
+            (line.content or b"").count(delimiter.encode()) == width - 1 for line in inside
+        )
 
     def skip_record(self) -> None:
         """Passes over the rest of a record that is too long: where it is inside quotes, up to the line that closes them."""

@@ -11,7 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.sources.arrow_rows import BATCH_ROWS, Row, check_columns, column_at, document_of, rows_of, top_columns
+from data_pipeline.config import DatasetsSource, RecordsBase
+from data_pipeline.sources.arrow_rows import (
+    BATCH_ROWS,
+    Row,
+    check_columns,
+    column_at,
+    document_of,
+    rows_of,
+    top_columns,
+)
 from data_pipeline.sources.file_kinds import DATA, class_of
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
@@ -19,8 +28,7 @@ from data_pipeline.sources.hub_layout import ALL
 from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
 from data_pipeline.sources.presets import fill_in
 from data_pipeline.sources.records import RecordReader, listed, text_fault
-from pretrain.config.data_schema import DatasetsSource, RecordsBase
-from pretrain.config.errors import ConfigError, DataError, PipelineError
+from pretrain.core.errors import ConfigError, DataError, PipelineError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +41,7 @@ HEADING = re.compile(r" = [^= \n](.*[^= \n])? = ?\n?")
 HEADING_SCAN_ROWS = 10_000
 
 
-class Datasets(Source[DatasetsSource]):
+class HubDatasets(Source[DatasetsSource]):
     """Rows of the memory-mapped table are read in parallel; the package keeps that table in its cache (``HF_HOME``).
 
     ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or what ``save_to_disk`` wrote. With
@@ -46,11 +54,15 @@ class Datasets(Source[DatasetsSource]):
     def __init__(self, config: DatasetsSource, context: ReadContext) -> None:
         super().__init__(fill_in(config), context)
         if self.config.group and self.config.id_field:
-            raise ConfigError(f"source '{context.name}': rows that 'group' joins share no id: leave out 'id_field' or 'group'")
+            raise ConfigError(
+                f"source '{context.name}': rows that 'group' joins share no id: leave out 'id_field' or 'group'"
+            )
         # A copy without the hub's README knows nothing of the config that a preset names.
         self._config_is_optional = config.config is None
         self._split_was_named = config.dataset_split is not None
-        self._fields = RecordsBase.model_validate(self.config.model_dump(include=set(RecordsBase.model_fields)))
+        self._fields = RecordsBase.model_validate(
+            self.config.model_dump(include=set(RecordsBase.model_fields))
+        )
 
     @property
     def name(self) -> str:
@@ -81,25 +93,45 @@ class Datasets(Source[DatasetsSource]):
             if starts is not None:  # the article that the unit would cut is its last one
                 after = starts.searchsorted(stop)
                 stop = min(int(starts[after]), end) if after < len(starts) else end
-            units.append(Unit(self.context.name, (self.name,), start, stop, int((stop - start) * row_bytes), self._stamp))
+            units.append(
+                Unit(
+                    self.context.name,
+                    (self.name,),
+                    start,
+                    stop,
+                    int((stop - start) * row_bytes),
+                    self._stamp,
+                )
+            )
             start = stop
         return units
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
         if unit.stamp != self._stamp:
-            raise DataError(f"the data set '{self.name}' changed while it was read: run the same command again")
+            raise DataError(
+                f"the data set '{self.name}' changed while it was read: run the same command again"
+            )
         rows: Iterator[Row | LeftOut] = self._rows(unit)
         if self.config.group:
             results = self._articles(rows)
         else:
             to_document = RecordReader(self._fields)
-            results = (row if isinstance(row, LeftOut) else document_of(to_document, row, self.name) for row in rows)
-        yield from itertools.islice(results, self.config.max_documents) if self.config.streaming else results
+            results = (
+                row if isinstance(row, LeftOut) else document_of(to_document, row, self.name)
+                for row in rows
+            )
+        yield from (
+            itertools.islice(results, self.config.max_documents)
+            if self.config.streaming
+            else results
+        )
 
     def _rows(self, unit: Unit) -> Iterator[Row | LeftOut]:
         number = unit.start
         for batch in self._batches(unit):
-            yield from rows_of(batch, self._fields, self.name, number, self.context.max_record_bytes)
+            yield from rows_of(
+                batch, self._fields, self.name, number, self.context.max_record_bytes
+            )
             number += batch.num_rows
 
     def _batches(self, unit: Unit) -> Iterator[pyarrow.RecordBatch]:
@@ -126,7 +158,9 @@ class Datasets(Source[DatasetsSource]):
         first = size = 0
         lines: list[str] = []
         for row in rows:
-            fault = None if isinstance(row, LeftOut) else text_fault(row.text, self._fields.text_field)
+            fault = (
+                None if isinstance(row, LeftOut) else text_fault(row.text, self._fields.text_field)
+            )
             if isinstance(row, LeftOut):
                 yield row
             elif fault and fault[0] != "empty":
@@ -150,7 +184,11 @@ class Datasets(Source[DatasetsSource]):
 
     def _article(self, lines: list[str], first: int, size: int) -> Document | LeftOut:
         if size > self.context.max_record_bytes:
-            return LeftOut(self.name, "too_long", detail=f"row {first}: an article of {size} bytes, the limit is {self.context.max_record_bytes}")
+            return LeftOut(
+                self.name,
+                "too_long",
+                detail=f"row {first}: an article of {size} bytes, the limit is {self.context.max_record_bytes}",
+            )
         return Document("".join(lines), f"{self.name}:{first}")
 
     def _article_starts(self) -> np.ndarray:
@@ -162,7 +200,11 @@ class Datasets(Source[DatasetsSource]):
         starts = [0]
         for offset in range(0, len(table), HEADING_SCAN_ROWS):
             column = column_at(table[offset : offset + HEADING_SCAN_ROWS], self._fields.text_field)
-            for row in np.flatnonzero(pyarrow.compute.starts_with(column, HEADING_START).fill_null(False).to_numpy(zero_copy_only=False)):
+            for row in np.flatnonzero(
+                pyarrow.compute.starts_with(column, HEADING_START)
+                .fill_null(False)
+                .to_numpy(zero_copy_only=False)
+            ):
                 if _is_heading(column[int(row)]):
                     starts.append(offset + int(row))
         return np.array([0, *starts[2:]] if len(starts) > 1 else starts, dtype=np.int64)
@@ -182,7 +224,9 @@ class Datasets(Source[DatasetsSource]):
             if is_saved(path):
                 table = self._saved_split(datasets.load_from_disk(path))
             else:
-                table = datasets.load_dataset(path, self._config_name, split=self.config.dataset_split, **self._choice)
+                table = datasets.load_dataset(
+                    path, self._config_name, split=self.config.dataset_split, **self._choice
+                )
         except PipelineError:
             raise
         except Exception as error:
@@ -197,11 +241,15 @@ class Datasets(Source[DatasetsSource]):
         wanted = str(self.config.dataset_split)
         if isinstance(saved, datasets.DatasetDict):
             if wanted not in saved:
-                raise DataError(f"{self.name} has no split '{wanted}' (it has {listed(saved)}): {CHOOSE_SPLIT}")
+                raise DataError(
+                    f"{self.name} has no split '{wanted}' (it has {listed(saved)}): {CHOOSE_SPLIT}"
+                )
             return saved[wanted]
         own = str(saved.split or wanted)
         if own != wanted and self._split_was_named:
-            raise DataError(f"{self.name} is a single saved table, of the split '{own}': leave out 'dataset_split' (--dataset-split)")
+            raise DataError(
+                f"{self.name} is a single saved table, of the split '{own}': leave out 'dataset_split' (--dataset-split)"
+            )
         return saved
 
     def _say_unread(self) -> None:
@@ -214,15 +262,25 @@ class Datasets(Source[DatasetsSource]):
                 say(f"{self.name}: its only table, of the split '{self._table.split}', is read")
             splits = {name: [] for name in names}
         elif self._builder.config.data_files:
-            splits = {str(name): list(map(str, files)) for name, files in self._builder.config.data_files.items()}
+            splits = {
+                str(name): list(map(str, files))
+                for name, files in self._builder.config.data_files.items()
+            }
         others = [name for name in splits if name != wanted and wanted != ALL]
         if others:
             say(f"{self.name}: the split {wanted} is read; not read: {', '.join(others)}")
         if os.path.isdir(path) and not is_saved(path) and not self.config.data_files:
             known = {os.path.realpath(file) for files in splits.values() for file in files}
-            rest = [file for file in walk(path) if class_of(file) in DATA and os.path.realpath(os.path.join(path, file)) not in known]
+            rest = [
+                file
+                for file in walk(path)
+                if class_of(file) in DATA
+                and os.path.realpath(os.path.join(path, file)) not in known
+            ]
             if rest and known:
-                say(f"{self.name}: files of no split of this config are not read ({len(rest)}, such as {one_line(rest[0])})")
+                say(
+                    f"{self.name}: files of no split of this config are not read ({len(rest)}, such as {one_line(rest[0])})"
+                )
 
     @cached_property
     def _builder(self) -> DatasetBuilder:
@@ -250,7 +308,9 @@ class Datasets(Source[DatasetsSource]):
         if os.path.isdir(path):
             return snapshot_of(path)
         if os.path.exists(path):
-            raise DataError(f"{self.name} is a file: give the folder of a data set, or read the file as --input of its own format")
+            raise DataError(
+                f"{self.name} is a file: give the folder of a data set, or read the file as --input of its own format"
+            )
         if path.startswith((".", "/")):
             raise DataError(f"data.source.dataset: there is no folder {self.name}: check the path")
         return path
@@ -260,7 +320,12 @@ class Datasets(Source[DatasetsSource]):
         import datasets
 
         config, path = self.config.config, self._path
-        if config and self._config_is_optional and os.path.isdir(path) and config not in datasets.get_dataset_config_names(path):
+        if (
+            config
+            and self._config_is_optional
+            and os.path.isdir(path)
+            and config not in datasets.get_dataset_config_names(path)
+        ):
             return None
         return config
 
@@ -268,7 +333,9 @@ class Datasets(Source[DatasetsSource]):
 def saved_splits(path: str) -> list[str]:
     """Splits of a ``DatasetDict`` that ``save_to_disk`` wrote; none for a single table."""
     try:
-        return [str(name) for name in json.loads(Path(path, "dataset_dict.json").read_bytes())["splits"]]
+        return [
+            str(name) for name in json.loads(Path(path, "dataset_dict.json").read_bytes())["splits"]
+        ]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -285,9 +352,18 @@ def _is_heading(row: pyarrow.Scalar) -> bool:
 CHOOSE_SPLIT = "choose one with 'dataset_split' (--dataset-split)"
 # What the package says, and what a user can do about it; the first that fits.
 ADVICE = (
-    (("gated", "authenticated", "401 Client", "403 Client"), "accept its terms on its page and log in with 'hf auth login'"),
-    (("OfflineModeIsEnabled", "offline mode"), "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as 'dataset'"),
-    (("Couldn't reach", "ConnectionError", "Connection"), "check the network, or give the folder of a copy as 'dataset'"),
+    (
+        ("gated", "authenticated", "401 Client", "403 Client"),
+        "accept its terms on its page and log in with 'hf auth login'",
+    ),
+    (
+        ("OfflineModeIsEnabled", "offline mode"),
+        "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as 'dataset'",
+    ),
+    (
+        ("Couldn't reach", "ConnectionError", "Connection"),
+        "check the network, or give the folder of a copy as 'dataset'",
+    ),
     (("BuilderConfig", "Config name is missing"), "choose one with 'config' (--dataset-config)"),
     (("Unknown split", "Bad split"), CHOOSE_SPLIT),
     (
@@ -303,6 +379,7 @@ def library_error(name: str, error: Exception) -> DataError:
     cause = error.__cause__ or error
     text = f"{type(cause).__name__}: {one_line(str(cause))}"
     advice = next(
-        (advice for signs, advice in ADVICE if any(sign in text for sign in signs)), "fetch it again, or check it with datasets.load_dataset"
+        (advice for signs, advice in ADVICE if any(sign in text for sign in signs)),
+        "fetch it again, or check it with datasets.load_dataset",
     )
     return DataError(f"the data set '{name}' cannot be read ({text}): {advice}")

@@ -7,7 +7,16 @@ import re
 
 from data_pipeline.sources.containers import COMPRESSED
 
-JSONL, JSON, PARQUET, CSV, TSV, ARROW, TEXT, CODE = "jsonl", "json", "parquet", "csv", "tsv", "arrow", "text", "code"
+JSONL, JSON, PARQUET, CSV, TSV, ARROW, TEXT, CODE = (
+    "jsonl",
+    "json",
+    "parquet",
+    "csv",
+    "tsv",
+    "arrow",
+    "text",
+    "code",
+)
 SIDE, ARCHIVE, OTHER = "side", "archive", "other"
 # Records, as nobody writes source code.
 RECORDS = (JSONL, PARQUET, CSV, TSV, ARROW)
@@ -44,8 +53,27 @@ CLASS_OF_ENDING = {
     ".ipc": ARROW,
     ".feather": ARROW,
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex"), TEXT),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4"), ARCHIVE),
-    **dict.fromkeys((".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc", ".lock", ".cff", ".pdf", ".png", ".svg", ".bib"), SIDE),
+    **dict.fromkeys(
+        (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4"), ARCHIVE
+    ),
+    **dict.fromkeys(
+        (
+            ".md5",
+            ".sha1",
+            ".sha256",
+            ".sha512",
+            ".crc",
+            ".sig",
+            ".asc",
+            ".lock",
+            ".cff",
+            ".pdf",
+            ".png",
+            ".svg",
+            ".bib",
+        ),
+        SIDE,
+    ),
     **dict.fromkeys(CODE_ENDINGS, CODE),
 }
 # What is put beside data, or beside anything.
@@ -90,5 +118,9 @@ def files_of_kind(paths: list[str], kind: str) -> list[str]:
     named = [path for path in paths if class_of(path) == TEXT]
     if not named:
         return [path for path in paths if class_of(path) in (CODE, OTHER)]
-    described = [path for path in paths if class_of(path) == SIDE and "/" in path and CLASS_OF_ENDING.get(ending_of(path)) == TEXT]
+    described = [
+        path
+        for path in paths
+        if class_of(path) == SIDE and "/" in path and CLASS_OF_ENDING.get(ending_of(path)) == TEXT
+    ]
     return sorted(named + described)

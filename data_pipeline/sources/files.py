@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from data_pipeline.sources.containers import COMPRESSED as COMPRESSED
-from data_pipeline.sources.containers import DamagedStream, Described, Stream, describe, open_content
+from data_pipeline.sources.containers import (
+    DamagedStream,
+    Described,
+    Stream,
+    describe,
+    open_content,
+)
 from data_pipeline.sources.interface import BYTE_ORDER_MARK, LeftOut, Unit
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +62,14 @@ def distinct(paths: list[str]) -> list[str]:
             first[identity] = path
     if again:
         name, earlier = again[0]
-        files = f"{len(again)} more names of files that are named already" if len(again) > 1 else "a file that is named already"
-        _warn_once(f"the input has {files} ({name} is {'named twice' if name == earlier else earlier}): each file is read once")
+        files = (
+            f"{len(again)} more names of files that are named already"
+            if len(again) > 1
+            else "a file that is named already"
+        )
+        _warn_once(
+            f"the input has {files} ({name} is {'named twice' if name == earlier else earlier}): each file is read once"
+        )
     return list(first.values())
 
 
@@ -88,7 +100,9 @@ def check_names(paths: list[str]) -> list[str]:
     """
     for path in paths:
         if not path.isascii() and path != path.encode("utf-8", "replace").decode("utf-8"):
-            raise DataError(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file or leave it out")
+            raise DataError(
+                f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file or leave it out"
+            )
     return paths
 
 
@@ -97,14 +111,20 @@ def _matches(pattern: str) -> list[str]:
     if os.path.isfile(literal):
         return [Path(literal).as_posix()]
     if os.path.isdir(literal):
-        raise DataError(f"--input {pattern} is a folder: say which files of it, such as '{pattern.rstrip('/')}/**/*.txt'")
+        raise DataError(
+            f"--input {pattern} is a folder: say which files of it, such as '{pattern.rstrip('/')}/**/*.txt'"
+        )
     matches = glob.glob(literal, recursive=True)
     found = sorted(Path(path).as_posix() for path in matches if os.path.isfile(path))
     for path in matches:
         if os.path.islink(path) and not os.path.exists(path):
-            raise DataError(f"{path} is a link to a file that is not there: fetch it again, or remove the link")
+            raise DataError(
+                f"{path} is a link to a file that is not there: fetch it again, or remove the link"
+            )
     if not found:
-        raise DataError(f"--input {pattern} matches no file in {Path.cwd()}: check the path or the pattern")
+        raise DataError(
+            f"--input {pattern} matches no file in {Path.cwd()}: check the path or the pattern"
+        )
     return found
 
 
@@ -147,7 +167,10 @@ def range_units(source: str, path: str, unit_bytes: int) -> list[Unit]:
     """Byte ranges of a plain file."""
     size, stamp = stamp_of(path)
     ends = [min(start + unit_bytes, size) for start in range(0, size, unit_bytes)]
-    return [Unit(source, (path,), start, end, end - start, stamp) for start, end in zip([0, *ends], ends)]
+    return [
+        Unit(source, (path,), start, end, end - start, stamp)
+        for start, end in zip([0, *ends], ends)
+    ]
 
 
 def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
@@ -197,11 +220,15 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
         cast(io.BufferedReader, stream).seek(offset)
     carried: list[bytes] = []
     size = 0
-    long_from: int | None = None  # where a line began that is too long, and is passed over to its end
+    long_from: int | None = (
+        None  # where a line began that is too long, and is passed over to its end
+    )
     for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
-            end = end and max(end, offset + 1)  # the first line belongs to the range that holds the mark's first byte
+            end = end and max(
+                end, offset + 1
+            )  # the first line belongs to the range that holds the mark's first byte
         if skipping:
             cut = block.find(b"\n") + 1
             offset += cut or len(block)
@@ -220,7 +247,9 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
                     content = b"".join([*carried, content])
                     carried, size = [], 0
                 number += 1
-                yield Line(number, offset, content if len(content) <= max_bytes else None, len(content))
+                yield Line(
+                    number, offset, content if len(content) <= max_bytes else None, len(content)
+                )
                 offset += len(content) + 1
                 begin = cut + 1
             carried.append(block[begin:])
@@ -239,7 +268,14 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
 
 def damaged(path: str, number: int, error: DamagedStream) -> LeftOut:
     """The rest of a compressed file that is cut short or damaged."""
-    return LeftOut(path, "damaged_compression", number or None, None, one_line(str(error)) or "it ends too early", size=error.unread)
+    return LeftOut(
+        path,
+        "damaged_compression",
+        number or None,
+        None,
+        one_line(str(error)) or "it ends too early",
+        size=error.unread,
+    )
 
 
 def one_line(text: str) -> str:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from data_pipeline.sources.files import unreadable
 from data_pipeline.sources.records import listed
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,17 @@ def _walk(root: str, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
         if entry.name.startswith(".") or entry.name in NO_DATA:
             continue
         if entry.name == "_delta_log":
-            raise DataError(f"{folder} is a Delta Lake table, whose log says which of its files count: write its rows to plain Parquet files first")
+            raise DataError(
+                f"{folder} is a Delta Lake table, whose log says which of its files count: write its rows to plain Parquet files first"
+            )
         if entry.is_dir():
             yield from _walk(root, f"{path}/", seen)
         elif entry.is_file():
             yield path
         elif entry.is_symlink():
-            raise DataError(f"{entry.path} is a link to a file that is not there: fetch it again, or remove the link")
+            raise DataError(
+                f"{entry.path} is a link to a file that is not there: fetch it again, or remove the link"
+            )
 
 
 def snapshot_of(folder: str) -> str:
@@ -69,9 +73,16 @@ def snapshot_of(folder: str) -> str:
     if not (os.path.isdir(snapshots) and os.path.isdir(os.path.join(folder, "blobs"))):
         cached = [name for name in _names(folder) if name.startswith("datasets--")]
         if cached:
-            raise DataError(f"{folder} is a cache of several data sets of the hub: give the folder of one, such as {os.path.join(folder, cached[0])}")
-        if glob.glob(os.path.join(glob.escape(folder), ".cache/huggingface/download/**/*.incomplete"), recursive=True):
-            say(f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing")
+            raise DataError(
+                f"{folder} is a cache of several data sets of the hub: give the folder of one, such as {os.path.join(folder, cached[0])}"
+            )
+        if glob.glob(
+            os.path.join(glob.escape(folder), ".cache/huggingface/download/**/*.incomplete"),
+            recursive=True,
+        ):
+            say(
+                f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing"
+            )
         return folder
     found = _names(snapshots)
     try:
@@ -80,10 +91,18 @@ def snapshot_of(folder: str) -> str:
     except (OSError, UnicodeDecodeError):
         current = found[0] if len(found) == 1 else ""
     if current not in found:
-        problem = f"has the snapshots {listed(found)} and none of them is 'main'" if found else "holds no snapshot"
-        raise DataError(f"{folder} {problem}: give the folder of one as --input, or run 'hf download' again")
+        problem = (
+            f"has the snapshots {listed(found)} and none of them is 'main'"
+            if found
+            else "holds no snapshot"
+        )
+        raise DataError(
+            f"{folder} {problem}: give the folder of one as --input, or run 'hf download' again"
+        )
     if any(name.endswith(".incomplete") for name in _names(os.path.join(folder, "blobs"))):
-        say(f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing")
+        say(
+            f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing"
+        )
     return os.path.join(snapshots, current)
 
 
@@ -96,7 +115,9 @@ def _names(folder: str) -> list[str]:
 
 def is_saved(root: str) -> bool:
     """True for a folder that ``save_to_disk`` of the package datasets wrote."""
-    has_state = os.path.isfile(os.path.join(root, "state.json")) and os.path.isfile(os.path.join(root, "dataset_info.json"))
+    has_state = os.path.isfile(os.path.join(root, "state.json")) and os.path.isfile(
+        os.path.join(root, "dataset_info.json")
+    )
     return has_state or os.path.isfile(os.path.join(root, "dataset_dict.json"))
 
 
@@ -119,4 +140,6 @@ def refuse_pointers(paths: Iterable[str]) -> None:
         except OSError:  # reported when it is read
             continue
         if is_pointer(content):
-            raise DataError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository, or fetch it with 'hf download'")
+            raise DataError(
+                f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository, or fetch it with 'hf download'"
+            )

@@ -10,17 +10,22 @@ from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, RECORDS, TSV, cla
 from data_pipeline.sources.files import list_files
 from data_pipeline.sources.folder_walk import snapshot_of, walk
 from data_pipeline.sources.folders import kind_of_folder
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 STANDARD_INPUT = "-"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATASETS = "datasets"
 # Sections by the name of what they read; for all others the name is the kind.
-SECTIONS: dict[str, dict[str, Any]] = {"line": {"kind": "text", "document": "line"}, TSV: {"kind": CSV, "delimiter": "\t"}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "line": {"kind": "text", "document": "line"},
+    TSV: {"kind": CSV, "delimiter": "\t"},
+}
 NO_CHOICE = "--dataset-config and --dataset-split choose a part of a folder of data or a data set, and no input is one: leave them out"
 
 
-def sources_of(inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None) -> dict[str, dict[str, Any]]:
+def sources_of(
+    inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None
+) -> dict[str, dict[str, Any]]:
     """The source sections that ``--input`` means, by name; patterns of one kind are one source, and each data set is one.
 
     Args:
@@ -31,13 +36,21 @@ def sources_of(inputs: list[str], kind: str | None, config: str | None = None, s
         ConfigError: for a pattern or a folder whose files are of several kinds, and for a choice that nothing could follow.
         DataError: for a folder without data.
     """
-    choice = {name: value for name, value in (("config", config), ("dataset_split", split)) if value is not None}
+    choice = {
+        name: value
+        for name, value in (("config", config), ("dataset_split", split))
+        if value is not None
+    }
     if STANDARD_INPUT in inputs:
         if len(inputs) > 1:
-            raise ConfigError("--input - reads standard input, and nothing beside it: give files, or pipe them all in")
+            raise ConfigError(
+                "--input - reads standard input, and nothing beside it: give files, or pipe them all in"
+            )
         forms = {None: "jsonl", "jsonl": "jsonl", "text": "text", "line": "line"}
         if kind not in forms:
-            raise ConfigError(f"--format {kind} cannot be read from standard input: pipe jsonl, line or text")
+            raise ConfigError(
+                f"--format {kind} cannot be read from standard input: pipe jsonl, line or text"
+            )
         if choice:
             raise ConfigError(NO_CHOICE)
         return {"stdin": {"kind": "stdin", "format": forms[kind]}}
@@ -49,7 +62,11 @@ def sources_of(inputs: list[str], kind: str | None, config: str | None = None, s
         name = _name(pattern, place, kind, config)
         if name == DATASETS:
             number = sum(section["kind"] == DATASETS for section in found.values())
-            found[f"{DATASETS}_{number + 1}" if number else DATASETS] = {"kind": DATASETS, "dataset": pattern, **choice}
+            found[f"{DATASETS}_{number + 1}" if number else DATASETS] = {
+                "kind": DATASETS,
+                "dataset": pattern,
+                **choice,
+            }
             was_chosen = True
             continue
         section = found.setdefault(name, dict(SECTIONS.get(name, {"kind": name})))
@@ -74,12 +91,16 @@ def _name(pattern: str, place: str, kind: str | None, config: str | None) -> str
 
 def _kind_of(pattern: str) -> str:
     if HUB_NAME.fullmatch(pattern) and not os.path.exists(os.path.dirname(pattern)):
-        raise DataError(f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format datasets if the hub has it")
+        raise DataError(
+            f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format datasets if the hub has it"
+        )
     ending = ending_of(pattern)
     is_clear = ending.isascii() and ending[1:].isalnum()
     kinds = {_kind_by_name(path) for path in ([pattern] if is_clear else list_files([pattern]))}
     if len(kinds) > 1:
-        raise ConfigError(f"--input {pattern} matches files of several kinds ({', '.join(sorted(kinds))}): give one pattern for each, or --format")
+        raise ConfigError(
+            f"--input {pattern} matches files of several kinds ({', '.join(sorted(kinds))}): give one pattern for each, or --format"
+        )
     return kinds.pop()
 
 

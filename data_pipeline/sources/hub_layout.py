@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from data_pipeline.sources.file_kinds import files_of_kind
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.records import listed
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 CARD = "README.md"
 LARGEST_CARD_BYTES = 16 << 20
@@ -27,7 +27,9 @@ SPLIT_OF_WORD = {
 }
 # The hub's separators, and the = of split=test/ in partitioned folders.
 SEPARATOR = r"[-._ =0-9]"
-WORD = re.compile(rf"(?:^|{SEPARATOR})({'|'.join(sorted(SPLIT_OF_WORD, key=len, reverse=True))})(?=$|{SEPARATOR})")
+WORD = re.compile(
+    rf"(?:^|{SEPARATOR})({'|'.join(sorted(SPLIT_OF_WORD, key=len, reverse=True))})(?=$|{SEPARATOR})"
+)
 SHARD = re.compile(r"data/([\w.]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 
 
@@ -48,7 +50,10 @@ class Splits(NamedTuple):
 
     def only(self, kind: str) -> Splits:
         kept = {split: files_of_kind(paths, kind) for split, paths in self.files.items()}
-        return Splits({split: paths for split, paths in kept.items() if paths}, files_of_kind(self.unnamed, kind))
+        return Splits(
+            {split: paths for split, paths in kept.items() if paths},
+            files_of_kind(self.unnamed, kind),
+        )
 
 
 def declared_configs(root: str) -> list[Config]:
@@ -74,7 +79,9 @@ def declared_configs(root: str) -> list[Config]:
     try:
         return [_config(entry) for entry in declared]
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise DataError(f"'configs' at the start of {card} are not as the hub has them: correct them, or name the files with a pattern") from None
+        raise DataError(
+            f"'configs' at the start of {card} are not as the hub has them: correct them, or name the files with a pattern"
+        ) from None
 
 
 def has_front_matter(root: str) -> bool:
@@ -88,7 +95,9 @@ def _front_matter(card: str) -> str:
             text = stream.read(LARGEST_CARD_BYTES)
     except OSError:
         return ""
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text.removeprefix("\ufeff"), re.DOTALL)
+    found = re.match(
+        r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text.removeprefix("\ufeff"), re.DOTALL
+    )
     return found[1] if found else ""
 
 
@@ -99,8 +108,15 @@ def _config(entry: dict[str, Any]) -> Config:
         files = {}
         for item in declared if isinstance(declared, list) else [declared]:
             split, paths = (TRAIN, item) if isinstance(item, str) else (item["split"], item["path"])
-            files.setdefault(_text(split), []).extend(_inside(path) for path in ([paths] if isinstance(paths, str) else paths))
-    return Config(_text(entry["config_name"]), _inside(entry.get("data_dir", "")), files, entry.get("default") in ("true", "True"))
+            files.setdefault(_text(split), []).extend(
+                _inside(path) for path in ([paths] if isinstance(paths, str) else paths)
+            )
+    return Config(
+        _text(entry["config_name"]),
+        _inside(entry.get("data_dir", "")),
+        files,
+        entry.get("default") in ("true", "True"),
+    )
 
 
 def _text(value: Any) -> str:
@@ -124,9 +140,15 @@ def choose_config(configs: list[Config], wanted: str | None, root: str) -> Confi
     if wanted is not None:
         chosen = [config for config in configs if config.name == wanted]
         if not chosen:
-            raise DataError(f"{root} has no config '{wanted}' (it has {names}): choose another with --dataset-config")
+            raise DataError(
+                f"{root} has no config '{wanted}' (it has {names}): choose another with --dataset-config"
+            )
     else:
-        chosen = configs if len(configs) == 1 else [config for config in configs if config.is_default or config.name == "default"]
+        chosen = (
+            configs
+            if len(configs) == 1
+            else [config for config in configs if config.is_default or config.name == "default"]
+        )
     if len(chosen) != 1:
         raise DataError(f"{root} has several configs ({names}): choose one with --dataset-config")
     return chosen[0]
@@ -143,9 +165,15 @@ def declared_splits(root: str, config: Config) -> Splits:
         paths: dict[str, None] = {}
         for pattern in patterns:
             relative = os.path.join(config.folder, pattern)
-            matches = sorted(path for path in glob.glob(relative, root_dir=root, recursive=True) if os.path.isfile(os.path.join(root, path)))
+            matches = sorted(
+                path
+                for path in glob.glob(relative, root_dir=root, recursive=True)
+                if os.path.isfile(os.path.join(root, path))
+            )
             if not matches:
-                raise DataError(f"{root}/{CARD} names the files {one_line(relative)}, which are not there: fetch them, or name others with a pattern")
+                raise DataError(
+                    f"{root}/{CARD} names the files {one_line(relative)}, which are not there: fetch them, or name others with a pattern"
+                )
             paths |= dict.fromkeys(matches)
         found[split] = list(paths)
     return Splits(found, [])
@@ -159,7 +187,11 @@ def splits_by_name(paths: list[str], has_titles: bool) -> Splits:
         has_titles: of texts, which may have any. Then a word inside a name counts only if each file names a split, and not all the same.
     """
     splits = _splits_by_name(paths, False)
-    return _splits_by_name(paths, True) if has_titles and (splits.unnamed or len(splits.files) == 1) else splits
+    return (
+        _splits_by_name(paths, True)
+        if has_titles and (splits.unnamed or len(splits.files) == 1)
+        else splits
+    )
 
 
 def _splits_by_name(paths: list[str], only_plain: bool) -> Splits:
@@ -181,7 +213,11 @@ def _split_of(path: str, only_plain: bool) -> str | None:
         return shard[1]
     *folders, name = path.lower().split("/")
     for names in (folders, [name.partition(".")[0] if only_plain else name]):
-        words = [name for name in names if name in SPLIT_OF_WORD] if only_plain else [word for name in names for word in WORD.findall(name)]
+        words = (
+            [name for name in names if name in SPLIT_OF_WORD]
+            if only_plain
+            else [word for name in names for word in WORD.findall(name)]
+        )
         found = {SPLIT_OF_WORD[word] for word in words}
         if found:
             return found.pop() if len(found) == 1 else None
@@ -200,7 +236,9 @@ def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[st
     counts = listed(f"{name} ({_files(len(paths))})" for name, paths in files.items())
     if not files:
         if wanted not in (None, TRAIN):
-            raise DataError(f"{root} has no split '{wanted}', since no name in it says a split: leave out --dataset-split")
+            raise DataError(
+                f"{root} has no split '{wanted}', since no name in it says a split: leave out --dataset-split"
+            )
         return unnamed, ""
     if unnamed:
         raise DataError(
@@ -209,13 +247,17 @@ def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[st
         )
     if wanted is not None:
         if wanted not in files:
-            raise DataError(f"{root} has no split '{wanted}' (it has {counts}): choose another with --dataset-split")
+            raise DataError(
+                f"{root} has no split '{wanted}' (it has {counts}): choose another with --dataset-split"
+            )
         return files[wanted], wanted
     if TRAIN in files:
         return files[TRAIN], TRAIN
     if len(files) == 1 and SPLIT_OF_WORD.get(next(iter(files)).lower()) in (None, TRAIN):
         return next(iter(files.values())), next(iter(files))
-    raise DataError(f"{root} has no split 'train' (it has {counts}): choose one with --dataset-split, or take all with --dataset-split all")
+    raise DataError(
+        f"{root} has no split 'train' (it has {counts}): choose one with --dataset-split, or take all with --dataset-split all"
+    )
 
 
 def _files(count: int) -> str:

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from pretrain.config.data_schema import DataConfig, SourceBase, SplitBy
-from pretrain.config.errors import ConfigError, DataError
+from data_pipeline.config import DataConfig, SourceBase, SplitBy
+from pretrain.core.errors import ConfigError, DataError
 
 ConfigT = TypeVar("ConfigT", bound=SourceBase)
 
@@ -44,7 +44,9 @@ REASONS = {
 
 
 # What a document may show that is no fault in itself.
-NOTES = {"value_over_many_lines": "a CSV value over so many lines that a stray quote may have opened it"}
+NOTES = {
+    "value_over_many_lines": "a CSV value over so many lines that a stray quote may have opened it"
+}
 
 
 class Document(NamedTuple):
@@ -125,7 +127,9 @@ class ReadContext:
     split_root: str | None = None
 
     @classmethod
-    def of(cls, config: DataConfig, name: str, spool_folder: str | Path | None = None) -> ReadContext:
+    def of(
+        cls, config: DataConfig, name: str, spool_folder: str | Path | None = None
+    ) -> ReadContext:
         """What the source ``name`` of a recipe needs to know."""
         spool = None if spool_folder is None else str(Path(spool_folder) / f"input-{name}")
         return cls(name, config.max_record_bytes, spool, config.split_by, config.split_root)
@@ -187,11 +191,16 @@ class Source(ABC, Generic[ConfigT]):
         return real_path(file, self.context.split_root)
 
     def _check_split(self) -> None:
-        place, by = f"data.split_by is {self.context.split_by}, and the source '{self.context.name}'", self.context.split_by
+        place, by = (
+            f"data.split_by is {self.context.split_by}, and the source '{self.context.name}'",
+            self.context.split_by,
+        )
         if by == "path" and not self.has_files:
             raise ConfigError(f"{place} has no files with paths: split by content, or by id")
         if by == "id" and getattr(self.config, "id_field", None) is None:
-            raise ConfigError(f"{place} has no id_field: name the field of its records that holds the id, or split by content")
+            raise ConfigError(
+                f"{place} has no id_field: name the field of its records that holds the id, or split by content"
+            )
 
 
 @lru_cache(maxsize=4096)
@@ -207,5 +216,7 @@ def real_path(file: str, root: str | None) -> str:
     folder = Path(os.path.realpath(os.path.expanduser(root)))
     if not real.is_relative_to(folder):
         place = file if os.path.abspath(file) == str(real) else f"{file}, a link to {real},"
-        raise DataError(f"{place} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in")
+        raise DataError(
+            f"{place} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in"
+        )
     return real.relative_to(folder).as_posix()

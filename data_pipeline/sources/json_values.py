@@ -98,7 +98,13 @@ class ValueReader:
             indent = self._skip_space()
             if self._at == len(self._data):
                 if in_array:
-                    yield Value(self.line, self._offset + self._at, None, 0, "the file ends before its array does")
+                    yield Value(
+                        self.line,
+                        self._offset + self._at,
+                        None,
+                        0,
+                        "the file ends before its array does",
+                    )
                 return
             first = self._data[self._at]
             if first == ord("[") and not in_array:
@@ -109,7 +115,9 @@ class ValueReader:
                 self._advance(self._at + 1)
             else:
                 value = self._value(first, indent)
-                in_array = in_array and not (value.fault and self._at == len(self._data) and self._is_at_end)
+                in_array = in_array and not (
+                    value.fault and self._at == len(self._data) and self._is_at_end
+                )
                 yield value
 
     def _value(self, first: int, indent: bytes | None) -> Value:
@@ -191,7 +199,9 @@ class ValueReader:
             found = IN_STRING.match(self._data, at)
             assert found is not None
             at = found.end()
-            is_cut = at == len(self._data) or (self._data[at] == ord("\\") and at + 1 == len(self._data))
+            is_cut = at == len(self._data) or (
+                self._data[at] == ord("\\") and at + 1 == len(self._data)
+            )
             if not is_cut:
                 if self._data[at] != ord('"'):
                     raise _Broken("a line ends inside a text")
@@ -246,10 +256,18 @@ class ValueReader:
     def _find_next(self, start: int, indent: bytes | None) -> None:
         """Goes to the next place behind a broken value that looks like the beginning of another: on a line with the same indentation, or
         behind a comma between braces; where neither comes, to the end."""
-        border = re.compile(rb"\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{)" if indent is None else rb"\n" + re.escape(indent) + rb"(?=\{)")
+        border = re.compile(
+            rb"\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{)"
+            if indent is None
+            else rb"\n" + re.escape(indent) + rb"(?=\{)"
+        )
         again = self._offset + len(self._data) - start
         self._read_again += again
-        at = self._at + 1 if self._read_again <= self._offset + self._at + READ_AGAIN_BYTES else len(self._data)
+        at = (
+            self._at + 1
+            if self._read_again <= self._offset + self._at + READ_AGAIN_BYTES
+            else len(self._data)
+        )
         while True:
             found = border.search(self._data, at)
             if found:

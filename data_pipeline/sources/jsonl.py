@@ -10,14 +10,29 @@ from typing import Any
 
 import orjson
 
-from data_pipeline.sources.containers import HEAD_BYTES, DamagedStream, Peekable, Stream, checked_encoding, stored_bytes
-from data_pipeline.sources.files import Line, damaged, file_kind, open_stream, range_units, read_lines, whole_unit
+from data_pipeline.config import JsonlSource
+from data_pipeline.sources.containers import (
+    HEAD_BYTES,
+    DamagedStream,
+    Peekable,
+    Stream,
+    checked_encoding,
+    stored_bytes,
+)
+from data_pipeline.sources.files import (
+    Line,
+    damaged,
+    file_kind,
+    open_stream,
+    range_units,
+    read_lines,
+    whole_unit,
+)
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.json_values import Value, ValueReader, holds_lines
 from data_pipeline.sources.records import RecordReader, check_first_file
-from pretrain.config.data_schema import JsonlSource
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 Fault = tuple[str, str]  # reason and detail
 Parsed = tuple[Line | Value, Any, Fault | None]
@@ -34,7 +49,11 @@ class Jsonl(Source[JsonlSource]):
             if in_ranges:
                 with open_stream(path) as stream:
                     in_ranges = _holds_lines(Peekable(stream))
-            units += range_units(self.context.name, path, unit_bytes) if in_ranges else [whole_unit(self.context.name, path)]
+            units += (
+                range_units(self.context.name, path, unit_bytes)
+                if in_ranges
+                else [whole_unit(self.context.name, path)]
+            )
         check_first_file(self, units)
         return units
 
@@ -55,9 +74,23 @@ class Jsonl(Source[JsonlSource]):
                     if isinstance(result, Document):
                         yield result
                         continue
-                    if count == 1 and unit.start == 0 and (unit.end is None or value.offset + value.size + 1 >= os.path.getsize(path)):
+                    if (
+                        count == 1
+                        and unit.start == 0
+                        and (
+                            unit.end is None
+                            or value.offset + value.size + 1 >= os.path.getsize(path)
+                        )
+                    ):
                         around = list_inside(record)  # of a file's only value
-                    yield LeftOut(path, result[0], value.number, value.offset, result[1], size=stored_bytes(stream, value.size))
+                    yield LeftOut(
+                        path,
+                        result[0],
+                        value.number,
+                        value.offset,
+                        result[1],
+                        size=stored_bytes(stream, value.size),
+                    )
             except DamagedStream as error:
                 yield damaged(path, self.lines_read + 1, error)
         if count == 1 and around is not None:
@@ -100,7 +133,10 @@ def values_of_line(line: Line, content: bytes) -> list[Parsed]:
     record, fault = parse_object(content)
     if fault is None or fault[0] != "invalid_json":
         return [(line, record, fault)]
-    values = [value._replace(number=line.number, offset=line.offset + value.offset) for value in ValueReader(io.BytesIO(content), len(content))]
+    values = [
+        value._replace(number=line.number, offset=line.offset + value.offset)
+        for value in ValueReader(io.BytesIO(content), len(content))
+    ]
     parsed: list[Parsed] = [(value, *parse_object(value.content or b"")) for value in values]
     return [(line, None, fault)] if any(part[2] for part in parsed) else parsed
 
@@ -108,7 +144,14 @@ def values_of_line(line: Line, content: bytes) -> list[Parsed]:
 def list_inside(record: Any) -> str | None:
     """The name of a record's first list of objects."""
     fields = record.items() if isinstance(record, dict) else ()
-    return next((name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)), None)
+    return next(
+        (
+            name
+            for name, value in fields
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        ),
+        None,
+    )
 
 
 def parse_object(content: bytes) -> tuple[Any, Fault | None]:
@@ -120,7 +163,10 @@ def parse_object(content: bytes) -> tuple[Any, Fault | None]:
         try:
             return json.loads(content.decode("utf-8")), None
         except UnicodeDecodeError as error:
-            return None, ("invalid_utf8", f"at byte {error.start} of the line; another encoding is named with --encoding")
+            return None, (
+                "invalid_utf8",
+                f"at byte {error.start} of the line; another encoding is named with --encoding",
+            )
         except RecursionError:
             return None, ("too_deep", "nested too deeply")
         except ValueError:

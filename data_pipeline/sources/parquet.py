@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from data_pipeline.sources.arrow_rows import BATCH_ROWS, Row, check_columns, columns_of, document_of, rows_of
+from data_pipeline.config import ParquetSource
+from data_pipeline.sources.arrow_rows import (
+    BATCH_ROWS,
+    Row,
+    check_columns,
+    columns_of,
+    document_of,
+    rows_of,
+)
 from data_pipeline.sources.files import one_line, stamp_of, unreadable
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import RecordReader
-from pretrain.config.data_schema import ParquetSource
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
@@ -58,16 +65,24 @@ class Parquet(Source[ParquetSource]):
         with file:
             for number, group in enumerate(groups[unit.start : unit.end], unit.start):
                 for result in self._read_group(file, number, group, path, row):
-                    yield result if isinstance(result, LeftOut) else document_of(to_document, result, path)
+                    yield (
+                        result
+                        if isinstance(result, LeftOut)
+                        else document_of(to_document, result, path)
+                    )
                 row += group.rows
 
-    def _read_group(self, file: ParquetFile, number: int, group: RowGroup, path: str, first: int) -> Iterator[Row | LeftOut]:
+    def _read_group(
+        self, file: ParquetFile, number: int, group: RowGroup, path: str, first: int
+    ) -> Iterator[Row | LeftOut]:
         import pyarrow
 
         row, problem = first, "they are not there"
         batch_rows = min(BATCH_ROWS, 1 + BATCH_BYTES * group.rows // (1 + group.bytes))
         try:
-            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=columns_of(self.config)):
+            for batch in file.iter_batches(
+                batch_rows, row_groups=[number], columns=columns_of(self.config)
+            ):
                 yield from rows_of(batch, self.config, path, row, self.context.max_record_bytes)
                 row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
@@ -77,7 +92,12 @@ class Parquet(Source[ParquetSource]):
         if row != first + group.rows:
             lost = first + group.rows - row
             size = group.bytes * lost // max(group.rows, 1)
-            yield LeftOut(path, "damaged_file", detail=f"rows {row} to {first + group.rows - 1}: {problem}", size=size)
+            yield LeftOut(
+                path,
+                "damaged_file",
+                detail=f"rows {row} to {first + group.rows - 1}: {problem}",
+                size=size,
+            )
 
     def _open(self, path: str) -> tuple[ParquetFile, list[RowGroup]]:
         import pyarrow
@@ -85,12 +105,16 @@ class Parquet(Source[ParquetSource]):
 
         try:
             # A small buffer instead of whole column chunks keeps memory flat for row groups of any size.
-            file = ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+            file = ParquetFile(
+                path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+            )
             schema, groups = file.schema_arrow, _row_groups(file.metadata)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise unreadable(path, error) from None
-            raise DataError(f"{path} is no Parquet file, or is cut short ({one_line(str(error))}): fetch it again or leave it out") from None
+            raise DataError(
+                f"{path} is no Parquet file, or is cut short ({one_line(str(error))}): fetch it again or leave it out"
+            ) from None
         check_columns(schema, self.config, path)
         return file, groups
 

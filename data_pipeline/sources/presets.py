@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.data_schema import DatasetsSource, Preset
+from data_pipeline.config import DatasetsSource, Preset
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     "wikitext_103_raw": {
@@ -43,8 +43,17 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "id_field": "hash",
         "metadata_fields": ["repo_name", "path", "license"],
     },
-    "fineweb": {"dataset": "HuggingFaceFW/fineweb", "config": "sample-10BT", "text_field": "text", "id_field": "id"},
-    "the_stack": {"dataset": "bigcode/the-stack-dedup", "text_field": "content", "id_field": "hexsha"},
+    "fineweb": {
+        "dataset": "HuggingFaceFW/fineweb",
+        "config": "sample-10BT",
+        "text_field": "text",
+        "id_field": "id",
+    },
+    "the_stack": {
+        "dataset": "bigcode/the-stack-dedup",
+        "text_field": "content",
+        "id_field": "hexsha",
+    },
 }
 
 

@@ -8,14 +8,22 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.config import PythonStdlibSource
 from data_pipeline.sources.files import grouped_units, unreadable
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import text_fault
-from pretrain.config.data_schema import PythonStdlibSource
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 # Tests repeat themselves, and installed packages differ between machines.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "_bundled",
+}
 # These hold the paths and compiler flags of the one machine that built this interpreter.
 BUILD_PREFIXES = ("_sysconfigdata", "config-")
 
@@ -27,7 +35,9 @@ class PythonStdlib(Source[PythonStdlibSource]):
         root = stdlib_folder()
         files = sorted(path.relative_to(root).as_posix() for path in _python_files(root))
         if not files:
-            raise DataError(f"there are no Python modules in {root}: this interpreter carries its library elsewhere; give your own text with --input")
+            raise DataError(
+                f"there are no Python modules in {root}: this interpreter carries its library elsewhere; give your own text with --input"
+            )
         return grouped_units(self.context.name, [str(root / name) for name in files], unit_bytes)
 
     def path_of(self, file: str) -> str:
@@ -39,7 +49,9 @@ class PythonStdlib(Source[PythonStdlibSource]):
         for path in unit.files:
             name = Path(path).relative_to(root).as_posix()
             try:
-                with tokenize.open(path) as stream:  # honours each module's own encoding declaration
+                with tokenize.open(
+                    path
+                ) as stream:  # honours each module's own encoding declaration
                     text = stream.read()
             except (SyntaxError, UnicodeError):
                 yield LeftOut(name, "undecodable")
@@ -47,7 +59,11 @@ class PythonStdlib(Source[PythonStdlibSource]):
             except OSError as error:
                 raise unreadable(path, error) from None
             fault = text_fault(text, "text")
-            yield LeftOut(name, fault[0], detail=fault[1], is_bad=fault[0] != "empty") if fault else Document(text, name, file=path)
+            yield (
+                LeftOut(name, fault[0], detail=fault[1], is_bad=fault[0] != "empty")
+                if fault
+                else Document(text, name, file=path)
+            )
 
 
 def stdlib_folder() -> Path:
@@ -56,5 +72,13 @@ def stdlib_folder() -> Path:
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(BUILD_PREFIXES)]
-        yield from (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(BUILD_PREFIXES))
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in SKIPPED_FOLDERS and not name.startswith(BUILD_PREFIXES)
+        ]
+        yield from (
+            Path(folder, name)
+            for name in names
+            if name.endswith(".py") and not name.startswith(BUILD_PREFIXES)
+        )

@@ -7,15 +7,25 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from data_pipeline.config import RecordsBase
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
-from pretrain.config.data_schema import RecordsBase
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 ABSENT: Any = object()
 
 # Names that data sets give to the text; they are suggested, never taken.
-USUAL_TEXT_FIELDS = ("text", "content", "body", "raw_content", "document", "article", "markdown", "code", "completion")
+USUAL_TEXT_FIELDS = (
+    "text",
+    "content",
+    "body",
+    "raw_content",
+    "document",
+    "article",
+    "markdown",
+    "code",
+    "completion",
+)
 NAMES_SHOWN = 12
 NAME_DEPTH = 3
 # Of so many records at least one has to have a text.
@@ -30,7 +40,11 @@ class RecordReader:
     """
 
     def __init__(self, config: RecordsBase) -> None:
-        self.text_field, self.id_field, self.metadata_fields = config.text_field, config.id_field, config.metadata_fields
+        self.text_field, self.id_field, self.metadata_fields = (
+            config.text_field,
+            config.id_field,
+            config.metadata_fields,
+        )
         self._is_plain = not self.id_field and not self.metadata_fields
 
     def __call__(self, record: Any, place: str) -> Document | tuple[str, str]:
@@ -40,7 +54,9 @@ class RecordReader:
         if text is None:
             text = find(record, self.text_field)
             if text is ABSENT:
-                return "missing_field", missing(self.text_field, field_names(record), field_names(record, only_texts=True))
+                return "missing_field", missing(
+                    self.text_field, field_names(record), field_names(record, only_texts=True)
+                )
         return self.document(text, record, place)
 
     def document(self, text: Any, record: dict[str, Any], place: str) -> Document | tuple[str, str]:
@@ -53,10 +69,19 @@ class RecordReader:
         key = None
         if self.id_field:
             value = reach(record, self.id_field)
-            if not isinstance(value, str | int) or isinstance(value, bool) or text_fault(str(value), "id"):
+            if (
+                not isinstance(value, str | int)
+                or isinstance(value, bool)
+                or text_fault(str(value), "id")
+            ):
                 return "bad_id", f"'{self.id_field}' is no text and no whole number"
             key = str(value)
-        return Document(text, key or place, key, {name: reach(record, name) for name in self.metadata_fields} or None)
+        return Document(
+            text,
+            key or place,
+            key,
+            {name: reach(record, name) for name in self.metadata_fields} or None,
+        )
 
 
 def find(record: Any, name: str) -> Any:
@@ -67,7 +92,10 @@ def find(record: Any, name: str) -> Any:
         return record[name]
     cut = name.rfind(".")
     while cut > 0:
-        if name[:cut] in record and (found := find(record[name[:cut]], name[cut + 1 :])) is not ABSENT:
+        if (
+            name[:cut] in record
+            and (found := find(record[name[:cut]], name[cut + 1 :])) is not ABSENT
+        ):
             return found
         cut = name.rfind(".", 0, cut)
     return ABSENT
@@ -82,7 +110,11 @@ def reach(record: Any, name: str) -> Any:
 def text_fault(text: Any, field_name: str) -> tuple[str, str] | None:
     """Why a value cannot be a document's text: (reason, detail), or None if it can."""
     if not isinstance(text, str):
-        return ("missing_field", f"'{field_name}' is null") if text is None else ("not_a_string", f"'{field_name}' is {_kind_of(text)}")
+        return (
+            ("missing_field", f"'{field_name}' is null")
+            if text is None
+            else ("not_a_string", f"'{field_name}' is {_kind_of(text)}")
+        )
     if not text or text.isspace():
         return "empty", ""
     try:
@@ -99,8 +131,14 @@ def _kind_of(value: Any) -> str:
     if isinstance(value, list):
         if not value:
             return "an empty list"
-        return "a list of texts" if isinstance(value[0], str) else f"a list, its first entry {_kind_of(value[0])}"
-    return {bool: "true or false", int: "a number", float: "a number"}.get(type(value), f"a {type(value).__name__}")
+        return (
+            "a list of texts"
+            if isinstance(value[0], str)
+            else f"a list, its first entry {_kind_of(value[0])}"
+        )
+    return {bool: "true or false", int: "a number", float: "a number"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def field_names(record: dict[str, Any], only_texts: bool = False) -> list[str]:
@@ -135,14 +173,20 @@ def suggestion(wanted: str, names: list[str]) -> str | None:
     if close:
         return by_lower[close[0]]
     usual = [lower for lower in by_lower if lower.rpartition(".")[2] in USUAL_TEXT_FIELDS]
-    best = min(usual, key=lambda lower: (lower.count("."), USUAL_TEXT_FIELDS.index(lower.rpartition(".")[2])), default=None)
+    best = min(
+        usual,
+        key=lambda lower: (lower.count("."), USUAL_TEXT_FIELDS.index(lower.rpartition(".")[2])),
+        default=None,
+    )
     return by_lower[best] if best else None
 
 
 def missing(wanted: str, names: list[str], texts: list[str]) -> str:
     """What a record or table without a field has instead. ``texts`` are the names of those of its fields that hold text."""
     probable = suggestion(wanted, texts)
-    return f"no '{wanted}' among {listed(names) or 'no fields'}" + (f", perhaps '{one_line(probable)}'" if probable else "")
+    return f"no '{wanted}' among {listed(names) or 'no fields'}" + (
+        f", perhaps '{one_line(probable)}'" if probable else ""
+    )
 
 
 def check_first_file(source: Source[Any], units: list[Unit]) -> None:
@@ -158,7 +202,12 @@ def check_first_file(source: Source[Any], units: list[Unit]) -> None:
             break
         for result in source.read(unit):
             read += 1
-            if isinstance(result, Document) or result.reason in ("empty", "nul", "lone_surrogate", "bad_id"):
+            if isinstance(result, Document) or result.reason in (
+                "empty",
+                "nul",
+                "lone_surrogate",
+                "bad_id",
+            ):
                 return
             if result.reason == "missing_field" and result.detail.endswith(" is null"):
                 return

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
+from data_pipeline.config import JsonlSource, StandardInputSource, TextSource
 from data_pipeline.sources.files import BLOCK_BYTES
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.text import Text
-from pretrain.config.data_schema import JsonlSource, StandardInputSource, TextSource
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 NAME = "stdin"
 
@@ -37,7 +37,9 @@ class StandardInput(Source[StandardInputSource]):
             _copy_standard_input(spool)
         if not os.path.getsize(spool):
             os.remove(spool)
-            raise DataError("standard input was empty: pipe the records into the command, such as 'zcat a.jsonl.gz | ...'")
+            raise DataError(
+                "standard input was empty: pipe the records into the command, such as 'zcat a.jsonl.gz | ...'"
+            )
         try:
             return self._source().units(unit_bytes)
         except DataError as error:
@@ -62,10 +64,23 @@ class StandardInput(Source[StandardInputSource]):
     def _source(self) -> Jsonl | Text:
         config, files = self.config, [self._spool]
         if config.format == "jsonl":
-            fields = config.model_dump(include={"text_field", "id_field", "metadata_fields", "encoding"})
-            return Jsonl(JsonlSource(kind="jsonl", input=files, split=config.split, **fields), self.context)
+            fields = config.model_dump(
+                include={"text_field", "id_field", "metadata_fields", "encoding"}
+            )
+            return Jsonl(
+                JsonlSource(kind="jsonl", input=files, split=config.split, **fields), self.context
+            )
         document: Literal["line", "file"] = "line" if config.format == "line" else "file"
-        return Text(TextSource(kind="text", input=files, split=config.split, document=document, encoding=config.encoding), self.context)
+        return Text(
+            TextSource(
+                kind="text",
+                input=files,
+                split=config.split,
+                document=document,
+                encoding=config.encoding,
+            ),
+            self.context,
+        )
 
 
 def _is_open() -> bool:
@@ -74,7 +89,9 @@ def _is_open() -> bool:
 
 def _copy_standard_input(spool: str) -> None:
     if not _is_open():
-        raise ConfigError("source kind 'stdin' reads what is piped into the command, and standard input is no pipe: use 'cat file | ...'")
+        raise ConfigError(
+            "source kind 'stdin' reads what is piped into the command, and standard input is no pipe: use 'cat file | ...'"
+        )
     os.makedirs(os.path.dirname(spool) or ".", exist_ok=True)
     partial = f"{spool}.partial"
     with open(partial, "wb") as copy:

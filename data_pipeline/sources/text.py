@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
+from data_pipeline.config import TextSource
 from data_pipeline.sources.containers import (
     HEAD_BYTES,
     DamagedStream,
@@ -27,10 +28,16 @@ from data_pipeline.sources.files import (
     whole_unit,
 )
 from data_pipeline.sources.folders import files_of
-from data_pipeline.sources.interface import BYTE_ORDER_MARK, Document, LeftOut, ReadContext, Source, Unit
+from data_pipeline.sources.interface import (
+    BYTE_ORDER_MARK,
+    Document,
+    LeftOut,
+    ReadContext,
+    Source,
+    Unit,
+)
 from data_pipeline.sources.records import text_fault
-from pretrain.config.data_schema import TextSource
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 
 class Text(Source[TextSource]):
@@ -75,7 +82,11 @@ class Text(Source[TextSource]):
                             yield from self._by_separator(path, stream)
                 except DamagedStream as error:
                     whole = damaged(path, self.lines_read, error)
-                    yield whole._replace(size=stamp_of(path)[0]) if self.config.document == "file" else whole
+                    yield (
+                        whole._replace(size=stamp_of(path)[0])
+                        if self.config.document == "file"
+                        else whole
+                    )
 
     def _whole(self, path: str, stream: Stream) -> Document | LeftOut:
         longest = self.context.max_record_bytes
@@ -84,7 +95,9 @@ class Text(Source[TextSource]):
         while size <= longest and (block := stream.read(min(BLOCK_BYTES, longest + 1 - size))):
             blocks.append(block)
             size += len(block)
-        result = self._part(b"".join(blocks) if size <= longest else None, path, None, None, size, stream)
+        result = self._part(
+            b"".join(blocks) if size <= longest else None, path, None, None, size, stream
+        )
         if isinstance(result, LeftOut):
             return result._replace(size=stamp_of(path)[0])
         return result._replace(id=path)
@@ -100,7 +113,10 @@ class Text(Source[TextSource]):
 
     def _by_separator(self, path: str, stream: Stream) -> Iterator[Document | LeftOut]:
         assert self.config.separator is not None
-        separator, longest = self.config.separator.encode(self.config.encoding), self.context.max_record_bytes
+        separator, longest = (
+            self.config.separator.encode(self.config.encoding),
+            self.context.max_record_bytes,
+        )
         part: list[bytes] = []
         size, first = 0, (1, 0)
         stream = with_line_feeds(Peekable(stream))
@@ -108,7 +124,9 @@ class Text(Source[TextSource]):
             self.lines_read = line.number
             if line.content is not None and line.content.removesuffix(b"\r") == separator:
                 if size:
-                    yield self._part(None if size > longest else b"".join(part), path, *first, size, stream)
+                    yield self._part(
+                        None if size > longest else b"".join(part), path, *first, size, stream
+                    )
                 part, size, first = [], 0, (line.number + 1, line.offset + len(line.content) + 1)
                 continue
             size += line.size + 1
@@ -119,18 +137,42 @@ class Text(Source[TextSource]):
         if size:
             yield self._part(None if size > longest else b"".join(part), path, *first, size, stream)
 
-    def _part(self, content: bytes | None, path: str, line: int | None, offset: int | None, size: int, stream: Stream) -> Document | LeftOut:
+    def _part(
+        self,
+        content: bytes | None,
+        path: str,
+        line: int | None,
+        offset: int | None,
+        size: int,
+        stream: Stream,
+    ) -> Document | LeftOut:
         """The document that begins on this line, or the whole file; ``content`` is None if it is too long, ``size`` its bytes."""
         if content is None:
-            return LeftOut(path, "too_long", line, offset, f"longer than {self.context.max_record_bytes} bytes", size=stored_bytes(stream, size))
+            return LeftOut(
+                path,
+                "too_long",
+                line,
+                offset,
+                f"longer than {self.context.max_record_bytes} bytes",
+                size=stored_bytes(stream, size),
+            )
         is_utf8 = self._encoding == "utf-8"
         try:
             # An encoding with a byte order mark of its own takes it away itself.
-            text = content.removeprefix(BYTE_ORDER_MARK if offset is None and is_utf8 else b"").decode(self._encoding)
+            text = content.removeprefix(
+                BYTE_ORDER_MARK if offset is None and is_utf8 else b""
+            ).decode(self._encoding)
         except UnicodeError as error:
             position = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "its end"
             detail = f"not {self.config.encoding} at {position}; another encoding is named with --encoding"
-            return LeftOut(path, "invalid_utf8" if is_utf8 else "undecodable", line, offset, detail, size=stored_bytes(stream, size))
+            return LeftOut(
+                path,
+                "invalid_utf8" if is_utf8 else "undecodable",
+                line,
+                offset,
+                detail,
+                size=stored_bytes(stream, size),
+            )
         fault = text_fault(text, "text")
         if fault:
             return LeftOut(path, fault[0], line, offset, fault[1], size=stored_bytes(stream, size))

@@ -37,15 +37,32 @@ def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
     without a base, joined emoji, scripts from the right, and ``tokens`` spelled out.
     """
     # A prime step, so that every place in a block of a script comes up.
-    points = [*range(1, 0x800), *(point for point in range(0x800, 0x20000, 41) if point not in _SURROGATES), *range(0x20000, 0x110000, 257)]
-    texts = ["", " ", "\u0301", "\u200d", "\ufeffx", "a" * 5000, "pneumono" * 500, "def f(x):\n\treturn x  \n\n\n    y = 1234567.89\r\n\r\n"]
+    points = [
+        *range(1, 0x800),
+        *(point for point in range(0x800, 0x20000, 41) if point not in _SURROGATES),
+        *range(0x20000, 0x110000, 257),
+    ]
+    texts = [
+        "",
+        " ",
+        "\u0301",
+        "\u200d",
+        "\ufeffx",
+        "a" * 5000,
+        "pneumono" * 500,
+        "def f(x):\n\treturn x  \n\n\n    y = 1234567.89\r\n\r\n",
+    ]
     for start in range(0, len(points), _BLOCK):
         block = [chr(point) for point in points[start : start + _BLOCK]]
         texts += ["".join(block), "  ".join(block[::2])]
     texts += [character * count for character in " \n\t1.é中" for count in (*range(1, 18), 1000)]
     source = random.Random(0)
-    texts += ["".join(source.choices(alphabet, k=400)) for alphabet in _ALPHABETS for _ in range(16)]
-    return texts + [text for token in tokens for text in (token, f"before{token}after", f" {token} {token}\n")]
+    texts += [
+        "".join(source.choices(alphabet, k=400)) for alphabet in _ALPHABETS for _ in range(16)
+    ]
+    return texts + [
+        text for token in tokens for text in (token, f"before{token}after", f" {token} {token}\n")
+    ]
 
 
 def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
@@ -54,8 +71,12 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
     Regular expression engines know different versions of Unicode. That one of them takes a new letter for a sign changes tokens only where
     one reaches from the letter's last byte into the text after it, or from the text before it to its first byte.
     """
-    bytes_of = str.maketrans({character: chr(value) for value, character in enumerate(byte_characters())})
-    before: dict[str, str] = {}  # of the first byte of a letter: what a token joins to it, the smallest of all
+    bytes_of = str.maketrans(
+        {character: chr(value) for value, character in enumerate(byte_characters())}
+    )
+    before: dict[
+        str, str
+    ] = {}  # of the first byte of a letter: what a token joins to it, the smallest of all
     after: dict[str, str] = {}
     for token in library.get_vocab():
         spelled = token.translate(bytes_of)
@@ -86,7 +107,9 @@ def first_difference(expected: np.ndarray, found: np.ndarray) -> int | None:
     return None if len(expected) == len(found) else shorter
 
 
-def disagreement(texts: Sequence[str], expected: Iterable[Sequence[int]], found: Iterable[Sequence[int]]) -> str | None:
+def disagreement(
+    texts: Sequence[str], expected: Iterable[Sequence[int]], found: Iterable[Sequence[int]]
+) -> str | None:
     """Says where token ids of the same texts first differ, or None."""
     for text, one, other in zip(texts, expected, found, strict=True):
         if (position := first_difference(np.asarray(one), np.asarray(other))) is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.config import MistralFile, SentencePieceFile, TiktokenFile, TokenizerFile
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_file
-from pretrain.config.data_schema import MistralFile, SentencePieceFile, TiktokenFile, TokenizerFile
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 
-def load_configured(config: TokenizerFile | SentencePieceFile | TiktokenFile | MistralFile) -> Tokenizer:
+def load_configured(
+    config: TokenizerFile | SentencePieceFile | TiktokenFile | MistralFile,
+) -> Tokenizer:
     """Reads a tokenizer of any kind and turns it into an equal ``tokenizer.json``.
 
     Raises:
@@ -23,12 +25,20 @@ def load_configured(config: TokenizerFile | SentencePieceFile | TiktokenFile | M
         case SentencePieceFile():
             from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
 
-            content, origin = convert_sentencepiece(read_file(Path(config.path), "a SentencePiece .model"), config.path), config.path
+            content, origin = (
+                convert_sentencepiece(
+                    read_file(Path(config.path), "a SentencePiece .model"), config.path
+                ),
+                config.path,
+            )
         case TiktokenFile():
             from data_pipeline.tokenizer.tiktoken_ranks import convert_tiktoken
 
             ranks = read_file(Path(config.path), "a tiktoken vocabulary")
-            content, origin = convert_tiktoken(ranks, config.path, config.pattern, config.special_tokens), config.path
+            content, origin = (
+                convert_tiktoken(ranks, config.path, config.pattern, config.special_tokens),
+                config.path,
+            )
         case MistralFile():
             from data_pipeline.tokenizer.mistral import convert_mistral
 

@@ -9,10 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.tokenizer.agreement import excerpt, first_difference, newer_unicode_texts, torture_texts
-from data_pipeline.tokenizer.engines import ENGINE_NAMES, Engine, EngineUnavailableError, Ids, Offsets, open_engine
+from data_pipeline.tokenizer.agreement import (
+    excerpt,
+    first_difference,
+    newer_unicode_texts,
+    torture_texts,
+)
+from data_pipeline.tokenizer.engines import (
+    ENGINE_NAMES,
+    Engine,
+    EngineUnavailableError,
+    Ids,
+    Offsets,
+    open_engine,
+)
 from data_pipeline.tokenizer.tokenizer import Tokenizer, failure
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +48,18 @@ class EngineChoice:
     reasons: dict[str, str]
 
 
-def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[str, Engine] | None = None) -> EngineChoice:
+def choose_engine(
+    tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[str, Engine] | None = None
+) -> EngineChoice:
     """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts` with engines.
 
     An engine is fit if all its ids are equal to those of the tokenizers library, which is itself always fit. They are tried in the order of
     their usual speed, and the first fit one is taken if it is faster than the tokenizers library: to load and try the others takes longer
     than they would gain on most corpora. ``opened`` are engines that hold the tokenizer already.
     """
-    special = [token.content for token in tokenizer.reference.get_added_tokens_decoder().values()][:MOST_TOKENS_SPELLED]
+    special = [token.content for token in tokenizer.reference.get_added_tokens_decoder().values()][
+        :MOST_TOKENS_SPELLED
+    ]
     torture = torture_texts(special) + newer_unicode_texts(tokenizer.reference)
     sample = list(sample) or torture
     megabytes = sum(len(text.encode("utf-8")) for text in sample) / 1e6
@@ -74,8 +90,15 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[s
         else:
             speeds[name] = megabytes / seconds
     best = max(speeds, key=speeds.__getitem__)
-    reasons |= {name: f"it is slower, {speed:.0f} MB/s" for name, speed in speeds.items() if name != best}
-    logger.info("tokens by %s, %.0f MB/s; %s", best, speeds[best], "; ".join(f"not {name}: {reason}" for name, reason in reasons.items()))
+    reasons |= {
+        name: f"it is slower, {speed:.0f} MB/s" for name, speed in speeds.items() if name != best
+    }
+    logger.info(
+        "tokens by %s, %.0f MB/s; %s",
+        best,
+        speeds[best],
+        "; ".join(f"not {name}: {reason}" for name, reason in reasons.items()),
+    )
     return EngineChoice(best, speeds[best], reasons)
 
 
@@ -97,7 +120,9 @@ class CheckedEncoder:
         self.checked = 0
         self.engine = open_engine(engine_name, tokenizer)
 
-    def encode_flat(self, texts: Sequence[str], digests: Sequence[int], names: Sequence[str]) -> tuple[Ids, Offsets]:
+    def encode_flat(
+        self, texts: Sequence[str], digests: Sequence[int], names: Sequence[str]
+    ) -> tuple[Ids, Offsets]:
         """Encodes texts as :meth:`~data_pipeline.tokenizer.engines.Engine.encode_flat` does.
 
         Args:
@@ -111,25 +136,35 @@ class CheckedEncoder:
         try:
             ids, offsets = self.engine.encode_flat(texts)
         except BaseException as error:  # each library raises its own
-            raise self._fault(f"fails on one of {names[0]} to {names[-1]} ({failure(error)})") from None
+            raise self._fault(
+                f"fails on one of {names[0]} to {names[-1]} ({failure(error)})"
+            ) from None
         chosen = [number for number, digest in enumerate(digests) if digest % self.check_every == 0]
         if self.engine_name != REFERENCE and chosen:
             expected = self.tokenizer.encode([texts[number] for number in chosen])
             for number, row in zip(chosen, expected, strict=True):
-                if (position := first_difference(row, ids[offsets[number] : offsets[number + 1]])) is not None:
-                    raise self._fault(f"gives another token {position} of {names[number]} than the tokenizers library")
+                if (
+                    position := first_difference(row, ids[offsets[number] : offsets[number + 1]])
+                ) is not None:
+                    raise self._fault(
+                        f"gives another token {position} of {names[number]} than the tokenizers library"
+                    )
             self.checked += len(chosen)
         return ids, offsets
 
     def _fault(self, what: str) -> DataError:
-        return DataError(f"the engine {self.engine_name} {what}: run again with --engine {REFERENCE}, or another engine")
+        return DataError(
+            f"the engine {self.engine_name} {what}: run again with --engine {REFERENCE}, or another engine"
+        )
 
 
 def _rows(ids: Ids, offsets: Offsets) -> list[np.ndarray]:
     return np.split(ids, offsets[1:-1]) if len(offsets) > 1 else []
 
 
-def _difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], texts: Sequence[str]) -> str | None:
+def _difference(
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], texts: Sequence[str]
+) -> str | None:
     for number, (one, other) in enumerate(zip(expected, found, strict=True)):
         if (position := first_difference(one, other)) is not None:
             return f"text {number} ({excerpt(texts[number])}), token {position}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.tokenizer.patterns import byte_characters, pattern_of
 from data_pipeline.tokenizer.tokenizer import Tokenizer, failure
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 Offsets = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -25,7 +25,9 @@ class EngineUnavailableError(ConfigError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"the engine {name} cannot be used with this tokenizer, as {reason}: leave --engine out, or say --engine tokenizers")
+        super().__init__(
+            f"the engine {name} cannot be used with this tokenizer, as {reason}: leave --engine out, or say --engine tokenizers"
+        )
         self.reason = reason
 
 
@@ -66,13 +68,17 @@ class _Gigatoken:
 
         content = json.loads(tokenizer.reference.to_str())
         # It finds every special token that it knows of, so it must not know of them.
-        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if not token["special"]
+        ]
         self._native = Native.from_json(json.dumps(content))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         layout = self._native.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        return np.asarray(layout.content.data, dtype=np.uint32)[offsets[0] : offsets[-1]], offsets - offsets[0]
+        return np.asarray(layout.content.data, dtype=np.uint32)[
+            offsets[0] : offsets[-1]
+        ], offsets - offsets[0]
 
 
 class _Tiktoken:
@@ -92,11 +98,18 @@ class _Tiktoken:
             special = {token.content for token in library.get_added_tokens_decoder().values()}
             names |= dict.fromkeys(name for name in vocabulary if name not in special)
         self._ids = np.array([vocabulary[name] for name in names], dtype=np.uint32)
-        ranks = {b"".join([bytes_of[character] for character in name]): rank for rank, name in enumerate(names)}
-        self._encoding = Encoding(tokenizer.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        ranks = {
+            b"".join([bytes_of[character] for character in name]): rank
+            for rank, name in enumerate(names)
+        }
+        self._encoding = Encoding(
+            tokenizer.origin, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        ranks, offsets = _joined([self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts])
+        ranks, offsets = _joined(
+            [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        )
         return self._ids[ranks], offsets
 
 
@@ -119,13 +132,17 @@ def open_engine(name: str, tokenizer: Tokenizer) -> Engine:
     if name not in _ENGINES:
         near = difflib.get_close_matches(name, ENGINE_NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no engine '{name}': {hint}take one of {', '.join(ENGINE_NAMES)}")
+        raise ConfigError(
+            f"there is no engine '{name}': {hint}take one of {', '.join(ENGINE_NAMES)}"
+        )
     try:
         return _ENGINES[name](tokenizer)
     except ModuleNotFoundError as error:
         raise EngineUnavailableError(name, f"the package {error.name} is not installed") from None
     except BaseException as error:  # each library raises its own
-        raise EngineUnavailableError(name, f"it cannot read the tokenizer ({failure(error)})") from None
+        raise EngineUnavailableError(
+            name, f"it cannot read the tokenizer ({failure(error)})"
+        ) from None
 
 
 def _joined(rows: Sequence[np.ndarray[Any, np.dtype[np.uint32]]]) -> tuple[Ids, Offsets]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
 from data_pipeline.tokenizer.tiktoken_ranks import convert_ranks
 from data_pipeline.tokenizer.tokenizer import failure
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 
 def convert_mistral(name: str) -> bytes:
@@ -23,12 +23,20 @@ def convert_mistral(name: str) -> bytes:
     try:
         folder = files("mistral_common") / "data"
     except ImportError:
-        raise ConfigError("data.tokenizer of kind mistral needs the package mistral-common: pip install mistral-common") from None
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("tekken") or ".model" in entry.name)
+        raise ConfigError(
+            "data.tokenizer of kind mistral needs the package mistral-common: pip install mistral-common"
+        ) from None
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name.startswith("tekken") or ".model" in entry.name
+    )
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"data.tokenizer.name: mistral-common has no tokenizer '{name}': {hint}it has {', '.join(names)}")
+        raise ConfigError(
+            f"data.tokenizer.name: mistral-common has no tokenizer '{name}': {hint}it has {', '.join(names)}"
+        )
     origin = f"mistral-common's {name}"
     if name.startswith("tekken"):
         return _convert_tekken(str(folder / name), origin)
@@ -40,10 +48,16 @@ def _convert_tekken(path: str, origin: str) -> bytes:
 
     try:
         tekken = Tekkenizer.from_file(path)
-        special_tokens = {tekken.id_to_piece(number): number for number in range(tekken.num_special_tokens)}
+        special_tokens = {
+            tekken.id_to_piece(number): number for number in range(tekken.num_special_tokens)
+        }
         ids = range(tekken.num_special_tokens, tekken.n_words)
-        ranks = {tekken.id_to_byte_piece(number): number - tekken.num_special_tokens for number in ids}
+        ranks = {
+            tekken.id_to_byte_piece(number): number - tekken.num_special_tokens for number in ids
+        }
         pattern = json.loads(Path(path).read_bytes())["config"]["pattern"]
     except Exception as error:
-        raise DataError(f"{origin} cannot be read ({failure(error)}): reinstall mistral-common") from None
+        raise DataError(
+            f"{origin} cannot be read ({failure(error)}): reinstall mistral-common"
+        ) from None
     return convert_ranks(ranks, origin, pattern, special_tokens, first_id=tekken.num_special_tokens)

@@ -30,7 +30,10 @@ def word_pattern(digits: Digits, whitespace: WhiteSpace) -> str:
 
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"]
+_CASED = [
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
+]
 _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = rf"{_CASED[0]}{_CONTRACTION}|{_CASED[1]}{_CONTRACTION}|\p{{N}}{{1,3}}|{_CASED_TAIL}"
@@ -47,7 +50,11 @@ TIKTOKEN_PATTERNS = {
 }
 TEKKEN_PATTERN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_TAIL}"
 
-_CUTTABLE = {*TIKTOKEN_PATTERNS.values(), TEKKEN_PATTERN, *(word_pattern(digits, whitespace) for digits in _DIGITS for whitespace in _WORDS)}
+_CUTTABLE = {
+    *TIKTOKEN_PATTERNS.values(),
+    TEKKEN_PATTERN,
+    *(word_pattern(digits, whitespace) for digits in _DIGITS for whitespace in _WORDS),
+}
 
 # In none of the expressions above a word reaches from a visible character to a blank after it, or from a letter or digit to any white space,
 # and none looks beyond such a place. What Python calls visible (\S) all regular expression engines do.
@@ -59,14 +66,22 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
     if pattern == word_pattern("as_words", "gpt2"):
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def byte_characters() -> list[str]:
     """The character that stands for each byte in a ``tokenizer.json`` (Radford et al. 2019): itself where it is visible."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     rest = (value for value in range(256) if value not in visible)
-    characters = {value: chr(value) for value in visible} | {value: chr(256 + number) for number, value in enumerate(rest)}
+    characters = {value: chr(value) for value in visible} | {
+        value: chr(256 + number) for number, value in enumerate(rest)
+    }
     assert set(characters.values()) == set(pre_tokenizers.ByteLevel.alphabet())
     return [characters[value] for value in range(256)]
 
@@ -78,7 +93,12 @@ def pattern_of(pre: pre_tokenizers.PreTokenizer | None) -> str | None:
         return word_pattern("as_words", "gpt2")
     match state.get("pretokenizers"):
         case [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+            {
+                "type": "Split",
+                "pattern": {"Regex": str(pattern)},
+                "behavior": "Isolated",
+                "invert": False,
+            },
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
         ]:
             return pattern
@@ -98,7 +118,9 @@ def may_be_cut(library: tokenizers.Tokenizer) -> bool:
 def cut_before_white_space(text: str) -> Iterator[str]:
     """Parts of about ``PIECE_CHARACTERS`` characters in which every pattern of this module finds the same words as in the whole."""
     start = 0
-    while len(text) - start > PIECE_CHARACTERS and (cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+    while len(text) - start > PIECE_CHARACTERS and (
+        cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)
+    ):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]

@@ -31,7 +31,10 @@ class TextBytes:
         texts, start = [], 0
         for length in lengths:
             document = tokens[start : start + length].tolist()
-            texts += [document[first : first + DECODED_AT_ONCE] for first in range(0, length, DECODED_AT_ONCE)]
+            texts += [
+                document[first : first + DECODED_AT_ONCE]
+                for first in range(0, length, DECODED_AT_ONCE)
+            ]
             start += length
         decoded = self._library.decode_batch(texts, skip_special_tokens=True)
         return sum(len(text.encode("utf-8")) for text in decoded)

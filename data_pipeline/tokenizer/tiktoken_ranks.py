@@ -12,10 +12,12 @@ from tokenizers import AddedToken, decoders, models
 from data_pipeline.tokenizer.agreement import disagreement, excerpt, torture_texts
 from data_pipeline.tokenizer.patterns import TIKTOKEN_PATTERNS, byte_characters, pre_tokenizer
 from data_pipeline.tokenizer.tokenizer import LARGEST_ID, failure
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 
-def convert_tiktoken(content: bytes, origin: str, pattern: str, special_tokens: Mapping[str, int]) -> bytes:
+def convert_tiktoken(
+    content: bytes, origin: str, pattern: str, special_tokens: Mapping[str, int]
+) -> bytes:
     """A ``tokenizer.json`` of a vocabulary file: lines of a base64 token and its rank, which is its id.
 
     Args:
@@ -42,7 +44,13 @@ def convert_tiktoken(content: bytes, origin: str, pattern: str, special_tokens: 
     return convert_ranks(ranks, origin, TIKTOKEN_PATTERNS.get(pattern, pattern), special_tokens)
 
 
-def convert_ranks(ranks: Mapping[bytes, int], origin: str, pattern: str, special_tokens: Mapping[str, int], first_id: int = 0) -> bytes:
+def convert_ranks(
+    ranks: Mapping[bytes, int],
+    origin: str,
+    pattern: str,
+    special_tokens: Mapping[str, int],
+    first_id: int = 0,
+) -> bytes:
     """A ``tokenizer.json`` in which a token has the id ``first_id`` + its rank.
 
     tiktoken joins the neighbours whose union has the lowest rank, so every pair of tokens that makes up a token becomes a merge. Both
@@ -58,37 +66,61 @@ def convert_ranks(ranks: Mapping[bytes, int], origin: str, pattern: str, special
         raise ConfigError(f"{origin} needs the package tiktoken: pip install tiktoken") from None
     names = _check_vocabulary(ranks, origin, special_tokens, first_id)
     try:
-        original = tiktoken.Encoding(origin, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+        original = tiktoken.Encoding(
+            origin, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
+        )
         converted = tokenizers.Tokenizer(_model(ranks, names, special_tokens, first_id))
         converted.pre_tokenizer = pre_tokenizer(pattern)
         converted.decoder = decoders.ByteLevel()
-        converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
+        converted.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in special_tokens]
+        )
         texts = torture_texts(special_tokens)
         converted.encode_special_tokens = True
         expected = [[first_id + rank for rank in original.encode_ordinary(text)] for text in texts]
-        found = [encoding.ids for encoding in converted.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [
+            encoding.ids
+            for encoding in converted.encode_batch_fast(texts, add_special_tokens=False)
+        ]
     except BaseException as error:  # each library raises its own, down to panics
-        raise DataError(f"{origin} cannot be used as a tokenizer ({failure(error)}): check its pattern and its special tokens") from None
+        raise DataError(
+            f"{origin} cannot be used as a tokenizer ({failure(error)}): check its pattern and its special tokens"
+        ) from None
     if where := disagreement(texts, expected, found):
-        raise DataError(f"{origin} has no equal tokenizer.json, as {where}: name its pattern by a tiktoken encoding, or use a tokenizer.json")
+        raise DataError(
+            f"{origin} has no equal tokenizer.json, as {where}: name its pattern by a tiktoken encoding, or use a tokenizer.json"
+        )
     return bytes(converted.to_str().encode("utf-8"))
 
 
-def _check_vocabulary(ranks: Mapping[bytes, int], origin: str, special_tokens: Mapping[str, int], first_id: int) -> dict[bytes, str]:
+def _check_vocabulary(
+    ranks: Mapping[bytes, int], origin: str, special_tokens: Mapping[str, int], first_id: int
+) -> dict[bytes, str]:
     """How a ``tokenizer.json`` spells each token, once it is sure that every token has an id of its own."""
     if missing := [value for value in range(256) if bytes([value]) not in ranks]:
-        raise DataError(f"{origin} has no token for the byte {missing[0]}: give a complete tiktoken vocabulary")
+        raise DataError(
+            f"{origin} has no token for the byte {missing[0]}: give a complete tiktoken vocabulary"
+        )
     ids = [first_id + rank for rank in ranks.values()] + list(special_tokens.values())
     if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= LARGEST_ID:
-        raise DataError(f"{origin} gives an id to two tokens, or one outside 0 to 2^31: correct the ranks or special_tokens")
+        raise DataError(
+            f"{origin} gives an id to two tokens, or one outside 0 to 2^31: correct the ranks or special_tokens"
+        )
     spelling = byte_characters()
     names = {token: "".join([spelling[value] for value in token]) for token in ranks}
     if clash := set(special_tokens) & set(names.values()):
-        raise DataError(f"{origin} has '{min(clash)}' as an ordinary token, so it cannot be a special one: leave it out of special_tokens")
+        raise DataError(
+            f"{origin} has '{min(clash)}' as an ordinary token, so it cannot be a special one: leave it out of special_tokens"
+        )
     return names
 
 
-def _model(ranks: Mapping[bytes, int], names: Mapping[bytes, str], special_tokens: Mapping[str, int], first_id: int) -> models.BPE:
+def _model(
+    ranks: Mapping[bytes, int],
+    names: Mapping[bytes, str],
+    special_tokens: Mapping[str, int],
+    first_id: int,
+) -> models.BPE:
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
         for cut in range(len(token) - 1, 0, -1):

@@ -10,13 +10,20 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from data_pipeline.config import TokenizerBase
 from data_pipeline.tokenizer.patterns import cut_before_white_space, may_be_cut
-from pretrain.config.data_schema import TokenizerBase
-from pretrain.config.errors import DataError
+from pretrain.core.errors import DataError
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
-PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>")
+PAD_TOKENS = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<｜▁pad▁｜>",
+)
 LARGEST_ID = (1 << 31) - 1
 
 
@@ -49,27 +56,37 @@ class Tokenizer:
         vocabulary = self.reference.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_ID:
-            raise DataError(f"{origin} has no tokens, or ids of 2^31 and more: give a tokenizer with a vocabulary")
+            raise DataError(
+                f"{origin} has no tokens, or ids of 2^31 and more: give a tokenizer with a vocabulary"
+            )
         eod_id = self._find("eod_token", policy.eod_token, EOD_TOKENS)
         self.bos_id = self._find("bos_token", policy.bos_token, BOS_TOKENS)
         self.pad_id = self._find("pad_token", policy.pad_token, PAD_TOKENS)
         self.append_eod, self.prepend_bos = policy.append_eod, policy.prepend_bos
         if self.prepend_bos and self.bos_id is None:
-            raise DataError(f"{origin} has none of the tokens {', '.join(BOS_TOKENS)}: name the one that begins a document with bos_token")
+            raise DataError(
+                f"{origin} has none of the tokens {', '.join(BOS_TOKENS)}: name the one that begins a document with bos_token"
+            )
         candidates = [eod_id] if self.append_eod else [eod_id, self.bos_id, self.pad_id]
         found = [token for token in candidates if token is not None]
         if not found:
-            raise DataError(f"{origin} has no end-of-document token: name it with eod_token, or use a tokenizer with one of {', '.join(EOD_TOKENS)}")
+            raise DataError(
+                f"{origin} has no end-of-document token: name it with eod_token, or use a tokenizer with one of {', '.join(EOD_TOKENS)}"
+            )
         self.eod_id = found[0]
         self._may_be_cut = may_be_cut(self.reference)
 
     def _find(self, field: str, wanted: str | None, known: Sequence[str]) -> int | None:
         """The id of the token that the policy names, or of the first well-known one that is there."""
         if wanted is None:
-            return next((found for token in known if (found := self.token_id(token)) is not None), None)
+            return next(
+                (found for token in known if (found := self.token_id(token)) is not None), None
+            )
         if (found := self.token_id(wanted)) is None:
             added = [token.content for token in self.reference.get_added_tokens_decoder().values()]
-            near = difflib.get_close_matches(wanted, added or list(self.reference.get_vocab()), n=3, cutoff=0.3)
+            near = difflib.get_close_matches(
+                wanted, added or list(self.reference.get_vocab()), n=3, cutoff=0.3
+            )
             hint = f", but {', '.join(near)}" if near else ""
             raise DataError(f"{self.origin} has no token '{wanted}'{hint}: correct {field}")
         return found
@@ -86,8 +103,15 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Token ids [n] int64 of each text, on all cores, without special tokens."""
         pieces = [list(self.pieces(text)) for text in texts]
-        encodings = iter(self.reference.encode_batch_fast([piece for parts in pieces for piece in parts], add_special_tokens=False))
-        return [np.concatenate([np.array(next(encodings).ids, dtype=np.int64) for _ in parts]) for parts in pieces]
+        encodings = iter(
+            self.reference.encode_batch_fast(
+                [piece for parts in pieces for piece in parts], add_special_tokens=False
+            )
+        )
+        return [
+            np.concatenate([np.array(next(encodings).ids, dtype=np.int64) for _ in parts])
+            for parts in pieces
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are spelled out."""
@@ -108,7 +132,9 @@ def read_file(path: Path, expected: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}; give the path of {expected}") from None
+        raise DataError(
+            f"the tokenizer {path} cannot be read: {error.strerror}; give the path of {expected}"
+        ) from None
 
 
 def failure(error: BaseException) -> str:
@@ -121,8 +147,12 @@ def failure(error: BaseException) -> str:
 def _read(content: bytes, origin: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except BaseException as error:  # the library raises bare Exception, and panics are not even that
-        raise DataError(f"{origin} is not a tokenizer that the tokenizers library can read ({failure(error)}): give a tokenizer.json") from None
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, and panics are not even that
+        raise DataError(
+            f"{origin} is not a tokenizer that the tokenizers library can read ({failure(error)}): give a tokenizer.json"
+        ) from None
     library.no_truncation()
     library.no_padding()
     # A text that spells out a special token must not end its document there.

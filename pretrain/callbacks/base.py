@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.evaluation.expert_usage import UsageWindow
+from pretrain.analysis.expert_usage import UsageWindow
 
 Row = dict[str, Any]
 

@@ -21,21 +21,36 @@ from pretrain.callbacks.trackers.mlflow import ARTIFACTS, DATABASE, MLflowTracke
 from pretrain.callbacks.trackers.wandb import WandbTracker
 from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracker, Tracking
 from pretrain.checkpoint.layout import CARD
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
-from pretrain.config.tracking_schema import TrackerKind
+from pretrain.config.trackers import TrackerKind
 from pretrain.engine.engine import Engine
 
-KINDS: dict[TrackerKind, type[Tracker]] = {"wandb": WandbTracker, "mlflow": MLflowTracker, "comet": CometTracker}
+KINDS: dict[TrackerKind, type[Tracker]] = {
+    "wandb": WandbTracker,
+    "mlflow": MLflowTracker,
+    "comet": CometTracker,
+}
 # A tracker or a section of a ds_config: the module that it needs, and what pip calls it.
-PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"), "comet": ("comet_ml", "comet_ml")}
+PACKAGES = {
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"),
+    "comet": ("comet_ml", "comet_ml"),
+}
 # What a tracker keeps of a run, and what --fresh deletes.
 KEPT_FILES = (CURVES, HISTORY, CARD, ENVIRONMENT, RECIPE, DS_CONFIG)
 RUN_FILES = (*KEPT_FILES, METRICS, TRAINING_LOG, TRACKERS, DATABASE)
 TRACKER_FOLDERS = ("wandb", ARTIFACTS, OFFLINE)
 
 
-def make_callbacks(recipe: Recipe, ds_config: dict[str, Any], engine: Engine, validates: bool, checkpoints: Path, usage: Path) -> list[Callback]:
+def make_callbacks(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    engine: Engine,
+    validates: bool,
+    checkpoints: Path,
+    usage: Path,
+) -> list[Callback]:
     """Those of rank 0. Files are written before the trackers that keep them.
 
     Args:
@@ -52,7 +67,9 @@ def make_callbacks(recipe: Recipe, ds_config: dict[str, Any], engine: Engine, va
         TrainingCurves(folder),
         card := ModelCard(folder, checkpoints, recipe),
     ]
-    if recipe.evaluation is not None:  # whose end may take long, and gives the card its last numbers
+    if (
+        recipe.evaluation is not None
+    ):  # whose end may take long, and gives the card its last numbers
         callbacks += [ContinuousEvaluation(folder, recipe.evaluation), card]
     return callbacks + make_trackers(recipe)
 
@@ -70,13 +87,24 @@ def make_trackers(recipe: Recipe) -> list[Callback]:
         tags=chosen.tags,
         config=recipe.model_dump(mode="json"),
     )
-    return [Tracking(KINDS[kind](), run, KEPT_FILES) for kind in dict.fromkeys(chosen.kinds) if find_spec(PACKAGES[kind][0])]
+    return [
+        Tracking(KINDS[kind](), run, KEPT_FILES)
+        for kind in dict.fromkeys(chosen.kinds)
+        if find_spec(PACKAGES[kind][0])
+    ]
 
 
 def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
     """A sentence for each tracker whose package is not installed; training goes on without it."""
-    asked: dict[str, str] = {f"trackers.kinds: {kind}": kind for kind in (recipe.trackers.kinds if recipe.trackers else ())}
-    asked |= {f"the ds_config's '{kind}'": kind for kind in PACKAGES if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")}
+    asked: dict[str, str] = {
+        f"trackers.kinds: {kind}": kind
+        for kind in (recipe.trackers.kinds if recipe.trackers else ())
+    }
+    asked |= {
+        f"the ds_config's '{kind}'": kind
+        for kind in PACKAGES
+        if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")
+    }
     return [
         f"{place} needs a package that is not installed, so this run goes without it: pip install {PACKAGES[kind][1]}"
         for place, kind in asked.items()

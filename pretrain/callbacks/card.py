@@ -7,8 +7,8 @@ from pathlib import Path
 from pretrain.callbacks.base import Callback, Row
 from pretrain.checkpoint.layout import CARD, pointers, read_state
 from pretrain.checkpoint.model_card import model_card, table
-from pretrain.config.durable import write_synced
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.files import write_synced
 from pretrain.evaluation.watch import read_evaluations
 
 
@@ -17,7 +17,11 @@ def newest_evaluation(run: Path, step: int) -> dict[str, float]:
     counts = ("step", "targets", "window", "windows", "stride")
     rows = [row for row in read_evaluations(run) if row["step"] <= step]
     newest = max(rows, key=lambda row: row["step"], default={})
-    numbers = {name: value for name, value in newest.items() if isinstance(value, float) and name.rpartition("/")[2] not in counts}
+    numbers = {
+        name: value
+        for name, value in newest.items()
+        if isinstance(value, float) and name.rpartition("/")[2] not in counts
+    }
     return {f"{name}, at step {newest['step']:,}": value for name, value in numbers.items()}
 
 
@@ -30,6 +34,11 @@ class ModelCard(Callback):
     def on_end(self, summary: Row) -> None:
         named = pointers(self.checkpoints)
         state = read_state(self.checkpoints / named["latest"])
-        lines = table(["checkpoint", "folder"], [[name, f"checkpoints/{step}"] for name, step in named.items()])
-        text = model_card(self.recipe, state, newest_evaluation(self.folder, state["step"])) + "\n".join(["", "## Checkpoints", "", *lines, ""])
+        lines = table(
+            ["checkpoint", "folder"],
+            [[name, f"checkpoints/{step}"] for name, step in named.items()],
+        )
+        text = model_card(
+            self.recipe, state, newest_evaluation(self.folder, state["step"])
+        ) + "\n".join(["", "## Checkpoints", "", *lines, ""])
         write_synced(self.folder / CARD, text.encode())

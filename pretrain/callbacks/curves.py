@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.metrics import METRICS, read_rows
-from pretrain.config.durable import write_synced
+from pretrain.core.files import write_synced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,17 +54,37 @@ def figure_of(rows: Sequence[Row], title: str) -> Figure:
     from matplotlib.figure import Figure
 
     train = [row for row in rows if row["kind"] == "train"]
-    panels = [panel for panel in PANELS if panel.column == "loss" or any(panel.column in row for row in train)]
+    panels = [
+        panel
+        for panel in PANELS
+        if panel.column == "loss" or any(panel.column in row for row in train)
+    ]
     columns = 2 if len(panels) > 1 else 1
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(6.5 * columns, 0.6 + 3.2 * height))
     grid = figure.subplots(height, columns, squeeze=False)
-    figure.subplots_adjust(left=0.14 / columns, right=1 - 0.03 / columns, bottom=0.18 / height, top=1 - 0.15 / height, hspace=0.28, wspace=0.2)
+    figure.subplots_adjust(
+        left=0.14 / columns,
+        right=1 - 0.03 / columns,
+        bottom=0.18 / height,
+        top=1 - 0.15 / height,
+        hspace=0.28,
+        wspace=0.2,
+    )
     for axes, panel in zip(grid.flat, panels):
         _draw(axes, panel, train)
-    validation = [(row["tokens"], row["validation_loss"]) for row in rows if row["kind"] == "validation"]
+    validation = [
+        (row["tokens"], row["validation_loss"]) for row in rows if row["kind"] == "validation"
+    ]
     if validation:
-        grid[0, 0].plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation", linewidth=1.2, markersize=4)
+        grid[0, 0].plot(
+            *zip(*validation, strict=True),
+            "o-",
+            color="tab:orange",
+            label="validation",
+            linewidth=1.2,
+            markersize=4,
+        )
     if train or validation:
         grid[0, 0].legend(loc="upper right")
     for axes in grid.flat[len(panels) :]:
@@ -74,9 +94,18 @@ def figure_of(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _draw(axes: Axes, panel: Panel, train: Sequence[Row]) -> None:
-    points: list[tuple[Any, Any]] = [(row["tokens"], row[panel.column]) for row in train if panel.column in row]
+    points: list[tuple[Any, Any]] = [
+        (row["tokens"], row[panel.column]) for row in train if panel.column in row
+    ]
     tokens, values = [point[0] for point in points], [point[1] for point in points]
-    axes.plot(tokens, values, color="tab:blue", linewidth=1.0, alpha=0.35 if panel.smoothed else 1.0, label="train" if panel.smoothed else None)
+    axes.plot(
+        tokens,
+        values,
+        color="tab:blue",
+        linewidth=1.0,
+        alpha=0.35 if panel.smoothed else 1.0,
+        label="train" if panel.smoothed else None,
+    )
     if panel.smoothed and points:
         smooth = moving_average(values, max(1.0, HALF_LIFE_SHARE * len(values)))
         axes.plot(tokens, smooth, color="tab:blue", linewidth=1.4, label="train, smoothed")
@@ -98,5 +127,7 @@ class TrainingCurves(Callback):
 
     def _draw(self) -> None:
         content = io.BytesIO()
-        figure_of(read_rows(self.folder / METRICS), self.folder.name).savefig(content, dpi=100, format="png")
+        figure_of(read_rows(self.folder / METRICS), self.folder.name).savefig(
+            content, dpi=100, format="png"
+        )
         write_synced(self.folder / CURVES, content.getvalue())

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Row
-from pretrain.config.schema import EvaluationConfig
+from pretrain.config.recipe import EvaluationConfig
 from pretrain.evaluation.watch import forget_after
 
 logger = logging.getLogger(__name__)
@@ -21,19 +21,51 @@ logger = logging.getLogger(__name__)
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
 LOG = "evaluation.log"
 # What launchers tell ranks, and must not tell a process that is none.
-RANK_PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "CROSS_", "MPI_")
+RANK_PREFIXES = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "PMI",
+    "OMPI_",
+    "CROSS_",
+    "MPI_",
+)
 
 
 def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int) -> list[str]:
     """The command line that evaluates each new checkpoint of the run, which goes on from ``step``, as the recipe's section says."""
-    command = [sys.executable, str(TOOL), "--watch", str(run), "--parent", str(os.getpid()), str(step), str(last_step), "--device", config.device]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--watch",
+        str(run),
+        "--parent",
+        str(os.getpid()),
+        str(step),
+        str(last_step),
+        "--device",
+        config.device,
+    ]
     command += ["--max-new-tokens", str(config.max_new_tokens)]
-    options: dict[str, int | str | None] = {"--interval-steps": config.interval_steps, "--max-windows": config.max_windows, "--limit": config.limit}
+    options: dict[str, int | str | None] = {
+        "--interval-steps": config.interval_steps,
+        "--max-windows": config.max_windows,
+        "--limit": config.limit,
+    }
     options |= {"--tasks": ",".join(config.tasks) or None, "--include-path": config.include_path}
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]
     # As one argument each: a prompt may begin with a dash.
-    return [*command, *(f"--prompt={prompt}" for prompt in config.prompts), *(["--heldout"] if config.heldout else [])]
+    return [
+        *command,
+        *(f"--prompt={prompt}" for prompt in config.prompts),
+        *(["--heldout"] if config.heldout else []),
+    ]
 
 
 class ContinuousEvaluation(Callback):
@@ -65,20 +97,37 @@ class ContinuousEvaluation(Callback):
         if self.process is None:
             return
         try:
-            code = self.process.wait(timeout=self.config.finish_seconds if self.step == self.num_steps else 0)
+            code = self.process.wait(
+                timeout=self.config.finish_seconds if self.step == self.num_steps else 0
+            )
             if code:
-                logger.warning("the evaluation of checkpoints ended with exit code %d: see %s", code, self.run / LOG)
+                logger.warning(
+                    "the evaluation of checkpoints ended with exit code %d: see %s",
+                    code,
+                    self.run / LOG,
+                )
         except subprocess.TimeoutExpired:
-            logger.warning("the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s goes on", self.run)
+            logger.warning(
+                "the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s goes on",
+                self.run,
+            )
             self._stop()
 
     def _watch_from(self, step: int) -> None:
         self.step = step
         forget_after(self.run, step)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)
+        }
         command = watch_command(self.run, self.config, step, self.num_steps)
         with (self.run / LOG).open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
 
     def _stop(self) -> None:
         if self.process is not None:

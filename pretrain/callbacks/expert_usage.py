@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.analysis.expert_usage import (
+    Numbers,
+    UsageWindow,
+    log_load,
+    save_window,
+    square_grid,
+    window_path,
+    window_steps,
+)
 from pretrain.callbacks.base import Callback
-from pretrain.evaluation.expert_usage import Numbers, UsageWindow, log_load, save_window, square_grid, window_path, window_steps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +31,9 @@ def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
     """Loads [rows, columns] as a picture [height, width, RGB]: dark blue is unused, yellow hot, black no expert; the scale never changes."""
     from matplotlib import colormaps
 
-    colours = colormaps["viridis"](np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor)), bytes=True)[..., :3]
+    colours = colormaps["viridis"](
+        np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor)), bytes=True
+    )[..., :3]
     repeats = max(1, -(-PICTURE_SIDE // max(loads.shape)))
     pixels: NDArray[np.uint8] = colours.repeat(repeats, axis=0).repeat(repeats, axis=1)
     return pixels
@@ -57,5 +67,15 @@ class ExpertUsage(Callback):
             return
         for layer, counts_E in zip(window.layers, window.counts_LE, strict=True):
             tag = f"usage/layer_{layer:02d}"
-            self.writer.add_histogram(f"{tag}/log2_1_plus_load", log_load(counts_E / counts_E.mean()), window.step, bins=HISTOGRAM_BINS)
-            self.writer.add_image(f"{tag}/load", heat_map(square_grid(counts_E), self.hot_factor), window.step, dataformats="HWC")
+            self.writer.add_histogram(
+                f"{tag}/log2_1_plus_load",
+                log_load(counts_E / counts_E.mean()),
+                window.step,
+                bins=HISTOGRAM_BINS,
+            )
+            self.writer.add_image(
+                f"{tag}/load",
+                heat_map(square_grid(counts_E), self.hot_factor),
+                window.step,
+                dataformats="HWC",
+            )

@@ -10,13 +10,27 @@ from typing import Any
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.metrics import METRICS, read_rows
-from pretrain.config.durable import write_synced
 from pretrain.config.timeline import Timeline
+from pretrain.core.files import write_synced
 
 HISTORY = "training_history.json"
 # From the last row of training before a validation, by the name that it has there.
-LAST_OF = {"learning_rate": "learning_rate", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second", "seconds": "seconds"}
-COLUMNS = ("step", "tokens", "epoch", "train_loss", "val_loss", "val_targets", "perplexity", *LAST_OF)
+LAST_OF = {
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens_per_second": "tokens_per_second",
+    "seconds": "seconds",
+}
+COLUMNS = (
+    "step",
+    "tokens",
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_targets",
+    "perplexity",
+    *LAST_OF,
+)
 
 
 class History:
@@ -31,7 +45,10 @@ class History:
         self.validates, self.timeline = validates, timeline
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.best: dict[str, Any] | None = None
-        self._sums = self._entered = (0.0, 0)  # losses over steps, and steps: since the last entry, and of that entry
+        self._sums = self._entered = (
+            0.0,
+            0,
+        )  # losses over steps, and steps: since the last entry, and of that entry
         self._last_step = 0
         self._last: Row = {}
 
@@ -63,18 +80,33 @@ class History:
         for name, value in entry.items():
             self.columns[name].append(value)
         self._sums, self._entered = (0.0, 0), self._sums
-        if loss is not None and not again and (self.best is None or not self._compare(self.best, entry) or loss < self.best["val_loss"]):
+        if (
+            loss is not None
+            and not again
+            and (
+                self.best is None
+                or not self._compare(self.best, entry)
+                or loss < self.best["val_loss"]
+            )
+        ):
             self.best = entry
         return True
 
     def _compare(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
         """Whether the validation losses of two entries are of the same data."""
-        lengths = [self.timeline.at(entry["step"] - 1).recipe.train.sequence_length for entry in (one, other)]
+        lengths = [
+            self.timeline.at(entry["step"] - 1).recipe.train.sequence_length
+            for entry in (one, other)
+        ]
         return lengths[0] == lengths[1] and one["val_targets"] == other["val_targets"]
 
     def content(self) -> dict[str, Any]:
         """Columns of one length, ``best`` (None without validation) and ``units``."""
-        units = {"train_loss": "nats a token, mean since the last entry", "val_loss": "nats a token", "seconds": "of training, without validation"}
+        units = {
+            "train_loss": "nats a token, mean since the last entry",
+            "val_loss": "nats a token",
+            "seconds": "of training, without validation",
+        }
         return {**self.columns, "best": self.best, "units": units}
 
 
@@ -112,4 +144,6 @@ class TrainingHistory(Callback):
             self._write()
 
     def _write(self) -> None:
-        write_synced(self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode())
+        write_synced(
+            self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode()
+        )

@@ -18,7 +18,15 @@ class ProgressBar(Callback):
 
     def on_start(self, step: int, num_steps: int) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=num_steps, initial=step, unit="step", desc="training", mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=step,
+            unit="step",
+            desc="training",
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+        )
 
     def on_step(self, step: int) -> None:
         assert self.bar is not None
@@ -29,7 +37,10 @@ class ProgressBar(Callback):
         if "phase" in row:
             self.shown["phase"] = row["phase"]
         if row["kind"] == "train":
-            self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+            self.shown |= {
+                "loss": f"{row['loss']:.3f}",
+                "tok/s": f"{row['tokens_per_second']:,.0f}",
+            }
         elif row["kind"] == "validation":
             self.shown["val"] = f"{row['validation_loss']:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)

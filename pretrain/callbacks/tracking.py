@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.callbacks.events import Events, events_of
-from pretrain.config.credentials import redact
-from pretrain.config.durable import write_synced
+from pretrain.core.credentials import redact
+from pretrain.core.files import write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ class Tracking(Callback):
         self.tracker, self.run, self.files = tracker, run, files
         self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.kind}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name=f"tracker-{tracker.kind}", daemon=True
+        )
         self._step = self._num_steps = 0
 
     def on_start(self, step: int, num_steps: int) -> None:
@@ -114,7 +116,9 @@ class Tracking(Callback):
     def _finish(self, status: Status, summary: Row) -> None:
         if not self._thread.is_alive():
             return
-        files = [self.run.folder / name for name in self.files if (self.run.folder / name).is_file()]
+        files = [
+            self.run.folder / name for name in self.files if (self.run.folder / name).is_file()
+        ]
         self._waiting.put(lambda: self.tracker.finish(status, summary, files))
         self._waiting.put(None)
         seconds = STOP_SECONDS if status == "stopped" else FINISH_SECONDS
@@ -131,7 +135,9 @@ class Tracking(Callback):
             except BaseException as error:  # of any service, of any kind: some call sys.exit
                 if not self._failed.is_set():
                     self._failed.set()
-                    self._tell(f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+                    self._tell(
+                        f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+                    )
                 return
 
     def _tell(self, what: str) -> None:

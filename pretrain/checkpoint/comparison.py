@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.checkpoint.weights_folder import tensor_shapes
+from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.differences import Difference, differences, with_field
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.section import Effect
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.section import Effect
+from pretrain.model.config import ModelConfig
 
 Shape = tuple[int, ...]
 REMEDY = "change the recipe's model, choose another, or set initial_weights_partial=true to start from what fits"
@@ -38,9 +38,7 @@ class Comparison:
 
     @property
     def counts(self) -> str:
-        return (
-            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.wrong_shapes)} of another shape, {len(self.loaded)} that fit"
-        )
+        return f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.wrong_shapes)} of another shape, {len(self.loaded)} that fit"
 
     def first_fault(self, where: str) -> str:
         """A sentence about the first tensor that does not fit."""
@@ -58,7 +56,10 @@ class Comparison:
         random, ignored = "starts at random", "is not read"
         return [
             *((name, "missing", "", random) for name in self.missing),
-            *((name, "of another shape", f"{list(stored)}, not {list(wanted)}", random) for name, stored, wanted in self.wrong_shapes),
+            *(
+                (name, "of another shape", f"{list(stored)}, not {list(wanted)}", random)
+                for name, stored, wanted in self.wrong_shapes
+            ),
             *((name, "unexpected", "", ignored) for name in self.unexpected),
         ]
 
@@ -75,11 +76,17 @@ def compare(stored: Mapping[str, Shape], model: ModelConfig) -> Comparison:
         loaded=[name for name in shared if stored[name] == shapes[name]],
         missing=sorted(shapes.keys() - stored.keys()),
         unexpected=sorted(stored.keys() - shapes.keys()),
-        wrong_shapes=[(name, tuple(stored[name]), shapes[name]) for name in shared if stored[name] != shapes[name]],
+        wrong_shapes=[
+            (name, tuple(stored[name]), shapes[name])
+            for name in shared
+            if stored[name] != shapes[name]
+        ],
     )
 
 
-def unread_differences(stored: ModelConfig, wanted: ModelConfig, loaded: Collection[str]) -> list[Difference]:
+def unread_differences(
+    stored: ModelConfig, wanted: ModelConfig, loaded: Collection[str]
+) -> list[Difference]:
     """The fields by which tensors of one name and shape mean something else in ``wanted``: weights that must not be taken over.
 
     Parts of other kinds are among them, and a field that says what is in a tensor which is loaded (4 heads of 16 and 8 heads of 8 have
@@ -88,17 +95,34 @@ def unread_differences(stored: ModelConfig, wanted: ModelConfig, loaded: Collect
     Args:
         loaded: names of the tensors that would be taken over.
     """
-    found = [difference for difference in differences(stored, wanted) if difference.effect is Effect.MEANING]
-    return [one for one in found if one.is_kind or not _shows_in_shapes(stored, wanted, one.path, loaded)]
+    found = [
+        difference
+        for difference in differences(stored, wanted)
+        if difference.effect is Effect.MEANING
+    ]
+    return [
+        one
+        for one in found
+        if one.is_kind or not _shows_in_shapes(stored, wanted, one.path, loaded)
+    ]
 
 
-def _shows_in_shapes(stored: ModelConfig, wanted: ModelConfig, path: str, loaded: Collection[str]) -> bool:
+def _shows_in_shapes(
+    stored: ModelConfig, wanted: ModelConfig, path: str, loaded: Collection[str]
+) -> bool:
     """Whether a field decides on names or shapes of tensors, and none of those is loaded."""
     try:
-        shapes = [dense | experts for dense, experts in map(tensor_shapes, (stored, with_field(stored, wanted, path)))]
+        shapes = [
+            dense | experts
+            for dense, experts in map(tensor_shapes, (stored, with_field(stored, wanted, path)))
+        ]
     except (ConfigError, ArithmeticError, AssertionError, RuntimeError, ValueError):
         return False  # one field alone gives no model that could be built: the weights are not known to be safe
-    decided = {name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)}
+    decided = {
+        name
+        for name in shapes[0].keys() | shapes[1].keys()
+        if shapes[0].get(name) != shapes[1].get(name)
+    }
     return bool(decided) and decided.isdisjoint(loaded)
 
 

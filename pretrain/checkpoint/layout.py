@@ -24,14 +24,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.durable import file_sha256, write_synced
-from pretrain.config.errors import CheckpointError
 from pretrain.config.load import parse_yaml, validate_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import recipe_at
+from pretrain.core.errors import CheckpointError
+from pretrain.core.files import file_sha256, write_synced
 
 LATEST, BEST, EPOCH = "latest", "best", "epoch_"
-MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER, CARD = "manifest.json", "state.json", "recipe.yaml", "ds_config.json", "tokenizer.json", "README.md"
+MANIFEST, STATE, RECIPE, DS_CONFIG, TOKENIZER, CARD = (
+    "manifest.json",
+    "state.json",
+    "recipe.yaml",
+    "ds_config.json",
+    "tokenizer.json",
+    "README.md",
+)
 DEEPSPEED_TAG, RANDOM_FOLDER, ROWS_FOLDER = "deepspeed", "random", "rows"
 STEP_NAME = re.compile(r"^step_(\d+)$")
 POINTER_NAME = re.compile(rf"^({LATEST}|{BEST}|{EPOCH}\d+)$")
@@ -50,7 +57,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Folders that were published whole, newest first. Torn ones carry a temporary name and are not among them."""
     if not checkpoints.is_dir():
         return []
-    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_NAME.match(path.name)) and (path / MANIFEST).is_file()]
+    found = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := STEP_NAME.match(path.name)) and (path / MANIFEST).is_file()
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -64,18 +75,28 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if path.is_dir() and not (path / MANIFEST).is_file() and (path / LATEST).is_file():
         path = path / LATEST
     if path.is_file():
-        name = path.read_text(encoding="utf-8", errors="replace").strip() if path.stat().st_size < 200 else ""
+        name = (
+            path.read_text(encoding="utf-8", errors="replace").strip()
+            if path.stat().st_size < 200
+            else ""
+        )
         if not POINTER_NAME.match(path.name) or not STEP_NAME.match(name):
-            raise CheckpointError(f"{path} is no checkpoint: give a step_N folder or the file '{LATEST}' that names one")
+            raise CheckpointError(
+                f"{path} is no checkpoint: give a step_N folder or the file '{LATEST}' that names one"
+            )
         path = path.parent / name
     if not path.is_dir():
         others = complete_checkpoints(path.parent)
         hint = f"there is {others[0]}" if others else "train first, with launchers/pretrain.py"
         raise CheckpointError(f"there is no checkpoint {path}: {hint}")
     if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT")
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT"
+        )
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is no complete checkpoint (it has no {MANIFEST}): choose another step_N folder")
+        raise CheckpointError(
+            f"{path} is no complete checkpoint (it has no {MANIFEST}): choose another step_N folder"
+        )
     return path
 
 
@@ -83,11 +104,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is damaged, choose another step_N folder") from None
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint is damaged, choose another step_N folder"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{path} is not valid JSON: the checkpoint is damaged, choose another step_N folder") from None
+        raise CheckpointError(
+            f"{path} is not valid JSON: the checkpoint is damaged, choose another step_N folder"
+        ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: the checkpoint is damaged, choose another step_N folder")
+        raise CheckpointError(
+            f"{path} holds no JSON object: the checkpoint is damaged, choose another step_N folder"
+        )
     return content
 
 
@@ -108,7 +135,9 @@ def read_run_recipe(folder: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
-        raise CheckpointError(f"{path} is missing or damaged: choose another step_N folder") from None
+        raise CheckpointError(
+            f"{path} is missing or damaged: choose another step_N folder"
+        ) from None
     return validate_recipe(parse_yaml(text, str(path)), str(path))
 
 
@@ -149,5 +178,7 @@ def pointers(checkpoints: Path) -> dict[str, str]:
     """The checkpoints that have a name, by it: ``{"best": "step_200", "epoch_1": "step_150", "latest": "step_300"}``."""
     if not checkpoints.is_dir():
         return {}
-    found = sorted(path for path in checkpoints.iterdir() if POINTER_NAME.match(path.name) and path.is_file())
+    found = sorted(
+        path for path in checkpoints.iterdir() if POINTER_NAME.match(path.name) and path.is_file()
+    )
     return {path.name: path.read_text(encoding="utf-8", errors="replace").strip() for path in found}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 
 
 def load_pickled(path: Path) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def load_pickled(path: Path) -> dict[str, Any]:
     """
     try:
         # Files from before torch 1.6 are no archives and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for damaged and for dangerous files
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

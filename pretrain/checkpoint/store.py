@@ -19,9 +19,9 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.tokenizer_files import SideFiles, write_side_files
 from pretrain.checkpoint.weights import read_experts_part, write_weights
-from pretrain.config.durable import file_sha256, fsync_path
-from pretrain.config.errors import CheckpointError, StorageError, is_peer_loss
 from pretrain.config.load import recipe_to_yaml
+from pretrain.core.errors import CheckpointError, StorageError, is_peer_loss
+from pretrain.core.files import file_sha256, fsync_path
 from pretrain.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,13 @@ def random_state() -> dict[str, Any]:
     assert isinstance(keys, numpy.ndarray)
     state = {
         "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(keys.astype(numpy.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            str(name),
+            torch.from_numpy(keys.astype(numpy.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "torch": torch.get_rng_state(),
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
@@ -59,14 +65,22 @@ class CheckpointStore:
         side_files: what belongs to the tokenizer and travels with it; written into each checkpoint.
     """
 
-    def __init__(self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, ds_config: dict[str, Any], tokenizer: Path
+    ) -> None:
         self.folder = folder
         self.engine = engine
         self.ds_config = ds_config
         self.tokenizer = tokenizer
         self.side_files: SideFiles = {}
 
-    def save(self, step: int, state: dict[str, Any], named: dict[str, int] | None = None, own: dict[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        named: dict[str, int] | None = None,
+        own: dict[str, Any] | None = None,
+    ) -> Path:
         """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
 
         Args:
@@ -83,28 +97,55 @@ class CheckpointStore:
         self._prepare(temporary)
         try:
             (temporary / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
-            torch.save(random_state() | {"own": own or {}}, temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt")
+            torch.save(
+                random_state() | {"own": own or {}},
+                temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt",
+            )
             moe = engine.recipe.model.moe
-            tables = {name: table.weight for name, table in engine.rows.tables.items()} if engine.rows is not None else {}
+            tables = (
+                {name: table.weight for name, table in engine.rows.tables.items()}
+                if engine.rows is not None
+                else {}
+            )
             num_experts = moe.total_experts if moe else 1
-            write_weights(temporary, engine.model, engine.master_weight, topology.rank, engine.expert_parts, num_experts, tables)
+            write_weights(
+                temporary,
+                engine.model,
+                engine.master_weight,
+                topology.rank,
+                engine.expert_parts,
+                num_experts,
+                tables,
+            )
             self._write_rows(temporary)
-            engine.deepspeed.save_checkpoint(str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False)
+            engine.deepspeed.save_checkpoint(
+                str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False
+            )
             if topology.is_main:
-                for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: they mistake expert files for model files
+                for script in temporary.glob(
+                    "zero_to_*.py"
+                ):  # DeepSpeed's converters: they mistake expert files for model files
                     script.unlink()
-                (temporary / layout.RECIPE).write_text(recipe_to_yaml(engine.recipe), encoding="utf-8")
-                (temporary / layout.DS_CONFIG).write_text(json.dumps(self.ds_config, indent=2), encoding="utf-8")
+                (temporary / layout.RECIPE).write_text(
+                    recipe_to_yaml(engine.recipe), encoding="utf-8"
+                )
+                (temporary / layout.DS_CONFIG).write_text(
+                    json.dumps(self.ds_config, indent=2), encoding="utf-8"
+                )
                 (temporary / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 shutil.copyfile(self.tokenizer, temporary / layout.TOKENIZER)
                 write_side_files(self.side_files, temporary)
-                (temporary / layout.CARD).write_text(model_card(engine.recipe, state), encoding="utf-8")
+                (temporary / layout.CARD).write_text(
+                    model_card(engine.recipe, state), encoding="utf-8"
+                )
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
             if is_peer_loss(error):
                 raise
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+            reason = (
+                error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+            )
             raise StorageError(
                 f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space and run the same command"
             ) from error
@@ -149,7 +190,13 @@ class CheckpointStore:
         for folder in layout.complete_checkpoints(self.folder):
             if before is not None and layout.step_of(folder) >= before:
                 continue
-            faults = [fault for fault in topology.gather(layout.damage(folder, topology.rank, topology.world_size)) if fault]
+            faults = [
+                fault
+                for fault in topology.all_gather(
+                    layout.damage(folder, topology.rank, topology.world_size)
+                )
+                if fault
+            ]
             if not faults:
                 if damaged and topology.is_main:
                     logger.warning("fell back to %s, because %s", folder, "; ".join(damaged))
@@ -157,7 +204,9 @@ class CheckpointStore:
                 return folder
             damaged.append(f"in {folder} {faults[0]}")
         if damaged:
-            raise CheckpointError(f"no checkpoint of this run is whole: {'; '.join(damaged)}; start over with --fresh")
+            raise CheckpointError(
+                f"no checkpoint of this run is whole: {'; '.join(damaged)}; start over with --fresh"
+            )
         return None
 
     def whole(self, path: str) -> Path:
@@ -168,7 +217,13 @@ class CheckpointStore:
         """
         topology = self.engine.topology
         folder = layout.resolve_checkpoint(path)
-        if faults := [fault for fault in topology.gather(layout.damage(folder, topology.rank, topology.world_size)) if fault]:
+        if faults := [
+            fault
+            for fault in topology.all_gather(
+                layout.damage(folder, topology.rank, topology.world_size)
+            )
+            if fault
+        ]:
             raise CheckpointError(f"{folder} is damaged: {faults[0]}; choose another checkpoint")
         return folder
 
@@ -179,8 +234,13 @@ class CheckpointStore:
             its ``state.json``, with what :meth:`save` got as this rank's ``own``.
         """
         optimizer = self.engine.optimizer
-        own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        loaded, _ = self.engine.deepspeed.load_checkpoint(str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False)
+        own = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        loaded, _ = self.engine.deepspeed.load_checkpoint(
+            str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False
+        )
         if loaded is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
@@ -202,18 +262,32 @@ class CheckpointStore:
         if rows is None:
             return
         (folder / layout.ROWS_FOLDER).mkdir(exist_ok=True)
-        state = {f"{name}/{key}": value.cpu() for name, row_state in rows.states.items() for key, value in row_state.state().items()}
-        save_file(state, folder / layout.ROWS_FOLDER / f"rank_{self.engine.topology.rank:05d}.safetensors")
+        state = {
+            f"{name}/{key}": value.cpu()
+            for name, row_state in rows.states.items()
+            for key, value in row_state.state().items()
+        }
+        save_file(
+            state, folder / layout.ROWS_FOLDER / f"rank_{self.engine.topology.rank:05d}.safetensors"
+        )
 
     def _load_rows(self, folder: Path) -> None:
         rows, engine = self.engine.rows, self.engine
         if rows is None:
             return
         weights = read_experts_part(folder, engine.expert_part, engine.expert_parts)
-        state = load_file(folder / layout.ROWS_FOLDER / f"rank_{engine.topology.rank:05d}.safetensors")
+        state = load_file(
+            folder / layout.ROWS_FOLDER / f"rank_{engine.topology.rank:05d}.safetensors"
+        )
         for name, table in rows.tables.items():
             table.weight.copy_(weights[name])
-            rows.states[name].load({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
+            rows.states[name].load(
+                {
+                    key.removeprefix(f"{name}/"): value
+                    for key, value in state.items()
+                    if key.startswith(f"{name}/")
+                }
+            )
 
     def _prepare(self, temporary: Path) -> None:
         """Makes an empty temporary folder after checking that the disk has room."""
@@ -226,11 +300,13 @@ class CheckpointStore:
                 problem = self._shortage()
             except OSError as error:
                 problem = f"cannot make {temporary}: {error.strerror}"
-        problem = topology.gather(problem)[0]
+        problem = topology.all_gather(problem)[0]
         if problem:
             if topology.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise StorageError(f"{problem}; free space or set another run_path, then run the same command")
+            raise StorageError(
+                f"{problem}; free space or set another run_path, then run the same command"
+            )
 
     def _shortage(self) -> str:
         existing = layout.complete_checkpoints(self.folder)
@@ -238,7 +314,11 @@ class CheckpointStore:
             return ""
         needed = int(1.1 * sum(path.stat().st_size for path in layout.payload_files(existing[0])))
         free = shutil.disk_usage(self.folder).free
-        return f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB" if free < needed else ""
+        return (
+            f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB"
+            if free < needed
+            else ""
+        )
 
     def _publish(self, temporary: Path, target: Path) -> None:
         """Hashes and syncs all files (shared among the ranks), writes the manifest, renames, moves the pointer."""
@@ -246,13 +326,23 @@ class CheckpointStore:
         entries: dict[str, Any] = {}
         for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
             fsync_path(path)
-            entries[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        shares = topology.gather(entries)
+            entries[path.relative_to(temporary).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+        shares = topology.all_gather(entries)
         if not topology.is_main:
             return
-        manifest = {"version": 1, "files": {name: entry for share in shares for name, entry in sorted(share.items())}}
+        manifest = {
+            "version": 1,
+            "files": {name: entry for share in shares for name, entry in sorted(share.items())},
+        }
         (temporary / layout.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for path in (temporary / layout.MANIFEST, *(child for child in temporary.iterdir() if child.is_dir()), temporary):
+        for path in (
+            temporary / layout.MANIFEST,
+            *(child for child in temporary.iterdir() if child.is_dir()),
+            temporary,
+        ):
             fsync_path(path)
         if target.exists():
             self._set_aside(target)
@@ -261,7 +351,11 @@ class CheckpointStore:
 
     def _point(self, named: dict[str, int]) -> None:
         """Writes the pointers of checkpoints that are there; a pointer that no longer names one goes."""
-        there = {name: layout.step_folder(self.folder, step).name for name, step in named.items() if layout.step_folder(self.folder, step).is_dir()}
+        there = {
+            name: layout.step_folder(self.folder, step).name
+            for name, step in named.items()
+            if layout.step_folder(self.folder, step).is_dir()
+        }
         for name, target in layout.pointers(self.folder).items():
             if name != layout.LATEST and name not in there:
                 (self.folder / name).unlink()
@@ -275,9 +369,14 @@ class CheckpointStore:
         folders = layout.complete_checkpoints(self.folder)
         later = [folder for folder in folders if layout.step_of(folder) > step]
         for folder in later:
-            logger.warning("removed %s: the run began before it, and has saved step %d", folder, step)
+            logger.warning(
+                "removed %s: the run began before it, and has saved step %d", folder, step
+            )
         old = folders[len(later) + self.engine.recipe.checkpoint.keep_last :]
-        for folder in (*later, *(folder for folder in old if layout.step_of(folder) not in protected)):
+        for folder in (
+            *later,
+            *(folder for folder in old if layout.step_of(folder) not in protected),
+        ):
             self._set_aside(folder)
         self._clear()
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 
 FORMAT_NAMES = {
     torch.float64: "F64",
@@ -61,7 +61,11 @@ class TensorFileWriter:
         # The widest numbers come first, so that each tensor starts at a multiple of its own width.
         for name, form in sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize):
             self._starts[name], end = end, end + form.bytes
-            header[name] = {"dtype": FORMAT_NAMES[form.dtype], "shape": list(form.shape), "data_offsets": [self._starts[name], end]}
+            header[name] = {
+                "dtype": FORMAT_NAMES[form.dtype],
+                "shape": list(form.shape),
+                "data_offsets": [self._starts[name], end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._first = 8 + len(text)
@@ -78,23 +82,38 @@ class TensorFileWriter:
     def __enter__(self) -> TensorFileWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
         if error is None and self.missing:
-            raise CheckpointError(f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing): {self.path.name} would be incomplete")
+            raise CheckpointError(
+                f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing): {self.path.name} would be incomplete"
+            )
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, of any strides."""
         if name not in self._forms:
-            raise CheckpointError(f"there is no place for the tensor '{name}' in {self.path.name}: it does not belong to the model")
+            raise CheckpointError(
+                f"there is no place for the tensor '{name}' in {self.path.name}: it does not belong to the model"
+            )
         if name not in self.missing:
-            raise CheckpointError(f"the tensor '{name}' came twice: it belongs into {self.path.name} once")
+            raise CheckpointError(
+                f"the tensor '{name}' came twice: it belongs into {self.path.name} once"
+            )
         form = TensorForm(tensor.dtype, tuple(tensor.shape))
         if form != self._forms[name]:
             wanted = self._forms[name]
-            raise CheckpointError(f"the tensor '{name}' is {form.dtype} {list(form.shape)}, and should be {wanted.dtype} {list(wanted.shape)}")
+            raise CheckpointError(
+                f"the tensor '{name}' is {form.dtype} {list(form.shape)}, and should be {wanted.dtype} {list(wanted.shape)}"
+            )
         self._file.seek(self._first + self._starts[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
         self.missing.remove(name)
 
 
@@ -123,8 +142,12 @@ class TensorReader:
                     part = file.get_slice(name)
                     dtype = _DTYPES.get(part.get_dtype())
                     if dtype is None:
-                        raise CheckpointError(f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: convert it to a floating type first")
-                    self._holders.setdefault(name, []).append((path, TensorForm(dtype, tuple(part.get_shape()))))
+                        raise CheckpointError(
+                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: convert it to a floating type first"
+                        )
+                    self._holders.setdefault(name, []).append(
+                        (path, TensorForm(dtype, tuple(part.get_shape())))
+                    )
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +163,9 @@ class TensorReader:
         forms = [form for _, form in self._holders[name]]
         if len(forms) == 1:
             return forms[0]
-        return TensorForm(forms[0].dtype, (sum(form.shape[0] for form in forms), *forms[0].shape[1:]))
+        return TensorForm(
+            forms[0].dtype, (sum(form.shape[0] for form in forms), *forms[0].shape[1:])
+        )
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A whole tensor, or what stands at ``index`` of its first dimension."""
@@ -167,6 +192,10 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the weights are incomplete, take another folder") from None
+        raise CheckpointError(
+            f"{path} is missing: the weights are incomplete, take another folder"
+        ) from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, take another folder") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is damaged, take another folder"
+        ) from None

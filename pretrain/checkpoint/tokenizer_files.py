@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.file_weights import is_weights_file
+from pretrain.checkpoint.foreign_state_dict import is_weights_file
 from pretrain.checkpoint.layout import resolve_checkpoint
-from pretrain.config.errors import CheckpointError
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError
 
-TOKENIZER_CONFIG, GENERATION_CONFIG, TOKEN_IDS = "tokenizer_config.json", "generation_config.json", "config_token_ids.json"
-JSON_FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "added_tokens.json", TOKEN_IDS)
+TOKENIZER_CONFIG, GENERATION_CONFIG, TOKEN_IDS = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "config_token_ids.json",
+)
+JSON_FILES = (
+    TOKENIZER_CONFIG,
+    GENERATION_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    TOKEN_IDS,
+)
 CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja")
 ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -35,7 +45,11 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: where one is larger than 64 MB, no JSON object or no UTF-8.
     """
-    files = {name: _json_bytes(_without_code(_read_json(folder / name))) for name in JSON_FILES if (folder / name).is_file()}
+    files = {
+        name: _json_bytes(_without_code(_read_json(folder / name)))
+        for name in JSON_FILES
+        if (folder / name).is_file()
+    }
     templates = [folder / CHAT_TEMPLATE, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
     for path in templates:
         if path.is_file() and TEMPLATE_NAME.fullmatch(path.name):
@@ -71,7 +85,9 @@ def end_ids(files: SideFiles) -> frozenset[int]:
 def token_ids(value: Any) -> frozenset[int]:
     """``eos_token_id`` as transformers writes it: an id, several, or null."""
     listed = value if isinstance(value, list) else [value]
-    return frozenset(each for each in listed if isinstance(each, int) and not isinstance(each, bool))
+    return frozenset(
+        each for each in listed if isinstance(each, int) and not isinstance(each, bool)
+    )
 
 
 def origin_of(recipe: Recipe, newest: Path | None) -> Path | None:
@@ -83,18 +99,30 @@ def origin_of(recipe: Recipe, newest: Path | None) -> Path | None:
 
 
 def _without_code(content: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in content.items() if name not in CODE and not name.endswith("_file")}
+    kept = {
+        name: value
+        for name, value in content.items()
+        if name not in CODE and not name.endswith("_file")
+    }
     # The class that the code was for is in no release of transformers.
-    return kept | ({"tokenizer_class": "PreTrainedTokenizerFast"} if "auto_map" in content and "tokenizer_class" in content else {})
+    return kept | (
+        {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if "auto_map" in content and "tokenizer_class" in content
+        else {}
+    )
 
 
 def _read(path: Path) -> str:
     if path.stat().st_size > LARGEST_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, and such a file has less than {LARGEST_BYTES:,}: take it out")
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes, and such a file has less than {LARGEST_BYTES:,}: take it out"
+        )
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
-        raise CheckpointError(f"{path} cannot be read as UTF-8: correct it or take it out") from None
+        raise CheckpointError(
+            f"{path} cannot be read as UTF-8: correct it or take it out"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE
-from pretrain.config.optimizer_schema import AdamW
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.model.moe.config import PEER, DeepSpeedMoE, DroplessMoE
+from pretrain.optim.config import AdamW
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -35,9 +35,15 @@ def check_universal(checkpoint: Path) -> None:
     recipe = read_recipe(checkpoint)
     model = recipe.model
     if stage is None or not (checkpoint / DEEPSPEED_TAG).is_dir():
-        raise ConfigError(f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run")
+        raise ConfigError(
+            f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run"
+        )
     if not isinstance(model.moe, DroplessMoE) or not model.routed_layers:
-        kind = f"model.moe.kind={model.moe.kind}" if isinstance(model.moe, DeepSpeedMoE | PEER) else "a dense model"
+        kind = (
+            f"model.moe.kind={model.moe.kind}"
+            if isinstance(model.moe, DeepSpeedMoE | PEER)
+            else "a dense model"
+        )
         raise ConfigError(
             f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs with dropless experts only: "
             "convert with --to safetensors"
@@ -48,7 +54,9 @@ def check_universal(checkpoint: Path) -> None:
             "convert with --to safetensors"
         )
     if stage == 0:
-        raise ConfigError("ZeRO stage 0 keeps whole optimizer states, which DeepSpeed's converter does not read: convert with --to safetensors")
+        raise ConfigError(
+            "ZeRO stage 0 keeps whole optimizer states, which DeepSpeed's converter does not read: convert with --to safetensors"
+        )
 
 
 def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
@@ -80,9 +88,19 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
     try:
         with redirect_stdout(said), redirect_stderr(said):
             ds_to_universal.main(options)
-    except (AssertionError, RuntimeError, KeyError, ValueError, OSError, EOFError, UnpicklingError) as error:
+    except (
+        AssertionError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        OSError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
         logger.error("DeepSpeed's converter said:\n%s", said.getvalue())
-        raise CheckpointError(f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(
+            f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
     (folder / UNIVERSAL_LATEST).write_text(UNIVERSAL_TAG, encoding="utf-8")
     count = _compare(checkpoint, target / "zero")
     return count, sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -97,7 +115,9 @@ def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
         CheckpointError: where ``folder`` is none.
     """
     if not (folder / UNIVERSAL_TAG / "zero").is_dir():
-        raise CheckpointError(f"{folder} is no universal checkpoint: give a folder that tools/convert_checkpoint.py --to universal has written")
+        raise CheckpointError(
+            f"{folder} is no universal checkpoint: give a folder that tools/convert_checkpoint.py --to universal has written"
+        )
     groups = engine.optimizer.optimizer.param_groups
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False)
@@ -113,7 +133,9 @@ def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
 def _load_buffers(model: nn.Module, universal: Path) -> None:
     """DeepSpeed leaves buffers, which balancing biases are, as they are; they lie in the file that each of the saving ranks wrote of its model."""
     path = min(universal.glob("*model_states.pt"))
-    stored = torch.load(path, weights_only=False, map_location="cpu")["module"]  # written by DeepSpeed, with classes of its own
+    stored = torch.load(path, weights_only=False, map_location="cpu")[
+        "module"
+    ]  # written by DeepSpeed, with classes of its own
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:
@@ -124,7 +146,9 @@ def _zero_stage(checkpoint: Path) -> int | None:
     path = checkpoint / DS_CONFIG
     if not path.is_file():
         return None
-    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+    return int(
+        json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    )
 
 
 def _compare(checkpoint: Path, zero: Path) -> int:
@@ -135,10 +159,16 @@ def _compare(checkpoint: Path, zero: Path) -> int:
         path = zero / name / "fp32.pt"
         if not path.is_file():
             raise CheckpointError(f"DeepSpeed's converter left '{name}' out: nothing was published")
-        content = torch.load(path, weights_only=False, map_location="cpu")  # just written by DeepSpeed, with classes of its own
+        content = torch.load(
+            path, weights_only=False, map_location="cpu"
+        )  # just written by DeepSpeed, with classes of its own
         found = content["param"] if isinstance(content, dict) else content
         expected = weights.read(name)
-        if found.numel() != expected.numel() or not torch.equal(found.reshape(expected.shape).float(), expected):
-            raise CheckpointError(f"DeepSpeed's converter made other numbers of '{name}': nothing was published")
+        if found.numel() != expected.numel() or not torch.equal(
+            found.reshape(expected.shape).float(), expected
+        ):
+            raise CheckpointError(
+                f"DeepSpeed's converter made other numbers of '{name}': nothing was published"
+            )
         count += 1
     return count

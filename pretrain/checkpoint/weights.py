@@ -12,8 +12,8 @@ from torch import nn
 
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.tensor_files import TensorReader
-from pretrain.config.errors import CheckpointError
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError
 from pretrain.model.decoder import DecoderLM
 
 DENSE_FILE = "weights-dense.safetensors"
@@ -29,7 +29,9 @@ def is_expert(parameter: nn.Parameter) -> bool:
 
 def global_name(name: str, first_expert: int) -> str:
     """Native layers name an expert by its place on this rank; files name it by its global number."""
-    return _NATIVE_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name)
+    return _NATIVE_EXPERT.sub(
+        lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name
+    )
 
 
 def write_weights(
@@ -62,7 +64,11 @@ def write_weights(
         experts |= {name: table.cpu() for name, table in (tables or {}).items()}
     persistent = model.state_dict(keep_vars=True).keys()
     if rank == 0:  # such as the routers' balancing biases
-        dense |= {name: buffer.to("cpu", torch.float32) for name, buffer in model.named_buffers() if name in persistent}
+        dense |= {
+            name: buffer.to("cpu", torch.float32)
+            for name, buffer in model.named_buffers()
+            if name in persistent
+        }
     if dense:
         save_file(dense, folder / DENSE_FILE)
     if experts:
@@ -77,7 +83,9 @@ def open_weights(folder: Path) -> TensorReader:
     Raises:
         CheckpointError: for a file that is missing, damaged, or of another number of ranks than the others.
     """
-    numbers = [match for path in sorted(folder.iterdir()) if (match := _EXPERTS_NAME.match(path.name))]
+    numbers = [
+        match for path in sorted(folder.iterdir()) if (match := _EXPERTS_NAME.match(path.name))
+    ]
     counts = sorted({int(match[2]) for match in numbers})
     if len(counts) > 1:
         strays = ", ".join(match[0] for match in numbers if int(match[2]) == counts[0])
@@ -85,7 +93,9 @@ def open_weights(folder: Path) -> TensorReader:
             f"{folder} has expert files of {' and of '.join(map(str, counts))} ranks beside each other ({strays} among them): "
             "remove those that do not belong there, or choose another step_N folder"
         )
-    expected = [EXPERTS_FILE.format(part=part, parts=count) for count in counts for part in range(count)]
+    expected = [
+        EXPERTS_FILE.format(part=part, parts=count) for count in counts for part in range(count)
+    ]
     if missing := [name for name in expected if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{folder} has {len(expected) - len(missing)} of {len(expected)} expert files, {', '.join(missing)} is missing: "
@@ -106,7 +116,9 @@ def read_experts_part(folder: Path, part: int, parts: int) -> dict[str, torch.Te
     return {name: weights.read(name) for name in weights.names}
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[DecoderLM, Recipe]:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[DecoderLM, Recipe]:
     """The whole model of a checkpoint on one device, in evaluation mode, and the recipe it was trained with.
 
     Raises:
@@ -122,5 +134,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its recipe: {' '.join(str(error).split())[:400]}") from None
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its recipe: {' '.join(str(error).split())[:400]}"
+        ) from None
     return model.to(device, dtype).eval(), recipe

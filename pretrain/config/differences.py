@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.section import Effect, Section
+from pretrain.core.section import Effect, Section
+from pretrain.model.config import ModelConfig
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -63,7 +63,9 @@ def _with_joined_shared_experts(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"moe": model.moe.model_copy(update=shared | gate)})
 
 
-def _differences(first: Section, second: Section, path: str, effect: Effect) -> Iterator[Difference]:
+def _differences(
+    first: Section, second: Section, path: str, effect: Effect
+) -> Iterator[Difference]:
     if type(first) is not type(second):
         kinds = (_shown(first), _shown(second))
         if effect is Effect.MEANING and second.keeps_the_meaning_of(first):
@@ -82,7 +84,9 @@ def _shown(value: Any) -> str:
     """A value as a recipe says it; of a section, its kind."""
     if isinstance(value, Section):
         return str(getattr(value, "kind", "set"))
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    return (
+        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    )
 
 
 def with_field(model: ModelConfig, source: ModelConfig, path: str) -> ModelConfig:

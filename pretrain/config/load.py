@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pretrain.config.credentials import refuse_credentials
-from pretrain.config.errors import ConfigError
-from pretrain.config.kinds import OneOf, kinds_of
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.credentials import refuse_credentials
+from pretrain.core.errors import ConfigError
+from pretrain.core.registry import OneOf, kinds_of
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -27,12 +27,20 @@ class RecipeLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
-RecipeLoader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+RecipeLoader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def recipe_names() -> list[str]:
@@ -62,8 +70,14 @@ def _recipe_path(name_or_path: str, folder: Path) -> Path:
     path = shipped if shipped.is_file() else folder / name_or_path
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "shipped recipes are " + ", ".join(recipe_names())
-        raise ConfigError(f"there is no recipe '{name_or_path}', neither in {RECIPE_FOLDER} nor as a file: {hint}")
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else "shipped recipes are " + ", ".join(recipe_names())
+        )
+        raise ConfigError(
+            f"there is no recipe '{name_or_path}', neither in {RECIPE_FOLDER} nor as a file: {hint}"
+        )
     return path
 
 
@@ -71,7 +85,9 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any]
     """``above`` are the files that led here, by ``base``."""
     content = _read_mapping(path)
     if path.resolve() in above:
-        raise ConfigError(f"{path}: its base leads back to itself: {' -> '.join(file.name for file in (*above, path))}; take one 'base' out")
+        raise ConfigError(
+            f"{path}: its base leads back to itself: {' -> '.join(file.name for file in (*above, path))}; take one 'base' out"
+        )
     if "base" not in content:
         return content, str(path)
     base = content.pop("base")
@@ -91,7 +107,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: give a YAML recipe") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPE_FOLDER}/debug.yaml")
+        raise ConfigError(
+            f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPE_FOLDER}/debug.yaml"
+        )
     return content
 
 
@@ -106,7 +124,11 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         below = lower.get(key)
         if value is None and key in lower:
             del merged[key]
-        elif isinstance(value, dict) and isinstance(below, dict) and value.get("kind", below.get("kind")) == below.get("kind"):
+        elif (
+            isinstance(value, dict)
+            and isinstance(below, dict)
+            and value.get("kind", below.get("kind")) == below.get("kind")
+        ):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
@@ -126,7 +148,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         if below is None:
             below = section[place] = {}
         if not isinstance(below, dict | list):
-            raise ConfigError(f"--set {override}: '{'.'.join(keys[: depth + 1])}' is a value, it has no fields")
+            raise ConfigError(
+                f"--set {override}: '{'.'.join(keys[: depth + 1])}' is a value, it has no fields"
+            )
         section = below
     section[_entry(section, keys[-1], override)] = parse_yaml(value, f"--set {override}")
 
@@ -136,7 +160,9 @@ def _entry(section: dict[str, Any] | list[Any], key: str, override: str) -> Any:
     if isinstance(section, dict):
         return key
     if not key.isdigit() or int(key) >= len(section):
-        raise ConfigError(f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 to {len(section) - 1}")
+        raise ConfigError(
+            f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 to {len(section) - 1}"
+        )
     return int(key)
 
 
@@ -145,7 +171,13 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return list(kinds_of(annotation.__origin__))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict, list):
+    if typing.get_origin(annotation) in (
+        typing.Union,
+        types.UnionType,
+        typing.Annotated,
+        dict,
+        list,
+    ):
         return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
     return []
 
@@ -160,7 +192,12 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
     dotted: list[str] = []
     legal: list[str] = []
     for part in location:
-        tagged = [model for model in models if "kind" in model.model_fields and part in typing.get_args(model.model_fields["kind"].annotation)]
+        tagged = [
+            model
+            for model in models
+            if "kind" in model.model_fields
+            and part in typing.get_args(model.model_fields["kind"].annotation)
+        ]
         if tagged and (len(models) > 1 or _is_family(annotation)) and not _is_mapping(annotation):
             annotation = None
             models = tagged
@@ -172,13 +209,17 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
             annotation = None
             continue
         legal = sorted({name for model in models for name in model.model_fields})
-        annotation = next((_annotation(model, str(part)) for model in models if part in model.model_fields), None)
+        annotation = next(
+            (_annotation(model, str(part)) for model in models if part in model.model_fields), None
+        )
         models = _models_in(annotation)
     return ".".join(dotted) or "the recipe", legal
 
 
 def _is_family(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is typing.Annotated and any(isinstance(mark, OneOf) for mark in annotation.__metadata__)
+    return typing.get_origin(annotation) is typing.Annotated and any(
+        isinstance(mark, OneOf) for mark in annotation.__metadata__
+    )
 
 
 def _annotation(model: type[BaseModel], name: str) -> Any:
@@ -189,7 +230,9 @@ def _annotation(model: type[BaseModel], name: str) -> Any:
 
 
 def _is_mapping(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is dict or any(typing.get_origin(part) is dict for part in typing.get_args(annotation))
+    return typing.get_origin(annotation) is dict or any(
+        typing.get_origin(part) is dict for part in typing.get_args(annotation)
+    )
 
 
 def _sentence(detail: Any, origin: str) -> str:
@@ -197,7 +240,11 @@ def _sentence(detail: Any, origin: str) -> str:
     dotted, fields = _walk(location)
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), fields, n=2)
-        hint = "did you mean " + " or ".join(f"'{name}'" for name in near) + "?" if near else f"it takes {', '.join(fields)}"
+        hint = (
+            "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+            if near
+            else f"it takes {', '.join(fields)}"
+        )
         return f"{origin}: unknown field '{dotted}': {hint}"
     if detail["type"] == "missing":
         return f"{origin}: '{dotted}' is missing"
@@ -211,13 +258,15 @@ def _sentence(detail: Any, origin: str) -> str:
 
 def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
     """A checked recipe, or a :class:`ConfigError` with a sentence for each wrong field."""
-    from pretrain.config.rules import check_recipe
+    from pretrain.config.rules.sections import check_recipe
 
     refuse_credentials(content, origin)
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(detail, origin) for detail in error.errors())) from None
+        raise ConfigError(
+            "; ".join(_sentence(detail, origin) for detail in error.errors())
+        ) from None
     check_recipe(recipe)
     return recipe
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from pretrain.config.phase_schema import PhaseConfig, PhaseSchedule
-from pretrain.config.schema import Recipe
+from pretrain.config.phases import PhaseConfig, PhaseSchedule
+from pretrain.config.recipe import Recipe
 
 SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 
@@ -31,7 +31,7 @@ def recipe_in_phase(recipe: Recipe, phase: PhaseConfig) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """A phase in its place.
 
     Attributes:
@@ -73,9 +73,13 @@ class Timeline:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.block_tokens = max(recipe_in_phase(recipe, phase).train.sequence_length for phase in recipe.phases) if recipe.phases else 0
+        self.block_tokens = (
+            max(recipe_in_phase(recipe, phase).train.sequence_length for phase in recipe.phases)
+            if recipe.phases
+            else 0
+        )
         self.block_tokens = self.block_tokens or recipe.train.sequence_length
-        self.stages: list[Stage] = []
+        self.stages: list[Phase] = []
         step = tokens = block = 0
         rest = recipe.train.train_tokens - sum(phase.tokens or 0 for phase in recipe.phases)
         for number, phase in enumerate(recipe.phases or [None], start=1):
@@ -83,14 +87,24 @@ class Timeline:
             slices = self.block_tokens // now.train.sequence_length
             wanted = rest if phase is None or phase.tokens is None else phase.tokens
             groups = -(-wanted // (now.train.tokens_per_step * slices))
-            name, schedule, frozen = ("", None, ()) if phase is None else (phase.name, phase.schedule, tuple(phase.frozen))
-            stage = Stage(name, number, now, schedule, frozen, step, groups * slices, tokens, block, slices)
+            name, schedule, frozen = (
+                ("", None, ())
+                if phase is None
+                else (phase.name, phase.schedule, tuple(phase.frozen))
+            )
+            stage = Phase(
+                name, number, now, schedule, frozen, step, groups * slices, tokens, block, slices
+            )
             self.stages.append(stage)
-            step, tokens, block = stage.end_step, tokens + stage.num_tokens, block + groups * now.train.global_batch_size
+            step, tokens, block = (
+                stage.end_step,
+                tokens + stage.num_tokens,
+                block + groups * now.train.global_batch_size,
+            )
         self.num_steps, self.num_tokens = step, tokens
         self._starts = [stage.first_step for stage in self.stages]
 
-    def at(self, step: int) -> Stage:
+    def at(self, step: int) -> Phase:
         """The stage of step ``step`` (from 0); behind the last one, that one."""
         return self.stages[max(bisect_right(self._starts, step), 1) - 1]
 

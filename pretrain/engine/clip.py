@@ -12,7 +12,9 @@ import torch
 from torch import distributed
 
 
-def global_grad_norm(parameters: Iterable[torch.nn.Parameter], expert_group: distributed.ProcessGroup | None) -> torch.Tensor:
+def global_grad_norm(
+    parameters: Iterable[torch.nn.Parameter], expert_group: distributed.ProcessGroup | None
+) -> torch.Tensor:
     """L2 norm over all parameters of the whole model, each expert counted once; fp32 scalar, the same on every rank.
 
     Args:
@@ -34,7 +36,9 @@ def global_grad_norm(parameters: Iterable[torch.nn.Parameter], expert_group: dis
     return (dense_squared + experts_squared).sqrt()
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+def clip_gradients(
+    parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, max_norm: float
+) -> None:
     """Scales all gradients by min(1, max_norm / (norm + 1e-6)), the factor that ZeRO uses; not at all where the norm is not finite."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))

@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.credentials import refuse_credentials
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.credentials import refuse_credentials
+from pretrain.core.errors import ConfigError
 
 AUTO = "auto"
 # What DeepSpeed calls them.
-GRADIENT_DTYPES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+GRADIENT_DTYPES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+}
 GRADIENT_DTYPES |= {name: name for name in ("fp32", "bf16", "fp16")}
 
 
@@ -25,7 +31,9 @@ def read_ds_config(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the ds_config {path}: {error.strerror}; shipped ones lie in ds_configs/") from None
+        raise ConfigError(
+            f"cannot read the ds_config {path}: {error.strerror}; shipped ones lie in ds_configs/"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -41,15 +49,24 @@ def zero_stage_of(ds_config: dict[str, Any], origin: str) -> int:
     return int(stage)
 
 
-def _owned_by_recipe(recipe: Recipe, precision: str, accumulation_steps: int, world_size: int) -> dict[tuple[str, ...], tuple[Any, str]]:
+def _owned_by_recipe(
+    recipe: Recipe, precision: str, accumulation_steps: int, world_size: int
+) -> dict[tuple[str, ...], tuple[Any, str]]:
     """Key in the ds_config -> (value, the recipe's field that owns it)."""
     train = recipe.train
     # Without it stages 1 and 2 would apply a gradient that is not finite in bf16, and only there can it be switched off.
-    checked = {("bf16", "check_grad_overflow"): (True, "guards.non_finite")} if precision == "bf16" else {}
+    checked = (
+        {("bf16", "check_grad_overflow"): (True, "guards.non_finite")}
+        if precision == "bf16"
+        else {}
+    )
     return checked | {
         ("train_batch_size",): (train.global_batch_size, "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu",): (train.micro_batch_size, "train.micro_batch_size"),
-        ("gradient_accumulation_steps",): (accumulation_steps, f"train.global_batch_size / micro_batch_size / {world_size} ranks"),
+        ("gradient_accumulation_steps",): (
+            accumulation_steps,
+            f"train.global_batch_size / micro_batch_size / {world_size} ranks",
+        ),
         ("gradient_clipping",): (train.grad_clip, "train.grad_clip"),
         ("bf16", "enabled"): (precision in ("bf16", "fp8"), "train.precision"),
         ("fp16", "enabled"): (precision == "fp16", "train.precision"),
@@ -67,14 +84,20 @@ def _check_gradients(ds_config: dict[str, Any], origin: str, precision: str) -> 
     """
     zero = ds_config.get("zero_optimization", {})
     if zero.get("compute_grad_norm", True) is not True:
-        raise ConfigError(f"{origin}: zero_optimization.compute_grad_norm must stay true, because clipping and guards need the norm: leave it out")
+        raise ConfigError(
+            f"{origin}: zero_optimization.compute_grad_norm must stay true, because clipping and guards need the norm: leave it out"
+        )
     given = ds_config.get("data_types", {}).get("grad_accum_dtype")
     stage, model = zero_stage_of(ds_config, origin), "bf16" if precision == "fp8" else precision
     dtype = None if given is None else GRADIENT_DTYPES.get(str(given).removeprefix("torch."), "")
     if dtype == "":
-        raise ConfigError(f"{origin}: data_types.grad_accum_dtype is {given!r}; use fp32, bf16 or fp16")
+        raise ConfigError(
+            f"{origin}: data_types.grad_accum_dtype is {given!r}; use fp32, bf16 or fp16"
+        )
     on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-    if dtype not in (None, model) and (stage == 0 or (stage == 1 and model == "bf16" and not on_host)):
+    if dtype not in (None, model) and (
+        stage == 0 or (stage == 1 and model == "bf16" and not on_host)
+    ):
         raise ConfigError(
             f"{origin}: data_types.grad_accum_dtype is {given!r}, which DeepSpeed cannot do for {model} weights at ZeRO stage {stage}: "
             "use ds_configs/zero2.json or zero3.json with it"
@@ -82,7 +105,12 @@ def _check_gradients(ds_config: dict[str, Any], origin: str, precision: str) -> 
 
 
 def resolve_ds_config(
-    ds_config: dict[str, Any], origin: str, recipe: Recipe, precision: str, accumulation_steps: int, world_size: int
+    ds_config: dict[str, Any],
+    origin: str,
+    recipe: Recipe,
+    precision: str,
+    accumulation_steps: int,
+    world_size: int,
 ) -> dict[str, Any]:
     """Fills what the recipe owns into a copy of ``ds_config``.
 
@@ -93,17 +121,25 @@ def resolve_ds_config(
     for section in ("optimizer", "scheduler"):
         if resolved.pop(section, AUTO) != AUTO:
             owner = "optimizer" if section == "optimizer" else "schedule"
-            raise ConfigError(f"{origin}: '{section}' is owned by the recipe's '{owner}': remove it from the file or write \"auto\"")
-    for keys, (value, owner) in _owned_by_recipe(recipe, precision, accumulation_steps, world_size).items():
+            raise ConfigError(
+                f"{origin}: '{section}' is owned by the recipe's '{owner}': remove it from the file or write \"auto\""
+            )
+    for keys, (value, owner) in _owned_by_recipe(
+        recipe, precision, accumulation_steps, world_size
+    ).items():
         section = resolved
         for key in keys[:-1]:
             section = section.setdefault(key, {})
         given = section.get(keys[-1], AUTO)
         if given != AUTO and given != value:
-            raise ConfigError(f"{origin}: '{'.'.join(keys)}' is {given!r}, but the recipe's {owner} says {value!r}: write \"auto\" in the file")
+            raise ConfigError(
+                f"{origin}: '{'.'.join(keys)}' is {given!r}, but the recipe's {owner} says {value!r}: write \"auto\" in the file"
+            )
         section[keys[-1]] = value
     _check_gradients(resolved, origin, precision)
-    resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of optimizers it has tried leaves out torch's SGD
+    resolved["zero_allow_untested_optimizer"] = (
+        True  # DeepSpeed's list of optimizers it has tried leaves out torch's SGD
+    )
     resolved["zero_force_ds_cpu_optimizer"] = False
     resolved.setdefault("steps_per_print", 10**9)
     # Averages are formed after the sum: dividing first would round differently for each world size.

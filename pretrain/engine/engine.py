@@ -13,33 +13,38 @@ import torch
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import distributed, nn
 
-from data_pipeline.batch import Batch
-from pretrain.config.moe_schema import RoutedMoE
-from pretrain.config.rules import expert_shards
-from pretrain.config.schema import Recipe
-from pretrain.config.timeline import Stage, Timeline
+from data_pipeline.loading.batch import Batch
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import expert_shards
+from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.clip import clip_gradients, global_grad_norm
-from pretrain.engine.compilation import compile_blocks
-from pretrain.engine.expert_rows import count_in_norm, expert_rows
+from pretrain.engine.compile import compile_blocks
+from pretrain.engine.expert_tables import count_in_norm, expert_rows
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import Monitor, without_monitors
 from pretrain.engine.phases import FrozenParameters, set_batch_sizes
 from pretrain.engine.precision import set_matmul_precision
-from pretrain.engine.row_optimizer import RowOptimizer
+from pretrain.engine.sparse_optimizer import SparseOptimizer
 from pretrain.engine.topology import Topology
-from pretrain.engine.veto import Veto
+from pretrain.engine.veto import UpdateVeto
 from pretrain.engine.zero_layout import give_shards
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
+from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.muon import Muon
-from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, peak_learning_rates
+from pretrain.optim.param_groups import (
+    build_optimizer,
+    learning_rate_scale,
+    parameter_groups,
+    peak_learning_rates,
+)
 
 # Fills a model that has part i of n of the experts: model, i, n.
-Fill = Callable[[DecoderLM, int, int], None]
+WeightLoader = Callable[[DecoderLM, int, int], None]
 # Says True where a step must not be applied: of its cross-entropy per token (nats) and gradient norm, both over all ranks.
 Judge = Callable[[float, float], bool]
 
@@ -81,7 +86,14 @@ class Engine:
         fill: overwrites the random weights of the fp32 model on the host.
     """
 
-    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], precision: str, topology: Topology, fill: Fill | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        ds_config: dict[str, Any],
+        precision: str,
+        topology: Topology,
+        fill: WeightLoader | None = None,
+    ) -> None:
         self.recipe = self.now = recipe
         self.topology = topology
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
@@ -90,13 +102,17 @@ class Engine:
         # Built in fp32 on the host: DeepSpeed casts, keeps fp32 master weights and moves it to the device.
         shards = expert_shards(recipe, topology.world_size, self.zero_stage)
         self.expert_part, self.expert_parts = topology.rank % shards, shards
-        model = DecoderLM(recipe.model, shards, self.expert_part, recipe.train.activation_checkpointing)
+        model = DecoderLM(
+            recipe.model, shards, self.expert_part, recipe.train.activation_checkpointing
+        )
         initialize(model, recipe.seed)
         if fill is not None:
             fill(model, self.expert_part, self.expert_parts)
         names = [name for name, _ in model.named_parameters()]
         self._frozen_names = {
-            stage.number: frozen_parameters(names, stage.frozen, f"phases.{stage.name}.frozen") for stage in Timeline(recipe).stages if stage.frozen
+            stage.number: frozen_parameters(names, stage.frozen, f"phases.{stage.name}.frozen")
+            for stage in Timeline(recipe).stages
+            if stage.frozen
         }
         if precision == "fp8":
             convert_linears(model, topology.device)
@@ -105,8 +121,12 @@ class Engine:
         torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
         optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=without_monitors(ds_config))
-        self.monitor = self.deepspeed.monitor = Monitor(ds_config, topology.is_main, lambda: self.deepspeed.global_samples)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=without_monitors(ds_config)
+        )
+        self.monitor = self.deepspeed.monitor = Monitor(
+            ds_config, topology.is_main, lambda: self.deepspeed.global_samples
+        )
         if self.zero_stage == 0 and precision != "fp32":
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
@@ -115,29 +135,39 @@ class Engine:
             give_shards(self.optimizer, optimizer, self.zero_stage, topology.device)
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
-        self.veto = Veto(self.optimizer, self.zero_stage)
+        self.veto = UpdateVeto(self.optimizer, self.zero_stage)
         if recipe.train.compile == "blocks":
             compile_blocks(model)
         self.model = model
-        self._frozen = FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
+        self._frozen = (
+            FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
+        )
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-        self._retrieving: list[PEER] = [module for module in model.modules() if isinstance(module, PEER)]
+        self._retrieving: list[PEER] = [
+            module for module in model.modules() if isinstance(module, PEER)
+        ]
         self._routed_usage_LE: torch.Tensor | None = None
         self._expert_group: distributed.ProcessGroup | None = None
         if topology.ep_size > 1 and self.rows is None:
             self._expert_group = groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")
 
-    def enter(self, stage: Stage) -> None:
+    def enter(self, stage: Phase) -> None:
         """Makes the following steps those of a phase: its batch sizes, positions and frozen parameters. Between two steps, and after a load."""
         before, self.now = self.now, stage.recipe
         sizes = self.now.train
-        set_batch_sizes(self.deepspeed, sizes.micro_batch_size, sizes.global_batch_size // (sizes.micro_batch_size * self.topology.world_size))
+        set_batch_sizes(
+            self.deepspeed,
+            sizes.micro_batch_size,
+            sizes.global_batch_size // (sizes.micro_batch_size * self.topology.world_size),
+        )
         if self.now.model.position != before.model.position:
             self.model.config = self.now.model
             self.model.position = self.now.model.position.implementing_class()(self.now.model)
         frozen = self._frozen_names.get(stage.number, set())
         if self._frozen is not None:
-            self._frozen.freeze([parameter for name, parameter in self.model.named_parameters() if name in frozen])
+            self._frozen.freeze(
+                [parameter for name, parameter in self.model.named_parameters() if name in frozen]
+            )
         if self.rows is not None:
             self.rows.frozen = frozen & self.rows.tables.keys()
 
@@ -160,13 +190,22 @@ class Engine:
             after_backward: is told the number of each micro batch when its local gradients are there.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_learning_rates[group["role"]] * learning_rate_scale(group) * learning_rate_factor
+            group["lr"] = (
+                self.peak_learning_rates[group["role"]]
+                * learning_rate_scale(group)
+                * learning_rate_factor
+            )
         self.deepspeed.train()
         batches = [batch.to(self.topology.device) for batch in micro_batches]
         normalizer = self._tokens_per_micro_batch(batches)
         fractions_LE = self._global_fractions(batches, normalizer)
-        losses = torch.zeros(2 if self.recipe.model.multi_token_prediction is None else 3, device=self.topology.device)
-        self.veto.begin(None if judge is None else lambda norm: judge(*self._over_ranks(losses[0], norm)))
+        losses = torch.zeros(
+            2 if self.recipe.model.multi_token_prediction is None else 3,
+            device=self.topology.device,
+        )
+        self.veto.begin(
+            None if judge is None else lambda norm: judge(*self._over_ranks(losses[0], norm))
+        )
         router: RouterTotals | None = None
         micro_losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
@@ -176,10 +215,14 @@ class Engine:
                 after_backward(number)
             micro_losses.append(output.loss.detach())
             ahead = [] if output.multi_token_nll is None else [output.multi_token_nll / normalizer]
-            losses += torch.stack((output.nll / normalizer, micro_losses[-1], *ahead)) / len(batches)
+            losses += torch.stack((output.nll / normalizer, micro_losses[-1], *ahead)) / len(
+                batches
+            )
             if batch is batches[-1]:
                 # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates in its step.
-                self._rows_norm = torch.zeros(()) if self.rows is None else self.rows.reduce(self.loss_scale())
+                self._rows_norm = (
+                    torch.zeros(()) if self.rows is None else self.rows.reduce(self.loss_scale())
+                )
                 stage0_norm = self._clip_at_stage_0()
             self.deepspeed.step()
             router = _add(router, output.router)
@@ -191,7 +234,11 @@ class Engine:
             self._step_rows(self.rows, norm, applied, learning_rate_factor)
         if router is not None:
             counts_LE = router.counts_LE.long()  # fp32 counts exactly within a step, not over many
-            self._routed_usage_LE = counts_LE if self._routed_usage_LE is None else self._routed_usage_LE.add_(counts_LE)
+            self._routed_usage_LE = (
+                counts_LE
+                if self._routed_usage_LE is None
+                else self._routed_usage_LE.add_(counts_LE)
+            )
         if applied and balance_rate > 0 and router is not None:
             self._move_balance_biases(router, balance_rate)
         return StepResult(losses, router, len(batches), norm, applied, refused, tuple(micro_losses))
@@ -208,19 +255,23 @@ class Engine:
             usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._retrieving])
             for layer in self._retrieving:
                 layer.get_buffer("usage_E").zero_()
-        return None if usage_LE is None else self.topology.sum(usage_LE).cpu()
+        return None if usage_LE is None else self.topology.all_reduce_sum(usage_LE).cpu()
 
     def usage_so_far(self) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """A copy of the counters that :meth:`take_usage` starts anew, for :meth:`restore_usage`."""
         routed = self._routed_usage_LE
-        return None if routed is None else routed.clone(), [layer.get_buffer("usage_E").clone() for layer in self._retrieving]
+        return None if routed is None else routed.clone(), [
+            layer.get_buffer("usage_E").clone() for layer in self._retrieving
+        ]
 
     def restore_usage(self, usage: tuple[torch.Tensor | None, list[torch.Tensor]]) -> None:
         self._routed_usage_LE = usage[0]
         for layer, counts_E in zip(self._retrieving, usage[1], strict=True):
             layer.get_buffer("usage_E").copy_(counts_E)
 
-    def _step_rows(self, rows: RowOptimizer, norm: float, applied: bool, learning_rate_factor: float) -> None:
+    def _step_rows(
+        self, rows: SparseOptimizer, norm: float, applied: bool, learning_rate_factor: float
+    ) -> None:
         """The tables' part of the step, clipped by the factor that DeepSpeed has used; then norms by running statistics move too.
 
         A step that is skipped moves neither.
@@ -233,11 +284,11 @@ class Engine:
             rows.discard()
         for module in self.model.modules():
             if isinstance(module, RunningStatistics):
-                module.absorb(self.topology.sum) if applied else module.forget()
+                module.absorb(self.topology.all_reduce_sum) if applied else module.forget()
 
     def _move_balance_biases(self, router: RouterTotals, rate: float) -> None:
         """By the load of the whole global batch, so that every rank moves its copy alike."""
-        loads_LE = self.topology.sum(router.counts_LE)
+        loads_LE = self.topology.all_reduce_sum(router.counts_LE)
         for module, load_E in zip(self._routers, loads_LE, strict=True):
             if self._frozen is None or id(module.gate.weight) not in self._frozen.ids:
                 module.move_balance_bias(load_E, rate)
@@ -245,12 +296,24 @@ class Engine:
     def _over_ranks(self, loss: torch.Tensor, norm: float) -> tuple[float, float]:
         """The mean loss of all ranks, and the norm; to the last bit the same on every rank."""
         values = torch.stack((loss, torch.full_like(loss, norm)))
-        loss_mean, norm_mean = (self.topology.sum(values) / self.topology.world_size).tolist()
+        loss_mean, norm_mean = (
+            self.topology.all_reduce_sum(values) / self.topology.world_size
+        ).tolist()
         return loss_mean, norm_mean
 
-    def _forward(self, batch: Batch, normalizer: torch.Tensor | float, fractions_LE: torch.Tensor | None = None) -> TrainOutput:
+    def _forward(
+        self,
+        batch: Batch,
+        normalizer: torch.Tensor | float,
+        fractions_LE: torch.Tensor | None = None,
+    ) -> TrainOutput:
         output: TrainOutput = self.deepspeed(
-            batch.input_ids_BS, batch.labels_BS, normalizer, batch.document_ids_BS, fractions_LE, batch.position_ids_BS
+            batch.input_ids_BS,
+            batch.labels_BS,
+            normalizer,
+            batch.document_ids_BS,
+            fractions_LE,
+            batch.position_ids_BS,
         )
         return output
 
@@ -262,13 +325,19 @@ class Engine:
         for batch in batches:
             on_device = batch.to(self.topology.device)
             output = self._forward(on_device, 1.0)
-            totals += torch.stack((output.nll.double().cpu(), (batch.labels_BS >= 0).sum().double()))
-        nll, tokens = self.topology.sum(totals.to(self.topology.device)).tolist()
+            totals += torch.stack(
+                (output.nll.double().cpu(), (batch.labels_BS >= 0).sum().double())
+            )
+        nll, tokens = self.topology.all_reduce_sum(totals.to(self.topology.device)).tolist()
         return nll, int(tokens)
 
     def learning_rate(self) -> float:
         """The learning rate of matrices in the last step, at their base widths."""
-        return next(float(group["lr"]) / learning_rate_scale(group) for group in self.optimizer.param_groups if group["role"] == "matrix")
+        return next(
+            float(group["lr"]) / learning_rate_scale(group)
+            for group in self.optimizer.param_groups
+            if group["role"] == "matrix"
+        )
 
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in other precisions."""
@@ -289,7 +358,9 @@ class Engine:
     @property
     def _loss_scaler(self) -> Any:
         """What holds the fp16 loss scale: the optimizer of stage 0 keeps it elsewhere than those of the other stages."""
-        return self.optimizer.loss_scale_config if self.zero_stage == 0 else self.optimizer.loss_scaler
+        return (
+            self.optimizer.loss_scale_config if self.zero_stage == 0 else self.optimizer.loss_scaler
+        )
 
     def master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """The whole fp32 weight of one parameter (this rank's experts for an expert's). Every rank must call it in the same order."""
@@ -304,14 +375,18 @@ class Engine:
         if self.precision == "fp32":
             return {}
         pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
-        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        return {
+            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
+        }
 
     def _master_part(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """What this rank's optimizer holds of a parameter's fp32 weights, not as a copy; None where it holds none of them."""
         if self.zero_stage == 0:
             return self._stage_0_masters().get(id(parameter), parameter)
         if self.zero_stage == 3:
-            part: torch.Tensor = self.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)[0]
+            part: torch.Tensor = self.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False
+            )[0]
             return part
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else mapping.get_hp_fragment()
@@ -331,7 +406,8 @@ class Engine:
         if self.zero_stage > 0:
             return None
         norm = torch.hypot(
-            global_grad_norm(self.model.parameters(), self._expert_group) / self.loss_scale(), self._rows_norm.to(self.topology.device)
+            global_grad_norm(self.model.parameters(), self._expert_group) / self.loss_scale(),
+            self._rows_norm.to(self.topology.device),
         )
         if self.recipe.train.grad_clip > 0:
             clip_gradients(self.model.parameters(), norm, self.recipe.train.grad_clip)
@@ -344,23 +420,33 @@ class Engine:
         if not self.recipe.data.leaves_out_labels:
             return float(sizes.micro_batch_size * sizes.sequence_length)
         counted = torch.stack([(batch.labels_BS >= 0).sum() for batch in batches]).sum()
-        return (self.topology.sum(counted) / (len(batches) * self.topology.world_size)).float()
+        return (
+            self.topology.all_reduce_sum(counted) / (len(batches) * self.topology.world_size)
+        ).float()
 
     @torch.no_grad()
-    def _global_fractions(self, batches: list[Batch], normalizer: torch.Tensor | float) -> torch.Tensor | None:
+    def _global_fractions(
+        self, batches: list[Batch], normalizer: torch.Tensor | float
+    ) -> torch.Tensor | None:
         """f_e over the whole global batch, [L, E], by a forward pass over all its micro batches before the first backward pass.
 
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
         """
         moe = self.recipe.model.moe
-        if not isinstance(moe, RoutedMoE) or moe.balance_scope == "micro_batch" or not self.recipe.model.routed_layers:
+        if (
+            not isinstance(moe, RoutedMoE)
+            or moe.balance_scope == "micro_batch"
+            or not self.recipe.model.routed_layers
+        ):
             return None
-        counts_LE = torch.zeros(len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device)
+        counts_LE = torch.zeros(
+            len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device
+        )
         for batch in batches:
             output = self._forward(batch, normalizer)
             assert output.router is not None
             counts_LE += output.router.counts_LE
-        return self.topology.sum(counts_LE) / self.now.train.tokens_per_step
+        return self.topology.all_reduce_sum(counts_LE) / self.now.train.tokens_per_step
 
 
 def _add(total: RouterTotals | None, more: RouterTotals | None) -> RouterTotals | None:
@@ -369,7 +455,9 @@ def _add(total: RouterTotals | None, more: RouterTotals | None) -> RouterTotals 
     return RouterTotals(*(a + b for a, b in zip(total, more, strict=True)))
 
 
-def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[list[float]], RouterTotals | None]:
+def reduce_steps(
+    results: list[StepResult], topology: Topology
+) -> tuple[list[list[float]], RouterTotals | None]:
     """Joins several steps over all ranks with two collectives and one transfer to the host.
 
     Returns:
@@ -377,15 +465,20 @@ def reduce_steps(results: list[StepResult], topology: Topology) -> tuple[list[li
         counts summed, everything else averaged over micro batches.
     """
     stacked = torch.stack([result.losses for result in results])
-    losses: list[list[float]] = (topology.sum(stacked) / topology.world_size).tolist()
+    losses: list[list[float]] = (topology.all_reduce_sum(stacked) / topology.world_size).tolist()
     router: RouterTotals | None = None
     for result in results:
         router = _add(router, result.router)
     if router is None:
         return losses, None
     micro_batches = sum(result.micro_batches for result in results) * topology.world_size
-    means = torch.cat([router.losses_LJ, router.entropy_L[:, None], router.dropped_L[:, None]], dim=1) / micro_batches
-    packed = topology.sum(torch.cat([router.counts_LE, means], dim=1)).cpu()
+    means = (
+        torch.cat([router.losses_LJ, router.entropy_L[:, None], router.dropped_L[:, None]], dim=1)
+        / micro_batches
+    )
+    packed = topology.all_reduce_sum(torch.cat([router.counts_LE, means], dim=1)).cpu()
     num_experts, num_losses = router.counts_LE.shape[1], router.losses_LJ.shape[1]
-    counts_LE, losses_LJ, entropy_L1, dropped_L1 = packed.split((num_experts, num_losses, 1, 1), dim=1)
+    counts_LE, losses_LJ, entropy_L1, dropped_L1 = packed.split(
+        (num_experts, num_losses, 1, 1), dim=1
+    )
     return losses, RouterTotals(losses_LJ, counts_LE, entropy_L1[:, 0], dropped_L1[:, 0])

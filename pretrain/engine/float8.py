@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 # torch._scaled_mm takes matrices whose sides are multiples of it.
 MULTIPLE = 16
@@ -19,7 +19,12 @@ MULTIPLE = 16
 def takes_fp8(module: nn.Module, name: str) -> bool:
     """Whether the linear layer ``name`` of a model is converted."""
     projection = name.endswith(("_proj", ".projection"))
-    return projection and isinstance(module, nn.Linear) and module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
+    return (
+        projection
+        and isinstance(module, nn.Linear)
+        and module.in_features % MULTIPLE == 0
+        and module.out_features % MULTIPLE == 0
+    )
 
 
 def convert_linears(model: nn.Module, device: torch.device) -> None:
@@ -31,7 +36,9 @@ def convert_linears(model: nn.Module, device: torch.device) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise ConfigError(f"train.precision is fp8, which needs the package torchao ({error}): install it, or use train.precision=bf16") from None
+        raise ConfigError(
+            f"train.precision is fp8, which needs the package torchao ({error}): install it, or use train.precision=bf16"
+        ) from None
     if not any(takes_fp8(module, name) for name, module in model.named_modules()):
         raise ConfigError(
             f"train.precision is fp8, but no projection of this model has sides that are multiples of {MULTIPLE}: use train.precision=bf16"

@@ -18,7 +18,7 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 from tqdm import tqdm
 
-from pretrain.config.credentials import redact
+from pretrain.core.credentials import redact
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +103,9 @@ class Monitor:
     def _open(self, name: str, section: Any) -> None:
         self._backends[name] = BACKENDS[name](section)
         if name == ROWS:
-            self._backends[SAMPLES] = TensorBoardMonitor(section.model_copy(update={"job_name": f"{section.job_name}/{SAMPLES}"}))
+            self._backends[SAMPLES] = TensorBoardMonitor(
+                section.model_copy(update={"job_name": f"{section.job_name}/{SAMPLES}"})
+            )
 
     def _writer(self, name: str) -> SummaryWriter | None:
         backend = self._backends.get(name)
@@ -119,11 +121,16 @@ class Monitor:
             self._backends.pop(name, None)
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             logger.warning("the ds_config's '%s' failed: %s", name, reason)
-            tqdm.write(f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on", file=sys.stderr)
+            tqdm.write(
+                f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on",
+                file=sys.stderr,
+            )
 
 
 def _begin_session(writer: SummaryWriter, first: int) -> None:
     """TensorBoard's mark for a process that goes on at the step ``first``: what the folder has from there on is no longer shown."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    writer._get_file_writer().add_event(Event(session_log=SessionLog(status=SessionLog.START)), first)
+    writer._get_file_writer().add_event(
+        Event(session_log=SessionLog(status=SessionLog.START)), first
+    )

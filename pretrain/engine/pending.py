@@ -30,7 +30,9 @@ def from_state(states: Sequence[dict[str, Any]], device: torch.device) -> list[S
             **state
             | {
                 "losses": state["losses"].to(device),
-                "router": None if state["router"] is None else RouterTotals(*(tensor.to(device) for tensor in state["router"])),
+                "router": None
+                if state["router"] is None
+                else RouterTotals(*(tensor.to(device) for tensor in state["router"])),
                 "micro_losses": tuple(loss.to(device) for loss in state["micro_losses"]),
             }
         )

@@ -35,7 +35,11 @@ class FrozenParameters:
         masters_of: this rank's fp32 weights of a parameter, as a view of what ``optimizer`` updates; None where it holds none of them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masters_of: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters_of: Callable[[nn.Parameter], torch.Tensor | None],
+    ) -> None:
         self.masters_of = masters_of
         self.ids: set[int] = set()
         self._masters: list[torch.Tensor] = []
@@ -50,12 +54,22 @@ class FrozenParameters:
             hook.remove()
         self.ids = {id(parameter) for parameter in parameters}
         self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
-        self._masters = [master for parameter in parameters if (master := self.masters_of(parameter)) is not None]
+        self._masters = [
+            master for parameter in parameters if (master := self.masters_of(parameter)) is not None
+        ]
 
     def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # ZeRO steps through its groups one by one.
-        stepped = {parameter.untyped_storage().data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
-        self._saved = [(master, master.detach().clone()) for master in self._masters if master.untyped_storage().data_ptr() in stepped]
+        stepped = {
+            parameter.untyped_storage().data_ptr()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._saved = [
+            (master, master.detach().clone())
+            for master in self._masters
+            if master.untyped_storage().data_ptr() in stepped
+        ]
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:

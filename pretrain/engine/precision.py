@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import ConfigError
 
 # What weights and activations are; in fp8 only the products of linear layers are narrower.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 
 
 def resolve_precision(asked: str) -> str:
@@ -23,9 +28,13 @@ def resolve_precision(asked: str) -> str:
     if asked == "auto":
         return "bf16" if _native_bf16(name) else "fp32"
     if asked == "bf16" and not accelerator.is_bf16_supported():
-        raise ConfigError(f"train.precision is bf16, but this {name} device cannot compute in it: use --set train.precision=fp32")
+        raise ConfigError(
+            f"train.precision is bf16, but this {name} device cannot compute in it: use --set train.precision=fp32"
+        )
     if asked == "fp16" and not accelerator.is_fp16_supported():
-        raise ConfigError(f"train.precision is fp16, but this {name} device cannot compute in it: use --set train.precision=bf16 or fp32")
+        raise ConfigError(
+            f"train.precision is fp16, but this {name} device cannot compute in it: use --set train.precision=bf16 or fp32"
+        )
     if asked == "fp8" and (reason := _no_fp8(name)):
         raise ConfigError(
             f"train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but {reason}: use --set train.precision=bf16"
@@ -36,7 +45,9 @@ def resolve_precision(asked: str) -> str:
 def hardware_warnings(recipe: Recipe) -> list[str]:
     """What a recipe asks for and this device does not have, a sentence each."""
     if recipe.train.tf32 and not _has_tf32():
-        return ["train.tf32 has no effect here: only GPUs of compute capability 8.0 or more multiply in TF32"]
+        return [
+            "train.tf32 has no effect here: only GPUs of compute capability 8.0 or more multiply in TF32"
+        ]
     return []
 
 
@@ -64,5 +75,8 @@ def _native_bf16(device_name: str) -> bool:
     if device_name == "cpu":
         if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
             return bool(torch.cpu._is_avx512_bf16_supported())
-        return any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+        return any(
+            torch.cpu.get_capabilities().get(name, False)
+            for name in ("amx_bf16", "avx512_bf16", "bf16")
+        )
     return bool(get_accelerator().is_bf16_supported())

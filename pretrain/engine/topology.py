@@ -17,7 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 Value = TypeVar("Value")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
@@ -41,19 +41,19 @@ class Topology:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """True on every rank where it is true on one."""
         if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank."""
         values: list[Value] = [value] * self.world_size
         if self.world_size > 1:
@@ -78,7 +78,9 @@ def _from_mpi() -> dict[str, str]:
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # On one machine the loopback always works; a host name may not resolve.
-    own_address = "127.0.0.1" if node.size == world.size else socket.gethostbyname(socket.gethostname())
+    own_address = (
+        "127.0.0.1" if node.size == world.size else socket.gethostbyname(socket.gethostname())
+    )
     address, port = world.bcast((own_address, free_port()), root=0)
     return {
         "RANK": str(world.rank),
@@ -92,7 +94,9 @@ def _from_mpi() -> dict[str, str]:
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
-        raise ConfigError(f"started by srun without {' and '.join(missing)}: export them as launchers/slurm.sbatch does")
+        raise ConfigError(
+            f"started by srun without {' and '.join(missing)}: export them as launchers/slurm.sbatch does"
+        )
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     return {name: environment[source] for name, source in names.items()}
 
@@ -105,7 +109,13 @@ def discover(environment: Mapping[str, str]) -> dict[str, str]:
         return _from_slurm(environment)
     if any(name in environment for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")):
         return _from_mpi()
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
 
 
 def world_size_from_environment(environment: Mapping[str, str]) -> int:
@@ -124,7 +134,9 @@ def connect(ep_size: int) -> Topology:
     # peer spin for ever, where gloo reports a lost connection.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not distributed.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT)
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
+        )
     return Topology(
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),

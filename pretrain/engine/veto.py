@@ -19,7 +19,7 @@ from torch import nn
 Question = Callable[[float], bool]
 
 
-class Veto:
+class UpdateVeto:
     """Stands between the gradient norm of a step and its update.
 
     Args:
@@ -48,14 +48,18 @@ class Veto:
             optimizer._update_scale = self._scale_after
         scaler: Any = getattr(optimizer, "loss_scaler", None)
         if hasattr(scaler, "raise_error_at_min_scale"):
-            scaler.raise_error_at_min_scale = False  # steps that are skipped in a row end a run elsewhere, in a sentence
+            scaler.raise_error_at_min_scale = (
+                False  # steps that are skipped in a row end a run elsewhere, in a sentence
+            )
 
     def begin(self, question: Question | None) -> None:
         """Starts a step whose update ``question`` may refuse by answering True."""
         self.refused = self.withheld = False
         self._question = question
 
-    def before_stage_0_step(self, parameters: list[nn.Parameter], norm: float, precision: str) -> None:
+    def before_stage_0_step(
+        self, parameters: list[nn.Parameter], norm: float, precision: str
+    ) -> None:
         """Asks at stage 0, where the engine knows the norm itself. In fp32 a gradient that is not finite is withheld in any case."""
         self._ask(norm)
         if precision == "fp32":
@@ -63,14 +67,20 @@ class Veto:
             for parameter in parameters if self.withheld else ():
                 parameter.grad = None
         elif self.refused:
-            next(parameter.grad for parameter in parameters if parameter.grad is not None).fill_(math.inf)
+            next(parameter.grad for parameter in parameters if parameter.grad is not None).fill_(
+                math.inf
+            )
 
     def _judged(self, scaled_norms: list[Any]) -> list[Any]:
         """The norms as they are, or in place of refused ones one that is not finite."""
         if self._question is None:
             return scaled_norms
         self._ask(float(combine_grad_norm_groups(scaled_norms)) / float(self.optimizer.loss_scale))
-        return [torch.full_like(torch.as_tensor(scaled_norms[0]), math.inf)] if self.refused else scaled_norms
+        return (
+            [torch.full_like(torch.as_tensor(scaled_norms[0]), math.inf)]
+            if self.refused
+            else scaled_norms
+        )
 
     def _ask(self, norm: float) -> None:
         """A norm that is not finite needs no question: its step is skipped."""

@@ -27,20 +27,33 @@ def _from_flat_groups(optimizer: Any, muon: Muon, device: torch.device) -> None:
         group = optimizer.real_dp_process_group[index]
         ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
         matrices: list[ShardedMatrix] = []
-        for parameter, start in zip(optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index], strict=True):
-            matrices += cut_matrices(parameter.shape, start, int(optimizer.partition_size[index]), ranks, rank, offset=0)
+        for parameter, start in zip(
+            optimizer.round_robin_bit16_groups[index],
+            optimizer.round_robin_bit16_offsets[index],
+            strict=True,
+        ):
+            matrices += cut_matrices(
+                parameter.shape, start, int(optimizer.partition_size[index]), ranks, rank, offset=0
+            )
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)
 
 
 def _from_partitioned_parameters(optimizer: Any, muon: Muon, device: torch.device) -> None:
     """Stage 3 cuts each parameter into equal parts and joins a rank's parts of several parameters to a sub-group."""
-    for index, (flat_N, parameters) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)):
-        if optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]["rule"] != "muon":
+    for index, (flat_N, parameters) in enumerate(
+        zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    ):
+        if (
+            optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]["rule"]
+            != "muon"
+        ):
             continue
         matrices: list[ShardedMatrix] = []
         offset, group = 0, parameters[0].ds_process_group
         ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
         for parameter in parameters:
-            matrices += cut_matrices(parameter.ds_shape, 0, parameter.partition_numel(), ranks, rank, offset)
+            matrices += cut_matrices(
+                parameter.ds_shape, 0, parameter.partition_numel(), ranks, rank, offset
+            )
             offset += parameter.partition_numel()
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)

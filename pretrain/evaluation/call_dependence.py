@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import DeepSpeedMoE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
@@ -19,5 +19,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {name}: torch cannot use it on this machine; take auto, cpu or cuda") from None
+        raise ConfigError(
+            f"--device {name}: torch cannot use it on this machine; take auto, cpu or cuda"
+        ) from None
     return device

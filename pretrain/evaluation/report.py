@@ -1,4 +1,4 @@
-"""A result of :class:`pretrain.evaluation.suite.Suite` as Markdown, and as numbers for TensorBoard."""
+"""A result of :class:`pretrain.evaluation.tasks.suite.Suite` as Markdown, and as numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.errors import StorageError
+from pretrain.core.errors import StorageError
 
 UNITS = {"loss": "nats per token", "window": "tokens", "stride": "tokens", "targets": "tokens"}
 HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accuracy", "bits_per_byte")
@@ -21,7 +21,11 @@ def _shown(value: Any) -> str:
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *([_shown(cell).replace("|", "\\|").replace("\n", "⏎") for cell in row] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_shown(cell).replace("|", "\\|").replace("\n", "⏎") for cell in row] for row in rows),
+    ]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
@@ -29,33 +33,75 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The whole result as Markdown: a section for each evaluation."""
     lines = [f"# {result['checkpoint']}", ""]
     if result.get("depends_on_batch") is not None:
-        together = f" Held-out windows were computed {result['batch_size']} at once." if "batch_size" in result else ""
+        together = (
+            f" Held-out windows were computed {result['batch_size']} at once."
+            if "batch_size" in result
+            else ""
+        )
         lines += [f"Results depend on the batch: {result['depends_on_batch']}.{together}", ""]
     if "loss" in result:
         lines += [f"## {result['split']} split of {result['data']}", ""]
-        rows = [[name.replace("_", " "), f"{_shown(result[name])} {UNITS.get(name, '')}".strip()] for name in HELDOUT]
+        rows = [
+            [name.replace("_", " "), f"{_shown(result[name])} {UNITS.get(name, '')}".strip()]
+            for name in HELDOUT
+        ]
         if result["better_than_bigram_by"] is not None:
-            rows.append(["better than bigram by", f"{result['better_than_bigram_by']:.4f} nats per token"])
+            rows.append(
+                ["better than bigram by", f"{result['better_than_bigram_by']:.4f} nats per token"]
+            )
         lines += [*_table(["what", "value"], rows), ""]
         for kind in ("by_source", "by_length"):
             label = "source" if kind == "by_source" else "tokens of the document"
-            rows = [[name, *(group[column] for column in GROUP)] for name, group in result[kind].items()]
+            rows = [
+                [name, *(group[column] for column in GROUP)] for name, group in result[kind].items()
+            ]
             lines += [*_table([label, *(column.replace("_", " ") for column in GROUP)], rows), ""]
         if result["baselines"]:
-            rows = [[name, *(score[column] for column in BASELINE)] for name, score in result["baselines"].items()]
-            lines += [*_table(["baseline", *(column.replace("_", " ") for column in BASELINE)], rows), ""]
+            rows = [
+                [name, *(score[column] for column in BASELINE)]
+                for name, score in result["baselines"].items()
+            ]
+            lines += [
+                *_table(["baseline", *(column.replace("_", " ") for column in BASELINE)], rows),
+                "",
+            ]
     if "tasks" in result:
-        rows = [[task, name, value] for task, metrics in result["tasks"].items() for name, value in metrics.items() if value is not None]
-        lines += ["## Tasks (lm-evaluation-harness)", "", *_table(["task", "metric", "value"], rows), ""]
+        rows = [
+            [task, name, value]
+            for task, metrics in result["tasks"].items()
+            for name, value in metrics.items()
+            if value is not None
+        ]
+        lines += [
+            "## Tasks (lm-evaluation-harness)",
+            "",
+            *_table(["task", "metric", "value"], rows),
+            "",
+        ]
     if "references" in result:
-        lines += ["## Against references", "", *_table(["what", "value"], [list(item) for item in result["references"].items()]), ""]
+        lines += [
+            "## Against references",
+            "",
+            *_table(["what", "value"], [list(item) for item in result["references"].items()]),
+            "",
+        ]
     if "code" in result:
         code = result["code"]
         rows = [[f"pass@{k}", value] for k, value in code["pass_at"].items()]
-        rows += [[name.replace("_", " "), code[name]] for name in ("problems", "samples", "timed_out", "without_network")]
+        rows += [
+            [name.replace("_", " "), code[name]]
+            for name in ("problems", "samples", "timed_out", "without_network")
+        ]
         lines += ["## Code", "", *_table(["what", "value"], rows), ""]
     if "texts" in result:
-        lines += ["## Texts", "", *_table(["prompt", "text"], [[text["prompt"], text["text"]] for text in result["texts"]]), ""]
+        lines += [
+            "## Texts",
+            "",
+            *_table(
+                ["prompt", "text"], [[text["prompt"], text["text"]] for text in result["texts"]]
+            ),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -78,10 +124,14 @@ def write_markdown(result: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(markdown(result), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --markdown path") from None
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; choose another --markdown path"
+        ) from None
 
 
-def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int, forget_later: bool = False) -> None:
+def write_tensorboard(
+    result: Mapping[str, Any], folder: Path, step: int, forget_later: bool = False
+) -> None:
     """Every number as ``evaluation/<path>``, and every text, at ``step``.
 
     Args:
@@ -100,6 +150,10 @@ def write_tensorboard(result: Mapping[str, Any], folder: Path, step: int, forget
             for name, value in numbers(result):
                 writer.add_scalar(f"evaluation/{name}", value, step)
             for number, text in enumerate(result.get("texts", [])):
-                writer.add_text(f"evaluation/text_{number}", f"{text['prompt']}**{text['text']}**", step)
+                writer.add_text(
+                    f"evaluation/text_{number}", f"{text['prompt']}**{text['text']}**", step
+                )
     except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --tensorboard folder") from None
+        raise StorageError(
+            f"cannot write to {folder}: {error.strerror}; choose another --tensorboard folder"
+        ) from None

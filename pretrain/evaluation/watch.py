@@ -13,10 +13,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, read_run_recipe, read_state, step_of
-from pretrain.config.durable import file_sha256, write_synced
-from pretrain.config.errors import CheckpointError
+from pretrain.checkpoint.layout import (
+    MANIFEST,
+    complete_checkpoints,
+    read_run_recipe,
+    read_state,
+    step_of,
+)
 from pretrain.config.timeline import Timeline
+from pretrain.core.errors import CheckpointError
+from pretrain.core.files import file_sha256, write_synced
 from pretrain.evaluation.report import numbers, write_tensorboard
 
 EVALUATIONS = "evaluations.jsonl"
@@ -68,7 +74,12 @@ def record(run: Path, step: int, manifest: str, result: dict[str, Any]) -> None:
     write_tensorboard(result, run / "tensorboard" / "evaluation", step, forget_later=newest)
 
 
-def watch(run: Path, evaluate: Callable[[Path], dict[str, Any]], interval_steps: int = 1, parent: Parent | None = None) -> int:
+def watch(
+    run: Path,
+    evaluate: Callable[[Path], dict[str, Any]],
+    interval_steps: int = 1,
+    parent: Parent | None = None,
+) -> int:
     """Evaluates checkpoints, oldest first, until that of the run's last step is done; returns how many.
 
     A checkpoint that training removes meanwhile is passed over.
@@ -92,7 +103,10 @@ def watch(run: Path, evaluate: Callable[[Path], dict[str, Any]], interval_steps:
             except (CheckpointError, OSError) as error:
                 if checkpoint.is_dir():
                     raise
-                print(f"{checkpoint.name} was removed before it was evaluated ({error}): evaluation is slower than saving", file=sys.stderr)
+                print(
+                    f"{checkpoint.name} was removed before it was evaluated ({error}): evaluation is slower than saving",
+                    file=sys.stderr,
+                )
         if parent is not None and os.getppid() != parent.pid:
             break
         if not last_done:
@@ -101,7 +115,10 @@ def watch(run: Path, evaluate: Callable[[Path], dict[str, Any]], interval_steps:
 
 
 def _is_last(checkpoint: Path, parent: Parent | None) -> bool:
-    step, stopped_early = step_of(checkpoint), read_state(checkpoint).get("progress", {}).get("stopped_early", False)
+    step, stopped_early = (
+        step_of(checkpoint),
+        read_state(checkpoint).get("progress", {}).get("stopped_early", False),
+    )
     if parent is None:
         return stopped_early or step >= Timeline(read_run_recipe(checkpoint)).num_steps
     # What the training goes on from may have been the end of an earlier start, with fewer tokens or less patience.

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 
-from data_pipeline.token_stream import TokenStream
-from data_pipeline.tokenizer import load_tokenizer
-from pretrain.checkpoint.layout import CARD, RECIPE, TOKENIZER, read_recipe, read_run_recipe, read_state
+from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from pretrain.checkpoint.layout import (
+    CARD,
+    RECIPE,
+    TOKENIZER,
+    read_recipe,
+    read_run_recipe,
+    read_state,
+)
 from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
 from pretrain.checkpoint.universal import check_universal, write_universal
-from pretrain.checkpoint.whole_weights import open_whole_weights
+from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.config.load import recipe_to_yaml
 from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
@@ -93,18 +100,28 @@ def export_hf(
     tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     weights = open_whole_weights(checkpoint, recipe.model)
-    model, ours = (recipe.model, weights) if target.keeps_factors else without_factors(recipe.model, weights)
+    model, ours = (
+        (recipe.model, weights) if target.keeps_factors else without_factors(recipe.model, weights)
+    )
     with published_folder(output, overwrite) as folder:
         brought = read_side_files(checkpoint)
-        tensors, size, left_out = write_hf_folder(folder, target, model, ours, tokenizer, dtype, shard_bytes, brought)
+        tensors, size, left_out = write_hf_folder(
+            folder, target, model, ours, tokenizer, dtype, shard_bytes, brought
+        )
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
-            reference = reference_model(recipe.model, weights, dtype) if dtype == torch.float32 else reference_model(model, ours, dtype)
+            reference = (
+                reference_model(recipe.model, weights, dtype)
+                if dtype == torch.float32
+                else reference_model(model, ours, dtype)
+            )
             parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
         step = _write_card(checkpoint, folder)
-        conversion = Conversion(target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out)
+        conversion = Conversion(
+            target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out
+        )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
@@ -128,7 +145,13 @@ def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
     )
 
 
-def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Conversion:
+def export_safetensors(
+    checkpoint: Path,
+    output: Path,
+    dtype: torch.dtype,
+    overwrite: bool,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
     """Writes all weights, with the experts of all ranks joined and under our names, beside the recipe and the tokenizer.
 
     Raises:
@@ -146,7 +169,14 @@ def export_safetensors(checkpoint: Path, output: Path, dtype: torch.dtype, overw
         copy_file(checkpoint / TOKENIZER, folder / TOKENIZER)
         write_side_files(read_side_files(checkpoint), folder)
         size = sum(form.bytes for form in forms.values())
-        conversion = Conversion("safetensors", _write_card(checkpoint, folder), dtype_name(dtype), len(forms), size, None)
+        conversion = Conversion(
+            "safetensors",
+            _write_card(checkpoint, folder),
+            dtype_name(dtype),
+            len(forms),
+            size,
+            None,
+        )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
@@ -171,6 +201,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
         for name in (RECIPE, TOKENIZER):
             copy_file(checkpoint / name, folder / name)
         write_side_files(read_side_files(checkpoint), folder)
-        conversion = Conversion("universal", _write_card(checkpoint, folder), "float32", tensors, size, None)
+        conversion = Conversion(
+            "universal", _write_card(checkpoint, folder), "float32", tensors, size, None
+        )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion

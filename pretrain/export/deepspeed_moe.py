@@ -18,14 +18,24 @@ from torch import Tensor
 
 from pretrain.checkpoint.pickled import load_pickled
 from pretrain.checkpoint.tensor_files import TensorForm
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import Conversion
 from pretrain.export.name_map import Link, Links, check_names, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
-from pretrain.export.writer import RECORD, SHARD_BYTES, dtype_name, open_exported_weights, published_folder, write_json_file, write_weights
+from pretrain.export.writer import (
+    RECORD,
+    SHARD_BYTES,
+    dtype_name,
+    open_exported_weights,
+    published_folder,
+    write_json_file,
+    write_weights,
+)
 
 MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
-EXPERT_FILE = re.compile(r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<rank>\d+)_model_states\.pt$")
+EXPERT_FILE = re.compile(
+    r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<rank>\d+)_model_states\.pt$"
+)
 STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>\d+)$")
 
 
@@ -51,7 +61,10 @@ class PickledTensors:
                 raise CheckpointError(
                     f"the tensor '{name}' stands in {self._places[name][0].name} and in {path.name}: remove the one that is not its"
                 )
-            self._places[name], self._forms[name] = (path, section), TensorForm(tensor.dtype, tuple(tensor.shape))
+            self._places[name], self._forms[name] = (
+                (path, section),
+                TensorForm(tensor.dtype, tuple(tensor.shape)),
+            )
 
     def form(self, name: str) -> TensorForm:
         return self._forms[name]
@@ -61,7 +74,9 @@ class PickledTensors:
         return tensor.clone() if index is None else tensor[index].clone()
 
 
-def import_deepspeed(source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Conversion:
+def import_deepspeed(
+    source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES
+) -> Conversion:
     """Writes all weights of a plain DeepSpeed MoE checkpoint, the experts of all ranks together, as safetensors.
 
     Args:
@@ -86,7 +101,9 @@ def import_deepspeed(source: Path, output: Path, dtype: torch.dtype, overwrite: 
         write_weights(temporary, forms, to_theirs(links, tensors, dtype), shard_bytes)
         check_same_numbers(links, tensors, open_exported_weights(temporary))
         size = sum(form.bytes for form in forms.values())
-        conversion = Conversion("safetensors", _step(main), dtype_name(dtype), len(forms), size, None)
+        conversion = Conversion(
+            "safetensors", _step(main), dtype_name(dtype), len(forms), size, None
+        )
         write_json_file(temporary / RECORD, conversion.to_dict())
     return conversion
 
@@ -103,7 +120,9 @@ def _links(tensors: PickledTensors) -> Links:
         links.append(Link(name, match["stem"], their_expert=int(match["expert"])))
     for stem, found in experts.items():
         if sorted(found) != list(range(len(found))):
-            raise CheckpointError(f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is damaged")
+            raise CheckpointError(
+                f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is damaged"
+            )
     return links
 
 
@@ -123,11 +142,17 @@ def _tag_folder(source: Path) -> Path:
 def _model_file(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
     if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
-        raise ConfigError(f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's zero_to_fp32.py on it first")
+        raise ConfigError(
+            f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's zero_to_fp32.py on it first"
+        )
     if not found:
-        raise CheckpointError(f"{folder} has no mp_rank_00_model_states.pt: give the folder of one of DeepSpeed's checkpoints")
+        raise CheckpointError(
+            f"{folder} has no mp_rank_00_model_states.pt: give the folder of one of DeepSpeed's checkpoints"
+        )
     if len(found) > 1:
-        raise ConfigError(f"{folder} has the shares of {len(found)} tensor-parallel ranks: merge them with the program that trained it first")
+        raise ConfigError(
+            f"{folder} has the shares of {len(found)} tensor-parallel ranks: merge them with the program that trained it first"
+        )
     return found[0]
 
 
@@ -143,7 +168,9 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
         if (match := EXPERT_FILE.match(path.name)) is None:
             continue
         if int(match["rank"]):
-            raise ConfigError(f"{path} is a tensor-parallel share of an expert: merge them with the program that trained it first")
+            raise ConfigError(
+                f"{path} is a tensor-parallel share of an expert: merge them with the program that trained it first"
+            )
         layered.add(match["layer"] is not None)
         files[int(match["layer"] or 0), int(match["expert"])] = path
     if len(layered) > 1:
@@ -152,17 +179,27 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
         )
     if layered == {False}:
         counts = [max(counts)] if counts else []
-    layers = range(len(counts)) if counts else range(max((layer for layer, _ in files), default=-1) + 1)
+    layers = (
+        range(len(counts)) if counts else range(max((layer for layer, _ in files), default=-1) + 1)
+    )
     expected = {
         (layer, expert)
         for layer in layers
-        for expert in range(counts[layer] if counts else max((number for place, number in files if place == layer), default=-1) + 1)
+        for expert in range(
+            counts[layer]
+            if counts
+            else max((number for place, number in files if place == layer), default=-1) + 1
+        )
     }
     if missing := sorted(expected - files.keys()):
         layer, expert = missing[0]
-        raise CheckpointError(f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the checkpoint is incomplete")
+        raise CheckpointError(
+            f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the checkpoint is incomplete"
+        )
     if stray := sorted(files.keys() - expected):
-        raise CheckpointError(f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it belongs to another one")
+        raise CheckpointError(
+            f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it belongs to another one"
+        )
     yield from (files[key] for key in sorted(files))
 
 

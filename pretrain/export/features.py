@@ -8,14 +8,16 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from pretrain.config.differences import mark_of
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.section import Effect, Section
+from pretrain.core.section import Effect, Section
+from pretrain.model.config import ModelConfig
 
 ANY = None
 """In a white list: whatever the field says."""
 
 # Fields of room in an expert, which matters if tokens are dropped: every architecture refuses that. The two gates differ in their names alone.
-WITHOUT_DROPS = frozenset({"moe.eval_capacity_factor", "moe.min_capacity", "moe.use_rts", "moe.gate"})
+WITHOUT_DROPS = frozenset(
+    {"moe.eval_capacity_factor", "moe.min_capacity", "moe.use_rts", "moe.gate"}
+)
 
 Takes = Mapping[str, Collection[Any] | None]
 
@@ -47,7 +49,9 @@ def _fields(section: Section, prefix: str, effect: Effect) -> Iterator[tuple[str
     """
     for name, field in type(section).model_fields.items():
         value, mark = getattr(section, name), mark_of(field, effect)
-        optional = field.get_default() is None and not field.is_required() and prefix + name != "moe"
+        optional = (
+            field.get_default() is None and not field.is_required() and prefix + name != "moe"
+        )
         if mark is Effect.NONE:
             continue
         if isinstance(value, Section) and not optional:

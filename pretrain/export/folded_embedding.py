@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pretrain.checkpoint.tensor_files import TensorForm
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.name_map import Tensors
+from pretrain.model.config import ModelConfig
 
 PROJECTION = "embedding.projection"
 FOLDED = ("embedding.weight", "head.weight")
@@ -28,7 +28,9 @@ class FoldedEmbedding:
 
     def form(self, name: str) -> TensorForm:
         form = self._tensors.form(name)
-        return TensorForm(form.dtype, (form.shape[0], self._hidden_size)) if name in FOLDED else form
+        return (
+            TensorForm(form.dtype, (form.shape[0], self._hidden_size)) if name in FOLDED else form
+        )
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         tensor = self._tensors.read(name, index)

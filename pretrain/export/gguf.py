@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.token_stream import TokenStream
-from pretrain.config.errors import CheckpointError, ConfigError
+from data_pipeline.shards.token_stream import TokenStream
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import Conversion, export_hf
 from pretrain.export.writer import RECORD, published_folder, write_json_file
 
@@ -35,7 +35,9 @@ def find_converter() -> Path:
     return Path(found)
 
 
-def export_gguf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool) -> Conversion:
+def export_gguf(
+    checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool
+) -> Conversion:
     """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as :func:`export_hf` does.
 
     Raises:
@@ -47,12 +49,24 @@ def export_gguf(checkpoint: Path, output: Path, heldout: TokenStream, dtype: tor
         between = folder / "hf"
         conversion = export_hf(checkpoint, between, heldout, dtype, overwrite=False)
         file = folder / GGUF_FILE
-        command = [sys.executable, str(converter), str(between), "--outfile", str(file), "--outtype", OUT_TYPES[dtype]]
+        command = [
+            sys.executable,
+            str(converter),
+            str(between),
+            "--outfile",
+            str(file),
+            "--outtype",
+            OUT_TYPES[dtype],
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not file.is_file():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise CheckpointError(f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was published; use --to hf")
+            raise CheckpointError(
+                f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was published; use --to hf"
+            )
         shutil.rmtree(between)
-        conversion = replace(conversion, target=f"gguf of {conversion.target}", bytes=file.stat().st_size)
+        conversion = replace(
+            conversion, target=f"gguf of {conversion.target}", bytes=file.stat().st_size
+        )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion

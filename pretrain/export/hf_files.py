@@ -14,15 +14,39 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.tokenizer_files import MORE_TEMPLATES
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES
-from pretrain.export.writer import INDEX, WEIGHTS, json_fields, read_json_object, weight_files, weight_map
+from pretrain.export.writer import (
+    INDEX,
+    WEIGHTS,
+    json_fields,
+    read_json_object,
+    weight_files,
+    weight_map,
+)
 
-CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+CONFIG, GENERATION, TOKENIZER_CONFIG = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+)
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 # What transformers gets to see besides configs and weights. All of it is data.
-TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 PLAIN_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # Python runs a file of any of these on an import.
 CODE_SUFFIXES = {".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so"}
@@ -48,15 +72,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json_object(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / CONFIG} names no model_type: give the folder of a model for transformers")
+        raise CheckpointError(
+            f"{folder / CONFIG} names no model_type: give the folder of a model for transformers"
+        )
     _check_code_files(folder, own=config["model_type"] == OWN_TYPE)
     _check_named_code(folder, config)
     for field in OTHER_FILES:
         if config.get(field) is not None:
-            raise CheckpointError(f"{folder / CONFIG} has the field {field}, by which other files than {CONFIG} and {WEIGHTS} are read: remove it")
+            raise CheckpointError(
+                f"{folder / CONFIG} has the field {field}, by which other files than {CONFIG} and {WEIGHTS} are read: remove it"
+            )
     for field, value, _ in json_fields(config):
         if COUNT.fullmatch(field) and isinstance(value, int | float) and value > LARGEST_COUNT:
-            raise CheckpointError(f"{folder / CONFIG} says {field} = {value}, and no model has more than {LARGEST_COUNT}: it is damaged")
+            raise CheckpointError(
+                f"{folder / CONFIG} says {field} = {value}, and no model has more than {LARGEST_COUNT}: it is damaged"
+            )
     return config
 
 
@@ -69,7 +99,11 @@ def unset_fields(fields: Mapping[str, Any]) -> str:
 def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Fields and, of dictionaries, entries by their dotted names."""
     for field, value in fields.items():
-        yield from ((f"{field}.{name}", entry) for name, entry in value.items()) if isinstance(value, dict) else [(field, value)]
+        yield from (
+            ((f"{field}.{name}", entry) for name, entry in value.items())
+            if isinstance(value, dict)
+            else [(field, value)]
+        )
 
 
 def _check_code_files(folder: Path, own: bool) -> None:
@@ -78,12 +112,19 @@ def _check_code_files(folder: Path, own: bool) -> None:
     for place, folders, files in os.walk(folder):
         for name in folders:
             if (Path(place) / name).is_symlink():
-                raise CheckpointError(f"{Path(place) / name} is a link to another folder, which may hold code: put a real folder there or remove it")
+                raise CheckpointError(
+                    f"{Path(place) / name} is a link to another folder, which may hold code: put a real folder there or remove it"
+                )
         for name in files:
             path = Path(place) / name
             if path.suffix.lower() not in CODE_SUFFIXES:
                 continue
-            if path.parent != folder or name not in ours or not path.is_file() or path.read_bytes() != ours[name]:
+            if (
+                path.parent != folder
+                or name not in ours
+                or not path.is_file()
+                or path.read_bytes() != ours[name]
+            ):
                 raise CheckpointError(
                     f"{path} is code that does not come from this project, and is never run: remove it, "
                     f"and the auto_map of {CONFIG}, if transformers has the class itself; otherwise take another folder"
@@ -100,12 +141,20 @@ def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
             "auto_map if transformers has the class itself; otherwise take another folder"
         )
     for path in sorted(folder.glob("*config*.json")):
-        content = {name: value for name, value in config.items() if name != "auto_map"} if path.name == CONFIG else read_json_object(path)
+        content = (
+            {name: value for name, value in config.items() if name != "auto_map"}
+            if path.name == CONFIG
+            else read_json_object(path)
+        )
         for field, value, _ in json_fields(content):
             if field == "auto_map" and value:
-                raise CheckpointError(f"{path} has an auto_map, and code of a folder is never run: remove it, or take another folder")
+                raise CheckpointError(
+                    f"{path} has an auto_map, and code of a folder is never run: remove it, or take another folder"
+                )
             if field.endswith("_implementation") and any("/" in text for text in _texts(value)):
-                raise CheckpointError(f"{path} names a kernel from the hub as {field}, which is code: remove the field")
+                raise CheckpointError(
+                    f"{path} names a kernel from the hub as {field}, which is code: remove the field"
+                )
 
 
 def _texts(value: Any) -> list[str]:
@@ -126,22 +175,38 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 found = {name: tuple(part.get_shape()) for name, part in parts.items()}
-                packed = {name: kind for name, part in parts.items() if (kind := part.get_dtype()) not in PLAIN_TYPES}
+                packed = {
+                    name: kind
+                    for name, part in parts.items()
+                    if (kind := part.get_dtype()) not in PLAIN_TYPES
+                }
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the weights are incomplete, take a whole folder") from None
+            raise CheckpointError(
+                f"{path} is missing: the weights are incomplete, take a whole folder"
+            ) from None
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, take another folder") from None
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): it is damaged, take another folder"
+            ) from None
         if packed:
             name, kind = min(packed.items())
-            raise CheckpointError(f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32 first")
+            raise CheckpointError(
+                f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32 first"
+            )
         if twice := sorted(found.keys() & shapes.keys()):
-            raise CheckpointError(f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not belong together")
+            raise CheckpointError(
+                f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not belong together"
+            )
         shapes |= found
         places |= dict.fromkeys(found, path.name)
     if (index := folder / INDEX).is_file():
         wanted = weight_map(index)
-        if wrong := sorted(name for name in wanted.keys() | places.keys() if wanted.get(name) != places.get(name)):
-            raise CheckpointError(f"{index} says another file for '{wrong[0]}' than the one that holds it: the weights do not belong together")
+        if wrong := sorted(
+            name for name in wanted.keys() | places.keys() if wanted.get(name) != places.get(name)
+        ):
+            raise CheckpointError(
+                f"{index} says another file for '{wrong[0]}' than the one that holds it: the weights do not belong together"
+            )
     return shapes
 
 
@@ -157,13 +222,18 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
     """
     with tempfile.TemporaryDirectory(prefix="hf-folder-") as name:
         view = Path(name)
-        (view / CONFIG).write_text(json.dumps({field: value for field, value in config.items() if field != "auto_map"}))
+        (view / CONFIG).write_text(
+            json.dumps({field: value for field, value in config.items() if field != "auto_map"})
+        )
         for path in (folder / GENERATION, folder / TOKENIZER_CONFIG):
             if path.is_file():
                 (view / path.name).write_text(json.dumps(_without_paths(read_json_object(path))))
         paths = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
         if weights:
-            paths += [*weight_files(folder), *([folder / INDEX] if (folder / INDEX).is_file() else [])]
+            paths += [
+                *weight_files(folder),
+                *([folder / INDEX] if (folder / INDEX).is_file() else []),
+            ]
         (view / MORE_TEMPLATES).mkdir()
         paths += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
         for path in paths:
@@ -173,14 +243,22 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Without the fields by which a tokenizer's config names files elsewhere."""
-    return {name: value for name, value in config.items() if not name.endswith("_file") and name != "name_or_path"}
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.endswith("_file") and name != "name_or_path"
+    }
 
 
 def check_tokenizer_files(folder: Path) -> None:
     """Raises :class:`CheckpointError` unless there is a vocabulary, and a tokenizer class that is one by its name."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise CheckpointError(f"{folder} has no tokenizer.json: copy the tokenizer of the model there")
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: copy the tokenizer of the model there"
+        )
     for path in (folder / TOKENIZER_CONFIG, folder / CONFIG):
         name = read_json_object(path).get("tokenizer_class") if path.is_file() else None
         if name is not None and not (isinstance(name, str) and TOKENIZER_CLASS.fullmatch(name)):
-            raise CheckpointError(f"{path} names the tokenizer_class {name!r}, which is no tokenizer: correct it")
+            raise CheckpointError(
+                f"{path} names the tokenizer_class {name!r}, which is no tokenizer: correct it"
+            )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.checkpoint.tokenizer_files import (
     GENERATION_CONFIG,
     ID_FIELDS,
@@ -17,11 +17,18 @@ from pretrain.checkpoint.tokenizer_files import (
     content_of,
     write_side_files,
 )
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
 from pretrain.export.targets import ExportTarget
-from pretrain.export.writer import SHARD_BYTES, copy_file, dtype_name, open_exported_weights, write_json_file, write_weights
+from pretrain.export.writer import (
+    SHARD_BYTES,
+    copy_file,
+    dtype_name,
+    open_exported_weights,
+    write_json_file,
+    write_weights,
+)
+from pretrain.model.config import ModelConfig
 
 
 def write_hf_folder(
@@ -57,14 +64,24 @@ def write_hf_folder(
     forms = their_forms(links, ours, dtype)
     write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
     check_same_numbers(links, ours, open_exported_weights(folder))
-    config = {"architectures": [target.architecture], **target.config(model, tokenizer.eod_id), "dtype": dtype_name(dtype)}
+    config = {
+        "architectures": [target.architecture],
+        **target.config(model, tokenizer.eod_id),
+        "dtype": dtype_name(dtype),
+    }
     _write_configs(folder, config, tokenizer, model.max_position_embeddings, side_files or {})
     for file in target.files:
         copy_file(Path(file), folder / Path(file).name)
     return len(forms), sum(form.bytes for form in forms.values()), left_out
 
 
-def _write_configs(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, max_tokens: int, side_files: SideFiles) -> None:
+def _write_configs(
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    side_files: SideFiles,
+) -> None:
     """Writes everything but the weights: ``config.json``, how texts start and end, and the tokenizer."""
     eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
@@ -83,4 +100,6 @@ def _write_configs(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, m
         "clean_up_tokenization_spaces": False,
     }
     write_json_file(folder / TOKENIZER_CONFIG, tokens)
-    write_side_files({name: content for name, content in side_files.items() if name != TOKEN_IDS}, folder)
+    write_side_files(
+        {name: content for name, content in side_files.items() if name != TOKEN_IDS}, folder
+    )

@@ -19,9 +19,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
-from pretrain.export.hf_files import CONFIG, check_tokenizer_files, checked_view, read_config, stored_shapes, unset_fields, weight_files
+from pretrain.export.hf_files import (
+    CONFIG,
+    check_tokenizer_files,
+    checked_view,
+    read_config,
+    stored_shapes,
+    unset_fields,
+    weight_files,
+)
 from pretrain.export.writer import read_json_object
 
 if TYPE_CHECKING:
@@ -29,7 +37,18 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-FOREIGN_LOGGERS = ("transformers", "huggingface_hub", "datasets", "lm_eval", "lm-eval", "httpx", "torchao", "torch", "accelerate", "filelock")
+FOREIGN_LOGGERS = (
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "lm_eval",
+    "lm-eval",
+    "httpx",
+    "torchao",
+    "torch",
+    "accelerate",
+    "filelock",
+)
 # Buffers of old files that every model computes itself.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 SHOWN = 3
@@ -70,7 +89,9 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     """
     content = read_config(folder)
     if content.get("quantization_config"):
-        raise CheckpointError(f"the weights in {folder} are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
+        raise CheckpointError(
+            f"the weights in {folder} are quantised: convert them to bf16 or fp32 first, with the tool that quantised them"
+        )
     shapes = stored_shapes(folder)
     with checked_view(folder, content, weights=True) as view:
         config = _config(folder, view)
@@ -112,9 +133,13 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         except Exception as error:  # as in _config
             raise _refusal(folder, "the tokenizer in ", view, error) from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise CheckpointError(f"the tokenizer_class of {folder} is {type(tokenizer).__name__}, which is no tokenizer: correct it")
+        raise CheckpointError(
+            f"the tokenizer_class of {folder} is {type(tokenizer).__name__}, which is no tokenizer: correct it"
+        )
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"the tokenizer in {folder} has no end-of-document token (eos_token): add it to tokenizer_config.json")
+        raise CheckpointError(
+            f"the tokenizer in {folder} has no end-of-document token (eos_token): add it to tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -123,9 +148,13 @@ def check_fit(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
-        raise CheckpointError(f"the tokenizer in {folder} has ids up to {largest}, and the model embeddings for {rows}: copy the model's own there")
+        raise CheckpointError(
+            f"the tokenizer in {folder} has ids up to {largest}, and the model embeddings for {rows}: copy the model's own there"
+        )
     if not isinstance(getattr(model.config, "max_position_embeddings", None), int):
-        raise CheckpointError(f"{folder / 'config.json'} has no max_position_embeddings, the longest text in tokens: add it")
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no max_position_embeddings, the longest text in tokens: add it"
+        )
 
 
 def _config(folder: Path, view: Path) -> PreTrainedConfig:
@@ -138,13 +167,27 @@ def _config(folder: Path, view: Path) -> PreTrainedConfig:
     AutoModelForCausalLM.register(MoePretrainConfig, MoePretrainForCausalLM, exist_ok=True)
     try:
         return cast("PreTrainedConfig", AutoConfig.from_pretrained(view, **LOCAL))
-    except Exception as error:  # a field of the wrong type raises whatever the class's constructor comes upon
-        raise _refusal(folder, "the config.json of ", view, error, unset_fields(read_json_object(view / CONFIG))) from None
+    except (
+        Exception
+    ) as error:  # a field of the wrong type raises whatever the class's constructor comes upon
+        raise _refusal(
+            folder,
+            "the config.json of ",
+            view,
+            error,
+            unset_fields(read_json_object(view / CONFIG)),
+        ) from None
 
 
-def _refusal(folder: Path, what: str, view: Path, error: Exception, note: str = "") -> CheckpointError:
-    reason = " ".join(str(error).replace(str(view), str(folder)).split())[:300] or type(error).__name__
-    return CheckpointError(f"transformers cannot open {what}{folder} ({type(error).__name__}: {reason}{note}): download or export it again")
+def _refusal(
+    folder: Path, what: str, view: Path, error: Exception, note: str = ""
+) -> CheckpointError:
+    reason = (
+        " ".join(str(error).replace(str(view), str(folder)).split())[:300] or type(error).__name__
+    )
+    return CheckpointError(
+        f"transformers cannot open {what}{folder} ({type(error).__name__}: {reason}{note}): download or export it again"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,13 +217,18 @@ def _outline(folder: Path, config: PreTrainedConfig) -> Outline:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        forms = revert_weight_conversion(model, {name: tensor.detach() for name, tensor in state.items()})
+        forms = revert_weight_conversion(
+            model, {name: tensor.detach() for name, tensor in state.items()}
+        )
     except Exception as error:  # as in _config
         raise _refusal(folder, "the model of ", folder, error) from None
     groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)
-    ignored = [COMPUTED, *(re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [
+        COMPUTED,
+        *(re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()),
+    ]
     shapes = {name: tuple(tensor.shape) for name, tensor in forms.items()}
     return Outline(shapes, [names for names in groups.values() if len(names) > 1], ignored)
 
@@ -193,7 +241,9 @@ def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
     expected, found = _without_copies(folder, outline, stored)
     if expected != found and sum(map(prod, expected.values())) != sum(map(prod, found.values())):
         superfluous = [f"'{name}' has no place in it" for name in found if name not in expected]
-        raise _incomplete(folder, _missing(expected, found) + _reshaped(expected, found) + superfluous)
+        raise _incomplete(
+            folder, _missing(expected, found) + _reshaped(expected, found) + superfluous
+        )
 
 
 def _without_copies(folder: Path, outline: Outline, stored: Shapes) -> tuple[Shapes, Shapes]:
@@ -236,28 +286,46 @@ def _missing(expected: Shapes, found: Shapes) -> list[str]:
 
 
 def _reshaped(expected: Shapes, found: Shapes) -> list[str]:
-    return [f"'{name}' is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
+    return [
+        f"'{name}' is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
 
 
 def _incomplete(folder: Path, clauses: Iterable[str]) -> CheckpointError:
     clauses = list(clauses)
     more = f" and {len(clauses) - SHOWN} more" if len(clauses) > SHOWN else ""
-    return CheckpointError(f"{folder} does not hold the model of its config.json: {', '.join(clauses[:SHOWN])}{more}: download or export it again")
+    return CheckpointError(
+        f"{folder} does not hold the model of its config.json: {', '.join(clauses[:SHOWN])}{more}: download or export it again"
+    )
 
 
-def _load(folder: Path, view: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(
+    folder: Path, view: Path, config: PreTrainedConfig, dtype: torch.dtype | str
+) -> PreTrainedModel:
     """What transformers makes of the weights, if it says that it needed all of them and no others."""
     from transformers import AutoModelForCausalLM
 
-    options = {**LOCAL, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are in the report
+    options = {
+        **LOCAL,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # mismatches are in the report
     try:
         # transformers' annotations leave out that output_loading_info makes it a pair.
-        opened: Any = AutoModelForCausalLM.from_pretrained(view, config=config, dtype=dtype, **options)
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            view, config=config, dtype=dtype, **options
+        )
     except Exception as error:  # a damaged or hostile file raises errors of many kinds
         raise _refusal(folder, "the weights in ", view, error) from None
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", opened)
     clauses = [f"'{name}' is missing" for name in sorted(report["missing_keys"])]
-    clauses += [f"'{name}' is {list(found)} instead of {list(wanted)}" for name, found, wanted in sorted(report["mismatched_keys"])]
+    clauses += [
+        f"'{name}' is {list(found)} instead of {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
     clauses += [f"'{name}' has no place in it" for name in sorted(report["unexpected_keys"])]
     clauses += list(map(str, report.get("error_msgs") or ()))
     if clauses:
@@ -268,5 +336,11 @@ def _load(folder: Path, view: Path, config: PreTrainedConfig, dtype: torch.dtype
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     """Raises :class:`CheckpointError` for a weight with NaN or infinity: its largest and smallest number show it without a copy."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
-            raise CheckpointError(f"the tensor '{name}' in {folder} has numbers that are not finite: take another folder")
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not all(torch.isfinite(end) for end in tensor.aminmax())
+        ):
+            raise CheckpointError(
+                f"the tensor '{name}' in {folder} has numbers that are not finite: take another folder"
+            )

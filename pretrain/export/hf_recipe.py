@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from pretrain.checkpoint.layout import TOKENIZER
-from pretrain.config.errors import CheckpointError, ConfigError
 from pretrain.config.load import validate_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
 from pretrain.export.hf_files import TOKENIZER_CONFIG, unset_fields
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # What transformers raises for a config that it cannot make sense of; some classes look into values before they check their types.
-REFUSALS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, StrictDataclassError, AssertionError, RuntimeError)
+REFUSALS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    StrictDataclassError,
+    AssertionError,
+    RuntimeError,
+)
 # Fields of config.json that change nothing of what the model computes, or that a recipe says in its own way.
 NEUTRAL = {
     "architectures",
@@ -75,7 +85,9 @@ class _Fields(Mapping[str, Any]):
         if not hasattr(self.config, name):
             raise KeyError(name)
         if (value := getattr(self.config, name)) is None:
-            raise ConfigError(f"config.json says {name} = null, which {self.config.model_type} cannot compute with: give it a value")
+            raise ConfigError(
+                f"config.json says {name} = null, which {self.config.model_type} cannot compute with: give it a value"
+            )
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -116,12 +128,21 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     recipe = validate_recipe(content, str(path))
     if reasons := target.reasons_against(recipe.model):
         raise ConfigError(f"{path} describes what {target.name} is not: {'; '.join(reasons)}")
-    ours, theirs = (_resolved(each) for each in (type(config)(**target.config(recipe.model, 0)), config))
+    ours, theirs = (
+        _resolved(each) for each in (type(config)(**target.config(recipe.model, 0)), config)
+    )
     unread = NEUTRAL | target.unread(_Fields(config))
     for field, value in theirs.items():
-        if field not in unread and not field.startswith("_") and field in ours and ours[field] != value:
+        if (
+            field not in unread
+            and not field.startswith("_")
+            and field in ours
+            and ours[field] != value
+        ):
             said, nearest = _difference(field, value, ours[field])
-            raise ConfigError(f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be converted exactly")
+            raise ConfigError(
+                f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be converted exactly"
+            )
     _check_buildable(path, target, config)
     return recipe
 
@@ -129,9 +150,17 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
 def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> dict[str, Any]:
     try:
         return target.model_section(_Fields(config))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # fields of the wrong type, or none
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # fields of the wrong type, or none
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another folder") from None
+        raise CheckpointError(
+            f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another folder"
+        ) from None
 
 
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
@@ -145,7 +174,9 @@ def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
         if field == "head_dim" and value is not None:
             continue  # read by every class; recipes have it
         if field == "head_dim" or value != harmless:
-            raise ConfigError(f"{path} says {field} = {value}, which {config.model_type} has no meaning for: take it out of the file")
+            raise ConfigError(
+                f"{path} says {field} = {value}, which {config.model_type} has no meaning for: take it out of the file"
+            )
 
 
 def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) -> None:
@@ -166,7 +197,9 @@ def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
     fields: dict[str, Any] = config.to_dict()
     declared = {field.name for field in dataclasses.fields(config)}
     if "rope_parameters" in fields:
-        fields["rope_parameters"] = resolved(fields["rope_parameters"], config.max_position_embeddings)
+        fields["rope_parameters"] = resolved(
+            fields["rope_parameters"], config.max_position_embeddings
+        )
     if "head_dim" in declared and fields.get("head_dim") is None:
         fields["head_dim"] = config.hidden_size // config.num_attention_heads
     return fields
@@ -187,24 +220,38 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
     try:
         library = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
     except Exception as error:  # the library raises nothing more particular
-        raise CheckpointError(f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder") from None
+        raise CheckpointError(
+            f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder"
+        ) from None
     largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
-        raise CheckpointError(f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there")
+        raise CheckpointError(
+            f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there"
+        )
     # Where config.json leaves these ids out, its class names some that may be any word of the vocabulary.
-    special = {number: token.content for number, token in library.get_added_tokens_decoder().items() if token.special}
+    special = {
+        number: token.content
+        for number, token in library.get_added_tokens_decoder().items()
+        if token.special
+    }
     tokens = {
         "eod_token": _document_end(source, library, config),
         "bos_token": special.get(config.bos_token_id),
         "pad_token": special.get(config.pad_token_id),
     }
-    section = {"kind": "file", "path": str(output / TOKENIZER)} | {field: token for field, token in tokens.items() if token is not None}
+    section = {"kind": "file", "path": str(output / TOKENIZER)} | {
+        field: token for field, token in tokens.items() if token is not None
+    }
     # A model that was trained with a token before each text gets it in training too.
     begins = library.encode("a").ids[:1]
-    return section | ({"prepend_bos": True} if "bos_token" in section and begins == [config.bos_token_id] else {})
+    return section | (
+        {"prepend_bos": True} if "bos_token" in section and begins == [config.bos_token_id] else {}
+    )
 
 
-def _document_end(source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig) -> str | None:
+def _document_end(
+    source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig
+) -> str | None:
     """The first end that ``config.json`` names if it is no word, else the one of ``tokenizer_config.json``, if there is one."""
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}

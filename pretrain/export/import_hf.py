@@ -11,18 +11,31 @@ import torch
 from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.weights import open_weights
-from pretrain.checkpoint.weights_folder import fill_weights_folder, tensor_shapes
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.schema import Recipe
+from pretrain.checkpoint.weights_only import fill_weights_folder, tensor_shapes
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.convert import Conversion, shortage
 from pretrain.export.hf_files import CONFIG, read_config
 from pretrain.export.hf_open import COMPUTED, check_stored, open_config
 from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.name_map import Links, Zeros, to_ours
-from pretrain.export.parity import check_parity, check_same_numbers, compare_logits, load_exported, reference_model, same_bits
+from pretrain.export.parity import (
+    check_parity,
+    check_same_numbers,
+    compare_logits,
+    load_exported,
+    reference_model,
+    same_bits,
+)
 from pretrain.export.targets import ARCHITECTURES
-from pretrain.export.writer import RECORD, dtype_name, open_exported_weights, published_folder, write_json_file
+from pretrain.export.writer import (
+    RECORD,
+    dtype_name,
+    open_exported_weights,
+    published_folder,
+    write_json_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,7 +43,9 @@ if TYPE_CHECKING:
 WINDOWS, WINDOW_TOKENS = 4, 256
 
 
-def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None) -> Conversion:
+def import_hf(
+    source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None
+) -> Conversion:
     """Writes a folder that evaluation, generation, export and training read like any other checkpoint, and compares its logits with transformers'.
 
     Args:
@@ -57,13 +72,21 @@ def import_hf(source: Path, output: Path, overwrite: bool, memory_bytes: int | N
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             shape = (WINDOWS, min(WINDOW_TOKENS, recipe.model.max_position_embeddings))
-            windows_WS = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-            parity = compare_logits(reference_model(recipe.model, ours, torch.float32), load_exported(source), windows_WS)
+            windows_WS = torch.randint(
+                config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
+            )
+            parity = compare_logits(
+                reference_model(recipe.model, ours, torch.float32),
+                load_exported(source),
+                windows_WS,
+            )
             check_parity(parity)
         dtypes = {theirs.form(name).dtype for name in theirs.names}
         dtype = dtype_name(dtypes.pop()) if len(dtypes) == 1 else "mixed"
         size = sum(ours.form(name).bytes for name in ours.names)
-        conversion = Conversion(recipe.name, 0, dtype, len(ours.names), size, parity, unchecked, left_out)
+        conversion = Conversion(
+            recipe.name, 0, dtype, len(ours.names), size, parity, unchecked, left_out
+        )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion
 
@@ -79,9 +102,13 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
     name = content["model_type"]
     known = {target.name: target for target in ARCHITECTURES}
     if name not in known:
-        raise ConfigError(f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}")
+        raise ConfigError(
+            f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}"
+        )
     if content.get("quantization_config"):
-        raise ConfigError(f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them")
+        raise ConfigError(
+            f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them"
+        )
     return known[name], open_config(source)
 
 
@@ -99,10 +126,14 @@ def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, 
         if name in linked or COMPUTED.search(name):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if name == "lm_head.weight" and same_bits(theirs.read(name), theirs.read("model.embed_tokens.weight")):
+        if name == "lm_head.weight" and same_bits(
+            theirs.read(name), theirs.read("model.embed_tokens.weight")
+        ):
             continue
         if name not in empty and not (layer and int(layer[1]) >= layers):
-            raise CheckpointError(f"the tensor '{name}' has no place in the recipe's model: config.json and weights do not belong together")
+            raise CheckpointError(
+                f"the tensor '{name}' has no place in the recipe's model: config.json and weights do not belong together"
+            )
         if name not in empty or theirs.read(name).any():
             left_out.append(name)
     return tuple(left_out)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.tensor_files import TensorForm
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 
 
 class Tensors(Protocol):
@@ -47,8 +47,12 @@ class RotaryRows:
         return self._ordered(tensor, (self.turned // 2, 2))
 
     def _ordered(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
-        plain, turned = tensor.unflatten(0, (self.heads, self.plain + self.turned)).split((self.plain, self.turned), dim=1)
-        return torch.cat((plain, turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1).flatten(0, 1)
+        plain, turned = tensor.unflatten(0, (self.heads, self.plain + self.turned)).split(
+            (self.plain, self.turned), dim=1
+        )
+        return torch.cat(
+            (plain, turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1
+        ).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class Link:
         """Of :meth:`of_ours` in a file of ``dtype``."""
         shape = ours.form(self.ours).shape[0 if self.expert is None else 1 :]
         shape = shape if self.rows is None else (self.rows, *shape[1:])
-        return TensorForm(torch.float32 if self.exact else dtype, shape[::-1] if self.transposed else shape)
+        return TensorForm(
+            torch.float32 if self.exact else dtype, shape[::-1] if self.transposed else shape
+        )
 
 
 @dataclass(frozen=True)
@@ -119,19 +125,32 @@ class Zeros:
 Links = list[Link | Zeros]
 
 
-def expand(templates: Mapping[str, str], layers: Iterable[int] = (0,), num_experts: int = 1, rows: int | None = None, **options: Any) -> list[Link]:
+def expand(
+    templates: Mapping[str, str],
+    layers: Iterable[int] = (0,),
+    num_experts: int = 1,
+    rows: int | None = None,
+    **options: Any,
+) -> list[Link]:
     """The links of ``templates`` (ours to theirs) for the given layers; the experts of stacked tensors are taken apart."""
     links = []
     for ours, theirs in templates.items():
         for layer in layers:
             for expert in range(num_experts if "{expert}" in theirs else 1):
                 stacked = "{expert}" in theirs and "{expert}" not in ours
-                link = Link(ours.format(layer=layer, expert=expert), theirs.format(layer=layer, expert=expert), expert if stacked else None, rows)
+                link = Link(
+                    ours.format(layer=layer, expert=expert),
+                    theirs.format(layer=layer, expert=expert),
+                    expert if stacked else None,
+                    rows,
+                )
                 links.append(replace(link, **options))
     return links
 
 
-def stacked(templates: Mapping[str, str], layers: Iterable[int], num_experts: int, **options: Any) -> list[Link]:
+def stacked(
+    templates: Mapping[str, str], layers: Iterable[int], num_experts: int, **options: Any
+) -> list[Link]:
     """As :func:`expand` where theirs stacks the experts, and ours may or may not."""
     return [
         Link(
@@ -155,7 +174,9 @@ def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable
     """
     linked, names = {link.ours for link in links if isinstance(link, Link)}, set(ours.names)
     if missing := sorted(linked - names):
-        raise CheckpointError(f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not belong to its recipe")
+        raise CheckpointError(
+            f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not belong to its recipe"
+        )
     if unknown := sorted(names - linked - set(left_out)):
         raise CheckpointError(
             f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the checkpoint does not belong to its recipe"
@@ -167,7 +188,9 @@ def is_left_out(name: str) -> bool:
     return name.startswith("multi_token.") or name.endswith(".router.noise.weight")
 
 
-def their_forms(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) -> dict[str, TensorForm]:
+def their_forms(
+    links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype
+) -> dict[str, TensorForm]:
     """Names and forms of all tensors of theirs, in order."""
     forms: dict[str, TensorForm] = {}
     experts: dict[str, int] = {}
@@ -185,7 +208,9 @@ def their_forms(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype
     return forms
 
 
-def to_theirs(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def to_theirs(
+    links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors of theirs, one by one, in the order of :func:`their_forms`."""
     groups: dict[str, list[Link | Zeros]] = {}
     for link in links:
@@ -198,11 +223,15 @@ def to_theirs(links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype) 
         tensor = torch.zeros(form.shape, dtype=form.dtype)
         for link in groups[theirs]:
             if isinstance(link, Link):
-                link.place(tensor if link.their_expert is None else tensor[link.their_expert]).copy_(link.of_ours(ours))
+                link.place(
+                    tensor if link.their_expert is None else tensor[link.their_expert]
+                ).copy_(link.of_ours(ours))
         yield theirs, tensor
 
 
-def to_ours(links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+def to_ours(
+    links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
     """The way back, in fp32: one by one, in the order of ``shapes``, which are ours. Padding of the vocabulary is zero.
 
     Raises:
@@ -217,9 +246,16 @@ def to_ours(links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str,
         tensor = torch.zeros(shape)
         for link in groups[ours]:
             if link.theirs not in names:
-                raise CheckpointError(f"there is no tensor '{link.theirs}': the files are incomplete")
-            place, share = (tensor if link.expert is None else tensor[link.expert])[: link.rows], link.back(theirs)
+                raise CheckpointError(
+                    f"there is no tensor '{link.theirs}': the files are incomplete"
+                )
+            place, share = (
+                (tensor if link.expert is None else tensor[link.expert])[: link.rows],
+                link.back(theirs),
+            )
             if place.shape != share.shape:
-                raise CheckpointError(f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of {list(place.shape)}: it is damaged")
+                raise CheckpointError(
+                    f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of {list(place.shape)}: it is damaged"
+                )
             place.copy_(share)
         yield ours, tensor

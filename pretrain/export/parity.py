@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.config.errors import CheckpointError, DataError
-from pretrain.config.model_schema import ModelConfig
+from pretrain.core.errors import CheckpointError, DataError
 from pretrain.export.hf_open import open_model
 from pretrain.export.name_map import Link, Tensors, Zeros
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from data_pipeline.token_stream import TokenStream
+    from data_pipeline.shards.token_stream import TokenStream
 
 WINDOWS = 8
 TOLERANCE = 1e-4
@@ -45,9 +45,13 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     """
     full = stream.num_tokens // sequence_length
     if full == 0:
-        raise DataError(f"the text to compare on has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data")
+        raise DataError(
+            f"the text to compare on has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data"
+        )
     chosen = np.unique(np.linspace(0, full - 1, min(count, full)).round().astype(np.int64))
-    return torch.from_numpy(np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen]))
+    return torch.from_numpy(
+        np.stack([stream.read(int(index) * sequence_length, sequence_length) for index in chosen])
+    )
 
 
 def load_exported(folder: Path) -> PreTrainedModel:
@@ -71,7 +75,9 @@ def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tens
         ours_SV = model.logits(window_S[None])[0]
         theirs_SV = exported(input_ids=window_S[None], use_cache=False).logits[0]
         if ours_SV.shape != theirs_SV.shape:
-            raise CheckpointError(f"the export gives logits {list(theirs_SV.shape)}, the checkpoint {list(ours_SV.shape)}: nothing was published")
+            raise CheckpointError(
+                f"the export gives logits {list(theirs_SV.shape)}, the checkpoint {list(ours_SV.shape)}: nothing was published"
+            )
         # torch.maximum keeps a NaN, Python's max may lose it.
         largest = torch.maximum(largest, (ours_SV - theirs_SV).abs().max())
         total += float(ours_SV.double().sum())
@@ -98,7 +104,11 @@ def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Ten
     """
     for link in tqdm(links, desc="reading back", unit="tensor"):
         found = theirs.read(link.theirs) if isinstance(link, Zeros) else link.of_theirs(theirs)
-        expected = torch.zeros_like(found) if isinstance(link, Zeros) else link.of_ours(ours).to(found.dtype)
+        expected = (
+            torch.zeros_like(found)
+            if isinstance(link, Zeros)
+            else link.of_ours(ours).to(found.dtype)
+        )
         if not same_bits(expected, found):
             raise CheckpointError(
                 f"the tensor '{link.theirs}' does not read back as it was written: nothing was published; check the disk, then try again"
@@ -109,7 +119,10 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are the same numbers, NaN included."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return torch.equal(first.contiguous().reshape(-1).view(torch.uint8), second.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(
+        first.contiguous().reshape(-1).view(torch.uint8),
+        second.contiguous().reshape(-1).view(torch.uint8),
+    )
 
 
 def free_memory() -> int:
@@ -125,7 +138,11 @@ def free_memory() -> int:
 def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
     """Our own model in fp32, each weight rounded to what ``dtype`` can hold; balancing biases are never rounded."""
     # The kernel is no part of a model: the one it was trained with may need a package or a device that is not here.
-    built = DecoderLM(model.model_copy(update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}))
+    built = DecoderLM(
+        model.model_copy(
+            update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}
+        )
+    )
     parameters, buffers = dict(built.named_parameters()), dict(built.named_buffers())
     for name in ours.names:
         tensor = ours.read(name)

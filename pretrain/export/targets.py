@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import ConfigError
 from pretrain.export.architectures.deepseek_v2 import DeepseekV2
 from pretrain.export.architectures.deepseek_v3 import DeepseekV3
 from pretrain.export.architectures.glm4_moe import Glm4Moe
@@ -22,6 +21,7 @@ from pretrain.export.architectures.qwen3 import Qwen3
 from pretrain.export.architectures.qwen3_moe import Qwen3Moe
 from pretrain.export.custom.target import Custom
 from pretrain.export.name_map import Links
+from pretrain.model.config import ModelConfig
 
 AUTO = "auto"
 
@@ -85,10 +85,18 @@ def choose_target(recipe: Recipe, name: str = AUTO) -> ExportTarget:
     reasons = representable(recipe)
     asked = [target for target in TARGETS if name in (AUTO, target.name)]
     if not asked:
-        raise ConfigError(f"there is no target '{name}': choose {AUTO} or one of {', '.join(target_names())}")
+        raise ConfigError(
+            f"there is no target '{name}': choose {AUTO} or one of {', '.join(target_names())}"
+        )
     for target in asked:
         if not reasons[target.name]:
             return target
     listed = "".join(f"\n  {target.name}: {'; '.join(reasons[target.name])}" for target in asked)
-    what = "no exact counterpart in transformers" if name == AUTO else f"no exact counterpart in {name}"
-    raise ConfigError(f"the model of '{recipe.name}' has {what}; convert it with --to safetensors, or train one that has. Against it speaks:{listed}")
+    what = (
+        "no exact counterpart in transformers"
+        if name == AUTO
+        else f"no exact counterpart in {name}"
+    )
+    raise ConfigError(
+        f"the model of '{recipe.name}' has {what}; convert it with --to safetensors, or train one that has. Against it speaks:{listed}"
+    )

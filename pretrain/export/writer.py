@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
-from pretrain.config.durable import appearing_folder
-from pretrain.config.errors import CheckpointError, ConfigError, StorageError
+from pretrain.core.errors import CheckpointError, ConfigError, StorageError
+from pretrain.core.files import appearing_folder
 
 WEIGHTS = "model.safetensors"
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
@@ -39,9 +39,13 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     output = output.resolve()
     occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if occupied and not overwrite:
-        raise ConfigError(f"{output} is not empty: choose another --output, or replace what is there with --overwrite")
+        raise ConfigError(
+            f"{output} is not empty: choose another --output, or replace what is there with --overwrite"
+        )
     if occupied and not (output / RECORD).is_file():
-        raise ConfigError(f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output")
+        raise ConfigError(
+            f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output"
+        )
     with appearing_folder(output) as temporary:
         yield temporary
 
@@ -59,9 +63,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{path} is missing or no JSON: give a whole Hugging Face folder") from None
-    if not isinstance(content, dict) or any(depth > DEEPEST for _, _, depth in json_fields(content)):
-        raise CheckpointError(f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging Face folder")
+        raise CheckpointError(
+            f"{path} is missing or no JSON: give a whole Hugging Face folder"
+        ) from None
+    if not isinstance(content, dict) or any(
+        depth > DEEPEST for _, _, depth in json_fields(content)
+    ):
+        raise CheckpointError(
+            f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging Face folder"
+        )
     return content
 
 
@@ -89,7 +99,12 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-def write_weights(folder: Path, forms: Mapping[str, TensorForm], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(
+    folder: Path,
+    forms: Mapping[str, TensorForm],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes ``model.safetensors``, or shards with an index where all tensors together are larger than ``shard_bytes``.
 
     Args:
@@ -100,21 +115,34 @@ def write_weights(folder: Path, forms: Mapping[str, TensorForm], tensors: Iterab
         StorageError: when a file cannot be written.
     """
     shards = _shards(forms, shard_bytes)
-    names = [WEIGHTS] if len(shards) == 1 else [SHARD.format(number=number + 1, count=len(shards)) for number in range(len(shards))]
+    names = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [SHARD.format(number=number + 1, count=len(shards)) for number in range(len(shards))]
+    )
     places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(form.bytes for form in forms.values())
     try:
-        with ExitStack() as opened, tqdm(total=total, desc="writing weights", unit="B", unit_scale=True) as bar:
+        with (
+            ExitStack() as opened,
+            tqdm(total=total, desc="writing weights", unit="B", unit_scale=True) as bar,
+        ):
             file: TensorFileWriter | None = None
             for tensor_name, tensor in tensors:
                 path = folder / places[tensor_name]
                 if file is None or file.path != path:
                     opened.close()
-                    file = opened.enter_context(TensorFileWriter(path, {name: forms[name] for name in shards[names.index(path.name)]}))
+                    file = opened.enter_context(
+                        TensorFileWriter(
+                            path, {name: forms[name] for name in shards[names.index(path.name)]}
+                        )
+                    )
                 file.write(tensor_name, tensor)
                 bar.update(forms[tensor_name].bytes)
     except OSError as error:
-        raise StorageError(f"cannot write {folder / WEIGHTS}: {error.strerror}; free space or choose another folder") from None
+        raise StorageError(
+            f"cannot write {folder / WEIGHTS}: {error.strerror}; free space or choose another folder"
+        ) from None
     if len(shards) > 1:
         write_json_file(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
@@ -140,24 +168,36 @@ def weight_files(folder: Path) -> list[Path]:
     """
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
-        raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not belong there")
+        raise CheckpointError(
+            f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not belong there"
+        )
     if whole.is_file():
         return [whole]
     if index.is_file():
         return sorted({folder / name for name in weight_map(index).values()})
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
-        raise CheckpointError(f"{folder} has its weights as {pickles[0]}, which can run code while it is read: convert it to safetensors")
-    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}: the weights are missing, take a whole folder")
+        raise CheckpointError(
+            f"{folder} has its weights as {pickles[0]}, which can run code while it is read: convert it to safetensors"
+        )
+    raise CheckpointError(
+        f"{folder} has neither {WEIGHTS} nor {INDEX}: the weights are missing, take a whole folder"
+    )
 
 
 def weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are safetensors files beside it."""
     names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) for name in names.values())
+    ):
         raise CheckpointError(f"{index} is no index of weights: take another folder")
     for name in names.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file beside it: take another folder")
+            raise CheckpointError(
+                f"{index} names {name!r}, which is no safetensors file beside it: take another folder"
+            )
     return names
 
 
@@ -173,7 +213,9 @@ def open_exported_weights(folder: Path) -> TensorReader:
 def copy_file(source: Path, destination: Path) -> None:
     """Raises :class:`CheckpointError` when there is no ``source``."""
     if not source.is_file():
-        raise CheckpointError(f"{source} is missing: the checkpoint is incomplete, take another one")
+        raise CheckpointError(
+            f"{source} is missing: the checkpoint is incomplete, take another one"
+        )
     shutil.copyfile(source, destination)
 
 

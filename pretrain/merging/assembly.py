@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import DOWN, Expert, routed_moe, router_names, write_experts
-from pretrain.checkpoint.weights_folder import tensor_shapes
+from pretrain.checkpoint.experts import DOWN, Expert, routed_moe, router_names, write_experts
+from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.differences import differences
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, validate_recipe
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.router_rules import deaf_router
-from pretrain.config.schema import Recipe
-from pretrain.config.section import Effect
-from pretrain.config.width import width_ratio
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.routers import deaf_router
+from pretrain.core.errors import ConfigError
+from pretrain.core.section import Effect
+from pretrain.model.config import ModelConfig
+from pretrain.model.widths import width_ratio
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ def random_stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object) -> Recipe:
+def derived_recipe(
+    recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object
+) -> Recipe:
     """A recipe for what was made of the weights of ``recipe``: other sections of its model, then ``overrides`` (``a.b=c``) applied.
 
     Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where they are.
@@ -55,21 +57,30 @@ def derived_recipe(recipe: Recipe, suffix: str, overrides: Sequence[str] = (), *
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
     content = recipe.model_dump(mode="json")
-    content |= {"name": recipe.name + suffix, "run_path": None, "initial_weights": None, "initial_weights_partial": False}
-    content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
+    content |= {
+        "name": recipe.name + suffix,
+        "run_path": None,
+        "initial_weights": None,
+        "initial_weights_partial": False,
+    }
+    content["data"]["path"] = recipe.data.path if recipe.data.datasets else recipe.data_path
     content["model"] |= model
     for override in overrides:
         apply_override(content, override)
     return validate_recipe(content, "the new recipe")
 
 
-def moe_recipe(dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
+def moe_recipe(
+    dense: Recipe, suffix: str, moe: Mapping[str, object], overrides: Sequence[str]
+) -> Recipe:
     """:func:`derived_recipe` with every feed-forward a mixture of experts.
 
     Raises:
         ConfigError: as there, and for a new router that training could not teach.
     """
-    recipe = derived_recipe(dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe))
+    recipe = derived_recipe(
+        dense, suffix, overrides, layer_pattern={"kind": "all_moe"}, moe=dict(moe)
+    )
     if deaf := deaf_router(recipe.model):
         raise ConfigError(deaf)
     return recipe
@@ -86,14 +97,22 @@ def check_overrides(before: ModelConfig, after: ModelConfig) -> None:
     kept = [one for one in differences(before, after) if one.effect is not Effect.NONE]
     kept = [one for one in kept if not one.path.startswith(("model.moe.", "model.layer_pattern"))]
     if kept:
-        fields = ", ".join(f"{one.path} ({one.values[0]} before, {one.values[1]} now)" for one in kept)
+        fields = ", ".join(
+            f"{one.path} ({one.values[0]} before, {one.values[1]} now)" for one in kept
+        )
         raise ConfigError(
             f"--set changes {fields}, and the weights that are taken over would compute something else: leave it out here; what training "
             "can adapt to may be set in the run that starts from the result"
         )
 
 
-def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: ModelConfig, router: RouterStart) -> Iterator[tuple[str, Tensor]]:
+def moe_layer(
+    experts: Sequence[Expert],
+    residual: Expert,
+    prefix: str,
+    model: ModelConfig,
+    router: RouterStart,
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of one MoE layer.
 
     Shared experts start with an output of zero. Router biases, noise and balancing biases start at zero, and the coefficient of a residual
@@ -115,9 +134,19 @@ def moe_layer(experts: Sequence[Expert], residual: Expert, prefix: str, model: M
         if below.startswith("mlp."):
             yield name, residual[below.removeprefix("mlp.")]
         elif name == router_matrix:
-            rows = random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
+            rows = (
+                random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
+            )
             yield name, rows.repeat_interleave(router.group, dim=0)
-        elif below.startswith("shared.feed_forward") and name.endswith(".weight") and DOWN not in name:
-            yield name, random_normal(shape, router.seed, name) * (model.initializer_range / width_ratio(model) ** 0.5)
+        elif (
+            below.startswith("shared.feed_forward")
+            and name.endswith(".weight")
+            and DOWN not in name
+        ):
+            yield (
+                name,
+                random_normal(shape, router.seed, name)
+                * (model.initializer_range / width_ratio(model) ** 0.5),
+            )
         else:
             yield name, torch.zeros(shape)

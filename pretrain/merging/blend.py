@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from pretrain.checkpoint.stored_weights import StoredWeights
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.checkpoint.lazy_weights import StoredWeights
+from pretrain.core.errors import CheckpointError, ConfigError
 
 
 def uniform_rates(count: int) -> list[float]:
@@ -26,7 +26,9 @@ def weighted_rates(weights: Sequence[float]) -> list[float]:
         ConfigError: for a negative weight, or where all are zero.
     """
     if any(weight < 0 for weight in weights) or not sum(weights) > 0:
-        raise ConfigError(f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers from 0 up, and one above 0")
+        raise ConfigError(
+            f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers from 0 up, and one above 0"
+        )
     totals = [sum(weights[: index + 1]) for index in range(len(weights))]
     return [weight / total if total else 1.0 for weight, total in zip(weights, totals, strict=True)]
 
@@ -47,7 +49,9 @@ def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
     first = stores[0]
     for other in stores[1:]:
         for name in sorted(first.keys() | other.keys()):
-            shapes = [list(store.shapes[name]) if name in store else "missing" for store in (first, other)]
+            shapes = [
+                list(store.shapes[name]) if name in store else "missing" for store in (first, other)
+            ]
             if shapes[0] != shapes[1]:
                 raise CheckpointError(
                     f"the tensor '{name}' is {shapes[0]} in {first.folder} and {shapes[1]} in {other.folder}: give checkpoints of one model"
@@ -63,7 +67,9 @@ def blended(stores: Sequence[Mapping[str, Tensor]], rates: Sequence[float], name
     return mean
 
 
-def blended_tensors(stores: Sequence[StoredWeights], rates: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
+def blended_tensors(
+    stores: Sequence[StoredWeights], rates: Sequence[float]
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors' means, one at a time.
 
     Raises:

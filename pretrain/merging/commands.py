@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.corpora import data_folders
+from data_pipeline.shards.datasets import data_folders
 from pretrain.checkpoint.comparison import check_same_function
-from pretrain.checkpoint.expert_weights import cosines, moe_prefixes, read_experts, routed_moe, weight_similarity
+from pretrain.checkpoint.experts import (
+    cosines,
+    moe_prefixes,
+    read_experts,
+    routed_moe,
+    weight_similarity,
+)
 from pretrain.checkpoint.layout import TOKENIZER, complete_checkpoints, read_recipe, read_state
-from pretrain.checkpoint.stored_weights import StoredWeights
-from pretrain.checkpoint.weights_folder import write_weights_folder
+from pretrain.checkpoint.lazy_weights import StoredWeights
+from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.differences import differences
-from pretrain.config.durable import file_sha256
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.schema import Recipe
-from pretrain.config.width import initial_router_std
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.files import file_sha256
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.export.convert import export_safetensors
 from pretrain.export.writer import parse_bytes
@@ -30,11 +35,14 @@ from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
 from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
 from pretrain.merging.publish import Scoring, checked_folder
 from pretrain.merging.usage import answers, measure
+from pretrain.model.widths import initial_router_std
 
 Result = dict[str, Any]
 
 
-def chosen_checkpoints(given: Sequence[str] | None, run: Path | None, last: int | None) -> list[Path]:
+def chosen_checkpoints(
+    given: Sequence[str] | None, run: Path | None, last: int | None
+) -> list[Path]:
     """The checkpoints that a command was given, or those of a run, oldest first; each is whole.
 
     Raises:
@@ -48,7 +56,9 @@ def chosen_checkpoints(given: Sequence[str] | None, run: Path | None, last: int 
     if run is not None:
         found = complete_checkpoints(run / "checkpoints" if (run / "checkpoints").is_dir() else run)
         if len(found) < (last or 1):
-            raise ConfigError(f"{run} has {len(found)} complete checkpoints: train with a larger checkpoint.keep_last, or lower --last")
+            raise ConfigError(
+                f"{run} has {len(found)} complete checkpoints: train with a larger checkpoint.keep_last, or lower --last"
+            )
         given = [str(folder) for folder in reversed(found[:last])]
     folders = [whole_checkpoint(path) for path in given or []]
     tokenizers = [_tokenizer_of(folder) for folder in folders]
@@ -70,7 +80,9 @@ def _tokenizer_of(folder: Path) -> str | None:
     path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
     found = file_sha256(path) if path.is_file() else None
     if named is not None and found not in (None, named):
-        raise CheckpointError(f"{path} is another tokenizer than the one that the checkpoint was trained with ({_begin(named)}): put that one there")
+        raise CheckpointError(
+            f"{path} is another tokenizer than the one that the checkpoint was trained with ({_begin(named)}): put that one there"
+        )
     return named or found
 
 
@@ -85,18 +97,32 @@ def rates_of(count: int, weights: Sequence[float] | None, decay: float | None) -
         ConfigError: where there are not as many weights as checkpoints, or they cannot be.
     """
     if weights is not None and len(weights) != count:
-        raise ConfigError(f"there are {count} checkpoints and {len(weights)} weights: give one for each")
+        raise ConfigError(
+            f"there are {count} checkpoints and {len(weights)} weights: give one for each"
+        )
     if weights is not None:
         return weighted_rates(weights)
     return uniform_rates(count) if decay is None else decay_rates(count, decay)
 
 
-def blend(folders: Sequence[Path], output: Path, suffix: str, rates: Sequence[float], scoring: Scoring | None) -> Result:
+def blend(
+    folders: Sequence[Path],
+    output: Path,
+    suffix: str,
+    rates: Sequence[float],
+    scoring: Scoring | None,
+) -> Result:
     """A weighted mean of checkpoints of one model; the recipe is the last one's."""
     recipes = [read_recipe(folder) for folder in folders]
     check_same_function([recipe.model for recipe in recipes], [str(folder) for folder in folders])
     stores = [StoredWeights(folder) for folder in folders]
-    result = _publish(folders, output, derived_recipe(recipes[-1], suffix), blended_tensors(stores, rates), scoring)
+    result = _publish(
+        folders,
+        output,
+        derived_recipe(recipes[-1], suffix),
+        blended_tensors(stores, rates),
+        scoring,
+    )
     others = zip(folders[:-1], recipes[:-1], strict=True)
     notes = [
         f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose recipe the result has; no weight depends on it"
@@ -107,20 +133,45 @@ def blend(folders: Sequence[Path], output: Path, suffix: str, rates: Sequence[fl
 
 
 def mix(
-    folders: Sequence[Path], output: Path, top_k: int, router_std: float | None, seed: int, overrides: Sequence[str], scoring: Scoring | None
+    folders: Sequence[Path],
+    output: Path,
+    top_k: int,
+    router_std: float | None,
+    seed: int,
+    overrides: Sequence[str],
+    scoring: Scoring | None,
 ) -> Result:
     """Dense models of one form as one mixture; the recipe is the first one's, with as many experts as there are models."""
     if len(folders) < 2:
-        raise ConfigError("one model makes no mixture: give several --checkpoints, or use tools/upcycle.py")
+        raise ConfigError(
+            "one model makes no mixture: give several --checkpoints, or use tools/upcycle.py"
+        )
     dense, stores = read_recipe(folders[0]), [StoredWeights(folder) for folder in folders]
-    moe = {"num_experts": len(folders), "top_k": top_k, "moe_intermediate_size": dense.model.intermediate_size or 1}
+    moe = {
+        "num_experts": len(folders),
+        "top_k": top_k,
+        "moe_intermediate_size": dense.model.intermediate_size or 1,
+    }
     recipe = moe_recipe(dense, "-mixed", moe, overrides)
     check_branches(stores, recipe.model)
     std = initial_router_std(dense.model) if router_std is None else router_std
-    return _publish(folders, output, recipe, mixed_tensors(stores, recipe.model, RouterStart(std, seed=seed)), scoring)
+    return _publish(
+        folders,
+        output,
+        recipe,
+        mixed_tensors(stores, recipe.model, RouterStart(std, seed=seed)),
+        scoring,
+    )
 
 
-def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | None, overrides: Sequence[str], scoring: Scoring) -> Result:
+def reduce_experts(
+    checkpoint: str,
+    output: Path,
+    keep: int,
+    similarity: str | None,
+    overrides: Sequence[str],
+    scoring: Scoring,
+) -> Result:
     """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most alike as one."""
     folder = whole_checkpoint(checkpoint)
     before, stored = read_recipe(folder), StoredWeights(folder)
@@ -134,36 +185,78 @@ def reduce_experts(checkpoint: str, output: Path, keep: int, similarity: str | N
             clusters.append(pruned(usage_LE[index], keep, moe))
             continue
         experts = read_experts(stored, prefix, before.model)
-        alike = weight_similarity(experts) if similarity == "weights" else cosines(list(answers(experts, before.model, inputs[index])))
+        alike = (
+            weight_similarity(experts)
+            if similarity == "weights"
+            else cosines(list(answers(experts, before.model, inputs[index])))
+        )
         clusters.append(folded(alike, keep, moe))
     after = derived_recipe(before, suffix, overrides, moe=smaller)
     check_overrides(before.model, after.model)
-    result = _publish([folder], output, after, regrouped_tensors(stored, before.model, after.model, clusters, usage_LE), scoring)
+    result = _publish(
+        [folder],
+        output,
+        after,
+        regrouped_tensors(stored, before.model, after.model, clusters, usage_LE),
+        scoring,
+    )
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
     rows = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
-    return result | {"layers": [{"layer": layer, "experts": chosen, "usage": usage} for layer, chosen, usage in rows]}
+    return result | {
+        "layers": [
+            {"layer": layer, "experts": chosen, "usage": usage} for layer, chosen, usage in rows
+        ]
+    }
 
 
 def shards(checkpoint: str, output: Path, dtype: str, max_shard_size: str | None) -> Result:
     """Plain safetensors with all experts joined, beside recipe and tokenizer."""
     folder = whole_checkpoint(checkpoint)
     shard_bytes = sys.maxsize if max_shard_size is None else parse_bytes(max_shard_size)
-    done = export_safetensors(folder, output, getattr(torch, dtype), overwrite=False, shard_bytes=shard_bytes)
-    return {"checkpoint": str(folder), "output": str(output), "step": done.step, "dtype": done.dtype, "tensors": done.tensors, "bytes": done.bytes}
+    done = export_safetensors(
+        folder, output, getattr(torch, dtype), overwrite=False, shard_bytes=shard_bytes
+    )
+    return {
+        "checkpoint": str(folder),
+        "output": str(output),
+        "step": done.step,
+        "dtype": done.dtype,
+        "tensors": done.tensors,
+        "bytes": done.bytes,
+    }
 
 
-def _publish(folders: Sequence[Path], output: Path, recipe: Recipe, tensors: Iterable[tuple[str, Tensor]], scoring: Scoring | None) -> Result:
+def _publish(
+    folders: Sequence[Path],
+    output: Path,
+    recipe: Recipe,
+    tensors: Iterable[tuple[str, Tensor]],
+    scoring: Scoring | None,
+) -> Result:
     """Scores the models that came, writes the new one, scores it, and lets it appear."""
     if scoring is not None and scoring.data is None:
         _check_same_data(folders)
     with checked_folder(output) as unchecked:
-        before = {str(folder): scoring.loss(folder) for folder in folders} if scoring is not None else {}
-        write_weights_folder(unchecked, recipe, tensors, folders[-1] / TOKENIZER, max(read_state(folder)["step"] for folder in folders))
+        before = (
+            {str(folder): scoring.loss(folder) for folder in folders} if scoring is not None else {}
+        )
+        write_weights_folder(
+            unchecked,
+            recipe,
+            tensors,
+            folders[-1] / TOKENIZER,
+            max(read_state(folder)["step"] for folder in folders),
+        )
         after = scoring.loss(unchecked) if scoring is not None else None
         written = StoredWeights(unchecked)
         sizes = [4 * torch.Size(shape).numel() for shape in written.shapes.values()]
     losses = {} if scoring is None else {"losses_before": before, "loss_after": after}
-    return {"checkpoints": [str(folder) for folder in folders], "output": str(output), "tensors": len(sizes), "bytes": sum(sizes)} | losses
+    return {
+        "checkpoints": [str(folder) for folder in folders],
+        "output": str(output),
+        "tensors": len(sizes),
+        "bytes": sum(sizes),
+    } | losses
 
 
 def _check_same_data(folders: Sequence[Path]) -> None:
@@ -171,4 +264,6 @@ def _check_same_data(folders: Sequence[Path]) -> None:
     data = {folder: data_folders(read_recipe(folder)) for folder in folders}
     for folder in folders:
         if data[folder] != data[folders[0]]:
-            raise ConfigError(f"{folder} and {folders[0]} were trained on different data: say with --data what to score them on, or give --no-score")
+            raise ConfigError(
+                f"{folder} and {folders[0]} were trained on different data: say with --data what to score them on, or give --no-score"
+            )

@@ -15,11 +15,18 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import expert_names, moe_prefixes, read_experts, routed_moe, router_names, write_experts
-from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
+from pretrain.checkpoint.experts import (
+    expert_names,
+    moe_prefixes,
+    read_experts,
+    routed_moe,
+    router_names,
+    write_experts,
+)
+from pretrain.core.errors import ConfigError
 from pretrain.merging.blend import blended, weighted_rates
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 # The experts that become one, by their numbers, for each one that is left.
 Clusters = list[list[int]]
@@ -27,12 +34,20 @@ Clusters = list[list[int]]
 
 def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
     """The ``keep`` most used experts, each by itself, in their order; of every group of experts as many."""
-    return _in_groups(moe, keep, lambda numbers, count: [[number] for number in sorted(sorted(numbers, key=lambda n: -float(usage_E[n]))[:count])])
+    return _in_groups(
+        moe,
+        keep,
+        lambda numbers, count: [
+            [number] for number in sorted(sorted(numbers, key=lambda n: -float(usage_E[n]))[:count])
+        ],
+    )
 
 
 def folded(similarity_EE: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
     """The most alike experts together, until ``keep`` clusters are left; of every group of experts as many."""
-    return _in_groups(moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count))
+    return _in_groups(
+        moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count)
+    )
 
 
 def _in_groups(moe: RoutedMoE, keep: int, choose: Callable[[list[int], int], Clusters]) -> Clusters:
@@ -41,13 +56,20 @@ def _in_groups(moe: RoutedMoE, keep: int, choose: Callable[[list[int], int], Clu
         groups = f" and a multiple of the router's {count} groups" if count > 1 else ""
         raise ConfigError(f"--keep is {keep}: give 1 to {moe.num_experts} experts{groups}")
     size = moe.num_experts // count
-    return [cluster for group in range(count) for cluster in choose(list(range(group * size, (group + 1) * size)), keep // count)]
+    return [
+        cluster
+        for group in range(count)
+        for cluster in choose(list(range(group * size, (group + 1) * size)), keep // count)
+    ]
 
 
 def _agglomerated(similarity_EE: Tensor, numbers: list[int], keep: int) -> Clusters:
     clusters = [[number] for number in numbers]
     while len(clusters) > keep:
-        first, second = max(combinations(range(len(clusters)), 2), key=lambda pair: _linkage(similarity_EE, clusters[pair[0]], clusters[pair[1]]))
+        first, second = max(
+            combinations(range(len(clusters)), 2),
+            key=lambda pair: _linkage(similarity_EE, clusters[pair[0]], clusters[pair[1]]),
+        )
         clusters[first] += clusters.pop(second)
     return [sorted(cluster) for cluster in clusters]
 
@@ -57,7 +79,11 @@ def _linkage(similarity_EE: Tensor, first: list[int], second: list[int]) -> floa
 
 
 def regrouped_tensors(
-    stored: Mapping[str, Tensor], before: ModelConfig, after: ModelConfig, clusters: Sequence[Clusters], usage_LE: Tensor
+    stored: Mapping[str, Tensor],
+    before: ModelConfig,
+    after: ModelConfig,
+    clusters: Sequence[Clusters],
+    usage_LE: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the smaller model, a layer at a time: experts and router rows of a cluster become their mean, weighted by usage.
 
@@ -67,17 +93,32 @@ def regrouped_tensors(
     """
     moe = routed_moe(before)
     taken: set[str] = set()
-    for prefix, layer_clusters, usage_E in zip(moe_prefixes(before), clusters, usage_LE, strict=True):
+    for prefix, layer_clusters, usage_E in zip(
+        moe_prefixes(before), clusters, usage_LE, strict=True
+    ):
         experts = read_experts(stored, prefix, before)
-        rates = [_rates([float(usage_E[number]) for number in cluster]) for cluster in layer_clusters]
+        rates = [
+            _rates([float(usage_E[number]) for number in cluster]) for cluster in layer_clusters
+        ]
         merged = [
-            {name: blended([experts[number] for number in cluster], rate, name) for name in experts[0]}
+            {
+                name: blended([experts[number] for number in cluster], rate, name)
+                for name in experts[0]
+            }
             for cluster, rate in zip(layer_clusters, rates, strict=True)
         ]
         yield from write_experts(merged, prefix, after).items()
         for name in router_names(prefix, moe):
             rows = [{name: row} for row in stored[name]]
-            yield name, torch.stack([blended([rows[n] for n in cluster], rate, name) for cluster, rate in zip(layer_clusters, rates, strict=True)])
+            yield (
+                name,
+                torch.stack(
+                    [
+                        blended([rows[n] for n in cluster], rate, name)
+                        for cluster, rate in zip(layer_clusters, rates, strict=True)
+                    ]
+                ),
+            )
         taken |= {*expert_names(prefix, before), *router_names(prefix, moe)}
     yield from ((name, stored[name]) for name in stored if name not in taken)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.split import SplitName
-from pretrain.config.durable import fsync_path
-from pretrain.config.errors import ConfigError
-from pretrain.evaluation.heldout import score_checkpoint
+from data_pipeline.shards.split import SplitName
+from pretrain.core.errors import ConfigError
+from pretrain.core.files import fsync_path
+from pretrain.evaluation.heldout.heldout import score_checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Scoring:
             DataError: where the data are missing, or do not belong to the checkpoint.
             CheckpointError: where the checkpoint is damaged.
         """
-        return score_checkpoint(checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()).loss
+        return score_checkpoint(
+            checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()
+        ).loss
 
 
 def check_empty(output: Path) -> None:

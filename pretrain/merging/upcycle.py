@@ -17,12 +17,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.expert_weights import DOWN, GATE, UP, Expert, feed_forward_names, moe_prefixes, routed_moe
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
-from pretrain.merging.assembly import RouterStart, check_overrides, moe_layer, random_normal, random_stream
-from pretrain.model.routers import NoisyTopK, SoftmaxTopK
+from pretrain.checkpoint.experts import (
+    DOWN,
+    GATE,
+    UP,
+    Expert,
+    feed_forward_names,
+    moe_prefixes,
+    routed_moe,
+)
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.merging.assembly import (
+    RouterStart,
+    check_overrides,
+    moe_layer,
+    random_normal,
+    random_stream,
+)
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import DeepSpeedMoE, RoutedMoE
+from pretrain.model.moe.routers import NoisyTopK, SoftmaxTopK
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,9 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
     """A token must choose every shard equally often."""
     g, reason = options.granularity, ""
     if moe.num_experts % g or moe.top_k % g:
-        raise ConfigError(f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of --granularity ({g}): change one of them")
+        raise ConfigError(
+            f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of --granularity ({g}): change one of them"
+        )
     if isinstance(moe, DeepSpeedMoE) and moe.use_residual:
         reason = "the residual expert has room for one shard only (model.moe.use_residual)"
     elif moe.top_k == moe.num_experts:
@@ -91,16 +107,22 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
         reason = "the router's noise scores the shards of a group differently"
     elif moe.router.groups is not None:
         reason = "model.moe.router.groups may divide a group of shards"
-    elif isinstance(moe, DeepSpeedMoE) and (moe.top2_2nd_expert_sampling or moe.noisy_gate_policy == "RSample"):
+    elif isinstance(moe, DeepSpeedMoE) and (
+        moe.top2_2nd_expert_sampling or moe.noisy_gate_policy == "RSample"
+    ):
         reason = "DeepSpeed's gate draws experts at random"
     if reason:
-        raise ConfigError(f"--granularity {g} needs a token to choose all {g} shards of a feed-forward together, but {reason}: leave one out")
+        raise ConfigError(
+            f"--granularity {g} needs a token to choose all {g} shards of a feed-forward together, but {reason}: leave one out"
+        )
 
 
 def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> None:
     """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
     if dense.routed_layers:
-        raise CheckpointError(f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model")
+        raise CheckpointError(
+            f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model"
+        )
     check_overrides(dense, target)
     moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
     if moe.moe_intermediate_size * g != width:
@@ -110,20 +132,28 @@ def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> 
         )
 
 
-def upcycled_tensors(stored: Mapping[str, Tensor], target: ModelConfig, options: Upcycling) -> Iterator[tuple[str, Tensor]]:
+def upcycled_tensors(
+    stored: Mapping[str, Tensor], target: ModelConfig, options: Upcycling
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the mixture, made from those of the dense model a layer at a time.
 
     Raises:
         ConfigError: as :func:`weight_sum`.
     """
     moe = routed_moe(target)
-    share, router = weight_sum(moe, options), RouterStart(options.router_std, options.granularity, options.seed)
+    share, router = (
+        weight_sum(moe, options),
+        RouterStart(options.router_std, options.granularity, options.seed),
+    )
     sparse, taken = moe_prefixes(target), set()
     for prefix in sparse:
         dense = {name: stored[f"{prefix}.{name}"] for name in feed_forward_names(target)}
         taken |= {f"{prefix}.{name}" for name in dense}
         shards = split(dense, options.granularity, share)
-        experts = [_varied(shards[e % len(shards)], target, options, f"{prefix}.{e}") for e in range(moe.num_experts)]
+        experts = [
+            _varied(shards[e % len(shards)], target, options, f"{prefix}.{e}")
+            for e in range(moe.num_experts)
+        ]
         yield from moe_layer(experts, dense, prefix, target, router)
     yield from ((name, stored[name]) for name in stored if name not in taken)
 
@@ -151,16 +181,28 @@ def _varied(shard: Expert, model: ModelConfig, options: Upcycling, name: str) ->
     if options.noise_std:
         for key, matrix in shard.items():
             if matrix.dim() == 2:
-                expert[key] = matrix + options.noise_std * matrix.std() * random_normal(matrix.shape, options.seed, f"{name}.{key}.noise")
+                expert[key] = matrix + options.noise_std * matrix.std() * random_normal(
+                    matrix.shape, options.seed, f"{name}.{key}.noise"
+                )
     if options.reinit_share:
-        width, expansion = shard[f"{DOWN}.weight"].shape[1], model.feed_forward.implementing_class().expansion
+        width, expansion = (
+            shard[f"{DOWN}.weight"].shape[1],
+            model.feed_forward.implementing_class().expansion,
+        )
         order = torch.randperm(width, generator=random_stream(options.seed, f"{name}.units"))
         units = order[: round(options.reinit_share * width)]
         rows = (units[:, None] * expansion + torch.arange(expansion)).flatten()
-        for key, indices, dimension in ((f"{GATE}.weight", rows, 0), (f"{UP}.weight", rows, 0), (f"{DOWN}.weight", units, 1)):
+        for key, indices, dimension in (
+            (f"{GATE}.weight", rows, 0),
+            (f"{UP}.weight", rows, 0),
+            (f"{DOWN}.weight", units, 1),
+        ):
             if key in shard:
                 shape = list(shard[key].shape)
                 shape[dimension] = len(indices)
-                drawn = random_normal(shape, options.seed, f"{name}.{key}.drawn") * shard[key].std() + shard[key].mean()
+                drawn = (
+                    random_normal(shape, options.seed, f"{name}.{key}.drawn") * shard[key].std()
+                    + shard[key].mean()
+                )
                 expert[key] = expert[key].index_copy(dimension, indices, drawn)
     return expert

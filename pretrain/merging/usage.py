@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_pipeline.batch import Batch
-from data_pipeline.loader import validation_batches
-from data_pipeline.packing import Windows
-from pretrain.checkpoint.expert_weights import Expert, routed_moe
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import validation_batches
+from pretrain.checkpoint.experts import Expert, routed_moe
 from pretrain.checkpoint.weights import load_model
-from pretrain.config.model_schema import Dropout, ModelConfig
 from pretrain.evaluation.checkpoint import load_matching_corpora
 from pretrain.merging.publish import Scoring
+from pretrain.model.config import Dropout, ModelConfig
 from pretrain.model.decoder import DecoderLM
 
 # Inputs of a layer whose answers are compared.
@@ -26,7 +26,9 @@ KEPT_TOKENS = 1024
 
 
 @torch.no_grad()  # not inference mode, in which dropless layers say nothing of their routing
-def measure(checkpoint: Path, scoring: Scoring, keep_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
+def measure(
+    checkpoint: Path, scoring: Scoring, keep_inputs: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Runs the held-out windows through a checkpoint's model, as in evaluation.
 
     Args:
@@ -40,16 +42,30 @@ def measure(checkpoint: Path, scoring: Scoring, keep_inputs: bool = False) -> tu
         ConfigError: where no layer has a router.
         DataError: where the data are missing or do not belong to the checkpoint.
     """
-    corpora = load_matching_corpora(scoring.data, checkpoint)
+    datasets = load_matching_corpora(scoring.data, checkpoint)
     model, recipe = load_model(checkpoint, scoring.device)
     routed_moe(recipe.model)
-    windows = Windows(corpora.stream(scoring.split), recipe.train.sequence_length, corpora.pad_id, recipe.data.document_mask)
+    windows = Windows(
+        datasets.stream(scoring.split),
+        recipe.train.sequence_length,
+        datasets.pad_id,
+        recipe.data.document_mask,
+    )
     count = min(windows.num_all, scoring.max_windows)
     inputs: list[list[Tensor]] = [[] for _ in recipe.model.routed_layers]
     share = -(-KEPT_TOKENS // max(count, 1))
-    hooks = [layer.register_forward_hook(partial(_keep, kept, share)) for layer, kept in zip(moe_layers(model), inputs, strict=True) if keep_inputs]
+    hooks = [
+        layer.register_forward_hook(partial(_keep, kept, share))
+        for layer, kept in zip(moe_layers(model), inputs, strict=True)
+        if keep_inputs
+    ]
     # One window a batch: a batch filled up with empty windows would count their padding.
-    batches = tqdm(validation_batches(windows, 1, 0, 1, count), total=count, desc="measuring experts", unit="window")
+    batches = tqdm(
+        validation_batches(windows, 1, 0, 1, count),
+        total=count,
+        desc="measuring experts",
+        unit="window",
+    )
     model.config = model.config.model_copy(update={"dropout": Dropout()})
     counts = torch.stack([_counts(model, batch.to(scoring.device)) for batch in batches]).sum(dim=0)
     for hook in hooks:
@@ -66,13 +82,21 @@ def moe_layers(model: DecoderLM) -> list[nn.Module]:
 def _counts(model: DecoderLM, batch: Batch) -> Tensor:
     # Only in training does the block of multi-token prediction run. The modules below stay as in evaluation: without noise.
     model.training = model.multi_token is not None
-    output = model(batch.input_ids_BS, batch.labels_BS, 1.0, batch.document_ids_BS, position_ids_BS=batch.position_ids_BS)
+    output = model(
+        batch.input_ids_BS,
+        batch.labels_BS,
+        1.0,
+        batch.document_ids_BS,
+        position_ids_BS=batch.position_ids_BS,
+    )
     model.training = False
     counts_LE: Tensor = output.router.counts_LE
     return counts_LE.double().cpu()
 
 
-def _keep(kept: list[Tensor], share: int, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+def _keep(
+    kept: list[Tensor], share: int, layer: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> None:
     """A hook: takes ``share`` inputs spread over the window."""
     x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
     kept.append(x_TD[:: max(1, len(x_TD) // share)][:share].float().cpu())
@@ -85,6 +109,8 @@ def answers(experts: list[Expert], model: ModelConfig, x_TD: Tensor) -> Tensor:
 
 
 def _expert_function(expert: Expert, model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    module = model.feed_forward.implementing_class()(model.feed_forward, model.hidden_size, routed_moe(model).moe_intermediate_size)
+    module = model.feed_forward.implementing_class()(
+        model.feed_forward, model.hidden_size, routed_moe(model).moe_intermediate_size
+    )
     module.load_state_dict(expert)
     return module

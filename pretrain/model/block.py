@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.mask import AttentionMask
-from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.base import RouterStatistics, RoutingRecord
 from pretrain.model.positions.interface import PositionTerms
 
 
@@ -31,7 +31,12 @@ class Block(nn.Module):
         else:
             assert config.intermediate_size is not None
             dense = config.feed_forward.implementing_class()
-            self.feed_forward = dense(config.feed_forward, config.hidden_size, config.intermediate_size, config.dropout.feed_forward)
+            self.feed_forward = dense(
+                config.feed_forward,
+                config.hidden_size,
+                config.intermediate_size,
+                config.dropout.feed_forward,
+            )
 
     def forward(
         self,
@@ -45,11 +50,17 @@ class Block(nn.Module):
         """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block. ``cache`` is the attention's own."""
         x_BSD = self.attend(x_BSD, positions, mask, cache)
         hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
-        y_BSD, statistics = self.feed_forward(hidden_BSD, record, fractions_E) if self.is_moe else (self.feed_forward(hidden_BSD), None)
+        y_BSD, statistics = (
+            self.feed_forward(hidden_BSD, record, fractions_E)
+            if self.is_moe
+            else (self.feed_forward(hidden_BSD), None)
+        )
         x_BSD = x_BSD + self._dropped(y_BSD)
         return x_BSD if self.pre_norm else self.feed_forward_norm(x_BSD), statistics
 
-    def attend(self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: Any = None) -> torch.Tensor:
+    def attend(
+        self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: Any = None
+    ) -> torch.Tensor:
         """The first half: attention with its norm and its residual connection, [B, S, D] -> [B, S, D]."""
         hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
         x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
+from pretrain.model.config import ModelConfig
 from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
-from pretrain.model.moe.balance import loss_weights
-from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.config import RoutedMoE
+from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
 
@@ -77,19 +77,35 @@ class DecoderLM(nn.Module):
         activation_checkpointing: recompute each block in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ep_size: int = 1,
+        ep_rank: int = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
-        assert config.vocab_size is not None, "resolve the vocabulary size before building the model"
+        assert config.vocab_size is not None, (
+            "resolve the vocabulary size before building the model"
+        )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embedding = TokenEmbedding(config)
         self.position = config.position.implementing_class()(config)
-        self.layers = nn.ModuleList(Block(config, layer, ep_size, ep_rank) for layer in range(config.num_hidden_layers))
-        self.multi_token = MultiTokenBlock(config, ep_size, ep_rank) if config.multi_token_prediction else None
+        self.layers = nn.ModuleList(
+            Block(config, layer, ep_size, ep_rank) for layer in range(config.num_hidden_layers)
+        )
+        self.multi_token = (
+            MultiTokenBlock(config, ep_size, ep_rank) if config.multi_token_prediction else None
+        )
         norm = config.norm.implementing_class()
-        self.final_norm = norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
+        self.final_norm = (
+            norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
+        )
         sizes = self.embedding.size, config.padded_vocab_size, config.vocab_size
-        self.head = LanguageModelHead(*sizes, config.loss_chunk_tokens, config.output_z_loss_weight, config.head_bias)
+        self.head = LanguageModelHead(
+            *sizes, config.loss_chunk_tokens, config.output_z_loss_weight, config.head_bias
+        )
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -112,14 +128,22 @@ class DecoderLM(nn.Module):
             fractions_LE: choices per token of each layer's experts over the global batch, for the load-balance loss.
             position_ids_BS: each token's place in its document; its place in the sequence by default.
         """
-        place = self._place(input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS)
+        place = self._place(
+            input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS
+        )
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)
         multi_token_nll: torch.Tensor | None = None
         if self.multi_token is not None and self.training:
-            fractions_E = fractions_LE[-1] if fractions_LE is not None and self.multi_token.block.is_moe else None
+            fractions_E = (
+                fractions_LE[-1]
+                if fractions_LE is not None and self.multi_token.block.is_moe
+                else None
+            )
             next_ids_BS, labels_after_BS = shifted_by_one(input_ids_BS, labels_BS)
-            x_BSD, block_statistics = self._run(self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, None, fractions_E)
+            x_BSD, block_statistics = self._run(
+                self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, None, fractions_E
+            )
             statistics += [] if block_statistics is None else [block_statistics]
             multi_token_loss, multi_token_nll = self.head(self._normed(x_BSD), labels_after_BS)
             loss = loss + self.multi_token.loss_weight * multi_token_loss
@@ -128,10 +152,14 @@ class DecoderLM(nn.Module):
             return TrainOutput(loss, nll, None, multi_token_nll)
         assert isinstance(self.config.moe, RoutedMoE)
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        for weight, values_L in zip(loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True):
+        for weight, values_L in zip(
+            loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True
+        ):
             if weight:
                 loss = loss + weight * values_L.sum()
-        return TrainOutput(loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll)
+        return TrainOutput(
+            loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll
+        )
 
     def logits(
         self,
@@ -165,7 +193,9 @@ class DecoderLM(nn.Module):
         logits_BSV: torch.Tensor = self.head(self._normed(x_BSD))
         return logits_BSV
 
-    def draft_logits(self, x_BSD: torch.Tensor, next_ids_BS: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def draft_logits(
+        self, x_BSD: torch.Tensor, next_ids_BS: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
         """Logits [B, S, vocab_size] of the tokens after the next, by multi-token prediction.
 
         Args:
@@ -175,43 +205,82 @@ class DecoderLM(nn.Module):
         """
         assert self.multi_token is not None
         place = self._place(next_ids_BS, AttentionMask(cache.length), None)
-        x_BSD, _ = self._run(self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, cache.layers[0], None)
+        x_BSD, _ = self._run(
+            self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, cache.layers[0], None
+        )
         cache.length += next_ids_BS.shape[1]
         return self.project(x_BSD)
 
-    def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
+    def new_cache(
+        self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> KVCache:
         """An empty cache for ``max_tokens`` tokens, prompt included."""
-        return KVCache([cast(Block, block).attention.new_cache(batch_size, max_tokens, device, dtype) for block in self.layers])
+        return KVCache(
+            [
+                cast(Block, block).attention.new_cache(batch_size, max_tokens, device, dtype)
+                for block in self.layers
+            ]
+        )
 
-    def new_draft_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
+    def new_draft_cache(
+        self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> KVCache:
         """An empty cache for the block of multi-token prediction alone."""
         assert self.multi_token is not None
-        return KVCache([self.multi_token.block.attention.new_cache(batch_size, max_tokens, device, dtype)])
+        return KVCache(
+            [self.multi_token.block.attention.new_cache(batch_size, max_tokens, device, dtype)]
+        )
 
-    def _place(self, input_ids_BS: torch.Tensor, mask: AttentionMask, position_ids_BS: torch.Tensor | None) -> _Place:
+    def _place(
+        self, input_ids_BS: torch.Tensor, mask: AttentionMask, position_ids_BS: torch.Tensor | None
+    ) -> _Place:
         positions = position_ids_BS
         if positions is None:
-            positions = torch.arange(mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device)
+            positions = torch.arange(
+                mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
+            )
         return _Place(positions, self.position.terms(positions), mask)
 
     def _trunk(
-        self, input_ids_BS: torch.Tensor, place: _Place, cache: KVCache | None, fractions_LE: torch.Tensor | None
+        self,
+        input_ids_BS: torch.Tensor,
+        place: _Place,
+        cache: KVCache | None,
+        fractions_LE: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[RouterStatistics]]:
         x_BSD = self.position.add(self.embedding(input_ids_BS), place.positions)
         x_BSD = functional.dropout(x_BSD, self.config.dropout.embedding, self.training)
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
-            fractions_E = fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
-            x_BSD, layer_statistics = self._run(block, (x_BSD,), place, None if cache is None else cache.layers[index], fractions_E)
+            fractions_E = (
+                fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
+            )
+            x_BSD, layer_statistics = self._run(
+                block, (x_BSD,), place, None if cache is None else cache.layers[index], fractions_E
+            )
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return x_BSD, statistics
 
     def _run(
-        self, block: nn.Module, inputs: tuple[torch.Tensor, ...], place: _Place, layer_cache: Any, fractions_E: torch.Tensor | None
+        self,
+        block: nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+        place: _Place,
+        layer_cache: Any,
+        fractions_E: torch.Tensor | None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            recomputed = checkpoint(block, *inputs, place.terms, place.mask, None, RoutingRecord(), fractions_E, use_reentrant=False)
+            recomputed = checkpoint(
+                block,
+                *inputs,
+                place.terms,
+                place.mask,
+                None,
+                RoutingRecord(),
+                fractions_E,
+                use_reentrant=False,
+            )
             return recomputed[0], recomputed[1]
         x_BSD, statistics = block(*inputs, place.terms, place.mask, layer_cache, None, fractions_E)
         return x_BSD, statistics

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 
 
 class TokenEmbedding(nn.Module):
@@ -16,7 +16,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         size = config.embedding_size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, size))
-        self.projection = nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
+        self.projection = (
+            nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
+        )
 
     @property
     def size(self) -> int:

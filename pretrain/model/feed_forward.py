@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import GELU as GELUConfig
-from pretrain.config.model_schema import Clamped
-from pretrain.config.model_schema import FeedForward as FeedForwardConfig
+from pretrain.model.config import GELU as GELUConfig
+from pretrain.model.config import Clamped
+from pretrain.model.config import FeedForward as FeedForwardConfig
 
 
 class FeedForward(nn.Module, ABC):
@@ -25,7 +25,12 @@ class FeedForward(nn.Module, ABC):
     expansion: ClassVar[int] = 1
 
     def __init__(
-        self, config: FeedForwardConfig, hidden_size: int, intermediate_size: int, dropout: float = 0.0, output_dropout: float = 0.0
+        self,
+        config: FeedForwardConfig,
+        hidden_size: int,
+        intermediate_size: int,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         rows = self.expansion * intermediate_size
@@ -85,7 +90,9 @@ class ClampedSwiGLU(FeedForward):
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate = gate.clamp(max=config.limit)
-        return gate * torch.sigmoid(config.alpha * gate) * (up.clamp(-config.limit, config.limit) + 1)
+        return (
+            gate * torch.sigmoid(config.alpha * gate) * (up.clamp(-config.limit, config.limit) + 1)
+        )
 
 
 class ProductSwiGLU(FeedForward):

@@ -19,6 +19,10 @@ class KeepsFp32(nn.Module):
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if tensor.dtype == torch.float32 and moved.dtype != torch.float32 else moved
+            return (
+                tensor.to(moved.device)
+                if tensor.dtype == torch.float32 and moved.dtype != torch.float32
+                else moved
+            )
 
         return super()._apply(move, recurse=False)

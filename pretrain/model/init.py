@@ -4,7 +4,7 @@ So a model does not depend on rank, world size, ep_size, MoE kind or the order o
 ``initializer_range``; projections that write into the residual stream (attention output, expert and feed-forward down) get
 ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention sinks and the matrix of router
 noise are zero. Product keys get 1 / sqrt(their size), so that the scores of normed queries are about 1 (Lample et al. 2019). Last, what
-:mod:`pretrain.model.width` says of a model that is wider than its base.
+:mod:`pretrain.model.mup` says of a model that is wider than its base.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.moe.deepspeed_native import DeepSpeedMoE
 from pretrain.model.moe.dropless import DroplessMoE
-from pretrain.model.moe.native import DeepSpeedMoE
 from pretrain.model.moe.peer import PEER
-from pretrain.model.width import scale_by_width
+from pretrain.model.mup import scale_by_width
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 ZERO = (".bias", ".sinks", ".noise.weight", ".b1", ".b2", ".b3")
@@ -31,7 +31,11 @@ ROUTER_NAMES = ("deepspeed_moe.gate.wg.weight", "deepspeed_moe.gate.router.gate.
 PRODUCT_KEYS = re.compile(r"\.retrieval\.keys_\d+$")
 NUMBERS_A_STREAM = 1 << 20
 # PEER's tables by the matrices of a feed-forward that their rows are parts of.
-TABLE_SUFFIXES = {"up.weight": ".up_proj.weight", "gate.weight": ".gate_proj.weight", "down.weight": ".down_proj.weight"}
+TABLE_SUFFIXES = {
+    "up.weight": ".up_proj.weight",
+    "gate.weight": ".gate_proj.weight",
+    "down.weight": ".down_proj.weight",
+}
 
 # Fills a tensor with the numbers that belong to a name.
 Fill = Callable[[torch.Tensor, str], None]
@@ -41,7 +45,9 @@ def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None
     """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same numbers."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+    tensor.copy_(
+        torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    )
 
 
 @torch.no_grad()
@@ -59,7 +65,11 @@ def initialize(model: DecoderLM, seed: int) -> None:
             std = parameter.shape[-1] ** -0.5
         _fill_normal(parameter, std, seed, name)
 
-    done = {id(parameter) for name, module in model.named_modules() for parameter in _fill_experts(module, name, fill)}
+    done = {
+        id(parameter)
+        for name, module in model.named_modules()
+        for parameter in _fill_experts(module, name, fill)
+    }
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
             continue
@@ -107,12 +117,20 @@ def _fill_stacked_experts(module: DroplessMoE, name: str, fill: Fill) -> list[to
 def _fill_tables(module: PEER, name: str, fill: Fill) -> list[torch.Tensor]:
     """A stream of its own for each million numbers or so of a table, drawn whole where a rank holds a part of them."""
     done: list[torch.Tensor] = []
-    first, last = module.ep_rank * module.num_local_experts, (module.ep_rank + 1) * module.num_local_experts
+    first, last = (
+        module.ep_rank * module.num_local_experts,
+        (module.ep_rank + 1) * module.num_local_experts,
+    )
     for table_name, table in module.experts.named_parameters():
         block = max(1, NUMBERS_A_STREAM // table[0].numel())
         for start in range(first // block * block, last, block):
-            numbers = torch.empty(min(block, module.num_experts - start), *table.shape[1:], device=table.device)
-            fill(numbers, f"{name}.{table_name.removesuffix('.weight')}.{start}{TABLE_SUFFIXES[table_name]}")
+            numbers = torch.empty(
+                min(block, module.num_experts - start), *table.shape[1:], device=table.device
+            )
+            fill(
+                numbers,
+                f"{name}.{table_name.removesuffix('.weight')}.{start}{TABLE_SUFFIXES[table_name]}",
+            )
             low, high = max(start, first), min(start + block, last)
             table[low - first : high - first] = numbers[low - start : high - start]
         done.append(table)

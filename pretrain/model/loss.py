@@ -13,7 +13,9 @@ from torch.nn import functional
 IGNORED_LABEL = -100
 
 
-def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _chunk_losses(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed negative log-likelihood and summed loss of a chunk of C tokens, and d loss / d logits [C, V]. All fp32."""
     counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
     labels_C1 = labels_C.clamp_min(0)[:, None]
@@ -22,7 +24,9 @@ def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight
     nll = loss = -label_log_probs_C1.sum()
     gradient_CV = log_probs_CV.exp_()
     if z_loss_weight:
-        logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(~counted_C1, 0.0)
+        logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(
+            ~counted_C1, 0.0
+        )
         loss = nll + z_loss_weight * logsumexp_C1.square().sum()
         gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C1)
     gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
@@ -31,7 +35,17 @@ def _chunk_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, bias_V, labels_T, vocab_size, chunk_tokens, z_loss_weight, needs_gradient):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x_TD,
+        weight_VD,
+        bias_V,
+        labels_T,
+        vocab_size,
+        chunk_tokens,
+        z_loss_weight,
+        needs_gradient,
+    ):
         used_VD = weight_VD[:vocab_size]
         used_V = None if bias_V is None else bias_V[:vocab_size]
         nll = x_TD.new_zeros((), dtype=torch.float32)
@@ -39,11 +53,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             x_gradient_TD = torch.empty_like(x_TD)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-            bias_gradient_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+            bias_gradient_V = (
+                None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+            )
         for start in range(0, x_TD.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x_CD = x_TD[chunk]
-            chunk_nll, chunk_loss, gradient_CV = _chunk_losses(functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight)
+            chunk_nll, chunk_loss, gradient_CV = _chunk_losses(
+                functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight
+            )
             nll += chunk_nll
             loss += chunk_loss
             if needs_gradient:
@@ -64,14 +82,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from underflowing.
         x_gradient = (x_gradient_TD.float() * grad_loss).to(x_gradient_TD.dtype)
         weight_gradient = (weight_gradient_VD * grad_loss).to(ctx.weight_dtype)
-        bias_gradient = None if bias_gradient_V is None else (bias_gradient_V * grad_loss).to(ctx.weight_dtype)
+        bias_gradient = (
+            None if bias_gradient_V is None else (bias_gradient_V * grad_loss).to(ctx.weight_dtype)
+        )
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
 
 
 class LanguageModelHead(nn.Module):
     """Projection to the vocabulary. Rows from ``vocab_size`` on are padding: they get no probability and no gradient."""
 
-    def __init__(self, size: int, padded_vocab_size: int, vocab_size: int, chunk_tokens: int, z_loss_weight: float, has_bias: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        padded_vocab_size: int,
+        vocab_size: int,
+        chunk_tokens: int,
+        z_loss_weight: float,
+        has_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(padded_vocab_size, size))
         self.bias = nn.Parameter(torch.zeros(padded_vocab_size)) if has_bias else None
@@ -79,7 +107,9 @@ class LanguageModelHead(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.z_loss_weight = z_loss_weight
 
-    def forward(self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Without labels: logits [B, S, vocab_size] in fp32. With labels [B, S] (-100: no loss): the pair (loss, nll).
 
         Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative log-likelihood, without gradient;
@@ -93,4 +123,6 @@ class LanguageModelHead(nn.Module):
         needs_gradient = torch.is_grad_enabled()
         labels_T = labels_BS.reshape(-1)
         sizes = self.vocab_size, self.chunk_tokens, self.z_loss_weight
-        return _ChunkedCrossEntropy.apply(x_TE, self.weight, self.bias, labels_T, *sizes, needs_gradient)
+        return _ChunkedCrossEntropy.apply(
+            x_TE, self.weight, self.bias, labels_T, *sizes, needs_gradient
+        )

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import ModelConfig
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
+from pretrain.model.config import ModelConfig
 from pretrain.model.loss import IGNORED_LABEL
-from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import RouterStatistics, RoutingRecord
 from pretrain.model.positions.interface import PositionTerms
 
 
@@ -47,16 +47,24 @@ class MultiTokenBlock(nn.Module):
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """As :meth:`Block.forward`; ``embedded_BSD`` are the tokens that follow those of ``x_BSD``, ``positions`` and ``mask`` those of ``x_BSD``."""
         joined_BSX = torch.cat((self.hidden_norm(x_BSD), self.embedding_norm(embedded_BSD)), dim=-1)
-        y_BSD, statistics = self.block(self.projection(joined_BSX), positions, mask, cache, record, fractions_E)
+        y_BSD, statistics = self.block(
+            self.projection(joined_BSX), positions, mask, cache, record, fractions_E
+        )
         return y_BSD, statistics
 
 
-def shifted_by_one(input_ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shifted_by_one(
+    input_ids_BS: torch.Tensor, labels_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each input, and the token after it as a label: both int64 [B, S].
 
     A label is -100 where the next token or the one after it has no label itself (it is of another document, or padding), and at the end of a
     sequence, whose token after the next lies beyond it. The last input's next token is its label, or itself where it has none.
     """
-    last_B1 = torch.where(labels_BS[:, -1:] == IGNORED_LABEL, input_ids_BS[:, -1:], labels_BS[:, -1:])
+    last_B1 = torch.where(
+        labels_BS[:, -1:] == IGNORED_LABEL, input_ids_BS[:, -1:], labels_BS[:, -1:]
+    )
     after_BS = labels_BS[:, 1:].masked_fill(labels_BS[:, :-1] == IGNORED_LABEL, IGNORED_LABEL)
-    return torch.cat((input_ids_BS[:, 1:], last_B1), dim=1), functional.pad(after_BS, (0, 1), value=IGNORED_LABEL)
+    return torch.cat((input_ids_BS[:, 1:], last_B1), dim=1), functional.pad(
+        after_BS, (0, 1), value=IGNORED_LABEL
+    )

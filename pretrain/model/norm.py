@@ -22,14 +22,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_NUMBERS
-        if one_token and x.is_cpu and x.dtype == torch.float32 and torch.is_inference_mode_enabled():
+        if (
+            one_token
+            and x.is_cpu
+            and x.dtype == torch.float32
+            and torch.is_inference_mode_enabled()
+        ):
             return self._of_few(x)
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def _of_few(self, x: torch.Tensor) -> torch.Tensor:
         """The same of one token (or of one each of a few texts) in half as many operations: a step of generation is made of them."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * torch.addcmul(_number(self.eps), length, length, value=1.0 / x.shape[-1]).rsqrt_() * self.weight
+        return (
+            x
+            * torch.addcmul(_number(self.eps), length, length, value=1.0 / x.shape[-1]).rsqrt_()
+            * self.weight
+        )
 
 
 @cache

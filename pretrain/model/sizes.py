@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import PEER, DeepSpeedMoE
-from pretrain.config.optimizer_schema import Optimizer
-from pretrain.config.schema import TrainConfig
+from pretrain.config.recipe import TrainConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.moe.config import PEER, DeepSpeedMoE
+from pretrain.optim.config import Optimizer
 
 # Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
 PEAK_FLOPS = {
@@ -33,7 +33,9 @@ COMPONENTS = {
     "head": re.compile(r"^head\."),
     "multi_token_prediction": re.compile(r"^multi_token\."),
     "attention": re.compile(r"\.attention\."),
-    "shared_experts": re.compile(r"\.feed_forward\.(shared|mlp|coefficient)\."),  # the last two are DeepSpeed's residual expert and its mixing
+    "shared_experts": re.compile(
+        r"\.feed_forward\.(shared|mlp|coefficient)\."
+    ),  # the last two are DeepSpeed's residual expert and its mixing
     "routed_experts": re.compile(r"\.experts\.|\.feed_forward\.b[123]$"),
     "routers": re.compile(r"\.(router|gate|retrieval)\."),
     "dense_feed_forwards": re.compile(r"\.feed_forward\."),
@@ -83,7 +85,9 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
 
     The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's native layer would copy each one.
     """
-    num_experts, top_k = (config.moe.total_experts, config.moe.experts_per_token) if config.moe else (1, 1)
+    num_experts, top_k = (
+        (config.moe.total_experts, config.moe.experts_per_token) if config.moe else (1, 1)
+    )
     with torch.device("meta"):
         model = DecoderLM(config, ep_size=num_experts)
     components, active = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
@@ -97,11 +101,19 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
             experts, used = experts + count, count * top_k // num_experts
         components[component] += count
         active[component] += used
-        if parameter.dim() > 1 and component not in OUTSIDE_BLOCKS and not STACKED_BIASES.search(name):
+        if (
+            parameter.dim() > 1
+            and component not in OUTSIDE_BLOCKS
+            and not STACKED_BIASES.search(name)
+        ):
             if not is_sharded and not GATES.search(name):
                 matrices += count
             # Sub-keys are multiplied with each head's query.
-            products += used * (config.moe.num_heads if isinstance(config.moe, PEER) and ".retrieval.keys_" in name else 1)
+            products += used * (
+                config.moe.num_heads
+                if isinstance(config.moe, PEER) and ".retrieval.keys_" in name
+                else 1
+            )
     padding = _padding(model)
     for component, numbers in padding.items():
         components[component] -= numbers
@@ -116,7 +128,8 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         parameters_rows=experts if isinstance(config.moe, PEER) else 0,
         components=components,
         components_active=active,
-        flops_per_token=6.0 * (products + _vocabulary_products(model)) + _attention_flops(config, sequence_length),
+        flops_per_token=6.0 * (products + _vocabulary_products(model))
+        + _attention_flops(config, sequence_length),
     )
 
 
@@ -127,8 +140,15 @@ def _component(name: str) -> str:
 def _padding(model: DecoderLM) -> dict[str, int]:
     """Numbers that pad the vocabulary, in the embedding and in a head of its own."""
     rows = model.config.padded_vocab_size - (model.config.vocab_size or 0)
-    of_head = [parameter for parameter in model.head.parameters() if parameter is not model.embedding.weight]
-    return {"embedding": rows * model.embedding.size, "head": rows * sum(_row_size(parameter) for parameter in of_head)}
+    of_head = [
+        parameter
+        for parameter in model.head.parameters()
+        if parameter is not model.embedding.weight
+    ]
+    return {
+        "embedding": rows * model.embedding.size,
+        "head": rows * sum(_row_size(parameter) for parameter in of_head),
+    }
 
 
 def _row_size(parameter: nn.Parameter) -> int:
@@ -148,7 +168,9 @@ def _vocabulary_products(model: DecoderLM) -> int:
 def _attention_layers(config: ModelConfig) -> list[int]:
     """The layer that each block of attention is made as, multi-token prediction's own block included."""
     layers = list(range(config.num_hidden_layers))
-    return layers if config.multi_token_prediction is None else [*layers, config.num_hidden_layers - 1]
+    return (
+        layers if config.multi_token_prediction is None else [*layers, config.num_hidden_layers - 1]
+    )
 
 
 def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
@@ -164,10 +186,21 @@ def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
 def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
     """What one sequence of ``tokens`` needs in the cache for generation, ``width`` bytes a number; a window layer needs no more than its window."""
     windows = (config.attention.window(layer) for layer in range(config.num_hidden_layers))
-    return sum(min(tokens, window or tokens) for window in windows) * config.attention.cached_per_token * width
+    return (
+        sum(min(tokens, window or tokens) for window in windows)
+        * config.attention.cached_per_token
+        * width
+    )
 
 
-def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world_size: int, ep_size: int, optimizer: Optimizer) -> dict[str, int]:
+def state_bytes_per_rank(
+    size: ModelSize,
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    ep_size: int,
+    optimizer: Optimizer,
+) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
 
     ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the same weights, stage 2 also gradients,
@@ -179,7 +212,11 @@ def state_bytes_per_rank(size: ModelSize, precision: str, zero_stage: int, world
     if size.parameters_rows:
         # Tables: fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments always shared by all ranks.
         parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
-        moments = optimizer.row_optimizer.matrix_state_bytes if optimizer.row_optimizer is not None else 0.0
+        moments = (
+            optimizer.row_optimizer.matrix_state_bytes
+            if optimizer.row_optimizer is not None
+            else 0.0
+        )
         parts["optimizer"] += size.parameters_rows * moments / world_size
     others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
     sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
@@ -198,11 +235,20 @@ def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) ->
     """A rough count of what one micro batch keeps for the backward pass; with checkpointing one input a block, and one block's working set."""
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
-    attention = config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
+    attention = (
+        config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
+    )
     per_layer = [
-        tokens * width * (6 * config.hidden_size + 2 * attention + _feed_forward_numbers(config, layer)) for layer in _attention_layers(config)
+        tokens
+        * width
+        * (6 * config.hidden_size + 2 * attention + _feed_forward_numbers(config, layer))
+        for layer in _attention_layers(config)
     ]
-    blocks = max(per_layer) + len(per_layer) * tokens * width * config.hidden_size if train.activation_checkpointing else sum(per_layer)
+    blocks = (
+        max(per_layer) + len(per_layer) * tokens * width * config.hidden_size
+        if train.activation_checkpointing
+        else sum(per_layer)
+    )
     logits = 3 * 4 * min(tokens, config.loss_chunk_tokens) * config.padded_vocab_size
     return blocks + logits
 
@@ -214,13 +260,24 @@ def _feed_forward_numbers(config: ModelConfig, layer: int) -> int:
     if moe is None or not config.layer_pattern.is_moe(layer):
         return kept * (config.intermediate_size or 0)
     capacity = moe.capacity_factor if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens else 1.0
-    residual = moe.moe_intermediate_size if isinstance(moe, DeepSpeedMoE) and moe.use_residual else 0
+    residual = (
+        moe.moe_intermediate_size if isinstance(moe, DeepSpeedMoE) and moe.use_residual else 0
+    )
     shared = kept * (moe.shared_width + residual)
     if isinstance(moe, PEER):
         # No row is copied: a token, its queries and the scores of its sub-keys, then a few numbers for each expert it takes.
         scores = moe.num_heads * (2 * moe.query_dim + sum(moe.product_key_sizes))
-        return shared + 2 * config.hidden_size + scores + moe.experts_per_token * ((kept + 1) * moe.moe_intermediate_size + 6)
-    return shared + int(moe.experts_per_token * capacity * (kept * moe.moe_intermediate_size + 4 * config.hidden_size))
+        return (
+            shared
+            + 2 * config.hidden_size
+            + scores
+            + moe.experts_per_token * ((kept + 1) * moe.moe_intermediate_size + 6)
+        )
+    return shared + int(
+        moe.experts_per_token
+        * capacity
+        * (kept * moe.moe_intermediate_size + 4 * config.hidden_size)
+    )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 
 # A part of the model: patterns of its parameters' names. Later parts take what earlier ones leave, so that each parameter is in one.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -23,7 +23,14 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 def part_of(name: str) -> str | None:
     """The part of the model that a parameter belongs to; None for the few that are in none, such as the join of multi-token prediction."""
-    return next((part for part, patterns in PARTS.items() if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
+    return next(
+        (
+            part
+            for part, patterns in PARTS.items()
+            if any(fnmatchcase(name, pattern) for pattern in patterns)
+        ),
+        None,
+    )
 
 
 def frozen_parameters(names: Iterable[str], patterns: Sequence[str], where: str) -> set[str]:
@@ -40,7 +47,9 @@ def frozen_parameters(names: Iterable[str], patterns: Sequence[str], where: str)
     parts = {name: part_of(name) for name in names}
     found: set[str] = set()
     for pattern in patterns:
-        matched = {name for name, part in parts.items() if part == pattern or fnmatchcase(name, pattern)}
+        matched = {
+            name for name, part in parts.items() if part == pattern or fnmatchcase(name, pattern)
+        }
         if not matched:
             have = sorted({part for part in parts.values() if part}) + list(parts)
             near = get_close_matches(pattern, have, n=2)
@@ -49,6 +58,8 @@ def frozen_parameters(names: Iterable[str], patterns: Sequence[str], where: str)
                 if near
                 else f"the model has {', '.join(sorted(set(have) & set(PARTS)))}"
             )
-            raise ConfigError(f"{where} names '{pattern}', which no parameter of the model is: {hint}")
+            raise ConfigError(
+                f"{where} names '{pattern}', which no parameter of the model is: {hint}"
+            )
         found |= matched
     return found

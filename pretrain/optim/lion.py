@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config.optimizer_schema import Lion as LionConfig
+from pretrain.optim.config import Lion as LionConfig
 
 
 class Lion(torch.optim.Optimizer):
@@ -27,7 +27,9 @@ class Lion(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 direction = torch.lerp(parameter.grad, state["momentum"], beta1).sign_()
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(
+                    direction, alpha=-group["lr"]
+                )
                 state["momentum"].lerp_(parameter.grad, 1.0 - beta2)
 
 

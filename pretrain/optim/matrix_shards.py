@@ -41,12 +41,14 @@ class ShardedMatrix(NamedTuple):
         """Numbers that the rank sends of it: those that it holds, and behind them a mark."""
         return self.held_by(rank) + 1 if self.held_by(rank) else 0
 
-    def stretch(self, rank: int) -> slice:
+    def phase(self, rank: int) -> slice:
         """Where the part of this rank, ``rank``, lies in its partition."""
         return slice(self.offset, self.offset + self.held_by(rank))
 
 
-def cut_matrices(shape: torch.Size, start: int, partition_size: int, ranks: int, rank: int, offset: int) -> list[ShardedMatrix]:
+def cut_matrices(
+    shape: torch.Size, start: int, partition_size: int, ranks: int, rank: int, offset: int
+) -> list[ShardedMatrix]:
     """The matrices of a parameter [..., A, B] that stands at ``start`` of numbers of which each rank has ``partition_size`` in turn.
 
     Args:
@@ -55,8 +57,12 @@ def cut_matrices(shape: torch.Size, start: int, partition_size: int, ranks: int,
     rows, columns = shape[-2:]
     found = []
     for first in range(start, start + shape.numel(), rows * columns):
-        bounds = tuple(min(max(number * partition_size - first, 0), rows * columns) for number in range(ranks)) + (rows * columns,)
-        found.append(ShardedMatrix(rows, columns, bounds, offset + max(first - rank * partition_size, 0)))
+        bounds = tuple(
+            min(max(number * partition_size - first, 0), rows * columns) for number in range(ranks)
+        ) + (rows * columns,)
+        found.append(
+            ShardedMatrix(rows, columns, bounds, offset + max(first - rank * partition_size, 0))
+        )
     return found
 
 
@@ -64,7 +70,9 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
     """For each matrix the least busy of the ranks that hold a part of it, the same on every rank."""
     busy, owners = [0] * ranks, []
     for matrix in matrices:
-        owner = min((rank for rank in range(ranks) if matrix.held_by(rank)), key=lambda rank: busy[rank])
+        owner = min(
+            (rank for rank in range(ranks) if matrix.held_by(rank)), key=lambda rank: busy[rank]
+        )
         busy[owner] += matrix.rows * matrix.columns * min(matrix.rows, matrix.columns)
         owners.append(owner)
     return owners
@@ -93,12 +101,26 @@ class MatrixShards:
         rounds: the matrices in the order in which they are exchanged: of each round those that each rank owns, the same on every rank.
     """
 
-    def __init__(self, matrices: list[ShardedMatrix], group: distributed.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        matrices: list[ShardedMatrix],
+        group: distributed.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
         self.group, self.device = group, device
-        self.ranks, self.rank = (1, 0) if group is None else (distributed.get_world_size(group), distributed.get_rank(group))
+        self.ranks, self.rank = (
+            (1, 0)
+            if group is None
+            else (distributed.get_world_size(group), distributed.get_rank(group))
+        )
         owners = choose_owners(matrices, self.ranks)
-        owned_by = [[matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank] for rank in range(self.ranks)]
-        self.rounds: list[tuple[list[ShardedMatrix], ...]] = list(zip_longest(*map(same_shaped_batches, owned_by), fillvalue=[]))
+        owned_by = [
+            [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+            for rank in range(self.ranks)
+        ]
+        self.rounds: list[tuple[list[ShardedMatrix], ...]] = list(
+            zip_longest(*map(same_shaped_batches, owned_by), fillvalue=[])
+        )
 
     def transform(
         self,
@@ -116,18 +138,31 @@ class MatrixShards:
         """
         for by_owner in self.rounds:
             mine = by_owner[self.rank]
-            stretches = [matrix.stretch(self.rank) for matrices in by_owner for matrix in matrices if matrix.held_by(self.rank)]
-            parts = [take(stretch).to(self.device, dtype) for stretch in stretches]
+            phases = [
+                matrix.phase(self.rank)
+                for matrices in by_owner
+                for matrix in matrices
+                if matrix.held_by(self.rank)
+            ]
+            parts = [take(phase).to(self.device, dtype) for phase in phases]
             sent = [sum(matrix.sent_by(self.rank) for matrix in matrices) for matrices in by_owner]
             received = [sum(matrix.sent_by(rank) for matrix in mine) for rank in range(self.ranks)]
-            back = self._changed(mine, self._exchange(parts, sent, received, dtype).split(received), change)
+            back = self._changed(
+                mine, self._exchange(parts, sent, received, dtype).split(received), change
+            )
             away = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
             here = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in by_owner]
             returned = self._exchange(back, away, here, dtype)
-            for stretch, part in zip(stretches, returned.split([stretch.stop - stretch.start for stretch in stretches]), strict=True):
-                give(stretch, part)
+            for phase, part in zip(
+                phases,
+                returned.split([phase.stop - phase.start for phase in phases]),
+                strict=True,
+            ):
+                give(phase, part)
 
-    def _changed(self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Change) -> list[torch.Tensor]:
+    def _changed(
+        self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Change
+    ) -> list[torch.Tensor]:
         """The parts of the changed matrices in the order of the ranks they belong to.
 
         Args:
@@ -135,17 +170,33 @@ class MatrixShards:
         """
         if not mine:
             return []
-        sent = [numbers.split([matrix.sent_by(rank) for matrix in mine]) for rank, numbers in enumerate(by_rank)]
+        sent = [
+            numbers.split([matrix.sent_by(rank) for matrix in mine])
+            for rank, numbers in enumerate(by_rank)
+        ]
         of_matrices = list(zip(*sent, strict=True))
         whole = torch.cat([part[:-1] for parts in of_matrices for part in parts])
         marks = torch.cat([part[-1:] for parts in of_matrices for part in parts])
-        belongs_to = [number for number, matrix in enumerate(mine) for rank in range(self.ranks) if matrix.held_by(rank)]
-        marks_N = marks.new_zeros(len(mine)).index_add_(0, torch.tensor(belongs_to, device=self.device), marks)
+        belongs_to = [
+            number
+            for number, matrix in enumerate(mine)
+            for rank in range(self.ranks)
+            if matrix.held_by(rank)
+        ]
+        marks_N = marks.new_zeros(len(mine)).index_add_(
+            0, torch.tensor(belongs_to, device=self.device), marks
+        )
         changed = change(whole.view(len(mine), mine[0].rows, mine[0].columns), marks_N).flatten(1)
         pairs = list(zip(mine, changed, strict=True))
-        return [result[matrix.bounds[rank] : matrix.bounds[rank + 1]] for rank in range(self.ranks) for matrix, result in pairs]
+        return [
+            result[matrix.bounds[rank] : matrix.bounds[rank + 1]]
+            for rank in range(self.ranks)
+            for matrix, result in pairs
+        ]
 
-    def _exchange(self, parts: list[torch.Tensor], sent: list[int], received: list[int], dtype: torch.dtype) -> torch.Tensor:
+    def _exchange(
+        self, parts: list[torch.Tensor], sent: list[int], received: list[int], dtype: torch.dtype
+    ) -> torch.Tensor:
         """``sent`` numbers to each rank in turn for ``received`` from each."""
         joined = torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=self.device)
         if self.group is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from pretrain.config.optimizer_schema import Muon as MuonConfig
+from pretrain.optim.config import Muon as MuonConfig
 from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixShards
 
 # Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2 (Jordan et al. 2024).
@@ -67,31 +67,47 @@ class Muon(torch.optim.Optimizer):
         parameter.mul_(1.0 - rate * group["weight_decay"])
         if shards is not None:
             shards.transform(
-                take=lambda stretch: self._marked_update(gradient[stretch], momentum[stretch]),
+                take=lambda phase: self._marked_update(gradient[phase], momentum[phase]),
                 change=self._directions,
-                give=lambda stretch, direction: parameter[stretch].add_(direction.to(parameter), alpha=-rate),
+                give=lambda phase, direction: parameter[phase].add_(
+                    direction.to(parameter), alpha=-rate
+                ),
                 dtype=self._dtype(shards.device),
             )
             return
         *_, rows, columns = parameter.shape
         size = max(1, NUMBERS_A_BATCH // (rows * columns))
         batches = [whole.reshape(-1, rows, columns).split(size) for whole in (gradient, momentum)]
-        for moved, *looked_at in zip(parameter.view(-1, rows, columns).split(size), *batches, strict=True):
+        for moved, *looked_at in zip(
+            parameter.view(-1, rows, columns).split(size), *batches, strict=True
+        ):
             touched_N = looked_at[0].flatten(1).any(1)
-            direction = self._directions(self._update(*looked_at).to(self._dtype(parameter.device)), touched_N)
+            direction = self._directions(
+                self._update(*looked_at).to(self._dtype(parameter.device)), touched_N
+            )
             moved.add_(direction.to(moved.dtype), alpha=-rate)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         asked = self.config.newton_schulz_precision
-        return torch.bfloat16 if asked == "bf16" or (asked == "auto" and device.type == "cuda") else torch.float32
+        return (
+            torch.bfloat16
+            if asked == "bf16" or (asked == "auto" and device.type == "cuda")
+            else torch.float32
+        )
 
     def _update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
         """The momentum after this step's gradient; looked ahead by Nesterov's rule."""
-        return torch.lerp(gradient, momentum, self.config.momentum) if self.config.nesterov else momentum
+        return (
+            torch.lerp(gradient, momentum, self.config.momentum)
+            if self.config.nesterov
+            else momentum
+        )
 
     def _marked_update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
         """Of a part of a matrix, [P] -> [P + 1]: behind it 1, or 0 where its gradient is zero."""
-        return torch.cat((self._update(gradient, momentum), gradient.any()[None].to(gradient.dtype)))
+        return torch.cat(
+            (self._update(gradient, momentum), gradient.any()[None].to(gradient.dtype))
+        )
 
     def _directions(self, matrices_NAB: torch.Tensor, touched_N: torch.Tensor) -> torch.Tensor:
         """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0, for its gradient is zero.
@@ -99,7 +115,11 @@ class Muon(torch.optim.Optimizer):
         An update's size does not depend on the momentum's: an expert without tokens would go on as far a step until its momentum is rounded away.
         """
         scale = UPDATE_RMS * math.sqrt(max(matrices_NAB.shape[-2:]))
-        return orthogonalize(matrices_NAB, self.config.newton_schulz_steps).mul_(scale).mul_((touched_N > 0)[:, None, None])
+        return (
+            orthogonalize(matrices_NAB, self.config.newton_schulz_steps)
+            .mul_(scale)
+            .mul_((touched_N > 0)[:, None, None])
+        )
 
     def _step_adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         """As torch.optim.AdamW, by its own function."""
@@ -109,7 +129,9 @@ class Muon(torch.optim.Optimizer):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = moments | {"step": torch.zeros((), device=parameter.device)}
         states = [self.state[parameter] for parameter in parameters]
-        averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        averages, squares, steps = (
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         adamw(
             parameters, [parameter.grad for parameter in parameters if parameter.grad is not None], averages, squares, [], steps,
             fused=True, amsgrad=False, maximize=False, beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=group["lr"],

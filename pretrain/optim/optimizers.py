@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.optimizer_schema import SGD, AdamW, AdamW8bit
+from pretrain.core.errors import ConfigError
+from pretrain.optim.config import SGD, AdamW, AdamW8bit
 
 Groups = list[dict[str, Any]]
 
 
 def adamw(groups: Groups, config: AdamW) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
 
 
 def sgd(groups: Groups, config: SGD) -> torch.optim.Optimizer:
@@ -32,6 +34,10 @@ def adamw_8bit(groups: Groups, config: AdamW8bit) -> torch.optim.Optimizer:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"optimizer.kind=adamw_8bit needs the package bitsandbytes ({error}): install it, or use optimizer.kind=adamw") from None
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
+        raise ConfigError(
+            f"optimizer.kind=adamw_8bit needs the package bitsandbytes ({error}): install it, or use optimizer.kind=adamw"
+        ) from None
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps
+    )
     return optimizer

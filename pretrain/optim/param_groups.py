@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config.optimizer_schema import Muon, Optimizer
+from pretrain.optim.config import Muon, Optimizer
 
 ROUTER_MATRICES = (".router.gate.weight", ".router.noise.weight", ".gate.wg.weight")
 EXPERT_BIASES = (".b1", ".b2", ".b3")
@@ -26,7 +26,11 @@ def parameter_role(name: str, parameter: torch.Tensor) -> str:
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether Muon trains it: a matrix, or a stack of them, inside the blocks."""
-    return parameter_role(name, parameter) == "matrix" and not name.startswith("head.") and not name.endswith(GATES)
+    return (
+        parameter_role(name, parameter) == "matrix"
+        and not name.startswith("head.")
+        and not name.endswith(GATES)
+    )
 
 
 def peak_learning_rates(config: Optimizer) -> dict[str, float]:
@@ -45,7 +49,7 @@ def learning_rate_scale(group: dict[str, Any]) -> float:
 
 
 def parameter_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
-    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.width`);
+    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`);
     for Muon also by the ``rule`` that trains them, ``muon`` or ``adamw``.
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
@@ -57,15 +61,29 @@ def parameter_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter)
-        expert_group: str | None = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
+        expert_group: str | None = (
+            None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
+        )
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
-        rule = ("muon" if is_hidden_matrix(name, parameter) else "adamw") if isinstance(config, Muon) else None
+        rule = (
+            ("muon" if is_hidden_matrix(name, parameter) else "adamw")
+            if isinstance(config, Muon)
+            else None
+        )
         key = role, expert_group, scale, rule
         if key not in groups:
             decay = 0.0 if role in ("embedding", "vector") else config.weight_decay / scale
-            group: dict[str, Any] = {"params": [], "role": role, "name": expert_group or role, "lr": 0.0, "weight_decay": decay}
+            group: dict[str, Any] = {
+                "params": [],
+                "role": role,
+                "name": expert_group or role,
+                "lr": 0.0,
+                "weight_decay": decay,
+            }
             group |= {"learning_rate_scale": scale} if scale != 1.0 else {}
-            groups[key] = group | ({"moe": True} if expert_group else {}) | ({"rule": rule} if rule else {})
+            groups[key] = (
+                group | ({"moe": True} if expert_group else {}) | ({"rule": rule} if rule else {})
+            )
         groups[key]["params"].append(parameter)
     return list(groups.values())
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import RECIPE_FOLDER, parse_yaml
+from pretrain.core.errors import ConfigError
 
 AXES_FOLDER = RECIPE_FOLDER / "axes"
 RANGES = ("log", "linear", "int")
@@ -101,15 +101,25 @@ def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, Any]]:
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in AXES_FOLDER.glob("*.yaml")))
-        raise ConfigError(f"there is no axes file '{name_or_path}', neither in {AXES_FOLDER} nor as a file: shipped ones are {names}")
+        raise ConfigError(
+            f"there is no axes file '{name_or_path}', neither in {AXES_FOLDER} nor as a file: shipped ones are {names}"
+        )
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: give a YAML file of axes") from None
-    if not isinstance(content, dict) or not isinstance(content.get("axes"), dict) or not content["axes"]:
-        raise ConfigError(f"{path} holds no axes: write 'axes:' and an axis a line, as {AXES_FOLDER}/moe.yaml does")
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("axes"), dict)
+        or not content["axes"]
+    ):
+        raise ConfigError(
+            f"{path} holds no axes: write 'axes:' and an axis a line, as {AXES_FOLDER}/moe.yaml does"
+        )
     if unknown := sorted(content.keys() - {"base", "axes"}):
-        raise ConfigError(f"{path}: unknown field '{unknown[0]}': an axes file has 'base' and 'axes'")
+        raise ConfigError(
+            f"{path}: unknown field '{unknown[0]}': an axes file has 'base' and 'axes'"
+        )
     base = content.get("base")
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' is the name or the path of one recipe (got {base!r})")
@@ -122,7 +132,9 @@ def parse_axis_option(text: str) -> tuple[str, Any]:
     """``NAME=SPEC`` of a command line; the specification is read as YAML."""
     name, separator, spec = text.partition("=")
     if not separator or not name.strip() or not spec.strip():
-        raise ConfigError(f"--axis {text}: write it as --axis section.field=log:LOW:HIGH or --axis section.field=[A,B,C]")
+        raise ConfigError(
+            f"--axis {text}: write it as --axis section.field=log:LOW:HIGH or --axis section.field=[A,B,C]"
+        )
     return name.strip(), parse_yaml(spec, f"--axis {text}")
 
 
@@ -135,11 +147,29 @@ def parse_axis(name: str, spec: Any) -> Axis:
     if isinstance(spec, str):
         return _parse_range(str(name), spec)
     if isinstance(spec, list) and spec:
-        return Axis(str(name), _distinct(str(name), [Choice(_label(value), (_override(str(name), value),), _number(value)) for value in spec]))
-    if isinstance(spec, dict) and spec and all(isinstance(fields, dict) and fields for fields in spec.values()):
-        choices = [Choice(_label(label), tuple(_override(key, value) for key, value in fields.items())) for label, fields in spec.items()]
+        return Axis(
+            str(name),
+            _distinct(
+                str(name),
+                [
+                    Choice(_label(value), (_override(str(name), value),), _number(value))
+                    for value in spec
+                ],
+            ),
+        )
+    if (
+        isinstance(spec, dict)
+        and spec
+        and all(isinstance(fields, dict) and fields for fields in spec.values())
+    ):
+        choices = [
+            Choice(_label(label), tuple(_override(key, value) for key, value in fields.items()))
+            for label, fields in spec.items()
+        ]
         return Axis(str(name), _distinct(str(name), choices))
-    raise ConfigError(f"axis {name}: {spec!r} is no list of values, no range and no mapping of names to fields: see `--help`")
+    raise ConfigError(
+        f"axis {name}: {spec!r} is no list of values, no range and no mapping of names to fields: see `--help`"
+    )
 
 
 def _parse_range(name: str, text: str) -> Axis:
@@ -148,14 +178,21 @@ def _parse_range(name: str, text: str) -> Axis:
         low, high = float(parts[0]), float(parts[1])
         count = int(parts[2]) if len(parts) == 3 else None
     except (ValueError, IndexError):
-        raise ConfigError(f"axis {name}: '{text}' is no range: write {RANGE_FORM}, or values as a list [A,B,C]") from None
+        raise ConfigError(
+            f"axis {name}: '{text}' is no range: write {RANGE_FORM}, or values as a list [A,B,C]"
+        ) from None
     if scale not in RANGES or len(parts) > 3:
         raise ConfigError(f"axis {name}: '{text}' is no range: write {RANGE_FORM}")
     if not low < high or (scale == "log" and low <= 0) or (count is not None and count < 2):
-        raise ConfigError(f"axis {name}: '{text}': LOW must be below HIGH, above 0 for log, and COUNT at least 2")
+        raise ConfigError(
+            f"axis {name}: '{text}': LOW must be below HIGH, above 0 for log, and COUNT at least 2"
+        )
     axis = Axis(name, (), scale, low, high)
     shares = [index / (count - 1) for index in range(count)] if count else []
-    values = [low * (high / low) ** share if scale == "log" else low + (high - low) * share for share in shares]
+    values = [
+        low * (high / low) ** share if scale == "log" else low + (high - low) * share
+        for share in shares
+    ]
     options = {choice.label: choice for choice in map(axis.at, values)}  # rounded integers may meet
     return Axis(name, tuple(options.values()), scale, low, high)
 
@@ -165,7 +202,13 @@ def _override(name: str, value: Any) -> str:
 
 
 def _label(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -173,7 +216,9 @@ def _number(value: Any) -> float | None:
 
 
 def _distinct(name: str, choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    twice = [label for label, count in Counter(choice.label for choice in choices).items() if count > 1]
+    twice = [
+        label for label, count in Counter(choice.label for choice in choices).items() if count > 1
+    ]
     if twice:
         raise ConfigError(f"axis {name}: the value {twice[0]} stands twice: leave one out")
     return tuple(choices)
@@ -190,11 +235,21 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
 
 def point_of(choices: dict[str, Choice], names: dict[str, str], prefix: str = "") -> Point:
     """The point that has these values; ``names`` are the axes' short ones."""
-    name = prefix or ",".join(f"{names[axis]}={choice.label}" for axis, choice in choices.items()) or BASE
+    name = (
+        prefix
+        or ",".join(f"{names[axis]}={choice.label}" for axis, choice in choices.items())
+        or BASE
+    )
     numbers = {axis: choice.number for axis, choice in choices.items() if choice.number is not None}
     overrides = [override for choice in choices.values() for override in choice.overrides]
     safe = file_name(name)
-    return Point(safe, {axis: choice.label for axis, choice in choices.items()}, overrides, run=safe, numbers=numbers)
+    return Point(
+        safe,
+        {axis: choice.label for axis, choice in choices.items()},
+        overrides,
+        run=safe,
+        numbers=numbers,
+    )
 
 
 def file_name(name: str) -> str:
@@ -217,12 +272,17 @@ def grid(axes: Sequence[Axis]) -> list[Point]:
 def one_at_a_time(axes: Sequence[Axis]) -> list[Point]:
     """The base recipe, then each value of each axis by itself."""
     names = short_names([axis.name for axis in axes])
-    return [point_of({}, names), *(point_of({axis.name: choice}, names) for axis in axes for choice in _listed(axis))]
+    return [
+        point_of({}, names),
+        *(point_of({axis.name: choice}, names) for axis in axes for choice in _listed(axis)),
+    ]
 
 
 def _listed(axis: Axis) -> tuple[Choice, ...]:
     if not axis.options:
-        raise ConfigError(f"axis {axis.name}: a grid needs the number of values of a range: write {axis.scale}:{axis.low:g}:{axis.high:g}:COUNT")
+        raise ConfigError(
+            f"axis {axis.name}: a grid needs the number of values of a range: write {axis.scale}:{axis.low:g}:{axis.high:g}:COUNT"
+        )
     return axis.options
 
 
@@ -231,9 +291,18 @@ def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
     if not seeds:
         return list(points)
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {' '.join(map(str, seeds))}: a seed stands twice; leave one out")
+        raise ConfigError(
+            f"--seeds {' '.join(map(str, seeds))}: a seed stands twice; leave one out"
+        )
     return [
-        Point(f"{point.name},seed={seed}", point.values, [*point.overrides, f"seed={seed}"], seed, f"{point.name},seed={seed}", point.numbers)
+        Point(
+            f"{point.name},seed={seed}",
+            point.values,
+            [*point.overrides, f"seed={seed}"],
+            seed,
+            f"{point.name},seed={seed}",
+            point.numbers,
+        )
         for point in points
         for seed in seeds
     ]

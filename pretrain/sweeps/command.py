@@ -13,24 +13,43 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config.cli import add_json_option, write_json
-from pretrain.config.credentials import refuse_credentials
-from pretrain.config.durable import only_writer
-from pretrain.config.errors import DONE, PREEMPTED, USAGE, ConfigError
 from pretrain.config.load import apply_override
+from pretrain.core.cli import add_json_option, write_json
+from pretrain.core.credentials import refuse_credentials
+from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
+from pretrain.core.files import only_writer
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
 from pretrain.sweeps.plan import REFUSALS_SHOWN, planned_study, searching
 from pretrain.sweeps.progress import SweepProgress
-from pretrain.sweeps.report import incomparable, point_rows, ranking, states, terminal_table, write_report
+from pretrain.sweeps.report import (
+    incomparable,
+    point_rows,
+    ranking,
+    states,
+    terminal_table,
+    write_report,
+)
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.slurm import write_array
 from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, open_study
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1.json"
 # What makes a sweep another one.
-DESIGN_OPTIONS = ("overrides", "tokens", "seeds", "ranks", "ds_config", "skip_invalid", "search", "trials", "search_seed", "prune", "mode")
+DESIGN_OPTIONS = (
+    "overrides",
+    "tokens",
+    "seeds",
+    "ranks",
+    "ds_config",
+    "skip_invalid",
+    "search",
+    "trials",
+    "search_seed",
+    "prune",
+    "mode",
+)
 EXIT_CODES = """
 The same command again, or --output alone, goes on: finished runs are not started again, interrupted ones go on from their checkpoints.
 The same command with more seeds, values of an axis or trials adds runs to those that are there.
@@ -41,24 +60,91 @@ exit codes: 0 every run finished, 2 usage, a point that cannot run, or another s
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     """The options that both commands take. Those of :data:`DESIGN_OPTIONS` are None where they are not given."""
-    parser.add_argument("--output", "--output-dir", type=Path, required=True, metavar="FOLDER", help="runs, records and report; alone: go on with it")
-    parser.add_argument("--set", dest="overrides", action="append", metavar="A.B=C", help="override a field in every run; may be repeated")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of each run (default: the recipe's train.train_tokens)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="run every point with each of these seeds")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes of a run; above 1 by the deepspeed launcher (default: 1)")
-    parser.add_argument("--ds_config", "--ds-config", metavar="PATH", help="DeepSpeed's JSON, for every run (default: ds_configs/zero1.json)")
-    parser.add_argument("--slots", type=int, metavar="N", help="runs at once (default: what the GPUs allow, 1 on CPUs)")
-    parser.add_argument("--keep-going", action=argparse.BooleanOptionalAction, default=True, help="start other runs after one has failed")
+    parser.add_argument(
+        "--output",
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="runs, records and report; alone: go on with it",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        metavar="A.B=C",
+        help="override a field in every run; may be repeated",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="tokens of each run (default: the recipe's train.train_tokens)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="run every point with each of these seeds"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="processes of a run; above 1 by the deepspeed launcher (default: 1)",
+    )
+    parser.add_argument(
+        "--ds_config",
+        "--ds-config",
+        metavar="PATH",
+        help="DeepSpeed's JSON, for every run (default: ds_configs/zero1.json)",
+    )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="runs at once (default: what the GPUs allow, 1 on CPUs)",
+    )
+    parser.add_argument(
+        "--keep-going",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start other runs after one has failed",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs once more")
-    parser.add_argument("--skip-invalid", action="store_true", default=None, help="leave out points that a rule refuses, instead of starting nothing")
-    parser.add_argument("--dry-run", action="store_true", help="list the points, start and write nothing")
-    parser.add_argument("--slurm", action="store_true", help="write a batch script with one job of an array for each run, and start nothing")
-    parser.add_argument("--point", type=int, metavar="N", help="with --output alone: only run number N (from 0), as a job of an array does")
-    parser.add_argument("--report", action="store_true", help="with --output alone: report what has finished, and start nothing")
+    parser.add_argument(
+        "--skip-invalid",
+        action="store_true",
+        default=None,
+        help="leave out points that a rule refuses, instead of starting nothing",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the points, start and write nothing"
+    )
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="write a batch script with one job of an array for each run, and start nothing",
+    )
+    parser.add_argument(
+        "--point",
+        type=int,
+        metavar="N",
+        help="with --output alone: only run number N (from 0), as a job of an array does",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="with --output alone: report what has finished, and start nothing",
+    )
     add_json_option(parser)
 
 
-def design_from(options: argparse.Namespace, kind: str, recipe: str, axes: dict[str, Any], search: str, trials: int = 0) -> Design:
+def design_from(
+    options: argparse.Namespace,
+    kind: str,
+    recipe: str,
+    axes: dict[str, Any],
+    search: str,
+    trials: int = 0,
+) -> Design:
     """What is asked for.
 
     Raises:
@@ -101,7 +187,11 @@ def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) ->
         raise ConfigError(f"--slots {options.slots} must be at least 1")
     output = options.output.resolve()
     found = open_study(output)
-    study = _found_alone(options, found) if design is None else planned_study(output, design, found, bool(options.skip_invalid))
+    study = (
+        _found_alone(options, found)
+        if design is None
+        else planned_study(output, design, found, bool(options.skip_invalid))
+    )
     if options.dry_run:
         return _list_points(options, study)
     if study is not found:
@@ -129,11 +219,15 @@ def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
         ConfigError: where there is nothing, or options say what a sweep is, which would change nothing of the one that is there.
     """
     if found is None:
-        raise ConfigError(f"{options.output} holds no sweep to go on with: say what to vary, see --help")
+        raise ConfigError(
+            f"{options.output} holds no sweep to go on with: say what to vary, see --help"
+        )
     for name in DESIGN_OPTIONS:
         if getattr(options, name, None) is not None:
             flag = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} says what a sweep is, and --output alone goes on with the one that is there: give the whole command again")
+            raise ConfigError(
+                f"{flag} says what a sweep is, and --output alone goes on with the one that is there: give the whole command again"
+            )
     return found
 
 
@@ -141,7 +235,9 @@ def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
 def _working_in(folder: str) -> Iterator[None]:
     """Relative paths of a recipe are seen from where the sweep was made."""
     if not Path(folder).is_dir():
-        raise ConfigError(f"the sweep was started in {folder}, which is not there: its recipe's relative paths are seen from it; put it back")
+        raise ConfigError(
+            f"the sweep was started in {folder}, which is not there: its recipe's relative paths are seen from it; put it back"
+        )
     with contextlib.chdir(folder):
         yield
 
@@ -154,28 +250,55 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
     with _working_in(study.design.folder):
         next_point = searching(study, todo) if study.design.search == "tpe" else listed_points(todo)
         interrupted = not _work(options, study, next_point, study.runs, settled)
-    return _report(options, study, interrupted, go_on=f"{tool.parent.name}/{tool.name} --output {options.output}")
+    return _report(
+        options,
+        study,
+        interrupted,
+        go_on=f"{tool.parent.name}/{tool.name} --output {options.output}",
+    )
 
 
 def _run_one(options: argparse.Namespace, study: Study) -> int:
     """One run of an array. The report is left to the command without --point: several of these run at once."""
     if study.design.search == "tpe" or not 0 <= options.point < len(study.runs):
-        raise ConfigError(f"--point {options.point}: the sweep in {options.output} has runs 0 to {len(study.runs) - 1}")
+        raise ConfigError(
+            f"--point {options.point}: the sweep in {options.output} has runs 0 to {len(study.runs) - 1}"
+        )
     point = study.runs[options.point]
     with _working_in(study.design.folder):
         if study.record(point).state not in SETTLED or options.retry_failed:
             _work(options, study, listed_points([point]), [point], set())
     record = study.record(point)
     _say(options, f"{record.state} {point.run}{': ' + record.error if record.error else ''}")
-    write_json({"point": point.name, "state": record.state, "error": record.error, "result": record.result}, options.json_path)
+    write_json(
+        {
+            "point": point.name,
+            "state": record.state,
+            "error": record.error,
+            "result": record.result,
+        },
+        options.json_path,
+    )
     return exit_code(study, [point])
 
 
-def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point | None], runs: list[Point], settled: set[str]) -> bool:
+def _work(
+    options: argparse.Namespace,
+    study: Study,
+    points: Callable[[], Point | None],
+    runs: list[Point],
+    settled: set[str],
+) -> bool:
     """Runs what is left of ``runs``, in the order of ``points``; false where it was interrupted."""
-    devices = slot_devices(visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks)
+    devices = slot_devices(
+        visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks
+    )
     steps = {point.run: study.num_steps(point) for point in runs}
-    reached = {run: min(reached_step(study.run_folder(run)), count) for run, count in steps.items() if run not in settled}
+    reached = {
+        run: min(reached_step(study.run_folder(run)), count)
+        for run, count in steps.items()
+        if run not in settled
+    }
     if study.design.search == "tpe":
         total_runs = study.design.trials
         total_steps = total_runs * (sum(steps.values()) // len(steps) if steps else 1)
@@ -183,9 +306,16 @@ def _work(options: argparse.Namespace, study: Study, points: Callable[[], Point 
         total_runs, total_steps = len(steps), sum(steps.values())
     stop = StopRequest()
     stop.install()
-    progress = SweepProgress(total_runs, total_steps, {run: count for run, count in steps.items() if run in settled}, reached)
+    progress = SweepProgress(
+        total_runs,
+        total_steps,
+        {run: count for run, count in steps.items() if run in settled},
+        reached,
+    )
     try:
-        return Runner(study, devices, points, stop, progress, options.keep_going, options.retry_failed).run()
+        return Runner(
+            study, devices, points, stop, progress, options.keep_going, options.retry_failed
+        ).run()
     finally:
         progress.close()
 
@@ -210,14 +340,29 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
             console.print(terminal_table(study, ranked))
         records = [study.record(point) for point in study.runs]
         refused = [record for record in records if record.state == "refused"]
-        for record in [*(record for record in records if record.state == "failed"), *refused[:REFUSALS_SHOWN]]:
-            console.print(f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False)
+        for record in [
+            *(record for record in records if record.state == "failed"),
+            *refused[:REFUSALS_SHOWN],
+        ]:
+            console.print(
+                f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False
+            )
         if (note := incomparable(study)) is not None:
             console.print(f"warning: {note}", markup=False, highlight=False, soft_wrap=True)
         told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        console.print(f"{told}; the report is {paths['markdown']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{told}; the report is {paths['markdown']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         if interrupted:
-            console.print(f"interrupted: python {go_on} goes on", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"interrupted: python {go_on} goes on",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     result = {
         "output": str(study.output),
         "search": study.design.search,
@@ -237,7 +382,9 @@ def _list_points(options: argparse.Namespace, study: Study) -> int:
     """--dry-run: the points with what they set."""
     points = study.points
     if options.json_path != "-":
-        table = Table("number", "point", "overrides", title=f"{len(points)} points of {study.design.recipe}")
+        table = Table(
+            "number", "point", "overrides", title=f"{len(points)} points of {study.design.recipe}"
+        )
         for number, point in enumerate(points):
             table.add_row(str(number), point.name, " ".join(point.overrides).replace("[", "\\["))
         Console().print(table)
@@ -245,7 +392,13 @@ def _list_points(options: argparse.Namespace, study: Study) -> int:
             print(f"warning: {note}")
         for entry in study.skipped:
             print(f"left out {entry['name']}: {entry['reason']}")
-    write_json({"points": [{"name": point.name, "overrides": point.overrides} for point in points], "skipped": study.skipped}, options.json_path)
+    write_json(
+        {
+            "points": [{"name": point.name, "overrides": point.overrides} for point in points],
+            "skipped": study.skipped,
+        },
+        options.json_path,
+    )
     return DONE
 
 

@@ -14,13 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.study import DS_CONFIG, Study
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 # What a launcher or a batch system tells its processes: a run of a sweep is none of them.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_STEP_ID",
+)
 TAIL_BYTES = 1 << 14
 # The sentence that a run ends with; a progress bar that has not ended its line stands before it.
 ERROR = re.compile(r"(?:^|\])error: (.+)$")
@@ -33,8 +42,13 @@ def visible_gpus() -> list[str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    listed = subprocess.run([tool, "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+    listed = subprocess.run(
+        [tool, "--list-gpus"], capture_output=True, text=True, check=False
+    ).stdout
+    return [
+        str(number)
+        for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))
+    ]
 
 
 def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[list[str]]:
@@ -47,30 +61,53 @@ def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[lis
         return [[] for _ in range(slots or 1)]
     count = slots or max(1, len(gpus) // ranks)
     if count * ranks > len(gpus):
-        raise ConfigError(f"{count} runs of {ranks} ranks at once need {count * ranks} GPUs, but there are {len(gpus)}: lower --slots or --ranks")
+        raise ConfigError(
+            f"{count} runs of {ranks} ranks at once need {count * ranks} GPUs, but there are {len(gpus)}: lower --slots or --ranks"
+        )
     return [list(gpus[index * ranks : (index + 1) * ranks]) for index in range(count)]
 
 
 def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[str]:
     """The command line of a run: Python for one rank, the deepspeed launcher for more, below the supervisor."""
     settings = [*point.overrides, f"run_path={study.run_folder(point.run)}"]
-    training = [str(LAUNCHERS / "pretrain.py"), "--recipe", str(study.base_recipe), "--ds_config", str(study.output / DS_CONFIG)]
+    training = [
+        str(LAUNCHERS / "pretrain.py"),
+        "--recipe",
+        str(study.base_recipe),
+        "--ds_config",
+        str(study.output / DS_CONFIG),
+    ]
     training += [part for setting in settings for part in ("--set", setting)]
     training += ["--json", str(result_path(study, point))]
     ranks = study.design.ranks
     if ranks == 1:
         launcher = [sys.executable]
     else:
-        where = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_accelerators", str(ranks)]
+        where = (
+            ["--include", f"localhost:{','.join(devices)}"]
+            if devices
+            else ["--num_accelerators", str(ranks)]
+        )
         launcher = ["deepspeed", *where, "--master_port", str(_free_port())]
-    return [sys.executable, str(LAUNCHERS / "supervise.py"), "--parent", str(os.getpid()), *launcher, *training]
+    return [
+        sys.executable,
+        str(LAUNCHERS / "supervise.py"),
+        "--parent",
+        str(os.getpid()),
+        *launcher,
+        *training,
+    ]
 
 
 def launch_environment(slots: int, ranks: int, devices: Sequence[str]) -> dict[str, str]:
     """The environment of a run: its GPUs, its share of the cores, and nothing of a launcher above."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # deepspeed lies beside this Python
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (slots * ranks))))
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # deepspeed lies beside this Python
+    )
+    environment.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (slots * ranks)))
+    )
     if devices and ranks == 1:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment
@@ -104,7 +141,11 @@ def error_sentence(printed: str, code: int) -> str:
     """Why a run failed: its own sentence, else its exit code and the last line it printed."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     told = [match[1] for line in lines if (match := ERROR.search(line))]
-    return told[-1] if told else f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
+    return (
+        told[-1]
+        if told
+        else f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
+    )
 
 
 def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
@@ -119,7 +160,9 @@ def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
         if cut and last_bytes is not None:
             file.seek(size - last_bytes)
         lines = file.read().decode(errors="replace").splitlines(keepends=True)
-    return list(csv.DictReader([line for line in lines[1 if cut else 0 :] if line.endswith("\n")], columns))
+    return list(
+        csv.DictReader([line for line in lines[1 if cut else 0 :] if line.endswith("\n")], columns)
+    )
 
 
 def reached_step(run: Path) -> int:
@@ -130,4 +173,8 @@ def reached_step(run: Path) -> int:
 
 def validations(run: Path) -> list[tuple[int, float]]:
     """The validation losses by step."""
-    return [(int(row["step"]), float(row["validation_loss"])) for row in metrics(run) if row["kind"] == "validation"]
+    return [
+        (int(row["step"]), float(row["validation_loss"]))
+        for row in metrics(run)
+        if row["kind"] == "validation"
+    ]

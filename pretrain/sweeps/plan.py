@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.corpora import Corpora, data_folders, load_corpora
-from data_pipeline.manifest import canonical_sha256
-from data_pipeline.mixture import check_names
-from pretrain.config.errors import ConfigError, DataError, PipelineError
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from data_pipeline.loading.mixture import check_names
+from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
+from data_pipeline.shards.manifest import canonical_sha256
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
+from pretrain.core.errors import ConfigError, DataError, PipelineError
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
 from pretrain.sweeps.search import next_point, random_points
@@ -35,7 +35,9 @@ def planned_points(design: Design) -> list[Point]:
     axes = design.parsed_axes()
     if design.search == "tpe":
         if design.seeds:
-            raise ConfigError("a tpe search compares single runs and takes no --seeds: use --search grid or random, or leave --seeds out")
+            raise ConfigError(
+                "a tpe search compares single runs and takes no --seeds: use --search grid or random, or leave --seeds out"
+            )
         return []
     if design.search == "random":
         points = random_points(axes, design.trials, design.search_seed)
@@ -70,8 +72,14 @@ def planned_study(output: Path, design: Design, found: Study | None, skip_invali
 def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
     """Whether a design, and the points that are known of it from the start, have all that the sweep that was found has."""
     if design.search == "tpe":
-        before, now = ({axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design))
-        return design.trials >= found.design.trials and before.keys() == now.keys() and all(now[name].covers(before[name]) for name in before)
+        before, now = (
+            {axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design)
+        )
+        return (
+            design.trials >= found.design.trials
+            and before.keys() == now.keys()
+            and all(now[name].covers(before[name]) for name in before)
+        )
     asked = {point.name: point.overrides for point in points}
     return all(asked.get(point.name) == point.overrides for point in found.points)
 
@@ -82,35 +90,49 @@ class PointCheck:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.stage = zero_stage_of(study.design.ds_config, "the ds_config")
-        self._corpora: dict[str, Corpora] = {}
+        self._corpora: dict[str, Datasets] = {}
 
     def __call__(self, point: Point) -> Recipe:
         """Raises :class:`PipelineError` where the point cannot run, with the sentence that training would end with."""
         recipe = self.study.recipe_of(point)
         check_topology(recipe, self.study.design.ranks, self.stage)
-        corpora = self._corpora_of(recipe)
-        if not corpora.utf8_bytes("validation"):
-            raise DataError(f"the data in {corpora.place} has no validation split to compare runs by: build it with data.validation_share above 0")
+        datasets = self._corpora_of(recipe)
+        if not datasets.utf8_bytes("validation"):
+            raise DataError(
+                f"the data in {datasets.place} has no validation split to compare runs by: build it with data.validation_share above 0"
+            )
         if not recipe.data.streaming:
-            check_names(recipe.data.mixture, list(corpora.training_parts()))
+            check_names(recipe.data.mixture, list(datasets.training_parts()))
         return recipe
 
     def measured_on(self, recipe: Recipe) -> dict[str, str]:
         """What the validation loss of a run of this recipe is taken over: equal for runs whose losses compare."""
-        corpora = self._corpora_of(recipe)
-        held_out = [manifest.splits["validation"] for manifest in corpora.manifests.values() if "validation" in manifest.splits]
+        datasets = self._corpora_of(recipe)
+        held_out = [
+            manifest.splits["validation"]
+            for manifest in datasets.manifests.values()
+            if "validation" in manifest.splits
+        ]
         return {
-            "tokenizer": corpora.tokenizer.sha256,
-            "validation split": canonical_sha256({"shards": [[shard.bin_sha256, shard.idx_sha256] for split in held_out for shard in split.shards]}),
+            "tokenizer": datasets.tokenizer.sha256,
+            "validation split": canonical_sha256(
+                {
+                    "shards": [
+                        [shard.bin_sha256, shard.idx_sha256]
+                        for split in held_out
+                        for shard in split.shards
+                    ]
+                }
+            ),
             "sequence length": str(Timeline(recipe).stages[-1].recipe.train.sequence_length),
             "document mask": str(recipe.data.document_mask),
         }
 
-    def _corpora_of(self, recipe: Recipe) -> Corpora:
+    def _corpora_of(self, recipe: Recipe) -> Datasets:
         folders = data_folders(recipe)
         key = json.dumps(folders, sort_keys=True)
         if key not in self._corpora:
-            self._corpora[key] = load_corpora(folders)
+            self._corpora[key] = load_datasets(folders)
         return self._corpora[key]
 
 
@@ -131,15 +153,25 @@ def check_search(study: Study) -> None:
             record.error = str(error)
         records.append(record)
     reasons = list(dict.fromkeys(str(record.error) for record in records))[:REFUSALS_SHOWN]
-    raise ConfigError(f"none of the first {len(records)} points of the search can run, nothing was started: {'; '.join(reasons)}")
+    raise ConfigError(
+        f"none of the first {len(records)} points of the search can run, nothing was started: {'; '.join(reasons)}"
+    )
 
 
 def fingerprint(recipe: Recipe) -> str:
     """The same for recipes that would train the same run."""
-    return canonical_sha256({key: value for key, value in recipe.model_dump(mode="json").items() if key not in ("name", "run_path")})
+    return canonical_sha256(
+        {
+            key: value
+            for key, value in recipe.model_dump(mode="json").items()
+            if key not in ("name", "run_path")
+        }
+    )
 
 
-def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) -> tuple[list[Point], list[dict[str, str]]]:
+def checked_points(
+    study: Study, points: Sequence[Point], skip_invalid: bool
+) -> tuple[list[Point], list[dict[str, str]]]:
     """The points that can run, equal ones standing for one run; and those that cannot, with the reason.
 
     Raises:
@@ -153,12 +185,24 @@ def checked_points(study: Study, points: Sequence[Point], skip_invalid: bool) ->
         except PipelineError as error:
             refused.append({"name": point.name, "reason": str(error)})
             continue
-        kept.append(replace(point, run=runs.setdefault(fingerprint(recipe), point.name), measured_on=check.measured_on(recipe)))
+        kept.append(
+            replace(
+                point,
+                run=runs.setdefault(fingerprint(recipe), point.name),
+                measured_on=check.measured_on(recipe),
+            )
+        )
     if refused and (not skip_invalid or not kept):
-        shown = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused[:REFUSALS_SHOWN])
-        more = f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
+        shown = "; ".join(
+            f"{entry['name']}: {entry['reason']}" for entry in refused[:REFUSALS_SHOWN]
+        )
+        more = (
+            f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
+        )
         remedy = "" if skip_invalid else "; mend them, or leave them out with --skip-invalid"
-        raise ConfigError(f"{len(refused)} of {len(points)} points cannot run, nothing was started: {shown}{more}{remedy}")
+        raise ConfigError(
+            f"{len(refused)} of {len(points)} points cannot run, nothing was started: {shown}{more}{remedy}"
+        )
     return kept, refused
 
 
@@ -169,12 +213,19 @@ def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]
     """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
     remaining = iter(left)
-    fingerprints = {fingerprint(study.recipe_of(point)): point.name for point in study.points if study.record(point).state != "refused"}
+    fingerprints = {
+        fingerprint(study.recipe_of(point)): point.name
+        for point in study.points
+        if study.record(point).state != "refused"
+    }
 
     def following() -> Point | None:
         if (point := next(remaining, None)) is not None:
             return point
-        while len(fingerprints) < design.trials and len(study.points) < design.trials * PROPOSALS_PER_TRIAL:
+        while (
+            len(fingerprints) < design.trials
+            and len(study.points) < design.trials * PROPOSALS_PER_TRIAL
+        ):
             records = [study.record(point) for point in study.points]
             record = Record(next_point(axes, records, design.search_seed))
             try:

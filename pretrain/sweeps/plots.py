@@ -18,8 +18,13 @@ def _perplexity_error(entries: Sequence[dict[str, Any]]) -> list[list[float]]:
     """How far one standard deviation of the loss reaches below and above each perplexity."""
     spreads = [entry["spread"] or 0.0 for entry in entries]
     values = [entry["perplexity"] for entry in entries]
-    below = [value * (1.0 - math.exp(-spread)) for value, spread in zip(values, spreads, strict=True)]
-    return [below, [value * (math.exp(spread) - 1.0) for value, spread in zip(values, spreads, strict=True)]]
+    below = [
+        value * (1.0 - math.exp(-spread)) for value, spread in zip(values, spreads, strict=True)
+    ]
+    return [
+        below,
+        [value * (math.exp(spread) - 1.0) for value, spread in zip(values, spreads, strict=True)],
+    ]
 
 
 def _saved(figure: Any) -> bytes:
@@ -45,13 +50,30 @@ def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> byt
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     sizes, values = [entry[column] for entry in ranked], [entry["perplexity"] for entry in ranked]
-    axes.errorbar(sizes, values, yerr=_perplexity_error(ranked), fmt="o", markersize=5, capsize=3, elinewidth=0.8)
+    axes.errorbar(
+        sizes,
+        values,
+        yerr=_perplexity_error(ranked),
+        fmt="o",
+        markersize=5,
+        capsize=3,
+        elinewidth=0.8,
+    )
     whole = [entry for entry in ranked if entry["seeds"] == entry["seeds_asked"]] or ranked
     front = _front([entry[column] for entry in whole], [entry["perplexity"] for entry in whole])
-    axes.plot(*zip(*front, strict=True), color="tab:gray", linewidth=0.8, linestyle="--", drawstyle="steps-post", label="best up to this size")
+    axes.plot(
+        *zip(*front, strict=True),
+        color="tab:gray",
+        linewidth=0.8,
+        linestyle="--",
+        drawstyle="steps-post",
+        label="best up to this size",
+    )
     if len(ranked) <= NAMED_POINTS:
         for entry, size, value in zip(ranked, sizes, values, strict=True):
-            axes.annotate(entry["point"], (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axes.annotate(
+                entry["point"], (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7
+            )
     if max(sizes) > 1.5 * min(sizes):
         axes.set_xscale("log")
     axes.set(xlabel=label, ylabel="validation perplexity")
@@ -73,8 +95,17 @@ def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_ba
     pyplot = _pyplot()
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
-    base = next((entry["perplexity"] for entry in groups if not any(value is not None for value in entry["values"].values())), None)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False
+    )
+    base = next(
+        (
+            entry["perplexity"]
+            for entry in groups
+            if not any(value is not None for value in entry["values"].values())
+        ),
+        None,
+    )
     for axis, panel in zip(axes, panels.flat, strict=False):
         entries = [entry for entry in groups if entry["values"].get(axis.name) is not None]
         if entries:
@@ -98,5 +129,14 @@ def _draw_axis(panel: Any, axis: Axis, entries: Sequence[dict[str, Any]]) -> Non
     else:
         labels = [option.label for option in axis.options]
         places = [labels.index(entry["values"][axis.name]) for entry in entries]
-        panel.set_xticks(range(len(labels)), labels, rotation=30 if max(map(len, labels)) > 8 else 0)
-    panel.errorbar(places, [entry["perplexity"] for entry in entries], yerr=_perplexity_error(entries), fmt="o", markersize=5, capsize=3)
+        panel.set_xticks(
+            range(len(labels)), labels, rotation=30 if max(map(len, labels)) > 8 else 0
+        )
+    panel.errorbar(
+        places,
+        [entry["perplexity"] for entry in entries],
+        yerr=_perplexity_error(entries),
+        fmt="o",
+        markersize=5,
+        capsize=3,
+    )

@@ -21,7 +21,9 @@ class SweepProgress:
         reached: the step each run has already reached.
     """
 
-    def __init__(self, total_runs: int, total_steps: int, settled: dict[str, int], reached: dict[str, int]) -> None:
+    def __init__(
+        self, total_runs: int, total_steps: int, settled: dict[str, int], reached: dict[str, int]
+    ) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.total_runs, self.settled, self.reached = total_runs, dict(settled), dict(reached)
         self.bar = tqdm(
@@ -45,7 +47,9 @@ class SweepProgress:
     def waiting(self, point: Point, folder: Path) -> None:
         if point.run not in self._waiting:
             self._waiting.add(point.run)
-            self.say(f"{point.run}: a process of an earlier start, or of another machine, still writes to {folder}: waiting for it to end")
+            self.say(
+                f"{point.run}: a process of an earlier start, or of another machine, still writes to {folder}: waiting for it to end"
+            )
 
     def ended(self, record: Record, steps: int) -> None:
         """A run has ended in one way or another; ``steps`` are those it was to take."""
@@ -55,21 +59,29 @@ class SweepProgress:
             self.settled[run] = steps
         self.bar.set_description(f"{len(self.settled)}/{self.total_runs} runs", refresh=False)
         if loss is not None and record.result is not None:
-            what = (
-                f"perplexity {math.exp(loss):.4g}, {record.result['parameters_active']:,} of {record.result['parameters_total']:,} parameters active"
-            )
+            what = f"perplexity {math.exp(loss):.4g}, {record.result['parameters_active']:,} of {record.result['parameters_total']:,} parameters active"
         else:
             what = record.error or ""
         self.say(f"{record.state} {run}{': ' + what if what else ''}")
 
     def stopping(self, running: int, again: bool) -> None:
-        how = "ending them without saving" if again else "waiting for them to save (Ctrl-C once more ends them at once)"
+        how = (
+            "ending them without saving"
+            if again
+            else "waiting for them to save (Ctrl-C once more ends them at once)"
+        )
         self.say(f"stopping: {running} runs are going on, {how}")
 
     def show(self, steps: dict[str, int]) -> None:
         """``steps`` that the running ones have reached."""
-        self.reached |= {run: max(step, self.reached.get(run, 0)) for run, step in steps.items() if run not in self.settled}
-        self.bar.set_postfix_str(", ".join(f"{run} {step}" for run, step in steps.items()), refresh=False)
+        self.reached |= {
+            run: max(step, self.reached.get(run, 0))
+            for run, step in steps.items()
+            if run not in self.settled
+        }
+        self.bar.set_postfix_str(
+            ", ".join(f"{run} {step}" for run, step in steps.items()), refresh=False
+        )
         self.bar.update(sum(self.settled.values()) + sum(self.reached.values()) - self.bar.n)
 
     def close(self) -> None:

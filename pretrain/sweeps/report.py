@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pretrain.config.durable import write_synced
+from pretrain.core.files import write_synced
 from pretrain.sweeps.axes import BASE, short_names
 from pretrain.sweeps.plots import draw_axes, draw_sizes
 from pretrain.sweeps.study import TRIAL, Record, Study
@@ -30,7 +30,13 @@ def point_rows(study: Study) -> list[dict[str, Any]]:
         record = study.record(point)
         result, loss = record.result or {}, record.loss
         total, active = (result.get(name) for name in SIZES)
-        row: dict[str, Any] = {"point": point.name, "run": point.run, "state": record.state, "group": point.group, "seed": point.seed}
+        row: dict[str, Any] = {
+            "point": point.name,
+            "run": point.run,
+            "state": record.state,
+            "group": point.group,
+            "seed": point.seed,
+        }
         row |= {f"axis_{names[axis]}": point.values.get(axis) for axis in study.design.axes}
         row |= {
             "validation_loss": loss,
@@ -61,7 +67,10 @@ def ranking(study: Study) -> list[dict[str, Any]]:
         first = entries.setdefault(tuple(entry["run_names"]), entry)
         if first is not entry:
             first["also"].append(entry["point"])
-    ranked = sorted(entries.values(), key=lambda entry: (entry["seeds"] < entry["seeds_asked"], entry["validation_loss"]))
+    ranked = sorted(
+        entries.values(),
+        key=lambda entry: (entry["seeds"] < entry["seeds_asked"], entry["validation_loss"]),
+    )
     return [{"rank": index + 1} | entry for index, entry in enumerate(ranked)]
 
 
@@ -84,7 +93,10 @@ def finished_groups(study: Study) -> list[dict[str, Any]]:
             "point": name,
             "also": [],
             "run_names": [row["run"] for row, _ in members],
-            "values": {axis: first[key] for axis, key in zip(study.design.axes, _axis_columns(study), strict=True)},
+            "values": {
+                axis: first[key]
+                for axis, key in zip(study.design.axes, _axis_columns(study), strict=True)
+            },
             "numbers": point.numbers,
             "seeds": len(losses),
             "seeds_asked": asked[name],
@@ -92,8 +104,12 @@ def finished_groups(study: Study) -> list[dict[str, Any]]:
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "perplexity": math.exp(mean),
             **{name: first[name] for name in (*SIZES, "active_share", "train_tokens")},
-            "tokens_per_second": statistics.fmean(row["tokens_per_second"] or 0.0 for row, _ in members),
-            "overrides": [override for override in point.overrides if override != f"seed={point.seed}"],
+            "tokens_per_second": statistics.fmean(
+                row["tokens_per_second"] or 0.0 for row, _ in members
+            ),
+            "overrides": [
+                override for override in point.overrides if override != f"seed={point.seed}"
+            ],
         }
         groups.append(entry)
     return groups
@@ -136,8 +152,12 @@ def write_report(study: Study) -> dict[str, Path]:
     if ranked:
         drawn = {
             "params_vs_perplexity": draw_sizes(ranked, "parameters_total", "parameters"),
-            "active_ratio_vs_perplexity": draw_sizes(ranked, "active_share", "active / all parameters"),
-            "axes_vs_perplexity": draw_axes(finished_groups(study), study.design.parsed_axes(), study.design.search == "each"),
+            "active_ratio_vs_perplexity": draw_sizes(
+                ranked, "active_share", "active / all parameters"
+            ),
+            "axes_vs_perplexity": draw_axes(
+                finished_groups(study), study.design.parsed_axes(), study.design.search == "each"
+            ),
         }
         for name, picture in drawn.items():
             paths[name] = output / f"{name}.png"
@@ -151,7 +171,11 @@ def _loss_text(entry: dict[str, Any]) -> str:
 
 
 def _runs_text(entry: dict[str, Any]) -> str:
-    return str(entry["seeds"]) if entry["seeds"] == entry["seeds_asked"] else f"{entry['seeds']} of {entry['seeds_asked']}"
+    return (
+        str(entry["seeds"])
+        if entry["seeds"] == entry["seeds_asked"]
+        else f"{entry['seeds']} of {entry['seeds_asked']}"
+    )
 
 
 def _point_text(entry: dict[str, Any]) -> str:
@@ -159,7 +183,9 @@ def _point_text(entry: dict[str, Any]) -> str:
     names = short_names(list(entry["values"]))
     text: str = entry["point"]
     if text.startswith(TRIAL):
-        text += f" ({', '.join(f'{names[axis]}={value}' for axis, value in entry['values'].items())})"
+        text += (
+            f" ({', '.join(f'{names[axis]}={value}' for axis, value in entry['values'].items())})"
+        )
     return text + (f" (also {', '.join(entry['also'])})" if entry["also"] else "")
 
 
@@ -177,7 +203,17 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-COLUMNS = ("rank", "point", "perplexity", "loss", "runs", "parameters", "active", "share", "tokens/s")
+COLUMNS = (
+    "rank",
+    "point",
+    "perplexity",
+    "loss",
+    "runs",
+    "parameters",
+    "active",
+    "share",
+    "tokens/s",
+)
 
 
 def terminal_table(study: Study, ranked: list[dict[str, Any]]) -> Table:
@@ -194,7 +230,9 @@ def _escaped(cell: str) -> str:
 
 def _markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
 
 
 def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> str:
@@ -212,18 +250,40 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
         parts.append(f"**Warning:** {note}.")
     if ranked:
         best = ranked[0]
-        command = ["python", "launchers/pretrain.py", "--recipe", design.recipe, *(part for one in best["overrides"] for part in ("--set", one))]
+        command = [
+            "python",
+            "launchers/pretrain.py",
+            "--recipe",
+            design.recipe,
+            *(part for one in best["overrides"] for part in ("--set", one)),
+        ]
         parts += ["## Ranking", _markdown_table(COLUMNS, [_cells(entry) for entry in ranked])]
-        parts += [f"The best one: `{shlex.join(command)}` and what else this sweep was started with."]
+        parts += [
+            f"The best one: `{shlex.join(command)}` and what else this sweep was started with."
+        ]
     if design.search == "each":
         parts += _axis_sections(study)
     troubles = [
-        row for row in rows if row["state"] in ("failed", "refused", "pruned", "interrupted", "running", "waiting") and row["run"] == row["point"]
+        row
+        for row in rows
+        if row["state"] in ("failed", "refused", "pruned", "interrupted", "running", "waiting")
+        and row["run"] == row["point"]
     ]
     left_out = [[entry["name"], "left out", "", entry["reason"]] for entry in study.skipped]
     if troubles or left_out:
-        told = [[row["point"], row["state"], "" if row["exit_code"] is None else str(row["exit_code"]), row["error"] or ""] for row in troubles]
-        parts += ["## Not finished", _markdown_table(("point", "state", "exit code", "why"), told + left_out)]
+        told = [
+            [
+                row["point"],
+                row["state"],
+                "" if row["exit_code"] is None else str(row["exit_code"]),
+                row["error"] or "",
+            ]
+            for row in troubles
+        ]
+        parts += [
+            "## Not finished",
+            _markdown_table(("point", "state", "exit code", "why"), told + left_out),
+        ]
     if ranked:
         names = ("params_vs_perplexity", "active_ratio_vs_perplexity", "axes_vs_perplexity")
         parts += ["## Pictures", *(f"![{name}]({name}.png)" for name in names)]
@@ -247,7 +307,9 @@ def _axis_sections(study: Study) -> list[str]:
                 f"{entry['perplexity']:.4g}",
                 _loss_text(entry),
                 _runs_text(entry),
-                "" if base is None else f"{entry['validation_loss'] - base['validation_loss']:+.4f}",
+                ""
+                if base is None
+                else f"{entry['validation_loss'] - base['validation_loss']:+.4f}",
                 f"{entry['parameters_total']:,}",
                 f"{entry['active_share']:.1%}",
             ]
@@ -255,6 +317,17 @@ def _axis_sections(study: Study) -> list[str]:
         ]
         parts += [
             f"## {axis.name}",
-            _markdown_table((axis.name, "perplexity", "validation loss", "runs", "against base", "parameters", "share"), lines),
+            _markdown_table(
+                (
+                    axis.name,
+                    "perplexity",
+                    "validation loss",
+                    "runs",
+                    "against base",
+                    "parameters",
+                    "share",
+                ),
+                lines,
+            ),
         ]
     return parts

@@ -12,7 +12,15 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
-from pretrain.config.errors import BAD_CHECKPOINT, BAD_DATA, DONE, IO_FAILED, NON_FINITE, PREEMPTED, USAGE
+from pretrain.core.errors import (
+    BAD_CHECKPOINT,
+    BAD_DATA,
+    DONE,
+    IO_FAILED,
+    NON_FINITE,
+    PREEMPTED,
+    USAGE,
+)
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.launch import (
     error_sentence,
@@ -80,7 +88,13 @@ class Runner:
         keep_going: bool = True,
         retry_failed: bool = False,
     ) -> None:
-        self.study, self.devices, self.points, self.stop, self.progress = study, devices, points, stop, progress
+        self.study, self.devices, self.points, self.stop, self.progress = (
+            study,
+            devices,
+            points,
+            stop,
+            progress,
+        )
         self.keep_going, self.retry_failed = keep_going, retry_failed
         self.active: list[Active] = []
         self.failed = False
@@ -141,7 +155,9 @@ class Runner:
         retry = self.retry_failed and active.record.state == "failed"
         if active.record.state in SETTLED and not retry:
             self._release(active)
-        elif (result := read_result(self.study, point)) is not None:  # the sweep was killed between the run's end and the record of it
+        elif (
+            result := read_result(self.study, point)
+        ) is not None:  # the sweep was killed between the run's end and the record of it
             self._settle(active, result)
         else:
             self._start(active)
@@ -163,7 +179,9 @@ class Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes to the run through this process alone
-                pass_fds=(active.lock,),  # the lock lasts as long as the supervisor, also when this process is killed
+                pass_fds=(
+                    active.lock,
+                ),  # the lock lasts as long as the supervisor, also when this process is killed
             )
         self.progress.started(point)
 
@@ -193,9 +211,17 @@ class Runner:
         if record.attempts:
             record.attempts[-1] |= {"resumed_from_step": result["resumed_from_step"]}
         if result["validation_loss_in_training"] is None:
-            record.state, record.error, self.failed = "failed", "the data has no validation split to compare runs by", True
+            record.state, record.error, self.failed = (
+                "failed",
+                "the data has no validation split to compare runs by",
+                True,
+            )
         else:
-            record.state, record.result, record.validation = "finished", result, validations(study.run_folder(record.point.run))
+            record.state, record.result, record.validation = (
+                "finished",
+                result,
+                validations(study.run_folder(record.point.run)),
+            )
         study.write(record)
         self._release(active)
         self.progress.ended(record, study.num_steps(record.point))
@@ -222,12 +248,21 @@ class Runner:
             self.progress.stopping(len(self.active), again=self._signals_sent > 1)
             for active in self.active:
                 if active.process is not None and active.process.poll() is None:
-                    active.process.send_signal(signal.SIGTERM) if self._signals_sent == 1 else _kill_all(active.process.pid)
+                    active.process.send_signal(
+                        signal.SIGTERM
+                    ) if self._signals_sent == 1 else _kill_all(active.process.pid)
 
     def _show(self) -> None:
         if time.monotonic() - self._shown >= PROGRESS_SECONDS:
             self._shown = time.monotonic()
-            self.progress.show({active.record.point.run: reached_step(self.study.run_folder(active.record.point.run)) for active in self.active})
+            self.progress.show(
+                {
+                    active.record.point.run: reached_step(
+                        self.study.run_folder(active.record.point.run)
+                    )
+                    for active in self.active
+                }
+            )
 
 
 def _kill_all(pid: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pretrain.config.errors import NON_FINITE
+from pretrain.core.errors import NON_FINITE
 from pretrain.sweeps.axes import Axis, Choice, Point, point_of, short_names
 from pretrain.sweeps.study import TRIAL, Record
 
@@ -59,7 +59,13 @@ def should_prune(records: Sequence[Record], validation: Sequence[tuple[int, floa
     study = _study(RandomSampler(0))
     for record in records:
         if record.loss is not None:
-            study.add_trial(create_trial(state=TrialState.COMPLETE, value=record.loss, intermediate_values=dict(record.validation)))
+            study.add_trial(
+                create_trial(
+                    state=TrialState.COMPLETE,
+                    value=record.loss,
+                    intermediate_values=dict(record.validation),
+                )
+            )
     running = create_trial(state=TrialState.RUNNING, intermediate_values=dict(validation))
     pruner = MedianPruner(PRUNING_STARTS_AFTER_RUNS, n_min_trials=PRUNING_STARTS_AFTER_RUNS)
     return len(validation) > PRUNING_STARTS_AFTER_VALIDATIONS and bool(pruner.prune(study, running))
@@ -88,22 +94,42 @@ def _distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
 
 def _ask(study: Study, axes: Sequence[Axis], number: int) -> Point:
     values = study.ask(_distributions(axes)).params
-    return point_of({axis.name: _choice(axis, values[axis.name]) for axis in axes}, short_names([axis.name for axis in axes]), trial_name(number))
+    return point_of(
+        {axis.name: _choice(axis, values[axis.name]) for axis in axes},
+        short_names([axis.name for axis in axes]),
+        trial_name(number),
+    )
 
 
 def _choice(axis: Axis, value: float | str) -> Choice:
-    return next(option for option in axis.options if option.label == value) if axis.scale is None else axis.at(float(value))
+    return (
+        next(option for option in axis.options if option.label == value)
+        if axis.scale is None
+        else axis.at(float(value))
+    )
 
 
 def _trial(record: Record, axes: Sequence[Axis]) -> FrozenTrial:
     """A run as optuna sees it. One that diverged or was pruned is worse than all that finished, one that failed says nothing."""
     from optuna.trial import TrialState, create_trial
 
-    diverged = record.state == "failed" and record.attempts and record.attempts[-1].get("exit_code") == NON_FINITE
-    state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL, "refused": TrialState.FAIL}.get(
-        record.state, TrialState.RUNNING
+    diverged = (
+        record.state == "failed"
+        and record.attempts
+        and record.attempts[-1].get("exit_code") == NON_FINITE
     )
-    params = {axis.name: record.point.values[axis.name] if axis.scale is None else _within(axis, record.point.numbers[axis.name]) for axis in axes}
+    state = {
+        "finished": TrialState.COMPLETE,
+        "pruned": TrialState.PRUNED,
+        "failed": TrialState.FAIL,
+        "refused": TrialState.FAIL,
+    }.get(record.state, TrialState.RUNNING)
+    params = {
+        axis.name: record.point.values[axis.name]
+        if axis.scale is None
+        else _within(axis, record.point.numbers[axis.name])
+        for axis in axes
+    }
     return create_trial(
         state=TrialState.PRUNED if diverged else state,
         value=record.loss,

@@ -6,8 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from pretrain.config.durable import write_synced
-from pretrain.config.errors import PREEMPTED, ConfigError
+from pretrain.core.errors import PREEMPTED, ConfigError
+from pretrain.core.files import write_synced
 from pretrain.sweeps.study import Study
 
 SCRIPT = "array.sbatch"
@@ -46,7 +46,9 @@ def write_array(study: Study, tool: Path, slots: int) -> Path:
         ConfigError: for a search whose points are not known from the start.
     """
     if study.design.search == "tpe":
-        raise ConfigError("a tpe search chooses each point by the earlier ones and cannot be an array of jobs: use --search grid or random")
+        raise ConfigError(
+            "a tpe search chooses each point by the earlier ones and cannot be an array of jobs: use --search grid or random"
+        )
     output, script = study.output.resolve(), study.output.resolve() / SCRIPT
     text = TEXT.format(
         count=len(study.runs),

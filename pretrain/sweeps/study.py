@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 import yaml
 
-from pretrain.config.durable import write_synced
-from pretrain.config.errors import ConfigError, StorageError
 from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
+from pretrain.core.errors import ConfigError, StorageError
+from pretrain.core.files import write_synced
 from pretrain.sweeps.axes import Axis, Point, parse_axis
 
 # What may become more in a sweep that is there.
@@ -58,7 +58,11 @@ class Record:
     @property
     def loss(self) -> float | None:
         """The loss over the whole validation split, of a finished run."""
-        return self.result["validation_loss_in_training"] if self.state == "finished" and self.result else None
+        return (
+            self.result["validation_loss_in_training"]
+            if self.state == "finished" and self.result
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,9 @@ class Study:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = Record(**(content | {"point": Point(**content["point"])}))
         except (ValueError, TypeError, KeyError):
-            raise StorageError(f"{path} is damaged: delete it, and the run goes on from its checkpoint") from None
+            raise StorageError(
+                f"{path} is damaged: delete it, and the run goes on from its checkpoint"
+            ) from None
         return found
 
     def write(self, record: Record) -> None:
@@ -159,7 +165,11 @@ class Study:
     def searched_points(self) -> list[Point]:
         """Of a search that chooses as it goes: the points so far, in order."""
         folders = sorted((self.output / "points").glob(f"{TRIAL}*"))
-        return [self.record(Point(folder.name, {}, [], run=folder.name)).point for folder in folders if (folder / "record.json").is_file()]
+        return [
+            self.record(Point(folder.name, {}, [], run=folder.name)).point
+            for folder in folders
+            if (folder / "record.json").is_file()
+        ]
 
     def save(self) -> None:
         """Writes the study: from here on the folder holds this sweep, or more of the one that it holds.
@@ -167,13 +177,30 @@ class Study:
         Raises:
             ConfigError: where the folder holds something that is no sweep's.
         """
-        foreign = [path.name for path in self.output.iterdir() if path.name not in (BASE_RECIPE, DS_CONFIG)] if self.output.is_dir() else []
+        foreign = (
+            [
+                path.name
+                for path in self.output.iterdir()
+                if path.name not in (BASE_RECIPE, DS_CONFIG)
+            ]
+            if self.output.is_dir()
+            else []
+        )
         if foreign and STUDY not in foreign:
-            raise ConfigError(f"{self.output} holds {sorted(foreign)[0]} and no sweep: choose another folder with --output")
+            raise ConfigError(
+                f"{self.output} holds {sorted(foreign)[0]} and no sweep: choose another folder with --output"
+            )
         self.output.mkdir(parents=True, exist_ok=True)
-        write_synced(self.base_recipe, yaml.safe_dump(self.design.base, sort_keys=False, width=120).encode())
+        write_synced(
+            self.base_recipe, yaml.safe_dump(self.design.base, sort_keys=False, width=120).encode()
+        )
         write_synced(self.output / DS_CONFIG, _json(self.design.ds_config))
-        content = {"version": 1, "design": asdict(self.design), "points": [asdict(point) for point in self.points], "skipped": self.skipped}
+        content = {
+            "version": 1,
+            "design": asdict(self.design),
+            "points": [asdict(point) for point in self.points],
+            "skipped": self.skipped,
+        }
         write_synced(self.output / STUDY, _json(content))
 
 
@@ -192,9 +219,16 @@ def open_study(output: Path) -> Study | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        study = Study(output, Design(**content["design"]), [Point(**point) for point in content["points"]], content["skipped"])
+        study = Study(
+            output,
+            Design(**content["design"]),
+            [Point(**point) for point in content["points"]],
+            content["skipped"],
+        )
     except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{path} is damaged or of another version: choose another folder with --output") from None
+        raise ConfigError(
+            f"{path} is damaged or of another version: choose another folder with --output"
+        ) from None
     if study.design.search == "tpe":
         study.points = study.searched_points()
     return study

@@ -54,7 +54,9 @@ def callback(tracker: Remembering, tmp_path: Path) -> Tracking:
     return made
 
 
-@pytest.mark.parametrize("last,early,status", [(100, False, "finished"), (30, True, "finished"), (30, False, "stopped")])
+@pytest.mark.parametrize(
+    "last,early,status", [(100, False, "finished"), (30, True, "finished"), (30, False, "stopped")]
+)
 def test_a_run_that_ended_early_is_finished_and_one_that_was_stopped_is_not(
     tracker: Remembering, callback: Tracking, last: int, early: bool, status: Status
 ) -> None:
@@ -67,7 +69,10 @@ def test_a_run_that_ended_early_is_finished_and_one_that_was_stopped_is_not(
 
 
 def test_a_run_that_was_stopped_waits_a_shorter_time(
-    tracker: Remembering, callback: Tracking, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tracker: Remembering,
+    callback: Tracking,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.1)
     started = time.monotonic()
@@ -76,11 +81,17 @@ def test_a_run_that_was_stopped_waits_a_shorter_time(
     tracker.may_end.set()
 
 
-def test_a_resumed_run_never_writes_over_comets_archive_of_the_start_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_never_writes_over_comets_archive_of_the_start_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import comet_ml  # noqa: F401 - which draws random numbers too
 
     monkeypatch.setenv("COMET_START_ONLINE", "0")
-    run, first, second = TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}), CometTracker(), CometTracker()
+    run, first, second = (
+        TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}),
+        CometTracker(),
+        CometTracker(),
+    )
     saved = random.getstate()  # by a checkpoint, while the tracker still starts in its thread
     key = first.start(run, None)
     first.finish("stopped", {}, [])
@@ -112,8 +123,15 @@ def test_a_stopped_run_ends_although_wandb_still_waits_for_its_server(tmp_path: 
     variables |= {"WANDB_API_KEY": "c0ffee01" * 5, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SILENT_SERVER, str(tmp_path)], env=variables, capture_output=True, text=True, timeout=200, check=True
+        [sys.executable, "-c", SILENT_SERVER, str(tmp_path)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
     )
-    assert done.stdout == "[]\n" and time.monotonic() - started < 45  # its own process would try for a minute, and Python's end would wait for it
+    assert (
+        done.stdout == "[]\n" and time.monotonic() - started < 45
+    )  # its own process would try for a minute, and Python's end would wait for it
     (sentence,) = done.stderr.strip().splitlines()
     assert sentence.startswith("warning: the tracker wandb has not answered for 2 s")

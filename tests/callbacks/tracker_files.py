@@ -35,20 +35,31 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
     """What was logged, one mapping a call."""
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for row in rows
+    ]
 
 
 def comet_messages(archive: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """An offline experiment: its description and its messages."""
     with zipfile.ZipFile(archive) as content:
-        messages = [json.loads(line) for line in content.read("messages.json").decode().splitlines()]
+        messages = [
+            json.loads(line) for line in content.read("messages.json").decode().splitlines()
+        ]
         return json.loads(content.read("experiment.json")), messages
 
 
 def comet_metrics(messages: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     """Values by name and step."""
-    metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
-    return {(metric["metricName"], metric["step"]): float(metric["metricValue"]) for metric in metrics if metric["step"] is not None}
+    metrics = [
+        message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"
+    ]
+    return {
+        (metric["metricName"], metric["step"]): float(metric["metricValue"])
+        for metric in metrics
+        if metric["step"] is not None
+    }
 
 
 def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -58,7 +69,9 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield str(path), path.read_bytes()
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path) as archive:
-                    yield from ((f"{path}:{name}", archive.read(name)) for name in archive.namelist())
+                    yield from (
+                        (f"{path}:{name}", archive.read(name)) for name in archive.namelist()
+                    )
 
 
 def holding(folder: Path, text: str) -> list[str]:

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint.comparison import compare
-from pretrain.checkpoint.file_weights import FileWeights
-from pretrain.checkpoint.initial_weights import fill
-from pretrain.config.errors import CheckpointError
+from pretrain.checkpoint.foreign_state_dict import FileWeights
+from pretrain.checkpoint.initialize_from import fill
+from pretrain.core.errors import CheckpointError
 from pretrain.model.decoder import DecoderLM
 from tests.model.tiny_model import KINDS, tiny_config, tiny_model
 
@@ -38,7 +38,11 @@ def listed(state: dict[str, Tensor], numbered: bool) -> dict[str, Tensor]:
             found[name] = tensor
             continue
         for expert in reversed(range(len(tensor))):
-            found[f"{stem}.{matrix}.{expert}" if numbered else f"{stem}.{expert}.{names[matrix]}.weight"] = tensor[expert].clone()
+            found[
+                f"{stem}.{matrix}.{expert}"
+                if numbered
+                else f"{stem}.{expert}.{names[matrix]}.weight"
+            ] = tensor[expert].clone()
     return found
 
 
@@ -52,8 +56,14 @@ FORMS: dict[str, Any] = {
     "compiled": renamed("_orig_mod."),
     "compiled and distributed": renamed("_orig_mod.module."),
     "distributed, compiled, distributed": renamed("module._orig_mod.module."),
-    "compiled blocks": {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in STATE.items()},
-    "model_state_dict": {"model_state_dict": renamed("module."), "optimizer_state_dict": {"state": {0: torch.ones(2)}}, "epoch": 3},
+    "compiled blocks": {
+        name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in STATE.items()
+    },
+    "model_state_dict": {
+        "model_state_dict": renamed("module."),
+        "optimizer_state_dict": {"state": {0: torch.ones(2)}},
+        "epoch": 3,
+    },
     "model": {"model": STATE, "step": 100, "args": {"lr": 0.1}},
     "one inside the other": {"state_dict": {"model": STATE}},
     "numbered experts": listed(STATE, numbered=True),
@@ -63,8 +73,12 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", ["new.pt", "old.pth"])
-def test_every_form_of_a_state_dict_gives_the_same_weights(form: str, suffix: str, tmp_path: Path) -> None:
-    path = saved(tmp_path / suffix, FORMS[form], _use_new_zipfile_serialization=suffix.startswith("new"))
+def test_every_form_of_a_state_dict_gives_the_same_weights(
+    form: str, suffix: str, tmp_path: Path
+) -> None:
+    path = saved(
+        tmp_path / suffix, FORMS[form], _use_new_zipfile_serialization=suffix.startswith("new")
+    )
     stored = FileWeights(path, CONFIG)
     assert compare(stored.shapes, CONFIG).is_whole
     assert dict(stored).keys() == STATE.keys()
@@ -74,7 +88,9 @@ def test_every_form_of_a_state_dict_gives_the_same_weights(form: str, suffix: st
 
 @pytest.mark.parametrize("half", [False, True])
 def test_safetensors_are_read_too_and_fill_a_model(half: bool, tmp_path: Path) -> None:
-    state = {name: tensor.bfloat16() if half else tensor for name, tensor in renamed("module.").items()}
+    state = {
+        name: tensor.bfloat16() if half else tensor for name, tensor in renamed("module.").items()
+    }
     save_file(state, tmp_path / "weights.safetensors")
     stored = FileWeights(tmp_path / "weights.safetensors", CONFIG)
     model = DecoderLM(CONFIG, ep_size=2, ep_rank=1)
@@ -96,7 +112,11 @@ class Payload:
 
 @pytest.mark.parametrize("new", [True, False])
 def test_a_pickle_that_runs_code_is_refused_and_runs_none(new: bool, tmp_path: Path) -> None:
-    path = saved(tmp_path / "evil.pt", {"model": STATE, "config": Payload(tmp_path / "ran")}, _use_new_zipfile_serialization=new)
+    path = saved(
+        tmp_path / "evil.pt",
+        {"model": STATE, "config": Payload(tmp_path / "ran")},
+        _use_new_zipfile_serialization=new,
+    )
     with pytest.raises(CheckpointError, match="cannot be read without running code that it holds"):
         FileWeights(path, CONFIG)
     assert not (tmp_path / "ran").exists()
@@ -109,12 +129,23 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_none(new: bool, tmp_path: P
     [
         ([STATE], "holds no tensors by name"),
         ({"epoch": 3}, "neither at its top nor under model_state_dict"),
-        ({**STATE, "module.final_norm.weight": torch.ones(32)}, r"'final_norm\.weight' twice, once as 'module\.final_norm\.weight'"),
-        ({"model.embed_tokens.weight": torch.ones(2, 2)}, r"Hugging Face model: convert its folder with tools/convert_checkpoint\.py --from hf"),
-        ({name: t for name, t in listed(STATE, True).items() if not name.endswith("w2.1")}, r"experts \[0, 2, 3\] of 'layers\.0.*w2', not all"),
+        (
+            {**STATE, "module.final_norm.weight": torch.ones(32)},
+            r"'final_norm\.weight' twice, once as 'module\.final_norm\.weight'",
+        ),
+        (
+            {"model.embed_tokens.weight": torch.ones(2, 2)},
+            r"Hugging Face model: convert its folder with tools/convert_checkpoint\.py --from hf",
+        ),
+        (
+            {name: t for name, t in listed(STATE, True).items() if not name.endswith("w2.1")},
+            r"experts \[0, 2, 3\] of 'layers\.0.*w2', not all",
+        ),
     ],
 )
-def test_what_is_no_state_of_a_model_is_refused(content: Any, sentence: str, tmp_path: Path) -> None:
+def test_what_is_no_state_of_a_model_is_refused(
+    content: Any, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=sentence):
         FileWeights(saved(tmp_path / "file.pt", content), CONFIG)
 
@@ -140,7 +171,15 @@ def test_what_does_not_fit_is_listed_by_kind() -> None:
     shapes |= {"extra": (3,), "final_norm.weight": (7,)}
     del shapes["head.weight"]
     found = compare(shapes, CONFIG)
-    assert (found.missing, found.unexpected, found.wrong_shapes) == (["head.weight"], ["extra"], [("final_norm.weight", (7,), (32,))])
+    assert (found.missing, found.unexpected, found.wrong_shapes) == (
+        ["head.weight"],
+        ["extra"],
+        [("final_norm.weight", (7,), (32,))],
+    )
     assert not found.is_whole and len(found.loaded) == len(STATE) - 2
     assert found.counts == f"1 missing, 1 unexpected, 1 of another shape, {len(STATE) - 2} that fit"
-    assert [row[:2] for row in found.rows()] == [("head.weight", "missing"), ("final_norm.weight", "of another shape"), ("extra", "unexpected")]
+    assert [row[:2] for row in found.rows()] == [
+        ("head.weight", "missing"),
+        ("final_norm.weight", "of another shape"),
+        ("extra", "unexpected"),
+    ]

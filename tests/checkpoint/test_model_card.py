@@ -31,9 +31,18 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_it_has_sources_shares_origins_parameters_and_results() -> None:
-    recipe = load_recipe("debug", ["card={license: mit, intended_use: For tests., data_origin: {code: 'The Stack, permissive'}}"])
+    recipe = load_recipe(
+        "debug",
+        [
+            "card={license: mit, intended_use: For tests., data_origin: {code: 'The Stack, permissive'}}"
+        ],
+    )
     card = model_card(recipe, STATE, {"hellaswag/acc": 0.25})
-    assert front_matter(card) == {"license": "mit", "pipeline_tag": "text-generation", "tags": ["pretraining", "mixture-of-experts"]}
+    assert front_matter(card) == {
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["pretraining", "mixture-of-experts"],
+    }
     for line in (
         "| web\\|text | text | 3 | 7,500 | 0.7500 | - |",
         "| code | jsonl | 1 | 2,500 | 0.2500 | The Stack, permissive |",
@@ -55,13 +64,25 @@ def test_without_a_licence_none_is_claimed() -> None:
 
 
 def test_it_says_what_the_weights_started_from() -> None:
-    card = model_card(load_recipe("debug", ["initial_weights=/models/olmoe", "card.base_model=allenai/OLMoE-1B-7B-0924"]), STATE)
-    assert front_matter(card)["base_model"] == "allenai/OLMoE-1B-7B-0924" and "\n| initial weights | /models/olmoe |\n" in card
+    card = model_card(
+        load_recipe(
+            "debug", ["initial_weights=/models/olmoe", "card.base_model=allenai/OLMoE-1B-7B-0924"]
+        ),
+        STATE,
+    )
+    assert (
+        front_matter(card)["base_model"] == "allenai/OLMoE-1B-7B-0924"
+        and "\n| initial weights | /models/olmoe |\n" in card
+    )
     assert "\n| goes on from | runs/trunk/checkpoints/step_9 |\n" in model_card(
         load_recipe("debug", ["branch_from=runs/trunk/checkpoints/step_9"]), STATE
     )
     card = model_card(load_recipe("debug"), STATE)
-    assert "base_model" not in front_matter(card) and "goes on from" not in card and "initial weights" not in card
+    assert (
+        "base_model" not in front_matter(card)
+        and "goes on from" not in card
+        and "initial weights" not in card
+    )
 
 
 def test_weights_of_no_run_of_ours_claim_no_tokens_data_or_results() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 
 TENSORS = {
     "odd": torch.randn(3).to(torch.bfloat16),
@@ -29,7 +29,10 @@ def test_what_is_written_in_any_order_is_a_safetensors_file(tmp_path: Path) -> N
     write(tmp_path / "a", dict(reversed(TENSORS.items())))
     found = load_file(tmp_path / "a")
     assert found.keys() == TENSORS.keys()
-    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in TENSORS.items()
+    )
 
 
 def test_a_transposed_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
@@ -42,17 +45,28 @@ def test_a_transposed_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
     [
         ({name: tensor for name, tensor in TENSORS.items() if name != "ids"}, "'ids' is missing"),
         (TENSORS | {"more": torch.zeros(1)}, "no place for the tensor 'more'"),
-        (TENSORS | {"matrix": torch.zeros(6, 4)}, r"'matrix' is torch.float32 \[6, 4\], and should be torch.float32 \[4, 6\]"),
-        (TENSORS | {"matrix": torch.zeros(4, 6, dtype=torch.bfloat16)}, "'matrix' is torch.bfloat16"),
+        (
+            TENSORS | {"matrix": torch.zeros(6, 4)},
+            r"'matrix' is torch.float32 \[6, 4\], and should be torch.float32 \[4, 6\]",
+        ),
+        (
+            TENSORS | {"matrix": torch.zeros(4, 6, dtype=torch.bfloat16)},
+            "'matrix' is torch.bfloat16",
+        ),
     ],
 )
-def test_a_missing_unknown_or_other_tensor_is_refused(tensors: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
+def test_a_missing_unknown_or_other_tensor_is_refused(
+    tensors: dict[str, torch.Tensor], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=words):
         write(tmp_path / "a", tensors)
 
 
 def test_a_tensor_that_comes_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'matrix' came twice"), TensorFileWriter(tmp_path / "a", FORMS) as file:
+    with (
+        pytest.raises(CheckpointError, match="'matrix' came twice"),
+        TensorFileWriter(tmp_path / "a", FORMS) as file,
+    ):
         file.write("matrix", TENSORS["matrix"])
         file.write("matrix", TENSORS["matrix"])
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.layout import MANIFEST, damage, read_recipe, read_state, resolve_checkpoint
+from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import DENSE_FILE, EXPERTS_FILE, load_model, load_state_dict
-from pretrain.checkpoint.weights_folder import tensor_shapes, write_weights_folder
-from pretrain.checkpoint.whole_weights import open_whole_weights
-from pretrain.config.errors import CheckpointError, ConfigError
+from pretrain.checkpoint.weights_only import tensor_shapes, write_weights_folder
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.model.decoder import DecoderLM
 
 NATIVE = ("model.moe.kind=deepspeed", "model.moe.drop_tokens=false")
@@ -34,7 +34,9 @@ def weights_of(recipe: Recipe) -> dict[str, torch.Tensor]:
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1)
     tied = {"head.weight"} if recipe.model.tie_word_embeddings else set()
-    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+    return {
+        name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied
+    }
 
 
 @pytest.mark.parametrize(
@@ -45,19 +47,31 @@ def weights_of(recipe: Recipe) -> dict[str, torch.Tensor]:
         ("model.tie_word_embeddings=true", "model.moe.bias_balancing={}"),
         ("model.layer_pattern.kind=all_dense", "model.intermediate_size=48"),
         ("model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}",),
-        ("model.feed_forward.bias=true", "model.moe.num_shared_experts=1", "model.embedding_size=16"),
+        (
+            "model.feed_forward.bias=true",
+            "model.moe.num_shared_experts=1",
+            "model.embedding_size=16",
+        ),
     ],
 )
-def test_a_folder_of_weights_is_a_checkpoint_like_any_other(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_folder_of_weights_is_a_checkpoint_like_any_other(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
     recipe = recipe_with(*overrides)
     weights = weights_of(recipe)
     (tmp_path / "t.json").write_text("{}")
-    write_weights_folder(tmp_path / "out", recipe, reversed(weights.items()), tmp_path / "t.json", step=7)
+    write_weights_folder(
+        tmp_path / "out", recipe, reversed(weights.items()), tmp_path / "t.json", step=7
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     folder = resolve_checkpoint(tmp_path / "out")
-    assert damage(folder) is None and read_recipe(folder) == recipe and read_state(folder)["step"] == 7
+    assert (
+        damage(folder) is None and read_recipe(folder) == recipe and read_state(folder)["step"] == 7
+    )
     found = load_state_dict(folder)
-    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    assert found.keys() == weights.keys() and all(
+        torch.equal(found[name], weights[name]) for name in weights
+    )
     dense, experts = tensor_shapes(recipe.model)
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == dense | experts
     open_whole_weights(folder, recipe.model)
@@ -68,7 +82,10 @@ def test_other_precisions_are_written_in_fp32(tmp_path: Path) -> None:
     recipe = recipe_with()
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights_of(recipe).items()}
     write_weights_folder(tmp_path / "out", recipe, weights.items(), None)
-    assert all(torch.equal(tensor, weights[name].float()) for name, tensor in load_state_dict(tmp_path / "out").items())
+    assert all(
+        torch.equal(tensor, weights[name].float())
+        for name, tensor in load_state_dict(tmp_path / "out").items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,10 +93,15 @@ def test_other_precisions_are_written_in_fp32(tmp_path: Path) -> None:
     [
         (lambda weights: weights.pop(W1), f"'{W1}' is missing"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "no tensor 'extra'"),
-        (lambda weights: weights.update({W1: torch.zeros(3, 32, 32)}), r"\[3, 32, 32\], and should be torch.float32 \[4, 32, 32\]"),
+        (
+            lambda weights: weights.update({W1: torch.zeros(3, 32, 32)}),
+            r"\[3, 32, 32\], and should be torch.float32 \[4, 32, 32\]",
+        ),
     ],
 )
-def test_weights_that_do_not_fit_leave_nothing_behind(change: Callable[[dict[str, torch.Tensor]], object], words: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_leave_nothing_behind(
+    change: Callable[[dict[str, torch.Tensor]], object], words: str, tmp_path: Path
+) -> None:
     recipe = recipe_with()
     weights = weights_of(recipe)
     change(weights)
@@ -127,7 +149,10 @@ def with_a_file_of_one_rank(folder: Path) -> None:
 
 def with_a_short_share(folder: Path) -> None:
     split_over_two(folder)
-    edit(folder / EXPERTS_FILE.format(part=1, parts=2), lambda tensors: tensors.update({W1: tensors[W1][:1].clone()}))
+    edit(
+        folder / EXPERTS_FILE.format(part=1, parts=2),
+        lambda tensors: tensors.update({W1: tensors[W1][:1].clone()}),
+    )
 
 
 def cut(folder: Path) -> None:
@@ -135,7 +160,11 @@ def cut(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
-    "a file of experts is missing": ((), without_second_file, "1 of 2 expert files, weights-experts-00001-of-00002.safetensors is missing"),
+    "a file of experts is missing": (
+        (),
+        without_second_file,
+        "1 of 2 expert files, weights-experts-00001-of-00002.safetensors is missing",
+    ),
     "a file of another topology lies beside": (
         (),
         with_a_file_of_one_rank,
@@ -147,21 +176,37 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
         f"'{W1}' has 3 of 4 experts .2 in weights-experts-00000-of-00002.safetensors, 1 in weights-experts-00001",
     ),
     "a file is cut off": ((), cut, "weights-experts-00000-of-00001.safetensors cannot be read"),
-    "an expert is missing": (NATIVE, lambda folder: edit(folder / SHARD, lambda tensors: tensors.pop(EXPERT_2)), f"'{EXPERT_2}' is missing"),
+    "an expert is missing": (
+        NATIVE,
+        lambda folder: edit(folder / SHARD, lambda tensors: tensors.pop(EXPERT_2)),
+        f"'{EXPERT_2}' is missing",
+    ),
     "an expert is doubled": (
         NATIVE,
-        lambda folder: edit(folder / DENSE_FILE, lambda tensors: tensors.update({EXPERT_2: load_file(folder / SHARD)[EXPERT_2]})),
+        lambda folder: edit(
+            folder / DENSE_FILE,
+            lambda tensors: tensors.update({EXPERT_2: load_file(folder / SHARD)[EXPERT_2]}),
+        ),
         f"'{EXPERT_2}' stands in weights-dense.safetensors, weights-experts-00000-of-00001.safetensors, and belongs into one",
     ),
     "an expert has other rows": (
         NATIVE,
-        lambda folder: edit(folder / SHARD, lambda tensors: tensors.update({EXPERT_2: tensors[EXPERT_2][:-1].clone()})),
+        lambda folder: edit(
+            folder / SHARD,
+            lambda tensors: tensors.update({EXPERT_2: tensors[EXPERT_2][:-1].clone()}),
+        ),
         f"'{EXPERT_2}' has 31 of 32 rows",
     ),
-    "a dense tensor is missing": ((), lambda folder: edit(folder / DENSE_FILE, lambda tensors: tensors.pop(DENSE)), f"'{DENSE}' is missing"),
+    "a dense tensor is missing": (
+        (),
+        lambda folder: edit(folder / DENSE_FILE, lambda tensors: tensors.pop(DENSE)),
+        f"'{DENSE}' is missing",
+    ),
     "a tensor is unknown": (
         (),
-        lambda folder: edit(folder / DENSE_FILE, lambda tensors: tensors.update(extra=torch.zeros(1))),
+        lambda folder: edit(
+            folder / DENSE_FILE, lambda tensors: tensors.update(extra=torch.zeros(1))
+        ),
         "do not fit its recipe, which has no 'extra'",
     ),
 }

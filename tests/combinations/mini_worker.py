@@ -19,7 +19,7 @@ from torch import distributed
 
 from pretrain.checkpoint.layout import complete_checkpoints, step_folder, write_pointer
 from pretrain.engine.topology import disconnect
-from pretrain.run_folder import CHECKPOINTS, SUMMARY
+from pretrain.run.folder import CHECKPOINTS, SUMMARY
 from pretrain.train import main as train
 from tests.launch.tiny_run import curve, own_process
 
@@ -46,7 +46,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         distributed.barrier()
         result["codes"].append(train(case["arguments"]))
         if is_main:
-            result |= {"resumed": curve(run), "resumed_from": json.loads((run / SUMMARY).read_text())["resumed_from_step"]}
+            result |= {
+                "resumed": curve(run),
+                "resumed_from": json.loads((run / SUMMARY).read_text())["resumed_from_step"],
+            }
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.config.load import load_recipe, recipe_names
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 
 MINIS = {name: load_recipe(name) for name in recipe_names() if name.endswith("_mini")}
 
@@ -32,7 +32,9 @@ def kinds(recipe: Recipe) -> set[str]:
 
 def richest(recipes: dict[str, Recipe]) -> str:
     """The one with the most kinds, then the most parts."""
-    return max(sorted(recipes), key=lambda name: (len(kinds(recipes[name])), len(parts(recipes[name]))))
+    return max(
+        sorted(recipes), key=lambda name: (len(kinds(recipes[name])), len(parts(recipes[name])))
+    )
 
 
 def quiet(recipe: Recipe) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from allpairspy import AllPairs
 
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import apply_override, load_recipe, read_recipe_file, validate_recipe
-from pretrain.config.rules import check_topology
+from pretrain.config.rules.sections import check_topology
+from pretrain.core.errors import ConfigError
 from tests.model.every_kind import FAMILIES, KINDS, OPTIONS
 
 WORLD_SIZE = 2
@@ -21,7 +21,9 @@ SIZES = (
     "optimizer.learning_rate=0.01", "logging.tensorboard=false",
 )  # fmt: skip
 DEBUG = "debug's"  # the value of the recipe that all rows are laid over
-DROPOUT = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1, feed_forward: 0.1, expert: 0.1}"
+DROPOUT = (
+    "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1, feed_forward: 0.1, expert: 0.1}"
+)
 # What the contract of kinds leaves out. In evaluation a full expert has room for all tokens here, so that nothing depends on what comes later.
 MORE_OPTIONS = {
     "full experts turn tokens away": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.capacity_factor=1"],
@@ -43,7 +45,13 @@ SETTINGS: dict[str, Values] = {
     "balance scope": {"micro_batch": [], "global_batch": ["model.moe.balance_scope=global_batch"]},
     "kernel": {"sdpa": [], "reference": ["model.attention.kernel=reference"]},
     "precision": {"fp32": [], "bf16": ["train.precision=bf16"]},
-    "optimizer": {"adamw": [], **{kind: [f"optimizer={{kind: {kind}, learning_rate: {rate}}}"] for kind, rate in RATES.items()}},
+    "optimizer": {
+        "adamw": [],
+        **{
+            kind: [f"optimizer={{kind: {kind}, learning_rate: {rate}}}"]
+            for kind, rate in RATES.items()
+        },
+    },
     "ep_size": {"1": [], "2": ["parallel.ep_size=2"]},
     "zero": {"1": [], "0": [], "2": [], "3": []},  # in the ds_config, not in the recipe
 }
@@ -59,12 +67,22 @@ def parameters() -> dict[str, Values]:
     debug, found = load_recipe("debug"), dict[str, Values]()
     for family in FAMILIES:
         kinds = {kind: overrides for (of, kind), overrides in KINDS.items() if of == family}
-        own = [kind for kind, overrides in kinds.items() if load_recipe("debug", overrides) == debug]
+        own = [
+            kind for kind, overrides in kinds.items() if load_recipe("debug", overrides) == debug
+        ]
         found[family] = {kind: kinds[kind] for kind in own} or {DEBUG: []}
         found[family] |= kinds
     for option, overrides in (OPTIONS | MORE_OPTIONS).items():
         family = next(
-            (name for name in FAMILIES if any(override.startswith((f"model.{name}.kind=", f"model.{name}={{kind:")) for override in overrides)), None
+            (
+                name
+                for name in FAMILIES
+                if any(
+                    override.startswith((f"model.{name}.kind=", f"model.{name}={{kind:"))
+                    for override in overrides
+                )
+            ),
+            None,
         )
         if family is None:
             found[option] = {"off": [], "on": overrides}
@@ -124,9 +142,15 @@ def about_experts(choice: Choice) -> bool:
 def possible_pairs() -> frozenset[Row]:
     """Every pair of values of two parameters, refused or not, but for what says nothing: how a model without experts should use them."""
     choices = [[(name, value) for value in values] for name, values in PARAMETERS.items()]
-    pairs = (pair for first, second in itertools.combinations(choices, 2) for pair in itertools.product(first, second))
+    pairs = (
+        pair
+        for first, second in itertools.combinations(choices, 2)
+        for pair in itertools.product(first, second)
+    )
     dense = ("layer_pattern", "all_dense")
-    return frozenset(pair for pair in pairs if not (dense in pair and any(map(about_experts, pair))))
+    return frozenset(
+        pair for pair in pairs if not (dense in pair and any(map(about_experts, pair)))
+    )
 
 
 @cache
@@ -137,7 +161,10 @@ def allowed_pairs() -> frozenset[Row]:
 def fits(prefix: list[Choice]) -> bool:
     """Whether the last choice goes with all before it; a whole row is seen by the rules as well."""
     last = prefix[-1]
-    if any((choice, last) not in allowed_pairs() and (last, choice) not in allowed_pairs() for choice in prefix[:-1]):
+    if any(
+        (choice, last) not in allowed_pairs() and (last, choice) not in allowed_pairs()
+        for choice in prefix[:-1]
+    ):
         return False
     return len(prefix) < len(PARAMETERS) or refusal(in_order(prefix)) is None
 
@@ -158,7 +185,11 @@ def rows() -> tuple[Row, ...]:
         laid: dict[str, str] = {}
         for pair in missing:
             row = in_order((OWN | laid | dict(pair)).items())
-            if all(laid.get(name, value) == value for name, value in pair) and pairs_of(row) <= allowed_pairs() and refusal(row) is None:
+            if (
+                all(laid.get(name, value) == value for name, value in pair)
+                and pairs_of(row) <= allowed_pairs()
+                and refusal(row) is None
+            ):
                 laid |= dict(pair)
         assert laid, missing
         found.append(in_order((OWN | laid).items()))
@@ -173,7 +204,10 @@ def quarter() -> tuple[Row, ...]:
     values: set[Choice] = set()
     pairs: set[Row] = set()
     while len(chosen) < len(rows()) // 4:
-        best = max((row for row in rows() if row not in chosen), key=lambda row: (len({*row} - values), len(pairs_of(row) - pairs)))
+        best = max(
+            (row for row in rows() if row not in chosen),
+            key=lambda row: (len({*row} - values), len(pairs_of(row) - pairs)),
+        )
         chosen.append(best)
         values |= set(best)
         pairs |= pairs_of(best)
@@ -182,5 +216,7 @@ def quarter() -> tuple[Row, ...]:
 
 def name_of(row: Row) -> str:
     """What differs from the recipe that it is laid over."""
-    named = [name if value == "on" else f"{name}={value}" for name, value in row if value != OWN[name]]
+    named = [
+        name if value == "on" else f"{name}={value}" for name, value in row if value != OWN[name]
+    ]
     return ", ".join(named).replace(" ", "_") or "debug"

@@ -22,15 +22,15 @@ from pretrain.checkpoint.layout import damage
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import Topology, connect, disconnect
-from pretrain.evaluation.generation import NextLogits, generate, native_next_logits
-from pretrain.evaluation.perplexity import evaluate
-from pretrain.evaluation.sampling import Sampling
+from pretrain.evaluation.generation.generate import NextLogits, generate, native_next_logits
+from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.heldout.perplexity import evaluate
 from pretrain.model.decoder import DecoderLM
 from tests.distributed.matrix_worker import synthetic_step
 
@@ -46,10 +46,14 @@ class Run:
         precision = resolve_precision(recipe.train.precision)
         accumulation = check_topology(recipe, topology.world_size, zero)
         policy = {"zero_optimization": {"stage": zero}}
-        ds_config = resolve_ds_config(policy, "the row", recipe, precision, accumulation, topology.world_size)
+        ds_config = resolve_ds_config(
+            policy, "the row", recipe, precision, accumulation, topology.world_size
+        )
         self.recipe, self.topology = recipe, topology
         self.engine = Engine(recipe, ds_config, precision, topology)
-        self.store = CheckpointStore(folder / "checkpoints", self.engine, ds_config, folder / "tokenizer.json")
+        self.store = CheckpointStore(
+            folder / "checkpoints", self.engine, ds_config, folder / "tokenizer.json"
+        )
 
     def batches(self, step: int) -> list[Any]:
         return synthetic_step(self.recipe, step, self.topology.rank, self.topology.world_size)
@@ -60,8 +64,13 @@ class Run:
         rate = moe.bias_balancing.update_rate if getattr(moe, "bias_balancing", None) else 0.0
         results = [self.engine.train_step(self.batches(0), 1.0, rate) for _ in range(steps)]
         losses, _ = reduce_steps(results, self.topology)
-        counts = [[] if result.router is None else result.router.counts_LE.tolist() for result in results]
-        return [[*loss, result.grad_norm, count] for loss, result, count in zip(losses, results, counts, strict=True)]
+        counts = [
+            [] if result.router is None else result.router.counts_LE.tolist() for result in results
+        ]
+        return [
+            [*loss, result.grad_norm, count]
+            for loss, result, count in zip(losses, results, counts, strict=True)
+        ]
 
     def validation_loss(self) -> float:
         nll, tokens = self.engine.evaluate(self.batches(77))
@@ -71,7 +80,9 @@ class Run:
 def sabotage(run: Run, kind: str) -> None:
     """Breaks one thing about resuming on purpose."""
     if kind == "optimizer_forgotten":
-        run.engine.deepspeed.load_checkpoint = partial(run.engine.deepspeed.load_checkpoint, load_optimizer_states=False)
+        run.engine.deepspeed.load_checkpoint = partial(
+            run.engine.deepspeed.load_checkpoint, load_optimizer_states=False
+        )
     elif kind == "random_state_forgotten":
         store_module.restore_random_state = lambda _: torch.manual_seed(0)
     else:
@@ -103,7 +114,10 @@ def use_weights(run: Run, checkpoint: Path) -> dict[str, Any]:
     length = len(PROMPT) + NEW_TOKENS
     text, logits_SV = greedy(without_cache(model))
     result = {"loaded_loss": scored.loss, "same_recipe": recipe == run.recipe, "text": text}
-    ways = {"cached": native_next_logits(model, length, torch.device("cpu")), "forgetful": remembering_nothing(model)}
+    ways = {
+        "cached": native_next_logits(model, length, torch.device("cpu")),
+        "forgetful": remembering_nothing(model),
+    }
     for way, next_logits in ways.items():
         result[f"{way}_text"], other_SV = greedy(next_logits)
         result[f"{way}_difference"] = (other_SV - logits_SV).abs().max().item()
@@ -118,7 +132,9 @@ def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
         seen.append(next_logits(added_BS))
         return seen[-1]
 
-    return generate(remembered, PROMPT, Sampling(greedy=True), NO_END, range(NEW_TOKENS)), torch.cat(seen)
+    return generate(
+        remembered, PROMPT, Sampling(greedy=True), NO_END, range(NEW_TOKENS)
+    ), torch.cat(seen)
 
 
 def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -137,8 +153,17 @@ def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "sabotage" in row:
         sabotage(resumed, row["sabotage"])
     state = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
-    result = {"name": row["name"], "validation": validation, "resumed_validation": resumed.validation_loss()}
-    result |= {"curve": curve, "resumed_at": state["step"], "resumed": resumed.train(STEPS - SAVED_AT), "damage": damage(checkpoint)}
+    result = {
+        "name": row["name"],
+        "validation": validation,
+        "resumed_validation": resumed.validation_loss(),
+    }
+    result |= {
+        "curve": curve,
+        "resumed_at": state["step"],
+        "resumed": resumed.train(STEPS - SAVED_AT),
+        "damage": damage(checkpoint),
+    }
     if topology.is_main:
         result |= use_weights(whole, checkpoint)
     topology.barrier()

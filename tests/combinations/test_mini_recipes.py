@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.workspace import Output
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
 from data_pipeline.sources.python_stdlib import stdlib_folder
 from pretrain.checkpoint.layout import step_folder
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import generate
-from pretrain.evaluation.generators import open_generator
-from pretrain.evaluation.heldout import score_checkpoint
-from pretrain.evaluation.sampling import Sampling
-from pretrain.run_folder import CHECKPOINTS
+from pretrain.evaluation.generation.generate import generate
+from pretrain.evaluation.generation.generators import open_generator
+from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.heldout.heldout import score_checkpoint
+from pretrain.run.folder import CHECKPOINTS
 from tests.combinations.minis import MINIS, quiet, richest
 from tests.distributed.test_same_numbers_everywhere import Results, run_cases
 
@@ -46,7 +46,10 @@ class Length:
 
 SHORT, LONG = Length(20, 0.4), Length(50, 0.7)
 CHOICES = [pytest.param((RICHEST, SHORT), id=f"{RICHEST}, 20 steps")] + [
-    pytest.param((name, LONG), id=f"{name}, 50 steps", marks=[pytest.mark.full, pytest.mark.timeout(3600)]) for name in MINIS
+    pytest.param(
+        (name, LONG), id=f"{name}, 50 steps", marks=[pytest.mark.full, pytest.mark.timeout(3600)]
+    )
+    for name in MINIS
 ]
 
 
@@ -72,12 +75,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of some modules of the standard library, with a small vocabulary."""
     folder, library = tmp_path_factory.mktemp("mini") / "data", stdlib_folder()
     source = f"data.source={{kind: text, input: ['{library}/email/*.py', '{library}/json/*.py', '{library}/logging/*.py']}}"
-    overrides = [source, f"data.tokenizer={{kind: train_bpe, vocab_size: {VOCAB_SIZE}}}", "data.validation_share=0.1"]
+    overrides = [
+        source,
+        f"data.tokenizer={{kind: train_bpe, vocab_size: {VOCAB_SIZE}}}",
+        "data.validation_share=0.1",
+    ]
     build(load_recipe("debug", overrides).data, Output(folder))
     return folder
 
 
-def case(name: str, label: str, data: Path, folder: Path, length: Length, *overrides: str, **extra: int) -> dict[str, Any]:
+def case(
+    name: str, label: str, data: Path, folder: Path, length: Length, *overrides: str, **extra: int
+) -> dict[str, Any]:
     run, tokens = folder / f"{name}-{label}", length.steps * MINIS[name].train.tokens_per_step
     settings = [
         f"data.path={data}", f"model.vocab_size={VOCAB_SIZE}", f"run_path={run}", f"train.train_tokens={tokens}", "logging.interval_steps=1",
@@ -92,7 +101,17 @@ def run_recipes(names: list[str], data: Path, folder: Path, length: Length) -> d
     cases = []
     for name in names:
         without = quiet(MINIS[name])
-        cases.append(case(name, "shipped", data, folder, length, "parallel.ep_size=2", resume_at=length.saved_at))
+        cases.append(
+            case(
+                name,
+                "shipped",
+                data,
+                folder,
+                length,
+                "parallel.ep_size=2",
+                resume_at=length.saved_at,
+            )
+        )
         cases.append(case(name, "whole", data, folder, length, *without, "parallel.ep_size=1"))
         if without:
             cases.append(case(name, "spread", data, folder, length, *without, "parallel.ep_size=2"))
@@ -102,7 +121,14 @@ def run_recipes(names: list[str], data: Path, folder: Path, length: Length) -> d
     for name in names:
         shipped = results[f"{name}-shipped"]
         spread = results.get(f"{name}-spread", shipped)
-        found[name] = Runs(length, folder / f"{name}-shipped", shipped, results[f"{name}-whole"], spread, results.get(f"{name}-chance"))
+        found[name] = Runs(
+            length,
+            folder / f"{name}-shipped",
+            shipped,
+            results[f"{name}-whole"],
+            spread,
+            results.get(f"{name}-chance"),
+        )
     return found
 
 
@@ -133,7 +159,10 @@ def steps_of(run: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
 def equal_choices(run: dict[str, Any], other: dict[str, Any]) -> int:
     """Steps, from the first one on, in which every expert of every layer got as many tokens in both runs; all of them with PEER, which does not
     say, and where a choice that rounding makes is between experts of nearly the same, small weight."""
-    loads = ([[layer["expert_load"] for layer in row.get("layers", [])] for row in steps_of(of)] for of in (run, other))
+    loads = (
+        [[layer["expert_load"] for layer in row.get("layers", [])] for row in steps_of(of)]
+        for of in (run, other)
+    )
     same = [first == second for first, second in zip(*loads, strict=True)]
     return (same + [False]).index(False)
 
@@ -184,7 +213,10 @@ def test_scoring_the_checkpoint_gives_the_last_validation_loss(runs: Runs) -> No
 def test_the_checkpoint_generates(runs: Runs) -> None:
     generator = open_generator(runs.checkpoint, CPU)
     prompt = generator.encode("def close(self):")
-    texts = [generate(generator.start(len(prompt) + 16), prompt, Sampling(seed=seed), -1, range(16)) for seed in (1, 1, 2)]
+    texts = [
+        generate(generator.start(len(prompt) + 16), prompt, Sampling(seed=seed), -1, range(16))
+        for seed in (1, 1, 2)
+    ]
     assert [len(text) for text in texts] == [16, 16, 16]
     assert texts[0] == texts[1] != texts[2]
     assert generator.decode(texts[0])

@@ -36,14 +36,23 @@ BROKEN = {"optimizer_forgotten": (), "random_state_forgotten": (("dropout", "on"
 
 
 def case(row: Row, number: int, **extra: str) -> dict[str, Any]:
-    return {"name": name_of(row), "number": number, "overrides": overrides_of(row), "zero": int((OWN | dict(row))["zero"]), **extra}
+    return {
+        "name": name_of(row),
+        "number": number,
+        "overrides": overrides_of(row),
+        "zero": int((OWN | dict(row))["zero"]),
+        **extra,
+    }
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The quarter, and the broken twins by the names of their faults."""
     cases = [case(row, number) for number, row in enumerate(quarter())]
-    broken = [case(choices, len(cases) + number, sabotage=fault) | {"name": fault} for number, (fault, choices) in enumerate(BROKEN.items())]
+    broken = [
+        case(choices, len(cases) + number, sabotage=fault) | {"name": fault}
+        for number, (fault, choices) in enumerate(BROKEN.items())
+    ]
     return run_cases(cases + broken, WORLD_SIZE, tmp_path_factory.mktemp("quarter"), WORKER)
 
 
@@ -59,7 +68,13 @@ def result(row: Row, request: pytest.FixtureRequest) -> dict[str, Any]:
     return results[name_of(row)]
 
 
-every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name_of(row), marks=() if row in quarter() else pytest.mark.full) for row in rows()])
+every_row = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name_of(row), marks=() if row in quarter() else pytest.mark.full)
+        for row in rows()
+    ],
+)
 
 
 def test_the_parameters_hold_every_registered_kind_and_option() -> None:
@@ -81,7 +96,9 @@ def test_the_quarter_has_every_value_and_most_pairs() -> None:
     choices = {choice for row in quarter() for choice in row}
     assert choices == {(name, value) for name, values in PARAMETERS.items() for value in values}
     pairs: set[Row] = set().union(*map(pairs_of, quarter()))
-    assert len(quarter()) <= len(rows()) / 4 and len(pairs & allowed_pairs()) > 0.75 * len(allowed_pairs())
+    assert len(quarter()) <= len(rows()) / 4 and len(pairs & allowed_pairs()) > 0.75 * len(
+        allowed_pairs()
+    )
 
 
 def names_in(choice: Choice) -> list[str]:
@@ -89,7 +106,9 @@ def names_in(choice: Choice) -> list[str]:
     name, value = choice
     if name == "zero":
         return [f"ZeRO stage {value}"]
-    return [override.partition("=")[0].removesuffix(".kind") for override in chosen_overrides((choice,))]
+    return [
+        override.partition("=")[0].removesuffix(".kind") for override in chosen_overrides((choice,))
+    ]
 
 
 def test_a_refused_pair_is_refused_for_a_reason_that_names_one_of_the_two() -> None:
@@ -117,7 +136,9 @@ def test_a_resumed_run_repeats_every_bit(result: dict[str, Any]) -> None:
 
 @every_row
 def test_the_weights_alone_give_the_engine_s_loss(row: Row, result: dict[str, Any]) -> None:
-    tolerance = 1e-6 if ("precision", "bf16") not in row else 1e-3  # the weights are fp32, the engine computed in bf16
+    tolerance = (
+        1e-6 if ("precision", "bf16") not in row else 1e-3
+    )  # the weights are fp32, the engine computed in bf16
     assert result["same_recipe"]
     assert result["loaded_loss"] == pytest.approx(result["validation"], rel=tolerance)
 
@@ -132,4 +153,6 @@ def test_the_cache_changes_no_token(result: dict[str, Any]) -> None:
 def test_a_broken_resume_is_noticed(quick: Results, fault: str) -> None:
     whole, resumed = quick[fault]["curve"][quick[fault]["resumed_at"] :], quick[fault]["resumed"]
     assert resumed != whole
-    assert quick[fault]["resumed_validation"] == quick[fault]["validation"]  # the weights are not what differs
+    assert (
+        quick[fault]["resumed_validation"] == quick[fault]["validation"]
+    )  # the weights are not what differs

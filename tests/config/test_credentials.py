@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.credentials import redact, refuse_credentials
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe, recipe_names
+from pretrain.core.credentials import redact, refuse_credentials
+from pretrain.core.errors import ConfigError
 from pretrain.engine.ds_config import read_ds_config
 
 HEX = "0123456789abcdef0123456789abcdef01234567"
@@ -21,16 +21,32 @@ HEX = "0123456789abcdef0123456789abcdef01234567"
     [
         ("trackers.api_key=abc", "trackers.api_key", "abc"),
         (f"trackers={{kinds: [wandb], project: {HEX}}}", "trackers.project", HEX),
-        ("trackers={kinds: [comet], tags: [AbCdEfGh1234567890AbCdEfG]}", "trackers.tags.0", "AbCdEfGh"),
-        ("data.source={kind: text, input: ['https://me:pa55word@host/a.txt']}", "data.source.input.0", "pa55word"),
+        (
+            "trackers={kinds: [comet], tags: [AbCdEfGh1234567890AbCdEfG]}",
+            "trackers.tags.0",
+            "AbCdEfGh",
+        ),
+        (
+            "data.source={kind: text, input: ['https://me:pa55word@host/a.txt']}",
+            "data.source.input.0",
+            "pa55word",
+        ),
         ("data.source={kind: datasets, dataset: a/b, token: x1}", "data.source.token", "x1"),
         (f"card.limits='use hf_{'a' * 34}'", "card.limits", "aaaa"),
     ],
 )
-def test_a_recipe_with_a_credential_is_refused_by_its_place_alone(override: str, place: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{place}' looks like a credential.*environment") as refused:
+def test_a_recipe_with_a_credential_is_refused_by_its_place_alone(
+    override: str, place: str, value: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"'{place}' looks like a credential.*environment"
+    ) as refused:
         load_recipe("debug", [override])
-    assert value not in str(refused.value) and "\n" not in str(refused.value) and refused.value.exit_code == 2
+    assert (
+        value not in str(refused.value)
+        and "\n" not in str(refused.value)
+        and refused.value.exit_code == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,20 +75,44 @@ def test_a_ds_config_with_comets_key_is_refused(tmp_path: Path) -> None:
         return str(path)
 
     assert read_ds_config(write(project="p", workspace="w"))["comet"]["project"] == "p"
-    with pytest.raises(ConfigError, match=r"'comet\.api_key' looks like a credential.*COMET_API_KEY"):
+    with pytest.raises(
+        ConfigError, match=r"'comet\.api_key' looks like a credential.*COMET_API_KEY"
+    ):
         read_ds_config(write(api_key="k1"))
 
 
 def test_texts_are_redacted_and_others_are_left() -> None:
     assert redact("--remote https://u:secret1@host --x") == "--remote https://[redacted]@host --x"
-    assert redact("sk-" + "a1" * 24) == redact("sk-proj-" + "a_-1" * 8) == redact("sk-ant-api03-" + "a-1" * 12) == "[redacted]"
+    assert (
+        redact("sk-" + "a1" * 24)
+        == redact("sk-proj-" + "a_-1" * 8)
+        == redact("sk-ant-api03-" + "a-1" * 12)
+        == "[redacted]"
+    )
     assert redact(f"https://{HEX}@git.example.org/x") == "https://[redacted]@git.example.org/x"
-    assert redact("postgresql://u:p/w@h/db mlflow://h:5000/a@b") == "postgresql://[redacted]@h/db mlflow://h:5000/a@b"
-    assert redact("https://a.example/c/f?sv=1&sig=SECRET%3D&se=2") == "https://a.example/c/f?sv=1&[redacted]&se=2"
-    assert redact("https://b.example/k?X-Amz-Date=1&X-Amz-Signature=dead#end") == "https://b.example/k?X-Amz-Date=1&[redacted]#end"
-    for text in ("ssh://git@host/x", "http://host:8080/path", "https://a.example/?design=1&step=2", "runs/sk-fineweb2-annealing-v3"):
+    assert (
+        redact("postgresql://u:p/w@h/db mlflow://h:5000/a@b")
+        == "postgresql://[redacted]@h/db mlflow://h:5000/a@b"
+    )
+    assert (
+        redact("https://a.example/c/f?sv=1&sig=SECRET%3D&se=2")
+        == "https://a.example/c/f?sv=1&[redacted]&se=2"
+    )
+    assert (
+        redact("https://b.example/k?X-Amz-Date=1&X-Amz-Signature=dead#end")
+        == "https://b.example/k?X-Amz-Date=1&[redacted]#end"
+    )
+    for text in (
+        "ssh://git@host/x",
+        "http://host:8080/path",
+        "https://a.example/?design=1&step=2",
+        "runs/sk-fineweb2-annealing-v3",
+    ):
         assert redact(text) == text
-    assert redact("--set data.path=data/my run_path=runs/a1") == "--set data.path=data/my run_path=runs/a1"
+    assert (
+        redact("--set data.path=data/my run_path=runs/a1")
+        == "--set data.path=data/my run_path=runs/a1"
+    )
 
 
 def test_an_empty_value_is_none() -> None:

@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe_names, recipe_to_yaml
-from pretrain.config.moe_schema import DeepSpeedMoE
-from pretrain.config.optimizer_schema import SGD, AdamW
+from pretrain.config.load import (
+    apply_override,
+    load_recipe,
+    parse_yaml,
+    recipe_names,
+    recipe_to_yaml,
+)
 from pretrain.config.timeline import Timeline
+from pretrain.core.errors import ConfigError
+from pretrain.model.moe.config import DeepSpeedMoE
+from pretrain.optim.config import SGD, AdamW
 
 RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"
 
@@ -49,14 +55,24 @@ def test_overrides_reach_nested_fields_in_order() -> None:
         ],
     )  # fmt: skip
     assert recipe.optimizer.learning_rate == 2e-3
-    assert recipe.model.attention.num_key_value_heads == 1 and recipe.model.attention.num_attention_heads == 4
+    assert (
+        recipe.model.attention.num_key_value_heads == 1
+        and recipe.model.attention.num_attention_heads == 4
+    )
     assert recipe.train.micro_batch_size == 1
     assert recipe.model.moe is not None and recipe.model.moe.aux_loss_weight == 0.0
     assert recipe.data_path == "data/other" and recipe.output_path == "runs/a=b"
 
 
 def test_an_override_replaces_a_component_by_its_kind() -> None:
-    recipe = load_recipe("debug", ["optimizer={kind: sgd, learning_rate: 1e-1}", "model.moe.kind=deepspeed", "model.moe.drop_tokens=false"])
+    recipe = load_recipe(
+        "debug",
+        [
+            "optimizer={kind: sgd, learning_rate: 1e-1}",
+            "model.moe.kind=deepspeed",
+            "model.moe.drop_tokens=false",
+        ],
+    )
     assert isinstance(recipe.optimizer, SGD) and isinstance(recipe.model.moe, DeepSpeedMoE)
     assert isinstance(load_recipe("debug").optimizer, AdamW)
 
@@ -65,25 +81,53 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
     "override,parts",
     [
         ("optimiser.learning_rate=1", ["unknown field 'optimiser'", "did you mean 'optimizer'?"]),
-        ("train.micro_batchsize=1", ["unknown field 'train.micro_batchsize'", "did you mean 'micro_batch_size'"]),
+        (
+            "train.micro_batchsize=1",
+            ["unknown field 'train.micro_batchsize'", "did you mean 'micro_batch_size'"],
+        ),
         ("model.moe.topk=1", ["unknown field 'model.moe.topk'", "did you mean 'top_k'?"]),
-        ("model.moe.capacity_factor=1", ["unknown field 'model.moe.capacity_factor'", "it takes ", "num_shared_experts"]),
-        ("model.attention.num_attn_heads=1", ["unknown field 'model.attention.num_attn_heads'", "did you mean", "'num_attention_heads'"]),
+        (
+            "model.moe.capacity_factor=1",
+            ["unknown field 'model.moe.capacity_factor'", "it takes ", "num_shared_experts"],
+        ),
+        (
+            "model.attention.num_attn_heads=1",
+            [
+                "unknown field 'model.attention.num_attn_heads'",
+                "did you mean",
+                "'num_attention_heads'",
+            ],
+        ),
         ("optimizer.lr=1", ["unknown field 'optimizer.lr'", "it takes ", "learning_rate"]),
-        ("data.tokenizer.vocabsize=1", ["unknown field 'data.tokenizer.vocabsize'", "did you mean 'vocab_size'?"]),
-        ("train.micro_batch_size=0", ["'train.micro_batch_size'", "greater than or equal to 1", "got 0"]),
+        (
+            "data.tokenizer.vocabsize=1",
+            ["unknown field 'data.tokenizer.vocabsize'", "did you mean 'vocab_size'?"],
+        ),
+        (
+            "train.micro_batch_size=0",
+            ["'train.micro_batch_size'", "greater than or equal to 1", "got 0"],
+        ),
         ("train.micro_batch_size=2.5", ["'train.micro_batch_size'", "integer", "got 2.5"]),
         ("train.precision=fp4", ["'train.precision'", "'bf16'", "got 'fp4'"]),
         ("optimizer.learning_rate=fast", ["'optimizer.learning_rate'", "number", "got 'fast'"]),
         ("optimizer.learning_rate=.nan", ["'optimizer.learning_rate'"]),
-        ("optimizer.kind=adam", ["'optimizer.kind' is 'adam'", "one of 'adamw', 'sgd', 'adamw_8bit', 'lion', 'muon'"]),
+        (
+            "optimizer.kind=adam",
+            ["'optimizer.kind' is 'adam'", "one of 'adamw', 'sgd', 'adamw_8bit', 'lion', 'muon'"],
+        ),
         ("name=../elsewhere", ["'name'", "got '../elsewhere'"]),
         ("model.moe.top_k=9", ["'model.moe'", "top_k is 9, but there are only 4 experts"]),
         ("train={}", ["'train.sequence_length' is missing", "'train.train_tokens' is missing"]),
-        ("train.micro_batch_size.x=1", ["--set train.micro_batch_size.x=1", "'train.micro_batch_size' is a value"]),
+        (
+            "train.micro_batch_size.x=1",
+            ["--set train.micro_batch_size.x=1", "'train.micro_batch_size' is a value"],
+        ),
         ("train.micro_batch_size", ["--set train.micro_batch_size", "section.field=value"]),
         ("=3", ["--set =3", "section.field=value"]),
-        ("model.moe={kind: dropless, kind: deepspeed}", ["--set model.moe=", "'kind' stands twice"]),
+        (
+            "model.moe={kind: dropless, kind: deepspeed}",
+            ["--set model.moe=", "'kind' stands twice"],
+        ),
         ("model.moe=[1", ["--set model.moe=[1", "not valid YAML"]),
     ],
 )
@@ -97,12 +141,21 @@ def test_a_wrong_override_is_named_with_its_path(override: str, parts: list[str]
 
 
 def test_duplicate_keys_in_a_file_are_refused_at_any_depth(tmp_path: Path) -> None:
-    text = (RECIPES / "debug.yaml").read_text().replace("  hidden_size: 32\n", "  hidden_size: 32\n  hidden_size: 64\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid YAML: the key 'hidden_size' stands twice.*line"):
+    text = (
+        (RECIPES / "debug.yaml")
+        .read_text()
+        .replace("  hidden_size: 32\n", "  hidden_size: 32\n  hidden_size: 64\n")
+    )
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml is not valid YAML: the key 'hidden_size' stands twice.*line"
+    ):
         load_recipe(recipe_file(tmp_path, text))
 
 
-@pytest.mark.parametrize("text,part", [("just words", "holds no mapping"), ("a: [1", "is not valid YAML"), ("", "holds no mapping")])
+@pytest.mark.parametrize(
+    "text,part",
+    [("just words", "holds no mapping"), ("a: [1", "is not valid YAML"), ("", "holds no mapping")],
+)
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe_file(tmp_path, text))
@@ -142,7 +195,9 @@ def test_steps_are_derived_from_tokens_and_rounded_up() -> None:
 
 @pytest.mark.parametrize("vocab_size,padded", [(64, 64), (65, 128), (100, 128)])
 def test_the_vocabulary_is_padded_to_its_multiple(vocab_size: int, padded: int) -> None:
-    assert load_recipe("debug", [f"model.vocab_size={vocab_size}"]).model.padded_vocab_size == padded
+    assert (
+        load_recipe("debug", [f"model.vocab_size={vocab_size}"]).model.padded_vocab_size == padded
+    )
 
 
 def test_yaml_cannot_construct_python_objects() -> None:
@@ -153,5 +208,11 @@ def test_yaml_cannot_construct_python_objects() -> None:
 def test_loading_a_recipe_needs_neither_torch_nor_deepspeed() -> None:
     """A wrong option must be answered at once, not after seconds of imports."""
     code = "import sys; from pretrain.config.load import load_recipe; load_recipe('debug'); print({'torch', 'deepspeed'} & sys.modules.keys())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=RECIPES.parents[1], check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=RECIPES.parents[1],
+        check=True,
+    )
     assert result.stdout.strip() == "set()"

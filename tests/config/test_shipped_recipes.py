@@ -8,13 +8,15 @@ import pytest
 import yaml
 
 from pretrain.config.load import RECIPE_FOLDER, load_recipe, recipe_names, recipe_to_yaml
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
 
 NAMES = recipe_names()
 TWINS = [name for name in NAMES if name.endswith("_mini")]
-TWIN_OF: dict[str, str] = {yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())["base"]: name for name in TWINS}
+TWIN_OF: dict[str, str] = {
+    yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())["base"]: name for name in TWINS
+}
 PUBLISHED = list(TWIN_OF)
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
 # What a twin may have smaller than the model it stands for; everything else of the model section is the same.
@@ -31,16 +33,26 @@ def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every value of nested mappings by its dotted path."""
     found: dict[str, Any] = {}
     for key, value in section.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return found
 
 
 def differences(small: Recipe, real: Recipe) -> list[str]:
     """The fields in which two models are of another form, not only of another size."""
     mine, others = (flat(recipe.model.model_dump(mode="json")) for recipe in (small, real))
-    found = [name for name in mine.keys() | others.keys() if name not in SIZES and mine.get(name) != others.get(name)]
+    found = [
+        name
+        for name in mine.keys() | others.keys()
+        if name not in SIZES and mine.get(name) != others.get(name)
+    ]
     # A size that is given in one is given in the other; the twin's vocabulary comes from its tokenizer.
-    return found + [name for name in SIZES - {"vocab_size"} if (mine.get(name) is None) != (others.get(name) is None)]
+    return found + [
+        name
+        for name in SIZES - {"vocab_size"}
+        if (mine.get(name) is None) != (others.get(name) is None)
+    ]
 
 
 def test_published_models_and_their_twins_are_there() -> None:
@@ -59,7 +71,9 @@ def test_a_recipe_is_called_as_its_file_and_stands_by_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_needs_no_tokenizer_to_be_counted_and_starts_on_its_ranks(name: str) -> None:
+def test_a_published_model_needs_no_tokenizer_to_be_counted_and_starts_on_its_ranks(
+    name: str,
+) -> None:
     recipe = load_recipe(name)
     assert recipe.model.vocab_size is not None
     assert recipe.data.tokenizer.vocab_size in (None, recipe.model.vocab_size)
@@ -71,17 +85,23 @@ def test_a_twin_has_every_part_of_its_model(name: str) -> None:
     small, real = load_recipe(TWIN_OF[name]), load_recipe(name)
     assert differences(small, real) == []
     attention, original = small.model.attention, real.model.attention
-    assert (attention.score_dim * 2 == attention.cached_per_token) == (original.score_dim * 2 == original.cached_per_token)  # shared heads or none
-    assert bool(small.model.moe_layers) and (len(small.model.moe_layers) < small.model.num_hidden_layers) == (
-        len(real.model.moe_layers) < real.model.num_hidden_layers
-    )
+    assert (attention.score_dim * 2 == attention.cached_per_token) == (
+        original.score_dim * 2 == original.cached_per_token
+    )  # shared heads or none
+    assert bool(small.model.moe_layers) and (
+        len(small.model.moe_layers) < small.model.num_hidden_layers
+    ) == (len(real.model.moe_layers) < real.model.num_hidden_layers)
 
 
 @pytest.mark.parametrize(
     "name,override,field",
     [
         ("gpt_oss_20b", "model.attention.sinks=false", "attention.sinks"),
-        ("gpt_oss_20b", "model.attention.full_attention_every=null", "attention.full_attention_every"),
+        (
+            "gpt_oss_20b",
+            "model.attention.full_attention_every=null",
+            "attention.full_attention_every",
+        ),
         ("h64lm", "model.position={kind: rope}", "position.kind"),
         ("h64lm", "model.moe.router.temperature=1", "moe.router.temperature"),
         ("h64lm_tied", "model.tie_word_embeddings=false", "tie_word_embeddings"),
@@ -104,7 +124,10 @@ def test_a_twin_without_a_part_is_noticed(name: str, override: str, field: str) 
 def test_a_twin_trains_for_a_minute_on_the_quickstart_data(name: str) -> None:
     recipe, quickstart = load_recipe(name), load_recipe("quickstart")
     assert recipe.data == quickstart.data.model_copy(update={"path": quickstart.data_path})
-    assert 60 <= Timeline(recipe).num_steps <= 100 and recipe.schedule.warmup_steps < Timeline(recipe).num_steps / 4
+    assert (
+        60 <= Timeline(recipe).num_steps <= 100
+        and recipe.schedule.warmup_steps < Timeline(recipe).num_steps / 4
+    )
     assert recipe.parallel.ep_size == 2 and check_topology(recipe, 2, zero_stage=1) == 1
     window = recipe.model.attention.sliding_window
     assert window is None or window < recipe.train.sequence_length  # so that it hides something

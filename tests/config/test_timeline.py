@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe, parse_yaml, recipe_to_yaml, validate_recipe
-from pretrain.config.phase_rules import PHASE_RULES
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.phases import PHASE_RULES
 from pretrain.config.timeline import Timeline, recipe_at
+from pretrain.core.errors import ConfigError
 
 # Rule -> (overrides that break it, parts of the sentence, overrides that mend it); debug has 10,240 tokens in sequences of 64.
 TWO = "phases=[{name: a, tokens: 2048}, {name: b}]"
@@ -96,7 +96,10 @@ def test_every_rule_about_phases_has_a_case() -> None:
 def with_phases(phases: list[dict[str, object]], train_tokens: int) -> Recipe:
     content = load_recipe("debug").model_dump(mode="json")
     content |= {"schedule": {"kind": "constant"}}
-    return validate_recipe(content | {"phases": phases, "train": content["train"] | {"train_tokens": train_tokens}}, "a test")
+    return validate_recipe(
+        content | {"phases": phases, "train": content["train"] | {"train_tokens": train_tokens}},
+        "a test",
+    )
 
 
 @st.composite
@@ -121,10 +124,16 @@ def test_stages_follow_each_other_and_hold_what_their_phase_asks_for(recipe: Rec
     for stage, phase in zip(timeline.stages, recipe.phases, strict=True):
         train = stage.recipe.train
         assert (stage.first_step, stage.first_tokens, stage.first_block) == (step, tokens, block)
-        assert (train.sequence_length, train.global_batch_size) == (phase.sequence_length, phase.global_batch_size)
+        assert (train.sequence_length, train.global_batch_size) == (
+            phase.sequence_length,
+            phase.global_batch_size,
+        )
         # As few whole groups of blocks as hold its tokens.
         group = train.global_batch_size * timeline.block_tokens
-        assert stage.num_tokens % group == 0 and stage.num_tokens - group < (phase.tokens or 0) <= stage.num_tokens
+        assert (
+            stage.num_tokens % group == 0
+            and stage.num_tokens - group < (phase.tokens or 0) <= stage.num_tokens
+        )
         assert timeline.at(step) is stage and timeline.at(stage.end_step - 1) is stage
         step, tokens = stage.end_step, tokens + stage.num_tokens
         block += stage.num_tokens // timeline.block_tokens
@@ -134,29 +143,46 @@ def test_stages_follow_each_other_and_hold_what_their_phase_asks_for(recipe: Rec
     assert [later - earlier for earlier, later in pairwise(after)] == [
         timeline.at(step).recipe.train.tokens_per_step for step in range(timeline.num_steps)
     ]
-    assert [step for step in range(timeline.num_steps + 1) if timeline.ends_phase(step)] == [stage.end_step for stage in timeline.stages[:-1]]
+    assert [step for step in range(timeline.num_steps + 1) if timeline.ends_phase(step)] == [
+        stage.end_step for stage in timeline.stages[:-1]
+    ]
 
 
 @given(st.integers(1, 100_000))
 @settings(max_examples=20, deadline=None)
-def test_a_run_without_phases_and_one_phase_of_everything_are_the_same_steps(train_tokens: int) -> None:
-    plain, one = Timeline(with_phases([], train_tokens)), Timeline(with_phases([{"name": "all"}], train_tokens))
+def test_a_run_without_phases_and_one_phase_of_everything_are_the_same_steps(
+    train_tokens: int,
+) -> None:
+    plain, one = (
+        Timeline(with_phases([], train_tokens)),
+        Timeline(with_phases([{"name": "all"}], train_tokens)),
+    )
     assert plain.num_steps == one.num_steps == -(-train_tokens // 512)
-    assert [timeline.tokens_after(timeline.num_steps) for timeline in (plain, one)] == [plain.num_tokens] * 2
-    assert plain.stages[0].recipe.phases == [] and plain.stages[0].name == "" and plain.block_tokens == 64
+    assert [timeline.tokens_after(timeline.num_steps) for timeline in (plain, one)] == [
+        plain.num_tokens
+    ] * 2
+    assert (
+        plain.stages[0].recipe.phases == []
+        and plain.stages[0].name == ""
+        and plain.block_tokens == 64
+    )
 
 
 def test_a_checkpoint_belongs_to_the_phase_of_its_last_step() -> None:
-    phases = (
-        "phases=[{name: a, tokens: 1024}, {name: b, position: {rope_theta: 77}, sequence_length: 32, mixture: {kind: temperature, temperature: 2}}]"
-    )
+    phases = "phases=[{name: a, tokens: 1024}, {name: b, position: {rope_theta: 77}, sequence_length: 32, mixture: {kind: temperature, temperature: 2}}]"
     recipe = load_recipe("debug", [phases])
     assert recipe == load_recipe_again(recipe)
     thetas = [recipe_at(recipe, step).model.position.rope_theta for step in (0, 1, 2, 3, 40, 99)]  # type: ignore[attr-defined]
     assert thetas == [10000, 10000, 10000, 77, 77, 77]
     late = recipe_at(recipe, 3)
-    assert late.phases == [] and late.train.sequence_length == 32 and late.data.mixture.kind == "temperature"
-    assert Timeline(recipe).changes_length(2) and not any(Timeline(recipe).changes_length(step) for step in (0, 1, 3))
+    assert (
+        late.phases == []
+        and late.train.sequence_length == 32
+        and late.data.mixture.kind == "temperature"
+    )
+    assert Timeline(recipe).changes_length(2) and not any(
+        Timeline(recipe).changes_length(step) for step in (0, 1, 3)
+    )
 
 
 def load_recipe_again(recipe: Recipe) -> Recipe:

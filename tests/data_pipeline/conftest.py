@@ -9,12 +9,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pretrain.config.data_schema import DataConfig
+from data_pipeline.config import DataConfig
 
 if TYPE_CHECKING:  # the build is slow to import, and most tests do without
-    from data_pipeline.build.coordinator import BuildResult
+    from data_pipeline.preprocess.coordinator import BuildResult
 
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "λάμδα", "mü", "中文", "<|endoftext|>"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "λάμδα",
+    "mü",
+    "中文",
+    "<|endoftext|>",
+]
 
 WriteCorpus = Callable[..., None]
 TextConfig = Callable[..., DataConfig]
@@ -38,20 +53,35 @@ def write_corpus() -> WriteCorpus:
 def text_config() -> TextConfig:
     """The data section for text files, with a tokenizer trained on them or a given one."""
 
-    def make(pattern: str, vocab_size: int | None = 300, validation_share: float = 0.2, tokenizer: Path | None = None) -> DataConfig:
-        chosen = {"kind": "train_bpe"} if tokenizer is None else {"kind": "file", "path": str(tokenizer)}
+    def make(
+        pattern: str,
+        vocab_size: int | None = 300,
+        validation_share: float = 0.2,
+        tokenizer: Path | None = None,
+    ) -> DataConfig:
+        chosen = (
+            {"kind": "train_bpe"} if tokenizer is None else {"kind": "file", "path": str(tokenizer)}
+        )
         source = {"kind": "text", "input": [pattern]}
-        return DataConfig.model_validate({"source": source, "tokenizer": chosen | {"vocab_size": vocab_size}, "validation_share": validation_share})
+        return DataConfig.model_validate(
+            {
+                "source": source,
+                "tokenizer": chosen | {"vocab_size": vocab_size},
+                "validation_share": validation_share,
+            }
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, write_corpus: WriteCorpus, text_config: TextConfig) -> BuildResult:
+def built(
+    tmp_path_factory: pytest.TempPathFactory, write_corpus: WriteCorpus, text_config: TextConfig
+) -> BuildResult:
     """A data folder of forty documents; tests only read it."""
     folder = tmp_path_factory.mktemp("built")
     write_corpus(folder / "raw")
-    from data_pipeline.build.coordinator import build
-    from data_pipeline.build.workspace import Output
+    from data_pipeline.preprocess.coordinator import build
+    from data_pipeline.preprocess.workspace import Output
 
     return build(text_config(str(folder / "raw" / "*.txt")), Output(folder / "data"))

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.indexed import IndexedWriter, token_dtype
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardEntry, SourceEntry, SplitEntry, TokenizerEntry, load_manifest
-from data_pipeline.split import SplitName
-from data_pipeline.token_stream import TokenStream, open_split
-from pretrain.config.durable import file_sha256
+from data_pipeline.shards.indexed import IndexedWriter, token_dtype
+from data_pipeline.shards.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    TokenizerEntry,
+    load_manifest,
+)
+from data_pipeline.shards.split import SplitName
+from data_pipeline.shards.token_stream import TokenStream, open_split
+from pretrain.core.files import file_sha256
 
 EOD = 0
 Shards = Sequence[Sequence[Sequence[int]]]
@@ -37,15 +46,28 @@ def write_folder(
                 for name, pieces in sources.items()
                 for number, documents in enumerate(pieces)
             ]
-            documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-            splits[split] = SplitEntry(documents=documents, tokens=tokens, utf8_bytes=3 * tokens, shards=shards)  # type: ignore[index]
-    entry = SourceEntry(kind="text", sha256="0" * 64, records=0, documents=0, tokens=0, utf8_bytes=0, share=0.0)
+            documents, tokens = (
+                sum(shard.documents for shard in shards),
+                sum(shard.tokens for shard in shards),
+            )
+            splits[split] = SplitEntry(
+                documents=documents, tokens=tokens, utf8_bytes=3 * tokens, shards=shards
+            )  # type: ignore[index]
+    entry = SourceEntry(
+        kind="text", sha256="0" * 64, records=0, documents=0, tokens=0, utf8_bytes=0, share=0.0
+    )
     manifest = Manifest(
         created_by="test",
         request_sha256="0" * 64,
         inputs_sha256="0" * 64,
         dtype=token_dtype(vocab_size).name,
-        tokenizer=TokenizerEntry(file=TOKENIZER_NAME, sha256=file_sha256(folder / TOKENIZER_NAME), vocab_size=vocab_size, eod_id=EOD, pad_id=pad_id),
+        tokenizer=TokenizerEntry(
+            file=TOKENIZER_NAME,
+            sha256=file_sha256(folder / TOKENIZER_NAME),
+            vocab_size=vocab_size,
+            eod_id=EOD,
+            pad_id=pad_id,
+        ),
         sources=dict.fromkeys(dict.fromkeys([*train, *(validation or {})]), entry),
         splits=splits,
     )
@@ -53,7 +75,9 @@ def write_folder(
     return load_manifest(folder)
 
 
-def write_shard(folder: Path, prefix: str, source: str, documents: Sequence[Sequence[int]], vocab_size: int) -> ShardEntry:
+def write_shard(
+    folder: Path, prefix: str, source: str, documents: Sequence[Sequence[int]], vocab_size: int
+) -> ShardEntry:
     """One shard of one source."""
     with IndexedWriter(folder / prefix, token_dtype(vocab_size)) as writer:
         tokens = np.array([token for document in documents for token in document], dtype=np.int64)

@@ -21,13 +21,38 @@ from typing import Any
 import pytest
 
 SEPARATOR = "<|end|>"
-WORDS = ["alpha", "beta,", "γάμμα", "δ😀", "it's", "[ep]", "{brace}", "back\\slash", "semi;colon", "中文", "mü", "12.5", "null", "#x", "a|b"]
+WORDS = [
+    "alpha",
+    "beta,",
+    "γάμμα",
+    "δ😀",
+    "it's",
+    "[ep]",
+    "{brace}",
+    "back\\slash",
+    "semi;colon",
+    "中文",
+    "mü",
+    "12.5",
+    "null",
+    "#x",
+    "a|b",
+]
 
 
-def make_texts(source: random.Random, count: int, with_lines: bool, with_quotes: bool = True) -> list[str]:
+def make_texts(
+    source: random.Random, count: int, with_lines: bool, with_quotes: bool = True
+) -> list[str]:
     """Texts that differ from each other; some with line ends and quotes inside, if the format can hold them."""
-    words = WORDS + (['"quoted"', 'half"quote'] if with_quotes else []) + (["new\nline"] if with_lines else [])
-    return [f"d{number}x " + " ".join(source.choices(words, k=source.randint(1, 12))) for number in range(count)]
+    words = (
+        WORDS
+        + (['"quoted"', 'half"quote'] if with_quotes else [])
+        + (["new\nline"] if with_lines else [])
+    )
+    return [
+        f"d{number}x " + " ".join(source.choices(words, k=source.randint(1, 12)))
+        for number in range(count)
+    ]
 
 
 def is_document(text: Any) -> bool:
@@ -62,7 +87,11 @@ class Format:
 
 
 def _record(text: str, source: random.Random) -> dict[str, Any]:
-    return {"id": source.randrange(100), "meta": {"tags": ["x", {"y": 1}], "score": 0.5}, "text": text}
+    return {
+        "id": source.randrange(100),
+        "meta": {"tags": ["x", {"y": 1}], "score": 0.5},
+        "text": text,
+    }
 
 
 def _text_of(record: Any) -> Iterator[str]:
@@ -94,9 +123,17 @@ def _read_values(content: str) -> list[str]:
     return found
 
 
-def _write_csv(texts: list[str], source: random.Random, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> str:
+def _write_csv(
+    texts: list[str], source: random.Random, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+) -> str:
     stream = io.StringIO(newline="")
-    rows = csv.writer(stream, delimiter=delimiter, lineterminator="\n", quoting=quoting, quotechar='"' if quoting != csv.QUOTE_NONE else None)
+    rows = csv.writer(
+        stream,
+        delimiter=delimiter,
+        lineterminator="\n",
+        quoting=quoting,
+        quotechar='"' if quoting != csv.QUOTE_NONE else None,
+    )
     rows.writerows([["id", "text", "n"], *([number, text, 5] for number, text in enumerate(texts))])
     return stream.getvalue()
 
@@ -123,7 +160,11 @@ def _tsv(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_lines(content: str) -> list[str]:
-    return [line for line in (line.removesuffix("\r") for line in content.split("\n")) if is_document(line)]
+    return [
+        line
+        for line in (line.removesuffix("\r") for line in content.split("\n"))
+        if is_document(line)
+    ]
 
 
 def _read_separated(content: str) -> list[str]:
@@ -138,11 +179,17 @@ def _read_separated(content: str) -> list[str]:
 
 
 def _json_lines(texts: list[str], source: random.Random) -> str:
-    return "".join(json.dumps(_record(text, source), ensure_ascii=source.random() < 0.5) + "\n" for text in texts)
+    return "".join(
+        json.dumps(_record(text, source), ensure_ascii=source.random() < 0.5) + "\n"
+        for text in texts
+    )
 
 
 def _array(indent: int | None) -> Callable[[list[str], random.Random], str]:
-    return lambda texts, source: json.dumps([_record(text, source) for text in texts], indent=indent, ensure_ascii=False) + "\n"
+    return lambda texts, source: (
+        json.dumps([_record(text, source) for text in texts], indent=indent, ensure_ascii=False)
+        + "\n"
+    )
 
 
 FORMATS = [
@@ -153,18 +200,29 @@ FORMATS = [
         "array_of_lines",
         ".json",
         {"kind": "jsonl"},
-        lambda texts, source: "[\n" + _json_lines(texts, source).rstrip("\n").replace("\n", ",\n") + "\n]\n",
+        lambda texts, source: (
+            "[\n" + _json_lines(texts, source).rstrip("\n").replace("\n", ",\n") + "\n]\n"
+        ),
         _read_values,
     ),
     Format(
         "pretty_objects",
         ".json",
         {"kind": "jsonl"},
-        lambda texts, source: "".join(json.dumps(_record(text, source), indent=1) + "\n" for text in texts),
+        lambda texts, source: "".join(
+            json.dumps(_record(text, source), indent=1) + "\n" for text in texts
+        ),
         _read_values,
     ),
     Format("csv", ".csv", {"kind": "csv"}, _write_csv, _read_csv),
-    Format("tsv", ".tsv", {"kind": "csv", "delimiter": "\t"}, _tsv(_write_csv), _tsv(_read_csv), holds_lines=False),
+    Format(
+        "tsv",
+        ".tsv",
+        {"kind": "csv", "delimiter": "\t"},
+        _tsv(_write_csv),
+        _tsv(_read_csv),
+        holds_lines=False,
+    ),
     Format(
         "file",
         ".txt",
@@ -195,7 +253,9 @@ FORMATS = [
 
 # Of the containers; without one of them there is nothing to compare with.
 TOOLS = ("gzip", "bzip2", "xz", "zstd", "lz4")
-has_tools = pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs the commands {', '.join(TOOLS)}")
+has_tools = pytest.mark.skipif(
+    not all(map(shutil.which, TOOLS)), reason=f"needs the commands {', '.join(TOOLS)}"
+)
 
 
 def _tool(*command: str) -> Callable[[bytes], bytes]:
@@ -262,12 +322,20 @@ def _stray_quotes(content: str, source: random.Random, format: Format) -> str:
 INSIDE: dict[str, Damage] = {
     "none": lambda content, source, format: content,
     "no_last_newline": lambda content, source, format: content.removesuffix("\n"),
-    "crlf": lambda content, source, format: content.replace("\n", "\r\n") if not format.holds_lines or "json" in format.ending else content,
+    "crlf": lambda content, source, format: (
+        content.replace("\n", "\r\n")
+        if not format.holds_lines or "json" in format.ending
+        else content
+    ),
     "other_ending": lambda content, source, format: content,
-    "garbage_line": lambda content, source, format: _lines_with(content, source, "%% garbage } ] line"),
+    "garbage_line": lambda content, source, format: _lines_with(
+        content, source, "%% garbage } ] line"
+    ),
     "empty": lambda content, source, format: "",
     "stray_quotes": _stray_quotes,
-    "second_header": lambda content, source, format: _lines_with(content, source, content.split("\n")[0]),
+    "second_header": lambda content, source, format: _lines_with(
+        content, source, content.split("\n")[0]
+    ),
 }
 HARMLESS = {"none", "no_last_newline", "crlf", "other_ending"}
 # What happens to the bytes, before or after they are packed.
@@ -342,4 +410,7 @@ def cases(seeds: int, damaged_seeds: int) -> Iterator[Case]:
                 yield from (make_case(format, container, damage, seed) for seed in range(seeds))
             for kind in BYTES:
                 for where in ("inside", "outside") if container.is_compressed else ("outside",):
-                    yield from (make_case(format, container, f"{kind}_bytes_{where}", seed) for seed in range(damaged_seeds))
+                    yield from (
+                        make_case(format, container, f"{kind}_bytes_{where}", seed)
+                        for seed in range(damaged_seeds)
+                    )

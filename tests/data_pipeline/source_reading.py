@@ -7,22 +7,28 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from data_pipeline.config import Source as AnySource
 from data_pipeline.sources import Document, LeftOut, ReadContext, Unit, open_source
-from pretrain.config.data_schema import Source as AnySource
 
 SECTION: TypeAdapter[Any] = TypeAdapter(AnySource)
 
 
 def list_units(section: dict[str, Any], unit_bytes: int = 1 << 20, **context: Any) -> list[Unit]:
-    return open_source(SECTION.validate_python(section), ReadContext("all", **context)).units(unit_bytes)
+    return open_source(SECTION.validate_python(section), ReadContext("all", **context)).units(
+        unit_bytes
+    )
 
 
-def read_units(section: dict[str, Any], units: list[Unit], **context: Any) -> list[Document | LeftOut]:
+def read_units(
+    section: dict[str, Any], units: list[Unit], **context: Any
+) -> list[Document | LeftOut]:
     source = open_source(SECTION.validate_python(section), ReadContext("all", **context))
     return [result for unit in units for result in source.read(unit)]
 
 
-def read_all(section: dict[str, Any], unit_bytes: int = 1 << 20, **context: Any) -> list[Document | LeftOut]:
+def read_all(
+    section: dict[str, Any], unit_bytes: int = 1 << 20, **context: Any
+) -> list[Document | LeftOut]:
     return read_units(section, list_units(section, unit_bytes, **context), **context)
 
 

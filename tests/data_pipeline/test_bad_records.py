@@ -16,8 +16,16 @@ import pyarrow
 import pytest
 
 from data_pipeline.sources import REASONS, LeftOut
-from pretrain.config.errors import DataError, PipelineError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, reasons, texts, write
+from pretrain.core.errors import DataError, PipelineError
+from tests.data_pipeline.source_reading import (
+    left_out,
+    list_units,
+    read_all,
+    read_units,
+    reasons,
+    texts,
+    write,
+)
 
 
 def jsonl(path: str | Path, **fields: Any) -> dict[str, Any]:
@@ -68,12 +76,18 @@ GOOD_LINES = {
 
 @pytest.mark.parametrize("unit_bytes", [1 << 20, 37])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_bad_line_is_left_out_with_its_reason_and_place(tmp_path: Path, suffix: str, unit_bytes: int) -> None:
+def test_a_bad_line_is_left_out_with_its_reason_and_place(
+    tmp_path: Path, suffix: str, unit_bytes: int
+) -> None:
     rows = [*BAD_LINES, *GOOD_LINES, b"", b"  "]
     random.Random(1).shuffle(rows)
     content = b"\n".join(rows)
     encode = {"": bytes, ".gz": gzip.compress, ".zst": compress_zstd}[suffix]
-    results = read_all(jsonl(write(tmp_path / f"a.jsonl{suffix}", encode(content))), unit_bytes, max_record_bytes=999)
+    results = read_all(
+        jsonl(write(tmp_path / f"a.jsonl{suffix}", encode(content))),
+        unit_bytes,
+        max_record_bytes=999,
+    )
     found = []
     for bad in left_out(results):
         assert bad.offset is not None and bad.is_bad
@@ -89,7 +103,9 @@ def test_a_bad_line_is_left_out_with_its_reason_and_place(tmp_path: Path, suffix
 def test_brackets_a_hundred_thousand_deep_are_one_bad_line(tmp_path: Path) -> None:
     deep = b"[" * 100_000 + b"]" * 100_000
     inside = b'{"text": "x", "more": ' + deep + b"}"
-    results = read_all(jsonl(write(tmp_path / "a.jsonl", b"\n".join([deep, b'{"text": "after"}', inside]))))
+    results = read_all(
+        jsonl(write(tmp_path / "a.jsonl", b"\n".join([deep, b'{"text": "after"}', inside])))
+    )
     assert (texts(results), reasons(results)) == (["after"], ["too_deep", "too_deep"])
 
 
@@ -97,7 +113,11 @@ def test_bad_lines_of_text_are_left_out_too(tmp_path: Path) -> None:
     content = "\ufeffgood\r\n".encode() + b"caf\xe9\nnul\0\n\n" + b"x" * 50 + b"\nlast"
     results = read_all(lines(write(tmp_path / "a.txt", content)), max_record_bytes=40)
     assert texts(results) == ["good", "last"]
-    assert [(bad.reason, bad.line, bad.offset) for bad in left_out(results)] == [("invalid_utf8", 2, 9), ("nul", 3, 14), ("too_long", 5, 20)]
+    assert [(bad.reason, bad.line, bad.offset) for bad in left_out(results)] == [
+        ("invalid_utf8", 2, 9),
+        ("nul", 3, 14),
+        ("too_long", 5, 20),
+    ]
     whole_file = read_all(whole(tmp_path / "a.txt"), max_record_bytes=40)
     assert reasons(whole_file) == ["too_long"]
 
@@ -110,12 +130,21 @@ def test_files_with_nothing_in_them_give_nothing(tmp_path: Path, content: bytes)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_compressed_file_that_is_cut_short_gives_what_stands_before_the_damage(tmp_path: Path, suffix: str) -> None:
+def test_a_compressed_file_that_is_cut_short_gives_what_stands_before_the_damage(
+    tmp_path: Path, suffix: str
+) -> None:
     encode = gzip.compress if suffix == ".gz" else compress_zstd
     source = random.Random(0)
-    rows = [json.dumps({"text": f"{number} {source.getrandbits(256):x}"}).encode() for number in range(20_000)]
+    rows = [
+        json.dumps({"text": f"{number} {source.getrandbits(256):x}"}).encode()
+        for number in range(20_000)
+    ]
     full = encode(b"\n".join(rows) + b"\n")
-    for content in (full[: len(full) // 2], full + encode(b'{"text": "more"}\n')[:12], full + b"rubbish"):
+    for content in (
+        full[: len(full) // 2],
+        full + encode(b'{"text": "more"}\n')[:12],
+        full + b"rubbish",
+    ):
         path = write(tmp_path / f"a.jsonl{suffix}", content)
         results = read_all(jsonl(path))
         assert reasons(results) == ["damaged_compression"]
@@ -123,7 +152,9 @@ def test_a_compressed_file_that_is_cut_short_gives_what_stands_before_the_damage
         assert found == list(range(len(found))) and len(found) > 5_000
         (bad,) = left_out(results)
         assert bad.line == len(found) + 1 and bad.detail
-    assert texts(read_all(jsonl(write(tmp_path / f"a.jsonl{suffix}", full)))) == [json.loads(row)["text"] for row in rows]
+    assert texts(read_all(jsonl(write(tmp_path / f"a.jsonl{suffix}", full)))) == [
+        json.loads(row)["text"] for row in rows
+    ]
 
 
 def test_a_folder_that_vanishes_between_listing_and_reading_is_one_sentence(tmp_path: Path) -> None:
@@ -132,7 +163,9 @@ def test_a_folder_that_vanishes_between_listing_and_reading_is_one_sentence(tmp_
         units = list_units(kind(path))
         path.unlink()
         path.parent.rmdir()
-        with pytest.raises(DataError, match=r"^[^\n]+ cannot be read \(No such file or directory\): [^\n]+$"):
+        with pytest.raises(
+            DataError, match=r"^[^\n]+ cannot be read \(No such file or directory\): [^\n]+$"
+        ):
             read_units(kind(path), units)
 
 
@@ -147,9 +180,13 @@ def read_apart(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
         assert set(results) <= {"too_long"}, results
         print(peak_megabytes(), len(results))
     """
-    settings = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
+    settings = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
+    }
     command = [sys.executable, "-c", script, kind, str(path), str(unit_bytes)]
-    megabytes, count = subprocess.run(command, check=True, capture_output=True, text=True, env=settings).stdout.split()
+    megabytes, count = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=settings
+    ).stdout.split()
     return int(megabytes), int(count)
 
 
@@ -162,7 +199,9 @@ def write_long_line(path: Path, megabytes: int, start: bytes) -> None:
 
 
 @pytest.mark.parametrize("megabytes", [300, pytest.param(1024, marks=pytest.mark.full)])
-def test_a_line_of_any_length_is_left_out_without_being_held(tmp_path: Path, megabytes: int) -> None:
+def test_a_line_of_any_length_is_left_out_without_being_held(
+    tmp_path: Path, megabytes: int
+) -> None:
     write_long_line(tmp_path / "a.jsonl", megabytes, b'{"text": "')
     # Small units too: what begins inside the line is passed over, not read to the line's end by each unit.
     for unit_bytes in (2 << 30, 1 << 22):
@@ -174,14 +213,21 @@ def test_a_line_of_any_length_is_left_out_without_being_held(tmp_path: Path, meg
 
 
 GOOD = {
-    "jsonl": "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(["one", "zwei é", "three 😀", "4\n4"])).encode(),
+    "jsonl": "".join(
+        json.dumps({"text": text, "id": number}) + "\n"
+        for number, text in enumerate(["one", "zwei é", "three 😀", "4\n4"])
+    ).encode(),
     "csv": 'id,text\n1,one\n2,"two, ""quoted""\nand more"\r\n3,é\n'.encode(),
     "text": "one\nzwei é\r\n<|end|>\nthree 😀\n".encode(),
 }
 SECTIONS: dict[str, list[dict[str, Any]]] = {
     "jsonl": [{"kind": "jsonl"}, {"kind": "jsonl", "id_field": "id", "metadata_fields": ["id"]}],
     "csv": [{"kind": "csv"}, {"kind": "csv", "delimiter": ";"}],
-    "text": [{"kind": "text"}, {"kind": "text", "document": "line"}, {"kind": "text", "document": "separator", "separator": "<|end|>"}],
+    "text": [
+        {"kind": "text"},
+        {"kind": "text", "document": "line"},
+        {"kind": "text", "document": "separator", "separator": "<|end|>"},
+    ],
 }
 
 
@@ -196,7 +242,19 @@ def mutate(content: bytes, source: random.Random) -> bytes:
                 del changed[at : at + source.randint(1, 5)]
             case 2:
                 changed[at:at] = source.choice(
-                    [b"\0", b'"', b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"[" * 50, b"{", b"\xed\xa0\x80", b",", b"\\u0000"]
+                    [
+                        b"\0",
+                        b'"',
+                        b"\n",
+                        b"\r",
+                        b"\xff",
+                        b"\xef\xbb\xbf",
+                        b"[" * 50,
+                        b"{",
+                        b"\xed\xa0\x80",
+                        b",",
+                        b"\\u0000",
+                    ]
                 )
             case 3 if source.random() < 0.3:
                 del changed[at:]
@@ -205,19 +263,29 @@ def mutate(content: bytes, source: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_ten_thousand_mutated_files_give_documents_or_reasons_and_nothing_else(tmp_path: Path) -> None:
+def test_ten_thousand_mutated_files_give_documents_or_reasons_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     source, seen, errors = random.Random(7), Counter[str](), 0
     for number in range(10_000):
         kind = source.choice(list(GOOD))
-        suffix, encode = source.choice([("", bytes), ("", bytes), (".gz", gzip.compress), (".zst", compress_zstd)])
+        suffix, encode = source.choice(
+            [("", bytes), ("", bytes), (".gz", gzip.compress), (".zst", compress_zstd)]
+        )
         # Half of the compressed files are damaged outside, half inside.
         outside = source.random() < 0.5
-        content = mutate(encode(GOOD[kind]), source) if outside else encode(mutate(GOOD[kind], source))
+        content = (
+            mutate(encode(GOOD[kind]), source) if outside else encode(mutate(GOOD[kind], source))
+        )
         path = tmp_path / f"a.{kind}{suffix}"
         path.write_bytes(content)
         section = source.choice(SECTIONS[kind]) | {"input": [str(path)]}
         try:
-            results = read_all(section, source.choice([7, 1 << 20]), max_record_bytes=source.choice([10, 60, 1 << 20]))
+            results = read_all(
+                section,
+                source.choice([7, 1 << 20]),
+                max_record_bytes=source.choice([10, 60, 1 << 20]),
+            )
         except PipelineError as error:
             assert "\n" not in str(error), number
             errors += 1
@@ -226,9 +294,21 @@ def test_ten_thousand_mutated_files_give_documents_or_reasons_and_nothing_else(t
             if isinstance(result, LeftOut):
                 seen[result.reason] += 1
             else:
-                assert result.text.strip() and "\0" not in result.text and result.text.encode("utf-8")
+                assert (
+                    result.text.strip() and "\0" not in result.text and result.text.encode("utf-8")
+                )
                 seen["document"] += 1
     assert set(seen) <= set(REASONS) | {"document"}
     assert errors > 100 and seen["document"] > 5_000
-    expected = {"too_long", "invalid_utf8", "nul", "invalid_json", "missing_field", "damaged_compression", "field_count", "invalid_csv", "empty"}
+    expected = {
+        "too_long",
+        "invalid_utf8",
+        "nul",
+        "invalid_json",
+        "missing_field",
+        "damaged_compression",
+        "field_count",
+        "invalid_csv",
+        "empty",
+    }
     assert expected <= set(seen), seen

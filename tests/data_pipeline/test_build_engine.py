@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import coordinator, engine
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.pool import Pool
-from data_pipeline.build.workspace import Output
-from data_pipeline.indexed import IndexedReader
-from data_pipeline.tokenizer import load_tokenizer
-from pretrain.config.data_schema import DataConfig
+from data_pipeline.config import DataConfig
+from data_pipeline.preprocess import coordinator, engine
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.pool import Pool
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.indexed import IndexedReader
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 
-DOCUMENTS = [f"document {number} " + " ".join(str(number * step % 97) for step in range(30)) for number in range(200)]
+DOCUMENTS = [
+    f"document {number} " + " ".join(str(number * step % 97) for step in range(30))
+    for number in range(200)
+]
 
 
 def section(path: Path, documents: list[str]) -> DataConfig:
@@ -55,7 +58,9 @@ class Encoded:
 
 
 @pytest.mark.parametrize("again", ["tokenizers", "fastokens"])
-def test_units_of_a_stopped_build_stay_only_where_the_engine_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+def test_units_of_a_stopped_build_stay_only_where_the_engine_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
     config, output = section(tmp_path / "corpus.jsonl", DOCUMENTS), Output(tmp_path / "data")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         Encoded(patch, at_most=5)
@@ -65,7 +70,10 @@ def test_units_of_a_stopped_build_stay_only_where_the_engine_is_the_same(tmp_pat
     assert min(encoded.units) == (5 if again == "tokenizers" else 0)
 
 
-@pytest.mark.parametrize(("likely", "installed", "stay"), [("fastokens", True, True), ("tiktoken", True, False), ("tiktoken", False, False)])
+@pytest.mark.parametrize(
+    ("likely", "installed", "stay"),
+    [("fastokens", True, True), ("tiktoken", True, False), ("tiktoken", False, False)],
+)
 def test_units_encoded_while_the_engine_is_chosen_stay_only_if_it_was_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, likely: str, installed: bool, stay: bool
 ) -> None:
@@ -97,7 +105,9 @@ def test_units_encoded_while_the_engine_is_chosen_stay_only_if_it_was_theirs(
 
 def test_a_later_build_of_the_same_process_has_its_own_tokenizer(tmp_path: Path) -> None:
     for words in ("alpha beta gamma delta ", "gamma gamma delta alpha eta "):
-        config = section(tmp_path / "corpus.jsonl", [words * 9 + str(number) for number in range(50)])
+        config = section(
+            tmp_path / "corpus.jsonl", [words * 9 + str(number) for number in range(50)]
+        )
         manifest = build(config, Output(tmp_path / "data"), fresh=True).manifest
         reader = IndexedReader(manifest.folder / manifest.splits["train"].shards[0].prefix)
         assert load_tokenizer(manifest.tokenizer_path).decode(reader[0].tolist()).startswith(words)

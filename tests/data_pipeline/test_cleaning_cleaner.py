@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cleaning import REASONS, Cleaned, Cleaner
+from data_pipeline.cleaning.cleaner import Cleaner
+from data_pipeline.cleaning.config import Cleaning, Normalize
 from data_pipeline.cleaning.normalize import Normalizer
-from pretrain.config.cleaning_schema import Cleaning, Normalize
+from data_pipeline.cleaning.stage import REASONS, Cleaned
 
 CODE = "def f(x):\n\tif x:\n\t\treturn {'a': 1}   \n\n\n    # spaces\n"
 
@@ -32,14 +33,19 @@ def test_normalisation_leaves_code_as_it_is() -> None:
 
 def test_normalisation_counts_what_it_changes() -> None:
     cleaned = cleaner(normalize={}).clean("e\u0301\r\na\x00\x01b\rc\td\x7f\n")
-    assert cleaned == Cleaned("é\nab\nc\td\n", edits={"line_ends": 2, "control_characters": 2, "normalized": 1})
+    assert cleaned == Cleaned(
+        "é\nab\nc\td\n", edits={"line_ends": 2, "control_characters": 2, "normalized": 1}
+    )
 
 
 def test_each_part_of_normalisation_can_be_left_out() -> None:
     text = "ﬁ\r\n\x02"
     assert Normalizer(Normalize())(text).text == "ﬁ\n"
     assert Normalizer(Normalize(form="NFKC"))(text).text == "fi\n"
-    assert Normalizer(Normalize(unify_line_ends=False, strip_control_characters=False))(text).text == text
+    assert (
+        Normalizer(Normalize(unify_line_ends=False, strip_control_characters=False))(text).text
+        == text
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,7 +55,11 @@ def test_normalised_text_is_normal_and_stays_so(text: str, form: str) -> None:
     once = normalizer(text).text
     assert unicodedata.is_normalized(form, once)  # type: ignore[arg-type]
     assert normalizer(once) == Cleaned(once)
-    assert not [character for character in once if unicodedata.category(character) == "Cc" and character not in "\t\n"]
+    assert not [
+        character
+        for character in once
+        if unicodedata.category(character) == "Cc" and character not in "\t\n"
+    ]
 
 
 def test_stages_work_on_what_the_stage_before_made() -> None:
@@ -61,17 +71,24 @@ def test_stages_work_on_what_the_stage_before_made() -> None:
     assert cleaner(**sections).clean("mail jane@corp.com now") == Cleaned(
         "mail jane@corp.com now", "code_line_length", "a line of 22 characters, the most is 10"
     )
-    assert cleaner(redact={}).clean("mail jane@corp.com now") == Cleaned("mail <EMAIL> now", edits={"redacted_email": 1})
+    assert cleaner(redact={}).clean("mail jane@corp.com now") == Cleaned(
+        "mail <EMAIL> now", edits={"redacted_email": 1}
+    )
 
 
 def test_a_dropped_document_keeps_the_edits_made_before() -> None:
     cleaned = cleaner(normalize={}, gopher_quality={}).clean("one\r\ntwo")
-    assert cleaned == Cleaned("one\ntwo", "gopher_min_words", "2 words, the least is 50", {"line_ends": 1})
+    assert cleaned == Cleaned(
+        "one\ntwo", "gopher_min_words", "2 words, the least is 50", {"line_ends": 1}
+    )
 
 
 def test_a_document_of_which_nothing_is_left_is_dropped() -> None:
     assert cleaner(normalize={}).clean("\x01\x02").dropped == "empty_after_cleaning"
-    assert cleaner(c4_quality={"min_sentences": 0}).clean("home\nabout\n").dropped == "empty_after_cleaning"
+    assert (
+        cleaner(c4_quality={"min_sentences": 0}).clean("home\nabout\n").dropped
+        == "empty_after_cleaning"
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,10 +98,16 @@ def test_a_document_of_which_nothing_is_left_is_dropped() -> None:
         ({"gopher_repetition": {}}, "a b\n" * 9, "gopher_duplicate_lines"),
         ({"c4_quality": {}}, "int main() {", "c4_curly_bracket"),
         ({"code_quality": {}}, "x" * 2000, "code_mean_line_length"),
-        ({"language": {"keep": ["en"]}}, "Das ist ein kurzer deutscher Satz über das Wetter in Hamburg.", "language"),
+        (
+            {"language": {"keep": ["en"]}},
+            "Das ist ein kurzer deutscher Satz über das Wetter in Hamburg.",
+            "language",
+        ),
     ],
 )
-def test_every_section_of_a_recipe_adds_its_stage(sections: dict[str, object], text: str, reason: str) -> None:
+def test_every_section_of_a_recipe_adds_its_stage(
+    sections: dict[str, object], text: str, reason: str
+) -> None:
     assert cleaner(**sections).clean(text).dropped == reason
     assert reason in REASONS
     assert cleaner().clean(text).dropped is None

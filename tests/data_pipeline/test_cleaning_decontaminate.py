@@ -12,19 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cleaning import Cleaner
+from data_pipeline.cleaning.cleaner import Cleaner
+from data_pipeline.cleaning.config import Cleaning, Decontaminate
 from data_pipeline.cleaning.decontaminate import Decontaminator
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import Cleaning, Decontaminate
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 
 WORDS = [f"word{number}" for number in range(40)]
 QUESTION = " ".join(WORDS[:20])
 
 
 def stage(*paths: Path | str, **fields: object) -> Decontaminator:
-    return Decontaminator(Decontaminate.model_validate({"against": [str(path) for path in paths]} | fields))
+    return Decontaminator(
+        Decontaminate.model_validate({"against": [str(path) for path in paths]} | fields)
+    )
 
 
 def test_thirteen_shared_words_are_contamination_and_twelve_are_not(tmp_path: Path) -> None:
@@ -32,7 +34,10 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not(tmp_path: Pa
     check = stage(tmp_path / "test.txt")
     found = check("before " + " ".join(WORDS[4:17]) + " after")
     assert found.dropped == "contaminated"
-    assert found.detail == f"1 n-grams of 13 words are in {tmp_path / 'test.txt'} too, the first: {' '.join(WORDS[4:17])}"
+    assert (
+        found.detail
+        == f"1 n-grams of 13 words are in {tmp_path / 'test.txt'} too, the first: {' '.join(WORDS[4:17])}"
+    )
     text = "before " + " ".join(WORDS[4:16]) + " after"
     assert check(text) == Cleaned(text)
     assert stage(tmp_path / "test.txt", ngram_words=12)(text).dropped == "contaminated"
@@ -40,7 +45,10 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not(tmp_path: Pa
 
 def test_case_punctuation_and_line_ends_do_not_hide_a_copy(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text(QUESTION)
-    assert stage(tmp_path / "test.txt")(",\n ".join(WORDS[:20]).upper() + "?!").dropped == "contaminated"
+    assert (
+        stage(tmp_path / "test.txt")(",\n ".join(WORDS[:20]).upper() + "?!").dropped
+        == "contaminated"
+    )
     assert stage(tmp_path / "test.txt")(" ".join(reversed(WORDS))).dropped is None
 
 
@@ -64,8 +72,12 @@ def test_the_detail_names_the_file_among_several(tmp_path: Path) -> None:
     assert str(tmp_path / "1.txt") in check(" ".join(f"1{word}" for word in WORDS)).detail
 
 
-def test_evaluation_texts_that_are_too_short_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (QUESTION, "too short", "short too")))
+def test_evaluation_texts_that_are_too_short_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "test.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in (QUESTION, "too short", "short too"))
+    )
     with caplog.at_level(logging.WARNING):
         stage(tmp_path / "test.jsonl")
     assert "2 of 3 texts are shorter than 13 words" in caplog.text
@@ -90,7 +102,9 @@ def test_evaluation_files_that_cannot_be_used_are_refused(tmp_path: Path) -> Non
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "ab", "ba"]), max_size=12), st.integers(1, 5))
-def test_hashes_of_ngrams_are_equal_exactly_where_the_ngrams_are(words: list[str], size: int) -> None:
+def test_hashes_of_ngrams_are_equal_exactly_where_the_ngrams_are(
+    words: list[str], size: int
+) -> None:
     hashes = hash_ngrams(hash_words(words_of(" ".join(words))), size).tolist()
     ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     assert len(hashes) == len(ngrams)
@@ -98,5 +112,20 @@ def test_hashes_of_ngrams_are_equal_exactly_where_the_ngrams_are(words: list[str
 
 
 def test_words_are_lower_case_runs_of_letters_and_digits_of_any_script() -> None:
-    found = [word.decode() for word in words_of("The «Straße», naïve_x-2… Ünï\u3000日本語、カナ don't")]
-    assert found == ["the", "straße", "naïve_x", "2", "ünï", "日", "本", "語", "カ", "ナ", "don", "t"]
+    found = [
+        word.decode() for word in words_of("The «Straße», naïve_x-2… Ünï\u3000日本語、カナ don't")
+    ]
+    assert found == [
+        "the",
+        "straße",
+        "naïve_x",
+        "2",
+        "ünï",
+        "日",
+        "本",
+        "語",
+        "カ",
+        "ナ",
+        "don",
+        "t",
+    ]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.cleaning.config import Redact
 from data_pipeline.cleaning.redact import Redactor
 from data_pipeline.cleaning.secret_patterns import SECRETS, looks_random
 from data_pipeline.cleaning.stage import Cleaned
-from pretrain.config.cleaning_schema import Redact
 
 KINDS = ("secrets", "email_addresses", "ip_addresses", "phone_numbers", "credit_cards")
 ALL = Redactor(Redact(phone_numbers=True))
@@ -56,7 +56,11 @@ def test_issued_tokens_are_replaced_and_longer_words_are_not(token: str) -> None
     assert cleaned.edits == {"redacted_secret": 2}
     assert BASE62[:8] not in cleaned.text and "Q7ZMXW2" not in cleaned.text
     assert cleaned.text.endswith("<SECRET>, and more")
-    assert only("secrets")(f"x{token}").text == f"x{token}" or "://" in token or token.startswith("eyJ")
+    assert (
+        only("secrets")(f"x{token}").text == f"x{token}"
+        or "://" in token
+        or token.startswith("eyJ")
+    )
     assert only("email_addresses")(token) == Cleaned(token)
 
 
@@ -67,7 +71,10 @@ def test_issued_tokens_are_replaced_and_longer_words_are_not(token: str) -> None
         ('{"apiKey": "9f8Gh2kLq0ZxPw3RtY"}', '{"apiKey": "<SECRET>"}'),
         ("API_KEY: '9f8Gh2kLq0ZxPw3RtY'", "API_KEY: '<SECRET>'"),
         ("auth_token => '9f8Gh2kLq0ZxPw3RtY'", "auth_token => '<SECRET>'"),
-        ("AWS_SECRET_ACCESS_KEY=wJ4lrXUtnFEMI7K9MDENGbPxRfiCYzz0Q1w2E3r4", "AWS_SECRET_ACCESS_KEY=<SECRET>"),
+        (
+            "AWS_SECRET_ACCESS_KEY=wJ4lrXUtnFEMI7K9MDENGbPxRfiCYzz0Q1w2E3r4",
+            "AWS_SECRET_ACCESS_KEY=<SECRET>",
+        ),
         ("postgres://app:tR7kq9Zm2Lx4Vb@db.internal/x", "postgres://app:<SECRET>@db.internal/x"),
     ],
 )
@@ -95,11 +102,18 @@ def test_names_words_and_placeholders_are_no_secrets(text: str) -> None:
     assert only("secrets")(text) == Cleaned(text)
 
 
-@pytest.mark.parametrize("kind", ["PRIVATE KEY", "RSA PRIVATE KEY", "OPENSSH PRIVATE KEY", "PGP PRIVATE KEY BLOCK"])
+@pytest.mark.parametrize(
+    "kind", ["PRIVATE KEY", "RSA PRIVATE KEY", "OPENSSH PRIVATE KEY", "PGP PRIVATE KEY BLOCK"]
+)
 def test_private_keys_are_replaced_between_their_delimiters(kind: str) -> None:
-    headers = "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00FF\n\n" if kind.startswith("RSA") else ""
+    headers = (
+        "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00FF\n\n" if kind.startswith("RSA") else ""
+    )
     text = f"before\n-----BEGIN {kind}-----\n{headers}{BASE64}\n{BASE64}\n-----END {kind}-----\nafter\n"
-    assert only("secrets")(text).text == f"before\n-----BEGIN {kind}-----<SECRET>-----END {kind}-----\nafter\n"
+    assert (
+        only("secrets")(text).text
+        == f"before\n-----BEGIN {kind}-----<SECRET>-----END {kind}-----\nafter\n"
+    )
     public = text.replace("PRIVATE", "PUBLIC")
     assert only("secrets")(public) == Cleaned(public)
 
@@ -116,7 +130,9 @@ def test_private_keys_are_replaced_between_their_delimiters(kind: str) -> None:
     ],
 )
 def test_email_addresses_are_replaced(text: str, expected: str) -> None:
-    assert only("email_addresses")(text) == Cleaned(expected, edits={"redacted_email": expected.count("<EMAIL>")})
+    assert only("email_addresses")(text) == Cleaned(
+        expected, edits={"redacted_email": expected.count("<EMAIL>")}
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,9 +153,18 @@ def test_decorators_products_and_examples_are_no_email_addresses(text: str) -> N
     assert only("email_addresses")(text) == Cleaned(text)
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.4.40", "2606:2800:220:1:248:1893:25c8:1946", "2a00:1450:4001::200e"])
+@pytest.mark.parametrize(
+    "address",
+    ["93.184.216.34", "8.8.4.40", "2606:2800:220:1:248:1893:25c8:1946", "2a00:1450:4001::200e"],
+)
 def test_public_ip_addresses_are_replaced(address: str) -> None:
-    for before, after in (("ping ", ""), ("http://", "/x"), ('ip == "', '"'), ("root@", ":80" if "." in address else " "), ("(", "), ")):
+    for before, after in (
+        ("ping ", ""),
+        ("http://", "/x"),
+        ('ip == "', '"'),
+        ("root@", ":80" if "." in address else " "),
+        ("(", "), "),
+    ):
         cleaned = only("ip_addresses")(before + address + after)
         assert cleaned == Cleaned(f"{before}<IP_ADDRESS>{after}", edits={"redacted_ip_address": 1})
 
@@ -158,7 +183,16 @@ def test_private_addresses_versions_and_times_are_no_public_addresses(text: str)
 
 
 @pytest.mark.parametrize(
-    "number", ["(415) 555-2671", "415-555-2671", "1-415-555-2671", "415.555.2671", "+1 415 555 2671", "+44 20 7183 8750", "+49 (89) 636-48018"]
+    "number",
+    [
+        "(415) 555-2671",
+        "415-555-2671",
+        "1-415-555-2671",
+        "415.555.2671",
+        "+1 415 555 2671",
+        "+44 20 7183 8750",
+        "+49 (89) 636-48018",
+    ],
 )
 def test_phone_numbers_are_replaced_only_when_asked_for(number: str) -> None:
     assert only("phone_numbers")(f"call {number} now").text == "call <PHONE_NUMBER> now"
@@ -171,13 +205,22 @@ def test_other_numbers_are_no_phone_numbers() -> None:
 
 
 # The card schemes' published test numbers.
-CARDS = ["4111 1111 1111 1111", "4242-4242-4242-4242", "5555555555554444", "2223003122003222", "378282246310005", "6011111111111117"]
+CARDS = [
+    "4111 1111 1111 1111",
+    "4242-4242-4242-4242",
+    "5555555555554444",
+    "2223003122003222",
+    "378282246310005",
+    "6011111111111117",
+]
 
 
 @pytest.mark.parametrize("number", [*CARDS, "3530111333300000", "36227206271667"])
 def test_card_numbers_are_replaced_where_the_check_digit_is_right(number: str) -> None:
     wrong = number[:-1] + str((int(number[-1]) + 1) % 10)
-    assert only("credit_cards")(f"card: {number}.") == Cleaned("card: <CREDIT_CARD>.", edits={"redacted_credit_card": 1})
+    assert only("credit_cards")(f"card: {number}.") == Cleaned(
+        "card: <CREDIT_CARD>.", edits={"redacted_credit_card": 1}
+    )
     assert only("credit_cards")(f"card: {wrong}.") == Cleaned(f"card: {wrong}.")
 
 
@@ -187,7 +230,16 @@ def test_numbers_inside_others_are_no_cards() -> None:
 
 
 def test_redacting_twice_changes_nothing_more() -> None:
-    text = "\n".join([*ISSUED, "a@corp.com", "93.184.216.34", "+1 415 555 2671", "5555555555554444", 'password = "tR7#kq9!Zm2&Lx"'])
+    text = "\n".join(
+        [
+            *ISSUED,
+            "a@corp.com",
+            "93.184.216.34",
+            "+1 415 555 2671",
+            "5555555555554444",
+            'password = "tR7#kq9!Zm2&Lx"',
+        ]
+    )
     once = ALL(text)
     assert once.edits == {
         "redacted_secret": len(ISSUED) + 1,
@@ -201,7 +253,11 @@ def test_redacting_twice_changes_nothing_more() -> None:
 
 def test_code_is_the_same_program_after_redaction_and_hardly_changed() -> None:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for name in ("email", "http", "asyncio", "json", "logging", "urllib") for path in sorted((folder / name).glob("*.py"))]
+    files = [
+        path
+        for name in ("email", "http", "asyncio", "json", "logging", "urllib")
+        for path in sorted((folder / name).glob("*.py"))
+    ]
     redactor = Redactor(Redact(email_addresses=False))
     assert len(files) > 60
     found = 0
@@ -214,20 +270,66 @@ def test_code_is_the_same_program_after_redaction_and_hardly_changed() -> None:
 
 def test_random_values_are_told_from_words() -> None:
     assert looks_random("tR7kq9Zm2Lx4") and looks_random("9f86d081884c7d659a2feaa0c55ad015")
-    assert not any(map(looks_random, ("confirmation", "aaaaaaaa11111111", "9999999999999", "my_password_12", "get_user_by_id2")))
+    assert not any(
+        map(
+            looks_random,
+            (
+                "confirmation",
+                "aaaaaaaa11111111",
+                "9999999999999",
+                "my_password_12",
+                "get_user_by_id2",
+            ),
+        )
+    )
 
 
 LONG = 1_000_000
 HOSTILE = [
     *("a", "a.", "a@", "@a.", "@aa.", "a@a.a", "a" * 64 + "@a.co"),
-    *("1", "1.", "1.1.1.1", "2001:", "2a00::", ":", "4", "4 ", "4111-", "+1", "+1 (", "(415) ", "2", "-", "=", " ", "\n"),
+    *(
+        "1",
+        "1.",
+        "1.1.1.1",
+        "2001:",
+        "2a00::",
+        ":",
+        "4",
+        "4 ",
+        "4111-",
+        "+1",
+        "+1 (",
+        "(415) ",
+        "2",
+        "-",
+        "=",
+        " ",
+        "\n",
+    ),
     *("password", "password=", "password = '", "_key", 'token"  :  "', "://", "://a:", "://a:a@"),
-    *("eyJ", "eyJaaaaaaaaaa.", "eyJaaaaaaaaaa.eyJ", "xoxb-", "gl", "glpat-", "ghp_", "sk-", "sk-proj-"),
-    *("-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----\na-", "-----BEGIN PRIVATE KEY-----" + "a" * 5000),
+    *(
+        "eyJ",
+        "eyJaaaaaaaaaa.",
+        "eyJaaaaaaaaaa.eyJ",
+        "xoxb-",
+        "gl",
+        "glpat-",
+        "ghp_",
+        "sk-",
+        "sk-proj-",
+    ),
+    *(
+        "-----BEGIN ",
+        "-----BEGIN PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\na-",
+        "-----BEGIN PRIVATE KEY-----" + "a" * 5000,
+    ),
 ]
 
 
-@pytest.mark.parametrize("part", HOSTILE, ids=lambda part: part[:30].encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "part", HOSTILE, ids=lambda part: part[:30].encode("unicode_escape").decode()
+)
 def test_a_megabyte_of_hostile_text_takes_less_than_two_seconds(part: str) -> None:
     text = (part * (LONG // len(part) + 1))[:LONG]
     start = time.process_time()

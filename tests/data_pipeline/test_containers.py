@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.sources.containers import DamagedStream, open_content
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.generated_inputs import has_tools
 from tests.data_pipeline.source_reading import left_out, read_all, reasons, texts, write
 
@@ -53,22 +53,36 @@ def content_of(path: Path) -> tuple[bytes, DamagedStream | None]:
 
 def rows(count: int) -> bytes:
     source = random.Random(count)
-    return b"".join(b'{"text": "%d %x"}\n' % (number, source.getrandbits(256)) for number in range(count))
+    return b"".join(
+        b'{"text": "%d %x"}\n' % (number, source.getrandbits(256)) for number in range(count)
+    )
 
 
 @pytest.mark.parametrize("ending", TOOLS)
-def test_damaged_streams_give_what_the_tools_give_byte_for_byte(tmp_path: Path, ending: str) -> None:
+def test_damaged_streams_give_what_the_tools_give_byte_for_byte(
+    tmp_path: Path, ending: str
+) -> None:
     pack, unpack = TOOLS[ending]
     source, path = random.Random(ending), tmp_path / f"a{ending}"
     plain = rows(9_000)
     first, second = tool(pack, plain)[0], tool(pack, rows(500))[0]
-    contents = [first, first + second, first[:-1], first + second[:-9], first + second[: len(second) // 2]]
+    contents = [
+        first,
+        first + second,
+        first[:-1],
+        first + second[:-9],
+        first + second[: len(second) // 2],
+    ]
     contents += [(first + second)[: source.randrange(20, len(first))] for _ in range(6)]
     for content in contents:
         path.write_bytes(content)
         found, damage = content_of(path)
         theirs, is_whole = tool(unpack, content)
-        assert found.startswith(theirs) and (plain + rows(500)).startswith(found) and (damage is None) == is_whole
+        assert (
+            found.startswith(theirs)
+            and (plain + rows(500)).startswith(found)
+            and (damage is None) == is_whole
+        )
 
 
 @pytest.mark.parametrize("ending", [".bz2", ".xz", ".zst", ".lz4"])
@@ -117,7 +131,9 @@ def test_the_name_does_not_matter(tmp_path: Path) -> None:
 
 def test_an_empty_file_that_is_named_compressed_is_a_damaged_one(tmp_path: Path) -> None:
     for ending in TOOLS:
-        assert reasons(read_all({"kind": "jsonl", "input": [write(tmp_path / f"a{ending}", b"")]})) == ["damaged_compression"]
+        assert reasons(
+            read_all({"kind": "jsonl", "input": [write(tmp_path / f"a{ending}", b"")]})
+        ) == ["damaged_compression"]
     assert read_all({"kind": "jsonl", "input": [write(tmp_path / "a.jsonl", b"")]}) == []
 
 
@@ -162,16 +178,31 @@ def table(write_table: str) -> bytes:
         (gzip.compress(gzip.compress(b"{}")), "compressed twice"),
     ],
 )
-def test_what_holds_no_lines_is_refused_with_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+def test_what_holds_no_lines_is_refused_with_what_it_is(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = write(tmp_path / "a.txt", content)
-    for section in ({"kind": "jsonl"}, {"kind": "csv"}, {"kind": "text"}, {"kind": "text", "document": "line"}):
+    for section in (
+        {"kind": "jsonl"},
+        {"kind": "csv"},
+        {"kind": "text"},
+        {"kind": "text", "document": "line"},
+    ):
         with pytest.raises(DataError, match=rf"a\.txt is {what}[^\n]*$"):
             read_all({**section, "input": [path]})
 
 
 def test_texts_that_begin_like_another_kind_are_texts(tmp_path: Path) -> None:
-    for content in ("PAR1 is a mark\n", "BZh9 is one too\n", "PK stands for a name\n", "ORC\n", "ustar\n" * 100):
-        assert texts(read_all({"kind": "text", "input": [write(tmp_path / "a.txt", content)]})) == [content]
+    for content in (
+        "PAR1 is a mark\n",
+        "BZh9 is one too\n",
+        "PK stands for a name\n",
+        "ORC\n",
+        "ustar\n" * 100,
+    ):
+        assert texts(read_all({"kind": "text", "input": [write(tmp_path / "a.txt", content)]})) == [
+            content
+        ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -179,12 +210,30 @@ def test_a_byte_order_mark_says_the_encoding_in_every_kind(tmp_path: Path, encod
     def encoded(text: str) -> bytes:
         return ("\ufeff" + text).encode(encoding)
 
-    path = write(tmp_path / "a", encoded("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ("é", "中\u0a0a", "😀"))))
+    path = write(
+        tmp_path / "a",
+        encoded(
+            "".join(
+                json.dumps({"text": text}, ensure_ascii=False) + "\n"
+                for text in ("é", "中\u0a0a", "😀")
+            )
+        ),
+    )
     assert texts(read_all({"kind": "jsonl", "input": [path]}, 7)) == ["é", "中\u0a0a", "😀"]
     path = write(tmp_path / "a", gzip.compress(encoded("é\n中\u0a0a\r\n😀")))
-    assert texts(read_all({"kind": "text", "document": "line", "input": [path]}, 7)) == ["é", "中\u0a0a", "😀"]
-    assert texts(read_all({"kind": "csv", "input": [write(tmp_path / "a", encoded('n\ttext\r\n1\té "x"\r\n'))]})) == ['é "x"']
-    assert texts(read_all({"kind": "text", "input": [write(tmp_path / "a", encoded("é\r\n"))]})) == ["é\r\n"]
+    assert texts(read_all({"kind": "text", "document": "line", "input": [path]}, 7)) == [
+        "é",
+        "中\u0a0a",
+        "😀",
+    ]
+    assert texts(
+        read_all(
+            {"kind": "csv", "input": [write(tmp_path / "a", encoded('n\ttext\r\n1\té "x"\r\n'))]}
+        )
+    ) == ['é "x"']
+    assert texts(
+        read_all({"kind": "text", "input": [write(tmp_path / "a", encoded("é\r\n"))]})
+    ) == ["é\r\n"]
 
 
 def test_what_the_encoding_does_not_hold_costs_its_own_record_alone(tmp_path: Path) -> None:
@@ -192,7 +241,10 @@ def test_what_the_encoding_does_not_hold_costs_its_own_record_alone(tmp_path: Pa
     lines[1] = lines[1].replace("a".encode("utf-16-le"), b"\x00\xd8")
     content = b"\xff\xfe" + "\n".encode("utf-16-le").join(lines) + "\n".encode("utf-16-le") + b"x"
     results = read_all({"kind": "jsonl", "input": [write(tmp_path / "a", content)]})
-    assert (texts(results), reasons(results)) == (["one", "three"], ["invalid_utf8", "invalid_utf8"])
+    assert (texts(results), reasons(results)) == (
+        ["one", "three"],
+        ["invalid_utf8", "invalid_utf8"],
+    )
 
 
 def test_another_encoding_can_be_named_and_is_advised(tmp_path: Path) -> None:
@@ -200,7 +252,10 @@ def test_another_encoding_can_be_named_and_is_advised(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", record * 3)
     results = read_all({"kind": "jsonl", "input": [path]})
     assert reasons(results) == ["invalid_utf8"] * 3 and "--encoding" in left_out(results)[0].detail
-    assert texts(read_all({"kind": "jsonl", "input": [path], "encoding": "cp1252"}, 7)) == ["Käse “fein”"] * 3
+    assert (
+        texts(read_all({"kind": "jsonl", "input": [path], "encoding": "cp1252"}, 7))
+        == ["Käse “fein”"] * 3
+    )
     path = write(tmp_path / "a.csv", b"text\nK\xe4se\n")
     assert texts(read_all({"kind": "csv", "input": [path], "encoding": "latin-1"})) == ["Käse"]
     for name in ("klingon", "base64", "idna", "undefined"):
@@ -209,10 +264,27 @@ def test_another_encoding_can_be_named_and_is_advised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_a_named_encoding_of_either_byte_order_is_that_of_the_mark_or_little_endian(tmp_path: Path, encoding: str) -> None:
+def test_a_named_encoding_of_either_byte_order_is_that_of_the_mark_or_little_endian(
+    tmp_path: Path, encoding: str
+) -> None:
     line = json.dumps({"text": "é 中"}, ensure_ascii=False) + "\n"
-    for content in (line.encode(f"{encoding}-le"), ("\ufeff" + line).encode(f"{encoding}-be"), line.encode(encoding)):
+    for content in (
+        line.encode(f"{encoding}-le"),
+        ("\ufeff" + line).encode(f"{encoding}-be"),
+        line.encode(encoding),
+    ):
         for stored in (content, gzip.compress(content)):
-            assert texts(read_all({"kind": "jsonl", "input": [write(tmp_path / "a", stored)], "encoding": encoding})) == ["é 中"]
+            assert texts(
+                read_all(
+                    {
+                        "kind": "jsonl",
+                        "input": [write(tmp_path / "a", stored)],
+                        "encoding": encoding,
+                    }
+                )
+            ) == ["é 中"]
     wrong = write(tmp_path / "a", line * 3)
-    assert set(reasons(read_all({"kind": "jsonl", "input": [wrong], "encoding": encoding}))) <= {"invalid_json", "invalid_utf8"}
+    assert set(reasons(read_all({"kind": "jsonl", "input": [wrong], "encoding": encoding}))) <= {
+        "invalid_json",
+        "invalid_utf8",
+    }

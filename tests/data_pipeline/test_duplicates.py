@@ -13,18 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipeline.duplicates import UnitKeys, mark_duplicates
+from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 
 REPOSITORY = Path(__file__).parents[2]
 Digests = NDArray[np.uint64]
 
 
-def write_units(folder: Path, digests: Digests, bands: Digests | None, sizes: list[int]) -> list[UnitKeys]:
+def write_units(
+    folder: Path, digests: Digests, bands: Digests | None, sizes: list[int]
+) -> list[UnitKeys]:
     """The rows in units of these sizes, and the rest in a last one."""
     units = []
     cuts = np.minimum(np.cumsum(sizes), len(digests)) if sizes else np.zeros(0, int)
     for number, part in enumerate(np.split(np.arange(len(digests)), cuts)):
-        unit = UnitKeys(folder / f"{number}.digests.npy", None if bands is None else folder / f"{number}.bands.npy", folder / f"{number}.marks.npy")
+        unit = UnitKeys(
+            folder / f"{number}.digests.npy",
+            None if bands is None else folder / f"{number}.bands.npy",
+            folder / f"{number}.marks.npy",
+        )
         np.save(unit.digests, digests[part])
         if bands is not None and unit.bands is not None:
             np.save(unit.bands, bands[part])
@@ -70,13 +76,26 @@ def keys_of(draw_values: list[int], spread: bool) -> Digests:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.integers(0, 40), st.integers(1, 4), st.booleans(), st.booleans(), st.sampled_from([1, 200, 1000, 4000, 1 << 20]))
-def test_marks_are_those_of_a_plain_search(data: st.DataObject, rows: int, width: int, exact: bool, spread: bool, memory_bytes: int) -> None:
+@given(
+    st.data(),
+    st.integers(0, 40),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 200, 1000, 4000, 1 << 20]),
+)
+def test_marks_are_those_of_a_plain_search(
+    data: st.DataObject, rows: int, width: int, exact: bool, spread: bool, memory_bytes: int
+) -> None:
     few = st.integers(0, 12)
-    digests = keys_of(data.draw(st.lists(few, min_size=2 * rows, max_size=2 * rows)), spread).reshape(rows, 2)
+    digests = keys_of(
+        data.draw(st.lists(few, min_size=2 * rows, max_size=2 * rows)), spread
+    ).reshape(rows, 2)
     digests[:, 0] %= 3  # so that the first halves are equal where the second ones differ
     many = st.integers(0, 4 * rows + 1)
-    bands = keys_of(data.draw(st.lists(many, min_size=width * rows, max_size=width * rows)), spread).reshape(rows, width)
+    bands = keys_of(
+        data.draw(st.lists(many, min_size=width * rows, max_size=width * rows)), spread
+    ).reshape(rows, width)
     sizes = data.draw(st.lists(st.integers(0, 15), max_size=4))
     near = data.draw(st.booleans())
     with tempfile.TemporaryDirectory() as name:
@@ -136,7 +155,9 @@ def test_progress_only_grows_and_ends_at_the_total(tmp_path: Path) -> None:
     keys = np.arange(600, dtype=np.uint64).reshape(300, 2)
     units = write_units(tmp_path, keys, keys, [100, 50])
     calls: list[tuple[int, int]] = []
-    mark_duplicates(units, tmp_path, True, True, 1 << 12, lambda done, total: calls.append((done, total)))
+    mark_duplicates(
+        units, tmp_path, True, True, 1 << 12, lambda done, total: calls.append((done, total))
+    )
     assert calls == sorted(calls) and calls[-1] == (900, 900) and len(calls) > 6
     mark_duplicates([], tmp_path, True, True)
 
@@ -145,7 +166,7 @@ MANY = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np
-from data_pipeline.duplicates import UnitKeys, mark_duplicates
+from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 folder, memory_mb = Path(sys.argv[1]), int(sys.argv[2])
 units = [UnitKeys(folder / f"{n}.d.npy", folder / f"{n}.b.npy", folder / f"{n}.m.npy") for n in range(8)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -164,15 +185,27 @@ def test_two_million_documents_take_seconds_and_bounded_memory(tmp_path: Path) -
         bands = source.integers(0, 1 << 63, (rows, width)).astype(np.uint64)
         if number:
             digests[:copies] = originals[:copies]
-            bands[copies : 2 * copies, number % width] = np.arange(copies, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            bands[copies : 2 * copies, number % width] = np.arange(
+                copies, dtype=np.uint64
+            ) * np.uint64(0x9E3779B97F4A7C15)
         else:
             digests = originals
         np.save(tmp_path / f"{number}.d.npy", digests)
         np.save(tmp_path / f"{number}.b.npy", bands)
-    output = subprocess.run([sys.executable, "-c", MANY, str(tmp_path), "32"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    output = subprocess.run(
+        [sys.executable, "-c", MANY, str(tmp_path), "32"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
     seconds, megabytes = map(float, output.stdout.split())
     marks = np.concatenate([np.load(tmp_path / f"{number}.m.npy") for number in range(units)])
-    assert np.bincount(marks).tolist() == [rows * units - 7 * copies - 6 * copies, 7 * copies, 6 * copies]
+    assert np.bincount(marks).tolist() == [
+        rows * units - 7 * copies - 6 * copies,
+        7 * copies,
+        6 * copies,
+    ]
     # Keys are 96 MB; 32 MB are asked for, and what is mapped of files counts too: 18 MB of marks and parents, and one unit's 12 MB.
     assert megabytes < 32 + 18 + 12 + 16
     assert seconds < 5

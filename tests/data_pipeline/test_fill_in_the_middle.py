@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.fill_in_the_middle import FillInTheMiddleTransform
-from pretrain.config.cleaning_schema import FillInTheMiddle
-from pretrain.config.errors import DataError
+from data_pipeline.cleaning.config import FillInTheMiddle
+from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
+from pretrain.core.errors import DataError
 
 IDS = {"<|fim_prefix|>": 7, "<|fim_middle|>": 8, "<|fim_suffix|>": 9}
 TEXT = "0123456789abcdefghij"
@@ -44,7 +44,9 @@ def test_rates_are_those_of_the_recipe() -> None:
     changed = [pieces for pieces in results if pieces is not None]
     # Four standard deviations of 10,000 and of 6,000 draws.
     assert len(changed) / len(results) == pytest.approx(0.6, abs=0.02)
-    assert sum(len(pieces) == 5 for pieces in changed) / len(changed) == pytest.approx(0.3, abs=0.025)
+    assert sum(len(pieces) == 5 for pieces in changed) / len(changed) == pytest.approx(
+        0.3, abs=0.025
+    )
     assert all(transform(rate=0).split(TEXT, digest, 1) is None for digest in digests[:100])
 
 
@@ -70,7 +72,14 @@ def test_the_choice_depends_on_digest_and_seed_alone() -> None:
     assert first != [transform().split(TEXT, digest, 4) for digest in range(200)]
     assert first != [transform().split(TEXT, digest + 1000, 3) for digest in range(200)]
     # Recorded, because a build must be the same on every version of Python.
-    assert transform(rate=1, spm_rate=0).split(TEXT, 12345, 3) == [7, "01234567", 9, "efghij", 8, "89abcd"]
+    assert transform(rate=1, spm_rate=0).split(TEXT, 12345, 3) == [
+        7,
+        "01234567",
+        9,
+        "efghij",
+        8,
+        "89abcd",
+    ]
 
 
 def test_short_texts_stay() -> None:
@@ -81,10 +90,14 @@ def test_short_texts_stay() -> None:
 @pytest.mark.parametrize("missing", IDS)
 def test_a_tokenizer_without_a_sentinel_is_refused(missing: str) -> None:
     left = {name: number for name, number in IDS.items() if name != missing}
-    with pytest.raises(DataError, match=rf"no token '{missing}'.*reserved_tokens".replace("|", r"\|")):
+    with pytest.raises(
+        DataError, match=rf"no token '{missing}'.*reserved_tokens".replace("|", r"\|")
+    ):
         FillInTheMiddleTransform(FillInTheMiddle(), left.get)
 
 
 def test_an_id_of_zero_is_an_id() -> None:
-    zero = FillInTheMiddleTransform(FillInTheMiddle(rate=1, spm_rate=0), {**IDS, "<|fim_prefix|>": 0}.get)
+    zero = FillInTheMiddleTransform(
+        FillInTheMiddle(rate=1, spm_rate=0), {**IDS, "<|fim_prefix|>": 0}.get
+    )
     assert (zero.split(TEXT, 1, 1) or [None])[0] == 0

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.workspace import Output
+from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
 from data_pipeline.sources import REASONS, Document, LeftOut, ReadContext, open_source
-from data_pipeline.tokenizer import train_bpe
-from pretrain.config.data_schema import DataConfig, TrainBPE
-from pretrain.config.errors import DataError, PipelineError
+from data_pipeline.tokenizer.training import train_bpe
+from pretrain.core.errors import DataError, PipelineError
 from tests.data_pipeline.generated_inputs import HARMLESS, Case, cases, has_tools
 from tests.data_pipeline.source_reading import SECTION
 
@@ -33,7 +33,10 @@ class Read:
         self.notes: Counter[str] = Counter()
         results: list[Document | LeftOut] = []
         try:
-            source = open_source(SECTION.validate_python({**case.format.section, "input": [str(path)]}), ReadContext("all"))
+            source = open_source(
+                SECTION.validate_python({**case.format.section, "input": [str(path)]}),
+                ReadContext("all"),
+            )
             for unit in source.units(unit_bytes):
                 results += source.read(unit)
                 self.notes.update(source.notes)
@@ -54,8 +57,13 @@ def fault(case: Case, read: Read) -> str | None:
     if case.damage in HARMLESS:
         if read.left_out:
             return f"left out {read.left_out[:3]}"
-        return None if read.texts == case.expected else "other documents than the independent reader's"
-    missing, extra = Counter(case.expected) - Counter(read.texts), Counter(read.texts) - Counter(case.expected)
+        return (
+            None if read.texts == case.expected else "other documents than the independent reader's"
+        )
+    missing, extra = (
+        Counter(case.expected) - Counter(read.texts),
+        Counter(read.texts) - Counter(case.expected),
+    )
     of_stream = [left for left in read.left_out if left.reason == "damaged_compression"]
     lost_bytes = sum(left.size or 0 for left in read.left_out)
     # What gzip gives out behind a wrong distance is what its window happened to hold; the bytes behind it are reported as lost.
@@ -88,7 +96,14 @@ def test_no_document_of_a_generated_file_is_lost_in_silence(tmp_path: Path) -> N
     seen = run(tmp_path, 1, 2)
     assert seen["cases"] >= 1000 and seen["documents"] > 5000
     assert seen["refused"] < 0.1 * seen["cases"]
-    expected = {"damaged_compression", "invalid_json", "invalid_csv", "invalid_utf8", "field_count", "repeated_header"}
+    expected = {
+        "damaged_compression",
+        "invalid_json",
+        "invalid_csv",
+        "invalid_utf8",
+        "field_count",
+        "repeated_header",
+    }
     assert expected <= set(seen), seen
 
 
@@ -96,7 +111,12 @@ def test_a_reader_that_lost_a_document_would_be_noticed(tmp_path: Path) -> None:
     noticed = Counter[bool]()
     for case in itertools.islice(cases(1, 1), 0, None, 7):
         read = Read(case, tmp_path, 1 << 20)
-        if read.texts and read.refusal is None and not read.left_out and Counter(read.texts) == Counter(case.expected):
+        if (
+            read.texts
+            and read.refusal is None
+            and not read.left_out
+            and Counter(read.texts) == Counter(case.expected)
+        ):
             read.texts.pop()
             noticed[fault(case, read) is not None] += 1
     assert noticed[True] > 50 and not noticed[False]
@@ -110,19 +130,31 @@ def test_builds_count_what_the_reader_counts_and_stop_if_too_much_is_lost(tmp_pa
     for number, case in enumerate(every[:: len(every) // BUILDS]):
         read, path = Read(case, tmp_path, 1 << 20), tmp_path / case.name
         path.write_bytes(case.content)
-        section = {"source": {**case.format.section, "input": [str(path)]}, "tokenizer": {"kind": "file", "path": str(tokenizer)}}
+        section = {
+            "source": {**case.format.section, "input": [str(path)]},
+            "tokenizer": {"kind": "file", "path": str(tokenizer)},
+        }
         config = DataConfig.model_validate({**section, "validation_share": 0.0})
         bad = Counter(left.reason for left in read.left_out if left.is_bad)
         try:
-            source = build(config, Output(tmp_path / str(number)), workers=1).manifest.sources["all"]
+            source = build(config, Output(tmp_path / str(number)), workers=1).manifest.sources[
+                "all"
+            ]
         except DataError as error:
             stopped += 1
             records = len(read.texts) + len(read.left_out)
             assert case.damage not in HARMLESS
-            assert read.refusal or not read.texts or bad.total() > 0.05 * records or sum(left.size or 0 for left in read.left_out), error
+            assert (
+                read.refusal
+                or not read.texts
+                or bad.total() > 0.05 * records
+                or sum(left.size or 0 for left in read.left_out)
+            ), error
         else:
             assert (source.documents, source.bad) == (len(read.texts), dict(bad))
-            assert read.refusal is None and (bad.total() <= 1 or bad.total() <= 0.05 * source.records)
+            assert read.refusal is None and (
+                bad.total() <= 1 or bad.total() <= 0.05 * source.records
+            )
     assert 0 < stopped < BUILDS
 
 

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build import coordinator, growing, merge
-from data_pipeline.build.coordinator import BuildResult, build
-from data_pipeline.build.growing import GrowingShards
-from data_pipeline.build.merge import Piece, ShardPlan
-from data_pipeline.build.units import followed
-from data_pipeline.build.workspace import Output
-from data_pipeline.indexed import IndexedWriter
-from data_pipeline.manifest import verify
-from pretrain.config.data_schema import DataConfig
-from pretrain.config.errors import DataError, StorageError
+from data_pipeline.config import DataConfig
+from data_pipeline.preprocess import coordinator, merge
+from data_pipeline.preprocess import incremental_merge as growing
+from data_pipeline.preprocess.coordinator import BuildResult, build
+from data_pipeline.preprocess.incremental_merge import GrowingShards
+from data_pipeline.preprocess.merge import Piece, ShardPlan
+from data_pipeline.preprocess.units import followed
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.indexed import IndexedWriter
+from data_pipeline.shards.manifest import verify
+from pretrain.core.errors import DataError, StorageError
 from tests.data_pipeline.test_build import DOCUMENTS, contents, jsonl, section
 
 
@@ -48,48 +49,83 @@ def without_growing(config: DataConfig, output: Output) -> BuildResult:
 
 
 def two_sources(folder: Path, **settings: Any) -> DataConfig:
-    first, second = jsonl(folder / "first.jsonl", DOCUMENTS[:120]), jsonl(folder / "second.jsonl", DOCUMENTS[120:])
-    sources = {"first": {"kind": "jsonl", "input": [str(first)]}, "second": {"kind": "jsonl", "input": [str(second)]}}
+    first, second = (
+        jsonl(folder / "first.jsonl", DOCUMENTS[:120]),
+        jsonl(folder / "second.jsonl", DOCUMENTS[120:]),
+    )
+    sources = {
+        "first": {"kind": "jsonl", "input": [str(first)]},
+        "second": {"kind": "jsonl", "input": [str(second)]},
+    }
     return section(first, source=None, sources=sources, unit_bytes=1000, **settings)
 
 
-def test_one_shard_a_split_is_complete_when_the_encoding_is(tmp_path: Path, merged_at_the_end: list[str]) -> None:
+def test_one_shard_a_split_is_complete_when_the_encoding_is(
+    tmp_path: Path, merged_at_the_end: list[str]
+) -> None:
     config = two_sources(tmp_path)
     grown = build(config, Output(tmp_path / "grown"))
     assert merged_at_the_end == []
     without_growing(config, Output(tmp_path / "merged"))
     assert len(merged_at_the_end) == 4
     assert contents(tmp_path / "grown") == contents(tmp_path / "merged")
-    assert set(contents(grown.folder)) >= {"train_first.bin", "train_second.bin", "validation_first.idx", "validation_second.idx"}
+    assert set(contents(grown.folder)) >= {
+        "train_first.bin",
+        "train_second.bin",
+        "validation_first.idx",
+        "validation_second.idx",
+    }
 
 
 def test_of_many_shards_the_first_grows(tmp_path: Path, merged_at_the_end: list[str]) -> None:
     documents = [f"{number} " * 4000 for number in range(30)]
-    config = section(jsonl(tmp_path / "big.jsonl", documents), unit_bytes=100_000, max_shard_bytes=65536)
+    config = section(
+        jsonl(tmp_path / "big.jsonl", documents), unit_bytes=100_000, max_shard_bytes=65536
+    )
     build(config, Output(tmp_path / "grown"))
     assert "train_00000" not in merged_at_the_end and "train_00001" in merged_at_the_end
     without_growing(config, Output(tmp_path / "merged"))
     assert contents(tmp_path / "grown") == contents(tmp_path / "merged")
 
 
-def test_what_waits_for_duplicates_does_not_grow(tmp_path: Path, merged_at_the_end: list[str]) -> None:
-    config = section(jsonl(tmp_path / "twice.jsonl", DOCUMENTS * 2), unit_bytes=1000, cleaning={"exact_duplicates": True})
+def test_what_waits_for_duplicates_does_not_grow(
+    tmp_path: Path, merged_at_the_end: list[str]
+) -> None:
+    config = section(
+        jsonl(tmp_path / "twice.jsonl", DOCUMENTS * 2),
+        unit_bytes=1000,
+        cleaning={"exact_duplicates": True},
+    )
     result = build(config, Output(tmp_path / "data"))
     assert sorted(merged_at_the_end) == ["train", "validation"]
     assert sum(split.documents for split in result.manifest.splits.values()) == len(DOCUMENTS)
 
 
-def test_a_split_that_changes_leaves_nothing_of_what_grew(tmp_path: Path, merged_at_the_end: list[str]) -> None:
-    trained = build(section(jsonl(tmp_path / "many.jsonl", DOCUMENTS)), Output(tmp_path / "trained")).manifest.tokenizer_path
+def test_a_split_that_changes_leaves_nothing_of_what_grew(
+    tmp_path: Path, merged_at_the_end: list[str]
+) -> None:
+    trained = build(
+        section(jsonl(tmp_path / "many.jsonl", DOCUMENTS)), Output(tmp_path / "trained")
+    ).manifest.tokenizer_path
     tokenizer = {"kind": "file", "path": str(trained)}
-    config = section(jsonl(tmp_path / "few.jsonl", DOCUMENTS[:6]), unit_bytes=100, validation_share=1e-6, tokenizer=tokenizer)
+    config = section(
+        jsonl(tmp_path / "few.jsonl", DOCUMENTS[:6]),
+        unit_bytes=100,
+        validation_share=1e-6,
+        tokenizer=tokenizer,
+    )
     result = build(config, Output(tmp_path / "data"))
     # The one document that is held out was in the training shard that had grown.
     assert sorted(merged_at_the_end) == ["train", "validation"]
-    assert (result.manifest.splits["train"].documents, result.manifest.splits["validation"].documents) == (5, 1)
+    assert (
+        result.manifest.splits["train"].documents,
+        result.manifest.splits["validation"].documents,
+    ) == (5, 1)
 
 
-def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = two_sources(tmp_path)
     build(config, Output(tmp_path / "undisturbed"))
     append, appended = growing.append_piece, []
@@ -112,7 +148,9 @@ def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(tmp_path
 def test_units_are_followed_in_their_order_as_soon_as_all_before_them_are_there() -> None:
     seen: list[int] = []
     results = iter([{"unit": unit} for unit in (4, 2, 6, 3)])
-    follow = followed(results, [1, 2, 3, 4, 6], {1: {"unit": 1}}, lambda record: seen.append(record["unit"]))
+    follow = followed(
+        results, [1, 2, 3, 4, 6], {1: {"unit": 1}}, lambda record: seen.append(record["unit"])
+    )
     passed = [(record["unit"], seen.copy()) for record in follow]
     assert passed == [(4, [1]), (2, [1]), (6, [1, 2]), (3, [1, 2])]
     assert seen == [1, 2, 3, 4, 6]
@@ -134,7 +172,9 @@ def test_a_shard_of_other_pieces_is_not_taken(tmp_path: Path) -> None:
     verify(result.manifest, deep=True)
 
 
-def test_a_build_that_goes_on_where_merging_had_begun_appends_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_goes_on_where_merging_had_begun_appends_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = two_sources(tmp_path)
     build(config, Output(tmp_path / "undisturbed"))
 
@@ -150,7 +190,9 @@ def test_a_build_that_goes_on_where_merging_had_begun_appends_nothing_again(tmp_
     assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
 
 
-def test_workers_and_kills_inside_the_last_step_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_and_kills_inside_the_last_step_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = two_sources(tmp_path)
     build(config, Output(tmp_path / "undisturbed"))
 
@@ -167,10 +209,15 @@ def test_workers_and_kills_inside_the_last_step_change_nothing(tmp_path: Path, m
 
 def test_sources_of_any_number_need_few_open_files(tmp_path: Path) -> None:
     files = [jsonl(tmp_path / f"{number}.jsonl", DOCUMENTS[:3]) for number in range(40)]
-    sources = {f"s{number}": {"kind": "jsonl", "input": [str(path)]} for number, path in enumerate(files)}
+    sources = {
+        f"s{number}": {"kind": "jsonl", "input": [str(path)]} for number, path in enumerate(files)
+    }
     config = section(files[0], source=None, sources=sources, validation_share=0.3)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 20, limits[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE,
+        (max(int(name) for name in os.listdir("/proc/self/fd")) + 20, limits[1]),
+    )
     try:
         result = build(config, Output(tmp_path / "data"))
     finally:
@@ -178,7 +225,9 @@ def test_sources_of_any_number_need_few_open_files(tmp_path: Path) -> None:
     assert sum(split.documents for split in result.manifest.splits.values()) == 120
 
 
-def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "attempts").mkdir()
     monkeypatch.setattr(growing, "append_piece", lambda *_: None)
     leave = IndexedWriter.__exit__
@@ -189,7 +238,10 @@ def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(
 
     monkeypatch.setattr(IndexedWriter, "__exit__", full)
     counts = {"tokens": 1}
-    with pytest.raises(DataError, match="the first"), GrowingShards(tmp_path, np.dtype("<u2"), None) as shards:
+    with (
+        pytest.raises(DataError, match="the first"),
+        GrowingShards(tmp_path, np.dtype("<u2"), None) as shards,
+    ):
         shards.add({"unit": 0, "source": "all", "splits": {"train": counts, "validation": counts}})
         while not shards._added[0].done():
             time.sleep(0.01)
@@ -198,7 +250,9 @@ def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(
 
 
 @pytest.mark.timeout(60)
-def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun, goes_on, appended = threading.Event(), threading.Event(), list[int]()
 
     def slow(writer: Any, workspace: Path, split: str, piece: Piece) -> None:
@@ -211,7 +265,9 @@ def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_the
     with pytest.raises(KeyboardInterrupt), GrowingShards(tmp_path, np.dtype("<u2"), None) as shards:
         (tmp_path / "attempts").mkdir()
         for unit in range(3):
-            shards.add({"unit": unit, "source": "all", "splits": {"train": counts, "validation": counts}})
+            shards.add(
+                {"unit": unit, "source": "all", "splits": {"train": counts, "validation": counts}}
+            )
         assert begun.wait(30)
         threading.Timer(0.2, goes_on.set).start()
         raise KeyboardInterrupt

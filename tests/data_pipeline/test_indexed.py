@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.indexed import HEADER, IndexedReader, IndexedWriter, WrittenShard, token_dtype
-from pretrain.config.durable import file_sha256
-from pretrain.config.errors import DataError, StorageError
+from data_pipeline.shards.indexed import (
+    HEADER,
+    IndexedReader,
+    IndexedWriter,
+    WrittenShard,
+    token_dtype,
+)
+from pretrain.core.errors import DataError, StorageError
+from pretrain.core.files import file_sha256
 
 with warnings.catch_warnings():  # Megatron misses optional CUDA packages, aloud
     warnings.simplefilter("ignore")
@@ -26,7 +32,8 @@ def write(prefix: Path, documents: list[list[int]], vocab_size: int = 65001) -> 
     with IndexedWriter(prefix, token_dtype(vocab_size)) as writer:
         for part in (documents[:2], documents[2:]):
             writer.add(
-                np.array([token for tokens in part for token in tokens], dtype=np.int64), np.array([len(tokens) for tokens in part], dtype=np.int64)
+                np.array([token for tokens in part for token in tokens], dtype=np.int64),
+                np.array([len(tokens) for tokens in part], dtype=np.int64),
             )
         return writer.finish()
 
@@ -64,7 +71,9 @@ def test_files_are_those_of_megatrons_builder_byte_for_byte(tmp_path: Path) -> N
     builder.finalize(str(tmp_path / "theirs.idx"))
     write(tmp_path / "ours", DOCUMENTS)
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
 
 
 def test_copied_sequences_are_those_of_the_other_shard_byte_for_byte(tmp_path: Path) -> None:
@@ -76,7 +85,9 @@ def test_copied_sequences_are_those_of_the_other_shard_byte_for_byte(tmp_path: P
         writer.copy(reader, 2, 4)
         writer.finish()
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"copied{suffix}").read_bytes() == (tmp_path / f"kept{suffix}").read_bytes()
+        assert (tmp_path / f"copied{suffix}").read_bytes() == (
+            tmp_path / f"kept{suffix}"
+        ).read_bytes()
 
 
 def test_document_starts_are_found_in_any_range(tmp_path: Path) -> None:
@@ -84,10 +95,14 @@ def test_document_starts_are_found_in_any_range(tmp_path: Path) -> None:
     reader = IndexedReader(tmp_path / "shard")
     for begin in range(9):
         for end in range(begin, 9):
-            assert reader.document_starts(begin, end).tolist() == [start for start in (0, 3, 4) if begin <= start < end], (begin, end)
+            assert reader.document_starts(begin, end).tolist() == [
+                start for start in (0, 3, 4) if begin <= start < end
+            ], (begin, end)
 
 
-def test_document_starts_follow_megatrons_marks_where_a_document_has_several_sequences(tmp_path: Path) -> None:
+def test_document_starts_follow_megatrons_marks_where_a_document_has_several_sequences(
+    tmp_path: Path,
+) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "shard.bin"), dtype=np.uint16)
     builder.add_document(torch.tensor([5, 6, 7, 8]), [3, 1])
     builder.add_document(torch.tensor([9, 9]), [1, 1])
@@ -107,8 +122,14 @@ def test_other_tokens_make_other_bytes(tmp_path: Path) -> None:
 def test_writer_reports_the_checksums_and_sizes_on_disk(tmp_path: Path) -> None:
     written = write(tmp_path / "shard", DOCUMENTS)
     assert (written.documents, written.tokens) == (4, 8)
-    assert (written.bin_checksum, written.idx_checksum) == (file_sha256(tmp_path / "shard.bin"), file_sha256(tmp_path / "shard.idx"))
-    assert (written.bin_bytes, written.idx_bytes) == ((tmp_path / "shard.bin").stat().st_size, (tmp_path / "shard.idx").stat().st_size)
+    assert (written.bin_checksum, written.idx_checksum) == (
+        file_sha256(tmp_path / "shard.bin"),
+        file_sha256(tmp_path / "shard.idx"),
+    )
+    assert (written.bin_bytes, written.idx_bytes) == (
+        (tmp_path / "shard.bin").stat().st_size,
+        (tmp_path / "shard.idx").stat().st_size,
+    )
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
@@ -170,7 +191,9 @@ MARKS = OFFSETS + 8 * len(DOCUMENTS)
         (MARKS + 32, int32(9), "document marks"),
     ],
 )
-def test_damaged_index_is_refused_with_its_name_and_the_reason(tmp_path: Path, offset: int, data: bytes, reason: str) -> None:
+def test_damaged_index_is_refused_with_its_name_and_the_reason(
+    tmp_path: Path, offset: int, data: bytes, reason: str
+) -> None:
     write(tmp_path / "shard", DOCUMENTS)
     IndexedReader(tmp_path / "shard")
     patch(tmp_path / "shard.idx", offset, data)
@@ -179,7 +202,9 @@ def test_damaged_index_is_refused_with_its_name_and_the_reason(tmp_path: Path, o
     assert str(tmp_path / "shard") in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "size"), [(".idx", 0), (".idx", 20), (".idx", 40), (".bin", 0), (".bin", 15)])
+@pytest.mark.parametrize(
+    ("suffix", "size"), [(".idx", 0), (".idx", 20), (".idx", 40), (".bin", 0), (".bin", 15)]
+)
 def test_truncated_files_are_refused(tmp_path: Path, suffix: str, size: int) -> None:
     write(tmp_path / "shard", DOCUMENTS)
     path = tmp_path / f"shard{suffix}"

@@ -21,7 +21,10 @@ STAGES = ["sampling", "training the tokenizer", "choosing the engine", "encoding
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus that is large enough for an engine to be chosen."""
     folder, source = tmp_path_factory.mktemp("interrupted"), random.Random(0)
-    words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randrange(2, 9))) for _ in range(5000)]
+    words = [
+        "".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randrange(2, 9)))
+        for _ in range(5000)
+    ]
     with (folder / "many.jsonl").open("w") as stream:
         for _ in range(6000):
             stream.write(json.dumps({"text": " ".join(source.choices(words, k=260))}) + "\n")
@@ -29,15 +32,35 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(output: str, workers: int) -> list[str]:
-    options = ["--input", "many.jsonl", "--vocab-size", "3000", "--output", output, "--workers", str(workers), "--set", "data.unit_bytes=100000"]
+    options = [
+        "--input",
+        "many.jsonl",
+        "--vocab-size",
+        "3000",
+        "--output",
+        output,
+        "--workers",
+        str(workers),
+        "--set",
+        "data.unit_bytes=100000",
+    ]
     return [sys.executable, str(TOOLS / "preprocess_data.py"), *options]
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        arguments,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def interrupt_at(process: subprocess.Popen[str], sign: str, times: int = 1, delay: float = 0.02) -> tuple[int, str]:
+def interrupt_at(
+    process: subprocess.Popen[str], sign: str, times: int = 1, delay: float = 0.02
+) -> tuple[int, str]:
     """Ctrl-C ``delay`` seconds after a line of standard error has ``sign`` in it; the exit code and what was printed after it."""
     assert process.stderr is not None
     for line in process.stderr:
@@ -75,7 +98,9 @@ def test_ctrl_c_ends_workers_too_and_says_what_is_kept(work: Path) -> None:
 def test_ctrl_c_at_every_stage_is_one_sentence_and_the_same_command_continues(work: Path) -> None:
     reached = []
     for number, stage in enumerate(STAGES):
-        code, errors = interrupt_at(start(command("data", 1 + number % 2), work), stage, times=1 + number % 2)
+        code, errors = interrupt_at(
+            start(command("data", 1 + number % 2), work), stage, times=1 + number % 2
+        )
         if code == 0 and stage == "merging":
             continue  # it was faster than the signal
         assert_one_sentence(code, errors)
@@ -88,10 +113,15 @@ def test_ctrl_c_at_every_stage_is_one_sentence_and_the_same_command_continues(wo
     assert {path.name: path.read_bytes() for path in (work / "data").iterdir()} == content
 
 
-@pytest.mark.parametrize("tool,delay", [("preprocess_data.py", 0.02), *(("evaluate.py", 0.02 + 0.15 * part) for part in range(8))])
-def test_ctrl_c_while_modules_are_imported_is_one_sentence_too(tmp_path: Path, tool: str, delay: float) -> None:
+@pytest.mark.parametrize(
+    "tool,delay",
+    [("preprocess_data.py", 0.02), *(("evaluate.py", 0.02 + 0.15 * part) for part in range(8))],
+)
+def test_ctrl_c_while_modules_are_imported_is_one_sentence_too(
+    tmp_path: Path, tool: str, delay: float
+) -> None:
     """NumPy and torch catch an exception in their own imports: they would fail in another way, go on, or crash."""
     process = start([sys.executable, "-X", "importtime", str(TOOLS / tool), "--help"], tmp_path)
-    code, errors = interrupt_at(process, "pretrain.config.interrupts", delay=delay)
+    code, errors = interrupt_at(process, "pretrain.core.interrupts", delay=delay)
     assert_one_sentence(code, errors)
     assert "interrupted; run the same command again to continue." in errors

@@ -10,16 +10,22 @@ import psutil
 import pytest
 import torch
 
-from data_pipeline.batch import NO_LOSS, Batch, to_batch
-from data_pipeline.corpora import load_corpora
-from data_pipeline.indexed import HEADER, MAGIC, bin_path
-from data_pipeline.loader import Stretch, TrainingSource, TrainLoader, open_train_loader, validation_batches
-from data_pipeline.manifest import ShardEntry
-from data_pipeline.packing import Windows
-from data_pipeline.token_stream import OPEN_FILES, Shard, TokenStream, open_split
-from pretrain.config.data_schema import Proportional
-from pretrain.config.errors import ConfigError, DataError
+from data_pipeline.config import Proportional
+from data_pipeline.loading.batch import NO_LOSS, Batch, to_batch
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import (
+    LoaderPhase,
+    TrainingSource,
+    TrainLoader,
+    open_train_loader,
+    validation_batches,
+)
+from data_pipeline.shards.datasets import load_datasets
+from data_pipeline.shards.indexed import HEADER, MAGIC, bin_path
+from data_pipeline.shards.manifest import ShardEntry
+from data_pipeline.shards.token_stream import OPEN_FILES, Shard, TokenStream, open_split
 from pretrain.config.load import load_recipe
+from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.data_folder import EOD, counting_stream, stream_of, write_folder
 
 
@@ -27,12 +33,22 @@ def windows_of(folder: Path, num_tokens: int, sequence_length: int = 4) -> Windo
     return Windows(counting_stream(folder, num_tokens), sequence_length, EOD)
 
 
-def train_loader(windows: Windows, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2) -> TrainLoader:
-    return TrainLoader({"all": TrainingSource(windows, "same")}, [Stretch(Proportional(), 8, micro_batch_size)], 1, dp_rank, dp_size)
+def train_loader(
+    windows: Windows, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2
+) -> TrainLoader:
+    return TrainLoader(
+        {"all": TrainingSource(windows, "same")},
+        [LoaderPhase(Proportional(), 8, micro_batch_size)],
+        1,
+        dp_rank,
+        dp_size,
+    )
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return torch.equal(one.input_ids_BS, other.input_ids_BS) and torch.equal(one.labels_BS, other.labels_BS)
+    return torch.equal(one.input_ids_BS, other.input_ids_BS) and torch.equal(
+        one.labels_BS, other.labels_BS
+    )
 
 
 def test_stream_reads_across_documents_and_shards(tmp_path: Path) -> None:
@@ -44,7 +60,9 @@ def test_stream_reads_across_documents_and_shards(tmp_path: Path) -> None:
             part = stream.read(start, count)
             assert part.dtype == np.int64 and part.tolist() == tokens[start : start + count]
             begins = stream.document_starts(start, count)
-            assert begins.dtype == np.int64 and begins.tolist() == [i for i in range(count) if start + i in starts]
+            assert begins.dtype == np.int64 and begins.tolist() == [
+                i for i in range(count) if start + i in starts
+            ]
     for start, count in ((-1, 2), (8, 4), (12, 0)):
         with pytest.raises(IndexError):
             stream.read(start, count)
@@ -58,8 +76,13 @@ def test_token_outside_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
         stream.read(0, 4)
 
 
-@pytest.mark.parametrize(("num_tokens", "full", "every"), [(1, 0, 0), (2, 0, 1), (5, 1, 1), (6, 1, 2), (9, 2, 2), (10, 2, 3)])
-def test_windows_score_each_target_once(tmp_path: Path, num_tokens: int, full: int, every: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "full", "every"),
+    [(1, 0, 0), (2, 0, 1), (5, 1, 1), (6, 1, 2), (9, 2, 2), (10, 2, 3)],
+)
+def test_windows_score_each_target_once(
+    tmp_path: Path, num_tokens: int, full: int, every: int
+) -> None:
     windows = windows_of(tmp_path, num_tokens)
     assert (len(windows), windows.num_all) == (full, every)
     scored = []
@@ -74,18 +97,30 @@ def test_windows_score_each_target_once(tmp_path: Path, num_tokens: int, full: i
     assert scored == list(range(2, num_tokens + 1))
 
 
-def test_document_mask_numbers_documents_and_takes_no_loss_across_their_ends(tmp_path: Path) -> None:
+def test_document_mask_numbers_documents_and_takes_no_loss_across_their_ends(
+    tmp_path: Path,
+) -> None:
     stream = stream_of(tmp_path, [[[5, 6, 0], [7, 0]], [[8, 9, 10, 11, 0]]])
     plain = to_batch([Windows(stream, 6, EOD).read(number) for number in (0, 1)])
     assert plain.document_ids_BS is None and plain.position_ids_BS is None
     assert plain.labels_BS.tolist() == [[6, 0, 7, 0, 8, 9], [10, 11, 0, NO_LOSS, NO_LOSS, NO_LOSS]]
-    masked = to_batch([Windows(stream, 6, EOD, document_mask=True).read(number) for number in (0, 1)])
+    masked = to_batch(
+        [Windows(stream, 6, EOD, document_mask=True).read(number) for number in (0, 1)]
+    )
     assert masked.document_ids_BS is not None and masked.position_ids_BS is not None
     assert masked.input_ids_BS.tolist() == [[5, 6, 0, 7, 0, 8], [9, 10, 11, 0, 0, 0]]
     assert masked.document_ids_BS.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 1]]
     assert masked.position_ids_BS.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]]
-    assert masked.labels_BS.tolist() == [[6, 0, NO_LOSS, 0, NO_LOSS, 9], [10, 11, 0, NO_LOSS, NO_LOSS, NO_LOSS]]
-    tensors = (masked.input_ids_BS, masked.labels_BS, masked.document_ids_BS, masked.position_ids_BS)
+    assert masked.labels_BS.tolist() == [
+        [6, 0, NO_LOSS, 0, NO_LOSS, 9],
+        [10, 11, 0, NO_LOSS, NO_LOSS, NO_LOSS],
+    ]
+    tensors = (
+        masked.input_ids_BS,
+        masked.labels_BS,
+        masked.document_ids_BS,
+        masked.position_ids_BS,
+    )
     assert all(tensor.dtype == torch.int64 for tensor in tensors)
 
 
@@ -96,12 +131,18 @@ def test_documents_are_told_by_the_index_and_not_by_a_token(tmp_path: Path) -> N
     assert sample.labels_S.tolist() == [6, 7, NO_LOSS, 9, NO_LOSS, 11]
     eod_inside = stream_of(tmp_path / "inside", [[[5, 0, 7, 0, 9, 10, 11]]])
     sample = Windows(eod_inside, 6, EOD, document_mask=True).read(0)
-    assert sample.documents_S is not None and sample.documents_S.tolist() == [0] * 6 and sample.labels_S.tolist() == [0, 7, 0, 9, 10, 11]
+    assert (
+        sample.documents_S is not None
+        and sample.documents_S.tolist() == [0] * 6
+        and sample.labels_S.tolist() == [0, 7, 0, 9, 10, 11]
+    )
 
 
 def test_an_epoch_shows_each_full_window_once(tmp_path: Path) -> None:
     loader = train_loader(windows_of(tmp_path, 24 * 4 + 3))
-    inputs = torch.cat([batch.input_ids_BS for step in range(3) for batch in loader.step_batches(step)])
+    inputs = torch.cat(
+        [batch.input_ids_BS for step in range(3) for batch in loader.step_batches(step)]
+    )
     assert sorted(inputs[:, 0].tolist()) == list(range(1, 24 * 4, 4))
 
 
@@ -111,14 +152,25 @@ def test_resuming_needs_only_the_step(tmp_path: Path) -> None:
     runs = [straight.step_batches(step) for step in range(8)]
     for step in (5, 6, 2):
         again = resumed.step_batches(step)
-        assert len(again) == 4 and all(same(one, other) for one, other in zip(runs[step], again, strict=True))
+        assert len(again) == 4 and all(
+            same(one, other) for one, other in zip(runs[step], again, strict=True)
+        )
     assert not same(runs[5][0], runs[6][0])
 
 
-def micro_batch_inputs(windows: Windows, dp_size: int, micro_batch_size: int = 2) -> list[list[int]]:
+def micro_batch_inputs(
+    windows: Windows, dp_size: int, micro_batch_size: int = 2
+) -> list[list[int]]:
     """First tokens of each micro batch of step 3, in the order of their numbers."""
-    ranks = [train_loader(windows, rank, dp_size, micro_batch_size).step_batches(3) for rank in range(dp_size)]
-    return [ranks[rank][accumulation].input_ids_BS[:, 0].tolist() for accumulation in range(len(ranks[0])) for rank in range(dp_size)]
+    ranks = [
+        train_loader(windows, rank, dp_size, micro_batch_size).step_batches(3)
+        for rank in range(dp_size)
+    ]
+    return [
+        ranks[rank][accumulation].input_ids_BS[:, 0].tolist()
+        for accumulation in range(len(ranks[0]))
+        for rank in range(dp_size)
+    ]
 
 
 def test_micro_batches_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
@@ -126,12 +178,16 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> N
     one = micro_batch_inputs(windows, dp_size=1)
     assert one == micro_batch_inputs(windows, dp_size=2) == micro_batch_inputs(windows, dp_size=4)
     samples = [sample for _, sample in train_loader(windows).sample_numbers(3)]
-    assert [first for micro_batch in one for first in micro_batch] == [sample * 4 + 1 for sample in samples]
+    assert [first for micro_batch in one for first in micro_batch] == [
+        sample * 4 + 1 for sample in samples
+    ]
 
 
 def test_another_micro_batch_size_makes_other_micro_batches(tmp_path: Path) -> None:
     windows = windows_of(tmp_path, 24 * 4 + 3)
-    assert micro_batch_inputs(windows, 1, micro_batch_size=2) != micro_batch_inputs(windows, 1, micro_batch_size=4)
+    assert micro_batch_inputs(windows, 1, micro_batch_size=2) != micro_batch_inputs(
+        windows, 1, micro_batch_size=4
+    )
 
 
 def test_too_little_data_says_how_much_is_there_and_needed(tmp_path: Path) -> None:
@@ -151,24 +207,36 @@ def labels_of(batches: list[Batch]) -> list[int]:
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("num_tokens", [2, 9, 10, 50])
-def test_validation_scores_each_target_once_over_all_ranks(tmp_path: Path, dp_size: int, num_tokens: int) -> None:
+def test_validation_scores_each_target_once_over_all_ranks(
+    tmp_path: Path, dp_size: int, num_tokens: int
+) -> None:
     windows = windows_of(tmp_path, num_tokens)
     ranks = [list(validation_batches(windows, 2, rank, dp_size, None)) for rank in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(batch.input_ids_BS.shape == (2, 4) for batches in ranks for batch in batches)
-    assert sorted(label for batches in ranks for label in labels_of(batches)) == list(range(2, num_tokens + 1))
+    assert sorted(label for batches in ranks for label in labels_of(batches)) == list(
+        range(2, num_tokens + 1)
+    )
 
 
 def test_a_rank_that_reads_another_ranks_batches_would_miss_targets(tmp_path: Path) -> None:
     windows = windows_of(tmp_path, 50)
-    twice = [label for _ in range(2) for label in labels_of(list(validation_batches(windows, 2, 0, 2, None)))]
+    twice = [
+        label
+        for _ in range(2)
+        for label in labels_of(list(validation_batches(windows, 2, 0, 2, None)))
+    ]
     assert sorted(twice) != list(range(2, 51))
 
 
 def test_few_validation_windows_are_spread_and_do_not_depend_on_ranks(tmp_path: Path) -> None:
     windows = windows_of(tmp_path, 100 * 4 + 1)
     chosen = {
-        dp_size: sorted(label for rank in range(dp_size) for label in labels_of(list(validation_batches(windows, 2, rank, dp_size, 5))))
+        dp_size: sorted(
+            label
+            for rank in range(dp_size)
+            for label in labels_of(list(validation_batches(windows, 2, rank, dp_size, 5)))
+        )
         for dp_size in (1, 2)
     }
     assert chosen[1] == chosen[2]
@@ -187,7 +255,11 @@ def test_no_shard_is_opened_before_something_is_read_of_it(tmp_path: Path) -> No
     stream = open_split(manifest, "train")
     windows = Windows(stream, 4, EOD)
     train_loader(windows)
-    assert stream.num_tokens == 99 and windows.read(0).inputs_S.tolist() == [1, 2, 3, 4] and windows.read(20).inputs_S.tolist() == [15, 16, 17, 18]
+    assert (
+        stream.num_tokens == 99
+        and windows.read(0).inputs_S.tolist() == [1, 2, 3, 4]
+        and windows.read(20).inputs_S.tolist() == [15, 16, 17, 18]
+    )
     with pytest.raises(DataError, match=r"train-all-00001\.bin is missing"):
         windows.read(10)
 
@@ -196,8 +268,14 @@ def test_shards_of_another_manifest_are_refused(tmp_path: Path) -> None:
     manifest = write_folder(tmp_path, {"all": [[[1, 2, 3]], [[4, 5]]]})
     one, other = manifest.splits["train"].shards
     swapped = [one.model_copy(update={"prefix": other.prefix}), other]
-    broken = manifest.model_copy(update={"splits": {"train": manifest.splits["train"].model_copy(update={"shards": swapped})}})
-    with pytest.raises(DataError, match=r"train-all-00001\.bin holds 2 tokens of uint16, its manifest says 3"):
+    broken = manifest.model_copy(
+        update={
+            "splits": {"train": manifest.splits["train"].model_copy(update={"shards": swapped})}
+        }
+    )
+    with pytest.raises(
+        DataError, match=r"train-all-00001\.bin holds 2 tokens of uint16, its manifest says 3"
+    ):
         open_split(broken, "train").read(0, 2)
     with pytest.raises(DataError, match="has no validation split"):
         open_split(manifest, "validation")
@@ -207,27 +285,36 @@ def test_corpora_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
     shards = {"all": [[list(range(1, 200))]]}
     for name, tokenizer in (("a", "{}"), ("b", "{}"), ("c", '{"other": 1}')):
         write_folder(tmp_path / name, shards, shards if name == "b" else None, tokenizer=tokenizer)
-    corpora = load_corpora({"x": str(tmp_path / "a"), "y": str(tmp_path / "b")})
-    corpora.verify()
-    assert list(corpora.training_parts()) == ["x", "y"]
-    held_out = corpora.validation_stream()
+    datasets = load_datasets({"x": str(tmp_path / "a"), "y": str(tmp_path / "b")})
+    datasets.verify()
+    assert list(datasets.training_parts()) == ["x", "y"]
+    held_out = datasets.validation_stream()
     assert held_out is not None and held_out.num_tokens == 199
-    assert load_corpora({"": str(tmp_path / "a")}).validation_stream() is None
+    assert load_datasets({"": str(tmp_path / "a")}).validation_stream() is None
     with pytest.raises(DataError, match="different tokenizers"):
-        load_corpora({"x": str(tmp_path / "a"), "z": str(tmp_path / "c")})
+        load_datasets({"x": str(tmp_path / "a"), "z": str(tmp_path / "c")})
 
 
 def test_windows_never_cross_from_one_source_to_the_next(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"low": [[list(range(1, 100))]], "high": [[list(range(500, 561))], [list(range(561, 620))]]})
-    corpora = load_corpora({"": str(tmp_path)})
+    write_folder(
+        tmp_path,
+        {
+            "low": [[list(range(1, 100))]],
+            "high": [[list(range(500, 561))], [list(range(561, 620))]],
+        },
+    )
+    datasets = load_datasets({"": str(tmp_path)})
     for folders in ({"": str(tmp_path)}, {"both": str(tmp_path)}):
-        recipe = load_recipe("debug", ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"])
-        loader = open_train_loader(recipe, load_corpora(folders), 0, 1)
+        recipe = load_recipe(
+            "debug",
+            ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"],
+        )
+        loader = open_train_loader(recipe, load_datasets(folders), 0, 1)
         assert sum(len(source.samples) for source in loader.sources.values()) == 6 + 7
         for step in range(4):
             tokens_BS = torch.cat([batch.input_ids_BS for batch in loader.step_batches(step)])
             assert ((tokens_BS < 500).all(dim=1) | (tokens_BS >= 500).all(dim=1)).all()
-    assert list(corpora.training_parts()) == ["low", "high"] and list(loader.sources) == ["both"]
+    assert list(datasets.training_parts()) == ["low", "high"] and list(loader.sources) == ["both"]
 
 
 def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
@@ -237,12 +324,22 @@ def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
     assert loader.waiting.seconds > 0.0
 
 
-def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(tmp_path: Path) -> None:
+def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(
+    tmp_path: Path,
+) -> None:
     """A sparse corpus of 500 shards of 2 * 10^9 tokens: the index of one of them, linked, and files of nothing but zeros."""
     documents, tokens, shards = 20_000, 2_000_000_000, 500
     lengths = np.full(documents, tokens // documents, dtype="<i4")
-    offsets, marks = np.arange(documents, dtype="<i8") * (2 * tokens // documents), np.arange(documents + 1, dtype="<i8")
-    index = HEADER.pack(MAGIC, 1, 8, documents, documents + 1) + lengths.tobytes() + offsets.tobytes() + marks.tobytes()
+    offsets, marks = (
+        np.arange(documents, dtype="<i8") * (2 * tokens // documents),
+        np.arange(documents + 1, dtype="<i8"),
+    )
+    index = (
+        HEADER.pack(MAGIC, 1, 8, documents, documents + 1)
+        + lengths.tobytes()
+        + offsets.tobytes()
+        + marks.tobytes()
+    )
     first = tmp_path / "00000.idx"
     first.write_bytes(index)
     entries = []
@@ -252,7 +349,14 @@ def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(tm
         with (tmp_path / f"{number:05}.bin").open("wb") as stream:
             stream.truncate(2 * tokens)
         entry = ShardEntry(
-            prefix=f"{number:05}", source="all", documents=documents, tokens=tokens, bin_bytes=2 * tokens, bin_sha256="", idx_bytes=0, idx_sha256=""
+            prefix=f"{number:05}",
+            source="all",
+            documents=documents,
+            tokens=tokens,
+            bin_bytes=2 * tokens,
+            bin_sha256="",
+            idx_bytes=0,
+            idx_sha256="",
         )
         entries.append(Shard(tmp_path, entry, "uint16"))
     me = psutil.Process()

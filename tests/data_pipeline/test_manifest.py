@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build.coordinator import BuildResult
-from data_pipeline.manifest import MANIFEST_NAME, load_manifest, verify
-from pretrain.config.errors import DataError
+from data_pipeline.preprocess.coordinator import BuildResult
+from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest, verify
+from pretrain.core.errors import DataError
 
 
 @pytest.fixture
@@ -63,10 +63,18 @@ def test_missing_damaged_and_newer_manifests_are_refused(copied: Path, tmp_path:
         ("[]", "has version None"),
         (json.dumps(content | {"version": 99}), "has version 99"),
         (json.dumps(content | {"dtype": "float64"}), "'dtype'"),
-        (json.dumps({key: value for key, value in content.items() if key != "tokenizer"}), "'tokenizer'"),
+        (
+            json.dumps({key: value for key, value in content.items() if key != "tokenizer"}),
+            "'tokenizer'",
+        ),
         (json.dumps(content | {"splits": {}}), "'splits'"),
         (json.dumps(content | {"sources": {}}), "of the source 'all', which is not listed"),
-        (json.dumps(content | {"tokenizer": content["tokenizer"] | {"file": "../tokenizer.json"}}), "'tokenizer.file'"),
+        (
+            json.dumps(
+                content | {"tokenizer": content["tokenizer"] | {"file": "../tokenizer.json"}}
+            ),
+            "'tokenizer.file'",
+        ),
         (json.dumps(content).replace('"train"', '"/etc/train"'), "damaged"),
         ("[" * 100_000, "is not JSON"),
     ):
@@ -84,11 +92,21 @@ def test_fingerprint_follows_the_data_and_not_how_it_was_described(built: BuildR
     other_source = {"all": source.model_copy(update={"sha256": "0" * 64})}
     other_tokenizer = manifest.tokenizer.model_copy(update={"sha256": "0" * 64})
     assert manifest.model_copy(update={"sources": other_source}).fingerprint != manifest.fingerprint
-    assert manifest.model_copy(update={"tokenizer": other_tokenizer}).fingerprint != manifest.fingerprint
+    assert (
+        manifest.model_copy(update={"tokenizer": other_tokenizer}).fingerprint
+        != manifest.fingerprint
+    )
 
 
 def test_only_the_loader_imports_torch() -> None:
     program = "import sys, data_pipeline.{}; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent.parent
-    assert subprocess.run([sys.executable, "-c", program.format("build.coordinator")], cwd=root).returncode == 0
-    assert subprocess.run([sys.executable, "-c", program.format("loader")], cwd=root).returncode == 1
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program.format("build.coordinator")], cwd=root
+        ).returncode
+        == 0
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program.format("loader")], cwd=root).returncode == 1
+    )

@@ -9,10 +9,10 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.workspace import Output
-from data_pipeline.indexed import IndexedReader
-from pretrain.config.data_schema import DataConfig
+from data_pipeline.config import DataConfig
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.indexed import IndexedReader
 
 # In a process of its own: Megatron's blending needs a process group.
 PROGRAM = """
@@ -43,14 +43,27 @@ def test_megatrons_blended_dataset_reads_our_shards_document_by_document(tmp_pat
     for number, name in enumerate(("one", "two")):
         source = random.Random(number)
         texts = [" ".join(str(source.random()) for _ in range(3)) for _ in range(200)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
         section = {"kind": "jsonl", "input": [str(tmp_path / f"{name}.jsonl")]}
-        config = DataConfig.model_validate({"source": section, "tokenizer": {"kind": "train_bpe", "vocab_size": 300}, "validation_share": 0.0})
+        config = DataConfig.model_validate(
+            {
+                "source": section,
+                "tokenizer": {"kind": "train_bpe", "vocab_size": 300},
+                "validation_share": 0.0,
+            }
+        )
         manifest = build(config, Output(tmp_path / "data", name)).manifest
         reader = IndexedReader(manifest.folder / manifest.splits["train"].shards[0].prefix)
         documents.append({tuple(reader[index].tolist()) for index in range(len(reader))})
-    arguments = [str(tmp_path / "cache"), *(str(tmp_path / "data" / name) for name in ("one", "two"))]
-    result = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=300)
+    arguments = [
+        str(tmp_path / "cache"),
+        *(str(tmp_path / "data" / name) for name in ("one", "two")),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     kind, samples = json.loads(result.stdout.splitlines()[-1])
     assert kind == "BlendedDataset" and len(samples) == 100

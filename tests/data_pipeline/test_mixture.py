@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import Stretch, TrainingSource, TrainLoader
-from data_pipeline.manifest import load_manifest
-from data_pipeline.mixture import Plan, Schedule, SourceState, check_names
-from data_pipeline.order import sample_indices
-from data_pipeline.packing import Windows
-from data_pipeline.token_stream import open_split
-from pretrain.config.data_schema import Mixture, Proportional, Temperature, TokenBudget, Weights
-from pretrain.config.errors import ConfigError, DataError
+from data_pipeline.config import Mixture, Proportional, Temperature, TokenBudget, Weights
+from data_pipeline.loading.mixture import MixtureEntry, MixtureSchedule, SourceState, check_names
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+from data_pipeline.loading.shuffle import sample_indices
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.token_stream import open_split
+from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.data_folder import counting_stream
 
 S = 4
@@ -29,11 +29,17 @@ def weights(values: dict[str, float], max_epochs: dict[str, float] | None = None
     return Weights(kind="weights", weights=values, max_epochs=max_epochs or {})
 
 
-def schedule_of(mixture: Mixture, sizes: Sizes) -> Schedule:
-    return Schedule([Plan(0, mixture, {name: SourceState(name, size) for name, size in sizes.items()}, S)])
+def schedule_of(mixture: Mixture, sizes: Sizes) -> MixtureSchedule:
+    return MixtureSchedule(
+        [
+            MixtureEntry(
+                0, mixture, {name: SourceState(name, size) for name, size in sizes.items()}, S
+            )
+        ]
+    )
 
 
-def taken_in(schedule: Schedule, first: int, count: int) -> list[tuple[str, int]]:
+def taken_in(schedule: MixtureSchedule, first: int, count: int) -> list[tuple[str, int]]:
     """Source and running number of each sample."""
     found: list[tuple[str, int]] = [("", -1)] * count
     for name, places, numbers in schedule.samples(first, count):
@@ -47,24 +53,49 @@ def taken_in(schedule: Schedule, first: int, count: int) -> list[tuple[str, int]
 
 
 def test_a_single_source_has_the_plain_order_whatever_the_mixture() -> None:
-    for mixture in (Proportional(), weights({"a": 3}), Temperature(kind="temperature", temperature=2)):
-        assert taken_in(schedule_of(mixture, {"a": 100}), 40, 150) == [("a", number) for number in range(40, 190)]
+    for mixture in (
+        Proportional(),
+        weights({"a": 3}),
+        Temperature(kind="temperature", temperature=2),
+    ):
+        assert taken_in(schedule_of(mixture, {"a": 100}), 40, 150) == [
+            ("a", number) for number in range(40, 190)
+        ]
 
 
 def test_proportional_takes_every_sample_once_an_epoch() -> None:
     schedule = schedule_of(Proportional(), {"a": 700, "b": 41, "c": 3})
     for epoch in range(3):
-        expected = {(name, number) for name, size in (("a", 700), ("b", 41), ("c", 3)) for number in range(epoch * size, epoch * size + size)}
+        expected = {
+            (name, number)
+            for name, size in (("a", 700), ("b", 41), ("c", 3))
+            for number in range(epoch * size, epoch * size + size)
+        }
         assert set(taken_in(schedule, epoch * 744, 744)) == expected
 
 
 def test_shares_follow_weights_and_temperature() -> None:
-    counts = Counter(name for name, _ in taken_in(schedule_of(weights({"a": 0.7, "b": 0.3, "c": 0}), {"a": 10, "b": 10, "c": 10}), 0, 1000))
+    counts = Counter(
+        name
+        for name, _ in taken_in(
+            schedule_of(weights({"a": 0.7, "b": 0.3, "c": 0}), {"a": 10, "b": 10, "c": 10}), 0, 1000
+        )
+    )
     assert counts == {"a": 700, "b": 300}
     sizes = {"a": 1600, "b": 100}
-    counts = Counter(name for name, _ in taken_in(schedule_of(Temperature(kind="temperature", temperature=2), sizes), 0, 1000))
+    counts = Counter(
+        name
+        for name, _ in taken_in(
+            schedule_of(Temperature(kind="temperature", temperature=2), sizes), 0, 1000
+        )
+    )
     assert counts == {"a": 800, "b": 200}
-    counts = Counter(name for name, _ in taken_in(schedule_of(Temperature(kind="temperature", temperature=1), sizes), 0, 1700))
+    counts = Counter(
+        name
+        for name, _ in taken_in(
+            schedule_of(Temperature(kind="temperature", temperature=1), sizes), 0, 1700
+        )
+    )
     assert abs(counts["a"] - 1600) <= 1
 
 
@@ -73,7 +104,10 @@ def test_weights_are_the_decimal_numbers_that_were_written() -> None:
     for samples in (10**6, 10**9, 10**12):
         assert abs(rare.taken(samples)["b"] - samples * Fraction(1, 10**9 + 1)) < 1
     tenths = schedule_of(weights({"a": 0.7, "b": 0.3}), {"a": 10, "b": 10})
-    assert tenths.taken(10**8) == {"a": 7 * 10**7, "b": 3 * 10**7} and tenths.taken(10**12)["b"] == 3 * 10**11
+    assert (
+        tenths.taken(10**8) == {"a": 7 * 10**7, "b": 3 * 10**7}
+        and tenths.taken(10**12)["b"] == 3 * 10**11
+    )
     squares = schedule_of(Temperature(kind="temperature", temperature=2), {"a": 3, "b": 7})
     share = Fraction((3 / 7) ** 0.5) / (1 + Fraction((3 / 7) ** 0.5))
     assert abs(squares.taken(10**12)["a"] - share * 10**12) < 1
@@ -87,42 +121,69 @@ def test_limits_are_those_of_decimal_numbers() -> None:
 
 def test_shares_count_from_the_sample_on_at_which_they_change() -> None:
     sizes = {"a": 100, "b": 100, "c": 50}
-    first = Plan(0, weights({"a": 0.5, "b": 0.3, "c": 0.2}), {name: SourceState(name, size) for name, size in sizes.items()}, S)
-    taken = Schedule([first]).taken(777)
-    second = Plan(777, weights({"a": 0.1, "b": 1e-5, "c": 0.2}), {name: SourceState(name, size, taken[name]) for name, size in sizes.items()}, S)
-    schedule = Schedule([first, second])
+    first = MixtureEntry(
+        0,
+        weights({"a": 0.5, "b": 0.3, "c": 0.2}),
+        {name: SourceState(name, size) for name, size in sizes.items()},
+        S,
+    )
+    taken = MixtureSchedule([first]).taken(777)
+    second = MixtureEntry(
+        777,
+        weights({"a": 0.1, "b": 1e-5, "c": 0.2}),
+        {name: SourceState(name, size, taken[name]) for name, size in sizes.items()},
+        S,
+    )
+    schedule = MixtureSchedule([first, second])
     for samples in (778, 1000, 10**7, 10**11):
-        for name, share in zip(sizes, (Fraction(10000, 30001), Fraction(1, 30001), Fraction(20000, 30001)), strict=True):
+        for name, share in zip(
+            sizes, (Fraction(10000, 30001), Fraction(1, 30001), Fraction(20000, 30001)), strict=True
+        ):
             assert abs(schedule.taken(samples)[name] - taken[name] - share * (samples - 777)) < 1
 
 
 def test_a_plan_of_the_order_before_is_refused_if_it_mixes_sources() -> None:
-    two = Plan(0, Proportional(), {"a": SourceState("a", 5), "b": SourceState("b", 7)}, S).to_dict()
-    assert Plan.from_dict(json.loads(json.dumps(two))).sources["b"].num_samples == 7
-    one = Plan(0, Proportional(), {"a": SourceState("a", 5)}, S).to_dict()
+    two = MixtureEntry(
+        0, Proportional(), {"a": SourceState("a", 5), "b": SourceState("b", 7)}, S
+    ).to_dict()
+    assert MixtureEntry.from_dict(json.loads(json.dumps(two))).sources["b"].num_samples == 7
+    one = MixtureEntry(0, Proportional(), {"a": SourceState("a", 5)}, S).to_dict()
     for content in (two, one):
         del content["version"]
     with pytest.raises(DataError, match="earlier version.*initial_weights"):
-        Plan.from_dict(two)
-    assert Plan.from_dict(one).sources["a"].num_samples == 5
+        MixtureEntry.from_dict(two)
+    assert MixtureEntry.from_dict(one).sources["a"].num_samples == 5
 
 
 def test_a_token_budget_is_met_exactly_by_the_whole_run() -> None:
     mixture = TokenBudget(kind="tokens", tokens={"a": 4000, "b": 400, "c": 0})
-    counts = Counter(name for name, _ in taken_in(schedule_of(mixture, {"a": 50, "b": 1000, "c": 9}), 0, 1100))
+    counts = Counter(
+        name for name, _ in taken_in(schedule_of(mixture, {"a": 50, "b": 1000, "c": 9}), 0, 1100)
+    )
     assert counts == {"a": 1000, "b": 100}
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 60), st.floats(0.01, 5), st.floats(0.2, 4)), min_size=1),
+    st.dictionaries(
+        st.sampled_from("abcd"),
+        st.tuples(st.integers(1, 60), st.floats(0.01, 5), st.floats(0.2, 4)),
+        min_size=1,
+    ),
     st.integers(0, 300),
     st.integers(1, 50),
 )
 @settings(max_examples=12, deadline=None)
-def test_limits_are_kept_and_ranges_agree_with_the_whole(sources: dict[str, tuple[int, float, float]], first: int, count: int) -> None:
+def test_limits_are_kept_and_ranges_agree_with_the_whole(
+    sources: dict[str, tuple[int, float, float]], first: int, count: int
+) -> None:
     sizes = {name: size for name, (size, _, _) in sources.items()}
-    limits = {name: int(Fraction(repr(epochs)) * size) for name, (size, _, epochs) in sources.items()}
-    mixture = weights({name: weight for name, (_, weight, _) in sources.items()}, {name: epochs for name, (_, _, epochs) in sources.items()})
+    limits = {
+        name: int(Fraction(repr(epochs)) * size) for name, (size, _, epochs) in sources.items()
+    }
+    mixture = weights(
+        {name: weight for name, (_, weight, _) in sources.items()},
+        {name: epochs for name, (_, _, epochs) in sources.items()},
+    )
     schedule = schedule_of(mixture, sizes)
     assert schedule.num_samples == sum(limits.values())
     whole = taken_in(schedule, 0, schedule.num_samples)
@@ -131,16 +192,22 @@ def test_limits_are_kept_and_ranges_agree_with_the_whole(sources: dict[str, tupl
     first = min(first, schedule.num_samples)
     count = min(count, schedule.num_samples - first)
     assert taken_in(schedule, first, count) == whole[first : first + count]
-    assert schedule.taken(first) == {name: sum(other == name for other, _ in whole[:first]) for name in sizes}
+    assert schedule.taken(first) == {
+        name: sum(other == name for other, _ in whole[:first]) for name in sizes
+    }
     with pytest.raises(DataError, match=f"allows {schedule.num_samples} samples"):
         schedule.samples(schedule.num_samples, 1)
 
 
 def test_the_others_share_the_weight_of_an_exhausted_source() -> None:
-    schedule = schedule_of(weights({"a": 2, "b": 1, "c": 1}, {"a": 1}), {"a": 100, "b": 1000, "c": 1000})
+    schedule = schedule_of(
+        weights({"a": 2, "b": 1, "c": 1}, {"a": 1}), {"a": 100, "b": 1000, "c": 1000}
+    )
     first, second = (phase.start_sample for phase in schedule.phases)
     assert first == 0 and second in (199, 200) and schedule.num_samples is None
-    before, after = (Counter(name for name, _ in taken_in(schedule, first, 100)) for first in (0, 200))
+    before, after = (
+        Counter(name for name, _ in taken_in(schedule, first, 100)) for first in (0, 200)
+    )
     assert before == {"a": 50, "b": 25, "c": 25} and after == {"b": 50, "c": 50}
 
 
@@ -150,7 +217,10 @@ def test_names_that_do_not_fit_the_data_are_refused() -> None:
         (weights({"code": 1}), "does not name the source 'web'"),
         (weights({"code": 0, "web": 0}), "0 for every source"),
         (Proportional(max_epochs={"x": 1}), "max_epochs names 'x'.*code, web"),
-        (TokenBudget(kind="tokens", tokens={"web": 5}), "data.mixture.tokens does not name the source 'code'"),
+        (
+            TokenBudget(kind="tokens", tokens={"web": 5}),
+            "data.mixture.tokens does not name the source 'code'",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             check_names(mixture, ["code", "web"])
@@ -160,17 +230,25 @@ def test_names_that_do_not_fit_the_data_are_refused() -> None:
 # --- the loader -----------------------------------------------------------------------------------------------------------------
 
 
-def loader_of(folder: Path, sizes: Sizes, mixture: Mixture, dp_rank: int = 0, dp_size: int = 1) -> TrainLoader:
+def loader_of(
+    folder: Path, sizes: Sizes, mixture: Mixture, dp_rank: int = 0, dp_size: int = 1
+) -> TrainLoader:
     sources = {}
     for name, size in sizes.items():
         place = folder / name
-        stream = open_split(load_manifest(place), "train") if place.exists() else counting_stream(place, size * S + 1)
+        stream = (
+            open_split(load_manifest(place), "train")
+            if place.exists()
+            else counting_stream(place, size * S + 1)
+        )
         sources[name] = TrainingSource(Windows(stream, S, 0), f"{name} {size}")
-    return TrainLoader(sources, [Stretch(mixture, 8, 2)], 3, dp_rank, dp_size)
+    return TrainLoader(sources, [LoaderPhase(mixture, 8, 2)], 3, dp_rank, dp_size)
 
 
 def steps_of(loader: TrainLoader, first: int, count: int) -> list[tuple[str, int]]:
-    return [sample for step in range(first, first + count) for sample in loader.sample_numbers(step)]
+    return [
+        sample for step in range(first, first + count) for sample in loader.sample_numbers(step)
+    ]
 
 
 def test_one_source_is_read_in_todays_order(tmp_path: Path) -> None:
@@ -183,12 +261,22 @@ def test_one_source_is_read_in_todays_order(tmp_path: Path) -> None:
 
 def test_after_any_step_of_a_run_each_source_has_its_share_of_the_samples(tmp_path: Path) -> None:
     sizes = {"a": 60, "b": 25, "c": 11, "d": 9, "e": 40}
-    shares = {"a": Fraction("0.6"), "b": Fraction("0.25"), "c": Fraction("0.1"), "d": Fraction("0.049"), "e": Fraction("0.001")}
-    loader = loader_of(tmp_path, sizes, weights({name: float(share) for name, share in shares.items()}))
+    shares = {
+        "a": Fraction("0.6"),
+        "b": Fraction("0.25"),
+        "c": Fraction("0.1"),
+        "d": Fraction("0.049"),
+        "e": Fraction("0.001"),
+    }
+    loader = loader_of(
+        tmp_path, sizes, weights({name: float(share) for name, share in shares.items()})
+    )
     read: Counter[str] = Counter()
     for step in range(130):
         read.update(origin.source for origin in loader.origins(step))
-        assert all(abs(read[name] - share * 8 * (step + 1)) < 1 for name, share in shares.items()), step
+        assert all(
+            abs(read[name] - share * 8 * (step + 1)) < 1 for name, share in shares.items()
+        ), step
         assert loader.consumed(step + 1).by_source == {name: read[name] for name in sizes}
     assert read["e"] in (1, 2) and len(loader.step_batches(129)) == 4
 
@@ -206,8 +294,17 @@ def test_every_source_passes_through_its_own_epochs(tmp_path: Path) -> None:
 
 def test_micro_batches_of_a_mixture_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     def first_tokens(dp_size: int) -> list[list[int]]:
-        ranks = [loader_of(tmp_path, {"a": 40, "b": 15}, weights({"a": 3, "b": 1}), rank, dp_size).step_batches(2) for rank in range(dp_size)]
-        return [rank[turn].input_ids_BS[:, 0].tolist() for turn in range(len(ranks[0])) for rank in ranks]
+        ranks = [
+            loader_of(
+                tmp_path, {"a": 40, "b": 15}, weights({"a": 3, "b": 1}), rank, dp_size
+            ).step_batches(2)
+            for rank in range(dp_size)
+        ]
+        return [
+            rank[turn].input_ids_BS[:, 0].tolist()
+            for turn in range(len(ranks[0]))
+            for rank in ranks
+        ]
 
     assert first_tokens(1) == first_tokens(4)
 
@@ -222,7 +319,9 @@ def test_micro_batches_of_a_mixture_do_not_depend_on_the_number_of_ranks(tmp_pat
         (weights({"a": 4, "b": 1}), Proportional(max_epochs={"a": 2})),
     ],
 )
-def test_a_run_that_resumes_with_another_mixture_repeats_nothing_before_its_epoch_ends(tmp_path: Path, before: Mixture, after: Mixture) -> None:
+def test_a_run_that_resumes_with_another_mixture_repeats_nothing_before_its_epoch_ends(
+    tmp_path: Path, before: Mixture, after: Mixture
+) -> None:
     sizes = {"a": 70, "b": 40, "c": 50}
 
     def of(mixture: Mixture) -> TrainLoader:
@@ -236,7 +335,9 @@ def test_a_run_that_resumes_with_another_mixture_repeats_nothing_before_its_epoc
     for name, size in sizes.items():
         numbers = [number for other, number in seen if other == name]
         for start in range(0, len(numbers), size):
-            assert len(set(numbers[start : start + size])) == len(numbers[start : start + size]), name
+            assert len(set(numbers[start : start + size])) == len(numbers[start : start + size]), (
+                name
+            )
     assert second.schedule.plans[-1].start_sample == 56 and len(second.schedule.plans) == 2
     # The same recipe again goes on with the same plans, to the same samples.
     third = of(after)
@@ -254,7 +355,9 @@ def test_a_source_that_comes_back_goes_on_where_it_was(tmp_path: Path) -> None:
     third = loader_of(tmp_path, both, weights({"a": 1, "b": 1}))
     third.resume(second.state(6), 6)
     assert third.schedule.taken(48) == {"a": 32, "b": 16}
-    numbers = [number for name, number in steps_of(first, 0, 4) + steps_of(third, 6, 6) if name == "b"]
+    numbers = [
+        number for name, number in steps_of(first, 0, 4) + steps_of(third, 6, 6) if name == "b"
+    ]
     assert len(numbers) == len(set(numbers)) == 40
 
 

@@ -9,9 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import permute, sample_indices, shuffled
+from data_pipeline.loading.shuffle import permute, sample_indices, shuffled
 
-SIZES = [*range(1, 40), 63, 64, 65, 97, 101, 127, 255, 256, 257, 1000, 1021, 4095, 4096, 4097, 10_007, 65_537]
+SIZES = [
+    *range(1, 40),
+    63,
+    64,
+    65,
+    97,
+    101,
+    127,
+    255,
+    256,
+    257,
+    1000,
+    1021,
+    4095,
+    4096,
+    4097,
+    10_007,
+    65_537,
+]
 
 
 @pytest.mark.parametrize("num_samples", SIZES)
@@ -43,7 +61,10 @@ def test_epochs_and_seeds_differ_and_nothing_else_matters() -> None:
 @pytest.mark.parametrize("num_samples", [3, 4])
 def test_small_permutations_are_equally_likely(num_samples: int) -> None:
     seeds = 4800
-    counts = Counter(tuple(permute(np.arange(num_samples), num_samples, seed, 0).tolist()) for seed in range(seeds))
+    counts = Counter(
+        tuple(permute(np.arange(num_samples), num_samples, seed, 0).tolist())
+        for seed in range(seeds)
+    )
     kinds = 6 if num_samples == 3 else 24
     expected = seeds / kinds
     chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
@@ -53,8 +74,12 @@ def test_small_permutations_are_equally_likely(num_samples: int) -> None:
 
 def test_a_sample_lands_anywhere_with_equal_chance() -> None:
     num_samples, epochs = 50, 2000
-    places = np.stack([permute(np.arange(num_samples), num_samples, 7, epoch) for epoch in range(epochs)])
-    counts = np.stack([np.bincount(places[:, sample], minlength=num_samples) for sample in range(num_samples)])
+    places = np.stack(
+        [permute(np.arange(num_samples), num_samples, 7, epoch) for epoch in range(epochs)]
+    )
+    counts = np.stack(
+        [np.bincount(places[:, sample], minlength=num_samples) for sample in range(num_samples)]
+    )
     expected = epochs / num_samples
     degrees = (num_samples - 1) ** 2
     chi_squared = ((counts - expected) ** 2 / expected).sum()
@@ -67,11 +92,19 @@ def test_neighbours_do_not_stay_neighbours() -> None:
     assert np.bincount(steps, minlength=num_samples).max() < 12
 
 
-@pytest.mark.parametrize(("first", "count", "num_samples"), [(0, 12, 4), (3, 1, 4), (5, 9, 7), (10, 3, 1), (0, 0, 5)])
-def test_sample_indices_run_through_consecutive_epochs(first: int, count: int, num_samples: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count", "num_samples"), [(0, 12, 4), (3, 1, 4), (5, 9, 7), (10, 3, 1), (0, 0, 5)]
+)
+def test_sample_indices_run_through_consecutive_epochs(
+    first: int, count: int, num_samples: int
+) -> None:
     epochs = first // num_samples, (first + count) // num_samples
-    whole = np.concatenate([permute(np.arange(num_samples), num_samples, 9, epoch) for epoch in range(epochs[1] + 1)])
-    assert np.array_equal(sample_indices(first, count, num_samples, 9), whole[first : first + count])
+    whole = np.concatenate(
+        [permute(np.arange(num_samples), num_samples, 9, epoch) for epoch in range(epochs[1] + 1)]
+    )
+    assert np.array_equal(
+        sample_indices(first, count, num_samples, 9), whole[first : first + count]
+    )
 
 
 @pytest.mark.parametrize("index", [-1, 10])
@@ -82,7 +115,9 @@ def test_indices_outside_the_samples_are_refused(index: int) -> None:
 
 @given(st.integers(1, 500), st.integers(0, 2**40), st.integers(0, 50))
 @settings(max_examples=100, deadline=None)
-def test_every_epoch_shows_every_sample_once_and_epochs_and_seeds_differ(num_samples: int, seed: int, epoch: int) -> None:
+def test_every_epoch_shows_every_sample_once_and_epochs_and_seeds_differ(
+    num_samples: int, seed: int, epoch: int
+) -> None:
     positions = np.arange(epoch * num_samples, (epoch + 2) * num_samples)
     whole = shuffled(positions, num_samples, seed)
     first, second = whole[:num_samples], whole[num_samples:]
@@ -90,4 +125,6 @@ def test_every_epoch_shows_every_sample_once_and_epochs_and_seeds_differ(num_sam
     picked = np.random.default_rng(0).permutation(len(positions))
     assert np.array_equal(shuffled(positions[picked], num_samples, seed), whole[picked])
     if num_samples >= 40:  # smaller ones may agree by chance
-        assert not np.array_equal(first, second) and not np.array_equal(whole, shuffled(positions, num_samples, seed + 1))
+        assert not np.array_equal(first, second) and not np.array_equal(
+            whole, shuffled(positions, num_samples, seed + 1)
+        )

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.batch import Documents
-from data_pipeline.best_fit import pack_stream
-from data_pipeline.corpora import load_corpora
-from data_pipeline.inspection import documents
-from data_pipeline.loader import open_train_loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.packing import Joined, PackedSamples, Windows
-from data_pipeline.token_stream import open_split
+from data_pipeline.loading.batch import Documents
+from data_pipeline.loading.best_fit import pack_stream
+from data_pipeline.loading.packing import Joined, PackedSamples, Windows
+from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.shards.datasets import load_datasets
+from data_pipeline.shards.inspection import documents
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
 from tests.data_pipeline.data_folder import EOD, write_folder
 
@@ -35,11 +35,17 @@ def data(folder: Path) -> Manifest:
 
 def tokens_of(manifest: Manifest, found: list[Documents]) -> set[int]:
     numbers = [number for _, first, last in found for number in range(first, last + 1)]
-    return {token for document in documents(manifest, "train", numbers) for token in document.tokens.tolist()}
+    return {
+        token
+        for document in documents(manifest, "train", numbers)
+        for token in document.tokens.tolist()
+    }
 
 
 @pytest.mark.parametrize("source", [None, "web", "code"])
-def test_a_window_names_exactly_the_documents_of_its_tokens(tmp_path: Path, source: str | None) -> None:
+def test_a_window_names_exactly_the_documents_of_its_tokens(
+    tmp_path: Path, source: str | None
+) -> None:
     manifest = data(tmp_path)
     windows = Windows(open_split(manifest, "train", source), 6, EOD)
     assert windows.num_all > 5
@@ -49,7 +55,10 @@ def test_a_window_names_exactly_the_documents_of_its_tokens(tmp_path: Path, sour
         found = windows.documents(number)
         assert own <= tokens_of(manifest, found)
         ends = {token // 1000 for token in own}
-        assert (min(first for _, first, _ in found), max(last for *_, last in found)) == (min(ends), max(ends))
+        assert (min(first for _, first, _ in found), max(last for *_, last in found)) == (
+            min(ends),
+            max(ends),
+        )
         assert all(str(tmp_path / f"train-{source or ''}") in place for place, *_ in found)
 
 
@@ -66,10 +75,19 @@ def test_a_packed_sequence_names_the_document_of_each_piece(tmp_path: Path) -> N
         assert joined.documents(number + len(packed)) == found
 
 
-def test_a_step_names_the_source_of_each_sequence_also_behind_data_that_was_passed_over(tmp_path: Path) -> None:
+def test_a_step_names_the_source_of_each_sequence_also_behind_data_that_was_passed_over(
+    tmp_path: Path,
+) -> None:
     manifest = data(tmp_path)
-    sizes = ["train.sequence_length=4", "train.micro_batch_size=2", "train.global_batch_size=4", f"data.path={tmp_path}"]
-    loader = open_train_loader(load_recipe("debug", sizes), load_corpora({"": str(tmp_path)}), 0, 1)
+    sizes = [
+        "train.sequence_length=4",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+        f"data.path={tmp_path}",
+    ]
+    loader = open_train_loader(
+        load_recipe("debug", sizes), load_datasets({"": str(tmp_path)}), 0, 1
+    )
     later = [batch.input_ids_BS.tolist() for batch in loader.step_batches(5)]
     for step in (0, 2):
         if step == 2:
@@ -85,9 +103,14 @@ def test_a_step_names_the_source_of_each_sequence_also_behind_data_that_was_pass
 
 def test_data_that_was_passed_over_stays_passed_over_after_a_resume(tmp_path: Path) -> None:
     data(tmp_path)
-    sizes = ["train.sequence_length=4", "train.micro_batch_size=2", "train.global_batch_size=4", f"data.path={tmp_path}"]
-    recipe, corpora = load_recipe("debug", sizes), load_corpora({"": str(tmp_path)})
-    first, second, third = (open_train_loader(recipe, corpora, 0, 1) for _ in range(3))
+    sizes = [
+        "train.sequence_length=4",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+        f"data.path={tmp_path}",
+    ]
+    recipe, datasets = load_recipe("debug", sizes), load_datasets({"": str(tmp_path)})
+    first, second, third = (open_train_loader(recipe, datasets, 0, 1) for _ in range(3))
     first.pass_over(2, first.consumed(5))
     second.resume(first.state(4), 4)
     third.resume(third.state(4), 4)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import progress
-from data_pipeline.progress import Stage, Tally, current_tally, use_tally
+from pretrain.core import progress
+from pretrain.core.progress import Stage, Tally, current_tally, use_tally
 
 ROOT = Path(__file__).resolve().parents[2]
 # A second of steady work after an earlier run's half, in a process whose standard error is a terminal.
 PROGRAM = """
 import time
-from data_pipeline.progress import Stage, current_tally
+from pretrain.core.progress import Stage, current_tally
 with Stage("encoding", True, 2e6, "B", initial=1_000_000, counts_documents=True) as stage:
     time.sleep(1.2)
     for _ in range(10):
@@ -33,7 +33,9 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(found.replace(",", "")) for found in re.findall(pattern, text)]
 
 
-def test_elsewhere_than_on_a_terminal_there_are_few_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_than_on_a_terminal_there_are_few_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.3)
     with Stage("encoding", True, 1e6, "B", initial=500_000) as stage:
         for _ in range(10):
@@ -68,7 +70,9 @@ def test_the_rate_of_documents_is_that_of_the_present_stage() -> None:
         use_tally(before)
 
 
-def test_on_a_terminal_the_bar_is_there_before_anything_is_done_and_its_time_left_fits_its_rate() -> None:
+def test_on_a_terminal_the_bar_is_there_before_anything_is_done_and_its_time_left_fits_its_rate() -> (
+    None
+):
     controller, terminal = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stderr=terminal) as process:
         os.close(terminal)

@@ -11,8 +11,15 @@ import pytest
 
 from data_pipeline.sources import Document, LeftOut
 from data_pipeline.sources.source_code import walk
-from pretrain.config.errors import DataError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts, write
+from pretrain.core.errors import DataError
+from tests.data_pipeline.source_reading import (
+    left_out,
+    list_units,
+    read_all,
+    read_units,
+    texts,
+    write,
+)
 
 
 def section(*folders: object, **fields: object) -> dict[str, object]:
@@ -23,8 +30,20 @@ def git_files(folder: Path) -> set[str]:
     """What git would add, as it says itself."""
     settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     subprocess.run(["git", "init", "-q", str(folder)], check=True, env=os.environ | settings)
-    command = ["git", "-C", str(folder), "-c", "core.excludesFile=", "ls-files", "-z", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | settings).stdout
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "-c",
+        "core.excludesFile=",
+        "ls-files",
+        "-z",
+        "--others",
+        "--exclude-standard",
+    ]
+    listed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | settings
+    ).stdout
     return {name for name in listed.split("\0") if name}
 
 
@@ -35,15 +54,30 @@ def ours(folder: Path) -> list[str]:
 def test_gitignore_files_of_every_level_hold_with_negations(tmp_path: Path) -> None:
     write(tmp_path / ".gitignore", "*.log\n!keep.log\n/build/\nsecret*\n# a comment\n\\#odd\n")
     write(tmp_path / "sub/.gitignore", "!debug.log\nlocal.py\n!secret.py\n")
-    for name in ("a.py", "b.log", "keep.log", "build/x.py", "sub/build/x.py", "sub/debug.log", "sub/local.py", "sub/secret.py", "secret.py", "#odd"):
+    for name in (
+        "a.py",
+        "b.log",
+        "keep.log",
+        "build/x.py",
+        "sub/build/x.py",
+        "sub/debug.log",
+        "sub/local.py",
+        "sub/secret.py",
+        "secret.py",
+        "#odd",
+    ):
         write(tmp_path / name, "x")
     write(tmp_path / "local.py", "x")
     found = ours(tmp_path)
     assert set(found) == git_files(tmp_path)
     assert {"a.py", "sub/build/x.py", "sub/debug.log", "sub/secret.py", "local.py"} <= set(found)
     assert not {"b.log", "build/x.py", "sub/local.py", "secret.py", "#odd"} & set(found)
-    everything = [path.removeprefix(f"{tmp_path}/") for path in walk(str(tmp_path), respect_gitignore=False)]
-    assert {"b.log", "build/x.py", "secret.py"} <= set(everything) and not [name for name in everything if name.startswith(".git/")]
+    everything = [
+        path.removeprefix(f"{tmp_path}/") for path in walk(str(tmp_path), respect_gitignore=False)
+    ]
+    assert {"b.log", "build/x.py", "secret.py"} <= set(everything) and not [
+        name for name in everything if name.startswith(".git/")
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -64,16 +98,38 @@ def test_random_trees_give_the_files_that_git_gives(tmp_path: Path, seed: int) -
     assert len(found) == len(set(found))
 
 
-def test_names_are_stable_and_sorted_whatever_else_is_in_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_stable_and_sorted_whatever_else_is_in_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("repos/one/b.py", "repos/one/a/z.py", "repos/two/c.py", "repos/two/.git/config", "repos/one/README"):
+    for name in (
+        "repos/one/b.py",
+        "repos/one/a/z.py",
+        "repos/two/c.py",
+        "repos/two/.git/config",
+        "repos/one/README",
+    ):
         write(Path(name), name)
     both = read_all(section("repos/one/", "repos/two"))
-    assert [document.file for document in both] == ["repos/one/README", "repos/one/a/z.py", "repos/one/b.py", "repos/two/c.py"]
+    assert [document.file for document in both] == [
+        "repos/one/README",
+        "repos/one/a/z.py",
+        "repos/one/b.py",
+        "repos/two/c.py",
+    ]
     assert all(document.id == document.file for document in both if isinstance(document, Document))
     assert read_all(section("repos/two")) == both[3:]
-    assert texts(read_all(section("repos/*", suffixes=[".py"]))) == ["repos/one/a/z.py", "repos/one/b.py", "repos/two/c.py"]
-    assert texts(read_all(section("repos/two/c.py", "repos"))) == ["repos/two/c.py", "repos/one/README", "repos/one/a/z.py", "repos/one/b.py"]
+    assert texts(read_all(section("repos/*", suffixes=[".py"]))) == [
+        "repos/one/a/z.py",
+        "repos/one/b.py",
+        "repos/two/c.py",
+    ]
+    assert texts(read_all(section("repos/two/c.py", "repos"))) == [
+        "repos/two/c.py",
+        "repos/one/README",
+        "repos/one/a/z.py",
+        "repos/one/b.py",
+    ]
     units = list_units(section("repos"), 20)
     assert len(units) > 1 and read_units(section("repos"), units) == read_all(section("repos"))
 
@@ -97,7 +153,9 @@ def test_large_binary_empty_and_undecodable_files_are_left_out_by_reason(tmp_pat
         ("e", "empty", False),
     ]
     assert texts(results) == ["x" * 97]
-    assert LeftOut(str(tmp_path / "f_fits.py"), "too_long", detail="longer than 50 bytes") in read_all(section(tmp_path), max_record_bytes=50)
+    assert LeftOut(
+        str(tmp_path / "f_fits.py"), "too_long", detail="longer than 50 bytes"
+    ) in read_all(section(tmp_path), max_record_bytes=50)
 
 
 def test_links_never_lead_out_of_the_folder_or_in_circles(tmp_path: Path) -> None:
@@ -110,7 +168,9 @@ def test_links_never_lead_out_of_the_folder_or_in_circles(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "in/pipe")
     assert texts(read_all(section(tmp_path / "in"))) == ["real"]
     (tmp_path / "door").symlink_to(tmp_path / "in")
-    assert [document.id for document in read_all(section(tmp_path / "door"))] == [f"{tmp_path}/door/real.py"]
+    assert [document.id for document in read_all(section(tmp_path / "door"))] == [
+        f"{tmp_path}/door/real.py"
+    ]
 
 
 def test_nothing_to_read_is_one_sentence(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.sources import Document, LeftOut
-from pretrain.config.errors import DataError, PipelineError
+from pretrain.core.errors import DataError, PipelineError
 from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts
 
 
@@ -22,9 +22,16 @@ def section(path: Path, **fields: object) -> dict[str, object]:
     return {"kind": "parquet", "input": [str(path)], **fields}
 
 
-def write_numbers(path: Path, rows: int = 1000, row_group: int = 100, **options: object) -> list[str]:
+def write_numbers(
+    path: Path, rows: int = 1000, row_group: int = 100, **options: object
+) -> list[str]:
     values = [f"text number {number} " + "word " * (number % 7) for number in range(rows)]
-    pq.write_table(pa.table({"text": values, "other": list(range(rows))}), path, row_group_size=row_group, **options)
+    pq.write_table(
+        pa.table({"text": values, "other": list(range(rows))}),
+        path,
+        row_group_size=row_group,
+        **options,
+    )
     return values
 
 
@@ -36,27 +43,49 @@ def test_row_groups_are_grouped_into_units_and_rows_keep_their_numbers(tmp_path:
     assert [document.id for document in whole] == [f"{path}:{row}" for row in range(1000)]
     group_bytes = pq.ParquetFile(path).metadata.row_group(1).total_byte_size
     units = list_units(section(path), group_bytes * 3)
-    assert [unit.start for unit in units[1:]] == [unit.end for unit in units[:-1]] and 2 < len(units) < 10 and units[-1].end == 10
+    assert (
+        [unit.start for unit in units[1:]] == [unit.end for unit in units[:-1]]
+        and 2 < len(units) < 10
+        and units[-1].end == 10
+    )
     assert read_units(section(path), units) == whole
-    assert [(unit.start, unit.end) for unit in list_units(section(path), 1)] == [(group, group + 1) for group in range(10)]
+    assert [(unit.start, unit.end) for unit in list_units(section(path), 1)] == [
+        (group, group + 1) for group in range(10)
+    ]
     assert read_units(section(path), units[1:]) != whole
 
 
 def test_nested_columns_ids_and_metadata(tmp_path: Path) -> None:
-    rows = [{"doc": {"text": "one", "rest": 1.5}, "id": 3, "day": datetime.date(2020, 1, 1)}, {"doc": None, "id": 4, "day": None}]
+    rows = [
+        {"doc": {"text": "one", "rest": 1.5}, "id": 3, "day": datetime.date(2020, 1, 1)},
+        {"doc": None, "id": 4, "day": None},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    results = read_all(section(tmp_path / "a.parquet", text_field="doc.text", id_field="id", metadata_fields=["day"]))
+    results = read_all(
+        section(
+            tmp_path / "a.parquet", text_field="doc.text", id_field="id", metadata_fields=["day"]
+        )
+    )
     assert results[0] == Document("one", "3", "3", {"day": datetime.date(2020, 1, 1)})
-    assert isinstance(results[1], LeftOut) and (results[1].reason, results[1].detail) == ("missing_field", "row 1: 'doc.text' is null")
+    assert isinstance(results[1], LeftOut) and (results[1].reason, results[1].detail) == (
+        "missing_field",
+        "row 1: 'doc.text' is null",
+    )
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+)
 def test_every_kind_of_text_column_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(["é", None, "long" * 10, "é"]).cast(kind)
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     results = read_all(section(tmp_path / "a.parquet"), max_record_bytes=20)
     assert texts(results) == ["é", "é"]
-    assert [(bad.reason, bad.size) for bad in left_out(results)] == [("missing_field", None), ("too_long", 40)]
+    assert [(bad.reason, bad.size) for bad in left_out(results)] == [
+        ("missing_field", None),
+        ("too_long", 40),
+    ]
 
 
 def test_columns_that_are_not_there_or_hold_no_text_are_named(tmp_path: Path) -> None:
@@ -70,11 +99,19 @@ def test_columns_that_are_not_there_or_hold_no_text_are_named(tmp_path: Path) ->
 
 
 def test_bad_rows_are_left_out_by_row(tmp_path: Path) -> None:
-    invalid = pa.StringArray.from_buffers(4, pa.py_buffer(b"\x00\x00\x00\x00\x02\0\0\0\x03\0\0\0\x04\0\0\0\x05\0\0\0"), pa.py_buffer(b"ok\xff \0"))
+    invalid = pa.StringArray.from_buffers(
+        4,
+        pa.py_buffer(b"\x00\x00\x00\x00\x02\0\0\0\x03\0\0\0\x04\0\0\0\x05\0\0\0"),
+        pa.py_buffer(b"ok\xff \0"),
+    )
     pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
     results = read_all(section(tmp_path / "a.parquet"))
     assert texts(results) == ["ok"]
-    assert [(bad.reason, bad.detail[:5]) for bad in left_out(results)] == [("invalid_utf8", "row 1"), ("empty", "row 2"), ("nul", "row 3")]
+    assert [(bad.reason, bad.detail[:5]) for bad in left_out(results)] == [
+        ("invalid_utf8", "row 1"),
+        ("empty", "row 2"),
+        ("nul", "row 3"),
+    ]
 
 
 def test_a_page_that_cannot_be_read_loses_the_rest_of_its_row_group_only(tmp_path: Path) -> None:
@@ -118,7 +155,9 @@ def test_mutated_files_give_documents_reasons_or_one_sentence(tmp_path: Path) ->
         content = bytearray(original)
         for _ in range(source.randint(1, 4)):
             content[source.randrange(len(content))] = source.randrange(256)
-        path.write_bytes(content[: source.randrange(len(content))] if source.random() < 0.1 else content)
+        path.write_bytes(
+            content[: source.randrange(len(content))] if source.random() < 0.1 else content
+        )
         try:
             outcomes["left out" if left_out(read_all(section(path))) else "read"] += 1
         except PipelineError:
@@ -130,7 +169,14 @@ def test_a_large_row_group_is_never_held_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     block = os.urandom(1 << 19).hex()
     values = [block[shift:] + block[:shift] for shift in range(200)]
-    pq.write_table(pa.table({"text": values}), path, row_group_size=1000, use_dictionary=False, compression="none", write_batch_size=1)
+    pq.write_table(
+        pa.table({"text": values}),
+        path,
+        row_group_size=1000,
+        use_dictionary=False,
+        compression="none",
+        write_batch_size=1,
+    )
     assert pq.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 200 << 20
     script = """if True:
         import sys, pyarrow.parquet, pyarrow.compute
@@ -143,7 +189,11 @@ def test_a_large_row_group_is_never_held_whole(tmp_path: Path) -> None:
     """
     paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+        [sys.executable, "-c", script, str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
     )
     count, megabytes = map(int, done.stdout.split())
     assert count == 200 and megabytes < 100

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.sources import Document
-from pretrain.config.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.source_reading import left_out, list_units, read_all, texts, write
 
 SCRIPT = """if True:
@@ -25,7 +25,13 @@ SCRIPT = """if True:
 def pipe(content: bytes, spool: Path) -> str:
     paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
     command = [sys.executable, "-c", SCRIPT, str(spool)]
-    return subprocess.run(command, input=content, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}).stdout.decode()
+    return subprocess.run(
+        command,
+        input=content,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    ).stdout.decode()
 
 
 def test_a_pipe_is_kept_and_a_second_run_needs_none(tmp_path: Path) -> None:
@@ -37,12 +43,19 @@ def test_a_pipe_is_kept_and_a_second_run_needs_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["other", "longer", "shorter", "late"])
-def test_what_is_piped_counts_and_not_what_another_build_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_what_is_piped_counts_and_not_what_another_build_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     lines = [f"line number {number}" for number in range(100_000)]  # of several blocks
     spool = tmp_path / "spool"
     spool.write_text("\n".join(lines))
     os.utime(spool, ns=(1, 1))
-    piped = {"other": ["else"], "longer": [*lines, "more"], "shorter": lines[:-1], "late": [*lines[:-1], "else"]}[change]
+    piped = {
+        "other": ["else"],
+        "longer": [*lines, "more"],
+        "shorter": lines[:-1],
+        "late": [*lines[:-1], "else"],
+    }[change]
     for content, is_kept in ((lines, True), (piped, False)):
         with open(write(tmp_path / "piped", "\n".join(content))) as stream:
             monkeypatch.setattr(sys, "stdin", stream)
@@ -59,22 +72,38 @@ def test_a_copy_that_was_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"format": "jsonl", "text_field": "t"}, [Document('{"text": "x"}', "stdin:0"), Document("b", "stdin:36")]),
-        ({"format": "jsonl", "text_field": "t", "id_field": "id"}, [Document('{"text": "x"}', "7", "7")]),
-        ({"format": "text"}, [Document('{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n', "stdin")]),
+        (
+            {"format": "jsonl", "text_field": "t"},
+            [Document('{"text": "x"}', "stdin:0"), Document("b", "stdin:36")],
+        ),
+        (
+            {"format": "jsonl", "text_field": "t", "id_field": "id"},
+            [Document('{"text": "x"}', "7", "7")],
+        ),
+        (
+            {"format": "text"},
+            [Document('{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n', "stdin")],
+        ),
     ],
 )
 def test_names_do_not_depend_on_where_the_copy_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], expected: list[Document]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, str],
+    expected: list[Document],
 ) -> None:
-    with open(write(tmp_path / "piped", '{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n')) as stream:
+    with open(
+        write(tmp_path / "piped", '{"t": "{\\"text\\": \\"x\\"}", "id": 7}\n{"t": "b"}\nbad\n')
+    ) as stream:
         monkeypatch.setattr(sys, "stdin", stream)
         results = read_all({"kind": "stdin", **fields}, 1, spool=str(tmp_path / "odd[1]"))
     assert [result for result in results if isinstance(result, Document)] == expected
     assert {bad.path for bad in left_out(results)} <= {"stdin"}
 
 
-def test_a_terminal_and_an_empty_pipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_and_an_empty_pipe_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spool = str(tmp_path / "spool")
     ours, theirs = pty.openpty()
     with open(ours, "rb"), open(theirs, encoding="utf-8") as terminal:
@@ -88,16 +117,21 @@ def test_a_terminal_and_an_empty_pipe_are_refused(tmp_path: Path, monkeypatch: p
     assert not os.path.exists(spool)
 
 
-def test_records_without_the_text_field_are_refused_by_the_pipes_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_without_the_text_field_are_refused_by_the_pipes_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open(write(tmp_path / "piped", '{"body": "x"}\n')) as stream:
         monkeypatch.setattr(sys, "stdin", stream)
         with pytest.raises(
-            DataError, match=r"no record of stdin has a text there \(no 'text' among body, perhaps 'body'\): name its field with --text-field"
+            DataError,
+            match=r"no record of stdin has a text there \(no 'text' among body, perhaps 'body'\): name its field with --text-field",
         ):
             list_units({"kind": "stdin"}, spool=str(tmp_path / "spool"))
 
 
-def test_text_that_is_not_there_again_is_read_from_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_there_again_is_read_from_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spool = write(tmp_path / "spool", "kept\n")
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.split import SplitPlan, cut_at_line_end, plan_split, position, text_digest
-from pretrain.config.errors import DataError
+from data_pipeline.shards.split import SplitPlan, cut_at_line_end, plan_split, position, text_digest
+from pretrain.core.errors import DataError
 
 KEYS = [f"folder/{number}.txt" for number in range(2000)]
 
@@ -29,7 +29,10 @@ def test_adding_documents_moves_none() -> None:
 
 
 def test_raising_the_share_only_moves_documents_into_validation() -> None:
-    small, large = ({key for key, side in zip(KEYS, sides(KEYS, share), strict=True) if side == "validation"} for share in (0.05, 0.2))
+    small, large = (
+        {key for key, side in zip(KEYS, sides(KEYS, share), strict=True) if side == "validation"}
+        for share in (0.05, 0.2)
+    )
     assert small < large
 
 
@@ -40,20 +43,32 @@ def test_share_is_met_within_four_standard_deviations() -> None:
 def test_without_a_name_the_text_decides() -> None:
     texts = [f"text number {number}" for number in range(1000)]
     places = [position(text_digest(text)) for text in texts]
-    assert len(set(places)) == 1000 and 0.4 < sum(places) / 1000 < 0.6 and 0 <= min(places) <= max(places) < 1
+    assert (
+        len(set(places)) == 1000
+        and 0.4 < sum(places) / 1000 < 0.6
+        and 0 <= min(places) <= max(places) < 1
+    )
 
 
 @pytest.mark.parametrize(("share", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
-def test_neither_split_is_empty_and_the_document_nearest_to_the_border_moves(share: float, split: str) -> None:
+def test_neither_split_is_empty_and_the_document_nearest_to_the_border_moves(
+    share: float, split: str
+) -> None:
     keys = KEYS[:5]
     moved = min(keys, key=place) if split == "validation" else max(keys, key=place)
-    assert [key for key, side in zip(keys, sides(keys, share), strict=True) if side == split] == [moved]
+    assert [key for key, side in zip(keys, sides(keys, share), strict=True) if side == split] == [
+        moved
+    ]
 
 
 def test_a_notice_says_what_was_moved() -> None:
     assert plan(KEYS, 0.1).notice("path") is None
-    assert (plan(KEYS[:5], 1e-9).notice("path") or "").endswith("the documents of the path with the lowest are held out")
-    assert (plan(KEYS[:5], 1 - 1e-9).notice("content") or "").endswith("the one with the highest is trained on")
+    assert (plan(KEYS[:5], 1e-9).notice("path") or "").endswith(
+        "the documents of the path with the lowest are held out"
+    )
+    assert (plan(KEYS[:5], 1 - 1e-9).notice("content") or "").endswith(
+        "the one with the highest is trained on"
+    )
 
 
 def test_without_a_share_nothing_is_held_out() -> None:
@@ -68,7 +83,9 @@ def test_a_single_document_is_cut_in_two() -> None:
     assert parts["train"].endswith("\n") and 0.08 < len(parts["validation"]) / len(text) < 0.12
 
 
-@pytest.mark.parametrize("text", ["ab", "a\n", "no line end at all", "title\n" + "x" * 1000, "x" * 1000 + "\n", "\n\n\n"])
+@pytest.mark.parametrize(
+    "text", ["ab", "a\n", "no line end at all", "title\n" + "x" * 1000, "x" * 1000 + "\n", "\n\n\n"]
+)
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_a_cut_loses_nothing_and_leaves_two_parts(text: str, share: float) -> None:
     first, second = cut_at_line_end(text, share)

@@ -17,10 +17,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import models, pre_tokenizers
 
-from data_pipeline.tokenizer import Tokenizer, cut_before_white_space, load_configured, load_tokenizer, patterns, train_bpe
+from data_pipeline.config import TokenizerBase, TokenizerFile, TrainBPE
+from data_pipeline.tokenizer import patterns
 from data_pipeline.tokenizer.agreement import torture_texts
-from pretrain.config.data_schema import TokenizerBase, TokenizerFile, TrainBPE
-from pretrain.config.errors import ConfigError, DataError
+from data_pipeline.tokenizer.configured import load_configured
+from data_pipeline.tokenizer.patterns import cut_before_white_space
+from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer.training import train_bpe
+from pretrain.core.errors import ConfigError, DataError
 
 EOD_TOKEN = "<|endoftext|>"
 CONFIG = TrainBPE(vocab_size=320)
@@ -28,7 +32,7 @@ TEXTS = [f"def f{number}(x):\n    return x + {number}  # größer\n" * 3 for num
 TRAIN = """
 import sys
 from data_pipeline.tokenizer import train_bpe
-from pretrain.config.data_schema import TrainBPE
+from data_pipeline.config import TrainBPE
 texts = [f"def f{number}(x):\\n    return x + {number}  # größer\\n" * 3 for number in range(50)]
 sys.stdout.buffer.write(train_bpe(texts, TrainBPE(vocab_size=320)).content)
 """
@@ -39,17 +43,38 @@ def tokenizer() -> Tokenizer:
     return train_bpe(TEXTS, CONFIG)
 
 
-OPTIONS = [(digits, whitespace) for digits in ("as_words", "single", "triples") for whitespace in ("gpt2", "runs")]
+OPTIONS = [
+    (digits, whitespace)
+    for digits in ("as_words", "single", "triples")
+    for whitespace in ("gpt2", "runs")
+]
 
 
 @pytest.fixture(scope="module")
 def by_options() -> dict[tuple[str, str], Tokenizer]:
     texts = [*TEXTS, "int main() {\n\n    return 12345 + 678;\n}\n" * 20]
-    return {(digits, whitespace): train_bpe(texts, TrainBPE(vocab_size=400, digits=digits, whitespace=whitespace)) for digits, whitespace in OPTIONS}
+    return {
+        (digits, whitespace): train_bpe(
+            texts, TrainBPE(vocab_size=400, digits=digits, whitespace=whitespace)
+        )
+        for digits, whitespace in OPTIONS
+    }
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "  x", "\x00\x01\x7f", "tab\tCRLF\r\nlone\r", "ünï 中文 🤖\U0010ffff", "a" * 500, f"a{EOD_TOKEN}b", "\ufeffbom", " \u2028\x85 "]
+    "text",
+    [
+        "",
+        " ",
+        "  x",
+        "\x00\x01\x7f",
+        "tab\tCRLF\r\nlone\r",
+        "ünï 中文 🤖\U0010ffff",
+        "a" * 500,
+        f"a{EOD_TOKEN}b",
+        "\ufeffbom",
+        " \u2028\x85 ",
+    ],
 )
 def test_any_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     [ids] = tokenizer.encode([text])
@@ -57,52 +82,107 @@ def test_any_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])) | st.text(alphabet="ab1 \n\t\r.'s\x00\x1c\x85\u2028<|>é中"))
-def test_any_text_round_trips_with_any_options(by_options: dict[tuple[str, str], Tokenizer], text: str) -> None:
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+    | st.text(alphabet="ab1 \n\t\r.'s\x00\x1c\x85\u2028<|>é中")
+)
+def test_any_text_round_trips_with_any_options(
+    by_options: dict[tuple[str, str], Tokenizer], text: str
+) -> None:
     for tokenizer in by_options.values():
         assert tokenizer.decode(tokenizer.encode([text])[0].tolist()) == text
 
 
-def test_every_plane_round_trips_with_any_options(by_options: dict[tuple[str, str], Tokenizer]) -> None:
+def test_every_plane_round_trips_with_any_options(
+    by_options: dict[tuple[str, str], Tokenizer],
+) -> None:
     texts = torture_texts([EOD_TOKEN])[::7]
     for tokenizer in by_options.values():
         assert [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode(texts)] == texts
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [text[start:end] for _, (start, end) in tokenizer.reference.pre_tokenizer.pre_tokenize_str(text)]
+    return [
+        text[start:end]
+        for _, (start, end) in tokenizer.reference.pre_tokenizer.pre_tokenize_str(text)
+    ]
 
 
-def test_options_decide_how_digits_and_line_ends_are_cut(by_options: dict[tuple[str, str], Tokenizer]) -> None:
+def test_options_decide_how_digits_and_line_ends_are_cut(
+    by_options: dict[tuple[str, str], Tokenizer],
+) -> None:
     text = "x 1234\n\n    y"
     assert words(by_options["as_words", "gpt2"], text) == ["x", " 1234", "\n\n   ", " y"]
-    assert words(by_options["single", "gpt2"], text) == ["x", " ", "1", "2", "3", "4", "\n\n   ", " y"]
+    assert words(by_options["single", "gpt2"], text) == [
+        "x",
+        " ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "\n\n   ",
+        " y",
+    ]
     assert words(by_options["triples", "gpt2"], text) == ["x", " ", "123", "4", "\n\n   ", " y"]
     assert words(by_options["as_words", "runs"], text) == ["x", " 1234", "\n\n", "   ", " y"]
-    assert words(by_options["single", "runs"], text) == ["x", " ", "1", "2", "3", "4", "\n\n", "   ", " y"]
+    assert words(by_options["single", "runs"], text) == [
+        "x",
+        " ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "\n\n",
+        "   ",
+        " y",
+    ]
     assert words(by_options["triples", "runs"], text) == ["x", " ", "123", "4", "\n\n", "   ", " y"]
     assert len({tokenizer.sha256 for tokenizer in by_options.values()}) == len(OPTIONS)
 
 
-def test_no_token_of_a_trained_tokenizer_holds_more_digits_than_its_option_allows(by_options: dict[tuple[str, str], Tokenizer]) -> None:
+def test_no_token_of_a_trained_tokenizer_holds_more_digits_than_its_option_allows(
+    by_options: dict[tuple[str, str], Tokenizer],
+) -> None:
     def longest(digits: str, whitespace: str) -> int:
         vocabulary = json.loads(by_options[digits, whitespace].content)["model"]["vocab"]
         return max(sum(character.isdigit() for character in token) for token in vocabulary)
 
-    assert [longest("single", "runs"), longest("triples", "runs"), longest("as_words", "runs")] == [1, 3, 5]
+    assert [longest("single", "runs"), longest("triples", "runs"), longest("as_words", "runs")] == [
+        1,
+        3,
+        5,
+    ]
 
 
 def test_special_tokens_come_first_in_their_order() -> None:
-    config = TrainBPE(vocab_size=300, eod_token="<eod>", reserved_tokens=["<fim>", "<mid>"], bos_token="<s>", pad_token="<pad>", prepend_bos=True)
+    config = TrainBPE(
+        vocab_size=300,
+        eod_token="<eod>",
+        reserved_tokens=["<fim>", "<mid>"],
+        bos_token="<s>",
+        pad_token="<pad>",
+        prepend_bos=True,
+    )
     tokenizer = train_bpe(TEXTS, config)
-    assert [tokenizer.token_id(token) for token in ("<eod>", "<fim>", "<mid>", "<s>", "<pad>", "<absent>")] == [0, 1, 2, 3, 4, None]
-    assert (tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.append_eod, tokenizer.prepend_bos) == (0, 3, 4, True, True)
+    assert [
+        tokenizer.token_id(token)
+        for token in ("<eod>", "<fim>", "<mid>", "<s>", "<pad>", "<absent>")
+    ] == [0, 1, 2, 3, 4, None]
+    assert (
+        tokenizer.eod_id,
+        tokenizer.bos_id,
+        tokenizer.pad_id,
+        tokenizer.append_eod,
+        tokenizer.prepend_bos,
+    ) == (0, 3, 4, True, True)
     assert min(tokenizer.encode(["<eod><fim><mid><s><pad>"])[0].tolist()) > 4
 
 
 def test_pairs_rarer_than_min_frequency_are_not_joined() -> None:
     texts = ["qz " * 3, "ab " * 9]
-    tokens = json.loads(train_bpe(texts, TrainBPE(vocab_size=400, min_frequency=5)).content)["model"]["vocab"]
+    tokens = json.loads(train_bpe(texts, TrainBPE(vocab_size=400, min_frequency=5)).content)[
+        "model"
+    ]["vocab"]
     assert "ab" in tokens and "qz" not in tokens
     assert "qz" in json.loads(train_bpe(texts, TrainBPE(vocab_size=400)).content)["model"]["vocab"]
 
@@ -116,7 +196,9 @@ def test_pairs_rarer_than_min_frequency_are_not_joined() -> None:
         ({"prepend_bos": True}, "give bos_token"),
     ],
 )
-def test_training_options_that_cannot_work_are_refused(options: dict[str, object], reason: str) -> None:
+def test_training_options_that_cannot_work_are_refused(
+    options: dict[str, object], reason: str
+) -> None:
     with pytest.raises(ValidationError, match=reason):
         TrainBPE.model_validate(options)
 
@@ -129,13 +211,19 @@ def test_a_spelled_out_special_token_does_not_end_the_document(tokenizer: Tokeni
 
 def test_vocabulary_has_the_size_asked_for_and_all_bytes(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
-    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(json.loads(tokenizer.content)["model"]["vocab"])
+    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(
+        json.loads(tokenizer.content)["model"]["vocab"]
+    )
 
 
-def test_training_gives_the_same_file_whatever_the_threads_and_hash_seed(tokenizer: Tokenizer) -> None:
+def test_training_gives_the_same_file_whatever_the_threads_and_hash_seed(
+    tokenizer: Tokenizer,
+) -> None:
     for threads in ("1", "3"):
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        result = subprocess.run([sys.executable, "-c", TRAIN], env=environment, stdout=subprocess.PIPE, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", TRAIN], env=environment, stdout=subprocess.PIPE, check=True
+        )
         assert hashlib.sha256(result.stdout).hexdigest() == tokenizer.sha256
 
 
@@ -145,12 +233,19 @@ def test_other_texts_give_another_file(tokenizer: Tokenizer) -> None:
 
 def adversarial_texts() -> list[str]:
     source = random.Random(0)
-    return ["".join(source.choices("ab 1\n\t\r.,'s\x1c\x85\u00a0\u2003é中<|>\x00", k=2000)) for _ in range(12)] + ["".join(TEXTS)]
+    return [
+        "".join(source.choices("ab 1\n\t\r.,'s\x1c\x85\u00a0\u2003é中<|>\x00", k=2000))
+        for _ in range(12)
+    ] + ["".join(TEXTS)]
 
 
 def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     """Ids by the library alone, which cuts nothing."""
-    return [token for part in parts for token in tokenizer.reference.encode(part, add_special_tokens=False).ids]
+    return [
+        token
+        for part in parts
+        for token in tokenizer.reference.encode(part, add_special_tokens=False).ids
+    ]
 
 
 def test_pieces_of_a_long_text_encode_to_the_tokens_of_the_whole(
@@ -161,13 +256,21 @@ def test_pieces_of_a_long_text_encode_to_the_tokens_of_the_whole(
         for text in adversarial_texts():
             pieces = list(tokenizer.pieces(text))
             assert len(pieces) > 10 and "".join(pieces) == text
-            assert ids_of(tokenizer, pieces) == ids_of(tokenizer, [text]) == tokenizer.encode([text])[0].tolist()
+            assert (
+                ids_of(tokenizer, pieces)
+                == ids_of(tokenizer, [text])
+                == tokenizer.encode([text])[0].tolist()
+            )
 
 
-def test_pieces_cut_anywhere_would_change_tokens(by_options: dict[tuple[str, str], Tokenizer]) -> None:
+def test_pieces_cut_anywhere_would_change_tokens(
+    by_options: dict[tuple[str, str], Tokenizer],
+) -> None:
     for tokenizer in by_options.values():
         text = "".join(TEXTS)
-        assert ids_of(tokenizer, [text[start : start + 40] for start in range(0, len(text), 40)]) != ids_of(tokenizer, [text])
+        assert ids_of(
+            tokenizer, [text[start : start + 40] for start in range(0, len(text), 40)]
+        ) != ids_of(tokenizer, [text])
 
 
 def test_training_in_pieces_gives_the_same_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +285,15 @@ def test_training_in_pieces_gives_the_same_file(monkeypatch: pytest.MonkeyPatch)
 def test_a_text_is_not_cut_where_an_added_token_could_reach_across(tokenizer: Tokenizer) -> None:
     changed = json.loads(tokenizer.content)
     changed["added_tokens"].append(
-        {"id": 321, "content": "a b", "special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": 321,
+            "content": "a b",
+            "special": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
     )
     text = "a b " * 100_000
     assert len(list(tokenizer.pieces(text))) > 1
@@ -190,8 +301,12 @@ def test_a_text_is_not_cut_where_an_added_token_could_reach_across(tokenizer: To
 
 
 @pytest.mark.parametrize("eod", ["</s>", "<eos>", "<|end_of_text|>"])
-def test_end_of_document_of_a_foreign_tokenizer_is_found_and_its_long_texts_are_not_cut(tmp_path: Path, eod: str) -> None:
-    foreign = tokenizers.Tokenizer(models.WordLevel({"a": 0, "unknown": 1, eod: 7}, unk_token="unknown"))
+def test_end_of_document_of_a_foreign_tokenizer_is_found_and_its_long_texts_are_not_cut(
+    tmp_path: Path, eod: str
+) -> None:
+    foreign = tokenizers.Tokenizer(
+        models.WordLevel({"a": 0, "unknown": 1, eod: 7}, unk_token="unknown")
+    )
     foreign.pre_tokenizer = pre_tokenizers.Metaspace()
     foreign.enable_truncation(2)
     foreign.enable_padding(length=9)
@@ -204,10 +319,14 @@ def test_end_of_document_of_a_foreign_tokenizer_is_found_and_its_long_texts_are_
 
 
 def test_unusable_tokenizer_files_are_refused_by_name(tmp_path: Path) -> None:
-    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "no_eod.json"))
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(
+        str(tmp_path / "no_eod.json")
+    )
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    (tmp_path / "large.json").write_bytes(foreign("</s>").replace(b'"</s>":2', b'"</s>":2147483648'))
+    (tmp_path / "large.json").write_bytes(
+        foreign("</s>").replace(b'"</s>":2', b'"</s>":2147483648')
+    )
     tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "empty.json"))
     reasons = {
         "no_eod": "no end-of-document token",
@@ -232,20 +351,35 @@ def test_tokens_that_the_recipe_names_are_taken_before_well_known_ones() -> None
     content = foreign("</s>", "<s>", "<pad>", "<|turn|>", "<|start|>")
     known = Tokenizer(content, "t")
     assert (known.eod_id, known.bos_id, known.pad_id) == (2, 3, 4)
-    named = Tokenizer(content, "t", TokenizerBase(eod_token="<|turn|>", bos_token="<|start|>", pad_token="</s>", prepend_bos=True))
+    named = Tokenizer(
+        content,
+        "t",
+        TokenizerBase(
+            eod_token="<|turn|>", bos_token="<|start|>", pad_token="</s>", prepend_bos=True
+        ),
+    )
     assert (named.eod_id, named.bos_id, named.pad_id, named.prepend_bos) == (5, 6, 2, True)
 
 
 def test_a_named_token_that_is_not_there_is_refused_with_near_ones() -> None:
     for field in ("eod_token", "bos_token", "pad_token"):
-        with pytest.raises(DataError, match=f"t has no token '<|trun|>', but <|turn|>, </s>: correct {field}".replace("|", r"\|")):
-            Tokenizer(foreign("</s>", "<|turn|>"), "t", TokenizerBase.model_validate({field: "<|trun|>"}))
+        with pytest.raises(
+            DataError,
+            match=f"t has no token '<|trun|>', but <|turn|>, </s>: correct {field}".replace(
+                "|", r"\|"
+            ),
+        ):
+            Tokenizer(
+                foreign("</s>", "<|turn|>"), "t", TokenizerBase.model_validate({field: "<|trun|>"})
+            )
 
 
 def test_a_tokenizer_needs_only_the_tokens_that_are_written() -> None:
     with pytest.raises(DataError, match="no end-of-document token"):
         Tokenizer(foreign("<s>"), "t")
-    without_eod = Tokenizer(foreign("<pad>", "<s>"), "t", TokenizerBase(append_eod=False, prepend_bos=True))
+    without_eod = Tokenizer(
+        foreign("<pad>", "<s>"), "t", TokenizerBase(append_eod=False, prepend_bos=True)
+    )
     assert (without_eod.eod_id, without_eod.bos_id) == (3, 3)
     assert Tokenizer(foreign("<pad>"), "t", TokenizerBase(append_eod=False)).eod_id == 2
     with pytest.raises(DataError, match="no end-of-document token"):

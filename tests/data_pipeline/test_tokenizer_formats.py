@@ -16,13 +16,19 @@ import sentencepiece
 import tiktoken
 from sentencepiece import sentencepiece_model_pb2
 
-from data_pipeline.tokenizer import Tokenizer, load_configured, sentencepiece_model, tiktoken_ranks, train_bpe
+from data_pipeline.config import MistralFile, SentencePieceFile, TiktokenFile, TrainBPE
+from data_pipeline.tokenizer import sentencepiece_model, tiktoken_ranks
 from data_pipeline.tokenizer.agreement import disagreement, torture_texts
+from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.patterns import TEKKEN_PATTERN, TIKTOKEN_PATTERNS, byte_characters
-from pretrain.config.data_schema import MistralFile, SentencePieceFile, TiktokenFile, TrainBPE
-from pretrain.config.errors import ConfigError, DataError
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.training import train_bpe
+from pretrain.core.errors import ConfigError, DataError
 
-LINES = [f"def f{number}(x): return x + {number}  # größer als 中文 and <the> others, isn't it" for number in range(200)]
+LINES = [
+    f"def f{number}(x): return x + {number}  # größer als 中文 and <the> others, isn't it"
+    for number in range(200)
+]
 LINES += ["the quick brown fox jumps over the lazy dog <0x12/3456789ABCDEF>"] * 9
 EXACT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
@@ -34,13 +40,26 @@ def short_torture(tokens: Iterable[str] = ()) -> list[str]:
 
 def fuzz_texts() -> list[str]:
     source = random.Random(1)
-    return [*LINES[:20], *("".join(source.choices(alphabet, k=60)) for alphabet in ("ab", "e tr", "f1(x): ", "größe ", "  \n") for _ in range(60))]
+    return [
+        *LINES[:20],
+        *(
+            "".join(source.choices(alphabet, k=60))
+            for alphabet in ("ab", "e tr", "f1(x): ", "größe ", "  \n")
+            for _ in range(60)
+        ),
+    ]
 
 
 def sentencepiece_file(path: Path, **options: Any) -> SentencePieceFile:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, vocab_size=420, hard_vocab_limit=False, minloglevel=2, num_threads=1, **options
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        vocab_size=420,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **options,
     )
     path.write_bytes(model.getvalue())
     return SentencePieceFile(kind="sentencepiece", path=str(path))
@@ -50,8 +69,15 @@ def sentencepiece_file(path: Path, **options: Any) -> SentencePieceFile:
     "options",
     [
         EXACT | {"model_type": "bpe", "byte_fallback": True},
-        EXACT | {"model_type": "bpe", "add_dummy_prefix": False, "byte_fallback": True, "user_defined_symbols": ["<user>"]},
-        EXACT | {"model_type": "bpe", "remove_extra_whitespaces": True, "control_symbols": ["<turn>"]},
+        EXACT
+        | {
+            "model_type": "bpe",
+            "add_dummy_prefix": False,
+            "byte_fallback": True,
+            "user_defined_symbols": ["<user>"],
+        },
+        EXACT
+        | {"model_type": "bpe", "remove_extra_whitespaces": True, "control_symbols": ["<turn>"]},
         EXACT | {"model_type": "unigram", "byte_fallback": True},
         EXACT | {"model_type": "unigram", "remove_extra_whitespaces": True},
     ],
@@ -61,12 +87,18 @@ def test_a_sentencepiece_model_gives_its_own_ids(tmp_path: Path, options: dict[s
     config = sentencepiece_file(tmp_path / "m.model", **options)
     original = sentencepiece.SentencePieceProcessor(model_file=config.path)
     tokenizer = load_configured(config)
-    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.bos_id) == (original.vocab_size(), original.eos_id(), original.bos_id())
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.bos_id) == (
+        original.vocab_size(),
+        original.eos_id(),
+        original.bos_id(),
+    )
     texts = fuzz_texts()
     ids = [row.tolist() for row in tokenizer.encode(texts)]
     if options["model_type"] == "bpe":
         assert ids == original.encode(texts)
-    assert original.decode(ids) == [tokenizer.decode(row) for row in ids] or not options.get("byte_fallback")
+    assert original.decode(ids) == [tokenizer.decode(row) for row in ids] or not options.get(
+        "byte_fallback"
+    )
     for special in ("<s>", "</s>", "<unk>"):
         assert tokenizer.token_id(special) not in tokenizer.encode([f"a{special}b"])[0]
 
@@ -76,15 +108,22 @@ def test_a_sentencepiece_model_gives_its_own_ids(tmp_path: Path, options: dict[s
     [
         ({"model_type": "bpe"}, "normalises Unicode by the rule 'nmt_nfkc'"),
         (EXACT | {"model_type": "char"}, "only models of type BPE and unigram"),
-        (EXACT | {"model_type": "bpe", "treat_whitespace_as_suffix": True}, "only models of type BPE and unigram"),
+        (
+            EXACT | {"model_type": "bpe", "treat_whitespace_as_suffix": True},
+            "only models of type BPE and unigram",
+        ),
     ],
 )
-def test_a_sentencepiece_model_without_an_equal_file_is_refused(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+def test_a_sentencepiece_model_without_an_equal_file_is_refused(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(DataError, match=reason):
         load_configured(sentencepiece_file(tmp_path / "m.model", **options))
 
 
-def test_a_sentencepiece_model_that_came_out_otherwise_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentencepiece_model_that_came_out_otherwise_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = sentencepiece_file(tmp_path / "m.model", **EXACT, model_type="bpe", byte_fallback=True)
     convert = sentencepiece_model._convert
 
@@ -98,13 +137,24 @@ def test_a_sentencepiece_model_that_came_out_otherwise_is_noticed(tmp_path: Path
         load_configured(config)
 
 
-def test_unigram_segmentations_of_another_score_are_not_taken_for_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = sentencepiece_file(tmp_path / "m.model", **EXACT, model_type="unigram", byte_fallback=True)
+def test_unigram_segmentations_of_another_score_are_not_taken_for_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sentencepiece_file(
+        tmp_path / "m.model", **EXACT, model_type="unigram", byte_fallback=True
+    )
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(Path(config.path).read_bytes())
-    longest = max((piece for piece in proto.pieces if piece.piece.isalpha()), key=lambda piece: len(piece.piece))
+    longest = max(
+        (piece for piece in proto.pieces if piece.piece.isalpha()),
+        key=lambda piece: len(piece.piece),
+    )
     longest.score -= 50
-    monkeypatch.setattr(sentencepiece_model, "_convert", lambda _, convert=sentencepiece_model._convert: convert(proto))
+    monkeypatch.setattr(
+        sentencepiece_model,
+        "_convert",
+        lambda _, convert=sentencepiece_model._convert: convert(proto),
+    )
     monkeypatch.setattr(sentencepiece_model, "torture_texts", lambda _: [longest.piece])
     with pytest.raises(DataError, match="has no equal"):
         load_configured(config)
@@ -114,43 +164,83 @@ def trained_ranks(**options: Any) -> tuple[Tokenizer, dict[bytes, int]]:
     tokenizer = train_bpe(LINES, TrainBPE(vocab_size=420, **options))
     spelling = {character: bytes([value]) for value, character in enumerate(byte_characters())}
     merges = ["".join(pair) for pair in json.loads(tokenizer.content)["model"]["merges"]]
-    return tokenizer, {b"".join(spelling[c] for c in token): rank for rank, token in enumerate([*byte_characters(), *merges])}
+    return tokenizer, {
+        b"".join(spelling[c] for c in token): rank
+        for rank, token in enumerate([*byte_characters(), *merges])
+    }
 
 
 def tiktoken_file(path: Path, ranks: dict[bytes, int], **options: Any) -> TiktokenFile:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    return TiktokenFile(kind="tiktoken", path=str(path), **({"special_tokens": {"<|endoftext|>": len(ranks) + 7}} | options))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
+    return TiktokenFile(
+        kind="tiktoken",
+        path=str(path),
+        **({"special_tokens": {"<|endoftext|>": len(ranks) + 7}} | options),
+    )
 
 
 @pytest.mark.parametrize(
-    "pattern", ["cl100k_base", r"\w+|\W", *(pytest.param(pattern, marks=pytest.mark.full) for pattern in ("gpt2", "o200k_base", TEKKEN_PATTERN))]
+    "pattern",
+    [
+        "cl100k_base",
+        r"\w+|\W",
+        *(
+            pytest.param(pattern, marks=pytest.mark.full)
+            for pattern in ("gpt2", "o200k_base", TEKKEN_PATTERN)
+        ),
+    ],
 )
 def test_a_tiktoken_vocabulary_gives_its_own_ids(tmp_path: Path, pattern: str) -> None:
     _, ranks = trained_ranks(whitespace="runs", digits="triples")
     tokenizer = load_configured(tiktoken_file(tmp_path / "t.tiktoken", ranks, pattern=pattern))
-    original = tiktoken.Encoding("t", pat_str=TIKTOKEN_PATTERNS.get(pattern, pattern), mergeable_ranks=ranks, special_tokens={})
+    original = tiktoken.Encoding(
+        "t",
+        pat_str=TIKTOKEN_PATTERNS.get(pattern, pattern),
+        mergeable_ranks=ranks,
+        special_tokens={},
+    )
     texts = [*fuzz_texts(), "a<|endoftext|>b"]
-    assert [row.tolist() for row in tokenizer.encode(texts)] == [original.encode_ordinary(text) for text in texts]
+    assert [row.tolist() for row in tokenizer.encode(texts)] == [
+        original.encode_ordinary(text) for text in texts
+    ]
     assert (tokenizer.eod_id, tokenizer.vocab_size) == (len(ranks) + 7, len(ranks) + 8)
-    assert tokenizer.decode([*original.encode_ordinary("größer"), tokenizer.eod_id]) == "größer<|endoftext|>"
+    assert (
+        tokenizer.decode([*original.encode_ordinary("größer"), tokenizer.eod_id])
+        == "größer<|endoftext|>"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(TIKTOKEN_PATTERNS))
-def test_the_pattern_of_a_tiktoken_encoding_cuts_words_as_tiktoken_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pattern_of_a_tiktoken_encoding_cuts_words_as_tiktoken_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tiktoken_ext import openai_public
 
     _, ranks = trained_ranks(whitespace="runs")
     # The encodings' own vocabularies are downloads; their patterns are not.
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
-    theirs = tiktoken.Encoding("t", pat_str=getattr(openai_public, name)()["pat_str"], mergeable_ranks=ranks, special_tokens={})
-    ours = tiktoken.Encoding("o", pat_str=TIKTOKEN_PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
+    theirs = tiktoken.Encoding(
+        "t",
+        pat_str=getattr(openai_public, name)()["pat_str"],
+        mergeable_ranks=ranks,
+        special_tokens={},
+    )
+    ours = tiktoken.Encoding(
+        "o", pat_str=TIKTOKEN_PATTERNS[name], mergeable_ranks=ranks, special_tokens={}
+    )
     texts = short_torture()
-    assert theirs.encode_ordinary_batch(texts, num_threads=1) == ours.encode_ordinary_batch(texts, num_threads=1)
+    assert theirs.encode_ordinary_batch(texts, num_threads=1) == ours.encode_ordinary_batch(
+        texts, num_threads=1
+    )
     assert ours.encode_ordinary("12345 they'll") != theirs.encode_ordinary("123 45 they'll")
 
 
-def test_a_pattern_that_the_libraries_read_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_the_libraries_read_differently_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiktoken_ranks, "torture_texts", short_torture)
     _, ranks = trained_ranks()
     possessive = r"\p{N}{1,2}+|\P{N}"
@@ -158,13 +248,17 @@ def test_a_pattern_that_the_libraries_read_differently_is_refused(tmp_path: Path
         load_configured(tiktoken_file(tmp_path / "t.tiktoken", ranks, pattern=possessive))
 
 
-def test_ranks_that_came_out_otherwise_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_came_out_otherwise_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, ranks = trained_ranks()
     build = tiktoken_ranks._model
 
     def reversed_merges(ranks: dict[bytes, int], *rest: Any) -> Any:
         model = json.loads(build(ranks, *rest).__getstate__())
-        return tiktoken_ranks.models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in reversed(model["merges"])])
+        return tiktoken_ranks.models.BPE(
+            vocab=model["vocab"], merges=[tuple(pair) for pair in reversed(model["merges"])]
+        )
 
     monkeypatch.setattr(tiktoken_ranks, "_model", reversed_merges)
     monkeypatch.setattr(tiktoken_ranks, "torture_texts", short_torture)
@@ -176,18 +270,28 @@ def test_damaged_or_clashing_vocabularies_are_refused(tmp_path: Path) -> None:
     _, ranks = trained_ranks()
     whole = tiktoken_file(tmp_path / "t.tiktoken", ranks, pattern="gpt2")
     cases: dict[str, tuple[dict[bytes, int], dict[str, Any]]] = {
-        "no token for the byte 65": ({token: rank for token, rank in ranks.items() if token != b"A"}, {}),
+        "no token for the byte 65": (
+            {token: rank for token, rank in ranks.items() if token != b"A"},
+            {},
+        ),
         "gives an id to two tokens": (ranks, {"special_tokens": {"<|endoftext|>": 5}}),
-        "gives an id to two tokens, or one outside": (ranks, {"special_tokens": {"<|endoftext|>": -1}}),
+        "gives an id to two tokens, or one outside": (
+            ranks,
+            {"special_tokens": {"<|endoftext|>": -1}},
+        ),
         "has 'th' as an ordinary token": (ranks | {b"th": 999}, {"special_tokens": {"th": 9999}}),
         "check its pattern": (ranks, {"pattern": "("}),
     }
     for reason, (changed, options) in cases.items():
         with pytest.raises(DataError, match=reason):
-            load_configured(tiktoken_file(tmp_path / "c.tiktoken", changed, **({"pattern": "gpt2"} | options)))
+            load_configured(
+                tiktoken_file(tmp_path / "c.tiktoken", changed, **({"pattern": "gpt2"} | options))
+            )
     for content in (b"AA== x\n", b"A\xff 3\n", b"QQ==\n", b"QQ== 1 2\n"):
         (tmp_path / "d.tiktoken").write_bytes(Path(whole.path).read_bytes() + content)
-        with pytest.raises(DataError, match=f"line {len(ranks) + 1}: .* is no base64 token and rank"):
+        with pytest.raises(
+            DataError, match=f"line {len(ranks) + 1}: .* is no base64 token and rank"
+        ):
             load_configured(whole.model_copy(update={"path": str(tmp_path / "d.tiktoken")}))
 
 
@@ -197,7 +301,13 @@ def test_damaged_sentencepiece_models_are_refused_in_one_sentence(tmp_path: Path
     without_unknown = sentencepiece_model_pb2.ModelProto()
     without_unknown.ParseFromString(content)
     without_unknown.pieces[0].type = 1
-    for damaged in (b"", b"not a model", content[: len(content) // 2], b"\x00" * 99, without_unknown.SerializeToString()):
+    for damaged in (
+        b"",
+        b"not a model",
+        content[: len(content) // 2],
+        b"\x00" * 99,
+        without_unknown.SerializeToString(),
+    ):
         Path(config.path).write_bytes(damaged)
         with pytest.raises(DataError) as caught:
             load_configured(config)
@@ -206,7 +316,10 @@ def test_damaged_sentencepiece_models_are_refused_in_one_sentence(tmp_path: Path
 
 def test_missing_files_are_refused_by_name(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
-    for config in (SentencePieceFile(kind="sentencepiece", path=absent), TiktokenFile(kind="tiktoken", path=absent, pattern="gpt2")):
+    for config in (
+        SentencePieceFile(kind="sentencepiece", path=absent),
+        TiktokenFile(kind="tiktoken", path=absent, pattern="gpt2"),
+    ):
         with pytest.raises(DataError, match="absent cannot be read"):
             load_configured(config)
     for name in ("tekken_24091.json", "../data/tekken_240911.json"):
@@ -221,7 +334,11 @@ def mistral_texts() -> list[str]:
 def test_mistrals_sentencepiece_model_gives_the_ids_of_mistral_common() -> None:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    tokenizer = load_configured(MistralFile(kind="mistral", name="mistral_instruct_tokenizer_240323.model.v3", vocab_size=32768))
+    tokenizer = load_configured(
+        MistralFile(
+            kind="mistral", name="mistral_instruct_tokenizer_240323.model.v3", vocab_size=32768
+        )
+    )
     original = MistralTokenizer.v3().instruct_tokenizer.tokenizer
     expected = [original.encode(text, bos=False, eos=False) for text in mistral_texts()]
     assert [row.tolist() for row in tokenizer.encode(mistral_texts())] == expected
@@ -233,14 +350,22 @@ def test_mistrals_sentencepiece_model_gives_the_ids_of_mistral_common() -> None:
 def test_tekken_gives_the_ids_of_mistral_common(name: str) -> None:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    original = MistralTokenizer.from_file(str(files("mistral_common") / "data" / name)).instruct_tokenizer.tokenizer
+    original = MistralTokenizer.from_file(
+        str(files("mistral_common") / "data" / name)
+    ).instruct_tokenizer.tokenizer
     tokenizer = load_configured(MistralFile(kind="mistral", name=name, vocab_size=131072))
     expected = [original.encode(text, bos=False, eos=False) for text in mistral_texts()]
     assert [row.tolist() for row in tokenizer.encode(mistral_texts())] == expected
-    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.pad_id) == (original.bos_id, original.eos_id, original.pad_id)
+    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.pad_id) == (
+        original.bos_id,
+        original.eos_id,
+        original.pad_id,
+    )
 
 
 def test_a_disagreement_names_the_text_and_the_token() -> None:
     assert disagreement(["a", "b"], [[1], [2, 3]], [[1], [2, 3]]) is None
-    assert disagreement(["a", "b"], [[1], [2, 3]], [[1], [2, 4]]) == "token 1 of 'b' is 4 instead of 3"
+    assert (
+        disagreement(["a", "b"], [[1], [2, 3]], [[1], [2, 4]]) == "token 1 of 'b' is 4 instead of 3"
+    )
     assert disagreement(["a"], [[1, 2]], [[1]]) == "token 1 of 'a' is missing instead of 2"

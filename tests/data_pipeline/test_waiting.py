@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from data_pipeline.waiting import Waiting
-from pretrain.config.errors import DataError
-from pretrain.config.guard_schema import StalledDataGuard
+from data_pipeline.loading.prefetch import Waiting
+from pretrain.config.guards import StalledDataGuard
+from pretrain.core.errors import DataError
 
 
 def slow(seconds: float) -> Future[int]:
@@ -22,10 +22,14 @@ def test_a_wait_is_told_at_the_limit_and_each_time_it_has_doubled() -> None:
     waiting = Waiting()
     waiting.reading = "sample 3 of the source 'web'"
     assert waiting.result(slow(0.0)) == 7
-    waiting.watch(StalledDataGuard(warn_seconds=0.1), lambda seconds, reading: told.append((seconds, reading)))
+    waiting.watch(
+        StalledDataGuard(warn_seconds=0.1), lambda seconds, reading: told.append((seconds, reading))
+    )
     assert waiting.result(slow(0.0)) == 7 and told == []
     assert waiting.result(slow(0.5)) == 7
-    assert 1 <= len(told) <= 3 and told[0][0] >= 0.1 and told[0][1] == "sample 3 of the source 'web'"
+    assert (
+        1 <= len(told) <= 3 and told[0][0] >= 0.1 and told[0][1] == "sample 3 of the source 'web'"
+    )
     assert all(later[0] >= 2 * earlier[0] - 0.3 for earlier, later in pairwise(told))
     assert waiting.seconds >= 0.5
 
@@ -33,8 +37,14 @@ def test_a_wait_is_told_at_the_limit_and_each_time_it_has_doubled() -> None:
 def test_a_wait_without_end_ends_the_run_and_names_what_was_read() -> None:
     waiting = Waiting()
     waiting.reading = "sample 3 of the source 'web'"
-    waiting.watch(StalledDataGuard(warn_seconds=60, stop_seconds=0.1), lambda seconds, reading: pytest.fail("told"))
-    with pytest.raises(DataError, match=r"has not come for 0 seconds while reading sample 3 of the source 'web'.*guards\.stalled_data\.stop_seconds"):
+    waiting.watch(
+        StalledDataGuard(warn_seconds=60, stop_seconds=0.1),
+        lambda seconds, reading: pytest.fail("told"),
+    )
+    with pytest.raises(
+        DataError,
+        match=r"has not come for 0 seconds while reading sample 3 of the source 'web'.*guards\.stalled_data\.stop_seconds",
+    ):
         waiting.result(slow(1.0))
 
 

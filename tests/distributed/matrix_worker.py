@@ -21,29 +21,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from deepspeed.utils import groups
 
-from data_pipeline.loader import Batch
+from data_pipeline.loading.shard_loader import Batch
 from pretrain.checkpoint.weights import is_expert
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect
-from pretrain.model.moe.row_products import Factors
+from pretrain.model.moe.tables.products import Factors
 
 
 def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> list[Batch]:
     """Random tokens with structure, a pure function of the step, spread over ranks as the loader spreads them."""
     train, vocab_size = recipe.train, recipe.model.vocab_size
     generator = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(0, vocab_size, (train.global_batch_size, train.sequence_length + 1), generator=generator)
+    tokens = torch.randint(
+        0, vocab_size, (train.global_batch_size, train.sequence_length + 1), generator=generator
+    )
     tokens[:, 1::2] = (tokens[:, :-1:2] * 7 + 3) % vocab_size
     inputs, labels, documents = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None
     if recipe.data.document_mask:
-        ends = inputs % 11 == 0  # unevenly many a micro batch, so that their losses weigh differently
+        ends = (
+            inputs % 11 == 0
+        )  # unevenly many a micro batch, so that their losses weigh differently
         labels, documents = labels.masked_fill(ends, -100), ends.cumsum(1) - ends.long()
-    parts = [value.split(train.micro_batch_size) if value is not None else None for value in (inputs, labels, documents)]
+    parts = [
+        value.split(train.micro_batch_size) if value is not None else None
+        for value in (inputs, labels, documents)
+    ]
     mine = range(rank, len(parts[0]), world_size)
     return [Batch(*(part[index] if part is not None else None for part in parts)) for index in mine]
 
@@ -56,7 +63,9 @@ def scale_expert_gradients(engine: Engine, gain: float, only_first: bool = False
         table.take_gradient = functools.partial(scaled_factors, table.take_gradient, gain)
 
 
-def scaled_factors(take_gradient: Callable[..., Any], gain: float, factors: Factors, *rest: Any) -> Any:
+def scaled_factors(
+    take_gradient: Callable[..., Any], gain: float, factors: Factors, *rest: Any
+) -> Any:
     return take_gradient(factors._replace(c_P=factors.c_P * gain), *rest)
 
 
@@ -65,7 +74,9 @@ def starve(engine: Engine) -> None:
         if is_expert(parameter):
             parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), 0.0))
         elif name.endswith("q_proj.weight"):
-            parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.arange(len(gradient) // 2), 0.0))
+            parameter.register_hook(
+                lambda gradient: gradient.index_fill(0, torch.arange(len(gradient) // 2), 0.0)
+            )
 
 
 def sabotage(engine: Engine, kind: str) -> None:
@@ -76,15 +87,22 @@ def sabotage(engine: Engine, kind: str) -> None:
         engine._expert_group = None  # each rank then clips by the norm of its own experts only
     elif kind == "table_norm_dropped":
         reduce = engine.rows.reduce
-        engine.rows.reduce = lambda scale: reduce(scale) * 0  # clipping then looks at dense weights alone
+        engine.rows.reduce = lambda scale: (
+            reduce(scale) * 0
+        )  # clipping then looks at dense weights alone
     elif kind == "matrices_turned":  # Muon then takes [A, B] for [B, A]
         for shards in engine.optimizer.optimizer.shards.values():
             for matrices in (of_rank for by_owner in shards.rounds for of_rank in by_owner):
-                matrices[:] = [matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in matrices]
+                matrices[:] = [
+                    matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in matrices
+                ]
     elif kind == "marks_kept":  # Muon then looks only at this rank's part of a gradient
         muon = engine.optimizer.optimizer
         muon._marked_update = lambda gradient, momentum: torch.cat(
-            (muon._update(gradient, momentum) * gradient.any(), gradient.any()[None].to(gradient.dtype))
+            (
+                muon._update(gradient, momentum) * gradient.any(),
+                gradient.any()[None].to(gradient.dtype),
+            )
         )
     else:
         raise ValueError(kind)
@@ -95,7 +113,9 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     first = engine.expert_part * engine.recipe.model.moe.total_experts // engine.expert_parts
     weights: dict[str, torch.Tensor] = {}
     for name, table in engine.rows.tables.items() if engine.rows is not None else ():
-        weights |= {f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())}
+        weights |= {
+            f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())
+        }
     for name, parameter in engine.model.named_parameters():
         weight = engine.master_weight(parameter).float().cpu().clone()
         if is_expert(parameter) and weight.dim() == 3:
@@ -108,7 +128,9 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return weights
 
 
-def describe_changes(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+def describe_changes(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> dict[str, list[float]]:
     """How each weight moved: the length of its change, and the change's product with a fixed random direction of its own."""
     described = {}
     for name, weight in after.items():
@@ -126,7 +148,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     accumulation = check_topology(recipe, topology.world_size, case["zero"])
     precision = resolve_precision(recipe.train.precision)
     ds_config = {"zero_optimization": {"stage": case["zero"]}, **case.get("ds_config", {})}
-    ds_config = resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size)
+    ds_config = resolve_ds_config(
+        ds_config, "the case", recipe, precision, accumulation, topology.world_size
+    )
     engine = Engine(recipe, ds_config, precision, topology)
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])
@@ -139,9 +163,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         before = whole_weights(engine) if step == 0 and "changes" in case else None
         balancing = getattr(recipe.model.moe, "bias_balancing", None)
         rate = balancing.update_rate if balancing is not None else 0.0
-        results.append(engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0, rate))
+        results.append(
+            engine.train_step(
+                synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0, rate
+            )
+        )
         if before is not None:
-            for part in topology.gather(describe_changes(before, whole_weights(engine))):
+            for part in topology.all_gather(describe_changes(before, whole_weights(engine))):
                 changes |= part
     losses, _ = reduce_steps(results, topology)
     nll, tokens = engine.evaluate(synthetic_step(recipe, 77, topology.rank, topology.world_size))
@@ -153,7 +181,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "applied": [result.applied for result in results],
         "validation": nll / tokens,
         "changes": changes,
-        "balance_bias": [bias.tolist() for name, bias in engine.model.named_buffers() if name.endswith("balance_bias")],
+        "balance_bias": [
+            bias.tolist()
+            for name, bias in engine.model.named_buffers()
+            if name.endswith("balance_bias")
+        ],
     }
 
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from deepspeed.utils import groups
 
-from data_pipeline.batch import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.timeline import Stage, Timeline
+from pretrain.config.rules.sections import check_topology
+from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.phases import FrozenParameters
@@ -28,7 +28,9 @@ from pretrain.optim.frozen import frozen_parameters, part_of
 from tests.distributed.matrix_worker import synthetic_step, whole_weights
 
 
-def moved_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+def moved_parts(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> dict[str, list[int]]:
     """Of each part of the model: how many of its tensors have changed, and how many it has."""
     found: dict[str, list[int]] = {}
     for name, weight in after.items():
@@ -38,11 +40,14 @@ def moved_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
     return found
 
 
-def plain_norm(engine: Engine, stage: Stage, batches: list[Batch]) -> float:
+def plain_norm(engine: Engine, stage: Phase, batches: list[Batch]) -> float:
     """The norm over all parameters that the phase trains, by autograd alone: for one process at ZeRO stage 0."""
     train, model = stage.recipe.train, engine.model.train()
     parameters = dict(model.named_parameters())
-    trained = [parameters[name] for name in parameters.keys() - frozen_parameters(parameters, stage.frozen, "the test")]
+    trained = [
+        parameters[name]
+        for name in parameters.keys() - frozen_parameters(parameters, stage.frozen, "the test")
+    ]
     normalizer = float(train.micro_batch_size * train.sequence_length)
     losses = [model(batch.input_ids_BS, batch.labels_BS, normalizer).loss for batch in batches]
     gradients = torch.autograd.grad(torch.stack(losses).mean(), trained)
@@ -55,7 +60,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     topology, precision = connect(recipe.parallel.ep_size), recipe.train.precision
     accumulation = check_topology(recipe, topology.world_size, case["zero"])
     ds_config = {"zero_optimization": {"stage": case["zero"]}}
-    engine = Engine(recipe, resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size), precision, topology)
+    engine = Engine(
+        recipe,
+        resolve_ds_config(
+            ds_config, "the case", recipe, precision, accumulation, topology.world_size
+        ),
+        precision,
+        topology,
+    )
     if case.get("sabotage") == "not_put_back":
         assert engine._frozen is not None
         engine._frozen.masters_of = lambda _: None
@@ -69,14 +81,24 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         before = whole_weights(engine)
         for step in range(stage.first_step, stage.end_step):
             batches = synthetic_step(stage.recipe, step, topology.rank, topology.world_size)
-            if case["zero"] == 0 and topology.world_size == 1 and precision == "fp32" and engine.rows is None:
+            if (
+                case["zero"] == 0
+                and topology.world_size == 1
+                and precision == "fp32"
+                and engine.rows is None
+            ):
                 norms.append(plain_norm(engine, stage, batches))
             results.append(engine.train_step(batches, 1.0))
         parts: dict[str, list[int]] = {}
-        for found in topology.gather(moved_parts(before, whole_weights(engine))):
-            parts = {part: [sum(pair) for pair in zip(parts.get(part, [0, 0]), counts, strict=True)] for part, counts in found.items()}
+        for found in topology.all_gather(moved_parts(before, whole_weights(engine))):
+            parts = {
+                part: [sum(pair) for pair in zip(parts.get(part, [0, 0]), counts, strict=True)]
+                for part, counts in found.items()
+            }
         moved[stage.name] = parts
-        nll, tokens = engine.evaluate(synthetic_step(stage.recipe, 77, topology.rank, topology.world_size))
+        nll, tokens = engine.evaluate(
+            synthetic_step(stage.recipe, 77, topology.rank, topology.world_size)
+        )
         validations.append(nll / tokens)
     losses = reduce_losses(results, engine)
     return {

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_same_numbers_everywhere import SIZES, Case, Results, difference, run_cases
+from tests.distributed.test_same_numbers_everywhere import (
+    SIZES,
+    Case,
+    Results,
+    difference,
+    run_cases,
+)
 from tests.model.every_kind import CASES
 
 # A dense model has no experts to spread.
@@ -14,7 +20,12 @@ SPREAD = {name: overrides for name, overrides in CASES.items() if name != "layer
 
 
 def case(name: str, ep_size: int, zero: int) -> Case:
-    overrides = [*SIZES, "optimizer={kind: sgd, learning_rate: 0.5}", *SPREAD[name], f"parallel.ep_size={ep_size}"]
+    overrides = [
+        *SIZES,
+        "optimizer={kind: sgd, learning_rate: 0.5}",
+        *SPREAD[name],
+        f"parallel.ep_size={ep_size}",
+    ]
     return {"name": f"{name}/ep{ep_size}", "zero": zero, "steps": 4, "overrides": overrides}
 
 

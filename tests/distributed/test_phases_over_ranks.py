@@ -21,8 +21,18 @@ PHASES = (
 ADAMW = "optimizer={kind: adamw, learning_rate: 3.0e-3}"
 
 
-def case(kind: str, zero: int, ep_size: int, precision: str = "fp32", **extra: Any) -> dict[str, Any]:
-    overrides = [*SIZES, KINDS[kind], ADAMW, PHASES, "train.train_tokens=1408", f"parallel.ep_size={ep_size}", f"train.precision={precision}"]
+def case(
+    kind: str, zero: int, ep_size: int, precision: str = "fp32", **extra: Any
+) -> dict[str, Any]:
+    overrides = [
+        *SIZES,
+        KINDS[kind],
+        ADAMW,
+        PHASES,
+        "train.train_tokens=1408",
+        f"parallel.ep_size={ep_size}",
+        f"train.precision={precision}",
+    ]
     name = "/".join([kind, f"zero{zero}", f"ep{ep_size}", precision, *map(str, extra.values())])
     return {"name": name, "zero": zero, "overrides": overrides, **extra}
 
@@ -58,7 +68,11 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:
-    pairs = [pair for key in ("loss", "grad_norm", "validation") for pair in zip(row[key], reference[key], strict=True)]
+    pairs = [
+        pair
+        for key in ("loss", "grad_norm", "validation")
+        for pair in zip(row[key], reference[key], strict=True)
+    ]
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
@@ -70,7 +84,9 @@ def check_agreement(cases: list[dict[str, Any]], rows: Results, one: Results) ->
     """How many cases have the losses and norms of one process."""
     compared = [name for name in names(cases) if "fp32" in name]
     for name in compared:
-        reference = "peer" if name.startswith("peer") else "dropless"  # both other kinds of layer are the same model
+        reference = (
+            "peer" if name.startswith("peer") else "dropless"
+        )  # both other kinds of layer are the same model
         assert difference(rows[name], one[f"{reference}/zero0/ep1/fp32"]) <= 1e-5, name
     return len(compared)
 
@@ -86,7 +102,9 @@ def test_every_phase_has_its_own_accumulation(one: Results, two: Results) -> Non
 
 def test_the_norm_is_that_of_what_is_trained(one: Results, two: Results) -> None:
     row = one["dropless/zero0/ep1/fp32"]
-    assert len(row["plain_norm"]) == 8 and row["grad_norm"] == pytest.approx(row["plain_norm"], rel=1e-5)
+    assert len(row["plain_norm"]) == 8 and row["grad_norm"] == pytest.approx(
+        row["plain_norm"], rel=1e-5
+    )
     assert min(row["grad_norm"]) > 0.3  # so that clipping is at work
     kept = two["dropless/zero1/ep2/fp32/gradients_kept"]["grad_norm"]
     assert kept[:3] == pytest.approx(row["plain_norm"][:3], rel=1e-5)
@@ -112,13 +130,17 @@ def test_frozen_parts_keep_every_bit_and_all_others_are_trained(one: Results, tw
         check_moved(name, two[name]["moved"])
 
 
-def test_without_putting_them_back_weight_decay_and_moments_would_move_frozen_weights(two: Results) -> None:
+def test_without_putting_them_back_weight_decay_and_moments_would_move_frozen_weights(
+    two: Results,
+) -> None:
     moved = two["dropless/zero1/ep2/fp32/not_put_back"]["moved"]["frozen"]
     assert moved["experts"][0] == moved["experts"][1] > 0
 
 
 @pytest.mark.full
-def test_all_of_this_holds_at_the_other_stages_precisions_and_kinds_of_layer(one: Results, rest: Results) -> None:
+def test_all_of_this_holds_at_the_other_stages_precisions_and_kinds_of_layer(
+    one: Results, rest: Results
+) -> None:
     assert check_agreement(REST, rest, one) == 4
     for name in names(REST):
         check_moved(name, rest[name]["moved"])

@@ -49,14 +49,32 @@ KINDS["peer"] = (
 )
 OPTIMIZERS = {
     kind: f"optimizer={{kind: {kind}, learning_rate: {rate}}}"
-    for kind, rate in {"sgd": "0.5", "adamw": "3.0e-3", "muon": "3.0e-3", "lion": "1.0e-3", "adamw_8bit": "3.0e-3"}.items()
+    for kind, rate in {
+        "sgd": "0.5",
+        "adamw": "3.0e-3",
+        "muon": "3.0e-3",
+        "lion": "1.0e-3",
+        "adamw_8bit": "3.0e-3",
+    }.items()
 }
 SGD, ADAMW, MUON, LION, EIGHT_BIT = OPTIMIZERS.values()
 
 
-def case(kind: str, zero: int, ep_size: int, optimizer: str = SGD, overrides: tuple[str, ...] = (), **extra: Any) -> Case:
+def case(
+    kind: str,
+    zero: int,
+    ep_size: int,
+    optimizer: str = SGD,
+    overrides: tuple[str, ...] = (),
+    **extra: Any,
+) -> Case:
     label = "-".join(
-        [kind, next(kind for kind in OPTIMIZERS if OPTIMIZERS[kind] == optimizer), *(f"{key}={value}" for key, value in extra.items()), *overrides]
+        [
+            kind,
+            next(kind for kind in OPTIMIZERS if OPTIMIZERS[kind] == optimizer),
+            *(f"{key}={value}" for key, value in extra.items()),
+            *overrides,
+        ]
     )
     return {
         "name": f"{label}/zero{zero}/ep{ep_size}",
@@ -136,9 +154,20 @@ def whole_matrix(world_size: int) -> list[Case]:
 
 
 OTHER_LAYOUTS_OF_MUON = {
-    1: [case(kind, 0, 1, MUON) for kind in ("dropless", "deepspeed", "peer")] + [case("dropless", 3, 1, MUON)],
-    2: [case("dropless", 0, 2, MUON), case("dropless", 3, 1, MUON), case("deepspeed", 2, 2, MUON), case("peer", 3, 2, MUON)],
-    4: [case("dropless", 1, 2, MUON), case("dropless", 2, 4, MUON), case("dropless", 3, 1, MUON), case("peer", 2, 2, MUON)],
+    1: [case(kind, 0, 1, MUON) for kind in ("dropless", "deepspeed", "peer")]
+    + [case("dropless", 3, 1, MUON)],
+    2: [
+        case("dropless", 0, 2, MUON),
+        case("dropless", 3, 1, MUON),
+        case("deepspeed", 2, 2, MUON),
+        case("peer", 3, 2, MUON),
+    ],
+    4: [
+        case("dropless", 1, 2, MUON),
+        case("dropless", 2, 4, MUON),
+        case("dropless", 3, 1, MUON),
+        case("peer", 2, 2, MUON),
+    ],
 }
 
 
@@ -148,7 +177,12 @@ def run_cases(cases: list[Case], world_size: int, folder: Path, worker: Path = W
     (folder / "cases.json").write_text(json.dumps(cases))
     results = folder / "results.jsonl"
     command = [sys.executable, str(worker), str(folder / "cases.json"), str(results)]
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    common = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
             command,
@@ -169,7 +203,10 @@ def run_cases(cases: list[Case], world_size: int, folder: Path, worker: Path = W
 
 @pytest.fixture(scope="module")
 def spanning(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
-    return {world_size: run_cases(cases, world_size, tmp_path_factory.mktemp(f"ranks{world_size}")) for world_size, cases in SPANNING.items()}
+    return {
+        world_size: run_cases(cases, world_size, tmp_path_factory.mktemp(f"ranks{world_size}"))
+        for world_size, cases in SPANNING.items()
+    }
 
 
 def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:
@@ -186,7 +223,11 @@ def tolerance(label: str) -> float:
     return 1e-5 if "adamw" in label or label == "peer-muon" else 1e-6  # AdamW trains PEER's rows
 
 
-def check_all(matrix: dict[int, Results], cases: dict[int, list[Case]], skip: Callable[[Case], bool] = lambda _: False) -> int:
+def check_all(
+    matrix: dict[int, Results],
+    cases: dict[int, list[Case]],
+    skip: Callable[[Case], bool] = lambda _: False,
+) -> int:
     """Compares every case with the single-process ZeRO 0 run of the same kind; returns how many were compared."""
     compared = 0
     for world_size, entries in cases.items():
@@ -195,35 +236,59 @@ def check_all(matrix: dict[int, Results], cases: dict[int, list[Case]], skip: Ca
             if skip(entry) or (world_size == 1 and entry["name"] == reference):
                 continue
             found = difference(matrix[world_size][entry["name"]], matrix[1][reference])
-            assert found <= tolerance(entry["label"]), f"{entry['name']} on {world_size} ranks differs by {found:.1e}"
+            assert found <= tolerance(entry["label"]), (
+                f"{entry['name']} on {world_size} ranks differs by {found:.1e}"
+            )
             compared += 1
     return compared
 
 
-def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(spanning: dict[int, Results]) -> None:
-    compared = check_all(spanning, SPANNING, skip=lambda entry: "sabotage" in entry or "changes" in entry or "precision" in entry["name"])
+def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(
+    spanning: dict[int, Results],
+) -> None:
+    compared = check_all(
+        spanning,
+        SPANNING,
+        skip=lambda entry: (
+            "sabotage" in entry or "changes" in entry or "precision" in entry["name"]
+        ),
+    )
     assert compared >= 15
 
 
 def test_both_kinds_of_layer_give_the_same_run(spanning: dict[int, Results]) -> None:
-    found = difference(spanning[1]["deepspeed-sgd/zero0/ep1"], spanning[1]["dropless-sgd/zero0/ep1"])
+    found = difference(
+        spanning[1]["deepspeed-sgd/zero0/ep1"], spanning[1]["dropless-sgd/zero0/ep1"]
+    )
     assert found <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dropless", "deepspeed", "peer"])
 def test_recomputed_blocks_change_no_digit(spanning: dict[int, Results], kind: str) -> None:
-    plain, recomputed = (spanning[1][f"{label}/zero0/ep1"] for label in (f"{kind}-sgd", case(kind, 0, 1, overrides=RECOMPUTED)["label"]))
+    plain, recomputed = (
+        spanning[1][f"{label}/zero0/ep1"]
+        for label in (f"{kind}-sgd", case(kind, 0, 1, overrides=RECOMPUTED)["label"])
+    )
     assert difference(recomputed, plain) == 0
 
 
-def test_both_kinds_of_layer_take_every_router_loss_and_bias_alike(spanning: dict[int, Results]) -> None:
-    dropless, native = (spanning[1][f"{case(kind, 0, 1, overrides=BIASED)['label']}/zero0/ep1"] for kind in ("dropless_full", "deepspeed_full"))
+def test_both_kinds_of_layer_take_every_router_loss_and_bias_alike(
+    spanning: dict[int, Results],
+) -> None:
+    dropless, native = (
+        spanning[1][f"{case(kind, 0, 1, overrides=BIASED)['label']}/zero0/ep1"]
+        for kind in ("dropless_full", "deepspeed_full")
+    )
     assert difference(native, dropless) <= 1e-6
     assert native["balance_bias"] == dropless["balance_bias"]
 
 
-@pytest.mark.parametrize("world_size,name", [(1, "zero0/ep1"), (2, "zero1/ep2"), (2, "zero3/ep2"), (4, "zero2/ep4")])
-def test_the_balance_bias_moves_alike_everywhere(spanning: dict[int, Results], world_size: int, name: str) -> None:
+@pytest.mark.parametrize(
+    "world_size,name", [(1, "zero0/ep1"), (2, "zero1/ep2"), (2, "zero3/ep2"), (4, "zero2/ep4")]
+)
+def test_the_balance_bias_moves_alike_everywhere(
+    spanning: dict[int, Results], world_size: int, name: str
+) -> None:
     """Project 828 has such a bias as a parameter that nothing updates."""
     label = case("dropless_full", 0, 1, overrides=BIASED)["label"]
     biases = spanning[world_size][f"{label}/{name}"]["balance_bias"]
@@ -232,8 +297,13 @@ def test_the_balance_bias_moves_alike_everywhere(spanning: dict[int, Results], w
     assert biases == spanning[1][f"{label}/zero0/ep1"]["balance_bias"]
 
 
-def test_clipping_was_active_and_experts_held_most_of_the_norm(spanning: dict[int, Results]) -> None:
-    plain, gained = spanning[1]["dropless-sgd/zero0/ep1"], spanning[1]["dropless-sgd-expert_gain=10.0/zero0/ep1"]
+def test_clipping_was_active_and_experts_held_most_of_the_norm(
+    spanning: dict[int, Results],
+) -> None:
+    plain, gained = (
+        spanning[1]["dropless-sgd/zero0/ep1"],
+        spanning[1]["dropless-sgd-expert_gain=10.0/zero0/ep1"],
+    )
     assert min(plain["grad_norm"]) > 0.3
     assert gained["grad_norm"][0] > 2 * plain["grad_norm"][0]
 
@@ -248,10 +318,15 @@ def test_clipping_was_active_and_experts_held_most_of_the_norm(spanning: dict[in
         (4, "peer", "zero1/ep2"),
     ],
 )
-def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(spanning: dict[int, Results], world_size: int, kind: str, name: str) -> None:
+def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(
+    spanning: dict[int, Results], world_size: int, kind: str, name: str
+) -> None:
     """Plain SGD without clipping moves a weight by its gradient: so this compares every gradient, those of each expert by its global number."""
     label = case(kind, 0, 1, **MOVED)["label"]
-    reference, row = spanning[1][f"{label}/zero0/ep1"]["changes"], spanning[world_size][f"{label}/{name}"]["changes"]
+    reference, row = (
+        spanning[1][f"{label}/zero0/ep1"]["changes"],
+        spanning[world_size][f"{label}/{name}"]["changes"],
+    )
     assert reference.keys() == row.keys()
     assert sum(".experts." in weight for weight in row) == 2 * (32 if kind == "peer" else 4) * 3
     scale = max(length for length, _ in reference.values())
@@ -262,7 +337,9 @@ def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(spanning: dict
 
 
 @pytest.mark.parametrize("precision", LOW)
-def test_low_precision_stays_close_to_fp32_at_every_stage(spanning: dict[int, Results], precision: str) -> None:
+def test_low_precision_stays_close_to_fp32_at_every_stage(
+    spanning: dict[int, Results], precision: str
+) -> None:
     """Over ten steps an optimizer step too many, or a gradient scaled once too often, moves the mean loss by three times the tolerance."""
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         pytest.skip("this device does not compute in fp16")
@@ -270,42 +347,66 @@ def test_low_precision_stays_close_to_fp32_at_every_stage(spanning: dict[int, Re
     assert len(rows) >= 3
     for row in rows:
         assert all(row["applied"])
-        assert mean(row["nll"]) == pytest.approx(mean(spanning[1][f"{row['name'].split('-train')[0]}/zero0/ep1"]["nll"]), rel=1e-3), row["name"]
+        assert mean(row["nll"]) == pytest.approx(
+            mean(spanning[1][f"{row['name'].split('-train')[0]}/zero0/ep1"]["nll"]), rel=1e-3
+        ), row["name"]
 
 
 def test_a_table_left_out_of_the_norm_is_noticed(spanning: dict[int, Results]) -> None:
     gained = spanning[1]["peer-sgd-expert_gain=10.0/zero0/ep1"]
     assert gained["grad_norm"][0] > 1.5 * spanning[1]["peer-sgd/zero0/ep1"]["grad_norm"][0]
-    assert difference(spanning[2]["peer-sgd-expert_gain=10.0-sabotage=table_norm_dropped/zero1/ep2"], gained) > 1e-3
+    assert (
+        difference(
+            spanning[2]["peer-sgd-expert_gain=10.0-sabotage=table_norm_dropped/zero1/ep2"], gained
+        )
+        > 1e-3
+    )
 
 
-@pytest.mark.parametrize("fault", ["sabotage=expert_gradient_scaled", "expert_gain=10.0-sabotage=rank_norm_dropped"])
+@pytest.mark.parametrize(
+    "fault", ["sabotage=expert_gradient_scaled", "expert_gain=10.0-sabotage=rank_norm_dropped"]
+)
 def test_a_broken_engine_is_noticed(spanning: dict[int, Results], fault: str) -> None:
     reference = "dropless-sgd-expert_gain=10.0" if "gain" in fault else "dropless-sgd"
-    found = difference(spanning[2][f"dropless-sgd-{fault}/zero0/ep2"], spanning[1][f"{reference}/zero0/ep1"])
+    found = difference(
+        spanning[2][f"dropless-sgd-{fault}/zero0/ep2"], spanning[1][f"{reference}/zero0/ep1"]
+    )
     assert found > 1e-6
 
 
 def test_a_matrix_put_together_wrongly_is_noticed(spanning: dict[int, Results]) -> None:
-    found = difference(spanning[2]["dropless-muon-sabotage=matrices_turned/zero1/ep1"], spanning[1]["dropless-muon/zero0/ep1"])
+    found = difference(
+        spanning[2]["dropless-muon-sabotage=matrices_turned/zero1/ep1"],
+        spanning[1]["dropless-muon/zero0/ep1"],
+    )
     assert found > 1e-4
 
 
-def test_a_rank_that_looks_only_at_its_own_part_of_a_gradient_is_noticed(spanning: dict[int, Results]) -> None:
-    found = difference(spanning[2]["dropless-muon-starved=4-sabotage=marks_kept/zero3/ep1"], spanning[1]["dropless-muon-starved=4/zero0/ep1"])
+def test_a_rank_that_looks_only_at_its_own_part_of_a_gradient_is_noticed(
+    spanning: dict[int, Results],
+) -> None:
+    found = difference(
+        spanning[2]["dropless-muon-starved=4-sabotage=marks_kept/zero3/ep1"],
+        spanning[1]["dropless-muon-starved=4/zero0/ep1"],
+    )
     assert found > 1e-5
 
 
 def test_optimizers_differ_from_each_other(spanning: dict[int, Results]) -> None:
     rows = [spanning[1][f"dropless-{kind}/zero0/ep1"] for kind in OPTIMIZERS]
-    assert all(difference(row, other) > 1e-6 for number, row in enumerate(rows) for other in rows[:number])
+    assert all(
+        difference(row, other) > 1e-6 for number, row in enumerate(rows) for other in rows[:number]
+    )
     assert all(row["nll"][-1] < row["nll"][0] - 0.05 for row in rows)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_muon_agrees_for_every_kind_of_layer_and_on_four_ranks(tmp_path: Path) -> None:
-    matrix = {world_size: run_cases(cases, world_size, tmp_path / f"ranks{world_size}") for world_size, cases in OTHER_LAYOUTS_OF_MUON.items()}
+    matrix = {
+        world_size: run_cases(cases, world_size, tmp_path / f"ranks{world_size}")
+        for world_size, cases in OTHER_LAYOUTS_OF_MUON.items()
+    }
     assert check_all(matrix, OTHER_LAYOUTS_OF_MUON) == 9
 
 
@@ -313,5 +414,8 @@ def test_muon_agrees_for_every_kind_of_layer_and_on_four_ranks(tmp_path: Path) -
 @pytest.mark.timeout(3600)
 def test_the_whole_matrix_agrees(tmp_path: Path) -> None:
     cases = {world_size: whole_matrix(world_size) for world_size in (1, 2, 4)}
-    matrix = {world_size: run_cases(entries, world_size, tmp_path / f"ranks{world_size}") for world_size, entries in cases.items()}
+    matrix = {
+        world_size: run_cases(entries, world_size, tmp_path / f"ranks{world_size}")
+        for world_size, entries in cases.items()
+    }
     assert check_all(matrix, cases) == sum(map(len, cases.values())) - 12

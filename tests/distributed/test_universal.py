@@ -20,8 +20,21 @@ WORKER = Path(__file__).with_name("universal_worker.py")
 @pytest.mark.full
 def test_training_goes_on_from_universal_checkpoints_at_another_ep_size(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(small_tokenizer().content)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(WORKER)]
-    command += [str(tmp_path / "checkpoints"), str(tmp_path / "tokenizer.json"), str(tmp_path / "results.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(WORKER),
+    ]
+    command += [
+        str(tmp_path / "checkpoints"),
+        str(tmp_path / "tokenizer.json"),
+        str(tmp_path / "results.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "results.json").read_text())

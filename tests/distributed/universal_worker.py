@@ -18,7 +18,7 @@ from deepspeed.utils import groups
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.universal import UNIVERSAL_TAG, load_universal
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.topology import connect, disconnect
@@ -43,27 +43,43 @@ def engine_of(zero: int, ep_size: int, universal: bool) -> tuple[Engine, dict[st
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
     accumulation = check_topology(recipe, topology.world_size, zero)
-    ds_config = resolve_ds_config(ds_config, "the case", recipe, "fp32", accumulation, topology.world_size)
+    ds_config = resolve_ds_config(
+        ds_config, "the case", recipe, "fp32", accumulation, topology.world_size
+    )
     return Engine(recipe, ds_config, "fp32", topology), ds_config
 
 
 def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
     """Cross-entropy, whole loss and gradient norm of each step."""
     topology = engine.topology
-    steps = [engine.train_step(synthetic_step(engine.recipe, step, topology.rank, topology.world_size), 1.0, 0.02) for step in range(first, last)]
-    return [[*row, step.grad_norm] for row, step in zip(reduce_steps(steps, topology)[0], steps, strict=True)]
+    steps = [
+        engine.train_step(
+            synthetic_step(engine.recipe, step, topology.rank, topology.world_size), 1.0, 0.02
+        )
+        for step in range(first, last)
+    ]
+    return [
+        [*row, step.grad_norm]
+        for row, step in zip(reduce_steps(steps, topology)[0], steps, strict=True)
+    ]
 
 
 def main() -> None:
     folder, tokenizer, output = map(Path, sys.argv[-3:])
     results: list[dict[str, Any]] = []
     uninterrupted: dict[tuple[int, int], list[list[float]]] = {}
-    for before, after, mended in [*((*route, True) for route in ROUTES), (*ROUTES[0], False), (*ROUTES[-1], False)]:
+    for before, after, mended in [
+        *((*route, True) for route in ROUTES),
+        (*ROUTES[0], False),
+        (*ROUTES[-1], False),
+    ]:
         universal = folder / f"universal_{before[0]}_{before[1]}"
         if before not in uninterrupted:
             engine, ds_config = engine_of(*before, universal=False)
             losses(engine, 0, SAVED_AT)
-            saved = CheckpointStore(folder / f"zero{before[0]}_ep{before[1]}", engine, ds_config, tokenizer).save(SAVED_AT, {"step": SAVED_AT})
+            saved = CheckpointStore(
+                folder / f"zero{before[0]}_ep{before[1]}", engine, ds_config, tokenizer
+            ).save(SAVED_AT, {"step": SAVED_AT})
             if engine.topology.is_main:
                 export_universal(saved, universal, overwrite=False)
             engine.topology.barrier()
@@ -72,9 +88,19 @@ def main() -> None:
         if mended:
             load_universal(engine.deepspeed, universal)
         else:
-            engine.deepspeed.load_checkpoint(str(universal), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False)
+            engine.deepspeed.load_checkpoint(
+                str(universal), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False
+            )
         found = losses(engine, SAVED_AT, STEPS)
-        results.append({"before": before, "after": after, "mended": mended, "expected": uninterrupted[before], "found": found})
+        results.append(
+            {
+                "before": before,
+                "after": after,
+                "mended": mended,
+                "expected": uninterrupted[before],
+                "found": found,
+            }
+        )
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results))
     disconnect()

@@ -27,7 +27,10 @@ def rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def csv_section(folder: Path) -> dict[str, Any]:
-    return {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "job"}, "train_batch_size": 8}
+    return {
+        "csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "job"},
+        "train_batch_size": 8,
+    }
 
 
 def test_the_engine_gets_the_config_without_them(tmp_path: Path) -> None:
@@ -41,10 +44,14 @@ def test_nothing_is_enabled_without_a_section_and_on_other_ranks(tmp_path: Path)
     assert Monitor(csv_section(tmp_path), writes=True, samples=lambda: 0).enabled
 
 
-def test_a_backend_that_fails_is_told_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backend_that_fails_is_told_once_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A file stands where TensorBoard's folder would be.
     (tmp_path / "taken").touch()
-    broken = {"tensorboard": {"enabled": True, "output_path": str(tmp_path / "taken"), "job_name": "job"}}
+    broken = {
+        "tensorboard": {"enabled": True, "output_path": str(tmp_path / "taken"), "job_name": "job"}
+    }
     monitor = Monitor(csv_section(tmp_path) | broken, writes=True, samples=lambda: 0)
     assert monitor.enabled and monitor.summary_writer is None
     monitor.write_events([("Train/Samples/lr", 0.1, 8)])
@@ -56,7 +63,10 @@ def test_a_backend_that_fails_is_told_once_and_the_others_go_on(tmp_path: Path, 
 
 
 def test_tensorboard_shows_each_step_once_behind_a_rollback_and_a_resume(tmp_path: Path) -> None:
-    section, samples = {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}, 0
+    section, samples = (
+        {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}},
+        0,
+    )
 
     def train(monitor: Monitor, start: int, stop: int, value: float) -> None:
         nonlocal samples
@@ -74,11 +84,21 @@ def test_tensorboard_shows_each_step_once_behind_a_rollback_and_a_resume(tmp_pat
     train(Monitor(section, writes=True, samples=lambda: samples), 30, 50, 3.0)
     values = {10: 1.0, 20: 1.0, 30: 2.0, 40: 3.0, 50: 3.0}
     for folder, tag, units in (("job", "train/loss", 1), ("job/samples", "Train/Samples/lr", 8)):
-        for accumulator in (event_accumulator, plugin_event_accumulator):  # for scripts, and for TensorBoard's pages
+        for accumulator in (
+            event_accumulator,
+            plugin_event_accumulator,
+        ):  # for scripts, and for TensorBoard's pages
             events = accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
             shown = events.Scalars(tag) if accumulator is event_accumulator else events.Tensors(tag)
-            read = {event.step: event.value if accumulator is event_accumulator else event.tensor_proto.float_val[0] for event in shown}
-            assert read == {units * step: value for step, value in values.items()} and len(shown) == len(values)
+            read = {
+                event.step: event.value
+                if accumulator is event_accumulator
+                else event.tensor_proto.float_val[0]
+                for event in shown
+            }
+            assert read == {units * step: value for step, value in values.items()} and len(
+                shown
+            ) == len(values)
 
 
 @pytest.fixture
@@ -94,14 +114,24 @@ def without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     wandb.teardown()
 
 
-def test_wandb_without_a_key_asks_nothing_on_a_terminal(tmp_path: Path, without_key: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_asks_nothing_on_a_terminal(
+    tmp_path: Path, without_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     person, place = os.openpty()
     os.write(person, b"3\n" * 9)  # the answers to what it might ask
-    with monkeypatch.context() as patch, open(place, "w", buffering=1) as errors, open(place, closefd=False) as answers:
+    with (
+        monkeypatch.context() as patch,
+        open(place, "w", buffering=1) as errors,
+        open(place, closefd=False) as answers,
+    ):
         patch.setattr(sys, "stdin", answers)
         patch.setattr(sys, "stderr", errors)
         Monitor({"wandb": {"enabled": True, "project": "p"}}, writes=True, samples=lambda: 0)
-        tracking = Tracking(WandbTracker(), TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}), [])
+        tracking = Tracking(
+            WandbTracker(),
+            TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}),
+            [],
+        )
         tracking.on_start(0, 1)
         tracking.on_end({})
         os.write(place, b"the end")

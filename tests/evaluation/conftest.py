@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # both folders' tests share tests/export/tiny_checkpoint.py
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # both folders' tests share tests/export/tiny_checkpoint.py
 
-from data_pipeline.token_stream import open_split
+from data_pipeline.shards.token_stream import open_split
 from pretrain.export.convert import export_hf
 from tests.export.tiny_checkpoint import Trained, make_trained
 
@@ -21,5 +23,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "hf"
-    export_hf(trained.checkpoint, output, open_split(trained.manifest, "validation"), torch.float32, overwrite=False)
+    export_hf(
+        trained.checkpoint,
+        output,
+        open_split(trained.manifest, "validation"),
+        torch.float32,
+        overwrite=False,
+    )
     return output

@@ -28,16 +28,26 @@ def copy_of(source: Path, folder: Path, change: Change | None = None) -> Path:
 def edit_json(folder: Path, name: str = "config.json", **fields: Any) -> None:
     path = folder / name
     content = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({field: value for field, value in (content | fields).items() if value is not None}))
+    path.write_text(
+        json.dumps(
+            {field: value for field, value in (content | fields).items() if value is not None}
+        )
+    )
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     tensors = change(load_file(folder / WEIGHTS))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
 
 
 def without(*names: str) -> Change:
-    return lambda folder: edit_weights(folder, lambda tensors: {name: tensors[name] for name in tensors if name not in names})
+    return lambda folder: edit_weights(
+        folder, lambda tensors: {name: tensors[name] for name in tensors if name not in names}
+    )
 
 
 def with_tensor(name: str, tensor: Tensor) -> Change:
@@ -45,12 +55,19 @@ def with_tensor(name: str, tensor: Tensor) -> Change:
 
 
 def changed_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Change:
-    return lambda folder: edit_weights(folder, lambda tensors: tensors | {name: change(tensors[name])})
+    return lambda folder: edit_weights(
+        folder, lambda tensors: tensors | {name: change(tensors[name])}
+    )
 
 
 def without_expert(number: int) -> Change:
     """Neither of its matrices in any layer."""
-    return lambda folder: edit_weights(folder, lambda tensors: {name: tensors[name] for name in tensors if f".experts.{number}." not in name})
+    return lambda folder: edit_weights(
+        folder,
+        lambda tensors: {
+            name: tensors[name] for name in tensors if f".experts.{number}." not in name
+        },
+    )
 
 
 def truncated(folder: Path) -> None:
@@ -62,7 +79,10 @@ def sharded(folder: Path) -> dict[str, str]:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    halves = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, half in halves.items():
         save_file({name: tensors[name] for name in half}, folder / file, metadata={"format": "pt"})
     places = {name: file for file, half in halves.items() for name in half}
@@ -79,12 +99,16 @@ def wrong_index(folder: Path) -> None:
     places = sharded(folder)
     files = sorted(set(places.values()))
     first = min(places)
-    (folder / INDEX).write_text(json.dumps({"weight_map": places | {first: files[places[first] == files[0]]}}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": places | {first: files[places[first] == files[0]]}})
+    )
 
 
 def escaping_index(folder: Path) -> None:
     places = sharded(folder)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {name: f"../{file}" for name, file in places.items()}}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": {name: f"../{file}" for name, file in places.items()}})
+    )
 
 
 def both_weights(folder: Path) -> None:

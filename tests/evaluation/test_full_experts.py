@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint.layout import TOKENIZER
-from pretrain.checkpoint.weights_folder import write_weights_folder
-from pretrain.config.errors import DONE
+from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
-from pretrain.evaluation.heldout import HeldoutScore, score_checkpoint
+from pretrain.core.errors import DONE
+from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint
 from pretrain.evaluation.report import markdown
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
@@ -37,10 +37,20 @@ def dropping(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def score(checkpoint: Path, trained: Trained, batch_size: int) -> HeldoutScore:
-    return score_checkpoint(checkpoint, trained.data, "validation", torch.device("cpu"), batch_size, max_windows=8, baselines=())
+    return score_checkpoint(
+        checkpoint,
+        trained.data,
+        "validation",
+        torch.device("cpu"),
+        batch_size,
+        max_windows=8,
+        baselines=(),
+    )
 
 
-def test_a_held_out_loss_that_depends_on_the_batch_says_so(trained: Trained, dropping: Path) -> None:
+def test_a_held_out_loss_that_depends_on_the_batch_says_so(
+    trained: Trained, dropping: Path
+) -> None:
     alone, together = (score(dropping, trained, batch_size) for batch_size in (1, 8))
     assert abs(alone.loss - together.loss) > 1e-4
     assert [found.batch_size for found in (alone, together)] == [1, 8]

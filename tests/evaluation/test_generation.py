@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.generation import generate, native_next_logits
-from pretrain.evaluation.sampling import Sampling
+from pretrain.core.errors import ConfigError
+from pretrain.evaluation.generation.generate import generate, native_next_logits
+from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.model.decoder import DecoderLM
 
 CPU = torch.device("cpu")
@@ -35,10 +35,16 @@ def full_forward_logits(model: DecoderLM):
     return next_logits
 
 
-def test_greedy_decoding_with_the_cache_equals_greedy_decoding_by_full_forward_passes(model: DecoderLM) -> None:
+def test_greedy_decoding_with_the_cache_equals_greedy_decoding_by_full_forward_passes(
+    model: DecoderLM,
+) -> None:
     prompt, greedy = [3, 1, 4, 1, 5], Sampling(greedy=True)
-    cached = generate(native_next_logits(model, 45, CPU), prompt, greedy, eod_id=-1, steps=range(40))
-    assert cached == generate(full_forward_logits(model), prompt, greedy, eod_id=-1, steps=range(40))
+    cached = generate(
+        native_next_logits(model, 45, CPU), prompt, greedy, eod_id=-1, steps=range(40)
+    )
+    assert cached == generate(
+        full_forward_logits(model), prompt, greedy, eod_id=-1, steps=range(40)
+    )
     assert len(set(cached)) > 3
 
 
@@ -50,12 +56,20 @@ def test_the_cache_comparison_notices_a_cache_that_forgets(model: DecoderLM) -> 
         return model.logits(added_BS[:, -1:])[:, -1]
 
     prompt, greedy = [3, 1, 4, 1, 5], Sampling(greedy=True)
-    assert generate(forgetful, prompt, greedy, -1, range(40)) != generate(full_forward_logits(model), prompt, greedy, -1, range(40))
+    assert generate(forgetful, prompt, greedy, -1, range(40)) != generate(
+        full_forward_logits(model), prompt, greedy, -1, range(40)
+    )
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(model: DecoderLM) -> None:
     def text(seed: int) -> list[int]:
-        return generate(native_next_logits(model, 21, CPU), [7], Sampling(temperature=1.5, seed=seed), -1, range(20))
+        return generate(
+            native_next_logits(model, 21, CPU),
+            [7],
+            Sampling(temperature=1.5, seed=seed),
+            -1,
+            range(20),
+        )
 
     assert text(1) == text(1)
     assert text(1) != text(2)

@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batch import Batch
-from data_pipeline.loader import Stretch, TrainingSource, TrainLoader, seen_samples
-from data_pipeline.packing import Windows
-from pretrain.config.data_schema import Mixture, Proportional, Weights
-from pretrain.config.errors import DataError
-from pretrain.evaluation.ngram import MISSING, NGram, batch_pairs, fit_ngram, ngram_nll, sample_pairs
+from data_pipeline.config import Mixture, Proportional, Weights
+from data_pipeline.loading.batch import Batch
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import (
+    LoaderPhase,
+    TrainingSource,
+    TrainLoader,
+    seen_samples,
+)
+from pretrain.core.errors import DataError
+from pretrain.evaluation.heldout.ngram import (
+    MISSING,
+    NGram,
+    batch_pairs,
+    fit_ngram,
+    ngram_nll,
+    sample_pairs,
+)
 from tests.data_pipeline.data_folder import stream_of
 
 VOCAB = 40
@@ -38,11 +50,15 @@ def fitted(tokens: np.ndarray, order: int = 2, vocab_size: int = VOCAB) -> NGram
     return fit_ngram([pairs_of(tokens, order)], vocab_size, order)
 
 
-def by_definition(tokens: list[int], vocab_size: int, context: tuple[int, ...], target: int) -> float:
+def by_definition(
+    tokens: list[int], vocab_size: int, context: tuple[int, ...], target: int
+) -> float:
     """Interpolated Kneser-Ney of order len(context) + 1, from counts of tuples; the context is in the order of the text."""
     tables: dict[int, dict[tuple[int, ...], int]] = {}
     highest = len(context) + 1
-    counts = Counter(tuple(tokens[place : place + highest]) for place in range(len(tokens) - highest + 1))
+    counts = Counter(
+        tuple(tokens[place : place + highest]) for place in range(len(tokens) - highest + 1)
+    )
     for size in range(highest, 0, -1):
         tables[size] = dict(counts)
         counts = Counter(gram[1:] for gram in counts)
@@ -58,7 +74,10 @@ def by_definition(tokens: list[int], vocab_size: int, context: tuple[int, ...], 
         singles, doubles = (sum(count == wanted for count in table.values()) for wanted in (1, 2))
         discount = singles / (singles + 2 * doubles) if singles else 0.5
         total = sum(mine.values())
-        return max(mine.get((*seen, target), 0) - discount, 0) / total + discount * len(mine) / total * lower
+        return (
+            max(mine.get((*seen, target), 0) - discount, 0) / total
+            + discount * len(mine) / total * lower
+        )
 
     return probability(highest)
 
@@ -72,7 +91,9 @@ def every_context(order: int) -> np.ndarray:
 
 
 def sums_over_vocabulary(model: NGram, contexts: np.ndarray) -> np.ndarray:
-    return model.probabilities(contexts[:, None, :], np.arange(model.vocab_size)[None, :]).sum(axis=1)
+    return model.probabilities(contexts[:, None, :], np.arange(model.vocab_size)[None, :]).sum(
+        axis=1
+    )
 
 
 def test_the_bigram_agrees_with_a_hand_computed_example() -> None:
@@ -80,27 +101,46 @@ def test_the_bigram_agrees_with_a_hand_computed_example() -> None:
     bigram = fit_ngram([(np.array([[0], [0], [0], [1]]), np.array([1, 1, 2, 2]))], 3, 2)
     lower = [2 / 27, 8 / 27, 17 / 27]
     assert bigram.levels[1].discount == pytest.approx(1 / 2)
-    assert bigram.probabilities([[0]], [0, 1, 2]) == pytest.approx([2 / 81, 1 / 2 + 8 / 81, 1 / 6 + 17 / 81])
-    assert bigram.probabilities([[1]], [0, 1, 2]) == pytest.approx([1 / 27, 4 / 27, 1 / 2 + 17 / 54])
+    assert bigram.probabilities([[0]], [0, 1, 2]) == pytest.approx(
+        [2 / 81, 1 / 2 + 8 / 81, 1 / 6 + 17 / 81]
+    )
+    assert bigram.probabilities([[1]], [0, 1, 2]) == pytest.approx(
+        [1 / 27, 4 / 27, 1 / 2 + 17 / 54]
+    )
     for nothing_known in (2, MISSING):
         assert bigram.probabilities([[nothing_known]], [0, 1, 2]) == pytest.approx(lower)
-    assert bigram.nll([[0], [2]], [2, 0]) == pytest.approx(-np.log(1 / 6 + 17 / 81) - np.log(2 / 27))
+    assert bigram.nll([[0], [2]], [2, 0]) == pytest.approx(
+        -np.log(1 / 6 + 17 / 81) - np.log(2 / 27)
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_probabilities_are_those_of_the_definition(order: int) -> None:
     tokens = markov_tokens(400, seed=2)
     # Every n-gram of the text is a pair: the first targets have no full context and are left out.
-    model = fit_ngram([pairs_of(tokens, order)] if order > 1 else [(np.empty((len(tokens), 0), np.int64), tokens)], VOCAB, order)
+    model = fit_ngram(
+        [pairs_of(tokens, order)]
+        if order > 1
+        else [(np.empty((len(tokens), 0), np.int64), tokens)],
+        VOCAB,
+        order,
+    )
     generator = np.random.default_rng(0)
     for place in generator.integers(order, len(tokens) - 1, 15):
-        context, target = tuple(tokens[place - order + 1 : place].tolist()), int(generator.choice([tokens[place], generator.integers(VOCAB)]))
+        context, target = (
+            tuple(tokens[place - order + 1 : place].tolist()),
+            int(generator.choice([tokens[place], generator.integers(VOCAB)])),
+        )
         expected = by_definition(tokens.tolist(), VOCAB, context, target)
-        assert model.probabilities([context[::-1]], [target])[0] == pytest.approx(expected, rel=1e-12)
+        assert model.probabilities([context[::-1]], [target])[0] == pytest.approx(
+            expected, rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
-def test_probabilities_are_positive_and_sum_to_one_whatever_is_known_of_a_context(order: int) -> None:
+def test_probabilities_are_positive_and_sum_to_one_whatever_is_known_of_a_context(
+    order: int,
+) -> None:
     model = fitted(markov_tokens(5000, seed=0), order)
     contexts = every_context(order)
     assert np.abs(sums_over_vocabulary(model, contexts) - 1).max() < 1e-9
@@ -133,16 +173,26 @@ def scored(model: NGram, tokens: np.ndarray) -> float:
 
 def test_the_bigram_beats_a_unigram_where_the_previous_token_matters() -> None:
     train, heldout = markov_tokens(5000, seed=0), markov_tokens(2000, seed=1)
-    assert scored(fitted(train), heldout) < 0.5 * unigram_nll(train, heldout[1:]) / (len(heldout) - 1)
-    assert scored(fitted(train, 1), heldout) == pytest.approx(unigram_nll(train, heldout[1:]) / (len(heldout) - 1), rel=0.01)
+    assert scored(fitted(train), heldout) < 0.5 * unigram_nll(train, heldout[1:]) / (
+        len(heldout) - 1
+    )
+    assert scored(fitted(train, 1), heldout) == pytest.approx(
+        unigram_nll(train, heldout[1:]) / (len(heldout) - 1), rel=0.01
+    )
 
 
 def test_the_bigram_wins_nothing_where_the_previous_token_says_nothing() -> None:
-    train, heldout = (np.random.default_rng(seed).permutation(markov_tokens(5000, seed)) for seed in (0, 1))
-    assert scored(fitted(train), heldout) > 0.95 * unigram_nll(train, heldout[1:]) / (len(heldout) - 1)
+    train, heldout = (
+        np.random.default_rng(seed).permutation(markov_tokens(5000, seed)) for seed in (0, 1)
+    )
+    assert scored(fitted(train), heldout) > 0.95 * unigram_nll(train, heldout[1:]) / (
+        len(heldout) - 1
+    )
 
 
-def test_a_higher_order_wins_where_older_tokens_matter_and_loses_nothing_where_they_do_not() -> None:
+def test_a_higher_order_wins_where_older_tokens_matter_and_loses_nothing_where_they_do_not() -> (
+    None
+):
     generator = np.random.default_rng(3)
     tokens = [0, 1, 2, 3]
     for noise in generator.integers(0, 12, 20_000):
@@ -150,7 +200,9 @@ def test_a_higher_order_wins_where_older_tokens_matter_and_loses_nothing_where_t
     train, heldout = np.array(tokens[:16_000]), np.array(tokens[16_000:])
     assert scored(fitted(train, 5), heldout) < 0.75 * scored(fitted(train, 2), heldout)
     first_order = markov_tokens(8000, seed=0)
-    assert scored(fitted(first_order, 5), markov_tokens(2000, seed=1)) < 1.15 * scored(fitted(first_order, 2), markov_tokens(2000, seed=1))
+    assert scored(fitted(first_order, 5), markov_tokens(2000, seed=1)) < 1.15 * scored(
+        fitted(first_order, 2), markov_tokens(2000, seed=1)
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 1_000_000])
@@ -158,9 +210,15 @@ def test_chunks_give_the_same_counts_as_one_array(vocab_size: int) -> None:
     """Five tokens of the large vocabulary do not fit in one number of 63 bits."""
     contexts, targets = pairs_of(markov_tokens(999, seed=3), 5)
     whole = fit_ngram([(contexts, targets)], vocab_size, 5)
-    chunked = fit_ngram(zip(np.array_split(contexts, 7), np.array_split(targets, 7), strict=True), vocab_size, 5)
+    chunked = fit_ngram(
+        zip(np.array_split(contexts, 7), np.array_split(targets, 7), strict=True), vocab_size, 5
+    )
     for one, other in zip(whole.levels, chunked.levels, strict=True):
-        assert np.array_equal(one.codes, other.codes) and np.array_equal(one.counts, other.counts) and one.discount == other.discount
+        assert (
+            np.array_equal(one.codes, other.codes)
+            and np.array_equal(one.counts, other.counts)
+            and one.discount == other.discount
+        )
 
 
 def test_no_pairs_is_an_error_that_says_what_to_do() -> None:
@@ -171,29 +229,57 @@ def test_no_pairs_is_an_error_that_says_what_to_do() -> None:
 def test_masked_labels_are_not_scored() -> None:
     bigram = fitted(markov_tokens(500, seed=0))
     labels = torch.tensor([[1, -100, 5], [-100, -100, 2]])
-    batch = Batch(input_ids_BS=torch.tensor([[0, 1, 4], [3, 3, 9]]), labels_BS=labels, document_ids_BS=None)
+    batch = Batch(
+        input_ids_BS=torch.tensor([[0, 1, 4], [3, 3, 9]]), labels_BS=labels, document_ids_BS=None
+    )
     nats, targets = ngram_nll(bigram, [batch])
     assert targets == 3
     assert nats == pytest.approx(bigram.nll([[0], [4], [9]], [1, 5, 2]))
 
 
-def test_pairs_stay_inside_the_chosen_windows_and_documents_and_skip_what_has_no_loss(tmp_path: Path) -> None:
+def test_pairs_stay_inside_the_chosen_windows_and_documents_and_skip_what_has_no_loss(
+    tmp_path: Path,
+) -> None:
     stream = stream_of(tmp_path, [[[5, 6, 0], [7, 8, 9, 0], [1, 2]]], vocab_size=VOCAB)
     ((contexts, targets),) = sample_pairs(Windows(stream, 4, 0), np.array([1, 0]), 3)
-    assert contexts.tolist() == [[5, -1], [6, 5], [0, 6], [7, 0], [8, -1], [9, 8], [0, 9], [1, 0]] and targets.tolist() == [6, 0, 7, 8, 9, 0, 1, 2]
-    contexts, targets = next(sample_pairs(Windows(stream, 4, 0, document_mask=True), np.array([1]), 3))
+    assert contexts.tolist() == [
+        [5, -1],
+        [6, 5],
+        [0, 6],
+        [7, 0],
+        [8, -1],
+        [9, 8],
+        [0, 9],
+        [1, 0],
+    ] and targets.tolist() == [6, 0, 7, 8, 9, 0, 1, 2]
+    contexts, targets = next(
+        sample_pairs(Windows(stream, 4, 0, document_mask=True), np.array([1]), 3)
+    )
     assert contexts.tolist() == [[8, -1], [9, 8], [1, -1]] and targets.tolist() == [9, 0, 2]
 
 
-@pytest.mark.parametrize("mixture", [Proportional(), Weights(kind="weights", weights={"a": 3, "b": 1})])
-def test_seen_samples_are_those_that_the_loader_gave_to_training(tmp_path: Path, mixture: Mixture) -> None:
-    streams = {name: stream_of(tmp_path / name, [[[token % VOCAB for token in range(size)]]], VOCAB) for name, size in (("a", 201), ("b", 152))}
-    sources = {name: TrainingSource(Windows(stream, 10, 0), name) for name, stream in streams.items()}
-    loader = TrainLoader(sources, [Stretch(mixture, 8, 2)], 5, 0, 2)
+@pytest.mark.parametrize(
+    "mixture", [Proportional(), Weights(kind="weights", weights={"a": 3, "b": 1})]
+)
+def test_seen_samples_are_those_that_the_loader_gave_to_training(
+    tmp_path: Path, mixture: Mixture
+) -> None:
+    streams = {
+        name: stream_of(tmp_path / name, [[[token % VOCAB for token in range(size)]]], VOCAB)
+        for name, size in (("a", 201), ("b", 152))
+    }
+    sources = {
+        name: TrainingSource(Windows(stream, 10, 0), name) for name, stream in streams.items()
+    }
+    loader = TrainLoader(sources, [LoaderPhase(mixture, 8, 2)], 5, 0, 2)
     for steps in (1, 3, 4, 9):
         given = {sample for step in range(steps) for sample in loader.sample_numbers(step)}
         seen = seen_samples(loader.state(steps)["plans"], steps * 8, seed=5)
-        assert {(name, number) for name, numbers in seen.items() for number in numbers.tolist()} == given
+        assert {
+            (name, number) for name, numbers in seen.items() for number in numbers.tolist()
+        } == given
         assert sum(map(len, seen.values())) == len(given)
     other = seen_samples(loader.state(1)["plans"], 8, seed=6)
-    assert {(name, number) for name, numbers in other.items() for number in numbers.tolist()} != set(loader.sample_numbers(0))
+    assert {
+        (name, number) for name, numbers in other.items() for number in numbers.tolist()
+    } != set(loader.sample_numbers(0))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import Batch
-from pretrain.config.errors import DataError, NonFiniteError
+from data_pipeline.loading.shard_loader import Batch
 from pretrain.config.load import load_recipe
-from pretrain.evaluation.perplexity import Evaluation, evaluate
+from pretrain.core.errors import DataError, NonFiniteError
+from pretrain.evaluation.heldout.perplexity import Evaluation, evaluate
 from pretrain.model.decoder import DecoderLM
 
 CPU = torch.device("cpu")
@@ -33,7 +33,10 @@ def text(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(rows: int, batch_size: int) -> list[Batch]:
-    return [Batch(inputs, labels) for inputs, labels in zip(*(side.split(batch_size) for side in text(rows)), strict=True)]
+    return [
+        Batch(inputs, labels)
+        for inputs, labels in zip(*(side.split(batch_size) for side in text(rows)), strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -44,7 +47,12 @@ def by_definition(model: DecoderLM, rows: int) -> float:
     for input_S, label_S in zip(inputs_BS, labels_BS, strict=True):
         for place, label in enumerate(label_S.tolist()):
             if label != -100:
-                nats -= float(model.eval().logits(input_S[None, : place + 1])[0, -1].double().log_softmax(0)[label])
+                nats -= float(
+                    model.eval()
+                    .logits(input_S[None, : place + 1])[0, -1]
+                    .double()
+                    .log_softmax(0)[label]
+                )
     return nats
 
 
@@ -76,7 +84,9 @@ def test_masked_documents_are_scored_as_if_they_stood_alone(model: DecoderLM) ->
     assert abs(masked.nats - evaluate(model, [Batch(inputs_BS, labels_BS)], CPU).nats) > 1e-2
     only_first = labels_BS.clone()
     only_first[:, 12:] = -100
-    assert evaluate(model, [Batch(inputs_BS, only_first, documents_BS)], CPU).nats == pytest.approx(first.nats, rel=1e-6)
+    assert evaluate(model, [Batch(inputs_BS, only_first, documents_BS)], CPU).nats == pytest.approx(
+        first.nats, rel=1e-6
+    )
 
 
 def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary(model: DecoderLM) -> None:

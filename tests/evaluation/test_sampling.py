@@ -6,16 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.errors import ConfigError
-from pretrain.evaluation.generation import generate
-from pretrain.evaluation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize_repetition, sampling_probabilities
+from pretrain.core.errors import ConfigError
+from pretrain.evaluation.generation.generate import generate
+from pretrain.evaluation.generation.sampling import (
+    Sampling,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    sampling_probabilities,
+)
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.0])
 
 
 def test_temperature_sharpens_and_top_k_keeps_the_largest() -> None:
     assert sampling_probabilities(LOGITS, Sampling()) == pytest.approx(LOGITS.softmax(0))
-    assert sampling_probabilities(LOGITS, Sampling(temperature=0.5)) == pytest.approx((LOGITS * 2).softmax(0))
+    assert sampling_probabilities(LOGITS, Sampling(temperature=0.5)) == pytest.approx(
+        (LOGITS * 2).softmax(0)
+    )
     kept = sampling_probabilities(LOGITS, Sampling(top_k=2))
     assert kept.nonzero().flatten().tolist() == [1, 3]
     assert kept[1] / kept[3] == pytest.approx(torch.tensor(0.5).exp())
@@ -59,7 +68,10 @@ def test_impossible_sampling_is_refused(field: str, value: float) -> None:
 
 def many_logits() -> Tensor:
     """From flat rows, of which top-k takes the most, to steep ones, of which min-p does."""
-    return torch.randn(40, 50, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 4, 40)[:, None]
+    return (
+        torch.randn(40, 50, generator=torch.Generator().manual_seed(4))
+        * torch.linspace(0.2, 4, 40)[:, None]
+    )
 
 
 def seen_ids() -> Tensor:
@@ -74,9 +86,14 @@ def test_each_sampler_is_that_of_transformers() -> None:
     from transformers.generation import logits_process as theirs
 
     logits, ids = many_logits(), seen_ids()
-    assert torch.equal(penalize_repetition(logits, seen_mask(), 1.3), theirs.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits))
+    assert torch.equal(
+        penalize_repetition(logits, seen_mask(), 1.3),
+        theirs.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits),
+    )
     for top_k in (1, 5, 50, 80):
-        assert torch.equal(keep_top_k(logits, top_k), theirs.TopKLogitsWarper(min(top_k, 50))(ids, logits))
+        assert torch.equal(
+            keep_top_k(logits, top_k), theirs.TopKLogitsWarper(min(top_k, 50))(ids, logits)
+        )
     for top_p in (0.1, 0.5, 0.9, 0.99):
         assert torch.equal(keep_top_p(logits, top_p), theirs.TopPLogitsWarper(top_p)(ids, logits))
     for min_p in (0.0, 0.05, 0.5, 1.0):
@@ -105,7 +122,9 @@ def test_all_samplers_together_come_in_transformers_order() -> None:
     ours = sampling_probabilities(logits, sampling, seen_mask())
     torch.testing.assert_close(ours, chained(chain))
     for left_out in range(5):
-        assert not torch.allclose(ours, chained([*chain[:left_out], *chain[left_out + 1 :]])), left_out
+        assert not torch.allclose(ours, chained([*chain[:left_out], *chain[left_out + 1 :]])), (
+            left_out
+        )
     assert not torch.allclose(ours, chained([*chain[:1], chain[3], chain[1], chain[2], chain[4]]))
 
 
@@ -114,11 +133,20 @@ def test_min_p_and_the_repetition_penalty_follow_their_definitions() -> None:
     for min_p, kept in ((0.0, 4), (0.19, 4), (0.25, 3), (0.5, 2), (0.53, 1), (1.0, 1)):
         assert int(keep_min_p(probs.log(), min_p).isfinite().sum()) == kept
     seen = torch.tensor([True, True, True, False, False])
-    assert penalize_repetition(LOGITS, seen, 2.0) == pytest.approx(torch.tensor([0.05, 1.0, -2.0, 1.5, 0.0]))
+    assert penalize_repetition(LOGITS, seen, 2.0) == pytest.approx(
+        torch.tensor([0.05, 1.0, -2.0, 1.5, 0.0])
+    )
 
 
 def test_a_repetition_penalty_counts_the_prompt_and_what_was_written_and_also_when_greedy() -> None:
     steady = torch.tensor([[3.0, 2.9, 2.8, 0.1, -5.0]])
-    penalized = generate(lambda added_BS: steady, [1], Sampling(greedy=True, repetition_penalty=10.0), -1, range(4))
+    penalized = generate(
+        lambda added_BS: steady, [1], Sampling(greedy=True, repetition_penalty=10.0), -1, range(4)
+    )
     assert penalized == [0, 2, 0, 0]
-    assert generate(lambda added_BS: steady, [1], Sampling(greedy=True), -1, range(4)) == [0, 0, 0, 0]
+    assert generate(lambda added_BS: steady, [1], Sampling(greedy=True), -1, range(4)) == [
+        0,
+        0,
+        0,
+        0,
+    ]

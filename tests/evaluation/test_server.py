@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.engine.topology import free_port
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
@@ -40,9 +40,19 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def server(model: Path, environment: dict[str, str]) -> Iterator[str]:
     """The address of a server of the folder ``model``; the server ends with the block."""
     port, log = free_port(), model.parent / "server.log"
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         deadline = time.monotonic() + STARTED_S
         while "Uvicorn running" not in log.read_text():
@@ -56,7 +66,9 @@ def server(model: Path, environment: dict[str, str]) -> Iterator[str]:
 
 def completion(address: str, **fields: object) -> str:
     body = json.dumps({"prompt": PROMPT, "max_tokens": NEW_TOKENS, **fields}).encode()
-    request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/v1/completions", body, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return str(json.load(answer)["choices"][0]["text"])
 
@@ -72,7 +84,9 @@ def greedy_text(model: DecoderLM, tokenizer: Tokenizer) -> str:
 
 
 @pytest.mark.full
-def test_a_server_of_an_export_answers_with_the_greedy_text(serving: dict[str, str], tmp_path: Path) -> None:
+def test_a_server_of_an_export_answers_with_the_greedy_text(
+    serving: dict[str, str], tmp_path: Path
+) -> None:
     recipe, tokenizer = recipe_of("debug"), small_tokenizer()
     model, other = random_model(recipe), random_model(recipe, seed=1)
     folder = tmp_path / "export"
@@ -80,6 +94,8 @@ def test_a_server_of_an_export_answers_with_the_greedy_text(serving: dict[str, s
     write_hf_folder(folder, choose_target(recipe), recipe.model, Held(weights_of(model)), tokenizer)
     with server(folder, serving) as address:
         greedy = completion(address, model=str(folder), temperature=0)
-        sampled = completion(address, generation_config=json.dumps({"do_sample": True, "temperature": 5.0}), seed=1)
+        sampled = completion(
+            address, generation_config=json.dumps({"do_sample": True, "temperature": 5.0}), seed=1
+        )
     assert greedy == greedy_text(model, tokenizer) != greedy_text(other, tokenizer)
     assert sampled != greedy

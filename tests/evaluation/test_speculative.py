@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.errors import ConfigError
-from pretrain.evaluation import speculative
-from pretrain.evaluation.generation import generate, native_next_logits
-from pretrain.evaluation.sampling import Sampling, sampling_probabilities
-from pretrain.evaluation.speculative import DraftCounts, NativeDrafting, generate_with_drafts, residual, speculate
+from pretrain.core.errors import ConfigError
+from pretrain.evaluation.generation import speculative
+from pretrain.evaluation.generation.generate import generate, native_next_logits
+from pretrain.evaluation.generation.sampling import Sampling, sampling_probabilities
+from pretrain.evaluation.generation.speculative import (
+    DraftCounts,
+    NativeDrafting,
+    generate_with_drafts,
+    residual,
+    speculate,
+)
 from pretrain.model.decoder import DecoderLM
 from tests.model.tiny_model import KINDS, random_tokens, tiny_model
 
@@ -37,12 +43,20 @@ def trained(*overrides: str) -> DecoderLM:
     return model.eval()
 
 
-@pytest.mark.parametrize("overrides", [(KINDS["dropless"],), (KINDS["deepspeed"],), WINDOWED], ids=["dropless", "deepspeed", "windowed"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(KINDS["dropless"],), (KINDS["deepspeed"],), WINDOWED],
+    ids=["dropless", "deepspeed", "windowed"],
+)
 def test_greedy_decoding_gives_the_same_tokens(overrides: tuple[str, ...]) -> None:
     model, greedy = trained(*overrides), Sampling(greedy=True)
     for prompt in ([7], random_tokens(1, 9)[0].tolist()):
-        plain = generate(native_next_logits(model, len(prompt) + 60, CPU), prompt, greedy, -1, range(60))
-        drafted, counts = generate_with_drafts(NativeDrafting(model, len(prompt) + 60, CPU), prompt, greedy, -1, range(60))
+        plain = generate(
+            native_next_logits(model, len(prompt) + 60, CPU), prompt, greedy, -1, range(60)
+        )
+        drafted, counts = generate_with_drafts(
+            NativeDrafting(model, len(prompt) + 60, CPU), prompt, greedy, -1, range(60)
+        )
         assert drafted == plain and len(set(plain)) > 3
         assert 0 < counts.accepted < counts.drafted < 60
 
@@ -52,9 +66,15 @@ def test_the_greedy_comparison_notices_a_cache_that_keeps_rejected_drafts() -> N
         def forget_last(self) -> None:
             self._hidden_BSD = self._hidden_BSD[:, :-1]
 
-    model, greedy = tiny_model(MULTI_TOKEN).eval(), Sampling(greedy=True)  # untrained: every token counts, and most drafts are wrong
+    model, greedy = (
+        tiny_model(MULTI_TOKEN).eval(),
+        Sampling(greedy=True),
+    )  # untrained: every token counts, and most drafts are wrong
     plain = generate(native_next_logits(model, 41, CPU), [7], greedy, -1, range(40))
-    assert generate_with_drafts(NativeDrafting(model, 100, CPU), [7], greedy, -1, range(40))[0] == plain
+    assert (
+        generate_with_drafts(NativeDrafting(model, 100, CPU), [7], greedy, -1, range(40))[0]
+        == plain
+    )
     assert generate_with_drafts(Keeping(model, 100, CPU), [7], greedy, -1, range(40))[0] != plain
 
 
@@ -88,7 +108,9 @@ def excess(counts: Tensor, expected: Tensor) -> float:
     for row, expected_row in zip(counts, expected, strict=True):
         assert row[expected_row == 0].sum() == 0
         rare = expected_row < 5
-        pairs = [(row[~rare], expected_row[~rare])] + [(row[rare].sum()[None], expected_row[rare].sum()[None])] * (expected_row[rare].sum() >= 5)
+        pairs = [(row[~rare], expected_row[~rare])] + [
+            (row[rare].sum()[None], expected_row[rare].sum()[None])
+        ] * (expected_row[rare].sum() >= 5)
         for seen, wanted in pairs:
             statistic += float(((seen - wanted).square() / wanted).sum())
             degrees += len(wanted)
@@ -105,7 +127,10 @@ def transition_excess(model: Chain, sampling: Sampling, tokens: int = 4000) -> f
     return excess(pairs_VV, expected_VV * pairs_VV.sum(dim=1, keepdim=True))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(seed=1), Sampling(seed=2, top_k=3), Sampling(seed=3, top_p=0.8, temperature=1.5)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(seed=1), Sampling(seed=2, top_k=3), Sampling(seed=3, top_p=0.8, temperature=1.5)],
+)
 def test_samples_have_the_model_s_distribution_whatever_drafts_them(sampling: Sampling) -> None:
     assert abs(transition_excess(chain(), sampling)) < 4
 
@@ -124,17 +149,33 @@ def test_a_perfect_draft_is_always_accepted() -> None:
 
 @torch.inference_mode()
 def test_a_model_s_three_next_tokens_have_their_exact_joint_distribution() -> None:
-    small = ("model.vocab_size=3", "model.num_hidden_layers=1", "model.initializer_range=0.4", *DENSE)
+    small = (
+        "model.vocab_size=3",
+        "model.num_hidden_layers=1",
+        "model.initializer_range=0.4",
+        *DENSE,
+    )
     model, prompt, runs = tiny_model(MULTI_TOKEN, *small).eval(), [1, 0, 2], 500
     triples = torch.tensor(list(product(range(3), repeat=3)))
     logits = model.logits(torch.cat((torch.tensor([prompt]).expand(27, -1), triples), dim=1))
-    exact_27 = (logits[:, 2:5] / 3.0).log_softmax(-1).gather(2, triples[..., None]).sum(dim=(1, 2)).exp()
+    exact_27 = (
+        (logits[:, 2:5] / 3.0).log_softmax(-1).gather(2, triples[..., None]).sum(dim=(1, 2)).exp()
+    )
     assert float(exact_27.sum()) == pytest.approx(1.0)
     drawn_27, totals = torch.zeros(27), DraftCounts()
     for seed in range(runs):
-        (a, b, c), counts = generate_with_drafts(NativeDrafting(model, 6, CPU), prompt, Sampling(temperature=3.0, seed=seed), -1, range(3))
+        (a, b, c), counts = generate_with_drafts(
+            NativeDrafting(model, 6, CPU),
+            prompt,
+            Sampling(temperature=3.0, seed=seed),
+            -1,
+            range(3),
+        )
         drawn_27[9 * a + 3 * b + c] += 1
-        totals.drafted, totals.accepted = totals.drafted + counts.drafted, totals.accepted + counts.accepted
+        totals.drafted, totals.accepted = (
+            totals.drafted + counts.drafted,
+            totals.accepted + counts.accepted,
+        )
     assert 0.1 < totals.accepted_share < 0.9
     assert abs(excess(drawn_27[None], exact_27[None] * runs)) < 4
     assert excess(drawn_27[None], exact_27.roll(1)[None] * runs) > 20
@@ -151,15 +192,38 @@ def test_a_text_ends_with_its_document_and_within_its_steps() -> None:
     model = Chain(successor, successor)
     for drafts in (successor, successor.roll(1, dims=1)):
         model.draft_logits_VV = drafts
-        assert generate_with_drafts(model, [2], Sampling(greedy=True), 6, range(100))[0] == [3, 4, 5, 6]
-        assert generate_with_drafts(model, [2], Sampling(greedy=True), 7, range(100))[0] == [3, 4, 5, 6, 7]
+        assert generate_with_drafts(model, [2], Sampling(greedy=True), 6, range(100))[0] == [
+            3,
+            4,
+            5,
+            6,
+        ]
+        assert generate_with_drafts(model, [2], Sampling(greedy=True), 7, range(100))[0] == [
+            3,
+            4,
+            5,
+            6,
+            7,
+        ]
         for steps in (0, 1, 2, 3):
-            assert generate_with_drafts(model, [2], Sampling(greedy=True), -1, range(steps))[0] == [3, 4, 5][:steps]
+            assert (
+                generate_with_drafts(model, [2], Sampling(greedy=True), -1, range(steps))[0]
+                == [3, 4, 5][:steps]
+            )
 
 
 def test_the_longest_text_fits_its_caches() -> None:
-    model = tiny_model(MULTI_TOKEN, *DENSE, "model.max_position_embeddings=16", "train.sequence_length=16").eval()
-    assert len(generate_with_drafts(NativeDrafting(model, 16, CPU), [1, 2], Sampling(seed=1), -1, range(14))[0]) == 14
+    model = tiny_model(
+        MULTI_TOKEN, *DENSE, "model.max_position_embeddings=16", "train.sequence_length=16"
+    ).eval()
+    assert (
+        len(
+            generate_with_drafts(
+                NativeDrafting(model, 16, CPU), [1, 2], Sampling(seed=1), -1, range(14)
+            )[0]
+        )
+        == 14
+    )
     with pytest.raises(ConfigError, match="16 positions"):
         NativeDrafting(model, 17, CPU)
 

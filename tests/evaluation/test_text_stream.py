@@ -7,7 +7,7 @@ import itertools
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pretrain.evaluation.text_stream import TextStream
+from pretrain.evaluation.heldout.text_stream import TextStream
 
 TEXT = "naïve 中文 \N{GRINNING FACE}\N{ZERO WIDTH JOINER} end\n"
 
@@ -32,7 +32,15 @@ def test_decoding_every_token_alone_would_tear_characters() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [b"a\xff\xfeb", b"\xe4\xb8", b"\xe4\xb8\xe4\xb8\xade", b"\xf0\x9f\xf0\x9f\x98\x80", b"\x80" * 9 + b"x", "\ufffd ok".encode()]
+    "broken",
+    [
+        b"a\xff\xfeb",
+        b"\xe4\xb8",
+        b"\xe4\xb8\xe4\xb8\xade",
+        b"\xf0\x9f\xf0\x9f\x98\x80",
+        b"\x80" * 9 + b"x",
+        "\ufffd ok".encode(),
+    ],
 )
 def test_what_is_no_utf8_comes_as_the_whole_text_has_it(broken: bytes) -> None:
     assert "".join(pieces(TextStream(decode_bytes), broken)) == decode_bytes(list(broken))
@@ -56,7 +64,9 @@ def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown() -> None:
     stream = TextStream(decode_bytes, stop=["\n\nclass", "\n\ndef"])
     shown = pieces(stream, b"a\n\nb\n\ndef f")
     assert stream.stopped and stream.text == "".join(shown) == "a\n\nb"
-    assert shown[1] == "" and shown[3] == "\n\nb"  # held back while it could have become a stop string
+    assert (
+        shown[1] == "" and shown[3] == "\n\nb"
+    )  # held back while it could have become a stop string
 
 
 def test_a_stop_string_that_does_not_come_is_not_lost() -> None:

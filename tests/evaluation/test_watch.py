@@ -19,7 +19,9 @@ from pretrain.evaluation.report import write_tensorboard
 from pretrain.evaluation.watch import Parent, forget_after, read_evaluations, watch
 
 LAST = 60
-RECIPE = load_recipe("debug", [f"train.train_tokens={LAST * load_recipe('debug').train.tokens_per_step}"])
+RECIPE = load_recipe(
+    "debug", [f"train.train_tokens={LAST * load_recipe('debug').train.tokens_per_step}"]
+)
 
 
 def save(run: Path, step: int, seed: int = 0, **progress: Any) -> None:
@@ -62,20 +64,35 @@ def test_a_step_that_is_saved_again_is_evaluated_again_in_place_of_the_first(run
     assert watch(run, evaluations) == 2 and evaluations.steps == [10, 20, LAST] + [20, LAST]
     shown = EventAccumulator(str(run / "tensorboard" / "evaluation"))
     shown.Reload()
-    assert [(event.step, event.value) for event in shown.Scalars("evaluation/loss")] == [(10, 1.0), (20, 4.0), (LAST, 5.0)]
+    assert [(event.step, event.value) for event in shown.Scalars("evaluation/loss")] == [
+        (10, 1.0),
+        (20, 4.0),
+        (LAST, 5.0),
+    ]
     save(run, 10, seed=2)
     assert watch(run, evaluations) == 1
-    assert sorted((row["step"], row["loss"]) for row in read_evaluations(run)) == [(10, 6.0), (20, 4.0), (LAST, 5.0)]
+    assert sorted((row["step"], row["loss"]) for row in read_evaluations(run)) == [
+        (10, 6.0),
+        (20, 4.0),
+        (LAST, 5.0),
+    ]
 
 
-def test_evaluations_of_one_second_are_read_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_of_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The number at the end of a file's name goes from 9 to 10.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     for step, loss in ((10, 2.0), (20, 1.0)):
-        write_tensorboard({"step": step, "loss": loss, "targets": 8}, tmp_path, step, forget_later=True)
+        write_tensorboard(
+            {"step": step, "loss": loss, "targets": 8}, tmp_path, step, forget_later=True
+        )
     shown = EventAccumulator(str(tmp_path))
     shown.Reload()
-    assert [(event.step, event.value) for event in shown.Scalars("evaluation/loss")] == [(10, 2.0), (20, 1.0)]
+    assert [(event.step, event.value) for event in shown.Scalars("evaluation/loss")] == [
+        (10, 2.0),
+        (20, 1.0),
+    ]
 
 
 def test_a_run_that_goes_on_is_watched_to_its_new_end(run: Path) -> None:
@@ -85,7 +102,11 @@ def test_a_run_that_goes_on_is_watched_to_its_new_end(run: Path) -> None:
     going_on = Parent(os.getppid(), step=LAST, last_step=LAST + 20)
     save(run, LAST, stopped_early=True, seed=1)
     evaluations = Evaluations(run, LAST + 10, LAST + 20)
-    assert watch(run, evaluations, parent=going_on) == 3 and evaluations.steps == [LAST, LAST + 10, LAST + 20]
+    assert watch(run, evaluations, parent=going_on) == 3 and evaluations.steps == [
+        LAST,
+        LAST + 10,
+        LAST + 20,
+    ]
     save(run, LAST + 15, stopped_early=True)  # of a start with fewer steps
     (run / "checkpoints" / f"step_{LAST + 20}" / "manifest.json").unlink()
     assert watch(run, evaluations, parent=going_on) == 1
@@ -96,4 +117,7 @@ def test_a_card_shows_no_evaluation_of_a_later_checkpoint(run: Path) -> None:
     save(run, LAST)
     assert watch(run, Evaluations(run)) == 2
     assert newest_evaluation(run, LAST) == {f"loss, at step {LAST}": 2.0}
-    assert newest_evaluation(run, LAST - 1) == {"loss, at step 20": 1.0} and newest_evaluation(run, 10) == {}
+    assert (
+        newest_evaluation(run, LAST - 1) == {"loss, at step 20": 1.0}
+        and newest_evaluation(run, 10) == {}
+    )

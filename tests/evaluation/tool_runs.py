@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import run_command
+from pretrain.core.errors import run_command
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -29,7 +29,11 @@ def run_here(name: str, *arguments: str | Path) -> Done:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     stdout, stderr = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         patch.setattr(sys, "path", list(sys.path))
         spec.loader.exec_module(module)

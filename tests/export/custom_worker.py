@@ -29,15 +29,21 @@ class Absent(MetaPathFinder):
 
 def open_model(folder: Path, **options: Any) -> tuple[Any, dict[str, list[str]]]:
     """The model in evaluation mode, and what was wrong with its tensors."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **options)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
     return model.eval(), {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 
 
-def generated(model: Any, ids_BS: torch.Tensor, mask_BS: torch.Tensor, **options: Any) -> torch.Tensor:
+def generated(
+    model: Any, ids_BS: torch.Tensor, mask_BS: torch.Tensor, **options: Any
+) -> torch.Tensor:
     """The new tokens alone; a text goes on behind its end, so that all have the same length."""
     torch.manual_seed(0)
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    return model.generate(ids_BS, attention_mask=mask_BS, **length, **options)[:, ids_BS.shape[1] :].contiguous()
+    return model.generate(ids_BS, attention_mask=mask_BS, **length, **options)[
+        :, ids_BS.shape[1] :
+    ].contiguous()
 
 
 def cached_logits(model: Any, ids_BS: torch.Tensor) -> torch.Tensor:
@@ -52,7 +58,11 @@ def try_out(folder: Path) -> None:
     prompts = load_file(folder / "prompts.safetensors")
     ids_BS, padded_BS, mask_BS = prompts["ids"], prompts["padded_ids"], prompts["padded_mask"]
     model, faults = open_model(folder)
-    said: dict[str, Any] = {"transformers": transformers.__version__, "faults": faults, "class": type(model).__module__}
+    said: dict[str, Any] = {
+        "transformers": transformers.__version__,
+        "faults": faults,
+        "class": type(model).__module__,
+    }
     computed = {"logits": model(ids_BS, use_cache=False).logits}
     computed["loss"] = model(ids_BS, labels=ids_BS).loss
     computed["cached logits"] = cached_logits(model, ids_BS)
@@ -61,9 +71,15 @@ def try_out(folder: Path) -> None:
     except TypeError as error:
         said["unknown cache"] = str(error)
     whole = torch.ones_like(ids_BS)
-    for name, options in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True}, "beams": {"do_sample": False, "num_beams": 3}}.items():
+    for name, options in {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True},
+        "beams": {"do_sample": False, "num_beams": 3},
+    }.items():
         computed[name] = generated(model, ids_BS, whole, **options)
-        computed[f"{name} without cache"] = generated(model, ids_BS, whole, use_cache=False, **options)
+        computed[f"{name} without cache"] = generated(
+            model, ids_BS, whole, use_cache=False, **options
+        )
     try:
         computed["padded logits"] = model(padded_BS, attention_mask=mask_BS).logits
         computed["padded greedy"] = generated(model, padded_BS, mask_BS, do_sample=False)
@@ -74,8 +90,13 @@ def try_out(folder: Path) -> None:
     computed["logits again"] = again(ids_BS, use_cache=False).logits
     low, _ = open_model(folder, dtype=torch.bfloat16)
     computed["bf16 logits"] = low(ids_BS).logits
-    said["bf16 dtypes"] = sorted({f"{name.split('.')[-1]} {tensor.dtype}" for name, tensor in low.state_dict().items()})
-    save_file({name: tensor.contiguous() for name, tensor in computed.items()}, folder / "computed.safetensors")
+    said["bf16 dtypes"] = sorted(
+        {f"{name.split('.')[-1]} {tensor.dtype}" for name, tensor in low.state_dict().items()}
+    )
+    save_file(
+        {name: tensor.contiguous() for name, tensor in computed.items()},
+        folder / "computed.safetensors",
+    )
     (folder / "said.json").write_text(json.dumps(said))
 
 

@@ -29,7 +29,13 @@ _PLAIN = {
     "pad_token_id": 0,
 }
 _DENSE = {**_PLAIN, "intermediate_size": 24, "num_key_value_heads": 2}
-_LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+_LATENT = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
 _DEEPSEEK = {
     **_PLAIN,
     **_LATENT,
@@ -68,7 +74,10 @@ YARN = {
     "attention_factor": 1.25,
     "truncate": False,
 }
-MSCALE = {name: value for name, value in YARN.items() if name != "attention_factor"} | {"mscale": 0.7, "mscale_all_dim": 1.3}
+MSCALE = {name: value for name, value in YARN.items() if name != "attention_factor"} | {
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -79,7 +88,13 @@ LLAMA3 = {
 }
 # Fields of config.json; nothing is left to a default but what no release before 5 knew.
 BASES: dict[str, dict[str, Any]] = {
-    "llama": {**_DENSE, "head_dim": 8, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "llama": {
+        **_DENSE,
+        "head_dim": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3,
+    },
     "mistral": {**_DENSE, "head_dim": 8, "sliding_window": 7, "rope_parameters": ROPE},
     "qwen2": {
         **_DENSE,
@@ -109,7 +124,12 @@ BASES: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN,
     },
     "qwen3_moe": {**_QWEN, "head_dim": 8, "attention_bias": False, "rope_parameters": YARN},
-    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 12, "qkv_bias": True, "rope_parameters": ROPE},
+    "qwen2_moe": {
+        **_QWEN,
+        "shared_expert_intermediate_size": 12,
+        "qkv_bias": True,
+        "rope_parameters": ROPE,
+    },
     "olmoe": {
         **_DENSE,
         "num_experts": 4,
@@ -180,7 +200,12 @@ def older(fields: dict[str, Any]) -> dict[str, Any]:
     rest |= {} if theta is None else {"rope_theta": theta}
     rest |= {} if partial is None else {"partial_rotary_factor": partial}
     scaled = rope.get("rope_type", "default") != "default"
-    return {**rest, "rope_scaling": rope if scaled else None, "torch_dtype": "bfloat16", "transformers_version": "4.46.0"}
+    return {
+        **rest,
+        "rope_scaling": rope if scaled else None,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.0",
+    }
 
 
 def write_config(folder: Path, fields: dict[str, Any]) -> Path:
@@ -193,7 +218,9 @@ def build(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json with random weights: norms away from one, everything else from zero."""
     config = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32
+    )
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" not in name:
@@ -201,7 +228,9 @@ def build(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def saved(folder: Path, fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def saved(
+    folder: Path, fields: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Writes weights as transformers does, and ``config.json`` as it is given; returns the model."""
     model = build(write_config(folder, fields))
     exact = {name: buffer.clone() for name, buffer in model.named_buffers() if "e_score" in name}

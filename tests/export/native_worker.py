@@ -15,13 +15,20 @@ NEW_TOKENS = 8
 def try_out(folder: Path) -> None:
     ids_BS = load_file(folder / "prompts.safetensors")["ids"]
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **options
+    )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     assert not wrong, wrong
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    texts_BS = model.eval().generate(ids_BS, attention_mask=torch.ones_like(ids_BS), do_sample=False, **length)
+    texts_BS = model.eval().generate(
+        ids_BS, attention_mask=torch.ones_like(ids_BS), do_sample=False, **length
+    )
     computed = {"logits": model(ids_BS).logits, "greedy": texts_BS[:, ids_BS.shape[1] :]}
-    save_file({name: tensor.contiguous() for name, tensor in computed.items()}, folder / "computed.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in computed.items()},
+        folder / "computed.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer, train_bpe
-from pretrain.checkpoint.weights_folder import write_weights_folder
-from pretrain.config.data_schema import TrainBPE
+from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.training import train_bpe
+from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.model.decoder import DecoderLM
 
 TEXT = "def f(x):\n  '  return Xyz ünï don't 12345\t\n\n\n end"
@@ -39,12 +40,19 @@ def random_model(recipe: Recipe, seed: int = 0) -> DecoderLM:
     return model.eval()
 
 
-def random_checkpoint(folder: Path, recipe: Recipe, tokenizer: Tokenizer, seed: int = 0) -> DecoderLM:
+def random_checkpoint(
+    folder: Path, recipe: Recipe, tokenizer: Tokenizer, seed: int = 0
+) -> DecoderLM:
     """Writes a folder of weights alone, and returns the model that it holds."""
     model = random_model(recipe, seed)
     tied = {"head.weight"} if recipe.model.tie_word_embeddings else set()
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder.with_name(folder.name + "-tokenizer.json")
     tokenizer_file.write_bytes(tokenizer.content)
-    write_weights_folder(folder, recipe, ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied), tokenizer_file)
+    write_weights_folder(
+        folder,
+        recipe,
+        ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied),
+        tokenizer_file,
+    )
     return model

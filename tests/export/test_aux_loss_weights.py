@@ -22,7 +22,11 @@ ONE: dict[str, dict[str, Any]] = {
     "olmoe": {"num_hidden_layers": 1},
     "qwen2_moe": {},
     "qwen3_moe": {},
-    "gpt_oss": {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "rope_parameters": YARN},
+    "gpt_oss": {
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "rope_parameters": YARN,
+    },
 }
 
 
@@ -30,7 +34,10 @@ def our_aux_loss(model: DecoderLM, ids_BS: Tensor) -> float:
     """What the auxiliary loss alone adds to the loss of a micro batch."""
     output = model(ids_BS, ids_BS, ids_BS.numel())
     assert output.router is not None
-    others = output.nll / ids_BS.numel() + model.config.moe.z_loss_weight * output.router.losses_LJ[:, 1].sum()
+    others = (
+        output.nll / ids_BS.numel()
+        + model.config.moe.z_loss_weight * output.router.losses_LJ[:, 1].sum()
+    )
     return float(output.loss - others)
 
 
@@ -38,7 +45,9 @@ def their_aux_loss(folder: Path, ids_BS: Tensor) -> float:
     model = load_exported(folder)
     output = model(ids_BS, labels=ids_BS, output_router_logits=True)
     plain = model(ids_BS, labels=ids_BS, output_router_logits=False)
-    assert float(output.loss - plain.loss) == pytest.approx(model.config.router_aux_loss_coef * float(output.aux_loss), rel=1e-3)
+    assert float(output.loss - plain.loss) == pytest.approx(
+        model.config.router_aux_loss_coef * float(output.aux_loss), rel=1e-3
+    )
     return float(output.loss - plain.loss)
 
 
@@ -59,7 +68,9 @@ def test_both_add_the_same_to_the_loss(name: str, tmp_path: Path) -> None:
 def test_several_layers_that_route_alike_add_the_same_too(name: str, tmp_path: Path) -> None:
     """Routers of zeros give each expert the same probability; one by one, the layers' losses are summed by us and averaged by them."""
     source = tmp_path / "hf"
-    changes = {"num_hidden_layers": 3} | ({"layer_types": ["full_attention"] * 3} if name == "gpt_oss" else {})
+    changes = {"num_hidden_layers": 3} | (
+        {"layer_types": ["full_attention"] * 3} if name == "gpt_oss" else {}
+    )
     changes |= {"decoder_sparse_step": 1} if name.startswith("qwen") else {}
     model = saved(source, fields_of(name, router_aux_loss_coef=0.25, **changes))
     with torch.no_grad():
@@ -71,5 +82,9 @@ def test_several_layers_that_route_alike_add_the_same_too(name: str, tmp_path: P
     import_hf(source, tmp_path / "ours", overwrite=False)
     ours, recipe = load_model(tmp_path / "ours")
     with torch.no_grad():  # in inference mode routers keep no statistics
-        assert our_aux_loss(ours, windows()) == pytest.approx(their_aux_loss(source, windows()), rel=1e-4)
-    assert len(recipe.model.moe_layers) == 3 and recipe.model.moe.aux_loss_weight == pytest.approx(0.25 * 2 / 3)
+        assert our_aux_loss(ours, windows()) == pytest.approx(
+            their_aux_loss(source, windows()), rel=1e-4
+        )
+    assert len(recipe.model.moe_layers) == 3 and recipe.model.moe.aux_loss_weight == pytest.approx(
+        0.25 * 2 / 3
+    )

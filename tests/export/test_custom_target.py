@@ -14,18 +14,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer, train_bpe
-from pretrain.config.data_schema import TrainBPE
-from pretrain.config.errors import CheckpointError, ConfigError
+from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.training import train_bpe
 from pretrain.config.load import load_recipe
-from pretrain.config.model_schema import RMSNorm
-from pretrain.config.section import Section
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.section import Section
 from pretrain.export.custom import target as custom_target
 from pretrain.export.custom.target import CLASS_FILES, Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.name_map import to_theirs
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import INDEX
+from pretrain.model.config import RMSNorm
 from pretrain.model.decoder import DecoderLM
 from tests.export.custom_exports import LATENT, S, prompts_of, random_model, recipe_of, weights_of
 from tests.export.held_tensors import Held
@@ -70,9 +71,20 @@ TELLING = {
     ],
 }
 # DeepSpeed's own gate is one router alone: a recipe cannot give it another.
-FIXED_ROUTER = {f"moe.router.{name}" for name in ("kind", "norm_topk_prob", "routed_scaling_factor", "temperature")}
+FIXED_ROUTER = {
+    f"moe.router.{name}"
+    for name in ("kind", "norm_topk_prob", "routed_scaling_factor", "temperature")
+}
 # What says nothing about the numbers: names, and what building, training and generating read.
-UNREAD = ("architectures", "auto_map", "model_type", "bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings")
+UNREAD = (
+    "architectures",
+    "auto_map",
+    "model_type",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+)
 OTHERS = {
     "rms_norm": "layer_norm",
     "layer_norm": "rms_norm",
@@ -88,7 +100,10 @@ OTHERS = {
 LARGER = {"min_capacity": 60, "eps": 0.5}
 
 LONG = ("yarn", "DeepSpeed's gate")
-telling = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] if name in LONG else []) for name in TELLING])
+telling = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] if name in LONG else []) for name in TELLING],
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +116,12 @@ def telling_model(name: str) -> DecoderLM:
 
 
 def their_tensors(model: DecoderLM) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in to_theirs(Custom().links(model.config), Held(weights_of(model)), torch.float32)}
+    return {
+        name: tensor.clone()
+        for name, tensor in to_theirs(
+            Custom().links(model.config), Held(weights_of(model)), torch.float32
+        )
+    }
 
 
 @torch.inference_mode()
@@ -116,7 +136,9 @@ def their_logits(config: dict[str, Any], tensors: dict[str, Tensor], ids_BS: Ten
     return logits
 
 
-def leaves(section: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(
+    section: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in section.items():
         if isinstance(value, dict) and name not in UNREAD:
             yield from leaves(value, (*path, name))
@@ -147,7 +169,11 @@ def changed(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 @telling
 def test_whatever_config_json_says_changes_the_logits_or_is_refused(name: str) -> None:
     model = telling_model(name)
-    config, tensors, ids_BS = Custom().config(model.config, 0), their_tensors(model), prompts_of(recipe_of("position=rope"))["ids"]
+    config, tensors, ids_BS = (
+        Custom().config(model.config, 0),
+        their_tensors(model),
+        prompts_of(recipe_of("position=rope"))["ids"],
+    )
     right = their_logits(config, tensors, ids_BS)
     with torch.inference_mode():
         torch.testing.assert_close(right, model.logits(ids_BS), atol=5e-5, rtol=0)
@@ -155,45 +181,76 @@ def test_whatever_config_json_says_changes_the_logits_or_is_refused(name: str) -
     for path, _ in leaves(config):
         try:
             wrong = their_logits(changed(config, path), tensors, ids_BS)
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AssertionError, AttributeError):
+        except (
+            RuntimeError,
+            KeyError,
+            IndexError,
+            ValueError,
+            TypeError,
+            AssertionError,
+            AttributeError,
+        ):
             continue
         if (wrong - right).abs().max() < 1e-3:
             unread.append(".".join(path))
-    without_meaning = set() if config["moe"]["shared_intermediate_size"] else {"moe.shared_expert_gate"}
+    without_meaning = (
+        set() if config["moe"]["shared_intermediate_size"] else {"moe.shared_expert_gate"}
+    )
     assert set(unread) == without_meaning | (FIXED_ROUTER if name == "DeepSpeed's gate" else set())
 
 
 @telling
 def test_every_tensor_of_an_export_changes_the_logits(name: str) -> None:
     model = telling_model(name)
-    config, tensors, ids_BS = Custom().config(model.config, 0), their_tensors(model), prompts_of(recipe_of("position=rope"))["ids"]
+    config, tensors, ids_BS = (
+        Custom().config(model.config, 0),
+        their_tensors(model),
+        prompts_of(recipe_of("position=rope"))["ids"],
+    )
     right = their_logits(config, tensors, ids_BS)
     for tensor_name, tensor in tensors.items():
         generator = torch.Generator().manual_seed(2)
-        wrong = their_logits(config, tensors | {tensor_name: tensor + torch.rand(tensor.shape, generator=generator)}, ids_BS)
+        wrong = their_logits(
+            config,
+            tensors | {tensor_name: tensor + torch.rand(tensor.shape, generator=generator)},
+            ids_BS,
+        )
         assert (wrong - right).abs().max() > 1e-3, tensor_name
 
 
 def test_the_class_needs_torch_and_transformers_and_nothing_else() -> None:
-    assert {path.name for path in CLASS_FILES} >= {"configuration_moe_pretrain.py", "modeling_moe_pretrain.py"}
+    assert {path.name for path in CLASS_FILES} >= {
+        "configuration_moe_pretrain.py",
+        "modeling_moe_pretrain.py",
+    }
     for path in CLASS_FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 named = [node.module or ""] if node.level == 0 else []
-                assert node.level == 0 or f"{node.module}.py" in {other.name for other in CLASS_FILES}
-            assert {module.split(".")[0] for module in named} <= {"torch", "transformers", *sys.stdlib_module_names}, path.name
+                assert node.level == 0 or f"{node.module}.py" in {
+                    other.name for other in CLASS_FILES
+                }
+            assert {module.split(".")[0] for module in named} <= {
+                "torch",
+                "transformers",
+                *sys.stdlib_module_names,
+            }, path.name
 
 
 class Unheard(Section):
     kind: Literal["unheard"] = "unheard"
 
 
-def test_a_kind_and_a_field_that_the_class_does_not_know_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_and_a_field_that_the_class_does_not_know_are_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe = load_recipe("debug", ["model.vocab_size=250"])
     assert Custom().reasons_against(recipe.model) == []
     unheard = recipe.model.model_copy(update={"feed_forward": Unheard()})
-    assert Custom().reasons_against(unheard) == ["model.feed_forward is of kind unheard, which the class does not have"]
+    assert Custom().reasons_against(unheard) == [
+        "model.feed_forward is of kind unheard, which the class does not have"
+    ]
     monkeypatch.setitem(custom_target.COMPUTED, RMSNorm, ())
     assert Custom().reasons_against(recipe.model) == ["the class does not know model.norm.eps"]
     with pytest.raises(ConfigError, match=r"does not know model\.norm\.eps"):
@@ -203,33 +260,57 @@ def test_a_kind_and_a_field_that_the_class_does_not_know_are_reasons(monkeypatch
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["model.moe.top_k=1", "model.moe.use_rts=true", "model.moe.router.norm_topk_prob=false"], "use_rts"),
+        (
+            [
+                "model.moe.top_k=1",
+                "model.moe.use_rts=true",
+                "model.moe.router.norm_topk_prob=false",
+            ],
+            "use_rts",
+        ),
         (["model.moe.top2_2nd_expert_sampling=true"], "top2_2nd_expert_sampling"),
     ],
 )
 def test_what_is_drawn_at_random_at_inference_is_refused(overrides: list[str], reason: str) -> None:
-    recipe = load_recipe("debug", ["model.vocab_size=250", "model.moe.kind=deepspeed", "model.moe.causal=false", *overrides])
+    recipe = load_recipe(
+        "debug",
+        ["model.vocab_size=250", "model.moe.kind=deepspeed", "model.moe.causal=false", *overrides],
+    )
     assert [reason in sentence for sentence in Custom().reasons_against(recipe.model)] == [True]
 
 
-def test_weights_that_do_not_belong_to_the_recipe_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_that_do_not_belong_to_the_recipe_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     recipe = recipe_of("position=learned")
     weights = weights_of(random_model(recipe))
     with pytest.raises(CheckpointError, match="no name for the tensor 'extra'"):
-        write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights | {"extra": torch.zeros(1)}), tokenizer)
+        write_hf_folder(
+            tmp_path, Custom(), recipe.model, Held(weights | {"extra": torch.zeros(1)}), tokenizer
+        )
     del weights["layers.1.feed_forward.experts.w3"]
-    with pytest.raises(CheckpointError, match=r"has no tensor 'layers\.1\.feed_forward\.experts\.w3'"):
+    with pytest.raises(
+        CheckpointError, match=r"has no tensor 'layers\.1\.feed_forward\.experts\.w3'"
+    ):
         write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights), tokenizer)
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = recipe_of("feed_forward=gelu")
     model = random_model(recipe)
-    write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights_of(model)), tokenizer, shard_bytes=40_000)
+    write_hf_folder(
+        tmp_path, Custom(), recipe.model, Held(weights_of(model)), tokenizer, shard_bytes=40_000
+    )
     assert (tmp_path / INDEX).is_file() and len(list(tmp_path.glob("*.safetensors"))) > 1
-    written = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    written = {
+        name: tensor
+        for path in tmp_path.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     expected = their_tensors(model)
-    assert written.keys() == expected.keys() and all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    assert written.keys() == expected.keys() and all(
+        torch.equal(written[name], tensor) for name, tensor in expected.items()
+    )
 
 
 def test_a_new_model_of_the_class_is_initialised_and_starts_near_chance() -> None:
@@ -240,7 +321,11 @@ def test_a_new_model_of_the_class_is_initialised_and_starts_near_chance() -> Non
         config = MoePretrainConfig(**Custom().config(telling_model(name).config, 0))
         model = MoePretrainForCausalLM(config)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
-        assert all(0 < parameter.std() < 0.1 for key, parameter in model.named_parameters() if parameter.dim() > 1 and "bias" not in key), name
+        assert all(
+            0 < parameter.std() < 0.1
+            for key, parameter in model.named_parameters()
+            if parameter.dim() > 1 and "bias" not in key
+        ), name
         ids_BS = torch.randint(250, (2, S))
         loss = model(ids_BS, labels=ids_BS).loss
         assert loss.item() == pytest.approx(torch.tensor(250.0).log().item(), abs=0.3)

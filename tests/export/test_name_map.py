@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.tensor_files import TensorForm
-from pretrain.config.errors import CheckpointError
-from pretrain.export.name_map import Link, Links, RotaryRows, Zeros, check_names, expand, stacked, their_forms, to_ours, to_theirs
+from pretrain.core.errors import CheckpointError
+from pretrain.export.name_map import (
+    Link,
+    Links,
+    RotaryRows,
+    Zeros,
+    check_names,
+    expand,
+    stacked,
+    their_forms,
+    to_ours,
+    to_theirs,
+)
 from tests.export.held_tensors import Held
 
 LINKS: Links = [
@@ -43,11 +54,23 @@ def theirs_of(links: Links = LINKS, dtype: torch.dtype = torch.float32) -> dict[
 
 
 def test_templates_expand_over_layers_and_experts() -> None:
-    assert expand({"a.{layer}": "b.{layer}.{expert}"}, [1], 2) == [Link("a.1", "b.1.0", 0), Link("a.1", "b.1.1", 1)]
-    assert expand({"a.{layer}.{expert}": "b.{expert}"}, [1], 2) == [Link("a.1.0", "b.0"), Link("a.1.1", "b.1")]
+    assert expand({"a.{layer}": "b.{layer}.{expert}"}, [1], 2) == [
+        Link("a.1", "b.1.0", 0),
+        Link("a.1", "b.1.1", 1),
+    ]
+    assert expand({"a.{layer}.{expert}": "b.{expert}"}, [1], 2) == [
+        Link("a.1.0", "b.0"),
+        Link("a.1.1", "b.1"),
+    ]
     assert expand({"a": "b"}, rows=7) == [Link("a", "b", None, 7)]
-    assert stacked({"a": "b"}, [0], 2) == [Link("a", "b", 0, their_expert=0), Link("a", "b", 1, their_expert=1)]
-    assert stacked({"a.{expert}": "b"}, [0], 2) == [Link("a.0", "b", their_expert=0), Link("a.1", "b", their_expert=1)]
+    assert stacked({"a": "b"}, [0], 2) == [
+        Link("a", "b", 0, their_expert=0),
+        Link("a", "b", 1, their_expert=1),
+    ]
+    assert stacked({"a.{expert}": "b"}, [0], 2) == [
+        Link("a.0", "b", their_expert=0),
+        Link("a.1", "b", their_expert=1),
+    ]
 
 
 def test_every_way_of_writing_a_tensor() -> None:
@@ -56,8 +79,21 @@ def test_every_way_of_writing_a_tensor() -> None:
     assert torch.equal(theirs["blocks.2.e.1.w"], OURS["layers.2.w"][1])
     assert torch.equal(theirs["blocks.0.gate_up"][1, :, 0::2], OURS["layers.0.gate"][1].T)
     assert torch.equal(theirs["blocks.0.gate_up"][1, :, 1::2], OURS["layers.0.up"][1].T)
-    assert torch.equal(theirs["blocks.2.all_x"], torch.stack([OURS["layers.2.x.0"], OURS["layers.2.x.1"]]))
-    assert theirs["turned"].tolist() == [0, 1, 3, 2, 4, 5, 6, 8, 7, 9]  # in each head the pairs (1, 3) and (2, 4) stand side by side
+    assert torch.equal(
+        theirs["blocks.2.all_x"], torch.stack([OURS["layers.2.x.0"], OURS["layers.2.x.1"]])
+    )
+    assert theirs["turned"].tolist() == [
+        0,
+        1,
+        3,
+        2,
+        4,
+        5,
+        6,
+        8,
+        7,
+        9,
+    ]  # in each head the pairs (1, 3) and (2, 4) stand side by side
     assert torch.equal(theirs["doubled"], 2 * OURS["down"]) and not theirs["zeros"].any()
 
 
@@ -65,7 +101,10 @@ def test_forms_are_known_before_the_numbers_and_are_theirs() -> None:
     forms = their_forms(LINKS, Held(OURS), torch.bfloat16)
     written = theirs_of(dtype=torch.bfloat16)
     assert list(forms) == list(written)
-    assert all(forms[name] == TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items())
+    assert all(
+        forms[name] == TensorForm(tensor.dtype, tuple(tensor.shape))
+        for name, tensor in written.items()
+    )
     assert {name for name, form in forms.items() if form.dtype == torch.float32} == {"exact"}
 
 
@@ -74,13 +113,22 @@ def test_the_map_used_backwards_gives_the_same_tensors() -> None:
     assert back.keys() == OURS.keys()
     assert not back["embedding.weight"][5:].any(), "padding is zero"
     assert torch.equal(back["embedding.weight"][:5], OURS["embedding.weight"][:5])
-    assert all(torch.equal(back[name], tensor) for name, tensor in OURS.items() if name != "embedding.weight")
+    assert all(
+        torch.equal(back[name], tensor)
+        for name, tensor in OURS.items()
+        if name != "embedding.weight"
+    )
 
 
 def test_a_swapped_pair_of_experts_does_not_come_back_the_same() -> None:
     theirs = theirs_of()
-    theirs["blocks.0.e.0.w"], theirs["blocks.0.e.1.w"] = theirs["blocks.0.e.1.w"], theirs["blocks.0.e.0.w"]
-    assert not torch.equal(dict(to_ours(LINKS, Held(theirs), SHAPES))["layers.0.w"], OURS["layers.0.w"])
+    theirs["blocks.0.e.0.w"], theirs["blocks.0.e.1.w"] = (
+        theirs["blocks.0.e.1.w"],
+        theirs["blocks.0.e.0.w"],
+    )
+    assert not torch.equal(
+        dict(to_ours(LINKS, Held(theirs), SHAPES))["layers.0.w"], OURS["layers.0.w"]
+    )
 
 
 def test_rows_that_are_not_turned_back_do_not_come_back_the_same() -> None:
@@ -93,8 +141,12 @@ def test_a_tensor_without_a_name_or_a_name_without_a_tensor_is_refused() -> None
         check_names(LINKS, Held({**OURS, "extra": torch.zeros(1)}))
     check_names(LINKS, Held({**OURS, "extra": torch.zeros(1)}), left_out=["extra"])
     with pytest.raises(CheckpointError, match=r"has no tensor 'layers\.2\.x\.1'"):
-        check_names(LINKS, Held({name: tensor for name, tensor in OURS.items() if name != "layers.2.x.1"}))
+        check_names(
+            LINKS, Held({name: tensor for name, tensor in OURS.items() if name != "layers.2.x.1"})
+        )
     with pytest.raises(CheckpointError, match=r"no tensor 'embed\.weight'"):
         dict(to_ours(LINKS, Held({}), SHAPES))
-    with pytest.raises(CheckpointError, match=r"'embed\.weight' has the shape \[4, 2\] instead of \[5, 2\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'embed\.weight' has the shape \[4, 2\] instead of \[5, 2\]"
+    ):
         dict(to_ours(LINKS, Held({**theirs_of(), "embed.weight": torch.zeros(4, 2)}), SHAPES))

@@ -9,10 +9,19 @@ import torch
 from safetensors import safe_open
 
 from pretrain.checkpoint.tensor_files import TensorForm
-from pretrain.config.errors import CheckpointError, ConfigError, StorageError
+from pretrain.core.errors import CheckpointError, ConfigError, StorageError
 from pretrain.export.name_map import Link
 from pretrain.export.parity import check_same_numbers, same_bits
-from pretrain.export.writer import INDEX, RECORD, WEIGHTS, open_exported_weights, parse_bytes, published_folder, write_json_file, write_weights
+from pretrain.export.writer import (
+    INDEX,
+    RECORD,
+    WEIGHTS,
+    open_exported_weights,
+    parse_bytes,
+    published_folder,
+    write_json_file,
+    write_weights,
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -20,13 +29,17 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, written: dict[str, torch.Tensor], shard_bytes: int = 5000) -> None:
-    forms = {name: TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()}
+    forms = {
+        name: TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()
+    }
     write_weights(folder, forms, written.items(), shard_bytes)
 
 
 def check_reads_back(folder: Path, written: dict[str, torch.Tensor]) -> None:
     reader = open_exported_weights(folder)
-    assert set(reader.names) == written.keys() and all(same_bits(reader.read(name), tensor) for name, tensor in written.items())
+    assert set(reader.names) == written.keys() and all(
+        same_bits(reader.read(name), tensor) for name, tensor in written.items()
+    )
 
 
 def test_small_weights_are_one_file_that_reads_back(tmp_path: Path) -> None:
@@ -56,7 +69,9 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path: Path) -> None:
     check_reads_back(tmp_path, written)
 
 
-@pytest.mark.parametrize("text,expected", [("5GB", 5_000_000_000), ("500mb", 500_000_000), ("1.5 KB", 1500), ("77", 77)])
+@pytest.mark.parametrize(
+    "text,expected", [("5GB", 5_000_000_000), ("500mb", 500_000_000), ("1.5 KB", 1500), ("77", 77)]
+)
 def test_sizes_are_read(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
@@ -74,18 +89,29 @@ def test_the_comparison_notices_one_changed_bit_and_takes_nan_for_itself(tmp_pat
     for side in ("ours", "theirs"):
         (tmp_path / side).mkdir()
         write(tmp_path / side, written)
-    check_same_numbers(links, open_exported_weights(tmp_path / "ours"), open_exported_weights(tmp_path / "theirs"))
+    check_same_numbers(
+        links, open_exported_weights(tmp_path / "ours"), open_exported_weights(tmp_path / "theirs")
+    )
     written["t3"].view(torch.int32)[2, 2] ^= 1
     write(tmp_path / "theirs", written)
     with pytest.raises(CheckpointError, match="'t3'"):
-        check_same_numbers(links, open_exported_weights(tmp_path / "ours"), open_exported_weights(tmp_path / "theirs"))
+        check_same_numbers(
+            links,
+            open_exported_weights(tmp_path / "ours"),
+            open_exported_weights(tmp_path / "theirs"),
+        )
 
 
-def test_a_file_that_cannot_grow_is_a_storage_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_file_that_cannot_grow_is_a_storage_error_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
-        with pytest.raises(StorageError, match=WEIGHTS), published_folder(tmp_path / "out", overwrite=False) as folder:
+        with (
+            pytest.raises(StorageError, match=WEIGHTS),
+            published_folder(tmp_path / "out", overwrite=False) as folder,
+        ):
             write(folder, {"large": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -124,7 +150,9 @@ def test_weights_are_as_readable_as_their_folder(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
-def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_one(
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "out"
     with published_folder(output, overwrite=False) as folder:
         fill(folder, "first")
@@ -142,6 +170,9 @@ def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_complete_on
 
 def test_a_folder_that_is_no_export_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="is no export"), published_folder(tmp_path, overwrite=True):
+    with (
+        pytest.raises(ConfigError, match="is no export"),
+        published_folder(tmp_path, overwrite=True),
+    ):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

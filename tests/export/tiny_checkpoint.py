@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.workspace import Output
-from data_pipeline.corpora import data_folders, load_corpora
-from data_pipeline.loader import TrainLoader, open_train_loader
-from data_pipeline.manifest import Manifest
+from data_pipeline.loading.shard_loader import TrainLoader, open_train_loader
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.datasets import data_folders, load_datasets
+from data_pipeline.shards.manifest import Manifest
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
-from pretrain.config.durable import file_sha256
 from pretrain.config.load import load_recipe, recipe_to_yaml
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.core.files import file_sha256
 from pretrain.model.decoder import DecoderLM
 
 STEPS = 100
@@ -53,16 +53,29 @@ def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Man
 
 def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
     """Trains on arithmetic lines with plain torch, and writes what the trainer would have written, but DeepSpeed's own files."""
-    texts = {f"{number}.txt": "".join(f"{number} + {other} = {number + other}\n" for other in range(40)) for number in range(30)}
+    texts = {
+        f"{number}.txt": "".join(f"{number} + {other} = {number + other}\n" for other in range(40))
+        for number in range(30)
+    }
     manifest = make_data(folder / "data", texts)
-    fixed = [f"data.path={folder / 'data'}", f"model.vocab_size={manifest.tokenizer.vocab_size}", "train.sequence_length=32"]
+    fixed = [
+        f"data.path={folder / 'data'}",
+        f"model.vocab_size={manifest.tokenizer.vocab_size}",
+        "train.sequence_length=32",
+    ]
     recipe = load_recipe("debug", [*fixed, *overrides])
-    train_sizes = recipe.train.model_copy(update={"micro_batch_size": recipe.train.global_batch_size})
-    loader = open_train_loader(recipe.model_copy(update={"train": train_sizes}), load_corpora(data_folders(recipe)), 0, 1)
+    train_sizes = recipe.train.model_copy(
+        update={"micro_batch_size": recipe.train.global_batch_size}
+    )
+    loader = open_train_loader(
+        recipe.model_copy(update={"train": train_sizes}), load_datasets(data_folders(recipe)), 0, 1
+    )
     model = train(recipe, loader)
     checkpoint = layout.step_folder(folder / "checkpoints", STEPS)
     write_checkpoint(checkpoint, model, recipe, manifest, loader.state(STEPS))
-    return Trained(folder / "data", manifest, checkpoint, checkpoint.parent / layout.LATEST, model, recipe)
+    return Trained(
+        folder / "data", manifest, checkpoint, checkpoint.parent / layout.LATEST, model, recipe
+    )
 
 
 def train(recipe: Recipe, loader: TrainLoader) -> DecoderLM:
@@ -81,11 +94,24 @@ def train(recipe: Recipe, loader: TrainLoader) -> DecoderLM:
     return model.eval()
 
 
-def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifest: Manifest, data_state: dict[str, Any]) -> None:
+def write_checkpoint(
+    checkpoint: Path,
+    model: DecoderLM,
+    recipe: Recipe,
+    manifest: Manifest,
+    data_state: dict[str, Any],
+) -> None:
     """A published checkpoint: weights, recipe, tokenizer, state, manifest with checksums, and ``latest``."""
     checkpoint.mkdir(parents=True)
     num_experts = recipe.model.moe.num_experts if recipe.model.moe else 1
-    write_weights(checkpoint, model, lambda parameter: parameter.detach(), rank=0, ep_size=1, num_experts=num_experts)
+    write_weights(
+        checkpoint,
+        model,
+        lambda parameter: parameter.detach(),
+        rank=0,
+        ep_size=1,
+        num_experts=num_experts,
+    )
     (checkpoint / layout.RECIPE).write_text(recipe_to_yaml(recipe))
     (checkpoint / layout.TOKENIZER).write_bytes(manifest.tokenizer_path.read_bytes())
     state = {
@@ -101,5 +127,8 @@ def write_checkpoint(checkpoint: Path, model: DecoderLM, recipe: Recipe, manifes
 
 def seal(checkpoint: Path) -> None:
     """Writes the manifest of what the folder holds now."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in layout.payload_files(checkpoint)}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in layout.payload_files(checkpoint)
+    }
     (checkpoint / layout.MANIFEST).write_text(json.dumps({"version": 1, "files": files}))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
@@ -50,13 +50,23 @@ def recipe_of(name: str) -> Recipe:
 
 def served(folder: Path, recipe: Recipe, model: DecoderLM) -> dict[str, torch.Tensor]:
     """What vLLM answers. The prompts lie outside the export: vLLM takes each file of tensors in it for weights."""
-    export, prompts, answers = folder / "hf", folder / "prompts.safetensors", folder / "answers.safetensors"
+    export, prompts, answers = (
+        folder / "hf",
+        folder / "prompts.safetensors",
+        folder / "answers.safetensors",
+    )
     export.mkdir()
-    write_hf_folder(export, choose_target(recipe), recipe.model, Held(weights_of(model)), small_tokenizer())
+    write_hf_folder(
+        export, choose_target(recipe), recipe.model, Held(weights_of(model)), small_tokenizer()
+    )
     save_file({"ids": prompts_of(recipe)["ids"]}, prompts)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | VARIABLES
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    } | VARIABLES
     command = [os.environ["VLLM_PYTHON"], str(WORKER), str(export), str(prompts), str(answers)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return load_file(answers)
 
@@ -86,11 +96,15 @@ def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = random_model(recipe)
     answers = served(tmp_path_factory.mktemp("vllm"), recipe, model)
     texts_BT = torch.cat((prompts_of(recipe)["ids"], answers["greedy"]), dim=1)
-    return Answered(model, texts_BT, torch.cat((answers["prompt logprobs"], answers["greedy logprobs"]), dim=1))
+    return Answered(
+        model, texts_BT, torch.cat((answers["prompt logprobs"], answers["greedy logprobs"]), dim=1)
+    )
 
 
 def test_logprobs_equal_ours(answered: Answered) -> None:
-    torch.testing.assert_close(answered.logprobs_BT, logprobs_of(answered.model, answered.texts_BT), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        answered.logprobs_BT, logprobs_of(answered.model, answered.texts_BT), atol=1e-4, rtol=0
+    )
 
 
 def test_greedy_texts_equal_ours(answered: Answered) -> None:
@@ -101,7 +115,11 @@ def test_greedy_texts_equal_ours(answered: Answered) -> None:
 
 def test_another_expert_weight_would_show(answered: Answered) -> None:
     spoiled = copy.deepcopy(answered.model)
-    name, weight = [(name, weight) for name, weight in spoiled.named_parameters() if ".experts." in name and weight.dim() == 3][-1]
+    name, weight = [
+        (name, weight)
+        for name, weight in spoiled.named_parameters()
+        if ".experts." in name and weight.dim() == 3
+    ][-1]
     with torch.no_grad():
         weight[0].mul_(1.05)
     assert (logprobs_of(spoiled, answered.texts_BT) - answered.logprobs_BT).abs().max() > 1e-3, name

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pretrain.config.errors import run_command
+from pretrain.core.errors import run_command
 from pretrain.train import main
 from tests.launch.tiny_run import Tiny, make_tiny, own_process
 

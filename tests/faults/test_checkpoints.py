@@ -14,13 +14,13 @@ import torch
 from deepspeed import zero as deepspeed_zero
 from torch import nn
 
-from data_pipeline.loader import validation_batches
-from data_pipeline.manifest import load_manifest
-from data_pipeline.packing import Windows
-from data_pipeline.token_stream import open_split
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import validation_batches
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.token_stream import open_split
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import load_model, load_state_dict
-from pretrain.config.errors import CheckpointError
+from pretrain.core.errors import CheckpointError
 from pretrain.train import main
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, make_trainer
 
@@ -63,7 +63,11 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(run: Path) ->
         for damage, sentence in DAMAGES.items():
             damage(path)
             fault = layout.damage(checkpoint)
-            assert fault is not None and path.relative_to(checkpoint).as_posix() in fault and sentence in fault
+            assert (
+                fault is not None
+                and path.relative_to(checkpoint).as_posix() in fault
+                and sentence in fault
+            )
             path.write_bytes(content)
     (checkpoint / layout.MANIFEST).write_text("{")
     assert layout.damage(checkpoint) == "manifest.json is no manifest"
@@ -76,23 +80,39 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_gives_the_same_e
     damaged = run / "checkpoints" / "step_6" / "weights-dense.safetensors"
     damage(damaged)
     assert train(tiny.arguments(run, steps=6))[0] == 0
-    warning = next(line for line in (run / "log.txt").read_text().splitlines() if "fell back to" in line)
-    assert "step_3" in warning and "step_6" in warning and damaged.name in warning and DAMAGES[damage] in warning
+    warning = next(
+        line for line in (run / "log.txt").read_text().splitlines() if "fell back to" in line
+    )
+    assert (
+        "step_3" in warning
+        and "step_6" in warning
+        and damaged.name in warning
+        and DAMAGES[damage] in warning
+    )
     assert curve(run) == curve(six_steps)
     assert layout.damage(run / "checkpoints" / "step_6") is None
 
 
-def test_when_all_checkpoints_are_damaged_the_run_stops_with_code_4_and_names_them(run: Path, tiny: Tiny, train: Command) -> None:
+def test_when_all_checkpoints_are_damaged_the_run_stops_with_code_4_and_names_them(
+    run: Path, tiny: Tiny, train: Command
+) -> None:
     for step in (3, 6):
         flip_a_bit(run / "checkpoints" / f"step_{step}" / "state.json")
     code, message = train(tiny.arguments(run, steps=6))
     assert code == 4
-    assert "step_3" in message and "step_6" in message and "state.json" in message and "--fresh" in message
+    assert (
+        "step_3" in message
+        and "step_6" in message
+        and "state.json" in message
+        and "--fresh" in message
+    )
     assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("text", [None, "", "../elsewhere\n"])
-def test_a_wrong_latest_is_refused_by_readers_and_does_not_stop_a_resume(text: str | None, run: Path, tiny: Tiny, train: Command) -> None:
+def test_a_wrong_latest_is_refused_by_readers_and_does_not_stop_a_resume(
+    text: str | None, run: Path, tiny: Tiny, train: Command
+) -> None:
     latest = run / "checkpoints" / "latest"
     latest.unlink()
     if text is not None:
@@ -106,20 +126,33 @@ def test_a_wrong_latest_is_refused_by_readers_and_does_not_stop_a_resume(text: s
     assert [row["step"] for row in curve(run) if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_torn_temporary_folder_is_ignored_and_removed_at_the_next_save(run: Path, tiny: Tiny, train: Command) -> None:
-    torn = Path(shutil.copytree(run / "checkpoints" / "step_6", run / "checkpoints" / ".step_9.tmp"))
+def test_a_torn_temporary_folder_is_ignored_and_removed_at_the_next_save(
+    run: Path, tiny: Tiny, train: Command
+) -> None:
+    torn = Path(
+        shutil.copytree(run / "checkpoints" / "step_6", run / "checkpoints" / ".step_9.tmp")
+    )
     (torn / layout.MANIFEST).unlink()
     assert train(tiny.arguments(run, steps=7))[0] == 0
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_6", "step_7"}
 
 
-def test_checkpoints_saved_after_a_fallback_are_kept_and_the_damaged_one_goes(run: Path, tiny: Tiny, train: Command) -> None:
+def test_checkpoints_saved_after_a_fallback_are_kept_and_the_damaged_one_goes(
+    run: Path, tiny: Tiny, train: Command
+) -> None:
     flip_a_bit(run / "checkpoints" / "step_6" / "weights-dense.safetensors")
     for steps in (4, 5):
         assert train(tiny.arguments(run, "checkpoint.keep_last=1", steps=steps))[0] == 0
-        assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", f"step_{steps}"}
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {
+            "latest",
+            f"step_{steps}",
+        }
         assert layout.resolve_checkpoint(run / "checkpoints" / "latest").name == f"step_{steps}"
-    steps_begun = [line.rpartition("/")[2] for line in (run / "log.txt").read_text().splitlines() if "resumed from" in line]
+    steps_begun = [
+        line.rpartition("/")[2]
+        for line in (run / "log.txt").read_text().splitlines()
+        if "resumed from" in line
+    ]
     assert steps_begun == ["step_3", "step_4"]
 
 
@@ -133,7 +166,9 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_looks_whole(
     remove_tree = shutil.rmtree
 
     def killed(path: Path, **options: bool) -> None:
-        if "step_3" in path.name and path.is_dir():  # as far as a removal gets: the folder is still there, its manifest is not
+        if (
+            "step_3" in path.name and path.is_dir()
+        ):  # as far as a removal gets: the folder is still there, its manifest is not
             (path / layout.MANIFEST).unlink()
             raise Killed
         remove_tree(path, **options)
@@ -164,7 +199,9 @@ main(sys.argv[1:])
 """
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(run: Path, tiny: Tiny, train: Command) -> None:
+def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(
+    run: Path, tiny: Tiny, train: Command
+) -> None:
     program = KILLED_BEFORE_THE_RENAME.format(root=str(SCRIPT.parent.parent))
     started = Started([sys.executable, "-c", program, *tiny.arguments(run, steps=7)], run.parent)
     assert started.wait() == -signal.SIGKILL, started.stderr
@@ -176,31 +213,50 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(run: Path, t
     assert {path.name for path in checkpoints.iterdir()} == {"latest", "step_6", "step_7"}
 
 
-def test_a_full_disk_during_a_save_ends_with_code_5_and_leaves_the_older_checkpoints(run: Path, tiny: Tiny) -> None:
+def test_a_full_disk_during_a_save_ends_with_code_5_and_leaves_the_older_checkpoints(
+    run: Path, tiny: Tiny
+) -> None:
     (run / "log.txt").unlink()
 
     def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    started = Started([sys.executable, SCRIPT, *tiny.arguments(run, steps=7)], run.parent, preexec=limit_file_size)
+    started = Started(
+        [sys.executable, SCRIPT, *tiny.arguments(run, steps=7)], run.parent, preexec=limit_file_size
+    )
     code = started.wait()
     assert code == 5, started.stderr
-    assert "cannot write the checkpoint of step 7" in started.stderr and "free space" in started.stderr
+    assert (
+        "cannot write the checkpoint of step 7" in started.stderr and "free space" in started.stderr
+    )
     assert "Traceback" not in started.stderr
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_3", "step_6"}
     assert layout.damage(run / "checkpoints" / "step_6") is None
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept(tiny: Tiny, tmp_path: Path, train: Command) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(
+    tiny: Tiny, tmp_path: Path, train: Command
+) -> None:
     run = tmp_path / "run"
-    settings = ["checkpoint.interval_steps=1", "checkpoint.keep_best=true", "validation.interval_steps=1", "validation.max_windows=null"]
+    settings = [
+        "checkpoint.interval_steps=1",
+        "checkpoint.keep_best=true",
+        "validation.interval_steps=1",
+        "validation.max_windows=null",
+    ]
     assert train(tiny.arguments(run, *settings, steps=3))[0] == 0
     # Steps of size 10 destroy the weights, whatever the machine's rounding: the best checkpoint is one of the first three.
     assert train(tiny.arguments(run, *settings, "optimizer.learning_rate=10", steps=6))[0] == 0
-    validations = {row["step"]: row["validation_loss"] for row in curve(run) if row["kind"] == "validation"}
+    validations = {
+        row["step"]: row["validation_loss"] for row in curve(run) if row["kind"] == "validation"
+    }
     best = min(validations, key=lambda step: validations[step])
     assert best <= 3
-    assert {path.name for path in layout.complete_checkpoints(run / "checkpoints")} == {"step_5", "step_6", f"step_{best}"}
+    assert {path.name for path in layout.complete_checkpoints(run / "checkpoints")} == {
+        "step_5",
+        "step_6",
+        f"step_{best}",
+    }
 
 
 def live_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -213,7 +269,9 @@ def validation_loss(tiny: Tiny, checkpoint: Path, dtype: torch.dtype) -> float:
     """Nats per token of a checkpoint's weights files in the plain model, over the whole validation split."""
     model, recipe = load_model(checkpoint, dtype=dtype)
     manifest = load_manifest(tiny.data)
-    windows = Windows(open_split(manifest, "validation"), recipe.train.sequence_length, manifest.tokenizer.eod_id)
+    windows = Windows(
+        open_split(manifest, "validation"), recipe.train.sequence_length, manifest.tokenizer.eod_id
+    )
     nll, targets = 0.0, 0
     with torch.no_grad():
         for batch in validation_batches(windows, 2, 0, 1, None):
@@ -224,9 +282,13 @@ def validation_loss(tiny: Tiny, checkpoint: Path, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_weights_files_hold_the_fp32_masters_and_give_the_same_validation_loss(zero: int, precision: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_weights_files_hold_the_fp32_masters_and_give_the_same_validation_loss(
+    zero: int, precision: str, tiny: Tiny, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    trainer = make_trainer(tiny, run, f"train.precision={precision}", "validation.interval_steps=9", zero=zero, steps=2)
+    trainer = make_trainer(
+        tiny, run, f"train.precision={precision}", "validation.interval_steps=9", zero=zero, steps=2
+    )
     run.mkdir()
     assert trainer.fit()
     checkpoint = run / "checkpoints" / "step_2"
@@ -236,13 +298,23 @@ def test_weights_files_hold_the_fp32_masters_and_give_the_same_validation_loss(z
     for name, weight in saved.items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight.to(dtype), live[name]), name
-    rounded = [name for name, weight in saved.items() if torch.equal(weight, weight.bfloat16().float())]
+    rounded = [
+        name for name, weight in saved.items() if torch.equal(weight, weight.bfloat16().float())
+    ]
     assert rounded == [], "these were saved after rounding to bf16, not from the masters"
     last = trainer.progress.last_validation
-    assert validation_loss(tiny, checkpoint, dtype) == pytest.approx(last, rel=1e-6 if precision == "fp32" else 1e-4)
+    assert validation_loss(tiny, checkpoint, dtype) == pytest.approx(
+        last, rel=1e-6 if precision == "fp32" else 1e-4
+    )
 
 
 def test_weights_of_another_step_give_another_validation_loss(six_steps: Path, tiny: Tiny) -> None:
-    last = next(row for row in reversed(curve(six_steps)) if row["kind"] == "validation")["validation_loss"]
-    assert validation_loss(tiny, six_steps / "checkpoints" / "step_6", torch.float32) == pytest.approx(last, rel=1e-6)
-    assert validation_loss(tiny, six_steps / "checkpoints" / "step_3", torch.float32) != pytest.approx(last, rel=1e-3)
+    last = next(row for row in reversed(curve(six_steps)) if row["kind"] == "validation")[
+        "validation_loss"
+    ]
+    assert validation_loss(
+        tiny, six_steps / "checkpoints" / "step_6", torch.float32
+    ) == pytest.approx(last, rel=1e-6)
+    assert validation_loss(
+        tiny, six_steps / "checkpoints" / "step_3", torch.float32
+    ) != pytest.approx(last, rel=1e-3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import BAD_DATA
+from pretrain.core.errors import BAD_DATA
 from tests.launch.tiny_run import LAUNCHERS, Started, Tiny
 
 Command = Callable[[list[str]], tuple[int, str]]
@@ -32,16 +32,27 @@ def test_a_flipped_low_bit_stops_training_before_its_first_checkpoint(
 ) -> None:
     flip_low_bit(data / name)
     run = tmp_path / "run"
-    code, message = train(tiny.arguments(run, f"data.path={data}", f"data.verify={how}", "checkpoint.interval_steps=1", steps=3))
+    code, message = train(
+        tiny.arguments(
+            run, f"data.path={data}", f"data.verify={how}", "checkpoint.interval_steps=1", steps=3
+        )
+    )
     assert code == BAD_DATA and "Traceback" not in message
     size = (data / name).stat().st_size
-    assert f"{data / name}, block 0 of 1 (bytes 0 to {size - 1:,})" in message and "tools/verify_data.py" in message
-    assert not list(run.glob("checkpoints/step_*")) and not (run / "checkpoints" / "latest").exists()
+    assert (
+        f"{data / name}, block 0 of 1 (bytes 0 to {size - 1:,})" in message
+        and "tools/verify_data.py" in message
+    )
+    assert (
+        not list(run.glob("checkpoints/step_*")) and not (run / "checkpoints" / "latest").exists()
+    )
 
 
 def test_sizes_alone_do_not_see_it(tiny: Tiny, data: Path, tmp_path: Path, train: Command) -> None:
     flip_low_bit(data / "train.bin")
-    code, message = train(tiny.arguments(tmp_path / "run", f"data.path={data}", "data.verify=sizes", steps=2))
+    code, message = train(
+        tiny.arguments(tmp_path / "run", f"data.path={data}", "data.verify=sizes", steps=2)
+    )
     assert code == 0, message
 
 
@@ -50,7 +61,9 @@ def test_what_one_rank_finds_stops_all_of_them(tiny: Tiny, data: Path, tmp_path:
     flip_low_bit(data / "validation.bin")
     run = tmp_path / "run"
     settings = (f"data.path={data}", "parallel.ep_size=2", "checkpoint.interval_steps=1")
-    started = Started([LAUNCHERS / "run_mpi.sh", *tiny.arguments(run, *settings, steps=3)], tmp_path)
+    started = Started(
+        [LAUNCHERS / "run_mpi.sh", *tiny.arguments(run, *settings, steps=3)], tmp_path
+    )
     assert started.wait() == BAD_DATA, started.stderr
     assert "validation.bin, block 0 of 1" in started.stderr and "Traceback" not in started.stderr
     assert started.survivors() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import PEER_LOST, PREEMPTED
+from pretrain.core.errors import PEER_LOST, PREEMPTED
 from pretrain.engine.topology import free_port
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
 
@@ -19,16 +19,27 @@ ANNEAL = "{name: anneal, mixture: {kind: weights, weights: {one: 1, two: 3}}, fr
 
 
 def arguments_for(tiny: Tiny, run: Path) -> list[str]:
-    corpora = f"data.corpora={{one: {tiny.data}, two: {tiny.data}}}"
-    settings = ["data.path=null", corpora, f"phases=[{WARM}, {LONG}, {ANNEAL}]", "train.train_tokens=10240", "parallel.ep_size=2"]
-    return tiny.arguments(run, *settings, "checkpoint.interval_steps=4", "validation.interval_steps=8")
+    datasets = f"data.corpora={{one: {tiny.data}, two: {tiny.data}}}"
+    settings = [
+        "data.path=null",
+        datasets,
+        f"phases=[{WARM}, {LONG}, {ANNEAL}]",
+        "train.train_tokens=10240",
+        "parallel.ep_size=2",
+    ]
+    return tiny.arguments(
+        run, *settings, "checkpoint.interval_steps=4", "validation.interval_steps=8"
+    )
 
 
 def start(tiny: Tiny, run: Path) -> list[Started]:
     """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
-    return [Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    return [
+        Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
 
 
 def finish(ranks: list[Started]) -> list[int]:
@@ -40,7 +51,9 @@ def saved_step(run: Path) -> int:
 
 
 @pytest.mark.full
-def test_signals_in_every_phase_of_a_run_over_two_ranks_leave_its_end_bitwise_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_signals_in_every_phase_of_a_run_over_two_ranks_leave_its_end_bitwise_the_same(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     whole, run = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
     whole.parent.mkdir()
     run.parent.mkdir()
@@ -65,5 +78,10 @@ def test_signals_in_every_phase_of_a_run_over_two_ranks_leave_its_end_bitwise_th
     assert hit == {"SIGTERM": ["warm", "long", "anneal"], "SIGKILL": ["warm", "long", "anneal"]}
     assert finish(start(tiny, run)) == [0, 0]
     assert curve(run) == curve(whole)
-    ends = [sorted((folder / "checkpoints" / "step_48").glob("weights-*.safetensors")) for folder in (run, whole)]
-    assert [path.read_bytes() for path in ends[0]] == [path.read_bytes() for path in ends[1]] and len(ends[0]) == 3
+    ends = [
+        sorted((folder / "checkpoints" / "step_48").glob("weights-*.safetensors"))
+        for folder in (run, whole)
+    ]
+    assert [path.read_bytes() for path in ends[0]] == [
+        path.read_bytes() for path in ends[1]
+    ] and len(ends[0]) == 3

@@ -10,9 +10,9 @@ from typing import Any
 import deepspeed
 import pytest
 
-from data_pipeline.loader import TrainLoader
+from data_pipeline.loading.shard_loader import TrainLoader
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
-from pretrain.config.errors import PREEMPTED
+from pretrain.core.errors import PREEMPTED
 from pretrain.model.decoder import DecoderLM
 from pretrain.train import main
 from tests.launch.tiny_run import Tiny, curve, make_trainer
@@ -24,7 +24,11 @@ Baseline = Callable[[str, int], Path]
 
 def arguments_for(tiny: Tiny, run: Path, precision: str, zero: int) -> list[str]:
     # Rows at 3, 6 and 7, validations at 2, 4, 6 and 7, saves at 4 and 7, and two micro batches a step.
-    settings = ("train.micro_batch_size=4", "logging.interval_steps=3", "checkpoint.interval_steps=4")
+    settings = (
+        "train.micro_batch_size=4",
+        "logging.interval_steps=3",
+        "checkpoint.interval_steps=4",
+    )
     return tiny.arguments(run, f"train.precision={precision}", *settings, steps=STEPS, zero=zero)
 
 
@@ -87,7 +91,9 @@ def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
 def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
     load = deepspeed.DeepSpeedEngine.load_checkpoint
     patch.setattr(
-        deepspeed.DeepSpeedEngine, "load_checkpoint", lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False)
+        deepspeed.DeepSpeedEngine,
+        "load_checkpoint",
+        lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False),
     )
 
 
@@ -98,7 +104,10 @@ def read_the_next_step(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("break_resume", [forget_optimizer, read_the_next_step])
 def test_a_resume_without_optimizer_state_or_at_another_sample_is_noticed(
-    break_resume: Callable[[pytest.MonkeyPatch], None], tiny: Tiny, baseline: Baseline, tmp_path: Path
+    break_resume: Callable[[pytest.MonkeyPatch], None],
+    tiny: Tiny,
+    baseline: Baseline,
+    tmp_path: Path,
 ) -> None:
     arguments = arguments_for(tiny, tmp_path / "run", "fp32", 1)
     assert train_interrupted(arguments, 3 * ACCUMULATION) == PREEMPTED
@@ -106,11 +115,15 @@ def test_a_resume_without_optimizer_state_or_at_another_sample_is_noticed(
         break_resume(patch)
         assert main(arguments) == 0
     rows, expected = curve(tmp_path / "run"), curve(baseline("fp32", 1))
-    assert [row for row in rows if row["step"] <= 3] == [row for row in expected if row["step"] <= 3]
+    assert [row for row in rows if row["step"] <= 3] == [
+        row for row in expected if row["step"] <= 3
+    ]
     assert rows != expected
 
 
-def test_rows_after_the_checkpoint_are_taken_back_when_a_run_dies_without_saving(tiny: Tiny, baseline: Baseline, tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_taken_back_when_a_run_dies_without_saving(
+    tiny: Tiny, baseline: Baseline, tmp_path: Path
+) -> None:
     arguments = arguments_for(tiny, tmp_path / "run", "fp32", 1)
     forward, seen = DecoderLM.forward, []
 
@@ -129,13 +142,23 @@ def test_rows_after_the_checkpoint_are_taken_back_when_a_run_dies_without_saving
 
 
 PEER = "model.moe={kind: peer, product_key_sizes: [6, 6], query_dim: 16, num_heads: 1, top_k: 2}"
-ADAMW = ("optimizer.weight_decay=0.25", "optimizer.beta2=0.5", "optimizer.eps=1e-4", "train.grad_clip=0.25")
+ADAMW = (
+    "optimizer.weight_decay=0.25",
+    "optimizer.beta2=0.5",
+    "optimizer.eps=1e-4",
+    "train.grad_clip=0.25",
+)
 MOMENTUM = ("optimizer={kind: sgd, learning_rate: 0.01, momentum: 0.9}", "train.grad_clip=0.25")
 
 
 @pytest.mark.parametrize(
     ("zero", "before", "now"),
-    [(0, (), ADAMW), (1, (), ADAMW), (3, (), ADAMW), (1, (PEER, "optimizer={kind: sgd, learning_rate: 0.01}"), (PEER, *MOMENTUM))],
+    [
+        (0, (), ADAMW),
+        (1, (), ADAMW),
+        (3, (), ADAMW),
+        (1, (PEER, "optimizer={kind: sgd, learning_rate: 0.01}"), (PEER, *MOMENTUM)),
+    ],
 )
 def test_what_the_recipe_says_of_the_optimizer_now_holds_after_a_resume(
     zero: int, before: tuple[str, ...], now: tuple[str, ...], tiny: Tiny, tmp_path: Path
@@ -144,9 +167,18 @@ def test_what_the_recipe_says_of_the_optimizer_now_holds_after_a_resume(
     assert make_trainer(tiny, tmp_path, *small, *before, zero=zero, steps=2).fit()
     resumed = make_trainer(tiny, tmp_path, *small, *now, zero=zero, steps=3)
     optimizer = resumed.engine.optimizer
-    asked = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+    asked = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
     resumed.resume(tmp_path / "checkpoints" / "step_2")
-    assert [{name: group[name] for name in options} for group, options in zip(optimizer.param_groups, asked, strict=True)] == asked
-    assert any(group["weight_decay"] == 0.25 or group.get("momentum") == 0.9 for group in optimizer.param_groups)
+    assert [
+        {name: group[name] for name in options}
+        for group, options in zip(optimizer.param_groups, asked, strict=True)
+    ] == asked
+    assert any(
+        group["weight_decay"] == 0.25 or group.get("momentum") == 0.9
+        for group in optimizer.param_groups
+    )
     assert getattr(optimizer, "clip_grad", 0.25) == 0.25
     assert resumed.fit()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import PEER_LOST, PREEMPTED
+from pretrain.core.errors import PEER_LOST, PREEMPTED
 from pretrain.engine.topology import free_port
 from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve, wait_for_step
 
@@ -18,7 +18,11 @@ STEPS = 45
 
 
 def arguments_for(tiny: Tiny, run: Path) -> list[str]:
-    intervals = ("checkpoint.interval_steps=10", "validation.interval_steps=10", "logging.interval_steps=3")
+    intervals = (
+        "checkpoint.interval_steps=10",
+        "validation.interval_steps=10",
+        "logging.interval_steps=3",
+    )
     return tiny.arguments(run, "parallel.ep_size=2", *intervals, steps=STEPS)
 
 
@@ -30,7 +34,10 @@ def start_without_launcher(tiny: Tiny, run: Path) -> list[Started]:
     """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
-    return [Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    return [
+        Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
 
 
 def saved_step(run: Path) -> int:
@@ -71,7 +78,10 @@ def test_signals_to_the_launcher_to_one_rank_and_a_kill_leave_the_curve_bitwise_
     wait_for_step(run, second // 10 * 10 + 12, survivor)
     victim.process.kill()
     assert survivor.wait() == PEER_LOST
-    assert "error: another rank has ended or cannot be reached" in survivor.stderr and "Traceback" not in survivor.stderr
+    assert (
+        "error: another rank has ended or cannot be reached" in survivor.stderr
+        and "Traceback" not in survivor.stderr
+    )
     assert second < saved_step(run) < STEPS
 
     code, message = train(tiny.arguments(run, steps=STEPS))

@@ -14,15 +14,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain.train
-from pretrain.config.errors import run_command
-from pretrain.trainer import Trainer
+from pretrain.core.errors import run_command
+from pretrain.training.trainer import Trainer
 from tests.guards.injection import Injection, poison_batches
 
 
 def build_faulty(*given: Any) -> Trainer:
     trainer = build(*given)
     for fault in json.loads(os.environ["FAULTS"]):
-        injection = Injection(trainer.engine, fault["rank"], fault["micro_batch"], fault["place"], float(fault["factor"]))
+        injection = Injection(
+            trainer.engine,
+            fault["rank"],
+            fault["micro_batch"],
+            fault["place"],
+            float(fault["factor"]),
+        )
         poison_batches(trainer, injection, set(fault["batches"]))
     return trainer
 

@@ -9,8 +9,8 @@ import torch
 
 from pretrain.checkpoint.weights import is_expert
 from pretrain.engine.engine import Engine
-from pretrain.model.moe.row_products import Factors
-from pretrain.trainer import Trainer
+from pretrain.model.moe.tables.products import Factors
+from pretrain.training.trainer import Trainer
 
 PLACES = ("loss", "loss_alone", "dense", "expert", "table")
 
@@ -23,13 +23,18 @@ class Injection:
         weight: whose gradient it is; "loss" for the loss.
     """
 
-    def __init__(self, engine: Engine, rank: int, micro_batch: int, place: str, factor: float = torch.nan) -> None:
+    def __init__(
+        self, engine: Engine, rank: int, micro_batch: int, place: str, factor: float = torch.nan
+    ) -> None:
         self.armed = False
         self.factor = factor
         self.weight = "loss"
         self._micro_batch = -1  # that of the forward pass that ran last
         self._concerned = engine.topology.rank == rank
-        self._wanted, self._accumulation = micro_batch, engine.deepspeed.gradient_accumulation_steps()
+        self._wanted, self._accumulation = (
+            micro_batch,
+            engine.deepspeed.gradient_accumulation_steps(),
+        )
         forward = engine.model.forward
 
         def counted(*inputs: Any) -> Any:
@@ -47,7 +52,11 @@ class Injection:
             self.weight, table = next(iter(engine.rows.tables.items()))
             table.take_gradient = self._poisoned(table.take_gradient)
         elif place not in ("loss", "loss_alone"):
-            named = [(name, p) for name, p in engine.model.named_parameters() if is_expert(p) == (place == "expert") and p.requires_grad]
+            named = [
+                (name, p)
+                for name, p in engine.model.named_parameters()
+                if is_expert(p) == (place == "expert") and p.requires_grad
+            ]
             self.weight, parameter = named[-1]
             parameter.register_hook(lambda gradient: gradient * factor if self._now() else gradient)
 
@@ -56,7 +65,9 @@ class Injection:
 
     def _poisoned(self, take_gradient: Callable[..., Any]) -> Callable[..., Any]:
         def poisoned(factors: Factors, *rest: Any) -> Any:
-            return take_gradient(factors._replace(c_P=factors.c_P * self.factor) if self._now() else factors, *rest)
+            return take_gradient(
+                factors._replace(c_P=factors.c_P * self.factor) if self._now() else factors, *rest
+            )
 
         return poisoned
 

@@ -19,13 +19,13 @@ import torch
 from deepspeed.utils import groups
 
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
-from pretrain.engine.replay import find_non_finite
 from pretrain.engine.topology import connect, disconnect
+from pretrain.guards.locate import find_non_finite
 from tests.distributed.matrix_worker import synthetic_step
 from tests.guards.injection import Injection
 
@@ -36,8 +36,13 @@ def make_engine(case: dict[str, Any]) -> tuple[Recipe, Engine]:
     topology = connect(recipe.parallel.ep_size)
     accumulation = check_topology(recipe, topology.world_size, case["zero"])
     precision = resolve_precision(recipe.train.precision)
-    ds_config = {"zero_optimization": {"stage": case["zero"]}, "fp16": {"enabled": "auto", "initial_scale_power": 8, "hysteresis": 1}}
-    ds_config = resolve_ds_config(ds_config, "the case", recipe, precision, accumulation, topology.world_size)
+    ds_config = {
+        "zero_optimization": {"stage": case["zero"]},
+        "fp16": {"enabled": "auto", "initial_scale_power": 8, "hysteresis": 1},
+    }
+    ds_config = resolve_ds_config(
+        ds_config, "the case", recipe, precision, accumulation, topology.world_size
+    )
     return recipe, Engine(recipe, ds_config, precision, topology)
 
 
@@ -45,7 +50,9 @@ def tensors_of(engine: Engine) -> Iterator[torch.Tensor]:
     """Everything that a step may move: weights, master weights, buffers, moments and step counts, tables and theirs."""
     for parameter in engine.model.parameters():
         yield getattr(parameter, "ds_tensor", parameter)
-    yield from (buffer for name, buffer in engine.model.named_buffers() if not name.endswith("usage_E"))  # choices count, applied or not
+    yield from (
+        buffer for name, buffer in engine.model.named_buffers() if not name.endswith("usage_E")
+    )  # choices count, applied or not
     optimizer = engine.deepspeed.basic_optimizer
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -62,8 +69,12 @@ def digest(engine: Engine) -> str:
     """SHA-256 of everything, of all ranks."""
     own = hashlib.sha256()
     for tensor in tensors_of(engine):
-        own.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return hashlib.sha256("".join(engine.topology.gather(own.hexdigest())).encode()).hexdigest()
+        own.update(
+            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            if tensor.numel()
+            else b""
+        )
+    return hashlib.sha256("".join(engine.topology.all_gather(own.hexdigest())).encode()).hexdigest()
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -97,11 +108,17 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     injection.armed = True
     found["steps"].append(step(3))
     found["found"] = [asdict(entry) for entry in find_non_finite(engine, batches(3))]
-    found["after_search"] = {"digest": digest(engine), "scale": engine.loss_scale(), "steps": engine.deepspeed.global_steps}
+    found["after_search"] = {
+        "digest": digest(engine),
+        "scale": engine.loss_scale(),
+        "steps": engine.deepspeed.global_steps,
+    }
     injection.armed = False
-    found["found_in_a_clean_step"] = [asdict(entry) for entry in find_non_finite(engine, batches(4))]
+    found["found_in_a_clean_step"] = [
+        asdict(entry) for entry in find_non_finite(engine, batches(4))
+    ]
     found["steps"].append(step(4))
-    found["asked"] = engine.topology.gather(asked)
+    found["asked"] = engine.topology.all_gather(asked)
     if case.get("twin"):
         _, twin = make_engine(case)
         for number in (0, 1, 4):

@@ -12,7 +12,13 @@ from deepspeed.accelerator import get_accelerator
 from tests.distributed.test_same_numbers_everywhere import run_cases
 
 WORKER = Path(__file__).with_name("skip_worker.py")
-SIZES = ["model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=16", "parallel.ep_size=2"]
+SIZES = [
+    "model.vocab_size=128",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.sequence_length=16",
+    "parallel.ep_size=2",
+]
 KINDS = {
     "dropless": "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {update_rate: 0.02}}",
     "deepspeed": "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 16, drop_tokens: false}",
@@ -41,12 +47,18 @@ OTHERS = [
 EVERY_CASE = {
     f"{kind}/zero{zero}/{precision}/{place}": {
         "name": f"{kind}/zero{zero}/{precision}/{place}",
-        "overrides": [*SIZES, KINDS[kind], f"train.precision={precision}", "optimizer={kind: adamw, learning_rate: 3.0e-3}"],
+        "overrides": [
+            *SIZES,
+            KINDS[kind],
+            f"train.precision={precision}",
+            "optimizer={kind: adamw, learning_rate: 3.0e-3}",
+        ],
         "zero": zero,
         "place": place,
         "rank": rank,
         "micro_batch": micro_batch,
-        "twin": precision != "fp16",  # whose loss scale falls for the step that the twin does not take
+        "twin": precision
+        != "fp16",  # whose loss scale falls for the step that the twin does not take
     }
     for kind, zero, precision, place, rank, micro_batch in SPANNING + OTHERS
     if precision != "fp16" or get_accelerator().is_fp16_supported()
@@ -54,7 +66,11 @@ EVERY_CASE = {
 Result = dict[str, Any]
 
 
-CASES = {name: case for name, case in EVERY_CASE.items() if (*name.split("/"),) in {(k, f"zero{z}", p, w) for k, z, p, w, *_ in SPANNING}}
+CASES = {
+    name: case
+    for name, case in EVERY_CASE.items()
+    if (*name.split("/"),) in {(k, f"zero{z}", p, w) for k, z, p, w, *_ in SPANNING}
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +83,52 @@ def check_that_nothing_moved(result: Result) -> None:
     assert [step["applied"] for step in result["steps"]] == [True, True, False, False, True]
     assert [step["refused"] for step in result["steps"]] == [False, False, True, False, False]
     assert first["digest"] != judged["digest"] != last["digest"]
-    assert refused["digest"] == non_finite["digest"] == judged["digest"] == result["after_search"]["digest"]
+    assert (
+        refused["digest"]
+        == non_finite["digest"]
+        == judged["digest"]
+        == result["after_search"]["digest"]
+    )
     assert math.isfinite(refused["norm"]) and refused["norm"] > 0
     assert not (math.isfinite(non_finite["norm"]) and non_finite["norm"] >= 0)
 
 
 def check_names(result: Result) -> None:
     case = EVERY_CASE[result["name"]]
-    assert result["found"] == [{"rank": case["rank"], "micro_batch": case["micro_batch"], "where": result["weight"]}]
+    assert result["found"] == [
+        {"rank": case["rank"], "micro_batch": case["micro_batch"], "where": result["weight"]}
+    ]
     assert result["found_in_a_clean_step"] == []
     assert result["after_search"]["steps"] == 4
 
 
 def check_judges(result: Result) -> None:
     (one,), (other,) = result["asked"]
-    assert one == other and one[0] == pytest.approx(math.log(128), rel=0.2) and one[1] == pytest.approx(result["steps"][2]["norm"], rel=1e-6)
+    assert (
+        one == other
+        and one[0] == pytest.approx(math.log(128), rel=0.2)
+        and one[1] == pytest.approx(result["steps"][2]["norm"], rel=1e-6)
+    )
 
 
 def check_scales(result: Result) -> None:
     scales = [step["scale"] for step in result["steps"]]
-    assert scales == [256.0, 256.0, 256.0, 128.0, 128.0] and result["after_search"]["scale"] == 128.0
+    assert (
+        scales == [256.0, 256.0, 256.0, 128.0, 128.0] and result["after_search"]["scale"] == 128.0
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_skipped_step_changes_no_bit_of_weights_moments_biases_and_tables(results: dict[str, Result], name: str) -> None:
+def test_a_skipped_step_changes_no_bit_of_weights_moments_biases_and_tables(
+    results: dict[str, Result], name: str
+) -> None:
     check_that_nothing_moved(results[name])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rank_micro_batch_and_weight_are_named_and_a_clean_step_names_none(results: dict[str, Result], name: str) -> None:
+def test_rank_micro_batch_and_weight_are_named_and_a_clean_step_names_none(
+    results: dict[str, Result], name: str
+) -> None:
     check_names(results[name])
 
 
@@ -105,12 +138,16 @@ def test_every_rank_judges_the_same_bits(results: dict[str, Result], name: str) 
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "fp16" in name])
-def test_the_loss_scale_falls_for_an_overflow_and_stays_for_a_refusal_and_a_search(results: dict[str, Result], name: str) -> None:
+def test_the_loss_scale_falls_for_an_overflow_and_stays_for_a_refusal_and_a_search(
+    results: dict[str, Result], name: str
+) -> None:
     check_scales(results[name])
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["twin"]])
-def test_training_goes_on_as_if_the_skipped_steps_had_not_been(results: dict[str, Result], name: str) -> None:
+def test_training_goes_on_as_if_the_skipped_steps_had_not_been(
+    results: dict[str, Result], name: str
+) -> None:
     assert results[name]["steps"][-1]["digest"] == results[name]["twin"]
 
 

@@ -33,13 +33,24 @@ SETTINGS = [
 def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
     folder = tmp_path_factory.mktemp("two") / "run"
     arguments = tiny.arguments(folder, *SETTINGS, steps=60, zero=2)
-    launcher = [sys.executable, LAUNCHERS / "supervise.py", "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), SCRIPT]
+    launcher = [
+        sys.executable,
+        LAUNCHERS / "supervise.py",
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+        SCRIPT,
+    ]
     started = Started([*launcher, *arguments], folder.parent, {"FAULTS": json.dumps(FAULTS)})
     assert started.wait() == 0, started.stderr
     return folder, started
 
 
-def test_every_fault_is_named_by_rank_and_micro_batch_and_the_ranks_act_alike(run: tuple[Path, Started]) -> None:
+def test_every_fault_is_named_by_rank_and_micro_batch_and_the_ranks_act_alike(
+    run: tuple[Path, Started],
+) -> None:
     found = [entry for entry in incidents(run[0]) if entry["guard"] != "validation_gap"]
     assert [(entry["guard"], entry["action"], entry["step"]) for entry in found[:4]] == [
         ("non_finite", "skip", 3),
@@ -48,23 +59,45 @@ def test_every_fault_is_named_by_rank_and_micro_batch_and_the_ranks_act_alike(ru
         # Step 19 took batch 18; the run went back to step 16 and on with batch 20, so that step 18 took batch 21.
         ("grad_norm", "skip", 18),
     ]
-    worst = [(entry["micro_batches"][0]["rank"], entry["micro_batches"][0]["micro_batch"]) for entry in found[:3]]
+    worst = [
+        (entry["micro_batches"][0]["rank"], entry["micro_batches"][0]["micro_batch"])
+        for entry in found[:3]
+    ]
     assert worst == [(1, 1), (0, 0), (1, 0)]
-    assert "experts" in found[0]["micro_batches"][0]["not_finite"] and found[1]["micro_batches"][0]["not_finite"] == "loss"
-    assert all(" in " in sequence for entry in found for micro_batch in entry["micro_batches"] for sequence in micro_batch["sequences"])
+    assert (
+        "experts" in found[0]["micro_batches"][0]["not_finite"]
+        and found[1]["micro_batches"][0]["not_finite"] == "loss"
+    )
+    assert all(
+        " in " in sequence
+        for entry in found
+        for micro_batch in entry["micro_batches"]
+        for sequence in micro_batch["sequences"]
+    )
 
 
 def test_the_terminal_names_each_of_them_once(run: tuple[Path, Started]) -> None:
     errors = run[1].stderr
-    for sign in ("step 3: its loss or gradient is not finite; rank 1, micro batch 1", "the run goes back", "step 18: its gradient norm"):
+    for sign in (
+        "step 3: its loss or gradient is not finite; rank 1, micro batch 1",
+        "the run goes back",
+        "step 18: its gradient norm",
+    ):
         assert errors.count(sign) == 1, errors
 
 
-def test_patience_ends_the_run_well_and_nothing_that_is_saved_is_not_finite(run: tuple[Path, Started]) -> None:
+def test_patience_ends_the_run_well_and_nothing_that_is_saved_is_not_finite(
+    run: tuple[Path, Started],
+) -> None:
     folder, started = run
     assert "stopped early" in started.stdout and "steps were skipped" in started.stdout
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["stopped_early"] and summary["rollbacks"] == 1 and summary["skipped_steps"] >= 4 and summary["steps"] == 28
+    assert (
+        summary["stopped_early"]
+        and summary["rollbacks"] == 1
+        and summary["skipped_steps"] >= 4
+        and summary["steps"] == 28
+    )
     newest = complete_checkpoints(folder / "checkpoints")[0]
     assert newest.name == f"step_{summary['steps']}"
     assert all(weight.isfinite().all() for weight in load_state_dict(newest).values())

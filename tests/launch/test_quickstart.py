@@ -18,11 +18,26 @@ FIELDS = (
 
 
 @pytest.fixture(scope="module")
-def twice(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[str]]:
+def twice(
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]], list[str]]:
     """The run's folder, what summary.json said after the first and the second start, and what they printed."""
     run = tmp_path_factory.mktemp("quickstart") / "run"
-    settings = ["parallel.ep_size=2", "logging.tensorboard=true", f"run_path={run}", "train.train_tokens=1280", "model.max_position_embeddings=128"]
-    command = [sys.executable, ROOT / "tools" / "quickstart.py", "--recipe", str(tiny.recipe), "--prompt", "the router"]
+    settings = [
+        "parallel.ep_size=2",
+        "logging.tensorboard=true",
+        f"run_path={run}",
+        "train.train_tokens=1280",
+        "model.max_position_embeddings=128",
+    ]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "quickstart.py",
+        "--recipe",
+        str(tiny.recipe),
+        "--prompt",
+        "the router",
+    ]
     command += [part for setting in settings for part in ("--set", setting)]
     summaries, printed = [], []
     for _ in range(2):
@@ -34,7 +49,9 @@ def twice(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     return run, summaries, printed
 
 
-def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(twice: tuple[Path, list[dict[str, Any]], list[str]]) -> None:
+def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(
+    twice: tuple[Path, list[dict[str, Any]], list[str]],
+) -> None:
     run, (first, _), (printed, _) = twice
     assert all(first[field] is not None for field in FIELDS)
     assert first["train_tokens"] == 1280
@@ -42,7 +59,14 @@ def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(twice: tuple
     assert first["sample"].startswith("the router")
     assert first["validation_loss"] == pytest.approx(first["validation_loss_in_training"], abs=1e-4)
     assert list(first["seconds_by_stage"]) == ["data", "train", "evaluate", "convert", "generate"]
-    for name in ("checkpoints/latest", "metrics.jsonl", "training_log.csv", "training_curves.png", "log.txt", "hf/config.json"):
+    for name in (
+        "checkpoints/latest",
+        "metrics.jsonl",
+        "training_log.csv",
+        "training_curves.png",
+        "log.txt",
+        "hf/config.json",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert any((run / "tensorboard").rglob("events.out.tfevents.*"))
     for command in (
@@ -53,9 +77,18 @@ def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(twice: tuple
         assert command in printed
 
 
-def test_a_second_start_reuses_every_stage_and_keeps_the_first_run_s_times(twice: tuple[Path, list[dict[str, Any]], list[str]]) -> None:
+def test_a_second_start_reuses_every_stage_and_keeps_the_first_run_s_times(
+    twice: tuple[Path, list[dict[str, Any]], list[str]],
+) -> None:
     _, (first, second), _ = twice
     assert first["reused"] == ["data"]  # the fixture had built the shards
     assert second["reused"] == ["data", "train", "evaluate", "convert", "generate"]
-    same = ("wall_seconds", "train_tokens", "validation_loss", "bigram_loss", "sample", "tokens_per_second")
+    same = (
+        "wall_seconds",
+        "train_tokens",
+        "validation_loss",
+        "bigram_loss",
+        "sample",
+        "tokens_per_second",
+    )
     assert [first[field] for field in same] == [second[field] for field in same]

@@ -21,7 +21,9 @@ STEPS, SAMPLES_OF_A_STEP = 2, 8
 @pytest.fixture
 def without_comet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Comet's package were not installed."""
-    packages = pretrain.callbacks.build.PACKAGES | {"comet": ("a_module_that_nobody_has", "comet_ml")}
+    packages = pretrain.callbacks.build.PACKAGES | {
+        "comet": ("a_module_that_nobody_has", "comet_ml")
+    }
     monkeypatch.setattr(pretrain.callbacks.build, "PACKAGES", packages)
 
 
@@ -34,7 +36,9 @@ def test_a_missing_package_is_named_with_what_to_install(without_comet: None) ->
     assert section.startswith("the ds_config's 'comet' needs a package")
 
 
-def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(tiny: Tiny, tmp_path: Path) -> None:
+def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     sections = {
         "zero_optimization": {"stage": 1},
         "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"},
@@ -43,10 +47,21 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(tiny: Tiny, tm
     }
     (tmp_path / "ds.json").write_text(json.dumps(sections))
     run = tmp_path / "run"
-    arguments = tiny.arguments(run, "trackers={kinds: [comet]}", "logging.tensorboard=true", steps=STEPS, zero=None)
+    arguments = tiny.arguments(
+        run, "trackers={kinds: [comet]}", "logging.tensorboard=true", steps=STEPS, zero=None
+    )
     # Neither has a key: W&B needs none offline, Comet does. They keep state for a whole process, so this run has one of its own.
-    variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "COMET_API_KEY": "", "HOME": str(tmp_path)}
-    started = Started([sys.executable, SCRIPT, *arguments, "--ds_config", str(tmp_path / "ds.json")], tmp_path, variables)
+    variables = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "COMET_API_KEY": "",
+        "HOME": str(tmp_path),
+    }
+    started = Started(
+        [sys.executable, SCRIPT, *arguments, "--ds_config", str(tmp_path / "ds.json")],
+        tmp_path,
+        variables,
+    )
     assert started.wait() == 0, started.stderr
 
     for told in ("warning: the ds_config's 'comet' failed", "warning: the tracker comet failed"):
@@ -55,7 +70,9 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(tiny: Tiny, tm
     assert [row["step"] for row in rows] == [1, 2]
 
     with (tmp_path / "csv" / "train_loss.csv").open() as file:
-        assert [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)] == [(row["step"], row["loss"]) for row in rows]
+        assert [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)] == [
+            (row["step"], row["loss"]) for row in rows
+        ]
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history = wandb_history(list(wandb_records(log)))
     losses = {row["_step"]: row["train/loss"] for row in history if "train/loss" in row}

@@ -21,22 +21,32 @@ import psutil
 import pytest
 
 import pretrain.train
-from data_pipeline.build.coordinator import build
-from data_pipeline.build.workspace import Output
-from data_pipeline.corpora import data_folders, load_corpora
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import check_topology
+from pretrain.config.rules.sections import check_topology
+from pretrain.core.signals import StopRequest
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import connect, free_port
-from pretrain.signals import StopRequest
-from pretrain.trainer import Trainer
+from pretrain.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "launchers"
 SCRIPT = LAUNCHERS / "pretrain.py"
 # What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside its own process.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
 WORDS = "the router sends each token to two experts and every expert learns another part of what words mean".split()
 STEP_TOKENS = 256
 RECIPE = """\
@@ -66,11 +76,18 @@ class Tiny:
     recipe: Path
     data: Path
 
-    def arguments(self, run: Path, *overrides: str, steps: int = 5, zero: int | None = 1) -> list[str]:
+    def arguments(
+        self, run: Path, *overrides: str, steps: int = 5, zero: int | None = 1
+    ) -> list[str]:
         """The training command's options for a run in the folder ``run``; without ``zero`` its own ds_config."""
         settings = [f"run_path={run}", f"train.train_tokens={steps * STEP_TOKENS}", *overrides]
         ds_config = [] if zero is None else ["--ds_config", str(self.folder / f"zero{zero}.json")]
-        return ["--recipe", str(self.recipe), *ds_config, *(part for setting in settings for part in ("--set", setting))]
+        return [
+            "--recipe",
+            str(self.recipe),
+            *ds_config,
+            *(part for setting in settings for part in ("--set", setting)),
+        ]
 
 
 def make_tiny(folder: Path) -> Tiny:
@@ -79,10 +96,14 @@ def make_tiny(folder: Path) -> Tiny:
     for number in range(30):
         (folder / "texts" / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=500)))
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("DATA", str(folder / "data")).replace("TEXTS", str(folder / "texts")))
+    recipe.write_text(
+        RECIPE.replace("DATA", str(folder / "data")).replace("TEXTS", str(folder / "texts"))
+    )
     build(load_recipe(str(recipe)).data, Output(folder / "data"))
     for stage in range(4):
-        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        (folder / f"zero{stage}.json").write_text(
+            json.dumps({"zero_optimization": {"stage": stage}})
+        )
     return Tiny(folder, recipe, folder / "data")
 
 
@@ -97,12 +118,26 @@ class Started:
     """A command with all processes below it, found by a mark in their environment even when their parent is gone."""
 
     def __init__(
-        self, command: Sequence[str | Path], folder: Path, variables: Mapping[str, str] | None = None, preexec: Callable[[], None] | None = None
+        self,
+        command: Sequence[str | Path],
+        folder: Path,
+        variables: Mapping[str, str] | None = None,
+        preexec: Callable[[], None] | None = None,
     ) -> None:
         self.mark = uuid.uuid4().hex
-        inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and name != "PYTHONPATH"}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in RANK_VARIABLES and name != "PYTHONPATH"
+        }
         path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
-        own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "TEST_RUN_MARK": self.mark}
+        own = {
+            "PATH": path,
+            "VIRTUAL_ENV": sys.prefix,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_PORT": str(free_port()),
+            "TEST_RUN_MARK": self.mark,
+        }
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=folder,
@@ -130,7 +165,10 @@ class Started:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("TEST_RUN_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("TEST_RUN_MARK") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
         return found
 
@@ -140,7 +178,11 @@ class Started:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of one rank, in the order in which the launcher started them."""
-        ranks = [process for process in self.alive() if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:3])]
+        ranks = [
+            process
+            for process in self.alive()
+            if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:3])
+        ]
         return sorted(ranks, key=lambda process: process.pid)[number]
 
 
@@ -148,11 +190,17 @@ def wait_for_step(run: Path, step: int, started: Started) -> None:
     """Returns as soon as the run's metrics.jsonl has a row of that step."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and started.process.poll() is None:
-        rows = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+        rows = (
+            (run / "metrics.jsonl").read_text().splitlines()
+            if (run / "metrics.jsonl").is_file()
+            else []
+        )
         if len(rows) > 1 and json.loads(rows[-2])["step"] >= step:
             return
         time.sleep(0.005)
-    pytest.fail(f"step {step} was not reached, exit code {started.process.poll()}: {started.process.communicate()}")
+    pytest.fail(
+        f"step {step} was not reached, exit code {started.process.poll()}: {started.process.communicate()}"
+    )
 
 
 @contextlib.contextmanager
@@ -163,7 +211,10 @@ def own_process() -> Iterator[None]:
     """
     root, environment = logging.getLogger(), dict(os.environ)
     handlers, level = root.handlers[:], root.level
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    signals = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain.train, "disconnect", lambda: None)
         try:
@@ -178,11 +229,25 @@ def own_process() -> Iterator[None]:
 
 def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int = 5) -> Trainer:
     """The trainer that the command would build for one rank, to look inside; call it inside :func:`own_process`."""
-    options = pretrain.train.parse_arguments(tiny.arguments(run, *overrides, steps=steps, zero=zero))
-    recipe, ds_config = load_recipe(options.recipe, options.overrides), read_ds_config(options.ds_config)
-    corpora = load_corpora(data_folders(recipe))
-    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, corpora)
+    options = pretrain.train.parse_arguments(
+        tiny.arguments(run, *overrides, steps=steps, zero=zero)
+    )
+    recipe, ds_config = (
+        load_recipe(options.recipe, options.overrides),
+        read_ds_config(options.ds_config),
+    )
+    datasets = load_datasets(data_folders(recipe))
+    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, datasets)
     accumulation, topology = check_topology(recipe, 1, zero), connect(1)
-    resolved = resolve_ds_config(ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1)
+    resolved = resolve_ds_config(
+        ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1
+    )
     engine = Engine(recipe, resolved, recipe.train.precision, topology)
-    return pretrain.train.build_trainer(recipe, resolved, corpora, engine, StopRequest(), corpora.check_blocks(recipe.data.verify, 0, 1))
+    return pretrain.train.build_trainer(
+        recipe,
+        resolved,
+        datasets,
+        engine,
+        StopRequest(),
+        datasets.check_blocks(recipe.data.verify, 0, 1),
+    )

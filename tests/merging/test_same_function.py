@@ -19,17 +19,25 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pretrain.checkpoint.comparison import check_same_function
-from pretrain.config.attention_schema import Attention
 from pretrain.config.differences import differences, mark_of
-from pretrain.config.errors import CheckpointError, ConfigError
-from pretrain.config.initialization_schema import BaseWidths, Initialization
-from pretrain.config.kinds import kinds_of
-from pretrain.config.model_schema import Dropout, FeedForward, LayerPattern, ModelConfig, MultiTokenPrediction, Norm, Position
-from pretrain.config.moe_schema import BiasBalancing, MoE
-from pretrain.config.section import Effect, Section
+from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.registry import kinds_of
+from pretrain.core.section import Effect, Section
+from pretrain.model.attention.config import Attention
+from pretrain.model.config import (
+    Dropout,
+    FeedForward,
+    LayerPattern,
+    ModelConfig,
+    MultiTokenPrediction,
+    Norm,
+    Position,
+)
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.model.routers import ExpertGroups, Router
+from pretrain.model.init_config import BaseWidths, Initialization
+from pretrain.model.moe.config import BiasBalancing, MoE
+from pretrain.model.moe.routers import ExpertGroups, Router
 from tests.model.every_kind import CASES, LATENT
 from tests.model.tiny_model import random_tokens, tiny_config
 
@@ -63,7 +71,10 @@ MORE: dict[str, list[str]] = {
         "model.moe.num_shared_experts=2",
         "model.moe.shared_intermediate_size=8",
     ],
-    "a width for shared experts": ["model.moe.num_shared_experts=2", "model.moe.shared_intermediate_size=8"],
+    "a width for shared experts": [
+        "model.moe.num_shared_experts=2",
+        "model.moe.shared_intermediate_size=8",
+    ],
     "a small clamp": ["model.feed_forward={kind: clamped_swiglu, limit: 0.1}"],
     "balancing by bias": ["model.moe.bias_balancing={}"],
 }
@@ -100,7 +111,9 @@ def schema_fields() -> Fields:
     families = (Attention, Position, Norm, FeedForward, LayerPattern, Initialization, MoE, Router)
     sections = [ModelConfig, Dropout, MultiTokenPrediction, ExpertGroups, BiasBalancing, BaseWidths]
     sections += [kind for family in families for kind in kinds_of(family)]
-    return {(section, name) for section in sections for name in section.model_fields if name != "kind"}
+    return {
+        (section, name) for section in sections for name in section.model_fields if name != "kind"
+    }
 
 
 def other_values(annotation: Any, name: str, value: Any) -> Iterator[Any]:
@@ -113,7 +126,12 @@ def other_values(annotation: Any, name: str, value: Any) -> Iterator[Any]:
     elif isinstance(value, str):
         yield from _inside(annotation, name)
     elif isinstance(value, int | float):
-        yield from (value * 2, value + 1, value / 2 if isinstance(value, float) else value // 2, value + 0.5)
+        yield from (
+            value * 2,
+            value + 1,
+            value / 2 if isinstance(value, float) else value // 2,
+            value + 0.5,
+        )
     elif isinstance(value, tuple):
         yield tuple(reversed(value))
     elif isinstance(value, Section):
@@ -147,7 +165,9 @@ def _varied(section: Section) -> Iterator[tuple[Any, type[Section], str]]:
             for inner, owner, changed in _varied(value):
                 yield section.model_copy(update={name: inner}), owner, changed
         for given in other_values(field.annotation, name, value):
-            content = {each: getattr(section, each) for each in type(section).model_fields} | {name: given}
+            content = {each: getattr(section, each) for each in type(section).model_fields} | {
+                name: given
+            }
             if given == value:
                 continue
             try:
@@ -215,33 +235,65 @@ def test_a_field_changes_no_logit_or_a_merge_refuses_it() -> None:
             judged[key] += 1
             same = computes_the_same(variation)
             if not refused:
-                assert same is not False, f"{case}: {key} changes the logits, and merges do not compare it"
+                assert same is not False, (
+                    f"{case}: {key} changes the logits, and merges do not compare it"
+                )
             elif same is not True:
                 matters.add(key)
     parts = {key for key in schema_fields() - seen if _is_family(*key)}
-    assert schema_fields() - seen - parts == set(), "give these fields another value in FROM_NULL or a case in MORE"
+    assert schema_fields() - seen - parts == set(), (
+        "give these fields another value in FROM_NULL or a case in MORE"
+    )
     exempt = {key for key in seen if _is_exempt(*key)}
     unseen = {key for key in seen - matters - exempt if key[1] not in UNSEEN}
-    assert unseen == set(), "these fields are compared, but change nothing in any case: is the case missing, or are they read in training only?"
+    assert unseen == set(), (
+        "these fields are compared, but change nothing in any case: is the case missing, or are they read in training only?"
+    )
 
 
 def _is_family(section: type[Section], name: str) -> bool:
     """Fields that hold a part, whose kinds are compared as such."""
     return any(
-        name in mark for mark in (("attention", "position", "norm", "feed_forward", "layer_pattern", "router", "initialization", "dropout", "base"),)
+        name in mark
+        for mark in (
+            (
+                "attention",
+                "position",
+                "norm",
+                "feed_forward",
+                "layer_pattern",
+                "router",
+                "initialization",
+                "dropout",
+                "base",
+            ),
+        )
     )
 
 
 def _is_exempt(section: type[Section], name: str) -> bool:
-    inside_none = section in (Dropout, MultiTokenPrediction, BaseWidths) or issubclass(section, Initialization)
+    inside_none = section in (Dropout, MultiTokenPrediction, BaseWidths) or issubclass(
+        section, Initialization
+    )
     return inside_none or mark_of(section.model_fields[name], Effect.MEANING) is Effect.NONE
 
 
-@pytest.mark.parametrize("family", ["attention", "position", "norm", "feed_forward", "layer_pattern", "moe"])
+@pytest.mark.parametrize(
+    "family", ["attention", "position", "norm", "feed_forward", "layer_pattern", "moe"]
+)
 def test_parts_of_other_kinds_are_refused_by_their_kind(family: str) -> None:
-    models = [tiny_config(*overrides) for case, overrides in CASES.items() if case.startswith(f"{family}=")]
+    models = [
+        tiny_config(*overrides)
+        for case, overrides in CASES.items()
+        if case.startswith(f"{family}=")
+    ]
     for one in models:
         for other in models:
             kinds = [getattr(model, family).kind for model in (one, other)]
-            found = [each.path for each in differences(one, other) if each.effect is not Effect.NONE]
-            assert (f"model.{family}.kind" in found) == (kinds[0] != kinds[1] and (family != "layer_pattern" or one.moe_layers != other.moe_layers))
+            found = [
+                each.path for each in differences(one, other) if each.effect is not Effect.NONE
+            ]
+            assert (f"model.{family}.kind" in found) == (
+                kinds[0] != kinds[1]
+                and (family != "layer_pattern" or one.moe_layers != other.moe_layers)
+            )

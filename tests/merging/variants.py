@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.stored_weights import StoredWeights
+from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.checkpoint.weights import EXPERTS_FILE, load_state_dict
-from pretrain.checkpoint.weights_folder import write_weights_folder
+from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from tests.export.tiny_checkpoint import Trained, seal
 
 Edit = Callable[[dict[str, Tensor]], None]
@@ -27,12 +27,20 @@ def changed_recipe(recipe: Recipe, *overrides: str) -> Recipe:
     return validate_recipe(content, "a test's recipe")
 
 
-def variant(trained: Trained, folder: Path, edit: Edit | None = None, *overrides: str, step: int = 1) -> Path:
+def variant(
+    trained: Trained, folder: Path, edit: Edit | None = None, *overrides: str, step: int = 1
+) -> Path:
     """A folder of weights: the trained ones after ``edit``, with a recipe after ``overrides``."""
     tensors = load_state_dict(trained.checkpoint)
     if edit is not None:
         edit(tensors)
-    write_weights_folder(folder, changed_recipe(trained.recipe, *overrides), tensors.items(), trained.checkpoint / layout.TOKENIZER, step)
+    write_weights_folder(
+        folder,
+        changed_recipe(trained.recipe, *overrides),
+        tensors.items(),
+        trained.checkpoint / layout.TOKENIZER,
+        step,
+    )
     return folder
 
 

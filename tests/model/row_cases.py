@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from pretrain.model.moe.row_products import Bags, Factors, Kernel, RowTable, SortedFactors
+from pretrain.model.moe.tables.products import Bags, ExpertTable, Factors, Kernel, SortedFactors
 
 # Lengths of the bags and rows to choose from: ordinary, empty, duplicates everywhere, nothing at all, longer than one program sums.
 CHOICES = {
@@ -30,11 +30,16 @@ class Case(NamedTuple):
     bags: Bags
 
 
-def random_case(lengths: list[int], num_rows: int, D: int, width: int = 1, seed: int = 0, device: str = "cpu") -> Case:
+def random_case(
+    lengths: list[int], num_rows: int, D: int, width: int = 1, seed: int = 0, device: str = "cpu"
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     P, length_T = sum(lengths), torch.tensor(lengths, dtype=torch.int64)
     row_P = torch.randint(0, num_rows, (P,), generator=generator)
-    x_TD, table_NXD, c_PX = (torch.randn(size, generator=generator) for size in ((len(lengths), D), (num_rows, width, D), (P, width)))
+    x_TD, table_NXD, c_PX = (
+        torch.randn(size, generator=generator)
+        for size in ((len(lengths), D), (num_rows, width, D), (P, width))
+    )
     bags = Bags(row_P.to(device), functional.pad(length_T.cumsum(0), (1, 0)).to(device))
     return Case(x_TD.to(device), table_NXD.to(device), c_PX.to(device), bags)
 
@@ -49,11 +54,13 @@ def one_by_one(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
             rows_XD = case.table_NXD[case.bags.row_P[pair]]
             dots.append(rows_XD @ case.x_TD[token])
             sums[-1] = sums[-1] + case.c_PX[pair] @ rows_XD
-    return torch.stack(dots) if dots else case.c_PX * 0.0, torch.stack(sums) if sums else case.x_TD * 0.0
+    return torch.stack(dots) if dots else case.c_PX * 0.0, torch.stack(
+        sums
+    ) if sums else case.x_TD * 0.0
 
 
-def table_of(case: Case) -> RowTable:
-    table = RowTable(*case.table_NXD.shape).to(case.table_NXD.device)
+def table_of(case: Case) -> ExpertTable:
+    table = ExpertTable(*case.table_NXD.shape).to(case.table_NXD.device)
     with torch.no_grad():
         table.weight.copy_(case.table_NXD)
     return table
@@ -62,7 +69,13 @@ def table_of(case: Case) -> RowTable:
 def _loss(dots_PX: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
     """One that gives each number a gradient of its own."""
     return sum(
-        ((values * torch.arange(values.numel(), device=values.device).view_as(values).sin()).sum() for values in (dots_PX, y_TD)), torch.zeros(())
+        (
+            (
+                values * torch.arange(values.numel(), device=values.device).view_as(values).sin()
+            ).sum()
+            for values in (dots_PX, y_TD)
+        ),
+        torch.zeros(()),
     )
 
 
@@ -72,7 +85,11 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     dots_PX, y_TD = one_by_one(case)
     gradients = torch.autograd.grad(_loss(dots_PX, y_TD), case[:3], materialize_grads=True)
     named = dict(zip(("grad_x", "grad_table", "grad_c"), gradients, strict=True))
-    return {"dots": dots_PX.detach(), "weighted": y_TD.detach()} | named | {"grad_collected": named["grad_table"]}
+    return (
+        {"dots": dots_PX.detach(), "weighted": y_TD.detach()}
+        | named
+        | {"grad_collected": named["grad_table"]}
+    )
 
 
 def computed(case: Case, kernel: Kernel) -> dict[str, torch.Tensor]:
@@ -84,9 +101,16 @@ def computed(case: Case, kernel: Kernel) -> dict[str, torch.Tensor]:
     table.collect(case.x_TD.device)
     _loss(table.dots(x_TD, case.bags, kernel), table.weighted(c_PX, case.bags, kernel)).backward()
     assert table.collected is not None and len(table.collected) == 2
-    collected_ND = sum((dense(factors, table.weight, kernel) for factors in table.collected), torch.zeros_like(table.weight))
+    collected_ND = sum(
+        (dense(factors, table.weight, kernel) for factors in table.collected),
+        torch.zeros_like(table.weight),
+    )
     named = dict(zip(("grad_x", "grad_table", "grad_c"), gradients, strict=True))
-    return {"dots": dots_PX.detach(), "weighted": y_TD.detach()} | named | {"grad_collected": collected_ND}
+    return (
+        {"dots": dots_PX.detach(), "weighted": y_TD.detach()}
+        | named
+        | {"grad_collected": collected_ND}
+    )
 
 
 def dense(factors: Factors, weight_NXD: torch.Tensor, kernel: Kernel) -> torch.Tensor:
@@ -99,7 +123,9 @@ def dense(factors: Factors, weight_NXD: torch.Tensor, kernel: Kernel) -> torch.T
     return gradient
 
 
-def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(
+    got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
     """Equal up to ``tolerance`` times each tensor's largest number."""
     assert got.keys() == wanted.keys()
     for name, value in got.items():
@@ -107,5 +133,9 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], t
         if value.numel():
             scale = wanted[name].abs().max().item()
             torch.testing.assert_close(
-                value.double(), wanted[name].double(), rtol=0.0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+                value.double(),
+                wanted[name].double(),
+                rtol=0.0,
+                atol=tolerance * scale,
+                msg=lambda text, name=name: f"{name}: {text}",
             )

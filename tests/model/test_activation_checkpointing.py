@@ -20,17 +20,27 @@ def loss_and_gradients(model: DecoderLM) -> tuple[TrainOutput, dict[str, torch.T
     output = model(random_tokens(B, S), random_tokens(B, S, seed=1), float(B * S))
     model.zero_grad()
     output.loss.backward()
-    return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return output, {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [(KINDS["dropless"],), (KINDS["deepspeed"],), (DENSE, "model.layer_pattern.kind=all_dense", "model.intermediate_size=48")],
+    [
+        (KINDS["dropless"],),
+        (KINDS["deepspeed"],),
+        (DENSE, "model.layer_pattern.kind=all_dense", "model.intermediate_size=48"),
+    ],
     ids=["dropless", "deepspeed", "dense"],
 )
 def test_loss_and_gradients_are_the_same_bits(overrides: tuple[str, ...]) -> None:
     kept, kept_gradients = loss_and_gradients(tiny_model(*overrides))
-    recomputed, gradients = loss_and_gradients(tiny_model(*overrides, activation_checkpointing=True))
+    recomputed, gradients = loss_and_gradients(
+        tiny_model(*overrides, activation_checkpointing=True)
+    )
     assert torch.equal(kept.loss, recomputed.loss) and torch.equal(kept.nll, recomputed.nll)
     assert kept_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -71,12 +81,17 @@ def disturb_recomputation(model: DecoderLM) -> None:
 
 def expert_gradients_with_disturbance() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Gradients of all experts without checkpointing, and with a disturbed recomputation."""
-    kind = KINDS["dropless"].replace("}", ", expert_kernel: grouped_mm}")  # its shapes do not tell how many rows an expert gets
+    kind = KINDS["dropless"].replace(
+        "}", ", expert_kernel: grouped_mm}"
+    )  # its shapes do not tell how many rows an expert gets
     _, kept = loss_and_gradients(with_close_choices(tiny_model(kind)))
     model = with_close_choices(tiny_model(kind, activation_checkpointing=True))
     disturb_recomputation(model)
     _, recomputed = loss_and_gradients(model)
-    return ({name: gradient for name, gradient in run.items() if "experts" in name} for run in (kept, recomputed))  # type: ignore[return-value]
+    return (
+        {name: gradient for name, gradient in run.items() if "experts" in name}
+        for run in (kept, recomputed)
+    )  # type: ignore[return-value]
 
 
 def test_a_recomputation_that_would_flip_the_routing_repeats_it() -> None:
@@ -88,5 +103,8 @@ def test_a_recomputation_that_would_flip_the_routing_repeats_it() -> None:
 def test_without_a_record_the_flipped_routing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "RoutingRecord", lambda: None)
     kept, recomputed = expert_gradients_with_disturbance()
-    largest = max((gradient - kept[name]).abs().max().item() / kept[name].abs().max().item() for name, gradient in recomputed.items())
+    largest = max(
+        (gradient - kept[name]).abs().max().item() / kept[name].abs().max().item()
+        for name, gradient in recomputed.items()
+    )
     assert largest > 0.1

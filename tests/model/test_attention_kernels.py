@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_recipe
-from pretrain.config.rules import KERNEL_FEATURES
-from pretrain.model.attention.flex import flex_attention
-from pretrain.model.attention.kernels import KERNELS, AttentionKernel, attention_kernel
+from pretrain.config.rules.sections import KERNEL_FEATURES
+from pretrain.core.errors import ConfigError
+from pretrain.model.attention.kernels.base import KERNELS, AttentionKernel, attention_kernel
+from pretrain.model.attention.kernels.flex import flex_attention
+from pretrain.model.attention.kernels.reference import reference_attention
+from pretrain.model.attention.kernels.sdpa import sdpa_attention
 from pretrain.model.attention.mask import AttentionMask
-from pretrain.model.attention.reference import reference_attention
 from pretrain.model.attention.scores import Scores
-from pretrain.model.attention.sdpa import sdpa_attention
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import model_size
 from tests.model.tiny_model import random_tensor, tiny_config
@@ -51,7 +51,12 @@ def slopes(num_heads: int) -> torch.Tensor:
 
 
 def attention_and_gradients(
-    kernel: AttentionKernel, scores: Scores, num_queries: int, heads: str = "gqa", dtype: torch.dtype = torch.float32, value_size: int = H
+    kernel: AttentionKernel,
+    scores: Scores,
+    num_queries: int,
+    heads: str = "gqa",
+    dtype: torch.dtype = torch.float32,
+    value_size: int = H,
 ) -> list[torch.Tensor]:
     """The output and the gradients of queries, keys, values and, where there are some, sinks."""
     num_kv, ratio = HEADS[heads]
@@ -65,18 +70,33 @@ def attention_and_gradients(
     return [output, *torch.autograd.grad((output.float() * weights).sum(), leaves)]
 
 
-def scores_of(mask: AttentionMask, heads: str, window: int | None, alibi: bool, sinks: bool, dtype: torch.dtype = torch.float32) -> Scores:
+def scores_of(
+    mask: AttentionMask,
+    heads: str,
+    window: int | None,
+    alibi: bool,
+    sinks: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Scores:
     num_heads = math.prod(HEADS[heads])
     return Scores(
         mask, H**-0.5, window, slopes(num_heads) if alibi else None, random_tensor(num_heads, seed=5, dtype=dtype) if sinks else None
     )  # fmt: skip
 
 
-def largest_difference(kernel: AttentionKernel, other: AttentionKernel, mask: str, heads: str, terms: tuple[int | None, bool, bool]) -> float:
+def largest_difference(
+    kernel: AttentionKernel,
+    other: AttentionKernel,
+    mask: str,
+    heads: str,
+    terms: tuple[int | None, bool, bool],
+) -> float:
     results = []
     for one in (kernel, other):
         made, num_queries = MASKS[mask]()
-        results.append(attention_and_gradients(one, scores_of(made, heads, *terms), num_queries, heads))
+        results.append(
+            attention_and_gradients(one, scores_of(made, heads, *terms), num_queries, heads)
+        )
     return max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True))
 
 
@@ -84,16 +104,26 @@ def largest_difference(kernel: AttentionKernel, other: AttentionKernel, mask: st
 @pytest.mark.parametrize("mask", MASKS)
 def test_sdpa_equals_the_definition_with_gradients(mask: str, heads: str) -> None:
     for terms in TERMS:
-        assert largest_difference(sdpa_attention, reference_attention, mask, heads, terms) < 2e-6, terms
+        assert largest_difference(sdpa_attention, reference_attention, mask, heads, terms) < 2e-6, (
+            terms
+        )
 
 
 @pytest.mark.usefixtures("flex_backward_on_cpu")
 @pytest.mark.parametrize(
-    ("mask", "heads"), [("causal", "gqa"), ("documents", "gqa_3"), ("one_query_after_cache", "mqa"), ("chunk_after_cache", "mha")]
+    ("mask", "heads"),
+    [
+        ("causal", "gqa"),
+        ("documents", "gqa_3"),
+        ("one_query_after_cache", "mqa"),
+        ("chunk_after_cache", "mha"),
+    ],
 )
 def test_flex_equals_the_definition_with_gradients(mask: str, heads: str) -> None:
     for terms in ((3, True, True), (None, False, False)):
-        assert largest_difference(flex_attention, reference_attention, mask, heads, terms) < 3e-6, terms
+        assert largest_difference(flex_attention, reference_attention, mask, heads, terms) < 3e-6, (
+            terms
+        )
 
 
 @pytest.mark.parametrize("kernel", [sdpa_attention, flex_attention])
@@ -103,8 +133,18 @@ def test_bf16_is_the_definition_up_to_its_rounding(kernel: AttentionKernel) -> N
     for window, alibi, sinks in ((None, False, True), (3, True, False), (3, True, True)):
         outputs = []
         for one in (kernel, reference_attention):
-            scores = scores_of(AttentionMask(document_ids_BS=DOCUMENTS), "gqa", window, alibi, sinks, torch.bfloat16)
-            q, k, v = (random_tensor(B, n, S, H, seed=seed, dtype=torch.bfloat16).detach() for seed, n in enumerate((4, 2, 2)))
+            scores = scores_of(
+                AttentionMask(document_ids_BS=DOCUMENTS),
+                "gqa",
+                window,
+                alibi,
+                sinks,
+                torch.bfloat16,
+            )
+            q, k, v = (
+                random_tensor(B, n, S, H, seed=seed, dtype=torch.bfloat16).detach()
+                for seed, n in enumerate((4, 2, 2))
+            )
             outputs.append(one(q, k, v, scores))
         torch.testing.assert_close(*outputs, atol=2e-2, rtol=2e-2)
 
@@ -112,7 +152,12 @@ def test_bf16_is_the_definition_up_to_its_rounding(kernel: AttentionKernel) -> N
 def test_bf16_gradients_follow_the_definition() -> None:
     for terms in itertools.product((None, 3), (False, True), (False, True)):
         mine, expected = (
-            attention_and_gradients(kernel, scores_of(AttentionMask(), "gqa", *terms, torch.bfloat16), S, dtype=torch.bfloat16)
+            attention_and_gradients(
+                kernel,
+                scores_of(AttentionMask(), "gqa", *terms, torch.bfloat16),
+                S,
+                dtype=torch.bfloat16,
+            )
             for kernel in (sdpa_attention, reference_attention)
         )
         for one, other in zip(mine, expected, strict=True):
@@ -123,7 +168,12 @@ def test_bf16_gradients_follow_the_definition() -> None:
 def test_values_may_be_narrower_or_wider_than_keys(sinks: bool) -> None:
     for value_size in (4, 8, 6, 12, 20):
         mine, expected = (
-            attention_and_gradients(kernel, scores_of(AttentionMask(), "gqa", None, False, sinks), S, value_size=value_size)
+            attention_and_gradients(
+                kernel,
+                scores_of(AttentionMask(), "gqa", None, False, sinks),
+                S,
+                value_size=value_size,
+            )
             for kernel in (sdpa_attention, reference_attention)
         )
         for one, other in zip(mine, expected, strict=True):
@@ -135,7 +185,9 @@ def test_values_may_be_narrower_or_wider_than_keys(sinks: bool) -> None:
 WRONG: dict[str, Callable[[Scores], Scores]] = {
     "window_off_by_one": lambda scores: replace(scores, window=4),
     "no_window": lambda scores: replace(scores, window=None),
-    "cache_off_by_one": lambda scores: replace(scores, mask=AttentionMask(offset=scores.mask.offset + 1)),
+    "cache_off_by_one": lambda scores: replace(
+        scores, mask=AttentionMask(offset=scores.mask.offset + 1)
+    ),
     "inverted_alibi": lambda scores: replace(scores, slopes_N=-slopes(4)),
     "slopes_in_another_order": lambda scores: replace(scores, slopes_N=slopes(4).flip(0)),
     "no_sinks": lambda scores: replace(scores, sinks_N=None),
@@ -145,12 +197,22 @@ WRONG: dict[str, Callable[[Scores], Scores]] = {
 
 
 @pytest.mark.parametrize(
-    ("kernel", "wrong"), [*itertools.product((sdpa_attention, reference_attention), WRONG), (flex_attention, "window_off_by_one")]
+    ("kernel", "wrong"),
+    [
+        *itertools.product((sdpa_attention, reference_attention), WRONG),
+        (flex_attention, "window_off_by_one"),
+    ],
 )
 @torch.no_grad()
 def test_a_wrong_term_is_told_apart(kernel: AttentionKernel, wrong: str) -> None:
-    q, k, v = (random_tensor(*shape, H, seed=seed).detach() for seed, shape in enumerate(((B, 4, 3), (B, 2, S), (B, 2, S))))
-    right, broken = scores_of(AttentionMask(offset=4), "gqa", 3, True, True), WRONG[wrong](scores_of(AttentionMask(offset=4), "gqa", 3, True, True))
+    q, k, v = (
+        random_tensor(*shape, H, seed=seed).detach()
+        for seed, shape in enumerate(((B, 4, 3), (B, 2, S), (B, 2, S)))
+    )
+    right, broken = (
+        scores_of(AttentionMask(offset=4), "gqa", 3, True, True),
+        WRONG[wrong](scores_of(AttentionMask(offset=4), "gqa", 3, True, True)),
+    )
     assert (kernel(q, k, v, right) - reference_attention(q, k, v, right)).abs().max() < 1e-6
     assert (kernel(q, k, v, broken) - reference_attention(q, k, v, right)).abs().max() > 1e-3
 
@@ -161,15 +223,30 @@ def test_a_wrong_term_is_told_apart(kernel: AttentionKernel, wrong: str) -> None
 @torch.no_grad()
 def test_reference_is_the_softmax_over_visible_keys_term_by_term() -> None:
     """Against loops over single numbers: scale, ALiBi, sinks, window and documents at once."""
-    q, k, v = random_tensor(B, 4, S, H, seed=1), random_tensor(B, 2, S, H, seed=2), random_tensor(B, 2, S, H, seed=3)
+    q, k, v = (
+        random_tensor(B, 4, S, H, seed=1),
+        random_tensor(B, 2, S, H, seed=2),
+        random_tensor(B, 2, S, H, seed=3),
+    )
     scores = scores_of(AttentionMask(document_ids_BS=DOCUMENTS), "gqa", 3, True, True)
     assert scores.sinks_N is not None
     output = reference_attention(q, k, v, scores)
     for b, head, query in itertools.product(range(B), range(4), range(S)):
-        keys = [key for key in range(max(0, query - 2), query + 1) if DOCUMENTS[b, key] == DOCUMENTS[b, query]]
-        logits = [float(q[b, head, query] @ k[b, head // 2, key]) / math.sqrt(H) - float(slopes(4)[head]) * (query - key) for key in keys]
+        keys = [
+            key
+            for key in range(max(0, query - 2), query + 1)
+            if DOCUMENTS[b, key] == DOCUMENTS[b, query]
+        ]
+        logits = [
+            float(q[b, head, query] @ k[b, head // 2, key]) / math.sqrt(H)
+            - float(slopes(4)[head]) * (query - key)
+            for key in keys
+        ]
         total = sum(map(math.exp, logits)) + math.exp(float(scores.sinks_N[head]))
-        expected = sum(math.exp(logit) / total * v[b, head // 2, key] for logit, key in zip(logits, keys, strict=True))
+        expected = sum(
+            math.exp(logit) / total * v[b, head // 2, key]
+            for logit, key in zip(logits, keys, strict=True)
+        )
         torch.testing.assert_close(output[b, head, query], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -179,14 +256,18 @@ def test_every_query_sees_itself_so_that_no_row_is_empty(window: int | None) -> 
     for mask in (AttentionMask(document_ids_BS=DOCUMENTS), AttentionMask(document_ids_BS=alone)):
         assert mask.dense(S, S, CPU, window).diagonal(dim1=-2, dim2=-1).all()
         for kernel in (reference_attention, sdpa_attention):
-            for value in attention_and_gradients(kernel, scores_of(mask, "gqa", window, True, True), S):
+            for value in attention_and_gradients(
+                kernel, scores_of(mask, "gqa", window, True, True), S
+            ):
                 assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
 @pytest.mark.parametrize("sinks", [False, True])
 @torch.no_grad()
-def test_dropout_zeroes_that_share_of_weights_and_keeps_their_mean(kernel: str, sinks: bool) -> None:
+def test_dropout_zeroes_that_share_of_weights_and_keeps_their_mean(
+    kernel: str, sinks: bool
+) -> None:
     """One-hot values show the weights themselves. Both kernels draw from one distribution: the sink is not scaled up, the weights are."""
     size, rate, draws = 16, 0.25, 300
     torch.manual_seed(0)
@@ -195,12 +276,16 @@ def test_dropout_zeroes_that_share_of_weights_and_keeps_their_mean(kernel: str, 
     kept = Scores(AttentionMask(), 0.25, sinks_N=torch.ones(1) if sinks else None)
     weights = reference_attention(q, k, values, kept)[0, 0]
     run = attention_kernel(kernel, CPU)  # type: ignore[arg-type]
-    drawn = torch.stack([run(q, k, values, replace(kept, dropout=rate))[0, 0] for _ in range(draws)])
+    drawn = torch.stack(
+        [run(q, k, values, replace(kept, dropout=rate))[0, 0] for _ in range(draws)]
+    )
     visible = torch.ones(size, size).tril().bool()
     survivors = drawn[:, visible]
     assert (survivors == 0).float().mean() == pytest.approx(rate, abs=0.01)
     expected = (weights / (1 - rate))[visible].expand(draws, -1)
-    torch.testing.assert_close(survivors[survivors != 0], expected[survivors != 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        survivors[survivors != 0], expected[survivors != 0], atol=1e-5, rtol=1e-4
+    )
 
 
 # --- how the work is shared and what is refused --------------------------------------------------------------------------------------
@@ -210,14 +295,18 @@ def test_a_mask_is_built_once_a_forward_for_all_layers_that_ask_alike() -> None:
     mask = AttentionMask(document_ids_BS=DOCUMENTS)
     assert mask.dense(S, S, CPU, 3) is mask.dense(S, S, CPU, 3)
     assert mask.dense(S, S, CPU, 3) is not mask.dense(S, S, CPU, 2)
-    assert AttentionMask() == AttentionMask() and AttentionMask().dense(S, S, CPU) is not AttentionMask().dense(S, S, CPU)
+    assert AttentionMask() == AttentionMask() and AttentionMask().dense(
+        S, S, CPU
+    ) is not AttentionMask().dense(S, S, CPU)
 
 
 @pytest.mark.parametrize("terms", [(None, False), (None, True), (7, False), (100, True)])
 def test_sdpa_builds_no_mask_where_causality_is_all(terms: tuple[int | None, bool]) -> None:
     window, sinks = terms
     for mask, num_queries in (MASKS["causal"](), MASKS["one_query_after_cache"]()):
-        attention_and_gradients(sdpa_attention, scores_of(mask, "gqa", window, False, sinks), num_queries)
+        attention_and_gradients(
+            sdpa_attention, scores_of(mask, "gqa", window, False, sinks), num_queries
+        )
         assert not mask._made
     cut = AttentionMask()
     attention_and_gradients(sdpa_attention, scores_of(cut, "gqa", 6, False, sinks), S)
@@ -229,25 +318,45 @@ def test_flex_generates_token_by_token_without_being_compiled_anew() -> None:
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         for offset in range(12):
-            q, k = random_tensor(1, 2, 1, H, seed=offset).detach(), random_tensor(1, 1, offset + 1, H, seed=99).detach()
+            q, k = (
+                random_tensor(1, 2, 1, H, seed=offset).detach(),
+                random_tensor(1, 1, offset + 1, H, seed=99).detach(),
+            )
             scores = Scores(AttentionMask(offset), 0.3, 4, slopes(2), random_tensor(2))
-            torch.testing.assert_close(flex_attention(q, k, k, scores), reference_attention(q, k, k, scores), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                flex_attention(q, k, k, scores),
+                reference_attention(q, k, k, scores),
+                atol=1e-6,
+                rtol=1e-5,
+            )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 def test_flex_names_another_kernel_where_torch_has_no_backward_pass() -> None:
-    with pytest.raises(ConfigError, match=r"kernel=flex cannot run here \(.*backward on CPU.*\): use --set model.attention.kernel=sdpa"):
-        attention_and_gradients(flex_attention, scores_of(AttentionMask(), "gqa", None, False, False), S)
+    with pytest.raises(
+        ConfigError,
+        match=r"kernel=flex cannot run here \(.*backward on CPU.*\): use --set model.attention.kernel=sdpa",
+    ):
+        attention_and_gradients(
+            flex_attention, scores_of(AttentionMask(), "gqa", None, False, False), S
+        )
 
 
 def test_flash_without_its_package_is_refused_when_the_model_is_built() -> None:
     config = tiny_config("model.attention.kernel=flash", "train.precision=bf16")
-    with pytest.raises(ConfigError, match=r"model.attention.kernel=flash needs the package flash_attn.*kernel=sdpa"):
+    with pytest.raises(
+        ConfigError, match=r"model.attention.kernel=flash needs the package flash_attn.*kernel=sdpa"
+    ):
         DecoderLM(config)
     assert model_size(config, 64).parameters_total > 0  # counting needs no kernel
 
 
 def test_every_kernel_has_its_features_and_fp32_is_refused_to_flash() -> None:
     assert list(KERNELS) == list(KERNEL_FEATURES)
-    with pytest.raises(ConfigError, match="kernel=flash cannot compute fp32, sinks: use reference or sdpa or flex"):
-        load_recipe("debug", ["model.attention.kernel=flash", "model.attention.sinks=true", "train.precision=fp32"])
+    with pytest.raises(
+        ConfigError, match="kernel=flash cannot compute fp32, sinks: use reference or sdpa or flex"
+    ):
+        load_recipe(
+            "debug",
+            ["model.attention.kernel=flash", "model.attention.sinks=true", "train.precision=fp32"],
+        )

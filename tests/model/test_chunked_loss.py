@@ -29,10 +29,14 @@ def some_labels(ignored: bool = True) -> torch.Tensor:
     return labels[None]
 
 
-def plain_loss(x_BSD: torch.Tensor, weight_VD: torch.Tensor, labels_BS: torch.Tensor, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_loss(
+    x_BSD: torch.Tensor, weight_VD: torch.Tensor, labels_BS: torch.Tensor, z_loss_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, nll) over the whole logits at once."""
     logits_TV = (x_BSD @ weight_VD[:VOCAB].T)[0]
-    nll = functional.cross_entropy(logits_TV, labels_BS[0], ignore_index=IGNORED_LABEL, reduction="sum")
+    nll = functional.cross_entropy(
+        logits_TV, labels_BS[0], ignore_index=IGNORED_LABEL, reduction="sum"
+    )
     counted_T = labels_BS[0] != IGNORED_LABEL
     return nll + z_loss_weight * logits_TV.logsumexp(-1).square()[counted_T].sum(), nll
 
@@ -40,8 +44,14 @@ def plain_loss(x_BSD: torch.Tensor, weight_VD: torch.Tensor, labels_BS: torch.Te
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 1000])
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_loss_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, z_loss_weight: float, ignored: bool) -> None:
-    head, x_BSD, labels_BS = head_of(chunk_tokens, z_loss_weight), random_tensor(1, TOKENS, D), some_labels(ignored)
+def test_loss_and_gradients_equal_plain_cross_entropy(
+    chunk_tokens: int, z_loss_weight: float, ignored: bool
+) -> None:
+    head, x_BSD, labels_BS = (
+        head_of(chunk_tokens, z_loss_weight),
+        random_tensor(1, TOKENS, D),
+        some_labels(ignored),
+    )
     loss, nll = head(x_BSD, labels_BS)
     expected_loss, expected_nll = plain_loss(x_BSD, head.weight, labels_BS, z_loss_weight)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
@@ -62,7 +72,9 @@ def test_a_z_loss_of_another_weight_is_told_apart() -> None:
 
 def test_padding_rows_and_ignored_tokens_get_exactly_no_gradient() -> None:
     head, x_BSD, labels_BS = head_of(8, 0.1), random_tensor(1, TOKENS, D), some_labels()
-    x_gradient, weight_gradient = torch.autograd.grad(head(x_BSD, labels_BS)[0], (x_BSD, head.weight))
+    x_gradient, weight_gradient = torch.autograd.grad(
+        head(x_BSD, labels_BS)[0], (x_BSD, head.weight)
+    )
     assert weight_gradient[VOCAB:].count_nonzero() == 0
     assert weight_gradient[:VOCAB].count_nonzero() == VOCAB * D
     ignored_T = labels_BS[0] == IGNORED_LABEL
@@ -107,7 +119,12 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        self.numel = max(
+            [
+                self.numel,
+                *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)),
+            ]
+        )
         return result
 
 
@@ -123,4 +140,6 @@ def largest_tensor(chunk_tokens: int, tokens: int, vocab: int) -> int:
 def test_no_tensor_is_larger_than_one_chunk_of_logits() -> None:
     chunk_tokens, tokens, vocab = 32, 256, 512
     assert largest_tensor(chunk_tokens, tokens, vocab) == chunk_tokens * vocab
-    assert largest_tensor(tokens, tokens, vocab) == tokens * vocab  # what the measurement sees without chunks
+    assert (
+        largest_tensor(tokens, tokens, vocab) == tokens * vocab
+    )  # what the measurement sees without chunks

@@ -21,7 +21,11 @@ def changed_at(input_ids_BS: torch.Tensor, position: int) -> torch.Tensor:
 @torch.no_grad()
 def test_no_logit_depends_on_a_later_token(kind: str, position: int) -> None:
     model, input_ids_BS = tiny_model(KINDS[kind]), random_tokens(2, 16)
-    difference_S = (model.logits(input_ids_BS) - model.logits(changed_at(input_ids_BS, position))).abs().amax(dim=(0, 2))
+    difference_S = (
+        (model.logits(input_ids_BS) - model.logits(changed_at(input_ids_BS, position)))
+        .abs()
+        .amax(dim=(0, 2))
+    )
     assert difference_S[:position].max() <= 1e-5
     assert difference_S[position:].min() > 1e-3  # the change is seen from its own position on
 
@@ -31,7 +35,10 @@ def test_capacity_drops_let_a_later_token_change_earlier_logits() -> None:
     """Why a recipe with drop_tokens must acknowledge it by ``causal: false``: second choices queue behind every first choice."""
     model, input_ids_BS = tiny_model(DROPPING), random_tokens(1, 32)
     logits = model.logits(input_ids_BS)
-    earlier = [(logits - model.logits(changed_at(input_ids_BS, position)))[:, :position].abs().max() for position in range(16, 32)]
+    earlier = [
+        (logits - model.logits(changed_at(input_ids_BS, position)))[:, :position].abs().max()
+        for position in range(16, 32)
+    ]
     assert max(earlier) > 1e-3
 
 
@@ -52,7 +59,9 @@ def test_a_document_is_blind_to_the_one_before_it(kind: str) -> None:
 def test_cached_logits_equal_the_full_forward_pass(kind: str, parts: list[int]) -> None:
     model, input_ids_BS = tiny_model(KINDS[kind]), random_tokens(3, 16)
     cache = model.new_cache(3, 16, "cpu", torch.float32)
-    logits = torch.cat([model.logits(part, cache=cache) for part in input_ids_BS.split(parts, dim=1)], dim=1)
+    logits = torch.cat(
+        [model.logits(part, cache=cache) for part in input_ids_BS.split(parts, dim=1)], dim=1
+    )
     assert cache.length == 16
     torch.testing.assert_close(logits, model.logits(input_ids_BS), atol=1e-5, rtol=1e-5)
 
@@ -89,6 +98,15 @@ def test_a_tied_head_is_one_parameter_with_gradients_from_both_uses() -> None:
     input_ids_BS, labels_BS = random_tokens(2, 8), random_tokens(2, 8, seed=1)
     for model in (tied, untied):
         model(input_ids_BS, labels_BS, 16.0).loss.backward()
-    assert tied.embedding.weight.grad is not None and untied.head.weight.grad is not None and untied.embedding.weight.grad is not None
+    assert (
+        tied.embedding.weight.grad is not None
+        and untied.head.weight.grad is not None
+        and untied.embedding.weight.grad is not None
+    )
     assert untied.embedding.weight.grad.abs().max() > 0
-    torch.testing.assert_close(tied.embedding.weight.grad, untied.head.weight.grad + untied.embedding.weight.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        tied.embedding.weight.grad,
+        untied.head.weight.grad + untied.embedding.weight.grad,
+        atol=1e-6,
+        rtol=1e-5,
+    )

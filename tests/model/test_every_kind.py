@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from pretrain.config.kinds import OneOf
-from pretrain.config.model_schema import ModelConfig
+from pretrain.core.registry import OneOf
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from tests.model.every_kind import CASES, FAMILIES, OPTIONS, registered
 from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
@@ -24,11 +24,19 @@ def losses_of(model: DecoderLM, seed: int = 0) -> tuple[torch.Tensor, dict[str, 
     model.zero_grad(set_to_none=True)
     loss = model.train()(tokens[:, :-1], tokens[:, 1:], float(B * S)).loss
     loss.backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.detach(), {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def test_every_family_of_a_model_is_in_the_contract() -> None:
-    named = {name for name, field in ModelConfig.model_fields.items() if any(isinstance(mark, OneOf) for mark in field.metadata)}
+    named = {
+        name
+        for name, field in ModelConfig.model_fields.items()
+        if any(isinstance(mark, OneOf) for mark in field.metadata)
+    }
     # moe may be absent, and is marked inside a union with None; how weights start is compared in test_width.py
     assert named - {"initialization"} | {"moe", "moe.router"} == set(FAMILIES)
     assert len(CASES) == len(set(registered())) + len(OPTIONS) > 30
@@ -38,7 +46,9 @@ def test_every_family_of_a_model_is_in_the_contract() -> None:
 def test_every_parameter_gets_a_finite_gradient_and_the_loss_starts_near_chance(case: str) -> None:
     model = tiny_model(*CASES[case], "model.initializer_range=0.05")
     tokens = random_tokens(B, S + 1, seed=5)
-    assert model(tokens[:, :-1], tokens[:, 1:], 1.0).nll.item() / (B * S) == pytest.approx(math.log(100), abs=0.5)
+    assert model(tokens[:, :-1], tokens[:, 1:], 1.0).nll.item() / (B * S) == pytest.approx(
+        math.log(100), abs=0.5
+    )
     _, gradients = losses_of(model)
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
     for name, gradient in gradients.items():
@@ -85,7 +95,10 @@ def test_no_logit_depends_on_a_later_token(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_bf16_computes_nearly_the_same_logits(case: str) -> None:
     """A choice between two close experts may flip, so the bound is on the whole, not on each logit."""
-    model, tokens = tiny_model(*CASES[case], "model.initializer_range=0.1").eval(), random_tokens(B, S)
+    model, tokens = (
+        tiny_model(*CASES[case], "model.initializer_range=0.1").eval(),
+        random_tokens(B, S),
+    )
     with torch.no_grad():
         full, low = model.logits(tokens), copy.deepcopy(model).to(torch.bfloat16).logits(tokens)
     assert low.dtype == torch.float32
@@ -95,5 +108,10 @@ def test_bf16_computes_nearly_the_same_logits(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_meta_device_builds_the_same_shapes(case: str) -> None:
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in DecoderLM(tiny_config(*CASES[case])).named_parameters()}
-    assert shapes == {name: parameter.shape for name, parameter in tiny_model(*CASES[case]).named_parameters()}
+        shapes = {
+            name: parameter.shape
+            for name, parameter in DecoderLM(tiny_config(*CASES[case])).named_parameters()
+        }
+    assert shapes == {
+        name: parameter.shape for name, parameter in tiny_model(*CASES[case]).named_parameters()
+    }

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from pretrain.config.kinds import kinds_of
-from pretrain.config.model_schema import FeedForward as FeedForwardConfig
+from pretrain.core.registry import kinds_of
+from pretrain.model.config import FeedForward as FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 from pretrain.model.moe.dropless import DroplessMoE
 from tests.model.tiny_model import random_tensor, tiny_config
@@ -38,7 +38,9 @@ FORMULAS: dict[str, Formula] = {
 
 
 def dense_layer(kind: str, bias: bool) -> FeedForward:
-    config = tiny_config(f"model.feed_forward={{kind: {kind}, bias: {str(bias).lower()}}}").feed_forward
+    config = tiny_config(
+        f"model.feed_forward={{kind: {kind}, bias: {str(bias).lower()}}}"
+    ).feed_forward
     layer: FeedForward = config.implementing_class()(config, D, F)
     for index, parameter in enumerate(layer.parameters()):
         parameter.data = 0.7 * random_tensor(*parameter.shape, seed=index).detach()
@@ -46,7 +48,10 @@ def dense_layer(kind: str, bias: bool) -> FeedForward:
 
 
 def test_every_kind_has_its_formula() -> None:
-    assert set(FORMULAS) == {str(kind.model_fields["kind"].annotation.__args__[0]) for kind in kinds_of(FeedForwardConfig)}  # type: ignore[union-attr]
+    assert set(FORMULAS) == {
+        str(kind.model_fields["kind"].annotation.__args__[0])
+        for kind in kinds_of(FeedForwardConfig)
+    }  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -54,7 +59,9 @@ def test_every_kind_has_its_formula() -> None:
 def test_a_kind_computes_its_formula(kind: str, bias: bool) -> None:
     layer, x = dense_layer(kind, bias), random_tensor(5, D, seed=9)
     up = linear(x, layer.up_proj.weight, layer.up_proj.bias)
-    gate = up if layer.gate_proj is None else linear(x, layer.gate_proj.weight, layer.gate_proj.bias)
+    gate = (
+        up if layer.gate_proj is None else linear(x, layer.gate_proj.weight, layer.gate_proj.bias)
+    )
 
     def answer(name: str) -> torch.Tensor:
         return linear(FORMULAS[name](gate, up), layer.down_proj.weight, layer.down_proj.bias)
@@ -69,13 +76,31 @@ def test_a_kind_computes_its_formula(kind: str, bias: bool) -> None:
 def test_an_expert_of_a_kind_is_that_kind(kind: str, bias: bool) -> None:
     dense = dense_layer(kind, bias)
     moe = f"model.moe={{kind: dropless, num_experts: 1, top_k: 1, moe_intermediate_size: {F}}}"
-    layer = DroplessMoE(tiny_config(f"model.feed_forward={{kind: {kind}, bias: {str(bias).lower()}}}", moe))
+    layer = DroplessMoE(
+        tiny_config(f"model.feed_forward={{kind: {kind}, bias: {str(bias).lower()}}}", moe)
+    )
     experts = layer.experts
-    halves = dense.up_proj.weight.chunk(2) if dense.gate_proj is None else (dense.gate_proj.weight, dense.up_proj.weight)
-    experts.w1.data[0], experts.w3.data[0], experts.w2.data[0] = halves[0].data, halves[1].data, dense.down_proj.weight.data
+    halves = (
+        dense.up_proj.weight.chunk(2)
+        if dense.gate_proj is None
+        else (dense.gate_proj.weight, dense.up_proj.weight)
+    )
+    experts.w1.data[0], experts.w3.data[0], experts.w2.data[0] = (
+        halves[0].data,
+        halves[1].data,
+        dense.down_proj.weight.data,
+    )
     if bias:
-        biases = dense.up_proj.bias.chunk(2) if dense.gate_proj is None else (dense.gate_proj.bias, dense.up_proj.bias)
-        layer.b1.data[0], layer.b3.data[0], layer.b2.data[0] = biases[0].data, biases[1].data, dense.down_proj.bias.data
+        biases = (
+            dense.up_proj.bias.chunk(2)
+            if dense.gate_proj is None
+            else (dense.gate_proj.bias, dense.up_proj.bias)
+        )
+        layer.b1.data[0], layer.b3.data[0], layer.b2.data[0] = (
+            biases[0].data,
+            biases[1].data,
+            dense.down_proj.bias.data,
+        )
     x_BSD = random_tensor(2, 3, D, seed=9)
     torch.testing.assert_close(layer(x_BSD)[0], dense(x_BSD), rtol=1e-5, atol=1e-4)
     experts.w3.data[0, 0] += 1.0

@@ -15,7 +15,9 @@ E = 4
 MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
-def global_weights(config_overrides: tuple[str, ...], ep_size: int, seed: int = 1) -> dict[str, torch.Tensor]:
+def global_weights(
+    config_overrides: tuple[str, ...], ep_size: int, seed: int = 1
+) -> dict[str, torch.Tensor]:
     """All weights of the model that ``ep_size`` ranks hold together, experts by layer, global number and matrix."""
     weights: dict[str, torch.Tensor] = {}
     for ep_rank in range(ep_size):
@@ -25,14 +27,19 @@ def global_weights(config_overrides: tuple[str, ...], ep_size: int, seed: int = 
         for name, parameter in model.state_dict().items():
             layer, _, rest = name.partition(".feed_forward.")
             if rest.startswith("experts.w"):
-                found = {f"{layer}/{first + local}/{rest[-2:]}": matrix for local, matrix in enumerate(parameter)}
+                found = {
+                    f"{layer}/{first + local}/{rest[-2:]}": matrix
+                    for local, matrix in enumerate(parameter)
+                }
             elif "deepspeed_experts" in rest:
                 local, matrix = rest.split("deepspeed_experts.")[1].split(".")[:2]
                 found = {f"{layer}/{first + int(local)}/{MATRICES[matrix]}": parameter}
             else:
                 found = {name.replace("deepspeed_moe.gate.wg", "router.gate"): parameter}
             for key, weight in found.items():
-                assert key not in weights or torch.equal(weights[key], weight), f"{key} differs between ranks"
+                assert key not in weights or torch.equal(weights[key], weight), (
+                    f"{key} differs between ranks"
+                )
                 weights[key] = weight
     return weights
 
@@ -40,7 +47,10 @@ def global_weights(config_overrides: tuple[str, ...], ep_size: int, seed: int = 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_weights_do_not_depend_on_ep_size_or_kind(kind: str, ep_size: int) -> None:
-    expected, found = global_weights((KINDS["dropless"],), 1), global_weights((KINDS[kind],), ep_size)
+    expected, found = (
+        global_weights((KINDS["dropless"],), 1),
+        global_weights((KINDS[kind],), ep_size),
+    )
     assert found.keys() == expected.keys()
     assert sum(len(name.split("/")) == 3 for name in found) == 2 * E * 3
     for name, weight in found.items():

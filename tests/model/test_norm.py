@@ -22,6 +22,8 @@ def test_layer_norm_is_its_formula() -> None:
     norm.weight.data, norm.bias.data = torch.arange(6.0), torch.linspace(-1, 1, 6)
     x = random_tensor(3, 6).detach()
     centred = x - x.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * torch.arange(6.0) + torch.linspace(-1, 1, 6)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * torch.arange(
+        6.0
+    ) + torch.linspace(-1, 1, 6)
     torch.testing.assert_close(norm(x), expected)
     torch.testing.assert_close(norm(x + 1), expected, atol=1e-5, rtol=1e-5)  # the mean is taken off

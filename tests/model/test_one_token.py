@@ -11,7 +11,12 @@ from pretrain.model.init import initialize
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.router import Routing
 from pretrain.model.norm import FEW_NUMBERS, RMSNorm
-from pretrain.model.positions.rope import apply_rope, apply_rope_to_both, inverse_frequencies, rope_tables
+from pretrain.model.positions.rope import (
+    apply_rope,
+    apply_rope_to_both,
+    inverse_frequencies,
+    rope_tables,
+)
 
 KINDS = {
     "plain": [],
@@ -25,7 +30,9 @@ KINDS = {
 
 def dropless_layer(overrides: list[str]) -> tuple[DroplessMoE, torch.Tensor]:
     """A layer with random weights and biases, and a token [1, 1, D]."""
-    model = DecoderLM(load_recipe("debug", ["model.vocab_size=64", "parallel.ep_size=1", *overrides]).model)
+    model = DecoderLM(
+        load_recipe("debug", ["model.vocab_size=64", "parallel.ep_size=1", *overrides]).model
+    )
     initialize(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -44,7 +51,9 @@ def test_a_single_tokens_experts_answer_as_those_of_many_tokens(kind: str) -> No
         assert torch.equal(layer(x_BSD)[0], expected_BSD)
 
 
-def test_with_another_tokens_experts_a_single_token_gets_another_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_another_tokens_experts_a_single_token_gets_another_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer, x_BSD = dropless_layer([])
     with torch.inference_mode():
         expected_BSD = layer(x_BSD)[0]
@@ -75,8 +84,15 @@ def test_the_norm_of_few_numbers_is_the_norm_of_many(shape: tuple[int, ...], siz
 
 def test_queries_and_keys_of_a_token_turn_together_as_they_turn_alone() -> None:
     generator = torch.Generator().manual_seed(0)
-    q_BNSH, k_BMSH = torch.randn(2, 4, 1, 8, generator=generator), torch.randn(2, 2, 1, 8, generator=generator)
-    tables = rope_tables(torch.tensor([[3], [7]]), inverse_frequencies(8, 100.0, torch.device("cpu")))
+    q_BNSH, k_BMSH = (
+        torch.randn(2, 4, 1, 8, generator=generator),
+        torch.randn(2, 2, 1, 8, generator=generator),
+    )
+    tables = rope_tables(
+        torch.tensor([[3], [7]]), inverse_frequencies(8, 100.0, torch.device("cpu"))
+    )
     together = apply_rope_to_both(q_BNSH, k_BMSH, tables)
-    assert torch.equal(together[0], apply_rope(q_BNSH, tables)) and torch.equal(together[1], apply_rope(k_BMSH, tables))
+    assert torch.equal(together[0], apply_rope(q_BNSH, tables)) and torch.equal(
+        together[1], apply_rope(k_BMSH, tables)
+    )
     assert not torch.equal(together[0], apply_rope(q_BNSH.flip(1), tables))

@@ -51,7 +51,9 @@ def test_padding_is_not_counted() -> None:
     """50,000 and 100,000 are no multiples of 64: 48 and 32 rows more are held."""
     assert size_of("khanh_692m").parameters_padding == 48 * (1024 + 1024 + 1)
     assert size_of("fastgpt_moe").parameters_padding == 32 * 128
-    assert size_of("fastgpt_moe", "model.tie_word_embeddings=false").parameters_total == 38_531_072  # as its code counts
+    assert (
+        size_of("fastgpt_moe", "model.tie_word_embeddings=false").parameters_total == 38_531_072
+    )  # as its code counts
 
 
 def test_a_feature_less_is_another_count() -> None:
@@ -64,11 +66,29 @@ def test_a_feature_less_is_another_count() -> None:
 
 def test_deepseek_v3s_block_of_multi_token_prediction_is_not_in_its_count() -> None:
     """As much as one of its last layers, a projection and two norms: embedding and head are the model's own."""
-    small, with_block = (size_of("deepseek_v3", "model.num_hidden_layers=4", *more) for more in ((), ("model.multi_token_prediction={}",)))
-    attention = 7168 * 1536 + 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168
+    small, with_block = (
+        size_of("deepseek_v3", "model.num_hidden_layers=4", *more)
+        for more in ((), ("model.multi_token_prediction={}",))
+    )
+    attention = (
+        7168 * 1536
+        + 1536
+        + 1536 * 128 * 192
+        + 7168 * 576
+        + 512
+        + 512 * 128 * 256
+        + 128 * 128 * 7168
+    )
     block = attention + 257 * 3 * 7168 * 2048 + 256 * 7168 + 2 * 7168
-    assert with_block.parameters_total - small.parameters_total == block + 2 * 7168 * 7168 + 2 * 7168 == 11_610_060_800
-    assert small.components["attention"] == 4 * attention and small.components["multi_token_prediction"] == 0
+    assert (
+        with_block.parameters_total - small.parameters_total
+        == block + 2 * 7168 * 7168 + 2 * 7168
+        == 11_610_060_800
+    )
+    assert (
+        small.components["attention"] == 4 * attention
+        and small.components["multi_token_prediction"] == 0
+    )
 
 
 def test_thousands_of_native_experts_are_counted_in_seconds() -> None:

@@ -17,13 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.config.moe_schema import PEER as PEERConfig
 from pretrain.model import init
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.peer import PEER
-from pretrain.model.moe.product_keys import ProductKeys, RunningStatistics, best_products, product_scores
+from pretrain.model.moe.product_keys import (
+    ProductKeys,
+    RunningStatistics,
+    best_products,
+    product_scores,
+)
 from tests.model.tiny_model import random_tokens, tiny_model
 
 SIZES = [(7,), (4, 5), (3, 4, 2), (2, 2, 3, 2)]
@@ -48,16 +53,25 @@ def products(sizes: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
     return enumerate(itertools.product(*(range(size) for size in sizes)))
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 2**31))
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 2**31)
+)
 @settings(max_examples=60, deadline=None)
-def test_the_best_products_are_those_of_brute_force(sizes: list[int], top_k: int, seed: int) -> None:
+def test_the_best_products_are_those_of_brute_force(
+    sizes: list[int], top_k: int, seed: int
+) -> None:
     """The published framework cuts its candidates between dimensions by number, and loses some of the best."""
     top_k = min(top_k, math.prod(sizes))
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.randn(5, 2, size, generator=generator) for size in sizes]
-    everything = sum(part.view(5, 2, *(size if axis == d else 1 for axis, size in enumerate(sizes))) for d, part in enumerate(scores)).flatten(2)
+    everything = sum(
+        part.view(5, 2, *(size if axis == d else 1 for axis, size in enumerate(sizes)))
+        for d, part in enumerate(scores)
+    ).flatten(2)
     ids = best_products(scores, top_k)
-    assert torch.equal(ids.sort(dim=-1).values, everything.topk(top_k, dim=-1).indices.sort(dim=-1).values)
+    assert torch.equal(
+        ids.sort(dim=-1).values, everything.topk(top_k, dim=-1).indices.sort(dim=-1).values
+    )
     torch.testing.assert_close(product_scores(scores, ids), everything.topk(top_k, dim=-1).values)
 
 
@@ -65,7 +79,10 @@ def test_the_best_products_are_those_of_brute_force(sizes: list[int], top_k: int
 def test_every_expert_is_reached(sizes: tuple[int, ...]) -> None:
     """The published framework numbers its experts i + j: of 1,024 x 1,024 it reaches 2,047."""
     for number, digits in products(sizes):
-        scores = [torch.full((1, size), -1.0).index_fill_(1, torch.tensor(digit), 1.0) for size, digit in zip(sizes, digits, strict=True)]
+        scores = [
+            torch.full((1, size), -1.0).index_fill_(1, torch.tensor(digit), 1.0)
+            for size, digit in zip(sizes, digits, strict=True)
+        ]
         assert best_products(scores, 1).item() == number
 
 
@@ -87,12 +104,19 @@ def test_the_layer_is_its_definition(sizes: tuple[int, ...], form: str, width: i
     scores = keys.scores(x_TD)
     expected = torch.zeros_like(x_TD)
     for token, head in itertools.product(range(6), range(2)):
-        totals = torch.stack([sum(scores[d][token, head, digit] for d, digit in enumerate(digits)) for _, digits in products(sizes)])
+        totals = torch.stack(
+            [
+                sum(scores[d][token, head, digit] for d, digit in enumerate(digits))
+                for _, digits in products(sizes)
+            ]
+        )
         best = totals.topk(3)
         for number, weight in zip(best.indices.tolist(), best.values.softmax(dim=0), strict=True):
             up = experts.up.weight[number] @ x_TD[token]
             gate = experts.gate.weight[number] @ x_TD[token] if experts.gate is not None else None
-            hidden = experts.kind.activate(experts.form, *((gate, up) if gate is not None else (up, up[:0])))
+            hidden = experts.kind.activate(
+                experts.form, *((gate, up) if gate is not None else (up, up[:0]))
+            )
             expected[token] += weight * (hidden @ experts.down.weight[number])
     torch.testing.assert_close(layer(x_TD[None])[0][0], expected, atol=1e-4, rtol=1e-4)
 
@@ -130,7 +154,9 @@ def test_weights_of_a_head_sum_to_one_and_repeat_a_recorded_choice() -> None:
     first = retrieval(x_TD, record)
     torch.testing.assert_close(first.weights_ThK.sum(dim=-1), torch.ones(6, 2))
     repeated = retrieval(torch.randn(6, 32), record)
-    assert torch.equal(repeated.ids_ThK, first.ids_ThK) and not torch.equal(repeated.weights_ThK, first.weights_ThK)
+    assert torch.equal(repeated.ids_ThK, first.ids_ThK) and not torch.equal(
+        repeated.weights_ThK, first.weights_ThK
+    )
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "batch_norm", "none"])
@@ -145,7 +171,9 @@ def test_no_query_norm_shows_later_tokens_in_training(norm: str) -> None:
 
 def test_a_batch_of_its_own_statistics_would_be_noticed() -> None:
     layer = peer((4, 5), "model.moe.query_norm=layer_norm").train()
-    layer.retrieval.norm = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.BatchNorm1d(24), torch.nn.Unflatten(0, (-1, 2)))
+    layer.retrieval.norm = torch.nn.Sequential(
+        torch.nn.Flatten(0, 1), torch.nn.BatchNorm1d(24), torch.nn.Unflatten(0, (-1, 2))
+    )
     x_BSD = torch.randn(1, 8, 32)
     changed = x_BSD.clone()
     changed[:, -1] += 5.0
@@ -159,7 +187,9 @@ def test_running_statistics_become_those_of_the_tokens() -> None:
         statistics.observe(rows[256:])
         statistics.absorb(lambda seen: seen)
     torch.testing.assert_close(statistics.mean, rows.mean(dim=0))
-    torch.testing.assert_close(statistics.variance, rows.var(dim=0, correction=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        statistics.variance, rows.var(dim=0, correction=0), rtol=1e-4, atol=1e-4
+    )
     before = statistics.mean.clone()
     statistics.absorb(lambda seen: seen)  # nothing seen since
     assert torch.equal(statistics.mean, before)
@@ -174,7 +204,10 @@ def test_a_recomputed_block_counts_its_tokens_once() -> None:
         model(tokens[:, :-1], tokens[:, 1:], 1.0).loss.backward()
         layers.append(model.layers[0].feed_forward)
     for layer in layers:
-        assert layer.usage_E.sum() == 2 * 8 * 2 * 3 and layer.retrieval.norm.statistics.seen[0, 0] == 2 * 8 * 2
+        assert (
+            layer.usage_E.sum() == 2 * 8 * 2 * 3
+            and layer.retrieval.norm.statistics.seen[0, 0] == 2 * 8 * 2
+        )
     assert torch.equal(layers[0].usage_E, layers[1].usage_E)
 
 
@@ -189,7 +222,9 @@ def test_a_part_of_the_experts_starts_with_the_same_numbers() -> None:
             model = DecoderLM(whole.config, ep_size=3, ep_rank=part)
             initialize(model, seed=3)
             for mine, all_of_them in zip(
-                model.layers[0].feed_forward.experts.parameters(), whole.layers[0].feed_forward.experts.parameters(), strict=True
+                model.layers[0].feed_forward.experts.parameters(),
+                whole.layers[0].feed_forward.experts.parameters(),
+                strict=True,
             ):
                 assert torch.equal(mine, all_of_them[part * 8 : (part + 1) * 8])
     finally:

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from pretrain.config.load import load_recipe, recipe_names
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.router_rules import deaf_router, router_warnings
-from pretrain.config.rules import warnings_about
+from pretrain.config.rules.routers import deaf_router, router_warnings
+from pretrain.config.rules.sections import warnings_about
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.model.moe.balance import LOSSES
+from pretrain.model.moe.losses import LOSSES
 from tests.model.tiny_model import random_tokens, tiny_config
 
 PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2, moe_intermediate_size: 4, top_k: %d}"
@@ -57,10 +57,19 @@ def router_gradients(config: ModelConfig) -> dict[str, float]:
     model = DecoderLM(config).train()
     initialize(model, seed=1)
     input_ids_BS = random_tokens(2, 33)
-    functional.cross_entropy(model.logits(input_ids_BS[:, :-1]).flatten(0, 1), input_ids_BS[:, 1:].flatten()).backward()
+    functional.cross_entropy(
+        model.logits(input_ids_BS[:, :-1]).flatten(0, 1), input_ids_BS[:, 1:].flatten()
+    ).backward()
     parts = ("router.gate.", "gate.wg.", "retrieval.")
-    chosen = {name: parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)}
-    return {name: 0.0 if parameter.grad is None else float(parameter.grad.norm()) for name, parameter in chosen.items()}
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(part in name for part in parts)
+    }
+    return {
+        name: 0.0 if parameter.grad is None else float(parameter.grad.norm())
+        for name, parameter in chosen.items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +90,8 @@ def test_a_router_without_gradient_is_named(case: str) -> None:
 def test_one_choice_keeps_its_score_unless_a_recipe_says_otherwise(kind: str) -> None:
     chosen = [f"model.moe.router.kind={kind}"]
     default, said, normed = (
-        load_recipe("debug", [*chosen, *more]) for more in ([ONE], [ONE, "model.moe.router.norm_topk_prob=false"], [ONE, NORMED])
+        load_recipe("debug", [*chosen, *more])
+        for more in ([ONE], [ONE, "model.moe.router.norm_topk_prob=false"], [ONE, NORMED])
     )
     routers = [recipe.model.moe.router for recipe in (default, said, normed)]  # type: ignore[union-attr]
     assert [router.norm_topk_prob for router in routers] == [False, False, True]

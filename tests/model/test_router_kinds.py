@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config.kinds import kinds_of
-from pretrain.config.moe_schema import BiasBalancing
+from pretrain.core.registry import kinds_of
+from pretrain.model.moe.config import BiasBalancing
 from pretrain.model.moe.router import TopKRouter
-from pretrain.model.routers import ExpertGroups, NoisyTopK, Router, SigmoidTopK, SoftmaxTopK
-from pretrain.optim.schedules import balance_update_rate
+from pretrain.model.moe.routers import ExpertGroups, NoisyTopK, Router, SigmoidTopK, SoftmaxTopK
+from pretrain.training.schedules import balance_update_rate
 from tests.model.tiny_model import random_tensor, tiny_config, tiny_model
 
 T, D, E = 40, 16, 8
@@ -20,7 +20,9 @@ T, D, E = 40, 16, 8
 SCORES = {
     "softmax_topk": lambda logits: [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits],
     "sigmoid_topk": lambda logits: [1 / (1 + math.exp(-x)) for x in logits],
-    "noisy_topk": lambda logits: [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits],  # outside training
+    "noisy_topk": lambda logits: [
+        math.exp(x) / sum(math.exp(y) for y in logits) for x in logits
+    ],  # outside training
 }
 GROUPS = ExpertGroups(num_groups=4, top_k_groups=2)
 
@@ -34,16 +36,33 @@ def router_of(kind: Router, top_k: int = 2, balanced: bool = False) -> TopKRoute
 
 
 def named(kind: str, **fields: object) -> Router:
-    return next(family for family in kinds_of(Router) if family.model_fields["kind"].annotation.__args__ == (kind,))(kind=kind, **fields)  # type: ignore[union-attr]
+    return next(
+        family
+        for family in kinds_of(Router)
+        if family.model_fields["kind"].annotation.__args__ == (kind,)
+    )(kind=kind, **fields)  # type: ignore[union-attr]
 
 
 def test_every_router_has_a_definition_here() -> None:
-    assert {kind.model_fields["kind"].annotation.__args__[0] for kind in kinds_of(Router)} == set(SCORES)  # type: ignore[union-attr]
+    assert {kind.model_fields["kind"].annotation.__args__[0] for kind in kinds_of(Router)} == set(
+        SCORES
+    )  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("fields", [{}, {"bias": True, "norm_topk_prob": False}, {"routed_scaling_factor": 2.5}, {"groups": GROUPS}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bias": True, "norm_topk_prob": False},
+        {"routed_scaling_factor": 2.5},
+        {"groups": GROUPS},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", SCORES)
-def test_choices_and_weights_are_those_of_the_definition(kind: str, fields: dict[str, object]) -> None:
+def test_choices_and_weights_are_those_of_the_definition(
+    kind: str, fields: dict[str, object]
+) -> None:
     router, x_TD = router_of(named(kind, **fields), top_k=3).eval(), random_tensor(T, D)
     routing = router(x_TD)
     for token, logits in enumerate(router.gate(x_TD).tolist()):
@@ -71,7 +90,11 @@ def test_a_temperature_evens_probabilities_and_changes_no_choice() -> None:
 def test_groups_are_chosen_by_their_best_or_their_two_best_experts() -> None:
     scores = torch.tensor([[0.9, 0.0, 0.6, 0.5]])
     for score, chosen in (("max", [0, 1]), ("top2_sum", [2, 3])):
-        router = router_of(SigmoidTopK(kind="sigmoid_topk", groups=ExpertGroups(num_groups=2, top_k_groups=1, score=score)))  # type: ignore[arg-type]
+        router = router_of(
+            SigmoidTopK(
+                kind="sigmoid_topk", groups=ExpertGroups(num_groups=2, top_k_groups=1, score=score)
+            )
+        )  # type: ignore[arg-type]
         assert sorted(router._choose(scores)[0].tolist()) == chosen
 
 
@@ -102,7 +125,10 @@ def test_jitter_moves_the_logits_in_training_only() -> None:
 
 
 def test_the_bias_chooses_and_leaves_weights_and_probabilities_alone() -> None:
-    router, x_TD = router_of(SigmoidTopK(kind="sigmoid_topk", norm_topk_prob=False), top_k=1, balanced=True), random_tensor(T, D)
+    router, x_TD = (
+        router_of(SigmoidTopK(kind="sigmoid_topk", norm_topk_prob=False), top_k=1, balanced=True),
+        random_tensor(T, D),
+    )
     before = router(x_TD)
     router.balance_bias[5] = 10.0
     after = router(x_TD)

@@ -10,16 +10,27 @@ import pytest
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe.router import TopKRouter
-from pretrain.model.width import WidthScale, width_scales
-from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, peak_learning_rates
+from pretrain.model.mup import WidthScale, width_scales
+from pretrain.optim.param_groups import (
+    build_optimizer,
+    learning_rate_scale,
+    parameter_groups,
+    peak_learning_rates,
+)
 
 # The debug recipe: D 32, N 4, M 2, H 8, experts of 32; the wide model below is four times as wide with heads four times as large.
 BASE = "model.initialization={kind: mup, base: {hidden_size: 32, num_attention_heads: 4, num_key_value_heads: 2, moe_intermediate_size: 32}}"
-WIDE = (BASE, "model.initialization.base.head_dim=8", "model.hidden_size=128", "model.attention.head_dim=32", "model.moe.moe_intermediate_size=64")
+WIDE = (
+    BASE,
+    "model.initialization.base.head_dim=8",
+    "model.hidden_size=128",
+    "model.attention.head_dim=32",
+    "model.moe.moe_intermediate_size=64",
+)
 HIDDEN, OUTPUT, DOWN = WidthScale(0.5, 0.25), WidthScale(0.25, 0.25), WidthScale(0.5**0.5, 0.5)
 
 
@@ -34,15 +45,24 @@ def built(recipe: Recipe, seed: int = 1) -> DecoderLM:
 
 
 def short(scales: dict[str, WidthScale], layer: str = "layers.1.") -> dict[str, WidthScale]:
-    kept = {name.removeprefix(layer): scale for name, scale in scales.items() if name.startswith(layer) or not name.startswith("layers.")}
-    return {name.removesuffix(".weight").removeprefix("feed_forward."): scale for name, scale in kept.items()}
+    kept = {
+        name.removeprefix(layer): scale
+        for name, scale in scales.items()
+        if name.startswith(layer) or not name.startswith("layers.")
+    }
+    return {
+        name.removesuffix(".weight").removeprefix("feed_forward."): scale
+        for name, scale in kept.items()
+    }
 
 
 def test_at_the_base_widths_every_weight_and_rate_is_that_of_the_standard_kind() -> None:
     standard, mup = built(recipe_of()), built(recipe_of(BASE))
     assert width_scales(mup.config) == {}
     for name, parameter in mup.named_parameters():
-        assert torch.equal(parameter, standard.get_parameter(name)) and not hasattr(parameter, "learning_rate_scale"), name
+        assert torch.equal(parameter, standard.get_parameter(name)) and not hasattr(
+            parameter, "learning_rate_scale"
+        ), name
 
 
 def test_each_parameter_is_scaled_by_its_role() -> None:
@@ -54,7 +74,9 @@ def test_each_parameter_is_scaled_by_its_role() -> None:
 
 
 def test_queries_without_a_norm_carry_the_scale_of_scores_themselves() -> None:
-    scales = width_scales(recipe_of(*WIDE, "model.attention.qk_norm=none", "model.attention.bias=qkv").model)
+    scales = width_scales(
+        recipe_of(*WIDE, "model.attention.qk_norm=none", "model.attention.bias=qkv").model
+    )
     assert scales["layers.0.attention.q_proj.weight"] == WidthScale(0.25, 0.125)
     assert scales["layers.0.attention.q_proj.bias"] == WidthScale(0.5, 0.5)
     assert "layers.0.attention.k_proj.bias" not in scales
@@ -68,31 +90,53 @@ def test_a_tied_or_factorised_head_leaves_its_scale_to_the_final_norm(override: 
 
 
 def test_experts_of_every_kind_of_layer_shared_dense_and_latent_parts_are_known() -> None:
-    native = ("model.moe.kind=deepspeed", "model.moe.drop_tokens=false", "model.moe.use_residual=true", "model.moe.num_shared_experts=1")
+    native = (
+        "model.moe.kind=deepspeed",
+        "model.moe.drop_tokens=false",
+        "model.moe.use_residual=true",
+        "model.moe.num_shared_experts=1",
+    )
     scales = short(width_scales(recipe_of(*WIDE, *native).model))
     first = "deepspeed_moe.experts.deepspeed_experts.0."
     assert scales["deepspeed_moe.gate.wg"] == scales["coefficient"] == OUTPUT
     for prefix in (first, "mlp.", "shared.feed_forward."):
         assert scales[f"{prefix}gate_proj"] == HIDDEN and scales[f"{prefix}down_proj"] == DOWN
     model = built(recipe_of(*WIDE, *native))
-    experts = [p for name, p in model.named_parameters() if ".deepspeed_experts." in name and name.endswith("up_proj.weight")]
+    experts = [
+        p
+        for name, p in model.named_parameters()
+        if ".deepspeed_experts." in name and name.endswith("up_proj.weight")
+    ]
     assert len(experts) == 8 and {parameter.learning_rate_scale for parameter in experts} == {0.25}  # type: ignore[attr-defined]
     latent = "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6}"
-    base = ["model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2, moe_intermediate_size: 8}}", latent]
+    base = [
+        "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2, moe_intermediate_size: 8}}",
+        latent,
+    ]
     scales = short(width_scales(recipe_of(*base).model))
-    assert scales["attention.q_proj"] == HIDDEN and scales["attention.kv_a_proj"] == OUTPUT and scales["attention.o_proj"] == DOWN
+    assert (
+        scales["attention.q_proj"] == HIDDEN
+        and scales["attention.kv_a_proj"] == OUTPUT
+        and scales["attention.o_proj"] == DOWN
+    )
     assert "attention.kv_b_proj" not in scales
 
 
 def test_random_weights_have_the_size_that_the_width_asks_for() -> None:
-    plain, wide = built(recipe_of(*WIDE, "model.initialization={kind: standard}")), built(recipe_of(*WIDE))
+    plain, wide = (
+        built(recipe_of(*WIDE, "model.initialization={kind: standard}")),
+        built(recipe_of(*WIDE)),
+    )
     for name, scale in width_scales(wide.config).items():
         assert torch.equal(wide.get_parameter(name), plain.get_parameter(name) * scale.size), name
 
 
 def test_a_finished_model_computes_the_same_whatever_its_initialisation_was() -> None:
     ids = torch.arange(40).view(2, 20)
-    wide, plain = built(recipe_of(*WIDE)).eval(), built(recipe_of(*WIDE, "model.initialization={kind: standard}")).eval()
+    wide, plain = (
+        built(recipe_of(*WIDE)).eval(),
+        built(recipe_of(*WIDE, "model.initialization={kind: standard}")).eval(),
+    )
     assert not torch.equal(wide.logits(ids), plain.logits(ids))
     plain.load_state_dict(wide.state_dict())
     assert torch.equal(wide.logits(ids), plain.logits(ids))
@@ -108,7 +152,16 @@ def with_factors(recipe: Recipe, logits: float, scores: float) -> DecoderLM:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weight, scale = mup.get_parameter(name), scales.get(name, WidthScale(1.0, 1.0))
-            parameter.copy_(weight / (scale.size / 0.5 if is_hidden(name) and scale.size == 0.25 else 1.0 if is_hidden(name) else scale.size))
+            parameter.copy_(
+                weight
+                / (
+                    scale.size / 0.5
+                    if is_hidden(name) and scale.size == 0.25
+                    else 1.0
+                    if is_hidden(name)
+                    else scale.size
+                )
+            )
     normed = model._normed
     model._normed = lambda x: logits * normed(x)  # type: ignore[method-assign]
     for module in model.modules():
@@ -130,14 +183,25 @@ def is_hidden(name: str) -> bool:
     return name.endswith(("_proj.weight", ".w1", ".w2", ".w3"))
 
 
-def losses(recipe: Recipe, model: DecoderLM, rate: Callable[[str], float] | None = None) -> list[float]:
+def losses(
+    recipe: Recipe, model: DecoderLM, rate: Callable[[str], float] | None = None
+) -> list[float]:
     """Of six steps on the same tokens; ``rate`` gives each parameter's part of the learning rate by hand."""
     groups = parameter_groups(model, recipe.optimizer)
     if rate is not None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = [{**g, "params": [p], "learning_rate_scale": rate(names[id(p)])} for g in groups for p in g["params"]]
-        groups = [{**g, "weight_decay": g["weight_decay"] / g["learning_rate_scale"]} for g in groups]
-    optimizer, peaks = build_optimizer(groups, recipe.optimizer), peak_learning_rates(recipe.optimizer)
+        groups = [
+            {**g, "params": [p], "learning_rate_scale": rate(names[id(p)])}
+            for g in groups
+            for p in g["params"]
+        ]
+        groups = [
+            {**g, "weight_decay": g["weight_decay"] / g["learning_rate_scale"]} for g in groups
+        ]
+    optimizer, peaks = (
+        build_optimizer(groups, recipe.optimizer),
+        peak_learning_rates(recipe.optimizer),
+    )
     tokens, found = torch.randint(0, 100, (4, 33), generator=torch.Generator().manual_seed(3)), []
     for _ in range(6):
         for group in optimizer.param_groups:
@@ -153,7 +217,9 @@ def losses(recipe: Recipe, model: DecoderLM, rate: Callable[[str], float] | None
 EXACT = ("optimizer.eps=1e-14", "model.initializer_range=0.1")
 
 
-@pytest.mark.parametrize("head", ["model.tie_word_embeddings=false", "model.tie_word_embeddings=true"])
+@pytest.mark.parametrize(
+    "head", ["model.tie_word_embeddings=false", "model.tie_word_embeddings=true"]
+)
 @pytest.mark.parametrize("norm", ["none", "head"])
 def test_training_is_that_of_the_form_with_explicit_factors(head: str, norm: str) -> None:
     recipe = recipe_of(*WIDE, *EXACT, head, f"model.attention.qk_norm={norm}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 
@@ -36,4 +36,6 @@ def random_tokens(B: int, S: int, seed: int = 0) -> torch.Tensor:
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal, a leaf that takes gradients."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    )

@@ -9,17 +9,17 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor
 
-from data_pipeline.loader import Batch
+from data_pipeline.loading.shard_loader import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.optimizer_schema import AdamW
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.optim.schedules import learning_rate_factor
+from pretrain.optim.config import AdamW
+from pretrain.training.schedules import learning_rate_factor
 from tests.numerics.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainStep
 
 STEPS = 50
@@ -30,7 +30,13 @@ OVERRIDES = [
 ]  # fmt: skip
 # Uneven numbers of counted tokens, attention inside documents, and a load counted over the global batch. With so large an eps AdamW's
 # step grows with the gradient, where usually it would hide by what factor all gradients are clipped.
-DOCUMENTS = [*OVERRIDES, "data.document_mask=true", "model.moe.balance_scope=global_batch", "optimizer.eps=0.1", "optimizer.learning_rate=0.3"]
+DOCUMENTS = [
+    *OVERRIDES,
+    "data.document_mask=true",
+    "model.moe.balance_scope=global_batch",
+    "optimizer.eps=0.1",
+    "optimizer.learning_rate=0.3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,9 @@ def oracle_run(recipe: Recipe, batches: list[list[MicroBatch]]) -> list[PlainSte
 
 
 @pytest.fixture(scope="module")
-def document_oracle_run(document_recipe: Recipe, document_batches: list[list[MicroBatch]]) -> list[PlainStep]:
+def document_oracle_run(
+    document_recipe: Recipe, document_batches: list[list[MicroBatch]]
+) -> list[PlainStep]:
     return run_oracle(PlainMoE, document_recipe, document_batches)
 
 
@@ -67,9 +75,17 @@ def micro_batches(recipe: Recipe, step: int) -> list[MicroBatch]:
     """Random tokens of which every second one follows from the one before, so that there is something to learn."""
     train, vocab_size = recipe.train, recipe.model.vocab_size
     assert vocab_size is not None
-    tokens = torch.randint(0, vocab_size, (train.global_batch_size, train.sequence_length + 1), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(
+        0,
+        vocab_size,
+        (train.global_batch_size, train.sequence_length + 1),
+        generator=torch.Generator().manual_seed(step),
+    )
     tokens[:, 1::2] = (tokens[:, :-1:2] * 7 + 3) % vocab_size
-    return [micro_batch(part, recipe.data.document_mask) for part in tokens.split(train.micro_batch_size)]
+    return [
+        micro_batch(part, recipe.data.document_mask)
+        for part in tokens.split(train.micro_batch_size)
+    ]
 
 
 def micro_batch(tokens: Tensor, document_mask: bool) -> MicroBatch:
@@ -106,16 +122,22 @@ def plain_settings(recipe: Recipe) -> PlainSettings:
     )
 
 
-def run_oracle(kind: type[PlainMoE], recipe: Recipe, batches: list[list[MicroBatch]]) -> list[PlainStep]:
+def run_oracle(
+    kind: type[PlainMoE], recipe: Recipe, batches: list[list[MicroBatch]]
+) -> list[PlainStep]:
     model = DecoderLM(recipe.model)
     initialize(model, recipe.seed)
     oracle = kind(model.state_dict(), plain_settings(recipe))
     return [oracle.train_step(step_batches, step) for step, step_batches in enumerate(batches)]
 
 
-def run_engine(recipe: Recipe, zero_stage: int, topology: Topology, batches: list[list[MicroBatch]]) -> list[PlainStep]:
+def run_engine(
+    recipe: Recipe, zero_stage: int, topology: Topology, batches: list[list[MicroBatch]]
+) -> list[PlainStep]:
     groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": zero_stage}}, "the test", recipe, "fp32", len(batches[0]), 1)
+    ds_config = resolve_ds_config(
+        {"zero_optimization": {"stage": zero_stage}}, "the test", recipe, "fp32", len(batches[0]), 1
+    )
     engine = Engine(recipe, ds_config, "fp32", topology)
     steps = []
     for step, step_batches in enumerate(batches):
@@ -138,7 +160,11 @@ def difference(run: list[PlainStep], reference: list[PlainStep], steps: int) -> 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_engine_trains_as_the_formulas_say(
-    zero_stage: int, recipe: Recipe, topology: Topology, batches: list[list[MicroBatch]], oracle_run: list[PlainStep]
+    zero_stage: int,
+    recipe: Recipe,
+    topology: Topology,
+    batches: list[list[MicroBatch]],
+    oracle_run: list[PlainStep],
 ) -> None:
     run = run_engine(recipe, zero_stage, topology, batches)
     assert difference(run, oracle_run, steps=10) <= 1e-6
@@ -147,7 +173,11 @@ def test_engine_trains_as_the_formulas_say(
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_documents_a_global_load_and_clipping_are_weighed_as_the_formulas_say(
-    zero_stage: int, document_recipe: Recipe, topology: Topology, document_batches: list[list[MicroBatch]], document_oracle_run: list[PlainStep]
+    zero_stage: int,
+    document_recipe: Recipe,
+    topology: Topology,
+    document_batches: list[list[MicroBatch]],
+    document_oracle_run: list[PlainStep],
 ) -> None:
     counted = {int((labels >= 0).sum()) for step in document_batches for _, labels, _ in step}
     assert len(counted) > 3  # else a mean of means would be the mean
@@ -155,7 +185,9 @@ def test_documents_a_global_load_and_clipping_are_weighed_as_the_formulas_say(
     assert difference(run, document_oracle_run, steps=10) <= 1e-6
 
 
-def test_the_runs_learn_and_clip(oracle_run: list[PlainStep], document_oracle_run: list[PlainStep], recipe: Recipe) -> None:
+def test_the_runs_learn_and_clip(
+    oracle_run: list[PlainStep], document_oracle_run: list[PlainStep], recipe: Recipe
+) -> None:
     """Else equality over the steps would say little."""
     assert min(step.grad_norm for step in document_oracle_run) > recipe.train.grad_clip
     assert oracle_run[-1].cross_entropy < 0.9 * oracle_run[0].cross_entropy
@@ -180,7 +212,12 @@ class NormDecayed(PlainMoE):
 
 
 @pytest.mark.parametrize("fault", [FutureVisible, ExpertGradientScaled, NormDecayed])
-def test_a_faulty_oracle_is_told_apart(fault: type[PlainMoE], recipe: Recipe, batches: list[list[MicroBatch]], oracle_run: list[PlainStep]) -> None:
+def test_a_faulty_oracle_is_told_apart(
+    fault: type[PlainMoE],
+    recipe: Recipe,
+    batches: list[list[MicroBatch]],
+    oracle_run: list[PlainStep],
+) -> None:
     faulty = run_oracle(fault, recipe, batches[:5])
     assert difference(faulty, oracle_run, steps=5) > 1e-6
 
@@ -207,7 +244,10 @@ class ClippedTooLittle(PlainMoE):
 
 @pytest.mark.parametrize("fault", [DocumentsMixed, MeanOfMeans, LoadOfMicroBatch, ClippedTooLittle])
 def test_an_oracle_with_faulty_documents_load_or_clipping_is_told_apart(
-    fault: type[PlainMoE], document_recipe: Recipe, document_batches: list[list[MicroBatch]], document_oracle_run: list[PlainStep]
+    fault: type[PlainMoE],
+    document_recipe: Recipe,
+    document_batches: list[list[MicroBatch]],
+    document_oracle_run: list[PlainStep],
 ) -> None:
     faulty = run_oracle(fault, document_recipe, document_batches[:3])
     assert difference(faulty, document_oracle_run, steps=3) > 1e-6

@@ -10,9 +10,9 @@ import pytest
 import torch
 from deepspeed.utils import groups
 
-from data_pipeline.loader import Batch
+from data_pipeline.loading.shard_loader import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.schema import Recipe
+from pretrain.config.recipe import Recipe
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology
@@ -40,14 +40,21 @@ def zipf_batch(step: int) -> Batch:
     """Token frequencies as in text: half of all tokens are 10 of the 256, so that experts are chosen unevenly."""
     generator = torch.Generator().manual_seed(step)
     frequencies = 1.0 / torch.arange(1, VOCAB + 1)
-    tokens = torch.multinomial(frequencies, 32 * 65, replacement=True, generator=generator).view(32, 65)
+    tokens = torch.multinomial(frequencies, 32 * 65, replacement=True, generator=generator).view(
+        32, 65
+    )
     tokens[:, 1::2] = (tokens[:, :-1:2] * 7 + 3) % VOCAB
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
 
 def engine_of(recipe: Recipe, topology: Topology) -> Engine:
     groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
-    return Engine(recipe, resolve_ds_config({"zero_optimization": {"stage": 0}}, "the test", recipe, "fp32", 1, 1), "fp32", topology)
+    return Engine(
+        recipe,
+        resolve_ds_config({"zero_optimization": {"stage": 0}}, "the test", recipe, "fp32", 1, 1),
+        "fp32",
+        topology,
+    )
 
 
 def violations(recipe: Recipe, topology: Topology) -> Iterator[float]:
@@ -71,7 +78,9 @@ def twenty_step_means(recipe: Recipe, topology: Topology) -> Iterator[float]:
 
 
 @pytest.mark.parametrize("router,balancing", [("sigmoid_topk", BALANCED), ("softmax_topk", FINER)])
-def test_the_bias_alone_balances_within_300_steps(router: str, balancing: str, topology: Topology) -> None:
+def test_the_bias_alone_balances_within_300_steps(
+    router: str, balancing: str, topology: Topology
+) -> None:
     assert any(found < 0.2 for found in twenty_step_means(recipe_of(router, balancing), topology))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 from pretrain.optim.frozen import frozen_parameters, part_of
 
 PARAMETERS = {
@@ -38,7 +38,9 @@ def test_every_kind_of_parameter_is_in_its_part() -> None:
 
 @pytest.mark.parametrize("part", sorted({part for part in PARAMETERS.values() if part}))
 def test_a_part_stands_for_its_parameters(part: str) -> None:
-    assert frozen_parameters(PARAMETERS, [part], "x") == {name for name, own in PARAMETERS.items() if own == part}
+    assert frozen_parameters(PARAMETERS, [part], "x") == {
+        name for name, own in PARAMETERS.items() if own == part
+    }
 
 
 def test_patterns_of_names_and_parts_add_up() -> None:
@@ -48,8 +50,15 @@ def test_patterns_of_names_and_parts_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "hint"), [("routr", "'router'"), ("layers.9.*", "the model has|did you mean"), ("embedding.weights", "'embedding.weight'")]
+    ("pattern", "hint"),
+    [
+        ("routr", "'router'"),
+        ("layers.9.*", "the model has|did you mean"),
+        ("embedding.weights", "'embedding.weight'"),
+    ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_near_names(pattern: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=rf"phases\.late\.frozen names '{pattern.replace('*', '.')}.*({hint})"):
+    with pytest.raises(
+        ConfigError, match=rf"phases\.late\.frozen names '{pattern.replace('*', '.')}.*({hint})"
+    ):
         frozen_parameters(PARAMETERS, ["head", pattern], "phases.late.frozen")

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pretrain.optim.matrix_shards
 import pretrain.optim.muon
 from pretrain.config.load import load_recipe
-from pretrain.config.optimizer_schema import Muon as MuonConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.optim.config import Muon as MuonConfig
 from pretrain.optim.matrix_shards import MatrixShards, choose_owners, cut_matrices
 from pretrain.optim.muon import Muon, orthogonalize
 from pretrain.optim.param_groups import is_hidden_matrix, parameter_groups
@@ -29,10 +29,22 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def optimizer_of(parameter: torch.nn.Parameter, rule: str = "muon", **changes: Any) -> Muon:
     config = CONFIG.model_copy(update=changes)
-    return Muon([{"params": [parameter], "rule": rule, "lr": config.learning_rate, "weight_decay": config.weight_decay}], config)
+    return Muon(
+        [
+            {
+                "params": [parameter],
+                "rule": rule,
+                "lr": config.learning_rate,
+                "weight_decay": config.weight_decay,
+            }
+        ],
+        config,
+    )
 
 
-def trained(start: torch.Tensor, optimizer: Any, parameter: torch.nn.Parameter, steps: int = 4) -> torch.Tensor:
+def trained(
+    start: torch.Tensor, optimizer: Any, parameter: torch.nn.Parameter, steps: int = 4
+) -> torch.Tensor:
     for step in range(steps):
         parameter.grad = random(*start.shape, seed=100 + step)
         optimizer.step()
@@ -40,7 +52,9 @@ def trained(start: torch.Tensor, optimizer: Any, parameter: torch.nn.Parameter, 
 
 
 @pytest.mark.parametrize("shape", [(1, 24, 24), (3, 16, 48), (2, 48, 16)])
-def test_the_orthogonalised_matrix_has_the_singular_vectors_of_the_matrix_and_values_near_one(shape: tuple[int, int, int]) -> None:
+def test_the_orthogonalised_matrix_has_the_singular_vectors_of_the_matrix_and_values_near_one(
+    shape: tuple[int, int, int],
+) -> None:
     matrix_NAB = random(*shape)
     left, _, right = torch.linalg.svd(matrix_NAB, full_matrices=False)
     found = left.mT @ orthogonalize(matrix_NAB, 5) @ right.mT
@@ -56,14 +70,22 @@ def test_one_matrix_is_trained_as_by_torchs_muon(shape: tuple[int, int], nestero
     """torch iterates in bf16."""
     start = random(*shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
+    )
     expected = trained(start, reference, theirs)
-    found = trained(start, optimizer_of(ours, newton_schulz_precision="bf16", nesterov=nesterov), ours)
+    found = trained(
+        start, optimizer_of(ours, newton_schulz_precision="bf16", nesterov=nesterov), ours
+    )
     assert (found - expected).norm() < 0.01 * expected.norm()
     exact = torch.nn.Parameter(start.clone())
-    assert (trained(start, optimizer_of(exact, nesterov=nesterov), exact) - expected).norm() < 0.05 * expected.norm()
+    assert (
+        trained(start, optimizer_of(exact, nesterov=nesterov), exact) - expected
+    ).norm() < 0.05 * expected.norm()
     other = torch.nn.Parameter(start.clone())
-    assert (trained(start, optimizer_of(other, nesterov=not nesterov), other) - expected).norm() > 0.05 * expected.norm()
+    assert (
+        trained(start, optimizer_of(other, nesterov=not nesterov), other) - expected
+    ).norm() > 0.05 * expected.norm()
 
 
 def test_each_expert_of_a_stack_is_trained_by_itself() -> None:
@@ -75,11 +97,15 @@ def test_each_expert_of_a_stack_is_trained_by_itself() -> None:
         optimizer = optimizer_of(single)
         single.grad = random(3, 8, 12, seed=100)[expert]
         optimizer.step()
-        torch.testing.assert_close(together[expert], single.detach() - start[expert], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            together[expert], single.detach() - start[expert], rtol=1e-5, atol=1e-6
+        )
     flat = torch.nn.Parameter(start.reshape(24, 12).clone())
     flat.grad = random(3, 8, 12, seed=100).reshape(24, 12)
     optimizer_of(flat).step()
-    assert (flat.detach().view(3, 8, 12) - start - together).abs().max() > 0.1 * together.abs().max()
+    assert (
+        flat.detach().view(3, 8, 12) - start - together
+    ).abs().max() > 0.1 * together.abs().max()
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -87,7 +113,9 @@ def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bo
     stack = torch.nn.Parameter(random(3, 8, 8).flatten() if flat else random(3, 8, 8))
     optimizer = optimizer_of(stack)
     if flat:
-        optimizer.shards[stack] = MatrixShards(cut_matrices(torch.Size((3, 8, 8)), 0, 192, 1, 0, 0), None, CPU)
+        optimizer.shards[stack] = MatrixShards(
+            cut_matrices(torch.Size((3, 8, 8)), 0, 192, 1, 0, 0), None, CPU
+        )
     trained(stack.detach().clone(), optimizer, stack)
     before = stack.detach().clone().view(3, 8, 8)
     gradient = random(3, 8, 8, seed=1)
@@ -97,7 +125,9 @@ def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bo
     optimizer.step()
     decayed, after = before * (1 - 0.02 * 0.1), stack.detach().view(3, 8, 8)
     assert torch.equal(after[1], decayed[1])
-    assert all((after[expert] - decayed[expert]).square().mean().sqrt() > 0.1 * 0.02 for expert in (0, 2))
+    assert all(
+        (after[expert] - decayed[expert]).square().mean().sqrt() > 0.1 * 0.02 for expert in (0, 2)
+    )
     assert optimizer.state[stack]["momentum"].view(3, 8, 8)[1].any()
 
 
@@ -106,19 +136,31 @@ def test_an_update_has_adamws_root_mean_square_whatever_the_shape() -> None:
         parameter = torch.nn.Parameter(torch.zeros(shape))
         parameter.grad = random(*shape)
         optimizer_of(parameter).step()
-        assert parameter.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.25)
+        assert parameter.detach().square().mean().sqrt().item() == pytest.approx(
+            0.2 * 0.02, rel=0.25
+        )
 
 
 def test_the_rest_is_trained_as_by_torchs_adamw_bit_for_bit() -> None:
     start = random(40)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    reference = torch.optim.AdamW([theirs], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
-    assert torch.equal(trained(start, optimizer_of(ours, "adamw"), ours), trained(start, reference, theirs))
+    reference = torch.optim.AdamW(
+        [theirs], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
+    assert torch.equal(
+        trained(start, optimizer_of(ours, "adamw"), ours), trained(start, reference, theirs)
+    )
 
 
 def test_hidden_matrices_go_to_muon_and_all_else_to_adamw() -> None:
-    mixed = ["model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true", "model.attention.bias=all"]
-    recipe = load_recipe("debug", ["model.vocab_size=128", "optimizer={kind: muon, learning_rate: 1e-3}", *mixed])
+    mixed = [
+        "model.moe.num_shared_experts=1",
+        "model.moe.shared_expert_gate=true",
+        "model.attention.bias=all",
+    ]
+    recipe = load_recipe(
+        "debug", ["model.vocab_size=128", "optimizer={kind: muon, learning_rate: 1e-3}", *mixed]
+    )
     with torch.device("meta"):
         model = DecoderLM(recipe.model)
     groups = parameter_groups(model, recipe.optimizer)
@@ -126,26 +168,45 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw() -> None:
     by_rule: dict[str, set[str]] = {"muon": set(), "adamw": set()}
     for name, parameter in model.named_parameters():
         by_rule[rules[id(parameter)]].add(name.removeprefix("layers.0."))
-    hidden = {f"attention.{part}_proj.weight" for part in "qkvo"} | {f"feed_forward.experts.{part}" for part in ("w1", "w2", "w3")}
-    hidden |= {f"feed_forward.shared.feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")}
+    hidden = {f"attention.{part}_proj.weight" for part in "qkvo"} | {
+        f"feed_forward.experts.{part}" for part in ("w1", "w2", "w3")
+    }
+    hidden |= {
+        f"feed_forward.shared.feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")
+    }
     assert {name for name in by_rule["muon"] if not name.startswith("layers.")} == hidden
-    assert {"embedding.weight", "head.weight", "feed_forward.router.gate.weight", "feed_forward.shared.gate.weight"} <= by_rule["adamw"]
+    assert {
+        "embedding.weight",
+        "head.weight",
+        "feed_forward.router.gate.weight",
+        "feed_forward.shared.gate.weight",
+    } <= by_rule["adamw"]
     assert [group["rule"] for group in groups if group.get("moe")] == ["muon"]
-    assert is_hidden_matrix("layers.0.attention.q_proj.weight", torch.empty(2, 2)) and not is_hidden_matrix("head.weight", torch.empty(2, 2))
+    assert is_hidden_matrix(
+        "layers.0.attention.q_proj.weight", torch.empty(2, 2)
+    ) and not is_hidden_matrix("head.weight", torch.empty(2, 2))
 
 
-@pytest.mark.parametrize("ranks,partition_size,start", [(1, 400, 0), (3, 100, 20), (4, 61, 7), (5, 200, 0)])
-def test_the_ranks_parts_of_cut_matrices_are_the_matrices(ranks: int, partition_size: int, start: int) -> None:
+@pytest.mark.parametrize(
+    "ranks,partition_size,start", [(1, 400, 0), (3, 100, 20), (4, 61, 7), (5, 200, 0)]
+)
+def test_the_ranks_parts_of_cut_matrices_are_the_matrices(
+    ranks: int, partition_size: int, start: int
+) -> None:
     """Two matrices of 8 x 9 and padding, in partitions that end anywhere; some ranks hold nothing."""
     numbers = torch.zeros(ranks * partition_size)
     stack = random(2, 8, 9)
     numbers[start : start + 144] = stack.flatten()
-    cut = [cut_matrices(stack.shape, start, partition_size, ranks, rank, 0) for rank in range(ranks)]
+    cut = [
+        cut_matrices(stack.shape, start, partition_size, ranks, rank, 0) for rank in range(ranks)
+    ]
     for number in range(2):
         parts = []
         for rank, partition in enumerate(numbers.split(partition_size)):
             matrix = cut[rank][number]
-            assert matrix.bounds == cut[0][number].bounds and all(low <= high for low, high in pairwise(matrix.bounds))
+            assert matrix.bounds == cut[0][number].bounds and all(
+                low <= high for low, high in pairwise(matrix.bounds)
+            )
             parts.append(partition[matrix.offset : matrix.offset + matrix.held_by(rank)])
         assert torch.equal(torch.cat(parts).view(8, 9), stack[number])
     owners = choose_owners(cut[0], ranks)
@@ -159,11 +220,16 @@ def test_a_matrix_that_all_ranks_share_has_one_owner_and_the_work_is_spread() ->
 
 
 @pytest.mark.parametrize("batch", [1, 200, 1 << 26])
-def test_a_flat_partition_is_trained_as_its_matrices_are(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flat_partition_is_trained_as_its_matrices_are(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
         monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
     start = random(2, 8, 12)
-    whole, flat = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.cat((start.flatten(), torch.zeros(5))))
+    whole, flat = (
+        torch.nn.Parameter(start.clone()),
+        torch.nn.Parameter(torch.cat((start.flatten(), torch.zeros(5)))),
+    )
     gradient = random(2, 8, 12, seed=1)
     whole.grad, flat.grad = gradient, torch.cat((gradient.flatten(), torch.zeros(5)))
     optimizer = optimizer_of(flat)
@@ -181,9 +247,15 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.held = self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
         result = function(*arguments, **(named or {}))
-        known = {given.untyped_storage().data_ptr() for given in arguments if isinstance(given, torch.Tensor)}
+        known = {
+            given.untyped_storage().data_ptr()
+            for given in arguments
+            if isinstance(given, torch.Tensor)
+        }
         if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
             self.held += result.numel()
             self.most = max(self.most, self.held)
@@ -195,7 +267,9 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(
+    flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = {}
     for batch in (4 * 16, 1 << 26):
         for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
@@ -204,7 +278,9 @@ def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(f
         optimizer = optimizer_of(parameter)
         optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
         if flat:
-            optimizer.shards[parameter] = MatrixShards(cut_matrices(torch.Size((100, 4, 4)), 0, 1600, 1, 0, 0), None, CPU)
+            optimizer.shards[parameter] = MatrixShards(
+                cut_matrices(torch.Size((100, 4, 4)), 0, 1600, 1, 0, 0), None, CPU
+            )
         parameter.grad = random(*parameter.shape)
         with Allocations() as allocations:
             optimizer.step()
@@ -218,7 +294,11 @@ def test_precision_follows_the_device_that_iterates_where_the_state_is_kept_on_t
 ) -> None:
     flat = torch.nn.Parameter(random(96))
     flat.grad, optimizer, asked = random(96), optimizer_of(flat), []
-    optimizer.shards[flat] = MatrixShards(cut_matrices(torch.Size((8, 12)), 0, 96, 1, 0, 0), None, torch.device(device))
-    monkeypatch.setattr(MatrixShards, "transform", lambda shards, **given: asked.append(given["dtype"]))
+    optimizer.shards[flat] = MatrixShards(
+        cut_matrices(torch.Size((8, 12)), 0, 96, 1, 0, 0), None, torch.device(device)
+    )
+    monkeypatch.setattr(
+        MatrixShards, "transform", lambda shards, **given: asked.append(given["dtype"])
+    )
     optimizer.step()
     assert asked == [expected]

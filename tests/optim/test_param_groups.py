@@ -10,10 +10,21 @@ import torch
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.optim.param_groups import build_optimizer, learning_rate_scale, parameter_groups, parameter_role, peak_learning_rates
+from pretrain.optim.param_groups import (
+    build_optimizer,
+    learning_rate_scale,
+    parameter_groups,
+    parameter_role,
+    peak_learning_rates,
+)
 
 RATES = ["optimizer.router_learning_rate=1e-4", "optimizer.embedding_learning_rate=2e-4"]
-MIXED = ["model.vocab_size=100", "model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=24", *RATES]
+MIXED = [
+    "model.vocab_size=100",
+    "model.layer_pattern={kind: every_nth, n: 2}",
+    "model.intermediate_size=24",
+    *RATES,
+]
 KINDS = {
     "dropless": [*MIXED, "model.moe.num_shared_experts=1"],
     "deepspeed": [*MIXED, "model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],
@@ -43,20 +54,29 @@ def test_roles_decide_the_decay_and_nothing_moves_before_the_first_step(kind: st
     by_role: dict[str, set[str]] = {}
     for group in groups:
         assert (group["lr"], group["weight_decay"]) == (0.0, decay[group["role"]])
-        by_role.setdefault(group["role"], set()).update(names[id(parameter)] for parameter in group["params"])
+        by_role.setdefault(group["role"], set()).update(
+            names[id(parameter)] for parameter in group["params"]
+        )
     assert by_role["embedding"] == {"embedding.weight"}
     assert len(by_role["router"]) == 1 and "layers.1.feed_forward" in next(iter(by_role["router"]))
     assert {name for name in names.values() if "norm" in name} == by_role["vector"]
-    assert "head.weight" in by_role["matrix"] and "layers.0.feed_forward.down_proj.weight" in by_role["matrix"]
+    assert (
+        "head.weight" in by_role["matrix"]
+        and "layers.0.feed_forward.down_proj.weight" in by_role["matrix"]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ep_size", [1, 2])
-def test_routed_experts_are_marked_with_their_expert_parallel_group(kind: str, ep_size: int) -> None:
+def test_routed_experts_are_marked_with_their_expert_parallel_group(
+    kind: str, ep_size: int
+) -> None:
     """Unmarked, DeepSpeed would average the gradients of different experts."""
     model, groups = groups_of(KINDS[kind], ep_size)
     marked = [group for group in groups if group.get("moe")]
-    assert [(group["name"], group["role"]) for group in marked] == [(f"ep_size_{ep_size}", "matrix")]
+    assert [(group["name"], group["role"]) for group in marked] == [
+        (f"ep_size_{ep_size}", "matrix")
+    ]
     routed = {id(p) for name, p in model.named_parameters() if ".experts." in name}
     assert {id(parameter) for parameter in marked[0]["params"]} == routed
     assert len({(group["name"], group["role"]) for group in groups}) == len(groups)
@@ -75,7 +95,9 @@ def test_router_and_embedding_may_have_learning_rates_of_their_own() -> None:
 
 
 def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
-    assert peak_learning_rates(load_recipe("debug").optimizer) == dict.fromkeys(("embedding", "router", "vector", "matrix"), 3e-3)
+    assert peak_learning_rates(load_recipe("debug").optimizer) == dict.fromkeys(
+        ("embedding", "router", "vector", "matrix"), 3e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,11 +118,21 @@ def test_roles_by_name(name: str, dim: int, role: str) -> None:
 @pytest.mark.parametrize(
     "override,kind,defaults",
     [
-        ("optimizer={kind: adamw, learning_rate: 1e-2, beta1: 0.8, beta2: 0.9, eps: 1e-6}", torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 1e-6}),
-        ("optimizer={kind: sgd, learning_rate: 1e-2, momentum: 0.5}", torch.optim.SGD, {"momentum": 0.5}),
+        (
+            "optimizer={kind: adamw, learning_rate: 1e-2, beta1: 0.8, beta2: 0.9, eps: 1e-6}",
+            torch.optim.AdamW,
+            {"betas": (0.8, 0.9), "eps": 1e-6},
+        ),
+        (
+            "optimizer={kind: sgd, learning_rate: 1e-2, momentum: 0.5}",
+            torch.optim.SGD,
+            {"momentum": 0.5},
+        ),
     ],
 )
-def test_the_recipes_numbers_reach_the_optimizer(override: str, kind: type, defaults: dict[str, Any]) -> None:
+def test_the_recipes_numbers_reach_the_optimizer(
+    override: str, kind: type, defaults: dict[str, Any]
+) -> None:
     config = load_recipe("debug", [override]).optimizer
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], config)
     assert type(optimizer) is kind
@@ -120,14 +152,22 @@ def test_wide_models_have_groups_by_scale_with_the_same_decay_a_step(kind: str) 
     model = DecoderLM(recipe.model)
     initialize(model, 1)
     groups = parameter_groups(model, recipe.optimizer)
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
+        id(p) for p in model.parameters()
+    )
     seen = set()
     for group in groups:
         scale = learning_rate_scale(group)
         seen.add((group["role"], scale, bool(group.get("moe"))))
-        assert {getattr(parameter, "learning_rate_scale", 1.0) for parameter in group["params"]} == {scale}
-        assert group["weight_decay"] * scale == (0.0 if group["role"] in ("embedding", "vector") else 0.1)
-        assert group.get("moe", False) == all(not getattr(parameter, "allreduce", True) for parameter in group["params"])
+        assert {
+            getattr(parameter, "learning_rate_scale", 1.0) for parameter in group["params"]
+        } == {scale}
+        assert group["weight_decay"] * scale == (
+            0.0 if group["role"] in ("embedding", "vector") else 0.1
+        )
+        assert group.get("moe", False) == all(
+            not getattr(parameter, "allreduce", True) for parameter in group["params"]
+        )
     assert seen == {
         ("embedding", 1.0, False), ("vector", 1.0, False), ("router", 0.25, False),
         ("matrix", 0.25, False), ("matrix", 0.5, False), ("matrix", 0.25, True),

@@ -6,9 +6,9 @@ import psutil
 import pytest
 import torch
 
-from pretrain.config.optimizer_schema import SGD, AdamW
-from pretrain.engine.row_optimizer import RowGroups, RowOptimizer, RowState, _lazy_zeros
-from pretrain.model.moe.row_products import BAGS, PLAIN, Bags, RowTable, SortedFactors
+from pretrain.engine.sparse_optimizer import RowGroups, RowState, SparseOptimizer, _lazy_zeros
+from pretrain.model.moe.tables.products import BAGS, PLAIN, Bags, ExpertTable, SortedFactors
+from pretrain.optim.config import SGD, AdamW
 
 ADAMW = AdamW(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
 CONFIGS: dict[str, AdamW | SGD] = {
@@ -20,16 +20,22 @@ ALONE, CPU = RowGroups(None, None), torch.device("cpu")
 E, X, D, T = 12, 2, 5, 7
 
 
-def torch_optimizer(parameters: list[torch.nn.Parameter], config: AdamW | SGD) -> torch.optim.Optimizer:
+def torch_optimizer(
+    parameters: list[torch.nn.Parameter], config: AdamW | SGD
+) -> torch.optim.Optimizer:
     if isinstance(config, AdamW):
         return torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
         )
     return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
 
 
-def table_of(weight: torch.Tensor) -> RowTable:
-    table = RowTable(*weight.shape)
+def table_of(weight: torch.Tensor) -> ExpertTable:
+    table = ExpertTable(*weight.shape)
     with torch.no_grad():
         table.weight.copy_(weight)
     return table
@@ -43,7 +49,7 @@ def choice(seed: int, experts: int = E) -> Bags:
     return Bags(torch.cat(rows), torch.tensor([0, *(len(row) for row in rows)]).cumsum(0))
 
 
-def forward(table: RowTable, x_TD: torch.Tensor, bags: Bags) -> torch.Tensor:
+def forward(table: ExpertTable, x_TD: torch.Tensor, bags: Bags) -> torch.Tensor:
     """Both products, so that both kinds of gradient arise."""
     return table.weighted(table.dots(x_TD, bags, BAGS).tanh(), bags, BAGS).square().sum()
 
@@ -53,7 +59,7 @@ def test_each_row_is_trained_over_the_steps_that_used_it(name: str) -> None:
     """The reference is torch's optimizer over one parameter an expert, whose gradient is None where no token chose it."""
     config, weight = CONFIGS[name], torch.randn(E, X, D)
     table = table_of(weight)
-    rows = RowOptimizer({"t": table}, config, ALONE, "bags", CPU)
+    rows = SparseOptimizer({"t": table}, config, ALONE, "bags", CPU)
     parameters = [torch.nn.Parameter(expert.clone()) for expert in weight]
     reference = torch_optimizer(parameters, config)
     for step in range(12):
@@ -66,13 +72,21 @@ def test_each_row_is_trained_over_the_steps_that_used_it(name: str) -> None:
         for expert, parameter in enumerate(parameters):
             parameter.grad = dense.weight.grad[expert] if (bags.row_P == expert).any() else None
         reference.step()
-        torch.testing.assert_close(table.weight, torch.stack([parameter.detach() for parameter in parameters]), rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(
+            table.weight,
+            torch.stack([parameter.detach() for parameter in parameters]),
+            rtol=2e-5,
+            atol=2e-6,
+        )
 
 
 def test_where_every_step_uses_every_row_it_is_the_dense_optimizer() -> None:
     weight = torch.randn(E, 1, D)
     table, dense = table_of(weight), table_of(weight)
-    rows, reference = RowOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU), torch_optimizer([dense.weight], ADAMW)
+    rows, reference = (
+        SparseOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU),
+        torch_optimizer([dense.weight], ADAMW),
+    )
     bags = Bags(torch.arange(E).repeat(T), torch.arange(0, T * E + 1, E))
     for _ in range(8):
         x_TD = torch.randn(T, D, requires_grad=True)
@@ -88,7 +102,7 @@ def test_where_every_step_uses_every_row_it_is_the_dense_optimizer() -> None:
 def test_collected_gradients_of_several_batches_are_the_dense_gradient() -> None:
     weight = torch.randn(E, X, D)
     table, dense = table_of(weight), table_of(weight)
-    rows = RowOptimizer({"t": table}, SGD(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU)
+    rows = SparseOptimizer({"t": table}, SGD(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU)
     for seed in range(3):
         bags, x_TD = choice(seed), torch.randn(T, D, requires_grad=True)
         for one in (table, dense):
@@ -96,12 +110,14 @@ def test_collected_gradients_of_several_batches_are_the_dense_gradient() -> None
     norm = rows.reduce(4.0)
     torch.testing.assert_close(norm * 4.0, dense.weight.grad.norm())
     rows.step(1.0, 0.5)
-    torch.testing.assert_close(weight - table.weight, 0.5 * dense.weight.grad / 4.0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        weight - table.weight, 0.5 * dense.weight.grad / 4.0, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_discarded_step_leaves_everything_as_it_was() -> None:
     table = table_of(torch.randn(E, X, D))
-    rows, before = RowOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU), table.weight.clone()
+    rows, before = SparseOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU), table.weight.clone()
     forward(table, torch.randn(T, D, requires_grad=True), choice(1)).backward()
     rows.reduce(1.0)
     rows.discard()
@@ -111,17 +127,28 @@ def test_a_discarded_step_leaves_everything_as_it_was() -> None:
 
 def test_only_used_rows_move_and_are_saved() -> None:
     table = table_of(torch.randn(E, X, D))
-    rows, before, bags = RowOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU), table.weight.clone(), choice(5)
+    rows, before, bags = (
+        SparseOptimizer({"t": table}, ADAMW, ALONE, "bags", CPU),
+        table.weight.clone(),
+        choice(5),
+    )
     forward(table, torch.randn(T, D, requires_grad=True), bags).backward()
     rows.reduce(1.0)
     rows.step(0.1, 1.0)
     used = sorted({int(row) for row in bags.row_P})
-    assert [expert for expert in range(E) if not torch.equal(table.weight[expert], before[expert])] == used
+    assert [
+        expert for expert in range(E) if not torch.equal(table.weight[expert], before[expert])
+    ] == used
     state = rows.states["t"].state()
-    assert sorted({int(row) // X for row in state["row"]}) == used and state["exp_avg"].shape[0] == len(used) * X
+    assert (
+        sorted({int(row) // X for row in state["row"]}) == used
+        and state["exp_avg"].shape[0] == len(used) * X
+    )
     fresh = RowState(table.weight.flatten(0, 1), 0, E * X, ADAMW)
     fresh.load(state)
-    assert all(torch.equal(fresh.moments[name], rows.states["t"].moments[name]) for name in fresh.moments)
+    assert all(
+        torch.equal(fresh.moments[name], rows.states["t"].moments[name]) for name in fresh.moments
+    )
     assert torch.equal(fresh.steps, rows.states["t"].steps)
 
 
@@ -141,7 +168,7 @@ def test_state_of_rows_that_were_never_used_takes_no_memory() -> None:
 def test_gradient_memory_follows_the_pairs_and_not_the_table() -> None:
     sizes = []
     for experts in (64, 1 << 16):
-        table = RowTable(experts, 1, D)
+        table = ExpertTable(experts, 1, D)
         table.collect(CPU)
         forward(table, torch.randn(T, D, requires_grad=True), choice(3, 64)).backward()
         sizes.append([sum(tensor.numel() for tensor in factors) for factors in table.collected])
@@ -156,7 +183,9 @@ def test_a_rows_gradient_adds_its_pairs_in_their_order(kernel: object) -> None:
     table.dots(x_TD, bags, BAGS).sum().backward()
     (factors,) = table.collected
     by_row = SortedFactors(factors, kernel)
-    expected = torch.zeros(E * X, D).index_add(0, factors.row_P, factors.c_P[:, None] * factors.x_TD[factors.owner_P])
+    expected = torch.zeros(E * X, D).index_add(
+        0, factors.row_P, factors.c_P[:, None] * factors.x_TD[factors.owner_P]
+    )
     got = torch.zeros(E * X, D)
     for first in range(0, by_row.row_U.numel(), 3):
         part = slice(first, min(first + 3, by_row.row_U.numel()))

@@ -8,16 +8,22 @@ from itertools import pairwise
 import pytest
 
 from pretrain.config.load import load_recipe
-from pretrain.config.phase_schema import PhaseSchedule
-from pretrain.config.schema import ScheduleConfig
+from pretrain.config.phases import PhaseSchedule
+from pretrain.config.recipe import ScheduleConfig
 from pretrain.config.timeline import Timeline
-from pretrain.optim.schedules import learning_rate_factor, phase_learning_rate_factor, run_learning_rate_factor
+from pretrain.training.schedules import (
+    learning_rate_factor,
+    phase_learning_rate_factor,
+    run_learning_rate_factor,
+)
 
 STEPS, WARMUP, FLOOR = 100, 10, 0.1
 
 
 def factor(step: int, kind: str, **fields: float) -> float:
-    config = ScheduleConfig.model_validate({"kind": kind, "warmup_steps": WARMUP, "min_learning_rate_ratio": FLOOR, **fields})
+    config = ScheduleConfig.model_validate(
+        {"kind": kind, "warmup_steps": WARMUP, "min_learning_rate_ratio": FLOOR, **fields}
+    )
     return learning_rate_factor(step, STEPS, config)
 
 
@@ -51,7 +57,9 @@ def test_shapes_by_hand(kind: str, step: int, expected: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
-def test_the_factor_never_rises_after_the_warm_up_and_never_falls_below_its_floor(kind: str) -> None:
+def test_the_factor_never_rises_after_the_warm_up_and_never_falls_below_its_floor(
+    kind: str,
+) -> None:
     factors = [factor(step, kind) for step in range(WARMUP, STEPS + 20)]
     assert factors == sorted(factors, reverse=True)
     assert min(factors) == pytest.approx(FLOOR)
@@ -74,7 +82,15 @@ def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
 # --- phases ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "half"), [("constant", 1.0), ("linear", 0.6), ("cosine", 0.6), ("sqrt", 0.2 + 0.8 * (1 - math.sqrt(0.5)))])
+@pytest.mark.parametrize(
+    ("kind", "half"),
+    [
+        ("constant", 1.0),
+        ("linear", 0.6),
+        ("cosine", 0.6),
+        ("sqrt", 0.2 + 0.8 * (1 - math.sqrt(0.5))),
+    ],
+)
 def test_a_phase_goes_from_its_start_to_its_end(kind: str, half: float) -> None:
     config = PhaseSchedule(kind=kind, end_ratio=0.0 if kind == "constant" else 0.2)  # type: ignore[arg-type]
     factors = [phase_learning_rate_factor(step, 100, config) for step in range(100)]
@@ -85,14 +101,29 @@ def test_a_phase_goes_from_its_start_to_its_end(kind: str, half: float) -> None:
 
 def test_a_phase_may_warm_up() -> None:
     config = PhaseSchedule(kind="linear", start_ratio=0.0, end_ratio=1.0)
-    assert [phase_learning_rate_factor(step, 4, config) for step in range(4)] == [0.0, 0.25, 0.5, 0.75]
+    assert [phase_learning_rate_factor(step, 4, config) for step in range(4)] == [
+        0.0,
+        0.25,
+        0.5,
+        0.75,
+    ]
 
 
 def test_a_trunk_with_a_linear_decay_is_wsd_to_the_last_bit() -> None:
-    wsd = load_recipe("debug", ["schedule={kind: wsd, warmup_steps: 3, decay_share: 0.25, min_learning_rate_ratio: 0.1}"])
+    wsd = load_recipe(
+        "debug",
+        ["schedule={kind: wsd, warmup_steps: 3, decay_share: 0.25, min_learning_rate_ratio: 0.1}"],
+    )
     decay = "phases=[{name: stable, tokens: 7680}, {name: decay, schedule: {kind: linear, end_ratio: 0.1}}]"
     phased = load_recipe("debug", ["schedule={kind: constant, warmup_steps: 3}", decay])
-    factors = [[run_learning_rate_factor(step, Timeline(recipe), recipe.schedule) for step in range(20)] for recipe in (wsd, phased)]
+    factors = [
+        [run_learning_rate_factor(step, Timeline(recipe), recipe.schedule) for step in range(20)]
+        for recipe in (wsd, phased)
+    ]
     assert factors[0] == factors[1] and factors[0][0] == 0.25 and factors[0][-1] < 0.3
-    other = load_recipe("debug", ["schedule={kind: constant, warmup_steps: 3}", decay, "phases.0.tokens=7168"])
-    assert [run_learning_rate_factor(step, Timeline(other), other.schedule) for step in range(20)] != factors[0]
+    other = load_recipe(
+        "debug", ["schedule={kind: constant, warmup_steps: 3}", decay, "phases.0.tokens=7168"]
+    )
+    assert [
+        run_learning_rate_factor(step, Timeline(other), other.schedule) for step in range(20)
+    ] != factors[0]

@@ -21,7 +21,11 @@ def main(arguments: list[str]) -> int:
     settings = dict(pair.split("=", 1) for pair in pairs)
     run, result = Path(settings["run_path"]), Path(arguments[arguments.index("--json") + 1])
     rate = float(settings.get("optimizer.learning_rate", "0.01"))
-    seconds = float((run.parent.parent / "seconds").read_text()) if (run.parent.parent / "seconds").is_file() else 0.0
+    seconds = (
+        float((run.parent.parent / "seconds").read_text())
+        if (run.parent.parent / "seconds").is_file()
+        else 0.0
+    )
     run.mkdir(parents=True, exist_ok=True)
     with (run / "starts.txt").open("a") as starts:
         starts.write("start\n")
@@ -29,7 +33,10 @@ def main(arguments: list[str]) -> int:
         print("error: there is no data in absent: build it", file=sys.stderr)
         return 3
     if rate > 1.0:
-        print("a line\nerror: the gradient of step 1 is not finite: lower optimizer.learning_rate", file=sys.stderr)
+        print(
+            "a line\nerror: the gradient of step 1 is not finite: lower optimizer.learning_rate",
+            file=sys.stderr,
+        )
         return 6
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
@@ -47,8 +54,19 @@ def main(arguments: list[str]) -> int:
         saved.write_text(str(step))
         if stopped:
             return 75
-    total = {"parameters_total": 2000, "parameters_active": 1000, "train_tokens": steps * 256, "tokens_per_second": 10.0, "train_seconds": 1.0}
-    summary = {"steps": steps, "stopped_early": steps < 5, "resumed_from_step": first, "validation_loss_in_training": loss}
+    total = {
+        "parameters_total": 2000,
+        "parameters_active": 1000,
+        "train_tokens": steps * 256,
+        "tokens_per_second": 10.0,
+        "train_seconds": 1.0,
+    }
+    summary = {
+        "steps": steps,
+        "stopped_early": steps < 5,
+        "resumed_from_step": first,
+        "validation_loss_in_training": loss,
+    }
     result.write_text(json.dumps(summary | total))
     return 0
 

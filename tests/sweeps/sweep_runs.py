@@ -33,7 +33,9 @@ def start(tool: Path, folder: Path, *arguments: str | Path) -> Started:
 
 def record(output: Path, run: str) -> dict[str, Any]:
     path = output / "points" / run / "record.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"state": "waiting", "attempts": []}
+    content: dict[str, Any] = (
+        json.loads(path.read_text()) if path.is_file() else {"state": "waiting", "attempts": []}
+    )
     return content
 
 
@@ -63,8 +65,15 @@ class TwiceAtOnce:
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
                 script = next((word for word in words[1:] if not word.startswith("-")), "")
-                run = next((word for word in words if word.startswith(f"run_path={self.output}{os.sep}")), None)
-                if script == str(SCRIPT) and run is not None and process.status() != psutil.STATUS_ZOMBIE:
+                run = next(
+                    (word for word in words if word.startswith(f"run_path={self.output}{os.sep}")),
+                    None,
+                )
+                if (
+                    script == str(SCRIPT)
+                    and run is not None
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found[process.pid] = (process.ppid(), run)
         # What a rank starts looks like the rank until it has become another program.
         counts = Counter(run for parent, run in found.values() if parent not in found)
@@ -72,14 +81,18 @@ class TwiceAtOnce:
         assert self.most <= self.ranks, counts
 
 
-def wait_until_reached(output: Path, run: str, step: int, started: Started, watch: TwiceAtOnce) -> None:
+def wait_until_reached(
+    output: Path, run: str, step: int, started: Started, watch: TwiceAtOnce
+) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and started.process.poll() is None:
         watch.look()
         if (steps_of(output / "runs" / run) or [0])[-1] >= step:
             return
         time.sleep(0.3)
-    pytest.fail(f"{run} did not reach step {step}, exit code {started.process.poll()}: {started.process.communicate()}")
+    pytest.fail(
+        f"{run} did not reach step {step}, exit code {started.process.poll()}: {started.process.communicate()}"
+    )
 
 
 def wait_watching(started: Started, watch: TwiceAtOnce) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.errors import ConfigError
+from pretrain.core.errors import ConfigError
 from pretrain.sweeps.axes import (
     Axis,
     file_name,
@@ -20,7 +20,10 @@ from pretrain.sweeps.axes import (
     without_equal_names,
 )
 
-EXPERTS = {"few": {"model.moe.num_experts": 4, "model.moe.top_k": 1}, "many": {"model.moe.num_experts": 8}}
+EXPERTS = {
+    "few": {"model.moe.num_experts": 4, "model.moe.top_k": 1},
+    "many": {"model.moe.num_experts": 8},
+}
 
 
 def axis(text: str) -> Axis:
@@ -29,8 +32,14 @@ def axis(text: str) -> Axis:
 
 def test_a_list_is_values_of_one_field_written_as_overrides() -> None:
     found = axis("model.moe.product_key_sizes=[[8, 8], [16, 16]]")
-    assert [choice.overrides for choice in found.options] == [("model.moe.product_key_sizes=[8, 8]",), ("model.moe.product_key_sizes=[16, 16]",)]
-    assert [choice.number for choice in axis("optimizer.learning_rate=[1e-4, 2]").options] == [1e-4, 2.0]
+    assert [choice.overrides for choice in found.options] == [
+        ("model.moe.product_key_sizes=[8, 8]",),
+        ("model.moe.product_key_sizes=[16, 16]",),
+    ]
+    assert [choice.number for choice in axis("optimizer.learning_rate=[1e-4, 2]").options] == [
+        1e-4,
+        2.0,
+    ]
 
 
 def test_a_mapping_names_sets_of_fields() -> None:
@@ -52,12 +61,19 @@ def test_a_mapping_names_sets_of_fields() -> None:
 def test_a_range_has_as_many_values_as_a_grid_asks_for(text: str, numbers: list[float]) -> None:
     found = axis(text)
     assert [choice.number for choice in found.options] == pytest.approx(numbers)
-    assert all(choice.overrides == (f"{found.name}={choice.number:g}",) or "0.0" in choice.overrides[0] for choice in found.options)
+    assert all(
+        choice.overrides == (f"{found.name}={choice.number:g}",) or "0.0" in choice.overrides[0]
+        for choice in found.options
+    )
 
 
 def test_what_is_shown_of_a_value_is_what_is_used() -> None:
     choice = axis("optimizer.learning_rate=log:1e-4:1e-2").at(0.00123456789)
-    assert (choice.label, choice.overrides, choice.number) == ("0.001235", ("optimizer.learning_rate=0.001235",), 0.001235)
+    assert (choice.label, choice.overrides, choice.number) == (
+        "0.001235",
+        ("optimizer.learning_rate=0.001235",),
+        0.001235,
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,8 +98,16 @@ def test_what_is_no_axis_is_told_in_a_sentence(text: str, told: str) -> None:
 
 def test_a_grid_is_every_combination_under_short_names() -> None:
     points = grid([parse_axis("experts", EXPERTS), axis("optimizer.learning_rate=[1e-3, 2e-3]")])
-    assert [point.name for point in points] == [f"experts={count},learning_rate={rate}" for count in ("few", "many") for rate in ("0.001", "0.002")]
-    assert points[0].overrides == ["model.moe.num_experts=4", "model.moe.top_k=1", "optimizer.learning_rate=0.001"]
+    assert [point.name for point in points] == [
+        f"experts={count},learning_rate={rate}"
+        for count in ("few", "many")
+        for rate in ("0.001", "0.002")
+    ]
+    assert points[0].overrides == [
+        "model.moe.num_experts=4",
+        "model.moe.top_k=1",
+        "optimizer.learning_rate=0.001",
+    ]
 
 
 def test_names_grow_until_they_tell_axes_apart() -> None:
@@ -93,7 +117,13 @@ def test_names_grow_until_they_tell_axes_apart() -> None:
 
 def test_one_axis_at_a_time_starts_with_the_base_and_never_joins_values() -> None:
     points = one_at_a_time([parse_axis("experts", EXPERTS), axis("seed=[1, 2]")])
-    assert [point.name for point in points] == ["base", "experts=few", "experts=many", "seed=1", "seed=2"]
+    assert [point.name for point in points] == [
+        "base",
+        "experts=few",
+        "experts=many",
+        "seed=1",
+        "seed=2",
+    ]
     assert points[0].overrides == [] and points[3].overrides == ["seed=1"]
 
 
@@ -112,11 +142,17 @@ def test_seeds_multiply_points_and_keep_their_group() -> None:
 
 
 def test_folder_names_are_safe_short_and_distinct() -> None:
-    assert file_name("../x y=[1, 2]") == file_name("../x y=[1, 2]") and "/" not in file_name("../x") and not file_name("../x").startswith(".")
+    assert (
+        file_name("../x y=[1, 2]") == file_name("../x y=[1, 2]")
+        and "/" not in file_name("../x")
+        and not file_name("../x").startswith(".")
+    )
     long = file_name("a" * 300)
     assert len(long) <= 100 and long != file_name("a" * 301)
     same = without_equal_names(grid([parse_axis("a", {"x y": {"seed": 1}, "x_y": {"seed": 2}})]))
-    assert [point.name for point in same] == ["a=x_y", "a=x_y-2"] and [point.run for point in same] == ["a=x_y", "a=x_y-2"]
+    assert [point.name for point in same] == ["a=x_y", "a=x_y-2"] and [
+        point.run for point in same
+    ] == ["a=x_y", "a=x_y-2"]
 
 
 @pytest.mark.parametrize(

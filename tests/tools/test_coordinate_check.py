@@ -8,10 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import run_command
+from pretrain.core.errors import run_command
 from tools.coordinate_check import main
 
-SMALL = ["--recipe", "debug", "--tokens", "random", "--steps", "2", "--widths", "32", "64", "--set", "model.vocab_size=100"]
+SMALL = [
+    "--recipe",
+    "debug",
+    "--tokens",
+    "random",
+    "--steps",
+    "2",
+    "--widths",
+    "32",
+    "64",
+    "--set",
+    "model.vocab_size=100",
+]
 SMALL += ["--set", "train.global_batch_size=2", "--set", "train.sequence_length=16"]
 
 
@@ -23,7 +35,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return ended.value.code
 
 
-def test_it_measures_prints_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_measures_prints_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "plots" / "coordinates.png"
     assert run(monkeypatch, "--plot", picture, "--json", tmp_path / "result.json") == 0
     said = capsys.readouterr().out
@@ -33,7 +47,9 @@ def test_it_measures_prints_and_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (result["widths"], result["base_width"], result["tokens"]) == ([32, 64], 32, "random")
     for kind in ("standard", "mup"):
         for layer in result[kind]["layers"].values():
-            assert len(layer["sizes"]) == len(layer["slopes"]) == 3 and all(len(sizes) == 2 for sizes in layer["sizes"])
+            assert len(layer["sizes"]) == len(layer["slopes"]) == 3 and all(
+                len(sizes) == 2 for sizes in layer["sizes"]
+            )
 
 
 @pytest.mark.parametrize(
@@ -46,7 +62,10 @@ def test_it_measures_prints_and_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(
-    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err

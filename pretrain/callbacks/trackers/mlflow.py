@@ -38,7 +38,9 @@ class MLflowTracker(Tracker):
         self._client = MlflowClient(address or f"sqlite:///{(run.folder / DATABASE).resolve()}")
         if run_id is None:
             tags = dict.fromkeys(run.tags, "true") | ({"group": run.group} if run.group else {})
-            self._id = self._client.create_run(self._experiment(run, local=not address), tags=tags, run_name=run.name).info.run_id
+            self._id = self._client.create_run(
+                self._experiment(run, local=not address), tags=tags, run_name=run.name
+            ).info.run_id
         else:
             self._id = run_id
             self._client.update_run(run_id, status="RUNNING")
@@ -57,7 +59,11 @@ class MLflowTracker(Tracker):
         from mlflow.entities import Param
 
         known = self._client.get_run(self._id).data.params
-        new = [Param(name, str(value)[:MAX_CHARACTERS]) for name, value in _flat(config) if name not in known]
+        new = [
+            Param(name, str(value)[:MAX_CHARACTERS])
+            for name, value in _flat(config)
+            if name not in known
+        ]
         for first in range(0, len(new), MAX_PARAMETERS):
             self._client.log_batch(self._id, params=new[first : first + MAX_PARAMETERS])
 
@@ -79,7 +85,9 @@ class MLflowTracker(Tracker):
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
-        name = "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in f"{prefix}{key}")
+        name = "".join(
+            letter if letter.isalnum() or letter in "_-./ " else "_" for letter in f"{prefix}{key}"
+        )
         if isinstance(value, dict):
             yield from _flat(value, f"{name}.")
         else:

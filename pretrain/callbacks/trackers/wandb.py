@@ -44,7 +44,13 @@ class WandbTracker(Tracker):
             reinit="create_new",  # another one of the process may belong to DeepSpeed's monitor
             allow_val_change=True,
             settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_code=True, disable_git=True, x_disable_meta=True, init_timeout=START_SECONDS
+                silent=True,
+                console="off",
+                save_code=False,
+                disable_code=True,
+                disable_git=True,
+                x_disable_meta=True,
+                init_timeout=START_SECONDS,
             ),
         )
         # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is a value like others, and the axis of all.
@@ -70,7 +76,9 @@ class WandbTracker(Tracker):
 
     def abandon(self) -> None:
         """Ends W&B's own process: Python's end would wait for it while it tries to send. What is left lies in ``wandb/``, for ``wandb sync``."""
-        farewell = threading.Thread(target=_tear_down, daemon=True)  # so that nothing of it is left for Python's end
+        farewell = threading.Thread(
+            target=_tear_down, daemon=True
+        )  # so that nothing of it is left for Python's end
         farewell.start()
         farewell.join(FAREWELL_SECONDS)
         for child in psutil.Process().children():

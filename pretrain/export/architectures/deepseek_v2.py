@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import MultiHeadLatentAttention
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
-from pretrain.export.architectures.llama_like import EXPERTS, TRUNK, LlamaLike, absent_shared_experts, shared_links
+from pretrain.export.architectures.llama_like import (
+    EXPERTS,
+    TRUNK,
+    LlamaLike,
+    absent_shared_experts,
+    shared_links,
+)
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, RotaryRows, expand
+from pretrain.model.attention.config import MultiHeadLatentAttention
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 LATENT: Takes = {
     "attention.kind": ("mla",),
@@ -24,7 +30,12 @@ LATENT: Takes = {
     "position.mscale": ANY,
     "position.mscale_all_dim": ANY,
 }
-SHARED_EXPERTS: Takes = {**EXPERTS, "moe.num_shared_experts": ANY, "moe.router.routed_scaling_factor": ANY, "moe.router.groups": ANY}
+SHARED_EXPERTS: Takes = {
+    **EXPERTS,
+    "moe.num_shared_experts": ANY,
+    "moe.router.routed_scaling_factor": ANY,
+    "moe.router.groups": ANY,
+}
 THEIR_SHARED = "model.layers.{layer}.mlp.shared_experts"
 # Fixed in transformers' classes, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -36,38 +47,61 @@ class LatentDecoder(LlamaLike):
     def further_reasons(self, model: ModelConfig) -> list[str]:
         reasons, attention = shared_width_reasons(model, self.name), model.attention
         if isinstance(attention, MultiHeadLatentAttention) and model.norm.eps != LATENT_NORM_EPS:
-            reasons.append(f"model.norm.eps is {model.norm.eps}, and {self.name} has {LATENT_NORM_EPS} in the norms of its latents")
+            reasons.append(
+                f"model.norm.eps is {model.norm.eps}, and {self.name} has {LATENT_NORM_EPS} in the norms of its latents"
+            )
         return reasons
 
     def attention_links(self, model: ModelConfig) -> list[Link]:
         attention = model.attention
         assert isinstance(attention, MultiHeadLatentAttention)
-        queries = RotaryRows(attention.num_attention_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim)
+        queries = RotaryRows(
+            attention.num_attention_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim
+        )
         keys = RotaryRows(1, attention.kv_lora_rank, attention.qk_rope_head_dim)
         kinds = ("weight", "bias")[: 1 + (attention.bias == "all")]
-        plain = {"kv_a_norm.weight": "kv_a_layernorm.weight", "kv_b_proj.weight": "kv_b_proj.weight"} | {
-            f"o_proj.{kind}": f"o_proj.{kind}" for kind in kinds
-        }
+        plain = {
+            "kv_a_norm.weight": "kv_a_layernorm.weight",
+            "kv_b_proj.weight": "kv_b_proj.weight",
+        } | {f"o_proj.{kind}": f"o_proj.{kind}" for kind in kinds}
         turned_queries = "q_proj.weight"
         if attention.q_lora_rank is not None:
             turned_queries = "q_b_proj.weight"
-            plain |= {"q_a_norm.weight": "q_a_layernorm.weight"} | {f"q_a_proj.{kind}": f"q_a_proj.{kind}" for kind in kinds}
+            plain |= {"q_a_norm.weight": "q_a_layernorm.weight"} | {
+                f"q_a_proj.{kind}": f"q_a_proj.{kind}" for kind in kinds
+            }
         layers = range(model.num_hidden_layers)
         return [
             *expand(_in_attention(plain), layers),
             *expand(_in_attention({turned_queries: turned_queries}), layers, heads=queries),
-            *expand(_in_attention({f"kv_a_proj.{kind}": f"kv_a_proj_with_mqa.{kind}" for kind in kinds}), layers, heads=keys),
+            *expand(
+                _in_attention(
+                    {f"kv_a_proj.{kind}": f"kv_a_proj_with_mqa.{kind}" for kind in kinds}
+                ),
+                layers,
+                heads=keys,
+            ),
         ]
 
     def moe_links(self, model: ModelConfig) -> Links:
         assert isinstance(model.moe, RoutedMoE)
-        shared = shared_links(model, THEIR_SHARED) if model.moe.num_shared_experts else absent_shared_experts(model, THEIR_SHARED)
+        shared = (
+            shared_links(model, THEIR_SHARED)
+            if model.moe.num_shared_experts
+            else absent_shared_experts(model, THEIR_SHARED)
+        )
         return [*super().moe_links(model), *shared]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         attention = model.attention
         assert isinstance(attention, MultiHeadLatentAttention)
-        sizes = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        sizes = (
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+        )
         return {
             **super().config(model, eod_id),
             "num_key_value_heads": attention.num_attention_heads,
@@ -76,7 +110,13 @@ class LatentDecoder(LlamaLike):
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        sizes = ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        sizes = (
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+        )
         given = {size: config[size] for size in sizes} | {"q_lora_rank": config.get("q_lora_rank")}
         attention = {"kind": "mla", **given, "bias": "all" if config["attention_bias"] else "none"}
         return super().model_section(config) | {"attention": attention}
@@ -96,8 +136,14 @@ class DeepseekV2(LatentDecoder):
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         reasons = super().further_reasons(model)
-        if isinstance(model.moe, RoutedMoE) and model.moe.router.groups is not None and model.moe.router.groups.score != "max":
-            reasons.append("model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their best expert")
+        if (
+            isinstance(model.moe, RoutedMoE)
+            and model.moe.router.groups is not None
+            and model.moe.router.groups.score != "max"
+        ):
+            reasons.append(
+                "model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their best expert"
+            )
         if model.hidden_size % model.attention.num_attention_heads:
             reasons.append("model.hidden_size is no multiple of the heads, as deepseek_v2 asks for")
         return reasons
@@ -118,18 +164,32 @@ class DeepseekV2(LatentDecoder):
     def unread(self, config: Mapping[str, Any]) -> set[str]:
         of_groups = {"n_group", "topk_group"} if config.get("topk_method") == "greedy" else set()
         # Its class never renormalises; only what says that it should is refused.
-        return super().unread(config) | of_groups | ({"norm_topk_prob"} if not config.get("norm_topk_prob") else set())
+        return (
+            super().unread(config)
+            | of_groups
+            | ({"norm_topk_prob"} if not config.get("norm_topk_prob") else set())
+        )
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        router = {"kind": "softmax_topk", "norm_topk_prob": False, "routed_scaling_factor": config["routed_scaling_factor"]}
+        router = {
+            "kind": "softmax_topk",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": config["routed_scaling_factor"],
+        }
         if config["topk_method"] == "group_limited_greedy":
-            router["groups"] = {"num_groups": config["n_group"], "top_k_groups": config["topk_group"], "score": "max"}
+            router["groups"] = {
+                "num_groups": config["n_group"],
+                "top_k_groups": config["topk_group"],
+                "score": "max",
+            }
         return super().model_section(config) | prefix_experts(config, router)
 
 
 def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
     if model.moe is not None and model.moe.shared_width % model.moe.moe_intermediate_size:
-        return [f"the shared experts are {model.moe.shared_width} wide, and {name}'s a multiple of moe_intermediate_size"]
+        return [
+            f"the shared experts are {model.moe.shared_width} wide, and {name}'s a multiple of moe_intermediate_size"
+        ]
     return []
 
 
@@ -157,13 +217,21 @@ def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[st
         "num_shared_experts": config.get("n_shared_experts") or 0,
         "router": router,
     }
-    return {"layer_pattern": {"kind": "first_k_dense", "k": config["first_k_dense_replace"]}, "moe": moe}
+    return {
+        "layer_pattern": {"kind": "first_k_dense", "k": config["first_k_dense_replace"]},
+        "moe": moe,
+    }
 
 
 def groups_of(count: int | None, kept: int | None, score: str) -> dict[str, Any] | None:
     """A router's groups; one group is none."""
-    return None if count in (None, 1) else {"num_groups": count, "top_k_groups": kept, "score": score}
+    return (
+        None if count in (None, 1) else {"num_groups": count, "top_k_groups": kept, "score": score}
+    )
 
 
 def _in_attention(names: dict[str, str]) -> dict[str, str]:
-    return {f"layers.{{layer}}.attention.{ours}": f"model.layers.{{layer}}.self_attn.{theirs}" for ours, theirs in names.items()}
+    return {
+        f"layers.{{layer}}.attention.{ours}": f"model.layers.{{layer}}.self_attn.{theirs}"
+        for ours, theirs in names.items()
+    }

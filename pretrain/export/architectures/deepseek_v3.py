@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.deepseek_v2 import (
     LATENT,
     SHARED_EXPERTS,
@@ -17,9 +15,16 @@ from pretrain.export.architectures.deepseek_v2 import (
     prefix_experts,
     shared_width_reasons,
 )
-from pretrain.export.architectures.llama_like import TRUNK, absent_shared_experts, balance_bias_name, shared_links
+from pretrain.export.architectures.llama_like import (
+    TRUNK,
+    absent_shared_experts,
+    balance_bias_name,
+    shared_links,
+)
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Links, Zeros, expand
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 SIGMOID: Takes = {
     **SHARED_EXPERTS,
@@ -37,7 +42,9 @@ class DeepseekV3(LatentDecoder):
     takes: ClassVar[Takes] = {**TRUNK, **LATENT, **SIGMOID}
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
-        return list(dict.fromkeys([*super().further_reasons(model), *sigmoid_reasons(model, self.name)]))
+        return list(
+            dict.fromkeys([*super().further_reasons(model), *sigmoid_reasons(model, self.name)])
+        )
 
     def moe_links(self, model: ModelConfig) -> Links:
         return [*super().moe_links(model), *bias_links(model)]
@@ -55,7 +62,9 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
         return reasons
     groups = model.moe.router.groups
     if groups is not None and groups.score != "top2_sum":
-        reasons.append(f"model.moe.router.groups.score is max, and {name} chooses groups by their two best experts")
+        reasons.append(
+            f"model.moe.router.groups.score is max, and {name} chooses groups by their two best experts"
+        )
     if model.moe.num_experts < 2:
         reasons.append(f"there is one expert, and {name} looks at the two best of a group")
     return reasons
@@ -64,14 +73,21 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
 def bias_links(model: ModelConfig) -> Links:
     assert isinstance(model.moe, RoutedMoE)
     if model.moe.bias_balancing is None:
-        return [Zeros(THEIR_BIAS.format(layer=layer), (model.moe.num_experts,), exact=True) for layer in model.moe_layers]
+        return [
+            Zeros(THEIR_BIAS.format(layer=layer), (model.moe.num_experts,), exact=True)
+            for layer in model.moe_layers
+        ]
     return [*expand({balance_bias_name(model): THEIR_BIAS}, model.moe_layers, exact=True)]
 
 
 def sigmoid_links(model: ModelConfig) -> Links:
     """Shared experts and balancing biases."""
     assert isinstance(model.moe, RoutedMoE)
-    shared = shared_links(model, THEIR_SHARED) if model.moe.num_shared_experts else absent_shared_experts(model, THEIR_SHARED)
+    shared = (
+        shared_links(model, THEIR_SHARED)
+        if model.moe.num_shared_experts
+        else absent_shared_experts(model, THEIR_SHARED)
+    )
     return [*shared, *bias_links(model)]
 
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
-from pretrain.export.architectures.deepseek_v3 import SIGMOID, sigmoid_config, sigmoid_experts, sigmoid_links, sigmoid_reasons
+from pretrain.export.architectures.deepseek_v3 import (
+    SIGMOID,
+    sigmoid_config,
+    sigmoid_experts,
+    sigmoid_links,
+    sigmoid_reasons,
+)
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
 from pretrain.export.features import Takes
 from pretrain.export.name_map import Links
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
 
 
 class Glm4Moe(LlamaLike):
     """The target ``Glm4MoeForCausalLM``. Published GLM-4.5 turns half of a head's numbers only, which recipes do not have."""
 
     name, architecture, moe_layers = "glm4_moe", "Glm4MoeForCausalLM", "prefix"
-    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SIGMOID, "attention.bias": ("none", "qkv"), "attention.qk_norm": ("none", "head")}
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SIGMOID,
+        "attention.bias": ("none", "qkv"),
+        "attention.qk_norm": ("none", "head"),
+    }
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         return sigmoid_reasons(model, self.name)
@@ -39,5 +51,8 @@ class Glm4Moe(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
-        section["attention"] |= {"qk_norm": "head" if config["use_qk_norm"] else "none", "bias": "qkv" if config["attention_bias"] else "none"}
+        section["attention"] |= {
+            "qk_norm": "head" if config["use_qk_norm"] else "none",
+            "bias": "qkv" if config["attention_bias"] else "none",
+        }
         return section | sigmoid_experts(config)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import Clamped, ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -22,6 +19,9 @@ from pretrain.export.architectures.llama_like import (
 )
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, expand, stacked
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import Clamped, ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 THEIR_MLP = "model.layers.{layer}.mlp."
 
@@ -55,8 +55,14 @@ class GptOss(LlamaLike):
         where = (model.moe_layers, model.moe.num_experts)
         gate, up, down = expert_names(model)
         gate_bias, up_bias, down_bias = expert_names(model, "bias")
-        router = {f"{router_name(model)}.{kind}": f"{THEIR_MLP}router.{kind}" for kind in ("weight", "bias")}
-        fused, fused_bias = f"{THEIR_MLP}experts.gate_up_proj", f"{THEIR_MLP}experts.gate_up_proj_bias"
+        router = {
+            f"{router_name(model)}.{kind}": f"{THEIR_MLP}router.{kind}"
+            for kind in ("weight", "bias")
+        }
+        fused, fused_bias = (
+            f"{THEIR_MLP}experts.gate_up_proj",
+            f"{THEIR_MLP}experts.gate_up_proj_bias",
+        )
         return [
             *expand(router, model.moe_layers),
             *stacked({gate: fused}, *where, column=0, transposed=True),
@@ -69,7 +75,11 @@ class GptOss(LlamaLike):
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         attention, moe, form = model.attention, model.moe, model.feed_forward
-        assert isinstance(attention, GroupedQueryAttention) and isinstance(moe, RoutedMoE) and isinstance(form, Clamped)
+        assert (
+            isinstance(attention, GroupedQueryAttention)
+            and isinstance(moe, RoutedMoE)
+            and isinstance(form, Clamped)
+        )
         return {
             **super().config(model, eod_id),
             "intermediate_size": moe.moe_intermediate_size,
@@ -86,10 +96,21 @@ class GptOss(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
-        _ = config["sliding_window"]  # a null is refused: transformers asks for a width whatever the layers are
-        section["attention"] |= {"sinks": True, "bias": "all" if config["attention_bias"] else "none", **window_section(config)}
+        _ = config[
+            "sliding_window"
+        ]  # a null is refused: transformers asks for a width whatever the layers are
+        section["attention"] |= {
+            "sinks": True,
+            "bias": "all" if config["attention_bias"] else "none",
+            **window_section(config),
+        }
         return section | {
-            "feed_forward": {"kind": "clamped_swiglu", "bias": True, "limit": config["swiglu_limit"], "alpha": config["swiglu_alpha"]},
+            "feed_forward": {
+                "kind": "clamped_swiglu",
+                "bias": True,
+                "limit": config["swiglu_limit"],
+                "alpha": config["swiglu_alpha"],
+            },
             "moe": {
                 "kind": "dropless",
                 "num_experts": config["num_local_experts"],

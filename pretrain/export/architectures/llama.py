@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
 from pretrain.export.features import Takes
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
 
 
 class Llama(LlamaLike):
     """The target ``LlamaForCausalLM``: every layer dense, biases in all of attention or all of the feed-forwards, or none."""
 
     name, architecture, moe_layers = "llama", "LlamaForCausalLM", "none"
-    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, "attention.bias": ("none", "all"), "feed_forward.bias": (False, True)}
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        "attention.bias": ("none", "all"),
+        "feed_forward.bias": (False, True),
+    }
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         if model.hidden_size % model.attention.num_attention_heads:
-            return [f"model.hidden_size ({model.hidden_size}) is no multiple of the heads ({model.attention.num_attention_heads}), as llama asks for"]
+            return [
+                f"model.hidden_size ({model.hidden_size}) is no multiple of the heads ({model.attention.num_attention_heads}), as llama asks for"
+            ]
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         assert isinstance(model.attention, GroupedQueryAttention)
-        return {**super().config(model, eod_id), "attention_bias": model.attention.bias == "all", "mlp_bias": model.feed_forward.bias}
+        return {
+            **super().config(model, eod_id),
+            "attention_bias": model.attention.bias == "all",
+            "mlp_bias": model.feed_forward.bias,
+        }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig, RotaryBase
-from pretrain.config.moe_schema import DeepSpeedMoE, RoutedMoE
+from pretrain.core.errors import ConfigError
 from pretrain.export.architectures.rope import ROPE, position_section, rope_parameters
 from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.name_map import Link, Links, Zeros, expand
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig, RotaryBase
+from pretrain.model.moe.config import DeepSpeedMoE, RoutedMoE
 
 VOCABULARY = {"embedding.weight": "model.embed_tokens.weight"}
 HEAD = {"head.weight": "lm_head.weight"}
@@ -20,7 +20,10 @@ NORMS = {
     "layers.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
     "layers.{layer}.feed_forward_norm.weight": "model.layers.{layer}.post_attention_layernorm.weight",
 }
-DENSE = {f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+DENSE = {
+    f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}"
+    for name in ("gate_proj", "up_proj", "down_proj")
+}
 NATIVE_EXPERT = "layers.{layer}.feed_forward.deepspeed_moe.experts.deepspeed_experts.{expert}."
 SHARED = "layers.{layer}.feed_forward.shared."
 
@@ -84,9 +87,15 @@ class LlamaLike:
         elif self.moe_layers != "none" and not count:
             reasons.append(f"no layer is a mixture of experts, and {self.name} is one")
         elif self.moe_layers == "all" and dense:
-            reasons.append(f"{dense} layers are dense, and all of {self.name}'s are mixtures of experts")
-        elif self.moe_layers == "prefix" and model.moe_layers != list(range(dense, model.num_hidden_layers)):
-            reasons.append(f"dense layers stand between mixtures of experts, and {self.name}'s stand before them")
+            reasons.append(
+                f"{dense} layers are dense, and all of {self.name}'s are mixtures of experts"
+            )
+        elif self.moe_layers == "prefix" and model.moe_layers != list(
+            range(dense, model.num_hidden_layers)
+        ):
+            reasons.append(
+                f"dense layers stand between mixtures of experts, and {self.name}'s stand before them"
+            )
         return reasons + self.further_reasons(model)
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
@@ -110,10 +119,19 @@ class LlamaLike:
     def attention_links(self, model: ModelConfig) -> list[Link]:
         attention = model.attention
         assert isinstance(attention, GroupedQueryAttention)
-        biased = {"none": (), "qkv": ("q_proj", "k_proj", "v_proj"), "all": ("q_proj", "k_proj", "v_proj", "o_proj")}[attention.bias]
-        names = [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [f"{name}.bias" for name in biased]
+        biased = {
+            "none": (),
+            "qkv": ("q_proj", "k_proj", "v_proj"),
+            "all": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        }[attention.bias]
+        names = [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [
+            f"{name}.bias" for name in biased
+        ]
         names += [] if attention.qk_norm == "none" else ["q_norm.weight", "k_norm.weight"]
-        templates = {f"layers.{{layer}}.attention.{name}": f"model.layers.{{layer}}.self_attn.{name}" for name in names}
+        templates = {
+            f"layers.{{layer}}.attention.{name}": f"model.layers.{{layer}}.self_attn.{name}"
+            for name in names
+        }
         return expand(templates, range(model.num_hidden_layers))
 
     def moe_links(self, model: ModelConfig) -> Links:
@@ -121,7 +139,10 @@ class LlamaLike:
         assert isinstance(model.moe, RoutedMoE)
         theirs = f"model.layers.{{layer}}.{self.moe}."
         names = [f"{theirs}experts.{{expert}}.{name}.weight" for name in self.expert]
-        templates = {router_name(model) + ".weight": f"{theirs}gate.weight", **dict(zip(expert_names(model), names, strict=True))}
+        templates = {
+            router_name(model) + ".weight": f"{theirs}gate.weight",
+            **dict(zip(expert_names(model), names, strict=True)),
+        }
         return [*expand(templates, model.moe_layers, model.moe.num_experts)]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
@@ -133,7 +154,8 @@ class LlamaLike:
             "model_type": self.name,
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size or (model.moe.moe_intermediate_size if model.moe else None),
+            "intermediate_size": model.intermediate_size
+            or (model.moe.moe_intermediate_size if model.moe else None),
             "num_hidden_layers": model.num_hidden_layers,
             "num_attention_heads": attention.num_attention_heads,
             "hidden_act": "silu",
@@ -150,13 +172,20 @@ class LlamaLike:
             "eos_token_id": eod_id,
         }
         if isinstance(attention, GroupedQueryAttention):
-            fields |= {"num_key_value_heads": attention.num_key_value_heads, "head_dim": attention.head_dim}
+            fields |= {
+                "num_key_value_heads": attention.num_key_value_heads,
+                "head_dim": attention.head_dim,
+            }
         return fields
 
     def unread(self, config: Mapping[str, Any]) -> set[str]:
         """Fields that change nothing of what transformers computes for this ``config``, whatever they say."""
         types = config.get("layer_types")
-        return {"sliding_window", "use_sliding_window"} if types and "sliding_attention" not in types else set()
+        return (
+            {"sliding_window", "use_sliding_window"}
+            if types and "sliding_attention" not in types
+            else set()
+        )
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The way back: a recipe's model section from all fields of transformers' config, defaults included.
@@ -190,7 +219,9 @@ def router_name(model: ModelConfig) -> str:
     """The module that makes the router's logits."""
     if not isinstance(model.moe, DeepSpeedMoE):
         return "layers.{layer}.feed_forward.router.gate"
-    return "layers.{layer}.feed_forward.deepspeed_moe.gate." + ("router.gate" if model.moe.gate == "router" else "wg")
+    return "layers.{layer}.feed_forward.deepspeed_moe.gate." + (
+        "router.gate" if model.moe.gate == "router" else "wg"
+    )
 
 
 def balance_bias_name(model: ModelConfig) -> str:
@@ -200,7 +231,9 @@ def balance_bias_name(model: ModelConfig) -> str:
 def expert_names(model: ModelConfig, parameter: str = "weight") -> list[str]:
     """Templates of the experts' gate, up and down projections, or of their biases."""
     if isinstance(model.moe, DeepSpeedMoE):
-        return [f"{NATIVE_EXPERT}{name}.{parameter}" for name in ("gate_proj", "up_proj", "down_proj")]
+        return [
+            f"{NATIVE_EXPERT}{name}.{parameter}" for name in ("gate_proj", "up_proj", "down_proj")
+        ]
     if parameter == "bias":
         return [f"layers.{{layer}}.feed_forward.{name}" for name in ("b1", "b3", "b2")]
     return [f"layers.{{layer}}.feed_forward.experts.{name}" for name in ("w1", "w3", "w2")]
@@ -208,15 +241,26 @@ def expert_names(model: ModelConfig, parameter: str = "weight") -> list[str]:
 
 def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> list[Link]:
     """The shared experts as one feed-forward at ``theirs``."""
-    names = {f"{SHARED}feed_forward.{name}.weight": f"{theirs}.{name}.weight" for name in ("gate_proj", "up_proj")}
+    names = {
+        f"{SHARED}feed_forward.{name}.weight": f"{theirs}.{name}.weight"
+        for name in ("gate_proj", "up_proj")
+    }
     down = {f"{SHARED}feed_forward.down_proj.weight": f"{theirs}.down_proj.weight"}
     return [*expand(names, model.moe_layers), *expand(down, model.moe_layers, scale=down_scale)]
 
 
 def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
     """Shared experts of width zero: transformers' class has their empty matrices, and misses them in the files."""
-    shapes = {"gate_proj": (0, model.hidden_size), "up_proj": (0, model.hidden_size), "down_proj": (model.hidden_size, 0)}
-    return [Zeros(theirs.format(layer=layer) + f".{name}.weight", shape) for layer in model.moe_layers for name, shape in shapes.items()]
+    shapes = {
+        "gate_proj": (0, model.hidden_size),
+        "up_proj": (0, model.hidden_size),
+        "down_proj": (model.hidden_size, 0),
+    }
+    return [
+        Zeros(theirs.format(layer=layer) + f".{name}.weight", shape)
+        for layer in model.moe_layers
+        for name, shape in shapes.items()
+    ]
 
 
 def windowed_layers(model: ModelConfig) -> dict[str, Any]:
@@ -236,8 +280,15 @@ def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
     if "sliding_attention" not in types:
         return {}
     full = next((layer + 1 for layer, kind in enumerate(types) if kind == "full_attention"), None)
-    pattern = [kind if full is None or (layer + 1) % full else "full_attention" for layer, kind in enumerate(types)]
-    if pattern != types or full == 1 or not {"full_attention", "sliding_attention"}.issuperset(types):
+    pattern = [
+        kind if full is None or (layer + 1) % full else "full_attention"
+        for layer, kind in enumerate(types)
+    ]
+    if (
+        pattern != types
+        or full == 1
+        or not {"full_attention", "sliding_attention"}.issuperset(types)
+    ):
         windows = [layer for layer, kind in enumerate(types) if kind != "full_attention"]
         raise ConfigError(
             f"config.json's layer_types has windows in the layers {windows} of {len(types)}, and recipes know windows "
@@ -259,7 +310,9 @@ def router_aux_loss_coef(model: ModelConfig) -> float:
 
 def aux_loss_weight(config: Mapping[str, Any], moe_layers: int) -> float:
     """The way back of :func:`router_aux_loss_coef`."""
-    return rounded(config["router_aux_loss_coef"] * config["num_experts_per_tok"] / max(moe_layers, 1))
+    return rounded(
+        config["router_aux_loss_coef"] * config["num_experts_per_tok"] / max(moe_layers, 1)
+    )
 
 
 def rounded(weight: float) -> float:
@@ -270,8 +323,14 @@ def rounded(weight: float) -> float:
 def dense_layers(config: Mapping[str, Any]) -> list[int]:
     """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs."""
     if (step := config["decoder_sparse_step"]) < 1:
-        raise ConfigError(f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that: give 1 or more")
-    return [layer for layer in range(config["num_hidden_layers"]) if layer in config["mlp_only_layers"] or (layer + 1) % step]
+        raise ConfigError(
+            f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that: give 1 or more"
+        )
+    return [
+        layer
+        for layer in range(config["num_hidden_layers"])
+        if layer in config["mlp_only_layers"] or (layer + 1) % step
+    ]
 
 
 def expert_layers(config: Mapping[str, Any]) -> int:
@@ -295,4 +354,8 @@ def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_parameters(templates: dict[str, str], biased: bool) -> dict[str, str]:
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in templates.items() for kind in ("weight", "bias")[: 1 + biased]}
+    return {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in templates.items()
+        for kind in ("weight", "bias")[: 1 + biased]
+    }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
 from pretrain.export.features import ANY, Takes
+from pretrain.model.config import ModelConfig
 
 
 class Mistral(LlamaLike):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -16,6 +14,8 @@ from pretrain.export.architectures.llama_like import (
     router_aux_loss_coef,
 )
 from pretrain.export.features import ANY, Takes
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 
 class Mixtral(LlamaLike):
@@ -23,7 +23,13 @@ class Mixtral(LlamaLike):
 
     name, architecture, moe_layers = "mixtral", "MixtralForCausalLM", "all"
     moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
-    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "moe.router.norm_topk_prob": (True,), "attention.sliding_window": ANY}
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SOFTMAX,
+        "moe.router.norm_topk_prob": (True,),
+        "attention.sliding_window": ANY,
+    }
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         assert isinstance(model.moe, RoutedMoE)
@@ -45,4 +51,10 @@ class Mixtral(LlamaLike):
             "moe_intermediate_size": config["intermediate_size"],
             "router": {"norm_topk_prob": True},
         }
-        return section | {"moe": {"kind": "dropless", **moe, "aux_loss_weight": aux_loss_weight(config, config["num_hidden_layers"])}}
+        return section | {
+            "moe": {
+                "kind": "dropless",
+                **moe,
+                "aux_loss_weight": aux_loss_weight(config, config["num_hidden_layers"]),
+            }
+        }

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -17,22 +14,38 @@ from pretrain.export.architectures.llama_like import (
 )
 from pretrain.export.architectures.qwen3_moe import qwen_experts
 from pretrain.export.features import Takes
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 
 class Olmoe(LlamaLike):
     """The target ``OlmoeForCausalLM``."""
 
     name, architecture, moe_layers = "olmoe", "OlmoeForCausalLM", "all"
-    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "attention.qk_norm": ("full",), "attention.bias": ("none", "all")}
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SOFTMAX,
+        "attention.qk_norm": ("full",),
+        "attention.bias": ("none", "all"),
+    }
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         attention = model.attention
-        if isinstance(attention, GroupedQueryAttention) and attention.num_attention_heads * attention.head_dim != model.hidden_size:
-            return [f"model.attention.head_dim ({attention.head_dim}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"]
+        if (
+            isinstance(attention, GroupedQueryAttention)
+            and attention.num_attention_heads * attention.head_dim != model.hidden_size
+        ):
+            return [
+                f"model.attention.head_dim ({attention.head_dim}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"
+            ]
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(
+            model.attention, GroupedQueryAttention
+        )
         fields = super().config(model, eod_id)
         del fields["head_dim"]
         return {
@@ -48,5 +61,10 @@ class Olmoe(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config) | {"intermediate_size": None}
-        section["attention"] |= {"qk_norm": "full", "bias": "all" if config["attention_bias"] else "none"}
-        return section | {"moe": qwen_experts(config, config["num_hidden_layers"], "intermediate_size")}
+        section["attention"] |= {
+            "qk_norm": "full",
+            "bias": "all" if config["attention_bias"] else "none",
+        }
+        return section | {
+            "moe": qwen_experts(config, config["num_hidden_layers"], "intermediate_size")
+        }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     TRUNK,
@@ -14,6 +13,7 @@ from pretrain.export.architectures.llama_like import (
     windowed_layers,
 )
 from pretrain.export.features import ANY, Takes
+from pretrain.model.config import ModelConfig
 
 WINDOWED: Takes = {"attention.sliding_window": ANY, "attention.full_attention_every": ANY}
 

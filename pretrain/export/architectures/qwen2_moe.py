@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SHARED,
@@ -23,6 +20,9 @@ from pretrain.export.architectures.llama_like import (
 from pretrain.export.architectures.qwen3_moe import qwen_experts
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Links, Zeros, expand
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 THEIR_SHARED = "model.layers.{layer}.mlp.shared_expert"
 
@@ -46,22 +46,33 @@ class Qwen2Moe(LlamaLike):
 
     def moe_links(self, model: ModelConfig) -> Links:
         assert isinstance(model.moe, RoutedMoE)
-        gates: Links = [Zeros(THEIR_SHARED.format(layer=layer) + "_gate.weight", (1, model.hidden_size)) for layer in model.moe_layers]
+        gates: Links = [
+            Zeros(THEIR_SHARED.format(layer=layer) + "_gate.weight", (1, model.hidden_size))
+            for layer in model.moe_layers
+        ]
         if not model.moe.num_shared_experts:
             return [*super().moe_links(model), *absent_shared_experts(model, THEIR_SHARED), *gates]
         if model.moe.shared_expert_gate:
-            gates = [*expand({f"{SHARED}gate.weight": f"{THEIR_SHARED}_gate.weight"}, model.moe_layers)]
-        shared = shared_links(model, THEIR_SHARED, down_scale=1.0 if model.moe.shared_expert_gate else 2.0)
+            gates = [
+                *expand({f"{SHARED}gate.weight": f"{THEIR_SHARED}_gate.weight"}, model.moe_layers)
+            ]
+        shared = shared_links(
+            model, THEIR_SHARED, down_scale=1.0 if model.moe.shared_expert_gate else 2.0
+        )
         return [*super().moe_links(model), *shared, *gates]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(
+            model.attention, GroupedQueryAttention
+        )
         return {
             **super().config(model, eod_id),
             "qkv_bias": model.attention.bias == "qkv",
             "use_sliding_window": False,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if index not in model.moe_layers],
+            "mlp_only_layers": [
+                index for index in range(model.num_hidden_layers) if index not in model.moe_layers
+            ],
             "num_experts": model.moe.num_experts,
             "num_experts_per_tok": model.moe.top_k,
             "moe_intermediate_size": model.moe.moe_intermediate_size,
@@ -74,7 +85,11 @@ class Qwen2Moe(LlamaLike):
         section = super().model_section(config)
         section["attention"]["bias"] = "qkv" if config["qkv_bias"] else "none"
         width = config["shared_expert_intermediate_size"]
-        shared = {"num_shared_experts": 1, "shared_intermediate_size": width, "shared_expert_gate": True} if width else {}
+        shared = (
+            {"num_shared_experts": 1, "shared_intermediate_size": width, "shared_expert_gate": True}
+            if width
+            else {}
+        )
         return section | {
             "layer_pattern": sparse_layers(config),
             "moe": qwen_experts(config, expert_layers(config)) | shared,

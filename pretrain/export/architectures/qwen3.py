@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike, window_section
 from pretrain.export.architectures.qwen2 import WINDOWED, window_fields
 from pretrain.export.features import Takes
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
 
 
 class Qwen3(LlamaLike):

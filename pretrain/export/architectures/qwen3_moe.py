@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pretrain.config.attention_schema import GroupedQueryAttention
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import RoutedMoE
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -19,23 +16,36 @@ from pretrain.export.architectures.llama_like import (
     sparse_layers,
 )
 from pretrain.export.features import Takes
+from pretrain.model.attention.config import GroupedQueryAttention
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 
 class Qwen3Moe(LlamaLike):
     """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises each head of queries and keys."""
 
     name, architecture, moe_layers = "qwen3_moe", "Qwen3MoeForCausalLM", "any"
-    takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **SOFTMAX, "attention.qk_norm": ("head",), "attention.bias": ("none", "all")}
+    takes: ClassVar[Takes] = {
+        **TRUNK,
+        **GROUPED_QUERY,
+        **SOFTMAX,
+        "attention.qk_norm": ("head",),
+        "attention.bias": ("none", "all"),
+    }
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(model.attention, GroupedQueryAttention)
+        assert isinstance(model.moe, RoutedMoE) and isinstance(
+            model.attention, GroupedQueryAttention
+        )
         return {
             **super().config(model, eod_id),
             "attention_bias": model.attention.bias == "all",
             "use_sliding_window": False,
             # A list of layers covers every pattern; decoder_sparse_step only the regular ones.
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [index for index in range(model.num_hidden_layers) if index not in model.moe_layers],
+            "mlp_only_layers": [
+                index for index in range(model.num_hidden_layers) if index not in model.moe_layers
+            ],
             "num_experts": model.moe.num_experts,
             "num_experts_per_tok": model.moe.top_k,
             "moe_intermediate_size": model.moe.moe_intermediate_size,
@@ -45,14 +55,19 @@ class Qwen3Moe(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         section = super().model_section(config)
-        section["attention"] |= {"qk_norm": "head", "bias": "all" if config["attention_bias"] else "none"}
+        section["attention"] |= {
+            "qk_norm": "head",
+            "bias": "all" if config["attention_bias"] else "none",
+        }
         return section | {
             "layer_pattern": sparse_layers(config),
             "moe": qwen_experts(config, expert_layers(config)),
         }
 
 
-def qwen_experts(config: Mapping[str, Any], moe_layers: int, width: str = "moe_intermediate_size") -> dict[str, Any]:
+def qwen_experts(
+    config: Mapping[str, Any], moe_layers: int, width: str = "moe_intermediate_size"
+) -> dict[str, Any]:
     """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share; ``moe_layers`` says how many have it."""
     return {
         "kind": "dropless",

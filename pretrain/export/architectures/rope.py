@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import Llama3, Position, RotaryBase, Yarn
+from pretrain.core.errors import ConfigError
 from pretrain.export.features import ANY, Takes
+from pretrain.model.config import Llama3, Position, RotaryBase, Yarn
 
 # transformers' name of each kind, and the fields that both call alike.
 YARN_FIELDS = (
     *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
 )
-LLAMA3_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+LLAMA3_FIELDS = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default": ("rope", ()),
     "yarn": ("yarn", YARN_FIELDS),
@@ -34,7 +39,13 @@ ROPE: Takes = {
 def rope_parameters(position: Position) -> dict[str, Any]:
     """transformers' ``rope_parameters`` of a position section; a field that is None is left out."""
     assert isinstance(position, RotaryBase)
-    kind = "yarn" if isinstance(position, Yarn) else "llama3" if isinstance(position, Llama3) else "default"
+    kind = (
+        "yarn"
+        if isinstance(position, Yarn)
+        else "llama3"
+        if isinstance(position, Llama3)
+        else "default"
+    )
     fields = {field: getattr(position, field) for field in KINDS[kind][1]}
     given = {field: value for field, value in fields.items() if value is not None}
     return {"rope_type": kind, "rope_theta": position.rope_theta, **given}

@@ -52,7 +52,14 @@ def places(config: MoePretrainConfig, position_ids_BS: Tensor, real_BU: Tensor) 
     """Positions of the new tokens, and which of all tokens are real and no padding."""
     turns, scale = rotary_turns(config, position_ids_BS)
     windows = dict.fromkeys(config.sliding_windows)
-    return Places(turns, scale, {window: score_bias(config, position_ids_BS.shape[1], real_BU, window) for window in windows})
+    return Places(
+        turns,
+        scale,
+        {
+            window: score_bias(config, position_ids_BS.shape[1], real_BU, window)
+            for window in windows
+        },
+    )
 
 
 def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int | None) -> Tensor:
@@ -62,19 +69,29 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
     seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
     seen_BSU = seen_SU & real_BU[:, None] | (distance_SU == 0)
     bias = torch.zeros(1, 1, 1, 1, device=device)
-    if config.position["kind"] in ("alibi", "rope_alibi"):  # Press et al. 2022: a key d tokens back loses slope * d
-        bias = -alibi_slopes(config.attention["num_attention_heads"], device)[:, None, None] * distance_SU
+    if config.position["kind"] in (
+        "alibi",
+        "rope_alibi",
+    ):  # Press et al. 2022: a key d tokens back loses slope * d
+        bias = (
+            -alibi_slopes(config.attention["num_attention_heads"], device)[:, None, None]
+            * distance_SU
+        )
     return torch.where(seen_BSU[:, None], bias, -math.inf)
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """2^(-8/N), 2^(-16/N) ... 2^-8, fp32 [N]; where N is no power of two, those of the next lower one, then every second of the next higher."""
     lower = 2 ** math.floor(math.log2(num_heads))
-    exponents = [8 * (head + 1) / lower for head in range(lower)] + [4 * (head + 1) / lower for head in range(0, 2 * lower, 2)]
+    exponents = [8 * (head + 1) / lower for head in range(lower)] + [
+        4 * (head + 1) / lower for head in range(0, 2 * lower, 2)
+    ]
     return 2.0 ** -torch.tensor(exponents[:num_heads], device=device)
 
 
-def rotary_turns(config: MoePretrainConfig, position_ids_BS: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
+def rotary_turns(
+    config: MoePretrainConfig, position_ids_BS: Tensor
+) -> tuple[tuple[Tensor, Tensor] | None, float]:
     """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with; (None, 1) for the other kinds."""
     position = SimpleNamespace(**config.position)
     if position.kind not in ("rope", "yarn", "llama3", "rope_alibi"):
@@ -98,7 +115,11 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
     """
 
     def pair(times: float) -> float:  # the number of the pair that turns so many times
-        return size * math.log(position.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(position.rope_theta))
+        return (
+            size
+            * math.log(position.original_max_position_embeddings / (times * 2 * math.pi))
+            / (2 * math.log(position.rope_theta))
+        )
 
     first, last = pair(position.beta_fast), pair(position.beta_slow)
     if position.truncate:
@@ -111,9 +132,19 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
     def growth(mscale: float) -> float:
         return 0.1 * mscale * math.log(position.factor) + 1
 
-    if position.mscale is not None:  # DeepSeek's: one growth of all scores, another one of what is turned
-        return frequencies, growth(position.mscale) / growth(position.mscale_all_dim), growth(position.mscale_all_dim) ** 2
-    return frequencies, growth(1.0) if position.attention_factor is None else position.attention_factor, 1.0
+    if (
+        position.mscale is not None
+    ):  # DeepSeek's: one growth of all scores, another one of what is turned
+        return (
+            frequencies,
+            growth(position.mscale) / growth(position.mscale_all_dim),
+            growth(position.mscale_all_dim) ** 2,
+        )
+    return (
+        frequencies,
+        growth(1.0) if position.attention_factor is None else position.attention_factor,
+        1.0,
+    )
 
 
 def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
@@ -123,7 +154,9 @@ def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
     rotates less than ``low_freq_factor`` times has it divided by ``factor``; between them the kept share rises linearly.
     """
     rotations = position.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (rotations - position.low_freq_factor) / (position.high_freq_factor - position.low_freq_factor)
+    kept = (rotations - position.low_freq_factor) / (
+        position.high_freq_factor - position.low_freq_factor
+    )
     kept = kept.clamp(0, 1)
     return frequencies * kept + frequencies / position.factor * (1 - kept)
 
@@ -134,13 +167,22 @@ def turned(x_BNSH: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
         return x_BNSH
     cos, sin = turns
     first, second = x_BNSH.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSH.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
+        x_BNSH.dtype
+    )
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------------------
 
 
-def attend(q_BNSH: Tensor, k_BMUH: Tensor, v_BMUV: Tensor, scale: float, bias: Tensor, sinks_N: Tensor | None) -> Tensor:
+def attend(
+    q_BNSH: Tensor,
+    k_BMUH: Tensor,
+    v_BMUV: Tensor,
+    scale: float,
+    bias: Tensor,
+    sinks_N: Tensor | None,
+) -> Tensor:
     """softmax(scale * q k^T + bias; sinks) v in fp32 -> [B, N, S, V]. A sink is one more score of a head, whose value is zero."""
     repeats = q_BNSH.shape[1] // k_BMUH.shape[1]
     k_BNUH, v_BNUV = (x.repeat_interleave(repeats, dim=1).float() for x in (k_BMUH, v_BMUV))
@@ -159,8 +201,16 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
         form = SimpleNamespace(**config.attention)
-        self.layer, self.window, self.head_dim, self.qk_norm = layer, config.sliding_windows[layer], form.head_dim, form.qk_norm
-        queries, keys = form.num_attention_heads * form.head_dim, form.num_key_value_heads * form.head_dim
+        self.layer, self.window, self.head_dim, self.qk_norm = (
+            layer,
+            config.sliding_windows[layer],
+            form.head_dim,
+            form.qk_norm,
+        )
+        queries, keys = (
+            form.num_attention_heads * form.head_dim,
+            form.num_key_value_heads * form.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=form.bias != "none")
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
@@ -176,14 +226,23 @@ class GroupedQueryAttention(nn.Module):
         q_BSX, k_BSX, v_BSX = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             q_BSX, k_BSX = self.q_norm(q_BSX), self.k_norm(k_BSX)
-        q_BNSH, k_BMSH, v_BMSH = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (q_BSX, k_BSX, v_BSX))
+        q_BNSH, k_BMSH, v_BMSH = (
+            x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (q_BSX, k_BSX, v_BSX)
+        )
         if self.qk_norm == "head":
             q_BNSH, k_BMSH = self.q_norm(q_BNSH), self.k_norm(k_BMSH)
         k_BMUH, v_BMUH = turned(k_BMSH, where.turns), v_BMSH
         if cache is not None:
             k_BMUH, v_BMUH = cache.update(k_BMUH, v_BMUH, self.layer)
         scale = where.scale * self.head_dim**-0.5
-        y_BNSH = attend(turned(q_BNSH, where.turns), k_BMUH, v_BMUH, scale, where.biases[self.window], self.sinks)
+        y_BNSH = attend(
+            turned(q_BNSH, where.turns),
+            k_BMUH,
+            v_BMUH,
+            scale,
+            where.biases[self.window],
+            self.sinks,
+        )
         return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))
 
 
@@ -196,17 +255,30 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
         form = SimpleNamespace(**config.attention)
-        self.form, self.layer, self.window, eps = form, layer, config.sliding_windows[layer], config.norm["eps"]
-        N, head, biased = form.num_attention_heads, form.qk_nope_head_dim + form.qk_rope_head_dim, form.bias == "all"
+        self.form, self.layer, self.window, eps = (
+            form,
+            layer,
+            config.sliding_windows[layer],
+            config.norm["eps"],
+        )
+        N, head, biased = (
+            form.num_attention_heads,
+            form.qk_nope_head_dim + form.qk_rope_head_dim,
+            form.bias == "all",
+        )
         if form.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, N * head, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.hidden_size, form.q_lora_rank, bias=biased)
             self.q_a_norm = NORMS[form.latent_norm](form.q_lora_rank, eps=eps)
             self.q_b_proj = nn.Linear(form.q_lora_rank, N * head, bias=False)
-        self.kv_a_proj = nn.Linear(config.hidden_size, form.kv_lora_rank + form.qk_rope_head_dim, bias=biased)
+        self.kv_a_proj = nn.Linear(
+            config.hidden_size, form.kv_lora_rank + form.qk_rope_head_dim, bias=biased
+        )
         self.kv_a_norm = NORMS[form.latent_norm](form.kv_lora_rank, eps=eps)
-        self.kv_b_proj = nn.Linear(form.kv_lora_rank, N * (form.qk_nope_head_dim + form.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            form.kv_lora_rank, N * (form.qk_nope_head_dim + form.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(N * form.v_head_dim, config.hidden_size, bias=biased)
         self.sinks = nn.Parameter(torch.zeros(N)) if form.sinks else None
         self.scale = head**-0.5
@@ -214,19 +286,37 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
         """[B, S, D] -> [B, S, D]; new latents and turned keys are added to transformers' ``cache``, if there is one."""
         form = self.form
-        q_BSX = self.q_proj(x_BSD) if form.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        q_BSX = (
+            self.q_proj(x_BSD)
+            if form.q_lora_rank is None
+            else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        )
         q_BNSX = q_BSX.unflatten(2, (form.num_attention_heads, -1)).transpose(1, 2)
         q_BNSH, q_BNSR = q_BNSX.split((form.qk_nope_head_dim, form.qk_rope_head_dim), dim=-1)
-        latent_BSC, key_BSR = self.kv_a_proj(x_BSD).split((form.kv_lora_rank, form.qk_rope_head_dim), dim=-1)
-        latent_B1UC, key_B1UR = self.kv_a_norm(latent_BSC)[:, None], turned(key_BSR[:, None], where.turns)
+        latent_BSC, key_BSR = self.kv_a_proj(x_BSD).split(
+            (form.kv_lora_rank, form.qk_rope_head_dim), dim=-1
+        )
+        latent_B1UC, key_B1UR = (
+            self.kv_a_norm(latent_BSC)[:, None],
+            turned(key_BSR[:, None], where.turns),
+        )
         if cache is not None:
             latent_B1UC, key_B1UR = cache.update(latent_B1UC, key_B1UR, self.layer)
-        kv_BNUX = self.kv_b_proj(latent_B1UC[:, 0]).unflatten(2, (form.num_attention_heads, -1)).transpose(1, 2)
+        kv_BNUX = (
+            self.kv_b_proj(latent_B1UC[:, 0])
+            .unflatten(2, (form.num_attention_heads, -1))
+            .transpose(1, 2)
+        )
         k_BNUH, v_BNUV = kv_BNUX.split((form.qk_nope_head_dim, form.v_head_dim), dim=-1)
         q_BNSX = torch.cat((q_BNSH, turned(q_BNSR, where.turns)), dim=-1)
         k_BNUX = torch.cat((k_BNUH, key_B1UR.expand(-1, form.num_attention_heads, -1, -1)), dim=-1)
-        y_BNSV = attend(q_BNSX, k_BNUX, v_BNUV, where.scale * self.scale, where.biases[self.window], self.sinks)
+        y_BNSV = attend(
+            q_BNSX, k_BNUX, v_BNUV, where.scale * self.scale, where.biases[self.window], self.sinks
+        )
         return self.o_proj(y_BNSV.transpose(1, 2).flatten(2))
 
 
-ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention, "mla": MultiHeadLatentAttention}
+ATTENTION: dict[str, type[nn.Module]] = {
+    "gqa": GroupedQueryAttention,
+    "mla": MultiHeadLatentAttention,
+}

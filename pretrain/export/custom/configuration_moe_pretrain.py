@@ -8,7 +8,15 @@ from transformers import PretrainedConfig
 
 # What a checkpoint's config.json gives; the smallest dense model stands here, because transformers builds configurations without arguments too.
 ROPE = {"kind": "rope", "rope_theta": 10000.0}
-HEADS = {"kind": "gqa", "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "bias": "none", "qk_norm": "none", "sinks": False}
+HEADS = {
+    "kind": "gqa",
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "bias": "none",
+    "qk_norm": "none",
+    "sinks": False,
+}
 
 
 class MoePretrainConfig(PretrainedConfig):

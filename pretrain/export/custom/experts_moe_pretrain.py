@@ -70,7 +70,11 @@ class Experts(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.form = form = config.feed_forward
-        E, D, width = config.moe["num_experts"], config.hidden_size, config.moe["moe_intermediate_size"]
+        E, D, width = (
+            config.moe["num_experts"],
+            config.hidden_size,
+            config.moe["moe_intermediate_size"],
+        )
         rows, gated, biased = rows_before(form, width), form["kind"] in GATED, form["bias"]
         self.gate_proj = nn.Parameter(torch.empty(E, rows, D)) if gated else None
         self.up_proj = nn.Parameter(torch.empty(E, rows, D))
@@ -89,15 +93,23 @@ class Experts(nn.Module):
         if self.gate_proj is None:
             hidden_RF = UNGATED[self.form["kind"]](self.form, up_RF)
         else:
-            hidden_RF = GATED[self.form["kind"]](self.form, product(x_RD, self.gate_proj, self.gate_bias), up_RF)
+            hidden_RF = GATED[self.form["kind"]](
+                self.form, product(x_RD, self.gate_proj, self.gate_bias), up_RF
+            )
         return product(hidden_RF, self.down_proj, self.down_bias)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, added up in fp32 [T, D]. The number -1 stands for a choice that found no room."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert in experts_TK[experts_TK >= 0].unique().tolist():  # the ones that some token chose
+        for expert in (
+            experts_TK[experts_TK >= 0].unique().tolist()
+        ):  # the ones that some token chose
             tokens, choices = (experts_TK == expert).nonzero(as_tuple=True)
-            y_TD.index_add_(0, tokens, self.one(expert, x_TD[tokens]).float() * weights_TK[tokens, choices, None])
+            y_TD.index_add_(
+                0,
+                tokens,
+                self.one(expert, x_TD[tokens]).float() * weights_TK[tokens, choices, None],
+            )
         return y_TD.to(x_TD.dtype)
 
 
@@ -106,7 +118,9 @@ class Experts(nn.Module):
 SCORES: dict[str, Callable[[SimpleNamespace, Tensor], Tensor]] = {
     "softmax_topk": lambda form, logits_TE: (logits_TE / form.temperature).softmax(dim=-1),
     "sigmoid_topk": lambda form, logits_TE: logits_TE.sigmoid(),
-    "noisy_topk": lambda form, logits_TE: logits_TE.softmax(dim=-1),  # its noise belongs to training
+    "noisy_topk": lambda form, logits_TE: logits_TE.softmax(
+        dim=-1
+    ),  # its noise belongs to training
 }
 
 
@@ -120,7 +134,11 @@ class Router(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.moe["num_experts"], bias=self.form.bias)
         # Chooses experts and never weighs them (Wang et al. 2024; DeepSeek-V3, section 2.1.2).
         balanced = config.moe["bias_balancing"]
-        self.balance_bias = nn.Parameter(torch.zeros(config.moe["num_experts"]), requires_grad=False) if balanced else None
+        self.balance_bias = (
+            nn.Parameter(torch.zeros(config.moe["num_experts"]), requires_grad=False)
+            if balanced
+            else None
+        )
 
     def logits(self, x_TD: Tensor) -> Tensor:
         bias = None if self.gate.bias is None else self.gate.bias.float()
@@ -129,7 +147,9 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> weights, fp32 [T, K], and numbers of the chosen experts [T, K]."""
         scores_TE = SCORES[self.form.kind](self.form, self.logits(x_TD))
-        chosen_by_TE = scores_TE if self.balance_bias is None else scores_TE + self.balance_bias.float()
+        chosen_by_TE = (
+            scores_TE if self.balance_bias is None else scores_TE + self.balance_bias.float()
+        )
         if self.form.groups is not None:
             chosen_by_TE = self._in_best_groups(chosen_by_TE, **self.form.groups)
         experts_TK = chosen_by_TE.topk(self.top_k, dim=-1).indices
@@ -139,11 +159,19 @@ class Router(nn.Module):
         return weights_TK * self.form.routed_scaling_factor, experts_TK
 
     @staticmethod
-    def _in_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, score: str) -> Tensor:
+    def _in_best_groups(
+        scores_TE: Tensor, num_groups: int, top_k_groups: int, score: str
+    ) -> Tensor:
         """-inf for all experts but those of a token's best groups of neighbours (DeepSeek-V2, section 2.1.3)."""
         scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
-        group_scores_TG = scores_TGe.amax(dim=-1) if score == "max" else scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, group_scores_TG.topk(top_k_groups, dim=-1).indices, True)
+        group_scores_TG = (
+            scores_TGe.amax(dim=-1)
+            if score == "max"
+            else scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        )
+        best_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(
+            1, group_scores_TG.topk(top_k_groups, dim=-1).indices, True
+        )
         return scores_TGe.masked_fill(~best_TG[..., None], -math.inf).flatten(1)
 
 
@@ -156,13 +184,18 @@ class LimitedRouter(Router):
         self.moe = SimpleNamespace(**config.moe)
 
     def capacity(self, T: int) -> int:
-        return max(math.ceil(T * self.top_k / self.moe.num_experts * self.moe.eval_capacity_factor), self.moe.min_capacity)
+        return max(
+            math.ceil(T * self.top_k / self.moe.num_experts * self.moe.eval_capacity_factor),
+            self.moe.min_capacity,
+        )
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As :class:`Router`, and -1 for a choice that found no room."""
         weights_TK, experts_TK = super().forward(x_TD)
         if self.moe.drop_tokens:
-            chosen_TE = torch.zeros(len(x_TD), self.moe.num_experts, dtype=torch.int64, device=x_TD.device).scatter_(1, experts_TK, 1)
+            chosen_TE = torch.zeros(
+                len(x_TD), self.moe.num_experts, dtype=torch.int64, device=x_TD.device
+            ).scatter_(1, experts_TK, 1)
             before_TK = (chosen_TE.cumsum(dim=0) - chosen_TE).gather(1, experts_TK)
             experts_TK = experts_TK.masked_fill(before_TK >= self.capacity(len(x_TD)), -1)
         return weights_TK, experts_TK
@@ -176,16 +209,31 @@ class DeepSpeedRouter(LimitedRouter):
 
     def capacity(self, T: int) -> int:
         # In fp32, as there: a product that is a whole number in the one precision is a little more in another.
-        return max(int(torch.ceil(T / self.moe.num_experts * torch.tensor(self.moe.eval_capacity_factor * self.top_k))), self.moe.min_capacity)
+        return max(
+            int(
+                torch.ceil(
+                    T
+                    / self.moe.num_experts
+                    * torch.tensor(self.moe.eval_capacity_factor * self.top_k)
+                )
+            ),
+            self.moe.min_capacity,
+        )
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         logits_TE = self.logits(x_TD)
         probs_TE = logits_TE.softmax(dim=-1)
         experts_TK = self._choices(logits_TE, probs_TE)
-        kept_TK = self._kept(probs_TE, experts_TK) if self.moe.drop_tokens else torch.ones_like(experts_TK, dtype=torch.bool)
+        kept_TK = (
+            self._kept(probs_TE, experts_TK)
+            if self.moe.drop_tokens
+            else torch.ones_like(experts_TK, dtype=torch.bool)
+        )
         weights_TK = probs_TE.gather(1, experts_TK) * kept_TK
         if self.top_k > 1:
-            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(
+                torch.finfo(torch.float32).eps
+            )
         return weights_TK, experts_TK.masked_fill(~kept_TK, -1)
 
     def _choices(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
@@ -194,19 +242,29 @@ class DeepSpeedRouter(LimitedRouter):
         first_T1 = probs_TE.argmax(dim=1, keepdim=True)
         if self.top_k == 1:
             return first_T1
-        return torch.cat((first_T1, logits_TE.scatter(1, first_T1, -math.inf).argmax(dim=1, keepdim=True)), dim=1)
+        return torch.cat(
+            (first_T1, logits_TE.scatter(1, first_T1, -math.inf).argmax(dim=1, keepdim=True)), dim=1
+        )
 
     def _kept(self, probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Which choices find room, bool [T, K]."""
         capacity = self.capacity(len(probs_TE))
         chosen_TKE = functional.one_hot(experts_TK, probs_TE.shape[1])
         if self.top_k == 2:
-            queue_XE = chosen_TKE.transpose(0, 1).flatten(0, 1)  # all first choices, then all second ones
+            queue_XE = chosen_TKE.transpose(0, 1).flatten(
+                0, 1
+            )  # all first choices, then all second ones
             before_XE = queue_XE.cumsum(dim=0) - queue_XE
             return ((before_XE < capacity) & queue_XE.bool()).any(dim=1).unflatten(0, (2, -1)).T
         ranked_TE = chosen_TKE[:, 0] if self.top_k == 1 else probs_TE * chosen_TKE.sum(dim=1)
-        best_CE = ranked_TE.topk(min(capacity, len(ranked_TE)), dim=0, sorted=self.top_k == 1).indices
-        return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(0, best_CE, True).gather(1, experts_TK)
+        best_CE = ranked_TE.topk(
+            min(capacity, len(ranked_TE)), dim=0, sorted=self.top_k == 1
+        ).indices
+        return (
+            torch.zeros_like(probs_TE, dtype=torch.bool)
+            .scatter(0, best_CE, True)
+            .gather(1, experts_TK)
+        )
 
 
 # --- mixtures of experts ------------------------------------------------------------------------------------------------------------
@@ -219,7 +277,11 @@ class SharedExperts(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.feed_forward = FeedForward(config, config.moe["shared_intermediate_size"])
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if config.moe["shared_expert_gate"] else None
+        self.gate = (
+            nn.Linear(config.hidden_size, 1, bias=False)
+            if config.moe["shared_expert_gate"]
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -256,7 +318,9 @@ class DeepSpeedMoE(DroplessMoE):
 
     def __init__(self, config: MoePretrainConfig) -> None:
         assert config.moe is not None
-        super().__init__(config, {"deepspeed": DeepSpeedRouter, "router": LimitedRouter}[config.moe["gate"]])
+        super().__init__(
+            config, {"deepspeed": DeepSpeedRouter, "router": LimitedRouter}[config.moe["gate"]]
+        )
         if config.moe["use_residual"]:
             self.residual = FeedForward(config, config.moe["moe_intermediate_size"])
             self.coefficient = nn.Linear(config.hidden_size, 2)

@@ -64,14 +64,22 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         size = config.embedding_size or config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, size)
-        self.embedding_projection = nn.Linear(size, config.hidden_size, bias=False) if config.embedding_size else None
+        self.embedding_projection = (
+            nn.Linear(size, config.hidden_size, bias=False) if config.embedding_size else None
+        )
         learned = config.position["kind"] == "learned"
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.position = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        )
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.final_norm = norm(config) if config.final_norm else nn.Identity()
         self.head = nn.Linear(size, config.vocab_size, bias=config.head_bias)
         names = {name.split(".")[-1] for name, _ in self.named_parameters()}
-        self._keep_in_fp32_modules_strict = [name for name in FP32 if name in names]  # transformers 4 refuses others
+        self._keep_in_fp32_modules_strict = [
+            name for name in FP32 if name in names
+        ]  # transformers 4 refuses others
         self.post_init()
 
     def forward(
@@ -110,11 +118,19 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache()
         B, S = input_ids.shape
         U = S + (0 if cache is None else cache.get_seq_length())
-        real_BU = torch.ones(B, U, dtype=torch.bool, device=input_ids.device) if attention_mask is None else attention_mask.bool()
+        real_BU = (
+            torch.ones(B, U, dtype=torch.bool, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         if real_BU.shape != (B, U):
-            raise ValueError(f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in the cache and of the new ones")
+            raise ValueError(
+                f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in the cache and of the new ones"
+            )
         if self.config.drops_tokens and not real_BU.all():
-            raise ValueError("the experts of this model have limited room, which padding would take: give sequences of one length, or one by one")
+            raise ValueError(
+                "the experts of this model have limited room, which padding would take: give sequences of one length, or one by one"
+            )
         if position_ids is None:
             position_ids = (real_BU.cumsum(dim=1) - 1).clamp_min(0)[:, -S:]
         where = places(self.config, position_ids, real_BU)
@@ -130,7 +146,13 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         if self.embedding_projection is not None:
             x_BSD = x_BSD @ self.embedding_projection.weight
         logits_BSV = self.head(x_BSD).float()
-        loss = None if labels is None else self.loss_function(logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(
+                logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size
+            )
+        )
         kept_cache: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, **kept_cache)
 

@@ -19,7 +19,11 @@ class RunningNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size)), eps
+        self.weight, self.bias, self.eps = (
+            nn.Parameter(torch.ones(size)),
+            nn.Parameter(torch.zeros(size)),
+            eps,
+        )
         self.running_mean = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.running_variance = nn.Parameter(torch.ones(size), requires_grad=False)
 
@@ -34,8 +38,14 @@ class ProductKeys(nn.Module):
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
         super().__init__()
         self.num_heads, self.top_k = form.num_heads, form.top_k
-        self.query = nn.Linear(config.hidden_size, form.num_heads * form.query_dim, bias=form.query_bias)
-        norms: dict[str, Callable[..., nn.Module]] = {**NORMS, "batch_norm": RunningNorm, "none": lambda size, eps: nn.Identity()}
+        self.query = nn.Linear(
+            config.hidden_size, form.num_heads * form.query_dim, bias=form.query_bias
+        )
+        norms: dict[str, Callable[..., nn.Module]] = {
+            **NORMS,
+            "batch_norm": RunningNorm,
+            "none": lambda size, eps: nn.Identity(),
+        }
         self.norm = norms[form.query_norm](form.query_dim, eps=config.norm["eps"])
         part = form.query_dim // len(form.product_key_sizes)
         self.keys = nn.ParameterList(torch.empty(size, part) for size in form.product_key_sizes)
@@ -43,7 +53,10 @@ class ProductKeys(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> weights, which sum to 1 a head, fp32, and numbers of the experts; both [T, h, K]."""
         query_ThP = self.norm(self.query(x_TD).unflatten(1, (self.num_heads, -1))).float()
-        best_ThK, experts_ThK = query_ThP.new_zeros(*query_ThP.shape[:2], 1), torch.zeros_like(query_ThP[..., :1], dtype=torch.int64)
+        best_ThK, experts_ThK = (
+            query_ThP.new_zeros(*query_ThP.shape[:2], 1),
+            torch.zeros_like(query_ThP[..., :1], dtype=torch.int64),
+        )
         for part, keys in zip(query_ThP.chunk(len(self.keys), dim=-1), self.keys, strict=True):
             # The best K sums have their parts among each dimension's best K.
             scores, ids = (part @ keys.float().T).topk(min(self.top_k, len(keys)), dim=-1)
@@ -62,7 +75,9 @@ class PEERExperts(nn.Module):
         self.form, E, D = config.feed_forward, math.prod(form.product_key_sizes), config.hidden_size
         rows = rows_before(self.form, form.moe_intermediate_size)
         self.up_rows = nn.Parameter(torch.empty(E, rows, D))
-        self.gate_rows = nn.Parameter(torch.empty(E, rows, D)) if self.form["kind"] in GATED else None
+        self.gate_rows = (
+            nn.Parameter(torch.empty(E, rows, D)) if self.form["kind"] in GATED else None
+        )
         self.down_rows = nn.Parameter(torch.empty(E, form.moe_intermediate_size, D))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
@@ -76,7 +91,9 @@ class PEERExperts(nn.Module):
             hidden_TKF = UNGATED[self.form["kind"]](self.form, up_TKF)
         else:
             hidden_TKF = GATED[self.form["kind"]](self.form, products(self.gate_rows), up_TKF)
-        return torch.einsum("tkf,tkfd->td", hidden_TKF * weights_TK[..., None], self.down_rows[experts_TK])
+        return torch.einsum(
+            "tkf,tkfd->td", hidden_TKF * weights_TK[..., None], self.down_rows[experts_TK]
+        )
 
 
 class PEER(nn.Module):
@@ -94,7 +111,9 @@ class PEER(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         weights_ThK, experts_ThK = self.retrieval(x_TD)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for head in range(weights_ThK.shape[1]):  # one at a time: the rows of all would be many times the tokens
+        for head in range(
+            weights_ThK.shape[1]
+        ):  # one at a time: the rows of all would be many times the tokens
             y_TD += self.experts(x_TD.float(), weights_ThK[:, head], experts_ThK[:, head])
         y_TD = y_TD.to(x_TD.dtype)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)).view_as(x_BSD)

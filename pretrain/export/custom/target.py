@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from pretrain.config import attention_schema, model_schema
 from pretrain.config.differences import mark_of
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import PEER, DeepSpeedMoE, DroplessMoE, RoutedMoE
-from pretrain.config.section import Effect, Section
+from pretrain.core.section import Effect, Section
 from pretrain.export.name_map import Link, Links, is_left_out
-from pretrain.model import routers
+from pretrain.model import config as model_schema
+from pretrain.model.attention import config as attention_schema
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.moe import routers
+from pretrain.model.moe.config import PEER, DeepSpeedMoE, DroplessMoE, RoutedMoE
 
 # Copied into the export as they are.
 CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
@@ -31,8 +32,26 @@ _SHARED_BY_MOE = ("moe_intermediate_size", "shared_expert_gate")
 _SHARED_BY_ROUTED = (*_SHARED_BY_MOE, "num_experts", "top_k", "router")
 COMPUTED: dict[type[Section], tuple[str, ...]] = {
     ModelConfig: (
-        *("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range"),
-        *("norm_position", "final_norm", "tie_word_embeddings", "head_bias", "attention", "position", "norm", "feed_forward", "moe"),
+        *(
+            "vocab_size",
+            "embedding_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "max_position_embeddings",
+            "initializer_range",
+        ),
+        *(
+            "norm_position",
+            "final_norm",
+            "tie_word_embeddings",
+            "head_bias",
+            "attention",
+            "position",
+            "norm",
+            "feed_forward",
+            "moe",
+        ),
     ),
     model_schema.RMSNorm: ("eps",),
     model_schema.LayerNorm: ("eps",),
@@ -41,7 +60,13 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
         *("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
-    model_schema.Llama3: ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    model_schema.Llama3: (
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
     model_schema.Alibi: (),
     model_schema.RopeAlibi: ("rope_theta",),
     model_schema.Learned: (),
@@ -51,22 +76,56 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
     model_schema.SiLU: ("bias",),
     model_schema.ClampedSwiGLU: ("bias", "limit", "alpha"),
     model_schema.ProductSwiGLU: ("bias", "limit", "alpha"),
-    attention_schema.GroupedQueryAttention: (*_SHARED_BY_ATTENTION, "num_key_value_heads", "head_dim", "qk_norm"),
+    attention_schema.GroupedQueryAttention: (
+        *_SHARED_BY_ATTENTION,
+        "num_key_value_heads",
+        "head_dim",
+        "qk_norm",
+    ),
     attention_schema.MultiHeadLatentAttention: (
         *_SHARED_BY_ATTENTION,
-        *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "latent_norm"),
+        *(
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "latent_norm",
+        ),
     ),
     routers.SoftmaxTopK: (*_SHARED_BY_ROUTERS, "temperature"),
     routers.SigmoidTopK: _SHARED_BY_ROUTERS,
     routers.NoisyTopK: _SHARED_BY_ROUTERS,
     routers.ExpertGroups: ("num_groups", "top_k_groups", "score"),
     DroplessMoE: _SHARED_BY_ROUTED,
-    DeepSpeedMoE: (*_SHARED_BY_ROUTED, "gate", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_residual"),
-    PEER: (*_SHARED_BY_MOE, "product_key_sizes", "num_heads", "top_k", "query_dim", "query_bias", "query_norm"),
+    DeepSpeedMoE: (
+        *_SHARED_BY_ROUTED,
+        "gate",
+        "eval_capacity_factor",
+        "min_capacity",
+        "drop_tokens",
+        "use_residual",
+    ),
+    PEER: (
+        *_SHARED_BY_MOE,
+        "product_key_sizes",
+        "num_heads",
+        "top_k",
+        "query_dim",
+        "query_bias",
+        "query_norm",
+    ),
 }
 # What :meth:`Custom.config` and :meth:`Custom.reasons_against` look at themselves.
 RESOLVED = {
-    *("layer_pattern", "sliding_window", "full_attention_every", "num_shared_experts", "shared_intermediate_size", "bias_balancing"),
+    *(
+        "layer_pattern",
+        "sliding_window",
+        "full_attention_every",
+        "num_shared_experts",
+        "shared_intermediate_size",
+        "bias_balancing",
+    ),
     *("use_rts", "top2_2nd_expert_sampling"),
 }
 
@@ -86,7 +145,9 @@ RENAMED = {
 EXACT = (".balance_bias", ".retrieval.norm.running_mean", ".retrieval.norm.running_variance")
 VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
 DROPLESS_EXPERTS = re.compile(r"(?:experts\.w|(?<=feed_forward\.)b)([123])$")
-NATIVE_EXPERT = re.compile(r"deepspeed_moe\.experts\.deepspeed_experts\.\d+\.(gate|up|down)_proj\.(weight|bias)$")
+NATIVE_EXPERT = re.compile(
+    r"deepspeed_moe\.experts\.deepspeed_experts\.\d+\.(gate|up|down)_proj\.(weight|bias)$"
+)
 
 
 class Custom:
@@ -102,9 +163,13 @@ class Custom:
         reasons = _unknown(model, "model")
         if isinstance(model.moe, DeepSpeedMoE) and model.moe.gate == "deepspeed":
             if model.moe.use_rts and model.moe.drop_tokens:
-                reasons.append("model.moe.use_rts is true: a full expert chooses its tokens at random at inference too")
+                reasons.append(
+                    "model.moe.use_rts is true: a full expert chooses its tokens at random at inference too"
+                )
             if model.moe.top2_2nd_expert_sampling:
-                reasons.append("model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too")
+                reasons.append(
+                    "model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too"
+                )
         return reasons
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
@@ -112,7 +177,9 @@ class Custom:
         config = _content(model) | {
             "model_type": "moe_pretrain",
             "auto_map": AUTO_MAP,
-            "sliding_windows": [model.attention.window(layer) for layer in range(model.num_hidden_layers)],
+            "sliding_windows": [
+                model.attention.window(layer) for layer in range(model.num_hidden_layers)
+            ],
             "moe_layers": model.moe_layers,
             "bos_token_id": eod_id,
             "eos_token_id": eod_id,
@@ -126,13 +193,21 @@ class Custom:
     def links(self, model: ModelConfig) -> Links:
         """How each tensor of the export is made of ours; what only training reads is left out."""
         with torch.device("meta"):
-            names = [name for name in DecoderLM(model).state_dict() if name != "head.weight" or not model.tie_word_embeddings]
+            names = [
+                name
+                for name in DecoderLM(model).state_dict()
+                if name != "head.weight" or not model.tie_word_embeddings
+            ]
         gated = model.feed_forward.implementing_class().gated
         parts: dict[str, list[str]] = {}
         for name in names:
             if not is_left_out(name):
                 parts.setdefault(_their_name(name, gated), []).append(name)
-        return [link for theirs, ours in parts.items() for link in _links_of(theirs, ours, model.vocab_size)]
+        return [
+            link
+            for theirs, ours in parts.items()
+            for link in _links_of(theirs, ours, model.vocab_size)
+        ]
 
 
 def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link]:
@@ -141,7 +216,14 @@ def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link
         return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
     if len(ours) > 1:
         return [Link(name, theirs, part=(index, len(ours))) for index, name in enumerate(ours)]
-    return [Link(ours[0], theirs, rows=vocab_size if theirs in VOCABULARY else None, exact=theirs.endswith(EXACT))]
+    return [
+        Link(
+            ours[0],
+            theirs,
+            rows=vocab_size if theirs in VOCABULARY else None,
+            exact=theirs.endswith(EXACT),
+        )
+    ]
 
 
 def _their_name(name: str, gated: bool) -> str:
@@ -159,13 +241,19 @@ def _their_name(name: str, gated: bool) -> str:
 def _unknown(section: Section, path: str) -> list[str]:
     """Fields and kinds below ``path`` that the class does not know."""
     if type(section) not in COMPUTED:
-        return [f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class does not have"]
+        return [
+            f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class does not have"
+        ]
     reasons = []
     for name, field in type(section).model_fields.items():
         if name in COMPUTED[type(section)]:
             value = getattr(section, name)
             reasons += _unknown(value, f"{path}.{name}") if isinstance(value, Section) else []
-        elif name != "kind" and name not in RESOLVED and mark_of(field, Effect.MEANING) is not Effect.NONE:
+        elif (
+            name != "kind"
+            and name not in RESOLVED
+            and mark_of(field, Effect.MEANING) is not Effect.NONE
+        ):
             reasons.append(f"the class does not know {path}.{name}")
     return reasons
 
@@ -174,4 +262,7 @@ def _content(section: Section) -> dict[str, Any]:
     """The section as ``config.json`` has it: its kind, and what the class reads."""
     kind = ("kind",) if "kind" in type(section).model_fields else ()
     values = {name: getattr(section, name) for name in (*kind, *COMPUTED[type(section)])}
-    return {name: _content(value) if isinstance(value, Section) else value for name, value in values.items()}
+    return {
+        name: _content(value) if isinstance(value, Section) else value
+        for name, value in values.items()
+    }

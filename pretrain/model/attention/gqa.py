@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.attention_schema import GroupedQueryAttention as GroupedQueryConfig
-from pretrain.config.model_schema import ModelConfig
-from pretrain.model.attention.kernels import attention_kernel
+from pretrain.model.attention.config import GroupedQueryAttention as GroupedQueryConfig
+from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
+from pretrain.model.config import ModelConfig
 from pretrain.model.norm import RMSNorm
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope_to_both
@@ -18,11 +18,15 @@ from pretrain.model.positions.rope import apply_rope_to_both
 class KeyValueCache:
     """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors, filled from the left."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
+    ) -> None:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
-    def append(self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(
+        self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M, offset + S, H]."""
         added = k_BMSH.shape[2]
         self.keys.narrow(2, offset, added).copy_(k_BMSH)
@@ -37,23 +41,44 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         config = model.attention
         assert isinstance(config, GroupedQueryConfig)
-        self.config, self.window, self.dropout = config, config.window(layer), model.dropout.attention
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.config, self.window, self.dropout = (
+            config,
+            config.window(layer),
+            model.dropout.attention,
+        )
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(model.hidden_size, queries, bias=config.bias != "none")
         self.k_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
         self.v_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
         self.o_proj = nn.Linear(queries, model.hidden_size, bias=config.bias == "all")
-        sizes = {"none": None, "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[config.qk_norm]
+        sizes = {"none": None, "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[
+            config.qk_norm
+        ]
         self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
         self.kernel = attention_kernel(config.kernel, self.q_proj.weight.device)
 
-    def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
+    def new_cache(
+        self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> KeyValueCache:
         """An empty cache of this layer."""
-        return KeyValueCache((batch_size, self.config.num_key_value_heads, max_tokens, self.config.head_dim), device, dtype)
+        return KeyValueCache(
+            (batch_size, self.config.num_key_value_heads, max_tokens, self.config.head_dim),
+            device,
+            dtype,
+        )
 
-    def forward(self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: KeyValueCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        positions: PositionTerms,
+        mask: AttentionMask,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSH = self._heads(self.q_proj(x_BSD), self.q_norm)
@@ -64,8 +89,17 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
         dropout = self.dropout if self.training else 0.0
-        scores = Scores(mask, positions.score_factor * self.config.head_dim**-0.5, self.window, positions.slopes_N, self.sinks, dropout)
-        return self.o_proj(self.kernel(q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1))
+        scores = Scores(
+            mask,
+            positions.score_factor * self.config.head_dim**-0.5,
+            self.window,
+            positions.slopes_N,
+            self.sinks,
+            dropout,
+        )
+        return self.o_proj(
+            self.kernel(q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1)
+        )
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over each."""

@@ -36,14 +36,18 @@ class AttentionMask:
     def is_trivial(self, num_queries: int, window: int | None) -> bool:
         """Whether causality is all: no window that cuts, no documents, and no cached keys or a single query, which sees them all."""
         narrow = window is not None and window < self.offset + num_queries
-        return self.document_ids_BS is None and not narrow and (self.offset == 0 or num_queries == 1)
+        return (
+            self.document_ids_BS is None and not narrow and (self.offset == 0 or num_queries == 1)
+        )
 
     def distance(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
         """How many tokens a key lies before a query, [num_queries, num_keys] int64; below 0 where it comes later."""
         queries = torch.arange(self.offset, self.offset + num_queries, device=device)
         return queries[:, None] - torch.arange(num_keys, device=device)[None, :]
 
-    def dense(self, num_queries: int, num_keys: int, device: torch.device, window: int | None = None) -> torch.Tensor:
+    def dense(
+        self, num_queries: int, num_keys: int, device: torch.device, window: int | None = None
+    ) -> torch.Tensor:
         """True where a query may look: [B or 1, 1, num_queries, num_keys] bool."""
 
         def make() -> torch.Tensor:
@@ -54,6 +58,8 @@ class AttentionMask:
             if self.document_ids_BS is None:
                 return visible[None, None]
             ids = self.document_ids_BS
-            return visible[None, None] & (ids[:, None, self.offset :, None] == ids[:, None, None, :])
+            return visible[None, None] & (
+                ids[:, None, self.offset :, None] == ids[:, None, None, :]
+            )
 
         return self.once(("dense", num_queries, num_keys, window), make)

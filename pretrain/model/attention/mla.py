@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.attention_schema import MultiHeadLatentAttention as LatentConfig
-from pretrain.config.model_schema import ModelConfig
-from pretrain.model.attention.kernels import attention_kernel
+from pretrain.model.attention.config import MultiHeadLatentAttention as LatentConfig
+from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
+from pretrain.model.config import ModelConfig
 from pretrain.model.norm import LayerNorm, RMSNorm
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope
@@ -18,7 +18,9 @@ from pretrain.model.positions.rope import apply_rope
 class LatentCache:
     """Latents and turned keys of one layer for the tokens seen so far, side by side: one [B, 1, max_tokens, C + R], filled from the left."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
+    ) -> None:
         self.latents = torch.zeros(shape, device=device, dtype=dtype)
 
     def append(self, latents_B1SX: torch.Tensor, offset: int) -> torch.Tensor:
@@ -45,48 +47,89 @@ class MultiHeadLatentAttention(nn.Module):
         super().__init__()
         config = model.attention
         assert isinstance(config, LatentConfig)
-        self.config, self.window, self.dropout = config, config.window(layer), model.dropout.attention
+        self.config, self.window, self.dropout = (
+            config,
+            config.window(layer),
+            model.dropout.attention,
+        )
         latent_norm = RMSNorm if config.latent_norm == "rms_norm" else LayerNorm
-        hidden, biased, self.num_heads = model.hidden_size, config.bias == "all", config.num_attention_heads
+        hidden, biased, self.num_heads = (
+            model.hidden_size,
+            config.bias == "all",
+            config.num_attention_heads,
+        )
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, config.score_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=biased)
             self.q_a_norm = latent_norm(config.q_lora_rank, model.norm.eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, config.score_dim, bias=False)
-        self.kv_a_proj = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=biased)
+        self.kv_a_proj = nn.Linear(
+            hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=biased
+        )
         self.kv_a_norm = latent_norm(config.kv_lora_rank, model.norm.eps)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank,
+            self.num_heads * (config.qk_nope_head_dim + config.v_head_dim),
+            bias=False,
+        )
         self.o_proj = nn.Linear(config.value_dim, hidden, bias=biased)
         self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if config.sinks else None
         self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
         self.kernel = attention_kernel(config.kernel, self.o_proj.weight.device)
 
-    def new_cache(self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype) -> LatentCache:
+    def new_cache(
+        self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> LatentCache:
         """An empty cache of this layer."""
         return LatentCache((batch_size, 1, max_tokens, self.config.cached_per_token), device, dtype)
 
-    def forward(self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: LatentCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        positions: PositionTerms,
+        mask: AttentionMask,
+        cache: LatentCache | None = None,
+    ) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSX, latents_B1UX = self._queries(x_BSD, positions), self._latents(x_BSD, positions)
         attend = self._plain
         if cache is not None:
             latents_B1UX = cache.append(latents_B1UX, mask.offset)
-            attend = self._absorbed if self._absorbing_is_cheaper(S, latents_B1UX.shape[2]) else self._plain
+            attend = (
+                self._absorbed
+                if self._absorbing_is_cheaper(S, latents_B1UX.shape[2])
+                else self._plain
+            )
         dropout = self.dropout if self.training else 0.0
-        scores = Scores(mask, positions.score_factor * self.scale, self.window, positions.slopes_N, self.sinks, dropout)
+        scores = Scores(
+            mask,
+            positions.score_factor * self.scale,
+            self.window,
+            positions.slopes_N,
+            self.sinks,
+            dropout,
+        )
         return self.o_proj(attend(q_BNSX, latents_B1UX, scores).transpose(1, 2).reshape(B, S, -1))
 
     def _queries(self, x_BSD: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
         """[B, S, D] -> [B, N, S, H + R], the last R numbers of each head turned."""
-        q_BSX = self.q_proj(x_BSD) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        q_BSX = (
+            self.q_proj(x_BSD)
+            if self.config.q_lora_rank is None
+            else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        )
         return self._turned(q_BSX.unflatten(2, (self.num_heads, -1)).transpose(1, 2), positions)
 
     def _latents(self, x_BSD: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
         """[B, S, D] -> [B, 1, S, C + R]: what the cache keeps."""
-        latents_BSC, shared_keys_BSR = self.kv_a_proj(x_BSD).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
-        return self._turned(torch.cat((self.kv_a_norm(latents_BSC), shared_keys_BSR), dim=-1)[:, None], positions)
+        latents_BSC, shared_keys_BSR = self.kv_a_proj(x_BSD).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
+        )
+        return self._turned(
+            torch.cat((self.kv_a_norm(latents_BSC), shared_keys_BSR), dim=-1)[:, None], positions
+        )
 
     def _turned(self, x: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
         """With its last R numbers turned, where the kind of position turns any."""
@@ -95,21 +138,38 @@ class MultiHeadLatentAttention(nn.Module):
         R = self.config.qk_rope_head_dim
         return torch.cat((x[..., :-R], apply_rope(x[..., -R:], positions.rope)), dim=-1)
 
-    def _plain(self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores) -> torch.Tensor:
+    def _plain(
+        self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
         """Queries and latents -> [B, N, S, V]."""
-        latents_BUC, shared_keys_B1UR = latents_B1UX[:, 0, :, : self.config.kv_lora_rank], latents_B1UX[..., self.config.kv_lora_rank :]
-        keys_values_BNUX = self.kv_b_proj(latents_BUC).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k_BNUH, v_BNUV = keys_values_BNUX.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1)
+        latents_BUC, shared_keys_B1UR = (
+            latents_B1UX[:, 0, :, : self.config.kv_lora_rank],
+            latents_B1UX[..., self.config.kv_lora_rank :],
+        )
+        keys_values_BNUX = (
+            self.kv_b_proj(latents_BUC).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        )
+        k_BNUH, v_BNUV = keys_values_BNUX.split(
+            (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1
+        )
         k_BNUX = torch.cat((k_BNUH, shared_keys_B1UR.expand(-1, self.num_heads, -1, -1)), dim=-1)
         return self.kernel(q_BNSX, k_BNUX, v_BNUV, scores)
 
-    def _absorbed(self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores) -> torch.Tensor:
+    def _absorbed(
+        self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
         """The same, without keys and values. Latents serve as both with the shared key at their side, whose share of the result is cut off."""
         up_NXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        up_keys_NHC, up_values_NVC = up_NXC.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1)
-        q_BNSH, turned_BNSR = q_BNSX.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        up_keys_NHC, up_values_NVC = up_NXC.split(
+            (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1
+        )
+        q_BNSH, turned_BNSR = q_BNSX.split(
+            (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1
+        )
         q_BNSX = torch.cat((q_BNSH @ up_keys_NHC, turned_BNSR), dim=-1)
-        y_BNSC = self.kernel(q_BNSX, latents_B1UX, latents_B1UX, scores)[..., : self.config.kv_lora_rank]
+        y_BNSC = self.kernel(q_BNSX, latents_B1UX, latents_B1UX, scores)[
+            ..., : self.config.kv_lora_rank
+        ]
         return y_BNSC @ up_values_NVC.transpose(1, 2)
 
     def _absorbing_is_cheaper(self, S: int, U: int) -> bool:
@@ -120,5 +180,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         config = self.config
         up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-        plain = U * up + S * U * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        plain = U * up + S * U * (
+            config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        )
         return config.decode == "absorbed" and S * up + S * U * 2 * config.cached_per_token < plain

@@ -47,17 +47,23 @@ def sort_order(keys_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order_R, inverse_R
 
 
-def gather_tokens(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
+def gather_tokens(
+    x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int
+) -> torch.Tensor:
     """[T, D] -> [T * K, D]: each token once for each of its choices, in the order of their experts."""
     return _GatherTokens.apply(x_TD, order_R, inverse_R, top_k)
 
 
-def permute_rows(rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
+def permute_rows(
+    rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
+) -> torch.Tensor:
     """rows[order] with a gather as its backward pass."""
     return _PermuteRows.apply(rows_RD, order_R, inverse_R)
 
 
-def combine(rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+def combine(
+    rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
     """Weighted sum over each token's K rows, accumulated in fp32: [T * K, D] in expert order -> [T, D]."""
     T, K = weights_TK.shape
     rows_TKD = permute_rows(rows_RD, inverse_R, order_R).view(T, K, -1)

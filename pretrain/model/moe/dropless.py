@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import torch
 from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_LOGICAL_SHAPE, DS_AUTOEP_UC_META
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, autoep_placement_to_affine_map, compute_split_plan
+from deepspeed.module_inject.auto_ep_layer import (
+    AutoEPMoELayer,
+    _AllToAllV,
+    autoep_placement_to_affine_map,
+    compute_split_plan,
+)
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import DroplessMoE as DroplessConfig
-from pretrain.model.moe.balance import router_statistics
-from pretrain.model.moe.dispatch import combine, gather_tokens, group_by_expert, permute_rows, sort_order
+from pretrain.core.errors import ConfigError
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.config import DroplessMoE as DroplessConfig
+from pretrain.model.moe.dispatch import (
+    combine,
+    gather_tokens,
+    group_by_expert,
+    permute_rows,
+    sort_order,
+)
 from pretrain.model.moe.experts import ExpertBiases, ExpertForm, Experts
-from pretrain.model.moe.interface import RouterStatistics, RoutingRecord
+from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
@@ -84,11 +95,19 @@ class DroplessMoE(AutoEPMoELayer):
                 f"{model.feed_forward.__class__.__name__} in two halves"
             )
         # Kinds with one matrix before the activation have its two halves in w1 and w3.
-        rows = config.moe_intermediate_size * kind.expansion if kind.gated else config.moe_intermediate_size // 2
+        rows = (
+            config.moe_intermediate_size * kind.expansion
+            if kind.gated
+            else config.moe_intermediate_size // 2
+        )
         layer_config = AutoEPConfig()
-        layer_config.use_grouped_mm = False  # decided by our Experts; True would refuse a torch without grouped_mm
+        layer_config.use_grouped_mm = (
+            False  # decided by our Experts; True would refuse a torch without grouped_mm
+        )
         shapes = _WeightShapes(config, model.hidden_size, rows)
-        super().__init__(_layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config)
+        super().__init__(
+            _layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config
+        )
         # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
         tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
@@ -97,9 +116,13 @@ class DroplessMoE(AutoEPMoELayer):
         self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, first)
         self.b1 = self.b2 = self.b3 = None
         if model.feed_forward.bias:
-            self.b1, self.b3 = (nn.Parameter(torch.zeros(config.num_experts, rows)) for _ in range(2))
+            self.b1, self.b3 = (
+                nn.Parameter(torch.zeros(config.num_experts, rows)) for _ in range(2)
+            )
             self.b2 = nn.Parameter(torch.zeros(config.num_experts, model.hidden_size))
-        self.router = TopKRouter(config.router, gate, config.top_k, config.bias_balancing is not None)
+        self.router = TopKRouter(
+            config.router, gate, config.top_k, config.bias_balancing is not None
+        )
         self.shared = shared_experts(model)
         self.config, self.dropout = config, model.dropout.expert
 
@@ -110,13 +133,21 @@ class DroplessMoE(AutoEPMoELayer):
         parameter = nn.Parameter(tagged.new_empty(*tagged.shape[:-1], width))
         parameter.__dict__.update(tagged.__dict__)
         shape = [self.num_experts, *parameter.shape[1:]]
-        affine_map = autoep_placement_to_affine_map(self.expert_placement_descriptor, shape).to_dict()
-        tags = getattr(tagged, DS_AUTOEP_UC_META) | {AFFINE_MAP: affine_map, AUTOEP_PARAM_LOGICAL_SHAPE: shape}
+        affine_map = autoep_placement_to_affine_map(
+            self.expert_placement_descriptor, shape
+        ).to_dict()
+        tags = getattr(tagged, DS_AUTOEP_UC_META) | {
+            AFFINE_MAP: affine_map,
+            AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+        }
         setattr(parameter, DS_AUTOEP_UC_META, tags)
         return parameter
 
     def forward(
-        self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: torch.Tensor | None = None
+        self,
+        x_BSD: torch.Tensor,
+        record: RoutingRecord | None = None,
+        fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """[B, S, D] -> [B, S, D] and the router's statistics; None in inference mode, where a token's time counts and nobody reads them.
 
@@ -126,12 +157,21 @@ class DroplessMoE(AutoEPMoELayer):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_TD, record)
-        if torch.is_inference_mode_enabled() and len(x_TD) == 1 and self.ep_size == 1 and not self.experts.uses_grouped_mm(x_TD):
+        if (
+            torch.is_inference_mode_enabled()
+            and len(x_TD) == 1
+            and self.ep_size == 1
+            and not self.experts.uses_grouped_mm(x_TD)
+        ):
             return self._one_token(x_TD, routing).view_as(x_BSD), None
         order_R, inverse_R = sort_order(routing.topk_ids_TK.reshape(-1))
         counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
         rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
-        rows_RD = self._local_experts(rows_RD, counts_E) if self.ep_size == 1 else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+        rows_RD = (
+            self._local_experts(rows_RD, counts_E)
+            if self.ep_size == 1
+            else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+        )
         rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
         y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
         if self.shared is not None:
@@ -139,27 +179,47 @@ class DroplessMoE(AutoEPMoELayer):
         if torch.is_inference_mode_enabled():
             return y_TD.view_as(x_BSD), None
         nothing_dropped = routing.logits_TE.new_zeros(())
-        statistics = router_statistics(self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E)
+        statistics = router_statistics(
+            self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E
+        )
         return y_TD.view_as(x_BSD), statistics
 
     def _one_token(self, x_1D: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The same numbers for a single token, as generation has it at each step: nothing is counted, sorted or moved."""
         rows_KD = self.experts(x_1D, None, self._local_biases(), routing.topk_ids_TK[0].tolist())
         rows_KD = functional.dropout(rows_KD, self.dropout, self.training)
-        y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(rows_KD.dtype)
+        y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(
+            rows_KD.dtype
+        )
         return y_1D if self.shared is None else y_1D + self.shared(x_1D)
 
     def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         return self.experts(rows_RD, counts_E, self._local_biases())
 
-    def _exchanged_experts(self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    def _exchanged_experts(
+        self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor
+    ) -> torch.Tensor:
         """Rows in the order of their global experts -> the same rows through their experts, wherever those are."""
-        plan = compute_split_plan(topk_ids_TK, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E.int())
+        plan = compute_split_plan(
+            topk_ids_TK,
+            self.num_experts,
+            self.ep_size,
+            self.num_local_experts,
+            self.ep_group,
+            counts_E.int(),
+        )
         arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
         order_R, inverse_R = group_by_expert(plan.local_counts_by_source, arrived_RD.shape[0])
         grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
-        grouped_RD = self.experts(grouped_RD, plan.local_counts_by_source.sum(dim=0), self._local_biases())
-        return _AllToAllV.apply(self.ep_group, permute_rows(grouped_RD, inverse_R, order_R), plan.output_splits, plan.input_splits)
+        grouped_RD = self.experts(
+            grouped_RD, plan.local_counts_by_source.sum(dim=0), self._local_biases()
+        )
+        return _AllToAllV.apply(
+            self.ep_group,
+            permute_rows(grouped_RD, inverse_R, order_R),
+            plan.output_splits,
+            plan.input_splits,
+        )
 
     def _local_biases(self) -> ExpertBiases | None:
         if self.b1 is None or self.b2 is None or self.b3 is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import FeedForward as FeedForwardConfig
+from pretrain.model.config import FeedForward as FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 
 
@@ -46,14 +46,22 @@ def experts_loop(
     """
     outputs = []
     rows = x_RD.split(counts_e.tolist())
-    b1, b3, b2 = ([None] * len(rows),) * 3 if biases is None else (bias.unbind(0) for bias in biases)
-    for expert, (w1_XD, w2_DF, w3_XD) in enumerate(zip(w1_eXD.unbind(0), w2_eDF.unbind(0), w3_eXD.unbind(0), strict=True)):
+    b1, b3, b2 = (
+        ([None] * len(rows),) * 3 if biases is None else (bias.unbind(0) for bias in biases)
+    )
+    for expert, (w1_XD, w2_DF, w3_XD) in enumerate(
+        zip(w1_eXD.unbind(0), w2_eDF.unbind(0), w3_eXD.unbind(0), strict=True)
+    ):
         x_rD = rows[expert]
         if not torch.is_grad_enabled() and not len(x_rD):
             continue  # in training an expert without rows gets a gradient of zeros
-        hidden_rF = form.hidden(functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert]))
+        hidden_rF = form.hidden(
+            functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert])
+        )
         outputs.append(functional.linear(hidden_rF, w2_DF, b2[expert]))
-    return torch.cat(outputs) if outputs else x_RD  # no token of any rank may choose one of these experts
+    return (
+        torch.cat(outputs) if outputs else x_RD
+    )  # no token of any rank may choose one of these experts
 
 
 def experts_of_one_token(
@@ -69,7 +77,9 @@ def experts_of_one_token(
     outputs = []
     for expert in chosen:
         b1, b3, b2 = (None, None, None) if biases is None else (bias[expert] for bias in biases)
-        hidden_1F = form.hidden(functional.linear(x_1D, w1_eXD[expert], b1), functional.linear(x_1D, w3_eXD[expert], b3))
+        hidden_1F = form.hidden(
+            functional.linear(x_1D, w1_eXD[expert], b1), functional.linear(x_1D, w3_eXD[expert], b3)
+        )
         outputs.append(functional.linear(hidden_1F, w2_eDF[expert], b2))
     return torch.cat(outputs)
 
@@ -88,10 +98,15 @@ def experts_grouped_mm(
     first_RX = functional.grouped_mm(x_RD, w1_eXD.transpose(-2, -1), offs=offsets_e)
     third_RX = functional.grouped_mm(x_RD, w3_eXD.transpose(-2, -1), offs=offsets_e)
     if biases is None:
-        return functional.grouped_mm(form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e)
+        return functional.grouped_mm(
+            form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e
+        )
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
-    return functional.grouped_mm(hidden_RF, w2_eDF.transpose(-2, -1), offs=offsets_e) + biases.b2_eD[expert_R]
+    return (
+        functional.grouped_mm(hidden_RF, w2_eDF.transpose(-2, -1), offs=offsets_e)
+        + biases.b2_eD[expert_R]
+    )
 
 
 class Experts(nn.Module):
@@ -104,17 +119,31 @@ class Experts(nn.Module):
     parameter here could not be resumed at ZeRO stage 3.
     """
 
-    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter, form: ExpertForm, kernel: str, first: int) -> None:
+    def __init__(
+        self,
+        w1: nn.Parameter,
+        w2: nn.Parameter,
+        w3: nn.Parameter,
+        form: ExpertForm,
+        kernel: str,
+        first: int,
+    ) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = w1, w2, w3
         self.form, self.kernel, self.first = form, kernel, first
 
     def uses_grouped_mm(self, x: torch.Tensor) -> bool:
         """Whether rows like these take the grouped product: CUDA's takes bf16 only."""
-        return self.kernel == "grouped_mm" or (self.kernel == "auto" and x.is_cuda and x.dtype == torch.bfloat16)
+        return self.kernel == "grouped_mm" or (
+            self.kernel == "auto" and x.is_cuda and x.dtype == torch.bfloat16
+        )
 
     def forward(
-        self, x_RD: torch.Tensor, counts_e: torch.Tensor | None, biases: ExpertBiases | None, chosen: list[int] | None = None
+        self,
+        x_RD: torch.Tensor,
+        counts_e: torch.Tensor | None,
+        biases: ExpertBiases | None,
+        chosen: list[int] | None = None,
     ) -> torch.Tensor:
         """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D].
 

@@ -13,27 +13,27 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import ModelConfig
-from pretrain.config.moe_schema import PEER as PEERConfig
-from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
-from pretrain.model.moe.row_products import Bags, RowTable, kernel_named
 from pretrain.model.moe.shared_experts import shared_experts
+from pretrain.model.moe.tables.products import Bags, ExpertTable, kernel_named
 
 
 class PEERExperts(nn.Module):
     """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D], the rows that become their answers.
 
-    Expert e answers x with sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in :class:`RowTable`.
+    Expert e answers x with sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in :class:`ExpertTable`.
     """
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
         super().__init__()
         self.form, self.kind = model.feed_forward, model.feed_forward.implementing_class()
         rows = config.moe_intermediate_size * self.kind.expansion
-        self.up = RowTable(num_local, rows, model.hidden_size)
-        self.gate = RowTable(num_local, rows, model.hidden_size) if self.kind.gated else None
-        self.down = RowTable(num_local, config.moe_intermediate_size, model.hidden_size)
+        self.up = ExpertTable(num_local, rows, model.hidden_size)
+        self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.kind.gated else None
+        self.down = ExpertTable(num_local, config.moe_intermediate_size, model.hidden_size)
         self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,14 @@ class PEERExperts(nn.Module):
         kernel = kernel_named(self.kernel_name, x_TD.device)
         up_PX = self.up.dots(x_TD, bags, kernel)
         # Kinds without a gate take two halves of one product: all of it, and nothing.
-        first_PX, second_PX = (self.gate.dots(x_TD, bags, kernel), up_PX) if self.gate is not None else (up_PX, up_PX[:, :0])
-        hidden_PF = functional.dropout(self.kind.activate(self.form, first_PX, second_PX), self.dropout, self.training)
+        first_PX, second_PX = (
+            (self.gate.dots(x_TD, bags, kernel), up_PX)
+            if self.gate is not None
+            else (up_PX, up_PX[:, :0])
+        )
+        hidden_PF = functional.dropout(
+            self.kind.activate(self.form, first_PX, second_PX), self.dropout, self.training
+        )
         return self.down.weighted(hidden_PF * weights_P[:, None], bags, kernel)
 
 
@@ -66,10 +72,14 @@ class PEER(nn.Module):
         self.retrieval = ProductKeys(config, model.hidden_size, model.norm.eps)
         self.experts = PEERExperts(model, config, self.num_local_experts)
         self.shared = shared_experts(model)
-        self.register_buffer("usage_E", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "usage_E", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False
+        )
         self.group: distributed.ProcessGroup | None = None
 
-    def forward(self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None
+    ) -> tuple[torch.Tensor, None]:
         """[B, S, D] -> [B, S, D]; no statistics, because the scores of all experts are never formed.
 
         Args:
@@ -81,7 +91,11 @@ class PEER(nn.Module):
         if self.training and not repeated:
             chosen = retrieval.ids_ThK.reshape(-1)
             self.usage_E.index_add_(0, chosen, torch.ones_like(chosen))
-        y_TD = self._local(x_TD.float(), retrieval) if self.ep_size == 1 else self._exchanged(x_TD.float(), retrieval)
+        y_TD = (
+            self._local(x_TD.float(), retrieval)
+            if self.ep_size == 1
+            else self._exchanged(x_TD.float(), retrieval)
+        )
         y_TD = y_TD.to(x_BSD.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -90,7 +104,9 @@ class PEER(nn.Module):
     def _local(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
         ids_TR = retrieval.ids_ThK.flatten(1)
         offsets_T1 = torch.arange(0, ids_TR.numel() + 1, ids_TR.shape[1], device=ids_TR.device)
-        return self.experts(x_TD, Bags(ids_TR.reshape(-1), offsets_T1), retrieval.weights_ThK.reshape(-1))
+        return self.experts(
+            x_TD, Bags(ids_TR.reshape(-1), offsets_T1), retrieval.weights_ThK.reshape(-1)
+        )
 
     def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
         """The tokens of all ranks of the group through this rank's experts, and the shares of this rank's tokens back."""
@@ -100,21 +116,29 @@ class PEER(nn.Module):
         local_GR = ids_GR - self.ep_rank * self.num_local_experts
         is_mine_GR = (local_GR >= 0) & (local_GR < self.num_local_experts)
         offsets_G1 = functional.pad(is_mine_GR.sum(dim=1).cumsum(0), (1, 0))
-        share_GD = self.experts(x_GD, Bags(local_GR[is_mine_GR], offsets_G1), weights_GR[is_mine_GR])
+        share_GD = self.experts(
+            x_GD, Bags(local_GR[is_mine_GR], offsets_G1), weights_GR[is_mine_GR]
+        )
         y_TD: torch.Tensor = _SumAndScatter.apply(share_GD, self.group)
         return y_TD
 
 
 def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
     """The rows of all ranks, in their order."""
-    everything = local.new_empty(local.shape[0] * distributed.get_world_size(group), *local.shape[1:])
+    everything = local.new_empty(
+        local.shape[0] * distributed.get_world_size(group), *local.shape[1:]
+    )
     distributed.all_gather_into_tensor(everything, local.contiguous(), group=group)
     return everything
 
 
-def _sum_and_scatter(everything: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+def _sum_and_scatter(
+    everything: torch.Tensor, group: distributed.ProcessGroup | None
+) -> torch.Tensor:
     """The sum over all ranks of this rank's part of the rows."""
-    mine = everything.new_empty(everything.shape[0] // distributed.get_world_size(group), *everything.shape[1:])
+    mine = everything.new_empty(
+        everything.shape[0] // distributed.get_world_size(group), *everything.shape[1:]
+    )
     distributed.reduce_scatter_tensor(mine, everything.contiguous(), group=group)
     return mine
 
@@ -123,7 +147,9 @@ class _Gather(torch.autograd.Function):
     """All ranks' rows; each is a function of its own rank's, so the gradient is the sum of what all ranks made of it."""
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, local: torch.Tensor, group: distributed.ProcessGroup | None
+    ) -> torch.Tensor:
         ctx.group = group
         return _gather(local, group)
 
@@ -136,7 +162,9 @@ class _SumAndScatter(torch.autograd.Function):
     """The transpose of :class:`_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, everything: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, everything: torch.Tensor, group: distributed.ProcessGroup | None
+    ) -> torch.Tensor:
         ctx.group = group
         return _sum_and_scatter(everything, group)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pretrain.config.moe_schema import PEER as PEERConfig
 from pretrain.model.fp32 import KeepsFp32
-from pretrain.model.moe.interface import RoutingRecord
+from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.norm import LayerNorm, RMSNorm
 
 
@@ -33,12 +33,16 @@ class RunningStatistics(KeepsFp32):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("variance", torch.ones(size))
-        self.register_buffer("seen", torch.zeros(3, size), persistent=False)  # count, sum, sum of squares
+        self.register_buffer(
+            "seen", torch.zeros(3, size), persistent=False
+        )  # count, sum, sum of squares
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.seen += torch.stack((torch.full_like(rows[0], rows.shape[0]), rows.sum(dim=0), rows.square().sum(dim=0)))
+        self.seen += torch.stack(
+            (torch.full_like(rows[0], rows.shape[0]), rows.sum(dim=0), rows.square().sum(dim=0))
+        )
 
     @torch.no_grad()
     def absorb(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -82,9 +86,15 @@ class ProductKeys(nn.Module):
 
     def __init__(self, config: PEERConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.sizes, self.num_heads, self.top_k = config.product_key_sizes, config.num_heads, config.top_k
+        self.sizes, self.num_heads, self.top_k = (
+            config.product_key_sizes,
+            config.num_heads,
+            config.top_k,
+        )
         self.part = config.query_dim // len(self.sizes)
-        self.query = nn.Linear(hidden_size, self.num_heads * config.query_dim, bias=config.query_bias)
+        self.query = nn.Linear(
+            hidden_size, self.num_heads * config.query_dim, bias=config.query_bias
+        )
         self.norm = NORMS[config.query_norm](config.query_dim, eps)
         for dimension, size in enumerate(self.sizes):
             self.register_parameter(f"keys_{dimension}", nn.Parameter(torch.empty(size, self.part)))
@@ -93,7 +103,11 @@ class ProductKeys(nn.Module):
         """[T, D] -> each head's experts; a filled ``record`` repeats its choice, an empty one is filled."""
         repeated = record is not None and record.topk_ids_TK is not None
         scores = self.scores(x_TD, observe=self.training and not repeated)
-        ids_ThK = record.topk_ids_TK if record is not None and repeated else best_products([s.detach() for s in scores], self.top_k)
+        ids_ThK = (
+            record.topk_ids_TK
+            if record is not None and repeated
+            else best_products([s.detach() for s in scores], self.top_k)
+        )
         assert ids_ThK is not None
         if record is not None:
             record.topk_ids_TK = ids_ThK
@@ -105,7 +119,10 @@ class ProductKeys(nn.Module):
         if observe and isinstance(self.norm, RunningNorm):
             self.norm.statistics.observe(query_Thq)
         parts = self.norm(query_Thq).float().split(self.part, dim=-1)
-        return [part @ getattr(self, f"keys_{dimension}").float().T for dimension, part in enumerate(parts)]
+        return [
+            part @ getattr(self, f"keys_{dimension}").float().T
+            for dimension, part in enumerate(parts)
+        ]
 
 
 def best_products(scores: list[torch.Tensor], top_k: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
-from pretrain.model.moe.interface import RoutingRecord
-from pretrain.model.routers.interface import ExpertGroups, Router
+from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.routers.interface import ExpertGroups, Router
 
 
 class Routing(NamedTuple):
@@ -43,20 +43,30 @@ class TopKRouter(KeepsFp32):
     def __init__(self, kind: Router, gate: nn.Linear, top_k: int, balanced_by_bias: bool) -> None:
         super().__init__()
         self.kind, self.gate, self.top_k = kind, gate, top_k
-        self.noise = nn.Linear(gate.in_features, gate.out_features, bias=False) if kind.learned_noise else None
+        self.noise = (
+            nn.Linear(gate.in_features, gate.out_features, bias=False)
+            if kind.learned_noise
+            else None
+        )
         # Not named after experts: DeepSpeed's native layer leaves such names out of its checkpoints.
-        self.register_buffer("balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None)
+        self.register_buffer(
+            "balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None
+        )
 
     def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Routing:
         """[T, D] -> the decision; a filled ``record`` repeats its choice, an empty one is filled."""
         x_TD = x_TD.float()
         if self.training and self.kind.jitter:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - self.kind.jitter, 1.0 + self.kind.jitter)
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(
+                1.0 - self.kind.jitter, 1.0 + self.kind.jitter
+            )
         with _no_autocast(x_TD.device.type):
             bias = None if self.gate.bias is None else self.gate.bias.float()
             logits_TE = functional.linear(x_TD, self.gate.weight.float(), bias)
             if self.noise is not None and self.training:
-                logits_TE = self.kind.noisy_logits(logits_TE, functional.linear(x_TD, self.noise.weight.float()))
+                logits_TE = self.kind.noisy_logits(
+                    logits_TE, functional.linear(x_TD, self.noise.weight.float())
+                )
         scores_TE = self.kind.scores(logits_TE)
         if record is not None and record.topk_ids_TK is not None:
             topk_ids_TK = record.topk_ids_TK
@@ -71,7 +81,9 @@ class TopKRouter(KeepsFp32):
         if self.balance_bias is not None:
             scores_TE = scores_TE + self.balance_bias
         if self.kind.groups is not None:
-            scores_TE = scores_TE.masked_fill(~_in_best_groups(scores_TE, self.kind.groups), float("-inf"))
+            scores_TE = scores_TE.masked_fill(
+                ~_in_best_groups(scores_TE, self.kind.groups), float("-inf")
+            )
         return scores_TE.topk(self.top_k, dim=-1).indices
 
     @torch.no_grad()
@@ -87,12 +99,22 @@ class TopKRouter(KeepsFp32):
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return (
+        torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type)
+        else nullcontext()
+    )
 
 
 def _in_best_groups(scores_TE: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
     """[T, E] bool: whether an expert lies in one of its token's best groups."""
     grouped_TGe = scores_TE.unflatten(-1, (groups.num_groups, -1))
     best = 1 if groups.score == "max" else 2
-    kept_TG = grouped_TGe.topk(best, dim=-1).values.sum(dim=-1).topk(groups.top_k_groups, dim=-1).indices
-    return torch.zeros_like(grouped_TGe, dtype=torch.bool).scatter(1, kept_TG[..., None].expand(-1, -1, grouped_TGe.shape[2]), True).flatten(1)
+    kept_TG = (
+        grouped_TGe.topk(best, dim=-1).values.sum(dim=-1).topk(groups.top_k_groups, dim=-1).indices
+    )
+    return (
+        torch.zeros_like(grouped_TGe, dtype=torch.bool)
+        .scatter(1, kept_TG[..., None].expand(-1, -1, grouped_TGe.shape[2]), True)
+        .flatten(1)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 
 
 class SharedExperts(nn.Module):
@@ -16,7 +16,9 @@ class SharedExperts(nn.Module):
         moe = model.moe
         assert moe is not None
         kind = model.feed_forward.implementing_class()
-        self.feed_forward = kind(model.feed_forward, model.hidden_size, moe.shared_width, model.dropout.feed_forward)
+        self.feed_forward = kind(
+            model.feed_forward, model.hidden_size, moe.shared_width, model.dropout.feed_forward
+        )
         self.gate = nn.Linear(model.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 from pretrain.model.positions.rope import RopePosition
 
@@ -17,7 +17,9 @@ def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
     """
 
     def geometric(count: int) -> torch.Tensor:
-        return 2.0 ** (torch.arange(1, count + 1, dtype=torch.float32, device=device) * (-8.0 / count))
+        return 2.0 ** (
+            torch.arange(1, count + 1, dtype=torch.float32, device=device) * (-8.0 / count)
+        )
 
     lower = 1 << (num_heads.bit_length() - 1)
     return torch.cat((geometric(lower), geometric(2 * lower)[::2][: num_heads - lower]))
@@ -42,4 +44,8 @@ class RopeAlibiPosition(RopePosition):
         self.num_heads = model.attention.num_attention_heads
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
-        return super().terms(positions)._replace(slopes_N=alibi_slopes(self.num_heads, positions.device))
+        return (
+            super()
+            .terms(positions)
+            ._replace(slopes_N=alibi_slopes(self.num_heads, positions.device))
+        )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 
 
 class PositionTerms(NamedTuple):

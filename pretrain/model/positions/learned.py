@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.config.model_schema import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.positions.interface import PositionEncoding
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pretrain.config.model_schema import Llama3, ModelConfig
+from pretrain.model.config import Llama3, ModelConfig
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 

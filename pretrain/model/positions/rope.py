@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config.model_schema import ModelConfig, RotaryBase
+from pretrain.model.config import ModelConfig, RotaryBase
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     """What a step turns each pair by, radians: theta^(-2i/H), fp32 [H/2]."""
-    return theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
+    return theta ** -(
+        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    )
 
 
-def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position and pair times ``scale``, fp32: [S, H/2] for positions [S], [B, 1, S, H/2] for [B, S]."""
     if positions.dim() == 2:
         positions = positions[:, None]  # one table for all heads of a sequence
@@ -25,14 +29,20 @@ def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) 
     """Turns pair (x_i, x_{i+H/2}) of each head by its angle. Computed in fp32, returned in the input's dtype."""
     cos, sin = tables
     first, second = x_BNSH.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSH.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
+        x_BNSH.dtype
+    )
 
 
-def apply_rope_to_both(q: torch.Tensor, k: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_rope_to_both(
+    q: torch.Tensor, k: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rope` of queries [B, N, S, H] and keys [B, M, S, H]; those of a single token together, in half as many operations."""
     if q.shape[2] > 1 or q.requires_grad:
         return apply_rope(q, tables), apply_rope(k, tables)
-    turned_q, turned_k = apply_rope(torch.cat((q, k), dim=1), tables).split((q.shape[1], k.shape[1]), dim=1)
+    turned_q, turned_k = apply_rope(torch.cat((q, k), dim=1), tables).split(
+        (q.shape[1], k.shape[1]), dim=1
+    )
     return turned_q, turned_k
 
 
@@ -45,4 +55,8 @@ class RopePosition(PositionEncoding):
         self.rotary_dim, self.theta = model.attention.rotary_dim, model.position.rope_theta
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
-        return PositionTerms(rope=rope_tables(positions, inverse_frequencies(self.rotary_dim, self.theta, positions.device)))
+        return PositionTerms(
+            rope=rope_tables(
+                positions, inverse_frequencies(self.rotary_dim, self.theta, positions.device)
+            )
+        )

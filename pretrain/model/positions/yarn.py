@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pretrain.config.model_schema import ModelConfig, Yarn
+from pretrain.model.config import ModelConfig, Yarn
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 
@@ -21,14 +21,20 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
 
     def pair_that_turns(times: float) -> float:
         length = config.original_max_position_embeddings
-        return rotary_dim * math.log(length / (2 * math.pi * times)) / (2 * math.log(config.rope_theta))
+        return (
+            rotary_dim
+            * math.log(length / (2 * math.pi * times))
+            / (2 * math.log(config.rope_theta))
+        )
 
     first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
     width = last - first or 0.001  # a step where both ends meet
-    divided = ((torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
+    divided = (
+        (torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - first) / width
+    ).clamp(0, 1)
     return frequencies * (1 - divided) + frequencies / config.factor * divided
 
 
@@ -43,8 +49,12 @@ class YarnPosition(PositionEncoding):
         assert isinstance(model.position, Yarn)
         self.config, self.rotary_dim = model.position, model.attention.rotary_dim
         config, of_all = self.config, self._growth(self.config.mscale_all_dim or 0.0)
-        by_default = self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all
-        self.attention_factor = by_default if config.attention_factor is None else config.attention_factor
+        by_default = (
+            self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all
+        )
+        self.attention_factor = (
+            by_default if config.attention_factor is None else config.attention_factor
+        )
         self.score_factor = of_all**2
 
     def _growth(self, mscale: float) -> float:
@@ -52,4 +62,7 @@ class YarnPosition(PositionEncoding):
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
         frequencies = yarn_frequencies(self.config, self.rotary_dim, positions.device)
-        return PositionTerms(rope=rope_tables(positions, frequencies, self.attention_factor), score_factor=self.score_factor)
+        return PositionTerms(
+            rope=rope_tables(positions, frequencies, self.attention_factor),
+            score_factor=self.score_factor,
+        )

@@ -1,1 +1,0 @@
-"""From sources to shards. Start reading at :mod:`data_pipeline.build.coordinator`."""

@@ -1,0 +1,1 @@
+"""From shards or streams to training batches."""

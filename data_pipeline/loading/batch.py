@@ -1,0 +1,106 @@
+"""What a model is trained on: samples of S tokens, and micro batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NO_LOSS = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch.
+
+    Attributes:
+        input_ids_BS: int64.
+        labels_BS: int64, the next token of each input; -100 where no loss is taken.
+        document_ids_BS: int64, number of the document inside the sample, from 0; None without a document mask.
+    """
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    document_ids_BS: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        documents = None if self.document_ids_BS is None else self.document_ids_BS.to(device)
+        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), documents)
+
+    @property
+    def position_ids_BS(self) -> Tensor | None:
+        """int64, each token's place in its document, or in the part of it that the sample holds; None without a document mask."""
+        if self.document_ids_BS is None:
+            return None
+        ids_BS = self.document_ids_BS
+        places_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        continues_BS = torch.nn.functional.pad(ids_BS[:, 1:] == ids_BS[:, :-1], (1, 0))
+        return places_BS - places_BS.masked_fill(continues_BS, 0).cummax(dim=1).values
+
+
+class Sample(NamedTuple):
+    """One sequence: inputs, labels and, with a document mask, the documents' numbers, each int64 [S]."""
+
+    inputs_S: np.ndarray
+    labels_S: np.ndarray
+    documents_S: np.ndarray | None
+
+    def part(self, number: int, parts: int) -> Sample:
+        """One of so many equal parts: a shorter sequence, whose labels are still the next tokens."""
+        length = len(self.inputs_S) // parts
+        here = slice(number * length, (number + 1) * length)
+        return Sample(
+            self.inputs_S[here],
+            self.labels_S[here],
+            None if self.documents_S is None else self.documents_S[here],
+        )
+
+
+class Documents(NamedTuple):
+    """Documents of one place, by which a user finds them again.
+
+    Attributes:
+        place: a shard's prefix; of a stream, a file.
+        first, last: their numbers in the data's split, as ``tools/inspect_data.py --document`` takes them; of a streamed file from the start of the
+            part of it that is read in one go, and -1 is the last one there.
+    """
+
+    place: str
+    first: int
+    last: int
+
+
+class Samples(Protocol):
+    """What a packing makes of a stream of tokens: samples that can be read in any order."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+
+    def read(self, number: int) -> Sample:
+        """Sample ``number``, from 0."""
+
+    def documents(self, number: int) -> list[Documents]:
+        """Where sample ``number`` comes from."""
+
+
+class Origin(NamedTuple):
+    """Where one sequence of a batch comes from: its source in the mixture, and the documents."""
+
+    source: str
+    documents: list[Documents]
+
+
+def to_batch(samples: Sequence[Sample]) -> Batch:
+    """The batch [B, S] of B samples."""
+    inputs_BS, labels_BS = (
+        torch.from_numpy(np.stack(rows))
+        for rows in zip(*((sample.inputs_S, sample.labels_S) for sample in samples), strict=True)
+    )
+    documents = [sample.documents_S for sample in samples if sample.documents_S is not None]
+    return Batch(inputs_BS, labels_BS, torch.from_numpy(np.stack(documents)) if documents else None)

@@ -1,0 +1,1 @@
+"""From sources to shards. Start reading at :mod:`data_pipeline.preprocess.coordinator`."""

@@ -1,0 +1,94 @@
+"""How much of each source may be lost: a build that loses more stops, with the commonest reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from data_pipeline.sources.interface import REASONS
+from pretrain.core.errors import DataError
+
+# A text of nothing but white space is left out, and nothing is lost with it.
+NO_LOSS = {"empty"}
+# One record says little about a source of a few, unless it holds much.
+ONE_RECORD_BYTES = 1 << 16
+# With these the rest of a file is lost, which is as much as it holds and not one record.
+REST_IS_LOST = {"damaged_compression", "damaged_file"}
+ADVICE = {
+    "invalid_utf8": "name the encoding of the text with --encoding, such as cp1252",
+    "undecodable": "name another encoding with --encoding",
+    "missing_field": "name the field of the text with --text-field",
+    "not_a_string": "name the field of the text with --text-field",
+    "bad_id": "name another field with --id-field",
+    "field_count": "check the delimiter and --quoting of the source",
+    "invalid_csv": "check --quoting, or convert the file",
+    "damaged_compression": "fetch the file again",
+    "damaged_file": "fetch the file again",
+    "too_long": "raise data.max_record_bytes",
+    "invalid_json": "check that the files are JSON",
+}
+
+
+class BadShares:
+    """What is bad of each source so far.
+
+    Args:
+        allowed: share of a source, from 0 to 1, of its records and of its bytes.
+        sizes: bytes of each source that are read in all.
+    """
+
+    def __init__(self, allowed: float, sizes: dict[str, int]) -> None:
+        self.allowed, self.sizes = allowed, sizes
+        self.records: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = {name: Counter() for name in sizes}
+        self.examples: dict[tuple[str, str], str] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Counts a unit's record, as :meth:`Reader.record` makes it.
+
+        Raises:
+            DataError: as soon as so many bytes are lost that nothing to come can change it.
+        """
+        name = record["source"]
+        self.records[name] += record["records"]
+        self.bytes[name] += record["bad_bytes"]
+        self.reasons[name].update(
+            {reason: count for reason, count in record["bad"].items() if reason not in NO_LOSS}
+        )
+        for reason, example in record["bad_examples"].items():
+            self.examples.setdefault((name, reason), example)
+        self._check(name, self.bytes[name] > self.allowed * self.sizes[name])
+
+    def check(self) -> None:
+        """
+        Raises:
+            DataError: for a source of which more is bad than allowed, once all of it is read.
+        """
+        for name, reasons in self.reasons.items():
+            self._check(
+                name,
+                max(
+                    reasons.total() / max(self.records[name], 1),
+                    self.bytes[name] / max(self.sizes[name], 1),
+                )
+                > self.allowed,
+            )
+
+    def _check(self, name: str, is_more: bool) -> None:
+        reasons = self.reasons[name]
+        share = min(self.bytes[name] / max(self.sizes[name], 1), 1.0)
+        is_small = self.bytes[name] < ONE_RECORD_BYTES and (
+            share <= self.allowed or not reasons.keys() & REST_IS_LOST
+        )
+        is_one = reasons.total() == 1 and is_small and self.records[name] > 1 and self.allowed > 0
+        if not is_more or is_one or not reasons:
+            return
+        reason, count = reasons.most_common(1)[0]
+        example = self.examples.get((name, reason))
+        what = f"{count:,}: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
+        raise DataError(
+            f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with "
+            f"{share:.1%} of its bytes; most often {reason} ({what}). --max-bad-share "
+            f"{self.allowed:g} allows less: {ADVICE.get(reason, 'correct the input')}, or raise the share to leave the bad records out"
+        )

@@ -1,0 +1,471 @@
+"""From sources to a data folder: sample -> tokenizer -> encode every unit -> remove duplicates -> merge into shards -> manifest.
+
+All work is done on units, in any order and by any number of workers, and put together in the order of the input: the same bytes come out.
+Finished units survive a killed run, and the same command goes on from them. Files take their names at the end, the manifest last: a folder
+with a manifest is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+
+from data_pipeline.cleaning.cleaner import Cleaner
+from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.preprocess import manifest_writer as finish
+from data_pipeline.preprocess.bad_share import BadShares
+from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
+from data_pipeline.preprocess.engine import fit_engine
+from data_pipeline.preprocess.incremental_merge import GrowingShards
+from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, write_shard
+from data_pipeline.preprocess.plan import BuildPlan, open_sources, plan_build, request_sha256
+from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
+from data_pipeline.preprocess.reader import Task
+from data_pipeline.preprocess.units import collect, followed, is_usable, judged
+from data_pipeline.preprocess.worker import (
+    BANDS,
+    DIGESTS,
+    MARKS,
+    SAMPLE,
+    Job,
+    Record,
+    encode_unit,
+    looks_for_duplicates,
+    sample_unit,
+    scan_unit,
+    unit_folder,
+)
+from data_pipeline.preprocess.workspace import (
+    RECORD,
+    Output,
+    Workspace,
+    begin_staging,
+    finish_publishing,
+    interruption_is_reported,
+    no_space_is_told,
+    publish,
+    read_json,
+    remove_unused,
+)
+from data_pipeline.shards.indexed import token_dtype
+from data_pipeline.shards.manifest import Manifest, load_manifest, verify
+from data_pipeline.shards.split import SPLITS, SplitPlan, plan_split
+from data_pipeline.tokenizer.configured import load_configured
+from data_pipeline.tokenizer.patterns import cut_before_white_space
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.training import train_bpe
+from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.files import only_writer, write_synced
+from pretrain.core.interrupts import interruptible
+from pretrain.core.progress import Stage
+
+logger = logging.getLogger(__name__)
+
+# A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
+SAMPLE_MARGIN = 4
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A complete data folder; ``reused`` where it was there already, else encoded by ``engine``."""
+
+    output: Output
+    manifest: Manifest
+    reused: bool
+    engine: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.output.folder
+
+
+def build(
+    config: DataConfig,
+    output: Output,
+    fresh: bool = False,
+    progress: bool = False,
+    workers: int | None = None,
+    pool: Pool | None = None,
+    engine: str | None = None,
+) -> BuildResult:
+    """Builds the data of ``config``, or finds it there.
+
+    Args:
+        config: sources, tokenizer, cleaning, split; ``path`` and what training does with the shards do not change the files.
+        fresh: build also where there is data, and replace it once the new data is complete.
+        progress: show progress bars on standard error.
+        workers: processes; by default every core, or only this process where the input is small.
+        pool: workers that are there already, such as the ranks of an MPI job.
+        engine: the tokenizer library that encodes; by default the first, in the order of usual speed, whose ids are right on a sample.
+
+    Raises:
+        ConfigError: where other data is there and ``fresh`` is false.
+        DataError: for a source or a tokenizer that cannot be used, and for too many bad records.
+        StorageError: where the disk is full.
+        PeerLostError: where a worker was killed.
+    """
+    given = None
+    if not isinstance(config.tokenizer, TrainBPE):
+        with Stage("loading the tokenizer", progress):
+            given = load_configured(config.tokenizer)
+    Cleaner(config.cleaning)  # what is wrong with it is told before any work
+    is_new = not output.folder.exists()
+    with (
+        only_writer(output.folder, "choose another --output"),
+        no_space_is_told(output.folder),
+        ExitStack() as stack,
+    ):
+        stack.callback(remove_unused, output, is_new)
+        stack.enter_context(interruption_is_reported(output))
+        begin_staging(output.staging, request_sha256(config, given))
+        with Stage("listing the input", progress):
+            plan = plan_build(config, given, open_sources(config, output.staging))
+        identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
+        if read_json(output.staging / "identity.json") == identity and finish_publishing(
+            output.staging, output
+        ):
+            return BuildResult(output, load_manifest(output.path), reused=False)
+        if pool is None:
+            pool = stack.enter_context(local_pool(workers or default_workers(plan.input_bytes)))
+        if output.manifest.exists() and not fresh:
+            return BuildResult(
+                output, _matching_manifest(output, plan, pool, progress), reused=True
+            )
+        workspace = Workspace(output.staging, identity)
+        return Build(plan, output, workspace.folder, pool, progress).run(given, engine)
+
+
+def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:
+    """The manifest that is there, where it is of the same request and input.
+
+    Files with other times may still have the same content: then they are read and compared. A stream is not read to its end for that.
+    """
+    manifest = load_manifest(output.path)
+    if manifest.request_sha256 != plan.request_sha256:
+        raise ConfigError(
+            f"{output.path} holds data of another corpus, tokenizer or cleaning: choose another folder, or pass --fresh to replace it"
+        )
+    if manifest.inputs_sha256 != plan.inputs_sha256:
+        other = ConfigError(
+            f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to replace it"
+        )
+        if plan.config.streaming:
+            raise other
+        task = Task(plan.config, str(output.staging), SplitPlan(plan.config.validation_share))
+        jobs = [(task, number, unit) for number, unit in enumerate(plan.units)]
+        records = collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
+        found = {name: finish.source_sha256(records, name) for name in plan.config.named_sources}
+        if found != {name: source.sha256 for name, source in manifest.sources.items()}:
+            raise other
+    verify(manifest)
+    return manifest
+
+
+class Build:
+    """One build, stage by stage."""
+
+    def __init__(
+        self, plan: BuildPlan, output: Output, workspace: Path, pool: Pool, progress: bool
+    ) -> None:
+        self.plan, self.output, self.workspace, self.pool, self.progress = (
+            plan,
+            output,
+            workspace,
+            pool,
+            progress,
+        )
+        self.config = plan.config
+        self.task = Task(plan.config, str(workspace), SplitPlan(plan.config.validation_share))
+
+    def run(self, given: Tokenizer | None, engine: str | None) -> BuildResult:
+        tokenizer = given or self._trained_tokenizer()
+        write_synced(self.workspace / "tokenizer.json", tokenizer.content)
+        self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
+        with Stage("choosing the engine", self.progress and engine is None, counts_documents=True):
+            engine = engine or fit_engine(self.plan, self.task, self.pool)
+        self.task = replace(self.task, engine=engine)
+        dtype = token_dtype(tokenizer.vocab_size)
+        limit = (
+            None
+            if self.config.max_shard_bytes is None
+            else self.config.max_shard_bytes // dtype.itemsize
+        )
+        with GrowingShards(self.workspace, dtype, limit) as growing:
+            records = self._encode(growing)
+            self._check_at_rest()
+            if looks_for_duplicates(self.config.cleaning):
+                self._mark_duplicates(records)
+            shards = self._merge(records, growing)
+        manifest, names = finish.describe(
+            self.plan, self.output, self.workspace, records, shards, tokenizer
+        )
+        write_synced(self.workspace / "shards" / self.output.tokenizer, tokenizer.content)
+        content = (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode()
+        publish(self.workspace, self.output, [self.output.tokenizer, *names], content)
+        return BuildResult(
+            self.output, manifest.at(self.output.folder), reused=False, engine=self.task.engine
+        )
+
+    def _trained_tokenizer(self) -> Tokenizer:
+        """Samples the training split and trains on it; a tokenizer that an earlier run has trained is found again."""
+        assert isinstance(self.config.tokenizer, TrainBPE)
+        if self.config.streaming:
+            raise ConfigError(
+                "data.streaming reads the source only once: train the tokenizer before, and name it with data.tokenizer.kind=file"
+            )
+        shares, numbers = self._sample_shares(self.config.tokenizer)
+        task = replace(self.task, sample_shares=shares)
+        records = self._run(sample_unit, "samples", task, numbers, "sampling")
+        if len(numbers) == len(self.plan.units):
+            self.task = replace(self.task, split=self._split_plan(records))
+        trained = self.workspace / "trained.json"
+        if trained.exists():
+            return Tokenizer(trained.read_bytes(), "the trained tokenizer", self.config.tokenizer)
+        config = self.config.tokenizer
+        size = sum(
+            (unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size
+            for number in numbers
+        )
+        with Stage(
+            "training the tokenizer", self.progress, size, "B"
+        ) as stage:  # it is read first, and then pairs are merged
+            tokenizer = interruptible(
+                lambda: train_bpe(self._training_texts(numbers, stage), config)
+            )
+        if tokenizer.vocab_size < self.config.tokenizer.vocab_size:
+            logger.warning(
+                "the corpus gives a vocabulary of %d entries, not %d: it is too small for more",
+                tokenizer.vocab_size,
+                self.config.tokenizer.vocab_size,
+            )
+        write_synced(trained, tokenizer.content)
+        return tokenizer
+
+    def _sample_shares(self, config: TrainBPE) -> tuple[dict[str, float], list[int]]:
+        """The share of each source's documents that is sampled, and the units that are read for it."""
+        sizes: dict[str, int] = {}
+        for unit in self.plan.units:
+            sizes[unit.source] = sizes.get(unit.source, 0) + unit.size
+        weights: dict[str, float] = dict(config.sample_weights or sizes)
+        if unknown := set(weights) - set(sizes):
+            raise ConfigError(
+                f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources are {', '.join(sizes)}"
+            )
+        total = sum(weights.values()) or 1.0
+        shares, numbers = {}, []
+        for name, size in sizes.items():
+            wanted = config.sample_bytes * weights.get(name, 0.0) / total
+            mine = [number for number, unit in enumerate(self.plan.units) if unit.source == name]
+            # Every stride-th unit, so that a source in many files is sampled all over.
+            stride = max(1, int(size / max(wanted * SAMPLE_MARGIN, 1.0)))
+            chosen = mine[::stride] if wanted else []
+            read = sum(self.plan.units[number].size for number in chosen)
+            shares[name] = min(1.0, wanted / read) if read else 0.0
+            numbers += chosen
+        return shares, numbers
+
+    def _training_texts(self, numbers: list[int], stage: Stage) -> Iterator[str]:
+        for number in numbers:
+            with (unit_folder(self.workspace, "samples", number) / SAMPLE).open("rb") as stream:
+                for line in stream:
+                    place, text = orjson.loads(line)
+                    for split, part in self.task.split.assign(text, place):
+                        if split == "train":
+                            yield from cut_before_white_space(part)
+                    stage.advance(len(line))
+
+    def _encode(self, growing: GrowingShards) -> list[Record]:
+        """The records of all units, encoded so that no split is empty."""
+        numbers = list(range(len(self.plan.units)))
+        if self.config.streaming:
+            return self._encode_held_out(numbers)
+        # What is a duplicate is known when all units are. Over nodes, one may not see at once what another has renamed. And where merging
+        # had begun, what it has finished stays.
+        has_merged = any((self.workspace / "shards").glob("*.json"))
+        follow = (
+            growing.add
+            if self.pool.is_local
+            and not looks_for_duplicates(self.config.cleaning)
+            and not has_merged
+            else None
+        )
+        records = self._run(encode_unit, "units", self.task, numbers, "encoding", follow)
+        split = self._split_plan(records)
+        if split != self.task.split:
+            growing.discard()
+            self.task = replace(self.task, split=split)
+            records = self._run(encode_unit, "units", self.task, numbers, "encoding")
+        if sum(record["documents"] for record in records) == 0:
+            reasons = (
+                finish.total(records, "bad")
+                | finish.total(records, "left_out")
+                | finish.total(records, "dropped")
+            )
+            why = (
+                ": "
+                + ", ".join(
+                    f"{count} {reason}"
+                    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+                )
+                if reasons
+                else ""
+            )
+            raise DataError(
+                f"the source holds no document that is not empty{why}: give files with text in them"
+            )
+        return records
+
+    def _encode_held_out(self, numbers: list[int]) -> list[Record]:
+        """The first documents of the stream that are held out, unit by unit until there are enough."""
+        records, wanted = [], self.config.streaming_validation_documents
+        shares = BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
+        for number in numbers:
+            task = replace(self.task, held_out_only=wanted)
+            [record] = self._run(
+                encode_unit, "units", task, [number], "reading the stream", shares=shares
+            )
+            records.append(record)
+            wanted -= record["splits"]["validation"]["documents"]
+            if wanted <= 0:
+                break
+        shares.check()
+        if not sum(record["splits"]["validation"]["documents"] for record in records):
+            raise DataError(
+                "no document of the stream is held out for validation: raise data.validation_share"
+            )
+        return records
+
+    def _check_at_rest(self) -> None:
+        """Units that were read from files as they are now, and not as they were at the start, would not fit together."""
+        if (
+            plan_build(self.config, None, open_sources(self.config, self.workspace)).inputs_sha256
+            != self.plan.inputs_sha256
+        ):
+            raise DataError(
+                "the source files changed while they were read: run the same command again once they are at rest"
+            )
+
+    def _split_plan(self, records: list[Record]) -> SplitPlan:
+        config = self.config
+        hashed = sum(record["hashed"] for record in records)
+        places = (
+            record[side] for record in records if record["hashed"] for side in ("lowest", "highest")
+        )
+        fixed = any(source.split == "validation" for source in config.named_sources.values())
+        split = (
+            SplitPlan(config.validation_share)
+            if fixed
+            else plan_split(config.validation_share, config.split_by, hashed, places)
+        )
+        notice = split.notice(config.split_by)
+        if notice is not None and split != self.task.split:  # else the sample has shown it already
+            logger.warning("%s", notice)
+        return split
+
+    def _run(
+        self,
+        function: Callable[[Job], Record],
+        stage: str,
+        task: Task,
+        numbers: list[int],
+        title: str,
+        follow: Callable[[Record], None] | None = None,
+        shares: BadShares | None = None,
+    ) -> list[Record]:
+        """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are.
+
+        ``follow`` is called with the record of each unit as soon as those of all units before it are there, unless all were there already.
+        ``shares`` of a stage in several calls are checked by the caller.
+
+        Raises:
+            DataError: if more of a source is bad than allowed.
+        """
+        counted = shares or BadShares(
+            self.config.max_bad_share, self.plan.bytes_of_sources(numbers)
+        )
+        records: dict[int, Record] = {}
+        for number in numbers:
+            folder = unit_folder(self.workspace, stage, number)
+            found = read_json(folder / RECORD)
+            if found is not None and is_usable(found, folder, task):
+                records[number] = found
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        if records:
+            logger.info("%s: %d of %d units are there already", title, len(records), len(numbers))
+        jobs = [
+            (task, number, self.plan.units[number]) for number in numbers if number not in records
+        ]
+        for record in records.values():
+            counted.add(record)
+        results = judged(self.pool.run(function, jobs), counted)
+        if follow is not None and jobs:
+            results = followed(results, numbers, dict(records), follow)
+        for record in collect(results, self.plan, title, self.progress, list(records.values())):
+            records[record["unit"]] = record
+        if shares is None:
+            counted.check()
+        return [records[number] for number in numbers]
+
+    def _mark_duplicates(self, records: list[Record]) -> None:
+        cleaning = self.config.cleaning
+        near = cleaning.near_duplicates is not None
+        keys = []
+        for record in records:
+            folder = unit_folder(self.workspace, "units", record["unit"])
+            keys.append(
+                UnitKeys(folder / DIGESTS, folder / BANDS if near else None, folder / MARKS)
+            )
+        scratch = self.workspace / "attempts"
+        with Stage("finding duplicates", self.progress, unit="step") as stage:
+
+            def advance(done: int, total: int) -> None:
+                stage.total = total
+                stage.advance(done - stage.done)
+
+            mark_duplicates(keys, scratch, cleaning.exact_duplicates, near, progress=advance)
+
+    def _merge(self, records: list[Record], growing: GrowingShards) -> list[Record]:
+        """Writes all shards that have not grown already, and returns the records of all in order."""
+        names = list(self.config.named_sources)
+        plans, taken = [], {}
+        for split in SPLITS:
+            for name in names:
+                cutter = ShardCutter(self.workspace, split, growing.max_tokens)
+                for record in records:
+                    if record["source"] == name:
+                        cutter.add(record["unit"], record["splits"][split]["tokens"])
+                for number, pieces in enumerate(cutter.shards):
+                    shard = self.output.shard(
+                        split, name, number, len(cutter.shards), len(names) == 1
+                    )
+                    plans.append(
+                        ShardPlan(
+                            shard, split, name, pieces, growing.dtype.name, str(self.workspace)
+                        )
+                    )
+                    if number == 0 and not growing.is_empty:
+                        taken[shard] = growing.take(plans[-1])
+        written: dict[str, Record] = {}
+        with Stage("merging", self.progress, len(plans), "shard") as stage:
+
+            def write(missing: list[ShardPlan]) -> None:
+                for record in self.pool.run(write_shard, missing):
+                    written[record["prefix"]] = record
+                    stage.advance(1)
+
+            write(
+                [plan for plan in plans if plan.name not in taken]
+            )  # while the thread ends those that have grown
+            for name, grown in taken.items():
+                if (result := grown.result()) is not None:
+                    written[name] = result
+                    stage.advance(1)
+            write([plan for plan in plans if plan.name not in written])
+        return [written[plan.name] for plan in plans]

@@ -1,0 +1,340 @@
+"""From shards of other programs to a data folder: the tokens, what training and the tools need with them, and the proof that they are whole.
+
+Finished shards survive a killed run, and the same command resumes. Files take their names at the end, the manifest last: a folder with a
+manifest is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.preprocess.convert_shard import ImportJob, ImportRecord, import_shard
+from data_pipeline.preprocess.coordinator import BuildResult
+from data_pipeline.preprocess.manifest_writer import tokenizer_entry
+from data_pipeline.preprocess.workspace import (
+    Output,
+    Workspace,
+    begin_staging,
+    finish_publishing,
+    interruption_is_reported,
+    no_space_is_told,
+    publish,
+    read_json,
+    remove_unused,
+)
+from data_pipeline.shards.foreign import ForeignShard, open_foreign
+from data_pipeline.shards.indexed import WrittenShard, token_dtype
+from data_pipeline.shards.manifest import (
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    canonical_sha256,
+    load_manifest,
+    verify,
+)
+from data_pipeline.shards.split import SPLITS, SplitName
+from data_pipeline.tokenizer.configured import load_configured
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.files import only_writer, write_synced
+from pretrain.core.progress import Stage
+
+SOURCE = "all"
+MANIFEST_TYPES: dict[np.dtype[Any], Literal["uint16", "int32"]] = {
+    np.dtype("<u2"): "uint16",
+    np.dtype("<i4"): "int32",
+}
+
+
+@dataclass(frozen=True)
+class ImportResult(BuildResult):
+    """A data folder of imported shards.
+
+    Attributes:
+        how: how many shards were linked, copied and converted.
+        largest_id: of all tokens; None where the folder was there already.
+        notes: what a user should know of, one sentence each.
+    """
+
+    how: dict[str, int] | None = None
+    largest_id: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def import_shards(
+    prefixes: Sequence[str],
+    validation: Sequence[str],
+    config: DataConfig,
+    output: Output,
+    fresh: bool = False,
+    progress: bool = False,
+    workers: int | None = None,
+) -> ImportResult:
+    """Makes a data folder of shards that are there, or finds it there.
+
+    Args:
+        prefixes, validation: shards of the training and of the validation split, see :func:`data_pipeline.shards.foreign.open_foreign`.
+        config: ``tokenizer``, an existing one, and ``validation_share``: of the documents in ``prefixes``, by a hash of their token ids.
+        fresh, progress: as of :func:`data_pipeline.preprocess.coordinator.build`.
+        workers: shards that are read at the same time.
+
+    Raises:
+        ConfigError: for options that do not go together, and where other data is there and ``fresh`` is false.
+        DataError: for a shard that is damaged, of an unknown form, or not of this tokenizer.
+        StorageError: where the disk is full.
+    """
+    if isinstance(config.tokenizer, TrainBPE):
+        raise ConfigError(
+            "--import-shards needs the tokenizer that the shards were made with: name it with --tokenizer PATH"
+        )
+    if validation and config.validation_share:
+        raise ConfigError(
+            "--validation-share and --import-validation both say what is held out: give one of them"
+        )
+    # Whether documents end with the token is found out; a tokenizer without one will do.
+    tokenizer = load_configured(
+        config.tokenizer.model_copy(update={"append_eod": False, "prepend_bos": False})
+    )
+    given: dict[SplitName, list[ForeignShard]] = {
+        "train": [open_foreign(prefix) for prefix in prefixes]
+    }
+    given["validation"] = [open_foreign(prefix) for prefix in validation]
+    _check_files(given, output)
+    is_new = not output.folder.exists()
+    request = canonical_sha256(
+        {
+            "import": 1,
+            "tokenizer": tokenizer.sha256,
+            "special": [tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id],
+            "share": config.validation_share,
+        }
+    )
+    identity = {"request_sha256": request, "inputs_sha256": _stamp(given)}
+    with (
+        only_writer(output.folder, "choose another --output"),
+        no_space_is_told(output.folder),
+        ExitStack() as stack,
+    ):
+        stack.callback(remove_unused, output, is_new)
+        stack.enter_context(interruption_is_reported(output))
+        begin_staging(output.staging, request)
+        if read_json(output.staging / "identity.json") == identity and finish_publishing(
+            output.staging, output
+        ):
+            return ImportResult(output, load_manifest(output.path), reused=False)
+        if output.manifest.exists() and not fresh:
+            manifest = load_manifest(output.path)
+            if {
+                "request_sha256": manifest.request_sha256,
+                "inputs_sha256": manifest.inputs_sha256,
+            } != identity:
+                raise ConfigError(
+                    f"{output.path} holds other data: choose another folder, or pass --fresh to replace it"
+                )
+            verify(manifest)
+            return ImportResult(output, manifest, reused=True)
+        workspace = Workspace(output.staging, identity)
+        jobs = _jobs(given, config.validation_share, tokenizer, output, workspace.folder / "shards")
+        records = _run(jobs, min(workers or 4, len(jobs)), progress)
+        if _stamp(given) != identity["inputs_sha256"]:
+            raise DataError(
+                "the shards changed while they were read: run the same command again once they are at rest"
+            )
+        return _publish(jobs, records, tokenizer, output, workspace, identity)
+
+
+def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> None:
+    files = Counter(shard.path.resolve() for shards in given.values() for shard in shards)
+    if twice := next((path for path, count in files.items() if count > 1), None):
+        raise ConfigError(
+            f"{twice} is named twice: each shard is imported once; data.mixture can repeat a source"
+        )
+    if inside := next((path for path in files if path.parent == output.folder.resolve()), None):
+        raise ConfigError(
+            f"{inside} is in the folder that is to be written: choose another --output, so that nothing of yours is replaced"
+        )
+    if not sum(shard.num_tokens for shard in given["train"]):
+        raise DataError("the shards of --import-shards hold no token: name others")
+
+
+def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
+    stamps: dict[str, Any] = {
+        split: [
+            [str(path.resolve()), (found := path.stat()).st_size, found.st_mtime_ns]
+            for shard in shards
+            for path in shard.files
+        ]
+        for split, shards in given.items()
+    }
+    return canonical_sha256(stamps)
+
+
+def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
+    """Of the types that training reads and that hold every id, the one that most bytes are of already, so that little is to be converted."""
+    short, long = MANIFEST_TYPES
+    sizes = {short: 0, long: 0}
+    for shard in shards:
+        same = long if shard.dtype == np.dtype("<u4") else shard.dtype
+        if same in sizes:
+            sizes[same] += shard.num_tokens * same.itemsize
+    fits = (
+        [short, long]
+        if vocab_size <= 1 << 16 or all(shard.dtype.itemsize <= 2 for shard in shards)
+        else [long]
+    )
+    best = max(fits, key=lambda dtype: sizes[dtype])
+    return best if sizes[best] else token_dtype(vocab_size)
+
+
+def _jobs(
+    given: dict[SplitName, list[ForeignShard]],
+    share: float,
+    tokenizer: Tokenizer,
+    output: Output,
+    folder: Path,
+) -> list[ImportJob]:
+    dtype = _token_type(
+        [shard for shards in given.values() for shard in shards], tokenizer.vocab_size
+    )
+    jobs: list[ImportJob] = []
+    for split, shards in given.items():
+        sides: list[SplitName] = list(SPLITS) if share else [split]
+        for number, shard in enumerate(shards):
+            names = {side: output.shard(side, SOURCE, number, len(shards), True) for side in sides}
+            jobs.append(ImportJob(len(jobs), shard, names, share, tokenizer, dtype, folder))
+    return jobs
+
+
+def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportRecord]:
+    """The records of all jobs, in their order. Threads suffice: reading, checksums and numpy leave the interpreter's lock."""
+    ended = threading.Event()
+    total = sum(job.shard.num_tokens for job in jobs)
+    with Stage("importing", progress, total, "token") as stage, ThreadPoolExecutor(workers) as pool:
+
+        def advance(tokens: int) -> None:
+            if ended.is_set():
+                raise InterruptedError  # another shard has failed, or the user has had enough
+            stage.advance(tokens)
+
+        futures = [pool.submit(import_shard, job, advance) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _publish(
+    jobs: list[ImportJob],
+    records: list[ImportRecord],
+    tokenizer: Tokenizer,
+    output: Output,
+    workspace: Workspace,
+    identity: dict[str, str],
+) -> ImportResult:
+    splits: dict[SplitName, SplitEntry] = {}
+    for split in SPLITS:
+        written = [
+            ShardEntry.of(WrittenShard(**record.shards[split]), job.names[split], SOURCE)
+            for job, record in zip(jobs, records, strict=True)
+            if split in record.shards
+        ]
+        entries = [entry for entry in written if entry.tokens]
+        size = sum(record.utf8_bytes.get(split, 0) for record in records)
+        if written and not entries:
+            raise DataError(
+                f"no document falls into the {split} split: give another --validation-share, or name its shards with --import-validation"
+            )
+        if entries:
+            documents, tokens = (
+                sum(entry.documents for entry in entries),
+                sum(entry.tokens for entry in entries),
+            )
+            splits[split] = SplitEntry(
+                documents=documents, tokens=tokens, utf8_bytes=size, shards=entries
+            )
+    documents = sum(split.documents for split in splits.values())
+    with_eod, with_bos = (
+        sum(record.end_with_eod for record in records),
+        sum(record.begin_with_bos for record in records),
+    )
+    around = {
+        "append_eod": with_eod == documents,
+        "prepend_bos": with_bos == documents and tokenizer.bos_id is not None,
+    }
+    manifest = Manifest(
+        created_by="tools/preprocess_data.py --import-shards",
+        **identity,
+        dtype=MANIFEST_TYPES[jobs[0].dtype],
+        tokenizer=tokenizer_entry(tokenizer, output).model_copy(update=around),
+        sources={SOURCE: _source(splits, sum(record.empty for record in records))},
+        splits=splits,
+    )
+    folder = workspace.folder / "shards"
+    write_synced(folder / output.tokenizer, tokenizer.content)
+    names = [
+        f"{entry.prefix}{ending}"
+        for split in splits.values()
+        for entry in split.shards
+        for ending in (".bin", ".idx")
+    ]
+    publish(
+        workspace.folder,
+        output,
+        [output.tokenizer, *names],
+        (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),
+    )
+    notes = [note for job in jobs for note in job.shard.notes]
+    for job, record in zip(jobs, records, strict=True):
+        if job.shard.ends is None:
+            count = sum(shard["documents"] for shard in record.shards.values())
+            notes.append(
+                f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s, {count:,} documents, cut at the token {tokenizer.eod_id}"
+            )
+    if with_eod != documents:
+        notes.append(
+            f"{with_eod:,} of {documents:,} documents end with the end-of-document token {tokenizer.eod_id}: the others run into the next one in "
+            "training, unless data.document_mask is on"
+        )
+    result = ImportResult(
+        output,
+        manifest.at(output.folder),
+        reused=False,
+        how=dict(Counter(record.how for record in records)),
+    )
+    return replace(
+        result, largest_id=max(record.largest_id for record in records), notes=tuple(notes)
+    )
+
+
+def _source(splits: dict[SplitName, SplitEntry], empty: int) -> SourceEntry:
+    """All imported shards as one source: what is known of them without their texts."""
+    shards = [shard for split in splits.values() for shard in split.shards]
+    documents = sum(shard.documents for shard in shards)
+    return SourceEntry(
+        kind="shards",
+        sha256=hashlib.sha256(
+            "".join(shard.bin_sha256 + shard.idx_sha256 for shard in shards).encode("ascii")
+        ).hexdigest(),
+        records=documents + empty,
+        documents=documents,
+        tokens=sum(shard.tokens for shard in shards),
+        utf8_bytes=sum(split.utf8_bytes for split in splits.values()),
+        share=1.0,
+        left_out={"empty": empty} if empty else {},
+    )

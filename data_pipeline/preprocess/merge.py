@@ -1,0 +1,141 @@
+"""From the parts of all units to the shards, in the order of the input, without what deduplication removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.preprocess.worker import MARKS, SIDES, unit_folder
+from data_pipeline.preprocess.workspace import no_space_is_told, read_json
+from data_pipeline.shards.indexed import (
+    IndexedReader,
+    IndexedWriter,
+    WrittenShard,
+    bin_path,
+    idx_path,
+)
+from data_pipeline.shards.manifest import ShardEntry
+from data_pipeline.shards.split import SPLITS, SplitName
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Documents first .. last - 1 of one split's part of a unit; last is None for all."""
+
+    unit: int
+    first: int = 0
+    last: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard and where its documents come from."""
+
+    name: str
+    split: SplitName
+    source: str
+    pieces: list[Piece]
+    dtype: str
+    workspace: str
+
+
+def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray | None:
+    """bool [documents of the part]: which ones stay; None where all do."""
+    folder = unit_folder(workspace, "units", unit)
+    if not (folder / MARKS).exists():
+        return None
+    mine = np.load(folder / SIDES) == SPLITS.index(split)
+    return np.load(folder / MARKS)[mine] == 0
+
+
+class ShardCutter:
+    """Cuts the units of one source and split into shards: as many documents as fit into ``max_tokens``, and one at least.
+
+    Attributes:
+        shards: the pieces of each shard so far; all but the last one are complete.
+    """
+
+    def __init__(self, workspace: Path, split: SplitName, max_tokens: int | None) -> None:
+        self.workspace, self.split, self.max_tokens = workspace, split, max_tokens
+        self.shards: list[list[Piece]] = []
+        self._room = max_tokens
+
+    def add(self, unit: int, tokens: int) -> None:
+        """Takes the next unit in order, with its tokens before deduplication; one without any is in no shard."""
+        if not tokens:
+            return
+        self.shards = self.shards or [[]]
+        if self._room is None or tokens <= self._room:
+            self.shards[-1].append(Piece(unit))
+            self._room = None if self._room is None else self._room - tokens
+            return
+        assert self.max_tokens is not None
+        ends = np.cumsum(
+            IndexedReader(unit_folder(self.workspace, "units", unit) / self.split).sequence_lengths,
+            dtype=np.int64,
+        )
+        first = 0
+        while first < len(ends):
+            before = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, before + self._room, side="right"))
+            if last == first and not self.shards[-1]:
+                last += 1  # a document that is larger than a shard has one to itself
+            if last > first:
+                self.shards[-1].append(Piece(unit, first, last))
+                self._room -= int(ends[last - 1]) - before
+            if last < len(ends):
+                self.shards.append([])
+                self._room = self.max_tokens
+            first = last
+
+
+def write_shard(plan: ShardPlan) -> dict[str, Any]:
+    """Writes one shard and the record of it; a finished one is found again."""
+    workspace = Path(plan.workspace)
+    prefix = workspace / "shards" / plan.name
+    record = prefix.with_name(plan.name + ".json")
+    found = read_json(record)
+    if found is not None and bin_path(prefix).exists() and idx_path(prefix).exists():
+        return found
+    for path in (bin_path(prefix), idx_path(prefix)):
+        path.unlink(missing_ok=True)
+    with no_space_is_told(workspace), IndexedWriter(prefix, np.dtype(plan.dtype)) as writer:
+        for piece in plan.pieces:
+            append_piece(writer, workspace, plan.split, piece)
+        return keep_record(plan, writer.finish())
+
+
+def append_piece(writer: IndexedWriter, workspace: Path, split: SplitName, piece: Piece) -> None:
+    """Copies the documents of a piece that stay to the end of a shard."""
+    reader = IndexedReader(unit_folder(workspace, "units", piece.unit) / split)
+    kept = kept_documents(workspace, piece.unit, split)
+    for first, last in _runs(kept, piece.first, len(reader) if piece.last is None else piece.last):
+        writer.copy(reader, first, last)
+
+
+def keep_record(plan: ShardPlan, written: WrittenShard) -> dict[str, Any]:
+    """The record of a finished shard; where it is on disk, the shard is never written again."""
+    result = {"split": plan.split, **ShardEntry.of(written, plan.name, plan.source).model_dump()}
+    (Path(plan.workspace) / "shards" / f"{plan.name}.json").write_text(
+        json.dumps(result), encoding="utf-8"
+    )
+    return result
+
+
+def _runs(kept: np.ndarray | None, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The stretches of kept documents in first .. last - 1."""
+    if kept is None:
+        yield first, last
+        return
+    edges = (
+        np.flatnonzero(
+            np.diff(np.concatenate([[False], kept[first:last], [False]]).astype(np.int8))
+        )
+        + first
+    )
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

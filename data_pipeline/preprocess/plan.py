@@ -1,0 +1,125 @@
+"""What a build has to do, before any text is read: sources, units, and the checksums by which a later run knows the same job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.cleaning import near_duplicates
+from data_pipeline.config import DataConfig
+from data_pipeline.shards.manifest import canonical_sha256
+from data_pipeline.sources import ReadContext, Source, Unit, open_source
+from data_pipeline.sources.files import identity_of, list_files, stamp_of
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core.errors import ConfigError
+
+SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
+UNITS_WANTED = 4096
+
+# These say where data lies and how training uses it; the shards do not depend on them.
+NOT_IN_SHARDS = {
+    "path",
+    "corpora",
+    "mixture",
+    "packing",
+    "document_mask",
+    "verify",
+    "tokenizer",
+    "max_bad_share",
+    "on_bad",
+}
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A build in units, in the order of its output.
+
+    Attributes:
+        request_sha256: of the configuration that decides what is written.
+        inputs_sha256: of the units with their stamps.
+    """
+
+    config: DataConfig
+    units: list[Unit]
+    request_sha256: str
+    inputs_sha256: str
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+    def bytes_of_sources(self, numbers: Iterable[int]) -> dict[str, int]:
+        """The bytes of these units, by source."""
+        sizes = dict.fromkeys(self.config.named_sources, 0)
+        for number in numbers:
+            sizes[self.units[number].source] += self.units[number].size
+        return sizes
+
+
+def open_sources(config: DataConfig, spool_folder: Path) -> dict[str, Source]:
+    """The sources of a recipe by name."""
+    return {
+        name: open_source(section, ReadContext.of(config, name, spool_folder))
+        for name, section in config.named_sources.items()
+    }
+
+
+def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
+    """Checksum of what was asked for; an existing tokenizer counts by its content, not by its path."""
+    tokenizer = config.tokenizer.model_dump(
+        mode="json", exclude={"path", "name", "vocab_size"} if given else set()
+    )
+    content = config.model_dump(mode="json", exclude=NOT_IN_SHARDS)
+    minhash = near_duplicates.algorithm() if config.cleaning.near_duplicates else None
+    return canonical_sha256(
+        content
+        | {
+            "tokenizer": tokenizer,
+            "tokenizer_sha256": given.sha256 if given else None,
+            "minhash": minhash,
+        }
+    )
+
+
+def plan_build(
+    config: DataConfig, given: Tokenizer | None, sources: dict[str, Source]
+) -> BuildPlan:
+    """Lists the input and cuts it into units. Their size depends on the input alone, so any number of workers writes the same bytes.
+
+    Raises:
+        ConfigError: if two sources name the same file.
+        DataError: where a source has nothing to read.
+    """
+    units = [
+        unit
+        for source in sources.values()
+        for unit in source.units(config.unit_bytes or SMALLEST_UNIT)
+    ]
+    wanted = sum(unit.size for unit in units) // UNITS_WANTED
+    if config.unit_bytes is None and wanted > SMALLEST_UNIT:
+        size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)
+        units = [unit for source in sources.values() for unit in source.units(size)]
+    check_files(units)
+    against = config.cleaning.decontaminate.against if config.cleaning.decontaminate else []
+    evaluation = [stamp_of(path)[1] for path in list_files(against)]
+    listed = [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]
+    inputs = canonical_sha256({"units": listed, "evaluation": evaluation})
+    return BuildPlan(config, units, request_sha256(config, given), inputs)
+
+
+def check_files(units: list[Unit]) -> None:
+    """Raises :class:`ConfigError` if two sources read the same file, under whatever names."""
+    if len({unit.source for unit in units}) == 1:
+        return
+    owners: dict[tuple[int, int], tuple[str, str]] = {}
+    for source, path in dict.fromkeys((unit.source, path) for unit in units for path in unit.files):
+        if not os.path.isfile(path):  # a data set's name
+            continue
+        owner, name = owners.setdefault(identity_of(path), (source, path))
+        if owner != source:
+            same = path if name == path else f"{path}, which is {name},"
+            raise ConfigError(
+                f"the file {same} is in two sources, '{owner}' and '{source}': name it in one of them, or its text is there twice"
+            )

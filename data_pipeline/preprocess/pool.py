@@ -1,0 +1,186 @@
+"""Workers: this process alone, processes of this machine, or the ranks of an MPI job. Work is handed out as they become free."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+from pretrain.core.errors import ConfigError, PeerLostError
+from pretrain.core.interrupts import not_for_children
+from pretrain.core.progress import Tally, use_tally
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+# Enough that no worker waits for the coordinator, few enough that a corpus of any size has a short queue.
+WAITING_PER_WORKER = 3
+WORTH_STARTING_FOR = 64 << 20
+THREAD_VARIABLES = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS")
+WORKER_ENVIRONMENT = {
+    # glibc gives every large text back to the system and asks for it again, page by page, unless it is told to keep some memory.
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+    # A stream of the datasets library would import torch, seconds for nothing.
+    "USE_TORCH": "0",
+    # The process that removes the pool's semaphores after an interrupted build has nothing to say about them.
+    "PYTHONWARNINGS": "ignore:resource_tracker",
+}
+MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+
+
+class Submits(Protocol):
+    """What is needed of an executor; that of MPI is none of the standard library's."""
+
+    def submit(self, function: Callable[[JobT], ResultT], job: JobT, /) -> Future[ResultT]: ...
+
+
+class Pool:
+    """Runs one function over many jobs and yields the results as they come.
+
+    Args:
+        executor: where the jobs run; None: in this process, one after the other.
+        is_local: whether all jobs run on this machine.
+    """
+
+    def __init__(self, executor: Submits | None, workers: int, is_local: bool = True) -> None:
+        self.executor, self.workers, self.is_local = executor, workers, is_local
+
+    def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
+        """Starts one job ahead of all that come later; it is done already where this process does the work."""
+        if self.executor is not None:
+            return self.executor.submit(function, job)
+        future: Future[ResultT] = Future()
+        future.set_result(function(job))
+        return future
+
+    def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
+        """The results in the order in which they are ready; the first error ends it all."""
+        if self.executor is None:
+            yield from map(function, jobs)
+            return
+        waiting: set[Future[ResultT]] = set()
+        remaining = iter(jobs)
+        try:
+            while True:
+                while (
+                    len(waiting) < self.workers * WAITING_PER_WORKER
+                    and (job := next(remaining, None)) is not None
+                ):
+                    waiting.add(self.executor.submit(function, job))
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _Executor(ProcessPoolExecutor):
+    """Starts its processes where work is handed to it."""
+
+    def submit(
+        self, function: Callable[..., ResultT], /, *arguments: Any, **named: Any
+    ) -> Future[ResultT]:
+        with not_for_children():
+            return super().submit(function, *arguments, **named)
+
+
+@contextmanager
+def local_pool(workers: int) -> Iterator[Pool]:
+    """Processes of this machine; one worker is this process itself.
+
+    Raises:
+        PeerLostError: at the end of the block, where a worker was killed inside it.
+    """
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: give 1 or more")
+    if workers == 1:
+        yield Pool(None, 1)
+        return
+    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    environment = dict.fromkeys(THREAD_VARIABLES, threads) | WORKER_ENVIRONMENT
+    before = {name: os.environ.get(name) for name in environment}
+    # Workers must find these when they start: allocators and thread pools look only once.
+    os.environ |= environment
+    # Forking a process with threads may leave a lock taken for ever: workers start afresh.
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array(ctypes.c_uint64, 2)
+    use_tally(Tally(counts))
+    executor = _Executor(workers, context, _begin_worker, (counts,))
+    try:
+        yield Pool(executor, workers)
+    except BaseException as error:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise PeerLostError(
+                "a worker process was killed, perhaps for want of memory: run the same command, which goes on where it stopped, or lower --workers"
+            ) from None
+        raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    executor.shutdown()
+
+
+def default_workers(input_bytes: int) -> int:
+    """Every core, or one process where starting others would take longer than the work."""
+    return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
+
+
+def _begin_worker(counts: Any) -> None:
+    """Ties a worker's life to its parent's, and counts what it reads for the parent's progress bar."""
+    use_tally(Tally(counts))
+    # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the time.
+    gc.set_threshold(100_000, 20, 20)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: Any) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def mpi_size(environment: Mapping[str, str]) -> int:
+    """The number of processes that ``mpirun`` has started; 1 without it."""
+    return next(
+        (
+            int(environment[name])
+            for name in MPI_SIZE_VARIABLES
+            if environment.get(name, "").isdigit()
+        ),
+        1,
+    )
+
+
+@contextmanager
+def mpi_pool() -> Iterator[Pool | None]:
+    """Rank 0 gets a pool of all other ranks; they serve it inside this call and get None when it is over."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
+
+    for variable in THREAD_VARIABLES:
+        os.environ.setdefault(variable, "1")
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        yield (
+            Pool(cast(Submits, executor), MPI.COMM_WORLD.Get_size() - 1, is_local=False)
+            if executor is not None
+            else None
+        )

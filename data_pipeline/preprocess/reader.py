@@ -1,0 +1,215 @@
+"""Reading one unit: its clean documents, and an account of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TextIO
+
+from pydantic import TypeAdapter
+
+from data_pipeline.cleaning.cleaner import Cleaner
+from data_pipeline.cleaning.config import Cleaning
+from data_pipeline.config import DataConfig
+from data_pipeline.config import Source as SourceSection
+from data_pipeline.preprocess.bad_share import NO_LOSS
+from data_pipeline.shards.split import SplitPlan, position, text_digest
+from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
+from data_pipeline.sources.files import one_line
+from pretrain.core.errors import DataError
+from pretrain.core.progress import current_tally
+
+# What is read is counted for the progress bar so often: seldom enough to cost nothing.
+TALLIED_DOCUMENTS, TALLIED_CHARACTERS = 1 << 8, 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all units of a build have in common; small, since it travels with each.
+
+    Attributes:
+        workspace: the staging folder, which holds the tokenizer too.
+        tokenizer_sha256: of the tokenizer.json in the workspace.
+        engine: that encodes.
+        sample_shares: of each source's text that the training of a tokenizer looks at.
+        held_out_only: write this many documents of the validation split and nothing else.
+    """
+
+    config: DataConfig
+    workspace: str
+    split: SplitPlan
+    tokenizer_sha256: str = ""
+    engine: str = "tokenizers"
+    sample_shares: dict[str, float] = field(default_factory=dict)
+    held_out_only: int | None = None
+
+
+@dataclass
+class Counters:
+    """What became of a unit's records."""
+
+    records: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    edits: Counter[str] = field(default_factory=Counter)
+
+
+class Reader:
+    """The clean documents of one unit, with everything else counted and reported.
+
+    Attributes:
+        checksum: over every document that was read, its text's digest and the name that decides its side if its text does not, in order.
+        lowest, highest: places of the documents whose side a hash decides.
+    """
+
+    def __init__(self, task: Task, number: int, unit: Unit, report: TextIO | None) -> None:
+        config = task.config
+        self.task, self.number, self.unit, self.report = task, number, unit, report
+        self.section = config.named_sources[unit.source]
+        self.source = _source(
+            self.section.model_dump_json(), ReadContext.of(config, unit.source, task.workspace)
+        )
+        self.cleaner = _cleaner(config.cleaning)
+        self.fixed_place = {"train": 1.0, "validation": -1.0}.get(self.section.split)
+        self.counters = Counters()
+        self.checksum = hashlib.sha256()
+        self.documents = 0
+        self.hashed = 0
+        self._bad_bytes = self._bad_without_size = 0
+        self._bad_examples: dict[str, str] = {}
+        self.lowest: float | None = None
+        self.highest: float | None = None
+
+    def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
+        """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
+        counters, checksum, cleaner, fixed_place = (
+            self.counters,
+            self.checksum,
+            self.cleaner,
+            self.fixed_place,
+        )
+        tally, documents, characters = current_tally(), 0, 0
+        for result in self.source.read(self.unit):
+            counters.records += 1
+            if documents == TALLIED_DOCUMENTS or characters >= TALLIED_CHARACTERS:
+                tally.add(documents, characters)
+                documents = characters = 0
+            if isinstance(result, LeftOut):
+                self._leave_out(result)
+                continue
+            documents, characters = documents + 1, characters + len(result.text)
+            digest = text_digest(result.text)
+            name = self.source.split_name(result, self.unit) if fixed_place is None else None
+            checksum.update(
+                digest.to_bytes(16, "little")
+                + (b"\0" if name is None else name.encode("utf-8") + b"\0")
+            )
+            if cleaner is not None:
+                cleaned = cleaner.clean(result.text)
+                if cleaned.edits:
+                    counters.edits.update(cleaned.edits)
+                if cleaned.dropped is not None:
+                    self._drop(result, cleaned.dropped, cleaned.detail)
+                    continue
+                if cleaned.text is not result.text:
+                    result = result._replace(text=cleaned.text)
+                    digest = text_digest(cleaned.text)
+            # Texts that cleaning makes equal are on one side.
+            place = position(digest, name) if fixed_place is None else fixed_place
+            if fixed_place is None:
+                self._note(place)
+            yield result, digest, place
+            self.documents += 1
+        tally.add(documents, characters)
+
+    def _note(self, place: float) -> None:
+        self.hashed += 1
+        self.lowest = place if self.lowest is None else min(self.lowest, place)
+        self.highest = place if self.highest is None else max(self.highest, place)
+
+    def _leave_out(self, record: LeftOut) -> None:
+        (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1
+        if record.is_bad and record.reason not in NO_LOSS:
+            self._bad_bytes += record.size or 0
+            self._bad_without_size += record.size is None
+            place = record.path + (
+                f" line {record.line:,}" if record.line is not None and not self.unit.start else ""
+            )
+            self._bad_examples.setdefault(
+                record.reason, f"{place} {one_line(record.detail)}".rstrip()
+            )
+        if record.is_bad and self.task.config.on_bad == "fail":
+            place = "".join(
+                f", {name} {value}"
+                for name, value in (("record", self.counters.records), ("byte", record.offset))
+                if value is not None
+            )
+            raise DataError(
+                f"{record.path}{place}: {record.reason} {record.detail}".rstrip()
+                + ": correct it, or pass --on-bad skip to leave it out"
+            )
+        if record.is_bad:
+            where = {"path": record.path, "line": record.line, "byte": record.offset}
+            self._write({"bad": True, **where, "reason": record.reason, "detail": record.detail})
+        else:
+            self._write({"document": record.path, "reason": record.reason, "detail": record.detail})
+
+    def _drop(self, document: Document, reason: str, detail: str) -> None:
+        self.counters.dropped[reason] += 1
+        self._write(
+            {"document": document.id, "reason": reason, "detail": detail}
+            | ({"metadata": document.metadata} if document.metadata else {})
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.report is not None:
+            self.report.write(
+                json.dumps(row, ensure_ascii=False, default=str)
+                .encode("utf-8", "replace")
+                .decode("utf-8")
+                + "\n"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """The counts of this unit, as JSON."""
+        counters = self.counters
+        of_average_size = self._bad_without_size * self.unit.size // max(counters.records, 1)
+        return {
+            "unit": self.number,
+            "source": self.unit.source,
+            "lines": self.source.lines_read,
+            "records": counters.records,
+            "documents": self.documents,
+            "hashed": self.hashed,
+            "checksum": self.checksum.hexdigest(),
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "bad": dict(counters.bad),
+            "left_out": dict(counters.left_out),
+            "dropped": dict(counters.dropped),
+            "edits": dict(counters.edits),
+            "notes": {note: count for note, count in self.source.notes.items() if count},
+            "bad_bytes": self._bad_bytes + of_average_size,
+            "bad_examples": self._bad_examples,
+        }
+
+
+@lru_cache(maxsize=16)
+def _source(section: str, context: ReadContext) -> Source:
+    """One object for all units of a source that this process reads: some keep what was slow to open."""
+    return open_source(TypeAdapter(SourceSection).validate_json(section), context)
+
+
+def _cleaner(config: Cleaning) -> Cleaner | None:
+    return _cached_cleaner(config.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _cached_cleaner(config: str) -> Cleaner | None:
+    cleaner = Cleaner(Cleaning.model_validate_json(config))
+    return cleaner if cleaner.is_needed else None

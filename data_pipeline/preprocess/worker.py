@@ -1,0 +1,387 @@
+"""What a worker process does with one unit: sample it for the tokenizer's training, or encode it into a part of the corpus."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from data_pipeline.cleaning.config import Cleaning
+from data_pipeline.cleaning.near_duplicates import minhash_bands_batch, num_bands
+from data_pipeline.config import TokenizerBase
+from data_pipeline.preprocess.reader import Reader, Task
+from data_pipeline.preprocess.workspace import RECORD, attempt, no_space_is_told
+from data_pipeline.shards.indexed import IndexedWriter, token_dtype
+from data_pipeline.shards.split import SPLITS, text_digest
+from data_pipeline.sources import Unit
+from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
+from data_pipeline.tokenizer.engines import EngineUnavailableError
+from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core.errors import ConfigError, DataError
+
+# Texts and ids of a batch stay in a core's cache on their way from JSON to the file.
+BATCH_BYTES = 1 << 20
+BATCH_DOCUMENTS = 1 << 14
+MINHASH_CHARACTERS = 1 << 22
+CHECK_EVERY = 1000
+LEFT_OUT, SAMPLE, DIGESTS, BANDS, MARKS, SIDES, TEXT_BYTES, NAMES = (
+    "left_out.jsonl",
+    "sample.jsonl",
+    "digests.npy",
+    "bands.npy",
+    "marks.npy",
+    "sides.npy",
+    "text_bytes.npy",
+    "names.jsonl",
+)
+
+Record = dict[str, Any]
+Job = tuple[Task, int, Unit]
+
+
+def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
+    return Path(workspace) / stage / f"{number:07}"
+
+
+def scan_unit(job: Job) -> Record:
+    """Counts a unit's documents and checksums them, without cleaning: what :func:`encode_unit` would read."""
+    task, number, unit = job
+    reader = Reader(task, number, unit, None)
+    for _ in reader.documents_with_split():
+        pass
+    return reader.record()
+
+
+def sample_unit(job: Job) -> Record:
+    """Writes the documents of a unit that the tokenizer is trained on: each with its place for the split."""
+    task, number, unit = job
+    place = unit_folder(task.workspace, "samples", number)
+    share = task.sample_shares[unit.source]
+    with no_space_is_told(place), attempt(Path(task.workspace), place) as folder:
+        reader = Reader(task, number, unit, None)
+        with (folder / SAMPLE).open("wb") as stream:
+            for document, digest, where in reader.documents_with_split():
+                if (digest & 0xFFFFFFFF) / 2**32 < share:
+                    stream.write(orjson.dumps([where, document.text]) + b"\n")
+        return _finish(folder, job, reader.record())
+
+
+def encode_unit(job: Job) -> Record:
+    """Writes a unit's part of each split, what deduplication needs to know, and the record of it all."""
+    task, number, unit = job
+    place = unit_folder(task.workspace, "units", number)
+    with (
+        no_space_is_told(place),
+        attempt(Path(task.workspace), place) as folder,
+        ExitStack() as stack,
+    ):
+        report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
+        reader = Reader(task, number, unit, report)
+        part = stack.enter_context(PartWriter(task, folder, unit.source))
+        assign, wanted = task.split.assign, task.held_out_only
+        for document, digest, where in reader.documents_with_split():
+            for split, text in assign(document.text, where):
+                if split == "validation" or wanted is None:
+                    # The two parts of a text that is cut are no duplicates of each other.
+                    part.add(
+                        document.id,
+                        text,
+                        text_digest(text) if task.split.cut else digest,
+                        SPLITS.index(split),
+                    )
+            if wanted is not None and part.documents[1] >= wanted:
+                break
+        splits = part.finish()
+        report.flush()
+        return _finish(folder, job, reader.record() | {"splits": splits})
+
+
+def encode_ahead(job: Job) -> None:
+    """Encodes a unit while its engine is still being tried. What is wrong is told when the unit is encoded in earnest."""
+    with suppress(ConfigError, DataError):
+        encode_unit(job)
+
+
+def choose(job: tuple[Task, list[str]]) -> str:
+    """The engine for the tokenizer of a task, by a sample of the corpus. That of the task stays open, for the units to come."""
+    task, sample = job
+    with suppress(EngineUnavailableError):
+        return choose_engine(_tokenizer(task), sample, {task.engine: _encoder(task).engine}).name
+    return choose_engine(_tokenizer(task), sample).name
+
+
+def _finish(folder: Path, job: Job, record: Record) -> Record:
+    """Completes a unit's record, and writes it."""
+    task = job[0]
+    # Merging trusts a part as it is, unless the machine has been restarted since.
+    checksums = {
+        f"{split}.bin": part.pop("checksum") for split, part in record.get("splits", {}).items()
+    }
+    record |= {"plan": unit_plan(task), "boot": boot_id(), "checksums": checksums}
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def unit_plan(task: Task) -> list[Any]:
+    """The split's plan and the engine, as JSON: units of another one are encoded again."""
+    return [
+        task.split.validation_share,
+        task.split.moved,
+        task.split.cut,
+        task.held_out_only,
+        task.engine,
+    ]
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Changes when the machine is restarted; empty where the system does not tell, which counts as no restart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class PartWriter:
+    """Encodes documents in batches and appends each to the part of its split.
+
+    Beside the tokens it keeps, where duplicates are looked for, one row a document: digest, bands, split, bytes of text, name.
+    """
+
+    def __init__(self, task: Task, folder: Path, source: str) -> None:
+        config = task.config
+        self.folder = folder
+        self.tokenizer, self.encoder = _tokenizer(task), _encoder(task)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        middle = config.fill_in_the_middle
+        applies = middle is not None and (middle.sources is None or source in middle.sources)
+        self.transform = (
+            FillInTheMiddleTransform(middle, self.tokenizer.token_id)
+            if middle and applies
+            else None
+        )
+        self.keys = (
+            DuplicateKeys(folder, config.cleaning)
+            if looks_for_duplicates(config.cleaning)
+            else None
+        )
+        self.documents, self.text_bytes = [0, 0], [0, 0]
+        self._before: list[str | int] = (
+            [self.tokenizer.bos_id]
+            if self.tokenizer.prepend_bos and self.tokenizer.bos_id is not None
+            else []
+        )
+        self._after: list[str | int] = [self.tokenizer.eod_id] if self.tokenizer.append_eod else []
+        self._batch, self._bytes = Batch(), 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PartWriter:
+        self.writers = [
+            self._stack.enter_context(IndexedWriter(self.folder / split, self.dtype, durable=False))
+            for split in SPLITS
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, name: str, text: str, digest: int, side: int) -> None:
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+        self.documents[side] += 1
+        self.text_bytes[side] += size
+        if self.keys is not None:
+            self.keys.add(name, text, digest, side, size)
+        segments: list[str | int] = self._before.copy()
+        parts = (
+            self.transform.split(text, digest, 0)
+            if self.transform is not None and side == 0
+            else None
+        )
+        for part in parts or (text,):
+            segments += [part] if isinstance(part, int) else self.tokenizer.pieces(part)
+        segments += self._after
+        self._batch.add(name, digest, side, segments)
+        self._bytes += size
+        if self._bytes >= BATCH_BYTES or len(self._batch.sides) >= BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encodes the batch and appends it to the parts."""
+        batch, self._batch, self._bytes = self._batch, Batch(), 0
+        if not batch.sides:
+            return
+        tokens, lengths = batch.encode(self.encoder, self.dtype)
+        sides = np.array(batch.sides)
+        for side, writer in enumerate(self.writers):
+            mine = sides == side
+            if mine.all():
+                writer.add(tokens, lengths)
+            elif mine.any():
+                writer.add(tokens[np.repeat(mine, lengths)], lengths[mine])
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Completes the parts; documents, tokens, bytes of text and checksum of each split."""
+        self.flush()
+        if self.keys is not None:
+            self.keys.finish()
+        written = [writer.finish() for writer in self.writers]
+        return {
+            split: {
+                "documents": part.documents,
+                "tokens": part.tokens,
+                "utf8_bytes": size,
+                "checksum": part.bin_checksum,
+            }
+            for split, part, size in zip(SPLITS, written, self.text_bytes, strict=True)
+        }
+
+
+class Batch:
+    """Documents on their way to the engine, as segments: texts, and literal token ids around and between them."""
+
+    def __init__(self) -> None:
+        self.sides: list[int] = []
+        self._names: list[str] = []
+        self._digests: list[int] = []
+        self._segments: list[str | int] = []
+        self._first_segments: list[int] = []
+
+    def add(self, name: str, digest: int, side: int, segments: list[str | int]) -> None:
+        self._first_segments.append(len(self._segments))
+        self._segments += segments
+        self.sides.append(side)
+        self._names.append(name)
+        self._digests.append(digest)
+
+    def encode(
+        self, encoder: CheckedEncoder, dtype: np.dtype[Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all documents [n] and their lengths [documents].
+
+        Raises:
+            DataError: for an id that the token type cannot hold.
+        """
+        literals = np.array(
+            [segment if isinstance(segment, int) else -1 for segment in self._segments],
+            dtype=np.int64,
+        )
+        is_text = literals < 0
+        texts = [segment for segment in self._segments if isinstance(segment, str)]
+        digests, names = self._digests, self._names
+        counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
+        if (counts != 1).any():
+            owners = np.repeat(np.arange(len(counts)), counts).tolist()
+            digests, names = (
+                [digests[owner] for owner in owners],
+                [names[owner] for owner in owners],
+            )
+        ids, offsets = encoder.encode_flat(texts, digests, names)
+        if ids.size and ids.max() > np.iinfo(dtype).max:
+            raise DataError(
+                f"the tokenizer gives the id {ids.max()}, which does not fit {dtype.name}: its vocabulary is larger than it says"
+            )
+        sizes = np.ones(len(literals), dtype=np.int64)
+        sizes[is_text] = np.diff(offsets)
+        starts = np.cumsum(sizes) - sizes
+        tokens = np.empty(int(sizes.sum()), dtype=dtype)
+        tokens[starts[~is_text]] = literals[~is_text]
+        # One slice a text is faster than a mask over all tokens.
+        for target, start, end in zip(
+            starts[is_text].tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
+        ):
+            tokens[target : target + end - start] = ids[start:end]
+        return tokens, np.add.reduceat(sizes, self._first_segments)
+
+
+def looks_for_duplicates(cleaning: Cleaning) -> bool:
+    return cleaning.exact_duplicates or cleaning.near_duplicates is not None
+
+
+class DuplicateKeys:
+    """What tells duplicates, one row a document, in memory-mappable files beside the part. Rows go to disk in batches: memory stays flat."""
+
+    def __init__(self, folder: Path, cleaning: Cleaning) -> None:
+        self.folder, self.near = folder, cleaning.near_duplicates
+        self.columns: dict[str, np.dtype[Any]] = {
+            DIGESTS: np.dtype("u8"),
+            SIDES: np.dtype("u1"),
+            TEXT_BYTES: np.dtype("i8"),
+        }
+        if self.near is not None:
+            self.columns[BANDS] = np.dtype("u8")
+        self.widths = {DIGESTS: 2, BANDS: num_bands(self.near) if self.near is not None else 0}
+        self.rows = 0
+        self._waiting: list[tuple[str, str, int, int, int]] = []
+        self._characters = 0
+
+    def add(self, name: str, text: str, digest: int, side: int, size: int) -> None:
+        self._waiting.append((name, text if self.near is not None else "", digest, side, size))
+        self._characters += len(text)
+        if self._characters >= MINHASH_CHARACTERS or len(self._waiting) >= BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Appends the waiting rows to one raw file a column."""
+        names, texts, digests, sides, sizes = (
+            zip(*self._waiting, strict=True) if self._waiting else ((),) * 5
+        )
+        values: dict[str, Any] = {
+            DIGESTS: [(digest >> 64, digest & (2**64 - 1)) for digest in digests],
+            SIDES: sides,
+            TEXT_BYTES: sizes,
+        }
+        if self.near is not None and texts:
+            values[BANDS] = minhash_bands_batch(texts, self.near)
+        for column, rows in values.items():
+            with self._raw(column).open("ab") as stream:
+                stream.write(np.array(rows, dtype=self.columns[column]).tobytes())
+        with (self.folder / NAMES).open("ab") as stream:
+            stream.write(b"".join(orjson.dumps(name) + b"\n" for name in names))
+        self.rows += len(self._waiting)
+        self._waiting, self._characters = [], 0
+
+    def finish(self) -> None:
+        """Gives every column its header."""
+        self.flush()
+        for column, dtype in self.columns.items():
+            shape = (self.rows, self.widths[column]) if column in self.widths else (self.rows,)
+            raw = self._raw(column)
+            np.save(
+                self.folder / column,
+                np.memmap(raw, dtype, "r", shape=shape) if self.rows else np.zeros(shape, dtype),
+            )
+            raw.unlink(missing_ok=True)
+
+    def _raw(self, column: str) -> Path:
+        return self.folder / f"{column}.raw"
+
+
+def _tokenizer(task: Task) -> Tokenizer:
+    return _cached_tokenizer(
+        task.workspace,
+        task.tokenizer_sha256,
+        task.config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields)),
+    )
+
+
+def _encoder(task: Task) -> CheckedEncoder:
+    return _cached_encoder(_tokenizer(task), task.engine)
+
+
+@lru_cache(maxsize=1)
+def _cached_tokenizer(workspace: str, sha256: str, policy: str) -> Tokenizer:
+    content = (Path(workspace) / "tokenizer.json").read_bytes()
+    return Tokenizer(
+        content, "the tokenizer of this build", TokenizerBase.model_validate_json(policy)
+    )
+
+
+@lru_cache(maxsize=1)
+def _cached_encoder(tokenizer: Tokenizer, engine: str) -> CheckedEncoder:
+    return CheckedEncoder(tokenizer, engine, CHECK_EVERY)

@@ -1,0 +1,210 @@
+"""The staging folder of a build: what is finished in it, and how it takes its final names."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from pretrain.core.errors import StorageError
+from pretrain.core.files import fsync_path, write_synced
+
+logger = logging.getLogger(__name__)
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a build's files go: into a folder of their own, or beside others under a common prefix.
+
+    Attributes:
+        folder: of all files.
+        prefix: their common beginning; empty for a folder of their own.
+    """
+
+    folder: Path
+    prefix: str = ""
+
+    @property
+    def staging(self) -> Path:
+        return self.folder / (f".{self.prefix}.building" if self.prefix else ".building")
+
+    @property
+    def path(self) -> Path:
+        """What a recipe's data.path says."""
+        return self.folder / self.prefix if self.prefix else self.folder
+
+    def name(self, name: str) -> str:
+        """The name of a file beside the shards, such as the manifest."""
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+    def shard(self, split: str, source: str, number: int, of: int, only_source: bool) -> str:
+        """A shard's name without ending: ``train``, ``train_code``, ``train_00003``; under a prefix ``corpus``, ``corpus_validation``."""
+        parts = [self.prefix or split]
+        if self.prefix and split != "train":
+            parts.append(split)
+        if not only_source:
+            parts.append(source)
+        if of > 1:
+            parts.append(f"{number:05}")
+        return "_".join(parts)
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / self.name(MANIFEST_NAME)
+
+    @property
+    def tokenizer(self) -> str:
+        return self.name(TOKENIZER_NAME)
+
+
+def begin_staging(folder: Path, request_sha256: str) -> None:
+    """Makes the staging folder; what a build of another request has left in it is removed."""
+    found = read_json(folder / "identity.json")
+    if folder.exists() and (found is None or found["request_sha256"] != request_sha256):
+        if found is not None:
+            logger.warning("an unfinished build of another request in %s is removed", folder)
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+
+
+def remove_unused(output: Output, is_new: bool) -> None:
+    """Removes a staging folder in which no build has begun, and with it an output folder that was made for nothing."""
+    if not (output.staging / "identity.json").exists():
+        shutil.rmtree(output.staging, ignore_errors=True)
+    if is_new and not any(output.folder.iterdir()):
+        output.folder.rmdir()
+
+
+class Workspace:
+    """The staging folder. Each piece of work is done in an attempt folder, which takes its place with one rename.
+
+    Args:
+        folder: the staging folder, as :func:`begin_staging` left it.
+        identity: what the pieces in it belong to; those of another input are removed, apart from what was read from standard input.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
+        self.folder = folder
+        found = read_json(folder / "identity.json")
+        if found != identity:
+            if found is not None:
+                logger.warning("an unfinished build of other input in %s is removed", folder)
+            for path in folder.iterdir():
+                if not path.name.startswith("input-"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in ("units", "samples", "shards"):
+            (folder / name).mkdir(exist_ok=True)
+        shutil.rmtree(folder / "attempts", ignore_errors=True)
+        (folder / "attempts").mkdir()
+        write_synced(folder / "identity.json", json.dumps(identity).encode())
+
+
+@contextmanager
+def attempt(workspace: Path, place: Path) -> Iterator[Path]:
+    """A folder to work in, which becomes ``place`` at the end of the block; another process may have been faster with the same content."""
+    folder = workspace / "attempts" / uuid.uuid4().hex
+    folder.mkdir()
+    try:
+        yield folder
+        try:
+            os.rename(folder, place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def no_space_is_told(folder: Path) -> Iterator[None]:
+    """A full disk inside the block becomes one sentence.
+
+    Raises:
+        StorageError: where the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise StorageError(
+            f"{error.strerror} while writing data into {folder}: free some space, then run the same command, which goes on where it stopped"
+        ) from None
+
+
+@contextmanager
+def interruption_is_reported(output: Output) -> Iterator[None]:
+    """Ctrl-C inside the block says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (
+            f"what is finished is kept in {output.staging}"
+            if (output.staging / "identity.json").exists()
+            else "nothing was begun"
+        )
+        raise KeyboardInterrupt(f"{kept}, and the data in {output.path} is as it was") from None
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON object, or None where there is no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def publish(workspace: Path, output: Output, names: list[str], manifest: bytes) -> None:
+    """Moves the finished files to their names, the manifest last. A killed one is finished by :func:`finish_publishing`."""
+    write_synced(
+        workspace / "publishing.json",
+        json.dumps({"names": names, "manifest": manifest.decode()}).encode(),
+    )
+    finish_publishing(workspace, output)
+
+
+def finish_publishing(workspace: Path, output: Output) -> bool:
+    """Brings a begun publication to its end; false where none has begun."""
+    found = read_json(workspace / "publishing.json")
+    if found is None:
+        return False
+    # While old and new files are mixed there must be no manifest that vouches for them.
+    old = read_json(output.manifest)
+    output.manifest.unlink(missing_ok=True)
+    for name in _files_of(old) - set(found["names"]):
+        (output.folder / name).unlink(missing_ok=True)
+        for packing in output.folder.glob(f"{glob.escape(Path(name).stem)}.pack-*"):
+            packing.unlink()
+    for name in found["names"]:
+        staged = workspace / "shards" / name
+        if staged.exists():
+            os.replace(staged, output.folder / name)
+    fsync_path(output.folder)
+    write_synced(output.manifest, found["manifest"].encode())
+    shutil.rmtree(workspace, ignore_errors=True)
+    return True
+
+
+def _files_of(manifest: dict | None) -> set[str]:
+    """The files that an earlier manifest names, none of which may stay when its successor does not have them."""
+    if manifest is None:
+        return set()
+    shards = [
+        shard["prefix"]
+        for split in manifest.get("splits", {}).values()
+        for shard in split["shards"]
+    ]
+    return {Path(prefix + ending).name for prefix in shards for ending in (".bin", ".idx")}

@@ -1,0 +1,1 @@
+"""Shards: tokens on disk, their manifest, and how they are read and verified."""

@@ -1,0 +1,55 @@
+"""Fill in the middle (Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle")."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from data_pipeline.cleaning.config import FillInTheMiddle
+from pretrain.core.errors import DataError
+
+MIN_CHARACTERS = 3
+
+
+class FillInTheMiddleTransform:
+    """Cuts documents into prefix, middle and suffix at two random characters (section 3), and puts the middle last.
+
+    Args:
+        token_id: the id of a special token, None for one that the tokenizer lacks.
+
+    Raises:
+        DataError: for a tokenizer without one of the three sentinels.
+    """
+
+    def __init__(self, config: FillInTheMiddle, token_id: Callable[[str], int | None]) -> None:
+        self.config = config
+        names = (config.prefix_token, config.middle_token, config.suffix_token)
+        ids = [found for found in map(token_id, names) if found is not None]
+        if len(ids) < len(names):
+            missing = ", ".join(f"'{name}'" for name in names if token_id(name) is None)
+            raise DataError(
+                f"the tokenizer has no token {missing} for data.fill_in_the_middle: "
+                "add it to data.tokenizer.reserved_tokens, or name the tokens that it has"
+            )
+        self.prefix_id, self.middle_id, self.suffix_id = ids
+
+    def split(self, text: str, digest: int, seed: int) -> list[str | int] | None:
+        """The pieces of text, some perhaps empty, and the token ids between them; None where the document stays as it is.
+
+        A pure function of its arguments. Both cuts are uniform over the places between characters, the text's ends among them (section 3).
+        Texts of less than three characters stay.
+
+        Args:
+            digest: a hash of the document.
+        """
+        # Only random() is the same in every version of Python.
+        draw = random.Random(digest ^ seed).random
+        is_chosen, is_spm = draw() < self.config.rate, draw() < self.config.spm_rate
+        if not is_chosen or len(text) < MIN_CHARACTERS:
+            return None
+        start, stop = sorted(int(draw() * (len(text) + 1)) for _ in range(2))
+        prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+        if is_spm:
+            # Their variant 2, which keeps prefix and middle together, so that training on PSM helps SPM (section 3, appendix D).
+            return [self.prefix_id, self.suffix_id, suffix, self.middle_id, prefix + middle]
+        return [self.prefix_id, prefix, self.suffix_id, suffix, self.middle_id, middle]

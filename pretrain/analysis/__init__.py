@@ -1,0 +1,1 @@
+"""Measurements of a model: coordinate checks and expert usage."""

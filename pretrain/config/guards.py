@@ -1,0 +1,114 @@
+"""The ``guards`` section: what a run does when something goes wrong with its numbers or its data.
+
+Each guard names the step, the batch and the documents in the log, on the terminal and in ``incidents.jsonl``, and then does what ``action`` says,
+on every rank alike:
+
+``warn``      tells it and goes on.
+``skip``      leaves weights and optimizer as they are. The step keeps its number: schedule, data order, checkpoints and validations follow it, so
+              that a run is the same function of its step with and without it (as in OLMo's SkipStepOptimizer, OLMo et al. 2024). It is counted.
+``rollback``  goes back to the newest checkpoint before it and passes over the data in between (PaLM: Chowdhery et al. 2022, 5.1).
+``stop``      ends the run with exit code 6; the last checkpoint is as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.core.section import NonNegative, Positive, Section
+
+Above = Annotated[float, Field(gt=0)]
+Action = Literal["warn", "skip", "rollback", "stop"]
+
+
+class NonFiniteGuard(Section):
+    """A loss or a gradient that is no number. Its update never happens, whatever the action."""
+
+    action: Literal["skip", "rollback", "stop"] = "skip"
+
+
+class SpikeGuard(Section):
+    """A loss far above those of the last steps: more than ``deviations`` robust standard deviations (1.4826 times the median absolute deviation)
+    above their median, and more than ``min_rise``. While the loss still falls steeply, its fall counts as deviation.
+
+    Without need to refuse an update (``warn``) it looks at the losses that are logged anyway; else one small all-reduce a step is added.
+    """
+
+    action: Action = "warn"
+    window_steps: Annotated[int, Field(ge=16)] = Field(
+        128, description="it is silent for the first quarter of them, and for 16 at least"
+    )
+    deviations: Above = 10.0
+    min_rise: Above = Field(0.5, description="nats a token")
+    in_a_row: Positive = Field(
+        1, description="such steps until the action is taken; those before are told only"
+    )
+
+
+class GradNormGuard(Section):
+    """A gradient norm above ``max``, or far above those of the last steps, where logarithms are compared."""
+
+    action: Action = "warn"
+    max: Above | None = Field(None, description="of the norm before clipping")
+    window_steps: Annotated[int, Field(ge=16)] = 128
+    deviations: Above | None = Field(
+        None,
+        description="robust standard deviations, of at least 0.01, of the norm's logarithm; clean runs of small batches have reached 16",
+    )
+    in_a_row: Positive = 1
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> GradNormGuard:
+        if self.max is None and self.deviations is None:
+            raise ValueError("it needs a limit: set max, deviations, or both")
+        return self
+
+
+class ValidationGapGuard(Section):
+    """A validation loss far above the training loss logged last: the data is repeated too often, or the splits differ."""
+
+    action: Literal["warn", "stop"] = "warn"
+    nats: Above = Field(1.0, description="nats a token between them")
+
+
+class StalledDataGuard(Section):
+    """A batch that does not come. It is told by the rank that waits, while it waits."""
+
+    warn_seconds: Above = 60.0
+    stop_seconds: Above | None = Field(
+        None, description="ends the run with exit code 3; it waits for ever by default"
+    )
+
+
+class EarlyStopping(Section):
+    """Ends a run with exit code 0 once the validation loss no longer falls; its end is that of any run: whole validation, last checkpoint."""
+
+    patience: Positive = Field(description="validations in a row without a new best")
+    min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="nats a token below the best that count as a new best"
+    )
+
+
+class Rollback(Section):
+    """How ``action: rollback`` goes back."""
+
+    max_times: Positive = Field(3, description="of a run; then it stops")
+    skip_steps: NonNegative = Field(
+        100, description="steps' worth of data behind the incident that are passed over too"
+    )
+
+
+class GuardConfig(Section):
+    """What watches over a run; ``null`` switches a guard off."""
+
+    non_finite: NonFiniteGuard = NonFiniteGuard()
+    spike: SpikeGuard | None = SpikeGuard()
+    grad_norm: GradNormGuard | None = None
+    validation_gap: ValidationGapGuard | None = ValidationGapGuard()
+    stalled_data: StalledDataGuard | None = StalledDataGuard()
+    early_stopping: EarlyStopping | None = None
+    rollback: Rollback = Rollback()
+    max_skipped_in_a_row: Positive = Field(
+        10, description="for whatever reason but a loss scale of fp16 that falls; then it stops"
+    )

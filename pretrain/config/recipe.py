@@ -1,0 +1,193 @@
+"""The typed recipe: everything one run is, checked before anything starts.
+
+Each section is frozen and refuses unknown keys. ``kind`` chooses a component and with it the fields that are allowed. Units are part of
+a field's name or of its description. Hugging Face's names are used wherever it has one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_pipeline.config import DataConfig
+from pretrain.config.guards import GuardConfig
+from pretrain.config.phases import PhaseConfig
+from pretrain.config.trackers import CardConfig, TrackersConfig
+from pretrain.core.registry import OneOf
+from pretrain.core.section import NonNegative, Positive, Section, Share
+from pretrain.model.config import ModelConfig
+from pretrain.optim.config import Optimizer
+
+# --- training -------------------------------------------------------------------------------------------------------------------
+
+
+class TrainConfig(Section):
+    """Sizes of one run. The number of steps (:class:`pretrain.config.timeline.Timeline`) and the gradient accumulation are derived, never given."""
+
+    sequence_length: Positive = Field(description="tokens")
+    micro_batch_size: Positive = Field(description="sequences a rank holds at once")
+    global_batch_size: Positive = Field(description="sequences a step, over all ranks")
+    train_tokens: Positive = Field(
+        description="tokens of the whole run, rounded up to whole steps; phases round up by themselves"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="'auto': bf16 where the hardware multiplies it natively, else fp32; 'fp8': bf16 with linear layers in fp8",
+    )
+    tf32: bool = Field(
+        False,
+        description="GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products",
+    )
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="'blocks': torch.compile of attention and of dense blocks, once at the start",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="recompute each block in the backward pass instead of keeping its activations",
+    )
+    grad_clip: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="largest global gradient norm; 0 switches clipping off"
+    )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that give the same bits every time; an operation that has none is an error",
+    )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a factor of its peak, a pure function of the step.
+
+    ``wsd``: warm-up, constant, then a linear decay over the last ``decay_share`` of the steps.
+    ``linear`` and ``cosine`` decay from the end of the warm-up to the end of the run.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegative = 0
+    min_learning_rate_ratio: Share = Field(0.1, description="last learning rate / peak")
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="share of all steps that 'wsd' decays over"
+    )
+
+
+class ParallelConfig(Section):
+    ep_size: Positive = Field(1, description="ranks that share one set of experts")
+
+
+class CheckpointConfig(Section):
+    interval_steps: Positive = 1000
+    keep_last: Positive = Field(2, description="newest checkpoints that are kept")
+    keep_best: bool = Field(
+        False,
+        description="also keep the one with the lowest validation loss; checkpoints/best names it",
+    )
+    keep_epochs: bool = Field(
+        False,
+        description="save after each pass over the training split, and keep these; checkpoints/epoch_N names them",
+    )
+
+
+class ValidationConfig(Section):
+    interval_steps: Positive = 500
+    max_windows: Positive | None = Field(
+        None,
+        description="sequences an in-loop validation reads, and the best is judged on; a run's end reads all as well",
+    )
+
+
+class EvaluationConfig(Section):
+    """What is evaluated of saved checkpoints while the run goes on, by one more process beside rank 0: ``tools/evaluate.py --watch``.
+
+    It opens the whole model in fp32 on ``device``. Results are in evaluations.jsonl and TensorBoard.
+    """
+
+    interval_steps: Positive | None = Field(
+        None,
+        description="a multiple of checkpoint.interval_steps; every saved checkpoint by default",
+    )
+    heldout: bool = Field(
+        True,
+        description="perplexity, bits per byte and accuracy of the validation split, by source and by length",
+    )
+    max_windows: Positive | None = Field(
+        None, description="sequences of the validation split; all of them by default"
+    )
+    prompts: list[str] = Field(
+        [], description="a text is written behind each, the likeliest token after the other"
+    )
+    max_new_tokens: Positive = Field(64, description="tokens of such a text")
+    tasks: list[str] = Field([], description="of lm-evaluation-harness")
+    include_path: str | None = Field(None, description="folder of task files")
+    limit: Positive | None = Field(
+        None, description="documents of each task; all of them by default"
+    )
+    device: str = Field("cpu", description="cpu, cuda or cuda:N: one that training leaves room on")
+    finish_seconds: NonNegative = Field(
+        600, description="how long the end of the training waits for the last evaluation"
+    )
+
+
+class LoggingConfig(Section):
+    interval_steps: Positive = 10
+    usage_interval_steps: Positive = Field(
+        100, description="window over which the choices of every expert are counted"
+    )
+    hot_expert_factor: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="an expert is hot above this many times the mean count of its layer"
+    )
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """A whole run. ``name`` only chooses the default folders."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegative = 1234
+    run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
+    initial_weights: str | None = Field(
+        None,
+        description="weights that a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it. A checkpoint's folder, or a "
+        "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, .bin, .ckpt)",
+    )
+    initial_weights_partial: bool = Field(
+        False,
+        description="also start from weights that do not all fit; what does not fit is listed",
+    )
+    branch_from: str | None = Field(
+        None,
+        description="a checkpoint of another run that a new run goes on from, optimizer and data order included; a resumed run ignores it",
+    )
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    train: TrainConfig
+    phases: list[PhaseConfig] = Field(
+        [],
+        description="one after the other; without any the whole run is as the other sections say",
+    )
+    optimizer: Annotated[Optimizer, OneOf()]
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    guards: GuardConfig = GuardConfig()
+    evaluation: EvaluationConfig | None = Field(
+        None, description="of each saved checkpoint, beside the training; none by default"
+    )
+    trackers: TrackersConfig | None = Field(
+        None, description="experiment trackers; none by default"
+    )
+    card: CardConfig = CardConfig()
+
+    @property
+    def data_path(self) -> str:
+        return self.data.path or f"data/{self.name}"
+
+    @property
+    def output_path(self) -> str:
+        return self.run_path or f"runs/{self.name}"

@@ -1,0 +1,1 @@
+"""Rules that span the sections of a recipe."""

@@ -1,0 +1,122 @@
+"""Rules about a recipe's phases, one small function each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from data_pipeline.config import BestFit, TokenBudget
+from pretrain.config.recipe import Recipe
+from pretrain.config.timeline import Timeline
+from pretrain.core.errors import ConfigError
+
+
+def phases_have_names_of_their_own(recipe: Recipe) -> None:
+    names = [phase.name for phase in recipe.phases]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"phases: two are called '{name}': give each a name of its own")
+
+
+def phases_fill_the_run(recipe: Recipe) -> None:
+    phases, total = recipe.phases, recipe.train.train_tokens
+    if not phases:
+        return
+    for phase in phases[:-1]:
+        if phase.tokens is None:
+            raise ConfigError(
+                f"phases.{phase.name}.tokens is missing: only the last phase may leave it out"
+            )
+    given = sum(phase.tokens or 0 for phase in phases)
+    if phases[-1].tokens is None and given >= total:
+        raise ConfigError(
+            f"phases before '{phases[-1].name}' take {given} tokens, and train.train_tokens is {total}: raise train.train_tokens, or shorten a phase"
+        )
+    if phases[-1].tokens is not None and given != total:
+        raise ConfigError(
+            f"phases take {given} tokens together, but train.train_tokens is {total}: make them equal, or leave the last one's out"
+        )
+
+
+def phase_lengths_divide(recipe: Recipe) -> None:
+    lengths = {
+        phase.name: phase.sequence_length or recipe.train.sequence_length for phase in recipe.phases
+    }
+    longest = max(lengths.values(), default=0)
+    for name, length in lengths.items():
+        if longest % length:
+            raise ConfigError(
+                f"phases.{name}.sequence_length ({length}) does not divide the longest of the run ({longest}): "
+                "one order of the data serves all lengths, so choose a divisor"
+            )
+
+
+def phase_positions_need_no_training(recipe: Recipe) -> None:
+    """Only what a rotary embedding is computed from may change: no parameter, and no distance penalty."""
+    before = recipe.model.position
+    for phase in recipe.phases:
+        if (now := phase.position) is None or now == before:
+            continue
+        names = [position.kind for position in (before, now)]  # type: ignore[attr-defined]
+        if not (before.rotary and now.rotary) or before.alibi != now.alibi:
+            raise ConfigError(
+                f"phases.{phase.name}.position has kind={names[1]} in a model of kind={names[0]}: "
+                "only the base of a rotary embedding can change in a run, and rope can become yarn or llama3"
+            )
+        if names[0] in ("yarn", "llama3") and names[1] != names[0]:
+            raise ConfigError(
+                f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: {names[0]} with its factor"
+            )
+
+
+def phase_mixtures_are_shares(recipe: Recipe) -> None:
+    changed = [phase for phase in recipe.phases if phase.mixture is not None]
+    for phase in changed:
+        if isinstance(phase.mixture, TokenBudget):
+            raise ConfigError(
+                f"phases.{phase.name}.mixture.kind=tokens is for whole runs: give shares with kind=weights; the phase says its tokens"
+            )
+    if changed and isinstance(recipe.data.mixture, TokenBudget):
+        raise ConfigError(
+            f"data.mixture.kind=tokens is for whole runs, and phases.{changed[0].name} has another mixture: use kind=weights"
+        )
+
+
+def phases_fit_a_stream(recipe: Recipe) -> None:
+    if not recipe.data.streaming:
+        return
+    for phase in recipe.phases:
+        for field in ("global_batch_size", "micro_batch_size", "sequence_length", "mixture"):
+            if getattr(phase, field) is not None:
+                raise ConfigError(
+                    f"phases.{phase.name}.{field} does not go with data.streaming: leave it out, or build shards"
+                )
+
+
+def weights_come_from_one_place(recipe: Recipe) -> None:
+    if recipe.branch_from is not None and recipe.initial_weights is not None:
+        raise ConfigError(
+            "branch_from goes on with a whole run, initial_weights starts a new one: leave one of them out"
+        )
+
+
+PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
+    phases_have_names_of_their_own,
+    phases_fill_the_run,
+    phase_lengths_divide,
+    phase_positions_need_no_training,
+    phase_mixtures_are_shares,
+    phases_fit_a_stream,
+    weights_come_from_one_place,
+)
+
+
+def phase_warnings(recipe: Recipe) -> list[str]:
+    """What phases may ask for and should know, a sentence each."""
+    if isinstance(recipe.data.packing, BestFit) and any(
+        stage.slices > 1 for stage in Timeline(recipe).stages
+    ):
+        return [
+            "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter phases read parts of such packs: "
+            "they cut documents that a packing of their own would not"
+        ]
+    return []

@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, files, the registry, sections of a recipe, the command line, signals."""

@@ -1,0 +1,64 @@
+"""The options that every command shares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import StorageError
+
+
+def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with examples."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--recipe",
+        default=default,
+        required=default is None,
+        metavar="NAME|PATH",
+        help="a file in pretrain/recipes/ without .yaml, or a path",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override any recipe field; may be repeated",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        dest="json_path",
+        metavar="PATH",
+        help="also write the result as JSON; '-' prints only JSON to standard output",
+    )
+
+
+def write_json(result: dict[str, Any], path: str | None) -> None:
+    """Writes a command's machine-readable result where --json asked for it."""
+    if path is None:
+        return
+    text = json.dumps(result, indent=2, sort_keys=False)
+    if path == "-":
+        sys.stdout.write(text + "\n")
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; choose another --json path"
+        ) from None

@@ -1,0 +1,119 @@
+"""Errors a user can mend, each with the exit code that the README documents.
+
+Every command ends through :func:`run_command`, so that a user sees one sentence and a code, and a programming error still shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from pretrain.core.interrupts import leave
+
+logger = logging.getLogger(__name__)
+
+DONE = 0
+USAGE = 2
+BAD_DATA = 3
+BAD_CHECKPOINT = 4
+IO_FAILED = 5
+NON_FINITE = 6
+PEER_LOST = 7
+PREEMPTED = 75
+
+
+class PipelineError(Exception):
+    """An error with a one-sentence message: what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """A recipe, ds_config or command line that cannot work (exit code 2)."""
+
+    exit_code = USAGE
+
+
+class DataError(PipelineError):
+    """Shards, manifests or tokenizers that are missing, damaged or do not belong together (exit code 3)."""
+
+    exit_code = BAD_DATA
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint that is missing, incomplete, damaged or of another run (exit code 4)."""
+
+    exit_code = BAD_CHECKPOINT
+
+
+class StorageError(PipelineError):
+    """No space left, or a file that cannot be written (exit code 5)."""
+
+    exit_code = IO_FAILED
+
+
+class NonFiniteError(PipelineError):
+    """The loss or the weights stopped being finite numbers (exit code 6)."""
+
+    exit_code = NON_FINITE
+
+
+class GuardError(PipelineError):
+    """A guard of the recipe ended the run (exit code 6)."""
+
+    exit_code = NON_FINITE
+
+
+class PeerLostError(PipelineError):
+    """Another rank died or hangs (exit code 7)."""
+
+    exit_code = PEER_LOST
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """True for the errors by which gloo, NCCL and MPI report that another process is gone."""
+    text = str(error)
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Socket Timeout",
+        "NCCL",
+        "Timed out waiting",
+    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's ``main`` and exits with its documented code; known errors become one sentence on standard error."""
+    try:
+        code = main() or DONE
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
+        code = error.exit_code
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EIO,
+        ):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"error: {os.strerror(error.errno)}{where}: free space or choose another folder, then run the same command.",
+            file=sys.stderr,
+        )
+        code = IO_FAILED
+    except KeyboardInterrupt as error:
+        leave(f"interrupted: {error}" if str(error) else "interrupted")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,0 +1,112 @@
+"""Files that survive a crash: synced writes, checksums, and folders with one writer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.core.errors import ConfigError, StorageError
+
+
+def fsync_path(path: Path) -> None:
+    """Brings a file's content, or the names inside a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, brings it to disk, and gives it its name."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_bytes(data)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def only_writer(folder: Path, remedy: str) -> Iterator[None]:
+    """Holds ``folder``, which is created, against other writers; the lock goes with the process, also with a killed one.
+
+    Args:
+        remedy: how to choose another folder, for the error's sentence.
+
+    Raises:
+        StorageError: where the folder cannot be created.
+        ConfigError: where another process writes to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot create the folder {folder}: {error.strerror}; {remedy}"
+        ) from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is writing to {folder}: wait for it to end, or {remedy}"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def appearing_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside ``output`` that takes its name, whole and on disk, when the block ends, and is removed when the block fails.
+
+    What ``output`` held before is deleted only after the new folder stands there. What a killed process left behind is removed by the next one.
+
+    Raises:
+        ConfigError: where another process writes to ``output``.
+        StorageError: where the folder cannot be created.
+    """
+    temporary = output.parent / f".{output.name}.partial"
+    with only_writer(temporary, f"choose another folder than {output}"):
+        _clear(temporary)
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                fsync_path(path)
+            fsync_path(temporary)
+            _take_name(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _take_name(new: Path, output: Path) -> None:
+    earlier = output.parent / f".{output.name}.earlier"
+    shutil.rmtree(earlier, ignore_errors=True)
+    if output.exists():
+        os.replace(output, earlier)
+    try:
+        os.replace(new, output)
+    except OSError:
+        if earlier.exists():
+            os.replace(earlier, output)
+        raise
+    fsync_path(output.parent)
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""Ctrl-C: one sentence and exit code 130, whatever the program is doing at the moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, TypeVar
+
+Value = TypeVar("Value")
+
+# 128 + SIGINT, as a shell reports it.
+INTERRUPTED = 130
+RUN_AGAIN = "run the same command again to continue"
+
+
+class _CtrlC:
+    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the first one tidies up.
+
+    While a module is imported nothing is unwound: libraries take an exception there for something else (NumPy's import then fails, or
+    crashes the process), and there is nothing yet to tidy up.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 1:
+            leave("interrupted again: nothing more is tidied up")
+        if _is_importing(frame):
+            leave("interrupted")
+        raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def install() -> None:
+    """From now on Ctrl-C ends this process without a traceback, also while modules are imported. Commands call it before anything else.
+
+    A process that was started to ignore Ctrl-C (``nohup``, a shell's background job) still does.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _CtrlC())
+    sys.excepthook, sys.unraisablehook = _uncaught, _swallowed
+
+
+def leave(sentence: str) -> NoReturn:
+    """Prints a sentence and ends the process at once: threads of native libraries are not waited for, worker processes end with it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # it is closed, or was interrupted while it was written to
+            continue
+    os.write(2, f"\n{sentence}; {RUN_AGAIN}.\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        leave("interrupted")
+    sys.__excepthook__(kind, error, trace)
+
+
+def _swallowed(found: Any) -> None:
+    """Inside a destructor Python would print the interruption, and go on."""
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        leave("interrupted")
+    sys.__unraisablehook__(found)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block; outside the main thread the block changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def not_for_children() -> Iterator[None]:
+    """Processes that are started inside the block never see a Ctrl-C, which a terminal sends to all of its processes: their parent ends them."""
+    with deferred():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interruptible(function: Callable[[], Value]) -> Value:
+    """Calls a function of a native library, which does not look for a Ctrl-C, in a thread that Ctrl-C does not wait for."""
+    result: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()

@@ -1,0 +1,277 @@
+"""Training tables of which a step uses few rows: gradients, state and time follow the rows used, not the rows held.
+
+A row is trained by the recipe's optimizer over the steps that used it, as if it were a parameter of its own whose gradient is None in all
+others: its moments do not fade meanwhile, its weight does not decay, and Adam's bias correction counts its own steps. Where every step uses
+every row, that is the dense optimizer.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+
+from pretrain.model.moe.tables.products import (
+    ExpertTable,
+    Factors,
+    Kernel,
+    SortedFactors,
+    kernel_named,
+)
+from pretrain.optim.config import SGD, AdamW
+
+# Rows whose gradients stand in memory at once.
+CHUNK_ROWS = 16384
+
+
+class RowGroups(NamedTuple):
+    """Process groups around one rank's tables; None stands for this process alone.
+
+    Attributes:
+        replicas: the ranks that hold the same experts. Each keeps the optimizer state of an equal part of the rows (as ZeRO stage 1 does).
+        everyone: all ranks.
+    """
+
+    replicas: distributed.ProcessGroup | None
+    everyone: distributed.ProcessGroup | None
+
+
+def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Zeros [rows, columns] fp32. On a CPU a page of them takes memory once a row of it is written; ``torch.zeros`` takes all of it at once."""
+    if device.type != "cpu" or rows * columns == 0:
+        return torch.zeros(rows, columns, device=device)
+    pages = mmap.mmap(-1, 4 * rows * columns)
+    if hasattr(
+        mmap, "MADV_NOHUGEPAGE"
+    ):  # Linux: a huge page holds hundreds of rows, and one of them is soon used
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
+
+
+class RowState:
+    """The optimizer of one table's rows ``first`` to ``last``: moments [rows, D] fp32 and how many steps used each row, [rows] int32."""
+
+    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: AdamW | SGD) -> None:
+        self.table_ND, self.first, self.last, self.config = table_ND, first, last, config
+        has_momentum = isinstance(config, AdamW) or config.momentum > 0
+        names = (
+            ["exp_avg", "exp_avg_sq"] if isinstance(config, AdamW) else ["momentum"] * has_momentum
+        )
+        self.moments = {
+            name: _lazy_zeros(last - first, table_ND.shape[1], table_ND.device) for name in names
+        }
+        self.steps = torch.zeros(last - first, dtype=torch.int32, device=table_ND.device)
+
+    def update(self, row_U: torch.Tensor, gradient_UD: torch.Tensor, learning_rate: float) -> None:
+        """One optimizer step of the rows ``row_U`` of the table."""
+        own_U = row_U - self.first
+        self.steps[own_U] += 1
+        weight_UD = self.table_ND[row_U] * (1.0 - learning_rate * self.config.weight_decay)
+        direction_UD = (
+            self._adamw(own_U, gradient_UD)
+            if isinstance(self.config, AdamW)
+            else self._sgd(own_U, gradient_UD, self.config)
+        )
+        self.table_ND[row_U] = weight_UD.sub_(direction_UD, alpha=learning_rate)
+
+    def _adamw(self, own_U: torch.Tensor, gradient_UD: torch.Tensor) -> torch.Tensor:
+        """Loshchilov & Hutter 2019, algorithm 2, with each row's own number of steps."""
+        assert isinstance(self.config, AdamW)
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        first_UD, second_UD = (self.moments[name][own_U] for name in ("exp_avg", "exp_avg_sq"))
+        first_UD.lerp_(gradient_UD, 1.0 - beta1)
+        second_UD.mul_(beta2).addcmul_(gradient_UD, gradient_UD, value=1.0 - beta2)
+        self.moments["exp_avg"][own_U], self.moments["exp_avg_sq"][own_U] = first_UD, second_UD
+        steps_U1 = self.steps[own_U, None].double()
+        correction1_U1, correction2_U1 = ((1.0 - beta**steps_U1).float() for beta in (beta1, beta2))
+        return first_UD.div_(correction1_U1).div_(
+            second_UD.sqrt_().div_(correction2_U1.sqrt()).add_(self.config.eps)
+        )
+
+    def _sgd(self, own_U: torch.Tensor, gradient_UD: torch.Tensor, config: SGD) -> torch.Tensor:
+        """torch's SGD: the first step of a row starts its momentum."""
+        if not config.momentum:
+            return gradient_UD
+        momentum_UD = self.moments["momentum"][own_U].mul_(config.momentum).add_(gradient_UD)
+        self.moments["momentum"][own_U] = momentum_UD
+        return momentum_UD
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: the rows ever used, their steps and moments."""
+        (own_U,) = self.steps.nonzero(as_tuple=True)
+        state = {"row": own_U + self.first, "steps": self.steps[own_U]}
+        return state | {name: moment[own_U] for name, moment in self.moments.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over a :meth:`state`; rows that it does not name were never used, and moments that it does not have start at zero."""
+        (used_U,) = self.steps.nonzero(as_tuple=True)
+        for numbers in (self.steps, *self.moments.values()):
+            numbers[used_U] = 0
+        own_U = state["row"].to(self.steps.device) - self.first
+        self.steps[own_U] = state["steps"].to(self.steps.device)
+        for name in self.moments.keys() & state.keys():
+            self.moments[name][own_U] = state[name].to(self.steps.device)
+
+
+class SparseOptimizer:
+    """Gathers what the backward passes left in the tables, and updates the rows it concerns, the same on every replica.
+
+    A step is :meth:`reduce`, which says how large the gradient is, then :meth:`step` or :meth:`discard`.
+
+    Args:
+        tables: by name; taken out of their modules' parameters here.
+
+    Attributes:
+        frozen: names of the tables that stay as they are; their gradients are in no norm.
+    """
+
+    def __init__(
+        self,
+        tables: dict[str, ExpertTable],
+        config: AdamW | SGD,
+        groups: RowGroups,
+        kernel: str,
+        device: torch.device,
+    ) -> None:
+        self.tables, self.config, self.groups = tables, config, groups
+        self.kernel: Kernel = kernel_named(kernel, device)
+        replicas, replica = _size_and_rank(groups.replicas)
+        self.states: dict[str, RowState] = {}
+        for name, table in tables.items():
+            table.collect(device)
+            table_ND = table.weight.flatten(0, 1)
+            rows = table_ND.shape[0]
+            self.states[name] = RowState(
+                table_ND, rows * replica // replicas, rows * (replica + 1) // replicas, config
+            )
+        self.frozen: set[str] = set()
+        self._reduced: dict[str, SortedFactors] = {}
+
+    @torch.no_grad()
+    def reduce(self, scale: float) -> torch.Tensor:
+        """Brings the replicas' gradients together, averaged over all ranks' batches. Every rank must call it.
+
+        Args:
+            scale: what the losses were multiplied with (fp16's loss scale).
+
+        Returns:
+            [] fp32, the L2 norm over all rows of all tables on all ranks.
+        """
+        squares = torch.zeros((), dtype=torch.float64)
+        world_size, _ = _size_and_rank(self.groups.everyone)
+        for name, table in self.tables.items():
+            assert table.collected is not None
+            if name in self.frozen:
+                table.collected = []
+                continue
+            factors = _joined(table.collected, table.weight)
+            table.collected = []
+            if self.groups.replicas is not None:
+                factors = _joined(_gathered(factors, self.groups.replicas), table.weight)
+            state = self.states[name]
+            mine_P = (factors.row_P >= state.first) & (factors.row_P < state.last)
+            c_P = factors.c_P[mine_P] / (scale * world_size)
+            by_row = SortedFactors(
+                Factors(factors.row_P[mine_P], factors.owner_P[mine_P], c_P, factors.x_TD),
+                self.kernel,
+            )
+            self._reduced[name] = by_row
+            for rows in _chunks(by_row.row_U.numel()):
+                squares += torch.linalg.vector_norm(by_row.gradient(rows)).double().square().cpu()
+        squares = squares.to(next(iter(self.states.values())).table_ND.device)
+        if self.groups.everyone is not None:
+            distributed.all_reduce(squares, group=self.groups.everyone)
+        return squares.sqrt().float()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, factor: float) -> None:
+        """Updates the rows that were used by ``factor`` times their gradient (clipping)."""
+        for name, by_row in self._reduced.items():
+            state = self.states[name]
+            for rows in _chunks(by_row.row_U.numel()):
+                state.update(by_row.row_U[rows], by_row.gradient(rows) * factor, learning_rate)
+            if self.groups.replicas is not None:
+                _share_rows(state.table_ND, by_row.row_U, self.groups.replicas)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the reduced gradients: the step is skipped."""
+        self._reduced = {}
+
+    def is_finite(self) -> bool:
+        """Whether all weights held here are; their sum is not where one is not."""
+        return all(bool(state.table_ND.sum().isfinite()) for state in self.states.values())
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(first, min(first + CHUNK_ROWS, rows)) for first in range(0, rows, CHUNK_ROWS)]
+
+
+def _size_and_rank(group: distributed.ProcessGroup | None) -> tuple[int, int]:
+    return (
+        (1, 0)
+        if group is None
+        else (distributed.get_world_size(group), distributed.get_rank(group))
+    )
+
+
+def _joined(parts: list[Factors], weight: torch.Tensor) -> Factors:
+    """Several batches' factors as one, in their order."""
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        return Factors(empty, empty, weight.new_zeros(0), weight.new_zeros(1, weight.shape[-1]))
+    firsts = [0]
+    for part in parts:
+        firsts.append(firsts[-1] + part.x_TD.shape[0])
+    owners = [part.owner_P + first for part, first in zip(parts, firsts, strict=False)]
+    return Factors(
+        *(
+            torch.cat(tensors)
+            for tensors in (
+                [p.row_P for p in parts],
+                owners,
+                [p.c_P for p in parts],
+                [p.x_TD for p in parts],
+            )
+        )
+    )
+
+
+def _gathered(factors: Factors, group: distributed.ProcessGroup) -> list[Factors]:
+    """The factors of every replica, in their order."""
+    columns = [_gather_ragged(tensor, group) for tensor in factors]
+    return [Factors(*parts) for parts in zip(*columns, strict=True)]
+
+
+def _gather_ragged(tensor: torch.Tensor, group: distributed.ProcessGroup) -> list[torch.Tensor]:
+    """Every rank's rows, which may be of different number."""
+    world_size = distributed.get_world_size(group)
+    counts = torch.empty(world_size, dtype=torch.int64, device=tensor.device)
+    distributed.all_gather_into_tensor(
+        counts, torch.tensor([tensor.shape[0]], device=tensor.device), group=group
+    )
+    largest = int(counts.max())
+    padded = tensor.new_zeros(largest, *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    everything = tensor.new_empty(world_size * largest, *tensor.shape[1:])
+    distributed.all_gather_into_tensor(everything, padded, group=group)
+    return [
+        part[:count]
+        for part, count in zip(
+            everything.split(largest) if largest else [everything] * world_size,
+            counts.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _share_rows(
+    table_ND: torch.Tensor, row_U: torch.Tensor, group: distributed.ProcessGroup
+) -> None:
+    """Gives the rows that this rank has updated to the others, and takes theirs."""
+    for rows, values in zip(
+        _gather_ragged(row_U, group), _gather_ragged(table_ND[row_U], group), strict=True
+    ):
+        table_ND[rows] = values

@@ -1,0 +1,1 @@
+"""Loss on held-out text: perplexity, bits per byte, accuracy."""

@@ -1,0 +1,380 @@
+"""A model's score on a held-out split, by source and by length, beside baselines that are scored on the same text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_pipeline.loading.batch import NO_LOSS, Batch
+from data_pipeline.loading.shard_loader import open_train_loader, seen_samples, validation_batches
+from data_pipeline.shards.datasets import Datasets
+from data_pipeline.shards.split import SplitName
+from pretrain.checkpoint.layout import read_run_recipe, read_state
+from pretrain.checkpoint.weights import load_model
+from pretrain.checkpoint.weights_only import is_weights_alone
+from pretrain.config.recipe import Recipe
+from pretrain.core.errors import ConfigError, DataError
+from pretrain.evaluation.call_dependence import call_dependence
+from pretrain.evaluation.checkpoint import load_corpora_of, load_matching_corpora
+from pretrain.evaluation.generation.generators import open_transformers
+from pretrain.evaluation.heldout.ngram import NGram, fit_ngram, ngram_nll, sample_pairs
+from pretrain.evaluation.heldout.other_tokens import in_tokens_of
+from pretrain.evaluation.heldout.perplexity import (
+    BatchLogits,
+    Evaluation,
+    checked,
+    native_logits,
+    score_batches,
+    transformers_logits,
+)
+from pretrain.evaluation.heldout.text import Groups, HeldoutText, SlidingWindows, read_split
+from pretrain.export.hf_files import is_hf_folder, read_config, stored_shapes
+
+NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
+NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How a text is cut: windows of ``window`` inputs, ``stride`` apart; ``max_windows`` of them spread over the split, or all.
+
+    ``batch_size`` windows stand in one batch. Where experts drop tokens, the loss depends on it.
+    """
+
+    window: int
+    stride: int
+    batch_size: int
+    pad_id: int
+    document_mask: bool
+    max_windows: int | None = None
+
+    def windows(self, text: HeldoutText) -> SlidingWindows:
+        return SlidingWindows(
+            text.stream, self.window, self.stride, self.pad_id, self.document_mask, text.section
+        )
+
+    def is_complete(self, windows: SlidingWindows) -> bool:
+        return not windows.is_sample and (
+            self.max_windows is None or self.max_windows >= windows.num_all
+        )
+
+    def batches(self, windows: SlidingWindows, title: str) -> Iterator[Batch]:
+        """Batches of fixed windows, with a progress bar."""
+        count = min(windows.num_all, self.max_windows or windows.num_all)
+        batches = validation_batches(windows, self.batch_size, 0, 1, self.max_windows)
+        yield from tqdm(batches, total=-(-count // self.batch_size), desc=title, unit="batch")
+
+    def places(self, windows: SlidingWindows) -> Iterator[np.ndarray]:
+        """For each batch, which token of the stream each of its targets is: int64 [b, S], without the last batch's filling."""
+        count = min(windows.num_all, self.max_windows or windows.num_all)
+        starts = np.arange(count) * windows.num_all // count * windows.step
+        for first in range(0, count, self.batch_size):
+            yield starts[first : first + self.batch_size, None] + np.arange(1, self.window + 1)
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """``loss`` in nats per token; ``accuracy`` is the share of targets that were the likeliest token; ``bits_per_byte`` needs all windows."""
+
+    targets: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    bits_per_byte: float | None
+
+    @classmethod
+    def of(cls, nats: float, targets: int, correct: int, utf8_bytes: int | None) -> GroupScore:
+        evaluation = Evaluation(nats, targets, correct)
+        bits = evaluation.bits_per_byte(utf8_bytes) if utf8_bytes else None
+        return cls(targets, evaluation.loss, evaluation.perplexity, evaluation.accuracy, bits)
+
+
+@dataclass(frozen=True)
+class BaselineScore:
+    """``loss`` in nats per token of the baseline's own tokenizer; ``windows`` are the training samples that an n-gram was fitted on."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    targets: int
+    windows: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldoutScore:
+    """A model's result. ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens.
+
+    ``batch_size`` windows were computed together, on which the result depends if ``depends_on_batch`` says why.
+    """
+
+    data: str
+    step: int | None
+    split: str
+    window: int
+    stride: int
+    batch_size: int
+    depends_on_batch: str | None
+    targets: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    bits_per_byte: float | None
+    by_source: dict[str, GroupScore]
+    by_length: dict[str, GroupScore]
+    baselines: dict[str, BaselineScore] = field(default_factory=dict)
+
+    @property
+    def bigram(self) -> BaselineScore | None:
+        return self.baselines.get("bigram")
+
+    @property
+    def better_by(self) -> float | None:
+        """Nats per token by which the model beats the bigram; negative where it does not."""
+        return None if self.bigram is None else self.bigram.loss - self.loss
+
+    def to_dict(self) -> dict[str, Any]:
+        bigram = None if self.bigram is None else asdict(self.bigram)
+        return {**asdict(self), "bigram": bigram, "better_than_bigram_by": self.better_by}
+
+
+def score_checkpoint(
+    checkpoint: Path,
+    data: str | Path | None,
+    split: SplitName,
+    device: torch.device,
+    batch_size: int | None = None,
+    max_windows: int | None = None,
+    baselines: Sequence[str] = ("bigram",),
+    window: int | None = None,
+    stride: int | None = None,
+) -> HeldoutScore:
+    """Scores every window of ``split``, or ``max_windows`` of them spread over it.
+
+    Args:
+        data: a data folder; the run's own by default.
+        batch_size: windows at once, the recipe's micro batch by default.
+        baselines: unigram, bigram, 3-gram and so on, for which ``data`` must be what the checkpoint was trained on; or Hugging Face folders.
+        window, stride: tokens; the sequences of the training, and no overlap, by default.
+
+    Raises:
+        DataError: when ``data`` does not belong to the checkpoint, or the split is too short.
+        CheckpointError: when the checkpoint is incomplete or damaged.
+        ConfigError: for a baseline that is neither, or windows that the model cannot read.
+    """
+    check_baselines(baselines)
+    datasets = load_matching_corpora(data, checkpoint)
+    state = read_state(checkpoint)
+    model, recipe = load_model(checkpoint, device=device)
+    longest, length = model.config.max_position_embeddings, recipe.train.sequence_length
+    plan = _plan(
+        window or length,
+        stride,
+        longest,
+        batch_size or recipe.train.micro_batch_size,
+        datasets.pad_id,
+        recipe,
+        max_windows,
+    )
+    text = read_split(datasets, split)
+
+    def fit(order: int) -> tuple[NGram, int]:
+        return fit_on_seen_samples(datasets, read_run_recipe(checkpoint), state, order)
+
+    # Fitted first: where the data is not what the model was trained on, nobody waits for the rest.
+    fitted = {name: fit(ngram_order(name)) for name in baselines if NGRAM_NAMES.match(name)}
+    score = _score(native_logits(model), text, plan, device, f"{split} windows")
+    scores = {name: _score_baseline(name, fitted, text, plan, device) for name in baselines}
+    how = (plan.window, plan.stride, plan.batch_size, call_dependence(model.config))
+    return HeldoutScore(datasets.place, state["step"], split, *how, **score, baselines=scores)
+
+
+def score_transformers(
+    folder: Path,
+    data: str | Path,
+    split: SplitName,
+    device: torch.device,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    baselines: Sequence[str] = (),
+    window: int | None = None,
+    stride: int | None = None,
+) -> HeldoutScore:
+    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document with the tokens around it that the model knows.
+
+    With ``max_windows`` and a tokenizer that is not that of the data, only those windows are encoded: see
+    :func:`pretrain.evaluation.heldout.other_tokens.in_tokens_of`.
+
+    Raises:
+        ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is not known.
+        DataError, CheckpointError: as :func:`score_checkpoint`.
+    """
+    check_baselines(baselines)
+    if ngrams := [name for name in baselines if NGRAM_NAMES.match(name)]:
+        raise ConfigError(
+            f"the baseline {ngrams[0]} is fitted on what a checkpoint has seen, and {folder} is none: leave it out"
+        )
+    datasets = load_corpora_of(data)
+    text = read_split(datasets, split)
+    opened = open_transformers(folder, device)
+    window = window or min(1024, opened.max_positions)
+    plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
+    encoded = in_tokens_of(opened, text, window, max_windows)
+    score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
+    scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
+    how = (plan.window, plan.stride, plan.batch_size, opened.call_dependence)
+    return HeldoutScore(datasets.place, None, split, *how, **score, baselines=scores)
+
+
+def _plan(
+    window: int,
+    stride: int | None,
+    longest: int,
+    batch_size: int,
+    pad_id: int,
+    recipe: Recipe | None,
+    max_windows: int | None,
+) -> WindowPlan:
+    if not 1 <= window <= longest:
+        raise ConfigError(
+            f"--window is {window} tokens, the model has {longest} positions: give a window from 1 to that"
+        )
+    return WindowPlan(
+        window,
+        stride or window,
+        batch_size,
+        pad_id,
+        recipe is not None and recipe.data.document_mask,
+        max_windows,
+    )
+
+
+def _score(
+    logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: torch.device, title: str
+) -> dict[str, Any]:
+    """The fields of a :class:`HeldoutScore` that come from the model."""
+    windows, groups = plan.windows(text), Groups(text)
+    seen: list[Batch] = []
+
+    def remembered() -> Iterator[Batch]:
+        for batch in plan.batches(windows, title):
+            seen[:] = [batch]
+            yield batch
+
+    for (nats_BS, correct_BS), places_bS in zip(
+        score_batches(logits_of, remembered(), device), plan.places(windows), strict=True
+    ):
+        rows = len(places_bS)
+        scored_bS = seen[0].labels_BS[:rows].numpy() != NO_LOSS
+        groups.add(
+            places_bS[scored_bS],
+            nats_BS[:rows].cpu().numpy()[scored_bS],
+            correct_BS[:rows].cpu().numpy()[scored_bS],
+        )
+    nats, targets, correct = groups.totals()
+    checked(Evaluation(nats, targets, correct))
+    complete = plan.is_complete(windows)
+    bytes_D = text.bytes_D() if complete else None
+    total = GroupScore.of(nats, targets, correct, text.utf8_bytes if complete else None)
+    grouped = {
+        f"by_{kind}": {name: GroupScore.of(*row) for name, row in groups.by(kind, bytes_D).items()}
+        for kind in ("source", "length")
+    }
+    return {**asdict(total), **grouped}
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Before anybody waits for the model's own score.
+
+    Raises:
+        ConfigError: for a name that is neither an n-gram nor a Hugging Face folder.
+        CheckpointError: for a folder with foreign code, or files of weights that are missing or damaged.
+    """
+    for name in names:
+        if NGRAM_NAMES.match(name):
+            continue
+        if is_hf_folder(Path(name)):
+            read_config(Path(name))
+            stored_shapes(Path(name))
+        else:
+            raise ConfigError(
+                f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no Hugging Face folder: correct it"
+            )
+
+
+def ngram_order(name: str) -> int:
+    return NAMED_ORDERS[name] if name in NAMED_ORDERS else int(name[0])
+
+
+def _score_baseline(
+    name: str,
+    fitted: dict[str, tuple[NGram, int]],
+    text: HeldoutText,
+    plan: WindowPlan,
+    device: torch.device,
+) -> BaselineScore:
+    if name in fitted:
+        ngram, samples = fitted[name]
+        windows = plan.windows(text)
+        evaluation = Evaluation(*ngram_nll(ngram, plan.batches(windows, name)))
+        bits = evaluation.bits_per_byte(text.utf8_bytes) if plan.is_complete(windows) else None
+        return BaselineScore(
+            evaluation.loss, evaluation.perplexity, bits, evaluation.targets, samples
+        )
+    opened = open_transformers(Path(name), device)
+    window = min(plan.window, opened.max_positions)
+    own = in_tokens_of(opened, text, window, plan.max_windows)
+    theirs = WindowPlan(
+        window,
+        min(plan.stride, window),
+        plan.batch_size,
+        opened.eod_id,
+        plan.document_mask,
+        plan.max_windows,
+    )
+    score = _score(transformers_logits(opened.model), own, theirs, device, Path(name).name)
+    return BaselineScore(
+        score["loss"], score["perplexity"], score["bits_per_byte"], score["targets"]
+    )
+
+
+def fit_on_seen_samples(
+    datasets: Datasets, recipe: Recipe, state: dict[str, Any], order: int = 2
+) -> tuple[NGram, int]:
+    """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen, each once, and the number of these samples.
+
+    Args:
+        recipe: of the whole run.
+
+    Raises:
+        DataError: where ``datasets`` is not the data that the run has seen.
+    """
+    if is_weights_alone(state):
+        raise DataError(
+            "the n-gram is fitted on what the model has seen, which a checkpoint of weights alone does not tell: leave the n-gram out"
+        )
+    if "plans" not in state["data"]:
+        raise DataError(
+            "the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram"
+        )
+    seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)
+    try:
+        loader = open_train_loader(recipe, datasets, 0, 1)
+        loader.resume(state["data"], state["step"])
+        samples = {
+            name: loader.sources[name].samples for name, numbers in seen.items() if len(numbers)
+        }
+    except (ConfigError, DataError, KeyError):
+        raise DataError(
+            f"the n-gram is fitted on what the model has seen, but it was trained on other shards than those in {datasets.place}: "
+            "give the run's own with --data, or pass --no-bigram"
+        ) from None
+    chunks = chain.from_iterable(sample_pairs(samples[name], seen[name], order) for name in samples)
+    return fit_ngram(chunks, datasets.tokenizer.vocab_size, order), sum(map(len, seen.values()))

@@ -1,0 +1,133 @@
+"""Loss, perplexity, bits per byte and accuracy of a model on windows of held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.loading.batch import NO_LOSS, Batch
+from pretrain.core.errors import DataError, NonFiniteError
+from pretrain.model.decoder import DecoderLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The logits [B, S, V] of a batch on the model's device, each of the token after.
+BatchLogits = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's summed loss, and what follows from it. ``correct`` counts targets that were the likeliest token."""
+
+    nats: float
+    targets: int
+    correct: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the likeliest token."""
+        return self.correct / self.targets
+
+    def bits_per_byte(self, utf8_bytes: int) -> float:
+        """Summed bits over the UTF-8 bytes of the documents: comparable between tokenizers (Gao et al. 2020, "The Pile", section 3.1).
+
+        ``nats`` must cover the whole split. The very first token of a split has no context and is not scored, and where documents are
+        masked from each other neither is the first token of any; their bytes are in ``utf8_bytes`` all the same.
+        """
+        return self.nats / math.log(2) / utf8_bytes
+
+
+def native_logits(model: DecoderLM) -> BatchLogits:
+    """One of our models, as it is trained: with the batch's document mask."""
+    return lambda batch: model.logits(
+        batch.input_ids_BS, batch.document_ids_BS, position_ids_BS=batch.position_ids_BS
+    )
+
+
+def transformers_logits(model: PreTrainedModel) -> BatchLogits:
+    """A Hugging Face model. From positions that begin again transformers makes the document mask by itself."""
+
+    def logits(batch: Batch) -> Tensor:
+        positions = {} if batch.document_ids_BS is None else {"position_ids": batch.position_ids_BS}
+        logits_BSV: Tensor = model(
+            input_ids=batch.input_ids_BS, use_cache=False, **positions
+        ).logits
+        return logits_BSV.float()
+
+    return logits
+
+
+@torch.inference_mode()
+def score_batches(
+    logits_of: BatchLogits, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch, on ``device``: -log p of each target in nats, fp64 [B, S], and whether it was the likeliest token; 0 where there is none."""
+    for batch in batches:
+        moved = batch.to(device)
+        logits_BSV = logits_of(moved)
+        labels_BS = moved.labels_BS
+        losses_T = F.cross_entropy(
+            logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=NO_LOSS, reduction="none"
+        )
+        yield losses_T.double().view_as(labels_BS), logits_BSV.argmax(dim=-1) == labels_BS
+
+
+def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -> Evaluation:
+    """Scores every target of ``batches`` (a label of -100 is none); per-token losses are fp32, their sum fp64.
+
+    Raises:
+        DataError: when no label is a target.
+        NonFiniteError: when the sum is not a finite number.
+    """
+    was_training = model.training
+    model.eval()
+    # Sums stay on the device until the end, so that no batch waits for a copy.
+    nats, correct = (
+        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
+    targets = 0
+
+    def counted() -> Iterator[Batch]:
+        nonlocal targets
+        for batch in batches:
+            targets += int((batch.labels_BS != NO_LOSS).sum())
+            yield batch
+
+    for nats_BS, correct_BS in score_batches(native_logits(model), counted(), device):
+        nats += nats_BS.sum()
+        correct += correct_BS.sum()
+    model.train(was_training)
+    return checked(Evaluation(float(nats), targets, int(correct)))
+
+
+def checked(evaluation: Evaluation) -> Evaluation:
+    """Raises :class:`DataError` where nothing was scored, :class:`NonFiniteError` where the sum is not a finite number."""
+    if evaluation.targets == 0:
+        raise DataError(
+            "there is nothing to evaluate: the windows hold no target; choose a longer split"
+        )
+    if not math.isfinite(evaluation.nats):
+        raise NonFiniteError(
+            f"the loss over {evaluation.targets} targets is {evaluation.nats}: the weights diverged; take an earlier checkpoint"
+        )
+    return evaluation

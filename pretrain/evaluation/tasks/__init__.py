@@ -1,0 +1,1 @@
+"""Benchmarks: the lm-evaluation-harness and executed code."""

@@ -1,0 +1,148 @@
+"""Tasks of lm-evaluation-harness (Gao et al. 2021) on our checkpoints and on Hugging Face folders."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import tqdm
+
+from pretrain.checkpoint.tokenizer_files import ID_FIELDS
+from pretrain.core.errors import ConfigError, DataError, PipelineError
+from pretrain.evaluation.generation.generators import NativeGenerator, TransformersGenerator
+from pretrain.export.hf_open import quiet_libraries
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
+
+
+def run_tasks(
+    opened: NativeGenerator | TransformersGenerator,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Each metric of each task and group, as the harness names them ("acc,none"), with its standard error.
+
+    A Hugging Face folder is run by the harness's own class. Texts are written as the task says, whatever the folder's own sampling defaults are.
+
+    Args:
+        include_path: folder of task files (YAML). Where they are all the tasks, the harness's own list is not read.
+        num_fewshot: examples before each question; the task's own number by default.
+        limit: documents of each task, from its first one.
+
+    Raises:
+        ConfigError: for a task that there is not.
+        DataError: where a task's data cannot be read: tasks of the harness's own list come from the hub.
+    """
+    quiet_libraries()
+    import datasets
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    datasets.disable_progress_bars()
+    manager = _task_manager(list(tasks), include_path)
+    if isinstance(opened, NativeGenerator):
+        from pretrain.evaluation.tasks.harness_model import NativeHarnessModel
+
+        model: Any = NativeHarnessModel(opened, batch_size)
+    else:
+        _forget_sampling_defaults(opened.model)
+        model = HFLM(
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
+            batch_size=batch_size,
+            device=str(opened.device),
+        )
+    with _without_asides():
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=1000,
+            task_manager=manager,
+        )
+    assert results is not None
+    found = {**results["results"], **results.get("groups", {})}
+    return {
+        task: {
+            name: _plain(value) for name, value in metrics.items() if name not in ("alias", "name")
+        }
+        for task, metrics in found.items()
+    }
+
+
+def _forget_sampling_defaults(model: PreTrainedModel) -> None:
+    """The tokens that end a text are all that stays: a repetition penalty of ``generation_config.json`` would change greedy texts too."""
+    from transformers import GenerationConfig
+
+    if (defaults := model.generation_config) is not None:
+        model.generation_config = GenerationConfig(
+            **{field: getattr(defaults, field) for field in ID_FIELDS}
+        )
+
+
+@contextmanager
+def _without_asides() -> Iterator[None]:
+    """Without what the harness prints to standard output, which may be ours for JSON alone, and without its bars that have no name."""
+    silent = functools.partial(tqdm.tqdm, disable=True)
+    # Its metrics import tqdm when they are called; modules that run the model have imported their own before, whose bars are named and stay.
+    with (
+        redirect_stdout(io.StringIO()),
+        patch("tqdm.tqdm", silent),
+        patch("lm_eval.api.task.tqdm", silent),
+    ):
+        yield
+
+
+def _plain(value: Any) -> Any:
+    """A number as JSON knows it; the harness writes "N/A" where there is no standard error."""
+    return None if value == "N/A" else value.item() if hasattr(value, "item") else value
+
+
+def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    class CheckedTaskManager(TaskManager):
+        """Its errors are of many packages: files, the hub, data sets."""
+
+        def load(self, *arguments: Any, **named: Any) -> Any:
+            try:
+                return super().load(*arguments, **named)
+            except PipelineError:
+                raise
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise DataError(
+                    f"the tasks {', '.join(tasks)} cannot be loaded ({reason}): look at their data_files, or at the network"
+                ) from None
+
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(
+            f"--include-path {include_path} is no folder: give the folder of the tasks' YAML files"
+        )
+    include = str(include_path) if include_path is not None else None
+    if include is not None:
+        manager = CheckedTaskManager(include_path=include, include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = CheckedTaskManager(include_path=include)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
+            hint = f"there are {', '.join(near)}" if near else "list them with `lm-eval ls tasks`"
+            raise ConfigError(
+                f"--tasks: there is no task '{task}': {hint}, or give the folder of its YAML file with --include-path"
+            )
+    return manager

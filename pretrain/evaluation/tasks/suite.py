@@ -1,0 +1,164 @@
+"""Everything that can be asked of one model, in one result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.shards.split import SplitName
+from pretrain.checkpoint.layout import read_state
+from pretrain.core.errors import ConfigError
+from pretrain.evaluation.checkpoint import whole_checkpoint
+from pretrain.evaluation.generation.generators import (
+    NativeGenerator,
+    TransformersGenerator,
+    open_generator,
+)
+from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.generation.writing import Writer
+from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint, score_transformers
+from pretrain.evaluation.heldout.references import read_references, score_references
+from pretrain.evaluation.tasks.code import STOP, read_problems, score_code
+from pretrain.evaluation.tasks.harness import run_tasks
+from pretrain.export.hf_files import is_hf_folder
+
+WRITING_BATCH = 8
+GREEDY = Sampling(greedy=True)
+
+
+@dataclass(frozen=True)
+class HeldoutOptions:
+    """See :func:`pretrain.evaluation.heldout.heldout.score_checkpoint`."""
+
+    data: str | None = None
+    split: SplitName = "validation"
+    max_windows: int | None = None
+    baselines: Sequence[str] = ("bigram",)
+    window: int | None = None
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """See :func:`pretrain.evaluation.tasks.harness.run_tasks`."""
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Problems to solve; the programs are executed, see :mod:`pretrain.evaluation.tasks.sandbox`."""
+
+    problems: Path
+    num_samples: int = 1
+    pass_at: Sequence[int] = (1,)
+    timeout_seconds: float = 10.0
+    memory_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is evaluated; what is None or empty is left out.
+
+    Attributes:
+        prompts: texts are written behind these.
+        references: JSONL file of prompts and references.
+        sampling: of all texts; code is sampled with it too.
+        stop: strings that end a text.
+        batch_size: windows, requests or texts at once.
+    """
+
+    device: torch.device
+    heldout: HeldoutOptions | None = None
+    tasks: TaskOptions | None = None
+    prompts: Sequence[str] = ()
+    references: Path | None = None
+    code: CodeOptions | None = None
+    sampling: Sampling = GREEDY
+    max_new_tokens: int = 64
+    stop: Sequence[str] = ()
+    batch_size: int | None = None
+
+    def run(self, path: Path) -> dict[str, Any]:
+        """The results for one of our checkpoints or for a Hugging Face folder, as JSON. Those of the held-out split are not nested.
+
+        Raises:
+            PipelineError: where one of the evaluations cannot be done.
+        """
+        folder = path if is_hf_folder(path) else whole_checkpoint(path)
+        step = None if is_hf_folder(folder) else read_state(folder)["step"]
+        result: dict[str, Any] = {"checkpoint": str(folder), "step": step}
+        if self.heldout is not None:
+            result |= self._heldout(folder, self.heldout).to_dict()
+        if (
+            self.tasks is None
+            and not self.prompts
+            and self.references is None
+            and self.code is None
+        ):
+            return result
+        opened = open_generator(folder, self.device)
+        result["depends_on_batch"] = opened.call_dependence
+        writer = Writer(opened, self.sampling, self.max_new_tokens, self.stop)
+        if self.tasks is not None:
+            options = self.tasks
+            batch_size = self.batch_size or WRITING_BATCH
+            result["tasks"] = run_tasks(
+                opened,
+                options.tasks,
+                options.include_path,
+                options.num_fewshot,
+                options.limit,
+                batch_size,
+            )
+        if self.prompts:
+            texts = writer.write(self.prompts, self.batch_size or WRITING_BATCH)
+            result["texts"] = [
+                {"prompt": prompt, **asdict(text)}
+                for prompt, text in zip(self.prompts, texts, strict=True)
+            ]
+        if self.references is not None:
+            prompts, references = read_references(self.references)
+            written = writer.write(prompts, self.batch_size or WRITING_BATCH)
+            result["references"] = asdict(
+                score_references([text.text for text in written], references)
+            )
+        if self.code is not None:
+            result["code"] = self._code(opened, self.code)
+        return result
+
+    def _heldout(self, folder: Path, options: HeldoutOptions) -> HeldoutScore:
+        how = (options.max_windows, options.baselines, options.window, options.stride)
+        if not is_hf_folder(folder):
+            return score_checkpoint(
+                folder, options.data, options.split, self.device, self.batch_size, *how
+            )
+        if options.data is None:
+            raise ConfigError(
+                f"{folder} does not say what it was trained on: give held-out text with --data FOLDER"
+            )
+        return score_transformers(
+            folder, options.data, options.split, self.device, self.batch_size or WRITING_BATCH, *how
+        )
+
+    def _code(
+        self, opened: NativeGenerator | TransformersGenerator, options: CodeOptions
+    ) -> dict[str, Any]:
+        writer = Writer(opened, self.sampling, self.max_new_tokens, (*STOP, *self.stop))
+        score = score_code(
+            read_problems(options.problems),
+            writer,
+            options.num_samples,
+            options.pass_at,
+            self.batch_size or WRITING_BATCH,
+            options.timeout_seconds,
+            options.memory_bytes,
+        )
+        return {**asdict(score), "pass_at": {str(k): value for k, value in score.pass_at.items()}}

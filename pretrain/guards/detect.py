@@ -1,0 +1,192 @@
+"""Decisions about steps that went wrong, from plain numbers: nothing here communicates, reads or writes.
+
+Every rank is given the same numbers, so every rank decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard
+
+# The standard deviation of normal numbers in units of their median absolute deviation.
+NORMAL_SCALE = 1.4826
+# Below it a deviation of a gradient norm's logarithm is nothing to judge by: norms that hardly vary would trip on a rounding.
+LEAST_LOG_DEVIATION = 0.01
+SEVERITY: tuple[Action, ...] = ("warn", "skip", "rollback", "stop")
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Something that a guard found.
+
+    Attributes:
+        reason: what, in words and numbers, as the end of a sentence about the step.
+        in_a_row: how many steps in a row the same guard has found something, this one included; steps that were skipped before it was asked
+            are passed over.
+        first: the first of these, where it is not this one.
+    """
+
+    guard: str
+    action: Action
+    step: int
+    reason: str
+    in_a_row: int = 1
+    first: int | None = None
+
+    @property
+    def from_step(self) -> int:
+        return self.step if self.first is None else self.first
+
+
+class RobustWindow:
+    """The last values of something that wanders, and how far a new one lies above them.
+
+    Median and median absolute deviation: of the values in the window almost half may be outliers, and a level that stays is the new normal once
+    they are half of it.
+
+    Args:
+        least_deviation: what the robust standard deviation is at least.
+    """
+
+    def __init__(self, size: int, least_deviation: float = 1e-12) -> None:
+        self.size, self.least_deviation = size, least_deviation
+        self.values: list[float] = []  # from the oldest to the newest
+        self._sorted: list[float] = []
+
+    def rise(self, value: float) -> tuple[float, float] | None:
+        """How far ``value`` is above the median, and how many robust standard deviations that is; None while there is too little to compare."""
+        if len(self.values) < max(16, self.size // 4):
+            return None
+        middle = _middle(self._sorted)
+        deviation = NORMAL_SCALE * _middle(sorted([abs(other - middle) for other in self._sorted]))
+        return value - middle, (value - middle) / max(deviation, self.least_deviation)
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+        insort(self._sorted, value)
+        if len(self.values) > self.size:
+            del self._sorted[bisect_left(self._sorted, self.values.pop(0))]
+
+    def replace(self, values: list[float]) -> None:
+        """Forgets what it holds, and takes these."""
+        self.values, self._sorted = list(values[-self.size :]), sorted(values[-self.size :])
+
+
+def _middle(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+class Guards:
+    """The guards of a run, with what they remember."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self._losses = RobustWindow(config.spike.window_steps) if config.spike else None
+        self._log_norms = (
+            RobustWindow(config.grad_norm.window_steps, LEAST_LOG_DEVIATION)
+            if config.grad_norm
+            else None
+        )
+        self._in_a_row: dict[str, int] = {}
+        self._first: dict[str, int] = {}
+
+    @property
+    def judges(self) -> bool:
+        """Whether a guard may have to refuse an update, so that it has to be asked before it."""
+        return any(
+            guard is not None and guard.action != "warn"
+            for guard in (self.config.spike, self.config.grad_norm)
+        )
+
+    def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
+        """What spike and gradient norm guards find at a step: of its mean loss in nats a token, and its norm before clipping.
+
+        Every step is to be shown once, in order; those whose gradient is not finite are left out.
+        """
+        spike, norm = self.config.spike, self.config.grad_norm
+        found = []
+        if spike is not None and self._losses is not None:
+            found.append(self._trip("spike", spike, step, self._spike(spike, self._losses, loss)))
+        if norm is not None and self._log_norms is not None:
+            found.append(
+                self._trip(
+                    "grad_norm", norm, step, self._high_norm(norm, self._log_norms, grad_norm)
+                )
+            )
+        return [violation for violation in found if violation is not None]
+
+    def non_finite(self, step: int) -> Violation:
+        """A loss or gradient that is not finite, for a reason other than fp16's loss scale."""
+        return Violation(
+            "non_finite", self.config.non_finite.action, step, "its loss or gradient is not finite"
+        )
+
+    def validation_gap(
+        self, step: int, validation_loss: float, training_loss: float | None
+    ) -> Violation | None:
+        guard = self.config.validation_gap
+        if guard is None or training_loss is None or validation_loss - training_loss <= guard.nats:
+            return None
+        reason = f"the validation loss {validation_loss:.4f} is more than {guard.nats:g} above the training loss {training_loss:.4f}"
+        return Violation("validation_gap", guard.action, step, reason)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries, as JSON: with it a resumed run decides as the uninterrupted one."""
+        windows = {"losses": self._losses, "log_norms": self._log_norms}
+        return {
+            name: list(window.values) for name, window in windows.items() if window is not None
+        } | {
+            "in_a_row": self._in_a_row,
+            "first": self._first,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state; a guard that the checkpoint did not have starts anew."""
+        for name, window in (("losses", self._losses), ("log_norms", self._log_norms)):
+            if window is not None:
+                window.replace(state.get(name, []))
+        self._in_a_row, self._first = dict(state.get("in_a_row", {})), dict(state.get("first", {}))
+
+    @staticmethod
+    def _spike(guard: SpikeGuard, window: RobustWindow, loss: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        rise = window.rise(loss)
+        window.add(loss)
+        if rise is None or rise[0] <= guard.min_rise or rise[1] <= guard.deviations:
+            return None
+        return f"its loss {loss:.4f} is {rise[0]:.4f} above the median of the last {len(window.values) - 1} steps, {rise[1]:.1f} robust deviations"
+
+    @staticmethod
+    def _high_norm(guard: GradNormGuard, window: RobustWindow, norm: float) -> str | None:
+        log_norm = math.log(max(norm, 1e-30))
+        rise = window.rise(log_norm)
+        window.add(log_norm)
+        if guard.max is not None and norm > guard.max:
+            return f"its gradient norm {norm:.4g} is above {guard.max:g}"
+        if guard.deviations is None or rise is None or rise[1] <= guard.deviations or rise[0] <= 0:
+            return None
+        return f"its gradient norm {norm:.4g} is {math.exp(rise[0]):.1f} times the median of the last steps, {rise[1]:.1f} robust deviations"
+
+    def _trip(
+        self, name: str, guard: SpikeGuard | GradNormGuard, step: int, reason: str | None
+    ) -> Violation | None:
+        """A reason as a trip: with the guard's action once there are enough in a row, only told before."""
+        if reason is None:
+            self._in_a_row.pop(name, None)
+            self._first.pop(name, None)
+            return None
+        self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+        first = self._first.setdefault(name, step)
+        action: Action = guard.action if self._in_a_row[name] >= guard.in_a_row else "warn"
+        return Violation(name, action, step, reason, self._in_a_row[name], first)
+
+
+def severest(violations: list[Violation]) -> Violation | None:
+    """The trip whose action goes furthest."""
+    return max(violations, key=lambda violation: SEVERITY.index(violation.action), default=None)

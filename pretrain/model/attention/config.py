@@ -1,0 +1,173 @@
+"""The attention section of a recipe's model: one class a kind of attention."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.core.registry import Component
+from pretrain.core.section import Effect, Positive
+
+KernelName = Literal["sdpa", "reference", "flex", "flash"]
+
+
+class Attention(Component):
+    """What every kind of attention has. ``rotary_field`` names the field that says its ``rotary_dim``."""
+
+    rotary_field: ClassVar[str]
+
+    num_attention_heads: Positive
+    sliding_window: Annotated[Positive | None, Effect.FUNCTION] = Field(
+        None, description="tokens a query sees, itself included; all before it by default"
+    )
+    full_attention_every: Annotated[Positive | None, Effect.FUNCTION] = Field(
+        None, description="with a window: layer i sees everything if (i + 1) % n == 0"
+    )
+    sinks: bool = Field(
+        False,
+        description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)",
+    )
+    kernel: Annotated[KernelName, Effect.NONE] = Field(
+        "sdpa", description="'reference' is the plain fp32 form that tests compare with"
+    )
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Attention:
+        if self.full_attention_every is not None and self.sliding_window is None:
+            raise ValueError(
+                "full_attention_every says which layers have no window, but there is no sliding_window"
+            )
+        return self
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
+        if self.full_attention_every is not None and (layer + 1) % self.full_attention_every == 0:
+            return None
+        return self.sliding_window
+
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int:
+        """Numbers of a head that a rotary embedding turns."""
+
+    @property
+    @abstractmethod
+    def score_dim(self) -> int:
+        """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
+
+    @property
+    @abstractmethod
+    def value_dim(self) -> int:
+        """Numbers of all heads together that scores are multiplied with."""
+
+    @property
+    @abstractmethod
+    def cached_per_token(self) -> int:
+        """Numbers that one layer's cache keeps of a token."""
+
+    @property
+    def trained_per_token(self) -> int:
+        """Numbers of a token's keys and values in training."""
+        return self.cached_per_token
+
+    @property
+    @abstractmethod
+    def widest_head(self) -> int:
+        """Numbers of the widest head that a kernel is given, in training or with a cache."""
+
+
+class GroupedQueryAttention(Attention):
+    """Grouped-query attention (Ainslie et al. 2023); equal head counts make it multi-head, one key/value head multi-query attention."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
+    rotary_field: ClassVar[str] = "head_dim"
+    kind: Literal["gqa"] = "gqa"
+    num_key_value_heads: Positive
+    head_dim: Positive
+    bias: Literal["none", "qkv", "all"] = Field(
+        "none",
+        description="which projections have one: none, queries keys and values, or the output too",
+    )
+    qk_norm: Literal["none", "head", "full"] = Field(
+        "none",
+        description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or over all heads together (OLMoE)",
+    )
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def score_dim(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def cached_per_token(self) -> int:
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def widest_head(self) -> int:
+        return self.head_dim
+
+
+class MultiHeadLatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and values are made of one latent of a token,
+    and beside them each head sees one rotated key that all heads share. The latent and that key are what the cache keeps.
+    """
+
+    implementation: ClassVar[str] = "pretrain.model.attention.mla:MultiHeadLatentAttention"
+    rotary_field: ClassVar[str] = "qk_rope_head_dim"
+    kind: Literal["mla"]
+    q_lora_rank: Positive | None = Field(
+        None,
+        description="numbers of the latent that queries are made of; of the hidden state by default",
+    )
+    kv_lora_rank: Positive = Field(
+        description="numbers of the latent that keys and values are made of"
+    )
+    qk_rope_head_dim: Positive = Field(
+        description="numbers of a query, and of the shared key, that are turned"
+    )
+    qk_nope_head_dim: Positive = Field(description="numbers of a head's own key, never turned")
+    v_head_dim: Positive
+    latent_norm: Literal["rms_norm", "layer_norm"] = Field(
+        "rms_norm", description="of both latents; DeepSeek's is rms_norm"
+    )
+    bias: Literal["none", "all"] = Field(
+        "none", description="'all': q_a_proj, kv_a_proj and o_proj (Hugging Face's attention_bias)"
+    )
+    decode: Annotated[Literal["absorbed", "plain"], Effect.NONE] = Field(
+        "absorbed",
+        description="with a cache: attend to latents where that multiplies less, or always make keys and values of them",
+    )
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def score_dim(self) -> int:
+        return self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_attention_heads * self.v_head_dim
+
+    @property
+    def cached_per_token(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def trained_per_token(self) -> int:
+        return self.score_dim + self.value_dim + self.cached_per_token
+
+    @property
+    def widest_head(self) -> int:
+        plain = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
+        return max(plain, self.cached_per_token) if self.decode == "absorbed" else plain

@@ -1,0 +1,97 @@
+"""Attention by torch's flex_attention (Dong et al. 2024): blocks that the mask leaves empty are not computed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+from pretrain.core.errors import ConfigError
+from pretrain.model.attention.mask import AttentionMask
+from pretrain.model.attention.scores import Scores
+
+
+def flex_attention(
+    q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """A fused kernel on CUDA; on a CPU every score stands in memory, and there is no backward pass.
+
+    Sinks follow from the logsumexp: a row whose sum of exponentials is Z shrinks by Z / (Z + e^sink) = sigmoid(log Z - sink).
+
+    Raises:
+        ConfigError: where torch has no such kernel for the device.
+    """
+    device, (num_queries, num_keys) = q_BNSH.device, (q_BNSH.shape[2], k_BMUH.shape[2])
+    mask, window = scores.mask, scores.window
+    key = "flex", num_queries, num_keys, window
+    arguments: dict[str, Any] = {
+        "score_mod": _penalty(scores, device),
+        "block_mask": mask.once(
+            key, lambda: _block_mask(mask, num_queries, num_keys, window, device)
+        ),
+        "scale": scores.scale,
+        "enable_gqa": q_BNSH.shape[1] != k_BMUH.shape[1],
+        "return_aux": torch_flex.AuxRequest(lse=True),
+    }
+    attend = _compiled() if device.type == "cuda" else torch_flex.flex_attention
+    try:
+        y_BNSV, rows = attend(q_BNSH, k_BMUH, v_BMUV, **arguments)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"model.attention.kernel=flex cannot run here ({error}): use --set model.attention.kernel=sdpa"
+        ) from None
+    if scores.sinks_N is not None:
+        y_BNSV = y_BNSV * torch.sigmoid(rows.lse - scores.sinks_N.float()[:, None])[..., None]
+    return y_BNSV.to(q_BNSH.dtype)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(torch_flex.flex_attention)
+
+
+def _offset(mask: AttentionMask, device: torch.device) -> torch.Tensor:
+    # A tensor, as torch's own decoding examples have it: its value is then no part of what is compiled.
+    return mask.once("flex offset", lambda: torch.tensor(mask.offset, device=device))
+
+
+def _penalty(scores: Scores, device: torch.device) -> Any:
+    """ALiBi's term, or None."""
+    slopes_N, offset = scores.slopes_N, _offset(scores.mask, device)
+    if slopes_N is None:
+        return None
+
+    def penalised(
+        score: torch.Tensor,
+        b: torch.Tensor,
+        n: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+    ) -> torch.Tensor:
+        return score - slopes_N[n] * (query + offset - key)
+
+    return penalised
+
+
+def _block_mask(
+    mask: AttentionMask, num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch_flex.BlockMask:
+    offset, ids_BS = _offset(mask, device), mask.document_ids_BS
+
+    def visible(
+        b: torch.Tensor, n: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        distance = query + offset - key
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if ids_BS is not None:
+            seen = seen & (ids_BS[b, query + offset] == ids_BS[b, key])
+        return seen
+
+    batch_size = None if ids_BS is None else ids_BS.shape[0]
+    return torch_flex.create_block_mask(
+        visible, batch_size, None, num_queries, num_keys, device=device
+    )

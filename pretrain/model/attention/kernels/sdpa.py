@@ -1,0 +1,85 @@
+"""Attention by torch's fused scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from pretrain.model.attention.scores import Scores
+
+# Fused kernels on CUDA take heads whose size is a multiple of 8: a head with a sink grows by this.
+SINK_WIDTH = 8
+
+
+def sdpa_attention(
+    q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """Exact. Without a window, documents or ALiBi no mask stands in memory; else one [S, U], with ALiBi one of each head, for all layers."""
+    num_queries, num_keys, value_size = q_BNSH.shape[2], k_BMUH.shape[2], v_BMUV.shape[3]
+    num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
+    mask = None
+    if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):
+        key = "sdpa", num_queries, num_keys, scores.window
+        mask = scores.mask.once(key, lambda: _mask(scores, num_queries, num_keys, q_BNSH))
+    causal = mask is None and num_queries > 1
+    if scores.sinks_N is not None:
+        q_BNSH, k_BMUH, v_BMUV = _with_sinks(q_BNSH, k_BMUH, v_BMUV, scores.sinks_N / scores.scale)
+        if causal:
+            q_BNSH = functional.pad(
+                q_BNSH, (0, 0, 1, 0)
+            )  # one more query, which sees the sink alone, keeps the others' keys causal
+    # Fused kernels want values as wide as keys.
+    width = max(q_BNSH.shape[3], value_size)
+    q_BNSH, k_BMUH, v_BMUV = (_widened(x, width) for x in (q_BNSH, k_BMUH, v_BMUV))
+    if num_queries == 1 and scores.slopes_N is None:
+        q_BNSH = q_BNSH.reshape(
+            -1, num_key_heads, num_heads // num_key_heads, width
+        )  # as queries of one head: no key is repeated for each
+    grouped = q_BNSH.shape[1] != num_key_heads
+    y_BNSV = functional.scaled_dot_product_attention(
+        q_BNSH,
+        k_BMUH,
+        v_BMUV,
+        attn_mask=mask,
+        dropout_p=scores.dropout,
+        is_causal=causal,
+        scale=scores.scale,
+        enable_gqa=grouped,
+    )
+    y_BNSV = (
+        y_BNSV.reshape(-1, num_heads, 1, width) if num_queries == 1 else y_BNSV[:, :, -num_queries:]
+    )
+    return y_BNSV[..., :value_size]
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Each head with zeros behind its numbers; what is wide enough is not copied."""
+    return x if x.shape[3] == width else functional.pad(x, (0, width - x.shape[3]))
+
+
+def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor) -> torch.Tensor:
+    """Where a query may look, or with ALiBi a bias in the queries' dtype: [B or 1, N or 1, S, U], with sinks [..., 1 + U]."""
+    mask = scores.mask.dense(num_queries, num_keys, q_BNSH.device, scores.window)
+    if scores.slopes_N is not None:
+        distance = scores.mask.distance(num_queries, num_keys, q_BNSH.device)
+        penalty_NSU = -scores.slopes_N.float()[:, None, None] * distance
+        mask = penalty_NSU.to(q_BNSH.dtype)[None].masked_fill(~mask, float("-inf"))
+    if scores.sinks_N is not None:
+        mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
+    return mask
+
+
+def _with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more key before the others, with a value of zero, whose product with each query is the sink: the sinks then need no mask.
+
+    Every head grows by SINK_WIDTH numbers; of the first of them, queries hold their head's sink and the new key holds 1.
+    """
+    sinks = sinks_N.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+    q = functional.pad(torch.cat((q, sinks), dim=3), (0, SINK_WIDTH - 1))
+    sink_key = torch.zeros(SINK_WIDTH + k.shape[3], dtype=k.dtype, device=k.device)
+    sink_key[k.shape[3]] = 1
+    k = functional.pad(k, (0, SINK_WIDTH))
+    k = torch.cat((sink_key.expand(*k.shape[:2], 1, -1), k), dim=2)
+    return q, k, functional.pad(v, (0, 0, 1, 0))

@@ -1,0 +1,52 @@
+"""The initialization section of a recipe's model: how its random weights, and with them its learning rates, depend on its width."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pretrain.core.section import Positive, Section
+
+
+class Initialization(Section):
+    """What a kind says is read when random weights are drawn and when an optimizer is built, and never by a finished model."""
+
+
+class StandardInitialization(Initialization):
+    """``initializer_range`` and the optimizer's learning rates, whatever the width."""
+
+    kind: Literal["standard"] = "standard"
+
+
+class BaseWidths(Section):
+    """Widths of the model that learning rates were chosen for. What is left out is as wide there as here, and so does not grow."""
+
+    hidden_size: Positive
+    intermediate_size: Positive | None = Field(
+        None, description="of dense feed-forwards; needed where there are any"
+    )
+    moe_intermediate_size: Positive | None = Field(
+        None, description="of one expert; needed where there are any"
+    )
+    shared_intermediate_size: Positive | None = Field(
+        None, description="of one shared expert; needed where the model gives it"
+    )
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = Field(
+        None, description="needed by attention of kind gqa"
+    )
+    head_dim: Positive | None = None
+    q_lora_rank: Positive | None = None
+    kv_lora_rank: Positive | None = None
+
+
+class MaximalUpdate(Initialization):
+    """Maximal update parametrization (muP: Yang et al. 2022, "Tensor Programs V", table 3 in the form for Adam; for mixtures of experts
+    Małaśnicki et al. 2025): learning rates that are best at the base widths are near the best at larger ones.
+
+    ``initializer_range`` and the optimizer's learning rates are those at the base widths; :mod:`pretrain.model.mup` says what becomes of them.
+    """
+
+    kind: Literal["mup"]
+    base: BaseWidths

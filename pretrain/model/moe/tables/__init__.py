@@ -1,0 +1,1 @@
+"""Products with the tables of many small experts (PEER)."""

@@ -1,0 +1,197 @@
+"""The products of tokens with their rows, for CUDA, in Triton (Tillet et al. 2019): each chosen row is read once and never copied.
+
+Products are one program a few pairs, whatever bags they are of. Weighted sums are one program a bag; a bag of more than ``PIECE`` pairs is cut,
+and the sums of its further pieces are added to that of the first by a second kernel, in their order. Nothing is added atomically, so a result
+depends on its bag alone and is the same each time. Addresses are 64 bits wide.
+
+Raises:
+    ConfigError: where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from pretrain.core.errors import ConfigError
+from pretrain.model.moe.tables.products import Bags, Kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    message = "model.moe.expert_kernel needs the package triton here, which is not installed; pip install triton, or set it to bags"
+    raise ConfigError(message) from None
+
+# Pairs that one program sums, so that a row that very many tokens chose does not wait for one of them.
+PIECE = 256
+# Numbers of a table that a program reads at once, and at most how many of these are of one row.
+TILE, MOST_COLUMNS = 4096, 512
+
+
+@triton.jit
+def _dot_kernel(
+    dot_P: tl.tensor,
+    x_TD: tl.tensor,
+    table_ND: tl.tensor,
+    row_P: tl.tensor,
+    owner_P: tl.tensor,
+    num_pairs: tl.tensor,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    is_pair = pair < num_pairs
+    row = tl.load(row_P + pair, mask=is_pair, other=0)[:, None]
+    owner = tl.load(owner_P + pair, mask=is_pair, other=0)[:, None]
+    sums = tl.zeros((PAIRS, COLUMNS), tl.float32)
+    for first in range(0, D, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        is_there = is_pair[:, None] & (column < D)
+        tile = tl.load(table_ND + row * D + column, mask=is_there, other=0.0)
+        sums += tile * tl.load(x_TD + owner * D + column, mask=is_there, other=0.0)
+    tl.store(dot_P + pair, tl.sum(sums, axis=1), mask=is_pair)
+
+
+@triton.jit
+def _piece_kernel(
+    y_TD: tl.tensor,
+    further_ED: tl.tensor,
+    c_P: tl.tensor,
+    table_ND: tl.tensor,
+    row_P: tl.tensor,
+    offsets_T1: tl.tensor,
+    bag_E: tl.tensor,
+    further_T1: tl.tensor,
+    num_bags: tl.tensor,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The first pieces of all bags to ``y_TD``, then the further ones to ``further_ED``; one that starts behind its bag's end is zero."""
+    piece = tl.program_id(0).to(tl.int64)
+    bag, number, target_D = piece, piece - piece, y_TD + piece * D
+    if piece >= num_bags:
+        further = piece - num_bags
+        bag = tl.load(bag_E + further)
+        number = further - tl.load(further_T1 + bag) + 1
+        target_D = further_ED + further * D
+    start = tl.load(offsets_T1 + bag) + number * PIECE
+    stop = tl.minimum(start + PIECE, tl.load(offsets_T1 + bag + 1))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((PAIRS, COLUMNS), tl.float32)
+    for first in range(start, stop, PAIRS):
+        pair = first + tl.arange(0, PAIRS)
+        is_pair = pair < stop
+        row = tl.load(row_P + pair, mask=is_pair, other=0)
+        c = tl.load(c_P + pair, mask=is_pair, other=0.0)
+        is_there = is_pair[:, None] & (column < D)[None, :]
+        sums += c[:, None] * tl.load(
+            table_ND + row[:, None] * D + column[None, :], mask=is_there, other=0.0
+        )
+    tl.store(target_D + column, tl.sum(sums, axis=0), mask=column < D)
+
+
+@triton.jit
+def _join_kernel(
+    y_TD: tl.tensor,
+    further_ED: tl.tensor,
+    bag_E: tl.tensor,
+    further_T1: tl.tensor,
+    D: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Adds its further pieces to a bag's first; the program of the first of them does it."""
+    further = tl.program_id(0).to(tl.int64)
+    bag = tl.load(bag_E + further)
+    if further == tl.load(further_T1 + bag):
+        stop = tl.load(further_T1 + bag + 1)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros((PIECES, COLUMNS), tl.float32)
+        for first in range(further, stop, PIECES):
+            piece = first + tl.arange(0, PIECES)
+            is_there = (piece < stop)[:, None] & (column < D)[None, :]
+            sums += tl.load(
+                further_ED + piece[:, None] * D + column[None, :], mask=is_there, other=0.0
+            )
+        target = y_TD + bag * D + column
+        tl.store(target, tl.load(target, mask=column < D) + tl.sum(sums, axis=0), mask=column < D)
+
+
+def _tile(D: int) -> tuple[int, int]:
+    """How many rows and columns a program reads at once: powers of two."""
+    columns = min(max(triton.next_power_of_2(D), 32), MOST_COLUMNS)
+    return TILE // columns, columns
+
+
+def _ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    if not tensors[0].is_cuda and not triton.knobs.runtime.interpret:
+        raise ConfigError(
+            f"model.moe.expert_kernel=triton needs CUDA, but the model runs on {tensors[0].device.type}; set it to auto or bags"
+        )
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
+    x_TD, table_ND, row_P, owner_P = _ready(x_TD, table_ND, bags.row_P, bags.owners())
+    dot_P = x_TD.new_empty(row_P.numel())
+    if dot_P.numel():
+        pairs, columns = _tile(table_ND.shape[1])
+        grid = (triton.cdiv(dot_P.numel(), pairs),)
+        with torch.cuda.device_of(x_TD):
+            _dot_kernel[grid](
+                dot_P,
+                x_TD,
+                table_ND,
+                row_P,
+                owner_P,
+                dot_P.numel(),
+                table_ND.shape[1],
+                pairs,
+                columns,
+            )
+    return dot_P
+
+
+def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
+    c_P, table_ND, row_P, offsets_T1 = _ready(c_P, table_ND, *bags)
+    T, D = offsets_T1.numel() - 1, table_ND.shape[1]
+    y_TD = table_ND.new_empty(T, D)
+    if T == 0:
+        return y_TD
+    # There are at most as many further pieces as this, which is known without waiting for the device; those too many are empty.
+    most = row_P.numel() // PIECE
+    further_T1 = functional.pad(((offsets_T1.diff() - 1).clamp_min(0) // PIECE).cumsum(0), (1, 0))
+    bag_E = torch.searchsorted(
+        further_T1[1:], torch.arange(most, device=row_P.device), right=True
+    ).clamp_max(T - 1)
+    further_ED = table_ND.new_empty(most, D)
+    pairs, columns = _tile(D)
+    with torch.cuda.device_of(table_ND):
+        grid = (T + most, triton.cdiv(D, columns))
+        _piece_kernel[grid](
+            y_TD,
+            further_ED,
+            c_P,
+            table_ND,
+            row_P,
+            offsets_T1,
+            bag_E,
+            further_T1,
+            T,
+            D,
+            PIECE,
+            pairs,
+            columns,
+        )
+        if most:
+            _join_kernel[most, triton.cdiv(D, columns)](
+                y_TD, further_ED, bag_E, further_T1, D, pairs, columns
+            )
+    return y_TD
+
+
+TRITON = Kernel(_row_dots, _weighted_rows)

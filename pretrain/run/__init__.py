@@ -1,0 +1,1 @@
+"""What surrounds a training: its folder, its plan, the learning rate finder."""
