@@ -369,7 +369,7 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="folder of the shards, or their prefix; data/<name> by default"
     )
-    datasets: dict[str, str] | None = Field(
+    corpora: dict[str, str] | None = Field(
         None, description="several built data folders (name: path) to mix, instead of 'path'"
     )
     source: Source | None = Field(
@@ -432,7 +432,7 @@ class DataConfig(Section):
             raise ValueError("give 'source' or 'sources', not both")
         if self.sources is not None and not self.sources:
             raise ValueError("'sources' is empty: name at least one")
-        if self.path is not None and self.datasets is not None:
+        if self.path is not None and self.corpora is not None:
             raise ValueError("give 'path' or 'corpora', not both")
         if self.split_root is not None and self.split_by != "path":
             raise ValueError("'split_root' belongs to split_by: path")

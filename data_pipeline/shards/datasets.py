@@ -172,7 +172,7 @@ class Datasets:
 
 def data_folders(recipe: Recipe) -> dict[str, str]:
     """The recipe's data folders by the corpus's name; a single one is called ""."""
-    return recipe.data.datasets or {"": recipe.data_path}
+    return recipe.data.corpora or {"": recipe.data_path}
 
 
 def load_datasets(folders: dict[str, str]) -> Datasets:

@@ -63,7 +63,7 @@ def derived_recipe(
         "initial_weights": None,
         "initial_weights_partial": False,
     }
-    content["data"]["path"] = recipe.data.path if recipe.data.datasets else recipe.data_path
+    content["data"]["path"] = recipe.data.path if recipe.data.corpora else recipe.data_path
     content["model"] |= model
     for override in overrides:
         apply_override(content, override)

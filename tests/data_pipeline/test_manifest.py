@@ -103,10 +103,10 @@ def test_only_the_loader_imports_torch() -> None:
     root = Path(__file__).resolve().parent.parent.parent
     assert (
         subprocess.run(
-            [sys.executable, "-c", program.format("build.coordinator")], cwd=root
+            [sys.executable, "-c", program.format("preprocess.coordinator")], cwd=root
         ).returncode
         == 0
     )
     assert (
-        subprocess.run([sys.executable, "-c", program.format("loader")], cwd=root).returncode == 1
+        subprocess.run([sys.executable, "-c", program.format("loading.shard_loader")], cwd=root).returncode == 1
     )

@@ -31,7 +31,7 @@ CONFIG = TrainBPE(vocab_size=320)
 TEXTS = [f"def f{number}(x):\n    return x + {number}  # größer\n" * 3 for number in range(50)]
 TRAIN = """
 import sys
-from data_pipeline.tokenizer import train_bpe
+from data_pipeline.tokenizer.training import train_bpe
 from data_pipeline.config import TrainBPE
 texts = [f"def f{number}(x):\\n    return x + {number}  # größer\\n" * 3 for number in range(50)]
 sys.stdout.buffer.write(train_bpe(texts, TrainBPE(vocab_size=320)).content)

@@ -256,7 +256,7 @@ def streams_are_read_once(recipe: Recipe) -> None:
         return
     cleaning = data.cleaning
     refused = {
-        "data.corpora": data.datasets is not None,
+        "data.corpora": data.corpora is not None,
         "data.packing.kind=best_fit": isinstance(data.packing, BestFit),
         "data.mixture.max_epochs": bool(data.mixture.max_epochs),
         "checkpoint.keep_epochs": recipe.checkpoint.keep_epochs,
