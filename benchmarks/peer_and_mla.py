@@ -184,8 +184,8 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
             [Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)], 1.0
         )
         times.append(time.perf_counter() - started)
-    assert engine.rows is not None
-    used = max(int((state.steps > 0).sum()) for state in engine.rows.states.values())
+    assert engine.sparse_optimizer is not None
+    used = max(int((state.steps > 0).sum()) for state in engine.sparse_optimizer.states.values())
     after = held_bytes()
     disconnect()
     return {

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# Python puts this script's folder first on the path, where this very file would stand for the package of the same name.
+# Python puts this script's folder first on the path, where this very file would stand for the
+# package of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pretrain.core import interrupts

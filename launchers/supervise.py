@@ -1,8 +1,10 @@
-"""Runs a launcher, hands SIGTERM, SIGINT and SIGUSR1 to the ranks below it, and ends with the launcher's exit code.
+"""Runs a launcher, hands SIGTERM, SIGINT and SIGUSR1 to the ranks below it, and ends with the
+launcher's exit code.
 
-The ranks save at such a signal and end with code 75. The launchers alone lose that: ``deepspeed`` dies of SIGTERM and leaves its ranks
-running, and ``torchrun`` hands the signal on but ends with code 1 and a traceback. With ``--parent PID`` before the command, the end of the
-process that started this is a SIGTERM too.
+The ranks save at such a signal and end with code 75. The launchers alone lose that: ``deepspeed``
+dies of SIGTERM and leaves its ranks running, and ``torchrun`` hands the signal on but ends with
+code 1 and a traceback. With ``--parent PID`` before the command, the end of the process that
+started this is a SIGTERM too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ PARENT_SECONDS = 0.5  # between two looks at the parent
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a process is Python running the training script; launchers carry its name only as a later argument."""
+    """Whether a process is Python running the training script; launchers carry its name only as a
+    later argument.
+    """
     try:
         script = next(
             (argument for argument in process.cmdline()[1:] if not argument.startswith("-")), ""
@@ -33,7 +37,9 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Sends a signal to every rank, or, before there are any, to the launcher and all that it started."""
+    """Sends a signal to every rank, or, before there are any, to the launcher and all that it
+    started.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(launcher.pid)
         started = root.children(recursive=True)
@@ -57,7 +63,8 @@ def main(command: list[str]) -> int:
     parent = None
     if command[:1] == ["--parent"]:
         parent, command = int(command[1]), command[2:]
-    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher beside the ranks.
+    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher beside the
+    # ranks.
     launcher = subprocess.Popen(command, start_new_session=True)
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,6 @@
-"""``torchrun`` that ends with the exit code of the rank that failed first, instead of 1 and a traceback of its own."""
+"""``torchrun`` that ends with the exit code of the rank that failed first, instead of 1 and a
+traceback of its own.
+"""
 
 from __future__ import annotations
 

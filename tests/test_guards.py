@@ -196,13 +196,13 @@ def test_the_severest_action_is_taken() -> None:
 
 def test_only_guards_that_may_refuse_have_to_be_asked_before_an_update() -> None:
     assert (
-        not guards().judges
-        and not guards(spike=None).judges
-        and not guards(grad_norm={"max": 1.0}).judges
+        not guards().may_skip
+        and not guards(spike=None).may_skip
+        and not guards(grad_norm={"max": 1.0}).may_skip
     )
     assert (
-        guards(spike={"action": "skip"}).judges
-        and guards(spike=None, grad_norm={"max": 1.0, "action": "stop"}).judges
+        guards(spike={"action": "skip"}).may_skip
+        and guards(spike=None, grad_norm={"max": 1.0, "action": "stop"}).may_skip
     )
 
 

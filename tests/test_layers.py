@@ -45,8 +45,6 @@ PENDING = {
     "pretrain.model.sizes imports pretrain.config.recipe.TrainConfig, which is not below it",
     "pretrain.model.sizes imports pretrain.optim.config.Optimizer, which is not below it",
     "pretrain.model.widths imports pretrain.config.recipe.Recipe, which is not below it",
-    "pretrain.run.lr_finder imports pretrain.train.resolve_recipe, which is not below it",
-    "pretrain.run.lr_finder imports pretrain.train.share_cores, which is not below it",
     "data_pipeline.loading.shard_loader imports pretrain.config.recipe.Recipe, which is not below it",
     "data_pipeline.loading.shard_loader imports pretrain.config.timeline.Timeline, which is not below it",
     "data_pipeline.loading.prefetch imports pretrain.config.guards.StalledDataGuard, which is not below it",

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Finds a learning rate by a range test (Smith 2017): a short training whose learning rate grows exponentially until the loss diverges.
+"""Find a learning rate by a range test (Smith 2017): a short training whose learning rate grows
+until it diverges.
 
-Started like a training, by Python or any launcher. It saves nothing but its picture, and leaves checkpoints as they are.
+Started like a training, by Python or any launcher. It saves nothing but its picture, and leaves
+checkpoints as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+# The command runs from a checkout, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.core import interrupts
 
@@ -27,8 +28,9 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import DONE, ConfigError, run_command
 from pretrain.core.files import write_synced
-from pretrain.engine.ds_config import read_ds_config, zero_stage_of
+from pretrain.engine.ds_config import read_ds_config
 from pretrain.engine.topology import disconnect
+from pretrain.run.arguments import add_launcher_options
 from pretrain.run.folder import prints_to_log
 from pretrain.run.lr_finder import (
     FEWEST_STEPS,
@@ -38,30 +40,27 @@ from pretrain.run.lr_finder import (
     prepare,
     run_range_test,
 )
-from pretrain.train import DEFAULT_DS_CONFIG
 
 EXAMPLES = """\
   python tools/find_learning_rate.py --recipe quickstart --set parallel.ep_size=1
-  deepspeed --num_accelerators 2 tools/find_learning_rate.py --recipe quickstart --from 1e-5 --to 1 --steps 200
+  deepspeed --num_accelerators 2 tools/find_learning_rate.py --recipe quickstart \\
+    --from 1e-5 --to 1 --steps 200
   python tools/find_learning_rate.py --recipe debug --plot lr.png --json -
 
-The suggestion is the lower one of two: where the smoothed loss falls fastest, and a tenth of where it diverges. It holds for the peak of a schedule
-with a warm-up, for this batch size; a longer run may want less.
+The suggestion is the lower one of two: where the smoothed loss falls fastest, and a tenth of where
+it diverges. It holds for the peak of a schedule with a warm-up, for this batch size; a longer run
+may want less.
 
-exit codes: 0 done, 2 usage or a picture that is there already, 3 data, 4 the checkpoint of initial_weights, 5 disk"""
+exit codes: 0 done, 2 usage or a picture that is there already, 3 data,
+4 the checkpoint of initial_weights, 5 disk"""
 PLOT = "learning_rate.png"
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser)
-    parser.add_argument(
-        "--ds_config",
-        "--ds-config",
-        default=str(DEFAULT_DS_CONFIG),
-        metavar="PATH",
-        help="DeepSpeed's JSON (default: zero1.json)",
-    )
+    add_launcher_options(parser)
     parser.add_argument(
         "--from",
         dest="low",
@@ -83,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=100,
         metavar="N",
-        help="optimizer steps, fewer where the loss diverges before (default: 100)",
+        help="optimizer steps, fewer if the loss diverges before (default: 100)",
     )
     parser.add_argument(
         "--plot",
@@ -94,9 +93,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the picture of an earlier test"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
     add_json_option(parser)
     return parser.parse_args()
 
@@ -105,11 +101,12 @@ def check(options: argparse.Namespace, recipe: Recipe) -> Path:
     """The picture's path.
 
     Raises:
-        ConfigError: where the range is none, or the picture is there already.
+        ConfigError: if the range is none, or the picture is there already.
     """
     if not 0 < options.low < options.high:
         raise ConfigError(
-            f"--from {options.low:g} --to {options.high:g}: the first must be above 0 and below the second"
+            f"--from {options.low:g} --to {options.high:g}: "
+            "the first must be above 0 and below the second"
         )
     if options.steps < FEWEST_STEPS:
         raise ConfigError(
@@ -122,6 +119,7 @@ def check(options: argparse.Namespace, recipe: Recipe) -> Path:
 
 
 def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> dict[str, Any]:
+    """What ``--json`` writes."""
     return {
         "recipe": recipe.name,
         "learning_rate_in_recipe": recipe.optimizer.learning_rate,
@@ -141,43 +139,42 @@ def sentences(
     """What the test found, for the terminal."""
     if not test.losses:
         return [
-            f"no suggestion: at the first step already, at {options.low:g}, the loss or its gradient is not finite; look at data and recipe"
+            f"no suggestion: at the first step already, at {options.low:g}, "
+            "the loss or its gradient is not finite; look at data and recipe"
         ]
+    found = []
     if test.suggestion is None:
-        told = [
-            f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; try a lower --from and more --steps"
-        ]
-    else:
-        told = [
-            f"suggested learning rate {test.suggestion:.2g} (the recipe has {recipe.optimizer.learning_rate:.2g})"
-        ]
-    if test.steepest is not None:
-        told.append(f"the loss falls fastest at {test.steepest:.2g}")
-    if test.diverged is None:
-        told.append(
-            f"it has not diverged up to {test.learning_rates[-1]:.2g}: a higher --to would show where"
+        found.append(
+            f"no suggestion: the loss falls nowhere between {options.low:g} and {options.high:g}; "
+            "try a lower --from and more --steps"
         )
     else:
-        told.append(f"it diverges at {test.diverged:.2g}")
-    return [*told, f"the curve is in {plot}"]
+        now = recipe.optimizer.learning_rate
+        found.append(f"suggested learning rate {test.suggestion:.2g} (the recipe has {now:.2g})")
+    if test.steepest is not None:
+        found.append(f"the loss falls fastest at {test.steepest:.2g}")
+    if test.diverged is not None:
+        found.append(f"it diverges at {test.diverged:.2g}")
+    else:
+        last = test.learning_rates[-1]
+        found.append(f"it has not diverged up to {last:.2g}: a higher --to would show where")
+    return [*found, f"the curve is in {plot}"]
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     options = parse_arguments()
     recipe = load_recipe(options.recipe, options.overrides)
-    plot, ds_config = check(options, recipe), read_ds_config(options.ds_config)
-    stage, rates = (
-        zero_stage_of(ds_config, options.ds_config),
-        learning_rates(options.low, options.high, options.steps),
-    )
-    logging.getLogger().addHandler(
-        logging.NullHandler()
-    )  # no log file: the run's folder is not ours to write to
+    plot = check(options, recipe)
+    ds_config = read_ds_config(options.ds_config)
+    rates = learning_rates(options.low, options.high, options.steps)
+    # No log file: the run's folder is not ours to write to.
+    logging.getLogger().addHandler(logging.NullHandler())
     with prints_to_log():
-        engine, loader = prepare(recipe, ds_config, options.ds_config, stage, len(rates))
-    main_rank = engine.topology.is_main
+        run = prepare(recipe, ds_config, options.ds_config, len(rates))
+    is_main = run.resolved.topology.is_main
     with tqdm(
-        total=len(rates), unit="step", desc="range test", disable=not main_rank, dynamic_ncols=True
+        total=len(rates), unit="step", desc="range test", disable=not is_main, dynamic_ncols=True
     ) as bar:
 
         def show(rate: float, loss: float) -> None:
@@ -185,8 +182,8 @@ def main() -> int:
             bar.update(1)
 
         with prints_to_log():
-            test = run_range_test(engine, loader, rates, show)
-    if main_rank:
+            test = run_range_test(run, rates, show)
+    if is_main:
         plot.parent.mkdir(parents=True, exist_ok=True)
         write_synced(plot, draw(test, f"{recipe.name}: learning rate range test"))
         if options.json_path != "-":

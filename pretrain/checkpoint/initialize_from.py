@@ -29,7 +29,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import write_synced
 from pretrain.core.section import Effect
-from pretrain.engine.engine import WeightLoader
+from pretrain.engine.build import WeightLoader
 from pretrain.engine.topology import Topology
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM

@@ -103,15 +103,15 @@ class CheckpointStore:
             )
             moe = engine.recipe.model.moe
             tables = (
-                {name: table.weight for name, table in engine.rows.tables.items()}
-                if engine.rows is not None
+                {name: table.weight for name, table in engine.sparse_optimizer.tables.items()}
+                if engine.sparse_optimizer is not None
                 else {}
             )
             num_experts = moe.total_experts if moe else 1
             write_weights(
                 temporary,
                 engine.model,
-                engine.master_weight,
+                engine.masters.whole,
                 topology.rank,
                 engine.expert_parts,
                 num_experts,
@@ -258,7 +258,7 @@ class CheckpointStore:
 
     def _write_rows(self, folder: Path) -> None:
         """The optimizer state of tables, as far as rows were used: DeepSpeed knows nothing of it."""
-        rows = self.engine.rows
+        rows = self.engine.sparse_optimizer
         if rows is None:
             return
         (folder / layout.ROWS_FOLDER).mkdir(exist_ok=True)
@@ -272,7 +272,7 @@ class CheckpointStore:
         )
 
     def _load_rows(self, folder: Path) -> None:
-        rows, engine = self.engine.rows, self.engine
+        rows, engine = self.engine.sparse_optimizer, self.engine
         if rows is None:
             return
         weights = read_experts_part(folder, engine.expert_part, engine.expert_parts)

@@ -1,1 +1,3 @@
-"""The only place that calls DeepSpeed's engine: start of the processes, ds_config, training step."""
+"""DeepSpeed's engine, driven step by step: processes, precision, ds_config, training step, expert
+tables.
+"""

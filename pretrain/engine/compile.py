@@ -1,6 +1,8 @@
-"""``torch.compile`` where it pays: attention with its norm and residual connection, and dense blocks whole.
+"""``torch.compile`` where it pays: attention with its norm and residual connection, and dense
+blocks whole.
 
-What routes tokens stays as it is: how many rows an expert gets differs in every step, and a compiled graph would break there.
+What routes tokens stays as it is: how many rows an expert gets differs in every step, and a
+compiled graph would break there.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from pretrain.model.decoder import DecoderLM
 
 
 def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
-    """Compiles in place, at the first step: parameters keep their names, and modules of one shape share a graph.
+    """Compiles in place, at the first step: parameters keep their names, and modules of one shape
+    share a graph.
 
     Args:
-        backend: one of ``torch.compiler.list_backends()``; ``aot_eager`` traces without generating code.
+        backend: one of ``torch.compiler.list_backends()``; ``aot_eager`` traces without generating
+            code.
     """
     for block in (module for module in model.modules() if isinstance(module, Block)):
         if block.is_moe:

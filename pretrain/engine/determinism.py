@@ -7,18 +7,21 @@ import os
 import torch
 import torch.utils.deterministic
 
-# cuBLAS chooses among algorithms by free workspace unless this fixes it; of the two values that its manual names, the faster one.
+# cuBLAS chooses among algorithms by free workspace unless this fixes it; of the two values that its
+# manual names, the faster one.
 CUBLAS_WORKSPACE = ":4096:8"
 
 
 def be_deterministic() -> None:
-    """Lets torch use deterministic kernels only; where an operation has none it raises an error that names it.
+    """Lets torch use deterministic kernels only; where an operation has none it raises an error
+    that names it.
 
     Call it before the first CUDA kernel: cuBLAS reads its variable when it starts.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    # It would also fill every new tensor with NaN before it is written, to show reads of memory that was never written.
+    # It would also fill every new tensor with NaN before it is written, to show reads of memory
+    # that was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

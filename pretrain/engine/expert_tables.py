@@ -1,36 +1,45 @@
-"""Tables of many small experts beside DeepSpeed's engine, which would give them dense gradients and, in its checkpoints, a file an expert."""
+"""Tables of many small experts (PEER), trained in parallel with DeepSpeed's engine.
+
+DeepSpeed would give the tables dense gradients and, in its checkpoints, a file an expert.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import distributed
 
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import expert_shards
+from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.sparse_optimizer import RowGroups, SparseOptimizer
+from pretrain.engine.step_hooks import StepHook, Update
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.tables.products import ExpertTable
 
 
-def expert_rows(
-    model: DecoderLM, recipe: Recipe, zero_stage: int, topology: Topology
+def take_expert_tables(
+    model: DecoderLM, recipe: Recipe, shards: int, topology: Topology
 ) -> SparseOptimizer | None:
-    """Takes the tables of a PEER model out of its parameters, before DeepSpeed sees them; None for other models. All ranks must call it."""
+    """Take the tables of a PEER model out of its parameters, before DeepSpeed sees them; None for
+    other models.
+
+    Every rank must call it.
+
+    Args:
+        shards: parts that the experts are split into.
+    """
     layers = [module for module in model.modules() if isinstance(module, PEER)]
     if not layers:
         return None
     assert isinstance(recipe.model.moe, PEERConfig)
-    shards = expert_shards(recipe, topology.world_size, zero_stage)
-    sharing, replicas = _groups(topology, shards)
+    neighbours, replicas = _groups(topology, shards)
     for layer in layers:
-        layer.group = sharing
+        layer.group = neighbours
         layer.usage_E = layer.usage_E.to(topology.device)
     tables = {
         f"{name}.weight": module
@@ -40,53 +49,82 @@ def expert_rows(
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
     config = recipe.optimizer.row_optimizer
     assert config is not None
-    return SparseOptimizer(
-        tables,
-        config,
-        RowGroups(replicas, everyone),
-        recipe.model.moe.expert_kernel,
-        topology.device,
-    )
+    groups = RowGroups(replicas, everyone)
+    kernel = recipe.model.moe.expert_kernel
+    return SparseOptimizer(tables, config, groups, kernel, topology.device)
+
+
+class ExpertTablesStep(StepHook):
+    """The tables' part of a step, with the norms by running statistics that move in the same steps.
+
+    Args:
+        peak_learning_rate: of matrices.
+        max_norm: of the whole model's gradient; 0 for no clipping.
+
+    Attributes:
+        norm: of the tables' gradient in this step, without loss scale, [] fp32.
+    """
+
+    def __init__(
+        self,
+        tables: SparseOptimizer,
+        model: DecoderLM,
+        topology: Topology,
+        loss_scale: LossScale,
+        peak_learning_rate: float,
+        max_norm: float,
+    ) -> None:
+        self._tables = tables
+        self._statistics = [
+            module for module in model.modules() if isinstance(module, RunningStatistics)
+        ]
+        self._topology = topology
+        self._loss_scale = loss_scale
+        self._peak_learning_rate = peak_learning_rate
+        self._max_norm = max_norm
+        self.norm = torch.zeros(())
+
+    def before_update(self) -> None:
+        """Reduce the tables' gradients, whose norm counts in that of the whole model."""
+        self.norm = self._tables.reduce(self._loss_scale.value())
+
+    def after_update(self, update: Update) -> None:
+        """Update the tables, clipped by the factor that DeepSpeed has used; a skipped step moves
+        nothing.
+        """
+        if update.applied and math.isfinite(update.grad_norm):
+            factor = 1.0
+            if self._max_norm > 0:
+                factor = 1.0 / max(1.0, (update.grad_norm + 1e-6) / self._max_norm)
+            self._tables.step(self._peak_learning_rate * update.learning_rate_factor, factor)
+        else:
+            self._tables.discard()
+        for statistics in self._statistics:
+            if update.applied:
+                statistics.absorb(self._topology.all_reduce_sum)
+            else:
+                statistics.forget()
 
 
 def _groups(
     topology: Topology, shards: int
 ) -> tuple[distributed.ProcessGroup | None, distributed.ProcessGroup | None]:
-    """This rank's group of ranks that share one set of experts, neighbours as DeepSpeed has them, and that of ranks with the same experts."""
-    world_size, mine = topology.world_size, []
-    for size, ranks_of in (
-        (shards, [list(range(first, first + shards)) for first in range(0, world_size, shards)]),
-        (world_size // shards, [list(range(first, world_size, shards)) for first in range(shards)]),
-    ):
-        groups = [distributed.new_group(ranks) for ranks in ranks_of] if size > 1 else []
-        mine.append(
-            next(
-                (
-                    group
-                    for group, ranks in zip(groups, ranks_of, strict=False)
-                    if topology.rank in ranks
-                ),
-                None,
-            )
-        )
-    return mine[0], mine[1]
+    """This rank's group of ranks that share one set of experts, and that of ranks with the same
+    experts.
 
-
-def count_in_norm(optimizer: Any, zero_stage: int, rows_norm: Callable[[], torch.Tensor]) -> None:
-    """Makes the norm that DeepSpeed's ZeRO stages clip by, report and look at for overflow that of the whole model, its tables included.
-
-    Args:
-        rows_norm: the tables' norm of this step, without loss scale.
+    The former are neighbours, as in DeepSpeed's expert-parallel groups. A group of one rank is
+    None.
     """
+    world_size = topology.world_size
+    sharing = [list(range(first, first + shards)) for first in range(0, world_size, shards)]
+    replicas = [list(range(first, world_size, shards)) for first in range(shards)]
+    return _own_group(sharing, topology.rank), _own_group(replicas, topology.rank)
 
-    def scaled() -> torch.Tensor:
-        return rows_norm() * optimizer.loss_scale
 
-    if zero_stage in (1, 2):
-        norm_of_dense = optimizer.scaled_global_norm
-        optimizer.scaled_global_norm = lambda norm_type=2: combine_grad_norm_groups(
-            [norm_of_dense(norm_type), scaled()]
-        )
-    elif zero_stage == 3:
-        groups_of_dense = optimizer._get_norm_groups
-        optimizer._get_norm_groups = lambda: [*groups_of_dense(), scaled()]
+def _own_group(ranks_of: list[list[int]], rank: int) -> distributed.ProcessGroup | None:
+    """Make a group of each list of ranks, and return the one with ``rank`` in it."""
+    if len(ranks_of[0]) == 1:
+        return None
+    # torch requires that every rank makes every group, in the same order, also those it is not in.
+    groups = [distributed.new_group(ranks) for ranks in ranks_of]
+    return next(group for group, ranks in zip(groups, ranks_of, strict=True) if rank in ranks)

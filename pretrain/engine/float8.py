@@ -1,8 +1,10 @@
-"""Linear layers that multiply in fp8: torchao's ``Float8Linear`` with a scale for each tensor, found anew at each product.
+"""Linear layers that multiply in fp8: torchao's ``Float8Linear`` with a scale for each tensor,
+found anew at each product.
 
-Weights stay bf16 with fp32 masters, and keep their names. Converted are the projections inside the blocks whose sizes fp8 products take:
-attention, dense feed-forwards, shared experts, and the experts of DeepSpeed's own layer. Embeddings, head, routers, norms, and the stacked
-experts of dropless layers compute in bf16.
+Weights stay bf16 with fp32 masters, and keep their names. Converted are the projections inside the
+blocks whose sizes fp8 products take: attention, dense feed-forwards, shared experts, and the
+experts of DeepSpeed's own layer. Embeddings, head, routers, norms, and the stacked experts of
+dropless layers compute in bf16.
 """
 
 from __future__ import annotations
@@ -28,21 +30,26 @@ def takes_fp8(module: nn.Module, name: str) -> bool:
 
 
 def convert_linears(model: nn.Module, device: torch.device) -> None:
-    """Converts in place; the parameters stay the same objects. Off CUDA the rounding is emulated: right numbers, no gain in speed.
+    """Converts in place; the parameters stay the same objects.
+
+    Off CUDA the rounding is emulated: the right values, no gain in speed.
 
     Raises:
-        ConfigError: where torchao is not installed, or no layer has the sizes.
+        ConfigError: if torchao is not installed, or no layer has the sizes.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError(
-            f"train.precision is fp8, which needs the package torchao ({error}): install it, or use train.precision=bf16"
+            f"train.precision is fp8, which needs the package torchao ({error}): "
+            "install it, or use train.precision=bf16"
         ) from None
     if not any(takes_fp8(module, name) for name, module in model.named_modules()):
         raise ConfigError(
-            f"train.precision is fp8, but no projection of this model has sides that are multiples of {MULTIPLE}: use train.precision=bf16"
+            "train.precision is fp8, but no projection of this model has sides that are multiples "
+            f"of {MULTIPLE}: use train.precision=bf16"
         )
-    # Rows are tokens, and an expert gets any number of them: the inner side of the weight's gradient is padded.
+    # Rows are tokens, and an expert gets any number of them: the inner side of the weight's
+    # gradient is padded.
     config = Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda")
     convert_to_float8_training(model, module_filter_fn=takes_fp8, config=config)

@@ -1,4 +1,6 @@
-"""Steps that are in no row of metrics yet, as a checkpoint carries them: each rank's own, to the bit."""
+"""Steps that are in no metrics record yet, as a checkpoint carries them: each rank's own, to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pretrain.engine.engine import StepResult
+from pretrain.engine.step import StepLosses, StepResult
 from pretrain.model.decoder import RouterTotals
 
 
@@ -16,7 +18,7 @@ def to_state(results: Sequence[StepResult]) -> list[dict[str, Any]]:
     return [
         vars(result)
         | {
-            "losses": result.losses.cpu(),
+            "losses": result.losses.packed().cpu(),
             "router": None if result.router is None else [tensor.cpu() for tensor in result.router],
             "micro_losses": [loss.cpu() for loss in result.micro_losses],
         }
@@ -25,16 +27,17 @@ def to_state(results: Sequence[StepResult]) -> list[dict[str, Any]]:
 
 
 def from_state(states: Sequence[dict[str, Any]], device: torch.device) -> list[StepResult]:
-    return [
-        StepResult(
-            **state
-            | {
-                "losses": state["losses"].to(device),
-                "router": None
-                if state["router"] is None
-                else RouterTotals(*(tensor.to(device) for tensor in state["router"])),
-                "micro_losses": tuple(loss.to(device) for loss in state["micro_losses"]),
-            }
-        )
-        for state in states
-    ]
+    """The inverse of :func:`to_state`, on a device."""
+    return [_step_of(state, device) for state in states]
+
+
+def _step_of(state: dict[str, Any], device: torch.device) -> StepResult:
+    router: RouterTotals | None = None
+    if state["router"] is not None:
+        router = RouterTotals(*(tensor.to(device) for tensor in state["router"]))
+    on_device = {
+        "losses": StepLosses.unpacked(state["losses"].to(device)),
+        "router": router,
+        "micro_losses": tuple(loss.to(device) for loss in state["micro_losses"]),
+    }
+    return StepResult(**state | on_device)

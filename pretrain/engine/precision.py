@@ -21,7 +21,7 @@ def resolve_precision(asked: str) -> str:
     """``fp32``, ``bf16``, ``fp16`` or ``fp8`` for this device.
 
     Raises:
-        ConfigError: where the device cannot compute in what the recipe asks for.
+        ConfigError: if the device cannot compute in what the recipe asks for.
     """
     accelerator = get_accelerator()
     name = accelerator.device_name()
@@ -29,15 +29,18 @@ def resolve_precision(asked: str) -> str:
         return "bf16" if _native_bf16(name) else "fp32"
     if asked == "bf16" and not accelerator.is_bf16_supported():
         raise ConfigError(
-            f"train.precision is bf16, but this {name} device cannot compute in it: use --set train.precision=fp32"
+            f"train.precision is bf16, but this {name} device cannot compute in it: "
+            "use --set train.precision=fp32"
         )
     if asked == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(
-            f"train.precision is fp16, but this {name} device cannot compute in it: use --set train.precision=bf16 or fp32"
+            f"train.precision is fp16, but this {name} device cannot compute in it: "
+            "use --set train.precision=bf16 or fp32"
         )
     if asked == "fp8" and (reason := _no_fp8(name)):
         raise ConfigError(
-            f"train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but {reason}: use --set train.precision=bf16"
+            "train.precision is fp8, which needs a GPU of compute capability 8.9 or more, "
+            f"but {reason}: use --set train.precision=bf16"
         )
     return asked
 
@@ -46,13 +49,16 @@ def hardware_warnings(recipe: Recipe) -> list[str]:
     """What a recipe asks for and this device does not have, a sentence each."""
     if recipe.train.tf32 and not _has_tf32():
         return [
-            "train.tf32 has no effect here: only GPUs of compute capability 8.0 or more multiply in TF32"
+            "train.tf32 has no effect here: "
+            "only GPUs of compute capability 8.0 or more multiply in TF32"
         ]
     return []
 
 
 def set_matmul_precision(tf32: bool) -> None:
-    """fp32 products in TF32 (NVIDIA 2020), where the hardware has it and the recipe asks for it; else in fp32."""
+    """fp32 products in TF32 (NVIDIA 2020), if the hardware has it and the recipe asks for it;
+    else in fp32.
+    """
     torch.set_float32_matmul_precision("high" if tf32 and _has_tf32() else "highest")
 
 
@@ -61,7 +67,7 @@ def _has_tf32() -> bool:
 
 
 def _no_fp8(device_name: str) -> str:
-    """Why this device has no fp8 products; empty where it has."""
+    """Why this device has no fp8 products; empty if it has."""
     if device_name != "cuda":
         return f"this device is a {device_name}"
     major, minor = torch.cuda.get_device_capability()

@@ -1,8 +1,10 @@
-"""Training tables of which a step uses few rows: gradients, state and time follow the rows used, not the rows held.
+"""Training tables of which a step uses few rows: gradients, state and time follow the rows used,
+not the rows held.
 
-A row is trained by the recipe's optimizer over the steps that used it, as if it were a parameter of its own whose gradient is None in all
-others: its moments do not fade meanwhile, its weight does not decay, and Adam's bias correction counts its own steps. Where every step uses
-every row, that is the dense optimizer.
+A row is trained by the recipe's optimizer over the steps that used it, as if it were a parameter of
+its own whose gradient is None in all others: its moments do not fade meanwhile, its weight does not
+decay, and Adam's bias correction counts its own steps. Where every step uses every row, that is the
+dense optimizer.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class RowGroups(NamedTuple):
     """Process groups around one rank's tables; None stands for this process alone.
 
     Attributes:
-        replicas: the ranks that hold the same experts. Each keeps the optimizer state of an equal part of the rows (as ZeRO stage 1 does).
+        replicas: the ranks that hold the same experts. Each keeps the optimizer state of an equal
+            part of the rows (as ZeRO stage 1 does).
         everyone: all ranks.
     """
 
@@ -39,7 +42,11 @@ class RowGroups(NamedTuple):
 
 
 def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Zeros [rows, columns] fp32. On a CPU a page of them takes memory once a row of it is written; ``torch.zeros`` takes all of it at once."""
+    """Zeros [rows, columns] fp32.
+
+    On a CPU a page of them takes memory once a row of it is written; ``torch.zeros`` takes all of
+    it at once.
+    """
     if device.type != "cpu" or rows * columns == 0:
         return torch.zeros(rows, columns, device=device)
     pages = mmap.mmap(-1, 4 * rows * columns)
@@ -51,7 +58,9 @@ def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 class RowState:
-    """The optimizer of one table's rows ``first`` to ``last``: moments [rows, D] fp32 and how many steps used each row, [rows] int32."""
+    """The optimizer of one table's rows ``first`` to ``last``: moments [rows, D] fp32 and how many
+    steps used each row, [rows] int32.
+    """
 
     def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: AdamW | SGD) -> None:
         self.table_ND, self.first, self.last, self.config = table_ND, first, last, config
@@ -105,7 +114,9 @@ class RowState:
         return state | {name: moment[own_U] for name, moment in self.moments.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over a :meth:`state`; rows that it does not name were never used, and moments that it does not have start at zero."""
+        """Takes over a :meth:`state`; rows that it does not name were never used, and moments that
+        it does not have start at zero.
+        """
         (used_U,) = self.steps.nonzero(as_tuple=True)
         for numbers in (self.steps, *self.moments.values()):
             numbers[used_U] = 0
@@ -116,9 +127,11 @@ class RowState:
 
 
 class SparseOptimizer:
-    """Gathers what the backward passes left in the tables, and updates the rows it concerns, the same on every replica.
+    """Gathers what the backward passes left in the tables, and updates the rows it concerns, the
+    same on every replica.
 
-    A step is :meth:`reduce`, which says how large the gradient is, then :meth:`step` or :meth:`discard`.
+    A step is :meth:`reduce`, which says how large the gradient is, then :meth:`step` or
+    :meth:`discard`.
 
     Args:
         tables: by name; taken out of their modules' parameters here.
@@ -151,7 +164,9 @@ class SparseOptimizer:
 
     @torch.no_grad()
     def reduce(self, scale: float) -> torch.Tensor:
-        """Brings the replicas' gradients together, averaged over all ranks' batches. Every rank must call it.
+        """Brings the replicas' gradients together, averaged over all ranks' batches.
+
+        Every rank must call it.
 
         Args:
             scale: what the losses were multiplied with (fp16's loss scale).

@@ -1,6 +1,8 @@
-"""Who this process is among all: found from the launcher's environment, then one process group for everything.
+"""Who this process is among all: found from the launcher's environment, then one process group for
+everything.
 
-Understood are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through mpi4py), and no launcher at all.
+Understood are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through
+mpi4py), and no launcher at all.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from pretrain.core.errors import ConfigError
+from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 
 Value = TypeVar("Value")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
@@ -25,7 +28,10 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place. Expert-parallel groups are runs of ``ep_size`` neighbouring ranks, as DeepSpeed builds them."""
+    """This process's place.
+
+    Expert-parallel groups are ``ep_size`` neighbouring ranks, as DeepSpeed builds them.
+    """
 
     rank: int
     world_size: int
@@ -35,20 +41,22 @@ class Topology:
 
     @property
     def ep_rank(self) -> int:
+        """This process's place in its expert-parallel group."""
         return self.rank % self.ep_size
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over all ranks, in place."""
+        """Sum a tensor over all ranks, in place, and return it."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank where it is true on one."""
+        """True on every rank if it is true on any."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
@@ -61,6 +69,7 @@ class Topology:
         return values
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world_size > 1:
             distributed.barrier()
 
@@ -73,14 +82,13 @@ def free_port() -> int:
 
 
 def _from_mpi() -> dict[str, str]:
-    from mpi4py import MPI
+    from mpi4py import MPI  # optional, and importing it starts MPI
 
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # On one machine the loopback always works; a host name may not resolve.
-    own_address = (
-        "127.0.0.1" if node.size == world.size else socket.gethostbyname(socket.gethostname())
-    )
+    on_one_machine = node.size == world.size
+    own_address = "127.0.0.1" if on_one_machine else socket.gethostbyname(socket.gethostname())
     address, port = world.bcast((own_address, free_port()), root=0)
     return {
         "RANK": str(world.rank),
@@ -95,7 +103,8 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(
-            f"started by srun without {' and '.join(missing)}: export them as launchers/slurm.sbatch does"
+            f"started by srun without {' and '.join(missing)}: "
+            "export them as launchers/slurm.sbatch does"
         )
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     return {name: environment[source] for name, source in names.items()}
@@ -119,20 +128,30 @@ def discover(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def world_size_from_environment(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher started, without connecting them: for checks that come before."""
+    """How many processes the launcher started, without connecting them: for checks that come
+    before.
+    """
     return int((discover(environment) or environment)["WORLD_SIZE"])
 
 
+def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher made this process rank 0, also before the processes are connected; true
+    without one.
+    """
+    names = ("RANK", "SLURM_PROCID", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+    return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
 def connect(ep_size: int) -> Topology:
-    """Joins all processes into torch's default group through DeepSpeed, and picks this process's device."""
+    """Join all processes into torch's default group through DeepSpeed, and pick this process's
+    device.
+    """
     os.environ.update(discover(os.environ))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs here. It needs a C++ compiler, and ranks that wait in it for a dead
-    # peer spin for ever, where gloo reports a lost connection.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    avoid_shared_memory_all_reduce()
     if not distributed.is_initialized():
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
@@ -147,6 +166,6 @@ def connect(ep_size: int) -> Topology:
 
 
 def disconnect() -> None:
-    """Leaves the process group, so that no process lingers."""
+    """Leave the process group, so that no process lingers."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

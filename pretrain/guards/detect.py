@@ -1,6 +1,7 @@
-"""Decisions about steps that went wrong, from plain numbers: nothing here communicates, reads or writes.
+"""Decisions about steps that went wrong, from plain values: nothing here communicates, reads or
+writes.
 
-Every rank is given the same numbers, so every rank decides the same.
+Every rank is given the same values, so every rank decides the same.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard
 
-# The standard deviation of normal numbers in units of their median absolute deviation.
+# The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_SCALE = 1.4826
-# Below it a deviation of a gradient norm's logarithm is nothing to judge by: norms that hardly vary would trip on a rounding.
+# The least deviation of a gradient norm's logarithm that is compared with: norms that hardly vary
+# would be violations by a rounding otherwise.
 LEAST_LOG_DEVIATION = 0.01
 SEVERITY: tuple[Action, ...] = ("warn", "skip", "rollback", "stop")
 
@@ -24,10 +26,13 @@ class Violation:
     """Something that a guard found.
 
     Attributes:
-        reason: what, in words and numbers, as the end of a sentence about the step.
-        in_a_row: how many steps in a row the same guard has found something, this one included; steps that were skipped before it was asked
-            are passed over.
-        first: the first of these, where it is not this one.
+        guard: its field in ``guards`` of the recipe.
+        action: what is done about it.
+        step: from 1.
+        reason: what it is, as the end of a sentence about the step.
+        in_a_row: how many steps in a row the same guard has found something, this one included;
+            steps that were skipped before it was asked are passed over.
+        first: the first of these; None if it is this one.
     """
 
     guard: str
@@ -39,26 +44,31 @@ class Violation:
 
     @property
     def from_step(self) -> int:
+        """The first step that is suspect."""
         return self.step if self.first is None else self.first
 
 
 class RobustWindow:
-    """The last values of something that wanders, and how far a new one lies above them.
+    """The last values of something that drifts, and how far a new one is above them.
 
-    Median and median absolute deviation: of the values in the window almost half may be outliers, and a level that stays is the new normal once
-    they are half of it.
+    Median and median absolute deviation: of the values in the window almost half may be outliers,
+    and a level that stays is the new normal once it fills half of it.
 
     Args:
         least_deviation: what the robust standard deviation is at least.
     """
 
     def __init__(self, size: int, least_deviation: float = 1e-12) -> None:
-        self.size, self.least_deviation = size, least_deviation
+        self.size = size
+        self.least_deviation = least_deviation
         self.values: list[float] = []  # from the oldest to the newest
         self._sorted: list[float] = []
 
     def rise(self, value: float) -> tuple[float, float] | None:
-        """How far ``value`` is above the median, and how many robust standard deviations that is; None while there is too little to compare."""
+        """How far ``value`` is above the median, and how many robust standard deviations that is.
+
+        None while there is too little to compare with.
+        """
         if len(self.values) < max(16, self.size // 4):
             return None
         middle = _middle(self._sorted)
@@ -66,14 +76,16 @@ class RobustWindow:
         return value - middle, (value - middle) / max(deviation, self.least_deviation)
 
     def add(self, value: float) -> None:
+        """Add the newest value, and drop the oldest if the window is full."""
         self.values.append(value)
         insort(self._sorted, value)
         if len(self.values) > self.size:
             del self._sorted[bisect_left(self._sorted, self.values.pop(0))]
 
     def replace(self, values: list[float]) -> None:
-        """Forgets what it holds, and takes these."""
-        self.values, self._sorted = list(values[-self.size :]), sorted(values[-self.size :])
+        """Forget all values, and take these."""
+        self.values = list(values[-self.size :])
+        self._sorted = sorted(self.values)
 
 
 def _middle(ordered: list[float]) -> float:
@@ -96,7 +108,7 @@ class Guards:
         self._first: dict[str, int] = {}
 
     @property
-    def judges(self) -> bool:
+    def may_skip(self) -> bool:
         """Whether a guard may have to refuse an update, so that it has to be asked before it."""
         return any(
             guard is not None and guard.action != "warn"
@@ -104,20 +116,23 @@ class Guards:
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
-        """What spike and gradient norm guards find at a step: of its mean loss in nats a token, and its norm before clipping.
+        """What the spike and gradient norm guards find at a step.
 
         Every step is to be shown once, in order; those whose gradient is not finite are left out.
+
+        Args:
+            loss: mean cross-entropy of the step, nats a token.
+            grad_norm: before clipping.
         """
-        spike, norm = self.config.spike, self.config.grad_norm
+        spike = self.config.spike
+        norm = self.config.grad_norm
         found = []
         if spike is not None and self._losses is not None:
-            found.append(self._trip("spike", spike, step, self._spike(spike, self._losses, loss)))
+            reason = self._spike(spike, self._losses, loss)
+            found.append(self._violation("spike", spike, step, reason))
         if norm is not None and self._log_norms is not None:
-            found.append(
-                self._trip(
-                    "grad_norm", norm, step, self._high_norm(norm, self._log_norms, grad_norm)
-                )
-            )
+            reason = self._high_norm(norm, self._log_norms, grad_norm)
+            found.append(self._violation("grad_norm", norm, step, reason))
         return [violation for violation in found if violation is not None]
 
     def non_finite(self, step: int) -> Violation:
@@ -129,28 +144,40 @@ class Guards:
     def validation_gap(
         self, step: int, validation_loss: float, training_loss: float | None
     ) -> Violation | None:
+        """A validation loss that is too far above the training loss; None if it is not, or there is
+        no guard.
+        """
         guard = self.config.validation_gap
         if guard is None or training_loss is None or validation_loss - training_loss <= guard.nats:
             return None
-        reason = f"the validation loss {validation_loss:.4f} is more than {guard.nats:g} above the training loss {training_loss:.4f}"
+        reason = (
+            f"the validation loss {validation_loss:.4f} is more than {guard.nats:g} above "
+            f"the training loss {training_loss:.4f}"
+        )
         return Violation("validation_gap", guard.action, step, reason)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint carries, as JSON: with it a resumed run decides as the uninterrupted one."""
-        windows = {"losses": self._losses, "log_norms": self._log_norms}
-        return {
-            name: list(window.values) for name, window in windows.items() if window is not None
-        } | {
-            "in_a_row": self._in_a_row,
-            "first": self._first,
+        """What a checkpoint carries, as JSON: with it a resumed run decides as the uninterrupted
+        one.
+        """
+        state = {
+            name: list(window.values)
+            for name, window in self._windows().items()
+            if window is not None
         }
+        return state | {"in_a_row": self._in_a_row, "first": self._first}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's state; a guard that the checkpoint did not have starts anew."""
-        for name, window in (("losses", self._losses), ("log_norms", self._log_norms)):
+        """Continue from a checkpoint's state; one that was not in it starts anew."""
+        for name, window in self._windows().items():
             if window is not None:
                 window.replace(state.get(name, []))
-        self._in_a_row, self._first = dict(state.get("in_a_row", {})), dict(state.get("first", {}))
+        self._in_a_row = dict(state.get("in_a_row", {}))
+        self._first = dict(state.get("first", {}))
+
+    def _windows(self) -> dict[str, RobustWindow | None]:
+        """By their names in a checkpoint."""
+        return {"losses": self._losses, "log_norms": self._log_norms}
 
     @staticmethod
     def _spike(guard: SpikeGuard, window: RobustWindow, loss: float) -> str | None:
@@ -160,7 +187,10 @@ class Guards:
         window.add(loss)
         if rise is None or rise[0] <= guard.min_rise or rise[1] <= guard.deviations:
             return None
-        return f"its loss {loss:.4f} is {rise[0]:.4f} above the median of the last {len(window.values) - 1} steps, {rise[1]:.1f} robust deviations"
+        return (
+            f"its loss {loss:.4f} is {rise[0]:.4f} above the median of the last "
+            f"{len(window.values) - 1} steps, {rise[1]:.1f} robust deviations"
+        )
 
     @staticmethod
     def _high_norm(guard: GradNormGuard, window: RobustWindow, norm: float) -> str | None:
@@ -171,12 +201,17 @@ class Guards:
             return f"its gradient norm {norm:.4g} is above {guard.max:g}"
         if guard.deviations is None or rise is None or rise[1] <= guard.deviations or rise[0] <= 0:
             return None
-        return f"its gradient norm {norm:.4g} is {math.exp(rise[0]):.1f} times the median of the last steps, {rise[1]:.1f} robust deviations"
+        return (
+            f"its gradient norm {norm:.4g} is {math.exp(rise[0]):.1f} times the median of the last "
+            f"steps, {rise[1]:.1f} robust deviations"
+        )
 
-    def _trip(
+    def _violation(
         self, name: str, guard: SpikeGuard | GradNormGuard, step: int, reason: str | None
     ) -> Violation | None:
-        """A reason as a trip: with the guard's action once there are enough in a row, only told before."""
+        """What a reason amounts to: the guard's action once there are enough in a row, a warning
+        before.
+        """
         if reason is None:
             self._in_a_row.pop(name, None)
             self._first.pop(name, None)
@@ -188,5 +223,5 @@ class Guards:
 
 
 def severest(violations: list[Violation]) -> Violation | None:
-    """The trip whose action goes furthest."""
+    """The violation whose action goes furthest; None if there is none."""
     return max(violations, key=lambda violation: SEVERITY.index(violation.action), default=None)

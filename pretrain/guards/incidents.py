@@ -1,4 +1,6 @@
-"""What went wrong in a run, for people and programs: ``incidents.jsonl``, the log, and a line on the terminal."""
+"""What went wrong in a run, for people and programs: ``incidents.jsonl``, the log, and a line on
+the terminal.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from tqdm import tqdm
 
 from data_pipeline.loading.batch import Origin
 from data_pipeline.loading.shard_loader import Loader
-from pretrain.engine.engine import StepResult
+from pretrain.engine.step import StepResult
 from pretrain.engine.topology import Topology
 from pretrain.guards.detect import Violation
 from pretrain.guards.locate import NonFinite
@@ -22,9 +26,9 @@ from pretrain.guards.locate import NonFinite
 logger = logging.getLogger(__name__)
 
 INCIDENTS = "incidents.jsonl"
-# Of a step with many micro batches only so many are told, the worst ones.
+# Of a step with many micro batches only so many are reported, the worst ones.
 MAX_MICRO_BATCHES = 8
-DONE = {
+CONSEQUENCES = {
     "warn": "it goes on",
     "skip": "the step is skipped",
     "rollback": "the run goes back",
@@ -32,76 +36,116 @@ DONE = {
 }
 
 
+@dataclass(frozen=True)
+class SuspectMicroBatch:
+    """One micro batch of a step that went wrong.
+
+    Attributes:
+        micro_batch: of its rank in the step, from 0.
+        loss: what was minimised; None if it is not finite, or was not looked at.
+        not_finite: ``loss``, or the weight whose gradient is not finite; "" if that was not looked
+            for.
+        sequences: source and documents of each sequence; empty if they are no longer known.
+    """
+
+    rank: int
+    micro_batch: int
+    loss: float | None = None
+    not_finite: str = ""
+    sequences: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``incidents.jsonl`` has it."""
+        what = {"not_finite": self.not_finite} if self.not_finite else {"loss": self.loss}
+        place = {"rank": self.rank, "micro_batch": self.micro_batch}
+        return place | what | {"sequences": list(self.sequences)}
+
+    def __str__(self) -> str:
+        loss = math.nan if self.loss is None else self.loss
+        what = self.not_finite or f"loss {loss:.4f}"
+        documents = self.sequences[0] if self.sequences else "documents no longer known"
+        return f"rank {self.rank}, micro batch {self.micro_batch}, {what}: {documents}"
+
+
 class IncidentLog:
-    """Tells incidents. Those of a step are told by rank 0, a stalled reader by the rank that waits.
+    """Reports incidents.
+
+    Those of a step are reported by rank 0, a stalled reader by the rank that waits.
 
     Args:
         folder: of the run.
     """
 
     def __init__(self, folder: Path, loader: Loader, topology: Topology) -> None:
-        self.path, self.loader, self.topology = folder / INCIDENTS, loader, topology
+        self.path = folder / INCIDENTS
+        self.loader = loader
+        self.topology = topology
 
-    def tell_step(
+    def report_step(
         self, violation: Violation, result: StepResult, found: list[NonFinite] | None = None
     ) -> None:
-        """An incident of a training step, with its worst micro batches and their documents. Every rank must call it.
+        """Report an incident of a training step, with its worst micro batches and their documents.
+
+        Every rank must call it.
 
         Args:
             result: of that step, on this rank.
-            found: what is not finite, where that was looked for.
+            found: what is not finite, if that was looked for.
         """
         losses = self.topology.all_gather([finite(float(loss)) for loss in result.micro_losses])
         if not self.topology.is_main:
             return
-        worst: list[dict[str, Any]]
-        if found is not None:
-            worst = [
-                {"rank": entry.rank, "micro_batch": entry.micro_batch, "not_finite": entry.where}
-                for entry in found[:MAX_MICRO_BATCHES]
-            ]
-        else:
-            worst = [
-                {"rank": rank, "micro_batch": number, "loss": loss}
-                for rank, own in enumerate(losses)
-                for number, loss in enumerate(own)
-            ]
-            worst = sorted(
-                worst, key=lambda entry: -math.inf if entry["loss"] is None else -entry["loss"]
-            )[:MAX_MICRO_BATCHES]
-        origins = self.loader.origins(violation.step - 1)
-        size = len(origins) // (self.loader.dp_size * len(result.micro_losses))
-        for entry in worst:  # number k of rank r is micro batch r + k * ranks of the step
-            first = (entry["rank"] + entry["micro_batch"] * self.loader.dp_size) * size
-            entry["sequences"] = [describe(origin) for origin in origins[first : first + size]]
+        suspects = _worst(losses) if found is None else _not_finite(found)
+        suspects = self._with_documents(suspects, violation.step - 1, len(result.micro_losses))
         details = {
             "in_a_row": violation.in_a_row,
             "grad_norm": finite(result.grad_norm),
-            "micro_batches": worst,
+            "micro_batches": [suspect.to_dict() for suspect in suspects],
         }
         self._write(violation.guard, violation.action, violation.step, violation.reason, details)
-        self._say(violation, worst, nothing_found=found == [])
+        where = ""
+        if found == []:
+            where = "; it did not happen again when the step was repeated: suspect the hardware"
+        elif suspects:
+            others = f" and {len(suspects) - 1} more" if found and len(suspects) > 1 else ""
+            where = f"; {suspects[0]}{others}"
+        self._warn(violation, where)
 
-    def tell(self, violation: Violation, **details: Any) -> None:
-        """An incident that is not of one batch. Only rank 0 tells it."""
+    def report(self, violation: Violation, **details: Any) -> None:
+        """Report an incident that is not of one batch; rank 0 does."""
         if self.topology.is_main:
             self._write(
                 violation.guard, violation.action, violation.step, violation.reason, details
             )
-            self._say(violation, [], nothing_found=False)
+            self._warn(violation, "")
 
-    def tell_stall(self, seconds: float, reading: str) -> None:
-        """A batch that has not come on this rank."""
-        reason = f"rank {self.topology.rank} has waited {seconds:.0f} seconds for a batch while {reading} is read"
-        self._write(
-            "stalled_data",
-            "warn",
-            None,
-            reason,
-            {"rank": self.topology.rank, "seconds": seconds, "reading": reading},
-        )
+    def report_stall(self, seconds: float, reading: str) -> None:
+        """Report a batch that has not come on this rank."""
+        rank = self.topology.rank
+        reason = f"rank {rank} has waited {seconds:.0f} seconds for a batch while {reading} is read"
+        details = {"rank": rank, "seconds": seconds, "reading": reading}
+        self._write("stalled_data", "warn", None, reason, details)
         logger.warning("%s", reason)
         tqdm.write(f"warning: {reason}; training waits", file=sys.stderr)
+
+    def _with_documents(
+        self, suspects: Sequence[SuspectMicroBatch], step: int, accumulation_steps: int
+    ) -> list[SuspectMicroBatch]:
+        """Look up what the micro batches of a step (from 0) were made of."""
+        ranks = self.loader.dp_size
+        origins = self.loader.origins(step)
+        size = len(origins) // (ranks * accumulation_steps)
+        found = []
+        for suspect in suspects:
+            # Number k of rank r is micro batch r + k * ranks of the step.
+            first = (suspect.rank + suspect.micro_batch * ranks) * size
+            sequences = tuple(describe(origin) for origin in origins[first : first + size])
+            found.append(
+                SuspectMicroBatch(
+                    suspect.rank, suspect.micro_batch, suspect.loss, suspect.not_finite, sequences
+                )
+            )
+        return found
 
     def _write(
         self, guard: str, action: str, step: int | None, reason: str, details: dict[str, Any]
@@ -118,43 +162,49 @@ class IncidentLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def _say(self, violation: Violation, worst: list[dict[str, Any]], nothing_found: bool) -> None:
+    def _warn(self, violation: Violation, where: str) -> None:
+        """A line on the terminal, unless it would repeat the one of the step before."""
         if violation.in_a_row > 1 and violation.action == "warn":
-            return  # it is still the same, and all of it is in the file
-        where = ""
-        if nothing_found:
-            where = "; it did not happen again when the step was repeated: suspect the hardware"
-        elif worst:
-            entry = worst[0]
-            what = (
-                f", {entry['not_finite']}"
-                if "not_finite" in entry
-                else f", loss {math.nan if entry['loss'] is None else entry['loss']:.4f}"
-            )
-            documents = entry["sequences"][0] if entry["sequences"] else "documents no longer known"
-            others = (
-                f" and {len(worst) - 1} more" if len(worst) > 1 and "not_finite" in entry else ""
-            )
-            where = f"; rank {entry['rank']}, micro batch {entry['micro_batch']}{what}: {documents}{others}"
+            return
         tqdm.write(
-            f"warning: step {violation.step}: {violation.reason}{where}; {DONE[violation.action]} ({self.path})",
+            f"warning: step {violation.step}: {violation.reason}{where}; "
+            f"{CONSEQUENCES[violation.action]} ({self.path})",
             file=sys.stderr,
         )
+
+
+def _worst(losses: list[list[float | None]]) -> list[SuspectMicroBatch]:
+    """The micro batches of the highest loss, from the losses of each rank; one that is not finite
+    comes first.
+    """
+    everything = [
+        SuspectMicroBatch(rank, number, loss=loss)
+        for rank, own in enumerate(losses)
+        for number, loss in enumerate(own)
+    ]
+    everything.sort(key=lambda entry: -math.inf if entry.loss is None else -entry.loss)
+    return everything[:MAX_MICRO_BATCHES]
+
+
+def _not_finite(found: list[NonFinite]) -> list[SuspectMicroBatch]:
+    return [
+        SuspectMicroBatch(entry.rank, entry.micro_batch, not_finite=entry.where)
+        for entry in found[:MAX_MICRO_BATCHES]
+    ]
 
 
 def describe(origin: Origin) -> str:
     """A sequence's source and documents in one line."""
     parts = []
     for place, first, last in origin.documents:
-        numbers = (
-            f"document {first}"
-            if first == last
-            else f"documents {first} to {'the last' if last < 0 else last}"
-        )
-        parts.append(f"{numbers} in {place}")
+        if first == last:
+            which = f"document {first}"
+        else:
+            which = f"documents {first} to {'the last' if last < 0 else last}"
+        parts.append(f"{which} in {place}")
     return f"{origin.source}: {', '.join(parts)}"
 
 
 def finite(value: float) -> float | None:
-    """As JSON has it, which knows no NaN; ZeRO reports a norm that is not finite as -1."""
+    """A value as JSON has it, which knows no NaN; ZeRO reports a norm that is not finite as -1."""
     return value if math.isfinite(value) and value >= 0 else None

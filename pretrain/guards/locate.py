@@ -1,4 +1,5 @@
-"""Where in a step numbers stopped being finite: the step is repeated with every local gradient watched, and refused.
+"""Where in a step a value stopped being finite: the step is repeated with every local gradient
+watched, and refused.
 
 A run in which all is well pays nothing for it: nothing is watched until a step was skipped.
 """
@@ -19,9 +20,10 @@ from pretrain.engine.engine import Engine
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A micro batch of one rank whose numbers are not finite.
+    """A micro batch of one rank with a loss or gradient that is not finite.
 
     Attributes:
+        rank: the one that computed it.
         micro_batch: of this rank in the step, from 0.
         where: ``loss``, or the weight whose gradient was the first in the backward pass.
     """
@@ -32,19 +34,25 @@ class NonFinite:
 
 
 def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinite]:
-    """Which micro batches of all ranks have a loss or a gradient that is not finite, before any reduction mixes them.
+    """Find the micro batches of all ranks whose loss or gradient is not finite, before any
+    reduction mixes them.
 
-    Weights, optimizer, random state, usage counters and DeepSpeed's counters are afterwards what they were. In fp16 the repetition has no loss
-    scale, so that what is found is no fault of the scale. Dropout and router noise are drawn anew. Empty where it does not happen again: the
-    scale was too large, or the hardware erred.
+    Weights, optimizer, random state, usage counters and DeepSpeed's counters are afterwards what
+    they were. In fp16 the repetition has no loss scale, so that what is found is no fault of the
+    scale. Dropout and router noise are drawn anew. Every rank must call it.
 
     Args:
-        micro_batches: this rank's, as :meth:`Engine.train_step` takes them. Every rank must call it.
+        micro_batches: this rank's, as :meth:`Engine.train_step` takes them.
+
+    Returns:
+        The same list on every rank; empty if it does not happen again: the loss scale was too
+        large, or the
+        hardware erred.
     """
     watch = _Watch(engine)
     with _as_before(engine), watch:
         result = engine.train_step(
-            micro_batches, 0.0, judge=lambda loss, norm: True, after_backward=watch.next
+            micro_batches, 0.0, should_skip=lambda loss, norm: True, after_backward=watch.next
         )
     found: dict[int, str] = dict(watch.found)
     found |= {
@@ -56,27 +64,31 @@ def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinit
         NonFinite(engine.topology.rank, number, where) for number, where in sorted(found.items())
     ]
     everything = [entry for entries in engine.topology.all_gather(mine) for entry in entries]
-    # Where a loss is to blame, what it does to gradients, also to those of experts on other ranks, says nothing new.
+    # If a loss is to blame, what it does to gradients, also to those of experts on other ranks,
+    # says nothing new.
     return [entry for entry in everything if entry.where == "loss"] or everything
 
 
 @contextmanager
 def _as_before(engine: Engine) -> Iterator[None]:
-    """Puts back what a refused step moves beside weights and optimizer state, and takes fp16's loss scale away meanwhile."""
-    device, rates = engine.topology.device, [group["lr"] for group in engine.optimizer.param_groups]
+    """Restore what a refused step moves besides weights and optimizer state; fp16's loss scale is 1
+    meanwhile.
+    """
+    device = engine.topology.device
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
     counters = {
         name: getattr(engine.deepspeed, name)
         for name in ("global_steps", "global_samples", "skipped_steps")
     }
-    usage = engine.usage_so_far()
-    engine.veto.scale_stays = True
+    usage = engine.usage.copy()
+    engine.veto.keeps_loss_scale = True
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        engine.without_loss_scale(),
+        engine.loss_scale.removed(),
     ):
         yield
-    engine.veto.scale_stays = False
-    engine.restore_usage(usage)
+    engine.veto.keeps_loss_scale = False
+    engine.usage.restore(usage)
     for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for name, value in counters.items():
@@ -94,10 +106,12 @@ class _Watch:
         self._handles: list[Any] = []
 
     def next(self, number: int) -> None:
-        """A micro batch is through; those of the tables' gradients that it has left are looked at too."""
-        for name, table in self.engine.rows.tables.items() if self.engine.rows is not None else ():
+        """Micro batch ``number`` is done; what it has left in the tables is looked at too."""
+        sparse = self.engine.sparse_optimizer
+        for name, table in sparse.tables.items() if sparse is not None else ():
             collected = table.collected or []
-            new, self._collected[name] = collected[self._collected.get(name, 0) :], len(collected)
+            new = collected[self._collected.get(name, 0) :]
+            self._collected[name] = len(collected)
             if any(
                 not bool(part.c_P.isfinite().all() and part.x_TD.isfinite().all()) for part in new
             ):

@@ -1,1 +1,3 @@
-"""What surrounds a training: its folder, its plan, the learning rate finder."""
+"""What surrounds a training: its command line, its folder, its parts, a dry run, its outcome, the
+LR finder.
+"""

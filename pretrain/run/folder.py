@@ -1,4 +1,4 @@
-"""A run's folder: one writer at a time, its log file, its summary, and whether it may be resumed."""
+"""A run's folder: one writer at a time, its log file, its summary, whether it may be resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ from pydantic import BaseModel
 from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
 from pretrain.checkpoint.initialize_from import REPORT as INITIAL_WEIGHTS
 from pretrain.checkpoint.layout import complete_checkpoints
+from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import only_writer
 
-# What makes a run this run: a change of any of these would continue another model, or on another order of the data.
+logger = logging.getLogger(__name__)
+
+# What makes a run this run: a change of any of these would continue another model, or on another
+# order of data.
 FIXED_FIELDS = (
     "seed",
     "model",
@@ -34,7 +39,7 @@ FIXED_FIELDS = (
     "optimizer.kind",
     "train.precision",
 )
-# What phases change of a recipe, and what they have of their own.
+# What phases change of a recipe ...
 CHANGED_BY_PHASES = (
     "model",
     "train.sequence_length",
@@ -42,17 +47,43 @@ CHANGED_BY_PHASES = (
     "train.global_batch_size",
     "data.mixture",
 )
+# ... and what they have of their own.
 OWN_FIELDS = ("schedule", "frozen")
-# In summary.json: the last step of a run whose end was told to all who wait for it, such as trackers.
+# In summary.json: the last step of a run whose end was reported to all who wait for it, such as
+# trackers.
 ENDED = "ended_at_step"
-CHECKPOINTS, LOG, SUMMARY, USAGE = "checkpoints", "log.txt", "summary.json", "usage"
+CHECKPOINTS = "checkpoints"
+LOG = "log.txt"
+SUMMARY = "summary.json"
+USAGE = "usage"
+OTHER_FOLDER = "choose another folder with --set run_path=FOLDER"
+WAYS_OUT = f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
+
+
+@contextlib.contextmanager
+def owned_folder(recipe: Recipe, is_main: bool, fresh: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the run's folder as its only writer, empty if ``fresh``; ranks other than 0 hold
+    nothing.
+
+    Raises:
+        ConfigError: if another process writes to it, or as :func:`start_over`.
+    """
+    if not is_main:
+        yield
+        return
+    folder = Path(recipe.output_path)
+    with only_writer(folder, OTHER_FOLDER):
+        if fresh:
+            start_over(folder, overwrite, recipe)
+        yield
 
 
 def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
-    """For --fresh: an empty folder, or the user's word that what is in it may go.
+    """For --fresh: delete what this program has written to the folder.
 
     Raises:
-        ConfigError: where the folder holds a run and ``overwrite`` is false, or the run is to start from what would be deleted.
+        ConfigError: if the folder holds a run and ``overwrite`` is false, or the run is to start
+            from what would be deleted.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -60,7 +91,7 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         newest = complete_checkpoints(folder / CHECKPOINTS)
         what = f"a run (newest checkpoint {newest[0].name})" if newest else "files of a run"
         raise ConfigError(
-            f"--fresh would delete {what} in {folder}: add --overwrite, or choose another folder with --set run_path=FOLDER"
+            f"--fresh would delete {what} in {folder}: add --overwrite, or {OTHER_FOLDER}"
         )
     for field in ("initial_weights", "branch_from"):
         start = getattr(recipe, field)
@@ -69,9 +100,9 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         ):
             raise ConfigError(
                 f"--fresh --overwrite would delete {start}, which {field} starts from: "
-                "move it out of the run's folder, or choose another folder with --set run_path=FOLDER"
+                f"move it out of the run's folder, or {OTHER_FOLDER}"
             )
-    # Only what this program wrote: an export or notes that lie beside it are not ours to delete.
+    # Only what this program wrote: an export or notes in the same folder are not ours to delete.
     for name in (CHECKPOINTS, USAGE, "tensorboard", *TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (
@@ -87,7 +118,9 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Sends every library's log records and warnings to log.txt; the terminal keeps the progress bar and the results."""
+    """Send every library's log records and warnings to log.txt; the terminal keeps progress bar and
+    results.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(
@@ -101,6 +134,12 @@ def log_to_file(folder: Path, rank: int) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def log_configuration(recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    """Write the resolved recipe and ds_config to the log."""
+    logger.info("recipe:\n%s", recipe_to_yaml(recipe))
+    logger.info("ds_config: %s", json.dumps(ds_config))
+
+
 class _LogWriter(io.TextIOBase):
     def write(self, text: str) -> int:
         for line in text.splitlines():
@@ -111,23 +150,24 @@ class _LogWriter(io.TextIOBase):
 
 @contextlib.contextmanager
 def prints_to_log() -> Iterator[None]:
-    """Some of DeepSpeed's messages are plain prints; inside this block they go to log.txt."""
+    """Inside this block plain prints go to log.txt: some of DeepSpeed's messages are such."""
     with contextlib.redirect_stdout(_LogWriter()):
         yield
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What the run's summary.json says; nothing where there is none."""
-    path, summary = folder / SUMMARY, {}
+    """What the run's summary.json says; empty if there is none, or it is torn."""
+    path = folder / SUMMARY
     if path.is_file():
         with contextlib.suppress(json.JSONDecodeError):
-            summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Merges ``values`` into the run's summary.json, atomically, and returns the whole."""
-    path, summary = folder / SUMMARY, read_summary(folder) | values
+    """Merge ``values`` into the run's summary.json, atomically, and return the whole."""
+    path = folder / SUMMARY
+    summary = read_summary(folder) | values
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -144,83 +184,90 @@ def _field(recipe: Recipe, dotted: str) -> Any:
 def check_same_run(
     now: Recipe,
     saved: Recipe,
-    now_identity: dict[str, Any],
-    saved_state: dict[str, Any],
+    fingerprint: Mapping[str, Any],
+    state: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """Refuses to resume a checkpoint of another model, tokenizer, order or topology.
+    """Refuse to resume a checkpoint of another model, tokenizer, order or topology.
+
+    Args:
+        now, saved: the recipes of the run as it is to be, and of the checkpoint.
+        fingerprint: tokenizer and topology, which ``state`` (of the checkpoint) must have too.
 
     Raises:
         ConfigError: naming what differs and what to do.
     """
-    ways_out = (
-        "choose another folder with --set run_path=FOLDER, or start over with --fresh --overwrite"
-    )
-    if difference := past_difference(now, saved, saved_state["step"]):
+    if difference := past_difference(now, saved, state["step"]):
         raise ConfigError(
-            f"{folder} holds a run with another {difference}: put it back, {ways_out}"
+            f"{folder} holds a run with another {difference}: put it back, {WAYS_OUT}"
         )
-    if difference := identity_difference(now_identity, saved_state):
+    if difference := fingerprint_difference(fingerprint, state):
         raise ConfigError(
-            f"{folder} holds a run with {difference}: resume with what it was started with, {ways_out}"
+            f"{folder} holds a run with {difference}: "
+            f"resume with what it was started with, {WAYS_OUT}"
         )
 
 
 def check_branch(
-    now: Recipe, trunk: Recipe, identity: dict[str, Any], state: dict[str, Any], checkpoint: Path
+    now: Recipe,
+    parent: Recipe,
+    fingerprint: Mapping[str, Any],
+    state: Mapping[str, Any],
+    checkpoint: Path,
 ) -> None:
-    """Refuses to go on from a checkpoint of another run (``branch_from``) whose past is not the one that the recipe describes.
+    """Refuse a checkpoint of another run (``branch_from``) whose past is not the one that the
+    recipe describes.
+
+    Args:
+        parent: the recipe of the other run.
+        fingerprint: tokenizer and topology, which ``state`` (of the checkpoint) must have too.
 
     Raises:
         ConfigError: naming what differs and what to do.
     """
-    step, num_steps = state["step"], Timeline(now).num_steps
-    if difference := past_difference(now, trunk, step):
+    step = state["step"]
+    num_steps = Timeline(now).num_steps
+    if difference := past_difference(now, parent, step):
         raise ConfigError(
-            f"branch_from: {checkpoint} is of a run with another {difference}: make the recipe the trunk's up to that step"
+            f"branch_from: {checkpoint} is of a run with another {difference}: "
+            "make the recipe the parent run's up to that step"
         )
-    if difference := identity_difference(identity, state):
+    if difference := fingerprint_difference(fingerprint, state):
         raise ConfigError(
-            f"branch_from: {checkpoint} is of a run with {difference}: start the branch as its trunk was"
+            f"branch_from: {checkpoint} is of a run with {difference}: "
+            "start the branch as its parent run was"
         )
     if step >= num_steps:
         raise ConfigError(
-            f"branch_from: {checkpoint} is at step {step}, and the recipe ends after {num_steps}: raise train.train_tokens"
+            f"branch_from: {checkpoint} is at step {step}, and the recipe ends after {num_steps}: "
+            "raise train.train_tokens"
         )
 
 
-def identity_difference(now: dict[str, Any], saved_state: dict[str, Any]) -> str | None:
-    """What of tokenizer and topology is another than that of a checkpoint, in words."""
+def fingerprint_difference(now: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
+    """What of tokenizer and topology differs from a checkpoint's, in words; None if nothing."""
     for key, value in now.items():
-        if saved_state.get(key) != value:
-            return (
-                "another tokenizer"
-                if key == "tokenizer_sha256"
-                else f"{key} {saved_state.get(key)}, not {value}"
-            )
+        if saved.get(key) == value:
+            continue
+        if key == "tokenizer_sha256":
+            return "another tokenizer"
+        return f"{key} {saved.get(key)}, not {value}"
     return None
 
 
 def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
-    """The first field in which a recipe differs from that of a run in what its first ``step`` steps were, in words; None where it does not.
+    """The first field in which two recipes differ in what the first ``step`` steps of a run were,
+    in words.
 
-    Without phases the mixture may change: the new one holds from here on. A phase says what it was, also when it is over.
+    Without phases the mixture may change: the new one holds from here on. A phase says what it was,
+    also when it is over. None if nothing differs.
     """
     timelines = Timeline(now), Timeline(saved)
-    starts = sorted(
-        {
-            0,
-            *(
-                stage.first_step
-                for timeline in timelines
-                for stage in timeline.stages
-                if stage.first_step < step
-            ),
-        }
-    )
-    for start in starts:
+    phases = [phase for timeline in timelines for phase in timeline.stages]
+    starts = {0, *(phase.first_step for phase in phases if phase.first_step < step)}
+    fields = (*FIXED_FIELDS, "data.mixture") if now.phases or saved.phases else FIXED_FIELDS
+    for start in sorted(starts):
         here, before = (timeline.at(start) for timeline in timelines)
-        fields = (*FIXED_FIELDS, "data.mixture") if now.phases or saved.phases else FIXED_FIELDS
         pairs = {
             field: (_field(before.recipe, field), _field(here.recipe, field)) for field in fields
         }
@@ -233,20 +280,22 @@ def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
     return None
 
 
-def _own(stage: Phase, field: str) -> Any:
-    value = getattr(stage, field)
+def _own(phase: Phase, field: str) -> Any:
+    """A phase's value of one of ``OWN_FIELDS``, as JSON."""
+    value = getattr(phase, field)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else list(value or ())
 
 
 def _difference(before: Any, after: Any, path: str = "") -> str:
-    """The first difference of two nested values, as 'path: before -> after'; a section's own values come before those of the sections in it,
-    whose defaults may follow from them."""
+    """The first difference of two nested values, as 'path: before -> after'.
+
+    A section's own values come before those of the sections in it, whose defaults may follow from
+    them.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(
-            before.keys() | after.keys(), key=lambda key: (isinstance(before.get(key), dict), key)
-        ):
+        keys = before.keys() | after.keys()
+        for key in sorted(keys, key=lambda key: (isinstance(before.get(key), dict), key)):
             if before.get(key) != after.get(key):
-                return _difference(
-                    before.get(key), after.get(key), f"{path}.{key}" if path else key
-                )
+                inner = f"{path}.{key}" if path else key
+                return _difference(before.get(key), after.get(key), inner)
     return f"{path + ': ' if path else ''}{before} -> {after}"

@@ -1,7 +1,8 @@
-"""The learning rate range test: a short training whose learning rate grows exponentially from step to step.
+"""The learning rate range test: a short training whose learning rate grows exponentially from step
+to step.
 
-Where the loss falls fastest is a good learning rate, where it rises again is too high (Smith 2017, "Cyclical Learning Rates for Training Neural
-Networks").
+A learning rate at which the loss falls fastest is a good one, one at which it rises again is too
+high (Smith 2017, "Cyclical Learning Rates for Training Neural Networks").
 """
 
 from __future__ import annotations
@@ -14,29 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loading.packing import prepare_packing
-from data_pipeline.loading.shard_loader import Loader, open_loader
-from data_pipeline.shards.datasets import data_folders, load_datasets
-from pretrain.checkpoint.initialize_from import starting_weights
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import check_topology
-from pretrain.config.timeline import Phase, Timeline
+from pretrain.config.timeline import Phase
 from pretrain.core.errors import ConfigError
-from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine, reduce_steps
-from pretrain.engine.precision import resolve_precision
-from pretrain.engine.topology import connect, world_size_from_environment
-from pretrain.model.moe.config import RoutedMoE
-from pretrain.train import resolve_recipe, share_cores
-from pretrain.training.schedules import balance_update_rate
+from pretrain.engine.step import StepResult, reduce_steps
+from pretrain.run.build import Run, build_run, initial_weights, pack_data, resolve_run
+from pretrain.training.schedules import schedules_of
 
-# Weight of the past in the running mean that ends the test, and how far above its lowest it may rise before.
+# Weight of the past in the running mean that ends the test, and how far above its lowest it may
+# rise before.
 RUNNING_SMOOTHING = 0.9
 DIVERGED_ABOVE = 1.3
-# Steps before that mean is compared with its lowest: it is of few numbers until then.
+# Steps before that mean is compared with its lowest: it is of few losses until then.
 SETTLING_STEPS = 5
-# The share of a decade of learning rates that a slope is taken over, and the steps that these are at least: a slope of few steps among many is
-# that of noise.
+# The share of a decade of learning rates that a slope is taken over, and the steps that these are
+# at least: a slope over few steps among many is that of noise.
 SLOPE_DECADES = 0.6
 SLOPE_STEPS = 10
 FEWEST_STEPS = 2 * SLOPE_STEPS
@@ -49,10 +42,13 @@ class RangeTest:
     """What the test saw.
 
     Attributes:
-        learning_rates, losses: of each step, peak learning rate of matrices and cross-entropy in nats a token.
+        learning_rates, losses: of each step, peak learning rate of matrices and cross-entropy in
+            nats a token.
         smoothed: the losses by :func:`smooth`.
-        steepest: the learning rate at which the smoothed loss falls fastest with the logarithm of it; None where it never falls.
-        diverged: the learning rate at which the smoothed loss has risen to ``DIVERGED_ABOVE`` times its lowest, or a gradient was not finite.
+        steepest: the learning rate at which the smoothed loss falls fastest with the logarithm of
+            it; None if it never falls.
+        diverged: the learning rate at which the smoothed loss has risen to ``DIVERGED_ABOVE`` times
+            its lowest, or a gradient was not finite; None if neither happened.
     """
 
     learning_rates: list[float]
@@ -63,17 +59,16 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The lower one of the steepest descent and a tenth of where it diverges."""
-        known = [
-            value
-            for value in (self.steepest, None if self.diverged is None else SAFETY * self.diverged)
-            if value is not None
-        ]
-        return min(known) if self.steepest is not None else None
+        """The lower one of the steepest descent and a tenth of where it diverges; None without a
+        descent.
+        """
+        if self.steepest is None or self.diverged is None:
+            return self.steepest
+        return min(self.steepest, SAFETY * self.diverged)
 
 
 def learning_rates(low: float, high: float, steps: int) -> list[float]:
-    """``steps`` learning rates from ``low`` to ``high``, each the same factor above the one before."""
+    """``steps`` learning rates from ``low`` to ``high``, each by one factor above the last."""
     return [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
 
 
@@ -87,7 +82,9 @@ def running_mean(losses: Sequence[float], weight: float) -> list[float]:
 
 
 def slope_steps(rates: Sequence[float]) -> int:
-    """Steps that a slope is taken over, of a test with these learning rates: of half of them at most."""
+    """Steps that a slope is taken over, of a test with these learning rates: of half of them at
+    most.
+    """
     of_decades = SLOPE_DECADES / math.log10(rates[1] / rates[0])
     return max(SLOPE_STEPS, min(round(of_decades), len(rates) // 2))
 
@@ -95,10 +92,11 @@ def slope_steps(rates: Sequence[float]) -> int:
 def smooth(losses: Sequence[float], steps: int) -> list[float]:
     """The mean of running means forwards and backwards, each over half of the ``steps`` of a slope.
 
-    One of them alone lags behind, and would show every learning rate too high.
+    One of them alone lags, and would show every learning rate too high.
     """
     weight = 1.0 - 2.0 / steps
-    forwards, backwards = running_mean(losses, weight), running_mean(losses[::-1], weight)[::-1]
+    forwards = running_mean(losses, weight)
+    backwards = running_mean(losses[::-1], weight)[::-1]
     return [(before + after) / 2.0 for before, after in zip(forwards, backwards, strict=True)]
 
 
@@ -109,7 +107,9 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The first learning rate behind the lowest loss at which it is ``DIVERGED_ABOVE`` times as high."""
+    """The first learning rate after the lowest loss at which it is ``DIVERGED_ABOVE`` times as
+    high.
+    """
     lowest = min(range(len(smoothed)), key=lambda step: smoothed[step])
     return next(
         (
@@ -122,7 +122,10 @@ def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | Non
 
 
 def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: int) -> float | None:
-    """The learning rate in the middle of the ``steps`` over which the smoothed loss falls most; None where it falls nowhere."""
+    """The learning rate in the middle of the ``steps`` over which the smoothed loss falls most.
+
+    None if it falls nowhere.
+    """
     half = steps // 2
     slopes = {
         middle: smoothed[middle + half] - smoothed[middle - half]
@@ -135,9 +138,15 @@ def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: i
 
 
 def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> RangeTest:
-    """``losses`` may be fewer than ``rates``; ``stopped`` says that the last one ended the test, by its height or a gradient."""
+    """What a test saw.
+
+    Args:
+        losses: may be fewer than ``rates``.
+        stopped: whether the last one ended the test, by its height or a gradient.
+    """
     steps = slope_steps(rates)
-    used, smoothed = list(rates[: len(losses)]), smooth(losses, steps)
+    used = list(rates[: len(losses)])
+    smoothed = smooth(losses, steps)
     diverged = (divergence(used, smoothed) or used[-1]) if stopped and used else None
     return RangeTest(
         used, list(losses), smoothed, steepest_descent(used, smoothed, steps), diverged
@@ -145,83 +154,75 @@ def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> 
 
 
 def run_range_test(
-    engine: Engine, loader: Loader, rates: Sequence[float], on_step: Callable[[float, float], None]
+    run: Run, rates: Sequence[float], on_step: Callable[[float, float], None]
 ) -> RangeTest:
-    """Trains ``engine`` a step with each learning rate until the loss diverges. Every rank must call it; all see the same numbers.
+    """Train a step with each learning rate until the loss diverges.
 
-    The other groups of parameters keep their learning rates' ratio to that of matrices. All else is the run's own: its data in their order, its
-    phases, and how its balancing biases move.
+    Every rank must call it; all see the same.
+
+    The other groups of parameters keep their learning rates' ratio to that of matrices. All else is
+    the run's own: its data in their order, its phases, and how its balancing biases move.
     """
-    recipe, timeline = engine.recipe, Timeline(engine.recipe)
-    peak, moe = recipe.optimizer.learning_rate, recipe.model.moe
+    engine = run.engine
+    timeline = run.resolved.timeline
+    schedules = schedules_of(run.resolved.recipe, timeline)
+    peak = run.resolved.recipe.optimizer.learning_rate
     losses: list[float] = []
-    stage: Phase | None = None
+    phase: Phase | None = None
     for step, rate in enumerate(rates):
-        if (now := timeline.at(step)) is not stage:
-            engine.enter(stage := now)
-        balancing = moe.bias_balancing if isinstance(moe, RoutedMoE) else None
-        balance_rate = (
-            balance_update_rate(step, timeline.num_steps, balancing)
-            if balancing is not None
-            else 0.0
-        )
-        result = engine.train_step(loader.step_batches(step), rate / peak, balance_rate)
-        (row,), _ = reduce_steps([result], engine.topology)
-        finite = math.isfinite(row[0]) and (
-            engine.precision == "fp16"
-            or (result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0)
-        )
-        if not finite:
-            return evaluate(
-                rates, [*losses, row[0]] if math.isfinite(row[0]) else losses, stopped=True
-            )
-        losses.append(row[0])
-        on_step(rate, row[0])
+        if timeline.at(step) is not phase:
+            phase = timeline.at(step)
+            engine.enter(phase)
+        batches = run.loader.step_batches(step)
+        result = engine.train_step(batches, rate / peak, schedules.balance_rate(step))
+        (means,), _ = reduce_steps([result], engine.topology)
+        loss = means.cross_entropy
+        if not (math.isfinite(loss) and _gradient_is_finite(result, engine.precision)):
+            return evaluate(rates, [*losses, loss] if math.isfinite(loss) else losses, stopped=True)
+        losses.append(loss)
+        on_step(rate, loss)
         if has_diverged(losses):
             return evaluate(rates, losses, stopped=True)
     return evaluate(rates, losses, stopped=False)
 
 
-def prepare(
-    recipe: Recipe, ds_config: dict[str, Any], origin: str, stage: int, steps: int
-) -> tuple[Engine, Loader]:
-    """The engine and the loader of a training of ``recipe``, without its folder: no log, no TensorBoard, no checkpoints.
+def _gradient_is_finite(result: StepResult, precision: str) -> bool:
+    """Whether a step's gradient says nothing against it; in fp16 the loss scale may be to blame for
+    one that does.
+    """
+    if precision == "fp16":
+        return True
+    # ZeRO reports a norm that is not finite as -1.
+    return result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0
+
+
+def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, steps: int) -> Run:
+    """A training of ``recipe`` without its folder: no log, no TensorBoard, no checkpoints.
+
+    Args:
+        origin: of the ds_config, for sentences.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the training itself would.
     """
-    recipe = recipe.model_copy(
-        update={"logging": recipe.logging.model_copy(update={"tensorboard": False})}
-    )
     if recipe.branch_from is not None:
         raise ConfigError(
-            "a range test cannot go on with the optimizer of branch_from: for its weights alone "
+            "a range test cannot continue with the optimizer of branch_from: for its weights alone "
             f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
         )
-    datasets = load_datasets(data_folders(recipe))
-    datasets.verify()
-    accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
-    precision = resolve_precision(recipe.train.precision)
-    recipe = resolve_recipe(recipe, precision, datasets)
-    share_cores()
-    topology = connect(recipe.parallel.ep_size)
-    resolved = resolve_ds_config(
-        ds_config, origin, recipe, precision, accumulation, topology.world_size
-    )
-    if topology.is_main:
-        prepare_packing(datasets, recipe.data, Timeline(recipe).block_tokens, progress=True)
-    topology.barrier()
-    fill = starting_weights(
-        recipe, datasets.tokenizer.sha256, Path(os.devnull), topology
-    )  # as of a new run, also where there is one
-    loader = open_loader(recipe, datasets, topology.rank, topology.world_size)
-    loader.require(steps)
-    return Engine(recipe, resolved, precision, topology, fill), loader
+    logging = recipe.logging.model_copy(update={"tensorboard": False})
+    resolved = resolve_run(recipe.model_copy(update={"logging": logging}), ds_config, origin)
+    pack_data(resolved)
+    # As of a new run, even if there is one already.
+    weights = initial_weights(resolved, Path(os.devnull))
+    run = build_run(resolved, weights)
+    run.loader.require(steps)
+    return run
 
 
 def draw(test: RangeTest, title: str) -> bytes:
     """The raw and the smoothed loss over the learning rate, with what is suggested, as PNG."""
-    import matplotlib
+    import matplotlib  # slow to import, and only this needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

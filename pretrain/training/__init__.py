@@ -1,1 +1,3 @@
-"""The training loop and what it does between steps."""
+"""The training loop (``trainer.py``) and its parts: schedules, clock, metrics, validation,
+checkpoints, stopping.
+"""

@@ -25,8 +25,9 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine, reduce_steps
+from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
+from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import Topology, connect, disconnect
 from pretrain.evaluation.generation.generate import NextLogits, generate, native_next_logits
 from pretrain.evaluation.generation.sampling import Sampling
@@ -68,7 +69,7 @@ class Run:
             [] if result.router is None else result.router.counts_LE.tolist() for result in results
         ]
         return [
-            [*loss, result.grad_norm, count]
+            [loss.cross_entropy, loss.total, result.grad_norm, count]
             for loss, result, count in zip(losses, results, counts, strict=True)
         ]
 

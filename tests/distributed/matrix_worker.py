@@ -27,8 +27,9 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine, reduce_steps
+from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
+from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
 from pretrain.model.moe.tables.products import Factors
 
@@ -59,7 +60,9 @@ def scale_expert_gradients(engine: Engine, gain: float, only_first: bool = False
     experts = [parameter for parameter in engine.model.parameters() if is_expert(parameter)]
     for parameter in experts[:1] if only_first else experts:
         parameter.register_hook(lambda gradient: gradient * gain)
-    for table in engine.rows.tables.values() if engine.rows is not None else ():
+    for table in (
+        engine.sparse_optimizer.tables.values() if engine.sparse_optimizer is not None else ()
+    ):
         table.take_gradient = functools.partial(scaled_factors, table.take_gradient, gain)
 
 
@@ -84,10 +87,12 @@ def sabotage(engine: Engine, kind: str) -> None:
     if kind == "expert_gradient_scaled":
         scale_expert_gradients(engine, 1.01, only_first=True)
     elif kind == "rank_norm_dropped":
-        engine._expert_group = None  # each rank then clips by the norm of its own experts only
+        engine._stage0.expert_group = (
+            None  # each rank then clips by the norm of its own experts only
+        )
     elif kind == "table_norm_dropped":
-        reduce = engine.rows.reduce
-        engine.rows.reduce = lambda scale: (
+        reduce = engine.sparse_optimizer.reduce
+        engine.sparse_optimizer.reduce = lambda scale: (
             reduce(scale) * 0
         )  # clipping then looks at dense weights alone
     elif kind == "matrices_turned":  # Muon then takes [A, B] for [B, A]
@@ -112,12 +117,14 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The fp32 weights of this rank, stacked experts apart and named by their global number."""
     first = engine.expert_part * engine.recipe.model.moe.total_experts // engine.expert_parts
     weights: dict[str, torch.Tensor] = {}
-    for name, table in engine.rows.tables.items() if engine.rows is not None else ():
+    for name, table in (
+        engine.sparse_optimizer.tables.items() if engine.sparse_optimizer is not None else ()
+    ):
         weights |= {
             f"{name}.{first + local}": rows for local, rows in enumerate(table.weight.clone())
         }
     for name, parameter in engine.model.named_parameters():
-        weight = engine.master_weight(parameter).float().cpu().clone()
+        weight = engine.masters.whole(parameter).float().cpu().clone()
         if is_expert(parameter) and weight.dim() == 3:
             weights |= {f"{name}.{first + local}": matrix for local, matrix in enumerate(weight)}
         elif is_expert(parameter):
@@ -175,8 +182,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     nll, tokens = engine.evaluate(synthetic_step(recipe, 77, topology.rank, topology.world_size))
     return {
         "name": case["name"],
-        "nll": [loss[0] for loss in losses],
-        "loss": [loss[1] for loss in losses],
+        "nll": [loss.cross_entropy for loss in losses],
+        "loss": [loss.total for loss in losses],
         "grad_norm": [result.grad_norm for result in results],
         "applied": [result.applied for result in results],
         "validation": nll / tokens,

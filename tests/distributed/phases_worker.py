@@ -21,8 +21,9 @@ from pretrain.config.load import load_recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine, reduce_steps
+from pretrain.engine.engine import Engine
 from pretrain.engine.phases import FrozenParameters
+from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
 from pretrain.optim.frozen import frozen_parameters, part_of
 from tests.distributed.matrix_worker import synthetic_step, whole_weights
@@ -85,7 +86,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
                 case["zero"] == 0
                 and topology.world_size == 1
                 and precision == "fp32"
-                and engine.rows is None
+                and engine.sparse_optimizer is None
             ):
                 norms.append(plain_norm(engine, stage, batches))
             results.append(engine.train_step(batches, 1.0))
@@ -114,7 +115,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def reduce_losses(results: list[Any], engine: Engine) -> list[float]:
     losses, _ = reduce_steps(results, engine.topology)
-    return [loss[0] for loss in losses]
+    return [loss.cross_entropy for loss in losses]
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from pretrain.checkpoint.universal import UNIVERSAL_TAG, load_universal
 from pretrain.config.load import load_recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine, reduce_steps
+from pretrain.engine.engine import Engine
+from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
 from pretrain.export.convert import export_universal
 from tests.distributed.matrix_worker import synthetic_step
@@ -59,8 +60,8 @@ def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
         for step in range(first, last)
     ]
     return [
-        [*row, step.grad_norm]
-        for row, step in zip(reduce_steps(steps, topology)[0], steps, strict=True)
+        [mean.cross_entropy, mean.total, step.grad_norm]
+        for mean, step in zip(reduce_steps(steps, topology)[0], steps, strict=True)
     ]
 
 

@@ -13,14 +13,15 @@ from deepspeed.accelerator import get_accelerator
 from data_pipeline.loading.shard_loader import Batch
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.checkpoint.weights import load_state_dict
-from pretrain.engine.engine import Engine, StepResult
+from pretrain.engine.engine import Engine
+from pretrain.engine.step import StepResult
 from tests.launch.tiny_run import Tiny, make_trainer
 
 Command = Callable[[list[str]], tuple[int, str]]
 
 
 def masters(engine: Engine) -> list[torch.Tensor]:
-    return [engine.master_weight(parameter).clone() for parameter in engine.model.parameters()]
+    return [engine.masters.whole(parameter).clone() for parameter in engine.model.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(
         unchanged = all(
             torch.equal(old, new) for old, new in zip(before, masters(engine), strict=True)
         )
-        seen.append((result.applied, engine.loss_scale(), unchanged))
+        seen.append((result.applied, engine.loss_scale.value(), unchanged))
         return result
 
     monkeypatch.setattr(engine, "train_step", observed)
@@ -112,7 +113,7 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(
     ]
     # Without loss scale nothing overflows, so the scale was to blame: no incident.
     assert trainer.progress.skipped_steps == 1 and not (run / "incidents.jsonl").exists()
-    assert trainer.store.newest() == run / "checkpoints" / "step_5"
+    assert trainer.checkpoints.store.newest() == run / "checkpoints" / "step_5"
 
 
 @pytest.mark.skipif(

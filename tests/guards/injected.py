@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain.train
 from pretrain.core.errors import run_command
+from pretrain.run import build
 from pretrain.training.trainer import Trainer
 from tests.guards.injection import Injection, poison_batches
 
 
 def build_faulty(*given: Any) -> Trainer:
-    trainer = build(*given)
+    trainer = make_trainer(*given)
     for fault in json.loads(os.environ["FAULTS"]):
         injection = Injection(
             trainer.engine,
@@ -33,7 +34,8 @@ def build_faulty(*given: Any) -> Trainer:
     return trainer
 
 
-build, pretrain.train.build_trainer = pretrain.train.build_trainer, build_faulty
+make_trainer = build.build_trainer
+build.build_trainer = build_faulty
 
 if __name__ == "__main__":
     run_command(pretrain.train.main)

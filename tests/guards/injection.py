@@ -49,7 +49,7 @@ class Injection:
 
         engine.model.forward = counted
         if place == "table":
-            self.weight, table = next(iter(engine.rows.tables.items()))
+            self.weight, table = next(iter(engine.sparse_optimizer.tables.items()))
             table.take_gradient = self._poisoned(table.take_gradient)
         elif place not in ("loss", "loss_alone"):
             named = [
@@ -77,7 +77,9 @@ def poison_batches(trainer: Trainer, injection: Injection, batches: set[int]) ->
     loader, read = trainer.loader, trainer.loader.step_batches
 
     def armed(step: int) -> Any:
-        injection.armed = loader.position(step) // trainer.recipe.train.global_batch_size in batches
+        injection.armed = (
+            loader.position(step) // trainer.engine.recipe.train.global_batch_size in batches
+        )
         return read(step)
 
     loader.step_batches = armed

@@ -59,9 +59,13 @@ def tensors_of(engine: Engine) -> Iterator[torch.Tensor]:
             yield parameter
             state = optimizer.state.get(parameter, {})
             yield from (torch.as_tensor(state[key]) for key in sorted(state))
-    for table in engine.rows.tables.values() if engine.rows is not None else ():
+    for table in (
+        engine.sparse_optimizer.tables.values() if engine.sparse_optimizer is not None else ()
+    ):
         yield table.weight
-    for row_state in engine.rows.states.values() if engine.rows is not None else ():
+    for row_state in (
+        engine.sparse_optimizer.states.values() if engine.sparse_optimizer is not None else ()
+    ):
         yield from (row_state.steps, *row_state.moments.values())
 
 
@@ -92,7 +96,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "refused": result.refused,
             "norm": result.grad_norm,
             "digest": digest(engine),
-            "scale": engine.loss_scale(),
+            "scale": engine.loss_scale.value(),
         }
 
     asked: list[tuple[float, float]] = []
@@ -103,14 +107,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"name": case["name"], "weight": injection.weight, "steps": [step(0)]}
     # The judge looks and lets pass: bitwise the step without a judge, which the second engine takes.
-    found["steps"].append(step(1, judge=lambda loss, norm: False))
-    found["steps"].append(step(2, judge=refuse))
+    found["steps"].append(step(1, should_skip=lambda loss, norm: False))
+    found["steps"].append(step(2, should_skip=refuse))
     injection.armed = True
     found["steps"].append(step(3))
     found["found"] = [asdict(entry) for entry in find_non_finite(engine, batches(3))]
     found["after_search"] = {
         "digest": digest(engine),
-        "scale": engine.loss_scale(),
+        "scale": engine.loss_scale.value(),
         "steps": engine.deepspeed.global_steps,
     }
     injection.armed = False

@@ -37,7 +37,7 @@ def incidents(run: Path) -> list[dict[str, Any]]:
 def started(tiny: Tiny, run: Path, *overrides: str, zero: int = 1, steps: int = 5) -> Trainer:
     run.mkdir(exist_ok=True)
     trainer = make_trainer(tiny, run, *SMALL, *overrides, zero=zero, steps=steps)
-    newest = trainer.store.newest()
+    newest = trainer.checkpoints.store.newest()
     if newest is not None:
         trainer.resume(newest)
     return trainer
@@ -123,13 +123,13 @@ def test_what_does_not_happen_again_is_laid_to_the_hardware(
     trainer = started(tiny, tmp_path)
     injection = Injection(trainer.engine, 0, 0, "dense")
     poison_batches(trainer, injection, {1})
-    after_step = trainer.supervisor.after_step
+    after_step = trainer.guards.after_step
 
     def once(*given: Any) -> Any:
         injection.armed = False
         return after_step(*given)
 
-    trainer.supervisor.after_step = once
+    trainer.guards.after_step = once
     assert trainer.fit()
     assert incidents(tmp_path)[0]["micro_batches"] == []
     assert (
@@ -180,10 +180,10 @@ def test_a_spike_is_told_skipped_or_ends_the_run(
         )
     else:
         poison_batches(plain, without, {17})
-    assert plain.recipe.guards.spike is not None
+    assert plain.engine.recipe.guards.spike is not None
     if action != "stop":
-        plain.supervisor.incidents.tell_step = lambda *given: None
-        plain.supervisor.after_losses = lambda *given: None
+        plain.guards.incidents.report_step = lambda *given: None
+        plain.guards.after_losses = lambda *given: None
         assert plain.fit()
     trainer = started(
         tiny,
@@ -315,7 +315,7 @@ def test_going_back_to_one_checkpoint_twice_passes_over_both_pieces_of_data(
     poison_batches(trainer, Injection(trainer.engine, 0, 0, "loss"), {3, 5})
     assert trainer.fit() and trainer.progress.rollbacks == 2
     # Twice from step 4 to step 2, and the second time on with batch 6: batches 2 to 5 are passed over.
-    assert trainer.loader.position(2) // trainer.recipe.train.global_batch_size == 6
+    assert trainer.loader.position(2) // trainer.engine.recipe.train.global_batch_size == 6
 
 
 def test_a_branch_without_a_checkpoint_of_its_own_goes_back_to_its_trunk(

@@ -170,14 +170,14 @@ def test_taking_starts_anew_and_evaluation_is_not_counted(
     trainer = make_trainer(tiny, tmp_path / "run", *overrides, zero=1)
     engine, batches = trainer.engine, trainer.loader.step_batches(0)
     engine.train_step(batches, 1.0)
-    once = engine.take_usage()
+    once = engine.usage.take()
     assert once is not None and once.device.type == "cpu"
     engine.evaluate(batches)
-    nothing = engine.take_usage()
+    nothing = engine.usage.take()
     assert nothing is None or not nothing.any()
     engine.train_step(batches, 1.0)
     engine.train_step(batches, 1.0)
-    twice = engine.take_usage()
+    twice = engine.usage.take()
     assert twice is not None and twice.sum() == 2 * once.sum()
 
 
@@ -189,4 +189,4 @@ def test_a_dense_model_has_no_usage(tiny: Tiny, in_process: None, tmp_path: Path
         "model.intermediate_size=32",
         zero=1,
     ).engine
-    assert engine.take_usage() is None
+    assert engine.usage.take() is None

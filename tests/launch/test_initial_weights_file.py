@@ -22,7 +22,7 @@ SLOWLY = ("optimizer.learning_rate=1e-30",)  # what is saved is what it started 
 @pytest.fixture(scope="module")
 def state(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     with own_process():
-        config = make_trainer(tiny, tmp_path_factory.mktemp("sizes"), zero=0).recipe.model
+        config = make_trainer(tiny, tmp_path_factory.mktemp("sizes"), zero=0).engine.recipe.model
     model = DecoderLM(config)
     initialize(model, seed=99)
     return {f"_orig_mod.module.{name}": tensor for name, tensor in model.state_dict().items()}

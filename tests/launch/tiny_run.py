@@ -23,13 +23,12 @@ import pytest
 import pretrain.train
 from data_pipeline.preprocess.coordinator import build
 from data_pipeline.preprocess.workspace import Output
-from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.config.load import load_recipe
-from pretrain.config.rules.sections import check_topology
 from pretrain.core.signals import StopRequest
-from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
-from pretrain.engine.engine import Engine
-from pretrain.engine.topology import connect, free_port
+from pretrain.engine.ds_config import read_ds_config
+from pretrain.engine.topology import free_port
+from pretrain.run.arguments import parse_arguments
+from pretrain.run.build import build_run, build_trainer, check_data, resolve_run
 from pretrain.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,25 +228,7 @@ def own_process() -> Iterator[None]:
 
 def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int = 5) -> Trainer:
     """The trainer that the command would build for one rank, to look inside; call it inside :func:`own_process`."""
-    options = pretrain.train.parse_arguments(
-        tiny.arguments(run, *overrides, steps=steps, zero=zero)
-    )
-    recipe, ds_config = (
-        load_recipe(options.recipe, options.overrides),
-        read_ds_config(options.ds_config),
-    )
-    datasets = load_datasets(data_folders(recipe))
-    recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, datasets)
-    accumulation, topology = check_topology(recipe, 1, zero), connect(1)
-    resolved = resolve_ds_config(
-        ds_config, options.ds_config, recipe, recipe.train.precision, accumulation, 1
-    )
-    engine = Engine(recipe, resolved, recipe.train.precision, topology)
-    return pretrain.train.build_trainer(
-        recipe,
-        resolved,
-        datasets,
-        engine,
-        StopRequest(),
-        datasets.check_blocks(recipe.data.verify, 0, 1),
-    )
+    options = parse_arguments(tiny.arguments(run, *overrides, steps=steps, zero=zero))
+    recipe = load_recipe(options.recipe, options.overrides)
+    resolved = resolve_run(recipe, read_ds_config(options.ds_config), options.ds_config)
+    return build_trainer(build_run(resolved, None), StopRequest(), check_data(resolved))

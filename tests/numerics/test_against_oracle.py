@@ -143,7 +143,7 @@ def run_engine(
     for step, step_batches in enumerate(batches):
         factor = learning_rate_factor(step, Timeline(recipe).num_steps, recipe.schedule)
         result = engine.train_step([Batch(*micro_batch) for micro_batch in step_batches], factor)
-        cross_entropy, loss = result.losses.tolist()
+        cross_entropy, loss = result.losses.packed().tolist()
         steps.append(PlainStep(cross_entropy, loss, result.grad_norm))
     return steps
 

@@ -47,7 +47,8 @@ def on_the_engine(
         {"zero_optimization": {"stage": zero_stage}}, "test", recipe, "fp32", accumulation, 1
     )
     engine = Engine(recipe, config, "fp32", topology)
-    return [float(engine.train_step(step, 1.0).losses[0]) for step in batches(recipe)], engine
+    results = [engine.train_step(step, 1.0) for step in batches(recipe)]
+    return [float(result.losses.cross_entropy) for result in results], engine
 
 
 @pytest.fixture(scope="module")
@@ -86,5 +87,5 @@ def test_at_the_base_widths_training_is_bitwise_that_of_the_standard_kind(
     assert standard == mup
     for name, parameter in one.model.named_parameters():
         assert torch.equal(
-            one.master_weight(parameter), other.master_weight(other.model.get_parameter(name))
+            one.masters.whole(parameter), other.masters.whole(other.model.get_parameter(name))
         ), name

@@ -1,4 +1,13 @@
-"""Where the matrices of a model lie in the flat partitions that DeepSpeed's ZeRO optimizers train."""
+"""Where the matrices of a model are in the flat partitions that DeepSpeed's ZeRO optimizers train.
+
+Fact: at stages 1 to 3 the optimizer is given flat pieces of joined parameters, without their shapes
+    or places.
+Versions: 0.19.8
+Upstream: none known
+Effect: Muon, whose rule is one for whole matrices, would not know them.
+Test: tests/distributed/test_same_numbers_everywhere.py fails without it; none shows that DeepSpeed
+    has changed
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,10 @@ from pretrain.optim.muon import Muon
 
 
 def give_shards(optimizer: Any, muon: Muon, zero_stage: int, device: torch.device) -> None:
-    """Tells Muon where the matrices of each partition are; at stage 0 it has them whole. All ranks must call it."""
+    """Tell Muon where the matrices of each partition are; at stage 0 it has them whole.
+
+    Every rank must call it.
+    """
     if zero_stage in (1, 2):
         _from_flat_groups(optimizer, muon, device)
     elif zero_stage == 3:
@@ -25,7 +37,8 @@ def _from_flat_groups(optimizer: Any, muon: Muon, device: torch.device) -> None:
         if optimizer.optimizer.param_groups[index]["rule"] != "muon":
             continue
         group = optimizer.real_dp_process_group[index]
-        ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
+        ranks = distributed.get_world_size(group)
+        rank = distributed.get_rank(group)
         matrices: list[ShardedMatrix] = []
         for parameter, start in zip(
             optimizer.round_robin_bit16_groups[index],
@@ -39,18 +52,19 @@ def _from_flat_groups(optimizer: Any, muon: Muon, device: torch.device) -> None:
 
 
 def _from_partitioned_parameters(optimizer: Any, muon: Muon, device: torch.device) -> None:
-    """Stage 3 cuts each parameter into equal parts and joins a rank's parts of several parameters to a sub-group."""
-    for index, (flat_N, parameters) in enumerate(
-        zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-    ):
-        if (
-            optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]["rule"]
-            != "muon"
-        ):
+    """Stage 3 cuts each parameter into equal parts and joins a rank's parts of several parameters
+    to a sub-group.
+    """
+    groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    for index, (flat_N, parameters) in enumerate(groups):
+        options = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]
+        if options["rule"] != "muon":
             continue
         matrices: list[ShardedMatrix] = []
-        offset, group = 0, parameters[0].ds_process_group
-        ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
+        offset = 0
+        group = parameters[0].ds_process_group
+        ranks = distributed.get_world_size(group)
+        rank = distributed.get_rank(group)
         for parameter in parameters:
             matrices += cut_matrices(
                 parameter.ds_shape, 0, parameter.partition_numel(), ranks, rank, offset

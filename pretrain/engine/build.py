@@ -1,0 +1,113 @@
+"""The parts of an engine, each made by one function: model, experts, frozen names, DeepSpeed's
+engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import groups
+from torch import distributed, nn
+
+from pretrain.config.phases import PhaseConfig
+from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import expert_shards
+from pretrain.engine.float8 import convert_linears
+from pretrain.engine.monitor import without_monitors
+from pretrain.engine.topology import Topology
+from pretrain.engine.workarounds.flat_partitions import give_shards
+from pretrain.engine.workarounds.stage0_first_step import forget_first_step
+from pretrain.model.decoder import DecoderLM
+from pretrain.model.init import initialize
+from pretrain.optim.frozen import frozen_parameters
+from pretrain.optim.muon import Muon
+
+# Fills a model that has part i of n of the experts: model, i, n.
+WeightLoader = Callable[[DecoderLM, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """Which part of all experts this rank holds, of how many."""
+
+    part: int
+    parts: int
+
+
+def expert_shard(recipe: Recipe, topology: Topology, zero_stage: int) -> ExpertShard:
+    """This rank's part of the experts: neighbouring ranks hold different ones."""
+    parts = expert_shards(recipe, topology.world_size, zero_stage)
+    return ExpertShard(topology.rank % parts, parts)
+
+
+def build_model(
+    recipe: Recipe,
+    precision: str,
+    shard: ExpertShard,
+    device: torch.device,
+    load_weights: WeightLoader | None,
+) -> DecoderLM:
+    """The model with its first weights, in fp32 on the host.
+
+    DeepSpeed casts it, keeps fp32 master weights, and moves it to the device.
+
+    Args:
+        load_weights: overwrites the random weights.
+    """
+    model = DecoderLM(recipe.model, shard.parts, shard.part, recipe.train.activation_checkpointing)
+    initialize(model, recipe.seed)
+    if load_weights is not None:
+        load_weights(model, shard.part, shard.parts)
+    if precision == "fp8":
+        convert_linears(model, device)
+    return model
+
+
+def frozen_names(model: nn.Module, phases: Sequence[PhaseConfig]) -> dict[int, set[str]]:
+    """Names of the parameters that each phase freezes, by the number of the phase (from 1).
+
+    Raises:
+        ConfigError: if a phase freezes what the model does not have.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        number: frozen_parameters(names, phase.frozen, f"phases.{phase.name}.frozen")
+        for number, phase in enumerate(phases, start=1)
+        if phase.frozen
+    }
+
+
+def start_deepspeed(
+    model: DecoderLM,
+    optimizer: torch.optim.Optimizer,
+    ds_config: dict[str, Any],
+    precision: str,
+    device: torch.device,
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine around a model, and its optimizer around ours. Every rank must call it."""
+    zero_stage = stage_of(ds_config)
+    engine, wrapped, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=without_monitors(ds_config)
+    )
+    forget_first_step(wrapped, zero_stage, precision)
+    if isinstance(optimizer, Muon):
+        give_shards(wrapped, optimizer, zero_stage, device)
+    return engine, wrapped
+
+
+def stage_of(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a resolved ds_config."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def expert_group(topology: Topology) -> distributed.ProcessGroup | None:
+    """The ranks that share one set of experts of DeepSpeed's layers; None if each rank holds them
+    all.
+    """
+    if topology.ep_size == 1:
+        return None
+    return groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")

@@ -1,0 +1,70 @@
+"""How often each expert was chosen in training, counted on the device and read once a window."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pretrain.engine.step_hooks import StepHook, Update
+from pretrain.engine.topology import Topology
+from pretrain.model.moe.peer import PEER
+
+
+class UsageCounts(NamedTuple):
+    """A copy of the counters: of routed layers, int64 [L, E], and of each PEER layer, int64 [E]."""
+
+    routed_LE: torch.Tensor | None
+    retrieved_E: list[torch.Tensor]
+
+
+class UsageCounter(StepHook):
+    """Counts choices before any drop, those of skipped steps too."""
+
+    def __init__(self, model: nn.Module, topology: Topology) -> None:
+        self._topology = topology
+        self._peer_layers = [module for module in model.modules() if isinstance(module, PEER)]
+        self._routed_LE: torch.Tensor | None = None
+
+    def after_update(self, update: Update) -> None:
+        """Add what the routers chose in the step. PEER layers count in their own forward pass."""
+        if update.router is None:
+            return
+        # fp32 counts exactly within a step, but not over many: beyond 2**24 adding one changes
+        # nothing.
+        counts_LE = update.router.counts_LE.long()
+        if self._routed_LE is None:
+            self._routed_LE = counts_LE
+        else:
+            self._routed_LE.add_(counts_LE)
+
+    @torch.no_grad()
+    def take(self) -> torch.Tensor | None:
+        """Read the counters and start them anew: int64 [L, E] on the CPU, summed over all ranks.
+
+        Layers are those of ``ModelConfig.routed_layers``, in that order. None for a dense model,
+        and if there was no step since the last call in this process. Every rank must call it,
+        because it is one all-reduce.
+        """
+        usage_LE = self._routed_LE
+        self._routed_LE = None
+        if self._peer_layers:
+            usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._peer_layers])
+            for layer in self._peer_layers:
+                layer.get_buffer("usage_E").zero_()
+        return None if usage_LE is None else self._topology.all_reduce_sum(usage_LE).cpu()
+
+    def copy(self) -> UsageCounts:
+        """The counters of this rank as they are now, for :meth:`restore`."""
+        routed_LE = self._routed_LE
+        return UsageCounts(
+            None if routed_LE is None else routed_LE.clone(),
+            [layer.get_buffer("usage_E").clone() for layer in self._peer_layers],
+        )
+
+    def restore(self, counts: UsageCounts) -> None:
+        """Set the counters of this rank back to a copy."""
+        self._routed_LE = counts.routed_LE
+        for layer, counts_E in zip(self._peer_layers, counts.retrieved_E, strict=True):
+            layer.get_buffer("usage_E").copy_(counts_E)

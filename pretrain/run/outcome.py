@@ -1,0 +1,139 @@
+"""How a run ended: its summary, what callbacks do at its end, and the sentences on the terminal."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import layout
+from pretrain.config.recipe import Recipe
+from pretrain.guards.incidents import INCIDENTS
+from pretrain.model.sizes import model_size
+from pretrain.run.folder import CHECKPOINTS, ENDED, read_summary, update_summary
+from pretrain.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome:
+    """The outcome of one start of a run. To be made after the resume, and before training.
+
+    Args:
+        prints: whether rank 0 prints sentences; not if standard output is for JSON.
+
+    Attributes:
+        resumed_from: the step that this start began with.
+        was_done: whether that was the last one.
+        has_ended: whether the end of a run that was done was also completed: one that was killed
+            between its last step and its end has only that to make up for.
+    """
+
+    def __init__(self, trainer: Trainer, recipe: Recipe, prints: bool) -> None:
+        self._trainer = trainer
+        self._prints = prints and trainer.engine.topology.is_main
+        self._recipe = recipe
+        self._folder = Path(recipe.output_path)
+        self.resumed_from = trainer.progress.step
+        self.was_done = trainer.is_done
+        self.has_ended = (
+            self.was_done and read_summary(self._folder).get(ENDED) == self.resumed_from
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The run for summary.json, and for ``--json``."""
+        trainer = self._trainer
+        recipe = self._recipe
+        progress = trainer.progress
+        size = model_size(recipe.model, recipe.train.sequence_length)
+        tokens = trainer.timeline.tokens_after(progress.step)
+        seconds = progress.train_seconds
+        checkpoints = self._folder / CHECKPOINTS
+        return {
+            "recipe": recipe.name,
+            "train_tokens": tokens,
+            "steps": progress.step,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "train_seconds": seconds,
+            "stall_seconds": trainer.loader.waiting.seconds,
+            "parameters_total": size.parameters_total,
+            "parameters_active": size.parameters_active,
+            "validation_loss_in_training": progress.last_validation,
+            "best_validation_loss": progress.best_validation,
+            "best_step": progress.best_step,
+            "skipped_steps": progress.skipped_steps,
+            "skipped_tokens": progress.skipped_tokens,
+            "rollbacks": progress.rollbacks,
+            "stopped_early": progress.stopped_early,
+            "checkpoint": str(checkpoints / layout.LATEST),
+            "checkpoints": layout.pointers(checkpoints),
+            "resumed_from_step": self.resumed_from,
+            "done_already": self.was_done,
+        }
+
+    def complete(self, summary: dict[str, Any], finished: bool) -> None:
+        """Write the summary, and let callbacks end; they may wait for others, and be killed
+        meanwhile.
+        """
+        whole = update_summary(self._folder, summary)
+        for callback in self._trainer.callbacks:
+            callback.on_end(whole)
+        if finished:
+            update_summary(self._folder, {ENDED: self._trainer.progress.step})
+
+    def fail(self, error: Exception) -> None:
+        """Let callbacks know of the error that ends the run; what goes wrong in them does not take
+        its place.
+        """
+        for callback in self._trainer.callbacks:
+            try:
+                callback.on_failure(error)
+            except Exception:
+                logger.exception("%s failed after the run had", type(callback).__name__)
+
+    def announce(self) -> None:
+        """Print what the run is about to do, if it resumes."""
+        if self._prints and self.resumed_from and not self.was_done:
+            print(f"resuming from step {self.resumed_from} of {self._trainer.num_steps}")
+
+    def explain(self, summary: dict[str, Any], finished: bool) -> None:
+        """Print how it went."""
+        if self._prints:
+            print("\n".join(self._sentences(summary, finished)))
+
+    def _sentences(self, summary: dict[str, Any], finished: bool) -> list[str]:
+        if self.was_done:
+            return [self._done_already()]
+        progress = self._trainer.progress
+        if not finished:
+            return [
+                f"stopped and saved at step {progress.step} of {self._trainer.num_steps}: "
+                "run the same command to continue from there"
+            ]
+        sentences = []
+        if progress.stopped_early:
+            sentences.append(
+                "stopped early: the validation loss has not fallen for "
+                f"{progress.stale_validations} validations"
+            )
+        if progress.skipped_steps:
+            sentences.append(
+                f"{progress.skipped_steps} of the steps were skipped, and their data not learned "
+                f"from: see {self._folder / INCIDENTS} and the log"
+            )
+        loss = progress.last_validation
+        validation = "no validation split" if loss is None else f"validation loss {loss:.4f}"
+        sentences.append(
+            f"finished {summary['steps']:,} steps, {summary['train_tokens']:,} tokens at "
+            f"{summary['tokens_per_second']:,.0f} tokens/s; {validation}; "
+            f"everything is in {self._folder}"
+        )
+        return sentences
+
+    def _done_already(self) -> str:
+        stopped_early = self._trainer.progress.stopped_early
+        more = "guards.early_stopping.patience" if stopped_early else "train.train_tokens"
+        return (
+            f"done already: {self._folder} holds step {self.resumed_from} of "
+            f"{self._trainer.num_steps}; raise {more} to continue, or use --fresh to start over"
+        )

@@ -1,0 +1,212 @@
+"""When a run saves, what its checkpoints hold beyond weights and optimizer, and how it continues
+from one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.loading.shard_loader import Loader
+from pretrain.checkpoint.layout import BEST, EPOCH, step_folder
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.recipe import CheckpointConfig
+from pretrain.config.timeline import Timeline
+from pretrain.core.errors import GuardError, NonFiniteError
+from pretrain.engine.pending import from_state, to_state
+from pretrain.guards.detect import Violation
+from pretrain.guards.policy import GuardPolicy
+from pretrain.guards.progress import Progress
+from pretrain.training.metrics import MetricsRecorder
+from pretrain.training.stopping import Stopping
+from pretrain.training.timing import StepTimer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What has state of its own that a checkpoint carries."""
+
+    timeline: Timeline
+    loader: Loader
+    guards: GuardPolicy
+    metrics: MetricsRecorder
+    timer: StepTimer
+
+
+class EndedParts:
+    """Epochs and phases that have ended and are in no checkpoint yet.
+
+    They may wait: while steps are being skipped nothing is saved.
+    """
+
+    def __init__(self, timeline: Timeline, loader: Loader, keep_epochs: bool) -> None:
+        self._timeline = timeline
+        self._loader = loader
+        self._keep_epochs = keep_epochs
+        self._epoch = 0  # passes over the training split that are done
+        self._epoch_is_due = False
+        self.is_due = False
+
+    def resume(self, step: int) -> None:
+        """The run is after ``step`` steps, which are saved."""
+        self._epoch = int(self._loader.epochs(step) or 0)
+        self._epoch_is_due = False
+        self.is_due = False
+
+    def ends_with(self, step: int) -> bool:
+        """Whether an epoch that is to be kept, or a phase, ends with a step or was passed over
+        before it.
+        """
+        ends = self._timeline.ends_phase(step)
+        if self._keep_epochs:
+            before = self._epoch
+            self._epoch = int(self._loader.epochs(step) or 0)
+            self._epoch_is_due |= self._epoch > before
+            ends |= self._epoch > before
+        self.is_due |= ends
+        return ends
+
+    def saved(self, progress: Progress) -> None:
+        """A checkpoint is being written, which is that of the epoch that has ended."""
+        if self._epoch_is_due:
+            progress.epoch_steps[str(self._epoch)] = progress.step
+        self._epoch_is_due = False
+        self.is_due = False
+
+
+class Checkpoints:
+    """Saves a run and restores it. Every rank must call it alike.
+
+    Args:
+        fingerprint: what must be the same for a checkpoint to be resumed.
+        card_facts: what a model card says besides: ``parameters`` and ``sources``.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        parts: RunParts,
+        stopping: Stopping,
+        fingerprint: Mapping[str, Any],
+        card_facts: Mapping[str, Any],
+    ) -> None:
+        self.store = store
+        self.fingerprint = fingerprint
+        self.ended = EndedParts(parts.timeline, parts.loader, config.keep_epochs)
+        self._config = config
+        self._parts = parts
+        self._stopping = stopping
+        self._card_facts = card_facts
+        self._parent: Path | None = None  # another run's checkpoint that this run began with
+
+    def is_due(self, progress: Progress, is_best: bool) -> bool:
+        """Whether a step that is not the last one is to be saved.
+
+        While steps are skipped one after the other nothing new is, and older checkpoints may soon
+        be needed.
+        """
+        due = (
+            self.ended.is_due
+            or progress.step % self._config.interval_steps == 0
+            or (is_best and self._config.keep_best)
+        )
+        return due and not progress.skipped_in_a_row
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of the step that is done.
+
+        Raises:
+            DataError: if the data that it has learned from are damaged.
+            NonFiniteError: if its weights are not finite.
+            StorageError: if it cannot be written.
+        """
+        parts = self._parts
+        with parts.timer.paused():
+            self._stopping.finish_data_check()
+            if not parts.metrics.engine.weights_are_finite():
+                raise NonFiniteError(
+                    f"the weights after step {progress.step} are not finite: "
+                    "lower optimizer.learning_rate; the last checkpoint is intact"
+                )
+            self.ended.saved(progress)
+            rank_state = {
+                "pending": to_state(parts.metrics.pending),
+                "row_seconds": parts.timer.window_seconds(),
+            }
+            self.store.save(
+                progress.step, self._state(progress), self._pointers(progress), rank_state
+            )
+
+    def load(self, checkpoint: Path) -> Progress:
+        """Continue from a whole checkpoint of this run, or of the one that it branches from."""
+        parts = self._parts
+        state = self.store.load(checkpoint)
+        progress = Progress(**state["progress"])
+        if checkpoint.parent != self.store.folder:
+            self._parent = checkpoint
+            progress.leave_parent_run()
+        if self._config.keep_best and not self._has(progress.best_step):
+            # A run that went back has lost its best, and one that did not keep it never had it.
+            progress.forget_best()
+        parts.loader.resume(state["data"], progress.step)
+        rank_state = state["own"]
+        device = parts.metrics.engine.topology.device
+        parts.metrics.pending = from_state(rank_state.get("pending", []), device)
+        parts.timer.resume(rank_state.get("row_seconds", 0.0))
+        self.ended.resume(progress.step)
+        parts.guards.restore(state.get("guards", {}))
+        if progress.stopped_early:
+            # The recipe may have more patience now.
+            progress.stopped_early = parts.guards.ends_early(progress)
+        logger.info("resumed from %s", checkpoint)
+        return progress
+
+    def before(self, violation: Violation) -> Path:
+        """The newest checkpoint before an incident; later ones are removed.
+
+        Raises:
+            GuardError: if there is none.
+        """
+        checkpoint = self.store.go_back(violation.from_step, self._parent)
+        if checkpoint is None:
+            raise GuardError(
+                f"step {violation.step}: {violation.reason}, and there is no checkpoint before it "
+                "to go back to: lower checkpoint.interval_steps"
+            )
+        return checkpoint
+
+    def _has(self, step: int | None) -> bool:
+        return step is not None and step_folder(self.store.folder, step).is_dir()
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        """What ``state.json`` of a checkpoint says."""
+        parts = self._parts
+        return {
+            **self.fingerprint,
+            **self._card_facts,
+            "step": progress.step,
+            "consumed_tokens": parts.timeline.tokens_after(progress.step),
+            "epoch": parts.loader.epochs(progress.step),
+            "validation_loss": progress.last_validation,
+            "validation_step": progress.validation_step,
+            "validation_targets": progress.validation_targets,
+            "phase": parts.timeline.at(progress.step - 1).name or None,
+            "progress": asdict(progress),
+            "data": parts.loader.state(progress.step),
+            "guards": parts.guards.state(),
+        }
+
+    def _pointers(self, progress: Progress) -> dict[str, int]:
+        """Names of checkpoints that are kept, and their steps."""
+        pointers: dict[str, int] = {}
+        if self._config.keep_epochs:
+            pointers = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()}
+        if self._config.keep_best and progress.best_step is not None:
+            pointers[BEST] = progress.best_step
+        return pointers

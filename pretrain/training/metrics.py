@@ -1,0 +1,137 @@
+"""Training metrics: steps gather on the device, and are read once for each record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipeline.loading.shard_loader import Loader
+from pretrain.analysis.expert_usage import UsageWindow, usage_columns
+from pretrain.config.recipe import LoggingConfig
+from pretrain.config.timeline import Phase
+from pretrain.engine.engine import Engine
+from pretrain.engine.step import MeanLosses, StepResult, reduce_steps
+from pretrain.guards.policy import GuardPolicy
+from pretrain.guards.progress import Progress
+from pretrain.model.config import ModelConfig
+from pretrain.model.sizes import model_size
+from pretrain.training.records import RecordWriter, RouterRecord, TrainRecord, UsageRecord
+from pretrain.training.timing import StepTimer
+
+
+@dataclass
+class MetricsRecorder:
+    """Makes the records of training steps and of expert usage. Every rank must call it alike.
+
+    Attributes:
+        guards: those that only warn look at losses here, where these come to the host.
+        peak_flops: FLOP/s of the device; None if it is not known.
+        pending: steps that are in no record yet.
+        training_loss: of the last record; None before there is one.
+    """
+
+    engine: Engine
+    loader: Loader
+    guards: GuardPolicy
+    writer: RecordWriter
+    timer: StepTimer
+    model: ModelConfig
+    config: LoggingConfig
+    peak_flops: float | None
+    training_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        self.pending: list[StepResult] = []
+        self._flops_per_token = 0.0
+        self._usage_started = 0  # the step after which the window of expert usage began
+
+    def start(self, step: int) -> None:
+        """Training starts after ``step`` steps."""
+        self._usage_started = step
+
+    def restart(self, step: int) -> None:
+        """Training goes back to step ``step``: what was counted since is of no use."""
+        self.engine.usage.take()
+        self._usage_started = step
+
+    def enter(self, phase: Phase) -> None:
+        """The following steps are those of a phase."""
+        if self.peak_flops is not None:
+            length = phase.recipe.train.sequence_length
+            self._flops_per_token = model_size(phase.recipe.model, length).flops_per_token
+
+    def add(self, result: StepResult) -> None:
+        """Keep a step for the next record."""
+        self.pending.append(result)
+
+    def record(self, progress: Progress, ends_phase: bool) -> None:
+        """Make what records are due after a step."""
+        if ends_phase or progress.step % self.config.interval_steps == 0:
+            self.record_training(progress)
+        if progress.step % self.config.usage_interval_steps == 0:
+            self._record_usage(progress.step)
+
+    def record_training(self, progress: Progress) -> None:
+        """A record of the pending steps; skipped ones take part in no mean, and make no record
+        alone.
+        """
+        results = self.pending
+        applied = [result for result in results if result.applied]
+        if not applied:
+            return
+        self.pending = []
+        topology = self.engine.topology
+        losses, router = reduce_steps(applied, topology)
+        self.guards.after_losses(progress.step, results, losses)
+        means = _mean(losses)
+        self.training_loss = means.cross_entropy
+        position = self.writer.position(progress.step)
+        before = self.writer.timeline.tokens_after(progress.step - len(results))
+        tokens_per_second = (position.tokens - before) / self.timer.next_window()
+        mfu: float | None = None
+        if self.peak_flops is not None:
+            peak = self.peak_flops * topology.world_size
+            mfu = tokens_per_second * self._flops_per_token / peak
+        record = TrainRecord(
+            position=position,
+            steps=len(applied),
+            losses=means,
+            learning_rate=self.engine.learning_rate(),
+            grad_norm=applied[-1].grad_norm,
+            tokens_per_second=tokens_per_second,
+            skipped_steps=progress.skipped_steps,
+            loss_scale=self.engine.loss_scale.value(),
+            seconds=progress.train_seconds,
+            stall_seconds=self.loader.waiting.seconds,
+            mfu=mfu,
+            router=RouterRecord.of(router, self.model),
+        )
+        self.writer.write(record)
+
+    def _record_usage(self, step: int) -> None:
+        """End a window of expert usage.
+
+        The counters are in no checkpoint. A window that a resume cuts starts anew after the
+        checkpoint, and its record and file say how many steps it has; the others are the same as
+        without the interruption.
+        """
+        with self.timer.paused():
+            counts_LE = self.engine.usage.take()
+            steps = step - self._usage_started
+            self._usage_started = step
+            if counts_LE is None or not self.writer.callbacks:
+                return
+            window = UsageWindow(step, steps, self.model.routed_layers, counts_LE.numpy())
+            columns = usage_columns(window, self.config.hot_expert_factor)
+            for callback in self.writer.callbacks:
+                callback.on_usage(window)
+            self.writer.write(UsageRecord(self.writer.position(step), steps, columns))
+
+
+def _mean(losses: Sequence[MeanLosses]) -> MeanLosses:
+    further = [step.multi_token for step in losses if step.multi_token is not None]
+    return MeanLosses(
+        cross_entropy=sum(step.cross_entropy for step in losses) / len(losses),
+        total=sum(step.total for step in losses) / len(losses),
+        multi_token=sum(further) / len(further) if further else None,
+    )

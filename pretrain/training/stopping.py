@@ -1,0 +1,65 @@
+"""Why a training stops before its last step: a signal, or damaged data.
+
+All ranks stop at the same step.
+"""
+
+from __future__ import annotations
+
+from data_pipeline.shards.verification import BackgroundCheck
+from pretrain.core.errors import DataError
+from pretrain.core.signals import StopRequest
+from pretrain.engine.topology import Topology
+
+
+class Stopping:
+    """Has the ranks agree. Every rank must call each method alike.
+
+    Args:
+        request: set by a signal, in any rank.
+        data_check: what this rank still compares of the data with its manifest.
+    """
+
+    def __init__(
+        self, request: StopRequest, data_check: BackgroundCheck, topology: Topology
+    ) -> None:
+        self._request = request
+        self._data_check = data_check
+        self._data_is_checked = False
+        self._topology = topology
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop; one all-reduce.
+
+        Raises:
+            DataError: as :meth:`raise_data_faults`.
+        """
+        faulty = self._data_check.fault is not None
+        if not self._topology.any_rank(self._request.requested or faulty):
+            return False
+        self.raise_data_faults()
+        return True
+
+    def raise_data_faults(self) -> None:
+        """End the run on all ranks if any of them has found damaged data so far.
+
+        Raises:
+            DataError: naming the first fault.
+        """
+        found = self._topology.all_gather(self._data_check.fault)
+        faults = [fault for fault in found if fault is not None]
+        if faults:
+            others = f" (and {len(faults) - 1} more by other ranks)" if len(faults) > 1 else ""
+            raise DataError(f"{faults[0]}{others}; no checkpoint was written since this start")
+
+    def finish_data_check(self) -> None:
+        """Wait for the end of the data check: no checkpoint may have learned from damaged data in
+        silence.
+
+        Raises:
+            DataError: as :meth:`raise_data_faults`.
+        """
+        if self._data_is_checked:
+            return
+        self._data_check.finish(give_up=self._request.requested)
+        self.raise_data_faults()
+        self._data_is_checked = True

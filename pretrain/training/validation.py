@@ -1,0 +1,81 @@
+"""Validation in the training loop: the loss over held-out windows, all or a fixed sample."""
+
+from __future__ import annotations
+
+import math
+
+from data_pipeline.loading.packing import Windows
+from data_pipeline.loading.shard_loader import Loader, validation_batches
+from pretrain.config.recipe import ValidationConfig
+from pretrain.config.timeline import Phase
+from pretrain.core.errors import NonFiniteError
+from pretrain.engine.engine import Engine
+from pretrain.guards.progress import Progress
+from pretrain.training.records import RecordWriter, ValidationRecord
+from pretrain.training.timing import StepTimer
+
+
+class Validator:
+    """Measures the validation loss. Every rank must call it alike.
+
+    Args:
+        windows: what is held out.
+        loader: whose ranks share the windows.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        engine: Engine,
+        loader: Loader,
+        config: ValidationConfig,
+        writer: RecordWriter,
+        timer: StepTimer,
+    ) -> None:
+        self._windows = windows
+        self._engine = engine
+        self._loader = loader
+        self._config = config
+        self._writer = writer
+        self._timer = timer
+
+    def enter(self, phase: Phase) -> None:
+        """Read windows as long as the sequences of a phase."""
+        length = phase.recipe.train.sequence_length
+        if self._windows.sequence_length != length:
+            self._windows = self._windows.of_length(length)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the interval says so; the ends of epochs, phases and runs are validated too."""
+        return step % self._config.interval_steps == 0
+
+    def sample(self, progress: Progress) -> float:
+        """Loss over what ``validation.max_windows`` allows, always the same: nats a target."""
+        return self._measure(progress, self._config.max_windows)
+
+    def rest(self, progress: Progress) -> None:
+        """At the end of a run: the loss over the whole split too, if :meth:`sample` reads only a
+        part of it.
+        """
+        limit = self._config.max_windows
+        if limit is not None and limit < self._windows.num_all:
+            self._measure(progress, None)
+
+    def _measure(self, progress: Progress, max_windows: int | None) -> float:
+        with self._timer.paused():
+            loader = self._loader
+            size = self._engine.phase_recipe.train.micro_batch_size
+            nll, targets = self._engine.evaluate(
+                validation_batches(self._windows, size, loader.dp_rank, loader.dp_size, max_windows)
+            )
+            loss = nll / targets
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"the validation loss of step {progress.step} is not finite: "
+                    "lower optimizer.learning_rate; the last checkpoint is intact"
+                )
+            progress.note_validation(loss, targets)
+            self._writer.write(
+                ValidationRecord(self._writer.position(progress.step), loss, targets)
+            )
+        return loss
