@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# Python puts this script's folder first on the path, where this very file would stand for the
+# Python puts this script's folder first on the path, in which this very file would be taken for the
 # package of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

@@ -1,7 +1,6 @@
-"""Runs a launcher, hands SIGTERM, SIGINT and SIGUSR1 to the ranks below it, and ends with the
-launcher's exit code.
+"""Run a launcher, hand signals to the ranks below it, and end with the launcher's exit code.
 
-The ranks save at such a signal and end with code 75. The launchers alone lose that: ``deepspeed``
+The ranks save at SIGTERM, SIGINT and SIGUSR1 and end with code 75. The launchers alone lose that: ``deepspeed``
 dies of SIGTERM and leaves its ranks running, and ``torchrun`` hands the signal on but ends with
 code 1 and a traceback. With ``--parent PID`` before the command, the end of the process that
 started this is a SIGTERM too.
@@ -24,8 +23,9 @@ PARENT_SECONDS = 0.5  # between two looks at the parent
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a process is Python running the training script; launchers carry its name only as a
-    later argument.
+    """Whether a process is Python running the training script.
+
+    Launchers carry the script's name too, but only as a later argument.
     """
     try:
         script = next(
@@ -37,9 +37,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Sends a signal to every rank, or, before there are any, to the launcher and all that it
-    started.
-    """
+    """Send a signal to every rank or, before there are any, to all that the launcher started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(launcher.pid)
         started = root.children(recursive=True)
@@ -60,11 +58,12 @@ def wait(launcher: subprocess.Popen[bytes], parent: int | None) -> int:
 
 
 def main(command: list[str]) -> int:
+    """Run the launcher's command line, and return its exit code as a shell would."""
     parent = None
     if command[:1] == ["--parent"]:
-        parent, command = int(command[1]), command[2:]
-    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher beside the
-    # ranks.
+        parent = int(command[1])
+        command = command[2:]
+    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher directly too.
     launcher = subprocess.Popen(command, start_new_session=True)
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,4 @@
-"""``torchrun`` that ends with the exit code of the rank that failed first, instead of 1 and a
-traceback of its own.
-"""
+"""``torchrun`` that ends with the exit code of the rank that failed first, not with 1."""
 
 from __future__ import annotations
 

@@ -1,3 +1,1 @@
-"""DeepSpeed's engine, driven step by step: processes, precision, ds_config, training step, expert
-tables.
-"""
+"""DeepSpeed's engine, driven step by step."""

@@ -1,6 +1,4 @@
-"""The parts of an engine, each made by one function: model, experts, frozen names, DeepSpeed's
-engine.
-"""
+"""The parts of an engine, each made by one function."""
 
 from __future__ import annotations
 
@@ -105,8 +103,9 @@ def stage_of(ds_config: dict[str, Any]) -> int:
 
 
 def expert_group(topology: Topology) -> distributed.ProcessGroup | None:
-    """The ranks that share one set of experts of DeepSpeed's layers; None if each rank holds them
-    all.
+    """The ranks that share one set of experts of DeepSpeed's layers.
+
+    None if each rank holds them all.
     """
     if topology.ep_size == 1:
         return None

@@ -1,5 +1,4 @@
-"""``torch.compile`` where it pays: attention with its norm and residual connection, and dense
-blocks whole.
+"""``torch.compile`` of what gains by it: attention with its norm and residual, dense blocks whole.
 
 What routes tokens stays as it is: how many rows an expert gets differs in every step, and a
 compiled graph would break there.
@@ -14,8 +13,9 @@ from pretrain.model.decoder import DecoderLM
 
 
 def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
-    """Compiles in place, at the first step: parameters keep their names, and modules of one shape
-    share a graph.
+    """Compile in place, at the first step.
+
+    Parameters keep their names, and modules of one shape share a graph.
 
     Args:
         backend: one of ``torch.compiler.list_backends()``; ``aot_eager`` traces without generating
@@ -23,6 +23,7 @@ def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
     """
     for block in (module for module in model.modules() if isinstance(module, Block)):
         if block.is_moe:
-            block.attend = torch.compile(block.attend, backend=backend, dynamic=False)  # type: ignore[method-assign]
+            attend = torch.compile(block.attend, backend=backend, dynamic=False)
+            block.attend = attend  # type: ignore[method-assign]
         else:
             block.compile(backend=backend, dynamic=False)

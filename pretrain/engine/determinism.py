@@ -13,8 +13,7 @@ CUBLAS_WORKSPACE = ":4096:8"
 
 
 def be_deterministic() -> None:
-    """Lets torch use deterministic kernels only; where an operation has none it raises an error
-    that names it.
+    """Let torch use deterministic kernels only; an operation without one raises an error.
 
     Call it before the first CUDA kernel: cuBLAS reads its variable when it starts.
     """

@@ -142,8 +142,7 @@ class Engine:
         return [*tables, *stage0, self.usage, balance]
 
     def enter(self, phase: Phase) -> None:
-        """Make the following steps those of a phase: its batch sizes, positions and frozen
-        parameters.
+        """Make the following steps those of a phase: batch sizes, positions, frozen parameters.
 
         To be called between two steps, and again after a checkpoint was loaded.
         """
@@ -249,8 +248,9 @@ class Engine:
         )
 
     def weights_are_finite(self) -> bool:
-        """The same on every rank; of a weight that ZeRO 3 has partitioned, each rank looks at its
-        own part.
+        """Whether all weights are finite, the same on every rank.
+
+        Of a weight that ZeRO 3 has partitioned, each rank looks at its own part.
         """
         parts = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters()]
         finite = all(bool(part.isfinite().all()) for part in parts)
@@ -308,9 +308,7 @@ class Engine:
         return output
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
-        """Counted tokens of the global batch / number of its micro batches: the divisor of every
-        micro batch.
-        """
+        """Counted tokens of the global batch / its micro batches, the divisor of each of them."""
         sizes = self.phase_recipe.train
         if not self.recipe.data.leaves_out_labels:
             return float(sizes.micro_batch_size * sizes.sequence_length)
@@ -322,8 +320,7 @@ class Engine:
     def _global_fractions(
         self, batches: list[Batch], normalizer: torch.Tensor | float
     ) -> torch.Tensor | None:
-        """f_e over the whole global batch, [L, E], by a forward pass over all its micro batches
-        first.
+        """f_e over the whole global batch, [L, E], by a forward pass over all of it.
 
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al.
         2025, "Demons in the Detail").

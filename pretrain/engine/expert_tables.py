@@ -25,8 +25,9 @@ from pretrain.model.moe.tables.products import ExpertTable
 def take_expert_tables(
     model: DecoderLM, recipe: Recipe, shards: int, topology: Topology
 ) -> SparseOptimizer | None:
-    """Take the tables of a PEER model out of its parameters, before DeepSpeed sees them; None for
-    other models.
+    """Take the tables of a PEER model out of its parameters, before DeepSpeed sees them.
+
+    None for other models.
 
     Every rank must call it.
 
@@ -89,8 +90,9 @@ class ExpertTablesStep(StepHook):
         self.norm = self._tables.reduce(self._loss_scale.value())
 
     def after_update(self, update: Update) -> None:
-        """Update the tables, clipped by the factor that DeepSpeed has used; a skipped step moves
-        nothing.
+        """Update the tables, clipped by the factor that DeepSpeed has used.
+
+        A skipped step moves nothing.
         """
         if update.applied and math.isfinite(update.grad_norm):
             factor = 1.0
@@ -109,8 +111,7 @@ class ExpertTablesStep(StepHook):
 def _groups(
     topology: Topology, shards: int
 ) -> tuple[distributed.ProcessGroup | None, distributed.ProcessGroup | None]:
-    """This rank's group of ranks that share one set of experts, and that of ranks with the same
-    experts.
+    """This rank's groups: ranks that share one set of experts, and ranks with the same experts.
 
     The former are neighbours, as in DeepSpeed's expert-parallel groups. A group of one rank is
     None.

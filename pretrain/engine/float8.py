@@ -1,5 +1,4 @@
-"""Linear layers that multiply in fp8: torchao's ``Float8Linear`` with a scale for each tensor,
-found anew at each product.
+"""Linear layers that multiply in fp8: torchao's ``Float8Linear``, scaled by tensor and product.
 
 Weights stay bf16 with fp32 masters, and keep their names. Converted are the projections inside the
 blocks whose sizes fp8 products take: attention, dense feed-forwards, shared experts, and the
@@ -14,7 +13,7 @@ from torch import nn
 
 from pretrain.core.errors import ConfigError
 
-# torch._scaled_mm takes matrices whose sides are multiples of it.
+# torch._scaled_mm takes only matrices whose sides are multiples of it.
 MULTIPLE = 16
 
 

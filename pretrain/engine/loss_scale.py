@@ -1,6 +1,4 @@
-"""The factor that fp16 losses are multiplied by, so that small gradients do not vanish
-(Micikevicius et al. 2018).
-"""
+"""The factor of fp16 losses, by which small gradients survive (Micikevicius et al. 2018)."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from pretrain.engine.workarounds.stage0_fp16 import loss_scaler_of, scales_loss_
 
 
 class LossScale:
-    """Reads and applies the loss scale, wherever DeepSpeed keeps it; 1 in other precisions than
-    fp16.
+    """Reads and applies the loss scale, wherever DeepSpeed keeps it.
+
+    In other precisions than fp16 it is 1.
 
     Args:
         optimizer: the one that ``deepspeed.initialize`` returned.

@@ -1,6 +1,4 @@
-"""Steps that are in no metrics record yet, as a checkpoint carries them: each rank's own, to the
-bit.
-"""
+"""Steps that are in no metrics record yet, as a checkpoint carries them, to the bit."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FrozenParameters:
-    """Keeps some parameters as they are through optimizer steps, at every ZeRO stage and under any
-    optimizer.
+    """Keeps some parameters as they are, at every ZeRO stage and under any optimizer.
 
     Their gradients are zero before DeepSpeed sees them, so that the norm, and with it clipping, is
     that of the others. An optimizer would still move them, by weight decay and by moments: each of

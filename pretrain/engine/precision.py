@@ -56,8 +56,9 @@ def hardware_warnings(recipe: Recipe) -> list[str]:
 
 
 def set_matmul_precision(tf32: bool) -> None:
-    """fp32 products in TF32 (NVIDIA 2020), if the hardware has it and the recipe asks for it;
-    else in fp32.
+    """Compute fp32 products in TF32 (NVIDIA 2020), if the hardware has it and the recipe asks.
+
+    Otherwise they are computed in fp32.
     """
     torch.set_float32_matmul_precision("high" if tf32 and _has_tf32() else "highest")
 

@@ -1,9 +1,8 @@
-"""Training tables of which a step uses few rows: gradients, state and time follow the rows used,
-not the rows held.
+"""Optimizer of tables of which a step uses few rows: its cost follows the rows used.
 
 A row is trained by the recipe's optimizer over the steps that used it, as if it were a parameter of
 its own whose gradient is None in all others: its moments do not fade meanwhile, its weight does not
-decay, and Adam's bias correction counts its own steps. Where every step uses every row, that is the
+decay, and Adam's bias correction counts its own steps. If every step uses every row, that is the
 dense optimizer.
 """
 
@@ -24,12 +23,12 @@ from pretrain.model.moe.tables.products import (
 )
 from pretrain.optim.config import SGD, AdamW
 
-# Rows whose gradients stand in memory at once.
+# Rows whose gradients are in memory at once.
 CHUNK_ROWS = 16384
 
 
 class RowGroups(NamedTuple):
-    """Process groups around one rank's tables; None stands for this process alone.
+    """Process groups around one rank's tables; None means this process alone.
 
     Attributes:
         replicas: the ranks that hold the same experts. Each keeps the optimizer state of an equal
@@ -50,9 +49,8 @@ def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     if device.type != "cpu" or rows * columns == 0:
         return torch.zeros(rows, columns, device=device)
     pages = mmap.mmap(-1, 4 * rows * columns)
-    if hasattr(
-        mmap, "MADV_NOHUGEPAGE"
-    ):  # Linux: a huge page holds hundreds of rows, and one of them is soon used
+    # Linux: a huge page holds hundreds of rows, and one of them is soon used.
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
 
@@ -114,12 +112,13 @@ class RowState:
         return state | {name: moment[own_U] for name, moment in self.moments.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over a :meth:`state`; rows that it does not name were never used, and moments that
-        it does not have start at zero.
+        """Take over a :meth:`state`.
+
+        Rows that it does not name were never used, and moments that it does not have start at zero.
         """
         (used_U,) = self.steps.nonzero(as_tuple=True)
-        for numbers in (self.steps, *self.moments.values()):
-            numbers[used_U] = 0
+        for state_of_rows in (self.steps, *self.moments.values()):
+            state_of_rows[used_U] = 0
         own_U = state["row"].to(self.steps.device) - self.first
         self.steps[own_U] = state["steps"].to(self.steps.device)
         for name in self.moments.keys() & state.keys():
@@ -164,7 +163,7 @@ class SparseOptimizer:
 
     @torch.no_grad()
     def reduce(self, scale: float) -> torch.Tensor:
-        """Brings the replicas' gradients together, averaged over all ranks' batches.
+        """Bring the replicas' gradients together, averaged over all ranks' batches.
 
         Every rank must call it.
 
@@ -202,7 +201,7 @@ class SparseOptimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float, factor: float) -> None:
-        """Updates the rows that were used by ``factor`` times their gradient (clipping)."""
+        """Update the rows that were used by ``factor`` times their gradient (clipping)."""
         for name, by_row in self._reduced.items():
             state = self.states[name]
             for rows in _chunks(by_row.row_U.numel()):
@@ -212,11 +211,11 @@ class SparseOptimizer:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the reduced gradients: the step is skipped."""
+        """Forget the reduced gradients: the step is skipped."""
         self._reduced = {}
 
     def is_finite(self) -> bool:
-        """Whether all weights held here are; their sum is not where one is not."""
+        """Whether all weights held here are finite: the sum is not if one of them is not."""
         return all(bool(state.table_ND.sum().isfinite()) for state in self.states.values())
 
 
@@ -285,7 +284,7 @@ def _gather_ragged(tensor: torch.Tensor, group: distributed.ProcessGroup) -> lis
 def _share_rows(
     table_ND: torch.Tensor, row_U: torch.Tensor, group: distributed.ProcessGroup
 ) -> None:
-    """Gives the rows that this rank has updated to the others, and takes theirs."""
+    """Give the rows that this rank has updated to the others, and take theirs."""
     for rows, values in zip(
         _gather_ragged(row_U, group), _gather_ragged(table_ND[row_U], group), strict=True
     ):

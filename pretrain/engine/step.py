@@ -52,8 +52,9 @@ class MeanLosses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step as this rank saw it; tensors stay on the device until
-    :func:`reduce_steps`.
+    """One optimizer step as this rank saw it.
+
+    Tensors stay on the device until :func:`reduce_steps`.
 
     Attributes:
         losses: means over this rank's micro batches.

@@ -33,8 +33,9 @@ class StepHook:
     """
 
     def before_update(self) -> None:
-        """The last backward pass is done and DeepSpeed has reduced its gradients; its update comes
-        next.
+        """The last backward pass is done and DeepSpeed has reduced its gradients.
+
+        Its update comes next.
         """
 
     def after_update(self, update: Update) -> None:

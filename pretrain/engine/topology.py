@@ -1,5 +1,4 @@
-"""Who this process is among all: found from the launcher's environment, then one process group for
-everything.
+"""Who this process is among all, from the launcher's environment; one process group.
 
 Understood are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through
 mpi4py), and no launcher at all.
@@ -128,24 +127,21 @@ def discover(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def world_size_from_environment(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher started, without connecting them: for checks that come
-    before.
-    """
+    """How many processes the launcher started, without connecting them."""
     return int((discover(environment) or environment)["WORLD_SIZE"])
 
 
 def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher made this process rank 0, also before the processes are connected; true
-    without one.
+    """Whether the launcher made this process rank 0, also before the processes are connected.
+
+    True without a launcher.
     """
     names = ("RANK", "SLURM_PROCID", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
     return next((environment[name] for name in names if name in environment), "0") == "0"
 
 
 def connect(ep_size: int) -> Topology:
-    """Join all processes into torch's default group through DeepSpeed, and pick this process's
-    device.
-    """
+    """Join all processes into torch's default group, and pick this process's device."""
     os.environ.update(discover(os.environ))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()

@@ -1,1 +1,1 @@
-"""Guards: what a run does when something goes wrong with its numbers or its data."""
+"""Guards: what a run does when a step or its data go wrong."""

@@ -1,5 +1,4 @@
-"""Decisions about steps that went wrong, from plain values: nothing here communicates, reads or
-writes.
+"""Decisions about steps that went wrong, from plain values, without communication.
 
 Every rank is given the same values, so every rank decides the same.
 """
@@ -144,8 +143,9 @@ class Guards:
     def validation_gap(
         self, step: int, validation_loss: float, training_loss: float | None
     ) -> Violation | None:
-        """A validation loss that is too far above the training loss; None if it is not, or there is
-        no guard.
+        """A validation loss that is too far above the training loss.
+
+        None if it is not, or there is no guard.
         """
         guard = self.config.validation_gap
         if guard is None or training_loss is None or validation_loss - training_loss <= guard.nats:
@@ -157,9 +157,7 @@ class Guards:
         return Violation("validation_gap", guard.action, step, reason)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint carries, as JSON: with it a resumed run decides as the uninterrupted
-        one.
-        """
+        """What a checkpoint carries, as JSON: a resumed run decides as the uninterrupted one."""
         state = {
             name: list(window.values)
             for name, window in self._windows().items()

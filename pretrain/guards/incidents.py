@@ -1,6 +1,4 @@
-"""What went wrong in a run, for people and programs: ``incidents.jsonl``, the log, and a line on
-the terminal.
-"""
+"""What went wrong in a run: ``incidents.jsonl``, the log, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ INCIDENTS = "incidents.jsonl"
 # Of a step with many micro batches only so many are reported, the worst ones.
 MAX_MICRO_BATCHES = 8
 CONSEQUENCES = {
-    "warn": "it goes on",
+    "warn": "training continues",
     "skip": "the step is skipped",
     "rollback": "the run goes back",
     "stop": "the run stops",
@@ -174,8 +172,9 @@ class IncidentLog:
 
 
 def _worst(losses: list[list[float | None]]) -> list[SuspectMicroBatch]:
-    """The micro batches of the highest loss, from the losses of each rank; one that is not finite
-    comes first.
+    """The micro batches of the highest loss, from the losses of each rank.
+
+    One that is not finite comes first.
     """
     everything = [
         SuspectMicroBatch(rank, number, loss=loss)

@@ -1,5 +1,6 @@
-"""Where in a step a value stopped being finite: the step is repeated with every local gradient
-watched, and refused.
+"""Where in a step a value stopped being finite.
+
+The step is repeated with every local gradient watched, and refused.
 
 A run in which all is well pays nothing for it: nothing is watched until a step was skipped.
 """
@@ -34,8 +35,7 @@ class NonFinite:
 
 
 def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinite]:
-    """Find the micro batches of all ranks whose loss or gradient is not finite, before any
-    reduction mixes them.
+    """Find the micro batches of all ranks whose own loss or gradient is not finite.
 
     Weights, optimizer, random state, usage counters and DeepSpeed's counters are afterwards what
     they were. In fp16 the repetition has no loss scale, so that what is found is no fault of the
@@ -71,8 +71,9 @@ def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinit
 
 @contextmanager
 def _as_before(engine: Engine) -> Iterator[None]:
-    """Restore what a refused step moves besides weights and optimizer state; fp16's loss scale is 1
-    meanwhile.
+    """Restore what a refused step moves besides weights and optimizer state.
+
+    The loss scale of fp16 is 1 meanwhile.
     """
     device = engine.topology.device
     rates = [group["lr"] for group in engine.optimizer.param_groups]

@@ -112,9 +112,7 @@ class GuardPolicy:
             progress.note_patience(loss, self.config.early_stopping.min_delta)
 
     def ends_early(self, progress: Progress) -> bool:
-        """Whether the validation loss has not fallen for as many validations as the recipe has
-        patience for.
-        """
+        """Whether the validation loss has not fallen for longer than the recipe's patience."""
         stopping = self.config.early_stopping
         return stopping is not None and progress.stale_validations >= stopping.patience
 
@@ -175,8 +173,9 @@ class GuardPolicy:
         return None
 
     def _error(self, violation: Violation, what: str) -> PipelineError:
-        """Where to look, and what to do; a run that is started again resumes from a checkpoint that
-        is intact.
+        """Where to look, and what to do.
+
+        A run that is started again resumes from a checkpoint that is intact.
         """
         kind = NonFiniteError if violation.guard == "non_finite" else GuardError
         return kind(

@@ -61,9 +61,7 @@ class Progress:
         self.forget_patience()
 
     def leave_parent_run(self) -> None:
-        """Forget what is the parent run's alone: its best checkpoint, those of its epochs, and its
-        end.
-        """
+        """Forget what is the parent run's alone: its best checkpoint, its epochs, its end."""
         self.forget_best()
         self.forget_patience()
         self.epoch_steps.clear()

@@ -1,3 +1,1 @@
-"""What surrounds a training: its command line, its folder, its parts, a dry run, its outcome, the
-LR finder.
-"""
+"""What surrounds a training: command line, folder, parts, dry run, outcome, LR finder."""

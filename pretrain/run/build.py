@@ -1,6 +1,4 @@
-"""What a run is made of, from its recipe and ds_config: for training, the LR finder, benchmarks and
-tests.
-"""
+"""What a run is made of: for training, the LR finder, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ from pretrain.training.validation import Validator
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run before it has a model: everything that was left open is resolved, and the ranks are
-    connected.
+    """A run before it has a model: what was left open is resolved, the ranks are connected.
 
     Attributes:
         recipe: with the vocabulary's size and the precision that are used.
@@ -113,9 +110,7 @@ def resolve_recipe(recipe: Recipe, precision: str, datasets: Datasets | None) ->
 
 
 def share_cores() -> None:
-    """On a CPU, let ranks of one machine share its cores evenly, unless OMP_NUM_THREADS says
-    otherwise.
-    """
+    """On a CPU without OMP_NUM_THREADS, let ranks of one machine share its cores evenly."""
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -62,8 +62,9 @@ WAYS_OUT = f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
 
 @contextlib.contextmanager
 def owned_folder(recipe: Recipe, is_main: bool, fresh: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the run's folder as its only writer, empty if ``fresh``; ranks other than 0 hold
-    nothing.
+    """Hold the run's folder as its only writer, empty if ``fresh``.
+
+    Ranks other than 0 hold nothing.
 
     Raises:
         ConfigError: if another process writes to it, or as :func:`start_over`.
@@ -118,8 +119,9 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Send every library's log records and warnings to log.txt; the terminal keeps progress bar and
-    results.
+    """Send every library's log records and warnings to log.txt.
+
+    The terminal keeps progress bar and results.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
@@ -215,8 +217,7 @@ def check_branch(
     state: Mapping[str, Any],
     checkpoint: Path,
 ) -> None:
-    """Refuse a checkpoint of another run (``branch_from``) whose past is not the one that the
-    recipe describes.
+    """Refuse a checkpoint of another run (``branch_from``) with another past than the recipe's.
 
     Args:
         parent: the recipe of the other run.
@@ -256,8 +257,7 @@ def fingerprint_difference(now: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
-    """The first field in which two recipes differ in what the first ``step`` steps of a run were,
-    in words.
+    """The first field in which two recipes differ about the first ``step`` steps, in words.
 
     Without phases the mixture may change: the new one holds from here on. A phase says what it was,
     also when it is over. None if nothing differs.

@@ -1,5 +1,4 @@
-"""The learning rate range test: a short training whose learning rate grows exponentially from step
-to step.
+"""The learning rate range test: a short training whose learning rate grows by the step.
 
 A learning rate at which the loss falls fastest is a good one, one at which it rises again is too
 high (Smith 2017, "Cyclical Learning Rates for Training Neural Networks").
@@ -59,8 +58,9 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The lower one of the steepest descent and a tenth of where it diverges; None without a
-        descent.
+        """The lower one of the steepest descent and a tenth of where it diverges.
+
+        None without a descent.
         """
         if self.steepest is None or self.diverged is None:
             return self.steepest
@@ -82,9 +82,7 @@ def running_mean(losses: Sequence[float], weight: float) -> list[float]:
 
 
 def slope_steps(rates: Sequence[float]) -> int:
-    """Steps that a slope is taken over, of a test with these learning rates: of half of them at
-    most.
-    """
+    """Steps that a slope is taken over: half of those of the test at most."""
     of_decades = SLOPE_DECADES / math.log10(rates[1] / rates[0])
     return max(SLOPE_STEPS, min(round(of_decades), len(rates) // 2))
 
@@ -107,9 +105,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The first learning rate after the lowest loss at which it is ``DIVERGED_ABOVE`` times as
-    high.
-    """
+    """The first learning rate with ``DIVERGED_ABOVE`` times the lowest loss, after that."""
     lowest = min(range(len(smoothed)), key=lambda step: smoothed[step])
     return next(
         (
@@ -187,8 +183,9 @@ def run_range_test(
 
 
 def _gradient_is_finite(result: StepResult, precision: str) -> bool:
-    """Whether a step's gradient says nothing against it; in fp16 the loss scale may be to blame for
-    one that does.
+    """Whether a step's gradient says nothing against it.
+
+    In fp16 the loss scale may be to blame for one that does.
     """
     if precision == "fp16":
         return True

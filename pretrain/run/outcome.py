@@ -72,8 +72,9 @@ class Outcome:
         }
 
     def complete(self, summary: dict[str, Any], finished: bool) -> None:
-        """Write the summary, and let callbacks end; they may wait for others, and be killed
-        meanwhile.
+        """Write the summary, and let callbacks end.
+
+        They may wait for others, and be killed meanwhile.
         """
         whole = update_summary(self._folder, summary)
         for callback in self._trainer.callbacks:
@@ -82,8 +83,9 @@ class Outcome:
             update_summary(self._folder, {ENDED: self._trainer.progress.step})
 
     def fail(self, error: Exception) -> None:
-        """Let callbacks know of the error that ends the run; what goes wrong in them does not take
-        its place.
+        """Let callbacks know of the error that ends the run.
+
+        What goes wrong in them does not take its place.
         """
         for callback in self._trainer.callbacks:
             try:

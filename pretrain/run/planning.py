@@ -1,6 +1,4 @@
-"""The command's ``--dry-run``: resolves a run for any number of ranks, without connecting them, and
-prints it.
-"""
+"""The command's ``--dry-run``: resolves a run for any number of ranks, and prints it."""
 
 from __future__ import annotations
 
@@ -50,8 +48,9 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, A
 
 
 def _datasets_if_built(recipe: Recipe) -> Datasets | None:
-    """The recipe's data, with the names of its mixtures checked; None if some of it is not there
-    yet.
+    """The recipe's data, with the names of its mixtures checked.
+
+    None if some of it is not there yet.
     """
     folders = data_folders(recipe)
     if not all(manifest_path(folder).is_file() for folder in folders.values()):

@@ -1,6 +1,4 @@
-"""Where a run continues: at its newest checkpoint, or at the one of another run that it branches
-from.
-"""
+"""Where a run continues: at its newest checkpoint, or at that of its parent run."""
 
 from __future__ import annotations
 

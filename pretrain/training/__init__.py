@@ -1,3 +1,1 @@
-"""The training loop (``trainer.py``) and its parts: schedules, clock, metrics, validation,
-checkpoints, stopping.
-"""
+"""The training loop (``trainer.py``) and its parts."""

@@ -1,6 +1,4 @@
-"""When a run saves, what its checkpoints hold beyond weights and optimizer, and how it continues
-from one.
-"""
+"""When a run saves, what it saves beyond weights and optimizer, and how it continues."""
 
 from __future__ import annotations
 
@@ -59,9 +57,7 @@ class EndedParts:
         self.is_due = False
 
     def ends_with(self, step: int) -> bool:
-        """Whether an epoch that is to be kept, or a phase, ends with a step or was passed over
-        before it.
-        """
+        """Whether a phase, or an epoch that is kept, ends with a step or was passed over."""
         ends = self._timeline.ends_phase(step)
         if self._keep_epochs:
             before = self._epoch

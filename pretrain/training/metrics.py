@@ -72,8 +72,9 @@ class MetricsRecorder:
             self._record_usage(progress.step)
 
     def record_training(self, progress: Progress) -> None:
-        """A record of the pending steps; skipped ones take part in no mean, and make no record
-        alone.
+        """A record of the pending steps.
+
+        Skipped ones take part in no mean, and make no record alone.
         """
         results = self.pending
         applied = [result for result in results if result.applied]

@@ -1,6 +1,4 @@
-"""Records of metrics: typed here, JSON lines in ``metrics.jsonl``, scalars for TensorBoard and
-trackers.
-"""
+"""Records of metrics: typed here, JSON lines in ``metrics.jsonl``."""
 
 from __future__ import annotations
 

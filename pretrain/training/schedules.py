@@ -1,6 +1,4 @@
-"""Learning rate and rate of balancing by bias: pure functions of the step, so that a resume needs
-no scheduler state.
-"""
+"""Learning rate and rate of balancing by bias: functions of the step, without state."""
 
 from __future__ import annotations
 
@@ -100,8 +98,9 @@ def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> f
 
 
 def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> float:
-    """How far balancing biases move after optimizer step ``step`` (from 0); 0 in the frozen end of
-    the run.
+    """How far balancing biases move after optimizer step ``step`` (from 0).
+
+    0 in the frozen end of the run.
     """
     moving_steps = num_steps - round(config.frozen_share * num_steps)
     if step >= moving_steps:

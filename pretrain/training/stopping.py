@@ -52,8 +52,7 @@ class Stopping:
             raise DataError(f"{faults[0]}{others}; no checkpoint was written since this start")
 
     def finish_data_check(self) -> None:
-        """Wait for the end of the data check: no checkpoint may have learned from damaged data in
-        silence.
+        """Wait for the data check: no checkpoint may have learned from damaged data in silence.
 
         Raises:
             DataError: as :meth:`raise_data_faults`.

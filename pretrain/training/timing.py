@@ -10,9 +10,7 @@ from pretrain.guards.progress import Progress
 
 
 class StepTimer:
-    """Measures the window of steps since the last metrics record, without pauses for anything but
-    training.
-    """
+    """Measures the window of steps since the last metrics record, without pauses."""
 
     def __init__(self) -> None:
         self._window_started = 0.0

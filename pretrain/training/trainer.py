@@ -59,9 +59,7 @@ class Trainer:
         return self.progress.step >= self.num_steps
 
     def fit(self) -> bool:
-        """Train until the last step, or until a stop is requested on any rank: then save and return
-        False.
-        """
+        """Train until the last step, or until any rank is to stop: then save, return False."""
         for callback in self.callbacks:
             callback.on_start(self.progress.step, self.num_steps)
         self.metrics.start(self.progress.step)
@@ -102,8 +100,9 @@ class Trainer:
         self.metrics.record(self.progress, self.is_done or self.timeline.ends_phase(step))
 
     def _validate(self, ends_part: bool) -> bool:
-        """Validate if it is due, and end the run if the loss falls no more; True for the best loss
-        so far.
+        """Validate if it is due, and end the run if the loss falls no more.
+
+        True for the best loss so far.
 
         Args:
             ends_part: whether an epoch that is kept, or a phase, ends with the step.

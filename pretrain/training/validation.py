@@ -54,9 +54,7 @@ class Validator:
         return self._measure(progress, self._config.max_windows)
 
     def rest(self, progress: Progress) -> None:
-        """At the end of a run: the loss over the whole split too, if :meth:`sample` reads only a
-        part of it.
-        """
+        """At the end of a run: the loss over the whole split, if a sample is only a part."""
         limit = self._config.max_windows
         if limit is not None and limit < self._windows.num_all:
             self._measure(progress, None)

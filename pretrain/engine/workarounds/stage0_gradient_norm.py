@@ -25,8 +25,9 @@ from pretrain.engine.workarounds.update_veto import UpdateVeto
 def global_grad_norm(
     parameters: Iterable[nn.Parameter], expert_group: distributed.ProcessGroup | None
 ) -> torch.Tensor:
-    """L2 norm over all parameters of the whole model, each expert counted once; [] fp32, the same
-    on every rank.
+    """L2 norm over all parameters of the whole model, each expert counted once.
+
+    [] fp32, the same on every rank.
 
     Args:
         parameters: with reduced gradients; experts are those marked ``allreduce = False``.

@@ -16,8 +16,9 @@ import torch
 
 
 def stage0_masters(optimizer: Any, precision: str) -> dict[int, torch.Tensor]:
-    """The fp32 copy of each parameter by the parameter's id; empty in fp32, whose parameters are
-    their own.
+    """The fp32 copy of each parameter by the parameter's id.
+
+    Empty in fp32, whose parameters are their own.
     """
     if precision == "fp32":
         return {}

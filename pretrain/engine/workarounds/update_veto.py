@@ -1,5 +1,4 @@
-"""Refusing an update after its gradient is known and before anything has moved, in every ZeRO stage
-and precision.
+"""Refusing an update after its gradient is known and before anything has moved.
 
 Fact: DeepSpeed has no way to refuse an update. Its optimizers leave weights, moments and step
     counts as they are only if a gradient is not finite; stage 0 in fp32 has not even that, but
