@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.mixture import check_names
 from data_pipeline.loading.packing import Windows, prepare_packing
-from data_pipeline.loading.shard_loader import loader_phases, open_loader
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.manifest import manifest_path
 from data_pipeline.shards.verification import BackgroundCheck
@@ -27,6 +27,7 @@ from pretrain.checkpoint.initialize_from import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
 from pretrain.config.load import load_recipe, recipe_to_yaml
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology, warnings_about
 from pretrain.config.timeline import Timeline
@@ -150,15 +151,15 @@ def plan_only(
     world_size = options.world_size or max(
         world_size_from_environment(os.environ), recipe.parallel.ep_size
     )
-    folders = data_folders(recipe)
+    folders = data_folders(recipe.data, recipe.data_path)
     datasets = (
         load_datasets(folders)
         if all(manifest_path(folder).is_file() for folder in folders.values())
         else None
     )
     if datasets and not recipe.data.streaming:
-        for phase in loader_phases(recipe):
-            check_names(phase.mixture, list(datasets.training_parts()), phase.where)
+        for phase in loader_plan(recipe).phases:
+            check_names(phase.mixture, list(datasets.training_shards()), phase.mixture_key)
     accumulation = check_topology(recipe, world_size, stage)
     precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, datasets)
@@ -184,7 +185,9 @@ def build_trainer(
 ) -> Trainer:
     """Wires data, engine, checkpoints and callbacks."""
     topology, train, folder = engine.topology, recipe.train, Path(recipe.output_path)
-    loader = open_loader(recipe, datasets, topology.rank, topology.world_size)
+    loader = open_loader(
+        recipe.data, datasets, loader_plan(recipe), topology.rank, topology.world_size
+    )
     held_out = datasets.validation_stream()
     validation = (
         Windows(held_out, train.sequence_length, datasets.pad_id, recipe.data.document_mask)
@@ -244,7 +247,7 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         "steps": progress.step,
         "tokens_per_second": tokens / progress.train_seconds if progress.train_seconds else None,
         "train_seconds": progress.train_seconds,
-        "stall_seconds": trainer.loader.waiting.seconds,
+        "stall_seconds": trainer.loader.prefetch_wait.seconds,
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "validation_loss_in_training": progress.last_validation,
@@ -262,7 +265,7 @@ def summarize(trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
 def train(
     options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any], stage: int
 ) -> int:
-    datasets = load_datasets(data_folders(recipe))
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
     precision = resolve_precision(recipe.train.precision)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loading.factory import open_loader
+from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import prepare_packing
-from data_pipeline.loading.shard_loader import Loader, open_loader
 from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.checkpoint.initialize_from import starting_weights
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Phase, Timeline
@@ -198,7 +200,7 @@ def prepare(
             "a range test cannot go on with the optimizer of branch_from: for its weights alone "
             f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
         )
-    datasets = load_datasets(data_folders(recipe))
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
     accumulation = check_topology(recipe, world_size_from_environment(os.environ), stage)
     precision = resolve_precision(recipe.train.precision)
@@ -214,7 +216,9 @@ def prepare(
     fill = starting_weights(
         recipe, datasets.tokenizer.sha256, Path(os.devnull), topology
     )  # as of a new run, also where there is one
-    loader = open_loader(recipe, datasets, topology.rank, topology.world_size)
+    loader = open_loader(
+        recipe.data, datasets, loader_plan(recipe), topology.rank, topology.world_size
+    )
     loader.require(steps)
     return Engine(recipe, resolved, precision, topology, fill), loader
 

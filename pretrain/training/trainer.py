@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import Loader, validation_batches
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.analysis.expert_usage import UsageWindow, usage_columns
 from pretrain.callbacks.base import Callback, Row
@@ -83,7 +84,8 @@ class Trainer:
         self.progress = Progress()
         incidents = IncidentLog(Path(recipe.output_path), loader, engine.topology)
         self.supervisor = GuardPolicy(recipe.guards, engine, incidents)
-        loader.waiting.watch(recipe.guards.stalled_data, incidents.tell_stall)
+        if (guard := recipe.guards.stalled_data) is not None:
+            loader.prefetch_wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.tell_stall)
         self._training_loss: float | None = None  # of the last row
         self._pending: list[StepResult] = []  # steps that are in no row yet
         self._row_started = self._row_seconds = (
@@ -321,7 +323,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "loss_scale": self.engine.loss_scale(),
             "seconds": self.progress.train_seconds,
-            "stall_seconds": self.loader.waiting.seconds,
+            "stall_seconds": self.loader.prefetch_wait.seconds,
         }
         if self.peak is not None:
             row["mfu"] = (

@@ -236,7 +236,7 @@ def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int =
         load_recipe(options.recipe, options.overrides),
         read_ds_config(options.ds_config),
     )
-    datasets = load_datasets(data_folders(recipe))
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     recipe = pretrain.train.resolve_recipe(recipe, recipe.train.precision, datasets)
     accumulation, topology = check_topology(recipe, 1, zero), connect(1)
     resolved = resolve_ds_config(
