@@ -148,7 +148,8 @@ def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
 def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
     from data_pipeline.config import DataConfig, Proportional
     from data_pipeline.loading.packing import prepare_packing, training_samples
-    from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+    from data_pipeline.loading.plan import LoaderPhase
+    from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
     from data_pipeline.shards.datasets import load_datasets
 
     config = DataConfig.model_validate({"packing": {"kind": packing}, "document_mask": True})
@@ -163,14 +164,14 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
             "truncated_share": packed.truncated_share,
         }
     before, started = held_bytes(), time.perf_counter()
-    parts = load_datasets({"": str(folder)}).training_parts()
+    parts = load_datasets({"": str(folder)}).training_shards()
     sources = {
         name: TrainingSource(
             training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint
         )
         for name, found in parts.items()
     }
-    loader = TrainLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
+    loader = ShardLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
     result |= {
         "first_batch_seconds": time.perf_counter() - started,
@@ -245,28 +246,29 @@ def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     """How long a training step of a millisecond waits for its batch, over many steps."""
     from data_pipeline.config import DataConfig, Proportional
     from data_pipeline.loading.packing import training_samples
-    from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+    from data_pipeline.loading.plan import LoaderPhase
+    from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
     from data_pipeline.shards.datasets import load_datasets
 
     config = DataConfig.model_validate({"packing": {"kind": "best_fit"}, "document_mask": True})
-    parts = load_datasets({"": str(folder)}).training_parts()
+    parts = load_datasets({"": str(folder)}).training_shards()
     sources = {
         name: TrainingSource(
             training_samples(found, config, SEQUENCE_LENGTH, 0), found[0].fingerprint
         )
         for name, found in parts.items()
     }
-    loader = TrainLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
+    loader = ShardLoader(sources, [LoaderPhase(Proportional(), MICRO_BATCH, MICRO_BATCH)], 0, 0, 1)
     loader.step_batches(0)
-    loader.waiting.seconds = 0.0
+    loader.prefetch_wait.seconds = 0.0
     started = time.perf_counter()
     for number in range(1, steps + 1):
         loader.step_batches(number)
         time.sleep(0.010)
     return {
         "steps": steps,
-        "stall_seconds": loader.waiting.seconds,
-        "stall_share": loader.waiting.seconds / (time.perf_counter() - started),
+        "stall_seconds": loader.prefetch_wait.seconds,
+        "stall_share": loader.prefetch_wait.seconds / (time.perf_counter() - started),
     }
 
 

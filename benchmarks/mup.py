@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.loading.shard_loader import open_shard_loader
 from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.analysis.coordinates import KINDS, Kind, PlainTraining, recipe_at, with_vocabulary
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.training.schedules import learning_rate_factor
@@ -60,9 +61,9 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
         "quickstart",
         [*SETTINGS, *overrides, rate, f"data.path={data}", f"train.train_tokens={steps * 512}"],
     )
-    datasets = load_datasets(data_folders(recipe))
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     recipe = with_vocabulary(recipe, datasets.tokenizer.vocab_size)
-    loader = open_train_loader(recipe, datasets, 0, 1)
+    loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
     training = PlainTraining(recipe_at(recipe, job.width, base, job.kind, "heads"))
     losses = [
         training.step(loader.step_batches(step), learning_rate_factor(step, steps, recipe.schedule))

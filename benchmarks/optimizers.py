@@ -29,10 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import open_loader, validation_batches
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import load_datasets
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
@@ -85,7 +87,8 @@ def train(
     ]
     recipe = load_recipe("quickstart", sizes)
     datasets = load_datasets({"quickstart": data})
-    loader, held_out = open_loader(recipe, datasets, 0, 1), datasets.validation_stream()
+    loader = open_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
+    held_out = datasets.validation_stream()
     assert held_out is not None
     windows = Windows(held_out, recipe.train.sequence_length, datasets.pad_id)
     ds_config = resolve_ds_config(

@@ -153,7 +153,7 @@ def step_times(steps: int) -> dict[str, Any]:
 
 def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
     """A dense layer and one of PEER, 512 random tokens a step, ZeRO 0, AdamW."""
-    from data_pipeline.loading.shard_loader import Batch
+    from data_pipeline.loading.batch import Batch
     from pretrain.config.rules.sections import check_topology
     from pretrain.engine.ds_config import resolve_ds_config
     from pretrain.engine.engine import Engine

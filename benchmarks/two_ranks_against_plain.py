@@ -25,7 +25,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology

@@ -45,11 +45,6 @@ PENDING = {
     "pretrain.model.sizes imports pretrain.config.recipe.TrainConfig, which is not below it",
     "pretrain.model.sizes imports pretrain.optim.config.Optimizer, which is not below it",
     "pretrain.model.widths imports pretrain.config.recipe.Recipe, which is not below it",
-    "data_pipeline.loading.shard_loader imports pretrain.config.recipe.Recipe, which is not below it",
-    "data_pipeline.loading.shard_loader imports pretrain.config.timeline.Timeline, which is not below it",
-    "data_pipeline.loading.prefetch imports pretrain.config.guards.StalledDataGuard, which is not below it",
-    "data_pipeline.loading.stream_loader imports pretrain.config.recipe.Recipe, which is not below it",
-    "data_pipeline.shards.datasets imports pretrain.config.recipe.Recipe, which is not below it",
 }
 # Files that are copied into an export and import each other there.
 TRAVELLING = "pretrain.export.custom."
@@ -144,8 +139,8 @@ def test_every_file_has_a_place_in_the_order() -> None:
         ),
         (
             "pretrain.model.decoder",
-            "def build():\n    from data_pipeline.loading.shard_loader import Batch",
-            "data_pipeline.loading.shard_loader.Batch",
+            "def build():\n    from data_pipeline.loading.batch import Batch",
+            "data_pipeline.loading.batch.Batch",
         ),
         ("pretrain.engine.engine", "import pretrain.checkpoint.store", "pretrain.checkpoint.store"),
         (
@@ -186,7 +181,7 @@ def test_an_import_against_the_order_is_told(module: str, source: str, named: st
     [
         (
             "pretrain.engine.engine",
-            "import deepspeed\nfrom data_pipeline.loading.shard_loader import Batch\nfrom pretrain.model import decoder",
+            "import deepspeed\nfrom data_pipeline.loading.batch import Batch\nfrom pretrain.model import decoder",
         ),
         (
             "pretrain.training.trainer",

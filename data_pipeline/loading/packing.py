@@ -215,7 +215,7 @@ def packing_statistics(
     datasets: Datasets, sequence_length: int, progress: bool = False
 ) -> PackingStatistics:
     """What best-fit packing makes of the training split; shards that are packed already are not packed again."""
-    streams = [part.stream for parts in datasets.training_parts().values() for part in parts]
+    streams = [part.stream for parts in datasets.training_shards().values() for part in parts]
     return pack_stream(
         TokenStream(
             [shard for stream in streams for shard in stream.shards], datasets.tokenizer.vocab_size

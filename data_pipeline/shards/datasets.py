@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.config import DataConfig
 from data_pipeline.shards.manifest import Manifest, TokenizerEntry, load_manifest, verify
 from data_pipeline.shards.split import SplitName
 from data_pipeline.shards.token_stream import TokenStream, open_split, source_fingerprint
@@ -18,7 +19,6 @@ from data_pipeline.shards.verification import (
     lacks_blocks,
     sampled_blocks,
 )
-from pretrain.config.recipe import Recipe
 from pretrain.core.errors import DataError
 
 
@@ -72,7 +72,7 @@ class Datasets:
         """The folders, for sentences."""
         return ", ".join(str(manifest.folder) for manifest in self.manifests.values())
 
-    def training_parts(self) -> dict[str, list[SourceShards]]:
+    def training_shards(self) -> dict[str, list[SourceShards]]:
         """What the mixture calls a source: the sources of a single folder, or each of several folders as a whole.
 
         Raises:
@@ -170,9 +170,13 @@ class Datasets:
         return BackgroundCheck(sampled_blocks(manifests, random.Random())[rank::world_size])
 
 
-def data_folders(recipe: Recipe) -> dict[str, str]:
-    """The recipe's data folders by the corpus's name; a single one is called ""."""
-    return recipe.data.corpora or {"": recipe.data_path}
+def data_folders(data: DataConfig, path: str) -> dict[str, str]:
+    """The data folders by the corpus's name; a single one is called ``""``.
+
+    Args:
+        path: of the folder if ``data`` names no corpora.
+    """
+    return data.corpora or {"": path}
 
 
 def load_datasets(folders: dict[str, str]) -> Datasets:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from data_pipeline.loading.batch import Batch
-from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.loading.shard_loader import open_shard_loader
 from data_pipeline.shards.datasets import data_folders, load_datasets
 from data_pipeline.shards.manifest import manifest_path
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
@@ -283,7 +284,7 @@ def batches_of(
     Raises:
         DataError: where the data are asked for and not there.
     """
-    folders = data_folders(recipe)
+    folders = data_folders(recipe.data, recipe.data_path)
     built = all(manifest_path(folder).is_file() for folder in folders.values())
     if source == "random" or (source == "auto" and not built):
         recipe = with_vocabulary(
@@ -291,7 +292,7 @@ def batches_of(
         )
         return recipe, "random", lambda step: random_batches(recipe, step)
     datasets = load_datasets(folders)
-    loader = open_train_loader(recipe, datasets, 0, 1)
+    loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
     return (
         with_vocabulary(recipe, recipe.model.vocab_size or datasets.tokenizer.vocab_size),
         "data",

@@ -39,7 +39,8 @@ def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Datasets
 
 def _own_corpora(checkpoint: Path) -> Datasets:
     try:
-        return _verified(load_datasets(data_folders(read_recipe(checkpoint))))
+        recipe = read_recipe(checkpoint)
+        return _verified(load_datasets(data_folders(recipe.data, recipe.data_path)))
     except DataError as error:
         raise DataError(
             f"{error}; or give other shards of the checkpoint's tokenizer with --data"

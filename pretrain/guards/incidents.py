@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import Origin
-from data_pipeline.loading.shard_loader import Loader
+from data_pipeline.loading.interface import Loader
 from pretrain.engine.step import StepResult
 from pretrain.engine.topology import Topology
 from pretrain.guards.detect import Violation

@@ -261,7 +261,10 @@ def _publish(
 
 def _check_same_data(folders: Sequence[Path]) -> None:
     """Losses on different texts say nothing beside each other."""
-    data = {folder: data_folders(read_recipe(folder)) for folder in folders}
+    recipes = {folder: read_recipe(folder) for folder in folders}
+    data = {
+        folder: data_folders(recipe.data, recipe.data_path) for folder, recipe in recipes.items()
+    }
     for folder in folders:
         if data[folder] != data[folders[0]]:
             raise ConfigError(

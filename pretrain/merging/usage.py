@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data_pipeline.loading.batch import Batch
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import validation_batches
+from data_pipeline.loading.validation import validation_batches
 from pretrain.checkpoint.experts import Expert, routed_moe
 from pretrain.checkpoint.weights import load_model
 from pretrain.evaluation.checkpoint import load_matching_corpora

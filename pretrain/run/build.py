@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from data_pipeline.loading.factory import open_loader
+from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows, prepare_packing
-from data_pipeline.loading.shard_loader import Loader, open_loader
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.callbacks.build import make_callbacks
 from pretrain.checkpoint.initialize_from import starting_weights
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
@@ -126,7 +128,7 @@ def resolve_run(recipe: Recipe, ds_config: dict[str, Any], origin: str) -> Resol
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
         DataError: if the data are missing or damaged.
     """
-    datasets = load_datasets(data_folders(recipe))
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
     world_size = world_size_from_environment(os.environ)
     accumulation = check_topology(recipe, world_size, zero_stage_of(ds_config, origin))
@@ -183,7 +185,8 @@ def build_run(resolved: ResolvedRun, load_weights: WeightLoader | None) -> Run:
     recipe = resolved.recipe
     datasets = resolved.datasets
     topology = resolved.topology
-    loader = open_loader(recipe, datasets, topology.rank, topology.world_size)
+    plan = loader_plan(recipe, resolved.timeline)
+    loader = open_loader(recipe.data, datasets, plan, topology.rank, topology.world_size)
     stream = datasets.validation_stream()
     held_out: Windows | None = None
     if stream:
@@ -224,7 +227,9 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
             folder / USAGE,
         )
     incidents = IncidentLog(folder, run.loader, topology)
-    run.loader.waiting.watch(recipe.guards.stalled_data, incidents.report_stall)
+    if (guard := recipe.guards.stalled_data) is not None:
+        wait = run.loader.prefetch_wait
+        wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)
     guards = GuardPolicy(recipe.guards, engine, incidents)
     timer = StepTimer()
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)

@@ -55,7 +55,7 @@ class Outcome:
             "steps": progress.step,
             "tokens_per_second": tokens / seconds if seconds else None,
             "train_seconds": seconds,
-            "stall_seconds": trainer.loader.waiting.seconds,
+            "stall_seconds": trainer.loader.prefetch_wait.seconds,
             "parameters_total": size.parameters_total,
             "parameters_active": size.parameters_active,
             "validation_loss_in_training": progress.last_validation,

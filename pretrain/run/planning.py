@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from data_pipeline.loading.mixture import check_names
-from data_pipeline.loading.shard_loader import loader_phases
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.manifest import manifest_path
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.core.cli import write_json
@@ -52,11 +52,11 @@ def _datasets_if_built(recipe: Recipe) -> Datasets | None:
 
     None if some of it is not there yet.
     """
-    folders = data_folders(recipe)
+    folders = data_folders(recipe.data, recipe.data_path)
     if not all(manifest_path(folder).is_file() for folder in folders.values()):
         return None
     datasets = load_datasets(folders)
     if not recipe.data.streaming:
-        for phase in loader_phases(recipe):
-            check_names(phase.mixture, list(datasets.training_parts()), phase.where)
+        for phase in loader_plan(recipe).phases:
+            check_names(phase.mixture, list(datasets.training_shards()), phase.mixture_key)
     return datasets

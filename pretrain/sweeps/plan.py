@@ -102,7 +102,7 @@ class PointCheck:
                 f"the data in {datasets.place} has no validation split to compare runs by: build it with data.validation_share above 0"
             )
         if not recipe.data.streaming:
-            check_names(recipe.data.mixture, list(datasets.training_parts()))
+            check_names(recipe.data.mixture, list(datasets.training_shards()))
         return recipe
 
     def measured_on(self, recipe: Recipe) -> dict[str, str]:
@@ -129,7 +129,7 @@ class PointCheck:
         }
 
     def _corpora_of(self, recipe: Recipe) -> Datasets:
-        folders = data_folders(recipe)
+        folders = data_folders(recipe.data, recipe.data_path)
         key = json.dumps(folders, sort_keys=True)
         if key not in self._corpora:
             self._corpora[key] = load_datasets(folders)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loading.shard_loader import Loader
+from data_pipeline.loading.interface import Loader
 from pretrain.checkpoint.layout import BEST, EPOCH, step_folder
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.recipe import CheckpointConfig

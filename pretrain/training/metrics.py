@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_pipeline.loading.shard_loader import Loader
+from data_pipeline.loading.interface import Loader
 from pretrain.analysis.expert_usage import UsageWindow, usage_columns
 from pretrain.config.recipe import LoggingConfig
 from pretrain.config.timeline import Phase
@@ -103,7 +103,7 @@ class MetricsRecorder:
             skipped_steps=progress.skipped_steps,
             loss_scale=self.engine.loss_scale.value(),
             seconds=progress.train_seconds,
-            stall_seconds=self.loader.waiting.seconds,
+            stall_seconds=self.loader.prefetch_wait.seconds,
             mfu=mfu,
             router=RouterRecord.of(router, self.model),
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from data_pipeline.loading.shard_loader import Loader
+from data_pipeline.loading.interface import Loader
 from pretrain.callbacks.base import Callback
 from pretrain.config.timeline import Timeline
 from pretrain.engine.step import MeanLosses

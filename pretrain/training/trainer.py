@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.loading.shard_loader import Loader
+from data_pipeline.loading.interface import Loader
 from pretrain.callbacks.base import Callback
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.engine import Engine

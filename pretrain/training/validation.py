@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import Loader, validation_batches
+from data_pipeline.loading.validation import validation_batches
 from pretrain.config.recipe import ValidationConfig
 from pretrain.config.timeline import Phase
 from pretrain.core.errors import NonFiniteError

@@ -13,18 +13,15 @@ import torch
 from data_pipeline.config import Proportional
 from data_pipeline.loading.batch import NO_LOSS, Batch, to_batch
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import (
-    LoaderPhase,
-    TrainingSource,
-    TrainLoader,
-    open_train_loader,
-    validation_batches,
-)
+from data_pipeline.loading.plan import LoaderPhase
+from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource, open_shard_loader
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import load_datasets
 from data_pipeline.shards.indexed import HEADER, MAGIC, bin_path
 from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.shards.token_stream import OPEN_FILES, Shard, TokenStream, open_split
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.data_folder import EOD, counting_stream, stream_of, write_folder
 
@@ -35,8 +32,8 @@ def windows_of(folder: Path, num_tokens: int, sequence_length: int = 4) -> Windo
 
 def train_loader(
     windows: Windows, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2
-) -> TrainLoader:
-    return TrainLoader(
+) -> ShardLoader:
+    return ShardLoader(
         {"all": TrainingSource(windows, "same")},
         [LoaderPhase(Proportional(), 8, micro_batch_size)],
         1,
@@ -287,7 +284,7 @@ def test_corpora_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
         write_folder(tmp_path / name, shards, shards if name == "b" else None, tokenizer=tokenizer)
     datasets = load_datasets({"x": str(tmp_path / "a"), "y": str(tmp_path / "b")})
     datasets.verify()
-    assert list(datasets.training_parts()) == ["x", "y"]
+    assert list(datasets.training_shards()) == ["x", "y"]
     held_out = datasets.validation_stream()
     assert held_out is not None and held_out.num_tokens == 199
     assert load_datasets({"": str(tmp_path / "a")}).validation_stream() is None
@@ -309,19 +306,19 @@ def test_windows_never_cross_from_one_source_to_the_next(tmp_path: Path) -> None
             "debug",
             ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"],
         )
-        loader = open_train_loader(recipe, load_datasets(folders), 0, 1)
+        loader = open_shard_loader(recipe.data, load_datasets(folders), loader_plan(recipe), 0, 1)
         assert sum(len(source.samples) for source in loader.sources.values()) == 6 + 7
         for step in range(4):
             tokens_BS = torch.cat([batch.input_ids_BS for batch in loader.step_batches(step)])
             assert ((tokens_BS < 500).all(dim=1) | (tokens_BS >= 500).all(dim=1)).all()
-    assert list(datasets.training_parts()) == ["low", "high"] and list(loader.sources) == ["both"]
+    assert list(datasets.training_shards()) == ["low", "high"] and list(loader.sources) == ["both"]
 
 
 def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
     loader = train_loader(windows_of(tmp_path, 24 * 4 + 3))
-    assert loader.waiting.seconds == 0.0
+    assert loader.prefetch_wait.seconds == 0.0
     loader.step_batches(0)
-    assert loader.waiting.seconds > 0.0
+    assert loader.prefetch_wait.seconds > 0.0
 
 
 def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(

@@ -10,12 +10,13 @@ import pytest
 from data_pipeline.loading.batch import Documents
 from data_pipeline.loading.best_fit import pack_stream
 from data_pipeline.loading.packing import Joined, PackedSamples, Windows
-from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.loading.shard_loader import open_shard_loader
 from data_pipeline.shards.datasets import load_datasets
 from data_pipeline.shards.inspection import documents
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from tests.data_pipeline.data_folder import EOD, write_folder
 
 
@@ -85,9 +86,9 @@ def test_a_step_names_the_source_of_each_sequence_also_behind_data_that_was_pass
         "train.global_batch_size=4",
         f"data.path={tmp_path}",
     ]
-    loader = open_train_loader(
-        load_recipe("debug", sizes), load_datasets({"": str(tmp_path)}), 0, 1
-    )
+    recipe = load_recipe("debug", sizes)
+    datasets = load_datasets({"": str(tmp_path)})
+    loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
     later = [batch.input_ids_BS.tolist() for batch in loader.step_batches(5)]
     for step in (0, 2):
         if step == 2:
@@ -110,7 +111,9 @@ def test_data_that_was_passed_over_stays_passed_over_after_a_resume(tmp_path: Pa
         f"data.path={tmp_path}",
     ]
     recipe, datasets = load_recipe("debug", sizes), load_datasets({"": str(tmp_path)})
-    first, second, third = (open_train_loader(recipe, datasets, 0, 1) for _ in range(3))
+    first, second, third = (
+        open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1) for _ in range(3)
+    )
     first.pass_over(2, first.consumed(5))
     second.resume(first.state(4), 4)
     third.resume(third.state(4), 4)

@@ -27,10 +27,11 @@ from data_pipeline.loading.packing import (
     packing_statistics,
     prepare_packing,
 )
-from data_pipeline.loading.shard_loader import open_train_loader
+from data_pipeline.loading.shard_loader import open_shard_loader
 from data_pipeline.shards.datasets import load_datasets
 from data_pipeline.shards.token_stream import TokenStream
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import DataError, StorageError
 from pretrain.model.decoder import DecoderLM
 from tests.data_pipeline.data_folder import EOD, stream_of, write_folder
@@ -230,8 +231,10 @@ def test_the_loader_packs_as_the_recipe_says(tmp_path: Path) -> None:
     )
     datasets = load_datasets({"": str(tmp_path)})
     assert recipe.data.leaves_out_labels and prepare_packing(datasets, recipe.data, 16) is not None
-    ranks = [open_train_loader(recipe, datasets, rank, 2) for rank in range(2)]
-    alone = open_train_loader(recipe, datasets, 0, 1)
+    ranks = [
+        open_shard_loader(recipe.data, datasets, loader_plan(recipe), rank, 2) for rank in range(2)
+    ]
+    alone = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
     for step in range(3):
         apart = [loader.step_batches(step)[0].input_ids_BS for loader in ranks]
         assert torch.equal(
@@ -240,7 +243,10 @@ def test_the_loader_packs_as_the_recipe_says(tmp_path: Path) -> None:
     check_epoch(alone.sources["all"].samples, documents)
     plain = load_recipe("debug", settings_)
     assert not plain.data.leaves_out_labels and prepare_packing(datasets, plain.data, 16) is None
-    assert isinstance(open_train_loader(plain, datasets, 0, 1).sources["all"].samples, Windows)
+    assert isinstance(
+        open_shard_loader(plain.data, datasets, loader_plan(plain), 0, 1).sources["all"].samples,
+        Windows,
+    )
 
 
 def test_a_packed_document_has_the_logits_that_it_has_alone(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import Proportional, Weights
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import LoaderPhase, TrainingSource, TrainLoader
+from data_pipeline.loading.plan import LoaderPhase
+from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
 from pretrain.core.errors import ConfigError
 from tests.data_pipeline.data_folder import counting_stream
 
@@ -51,7 +52,7 @@ def steps_of(phases: list[LoaderPhase], groups: int) -> int:
     return phases[-1].first_step + groups * phases[-1].slices
 
 
-def tokens_of(loader: TrainLoader, steps: range) -> list[tuple[str, int]]:
+def tokens_of(loader: ShardLoader, steps: range) -> list[tuple[str, int]]:
     """Every input token of the steps: its source and its number."""
     found = []
     for step in steps:
@@ -70,7 +71,7 @@ def test_no_token_comes_twice_in_an_epoch_whatever_the_lengths(
     tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[int, int, int]]
 ) -> None:
     phases = loader_phases(parts)
-    loader = TrainLoader(sources_of(tmp_path_factory.mktemp("data")), phases, 5, 0, 1)
+    loader = ShardLoader(sources_of(tmp_path_factory.mktemp("data")), phases, 5, 0, 1)
     tokens = tokens_of(loader, range(steps_of(phases, parts[-1][2])))
     blocks = sum(batch * groups for _, batch, groups in parts)
     assert len(tokens) == blocks * LONGEST
@@ -86,7 +87,7 @@ def test_one_epoch_over_three_lengths_reads_every_token_once_and_a_shifted_phase
     every = {
         (name, token) for name, blocks in SIZES.items() for token in range(1, blocks * LONGEST + 1)
     }
-    tokens = tokens_of(TrainLoader(sources, phases, 5, 0, 1), range(steps_of(phases, 4)))
+    tokens = tokens_of(ShardLoader(sources, phases, 5, 0, 1), range(steps_of(phases, 4)))
     assert len(tokens) == len(every) and set(tokens) == every
     last = phases[-1]
     shifted = [
@@ -101,14 +102,14 @@ def test_one_epoch_over_three_lengths_reads_every_token_once_and_a_shifted_phase
         ),
     ]
     assert (
-        set(tokens_of(TrainLoader(sources, shifted, 5, 0, 1), range(steps_of(phases, 4)))) != every
+        set(tokens_of(ShardLoader(sources, shifted, 5, 0, 1), range(steps_of(phases, 4)))) != every
     )
 
 
 def test_shorter_sequences_are_the_windows_of_the_longest_with_the_labels_that_follow(
     tmp_path: Path,
 ) -> None:
-    loader = TrainLoader(sources_of(tmp_path), loader_phases([(2, 4, 1)]), 5, 0, 1)
+    loader = ShardLoader(sources_of(tmp_path), loader_phases([(2, 4, 1)]), 5, 0, 1)
     rows = [
         [row for batch in loader.step_batches(step) for row in batch.input_ids_BS.tolist()]
         for step in range(4)
@@ -127,7 +128,7 @@ def test_micro_batches_over_phases_do_not_depend_on_the_number_of_ranks(tmp_path
     phases, sources = loader_phases([(2, 4, 2), (8, 8, 1)], MORE_A), sources_of(tmp_path)
 
     def micro_batches(dp_size: int) -> list[list[list[int]]]:
-        ranks = [TrainLoader(sources, phases, 5, rank, dp_size) for rank in range(dp_size)]
+        ranks = [ShardLoader(sources, phases, 5, rank, dp_size) for rank in range(dp_size)]
         steps = [[rank.step_batches(step) for rank in ranks] for step in range(9)]
         return [
             ranks[rank][turn].input_ids_BS.tolist()
@@ -148,12 +149,14 @@ def test_resumed_anywhere_the_samples_are_those_of_the_run_in_one(
         loader_phases([(4, 4, 2), (8, 6, 2), (2, 4, 1)], MORE_B),
     )
     phases, sources = [one[0], two[1], two[2]], sources_of(tmp_path)
-    straight = TrainLoader(sources, phases, 5, 0, 1)
+    straight = ShardLoader(sources, phases, 5, 0, 1)
     expected = tokens_of(straight, range(10))
-    begun = TrainLoader(sources, phases, 5, 0, 1)
-    again = TrainLoader(sources, phases, 5, 0, 1)
+    begun = ShardLoader(sources, phases, 5, 0, 1)
+    again = ShardLoader(sources, phases, 5, 0, 1)
     again.resume(json.loads(json.dumps(begun.state(min(interrupted, 10)))), min(interrupted, 10))
-    assert again.schedule.plans == straight.schedule.plans and len(straight.schedule.plans) == 2
+    assert (
+        again.schedule.entries == straight.schedule.entries and len(straight.schedule.entries) == 2
+    )
     first = len(tokens_of(begun, range(min(interrupted, 10))))
     assert tokens_of(again, range(min(interrupted, 10), 10)) == expected[first:]
 
@@ -165,7 +168,7 @@ def test_a_changed_mixture_of_a_phase_holds_from_its_first_sample_and_sources_go
         loader_phases([(8, 4, 4), (8, 4, 4)], MORE_A),
         loader_phases([(8, 4, 4), (8, 4, 4)], MORE_B),
     )
-    loader = TrainLoader(sources_of(tmp_path), [one[0], two[1]], 5, 0, 1)
+    loader = ShardLoader(sources_of(tmp_path), [one[0], two[1]], 5, 0, 1)
     shares = [
         Counter(name for step in steps for name, _ in loader.sample_numbers(step))
         for steps in (range(4), range(4, 8))
@@ -179,13 +182,13 @@ def test_a_changed_mixture_of_a_phase_holds_from_its_first_sample_and_sources_go
 def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_from_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = TrainLoader(sources_of(tmp_path, 4), [LoaderPhase(Proportional(), 4, 2)], 5, 0, 1)
+    short = ShardLoader(sources_of(tmp_path, 4), [LoaderPhase(Proportional(), 4, 2)], 5, 0, 1)
     longer = [
         LoaderPhase(Proportional(), 4, 2, slices=2),
         LoaderPhase(Proportional(), 2, 2, first_step=4, first_block=8),
     ]
     changed, again = (
-        TrainLoader(sources_of(tmp_path / str(number)), longer, 5, 0, 1) for number in range(2)
+        ShardLoader(sources_of(tmp_path / str(number)), longer, 5, 0, 1) for number in range(2)
     )
     changed.resume(json.loads(json.dumps(short.state(3))), 3)
     told = capsys.readouterr().err
@@ -208,10 +211,10 @@ def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_fr
 
 def test_the_mixture_of_a_phase_is_called_by_its_place(tmp_path: Path) -> None:
     wrong = LoaderPhase(
-        Weights(kind="weights", weights={"a": 1, "c": 1}), 4, 2, where="phases.late.mixture"
+        Weights(kind="weights", weights={"a": 1, "c": 1}), 4, 2, mixture_key="phases.late.mixture"
     )
     with pytest.raises(ConfigError, match=r"phases\.late\.mixture\.weights names 'c'"):
-        TrainLoader(sources_of(tmp_path), [wrong], 5, 0, 1)
+        ShardLoader(sources_of(tmp_path), [wrong], 5, 0, 1)
 
 
 def test_going_back_over_a_border_passes_over_the_data_of_both_mixtures(tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ def test_going_back_over_a_border_passes_over_the_data_of_both_mixtures(tmp_path
     )
     phases = [LoaderPhase(only_a, 2, 2), LoaderPhase(only_b, 2, 2, first_step=5, first_block=10)]
     sources = sources_of(tmp_path)
-    straight, loader, resumed = (TrainLoader(sources, phases, 5, 0, 1) for _ in range(3))
+    straight, loader, resumed = (ShardLoader(sources, phases, 5, 0, 1) for _ in range(3))
     tokens = {step: set(tokens_of(straight, range(step, step + 1))) for step in range(9)}
     saved = json.loads(json.dumps(loader.state(4)))
     for behind in (

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from data_pipeline.loading.batch import NO_LOSS, Batch
-from data_pipeline.loading.shard_loader import open_loader
+from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.stream_loader import STEPS_AHEAD, StreamLoader
 from data_pipeline.preprocess.coordinator import build
 from data_pipeline.preprocess.workspace import Output
@@ -20,6 +20,7 @@ from data_pipeline.shards.datasets import Datasets, load_datasets
 from data_pipeline.shards.split import position, text_digest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
+from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import ConfigError, DataError
 from tests.data_pipeline.data_folder import write_folder
 
@@ -88,9 +89,8 @@ def loader_of(
         "data.tokenizer=null",
     ]
     tokenizer = f"data.tokenizer={{kind: file, path: {datasets.tokenizer_path}}}"
-    loader = open_loader(
-        load_recipe("debug", [*settings, *sizes, tokenizer, *overrides]), datasets, dp_rank, dp_size
-    )
+    recipe = load_recipe("debug", [*settings, *sizes, tokenizer, *overrides])
+    loader = open_loader(recipe.data, datasets, loader_plan(recipe), dp_rank, dp_size)
     assert isinstance(loader, StreamLoader)
     return loader
 
@@ -127,7 +127,7 @@ def test_documents_come_in_order_without_the_held_out_ones_and_begin_again_at_th
     labels = torch.cat([batch.labels_BS for batch in loader.step_batches(steps)])
     assert inputs == expected[: len(inputs)] and steps * 4 * S > len(expected) // 3
     assert labels.flatten().tolist() == expected[len(inputs) + 1 : len(inputs) + 4 * S + 1]
-    assert loader.waiting.seconds > 0
+    assert loader.prefetch_wait.seconds > 0
 
 
 def test_document_mask_takes_no_loss_across_ends(tmp_path: Path, datasets: Datasets) -> None:
@@ -151,8 +151,8 @@ def test_document_mask_takes_no_loss_across_ends(tmp_path: Path, datasets: Datas
 def test_stopped_at_every_step_and_resumed_the_batches_are_bitwise_the_same(
     tmp_path: Path, datasets: Datasets, names: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.loading.stream_loader.UNIT_BYTES", 200)
-    monkeypatch.setattr("data_pipeline.loading.stream_loader.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("data_pipeline.loading.source_stream.UNIT_BYTES", 200)
+    monkeypatch.setattr("data_pipeline.loading.source_stream.BATCH_DOCUMENTS", 3)
     for name in names:
         write_lines(tmp_path, name, 25)
     mixture = [] if weights == "null" else [f"data.mixture={{kind: weights, weights: {weights}}}"]

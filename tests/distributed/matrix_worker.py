@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from deepspeed.utils import groups
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.weights import is_expert
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe

@@ -11,12 +11,9 @@ import torch
 from data_pipeline.config import Mixture, Proportional, Weights
 from data_pipeline.loading.batch import Batch
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import (
-    LoaderPhase,
-    TrainingSource,
-    TrainLoader,
-    seen_samples,
-)
+from data_pipeline.loading.plan import LoaderPhase
+from data_pipeline.loading.seen_samples import seen_samples
+from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
 from pretrain.core.errors import DataError
 from pretrain.evaluation.heldout.ngram import (
     MISSING,
@@ -271,7 +268,7 @@ def test_seen_samples_are_those_that_the_loader_gave_to_training(
     sources = {
         name: TrainingSource(Windows(stream, 10, 0), name) for name, stream in streams.items()
     }
-    loader = TrainLoader(sources, [LoaderPhase(mixture, 8, 2)], 5, 0, 2)
+    loader = ShardLoader(sources, [LoaderPhase(mixture, 8, 2)], 5, 0, 2)
     for steps in (1, 3, 4, 9):
         given = {sample for step in range(steps) for sample in loader.sample_numbers(step)}
         seen = seen_samples(loader.state(steps)["plans"], steps * 8, seed=5)

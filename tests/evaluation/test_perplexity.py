@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import DataError, NonFiniteError
 from pretrain.evaluation.heldout.perplexity import Evaluation, evaluate

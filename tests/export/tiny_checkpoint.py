@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loading.shard_loader import TrainLoader, open_train_loader
+from data_pipeline.loading.shard_loader import ShardLoader, open_shard_loader
 from data_pipeline.preprocess.coordinator import build
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.datasets import data_folders, load_datasets
@@ -17,6 +17,7 @@ from data_pipeline.shards.manifest import Manifest
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config.load import load_recipe, recipe_to_yaml
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.core.files import file_sha256
 from pretrain.model.decoder import DecoderLM
@@ -67,9 +68,9 @@ def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
     train_sizes = recipe.train.model_copy(
         update={"micro_batch_size": recipe.train.global_batch_size}
     )
-    loader = open_train_loader(
-        recipe.model_copy(update={"train": train_sizes}), load_datasets(data_folders(recipe)), 0, 1
-    )
+    datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
+    plan = loader_plan(recipe.model_copy(update={"train": train_sizes}))
+    loader = open_shard_loader(recipe.data, datasets, plan, 0, 1)
     model = train(recipe, loader)
     checkpoint = layout.step_folder(folder / "checkpoints", STEPS)
     write_checkpoint(checkpoint, model, recipe, manifest, loader.state(STEPS))
@@ -78,7 +79,7 @@ def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
     )
 
 
-def train(recipe: Recipe, loader: TrainLoader) -> DecoderLM:
+def train(recipe: Recipe, loader: ShardLoader) -> DecoderLM:
     torch.manual_seed(recipe.seed)
     model = DecoderLM(recipe.model)
     with torch.no_grad():

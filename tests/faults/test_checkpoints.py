@@ -15,7 +15,7 @@ from deepspeed import zero as deepspeed_zero
 from torch import nn
 
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import validation_batches
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.checkpoint import layout

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.engine.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 import pytest
 
-from data_pipeline.loading.shard_loader import TrainLoader
+from data_pipeline.loading.shard_loader import ShardLoader
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.core.errors import PREEMPTED
 from pretrain.model.decoder import DecoderLM
@@ -98,8 +98,8 @@ def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def read_the_next_step(patch: pytest.MonkeyPatch) -> None:
-    read = TrainLoader.step_batches
-    patch.setattr(TrainLoader, "step_batches", lambda loader, step: read(loader, step + 1))
+    read = ShardLoader.step_batches
+    patch.setattr(ShardLoader, "step_batches", lambda loader, step: read(loader, step + 1))
 
 
 @pytest.mark.parametrize("break_resume", [forget_optimizer, read_the_next_step])

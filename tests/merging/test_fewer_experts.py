@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.shard_loader import validation_batches
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import load_datasets
 from pretrain.checkpoint.experts import (
     cosines,

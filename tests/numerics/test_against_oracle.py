@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.utils import groups
 
-from data_pipeline.loading.shard_loader import Batch
+from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.engine.ds_config import resolve_ds_config

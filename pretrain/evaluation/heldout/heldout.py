@@ -14,12 +14,15 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import NO_LOSS, Batch
-from data_pipeline.loading.shard_loader import open_train_loader, seen_samples, validation_batches
+from data_pipeline.loading.seen_samples import seen_samples
+from data_pipeline.loading.shard_loader import open_shard_loader
+from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.split import SplitName
 from pretrain.checkpoint.layout import read_run_recipe, read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.checkpoint.weights_only import is_weights_alone
+from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import ConfigError, DataError
 from pretrain.evaluation.call_dependence import call_dependence
@@ -366,7 +369,7 @@ def fit_on_seen_samples(
         )
     seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)
     try:
-        loader = open_train_loader(recipe, datasets, 0, 1)
+        loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
         loader.resume(state["data"], state["step"])
         samples = {
             name: loader.sources[name].samples for name, numbers in seen.items() if len(numbers)

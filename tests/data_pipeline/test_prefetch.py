@@ -1,4 +1,4 @@
-"""A batch that does not come is told while training waits, and ends the run where the recipe says so."""
+"""A batch that does not come is reported while training waits, and ends the run if the recipe says so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from data_pipeline.loading.prefetch import Waiting
-from pretrain.config.guards import StalledDataGuard
+from data_pipeline.loading.prefetch import PrefetchWait
 from pretrain.core.errors import DataError
 
 
@@ -19,40 +18,39 @@ def slow(seconds: float) -> Future[int]:
 
 def test_a_wait_is_told_at_the_limit_and_each_time_it_has_doubled() -> None:
     told: list[tuple[float, str]] = []
-    waiting = Waiting()
-    waiting.reading = "sample 3 of the source 'web'"
-    assert waiting.result(slow(0.0)) == 7
-    waiting.watch(
-        StalledDataGuard(warn_seconds=0.1), lambda seconds, reading: told.append((seconds, reading))
-    )
-    assert waiting.result(slow(0.0)) == 7 and told == []
-    assert waiting.result(slow(0.5)) == 7
+    prefetch_wait = PrefetchWait()
+    prefetch_wait.reading = "sample 3 of the source 'web'"
+    assert prefetch_wait.result(slow(0.0)) == 7
+    prefetch_wait.watch(0.1, None, lambda seconds, reading: told.append((seconds, reading)))
+    assert prefetch_wait.result(slow(0.0)) == 7 and told == []
+    assert prefetch_wait.result(slow(0.5)) == 7
     assert (
         1 <= len(told) <= 3 and told[0][0] >= 0.1 and told[0][1] == "sample 3 of the source 'web'"
     )
     assert all(later[0] >= 2 * earlier[0] - 0.3 for earlier, later in pairwise(told))
-    assert waiting.seconds >= 0.5
+    assert prefetch_wait.seconds >= 0.5
 
 
 def test_a_wait_without_end_ends_the_run_and_names_what_was_read() -> None:
-    waiting = Waiting()
-    waiting.reading = "sample 3 of the source 'web'"
-    waiting.watch(
-        StalledDataGuard(warn_seconds=60, stop_seconds=0.1),
+    prefetch_wait = PrefetchWait()
+    prefetch_wait.reading = "sample 3 of the source 'web'"
+    prefetch_wait.watch(
+        60.0,
+        0.1,
         lambda seconds, reading: pytest.fail("told"),
     )
     with pytest.raises(
         DataError,
         match=r"has not come for 0 seconds while reading sample 3 of the source 'web'.*guards\.stalled_data\.stop_seconds",
     ):
-        waiting.result(slow(1.0))
+        prefetch_wait.result(slow(1.0))
 
 
 def test_an_error_of_the_reader_is_passed_on_a_timeout_too() -> None:
-    waiting = Waiting()
-    waiting.watch(StalledDataGuard(warn_seconds=60), lambda seconds, reading: None)
+    prefetch_wait = PrefetchWait()
+    prefetch_wait.watch(60.0, None, lambda seconds, reading: None)
     for error in (TimeoutError("of the storage"), DataError("damaged")):
         failed: Future[int] = Future()
         failed.set_exception(error)
         with pytest.raises(type(error), match=str(error)):
-            waiting.result(failed)
+            prefetch_wait.result(failed)
