@@ -41,6 +41,7 @@ from pretrain.core.errors import (
     is_peer_loss,
 )
 from pretrain.core.files import only_writer
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 from pretrain.core.signals import StopRequest
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
@@ -67,7 +68,6 @@ from pretrain.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 OTHER_FOLDER = "choose another folder with --set run_path=FOLDER"
-DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero1.json"
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json --recipe quickstart
   torchrun --nproc_per_node 8 launchers/pretrain.py --ds_config ds_configs/zero3.json --recipe moe_1b --set parallel.ep_size=8
@@ -83,9 +83,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ds_config",
         "--ds-config",
-        default=str(DEFAULT_DS_CONFIG),
-        metavar="PATH",
-        help="DeepSpeed's JSON (default: ds_configs/zero1.json of this project)",
+        default=DEFAULT_DS_CONFIG,
+        metavar="NAME|PATH",
+        help="DeepSpeed's JSON: a file in ds_configs/ without .json, or a path (default: zero1)",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="start over; refuses where the folder holds a run"

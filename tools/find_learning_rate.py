@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Finds a learning rate by a range test (Smith 2017): a short training whose learning rate grows exponentially until the loss diverges.
 
 Started like a training, by Python or any launcher. It saves nothing but its picture, and leaves checkpoints as they are.
@@ -8,17 +9,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from tqdm import tqdm
 
@@ -27,6 +24,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import DONE, ConfigError, run_command
 from pretrain.core.files import write_synced
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 from pretrain.engine.ds_config import read_ds_config, zero_stage_of
 from pretrain.engine.topology import disconnect
 from pretrain.run.folder import prints_to_log
@@ -38,7 +36,6 @@ from pretrain.run.lr_finder import (
     prepare,
     run_range_test,
 )
-from pretrain.train import DEFAULT_DS_CONFIG
 
 EXAMPLES = """\
   python tools/find_learning_rate.py --recipe quickstart --set parallel.ep_size=1
@@ -58,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ds_config",
         "--ds-config",
-        default=str(DEFAULT_DS_CONFIG),
-        metavar="PATH",
-        help="DeepSpeed's JSON (default: zero1.json)",
+        default=DEFAULT_DS_CONFIG,
+        metavar="NAME|PATH",
+        help="DeepSpeed's JSON: a file in ds_configs/ without .json, or a path (default: zero1)",
     )
     parser.add_argument(
         "--from",
@@ -196,5 +193,7 @@ def main() -> int:
     return DONE
 
 
+command = partial(run_command, main)  # moe-find-lr
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import ds_config_names, ds_config_path
 
 AUTO = "auto"
 # What DeepSpeed calls them.
@@ -23,16 +23,16 @@ GRADIENT_DTYPES |= {name: name for name in ("fp32", "bf16", "fp16")}
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """The JSON object in ``path``, or in the shipped file of that name.
 
     Raises:
         ConfigError: where the file is missing, is not a JSON object, or holds a credential.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(ds_config_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"cannot read the ds_config {path}: {error.strerror}; shipped ones lie in ds_configs/"
+            f"cannot read the ds_config {path}: {error.strerror}; shipped ones are {', '.join(ds_config_names())}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None

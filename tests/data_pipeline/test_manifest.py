@@ -108,5 +108,8 @@ def test_only_the_loader_imports_torch() -> None:
         == 0
     )
     assert (
-        subprocess.run([sys.executable, "-c", program.format("loading.shard_loader")], cwd=root).returncode == 1
+        subprocess.run(
+            [sys.executable, "-c", program.format("loading.shard_loader")], cwd=root
+        ).returncode
+        == 1
     )
