@@ -16,10 +16,10 @@ ARG TORCH
 # gcc: torch.compile, Triton and DeepSpeed's CPU operators build code when they are first used. git: a run notes the state of its checkout.
 RUN apt-get update && apt-get install -y --no-install-recommends make git gcc g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
-COPY Makefile requirements.txt pyproject.toml ./
-RUN make install TORCH="$TORCH"
+COPY Makefile requirements.txt ./
+RUN make requirements TORCH="$TORCH"
 COPY . .
-# The copied files may be newer than the environment: once more, so that no container installs anything.
+# The package itself; and the copied requirements may be newer than the environment. No container installs anything.
 RUN make install TORCH="$TORCH"
 ARG COMMIT
 ENV IMAGE_COMMIT="$COMMIT"
@@ -31,10 +31,10 @@ FROM nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04 AS cuda
 ARG TORCH
 RUN apt-get update && apt-get install -y --no-install-recommends make git python3-dev python3-venv && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
-COPY Makefile requirements.txt pyproject.toml ./
-RUN make install TORCH="$TORCH"
+COPY Makefile requirements.txt ./
+RUN make requirements TORCH="$TORCH"
 COPY . .
-# The copied files may be newer than the environment: once more, so that no container installs anything.
+# The package itself; and the copied requirements may be newer than the environment. No container installs anything.
 RUN make install TORCH="$TORCH"
 ARG COMMIT
 ENV IMAGE_COMMIT="$COMMIT"

@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch by itself and pinned: asked for through another package, pip may take a build with several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
+REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-full lint benchmark bench-data bench-peer bench-training clean
+.PHONY: help requirements install quickstart test test-full lint benchmark bench-data bench-peer bench-training clean
 
 help:
 	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
@@ -18,13 +19,20 @@ help:
 	@echo "make bench-training   optimizers, compiled blocks, branches of one trunk, deterministic mode (data/quickstart must be built)"
 	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
 
-$(STAMP): requirements.txt pyproject.toml
+$(REQUIREMENTS): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $(REQUIREMENTS)
+
+# The packages stay in the checkout, the environment only learns where they are and what the commands are called.
+$(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+requirements: $(REQUIREMENTS)
 
 install: $(STAMP)
 

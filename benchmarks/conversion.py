@@ -21,8 +21,6 @@ import time
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from held_memory import MEASURE, PeakMemory
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +117,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
         str(output),
         str(folder / "data"),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -6,17 +6,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import time
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
 
 from pretrain.config.load import load_recipe
 from pretrain.core.cli import add_json_option, command_parser, write_json

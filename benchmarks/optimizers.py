@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 from datetime import date
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy
 import psutil

@@ -27,8 +27,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 import torch
 from held_memory import MEASURE, PeakMemory, held_bytes

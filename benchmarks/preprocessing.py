@@ -31,8 +31,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 from held_memory import MEASURE, PeakMemory
 from rich.console import Console

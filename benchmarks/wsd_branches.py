@@ -23,8 +23,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 import torch
 from tqdm import tqdm

@@ -1,18 +1,15 @@
 """The script that every launcher starts; see ``python launchers/pretrain.py --help``."""
 
+import os
 import sys
-from pathlib import Path
 
-# Python puts this script's folder first on the path, in which this very file would be taken for the
-# package of the same name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# Python searches a script's own folder first, in which this very file hides the package of the same
+# name. With -P it does not, so the script replaces itself by that: the process, its arguments,
+# environment and open files stay the same.
+if __name__ == "__main__" and not sys.flags.safe_path:
+    os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
-from pretrain.core import interrupts
-
-interrupts.install()
-
-from pretrain.core.errors import run_command
-from pretrain.train import main
+from pretrain.__main__ import command  # not found? Run `pip install -e .` in the checkout.
 
 if __name__ == "__main__":
-    run_command(main)
+    command()

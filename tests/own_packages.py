@@ -30,4 +30,5 @@ def environment_with(packages: Sequence[str], site: Path, *options: str) -> dict
         pytest.fail(
             f"{', '.join(packages)} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}"
         )
-    return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])  # set in tests/conftest.py
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

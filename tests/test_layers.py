@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
     {"pretrain.run"},
     {"pretrain.train"},
     {"pretrain.sweeps"},
+    {"pretrain.__main__"},
 ]
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ABOVE_ALL = ("tools", "tests", "launchers", "benchmarks")

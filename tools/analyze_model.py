@@ -1,29 +1,27 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Says what a recipe's model is before anything is built: parameters by component, FLOPs, memory, cache."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import DeepSpeedMoE
 from pretrain.model.sizes import (
@@ -260,5 +258,7 @@ def main() -> None:
     write_json(result, arguments.json_path)
 
 
+command = partial(run_command, main)  # moe-analyze
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF, and others to ours.
 
 Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the model computes; 3 the data for comparing
@@ -10,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
+
+startup.prepare()  # before the slow imports
+
 import torch
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
-
-from pretrain.core import interrupts
-
-interrupts.install()
 
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.config.rules.routers import router_warnings
@@ -162,5 +160,7 @@ def main() -> None:
     )
 
 
+command = partial(run_command, main)  # moe-convert
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

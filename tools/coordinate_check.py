@@ -1,20 +1,17 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Checks muP on a recipe's model: after a few steps, does the size of its activations depend on its width? Standard and muP side by side."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -218,5 +215,7 @@ def main() -> None:
     write_json(result, arguments.json_path)
 
 
+command = partial(run_command, main)  # moe-coordinate-check
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,21 +1,18 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Evaluates a checkpoint or a Hugging Face folder: held-out text, lm-evaluation-harness, references, code. Without a choice, held-out text."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from data_pipeline.shards.split import SPLITS
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
@@ -325,5 +322,7 @@ def main() -> None:
     write_json({"run": str(arguments.watch), "evaluated": count}, arguments.json_path)
 
 
+command = partial(run_command, main)  # moe-evaluate
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

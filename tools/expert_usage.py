@@ -1,20 +1,17 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Shows how evenly a run uses its experts: a table of the layers, the trend over the windows, and a picture."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 import numpy as np
 from rich.console import Console
@@ -264,5 +261,7 @@ def main() -> None:
     write_json(result, arguments.json_path)
 
 
+command = partial(run_command, main)  # moe-expert-usage
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

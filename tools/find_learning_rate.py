@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Find a learning rate by a range test (Smith 2017): a short training whose learning rate grows
 until it diverges.
 
@@ -10,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-# The command runs from a checkout, from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from tqdm import tqdm
 
@@ -193,5 +191,7 @@ def main() -> int:
     return DONE
 
 
+command = partial(run_command, main)  # moe-find-lr
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Continues prompts with one of our checkpoints or with a Hugging Face folder."""
 
 from __future__ import annotations
@@ -7,16 +8,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, DataError, run_command
@@ -233,5 +231,7 @@ def main() -> None:
     write_json(report(arguments, writer, prompts, texts), arguments.json_path)
 
 
+command = partial(run_command, main)  # moe-generate
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,22 +1,18 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Shows what built data holds: tables by source, documents as text, how long they are, and which repeat."""
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from rich.console import Console
 from rich.markup import escape
@@ -206,5 +202,7 @@ def main() -> None:
             )
 
 
+command = partial(run_command, main)  # moe-inspect-data
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

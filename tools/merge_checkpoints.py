@@ -1,20 +1,18 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Makes one checkpoint of several, or a smaller one of one: averages, soups, mixtures of dense models, fewer experts, joined shards."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from rich.console import Console
 from rich.table import Table
@@ -214,5 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(result, options.json_path)
 
 
+command = partial(run_command, main)  # moe-merge
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

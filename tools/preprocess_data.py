@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Turns any text into training data: tokenizer, .bin/.idx shards and manifest. The same command again goes on where it stopped."""
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from data_pipeline.config import BestFit
 from data_pipeline.preprocess.coordinator import BuildResult, build
@@ -456,5 +454,7 @@ def main() -> None:
             run(pool)
 
 
+command = partial(run_command, main)  # moe-preprocess
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Runs the whole main job with the commands a user would type, and prints a summary. What is done already is reused or resumed."""
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from rich.console import Console
 from rich.table import Table
@@ -29,8 +27,10 @@ from rich.table import Table
 from pretrain.checkpoint.layout import resolve_checkpoint
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.core import interrupts
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import PipelineError, run_command
+from pretrain.core.shipped import CHECKOUT, DEFAULT_DS_CONFIG, LAUNCHERS, TOOLS
 from pretrain.engine.topology import free_port
 from pretrain.run.folder import SUMMARY, update_summary
 
@@ -117,6 +117,11 @@ def default_ranks() -> int:
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
+def script(path: Path) -> str:
+    """A shipped script as a user of a checkout types it; by its whole path if there is no checkout."""
+    return str(path if CHECKOUT is None else path.relative_to(CHECKOUT))
+
+
 def other_port() -> list[str]:
     """An option for the launcher where its default port is taken, by another run on this machine for example."""
     with socket.socket() as probe:
@@ -133,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="processes (default: 2, or 1 with a single GPU)",
     )
-    parser.add_argument("--ds_config", default="ds_configs/zero1.json", metavar="PATH")
+    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, metavar="NAME|PATH")
     parser.add_argument("--prompt", default=PROMPT)
     add_json_option(parser)
     return parser.parse_args()
@@ -143,7 +148,7 @@ def run_stages(
     options: argparse.Namespace, recipe: Recipe, stages: Stages
 ) -> dict[str, dict[str, Any]]:
     """The five commands of the main job, in order; their results by name."""
-    python, folder = "python", Path(recipe.output_path)
+    folder = Path(recipe.output_path)
     chosen = [
         "--recipe",
         options.recipe,
@@ -153,7 +158,7 @@ def run_stages(
     results = {
         "data": stages.run(
             "data",
-            [python, "tools/preprocess_data.py", *chosen],
+            ["python", script(TOOLS / "preprocess_data.py"), *chosen],
             lambda result: bool(result["reused"]),
         )
     }
@@ -162,7 +167,7 @@ def run_stages(
         *other_port(),
         "--num_accelerators",
         str(options.num_accelerators),
-        "launchers/pretrain.py",
+        script(LAUNCHERS / "pretrain.py"),
         "--ds_config",
         options.ds_config,
         *chosen,
@@ -171,11 +176,13 @@ def run_stages(
     checkpoint = str(resolve_checkpoint(latest))
     same = lambda result: result.get("checkpoint") == checkpoint and "train" in stages.reused  # noqa: E731
     results["evaluate"] = stages.reuse("evaluate", same) or stages.run(
-        "evaluate", [python, "tools/evaluate.py", "--checkpoint", latest], lambda _: False
+        "evaluate",
+        ["python", script(TOOLS / "evaluate.py"), "--checkpoint", latest],
+        lambda _: False,
     )
     convert = [
-        python,
-        "tools/convert_checkpoint.py",
+        "python",
+        script(TOOLS / "convert_checkpoint.py"),
         "--checkpoint",
         latest,
         "--to",
@@ -188,7 +195,14 @@ def run_stages(
     results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run(
         "convert", convert, lambda _: False
     )
-    generate = [python, "tools/generate.py", "--model", str(exported), "--prompt", options.prompt]
+    generate = [
+        "python",
+        script(TOOLS / "generate.py"),
+        "--model",
+        str(exported),
+        "--prompt",
+        options.prompt,
+    ]
 
     def fresh_text(result: dict[str, Any]) -> bool:
         prompts = [text["prompt"] for text in result.get("samples", [])]
@@ -253,7 +267,10 @@ def main() -> int:
     if options.num_accelerators == 1 and recipe.parallel.ep_size > 1:
         options.overrides.append("parallel.ep_size=1")
         recipe = load_recipe(options.recipe, options.overrides)
-    os.chdir(Path(__file__).resolve().parent.parent)
+    if CHECKOUT is not None:  # its data/ and runs/ are where the documentation looks for them
+        os.chdir(CHECKOUT)
+    # python and deepspeed are those of this environment, also if it is not active.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     stages = Stages(Path(recipe.output_path))
     summary = summarize(run_stages(options, recipe, stages), stages)
     summary = update_summary(Path(recipe.output_path), summary)
@@ -263,5 +280,7 @@ def main() -> int:
     return 0
 
 
+command = partial(run_command, main)  # moe-quickstart
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,19 +1,16 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Runs the ablations of a file of axes: the base recipe and each value of each axis by itself, or every combination; with a ranked report."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from pretrain.core.cli import command_parser
 from pretrain.core.errors import ConfigError, run_command
@@ -82,5 +79,7 @@ def main() -> int:
     return run_sweep(options, design(options), Path(__file__).resolve())
 
 
+command = partial(run_command, main)  # moe-ablations
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

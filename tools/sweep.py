@@ -1,20 +1,17 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Searches for good values of recipe fields: a grid, random points or a tpe search, each point a real run, with a ranked report."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from pretrain.core.cli import command_parser
 from pretrain.core.errors import ConfigError, run_command
@@ -98,5 +95,7 @@ def main() -> int:
     return run_sweep(options, design(options), Path(__file__).resolve())
 
 
+command = partial(run_command, main)  # moe-sweep
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,20 +1,17 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Makes a mixture of experts of a dense checkpoint: its feed-forwards, whole or in shards, become the experts (sparse upcycling)."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
@@ -192,5 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(result, options.json_path)
 
 
+command = partial(run_command, main)  # moe-upcycle
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -1,19 +1,15 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Checks every byte of built data: checksums, indices, token ids, document ends, totals."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+from functools import partial
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the command runs from a checkout, from any folder
+from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
-from pretrain.core import interrupts
-
-interrupts.install()
+startup.prepare()  # before the slow imports
 
 from data_pipeline.shards.inspection import check_everything
 from data_pipeline.shards.manifest import load_manifest
@@ -57,5 +53,7 @@ def main() -> int:
     return BAD_DATA if faults else DONE
 
 
+command = partial(run_command, main)  # moe-verify-data
+
 if __name__ == "__main__":
-    run_command(main)
+    command()

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.config.recipe import EvaluationConfig
+from pretrain.core.shipped import TOOLS
 from pretrain.evaluation.watch import forget_after
 
 logger = logging.getLogger(__name__)
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
+TOOL = TOOLS / "evaluate.py"
 LOG = "evaluation.log"
 # What launchers tell ranks, and must not tell a process that is none.
 RANK_PREFIXES = (

@@ -16,8 +16,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
 from pretrain.core.registry import OneOf, kinds_of
-
-RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+from pretrain.core.shipped import RECIPES, recipe_names
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -43,11 +42,6 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
-
-
 def parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=RecipeLoader)
@@ -66,7 +60,7 @@ def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
 
 def _recipe_path(name_or_path: str, folder: Path) -> Path:
     """A shipped recipe's file, or a path as seen from ``folder``."""
-    shipped = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    shipped = RECIPES / f"{name_or_path}.yaml"
     path = shipped if shipped.is_file() else folder / name_or_path
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
@@ -76,7 +70,7 @@ def _recipe_path(name_or_path: str, folder: Path) -> Path:
             else "shipped recipes are " + ", ".join(recipe_names())
         )
         raise ConfigError(
-            f"there is no recipe '{name_or_path}', neither in {RECIPE_FOLDER} nor as a file: {hint}"
+            f"there is no recipe '{name_or_path}', neither in {RECIPES} nor as a file: {hint}"
         )
     return path
 
@@ -108,7 +102,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text: give a YAML recipe") from None
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPE_FOLDER}/debug.yaml"
+            f"{path} holds no mapping: a recipe starts with 'name:', see {RECIPES}/debug.yaml"
         )
     return content
 

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
+from pretrain.core.shipped import recipe_names
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that also serves a shell that wants completions (argcomplete)."""
+
+    def parse_args(self, *given: Any, **named: Any) -> Any:
+        """As argparse's; a process that a shell started for completions ends here."""
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete  # needed on this path alone
+
+            argcomplete.autocomplete(self)
+        return super().parse_args(*given, **named)
 
 
 def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose --help ends with examples."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
+def complete_recipe(prefix: str, **_: Any) -> list[str]:
+    """What a shell offers for ``--recipe``: shipped recipes, and the paths that begin so."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*recipe_names(), *FilesCompleter(("yaml", "yml"))(prefix)]
+
+
 def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument(
+    recipe = parser.add_argument(
         "--recipe",
         default=default,
         required=default is None,
         metavar="NAME|PATH",
         help="a file in pretrain/recipes/ without .yaml, or a path",
     )
+    recipe.completer = complete_recipe  # type: ignore[attr-defined]  # argcomplete looks for it there
     parser.add_argument(
         "--set",
         dest="overrides",

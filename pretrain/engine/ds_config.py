@@ -6,12 +6,12 @@ A number has one owner.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import ds_config_names, ds_config_path
 from pretrain.engine.workarounds.bf16_overflow_check import OVERFLOW_CHECK
 from pretrain.engine.workarounds.gradient_dtype import check_gradient_dtype
 from pretrain.engine.workarounds.untested_optimizers import ALLOW_ANY_OPTIMIZER
@@ -22,16 +22,16 @@ OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule"}
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """The JSON object in ``path``, or in the shipped file of that name.
 
     Raises:
         ConfigError: if the file is missing, is not a JSON object, or holds a credential.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(ds_config_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"cannot read the ds_config {path}: {error.strerror}; shipped ones are in ds_configs/"
+            f"cannot read the ds_config {path}: {error.strerror}; shipped ones are {', '.join(ds_config_names())}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None

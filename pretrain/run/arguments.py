@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 
-DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1.json"
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py \\
     --ds_config ds_configs/zero1.json --recipe quickstart
@@ -21,9 +20,9 @@ def add_launcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ds_config",
         "--ds-config",
-        default=str(DEFAULT_DS_CONFIG),
-        metavar="PATH",
-        help="DeepSpeed's JSON (default: ds_configs/zero1.json of this project)",
+        default=DEFAULT_DS_CONFIG,
+        metavar="NAME|PATH",
+        help="DeepSpeed's JSON: a file in ds_configs/ without .json, or a path (default: zero1)",
     )
     # The deepspeed launcher passes it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.load import RECIPE_FOLDER, parse_yaml
+from pretrain.config.load import parse_yaml
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import RECIPES
 
-AXES_FOLDER = RECIPE_FOLDER / "axes"
+AXES_FOLDER = RECIPES / "axes"
 RANGES = ("log", "linear", "int")
 RANGE_FORM = "LOW:HIGH or LOW:HIGH:COUNT behind log:, linear: or int:"
 LONGEST_NAME = 100

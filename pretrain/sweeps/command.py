@@ -18,6 +18,7 @@ from pretrain.core.cli import add_json_option, write_json
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
 from pretrain.core.files import only_writer
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
@@ -35,7 +36,6 @@ from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.slurm import write_array
 from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, open_study
 
-DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1.json"
 # What makes a sweep another one.
 DESIGN_OPTIONS = (
     "overrides",
@@ -93,8 +93,8 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ds_config",
         "--ds-config",
-        metavar="PATH",
-        help="DeepSpeed's JSON, for every run (default: ds_configs/zero1.json)",
+        metavar="NAME|PATH",
+        help="DeepSpeed's JSON, for every run: a file in ds_configs/ without .json, or a path (default: zero1)",
     )
     parser.add_argument(
         "--slots",
@@ -170,7 +170,7 @@ def design_from(
         seeds=options.seeds or [],
         train_tokens=options.tokens,
         ranks=options.ranks or 1,
-        ds_config=read_ds_config(options.ds_config or str(DEFAULT_DS_CONFIG)),
+        ds_config=read_ds_config(options.ds_config or DEFAULT_DS_CONFIG),
         folder=os.getcwd(),
         prune=bool(getattr(options, "prune", None)),
     )

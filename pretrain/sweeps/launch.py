@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import LAUNCHERS
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.study import DS_CONFIG, Study
 
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 # What a launcher or a batch system tells its processes: a run of a sweep is none of them.
 RANK_VARIABLES = (
     "RANK",

@@ -19,8 +19,6 @@ from pretrain.callbacks.events import Events
 from pretrain.callbacks.trackers.comet import CometTracker
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker, Tracking
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 class Remembering(Tracker):
     """Keeps what it is told; its end waits until it may go on."""
@@ -120,7 +118,7 @@ print([child.pid for child in psutil.Process().children() if child.status() != p
 @pytest.mark.full
 def test_a_stopped_run_ends_although_wandb_still_waits_for_its_server(tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    variables |= {"WANDB_API_KEY": "c0ffee01" * 5, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    variables |= {"WANDB_API_KEY": "c0ffee01" * 5, "HOME": str(tmp_path)}
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", SILENT_SERVER, str(tmp_path)],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.core.shipped import recipe_names
 
 MINIS = {name: load_recipe(name) for name in recipe_names() if name.endswith("_mini")}
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
 from pretrain.core.credentials import redact, refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import recipe_names
 from pretrain.engine.ds_config import read_ds_config
 
 HEX = "0123456789abcdef0123456789abcdef01234567"

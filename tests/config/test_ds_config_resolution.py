@@ -198,8 +198,20 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, part:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.json: No such file.*ds_configs/"):
+    with pytest.raises(
+        ConfigError, match=r"none\.json: No such file.*shipped ones are zero0, zero1"
+    ):
         read_ds_config(str(tmp_path / "none.json"))
+
+
+def test_a_shipped_file_is_found_by_name_and_a_file_of_the_user_s_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config("zero2") == read_ds_config(str(shipped))
+    (tmp_path / "zero2").write_text('{"zero_optimization": {"stage": 3}}')
+    assert read_ds_config("zero2") == {"zero_optimization": {"stage": 3}}
 
 
 def test_stage_is_0_where_the_file_says_nothing() -> None:

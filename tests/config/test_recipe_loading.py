@@ -10,15 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config.load import (
-    apply_override,
-    load_recipe,
-    parse_yaml,
-    recipe_names,
-    recipe_to_yaml,
-)
+from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe_to_yaml
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError
+from pretrain.core.shipped import recipe_names
 from pretrain.model.moe.config import DeepSpeedMoE
 from pretrain.optim.config import SGD, AdamW
 

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.load import RECIPE_FOLDER, load_recipe, recipe_names, recipe_to_yaml
+from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
+from pretrain.core.shipped import RECIPES, recipe_names
 
 NAMES = recipe_names()
 TWINS = [name for name in NAMES if name.endswith("_mini")]
 TWIN_OF: dict[str, str] = {
-    yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())["base"]: name for name in TWINS
+    yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["base"]: name for name in TWINS
 }
 PUBLISHED = list(TWIN_OF)
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}

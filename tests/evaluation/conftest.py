@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # both folders' tests share tests/export/tiny_checkpoint.py
 
 from data_pipeline.shards.token_stream import open_split
 from pretrain.export.convert import export_hf

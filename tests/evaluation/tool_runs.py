@@ -35,7 +35,6 @@ def run_here(name: str, *arguments: str | Path) -> Done:
         contextlib.redirect_stderr(stderr),
     ):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        patch.setattr(sys, "path", list(sys.path))
         spec.loader.exec_module(module)
         try:
             run_command(module.main)

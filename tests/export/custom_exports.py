@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.core.shipped import recipe_names
 from pretrain.export.custom.target import Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.model.decoder import DecoderLM

@@ -8,9 +8,9 @@ import torch
 
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.checkpoint.validate import open_whole_weights
-from pretrain.config.load import RECIPE_FOLDER
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.shipped import RECIPES
 from pretrain.export.folded_embedding import without_factors
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.parity import (
@@ -276,7 +276,7 @@ def greedy(model: DecoderLM, prompt: list[int], count: int) -> list[int]:
 
 
 def test_every_mini_recipe_is_in_the_table_and_its_target_is_the_first_that_is_exact() -> None:
-    assert MINIS.keys() == {path.stem for path in RECIPE_FOLDER.glob("*_mini.yaml")}
+    assert MINIS.keys() == {path.stem for path in RECIPES.glob("*_mini.yaml")}
     for name, expected in MINIS.items():
         exact = [
             target for target, reasons in representable(recipe_of(name)).items() if not reasons

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import runpy
 import shutil
 import signal
@@ -355,7 +354,6 @@ def test_peak_memory_is_that_of_the_largest_tensor(trained: Trained, tmp_path: P
         command,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])},
     )
     assert done.returncode == DONE, done.stderr
     assert int(done.stdout) < 2 * 8.4e6 + 500e6

@@ -186,7 +186,6 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_looks_whole(
 # Everything is written, synced and listed in the manifest; only the rename is missing.
 KILLED_BEFORE_THE_RENAME = """\
 import os, signal, sys
-sys.path.insert(0, {root!r})
 from pretrain.checkpoint import store
 from pretrain.train import main
 rename = os.replace
@@ -202,8 +201,8 @@ main(sys.argv[1:])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(
     run: Path, tiny: Tiny, train: Command
 ) -> None:
-    program = KILLED_BEFORE_THE_RENAME.format(root=str(SCRIPT.parent.parent))
-    started = Started([sys.executable, "-c", program, *tiny.arguments(run, steps=7)], run.parent)
+    command = [sys.executable, "-c", KILLED_BEFORE_THE_RENAME]
+    started = Started([*command, *tiny.arguments(run, steps=7)], run.parent)
     assert started.wait() == -signal.SIGKILL, started.stderr
     checkpoints = run / "checkpoints"
     assert (checkpoints / ".step_7.tmp" / layout.MANIFEST).is_file()

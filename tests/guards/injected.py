@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain.train
 from pretrain.core.errors import run_command

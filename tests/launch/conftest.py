@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, make_tiny, own_process
 
 

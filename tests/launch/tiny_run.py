@@ -125,9 +125,7 @@ class Started:
     ) -> None:
         self.mark = uuid.uuid4().hex
         inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in RANK_VARIABLES and name != "PYTHONPATH"
+            name: value for name, value in os.environ.items() if name not in RANK_VARIABLES
         }
         path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
         own = {

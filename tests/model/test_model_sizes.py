@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
+from pretrain.core.shipped import recipe_names
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE

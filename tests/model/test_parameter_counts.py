@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
+from pretrain.core.shipped import recipe_names
 from pretrain.model.sizes import ModelSize, model_size
 
 # Recipe -> (parameters in all, active parameters of a token). The totals, the first four active counts and the last one are published or were

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pretrain.config.load import load_recipe, recipe_names
+from pretrain.config.load import load_recipe
 from pretrain.config.rules.routers import deaf_router, router_warnings
 from pretrain.config.rules.sections import warnings_about
+from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize

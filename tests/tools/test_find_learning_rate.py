@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import pretrain.train
 from pretrain.core.errors import ConfigError
 from pretrain.model.decoder import DecoderLM

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from pretrain.checkpoint.inspect import compare_checkpoints, inspect_checkpoint
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import BAD_CHECKPOINT, DONE

@@ -1,0 +1,36 @@
+"""Where the files are that come with the code: recipes, ds_configs, tools and launchers.
+
+A checkout has the last three as folders of its root, where a user looks for them. A wheel has them inside the package (``setup.py``), because
+a top-level name such as ``tools`` belongs to no project.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# The root of the checkout; None if the package was installed from a wheel.
+CHECKOUT = None if (PACKAGE / "tools").is_dir() else PACKAGE.parent
+
+RECIPES = PACKAGE / "recipes"
+DS_CONFIGS = (CHECKOUT or PACKAGE) / "ds_configs"
+LAUNCHERS = (CHECKOUT or PACKAGE) / "launchers"
+TOOLS = (CHECKOUT or PACKAGE) / "tools"
+
+DEFAULT_DS_CONFIG = "zero1"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def ds_config_names() -> list[str]:
+    """Names of the shipped ds_configs."""
+    return sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+
+
+def ds_config_path(name_or_path: str) -> Path:
+    """A file of the user's, or else the shipped ds_config of that name (``zero1``)."""
+    shipped = DS_CONFIGS / f"{name_or_path}.json"
+    return shipped if shipped.is_file() and not Path(name_or_path).is_file() else Path(name_or_path)

@@ -1,0 +1,1 @@
+"""The commands, one file each. A wheel has them as ``pretrain.tools``."""
