@@ -49,7 +49,15 @@ from pretrain.engine.precision import hardware_warnings, resolve_precision
 from pretrain.engine.topology import connect, disconnect, world_size_from_environment
 from pretrain.guards.incidents import INCIDENTS
 from pretrain.model.sizes import model_size, peak_flops
-from pretrain.run.dry_run import make_plan, planned_start, planned_weights, print_plan
+from pretrain.run.dry_run import (
+    add_estimate_options,
+    hardware_of,
+    make_plan,
+    planned_precision,
+    planned_start,
+    planned_weights,
+    print_plan,
+)
 from pretrain.run.folder import (
     CHECKPOINTS,
     ENDED,
@@ -101,6 +109,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks"
     )
+    add_estimate_options(parser)
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it; LOCAL_RANK says the same
@@ -160,14 +169,18 @@ def plan_only(
         for phase in loader_phases(recipe):
             check_names(phase.mixture, list(datasets.training_parts()), phase.where)
     accumulation = check_topology(recipe, world_size, stage)
-    precision, first_step = resolve_precision(recipe.train.precision), planned_start(recipe)
+    hardware = hardware_of(options)
+    precision = planned_precision(recipe.train.precision, hardware)
+    first_step = planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, datasets)
     resolved = resolve_ds_config(
         ds_config, options.ds_config, recipe, precision, accumulation, world_size
     )
     notes = planned_weights(recipe, datasets.tokenizer.sha256 if datasets else None)
     if starts_as_first_rank():
-        plan = make_plan(recipe, resolved, precision, world_size, stage, first_step, notes)
+        plan = make_plan(
+            recipe, resolved, precision, world_size, stage, first_step, notes, hardware
+        )
         if options.json_path != "-":
             print_plan(plan, recipe)
         write_json(plan, options.json_path)
