@@ -39,6 +39,14 @@ EXAMPLES = """\
   python tools/quickstart.py --num-accelerators 1 --set parallel.ep_size=1
   python tools/quickstart.py --recipe debug --set parallel.ep_size=2"""
 PROMPT = "def read_file(path):"
+TITLES = {
+    "data": "texts to token shards",
+    "train": "pretraining",
+    "evaluate": "loss on the validation split, compared with a bigram model",
+    "convert": "export for Hugging Face, with its logits compared",
+    "generate": "a text from the export",
+}
+STAGES = tuple(TITLES)
 LAUNCHER_PORT = 29500  # the default of the deepspeed launcher
 
 
@@ -47,7 +55,11 @@ class StageFailed(PipelineError):
 
 
 class Stages:
-    """Runs commands one after the other and keeps their results and times in the run's summary.json."""
+    """Runs commands one after the other and keeps their results and times in the run's summary.json.
+
+    A command's standard error stays on the terminal: progress with the time left, warnings, errors.
+    Its standard output goes to ``stages/<name>.log``: tables and DeepSpeed's launcher lines.
+    """
 
     def __init__(self, run_folder: Path) -> None:
         self.results = run_folder / "stages"
@@ -59,28 +71,36 @@ class Stages:
         self.reused: list[str] = []
 
     def result_path(self, name: str) -> Path:
+        """Where the result of a stage is kept."""
         return self.results / f"{name}.json"
+
+    def log_path(self, name: str) -> Path:
+        """Where the standard output of a stage is kept."""
+        return self.results / f"{name}.log"
 
     def run(
         self, name: str, command: list[str], is_reuse: Callable[[dict[str, Any]], bool]
     ) -> dict[str, Any]:
-        """Prints and runs a command that writes its result as JSON. The time counts unless the command found its work done.
+        """Run a command that writes its result as JSON. The time counts unless its work was done.
 
         Raises:
             StageFailed: with the command's own exit code.
         """
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        path = self.result_path(name)
+        self._announce(name)
+        print(f"$ {shlex.join(command)}", flush=True)
+        path, log = self.result_path(name), self.log_path(name)
         path.unlink(missing_ok=True)
         started = time.perf_counter()
-        with interrupts.deferred():  # the stage gets it too, and may need a while to save
-            finished = subprocess.run([*command, "--json", str(path)], check=False)
+        # The stage gets an interrupt too, and may need a while to save.
+        with interrupts.deferred(), log.open("wb") as output:
+            finished = subprocess.run([*command, "--json", str(path)], stdout=output, check=False)
         elapsed = time.perf_counter() - started
         if finished.returncode != 0:
-            # An interrupted stage goes on later: what it has taken so far belongs to its time.
+            # An interrupted stage resumes later: what it has taken so far belongs to its time.
             self._record(name, self.seconds.get(name, 0.0) + elapsed)
             failure = StageFailed(
-                f"the stage '{name}' stopped with exit code {finished.returncode}: see above; `make quickstart` goes on from here"
+                f"the stage '{name}' stopped with exit code {finished.returncode}: see above and "
+                f"{log}; `make quickstart` resumes from here"
             )
             failure.exit_code = finished.returncode if finished.returncode > 0 else 1
             raise failure
@@ -91,17 +111,23 @@ class Stages:
         else:
             resumed = bool(result.get("resumed_from_step"))
             self._record(name, elapsed + (self.seconds.get(name, 0.0) if resumed else 0.0))
+        how = "was done before" if name in self.reused else f"done in {elapsed:.0f} s"
+        print(f"{how}; its output: {log}", flush=True)
         return result
 
+    def _announce(self, name: str) -> None:
+        print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {TITLES[name]}", flush=True)
+
     def reuse(self, name: str, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """The stored result of a stage, where it belongs to the checkpoint at hand."""
+        """The stored result of a stage, if it belongs to the checkpoint at hand."""
         path = self.result_path(name)
         if name not in self.seconds or not path.is_file():
             return None
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not matches(result):
             return None
-        print(f"\nreusing {path}")
+        self._announce(name)
+        print(f"was done before; its result: {path}", flush=True)
         self.reused.append(name)
         return result
 
@@ -250,6 +276,7 @@ def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
         "wall time": f"{summary['wall_seconds']:.0f} s: {stage_times}",
         "reused": ", ".join(summary["reused"]) or "nothing",
         "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/training_curves.png, {folder}/summary.json",
+        "logs": f"{folder}/log.txt (training), {folder}/stages/*.log",
         "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",
     }
     for name, value in rows.items():

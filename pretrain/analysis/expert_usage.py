@@ -21,6 +21,7 @@ Counts = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 
 HOTTEST = 10
+MAX_COLUMNS = 1024
 # What of a layer becomes a curve; a row has the mean over the layers beside them.
 SCALARS = ("hot_experts", "unused_share", "gini", "normalized_entropy", "max_over_mean")
 
@@ -142,6 +143,22 @@ def square_grid(counts_E: Counts, max_side: int = 64) -> Numbers:
     return _means(
         loads.reshape(cells, block, cells, block).swapaxes(1, 2).reshape(cells, cells, -1)
     )
+
+
+def load_map(counts_LE: Counts, max_columns: int = MAX_COLUMNS) -> Numbers:
+    """One picture of all layers, in multiples of each layer's mean.
+
+    A row is a layer and a column an expert. Above ``max_columns`` experts, each layer is folded by
+    :func:`square_grid` instead, and the squares are tiles of the picture, row by row, with a line
+    of NaN between them: a row of a million experts could only show means, which hide hot ones.
+    """
+    num_layers, num_experts = counts_LE.shape
+    if num_experts <= max_columns:
+        return counts_LE / counts_LE.mean(axis=1, keepdims=True)
+    tiles = [np.pad(square_grid(counts_E), 1, constant_values=np.nan) for counts_E in counts_LE]
+    columns = math.isqrt(num_layers - 1) + 1
+    tiles += [np.full_like(tiles[0], np.nan)] * (-num_layers % columns)
+    return np.block([tiles[row : row + columns] for row in range(0, len(tiles), columns)])
 
 
 def binned(counts_E: Counts, max_bins: int = 256) -> Numbers:

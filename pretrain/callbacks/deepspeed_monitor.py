@@ -8,7 +8,7 @@ from pretrain.engine.monitor import Monitor
 
 
 class DeepSpeedMonitor(Callback):
-    """Writes every row through DeepSpeed's monitor, beside what its engine writes there by itself."""
+    """Writes every record of metrics through DeepSpeed's monitor."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor

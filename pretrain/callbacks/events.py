@@ -1,45 +1,69 @@
-"""A row of metrics as (tag, value) pairs, the same for every tracker and for DeepSpeed's monitor."""
+"""A record of metrics as (tag, value) pairs, the same for every tracker and for DeepSpeed's monitor.
+
+A dashboard shows a card for each tag and sorts them by name, so tags decide what a user sees first.
+Their number depends on neither the experts nor the layers of the model: of what layers and experts
+have, only means and extremes become scalars. metrics.jsonl has every value.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from pretrain.analysis.expert_usage import SCALARS
 from pretrain.callbacks.base import Row
+from pretrain.engine.monitor import TRAIN_LOSS, VALIDATION_LOSS
 
-# Beyond this many, one line an expert helps nobody; the extremes are still there, and metrics.jsonl has them all.
-MAX_EXPERT_LINES = 256
 Events = list[tuple[str, float]]
+
+# The columns that a user looks at first, by the kind of record. Dashboards put groups of tags in
+# alphabetical order, and the tags of a group too: hence the group's name, and the digits.
+AT_A_GLANCE = {
+    ("train", "loss"): TRAIN_LOSS,
+    ("validation", "validation_loss"): VALIDATION_LOSS,
+    ("train", "learning_rate"): "at_a_glance/2_learning_rate",
+    ("train", "grad_norm"): "at_a_glance/3_gradient_norm",
+    ("train", "tokens_per_second"): "at_a_glance/4_tokens_per_second",
+}
+# What a record says of itself. Of these, cards of the training's records are enough.
+NO_CARD = {"usage": ("step", "steps", "tokens", "epoch")}
+# Which of the layers' values is the worst one: of all others it is the highest.
+LOW_IS_WORSE = ("entropy", "normalized_entropy")
+NO_STATISTICS = ("layer", "expert_load", "hottest", "hottest_load")
 
 
 def events_of(row: Row) -> Events:
-    """Every number of a row as ``<kind>/<name>``, and those of its layers by layer."""
+    """Every number of a record as ``<kind>/<name>``, and summaries over its layers."""
+    kind = row["kind"]
     events = [
-        (f"{row['kind']}/{name}", float(value))
+        (AT_A_GLANCE.get((kind, name), f"{kind}/{name}"), float(value))
         for name, value in row.items()
-        if isinstance(value, int | float) and name != "step"
+        if isinstance(value, int | float) and name not in NO_CARD.get(kind, ("step",))
     ]
-    return events + list(_usage_events(row) if row["kind"] == "usage" else _router_events(row))
-
-
-def _usage_events(row: Row) -> Iterator[tuple[str, float]]:
-    for layer in row["layers"]:
-        yield from (
-            (f"usage/layer_{layer['layer']:02d}/{name}", float(layer[name])) for name in SCALARS
-        )
-
-
-def _router_events(row: Row) -> Iterator[tuple[str, float]]:
     layers = row.get("layers", [])
-    show_experts = sum(len(layer["expert_load"]) for layer in layers) <= MAX_EXPERT_LINES
-    for layer in layers:
-        prefix, load = f"moe/layer_{layer['layer']:02d}", layer["expert_load"]
-        yield from (
-            (f"{prefix}/{name}", layer[name])
-            for name in ("aux_loss", "z_loss", "entropy", "dropped_share")
-        )
-        yield from ((f"{prefix}/load_max", max(load)), (f"{prefix}/load_min", min(load)))
-        if show_experts:
-            yield from (
-                (f"{prefix}/expert_{expert:02d}_load", share) for expert, share in enumerate(load)
-            )
+    if not layers:
+        return events
+    if kind == "usage":
+        return events + list(_worst_layer("usage", layers, SCALARS))
+    names = [name for name in layers[0] if name not in NO_STATISTICS]
+    return events + list(_worst_layer("moe", layers, names)) + list(_loads(layers))
+
+
+def _worst_layer(
+    group: str, layers: list[Row], names: Iterable[str]
+) -> Iterator[tuple[str, float]]:
+    """The value of the worst layer, because a mean over 60 layers hides a collapsed one."""
+    for name in names:
+        worst: Callable[..., float] = min if name in LOW_IS_WORSE else max
+        yield f"{group}/{name}_of_worst_layer", float(worst(layer[name] for layer in layers))
+
+
+def _loads(layers: list[Row]) -> Iterator[tuple[str, float]]:
+    """Loads of all experts in multiples of their layer's mean, and how many experts had no token.
+
+    Shares would not compare: with 256 experts the mean is 1/256, and extremes look like zeros.
+    """
+    loads = [layer["expert_load"] for layer in layers]
+    yield "moe/load_max", max(max(load) * len(load) for load in loads)
+    yield "moe/load_max_mean_over_layers", sum(max(load) * len(load) for load in loads) / len(loads)
+    yield "moe/load_min", min(min(load) * len(load) for load in loads)
+    yield "moe/unused_experts", float(sum(share == 0 for load in loads for share in load))

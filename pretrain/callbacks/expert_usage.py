@@ -1,4 +1,8 @@
-"""Expert usage on disk and in pictures: a file of counts for each window; in TensorBoard a histogram and a heat map for each layer."""
+"""Expert usage on disk and in pictures.
+
+A file of counts for each window; in TensorBoard one heat map and one histogram for the whole model,
+however many layers and experts it has.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from numpy.typing import NDArray
 from pretrain.analysis.expert_usage import (
     Numbers,
     UsageWindow,
+    load_map,
     log_load,
     save_window,
-    square_grid,
     window_path,
     window_steps,
 )
@@ -23,33 +27,41 @@ from pretrain.callbacks.base import Callback
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-PICTURE_SIDE = 256  # pixels, or a little more
+PICTURE_SIDE = 512  # pixels, or a little more
 HISTOGRAM_BINS = 64
 
 
 def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
-    """Loads [rows, columns] as a picture [height, width, RGB]: dark blue is unused, yellow hot, black no expert; the scale never changes."""
-    from matplotlib import colormaps
+    """Loads [rows, columns] as a picture [height, width, RGB].
 
-    colours = colormaps["viridis"](
-        np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor)), bytes=True
-    )[..., :3]
+    Dark blue is unused, yellow hot, black no expert. The scale never changes, so that pictures of
+    different steps compare.
+    """
+    from matplotlib import colormaps  # slow to import, and only rank 0 draws
+
+    shades = np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor))
+    colours = colormaps["viridis"](shades, bytes=True)[..., :3]
     repeats = max(1, -(-PICTURE_SIDE // max(loads.shape)))
     pixels: NDArray[np.uint8] = colours.repeat(repeats, axis=0).repeat(repeats, axis=1)
     return pixels
 
 
 class ExpertUsage(Callback):
-    """Saves every window as ``step_000100.npz``; on a resume or rollback, windows beyond the checkpoint are removed, because those steps run again.
+    """Saves every window as ``step_000100.npz`` and draws it in TensorBoard.
+
+    On a resume or rollback, windows beyond the checkpoint are removed: those steps run again.
 
     Args:
-        writer: the one of DeepSpeed's monitor, None without TensorBoard. A second one in its folder would write a second file, and
-            TensorBoard stops looking at the first as soon as it has read on into the second.
+        writer: the one of DeepSpeed's monitor, None without TensorBoard. A second one in its folder
+            would write a second file, and TensorBoard stops reading the first as soon as it has
+            started with the second.
         hot_factor: what is brightest in a heat map, in multiples of the mean.
     """
 
     def __init__(self, folder: Path, writer: SummaryWriter | None, hot_factor: float) -> None:
-        self.folder, self.writer, self.hot_factor = folder, writer, hot_factor
+        self.folder = folder
+        self.writer = writer
+        self.hot_factor = hot_factor
 
     def on_start(self, step: int, num_steps: int) -> None:
         self.on_rollback(step)
@@ -65,17 +77,9 @@ class ExpertUsage(Callback):
         save_window(self.folder, window)
         if self.writer is None:
             return
-        for layer, counts_E in zip(window.layers, window.counts_LE, strict=True):
-            tag = f"usage/layer_{layer:02d}"
-            self.writer.add_histogram(
-                f"{tag}/log2_1_plus_load",
-                log_load(counts_E / counts_E.mean()),
-                window.step,
-                bins=HISTOGRAM_BINS,
-            )
-            self.writer.add_image(
-                f"{tag}/load",
-                heat_map(square_grid(counts_E), self.hot_factor),
-                window.step,
-                dataformats="HWC",
-            )
+        loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
+        self.writer.add_histogram(
+            "usage/log2_1_plus_load", log_load(loads_LE), window.step, bins=HISTOGRAM_BINS
+        )
+        picture = heat_map(load_map(window.counts_LE), self.hot_factor)
+        self.writer.add_image("usage/load_by_layer", picture, window.step, dataformats="HWC")

@@ -1,6 +1,8 @@
-"""DeepSpeed's monitor (the sections tensorboard, csv_monitor, wandb and comet of a ds_config), in a form that cannot stop a training.
+"""DeepSpeed's monitor: the sections tensorboard, csv_monitor, wandb and comet of a ds_config.
 
-DeepSpeed's own MonitorMaster is made inside its engine and raises there, and in every step, what a service without a network raises.
+DeepSpeed's own MonitorMaster is made inside its engine and raises there, and in every step, what a
+service without a network raises. This one takes its place and cannot stop a training. A backend
+is open only if its section is enabled; ours enable TensorBoard alone, if the recipe does.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deepspeed.monitor.comet import CometMonitor
@@ -27,13 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 def ask_nothing() -> None:
-    """Makes ``wandb.init`` fail where it would ask for a key on the terminal, below the progress bar, with every rank waiting for the answer."""
+    """Make ``wandb.init`` fail if it would ask for a key on the terminal.
+
+    Its question would be below the progress bar, with every rank waiting for the answer.
+    """
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
 
 
 def wandb_without_questions(section: Any) -> Backend:
+    """DeepSpeed's W&B backend, which never waits for a person."""
     ask_nothing()
     return WandbMonitor(section)
 
@@ -44,10 +51,13 @@ BACKENDS: dict[str, Callable[[Any], Backend]] = {
     "wandb": wandb_without_questions,
     "comet": CometMonitor,
 }
-# DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so rows of ours must count the same there.
+# DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so our records must
+# count the same there.
 COUNT_SAMPLES = ("wandb", "comet")
-# In TensorBoard the engine's values are a run of their own below ours: steps that are taken again are forgotten for a whole run.
-ROWS, SAMPLES = "tensorboard", "samples"
+TENSORBOARD, VALIDATION = "tensorboard", "validation"
+# TensorBoard draws equal tags of several runs into one chart: the validation loss is written into a
+# run of its own below the training's, under the training loss's tag.
+TRAIN_LOSS, VALIDATION_LOSS = "at_a_glance/1_loss", "at_a_glance/1_loss_validation"
 
 
 def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +66,7 @@ def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Monitor:
-    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is told of once and gets no more.
+    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is reported once, closed.
 
     Args:
         writes: whether this process is rank 0; others have no backends.
@@ -71,48 +81,60 @@ class Monitor:
         config = get_monitor_config(ds_config)
         for name in BACKENDS:
             if (section := getattr(config, name)).enabled:
-                self._try(name, lambda name=name, section=section: self._open(name, section))  # type: ignore[misc]
+                self._try(name, partial(self._open, name, section))
 
     @property
     def enabled(self) -> bool:
+        """Whether any backend is open."""
         return bool(self._backends)
 
     @property
     def summary_writer(self) -> SummaryWriter | None:
-        """TensorBoard's, for what is no scalar."""
-        return self._writer(ROWS)
+        """TensorBoard's, for what is no scalar; None without TensorBoard."""
+        return self._writer(TENSORBOARD)
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
-        """What DeepSpeed's engine calls: (tag, value, samples)."""
-        for name, backend in self._others(ROWS):
-            self._try(name, lambda backend=backend: backend.write_events(events))  # type: ignore[misc]
+        """Write what DeepSpeed's engine reports by itself: (tag, value, samples).
+
+        TensorBoard gets none of it: the learning rate and the loss scale are in our records, by step.
+        """
+        for name, backend in self._but_tensorboard():
+            self._try(name, partial(backend.write_events, events))
 
     def write_row(self, events: Sequence[tuple[str, float]], step: int) -> None:
-        """Values of one step: by step where that is possible, else by samples."""
-        for name, backend in self._others(SAMPLES):
+        """Write the values of one step: by step if the backend can, else by samples."""
+        for name, backend in self._but_tensorboard():
             x = self._samples() if name in COUNT_SAMPLES else step
             placed = [(tag, value, x) for tag, value in events]
-            self._try(name, lambda backend=backend, placed=placed: backend.write_events(placed))  # type: ignore[misc]
+            self._try(name, partial(backend.write_events, placed))
+        validation = [(TRAIN_LOSS, value, step) for tag, value in events if tag == VALIDATION_LOSS]
+        others = [(tag, value, step) for tag, value in events if tag != VALIDATION_LOSS]
+        for name, placed in ((TENSORBOARD, others), (VALIDATION, validation)):
+            if placed and (backend := self._backends.get(name)) is not None:
+                self._try(name, partial(backend.write_events, placed))
 
     def begin_after(self, step: int) -> None:
-        """What TensorBoard was told of later steps is shown no more: they are taken again. The others keep both."""
-        for name, x in ((ROWS, step), (SAMPLES, self._samples())):
+        """Hide what TensorBoard has of later steps, which are taken again. The others keep both."""
+        for name in (TENSORBOARD, VALIDATION):
             if (writer := self._writer(name)) is not None:
-                self._try(name, lambda writer=writer, x=x: _begin_session(writer, x + 1))  # type: ignore[misc]
+                self._try(name, partial(_begin_session, writer, step + 1))
 
     def _open(self, name: str, section: Any) -> None:
         self._backends[name] = BACKENDS[name](section)
-        if name == ROWS:
-            self._backends[SAMPLES] = TensorBoardMonitor(
-                section.model_copy(update={"job_name": f"{section.job_name}/{SAMPLES}"})
-            )
+        if name == TENSORBOARD:
+            below = section.model_copy(update={"job_name": f"{section.job_name}/{VALIDATION}"})
+            self._backends[VALIDATION] = TensorBoardMonitor(below)
 
     def _writer(self, name: str) -> SummaryWriter | None:
         backend = self._backends.get(name)
         return None if backend is None else backend.summary_writer
 
-    def _others(self, than: str) -> list[tuple[str, Backend]]:
-        return [(name, backend) for name, backend in self._backends.items() if name != than]
+    def _but_tensorboard(self) -> list[tuple[str, Backend]]:
+        return [
+            (name, backend)
+            for name, backend in self._backends.items()
+            if name not in (TENSORBOARD, VALIDATION)
+        ]
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
         try:
@@ -122,13 +144,14 @@ class Monitor:
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             logger.warning("the ds_config's '%s' failed: %s", name, reason)
             tqdm.write(
-                f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; training goes on",
+                f"warning: the ds_config's '{name}' failed ({reason}) and gets nothing more; "
+                "training continues",
                 file=sys.stderr,
             )
 
 
 def _begin_session(writer: SummaryWriter, first: int) -> None:
-    """TensorBoard's mark for a process that goes on at the step ``first``: what the folder has from there on is no longer shown."""
+    """Write TensorBoard's mark of a restart: what the folder has from ``first`` on is hidden."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     writer._get_file_writer().add_event(

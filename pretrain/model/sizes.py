@@ -9,23 +9,12 @@ import torch
 from torch import nn
 
 from pretrain.config.recipe import TrainConfig
+from pretrain.core.accelerators import accelerator_of_device
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import PEER, DeepSpeedMoE
 from pretrain.optim.config import Optimizer
 
-# Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-}
 # What a parameter belongs to: the first pattern that its name has.
 COMPONENTS = {
     "embedding": re.compile(r"^embedding\."),
@@ -281,8 +270,8 @@ def _feed_forward_numbers(config: ModelConfig, layer: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's bf16/fp16 peak, for fp8 too, where a data sheet is known, else None."""
+    """The device's bf16/fp16 peak, FLOP/s, for fp8 too; None if no data sheet is known."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    known = accelerator_of_device(torch.cuda.get_device_name(device))
+    return None if known is None else known.bf16_flops

@@ -6,6 +6,7 @@ import argparse
 
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser
 from pretrain.core.shipped import DEFAULT_DS_CONFIG
+from pretrain.run.dry_run import add_estimate_options
 
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py \\
@@ -50,5 +51,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks"
     )
+    add_estimate_options(parser)
     add_json_option(parser)
     return parser.parse_args(arguments)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,87 @@ from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
-from pretrain.engine.precision import DTYPES
-from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
+from pretrain.core.accelerators import (
+    ACCELERATORS,
+    Accelerator,
+    accelerator,
+    accelerator_of_device,
+)
+from pretrain.core.errors import ConfigError
+from pretrain.engine.precision import resolve_precision
+from pretrain.model.sizes import activation_bytes, model_size, state_bytes_per_rank
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.folder import CHECKPOINTS, check_branch
 from pretrain.training.schedules import run_learning_rate_factor
 
-# Share of the rate of a large matrix product that a whole step reaches. Small models on CPUs reached 0.05; for GPUs it is a cautious guess.
-ASSUMED_EFFICIENCY = {"cpu": 0.05, "cuda": 0.25}
+# Mixtures of experts lose more to communication and small matrix products than dense models, which
+# reach 0.4 to 0.5 on large clusters.
+ASSUMED_MFU = 0.35
+ESTIMATE_OPTIONS = (
+    "for an estimate of the time give --gpu NAME "
+    f"({', '.join(known.name for known in ACCELERATORS)}) and, if you know it, --mfu"
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the estimate of the time assumes.
+
+    Attributes:
+        gpu: of every rank; None is the one of this machine.
+        mfu: model FLOPs utilization (Chowdhery et al. 2022): FLOP/s of the model / peak of the GPUs.
+    """
+
+    gpu: Accelerator | None = None
+    mfu: float = ASSUMED_MFU
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time of the steps ahead: ``seconds`` is None if nothing is known of the speed."""
+
+    seconds: float | None
+    basis: str
+
+
+def add_estimate_options(parser: argparse.ArgumentParser) -> None:
+    """Add --gpu and --mfu, which :func:`hardware_of` reads."""
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="with --dry-run: estimate the time on this GPU: "
+        + ", ".join(known.name for known in ACCELERATORS),
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=ASSUMED_MFU,
+        metavar="SHARE",
+        help="with --dry-run: the share of the GPUs' peak FLOP/s that training reaches "
+        f"(default: {ASSUMED_MFU})",
+    )
+
+
+def hardware_of(options: argparse.Namespace) -> Hardware:
+    """The hardware that the options name.
+
+    Raises:
+        ConfigError: if the GPU is not in the table, or --mfu is no share.
+    """
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu {options.mfu:g} is no share of the peak: give 0.35 for example")
+    return Hardware(None if options.gpu is None else accelerator(options.gpu), options.mfu)
+
+
+def planned_precision(asked: str, hardware: Hardware) -> str:
+    """The number format of the run that is planned; on a named GPU "auto" is bf16, as it is there.
+
+    Raises:
+        ConfigError: if the plan is for this machine, and it cannot compute in that format.
+    """
+    if hardware.gpu is None:
+        return resolve_precision(asked)
+    return "bf16" if asked == "auto" else asked
 
 
 def planned_start(recipe: Recipe) -> int:
@@ -89,12 +163,14 @@ def make_plan(
     zero_stage: int,
     first_step: int = 0,
     weight_notes: Sequence[str] = (),
+    hardware: Hardware | None = None,
 ) -> dict[str, Any]:
     """Sizes, memory and time of a run, from its resolved recipe and ds_config.
 
     Args:
         first_step: steps that a branch has of its trunk; they take no time.
         weight_notes: of :func:`planned_weights`.
+        hardware: what the time is estimated for; this machine's by default.
     """
     train, timeline = recipe.train, Timeline(recipe)
     size = model_size(recipe.model, train.sequence_length)
@@ -112,7 +188,8 @@ def make_plan(
         for stage, tokens in ahead
     )
     tokens = timeline.num_tokens - done
-    seconds, basis = _estimate_seconds(recipe, precision, world_size, tokens, flops / tokens)
+    hardware = hardware or Hardware()
+    estimate = _estimate(recipe, precision, world_size, tokens, flops / tokens, hardware)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "ds_config": ds_config,
@@ -134,8 +211,9 @@ def make_plan(
             activation_bytes(recipe.model, stage.recipe.train, precision)
             for stage in timeline.stages
         ),
-        "estimated_seconds": seconds,
-        "estimate_basis": basis,
+        "gpu": None if hardware.gpu is None else asdict(hardware.gpu),
+        "estimated_seconds": estimate.seconds,
+        "estimate_basis": estimate.basis,
         "phases": phase_rows(recipe, timeline, world_size),
         "initial_weights": list(weight_notes),
     }
@@ -211,23 +289,7 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
         "[bold]ds_config[/bold]", json.dumps(plan["ds_config"], indent=2), sep="\n", highlight=False
     )
     table = Table("what", "value", title="plan")
-    state, train, accumulation = (
-        plan["state_bytes_per_rank"],
-        recipe.train,
-        plan["gradient_accumulation_steps"],
-    )
-    rows = {
-        "ranks": f"{plan['world_size']} (ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']})",
-        "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
-        "tokens": f"{plan['train_tokens']:,} in {plan['steps']:,} steps"
-        + ("" if plan["phases"] else f" of {recipe.train.tokens_per_step:,}")
-        + (f", the first {plan['first_step']:,} of them the trunk's" if plan["first_step"] else ""),
-        "gradient accumulation": f"{accumulation} micro batches of {train.micro_batch_size} x {train.sequence_length}",
-        "memory a rank": f"{(state['total'] + plan['activation_bytes_per_rank']) / 1e9:.2f} GB: weights {state['weights'] / 1e9:.2f}, gradients "
-        f"{state['gradients'] / 1e9:.2f}, optimizer {state['optimizer'] / 1e9:.2f}, activations about {plan['activation_bytes_per_rank'] / 1e9:.2f}",
-        "time": f"about {_duration(plan['estimated_seconds'])} ({plan['estimate_basis']})",
-    }
-    for name, value in rows.items():
+    for name, value in _plan_lines(plan, recipe).items():
         table.add_row(name, value)
     console.print(table)
     for note in plan["initial_weights"]:
@@ -236,49 +298,84 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
         print_phases(plan["phases"], console)
 
 
-def _estimate_seconds(
-    recipe: Recipe, precision: str, world_size: int, tokens: int, flops_per_token: float
-) -> tuple[float, str]:
+def _plan_lines(plan: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """What the table of a plan says, by the names of its lines."""
+    train = recipe.train
+    tokens = f"{plan['train_tokens']:,} in {plan['steps']:,} steps"
+    if not plan["phases"]:
+        tokens += f" of {train.tokens_per_step:,}"
+    if plan["first_step"]:
+        tokens += f", the first {plan['first_step']:,} of them the parent run's"
+    layout = f"ep_size {recipe.parallel.ep_size}, ZeRO {plan['zero_stage']}, {plan['precision']}"
+    time = plan["estimate_basis"]
+    if plan["estimated_seconds"] is not None:
+        time = f"about {_duration(plan['estimated_seconds'])}, {time}"
+    return {
+        "ranks": f"{plan['world_size']} ({layout})",
+        "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
+        "tokens": tokens,
+        "gradient accumulation": f"{plan['gradient_accumulation_steps']} micro batches of "
+        f"{train.micro_batch_size} x {train.sequence_length}",
+        "memory a rank": _memory_line(plan),
+        "time": time,
+    }
+
+
+def _memory_line(plan: dict[str, Any]) -> str:
+    state = plan["state_bytes_per_rank"]
+    activations = plan["activation_bytes_per_rank"]
+    total = state["total"] + activations
+    parts = ", ".join(
+        f"{name} {state[name] / 1e9:.2f}" for name in ("weights", "gradients", "optimizer")
+    )
+    line = f"{total / 1e9:.2f} GB: {parts}, activations about {activations / 1e9:.2f}"
+    if plan["gpu"] is None:
+        return line
+    gpu, memory = plan["gpu"]["name"], plan["gpu"]["memory_bytes"]
+    # Buffers of ZeRO, of communication and of the allocator are in no estimate.
+    verdict = "does not fit" if total > memory else "fits"
+    return f"{line}; {verdict} in the {memory / 1e9:.0f} GB of one {gpu}"
+
+
+def _estimate(
+    recipe: Recipe,
+    precision: str,
+    world_size: int,
+    tokens: int,
+    flops_per_token: float,
+    hardware: Hardware,
+) -> Estimate:
     rates = [
         row["tokens_per_second"]
         for row in read_rows(Path(recipe.output_path) / "metrics.jsonl")
         if row["kind"] == "train"
     ]
-    if rates:
-        return tokens / sorted(rates)[len(rates) // 2], "from the speed of this run so far"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = peak_flops(device, precision)
-    rate = peak or _measured_flops(device, precision)
-    basis = "data-sheet peak" if peak else "matrix product measured here"
-    efficiency = ASSUMED_EFFICIENCY[device.type]
-    return tokens * flops_per_token / (
-        rate * efficiency * world_size
-    ), f"from the {basis}, at {efficiency:.0%} of it"
+    if rates and hardware.gpu is None:
+        seconds = tokens / sorted(rates)[len(rates) // 2]
+        return Estimate(seconds, "from the speed of this run so far")
+    gpu = hardware.gpu or _gpu_of_this_machine()
+    if gpu is None:
+        return Estimate(None, f"no GPU here that has a known peak: {ESTIMATE_OPTIONS}")
+    peak = gpu.peak_flops(precision)
+    seconds = tokens * flops_per_token / (peak * hardware.mfu * world_size)
+    basis = (
+        f"assuming an MFU of {hardware.mfu:g} on {world_size} x {gpu.name}, "
+        f"peak {peak / 1e12:,.0f} TFLOP/s in {precision}"
+    )
+    return Estimate(seconds, basis)
 
 
-def _measured_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a 1024^3 product in one thread on a CPU, where each rank gets about one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        a = torch.randn(1024, 1024, device=device).to(DTYPES[precision])
-        times = []
-        for _ in range(4):
-            started = time.perf_counter()
-            (a @ a).sum().item()
-            times.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
-    return 2 * 1024**3 / min(times)
+def _gpu_of_this_machine() -> Accelerator | None:
+    if not torch.cuda.is_available():
+        return None
+    return accelerator_of_device(torch.cuda.get_device_name())
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return (
-        f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-        if seconds < 172800
-        else f"{seconds / 86400:.1f} days"
-    )
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:,.1f} days"

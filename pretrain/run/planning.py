@@ -14,10 +14,16 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.core.cli import write_json
 from pretrain.engine.ds_config import resolve_ds_config, zero_stage_of
-from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import starts_as_first_rank, world_size_from_environment
 from pretrain.run.build import resolve_recipe
-from pretrain.run.dry_run import make_plan, planned_start, planned_weights, print_plan
+from pretrain.run.dry_run import (
+    hardware_of,
+    make_plan,
+    planned_precision,
+    planned_start,
+    planned_weights,
+    print_plan,
+)
 
 
 def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]) -> None:
@@ -33,7 +39,8 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, A
     zero_stage = zero_stage_of(ds_config, options.ds_config)
     datasets = _datasets_if_built(recipe)
     accumulation = check_topology(recipe, world_size, zero_stage)
-    precision = resolve_precision(recipe.train.precision)
+    hardware = hardware_of(options)
+    precision = planned_precision(recipe.train.precision, hardware)
     first_step = planned_start(recipe)
     recipe = resolve_recipe(recipe, precision, datasets)
     resolved = resolve_ds_config(
@@ -41,7 +48,9 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, A
     )
     notes = planned_weights(recipe, datasets.tokenizer.sha256 if datasets else None)
     if starts_as_first_rank(os.environ):
-        plan = make_plan(recipe, resolved, precision, world_size, zero_stage, first_step, notes)
+        plan = make_plan(
+            recipe, resolved, precision, world_size, zero_stage, first_step, notes, hardware
+        )
         if options.json_path != "-":
             print_plan(plan, recipe)
         write_json(plan, options.json_path)

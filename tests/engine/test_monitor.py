@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing import event_accumulator, plugin_event
 from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
 from pretrain.callbacks.trackers.wandb import WandbTracker
 from pretrain.callbacks.tracking import TrackedRun, Tracking
-from pretrain.engine.monitor import Monitor, without_monitors
+from pretrain.engine.monitor import TRAIN_LOSS, Monitor, without_monitors
 
 
 @pytest.fixture(autouse=True)
@@ -63,42 +63,34 @@ def test_a_backend_that_fails_is_told_once_and_the_others_go_on(
 
 
 def test_tensorboard_shows_each_step_once_behind_a_rollback_and_a_resume(tmp_path: Path) -> None:
-    section, samples = (
-        {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}},
-        0,
-    )
+    section = {
+        "tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"},
+    }
 
     def train(monitor: Monitor, start: int, stop: int, value: float) -> None:
-        nonlocal samples
-        samples = 8 * start
-        DeepSpeedMonitor(monitor).on_rollback(start)
+        callback = DeepSpeedMonitor(monitor)
+        callback.on_rollback(start)
         for step in range(start + 10, stop + 1, 10):
-            samples = 8 * step
-            monitor.write_events([("Train/Samples/lr", value, samples)])
-            DeepSpeedMonitor(monitor).on_row({"kind": "train", "step": step, "loss": value})
+            monitor.write_events([("Train/Samples/lr", value, 8 * step)])
+            callback.on_row({"kind": "train", "step": step, "loss": value})
+            callback.on_row({"kind": "validation", "step": step, "validation_loss": value})
 
-    first = Monitor(section, writes=True, samples=lambda: samples)
+    first = Monitor(section, writes=True, samples=lambda: 0)
     train(first, 0, 50, 1.0)
     train(first, 20, 40, 2.0)
     time.sleep(1.1)  # TensorBoard puts files in the order of the seconds in their names
-    train(Monitor(section, writes=True, samples=lambda: samples), 30, 50, 3.0)
+    train(Monitor(section, writes=True, samples=lambda: 0), 30, 50, 3.0)
     values = {10: 1.0, 20: 1.0, 30: 2.0, 40: 3.0, 50: 3.0}
-    for folder, tag, units in (("job", "train/loss", 1), ("job/samples", "Train/Samples/lr", 8)):
-        for accumulator in (
-            event_accumulator,
-            plugin_event_accumulator,
-        ):  # for scripts, and for TensorBoard's pages
-            events = accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
-            shown = events.Scalars(tag) if accumulator is event_accumulator else events.Tensors(tag)
-            read = {
-                event.step: event.value
-                if accumulator is event_accumulator
-                else event.tensor_proto.float_val[0]
-                for event in shown
-            }
-            assert read == {units * step: value for step, value in values.items()} and len(
-                shown
-            ) == len(values)
+    for folder in ("job", "job/validation"):
+        scripts = event_accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
+        assert scripts.Tags()["scalars"] == [TRAIN_LOSS]
+        shown = [(event.step, event.value) for event in scripts.Scalars(TRAIN_LOSS)]
+        assert shown == list(values.items())
+        pages = plugin_event_accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
+        drawn = [
+            (event.step, event.tensor_proto.float_val[0]) for event in pages.Tensors(TRAIN_LOSS)
+        ]
+        assert drawn == list(values.items())
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from pretrain.config.timeline import Timeline
 from pretrain.core.errors import PREEMPTED, ConfigError
 from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.model.decoder import DecoderLM
-from pretrain.run import dry_run as plan
 from pretrain.run.lr_finder import prepare
 from pretrain.train import main
 from tests.launch.tiny_run import Tiny, curve
@@ -272,16 +271,17 @@ def test_a_branch_from_nothing_or_from_a_damaged_checkpoint_is_refused(
 
 
 def test_the_plan_of_a_branch_looks_at_its_trunk_and_leaves_out_its_steps(
-    tiny: Tiny, trunk: Path, tmp_path: Path, train: Command, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, trunk: Path, tmp_path: Path, train: Command
 ) -> None:
-    monkeypatch.setattr(plan, "_measured_flops", lambda *_: 1e9)
     start, result = f"branch_from={trunk / 'checkpoints' / 'step_3'}", tmp_path / "plan.json"
 
     def planned(*overrides: str) -> tuple[int, str]:
         arguments = trunk_arguments(
             tiny, tmp_path / "run", DECAY, "train.precision=auto", *overrides
         )
-        return train([*arguments, "--dry-run", "--world-size", "1", "--json", str(result)])
+        return train(
+            [*arguments, "--dry-run", "--gpu", "H100", "--world-size", "1", "--json", str(result)]
+        )
 
     assert planned()[0] == 0
     straight = json.loads(result.read_text())

@@ -18,6 +18,7 @@ from pretrain.analysis.expert_usage import (
     window_path,
     window_steps,
 )
+from pretrain.engine.monitor import TRAIN_LOSS
 from tests.distributed.test_same_numbers_everywhere import Results, run_cases
 from tests.launch.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
 
@@ -129,18 +130,17 @@ def test_tensorboard_has_curves_histograms_and_pictures_beside_the_training_loss
     )  # one a start: a second writer of one start would hide what the first goes on to write
     events = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
     last = usage_rows(runs[1]["peer"]["resumed"])[-1]
-    assert "train/loss" in events.Tags()["scalars"]
-    for layer in last["layers"]:
-        tag = f"usage/layer_{layer['layer']:02d}"
-        for name in SCALARS:
-            assert events.Scalars(f"{tag}/{name}")[-1].value == pytest.approx(
-                layer[name], rel=1e-6
-            ), name
-        histogram = events.Histograms(f"{tag}/log2_1_plus_load")[-1]
-        assert (histogram.step, histogram.histogram_value.num) == (STEPS, 64)
-        assert histogram.histogram_value.max == pytest.approx(math.log2(1 + layer["max_over_mean"]))
-        picture = events.Images(f"{tag}/load")[-1]
-        assert (picture.step, picture.width, picture.height) == (STEPS, 256, 256)
+    assert TRAIN_LOSS in events.Tags()["scalars"]
+    for name in SCALARS:
+        worst = min if name == "normalized_entropy" else max
+        shown = events.Scalars(f"usage/{name}_of_worst_layer")[-1].value
+        assert shown == pytest.approx(worst(layer[name] for layer in last["layers"]), rel=1e-6)
+    histogram = events.Histograms("usage/log2_1_plus_load")[-1]
+    assert (histogram.step, histogram.histogram_value.num) == (STEPS, 2 * 64)
+    hottest = max(layer["max_over_mean"] for layer in last["layers"])
+    assert histogram.histogram_value.max == pytest.approx(math.log2(1 + hottest))
+    picture = events.Images("usage/load_by_layer")[-1]
+    assert (picture.step, picture.width, picture.height) == (STEPS, 512, 16)
     assert events.Scalars("usage/gini")[-1].value == pytest.approx(last["gini"], rel=1e-6)
 
 

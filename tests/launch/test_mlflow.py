@@ -19,7 +19,7 @@ import json, sys
 from mlflow.tracking import MlflowClient
 client = MlflowClient("sqlite:///" + sys.argv[1])
 (run,) = client.search_runs([client.get_experiment_by_name("project-of-tests").experiment_id])
-history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train/loss")}
+history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "at_a_glance/1_loss")}
 files = [entry.path for entry in client.list_artifacts(run.info.run_id)]
 found = {"id": run.info.run_id, "status": run.info.status, "params": run.data.params, "tags": run.data.tags, "loss": history, "files": files}
 print(json.dumps(found))

@@ -45,7 +45,7 @@ def twice(
         assert started.wait() == 0, started.stdout + started.stderr
         assert started.survivors() == []
         summaries.append(json.loads((run / "summary.json").read_text()))
-        printed.append(started.stdout)
+        printed.append(started.stdout + started.stderr)
     return run, summaries, printed
 
 
@@ -75,6 +75,22 @@ def test_the_main_job_runs_whole_and_leaves_everything_in_its_place(
         "tools/evaluate.py --checkpoint",
     ):
         assert command in printed
+
+
+def test_the_terminal_shows_stages_progress_and_summary_and_logs_have_the_rest(
+    twice: tuple[Path, list[dict[str, Any]], list[str]],
+) -> None:
+    run, _, (printed, again) = twice
+    for noise in ("[INFO]", "[WARNING]", "deepspeed.launcher", "world_info", "Setting accelerator"):
+        assert noise not in printed + again, noise
+    names = ("data", "train", "evaluate", "convert", "generate")
+    places = [printed.index(f"[{number}/5] {name}: ") for number, name in enumerate(names, 1)]
+    assert places == sorted(places) and "training:" in printed
+    for name in names:
+        assert f"its output: {run}/stages/{name}.log" in printed
+        assert (run / "stages" / f"{name}.log").stat().st_size > 0
+    assert "[INFO]" in (run / "stages" / "train.log").read_text()
+    assert again.count("was done before") == 5
 
 
 def test_a_second_start_reuses_every_stage_and_keeps_the_first_run_s_times(

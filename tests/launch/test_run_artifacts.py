@@ -214,7 +214,9 @@ def test_wandb_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
         config = {update.key: json.loads(update.value_json) for update in started.config.update}
         assert config["model"]["moe"]["num_experts"] == 4
         seen |= {
-            row["step"]: row["train/loss"] for row in wandb_history(records) if "train/loss" in row
+            row["step"]: row["at_a_glance/1_loss"]
+            for row in wandb_history(records)
+            if "at_a_glance/1_loss" in row
         }
         kept = {
             entry.path
@@ -257,7 +259,7 @@ def test_comet_goes_on_in_the_same_experiment_with_every_row(run: Path) -> None:
         assert {"training_history.json", "README.md"} <= uploads
         seen |= comet_metrics(messages)
     assert {
-        step: value for (name, step), value in seen.items() if name == "train/loss"
+        step: value for (name, step), value in seen.items() if name == "at_a_glance/1_loss"
     } == pytest.approx(metrics(run, "train", "loss"))
 
 

@@ -69,13 +69,15 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
     rows = [row for row in curve(run) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [1, 2]
 
-    with (tmp_path / "csv" / "train_loss.csv").open() as file:
-        assert [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)] == [
+    with (tmp_path / "csv" / "at_a_glance_1_loss.csv").open() as file:
+        assert [(int(row["step"]), float(row["1_loss"])) for row in csv.DictReader(file)] == [
             (row["step"], row["loss"]) for row in rows
         ]
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history = wandb_history(list(wandb_records(log)))
-    losses = {row["_step"]: row["train/loss"] for row in history if "train/loss" in row}
+    losses = {
+        row["_step"]: row["at_a_glance/1_loss"] for row in history if "at_a_glance/1_loss" in row
+    }
     assert losses == {row["step"] * SAMPLES_OF_A_STEP: row["loss"] for row in rows}
     assert [row["_step"] for row in history if "Train/Samples/lr" in row] == [8, 16]
     assert list((run / "tensorboard").glob("events.*"))

@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import tqdm
 
@@ -95,15 +95,31 @@ def _forget_sampling_defaults(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _without_asides() -> Iterator[None]:
-    """Without what the harness prints to standard output, which may be ours for JSON alone, and without its bars that have no name."""
-    silent = functools.partial(tqdm.tqdm, disable=True)
-    # Its metrics import tqdm when they are called; modules that run the model have imported their own before, whose bars are named and stay.
-    with (
-        redirect_stdout(io.StringIO()),
-        patch("tqdm.tqdm", silent),
-        patch("lm_eval.api.task.tqdm", silent),
-    ):
+    """Silence what the harness prints to standard output, and its bars that have no name.
+
+    Standard output may be ours for JSON alone.
+    """
+    import lm_eval.api.task
+
+    # Its metrics import tqdm when they are called, so the package's own name is replaced too.
+    # Modules that run the model have imported theirs before: those bars are named and stay.
+    with redirect_stdout(io.StringIO()), _silent_bars(tqdm, lm_eval.api.task):
         yield
+
+
+@contextmanager
+def _silent_bars(*modules: ModuleType) -> Iterator[None]:
+    """Replace ``tqdm`` in each module by one that shows nothing: the harness has no option for it."""
+    names = [vars(module) for module in modules]
+    originals = [name["tqdm"] for name in names]
+    silent = functools.partial(tqdm.tqdm, disable=True)
+    for name in names:
+        name["tqdm"] = silent
+    try:
+        yield
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            name["tqdm"] = original
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,77 @@
+"""What GPUs can compute at most and how much memory they have, from their vendors' data sheets."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from pretrain.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One GPU.
+
+    Attributes:
+        name: as a user gives it.
+        key: part of the device name that torch reports; None if that does not tell it apart.
+        bf16_flops: dense peak of bf16 and fp16 with sums in fp32, FLOP/s, without sparsity. Vendors
+            often print twice as much, for sparse matrices.
+        fp32_flops: peak of fp32 without TF32, which torch does not use unless asked.
+        memory_bytes: of one GPU.
+        source: the data sheet.
+    """
+
+    name: str
+    key: str | None
+    bf16_flops: float
+    fp32_flops: float
+    memory_bytes: float
+    source: str
+
+    def peak_flops(self, precision: str) -> float:
+        """FLOP/s for a recipe's precision. MFU of fp8 is by convention of the bf16 peak."""
+        return self.fp32_flops if precision == "fp32" else self.bf16_flops
+
+
+# In the order in which a device name is compared with the keys.
+ACCELERATORS = (
+    Accelerator("A100", "A100", 312e12, 19.5e12, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
+    Accelerator("A100-40GB", None, 312e12, 19.5e12, 40e9, "NVIDIA A100 data sheet, 40 GB"),
+    Accelerator("A800", "A800", 312e12, 19.5e12, 80e9, "NVIDIA A800 data sheet, 80 GB"),
+    Accelerator("H100", "H100", 989e12, 67e12, 80e9, "NVIDIA H100 data sheet, SXM"),
+    Accelerator("H800", "H800", 989e12, 67e12, 80e9, "NVIDIA H800 data sheet, SXM"),
+    Accelerator("H200", "H200", 989e12, 67e12, 141e9, "NVIDIA H200 data sheet, SXM"),
+    Accelerator("B200", "B200", 2250e12, 75e12, 180e9, "NVIDIA HGX B200 data sheet, an eighth"),
+    Accelerator("L40S", "L40S", 362e12, 91.6e12, 48e9, "NVIDIA L40S data sheet"),
+    Accelerator("L4", "L4", 121e12, 30.3e12, 24e9, "NVIDIA L4 data sheet"),
+    Accelerator("RTX 4090", "4090", 165e12, 82.6e12, 24e9, "NVIDIA Ada architecture whitepaper"),
+    Accelerator("MI300X", "MI300X", 1307e12, 163e12, 192e9, "AMD Instinct MI300X data sheet"),
+)
+
+
+def accelerator(name: str) -> Accelerator:
+    """The GPU of a name that a user gives; case, blanks, hyphens and underscores do not matter.
+
+    Raises:
+        ConfigError: if the name is not in the table.
+    """
+    names = {_plain(known.name): known for known in ACCELERATORS}
+    if (found := names.get(_plain(name))) is not None:
+        return found
+    near = difflib.get_close_matches(_plain(name), names, n=1)
+    hint = f" Did you mean {names[near[0]].name}?" if near else ""
+    raise ConfigError(
+        f"--gpu: '{name}' is not known.{hint} "
+        f"Known are {', '.join(known.name for known in ACCELERATORS)}"
+    )
+
+
+def accelerator_of_device(device_name: str) -> Accelerator | None:
+    """The GPU that torch calls ``device_name``, None if it is not in the table."""
+    found = (known for known in ACCELERATORS if known.key is not None and known.key in device_name)
+    return next(found, None)
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
