@@ -31,6 +31,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import PipelineError, run_command
+from pretrain.core.plugins import plugin_arguments
 from pretrain.engine.topology import free_port
 from pretrain.run.folder import SUMMARY, update_summary
 
@@ -74,7 +75,9 @@ class Stages:
         path.unlink(missing_ok=True)
         started = time.perf_counter()
         with interrupts.deferred():  # the stage gets it too, and may need a while to save
-            finished = subprocess.run([*command, "--json", str(path)], check=False)
+            finished = subprocess.run(
+                [*command, *plugin_arguments(), "--json", str(path)], check=False
+            )
         elapsed = time.perf_counter() - started
         if finished.returncode != 0:
             # An interrupted stage goes on later: what it has taken so far belongs to its time.

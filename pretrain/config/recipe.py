@@ -11,11 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_pipeline.config import DataConfig
+from pretrain.config.callbacks import CallbackConfig
 from pretrain.config.guards import GuardConfig
 from pretrain.config.phases import PhaseConfig
+from pretrain.config.schedules import CosineSchedule, ScheduleConfig
 from pretrain.config.trackers import CardConfig, TrackersConfig
 from pretrain.core.registry import OneOf
-from pretrain.core.section import NonNegative, Positive, Section, Share
+from pretrain.core.section import NonNegative, Positive, Section
 from pretrain.model.config import ModelConfig
 from pretrain.optim.config import Optimizer
 
@@ -58,21 +60,6 @@ class TrainConfig(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
-
-
-class ScheduleConfig(Section):
-    """The learning rate as a factor of its peak, a pure function of the step.
-
-    ``wsd``: warm-up, constant, then a linear decay over the last ``decay_share`` of the steps.
-    ``linear`` and ``cosine`` decay from the end of the warm-up to the end of the run.
-    """
-
-    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_steps: NonNegative = 0
-    min_learning_rate_ratio: Share = Field(0.1, description="last learning rate / peak")
-    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.2, description="share of all steps that 'wsd' decays over"
-    )
 
 
 class ParallelConfig(Section):
@@ -147,6 +134,10 @@ class Recipe(Section):
     """A whole run. ``name`` only chooses the default folders."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    plugins: list[str] = Field(
+        [],
+        description="modules that define further kinds of parts, imported before the rest is read; see docs/extending.md",
+    )
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(
@@ -170,7 +161,7 @@ class Recipe(Section):
         description="one after the other; without any the whole run is as the other sections say",
     )
     optimizer: Annotated[Optimizer, OneOf()]
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: Annotated[ScheduleConfig, OneOf()] = CosineSchedule()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -181,6 +172,10 @@ class Recipe(Section):
     )
     trackers: TrackersConfig | None = Field(
         None, description="experiment trackers; none by default"
+    )
+    callbacks: list[Annotated[CallbackConfig, OneOf()]] = Field(
+        [],
+        description="of plugins, beside those that every run has; called after them, in this order",
     )
     card: CardConfig = CardConfig()
 

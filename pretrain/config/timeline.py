@@ -13,8 +13,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from pretrain.config.phases import PhaseConfig, PhaseSchedule
+from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
+from pretrain.config.schedules import PhaseSchedule
 
 SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pretrain.core.registry import Component, NameOf
 from pretrain.core.section import Section
 
-TrackerKind = Literal["wandb", "mlflow", "comet"]
+
+class TrackerKind(Component):
+    """A service for experiments. A recipe names it and gives no fields: servers and keys are the environment's.
+
+    Attributes:
+        module: what it is imported as.
+        packages: what pip installs for it.
+    """
+
+    module: ClassVar[str]
+    packages: ClassVar[str]
+
+
+class Wandb(TrackerKind):
+    """Weights & Biases."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.wandb:WandbTracker"
+    module: ClassVar[str] = "wandb"
+    packages: ClassVar[str] = "wandb"
+    kind: Literal["wandb"]
+
+
+class MLflow(TrackerKind):
+    """MLflow, on a server or in a file of the run's folder."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.mlflow:MLflowTracker"
+    module: ClassVar[str] = "mlflow"
+    packages: ClassVar[str] = "mlflow-skinny sqlalchemy alembic"
+    kind: Literal["mlflow"]
+
+
+class Comet(TrackerKind):
+    """Comet, online or into a file that is uploaded later."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.comet:CometTracker"
+    module: ClassVar[str] = "comet_ml"
+    packages: ClassVar[str] = "comet_ml"
+    kind: Literal["comet"]
 
 
 class TrackersConfig(Section):
@@ -18,7 +56,7 @@ class TrackersConfig(Section):
     COMET_START_ONLINE, MLFLOW_TRACKING_URI ... Without a MLFLOW_TRACKING_URI, MLflow writes to mlflow.db in the run's folder.
     """
 
-    kinds: Annotated[list[TrackerKind], Field(min_length=1)]
+    kinds: Annotated[list[Annotated[str, NameOf(TrackerKind)]], Field(min_length=1)]
     project: str | None = Field(
         None,
         description="W&B's and Comet's project, MLflow's experiment; the recipe's name by default",

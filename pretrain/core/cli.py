@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
+from pretrain.core.plugins import add_plugin_option
 
 
 def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose --help ends with examples."""
-    return argparse.ArgumentParser(
+    """Return a parser whose --help ends with examples; every command takes ``--plugin``."""
+    parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_plugin_option(parser)
+    return parser
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -8,6 +8,7 @@ implementation by its dotted path, so that reading a recipe imports neither torc
 from __future__ import annotations
 
 import typing
+from collections.abc import Iterator
 from functools import lru_cache, reduce
 from operator import or_
 from pkgutil import resolve_name
@@ -20,6 +21,7 @@ from pretrain.core.errors import ConfigError
 from pretrain.core.section import Section
 
 Family = TypeVar("Family", bound=Section)
+Named = TypeVar("Named")
 
 
 class Component(Section):
@@ -39,15 +41,12 @@ def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
     Raises:
         ConfigError: if two of them have one name.
     """
-    found = tuple(_below(family))
+    found = tuple(kind for kind in _all_below(family) if "kind" in kind.__annotations__)
     owners: dict[str, type[Section]] = {}
     for kind in found:
         for name in names_of(kind):
             if owners.setdefault(name, kind) is not kind:
-                raise ConfigError(
-                    f"two kinds of {family.__name__} are named '{name}': {_where(owners[name])} "
-                    f"and {_where(kind)}; rename one of them"
-                )
+                raise ConfigError(_same_name(family, name, owners[name], kind))
     return found
 
 
@@ -61,21 +60,58 @@ def kinds_by_name(family: type[Family]) -> dict[str, type[Family]]:
     return {name: kind for kind in kinds_of(family) for name in names_of(kind)}
 
 
-def _below(family: type[Family]) -> typing.Iterator[type[Family]]:
+def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
+    """Return the classes below ``family`` that give themselves a ``name``: kinds that no section of a recipe stands for.
+
+    Raises:
+        ConfigError: if two of them have one name.
+    """
+    found: dict[str, type[Named]] = {}
+    for child in _all_below(family):
+        if "name" in vars(child):
+            name = vars(child)["name"]
+            if name in found:
+                raise ConfigError(_same_name(family, name, found[name], child))
+            found[name] = child
+    return found
+
+
+def _all_below(family: type[Named]) -> Iterator[type[Named]]:
     for child in family.__subclasses__():
-        if "kind" in child.__annotations__:
-            yield child
-        yield from _below(child)
+        yield child
+        yield from _all_below(child)
 
 
-def _where(kind: type[Section]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _same_name(family: type, name: str, *kinds: type) -> str:
+    places = " and ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return f"two kinds of {family.__name__} are named '{name}': {places}; rename one of them"
 
 
 @lru_cache(maxsize=128)
 def _union(kinds: tuple[type[Section], ...]) -> TypeAdapter[Any]:
     union: Any = reduce(or_, kinds)
     return TypeAdapter(Annotated[union, Field(discriminator="kind")])
+
+
+class NameOf:
+    """Marks a text that is the name of a kind of a family, as in ``Annotated[str, NameOf(TrackerKind)]``."""
+
+    def __init__(self, family: type[Section]) -> None:
+        self.family = family
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        def known(value: str) -> str:
+            names = [repr(name) for name in kinds_by_name(self.family)]
+            if repr(value) not in names:
+                expected = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+                raise PydanticKnownError("literal_error", {"expected": expected})
+            return value
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The names that are known when the JSON schema is asked for."""
+        return handler(schema) | {"enum": list(kinds_by_name(self.family))}
 
 
 class OneOf:
@@ -89,7 +125,9 @@ class OneOf:
         def validate(value: Any) -> Any:
             kinds = kinds_of(family)
             if not kinds:
-                raise PydanticKnownError("model_type", {"class_name": family.__name__})
+                tag = value.get("kind") if isinstance(value, dict) else value
+                named = {"discriminator": "'kind'", "tag": str(tag), "expected_tags": ""}
+                raise PydanticKnownError("union_tag_invalid", named)
             default = _default(kinds)
             if isinstance(value, dict) and default is not None:
                 value = {"kind": default} | value
@@ -101,7 +139,8 @@ class OneOf:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
         """The union of the kinds that are known when the JSON schema is asked for."""
-        return handler(_union(kinds_of(schema["metadata"]["one_of"])).core_schema)
+        kinds = kinds_of(schema["metadata"]["one_of"])
+        return handler(_union(kinds).core_schema) if kinds else {"not": {}}
 
 
 def _default(kinds: tuple[type[Section], ...]) -> Any:

@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
-from pretrain.config.phases import PhaseSchedule
-from pretrain.config.recipe import ScheduleConfig
+from pretrain.config.schedules import ScheduleConfig, half_cosine
 from pretrain.config.timeline import Timeline
 from pretrain.model.moe.config import BiasBalancing
 
 
 def run_learning_rate_factor(step: int, timeline: Timeline, config: ScheduleConfig) -> float:
-    """The factor for step ``step`` (from 0) of a run: its phase's own, or else that of the recipe's schedule over the whole run."""
+    """Return the factor for step ``step`` (from 0): its phase's own, or else the recipe's over the whole run."""
     stage = timeline.at(step)
     if stage.schedule is None:
-        return learning_rate_factor(step, timeline.num_steps, config)
-    return phase_learning_rate_factor(step - stage.first_step, stage.num_steps, stage.schedule)
-
-
-def phase_learning_rate_factor(step: int, num_steps: int, config: PhaseSchedule) -> float:
-    """The factor for step ``step`` (from 0) of a phase of ``num_steps``; like the other schedules it is at its end behind the last step."""
-    if config.kind == "constant":
-        return config.start_ratio
-    progress = step / num_steps
-    match config.kind:
-        case "linear":
-            shape = 1.0 - progress
-        case "cosine":
-            shape = 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "sqrt":
-            shape = 1.0 - math.sqrt(progress)
-    return config.end_ratio + (config.start_ratio - config.end_ratio) * shape
-
-
-def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
-    """The factor for optimizer step ``step`` (from 0) of ``num_steps``.
-
-    Warm-up is linear from 1/(w + 1) to w/(w + 1), then the shape of ``config.kind`` follows and reaches ``min_learning_rate_ratio`` at the
-    end. ``wsd`` is warm-up, stable, decay (Hu et al. 2024, MiniCPM), with a linear decay.
-    """
-    warmup, floor = config.warmup_steps, config.min_learning_rate_ratio
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.kind == "constant":
-        return 1.0
-    if config.kind == "wsd":
-        decay_steps = max(1, round(config.decay_share * num_steps))
-        progress = (step - (num_steps - decay_steps)) / decay_steps
-    else:
-        progress = (step - warmup) / max(1, num_steps - warmup)
-    progress = min(1.0, max(0.0, progress))
-    shape = (
-        0.5 * (1.0 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1.0 - progress
-    )
-    return floor + (1.0 - floor) * shape
+        return config.factor(step, timeline.num_steps)
+    return stage.schedule.factor(step - stage.first_step, stage.num_steps)
 
 
 def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> float:
-    """How far balancing biases move after optimizer step ``step`` (from 0) of ``num_steps``; 0 in the frozen end of the run."""
+    """Return how far balancing biases move after optimizer step ``step`` (from 0) of ``num_steps``; 0 in the frozen end of the run."""
     moving_steps = num_steps - round(config.frozen_share * num_steps)
     if step >= moving_steps:
         return 0.0
@@ -65,6 +24,6 @@ def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> flo
     shape = {
         "constant": 1.0,
         "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "cosine": half_cosine(progress),
     }[config.schedule]
     return config.update_rate * shape
