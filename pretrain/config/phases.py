@@ -1,4 +1,4 @@
-"""Phases of a run: stretches of tokens with sizes, positions, data, learning rate and trainable parts of their own."""
+"""Phases of a run, each with its own sizes, positions, data, learning rate and trainable parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class PhaseConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     tokens: Positive | None = Field(
         None,
-        description="rounded up to whole steps, or where others are longer to whole blocks (longest / own length steps each); "
+        description="rounded up to whole steps, or to whole blocks if others are longer "
+        "(longest / own length steps each); "
         "the last phase may leave it out and takes the rest of the run",
     )
     global_batch_size: Positive | None = Field(None, description="sequences a step, over all ranks")
@@ -33,10 +34,13 @@ class PhaseConfig(Section):
     mixture: Mixture | None = None
     schedule: Annotated[PhaseSchedule, OneOf()] | None = Field(
         None,
-        description="over this phase alone; without it the recipe's schedule, which runs over all steps",
+        description=(
+            "over this phase alone; without it the recipe's schedule, which runs over all steps"
+        ),
     )
     frozen: list[str] = Field(
         [],
-        description="what stays as it is: embedding, head, attention, router, experts, shared_experts, feed_forward (dense ones), norm, "
+        description="what stays as it is: embedding, head, attention, router, experts, "
+        "shared_experts, feed_forward (dense ones), norm, "
         "or patterns of parameter names such as layers.0.*",
     )

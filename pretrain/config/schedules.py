@@ -1,4 +1,7 @@
-"""Schedules of the learning rate: of a whole run, and of one phase. A class is a kind, and computes its own shape."""
+"""Schedules of the learning rate: of a whole run, and of one phase.
+
+A class is a kind, and computes its own shape.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class ScheduleConfig(Section):
         """Return the factor for a step behind the warm-up."""
 
     def _above_floor(self, shape: float) -> float:
-        """Scale a shape that falls from 1 to 0 to one that falls from 1 to ``min_learning_rate_ratio``."""
+        """Scale a shape from [0, 1] to [``min_learning_rate_ratio``, 1]."""
         return self.min_learning_rate_ratio + (1.0 - self.min_learning_rate_ratio) * shape
 
     def _progress(self, step: int, num_steps: int) -> float:
@@ -76,7 +79,7 @@ class LinearSchedule(ScheduleConfig):
 
 
 class CosineSchedule(ScheduleConfig):
-    """Half a cosine from the end of the warm-up to the end of the run (Loshchilov & Hutter 2017)."""
+    """Half a cosine from the warm-up to the end of the run (Loshchilov & Hutter 2017)."""
 
     kind: Literal["cosine"] = "cosine"
 
@@ -86,7 +89,10 @@ class CosineSchedule(ScheduleConfig):
 
 
 class WarmupStableDecay(ScheduleConfig):
-    """Warm-up, constant, then a linear decay over the last ``decay_share`` of the steps (Hu et al. 2024, MiniCPM)."""
+    """Warm-up, constant, then a linear decay over the last ``decay_share`` of the steps.
+
+    MiniCPM, Hu et al. 2024.
+    """
 
     kind: Literal["wsd"]
 
@@ -108,10 +114,13 @@ class PhaseSchedule(Section):
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """Fall from 1 to 0 while ``progress``, the share of the phase that is done, rises from 0 to 1."""
+        """Fall from 1 to 0 while ``progress``, the phase's share that is done, rises to 1."""
 
     def factor(self, step: int, num_steps: int) -> float:
-        """Return the factor for step ``step`` (from 0) of a phase of ``num_steps``; the end is behind the last step."""
+        """Return the factor for step ``step`` (from 0) of a phase of ``num_steps``.
+
+        ``end_ratio`` is reached behind the last step.
+        """
         return self.end_ratio + (self.start_ratio - self.end_ratio) * self.shape(step / num_steps)
 
 

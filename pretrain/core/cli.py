@@ -51,7 +51,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(result: dict[str, Any], path: str | None) -> None:
-    """Writes a command's machine-readable result where --json asked for it."""
+    """Writes a command's machine-readable result if --json asked for it."""
     if path is None:
         return
     text = json.dumps(result, indent=2, sort_keys=False)

@@ -1,7 +1,8 @@
 """Modules of the user that define further kinds of parts.
 
-Only names that the user gave are imported: by ``--plugin``, or in a recipe that was passed to a command. A checkpoint, a
-run or an export also says which plugins it was made with, but naming code is no reason to execute it.
+Only names that the user gave are imported: by ``--plugin``, or in a recipe that was passed to a
+command. A checkpoint, a run or an export also says which plugins it was made with, but naming code
+is no reason to execute it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class _Loaded:
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import the modules that are not imported yet, so that the kinds that they define count from here on.
+    """Import the modules that are not imported yet, so that the kinds that they define count from
+    here on.
 
     Raises:
         ConfigError: if a name is not that of a module, or its module cannot be imported.
@@ -48,7 +50,7 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def loaded_plugins() -> tuple[str, ...]:
-    """Return the plugins that this process has imported; a process that it starts needs the same ones."""
+    """Return the plugins of this process; a process that it starts needs the same ones."""
     return tuple(_Loaded.names)
 
 
@@ -58,7 +60,10 @@ def plugin_arguments() -> list[str]:
 
 
 def plugins_in(content: Any) -> list[str]:
-    """Return the plugins that a recipe's mapping names; what is not a list of names is refused with the rest of it."""
+    """Return the plugins that a recipe's mapping names.
+
+    What is not a list of names is passed over here, and refused with the rest of the recipe.
+    """
     named = content.get("plugins") if isinstance(content, dict) else None
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
@@ -87,7 +92,7 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 
 
 class _Import(argparse.Action):
-    """Imports at once: options that follow, and everything that is read later, may be of its kinds."""
+    """Imports at once: what is read after this option may be of the plugin's kinds."""
 
     def __call__(
         self,
@@ -101,12 +106,13 @@ class _Import(argparse.Action):
 
 
 def _why_not(name: str, error: BaseException) -> str:
-    # A module of the plugin's own path that is missing is the user's search path; any other one is the plugin's matter.
+    # A module of the plugin's own path that is missing is the user's search path; any other one is
+    # the plugin's matter.
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None and (name == missing or name.startswith(f"{missing}.")):
         return (
-            f"the plugin '{name}' is not found: no module is named '{missing}'; install its package, "
-            "or set PYTHONPATH to the folder that holds it (the current folder is not searched)"
+            f"the plugin '{name}' is not found: no module is named '{missing}'; install its "
+            "package, or set PYTHONPATH to the folder that holds it (the current folder is not)"
         )
     cause = " ".join(f"{type(error).__name__}: {error}".split())
     frames = [

@@ -1,18 +1,18 @@
 """Families of components that a recipe chooses from by ``kind``.
 
-A family is a class; its kinds are the classes below it that give ``kind`` a value. Nothing lists the kinds: defining a
-class registers it, in the tree or in a plugin (:mod:`pretrain.core.plugins`). A component's section names its
-implementation by its dotted path, so that reading a recipe imports neither torch nor DeepSpeed.
+A family is a class; its kinds are the classes below it that give ``kind`` a value. Nothing lists
+the kinds: defining a class registers it, in the tree or in a plugin (:mod:`pretrain.core.plugins`).
+A component's section names its implementation by its dotted path, so that reading a recipe imports
+neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator
 from functools import lru_cache, reduce
 from operator import or_
 from pkgutil import resolve_name
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
 from pydantic_core import PydanticKnownError, core_schema
@@ -28,15 +28,18 @@ class Component(Section):
     """A section that stands for a class: ``implementation`` is its ``module:name``."""
 
     implementation: ClassVar[str]
+    if TYPE_CHECKING:
+        # Each kind declares it as a Literal. A field here would come first in every saved recipe.
+        kind: str
 
     @classmethod
     def implementing_class(cls) -> Any:
-        """Import what this kind stands for; a file that needs DeepSpeed is imported here and nowhere else."""
+        """Import what this kind stands for; files that need DeepSpeed are imported only here."""
         return resolve_name(cls.implementation)
 
 
 def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
-    """Return the kinds of a family: every class below it that has a ``kind`` of its own, in order of definition.
+    """Return every class below ``family`` that has a ``kind`` of its own, in order of definition.
 
     Raises:
         ConfigError: if two of them have one name.
@@ -44,24 +47,30 @@ def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
     found = tuple(kind for kind in _all_below(family) if "kind" in kind.__annotations__)
     owners: dict[str, type[Section]] = {}
     for kind in found:
-        for name in names_of(kind):
+        for name in _names_of(kind):
             if owners.setdefault(name, kind) is not kind:
                 raise ConfigError(_same_name(family, name, owners[name], kind))
     return found
 
 
-def names_of(kind: type[Section]) -> tuple[str, ...]:
-    """Return what a recipe may write as ``kind`` to get this class."""
-    return typing.get_args(kind.model_fields["kind"].annotation)
+def kind_name(kind: type[Section]) -> str:
+    """Return what a recipe writes as ``kind`` to get this class."""
+    return _names_of(kind)[0]
+
+
+def _names_of(kind: type[Section]) -> tuple[str, ...]:
+    return get_args(kind.model_fields["kind"].annotation)
 
 
 def kinds_by_name(family: type[Family]) -> dict[str, type[Family]]:
     """Return the kinds of a family by what a recipe calls them, in order of definition."""
-    return {name: kind for kind in kinds_of(family) for name in names_of(kind)}
+    return {name: kind for kind in kinds_of(family) for name in _names_of(kind)}
 
 
 def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
-    """Return the classes below ``family`` that give themselves a ``name``: kinds that no section of a recipe stands for.
+    """Return the classes below ``family`` that give themselves a ``name``, by it.
+
+    These are kinds without a section in a recipe, such as export targets.
 
     Raises:
         ConfigError: if two of them have one name.
@@ -94,15 +103,20 @@ def _union(kinds: tuple[type[Section], ...]) -> TypeAdapter[Any]:
 
 
 class NameOf:
-    """Marks a text that is the name of a kind of a family, as in ``Annotated[str, NameOf(TrackerKind)]``."""
+    """Marks a text that names a kind of a family, as in ``Annotated[str, NameOf(TrackerKind)]``."""
 
     def __init__(self, family: type[Section]) -> None:
         self.family = family
 
+    @property
+    def names(self) -> list[str]:
+        """What a recipe may write at this moment."""
+        return list(kinds_by_name(self.family))
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         def known(value: str) -> str:
-            names = [repr(name) for name in kinds_by_name(self.family)]
-            if repr(value) not in names:
+            if value not in self.names:
+                names = [repr(name) for name in self.names]
                 expected = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
                 raise PydanticKnownError("literal_error", {"expected": expected})
             return value
@@ -111,14 +125,15 @@ class NameOf:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
         """The names that are known when the JSON schema is asked for."""
-        return handler(schema) | {"enum": list(kinds_by_name(self.family))}
+        return handler(schema) | {"enum": self.names}
 
 
 class OneOf:
     """Marks a field that takes any kind of a family, as in ``Annotated[Router, OneOf()]``.
 
-    The kinds are looked up whenever a value is validated, not when the field's class is defined: what a plugin defines
-    later counts as well. If ``kind`` is left out, it is the one that its class gives as a default.
+    The kinds are looked up whenever a value is validated, not when the field's class is defined:
+    what a plugin defines later counts as well. If ``kind`` is left out, it is the one that its
+    class gives as a default.
     """
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -131,7 +146,7 @@ class OneOf:
             default = _default(kinds)
             if isinstance(value, dict) and default is not None:
                 value = {"kind": default} | value
-            # A validation error in here keeps its details; pydantic puts this field's place before theirs.
+            # An error in here keeps its details; pydantic puts this field's place before theirs.
             return _union(kinds).validate_python(value)
 
         # "any" serialises by the value's own class, so that a kind's own fields are not lost.

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard
+from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard, StepGuardConfig
 
 # The standard deviation of normal numbers in units of their median absolute deviation.
 NORMAL_SCALE = 1.4826
@@ -81,6 +81,26 @@ def _middle(ordered: list[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+class StepGuard:
+    """A guard of a plugin. Every rank asks its own with the same numbers, so it must depend on nothing else."""
+
+    def look(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Return what is wrong with a step, as the end of a sentence about it; None if nothing is.
+
+        Args:
+            loss: mean over all ranks, in nats a token.
+            grad_norm: before clipping.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to carry, as JSON."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state` gave; empty if the checkpoint did not have this guard."""
+
+
 class Guards:
     """The guards of a run, with what they remember."""
 
@@ -92,6 +112,9 @@ class Guards:
             if config.grad_norm
             else None
         )
+        self._more: list[tuple[StepGuardConfig, StepGuard]] = [
+            (section, section.implementing_class()(section)) for section in config.more
+        ]
         self._in_a_row: dict[str, int] = {}
         self._first: dict[str, int] = {}
 
@@ -100,7 +123,7 @@ class Guards:
         """Whether a guard may have to refuse an update, so that it has to be asked before it."""
         return any(
             guard is not None and guard.action != "warn"
-            for guard in (self.config.spike, self.config.grad_norm)
+            for guard in (self.config.spike, self.config.grad_norm, *self.config.more)
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
@@ -118,6 +141,9 @@ class Guards:
                     "grad_norm", norm, step, self._high_norm(norm, self._log_norms, grad_norm)
                 )
             )
+        for section, guard in self._more:
+            reason = guard.look(step, loss, grad_norm)
+            found.append(self._trip(section.kind, section, step, reason))
         return [violation for violation in found if violation is not None]
 
     def non_finite(self, step: int) -> Violation:
@@ -141,15 +167,21 @@ class Guards:
         return {
             name: list(window.values) for name, window in windows.items() if window is not None
         } | {
+            **({"more": more} if (more := self._states_of_more()) else {}),
             "in_a_row": self._in_a_row,
             "first": self._first,
         }
+
+    def _states_of_more(self) -> dict[str, Any]:
+        return {section.kind: guard.state() for section, guard in self._more}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state; a guard that the checkpoint did not have starts anew."""
         for name, window in (("losses", self._losses), ("log_norms", self._log_norms)):
             if window is not None:
                 window.replace(state.get(name, []))
+        for section, guard in self._more:
+            guard.restore(state.get("more", {}).get(section.kind, {}))
         self._in_a_row, self._first = dict(state.get("in_a_row", {})), dict(state.get("first", {}))
 
     @staticmethod
@@ -174,7 +206,11 @@ class Guards:
         return f"its gradient norm {norm:.4g} is {math.exp(rise[0]):.1f} times the median of the last steps, {rise[1]:.1f} robust deviations"
 
     def _trip(
-        self, name: str, guard: SpikeGuard | GradNormGuard, step: int, reason: str | None
+        self,
+        name: str,
+        guard: SpikeGuard | GradNormGuard | StepGuardConfig,
+        step: int,
+        reason: str | None,
     ) -> Violation | None:
         """A reason as a trip: with the guard's action once there are enough in a row, only told before."""
         if reason is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.engine.topology import free_port
 from tests.launch.tiny_run import ROOT, SCRIPT, STEP_TOKENS, WORDS, Started
 
 PARTS = Path(__file__).with_name("parts")
@@ -40,6 +41,7 @@ optimizer: {{kind: adamw, learning_rate: 3.0e-3}}
 schedule: {{kind: parabola, warmup_steps: 2}}
 parallel: {{ep_size: 2}}
 callbacks: [{{kind: step_line, text: done}}]
+guards: {{more: [{{kind: loss_limit, nats: 1.0}}]}}
 checkpoint: {{interval_steps: 5}}
 validation: {{interval_steps: 10, max_windows: 8}}
 logging: {{interval_steps: 1, tensorboard: false}}
@@ -81,7 +83,7 @@ class Outside:
 
     def train(self, *options: str) -> Started:
         """Train on two ranks by DeepSpeed's launcher."""
-        ranks = ("deepspeed", "--num_accelerators", "2")
+        ranks = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
         return self.start(*ranks, SCRIPT, "--recipe", self.recipe, *options)
 
 
@@ -111,6 +113,9 @@ def test_parts_of_a_package_outside_of_the_tree_go_through_a_whole_run(outside: 
     rows = [json.loads(line) for line in (outside.folder / "run" / "metrics.jsonl").open()]
     rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
     assert rates[5] == pytest.approx(3e-3 * (0.1 + 0.9 * (1 - 3 / 8) ** 2))
+
+    incidents = (outside.folder / "run" / "incidents.jsonl").read_text().splitlines()
+    assert {json.loads(line)["guard"] for line in incidents} == {"loss_limit"}
 
     # 512 tokens more: the same run goes on from its checkpoint.
     more = outside.train("--set", f"train.train_tokens={(STEPS + 2) * STEP_TOKENS}")
@@ -192,7 +197,7 @@ def test_a_plugin_that_cannot_be_used_is_one_sentence(outside: Outside, case: st
 @pytest.mark.parametrize(
     "name,words",
     [
-        ("nowhere.parts", ["'nowhere.parts' is not found", "PYTHONPATH", "not searched"]),
+        ("nowhere.parts", ["'nowhere.parts' is not found", "PYTHONPATH", "current folder is not"]),
         ("./my_parts.py", ["is not a module's name", "not as a path"]),
     ],
 )
