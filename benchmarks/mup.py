@@ -25,7 +25,6 @@ from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
-from pretrain.training.schedules import learning_rate_factor
 
 EXAMPLES = """\
   python benchmarks/mup.py --data data/quickstart --json benchmarks/results/mup.json
@@ -62,7 +61,7 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
     loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
     training = PlainTraining(recipe_at(recipe, job.width, base, job.kind, "heads"))
     losses = [
-        training.step(loader.step_batches(step), learning_rate_factor(step, steps, recipe.schedule))
+        training.step(loader.step_batches(step), recipe.schedule.factor(step, steps))
         for step in range(steps)
     ]
     last = losses[-max(1, round(LAST_SHARE * steps)) :]

@@ -36,7 +36,6 @@ from pretrain.config.rules.sections import check_topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology, connect, disconnect
-from pretrain.training.schedules import learning_rate_factor
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS, SWEEP_SEED = (1, 2, 3), 0
@@ -101,7 +100,7 @@ def train(
     for step in range(steps):
         batches = loader.step_batches(step)
         started = time.process_time()
-        engine.train_step(batches, learning_rate_factor(step, steps, recipe.schedule))
+        engine.train_step(batches, recipe.schedule.factor(step, steps))
         step_seconds.append(time.process_time() - started)
         if (step + 1) % every == 0:
             nll, targets = engine.evaluate(validation_batches(windows, 8, 0, 1, VALIDATION_WINDOWS))

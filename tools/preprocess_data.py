@@ -26,7 +26,12 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.manifest import TokenizerEntry
 from data_pipeline.sources import NOTES
 from data_pipeline.sources.guess import sources_of
-from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
+from pretrain.config.load import (
+    apply_override,
+    import_plugins,
+    read_recipe_file,
+    validate_recipe,
+)
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, command_parser, write_json
@@ -217,6 +222,7 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
             data[name] = getattr(arguments, name)
     for override in arguments.overrides:
         apply_override(content, override)
+    import_plugins(content)
     recipe = validate_recipe(content, origin)
     return recipe, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
 

@@ -30,6 +30,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core import interrupts
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import PipelineError, run_command
+from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import CHECKOUT, DEFAULT_DS_CONFIG, LAUNCHERS, TOOLS
 from pretrain.engine.topology import free_port
 from pretrain.run.folder import SUMMARY, update_summary
@@ -93,7 +94,9 @@ class Stages:
         started = time.perf_counter()
         # The stage gets an interrupt too, and may need a while to save.
         with interrupts.deferred(), log.open("wb") as output:
-            finished = subprocess.run([*command, "--json", str(path)], stdout=output, check=False)
+            finished = subprocess.run(
+                [*command, *plugin_arguments(), "--json", str(path)], stdout=output, check=False
+            )
         elapsed = time.perf_counter() - started
         if finished.returncode != 0:
             # An interrupted stage resumes later: what it has taken so far belongs to its time.

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from pretrain.core.errors import ConfigError, PeerLostError
 from pretrain.core.interrupts import not_for_children
+from pretrain.core.plugins import load_plugins, loaded_plugins
 from pretrain.core.progress import Tally, use_tally
 
 JobT = TypeVar("JobT")
@@ -118,7 +119,7 @@ def local_pool(workers: int) -> Iterator[Pool]:
     context = multiprocessing.get_context("spawn")
     counts = context.Array(ctypes.c_uint64, 2)
     use_tally(Tally(counts))
-    executor = _Executor(workers, context, _begin_worker, (counts,))
+    executor = _Executor(workers, context, _begin_worker, (counts, loaded_plugins()))
     try:
         yield Pool(executor, workers)
     except BaseException as error:
@@ -143,8 +144,9 @@ def default_workers(input_bytes: int) -> int:
     return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
 
 
-def _begin_worker(counts: Any) -> None:
-    """Ties a worker's life to its parent's, and counts what it reads for the parent's progress bar."""
+def _begin_worker(counts: Any, plugins: tuple[str, ...]) -> None:
+    """Ties a worker's life to its parent's, counts what it reads for the parent's progress bar, and imports its plugins."""
+    load_plugins(plugins)
     use_tally(Tally(counts))
     # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the time.
     gc.set_threshold(100_000, 20, 20)

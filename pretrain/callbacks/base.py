@@ -1,12 +1,30 @@
-"""What a callback is told."""
+"""What a callback is given, and when it is called."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pretrain.analysis.expert_usage import UsageWindow
+from pretrain.config.recipe import Recipe
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallbackRun:
+    """What the callback of a recipe's ``callbacks`` is made from, beside its own section.
+
+    Attributes:
+        folder: of the run; what the callback writes belongs into it.
+        recipe: resolved.
+        world_size: ranks of the run.
+    """
+
+    folder: Path
+    recipe: Recipe
+    world_size: int
 
 
 class Callback:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import Callback, CallbackRun
 from pretrain.callbacks.card import ModelCard
 from pretrain.callbacks.curves import CURVES, TrainingCurves
 from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
@@ -16,27 +16,16 @@ from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.callbacks.history import HISTORY, TrainingHistory
 from pretrain.callbacks.metrics import METRICS, TRAINING_LOG, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
-from pretrain.callbacks.trackers.comet import OFFLINE, CometTracker
-from pretrain.callbacks.trackers.mlflow import ARTIFACTS, DATABASE, MLflowTracker
-from pretrain.callbacks.trackers.wandb import WandbTracker
-from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracker, Tracking
+from pretrain.callbacks.trackers.comet import OFFLINE
+from pretrain.callbacks.trackers.mlflow import ARTIFACTS, DATABASE
+from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracking
 from pretrain.checkpoint.layout import CARD
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.config.trackers import TrackerKind
+from pretrain.core.registry import kinds_by_name
 from pretrain.engine.engine import Engine
 
-KINDS: dict[TrackerKind, type[Tracker]] = {
-    "wandb": WandbTracker,
-    "mlflow": MLflowTracker,
-    "comet": CometTracker,
-}
-# A tracker or a section of a ds_config: the module that it needs, and what pip calls it.
-PACKAGES = {
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"),
-    "comet": ("comet_ml", "comet_ml"),
-}
 # What a tracker keeps of a run, and what --fresh deletes.
 KEPT_FILES = (CURVES, HISTORY, CARD, ENVIRONMENT, RECIPE, DS_CONFIG)
 RUN_FILES = (*KEPT_FILES, METRICS, TRAINING_LOG, TRACKERS, DATABASE)
@@ -71,7 +60,9 @@ def make_callbacks(
         recipe.evaluation is not None
     ):  # whose end may take long, and gives the card its last numbers
         callbacks += [ContinuousEvaluation(folder, recipe.evaluation), card]
-    return callbacks + make_trackers(recipe)
+    run = CallbackRun(folder, recipe, engine.topology.world_size)
+    added = [each.implementing_class()(each, run) for each in recipe.callbacks]
+    return [*callbacks, *added, *make_trackers(recipe)]
 
 
 def make_trackers(recipe: Recipe) -> list[Callback]:
@@ -87,26 +78,28 @@ def make_trackers(recipe: Recipe) -> list[Callback]:
         tags=chosen.tags,
         config=recipe.model_dump(mode="json"),
     )
+    kinds = kinds_by_name(TrackerKind)
     return [
-        Tracking(KINDS[kind](), run, KEPT_FILES)
+        Tracking(kinds[kind].implementing_class()(), run, KEPT_FILES)
         for kind in dict.fromkeys(chosen.kinds)
-        if find_spec(PACKAGES[kind][0])
+        if find_spec(kinds[kind].module)
     ]
 
 
 def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
-    """A sentence for each tracker whose package is not installed; training goes on without it."""
+    """Return a sentence for each tracker whose package is not installed; training continues without it."""
+    kinds = kinds_by_name(TrackerKind)
     asked: dict[str, str] = {
         f"trackers.kinds: {kind}": kind
         for kind in (recipe.trackers.kinds if recipe.trackers else ())
     }
     asked |= {
         f"the ds_config's '{kind}'": kind
-        for kind in PACKAGES
+        for kind in kinds
         if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")
     }
     return [
-        f"{place} needs a package that is not installed, so this run goes without it: pip install {PACKAGES[kind][1]}"
+        f"{place} needs a package that is not installed, so this run goes without it: pip install {kinds[kind].packages}"
         for place, kind in asked.items()
-        if find_spec(PACKAGES[kind][0]) is None
+        if find_spec(kinds[kind].module) is None
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Row
 from pretrain.config.recipe import EvaluationConfig
+from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import TOOLS
 from pretrain.evaluation.watch import forget_after
 
@@ -61,6 +62,7 @@ def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int
     options |= {"--tasks": ",".join(config.tasks) or None, "--include-path": config.include_path}
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]
+    command += plugin_arguments()
     # As one argument each: a prompt may begin with a dash.
     return [
         *command,

@@ -1,1 +1,1 @@
-"""The recipe: typed schema, loading with overrides, cross-section rules, and the errors of the whole project."""
+"""The recipe: typed schema, loading with overrides, and rules that hold between sections."""

@@ -1,12 +1,15 @@
 """The ``guards`` section: what a run does when something goes wrong with its numbers or its data.
 
-Each guard names the step, the batch and the documents in the log, on the terminal and in ``incidents.jsonl``, and then does what ``action`` says,
-on every rank alike:
+Each guard names the step, the batch and the documents in the log, on the terminal and in
+``incidents.jsonl``, and then does what ``action`` says, on every rank alike:
 
-``warn``      tells it and goes on.
-``skip``      leaves weights and optimizer as they are. The step keeps its number: schedule, data order, checkpoints and validations follow it, so
-              that a run is the same function of its step with and without it (as in OLMo's SkipStepOptimizer, OLMo et al. 2024). It is counted.
-``rollback``  goes back to the newest checkpoint before it and passes over the data in between (PaLM: Chowdhery et al. 2022, 5.1).
+``warn``      reports it and continues.
+``skip``      leaves weights and optimizer as they are. The step keeps its number: schedule, data
+              order, checkpoints and validations follow it, so that a run is the same function of
+              its step with and without it (as in OLMo's SkipStepOptimizer, OLMo et al. 2024). It is
+              counted.
+``rollback``  goes back to the newest checkpoint before it and passes over the data in between
+              (PaLM: Chowdhery et al. 2022, 5.1).
 ``stop``      ends the run with exit code 6; the last checkpoint is as it was.
 """
 
@@ -16,6 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import NonNegative, Positive, Section
 
 Above = Annotated[float, Field(gt=0)]
@@ -29,10 +33,12 @@ class NonFiniteGuard(Section):
 
 
 class SpikeGuard(Section):
-    """A loss far above those of the last steps: more than ``deviations`` robust standard deviations (1.4826 times the median absolute deviation)
-    above their median, and more than ``min_rise``. While the loss still falls steeply, its fall counts as deviation.
+    """A loss far above those of the last steps: more than ``deviations`` robust standard deviations
+    (1.4826 times the median absolute deviation) above their median, and more than ``min_rise``.
+    While the loss still falls steeply, its fall counts as deviation.
 
-    Without need to refuse an update (``warn``) it looks at the losses that are logged anyway; else one small all-reduce a step is added.
+    Without need to refuse an update (``warn``) it looks at the losses that are logged anyway; else
+    one small all-reduce a step is added.
     """
 
     action: Action = "warn"
@@ -42,19 +48,24 @@ class SpikeGuard(Section):
     deviations: Above = 10.0
     min_rise: Above = Field(0.5, description="nats a token")
     in_a_row: Positive = Field(
-        1, description="such steps until the action is taken; those before are told only"
+        1, description="such steps until the action is taken; those before are only reported"
     )
 
 
 class GradNormGuard(Section):
-    """A gradient norm above ``max``, or far above those of the last steps, where logarithms are compared."""
+    """A gradient norm above ``max``, or far above those of the last steps, by their
+    logarithms.
+    """
 
     action: Action = "warn"
     max: Above | None = Field(None, description="of the norm before clipping")
     window_steps: Annotated[int, Field(ge=16)] = 128
     deviations: Above | None = Field(
         None,
-        description="robust standard deviations, of at least 0.01, of the norm's logarithm; clean runs of small batches have reached 16",
+        description=(
+            "robust standard deviations, of at least 0.01, of the norm's logarithm; clean "
+            "runs of small batches have reached 16"
+        ),
     )
     in_a_row: Positive = 1
 
@@ -66,14 +77,16 @@ class GradNormGuard(Section):
 
 
 class ValidationGapGuard(Section):
-    """A validation loss far above the training loss logged last: the data is repeated too often, or the splits differ."""
+    """A validation loss far above the training loss logged last: the data is repeated too often, or
+    the splits differ.
+    """
 
     action: Literal["warn", "stop"] = "warn"
     nats: Above = Field(1.0, description="nats a token between them")
 
 
 class StalledDataGuard(Section):
-    """A batch that does not come. It is told by the rank that waits, while it waits."""
+    """A batch that does not come. It is reported by the rank that waits, while it waits."""
 
     warn_seconds: Above = 60.0
     stop_seconds: Above | None = Field(
@@ -82,7 +95,9 @@ class StalledDataGuard(Section):
 
 
 class EarlyStopping(Section):
-    """Ends a run with exit code 0 once the validation loss no longer falls; its end is that of any run: whole validation, last checkpoint."""
+    """Ends a run with exit code 0 once the validation loss no longer falls; its end is that of any
+    run: whole validation, last checkpoint.
+    """
 
     patience: Positive = Field(description="validations in a row without a new best")
     min_delta: Annotated[float, Field(ge=0)] = Field(
@@ -99,6 +114,16 @@ class Rollback(Section):
     )
 
 
+class StepGuardConfig(Component):
+    """A guard of a plugin, asked about each step.
+
+    ``implementation`` is called with this section and gives a ``StepGuard``.
+    """
+
+    action: Action = "warn"
+    in_a_row: Positive = Field(1, description="such steps until the action is taken")
+
+
 class GuardConfig(Section):
     """What watches over a run; ``null`` switches a guard off."""
 
@@ -108,7 +133,17 @@ class GuardConfig(Section):
     validation_gap: ValidationGapGuard | None = ValidationGapGuard()
     stalled_data: StalledDataGuard | None = StalledDataGuard()
     early_stopping: EarlyStopping | None = None
+    more: list[Annotated[StepGuardConfig, OneOf()]] = Field(
+        [], description="guards of plugins; each kind at most once"
+    )
     rollback: Rollback = Rollback()
     max_skipped_in_a_row: Positive = Field(
         10, description="for whatever reason but a loss scale of fp16 that falls; then it stops"
     )
+
+    @model_validator(mode="after")
+    def _each_kind_once(self) -> GuardConfig:
+        kinds = [type(guard).__name__ for guard in self.more]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("guards.more has a kind twice, whose states would have one name")
+        return self

@@ -1,4 +1,6 @@
-"""From a recipe's name or path and dotted overrides to a checked :class:`Recipe`, with errors that name the path and the nearest key."""
+"""From a recipe's name or path and dotted overrides to a checked :class:`Recipe`, with errors that
+name the path and the nearest key.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,25 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.plugins import (
+    load_plugins,
+    loaded_plugins,
+    plugins_in,
+    trust_remedy,
+    untrusted_plugins,
+)
 from pretrain.core.registry import OneOf, kinds_of
 from pretrain.core.shipped import RECIPES, recipe_names
 
+# What a saved recipe.yaml has next to it: in a checkpoint, in a run's folder, in an export.
+BESIDE = ("state.json", "environment.json", "checkpoints", "config.json")
+
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 reads ``2e-3`` as text; recipes mean a number. Duplicate keys are refused, not silently merged."""
+    """YAML 1.1 reads ``2e-3`` as text; recipes mean a number.
+
+    Duplicate keys are refused, not silently merged.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -50,12 +65,32 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """The mapping in a shipped recipe or in a YAML file, laid over its base if it names one, and where it came from.
+    """Read a shipped recipe or a YAML file, laid over its base if it names one, and import its
+    plugins.
+
+    Returns:
+        The mapping, with every plugin of this process under ``plugins``, and where it came from.
 
     Raises:
-        ConfigError: for an unknown recipe or base, a file that is no recipe, and bases that go round in a circle.
+        ConfigError: for an unknown recipe or base, a file that is no recipe, bases that lead back
+            to themselves, and plugins that cannot be imported.
     """
-    return _read_with_base(_recipe_path(name_or_path, Path()), ())
+    content, origin = _read_with_base(_recipe_path(name_or_path, Path()), ())
+    import_plugins(content)
+    return content, origin
+
+
+def import_plugins(content: dict[str, Any]) -> None:
+    """Import what a user's recipe names, and add what ``--plugin`` gave, so that the saved recipe
+    is complete.
+
+    Never for a mapping that comes from the folder of a checkpoint, a run, a sweep or an export: see
+    :mod:`pretrain.core.plugins`. After overrides it is to be called again: they may name plugins
+    too.
+    """
+    load_plugins(plugins_in(content))
+    if missing := [name for name in loaded_plugins() if name not in plugins_in(content)]:
+        content["plugins"] = plugins_in(content) + missing
 
 
 def _recipe_path(name_or_path: str, folder: Path) -> Path:
@@ -80,7 +115,13 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any]
     content = _read_mapping(path)
     if path.resolve() in above:
         raise ConfigError(
-            f"{path}: its base leads back to itself: {' -> '.join(file.name for file in (*above, path))}; take one 'base' out"
+            f"{path}: its base leads back to itself: "
+            f"{' -> '.join(file.name for file in (*above, path))}; take one 'base' out"
+        )
+    if _is_record(path) and (strange := untrusted_plugins(content)):
+        raise ConfigError(
+            f"{path} is what a finished or running training has saved, and it names the plugin "
+            f"{', '.join(strange)}: {trust_remedy(strange)}"
         )
     if "base" not in content:
         return content, str(path)
@@ -93,6 +134,13 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any]
         raise ConfigError(f"{path}: 'base': {error}") from None
     lower, origin = _read_with_base(below, (*above, path.resolve()))
     return merge(lower, content), f"{path} on {origin}"
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is the recipe that a run, a checkpoint or an export was saved with: it may
+    come from anybody.
+    """
+    return path.name == "recipe.yaml" and any((path.parent / name).exists() for name in BESIDE)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -110,8 +158,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """``upper`` laid over ``lower``, key by key; neither is changed.
 
-    A mapping with another ``kind`` than the lower one replaces it whole, because the fields of one kind mean nothing to the other. A null
-    removes what the lower one says, so that the default holds again.
+    A mapping with another ``kind`` than the lower one replaces it whole, because the fields of one
+    kind mean nothing to the other. A null removes what the lower one says, so that the default
+    holds again.
     """
     merged = dict(lower)
     for key, value in upper.items():
@@ -130,7 +179,10 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML. An entry of a list is called by its number, from 0."""
+    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML.
+
+    An entry of a list is called by its number, from 0.
+    """
     path, separator, value = override.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"--set {override}: write it as --set section.field=value")
@@ -150,12 +202,15 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _entry(section: dict[str, Any] | list[Any], key: str, override: str) -> Any:
-    """What a key of an override indexes: a mapping's key, or the number of an entry that a list has."""
+    """What a key of an override indexes: a mapping's key, or the number of an entry that a list
+    has.
+    """
     if isinstance(section, dict):
         return key
     if not key.isdigit() or int(key) >= len(section):
         raise ConfigError(
-            f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 to {len(section) - 1}"
+            f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 "
+            f"to {len(section) - 1}"
         )
     return int(key)
 
@@ -177,7 +232,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
-    """The dotted path of a pydantic error's location in the user's file, and the field names that are legal there.
+    """The dotted path of a pydantic error's location in the user's file, and the field names that
+    are legal there.
 
     A discriminated union puts the chosen ``kind`` into the location; the file has no such level.
     """
@@ -229,7 +285,8 @@ def _is_mapping(annotation: Any) -> bool:
     )
 
 
-def _sentence(detail: Any, origin: str) -> str:
+def _sentence(detail: Any, origin: str, strange: list[str]) -> str:
+    """One error of pydantic's as a sentence; ``strange`` are the plugins that were not imported."""
     location = detail["loc"]
     dotted, fields = _walk(location)
     if detail["type"] == "extra_forbidden":
@@ -242,16 +299,39 @@ def _sentence(detail: Any, origin: str) -> str:
         return f"{origin}: unknown field '{dotted}': {hint}"
     if detail["type"] == "missing":
         return f"{origin}: '{dotted}' is missing"
+    if detail["type"] == "union_tag_invalid" and strange:
+        return (
+            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', which is a part of the plugin "
+            f"{' or '.join(strange)}, which the checkpoint names: {trust_remedy(strange)}"
+        )
+    if detail["type"] == "union_tag_invalid" and not detail["ctx"]["expected_tags"]:
+        return (
+            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', and there is no such kind: "
+            "name "
+            "the module that defines it under 'plugins'"
+        )
     if detail["type"] == "union_tag_invalid":
-        return f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', but it is one of {detail['ctx']['expected_tags']}"
+        return (
+            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', but it is one of "
+            f"{detail['ctx']['expected_tags']}"
+        )
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
+    if detail["type"] == "literal_error" and strange:
+        message += (
+            f", or of the plugin {' or '.join(strange)}, which the checkpoint names: "
+            f"{trust_remedy(strange)}"
+        )
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{origin}: '{dotted}': {message}{shown}"
 
 
 def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
-    """A checked recipe, or a :class:`ConfigError` with a sentence for each wrong field."""
+    """Return a checked recipe; the plugins that it names are not imported.
+
+    Raises:
+        ConfigError: with a sentence for each wrong field.
+    """
     from pretrain.config.rules.sections import check_recipe
 
     refuse_credentials(content, origin)
@@ -259,7 +339,9 @@ def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
         recipe = TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
         raise ConfigError(
-            "; ".join(_sentence(detail, origin) for detail in error.errors())
+            "; ".join(
+                _sentence(detail, origin, untrusted_plugins(content)) for detail in error.errors()
+            )
         ) from None
     check_recipe(recipe)
     return recipe
@@ -269,11 +351,13 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     """Loads a recipe by name or path and applies ``a.b=c`` overrides in order.
 
     Raises:
-        ConfigError: for an unknown recipe, an unknown or wrong field, or sections that contradict each other.
+        ConfigError: for an unknown recipe, an unknown or wrong field, or sections that contradict
+            each other.
     """
     content, origin = read_recipe_file(name_or_path)
     for override in overrides or []:
         apply_override(content, override)
+    import_plugins(content)
     return validate_recipe(content, origin)
 
 

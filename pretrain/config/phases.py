@@ -1,38 +1,16 @@
-"""Phases of a run: stretches of tokens with sizes, positions, data, learning rate and trainable parts of their own."""
+"""Phases of a run, each with its own sizes, positions, data, learning rate and trainable parts."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data_pipeline.config import Mixture
+from pretrain.config.schedules import PhaseSchedule
 from pretrain.core.registry import OneOf
 from pretrain.core.section import Positive, Section
 from pretrain.model.config import Position
-
-Ratio = Annotated[float, Field(ge=0)]
-
-
-class PhaseSchedule(Section):
-    """The learning rate over one phase alone, from ``start_ratio`` to ``end_ratio`` of the peak.
-
-    ``sqrt`` falls as 1 - sqrt(share of the phase that is done) (Hägele et al. 2024); ``linear`` from 0 to 1 is a warm-up.
-    """
-
-    kind: Literal["constant", "linear", "cosine", "sqrt"] = "linear"
-    start_ratio: Ratio = Field(1.0, description="learning rate / peak at the phase's first step")
-    end_ratio: Ratio = Field(
-        0.0, description="learning rate / peak that the phase ends at; of no use to kind=constant"
-    )
-
-    @model_validator(mode="after")
-    def _a_constant_has_no_end(self) -> PhaseSchedule:
-        if self.kind == "constant" and self.end_ratio:
-            raise ValueError(
-                "kind=constant keeps start_ratio: leave end_ratio out, or use kind=linear"
-            )
-        return self
 
 
 class PhaseConfig(Section):
@@ -41,7 +19,8 @@ class PhaseConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     tokens: Positive | None = Field(
         None,
-        description="rounded up to whole steps, or where others are longer to whole blocks (longest / own length steps each); "
+        description="rounded up to whole steps, or to whole blocks if others are longer "
+        "(longest / own length steps each); "
         "the last phase may leave it out and takes the rest of the run",
     )
     global_batch_size: Positive | None = Field(None, description="sequences a step, over all ranks")
@@ -53,12 +32,15 @@ class PhaseConfig(Section):
         None, description="the whole section, such as {kind: rope, rope_theta: 500000}"
     )
     mixture: Mixture | None = None
-    schedule: PhaseSchedule | None = Field(
+    schedule: Annotated[PhaseSchedule, OneOf()] | None = Field(
         None,
-        description="over this phase alone; without it the recipe's schedule, which runs over all steps",
+        description=(
+            "over this phase alone; without it the recipe's schedule, which runs over all steps"
+        ),
     )
     frozen: list[str] = Field(
         [],
-        description="what stays as it is: embedding, head, attention, router, experts, shared_experts, feed_forward (dense ones), norm, "
+        description="what stays as it is: embedding, head, attention, router, experts, "
+        "shared_experts, feed_forward (dense ones), norm, "
         "or patterns of parameter names such as layers.0.*",
     )

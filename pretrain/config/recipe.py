@@ -1,7 +1,8 @@
 """The typed recipe: everything one run is, checked before anything starts.
 
-Each section is frozen and refuses unknown keys. ``kind`` chooses a component and with it the fields that are allowed. Units are part of
-a field's name or of its description. Hugging Face's names are used wherever it has one.
+Each section is frozen and refuses unknown keys. ``kind`` chooses a component and with it the fields
+that are allowed. Units are part of a field's name or of its description. Hugging Face's names are
+used wherever it has one.
 """
 
 from __future__ import annotations
@@ -11,33 +12,46 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_pipeline.config import DataConfig
+from pretrain.config.callbacks import CallbackConfig
 from pretrain.config.guards import GuardConfig
 from pretrain.config.phases import PhaseConfig
+from pretrain.config.schedules import CosineSchedule, ScheduleConfig
 from pretrain.config.trackers import CardConfig, TrackersConfig
 from pretrain.core.registry import OneOf
-from pretrain.core.section import NonNegative, Positive, Section, Share
+from pretrain.core.section import NonNegative, Positive, Section
 from pretrain.model.config import ModelConfig
 from pretrain.optim.config import Optimizer
 
-# --- training -------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class TrainConfig(Section):
-    """Sizes of one run. The number of steps (:class:`pretrain.config.timeline.Timeline`) and the gradient accumulation are derived, never given."""
+    """Sizes of one run.
+
+    The number of steps (:class:`pretrain.config.timeline.Timeline`) and the gradient accumulation
+    are derived, never given.
+    """
 
     sequence_length: Positive = Field(description="tokens")
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
     train_tokens: Positive = Field(
-        description="tokens of the whole run, rounded up to whole steps; phases round up by themselves"
+        description=(
+            "tokens of the whole run, rounded up to whole steps; phases round up by themselves"
+        )
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto",
-        description="'auto': bf16 where the hardware multiplies it natively, else fp32; 'fp8': bf16 with linear layers in fp8",
+        description=(
+            "'auto': bf16 if the hardware multiplies it natively, else fp32; 'fp8': "
+            "bf16 with linear layers in fp8"
+        ),
     )
     tf32: bool = Field(
         False,
-        description="GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products",
+        description=(
+            "GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products"
+        ),
     )
     compile: Literal["none", "blocks"] = Field(
         "none",
@@ -52,27 +66,15 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="only kernels that give the same bits every time; an operation that has none is an error",
+        description=(
+            "only kernels that give the same bits every time; an operation that has none "
+            "is an error"
+        ),
     )
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
-
-
-class ScheduleConfig(Section):
-    """The learning rate as a factor of its peak, a pure function of the step.
-
-    ``wsd``: warm-up, constant, then a linear decay over the last ``decay_share`` of the steps.
-    ``linear`` and ``cosine`` decay from the end of the warm-up to the end of the run.
-    """
-
-    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_steps: NonNegative = 0
-    min_learning_rate_ratio: Share = Field(0.1, description="last learning rate / peak")
-    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.2, description="share of all steps that 'wsd' decays over"
-    )
 
 
 class ParallelConfig(Section):
@@ -88,7 +90,10 @@ class CheckpointConfig(Section):
     )
     keep_epochs: bool = Field(
         False,
-        description="save after each pass over the training split, and keep these; checkpoints/epoch_N names them",
+        description=(
+            "save after each pass over the training split, and keep these; "
+            "checkpoints/epoch_N names them"
+        ),
     )
 
 
@@ -96,14 +101,20 @@ class ValidationConfig(Section):
     interval_steps: Positive = 500
     max_windows: Positive | None = Field(
         None,
-        description="sequences an in-loop validation reads, and the best is judged on; a run's end reads all as well",
+        description=(
+            "sequences an in-loop validation reads, and the best is judged on; a run's "
+            "end reads all as well"
+        ),
     )
 
 
 class EvaluationConfig(Section):
-    """What is evaluated of saved checkpoints while the run goes on, by one more process beside rank 0: ``tools/evaluate.py --watch``.
+    """What is evaluated of saved checkpoints during the run, by ``tools/evaluate.py --watch``.
 
-    It opens the whole model in fp32 on ``device``. Results are in evaluations.jsonl and TensorBoard.
+    That is one more process, on the machine of rank 0.
+
+    It opens the whole model in fp32 on ``device``. Results are in evaluations.jsonl and
+    TensorBoard.
     """
 
     interval_steps: Positive | None = Field(
@@ -112,7 +123,10 @@ class EvaluationConfig(Section):
     )
     heldout: bool = Field(
         True,
-        description="perplexity, bits per byte and accuracy of the validation split, by source and by length",
+        description=(
+            "perplexity, bits per byte and accuracy of the validation split, by source "
+            "and by length"
+        ),
     )
     max_windows: Positive | None = Field(
         None, description="sequences of the validation split; all of them by default"
@@ -147,12 +161,21 @@ class Recipe(Section):
     """A whole run. ``name`` only chooses the default folders."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    plugins: list[str] = Field(
+        [],
+        description=(
+            "modules that define further kinds of parts, imported before the rest is "
+            "read; see docs/extending.md"
+        ),
+    )
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(
         None,
-        description="weights that a new run starts from, with a fresh optimizer and schedule; a resumed run ignores it. A checkpoint's folder, or a "
-        "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, .bin, .ckpt)",
+        description="weights that a new run starts from, with a fresh optimizer and schedule; a "
+        "resumed run ignores it. A checkpoint's folder, or a "
+        "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, "
+        ".bin, .ckpt)",
     )
     initial_weights_partial: bool = Field(
         False,
@@ -160,7 +183,10 @@ class Recipe(Section):
     )
     branch_from: str | None = Field(
         None,
-        description="a checkpoint of another run that a new run goes on from, optimizer and data order included; a resumed run ignores it",
+        description=(
+            "a checkpoint of another run that a new run continues from, optimizer and data "
+            "order included; a resumed run ignores it"
+        ),
     )
     data: DataConfig = DataConfig()
     model: ModelConfig
@@ -170,17 +196,21 @@ class Recipe(Section):
         description="one after the other; without any the whole run is as the other sections say",
     )
     optimizer: Annotated[Optimizer, OneOf()]
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: Annotated[ScheduleConfig, OneOf()] = CosineSchedule()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
     guards: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig | None = Field(
-        None, description="of each saved checkpoint, beside the training; none by default"
+        None, description="of each saved checkpoint, during the training; none by default"
     )
     trackers: TrackersConfig | None = Field(
         None, description="experiment trackers; none by default"
+    )
+    callbacks: list[Annotated[CallbackConfig, OneOf()]] = Field(
+        [],
+        description="of plugins, after those that every run has, in this order",
     )
     card: CardConfig = CardConfig()
 

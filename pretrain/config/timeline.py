@@ -1,11 +1,15 @@
-"""Which phase each step of a run belongs to, and what was consumed before it: pure functions of the recipe and the step.
+"""Which phase each step of a run belongs to, and what was consumed before it: pure functions of the
+recipe and the step.
 
-Steps, tokens and samples are counted here and nowhere else. A run without phases is one stage of the whole recipe.
+Steps, tokens and samples are counted here and nowhere else. A run without phases is one stage of
+the whole recipe.
 
-Sequences of several lengths share one order: it goes over blocks of the run's longest sequence. A step of B shorter ones reads one window of
-each of B blocks, and the following steps read the next windows of the same blocks until they are used up. So a phase takes whole blocks: its
-tokens are rounded up to as many steps as read them, longest / own length steps at a time. No token comes twice before its source's epoch ends,
-whatever the lengths, if the longest is the same from the first step on.
+Sequences of several lengths share one order: it goes over blocks of the run's longest sequence. A
+step of B shorter ones reads one window of each of B blocks, and the following steps read the next
+windows of the same blocks until they are used up. So a phase takes whole blocks: its tokens are
+rounded up to as many steps as read them, longest / own length steps at a time. No token comes twice
+before its source's epoch ends, whatever the lengths, if the longest is the same from the first step
+on.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from pretrain.config.phases import PhaseConfig, PhaseSchedule
+from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
+from pretrain.config.schedules import PhaseSchedule
 
 SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 
@@ -38,7 +43,7 @@ class Phase:
         name: "" for a run without phases.
         number: from 1.
         recipe: as it is in this phase, see :func:`recipe_in_phase`.
-        schedule: the phase's own; None where the recipe's holds.
+        schedule: the phase's own; None if the recipe's holds.
         frozen: patterns of what is not trained.
         first_step, first_tokens, first_block: steps, tokens and blocks before it.
         slices: sequences in a block, and so the steps that read one group of blocks.
@@ -118,11 +123,11 @@ class Timeline:
         return any(step == stage.end_step for stage in self.stages[:-1])
 
     def changes_length(self, step: int) -> bool:
-        """Whether step ``step`` (from 0) is the first one of another sequence length than the one before it."""
+        """Whether step ``step`` (from 0) has another sequence length than the one before it."""
         stages = self.at(step), self.at(max(step - 1, 0))
         return stages[0].recipe.train.sequence_length != stages[1].recipe.train.sequence_length
 
 
 def recipe_at(recipe: Recipe, step: int) -> Recipe:
-    """The recipe as it was in the last of ``step`` steps: what a checkpoint's weights were trained as."""
+    """Return the recipe of the last of ``step`` steps: what a checkpoint was trained with."""
     return Timeline(recipe).at(max(step - 1, 0)).recipe

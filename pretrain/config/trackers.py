@@ -1,24 +1,65 @@
-"""How a run presents itself: to experiment trackers, and on the card beside its weights."""
+"""How a run presents itself: to experiment trackers, and on the card next to its weights."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pretrain.core.registry import Component, NameOf
 from pretrain.core.section import Section
 
-TrackerKind = Literal["wandb", "mlflow", "comet"]
+
+class TrackerKind(Component):
+    """A service for experiments. A recipe names it and gives no fields: servers and keys are the
+    environment's.
+
+    Attributes:
+        module: what it is imported as.
+        packages: what pip installs for it.
+    """
+
+    module: ClassVar[str]
+    packages: ClassVar[str]
+
+
+class Wandb(TrackerKind):
+    """Weights & Biases."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.wandb:WandbTracker"
+    module: ClassVar[str] = "wandb"
+    packages: ClassVar[str] = "wandb"
+    kind: Literal["wandb"]
+
+
+class MLflow(TrackerKind):
+    """MLflow, on a server or in a file of the run's folder."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.mlflow:MLflowTracker"
+    module: ClassVar[str] = "mlflow"
+    packages: ClassVar[str] = "mlflow-skinny sqlalchemy alembic"
+    kind: Literal["mlflow"]
+
+
+class Comet(TrackerKind):
+    """Comet, online or into a file that is uploaded later."""
+
+    implementation: ClassVar[str] = "pretrain.callbacks.trackers.comet:CometTracker"
+    module: ClassVar[str] = "comet_ml"
+    packages: ClassVar[str] = "comet_ml"
+    kind: Literal["comet"]
 
 
 class TrackersConfig(Section):
-    """Trackers that get every row, the resolved recipe, the summary and the curves; TensorBoard is ``logging.tensorboard``.
+    """Trackers that get every row, the resolved recipe, the summary and the curves; TensorBoard is
+    ``logging.tensorboard``.
 
-    Credentials and servers come from the environment only, by the trackers' own variables: WANDB_API_KEY, WANDB_MODE, COMET_API_KEY,
-    COMET_START_ONLINE, MLFLOW_TRACKING_URI ... Without a MLFLOW_TRACKING_URI, MLflow writes to mlflow.db in the run's folder.
+    Credentials and servers come from the environment only, by the trackers' own variables:
+    WANDB_API_KEY, WANDB_MODE, COMET_API_KEY, COMET_START_ONLINE, MLFLOW_TRACKING_URI ... Without a
+    MLFLOW_TRACKING_URI, MLflow writes to mlflow.db in the run's folder.
     """
 
-    kinds: Annotated[list[TrackerKind], Field(min_length=1)]
+    kinds: Annotated[list[Annotated[str, NameOf(TrackerKind)]], Field(min_length=1)]
     project: str | None = Field(
         None,
         description="W&B's and Comet's project, MLflow's experiment; the recipe's name by default",
@@ -29,18 +70,25 @@ class TrackersConfig(Section):
 
 
 class CardConfig(Section):
-    """What the model card says that nothing else in the recipe does. A card is the README.md of a run, of its checkpoints and of its exports."""
+    """What the model card says that nothing else in the recipe does.
+
+    A card is the README.md of a run, of its checkpoints and of its exports.
+    """
 
     license: str | None = Field(
         None, description="of the weights, as an SPDX identifier such as apache-2.0"
     )
     base_model: str | None = Field(
         None,
-        description="the hub's name of the model that it started from, such as allenai/OLMoE-1B-7B-0924",
+        description=(
+            "the hub's name of the model that it started from, such as allenai/OLMoE-1B-7B-0924"
+        ),
     )
     intended_use: str | None = Field(None, description="research on pretraining, by default")
     limits: str | None = Field(None, description="those of any base model, by default")
     data_origin: dict[str, str] = Field(
         {},
-        description="where a source of the data comes from, and under which licence, by the source's name",
+        description=(
+            "where a source of the data comes from, and under which licence, by the source's name"
+        ),
     )

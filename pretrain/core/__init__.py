@@ -1,1 +1,3 @@
-"""What everything else stands on: errors, files, the registry, sections of a recipe, the command line, signals."""
+"""What everything else builds on: errors, files, the registry, sections of a recipe, the command
+line, signals.
+"""

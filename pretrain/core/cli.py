@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
+from pretrain.core.plugins import add_plugin_option
 from pretrain.core.shipped import recipe_names
 
 
@@ -26,12 +27,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose --help ends with examples."""
-    return CommandParser(
+    """A parser whose --help ends with examples; every command takes ``--plugin``."""
+    parser = CommandParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_plugin_option(parser)
+    return parser
 
 
 def complete_recipe(prefix: str, **_: Any) -> list[str]:
@@ -70,7 +73,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(result: dict[str, Any], path: str | None) -> None:
-    """Writes a command's machine-readable result where --json asked for it."""
+    """Writes a command's machine-readable result if --json asked for it."""
     if path is None:
         return
     text = json.dumps(result, indent=2, sort_keys=False)

@@ -1,4 +1,6 @@
-"""Keeps credentials out of everything that a run writes: recipes and ds_configs that hold one are refused, and texts are redacted."""
+"""Keeps credentials out of everything that a run writes: recipes and ds_configs that hold one are
+refused, and texts are redacted.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,23 @@ from typing import Any
 from pretrain.core.errors import ConfigError
 
 NAME = re.compile(
-    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|access_key|private_key|(auth|access|api)_token)$|^token$",
+    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|access_key|private_key"
+    r"|(auth|access|api)_token)$|^token$",
     re.I,
 )
-# What issuers document of their keys: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS, Slack; and inside an address a password, which
-# may hold a slash where a port could not stand, a token in its place, and what signs a query.
+# What issuers document of their keys: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
+# Slack; and inside an address a password, which may hold a slash that no port holds, a token
+# in its place, and what signs a query.
 VALUE = re.compile(
-    r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
+    r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
+    r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
     r"|github_pat_\w{40,}|glpat-[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,})\b"
     r"|(?<=://)([^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[\w.~%-]{20,})(?=@)"
-    r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
+    r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)"
+    r"|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
 )
-# W&B's older keys are 40 hexadecimal digits, Comet's 25 letters and digits: nowhere but in these sections would that be no name or checksum.
+# W&B's older keys are 40 hexadecimal digits, Comet's 25 letters and digits: nowhere but in these
+# sections would that be no name or checksum.
 BARE_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{25,}")
 TRACKER_SECTIONS = ("trackers.", "wandb.", "comet.")
 REDACTED = "[redacted]"
@@ -37,12 +44,17 @@ def is_credential_name(name: str) -> bool:
 
 
 def refuse_credentials(content: Any, origin: str) -> None:
-    """Raises :class:`ConfigError` where a nested mapping holds what looks like a credential; the sentence names its place and not its value."""
+    """Refuse a nested mapping that holds what looks like a credential.
+
+    Raises:
+        ConfigError: naming the credential's place and not its value.
+    """
     for path, name, value in _texts(content, ""):
         in_tracker = path.startswith(TRACKER_SECTIONS) and BARE_KEY.fullmatch(value)
         if value and (NAME.search(name) or VALUE.search(value) or in_tracker):
             raise ConfigError(
-                f"{origin}: '{path}' looks like a credential, which would be copied into the run's folder: take it out and set it in the environment "
+                f"{origin}: '{path}' looks like a credential, which would be copied into the "
+                "run's folder: take it out and set it in the environment "
                 "(WANDB_API_KEY, COMET_API_KEY, MLFLOW_TRACKING_TOKEN, HF_TOKEN)"
             )
 

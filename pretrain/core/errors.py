@@ -1,7 +1,7 @@
-"""Errors a user can mend, each with the exit code that the README documents.
+"""Errors a user can fix, each with the exit code that the README documents.
 
-Every command ends through :func:`run_command`, so that a user sees one sentence and a code, and a programming error still shows its
-traceback.
+Every command ends through :func:`run_command`, so that a user sees one sentence and a code, and a
+programming error still shows its traceback.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ConfigError(PipelineError):
 
 
 class DataError(PipelineError):
-    """Shards, manifests or tokenizers that are missing, damaged or do not belong together (exit code 3)."""
+    """Shards, manifests or tokenizers that are missing, damaged or unrelated (exit code 3)."""
 
     exit_code = BAD_DATA
 
@@ -89,7 +89,10 @@ def is_peer_loss(error: BaseException) -> bool:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's ``main`` and exits with its documented code; known errors become one sentence on standard error."""
+    """Run a command's ``main`` and exit with its documented code.
+
+    Known errors become one sentence on standard error.
+    """
     try:
         code = main() or DONE
     except PipelineError as error:
@@ -108,7 +111,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         print(
-            f"error: {os.strerror(error.errno)}{where}: free space or choose another folder, then run the same command.",
+            f"error: {os.strerror(error.errno)}{where}: free space or choose another folder, then "
+            "run the same command.",
             file=sys.stderr,
         )
         code = IO_FAILED

@@ -35,20 +35,21 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def only_writer(folder: Path, remedy: str) -> Iterator[None]:
-    """Holds ``folder``, which is created, against other writers; the lock goes with the process, also with a killed one.
+    """Create ``folder`` and hold it against other writers until the block or the process ends.
 
     Args:
         remedy: how to choose another folder, for the error's sentence.
 
     Raises:
-        StorageError: where the folder cannot be created.
-        ConfigError: where another process writes to it.
+        StorageError: if the folder cannot be created.
+        ConfigError: if another process writes to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +72,14 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def appearing_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside ``output`` that takes its name, whole and on disk, when the block ends, and is removed when the block fails.
+    """Give an empty folder next to ``output`` that takes its name, synced, if the block succeeds.
 
-    What ``output`` held before is deleted only after the new folder stands there. What a killed process left behind is removed by the next one.
+    What ``output`` held before is deleted only after the new folder has its name. If the block
+    fails, the new folder is removed; what a killed process left behind is removed by the next one.
 
     Raises:
-        ConfigError: where another process writes to ``output``.
-        StorageError: where the folder cannot be created.
+        ConfigError: if another process writes to ``output``.
+        StorageError: if the folder cannot be created.
     """
     temporary = output.parent / f".{output.name}.partial"
     with only_writer(temporary, f"choose another folder than {output}"):

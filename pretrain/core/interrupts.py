@@ -20,10 +20,11 @@ RUN_AGAIN = "run the same command again to continue"
 
 
 class _CtrlC:
-    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the first one tidies up.
+    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the
+    first one tidies up.
 
-    While a module is imported nothing is unwound: libraries take an exception there for something else (NumPy's import then fails, or
-    crashes the process), and there is nothing yet to tidy up.
+    While a module is imported nothing is unwound: libraries take an exception there for something
+    else (NumPy's import then fails, or crashes the process), and there is nothing yet to tidy up.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def install() -> None:
-    """From now on Ctrl-C ends this process without a traceback, also while modules are imported. Commands call it before anything else.
+    """From now on Ctrl-C ends this process without a traceback, also while modules are imported.
+    Commands call it before anything else.
 
     A process that was started to ignore Ctrl-C (``nohup``, a shell's background job) still does.
     """
@@ -57,7 +59,9 @@ def install() -> None:
 
 
 def leave(sentence: str) -> NoReturn:
-    """Prints a sentence and ends the process at once: threads of native libraries are not waited for, worker processes end with it."""
+    """Prints a sentence and ends the process at once: threads of native libraries are not waited
+    for, worker processes end with it.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -78,7 +82,7 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _swallowed(found: Any) -> None:
-    """Inside a destructor Python would print the interruption, and go on."""
+    """Inside a destructor Python would print the interruption and continue."""
     if isinstance(found.exc_value, KeyboardInterrupt):
         leave("interrupted")
     sys.__unraisablehook__(found)
@@ -86,7 +90,9 @@ def _swallowed(found: Any) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block; outside the main thread the block changes nothing."""
+    """Ctrl-C takes effect at the end of the block; outside the main thread the block changes
+    nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -102,7 +108,9 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def not_for_children() -> Iterator[None]:
-    """Processes that are started inside the block never see a Ctrl-C, which a terminal sends to all of its processes: their parent ends them."""
+    """Processes that are started inside the block never see a Ctrl-C, which a terminal sends to all
+    of its processes: their parent ends them.
+    """
     with deferred():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -112,7 +120,9 @@ def not_for_children() -> Iterator[None]:
 
 
 def interruptible(function: Callable[[], Value]) -> Value:
-    """Calls a function of a native library, which does not look for a Ctrl-C, in a thread that Ctrl-C does not wait for."""
+    """Calls a function of a native library, which does not look for a Ctrl-C, in a thread that
+    Ctrl-C does not wait for.
+    """
     result: Future[Value] = Future()
 
     def run() -> None:

@@ -1,4 +1,6 @@
-"""How far a long stage is: a bar on a terminal, a line now and then elsewhere, both with the rate of this stage alone."""
+"""How far a long stage is: a bar on a terminal, a line now and then elsewhere, both with the rate
+of this stage alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Tally:
     """Documents and characters that were read so far, by all processes that share it.
 
     Args:
-        shared: an array of two counters of :mod:`multiprocessing`; without it they are this process's own.
+        shared: an array of two counters of :mod:`multiprocessing`; without it they are this
+            process's own.
     """
 
     def __init__(self, shared: Any = None) -> None:
@@ -60,7 +63,8 @@ class Stage:
         total: of what :meth:`advance` counts; None where it is not known.
         unit: of it; empty for a stage without steps.
         initial: what an earlier run has done of it, which is no speed of this one.
-        counts_documents: the rate is that of the documents which :func:`current_tally` counts inside the stage.
+        counts_documents: the rate is that of the documents which :func:`current_tally` counts
+            inside the stage.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Stage:
         self.done += amount
 
     def rate(self) -> str:
-        """How fast this stage is on average: documents and characters, or its own unit, a second."""
+        """Return the mean speed of this stage: documents and characters, or its unit, a second."""
         seconds = self.seconds or 1.0
         if self._before is not None:
             documents, characters = (
@@ -127,7 +131,10 @@ class Stage:
                 for now, before in zip(current_tally().read(), self._before, strict=True)
             )
             if documents:
-                return f"{documents / seconds:,.0f} documents/s, {characters / seconds / 1e6:.2f} M chars/s"
+                return (
+                    f"{documents / seconds:,.0f} documents/s, {characters / seconds / 1e6:.2f} M "
+                    "chars/s"
+                )
         done = self.done - self.initial
         return f"{tqdm.format_sizeof(done / seconds)}{self._name}/s" if done and self.unit else ""
 

@@ -1,66 +1,164 @@
 """Families of components that a recipe chooses from by ``kind``.
 
-A component's section names its implementation by its dotted path, so that reading a recipe imports neither torch nor DeepSpeed, and so that
-nothing lists the kinds a second time.
+A family is a class; its kinds are the classes below it that give ``kind`` a value. Nothing lists
+the kinds: defining a class registers it, in the tree or in a plugin (:mod:`pretrain.core.plugins`).
+A component's section names its implementation by its dotted path, so that reading a recipe imports
+neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Iterator
+from functools import lru_cache, reduce
 from operator import or_
 from pkgutil import resolve_name
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import Field, GetCoreSchemaHandler
-from pydantic_core import core_schema
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import PydanticKnownError, core_schema
 
+from pretrain.core.errors import ConfigError
 from pretrain.core.section import Section
+
+Family = TypeVar("Family", bound=Section)
+Named = TypeVar("Named")
 
 
 class Component(Section):
     """A section that stands for a class: ``implementation`` is its ``module:name``."""
 
     implementation: ClassVar[str]
+    if TYPE_CHECKING:
+        # Each kind declares it as a Literal. A field here would come first in every saved recipe.
+        kind: str
 
     @classmethod
     def implementing_class(cls) -> Any:
-        """Imports what this kind stands for; a file that needs DeepSpeed is imported here and nowhere else."""
+        """Import what this kind stands for; files that need DeepSpeed are imported only here."""
         return resolve_name(cls.implementation)
 
 
-def kinds_of(family: type[Section]) -> tuple[type[Section], ...]:
-    """The kinds of a family: every class below ``family`` that has a ``kind`` of its own, in order of definition."""
-    found: list[type[Section]] = []
+def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
+    """Return every class below ``family`` that has a ``kind`` of its own, in order of definition.
+
+    Raises:
+        ConfigError: if two of them have one name.
+    """
+    found = tuple(kind for kind in _all_below(family) if "kind" in kind.__annotations__)
+    owners: dict[str, type[Section]] = {}
+    for kind in found:
+        for name in _names_of(kind):
+            if owners.setdefault(name, kind) is not kind:
+                raise ConfigError(_same_name(family, name, owners[name], kind))
+    return found
+
+
+def kind_name(kind: type[Section]) -> str:
+    """Return what a recipe writes as ``kind`` to get this class."""
+    return _names_of(kind)[0]
+
+
+def _names_of(kind: type[Section]) -> tuple[str, ...]:
+    return get_args(kind.model_fields["kind"].annotation)
+
+
+def kinds_by_name(family: type[Family]) -> dict[str, type[Family]]:
+    """Return the kinds of a family by what a recipe calls them, in order of definition."""
+    return {name: kind for kind in kinds_of(family) for name in _names_of(kind)}
+
+
+def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
+    """Return the classes below ``family`` that give themselves a ``name``, by it.
+
+    These are kinds without a section in a recipe, such as export targets.
+
+    Raises:
+        ConfigError: if two of them have one name.
+    """
+    found: dict[str, type[Named]] = {}
+    for child in _all_below(family):
+        if "name" in vars(child):
+            name = vars(child)["name"]
+            if name in found:
+                raise ConfigError(_same_name(family, name, found[name], child))
+            found[name] = child
+    return found
+
+
+def _all_below(family: type[Named]) -> Iterator[type[Named]]:
     for child in family.__subclasses__():
-        if "kind" in child.__annotations__:
-            found.append(child)
-        found.extend(kinds_of(child))
-    return tuple(found)
+        yield child
+        yield from _all_below(child)
+
+
+def _same_name(family: type, name: str, *kinds: type) -> str:
+    places = " and ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return f"two kinds of {family.__name__} are named '{name}': {places}; rename one of them"
+
+
+@lru_cache(maxsize=128)
+def _union(kinds: tuple[type[Section], ...]) -> TypeAdapter[Any]:
+    union: Any = reduce(or_, kinds)
+    return TypeAdapter(Annotated[union, Field(discriminator="kind")])
+
+
+class NameOf:
+    """Marks a text that names a kind of a family, as in ``Annotated[str, NameOf(TrackerKind)]``."""
+
+    def __init__(self, family: type[Section]) -> None:
+        self.family = family
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe may write at this moment."""
+        return list(kinds_by_name(self.family))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        def known(value: str) -> str:
+            if value not in self.names:
+                names = [repr(name) for name in self.names]
+                expected = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+                raise PydanticKnownError("literal_error", {"expected": expected})
+            return value
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The names that are known when the JSON schema is asked for."""
+        return handler(schema) | {"enum": self.names}
 
 
 class OneOf:
-    """Marks a field that takes any kind of a family, ``Annotated[Router, OneOf()]``: a new kind needs to be imported, and no list edited.
+    """Marks a field that takes any kind of a family, as in ``Annotated[Router, OneOf()]``.
 
-    Where ``kind`` is left out, it is the one that its class gives as a default.
+    The kinds are looked up whenever a value is validated, not when the field's class is defined:
+    what a plugin defines later counts as well. If ``kind`` is left out, it is the one that its
+    class gives as a default.
     """
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> Any:
-        kinds = kinds_of(family)
-        default = next(
-            (
-                kind.model_fields["kind"].default
-                for kind in kinds
-                if not kind.model_fields["kind"].is_required()
-            ),
-            None,
-        )
+        def validate(value: Any) -> Any:
+            kinds = kinds_of(family)
+            if not kinds:
+                tag = value.get("kind") if isinstance(value, dict) else value
+                named = {"discriminator": "'kind'", "tag": str(tag), "expected_tags": ""}
+                raise PydanticKnownError("union_tag_invalid", named)
+            default = _default(kinds)
+            if isinstance(value, dict) and default is not None:
+                value = {"kind": default} | value
+            # An error in here keeps its details; pydantic puts this field's place before theirs.
+            return _union(kinds).validate_python(value)
 
-        def with_kind(value: Any) -> Any:
-            return (
-                {"kind": default} | value
-                if isinstance(value, dict) and default is not None
-                else value
-            )
+        # "any" serialises by the value's own class, so that a kind's own fields are not lost.
+        return core_schema.no_info_plain_validator_function(validate, metadata={"one_of": family})
 
-        union = handler.generate_schema(Annotated[reduce(or_, kinds), Field(discriminator="kind")])
-        return core_schema.no_info_before_validator_function(with_kind, union)
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The union of the kinds that are known when the JSON schema is asked for."""
+        kinds = kinds_of(schema["metadata"]["one_of"])
+        return handler(_union(kinds).core_schema) if kinds else {"not": {}}
+
+
+def _default(kinds: tuple[type[Section], ...]) -> Any:
+    """The name of the kind that holds if a recipe leaves ``kind`` out; None if it may not."""
+    fields = (kind.model_fields["kind"] for kind in kinds)
+    return next((field.default for field in fields if not field.is_required()), None)

@@ -13,13 +13,16 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Effect(Enum):
-    """What another value of a field of the model does to a finished model with the same weights; a mark in the field's type.
+    """What changing a field of the model does to a finished model; a mark in the field's type.
 
-    A field without a mark has that of the section it belongs to, and at the top ``MEANING``: a new field is compared until it
-    is named as an exception.
+    A field without a mark has that of the section it belongs to, and at the top ``MEANING``: a new
+    field is compared until it is named as an exception.
     """
 
-    NONE = "it computes the same: the field is read in training only, or chooses how the same is computed"
+    NONE = (
+        "it computes the same: the field is read in training only, or chooses how the same is "
+        "computed"
+    )
     FUNCTION = (
         "it computes something else, with weights that keep their meaning: training on adapts them"
     )
@@ -38,5 +41,5 @@ class Section(BaseModel):
     )
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """Whether weights trained with ``other``, another kind in this one's place, keep their meaning."""
+        """Whether weights trained with ``other`` in this kind's place keep their meaning."""
         return False

@@ -17,9 +17,9 @@ from pretrain.checkpoint.tokenizer_files import (
     content_of,
     write_side_files,
 )
+from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
-from pretrain.export.targets import ExportTarget
 from pretrain.export.writer import (
     SHARD_BYTES,
     copy_file,

@@ -28,7 +28,7 @@ from pretrain.export.parity import (
     reference_model,
     same_bits,
 )
-from pretrain.export.targets import ARCHITECTURES
+from pretrain.export.targets import architectures
 from pretrain.export.writer import (
     RECORD,
     dtype_name,
@@ -100,7 +100,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
     """
     path, content = source / CONFIG, read_config(source)
     name = content["model_type"]
-    known = {target.name: target for target in ARCHITECTURES}
+    known = {target.name: target for target in architectures()}
     if name not in known:
         raise ConfigError(
             f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}"

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard
+from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard, StepGuardConfig
 
 # The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_SCALE = 1.4826
@@ -92,6 +92,26 @@ def _middle(ordered: list[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+class StepGuard:
+    """A guard of a plugin. Every rank asks its own with the same numbers, so it must depend on nothing else."""
+
+    def look(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Return what is wrong with a step, as the end of a sentence about it; None if nothing is.
+
+        Args:
+            loss: mean over all ranks, in nats a token.
+            grad_norm: before clipping.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to carry, as JSON."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state` gave; empty if the checkpoint did not have this guard."""
+
+
 class Guards:
     """The guards of a run, with what they remember."""
 
@@ -103,6 +123,9 @@ class Guards:
             if config.grad_norm
             else None
         )
+        self._more: list[tuple[StepGuardConfig, StepGuard]] = [
+            (section, section.implementing_class()(section)) for section in config.more
+        ]
         self._in_a_row: dict[str, int] = {}
         self._first: dict[str, int] = {}
 
@@ -111,7 +134,7 @@ class Guards:
         """Whether a guard may have to refuse an update, so that it has to be asked before it."""
         return any(
             guard is not None and guard.action != "warn"
-            for guard in (self.config.spike, self.config.grad_norm)
+            for guard in (self.config.spike, self.config.grad_norm, *self.config.more)
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
@@ -132,6 +155,9 @@ class Guards:
         if norm is not None and self._log_norms is not None:
             reason = self._high_norm(norm, self._log_norms, grad_norm)
             found.append(self._violation("grad_norm", norm, step, reason))
+        for section, guard in self._more:
+            reason = guard.look(step, loss, grad_norm)
+            found.append(self._violation(section.kind, section, step, reason))
         return [violation for violation in found if violation is not None]
 
     def non_finite(self, step: int) -> Violation:
@@ -158,11 +184,13 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries, as JSON: a resumed run decides as the uninterrupted one."""
-        state = {
+        state: dict[str, Any] = {
             name: list(window.values)
             for name, window in self._windows().items()
             if window is not None
         }
+        if self._more:
+            state["more"] = {section.kind: guard.state() for section, guard in self._more}
         return state | {"in_a_row": self._in_a_row, "first": self._first}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -170,6 +198,8 @@ class Guards:
         for name, window in self._windows().items():
             if window is not None:
                 window.replace(state.get(name, []))
+        for section, guard in self._more:
+            guard.restore(state.get("more", {}).get(section.kind, {}))
         self._in_a_row = dict(state.get("in_a_row", {}))
         self._first = dict(state.get("first", {}))
 
@@ -205,7 +235,11 @@ class Guards:
         )
 
     def _violation(
-        self, name: str, guard: SpikeGuard | GradNormGuard, step: int, reason: str | None
+        self,
+        name: str,
+        guard: SpikeGuard | GradNormGuard | StepGuardConfig,
+        step: int,
+        reason: str | None,
     ) -> Violation | None:
         """What a reason amounts to: the guard's action once there are enough in a row, a warning
         before.

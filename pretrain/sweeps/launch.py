@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import LAUNCHERS
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.study import DS_CONFIG, Study
@@ -78,7 +79,7 @@ def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[s
         str(study.output / DS_CONFIG),
     ]
     training += [part for setting in settings for part in ("--set", setting)]
-    training += ["--json", str(result_path(study, point))]
+    training += [*plugin_arguments(), "--json", str(result_path(study, point))]
     ranks = study.design.ranks
     if ranks == 1:
         launcher = [sys.executable]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PREEMPTED, ConfigError
 from pretrain.core.files import write_synced
+from pretrain.core.plugins import plugin_arguments
 from pretrain.sweeps.study import Study
 
 SCRIPT = "array.sbatch"
@@ -57,12 +58,14 @@ def write_array(study: Study, tool: Path, slots: int) -> Path:
         ranks=study.design.ranks,
         script=script,
         preempted=PREEMPTED,
-        report=shlex.join([sys.executable, str(tool), "--output", str(output), "--report"]),
+        report=shlex.join(
+            [sys.executable, str(tool), *plugin_arguments(), "--output", str(output), "--report"]
+        ),
         name=f"{study.design.kind}-{study.design.recipe.rsplit('/', 1)[-1]}",
         output=shlex.quote(str(output)),
         folder=shlex.quote(study.design.folder),
         python=shlex.quote(sys.executable),
-        tool=shlex.quote(str(tool)),
+        tool=shlex.join([str(tool), *plugin_arguments()]),
     )
     write_synced(script, text.encode())
     script.chmod(0o755)

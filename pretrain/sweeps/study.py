@@ -21,11 +21,17 @@ from typing import Any, Literal
 
 import yaml
 
-from pretrain.config.load import apply_override, read_recipe_file, validate_recipe
+from pretrain.config.load import (
+    apply_override,
+    import_plugins,
+    read_recipe_file,
+    validate_recipe,
+)
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError, StorageError
 from pretrain.core.files import write_synced
+from pretrain.core.plugins import trust_remedy, untrusted_plugins
 from pretrain.sweeps.axes import Axis, Point, parse_axis
 
 # What may become more in a sweep that is there.
@@ -102,6 +108,7 @@ def base_mapping(recipe: str, overrides: list[str], tokens: int | None) -> dict[
     content, _ = read_recipe_file(recipe)
     for override in [*overrides, *([f"train.train_tokens={tokens}"] if tokens is not None else [])]:
         apply_override(content, override)
+    import_plugins(content)
     return content
 
 
@@ -132,6 +139,10 @@ class Study:
     def recipe_of(self, point: Point) -> Recipe:
         """Raises :class:`ConfigError` where a rule refuses the point."""
         content = copy.deepcopy(self.design.base)
+        if strange := untrusted_plugins(content):
+            raise ConfigError(
+                f"{self.output} names the plugin {', '.join(strange)}: {trust_remedy(strange)}"
+            )
         for override in [*point.overrides, f"run_path={self.run_folder(point.run)}"]:
             apply_override(content, override)
         return validate_recipe(content, self.design.recipe)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from pretrain.config.phases import PhaseSchedule
-from pretrain.config.recipe import Recipe, ScheduleConfig
+from pretrain.config.recipe import Recipe
+from pretrain.config.schedules import ScheduleConfig, half_cosine
 from pretrain.config.timeline import Timeline
 from pretrain.model.moe.config import BiasBalancing, RoutedMoE
 
@@ -50,51 +49,8 @@ def run_learning_rate_factor(step: int, timeline: Timeline, config: ScheduleConf
     """
     phase = timeline.at(step)
     if phase.schedule is None:
-        return learning_rate_factor(step, timeline.num_steps, config)
-    return phase_learning_rate_factor(step - phase.first_step, phase.num_steps, phase.schedule)
-
-
-def phase_learning_rate_factor(step: int, num_steps: int, config: PhaseSchedule) -> float:
-    """The factor for step ``step`` (from 0) of a phase of ``num_steps``.
-
-    Like the other schedules it is at its end after the last step, not in it.
-    """
-    if config.kind == "constant":
-        return config.start_ratio
-    progress = step / num_steps
-    match config.kind:
-        case "linear":
-            shape = 1.0 - progress
-        case "cosine":
-            shape = 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "sqrt":
-            shape = 1.0 - math.sqrt(progress)
-    return config.end_ratio + (config.start_ratio - config.end_ratio) * shape
-
-
-def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
-    """The factor for optimizer step ``step`` (from 0) of ``num_steps``.
-
-    Warm-up is linear from 1/(w + 1) to w/(w + 1), then the shape of ``config.kind`` follows and
-    reaches ``min_learning_rate_ratio`` at the end. ``wsd`` is warm-up, stable, decay (Hu et al.
-    2024, MiniCPM), with a linear decay.
-    """
-    warmup = config.warmup_steps
-    floor = config.min_learning_rate_ratio
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.kind == "constant":
-        return 1.0
-    if config.kind == "wsd":
-        decay_steps = max(1, round(config.decay_share * num_steps))
-        progress = (step - (num_steps - decay_steps)) / decay_steps
-    else:
-        progress = (step - warmup) / max(1, num_steps - warmup)
-    progress = min(1.0, max(0.0, progress))
-    shape = (
-        0.5 * (1.0 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1.0 - progress
-    )
-    return floor + (1.0 - floor) * shape
+        return config.factor(step, timeline.num_steps)
+    return phase.schedule.factor(step - phase.first_step, phase.num_steps)
 
 
 def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> float:
@@ -109,6 +65,6 @@ def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> flo
     shape = {
         "constant": 1.0,
         "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "cosine": half_cosine(progress),
     }[config.schedule]
     return config.update_rate * shape

@@ -20,7 +20,7 @@ from pretrain.export.parity import (
     reference_model,
     same_bits,
 )
-from pretrain.export.targets import ARCHITECTURES, TARGETS, choose_target, representable
+from pretrain.export.targets import architectures, choose_target, representable, targets
 from pretrain.export.writer import INDEX, open_exported_weights
 from pretrain.model.decoder import DecoderLM
 from tests.export.random_checkpoint import (
@@ -292,7 +292,7 @@ def test_every_mini_recipe_is_in_the_table_and_its_target_is_the_first_that_is_e
         == "qwen3_moe"
     )
     assert {target for _, _, target in NATIVES.values()} == {
-        target.name for target in ARCHITECTURES
+        target.name for target in architectures()
     }
 
 
@@ -552,8 +552,8 @@ def test_every_reason_of_every_target_is_given_at_once() -> None:
     ]
     with pytest.raises(ConfigError) as refused:
         choose_target(recipe_of("khanh_692m_mini", *drawn))
-    assert all(f"\n  {target.name}: " in str(refused.value) for target in TARGETS)
-    assert str(refused.value).count("model.norm.kind is layer_norm") == len(ARCHITECTURES)
+    assert all(f"\n  {target.name}: " in str(refused.value) for target in targets())
+    assert str(refused.value).count("model.norm.kind is layer_norm") == len(architectures())
 
 
 def test_a_feature_that_no_white_list_names_speaks_against_every_target() -> None:

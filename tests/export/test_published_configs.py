@@ -19,7 +19,7 @@ from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.import_hf import architecture_of
 from pretrain.export.name_map import their_forms, to_ours
 from pretrain.export.parity import compare_logits, reference_model
-from pretrain.export.targets import ARCHITECTURES
+from pretrain.export.targets import architectures
 from pretrain.export.writer import open_exported_weights
 from tests.export.held_tensors import Held
 from tests.export.hf_models import (
@@ -182,7 +182,7 @@ def test_a_field_that_is_absent_or_null_is_read_as_transformers_reads_it(
 
 
 def test_every_architecture_that_is_imported_has_a_base() -> None:
-    assert BASES.keys() == {target.name for target in ARCHITECTURES}
+    assert BASES.keys() == {target.name for target in architectures()}
 
 
 @pytest.mark.parametrize(

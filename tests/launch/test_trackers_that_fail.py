@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.callbacks.build
 from pretrain.callbacks.build import missing_packages
 from pretrain.config.load import load_recipe
+from pretrain.config.trackers import Comet
 from tests.callbacks.tracker_files import wandb_history, wandb_records
 from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve
 
@@ -21,10 +21,7 @@ STEPS, SAMPLES_OF_A_STEP = 2, 8
 @pytest.fixture
 def without_comet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Comet's package were not installed."""
-    packages = pretrain.callbacks.build.PACKAGES | {
-        "comet": ("a_module_that_nobody_has", "comet_ml")
-    }
-    monkeypatch.setattr(pretrain.callbacks.build, "PACKAGES", packages)
+    monkeypatch.setattr(Comet, "module", "a_module_that_nobody_has")
 
 
 def test_a_missing_package_is_named_with_what_to_install(without_comet: None) -> None:

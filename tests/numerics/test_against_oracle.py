@@ -19,7 +19,6 @@ from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.optim.config import AdamW
-from pretrain.training.schedules import learning_rate_factor
 from tests.numerics.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainStep
 
 STEPS = 50
@@ -141,7 +140,7 @@ def run_engine(
     engine = Engine(recipe, ds_config, "fp32", topology)
     steps = []
     for step, step_batches in enumerate(batches):
-        factor = learning_rate_factor(step, Timeline(recipe).num_steps, recipe.schedule)
+        factor = recipe.schedule.factor(step, Timeline(recipe).num_steps)
         result = engine.train_step([Batch(*micro_batch) for micro_batch in step_batches], factor)
         cross_entropy, loss = result.losses.packed().tolist()
         steps.append(PlainStep(cross_entropy, loss, result.grad_norm))

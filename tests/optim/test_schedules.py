@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
 import pytest
+from pydantic import TypeAdapter
 
 from pretrain.config.load import load_recipe
-from pretrain.config.phases import PhaseSchedule
-from pretrain.config.recipe import ScheduleConfig
+from pretrain.config.schedules import PhaseSchedule, ScheduleConfig
 from pretrain.config.timeline import Timeline
-from pretrain.training.schedules import (
-    learning_rate_factor,
-    phase_learning_rate_factor,
-    run_learning_rate_factor,
-)
+from pretrain.core.registry import OneOf
+from pretrain.training.schedules import run_learning_rate_factor
 
 STEPS, WARMUP, FLOOR = 100, 10, 0.1
+SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, OneOf()])
+PHASES: TypeAdapter[PhaseSchedule] = TypeAdapter(Annotated[PhaseSchedule, OneOf()])
 
 
 def factor(step: int, kind: str, **fields: float) -> float:
-    config = ScheduleConfig.model_validate(
+    config: ScheduleConfig = SCHEDULES.validate_python(
         {"kind": kind, "warmup_steps": WARMUP, "min_learning_rate_ratio": FLOOR, **fields}
     )
-    return learning_rate_factor(step, STEPS, config)
+    return config.factor(step, STEPS)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
@@ -92,16 +92,17 @@ def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
     ],
 )
 def test_a_phase_goes_from_its_start_to_its_end(kind: str, half: float) -> None:
-    config = PhaseSchedule(kind=kind, end_ratio=0.0 if kind == "constant" else 0.2)  # type: ignore[arg-type]
-    factors = [phase_learning_rate_factor(step, 100, config) for step in range(100)]
+    end_ratio = 0.0 if kind == "constant" else 0.2
+    config = PHASES.validate_python({"kind": kind, "end_ratio": end_ratio})
+    factors = [config.factor(step, 100) for step in range(100)]
     assert factors[0] == 1.0 and factors[50] == pytest.approx(half)
     assert all(later <= earlier for earlier, later in pairwise(factors))
     assert kind == "constant" or factors[99] == pytest.approx(0.2, abs=0.01)
 
 
 def test_a_phase_may_warm_up() -> None:
-    config = PhaseSchedule(kind="linear", start_ratio=0.0, end_ratio=1.0)
-    assert [phase_learning_rate_factor(step, 4, config) for step in range(4)] == [
+    config = PHASES.validate_python({"kind": "linear", "start_ratio": 0.0, "end_ratio": 1.0})
+    assert [config.factor(step, 4) for step in range(4)] == [
         0.0,
         0.25,
         0.5,

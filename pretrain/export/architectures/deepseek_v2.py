@@ -125,7 +125,10 @@ class LatentDecoder(LlamaLike):
 class DeepseekV2(LatentDecoder):
     """The target ``DeepseekV2ForCausalLM``, whose groups are chosen by their best expert."""
 
-    name, architecture, moe_layers = "deepseek_v2", "DeepseekV2ForCausalLM", "prefix"
+    name = "deepseek_v2"
+    architecture = "DeepseekV2ForCausalLM"
+    order = 10
+    moe_layers = "prefix"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **LATENT,

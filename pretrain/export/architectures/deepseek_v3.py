@@ -38,7 +38,10 @@ THEIR_BIAS = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
 class DeepseekV3(LatentDecoder):
     """The target ``DeepseekV3ForCausalLM``, whose groups are chosen by their two best experts."""
 
-    name, architecture, moe_layers = "deepseek_v3", "DeepseekV3ForCausalLM", "prefix"
+    name = "deepseek_v3"
+    architecture = "DeepseekV3ForCausalLM"
+    order = 9
+    moe_layers = "prefix"
     takes: ClassVar[Takes] = {**TRUNK, **LATENT, **SIGMOID}
 
     def further_reasons(self, model: ModelConfig) -> list[str]:

@@ -22,7 +22,10 @@ from pretrain.model.config import ModelConfig
 class Glm4Moe(LlamaLike):
     """The target ``Glm4MoeForCausalLM``. Published GLM-4.5 turns half of a head's numbers only, which recipes do not have."""
 
-    name, architecture, moe_layers = "glm4_moe", "Glm4MoeForCausalLM", "prefix"
+    name = "glm4_moe"
+    architecture = "Glm4MoeForCausalLM"
+    order = 11
+    moe_layers = "prefix"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

@@ -29,7 +29,10 @@ THEIR_MLP = "model.layers.{layer}.mlp."
 class GptOss(LlamaLike):
     """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised softmax of all."""
 
-    name, architecture, moe_layers = "gpt_oss", "GptOssForCausalLM", "all"
+    name = "gpt_oss"
+    architecture = "GptOssForCausalLM"
+    order = 12
+    moe_layers = "all"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

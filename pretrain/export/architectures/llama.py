@@ -14,7 +14,10 @@ from pretrain.model.config import ModelConfig
 class Llama(LlamaLike):
     """The target ``LlamaForCausalLM``: every layer dense, biases in all of attention or all of the feed-forwards, or none."""
 
-    name, architecture, moe_layers = "llama", "LlamaForCausalLM", "none"
+    name = "llama"
+    architecture = "LlamaForCausalLM"
+    order = 1
+    moe_layers = "none"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pretrain.core.errors import ConfigError
 from pretrain.export.architectures.rope import ROPE, position_section, rope_parameters
+from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.name_map import Link, Links, Zeros, expand
 from pretrain.model.attention.config import GroupedQueryAttention
@@ -66,13 +67,9 @@ EXPERTS: Takes = {
 SOFTMAX: Takes = {**EXPERTS, "moe.router.kind": ("softmax_topk",), "moe.router.norm_topk_prob": ANY}
 
 
-class LlamaLike:
+class LlamaLike(ExportTarget):
     """A decoder with Llama's trunk; each architecture says what it takes, and which layers may be mixtures of experts."""
 
-    name: ClassVar[str]
-    architecture: ClassVar[str]
-    keeps_factors: ClassVar[bool] = False
-    files: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[Takes]
     moe_layers: ClassVar[Literal["none", "all", "prefix", "any"]]
     moe: ClassVar[str] = "mlp"

@@ -13,7 +13,10 @@ from pretrain.model.config import ModelConfig
 class Mistral(LlamaLike):
     """The target ``MistralForCausalLM``."""
 
-    name, architecture, moe_layers = "mistral", "MistralForCausalLM", "none"
+    name = "mistral"
+    architecture = "MistralForCausalLM"
+    order = 2
+    moe_layers = "none"
     takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, "attention.sliding_window": ANY}
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:

@@ -21,7 +21,10 @@ from pretrain.model.moe.config import RoutedMoE
 class Mixtral(LlamaLike):
     """The target ``MixtralForCausalLM``; a sliding window stands in every layer or in none."""
 
-    name, architecture, moe_layers = "mixtral", "MixtralForCausalLM", "all"
+    name = "mixtral"
+    architecture = "MixtralForCausalLM"
+    order = 5
+    moe_layers = "all"
     moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
     takes: ClassVar[Takes] = {
         **TRUNK,

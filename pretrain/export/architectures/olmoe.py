@@ -22,7 +22,10 @@ from pretrain.model.moe.config import RoutedMoE
 class Olmoe(LlamaLike):
     """The target ``OlmoeForCausalLM``."""
 
-    name, architecture, moe_layers = "olmoe", "OlmoeForCausalLM", "all"
+    name = "olmoe"
+    architecture = "OlmoeForCausalLM"
+    order = 8
+    moe_layers = "all"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

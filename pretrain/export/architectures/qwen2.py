@@ -21,7 +21,10 @@ WINDOWED: Takes = {"attention.sliding_window": ANY, "attention.full_attention_ev
 class Qwen2(LlamaLike):
     """The target ``Qwen2ForCausalLM``, which always has these biases."""
 
-    name, architecture, moe_layers = "qwen2", "Qwen2ForCausalLM", "none"
+    name = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    order = 4
+    moe_layers = "none"
     takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **WINDOWED, "attention.bias": ("qkv",)}
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class Qwen2Moe(LlamaLike):
     exact. Without a shared expert theirs has the width zero.
     """
 
-    name, architecture, moe_layers = "qwen2_moe", "Qwen2MoeForCausalLM", "any"
+    name = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    order = 7
+    moe_layers = "any"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

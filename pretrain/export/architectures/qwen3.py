@@ -15,7 +15,10 @@ from pretrain.model.config import ModelConfig
 class Qwen3(LlamaLike):
     """The target ``Qwen3ForCausalLM`` (transformers 4.51 and later)."""
 
-    name, architecture, moe_layers = "qwen3", "Qwen3ForCausalLM", "none"
+    name = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    order = 3
+    moe_layers = "none"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

@@ -24,7 +24,10 @@ from pretrain.model.moe.config import RoutedMoE
 class Qwen3Moe(LlamaLike):
     """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises each head of queries and keys."""
 
-    name, architecture, moe_layers = "qwen3_moe", "Qwen3MoeForCausalLM", "any"
+    name = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    order = 6
+    moe_layers = "any"
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

@@ -10,6 +10,7 @@ import torch
 
 from pretrain.config.differences import mark_of
 from pretrain.core.section import Effect, Section
+from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.name_map import Link, Links, is_left_out
 from pretrain.model import config as model_schema
 from pretrain.model.attention import config as attention_schema
@@ -150,13 +151,14 @@ NATIVE_EXPERT = re.compile(
 )
 
 
-class Custom:
+class Custom(ExportTarget):
     """The target of last resort: it reads like the architectures of transformers, but opens with ``trust_remote_code=True`` only."""
 
     name = "custom"
     architecture = AUTO_MAP["AutoModelForCausalLM"].split(".")[1]
     files = tuple(map(str, CLASS_FILES))
     keeps_factors = True
+    order = 1000  # behind everything that opens without trust_remote_code
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
         """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""

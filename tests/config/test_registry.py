@@ -1,0 +1,67 @@
+"""Kinds count from the moment their class is defined, and two of one name are refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each case runs in a process of its own: a kind stays defined for as long as its process lives.
+LATE = """
+from typing import ClassVar, Literal
+from pretrain.config.load import load_recipe, recipe_to_yaml, parse_yaml, validate_recipe
+from pretrain.core.errors import ConfigError
+from pretrain.model.moe.config import SoftmaxTopK
+from pretrain.model.config import Norm
+
+def error_of(*overrides):
+    try:
+        load_recipe("debug", list(overrides))
+    except ConfigError as error:
+        return str(error)
+
+before = error_of("model.moe.router={kind: late}")
+class Late(SoftmaxTopK):
+    kind: Literal["late"]
+    sharpness: float = 2.0
+{check}
+"""
+CHECKS = {
+    "a kind defined after the recipe's class is known": """
+assert "'late'" in before and "'softmax_topk'" in before, before
+recipe = load_recipe("debug", ["model.moe.router={kind: late, sharpness: 3}"])
+assert type(recipe.model.moe.router) is Late and recipe.model.moe.router.sharpness == 3
+again = validate_recipe(parse_yaml(recipe_to_yaml(recipe), "saved"), "saved")
+assert again == recipe and again.model.moe.router.sharpness == 3
+""",
+    "its fields are named in errors": """
+found = error_of("model.moe.router={kind: late, sharpnes: 3}")
+assert "unknown field 'model.moe.router.sharpnes': did you mean 'sharpness'?" in found, found
+found = error_of("model.moe.router={kind: latte}")
+assert "'model.moe.router.kind' is 'latte'" in found and "'late'" in found, found
+""",
+    "two kinds of one name are refused": """
+class Other(Norm):
+    kind: Literal["rms_norm"] = "rms_norm"
+found = error_of()
+assert "'rms_norm'" in found and "pretrain.model.config.RMSNorm" in found, found
+assert "__main__.Other" in found, found
+""",
+    "reading a recipe imports neither torch nor DeepSpeed": """
+import sys
+load_recipe("debug")
+assert not {"torch", "deepspeed"} & set(sys.modules)
+""",
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kinds_count_from_their_definition_on(name: str) -> None:
+    script = LATE.replace("{check}", CHECKS[name])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
