@@ -101,20 +101,18 @@ class CheckpointStore:
                 random_state() | {"own": own or {}},
                 temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt",
             )
-            moe = engine.recipe.model.moe
             tables = (
                 {name: table.weight for name, table in engine.rows.tables.items()}
                 if engine.rows is not None
                 else {}
             )
-            num_experts = moe.total_experts if moe else 1
             write_weights(
                 temporary,
                 engine.model,
                 engine.master_weight,
                 topology.rank,
                 engine.expert_parts,
-                num_experts,
+                engine.recipe.model.total_experts,
                 tables,
             )
             self._write_rows(temporary)

@@ -30,12 +30,11 @@ from pretrain.engine.veto import UpdateVeto
 from pretrain.engine.zero_layout import give_shards
 from pretrain.model.decoder import DecoderLM, RouterTotals, TrainOutput
 from pretrain.model.init import initialize
-from pretrain.model.moe.config import RoutedMoE
-from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.base import MoELayer
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.router import TopKRouter
 from pretrain.optim.frozen import frozen_parameters
-from pretrain.optim.muon import Muon
+from pretrain.optim.matrix_shards import MatrixOptimizer
 from pretrain.optim.param_groups import (
     build_optimizer,
     learning_rate_scale,
@@ -110,7 +109,9 @@ class Engine:
             fill(model, self.expert_part, self.expert_parts)
         names = [name for name, _ in model.named_parameters()]
         self._frozen_names = {
-            stage.number: frozen_parameters(names, stage.frozen, f"phases.{stage.name}.frozen")
+            stage.number: frozen_parameters(
+                names, stage.frozen, recipe.model, f"phases.{stage.name}.frozen"
+            )
             for stage in Timeline(recipe).stages
             if stage.frozen
         }
@@ -120,7 +121,9 @@ class Engine:
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
         self.peak_learning_rates = peak_learning_rates(recipe.optimizer)
-        optimizer = build_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer)
+        optimizer = build_optimizer(
+            parameter_groups(model, recipe.model, recipe.optimizer), recipe.optimizer
+        )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=without_monitors(ds_config)
         )
@@ -131,7 +134,7 @@ class Engine:
             # DeepSpeed takes one step on zero gradients there to make the optimizer state: forget it, or Adam starts at its second step.
             # The learning rate of the groups is still 0, so the weights have not decayed.
             self.optimizer.state.clear()
-        if isinstance(optimizer, Muon):
+        if isinstance(optimizer, MatrixOptimizer):
             give_shards(self.optimizer, optimizer, self.zero_stage, topology.device)
         if self.rows is not None:
             count_in_norm(self.optimizer, self.zero_stage, lambda: self._rows_norm)
@@ -143,9 +146,7 @@ class Engine:
             FrozenParameters(optimizer, self._master_part) if self._frozen_names else None
         )
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-        self._retrieving: list[PEER] = [
-            module for module in model.modules() if isinstance(module, PEER)
-        ]
+        self._moe_layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self._routed_usage_LE: torch.Tensor | None = None
         self._expert_group: distributed.ProcessGroup | None = None
         if topology.ep_size > 1 and self.rows is None:
@@ -251,23 +252,28 @@ class Engine:
         None for a dense model and where there was no step. Every rank must call it, because it is one all-reduce; the counters start anew.
         """
         usage_LE, self._routed_usage_LE = self._routed_usage_LE, None
-        if self._retrieving:
-            usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._retrieving])
-            for layer in self._retrieving:
-                layer.get_buffer("usage_E").zero_()
+        if counted := self._counted_by_layers():
+            usage_LE = torch.stack(counted)
+            for counts_E in counted:
+                counts_E.zero_()
         return None if usage_LE is None else self.topology.all_reduce_sum(usage_LE).cpu()
 
     def usage_so_far(self) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """A copy of the counters that :meth:`take_usage` starts anew, for :meth:`restore_usage`."""
         routed = self._routed_usage_LE
         return None if routed is None else routed.clone(), [
-            layer.get_buffer("usage_E").clone() for layer in self._retrieving
+            counts_E.clone() for counts_E in self._counted_by_layers()
         ]
 
     def restore_usage(self, usage: tuple[torch.Tensor | None, list[torch.Tensor]]) -> None:
         self._routed_usage_LE = usage[0]
-        for layer, counts_E in zip(self._retrieving, usage[1], strict=True):
-            layer.get_buffer("usage_E").copy_(counts_E)
+        for counts_E, saved_E in zip(self._counted_by_layers(), usage[1], strict=True):
+            counts_E.copy_(saved_E)
+
+    def _counted_by_layers(self) -> list[torch.Tensor]:
+        """The counters of layers that count their experts' choices themselves."""
+        counters = [layer.counted_choices_E for layer in self._moe_layers]
+        return [counts_E for counts_E in counters if counts_E is not None]
 
     def _step_rows(
         self, rows: SparseOptimizer, norm: float, applied: bool, learning_rate_factor: float
@@ -432,12 +438,8 @@ class Engine:
 
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al. 2025, "Demons in the detail").
         """
-        moe = self.recipe.model.moe
-        if (
-            not isinstance(moe, RoutedMoE)
-            or moe.balance_scope == "micro_batch"
-            or not self.recipe.model.routed_layers
-        ):
+        moe = self.recipe.model.routing
+        if moe is None or moe.balance_scope == "micro_batch":
             return None
         counts_LE = torch.zeros(
             len(self.recipe.model.routed_layers), moe.num_experts, device=self.topology.device

@@ -14,8 +14,7 @@ from pretrain.config.rules.sections import expert_shards
 from pretrain.engine.sparse_optimizer import RowGroups, SparseOptimizer
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.moe.config import PEER as PEERConfig
-from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.base import MoELayer
 from pretrain.model.moe.tables.products import ExpertTable
 
 
@@ -23,20 +22,18 @@ def expert_rows(
     model: DecoderLM, recipe: Recipe, zero_stage: int, topology: Topology
 ) -> SparseOptimizer | None:
     """Takes the tables of a PEER model out of its parameters, before DeepSpeed sees them; None for other models. All ranks must call it."""
-    layers = [module for module in model.modules() if isinstance(module, PEER)]
-    if not layers:
-        return None
-    assert isinstance(recipe.model.moe, PEERConfig)
-    shards = expert_shards(recipe, topology.world_size, zero_stage)
-    sharing, replicas = _groups(topology, shards)
-    for layer in layers:
-        layer.group = sharing
-        layer.usage_E = layer.usage_E.to(topology.device)
     tables = {
         f"{name}.weight": module
         for name, module in model.named_modules()
         if isinstance(module, ExpertTable)
     }
+    if not tables or recipe.model.moe is None:
+        return None
+    shards = expert_shards(recipe, topology.world_size, zero_stage)
+    sharing, replicas = _groups(topology, shards)
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.share_experts(sharing, topology.device)
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
     config = recipe.optimizer.row_optimizer
     assert config is not None
@@ -44,7 +41,7 @@ def expert_rows(
         tables,
         config,
         RowGroups(replicas, everyone),
-        recipe.model.moe.expert_kernel,
+        recipe.model.moe.table_kernel,
         topology.device,
     )
 

@@ -11,7 +11,7 @@ from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import Effect, NonNegative, Positive, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.init_config import Initialization, StandardInitialization
-from pretrain.model.moe.config import MoE
+from pretrain.model.moe.config import MoE, Role, RoutedMoE
 
 Weight = Annotated[float, Field(ge=0)]
 Growth = Annotated[float, Field(gt=0)]
@@ -177,7 +177,29 @@ class NoPosition(Position):
 
 
 class FeedForward(Component):
+    """What every kind has.
+
+    Attributes:
+        gated: two matrices before the activation, ``gate_proj`` and ``up_proj``; else ``up_proj`` only.
+        expansion: rows of each of these for one hidden unit.
+    """
+
+    gated: ClassVar[bool] = True
+    expansion: ClassVar[int] = 1
+
     bias: bool = Field(False, description="every matrix has a bias")
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters of one feed-forward, which is also the form of one expert."""
+        matrices = [*(["gate_proj"] if self.gated else []), "up_proj", "down_proj"]
+        parts = ("weight", "bias") if self.bias else ("weight",)
+        return [f"{matrix}.{part}" for matrix in matrices for part in parts]
+
+    @property
+    def kept_per_unit(self) -> int:
+        """Elements kept for the backward pass a hidden unit: products, activation, dropout."""
+        return (2 if self.gated else 1) * self.expansion + 2
 
 
 class SwiGLU(FeedForward):
@@ -191,6 +213,7 @@ class GELU(FeedForward):
     """down(gelu(up(x))), exact or in the tanh approximation (Hendrycks & Gimpel 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
+    gated: ClassVar[bool] = False
     kind: Literal["gelu"]
     approximate: Annotated[Literal["none", "tanh"], Effect.FUNCTION] = "none"
 
@@ -199,6 +222,7 @@ class SiLU(FeedForward):
     """down(silu(up(x))): no gate (Elfwing et al. 2017)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SiLU"
+    gated: ClassVar[bool] = False
     kind: Literal["silu"]
 
 
@@ -221,6 +245,7 @@ class ProductSwiGLU(Clamped):
     """
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ProductSwiGLU"
+    expansion: ClassVar[int] = 2
     kind: Literal["product_swiglu"]
 
 
@@ -363,7 +388,29 @@ class ModelConfig(Section):
         return self.moe_layers + [self.num_hidden_layers] * block_routes
 
     @property
+    def routing(self) -> RoutedMoE | None:
+        """The MoE section if its layers have routers; None for a dense model, and for PEER."""
+        return self.moe.routing if self.moe is not None and self.routed_layers else None
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts of one layer; 1 for a dense model, which any number of ranks divides."""
+        return self.moe.total_experts if self.moe is not None and self.routed_layers else 1
+
+    def moe_role(self, name: str) -> Role | None:
+        """What a parameter is for in an MoE layer, by its name in the model; None for all others."""
+        inner = below_feed_forward(name)
+        return None if inner is None or self.moe is None else self.moe.role_of(inner)
+
+    @property
     def padded_vocab_size(self) -> int:
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def below_feed_forward(name: str) -> str | None:
+    """A parameter's name below its block's feed-forward; None for other parts of the model."""
+    # Shared experts have a feed-forward inside the layer's own: the first one counts.
+    _, found, inner = name.partition(".feed_forward.")
+    return inner if found else None

@@ -15,7 +15,6 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
 from pretrain.model.moe.base import RouterStatistics, RoutingRecord
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
@@ -150,10 +149,10 @@ class DecoderLM(nn.Module):
         loss = loss / normalizer
         if not statistics:
             return TrainOutput(loss, nll, None, multi_token_nll)
-        assert isinstance(self.config.moe, RoutedMoE)
+        assert self.config.routing is not None
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(
-            loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True
+            loss_weights(self.config.routing).values(), stacked.losses_LJ.unbind(1), strict=True
         ):
             if weight:
                 loss = loss + weight * values_L.sum()

@@ -10,7 +10,12 @@ from pretrain.core.section import Positive, Section
 
 
 class Initialization(Section):
-    """What a kind says is read when random weights are drawn and when an optimizer is built, and never by a finished model."""
+    """How weights start and learn: never read by a finished model."""
+
+    @property
+    def base_widths(self) -> BaseWidths | None:
+        """The widths that learning rates were chosen at, if they depend on the width (muP)."""
+        return None
 
 
 class StandardInitialization(Initialization):
@@ -50,3 +55,7 @@ class MaximalUpdate(Initialization):
 
     kind: Literal["mup"]
     base: BaseWidths
+
+    @property
+    def base_widths(self) -> BaseWidths | None:
+        return self.base

@@ -204,3 +204,13 @@ class MatrixShards:
         arrived = joined.new_empty(sum(received))
         distributed.all_to_all_single(arrived, joined, received, sent, group=self.group)
         return arrived
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """An optimizer whose update of a matrix needs all of it.
+
+    Attributes:
+        shards: where the matrices of each flat partition are; what is not here is trained as it is.
+    """
+
+    shards: dict[torch.Tensor, MatrixShards]

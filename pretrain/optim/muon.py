@@ -9,7 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from pretrain.optim.config import Muon as MuonConfig
-from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixShards
+from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixOptimizer
 
 # Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2 (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -34,7 +34,7 @@ def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
     return x_NAB.mT if tall else x_NAB
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MatrixOptimizer):
     """Groups whose ``rule`` is ``muon`` hold matrices [..., A, B]; those with ``adamw`` anything.
 
     ZeRO trains flat partitions instead: ``shards`` then says, for each of them in a ``muon`` group, where the matrices lie.
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
         self.config = config
-        self.shards: dict[torch.Tensor, MatrixShards] = {}
+        self.shards = {}
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
 
     @torch.no_grad()

@@ -25,9 +25,10 @@ from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.engine.precision import DTYPES
-from pretrain.model.sizes import activation_bytes, model_size, peak_flops, state_bytes_per_rank
+from pretrain.model.sizes import model_size, peak_flops
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.folder import CHECKPOINTS, check_branch
+from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 from pretrain.training.schedules import run_learning_rate_factor
 
 # Share of the rate of a large matrix product that a whole step reaches. Small models on CPUs reached 0.05; for GPUs it is a cautious guess.
@@ -157,7 +158,9 @@ def phase_rows(recipe: Recipe, timeline: Timeline, world_size: int) -> list[dict
             run_learning_rate_factor(step, timeline, recipe.schedule)
             for step in (stage.first_step, last)
         ]
-        frozen_parameters([*dense, *experts], stage.frozen, f"phases.{stage.name}.frozen")
+        frozen_parameters(
+            [*dense, *experts], stage.frozen, recipe.model, f"phases.{stage.name}.frozen"
+        )
         rows.append({
             "name": stage.name,
             "tokens": stage.num_tokens,

@@ -26,7 +26,6 @@ from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine, reduce_steps
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, world_size_from_environment
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.train import resolve_recipe, share_cores
 from pretrain.training.schedules import balance_update_rate
 
@@ -153,13 +152,13 @@ def run_range_test(
     phases, and how its balancing biases move.
     """
     recipe, timeline = engine.recipe, Timeline(engine.recipe)
-    peak, moe = recipe.optimizer.learning_rate, recipe.model.moe
+    peak, moe = recipe.optimizer.learning_rate, recipe.model.routing
     losses: list[float] = []
     stage: Phase | None = None
     for step, rate in enumerate(rates):
         if (now := timeline.at(step)) is not stage:
             engine.enter(stage := now)
-        balancing = moe.bias_balancing if isinstance(moe, RoutedMoE) else None
+        balancing = None if moe is None else moe.bias_balancing
         balance_rate = (
             balance_update_rate(step, timeline.num_steps, balancing)
             if balancing is not None

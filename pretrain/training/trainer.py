@@ -28,7 +28,6 @@ from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.policy import GuardPolicy, Progress
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import RouterTotals
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.losses import ALWAYS_COMPUTED, LOSSES, loss_weights
 from pretrain.model.sizes import model_size
 from pretrain.training.schedules import balance_update_rate, run_learning_rate_factor
@@ -199,10 +198,10 @@ class Trainer:
         if (stage := self.timeline.at(step)) is not self._stage:
             self._enter(stage)
         factor = run_learning_rate_factor(step, self.timeline, self.recipe.schedule)
-        moe = self.recipe.model.moe
+        moe = self.recipe.model.routing
         balance_rate = (
             balance_update_rate(step, self.num_steps, moe.bias_balancing)
-            if isinstance(moe, RoutedMoE) and moe.bias_balancing
+            if moe is not None and moe.bias_balancing is not None
             else 0.0
         )
         batches = self.loader.step_batches(step)
@@ -452,12 +451,12 @@ class Trainer:
 
 def _router_columns(router: RouterTotals | None, model: ModelConfig) -> Row:
     """Means over the layers with a router, and one entry a layer with the share of choices that each expert got (1/E when balanced)."""
-    if router is None or not isinstance(model.moe, RoutedMoE):
+    if router is None or model.routing is None:
         return {}
     shares_LE = router.counts_LE / router.counts_LE.sum(dim=1, keepdim=True)
     shown = [
         name
-        for name, weight in loss_weights(model.moe).items()
+        for name, weight in loss_weights(model.routing).items()
         if weight or name in ALWAYS_COMPUTED
     ]
     losses = {

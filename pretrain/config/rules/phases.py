@@ -56,7 +56,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
     for phase in recipe.phases:
         if (now := phase.position) is None or now == before:
             continue
-        names = [position.kind for position in (before, now)]  # type: ignore[attr-defined]
+        names = [position.kind for position in (before, now)]
         if not (before.rotary and now.rotary) or before.alibi != now.alibi:
             raise ConfigError(
                 f"phases.{phase.name}.position has kind={names[1]} in a model of kind={names[0]}: "

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.core.registry import Component
+from pretrain.core.errors import ConfigError
+from pretrain.core.registry import Component, NameOf
 from pretrain.core.section import Effect, Positive
-
-KernelName = Literal["sdpa", "reference", "flex", "flash"]
+from pretrain.model.attention.kernels.config import Kernel
 
 
 class Attention(Component):
@@ -29,7 +29,7 @@ class Attention(Component):
         False,
         description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)",
     )
-    kernel: Annotated[KernelName, Effect.NONE] = Field(
+    kernel: Annotated[str, NameOf(Kernel), Effect.NONE] = Field(
         "sdpa", description="'reference' is the plain fp32 form that tests compare with"
     )
 
@@ -75,7 +75,26 @@ class Attention(Component):
     @property
     @abstractmethod
     def widest_head(self) -> int:
-        """Numbers of the widest head that a kernel is given, in training or with a cache."""
+        """Elements of the widest head that a kernel is given, in training or with a cache."""
+
+    @property
+    @abstractmethod
+    def query_width(self) -> int:
+        """Elements of one head's query, whose square root its scores are divided by."""
+
+    @property
+    def query_scales(self) -> tuple[str, ...]:
+        """The tensors that scores grow with, for muP; () for kinds whose heads never become wider."""
+        return ()
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether keys and values are made of latents, which have norms of their own."""
+        return False
+
+    def check(self, path: str) -> None:
+        """Raises :class:`ConfigError` if sizes do not go together; ``path`` is that of the section."""
+        return
 
 
 class GroupedQueryAttention(Attention):
@@ -114,6 +133,22 @@ class GroupedQueryAttention(Attention):
     @property
     def widest_head(self) -> int:
         return self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        return self.head_dim
+
+    @property
+    def query_scales(self) -> tuple[str, ...]:
+        """A norm takes away whatever scale the projection has, so that its weight has to do it."""
+        return ("q_proj.weight", "q_proj.bias") if self.qk_norm == "none" else ("q_norm.weight",)
+
+    def check(self, path: str) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{path}.num_attention_heads ({self.num_attention_heads}) is no multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads}): change one of them"
+            )
 
 
 class MultiHeadLatentAttention(Attention):
@@ -166,6 +201,14 @@ class MultiHeadLatentAttention(Attention):
     @property
     def trained_per_token(self) -> int:
         return self.score_dim + self.value_dim + self.cached_per_token
+
+    @property
+    def query_width(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_latents(self) -> bool:
+        return True
 
     @property
     def widest_head(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -39,8 +41,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = model.attention
-        assert isinstance(config, GroupedQueryConfig)
+        config = cast(GroupedQueryConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -45,8 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = model.attention
-        assert isinstance(config, LatentConfig)
+        config = cast(LatentConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),

@@ -6,7 +6,7 @@ Its ``l_aux`` is not used: it has another scale for k = 1, 2 and more, and for k
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.config import DeepSpeedMoE as DeepSpeedConfig
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
@@ -120,12 +120,11 @@ class _RouterGate(nn.Module):
         return self._routing
 
 
-class DeepSpeedMoE(MoE):
+class DeepSpeedMoE(MoELayer, MoE):
     """Capacity factors, drop or pad, noisy gates, residual experts (Rajbhandari et al. 2022). Interface of ``DroplessMoE``."""
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        config = model.moe
-        assert isinstance(config, DeepSpeedConfig)
+        config = cast(DeepSpeedConfig, model.moe)
         kind, dropout = model.feed_forward.implementing_class(), model.dropout
         expert = kind(
             model.feed_forward,
@@ -155,6 +154,15 @@ class DeepSpeedMoE(MoE):
         else:
             self.deepspeed_moe.gate.__class__ = _ObservedGate
         self.shared = shared_experts(model)
+
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        done: list[torch.Tensor] = []
+        first = self.ep_rank * self.num_local_experts
+        for local, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts):
+            for matrix, parameter in expert.named_parameters():
+                fill(parameter, f"{name}.expert.{first + local}.{matrix}")
+                done.append(parameter)
+        return done
 
     def forward(
         self,

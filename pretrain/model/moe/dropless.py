@@ -7,6 +7,8 @@ used: its router multiplies in the model's precision and it has no balancing los
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_LOGICAL_SHAPE, DS_AUTOEP_UC_META
 from deepspeed.module_inject.auto_ep_layer import (
@@ -21,7 +23,7 @@ from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.config import DroplessMoE as DroplessConfig
 from pretrain.model.moe.dispatch import (
     combine,
@@ -76,7 +78,7 @@ class _WeightShapes(nn.Module):
         self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, rows))
 
 
-class DroplessMoE(AutoEPMoELayer):
+class DroplessMoE(MoELayer, AutoEPMoELayer):
     """Every token reaches all of its top_k experts. ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
 
     The biases of all experts, which are small, stand on every rank as dense parameters ``b1 b3`` [E, X] and ``b2`` [E, D]. A rank uses
@@ -87,17 +89,16 @@ class DroplessMoE(AutoEPMoELayer):
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        config, kind = model.moe, model.feed_forward.implementing_class()
-        assert isinstance(config, DroplessConfig)
-        if not kind.gated and config.moe_intermediate_size % 2:
+        form, config = model.feed_forward, cast(DroplessConfig, model.moe)
+        if not form.gated and config.moe_intermediate_size % 2:
             raise ConfigError(
-                f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: dropless experts keep the one matrix before "
-                f"{model.feed_forward.__class__.__name__} in two halves"
+                f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: dropless "
+                f"experts keep the one matrix before {form.kind} in two halves"
             )
         # Kinds with one matrix before the activation have its two halves in w1 and w3.
         rows = (
-            config.moe_intermediate_size * kind.expansion
-            if kind.gated
+            config.moe_intermediate_size * form.expansion
+            if form.gated
             else config.moe_intermediate_size // 2
         )
         layer_config = AutoEPConfig()
@@ -111,11 +112,11 @@ class DroplessMoE(AutoEPMoELayer):
         # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
         tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
-        form = ExpertForm(kind, model.feed_forward, model.dropout.feed_forward)
+        expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts
-        self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, first)
+        self.experts = Experts(tagged.w1, w2, tagged.w3, expert, config.expert_kernel, first)
         self.b1 = self.b2 = self.b3 = None
-        if model.feed_forward.bias:
+        if form.bias:
             self.b1, self.b3 = (
                 nn.Parameter(torch.zeros(config.num_experts, rows)) for _ in range(2)
             )
@@ -125,6 +126,22 @@ class DroplessMoE(AutoEPMoELayer):
         )
         self.shared = shared_experts(model)
         self.config, self.dropout = config, model.dropout.expert
+
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        experts = self.experts
+        for local in range(self.num_local_experts):
+            prefix = f"{name}.expert.{experts.first + local}"
+            fill(experts.w2[local], f"{prefix}.down_proj.weight")
+            if experts.form.config.gated:
+                fill(experts.w1[local], f"{prefix}.gate_proj.weight")
+                fill(experts.w3[local], f"{prefix}.up_proj.weight")
+            else:
+                # One stream for the whole matrix: its halves start as they would in other layers.
+                up = torch.cat((experts.w1[local], experts.w3[local]))
+                fill(up, f"{prefix}.up_proj.weight")
+                for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
+                    half[local] = rows
+        return [experts.w1, experts.w2, experts.w3]
 
     def _with_width(self, tagged: nn.Parameter, width: int) -> nn.Parameter:
         """w2 for as many hidden numbers as the activation leaves, with the tags of AutoEP's own."""

@@ -7,18 +7,28 @@ where sending a row for each choice would move 2 heads K D.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RoutingRecord
 from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
 from pretrain.model.moe.shared_experts import shared_experts
-from pretrain.model.moe.tables.products import Bags, ExpertTable, kernel_named
+from pretrain.model.moe.tables.interface import Bags
+from pretrain.model.moe.tables.products import ExpertTable, kernel_named
+
+# Values of a table that one random stream fills.
+VALUES_A_STREAM = 1 << 20
+# The tables by the matrices of a feed-forward that their rows are parts of, and so start like.
+TABLE_SUFFIXES = {
+    "up.weight": ".up_proj.weight",
+    "gate.weight": ".gate_proj.weight",
+    "down.weight": ".down_proj.weight",
+}
 
 
 class PEERExperts(nn.Module):
@@ -30,9 +40,9 @@ class PEERExperts(nn.Module):
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
         super().__init__()
         self.form, self.kind = model.feed_forward, model.feed_forward.implementing_class()
-        rows = config.moe_intermediate_size * self.kind.expansion
+        rows = config.moe_intermediate_size * self.form.expansion
         self.up = ExpertTable(num_local, rows, model.hidden_size)
-        self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.kind.gated else None
+        self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.form.gated else None
         self.down = ExpertTable(num_local, config.moe_intermediate_size, model.hidden_size)
         self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
 
@@ -52,7 +62,7 @@ class PEERExperts(nn.Module):
         return self.down.weighted(hidden_PF * weights_P[:, None], bags, kernel)
 
 
-class PEER(nn.Module):
+class PEER(MoELayer, nn.Module):
     """The layer: retrieval, experts, and shared experts beside them. Interface of ``DroplessMoE``, without router statistics.
 
     ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody reads it and sets it to zero.
@@ -65,8 +75,7 @@ class PEER(nn.Module):
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
-        config = model.moe
-        assert isinstance(config, PEERConfig)
+        config = cast(PEERConfig, model.moe)
         self.num_experts, self.ep_size, self.ep_rank = config.total_experts, ep_size, ep_rank
         self.num_local_experts = self.num_experts // ep_size
         self.retrieval = ProductKeys(config, model.hidden_size, model.norm.eps)
@@ -76,6 +85,30 @@ class PEER(nn.Module):
             "usage_E", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False
         )
         self.group: distributed.ProcessGroup | None = None
+
+    @property
+    def counted_choices_E(self) -> torch.Tensor | None:
+        return self.usage_E
+
+    def share_experts(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
+        self.group, self.usage_E = group, self.usage_E.to(device)
+
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        """A stream for each million values or so of a table, drawn whole even if part of them is held."""
+        done: list[torch.Tensor] = []
+        first = self.ep_rank * self.num_local_experts
+        last = first + self.num_local_experts
+        for table_name, table in self.experts.named_parameters():
+            block = max(1, VALUES_A_STREAM // table[0].numel())
+            stem, suffix = table_name.removesuffix(".weight"), TABLE_SUFFIXES[table_name]
+            for start in range(first // block * block, last, block):
+                size = min(block, self.num_experts - start)
+                drawn = torch.empty(size, *table.shape[1:], device=table.device)
+                fill(drawn, f"{name}.{stem}.{start}{suffix}")
+                low, high = max(start, first), min(start + block, last)
+                table[low - first : high - first] = drawn[low - start : high - start]
+            done.append(table)
+        return done
 
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None

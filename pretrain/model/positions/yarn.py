@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -46,8 +47,8 @@ class YarnPosition(PositionEncoding):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        assert isinstance(model.position, Yarn)
-        self.config, self.rotary_dim = model.position, model.attention.rotary_dim
+        self.config = cast(Yarn, model.position)
+        self.rotary_dim = model.attention.rotary_dim
         config, of_all = self.config, self._growth(self.config.mscale_all_dim or 0.0)
         by_default = (
             self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all

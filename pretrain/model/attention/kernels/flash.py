@@ -6,18 +6,20 @@ import torch
 from flash_attn import flash_attn_func
 
 from pretrain.core.errors import ConfigError
+from pretrain.model.attention.kernels.config import Flash
 from pretrain.model.attention.scores import Scores
 
 
 def flash_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """fp16 or bf16 on CUDA, heads of at most 256 numbers. Its causal mask ends at the last key, so that cached keys come before the queries.
+    """What its section says; the causal mask ends at the last key: cached keys come before the queries.
 
     Raises:
         ConfigError: on another device, or in another dtype.
     """
-    if not q_BNSH.is_cuda or q_BNSH.dtype not in (torch.float16, torch.bfloat16):
+    half = q_BNSH.dtype in (torch.float16, torch.bfloat16)
+    if q_BNSH.device.type not in Flash.devices or not half:
         raise ConfigError(
             f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on {q_BNSH.device.type}: "
             "use --set model.attention.kernel=sdpa"

@@ -29,10 +29,13 @@ class ExpertGroups(Section):
 class Router(Section):
     """A kind of router. What it computes is fp32, whatever the model's precision.
 
-    ``learned_noise`` asks for a second matrix whose product is handed to :meth:`noisy_logits` in training.
+    Attributes:
+        learned_noise: asks for a second matrix, whose product :meth:`noisy_logits` gets in training.
+        scores_add_up_to_one: over all experts of a token.
     """
 
     learned_noise: ClassVar[bool] = False
+    scores_add_up_to_one: ClassVar[bool] = False
 
     bias: bool = Field(False, description="a learned bias on the logits")
     norm_topk_prob: Annotated[bool, Effect.FUNCTION] = Field(

@@ -14,6 +14,7 @@ class NoisyTopK(Router):
     """Softmax over noisy logits; the noise's size is softplus of a second product, whose matrix starts at zero: noise of ln 2."""
 
     learned_noise: ClassVar[bool] = True
+    scores_add_up_to_one: ClassVar[bool] = True
     kind: Literal["noisy_topk"]
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ asks for rows. Everything here is fp32: rows are read, not multiplied with matri
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,35 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
+from pretrain.model.moe.tables.interface import Bags, Kernel
 
 # torch says so once a process of every sparse matrix in this format; two dense results are all that is taken from it here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-
-
-class Bags(NamedTuple):
-    """The rows that each token chose: those of token t are ``row_P[offsets_T1[t] : offsets_T1[t + 1]]``; int64, [P] and [T + 1]."""
-
-    row_P: torch.Tensor
-    offsets_T1: torch.Tensor
-
-    def owners(self) -> torch.Tensor:
-        """The token of each pair, [P] int64."""
-        tokens = torch.arange(self.offsets_T1.numel() - 1, device=self.row_P.device)
-        return tokens.repeat_interleave(self.offsets_T1.diff(), output_size=self.row_P.numel())
-
-    def widened(self, width: int) -> Bags:
-        """The same choice in a table that has ``width`` neighbouring rows for each of these."""
-        if width == 1:
-            return self
-        row_PX = self.row_P[:, None] * width + torch.arange(width, device=self.row_P.device)
-        return Bags(row_PX.reshape(-1), self.offsets_T1 * width)
-
-
-class Kernel(NamedTuple):
-    """One way to compute both products: ``row_dots(x_TD, table_ND, bags) -> [P]``, ``weighted_rows(c_P, table_ND, bags) -> [T, D]``."""
-
-    row_dots: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
-    weighted_rows: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
 
 
 def _plain_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
@@ -98,6 +72,7 @@ BAGS = Kernel(_bag_row_dots, _bag_weighted_rows)
 def kernel_named(name: str, device: torch.device) -> Kernel:
     """``plain``, ``bags``, ``triton``, or for ``auto`` the fastest on ``device``."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
+        # Triton is an optional package, which only CUDA has a use for.
         from pretrain.model.moe.tables.products_triton import TRITON
 
         return TRITON

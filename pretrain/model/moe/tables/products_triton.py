@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
-from pretrain.model.moe.tables.products import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, Kernel
 
 try:
     import triton
