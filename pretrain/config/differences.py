@@ -1,4 +1,6 @@
-"""In what two models differ, field by field, and what each difference means for weights that are taken from one to the other."""
+"""In what two models differ, field by field, and what each difference means for weights that are
+taken from one to the other.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Difference:
     """A field that two models have with other values.
 
     Attributes:
-        path: in a recipe, such as ``model.position.rope_theta``; of two kinds of a part, ``model.position.kind``.
+        path: in a recipe, such as ``model.position.rope_theta``; of two kinds of a part,
+            ``model.position.kind``.
         values: of the first and of the second model, as shown to a user.
         effect: what the second value does to the weights of the first.
         is_kind: whether the two are of other kinds, so that what is inside cannot be compared.
@@ -39,7 +42,8 @@ def mark_of(field: FieldInfo, inherited: Effect) -> Effect:
 def differences(first: ModelConfig, second: ModelConfig) -> list[Difference]:
     """Every field of the schema in which two models differ, in its order.
 
-    What no layer reads does not count, and what only one of them has layers for is shown by ``model.layer_pattern``.
+    What no layer reads does not count, and what only one of them has layers for is shown by
+    ``model.layer_pattern``.
     """
     models = (first, second)
     changed: dict[str, Any] = {}
@@ -90,7 +94,10 @@ def _shown(value: Any) -> str:
 
 
 def with_field(model: ModelConfig, source: ModelConfig, path: str) -> ModelConfig:
-    """``model`` with the one field at ``path`` (as :class:`Difference` has it) as in ``source``; nothing is checked."""
+    """``model`` with the one field at ``path`` (as :class:`Difference` has it) as in ``source``.
+
+    Nothing is checked.
+    """
     return _with_field(model, source, path.removeprefix("model.").removesuffix(".kind").split("."))
 
 

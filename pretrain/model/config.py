@@ -17,7 +17,7 @@ Weight = Annotated[float, Field(ge=0)]
 Growth = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
-# --- norms ----------------------------------------------------------------------------------------------------------------------
+# --- norms ---
 
 
 class Norm(Component):
@@ -38,7 +38,7 @@ class LayerNorm(Norm):
     kind: Literal["layer_norm"]
 
 
-# --- positions ------------------------------------------------------------------------------------------------------------------
+# --- positions ---
 
 
 class Position(Component):
@@ -46,7 +46,10 @@ class Position(Component):
     alibi: ClassVar[bool] = False
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """If both tell in the same way where a token is; what else a kind has are tensors of its own."""
+        """If both encode positions in the same way.
+
+        What else a kind has are tensors of its own.
+        """
         return isinstance(other, Position) and (self.rotary, self.alibi) == (
             other.rotary,
             other.alibi,
@@ -66,7 +69,9 @@ class Rope(RotaryBase):
 
 
 class Yarn(RotaryBase):
-    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest ramps between (NTK by parts)."""
+    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest
+    ramps between (NTK by parts).
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
     kind: Literal["yarn"]
@@ -87,15 +92,18 @@ class Yarn(RotaryBase):
     )
     mscale: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None,
-        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)",
+        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim "
+        "ln(factor) + 1)",
     )
     mscale_all_dim: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None,
-        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not (DeepSeek-V3's code)",
+        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not "
+        "(DeepSeek-V3's code)",
     )
     truncate: Annotated[bool, Effect.FUNCTION] = Field(
         True,
-        description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)",
+        description="round the ramp's ends outwards to whole pairs (Hugging Face's default; "
+        "gpt-oss does not)",
     )
 
     @model_validator(mode="after")
@@ -116,7 +124,9 @@ class Yarn(RotaryBase):
 
 
 class Llama3(RotaryBase):
-    """Llama 3.1's stretched rotary embedding: slow pairs are interpolated by ``factor``, fast ones kept, the rest blends between."""
+    """Llama 3.1's stretched rotary embedding: slow pairs are interpolated by ``factor``, fast ones
+    kept, the rest blends between.
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.llama3:Llama3Position"
     kind: Literal["llama3"]
@@ -128,7 +138,8 @@ class Llama3(RotaryBase):
     )
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="pairs that rotate less often than this over the original length are interpolated",
+        description="pairs that rotate less often than this over the original length are "
+        "interpolated",
     )
     high_freq_factor: Annotated[float, Field(gt=0)] = Field(
         4.0, description="pairs that rotate more often than this over the original length are kept"
@@ -138,7 +149,8 @@ class Llama3(RotaryBase):
     def _blend_has_a_width(self) -> Llama3:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor ({self.low_freq_factor})"
+                f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor "
+                f"({self.low_freq_factor})"
             )
         return self
 
@@ -160,27 +172,30 @@ class RopeAlibi(RotaryBase):
 
 
 class Learned(Position):
-    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding (Vaswani et al. 2017, GPT-2)."""
+    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding
+    (Vaswani et al. 2017, GPT-2).
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.learned:LearnedPosition"
     kind: Literal["learned"]
 
 
 class NoPosition(Position):
-    """None: a causal mask alone tells the order (NoPE, Kazemnejad et al. 2023)."""
+    """None: the order shows in the causal mask alone (NoPE, Kazemnejad et al. 2023)."""
 
     implementation: ClassVar[str] = "pretrain.model.positions.none:NoPosition"
     kind: Literal["none"]
 
 
-# --- feed-forwards: also the form of one expert -----------------------------------------------------------------------------------
+# --- feed-forwards: also the form of one expert ---
 
 
 class FeedForward(Component):
     """What every kind has.
 
     Attributes:
-        gated: two matrices before the activation, ``gate_proj`` and ``up_proj``; else ``up_proj`` only.
+        gated: two matrices before the activation, ``gate_proj`` and ``up_proj``; else ``up_proj``
+            only.
         expansion: rows of each of these for one hidden unit.
     """
 
@@ -239,9 +254,11 @@ class ClampedSwiGLU(Clamped):
 
 
 class ProductSwiGLU(Clamped):
-    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide (Project 828).
+    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide
+    (Project 828).
 
-    Before its clamp the product grows with the square of x: spikes of the gradient are to be expected.
+    Before its clamp the product grows with the square of x: spikes of the gradient are to be
+    expected.
     """
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ProductSwiGLU"
@@ -249,7 +266,7 @@ class ProductSwiGLU(Clamped):
     kind: Literal["product_swiglu"]
 
 
-# --- which layers are mixtures of experts -----------------------------------------------------------------------------------------
+# --- which layers are mixtures of experts ---
 
 
 class LayerPattern(Section):
@@ -281,7 +298,9 @@ class AllDense(LayerPattern):
 
 
 class EveryNth(LayerPattern):
-    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's ``decoder_sparse_step``."""
+    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's
+    ``decoder_sparse_step``.
+    """
 
     kind: Literal["every_nth"]
     n: Positive
@@ -291,7 +310,9 @@ class EveryNth(LayerPattern):
 
 
 class FirstKDense(LayerPattern):
-    """The first k layers are dense, the others mixtures of experts (DeepSeek's ``first_k_dense_replace``)."""
+    """The first k layers are dense, the others mixtures of experts (DeepSeek's
+    ``first_k_dense_replace``).
+    """
 
     kind: Literal["first_k_dense"]
     k: NonNegative
@@ -300,11 +321,13 @@ class FirstKDense(LayerPattern):
         return layer >= self.k
 
 
-# --- the model --------------------------------------------------------------------------------------------------------------------
+# --- the model ---
 
 
 class Dropout(Section):
-    """Shares of numbers that are zeroed in training, the others scaled up (Srivastava et al. 2014)."""
+    """Shares of elements that are zeroed in training, the others scaled up (Srivastava et al.
+    2014).
+    """
 
     embedding: Rate = Field(
         0.0, description="of what enters the first block, added positions included"
@@ -313,14 +336,14 @@ class Dropout(Section):
     residual: Rate = Field(
         0.0, description="of what attention and feed-forwards add to the residual stream"
     )
-    feed_forward: Rate = Field(
-        0.0, description="of the hidden numbers of feed-forwards and experts"
-    )
-    expert: Rate = Field(0.0, description="of what each routed expert answers")
+    feed_forward: Rate = Field(0.0, description="of the hidden units of feed-forwards and experts")
+    expert: Rate = Field(0.0, description="of the output of each routed expert")
 
 
 class MultiTokenPrediction(Section):
-    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1), with the model's embedding and head."""
+    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1),
+    with the model's embedding and head.
+    """
 
     loss_weight: Annotated[float, Field(gt=0)] = 0.3
 
@@ -333,11 +356,13 @@ class ModelConfig(Section):
     )
     vocab_multiple: Annotated[Positive, Effect.NONE] = Field(
         64,
-        description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted",
+        description="the embedding is padded to a multiple of this; padding is never sampled, "
+        "exported nor counted",
     )
     embedding_size: Positive | None = Field(
         None,
-        description="width of a factorised embedding, projected to hidden_size and back (Lan et al. 2020); hidden_size by default",
+        description="width of a factorised embedding, projected to hidden_size and back (Lan et "
+        "al. 2020); hidden_size by default",
     )
     hidden_size: Positive
     num_hidden_layers: Positive
@@ -374,14 +399,19 @@ class ModelConfig(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """The layers, from 0, that are mixtures of experts; without the block of multi-token prediction."""
+        """The layers, from 0, that are mixtures of experts.
+
+        Without the block of multi-token prediction.
+        """
         return [
             index for index in range(self.num_hidden_layers) if self.layer_pattern.is_moe(index)
         ]
 
     @property
     def routed_layers(self) -> list[int]:
-        """The layers that route in training: the block of multi-token prediction, a copy of the last layer, is one more."""
+        """The layers that route in training: the block of multi-token prediction, a copy of the
+        last layer, is one more.
+        """
         block_routes = self.multi_token_prediction is not None and self.layer_pattern.is_moe(
             self.num_hidden_layers - 1
         )
@@ -398,7 +428,10 @@ class ModelConfig(Section):
         return self.moe.total_experts if self.moe is not None and self.routed_layers else 1
 
     def moe_role(self, name: str) -> Role | None:
-        """What a parameter is for in an MoE layer, by its name in the model; None for all others."""
+        """What a parameter is for in an MoE layer, by its name in the model.
+
+        None for all others.
+        """
         inner = below_feed_forward(name)
         return None if inner is None or self.moe is None else self.moe.role_of(inner)
 

@@ -37,7 +37,8 @@ class FeedForward(nn.Module, ABC):
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What the two products become, [..., expansion * F] each -> [..., F].
 
-        Kinds that are not gated get one product in two parts, which may be its halves or all of it and nothing.
+        Kinds that are not gated get one product in two parts, which may be its halves or all of it
+        and nothing.
         """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,9 @@ class SiLU(FeedForward):
 
 
 class ClampedSwiGLU(FeedForward):
-    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within +-limit (gpt-oss)."""
+    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within
+    +-limit (gpt-oss).
+    """
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Initialisation: each parameter from a random stream of its own, named by the parameter.
 
-An expert's stream is named by its global number. So a model does not depend on rank, world size, ep_size,
-MoE kind or the order of construction. Matrices and embeddings are normal with ``initializer_range``;
-projections that write into the residual stream (attention output, expert and feed-forward down) get
-``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention
-sinks and what the kind of MoE layer names are zero. Last, what :mod:`pretrain.model.mup` says of a model
-that is wider than its base.
+An expert's stream is named by its global number. So a model does not depend on rank, world size,
+ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
+``initializer_range``; projections that write into the residual stream (attention output, expert and
+feed-forward down) get ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019);
+norms are one; biases, attention sinks and what the kind of MoE layer names are zero. Last, what
+:mod:`pretrain.model.mup` says of a model that is wider than its base.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ZERO = (".bias", ".sinks")
 
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same values."""
+    """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same
+    values.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     tensor.copy_(

@@ -1,9 +1,12 @@
-"""Maximal update parametrization: what random weights and learning rates are multiplied with in a model that is wider than its base.
+"""Maximal update parametrization: what random weights and learning rates are multiplied with in a
+model that is wider than its base.
 
-muP can be said in many ways that train alike, because Adam's step does not change with the size of a gradient: a factor s in front of a weight
-may be left out where the weight starts s times as large and its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V",
-lemma J.1). Here every factor is left out, so that a model computes what it always does and exports have nothing to know. With r = width /
-width at the base, of a matrix r_in of what it multiplies and r_out of what it answers (table 3, Adam):
+muP can be said in many ways that train alike, because Adam's step does not change with the size of
+a gradient: a factor s in front of a weight may be left out where the weight starts s times as large
+and its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V", lemma J.1). Here
+every factor is left out, so that a model computes what it always does and exports have nothing to
+know. With r = width / width at the base, of a matrix r_in of what it multiplies and r_out of what
+it returns (table 3, Adam):
 
 =====================================================  ======================  ===============
 parameter                                              initial size            learning rate
@@ -15,9 +18,11 @@ final norm of a tied or factorised head                1 / r of hidden_size    t
 queries (their norm, where they have one)              times 1 / sqrt(r) of head_dim, both
 =====================================================  ======================  ===============
 
-The last two stand for logits times 1 / r and for scores times 1 / head_dim. A router is an output, because the number of experts does not
-grow with the width (Małaśnicki et al. 2025, "mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width.
-Weight decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as at the base.
+The last two are logits times 1 / r and for scores times 1 / head_dim. A router is an output,
+because the number of experts does not grow with the width (Małaśnicki et al. 2025,
+"mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width. Weight
+decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as
+at the base.
 """
 
 from __future__ import annotations
@@ -46,7 +51,9 @@ UNCHANGED = WidthScale(1.0, 1.0)
 
 @torch.no_grad()
 def scale_by_width(model: DecoderLM) -> None:
-    """Scales random weights in place, and writes ``learning_rate_scale`` on parameters where it is not 1, for the optimizer's groups."""
+    """Scales random weights in place, and writes ``learning_rate_scale`` on parameters where it is
+    not 1, for the optimizer's groups.
+    """
     scales = width_scales(model.config)
     for name, parameter in model.named_parameters():
         scale = scales.get(_first_expert(name, model.config), UNCHANGED)

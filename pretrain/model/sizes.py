@@ -12,7 +12,8 @@ from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import Role
 
-# Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of torch's device name.
+# Dense bf16 peak without sparsity, FLOP/s, from the vendors' data sheets; the key is part of
+# torch's device name.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -34,7 +35,8 @@ MOE_COMPONENTS = {
     Role.EXPERT_BIAS: "routed_experts",
     Role.ROUTER: "routers",
 }
-# What any other belongs to: the first pattern that its name has. All of multi-token prediction is one.
+# What any other belongs to: the first pattern that its name has. All of multi-token prediction is
+# one.
 OUTSIDE_BLOCKS = ("embedding", "positions", "head")
 PREFIXES = {
     "embedding": "embedding.",
@@ -62,16 +64,22 @@ COMPONENTS = (
 @dataclass(frozen=True)
 class ModelSize:
     """Attributes:
-    parameters_total: weights and biases, without the rows that pad the vocabulary; a tied head is counted once.
+    parameters_total: weights and biases, without the rows that pad the vocabulary; a tied head is
+        counted once.
     parameters_active: all but the routed experts, and top_k of those in each layer that routes.
     parameters_padding: the rows that pad the vocabulary.
     parameters_experts: routed experts, with their biases.
-    parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand on every rank.
-    parameters_matrices: those that stand on every rank and are hidden matrices: not experts, embeddings, head, routers or vectors.
-    parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient (PEER).
-    components: ``parameters_total`` by what they belong to; the block of multi-token prediction is one by itself.
+    parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand
+        on every rank.
+    parameters_matrices: those that are on every rank and are hidden matrices: not experts,
+        embeddings, head, routers or vectors.
+    parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
+        (PEER).
+    components: ``parameters_total`` by what they belong to; the block of multi-token prediction is
+        one by itself.
     components_active: ``parameters_active`` likewise.
-    flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and attention's scores and values.
+    flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and
+        attention's scores and values.
     """
 
     parameters_total: int
@@ -94,7 +102,8 @@ class ModelSize:
 def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
     """Counts on the meta device: exact, and in seconds for any size.
 
-    The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's native layer would copy each one.
+    The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's
+    native layer would copy each one.
     """
     num_experts = config.total_experts
     top_k = 1 if config.moe is None else config.moe.experts_per_token
@@ -169,7 +178,8 @@ def _row_size(parameter: nn.Parameter) -> int:
 
 
 def _vocabulary_products(model: DecoderLM) -> int:
-    """Weights of embedding and head that a token is multiplied with: looking up a row is no product, and padding rows are not multiplied.
+    """Weights of embedding and head that a token is multiplied with: looking up a row is no
+    product, and padding rows are not multiplied.
 
     Multi-token prediction goes through both a second time.
     """
@@ -179,7 +189,9 @@ def _vocabulary_products(model: DecoderLM) -> int:
 
 
 def attention_layers(config: ModelConfig) -> list[int]:
-    """The layer that each block of attention is made as, multi-token prediction's own block included."""
+    """The layer that each block of attention is made as, multi-token prediction's own block
+    included.
+    """
     layers = list(range(config.num_hidden_layers))
     return (
         layers if config.multi_token_prediction is None else [*layers, config.num_hidden_layers - 1]
@@ -187,7 +199,9 @@ def attention_layers(config: ModelConfig) -> list[int]:
 
 
 def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs a token of scores and of what they are multiplied with, forward and backward, averaged over a full sequence."""
+    """FLOPs a token of scores and of what they are multiplied with, forward and backward, averaged
+    over a full sequence.
+    """
     keys = 0.0
     for layer in attention_layers(config):
         width = min(config.attention.window(layer) or sequence_length, sequence_length)
@@ -197,7 +211,10 @@ def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
 
 
 def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
-    """What one sequence of ``tokens`` needs in the cache for generation, ``width`` bytes a number; a window layer needs no more than its window."""
+    """What one sequence of ``tokens`` needs in the cache for generation, ``width`` bytes a number.
+
+    A window layer needs no more than its window.
+    """
     windows = (config.attention.window(layer) for layer in range(config.num_hidden_layers))
     return (
         sum(min(tokens, window or tokens) for window in windows)

@@ -1,4 +1,6 @@
-"""The widths of a model: what grows when it becomes wider, and the base that muP compares it with."""
+"""The widths of a model: what grows when it becomes wider, and the base that muP compares it
+with.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def scaled_widths(
         if scaled.denominator != 1:
             other = "head_dim" if growing == "heads" else "heads"
             raise ConfigError(
-                f"at hidden_size {hidden_size} the model's {name} would be {float(scaled):g}: choose other widths, or let attention grow by {other}"
+                f"at hidden_size {hidden_size} the model's {name} would be {float(scaled):g}: "
+                f"choose other widths, or let attention grow by {other}"
             )
         found[name] = int(scaled)
     return found

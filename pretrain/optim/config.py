@@ -19,13 +19,16 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 class Optimizer(Component):
-    """What every kind has; ``implementation`` builds the optimizer from parameter groups and this section.
+    """What every kind has.
+
+    ``implementation`` builds the optimizer from parameter groups and this section.
 
     Attributes:
         needs_whole_matrices: its update of a matrix is not that of the matrix' parts.
-        scales_with_width: muP has learning rates for it: like Adam's, its step does not grow with the
-            gradient, and every element moves about as far.
-        has_universal_checkpoints: DeepSpeed's converter knows its state, which is Adam's two moments.
+        scales_with_width: muP has learning rates for it: like Adam's, its step does not grow with
+            the gradient, and every element moves about as far.
+        has_universal_checkpoints: DeepSpeed's converter knows its state, which is Adam's two
+            moments.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
@@ -56,12 +59,17 @@ class Optimizer(Component):
         return None
 
     def rule_for(self, is_hidden_matrix: bool) -> str | None:
-        """The name of the rule that trains a parameter; None for kinds that have one rule for all."""
+        """The name of the rule that trains a parameter.
+
+        None for kinds that have one rule for all.
+        """
         return None
 
 
 class RowOptimizer(Optimizer):
-    """A kind that can also train single rows of a table, each as if it were a parameter of its own."""
+    """A kind that can also train single rows of a table, each as if it were a parameter of its
+    own.
+    """
 
     @property
     @abstractmethod
@@ -145,10 +153,12 @@ class SGD(RowOptimizer):
 
 
 class AdamW8bit(Optimizer):
-    """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with its largest one in fp32. By bitsandbytes.
+    """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with
+    its largest one in fp32. By bitsandbytes.
 
-    Tensors of fewer than 4,096 numbers keep fp32 moments. A ZeRO stage quantises its flat partitions, whose blocks begin elsewhere: runs of
-    different layouts agree to the error of 8 bits, not to that of fp32.
+    Tensors of fewer than 4,096 numbers keep fp32 moments. A ZeRO stage quantises its flat
+    partitions, whose blocks begin elsewhere: runs of different layouts agree to the error of 8
+    bits, not to that of fp32.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw_8bit"
@@ -165,8 +175,9 @@ class AdamW8bit(Optimizer):
 class Lion(Optimizer):
     """Lion (Chen et al. 2023): the sign of an average of the momentum and the gradient.
 
-    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as much more weight decay. As published, also those
-    whose gradient is zero: an expert that gets no tokens any more goes on by the sign of its momentum, step by step as far as before.
+    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as
+    much more weight decay. As published, also those whose gradient is zero: an expert that gets no
+    tokens any more continues by the sign of its momentum, step by step as far as before.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.lion:lion"
@@ -180,10 +191,13 @@ class Lion(Optimizer):
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself; AdamW for embeddings, head, routers and vectors.
+    """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself.
 
-    An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025, "Muon is scalable"): both share a learning
-    rate and a decay. A matrix whose gradient is zero, that of an expert without tokens, does not move but for its decay.
+    AdamW for embeddings, head, routers and vectors.
+
+    An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025,
+    "Muon is scalable"): both share a learning rate and a decay. A matrix whose gradient is zero,
+    that of an expert without tokens, does not move but for its decay.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.muon:muon"
@@ -196,7 +210,8 @@ class Muon(Optimizer):
     newton_schulz_steps: Positive = 5
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="of the orthogonalisation; 'auto': bf16 on GPUs, as it was published, else fp32",
+        description="of the orthogonalisation; 'auto': bf16 on GPUs, as it was published, else "
+        "fp32",
     )
     beta1: Beta = Field(0.9, description="of AdamW, as beta2 and eps")
     beta2: Beta = 0.95

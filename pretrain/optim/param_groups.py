@@ -44,7 +44,9 @@ def peak_learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def learning_rate_scale(group: dict[str, Any]) -> float:
-    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that are wider than at muP's base."""
+    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that
+    are wider than at muP's base.
+    """
     return float(group.get("learning_rate_scale", 1.0))
 
 
@@ -53,13 +55,14 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups by role, experts apart.
 
-    Parameters with a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`) are apart too, and
-    so are those that the optimizer trains by another ``rule``.
+    Parameters with a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`) are apart
+    too, and so are those that the optimizer trains by another ``rule``.
 
     DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their
-    expert-parallel group (the name that its layer wrote on the parameter); else it would average the
-    gradients of different experts. Vectors and embeddings are not decayed. The learning rate is 0 until
-    the first step sets it by role and scale; learning rate times decay does not depend on the scale.
+    expert-parallel group (the name that its layer wrote on the parameter); else it would average
+    the gradients of different experts. Vectors and embeddings are not decayed. The learning rate is
+    0 until the first step sets it by role and scale; learning rate times decay does not depend on
+    the scale.
 
     Args:
         config: of ``model``.
@@ -69,9 +72,9 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter, config)
-        expert_group: str | None = (
-            None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
-        )
+        expert_group: str | None = None
+        if not getattr(parameter, "allreduce", True):
+            expert_group = getattr(parameter, "group_name")  # noqa: B009
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
         rule = optimizer.rule_for(is_hidden_matrix(name, parameter, config))
         key = role, expert_group, scale, rule

@@ -18,16 +18,16 @@ def state_bytes_per_rank(
 ) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
 
-    ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the same
-    weights, stage 2 also gradients, stage 3 also weights. Experts are replicated on world_size / ep_size
-    ranks only.
+    ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the
+    same weights, stage 2 also gradients, stage 3 also weights. Experts are replicated on world_size
+    / ep_size ranks only.
     """
     width = 4 if precision == "fp32" else 2
     master = 0 if precision == "fp32" and zero_stage == 0 else 4
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if size.parameters_rows:
-        # fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments that
-        # all ranks share at every stage.
+        # fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments
+        # that all ranks share at every stage.
         parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
         moments = (
             optimizer.row_optimizer.matrix_state_bytes

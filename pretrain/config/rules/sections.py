@@ -1,10 +1,11 @@
-"""Rules that cross a recipe's sections, one small function each, checked when a recipe is loaded."""
+"""Rules that cross a recipe's sections, one small function each, checked when a recipe is
+loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from data_pipeline.config import BestFit, StandardInputSource, Temperature, TokenBudget, Weights
 from pretrain.config.recipe import Recipe, TrainConfig
 from pretrain.config.rules.phases import PHASE_RULES, phase_warnings
 from pretrain.config.rules.routers import router_warnings
@@ -25,7 +26,8 @@ def rotary_dim_is_even(recipe: Recipe) -> None:
     size = attention.rotary_dim
     if recipe.model.position.rotary and size % 2:
         raise ConfigError(
-            f"model.attention.{attention.rotary_field} ({size}) must be even: a rotary embedding turns pairs of numbers"
+            f"model.attention.{attention.rotary_field} ({size}) must be even: a rotary embedding "
+            "rotates pairs of elements"
         )
 
 
@@ -44,7 +46,8 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
     if missing := kernel_section(attention.kernel).lacks(asked):
         able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(asked))
         raise ConfigError(
-            f"model.attention.kernel={attention.kernel} cannot compute {', '.join(missing)}: use {able}"
+            f"model.attention.kernel={attention.kernel} cannot compute {', '.join(missing)}: use "
+            f"{able}"
         )
 
 
@@ -53,19 +56,22 @@ def layers_have_their_sections(recipe: Recipe) -> None:
     moe_layers = model.moe_layers
     if moe_layers and model.moe is None:
         raise ConfigError(
-            "model.layer_pattern asks for MoE layers, but there is no model.moe: add it, or use layer_pattern.kind=all_dense"
+            "model.layer_pattern asks for MoE layers, but there is no model.moe: add it, or use "
+            "layer_pattern.kind=all_dense"
         )
     if len(moe_layers) < model.num_hidden_layers and model.intermediate_size is None:
         raise ConfigError(
-            "model.layer_pattern has dense layers, but model.intermediate_size is missing: set their width"
+            "model.layer_pattern has dense layers, but model.intermediate_size is missing: set "
+            "their width"
         )
 
 
 def sequence_fits_positions(recipe: Recipe) -> None:
     if recipe.train.sequence_length > recipe.model.max_position_embeddings:
         raise ConfigError(
-            f"train.sequence_length ({recipe.train.sequence_length}) is longer than model.max_position_embeddings "
-            f"({recipe.model.max_position_embeddings}): lower the one or raise the other"
+            f"train.sequence_length ({recipe.train.sequence_length}) is longer than "
+            f"model.max_position_embeddings ({recipe.model.max_position_embeddings}): lower the "
+            "one or raise the other"
         )
 
 
@@ -99,8 +105,9 @@ def experts_go_with_dropout(recipe: Recipe) -> None:
     moe, dropout = recipe.model.moe, recipe.model.dropout
     if moe is not None and dropout.expert and not moe.forms_expert_outputs:
         raise ConfigError(
-            f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, which never "
-            "forms the output of one expert: use model.dropout.feed_forward, which drops their hidden units"
+            f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, "
+            "which never forms the output of one expert: use model.dropout.feed_forward, which "
+            "drops their hidden units"
         )
 
 
@@ -110,22 +117,24 @@ def optimizer_trains_tables(recipe: Recipe) -> None:
         return
     if optimizer.row_optimizer is None:
         raise ConfigError(
-            f"optimizer.kind={optimizer.kind} does not go with model.moe.kind={moe.kind}, whose tables are "
-            "trained row by row: use optimizer.kind=adamw, muon or sgd"
+            f"optimizer.kind={optimizer.kind} does not go with model.moe.kind={moe.kind}, whose "
+            "tables are trained row by row: use optimizer.kind=adamw, muon or sgd"
         )
 
 
 def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
-    """An update of two halves is not that of the whole, if it depends on the matrix and not on elements."""
+    """An update of two halves is not that of the whole, if it depends on the matrix and not on
+    elements.
+    """
     model, routing = recipe.model, recipe.model.routing
     if routing is None or not recipe.optimizer.needs_whole_matrices:
         return
     if not routing.keeps_matrices_whole(model.feed_forward.parameter_names):
         raise ConfigError(
             f"optimizer.kind={recipe.optimizer.kind} does not go with "
-            f"model.feed_forward.kind={model.feed_forward.kind} in experts of model.moe.kind={routing.kind}, "
-            "whose first matrix is kept in halves: use model.feed_forward.kind=swiglu, or "
-            "model.moe.kind=deepspeed"
+            f"model.feed_forward.kind={model.feed_forward.kind} in experts of "
+            f"model.moe.kind={routing.kind}, whose first matrix is kept in halves: use "
+            "model.feed_forward.kind=swiglu, or model.moe.kind=deepspeed"
         )
 
 
@@ -133,7 +142,8 @@ def warmup_fits(recipe: Recipe) -> None:
     num_steps = Timeline(recipe).num_steps
     if recipe.schedule.warmup_steps > num_steps:
         raise ConfigError(
-            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run ({num_steps} steps): lower it or raise train.train_tokens"
+            f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run "
+            f"({num_steps} steps): lower it or raise train.train_tokens"
         )
 
 
@@ -143,23 +153,23 @@ def evaluations_meet_checkpoints(recipe: Recipe) -> None:
         return
     if evaluation.interval_steps is not None and evaluation.interval_steps % saved:
         raise ConfigError(
-            f"evaluation.interval_steps ({evaluation.interval_steps}) is no multiple of checkpoint.interval_steps ({saved}), "
-            "and only saved checkpoints are evaluated: change one of them"
+            f"evaluation.interval_steps ({evaluation.interval_steps}) is no multiple of "
+            f"checkpoint.interval_steps ({saved}), and only saved checkpoints are evaluated: "
+            "change one of them"
         )
     if not (evaluation.heldout or evaluation.prompts or evaluation.tasks):
         raise ConfigError(
-            "evaluation asks for nothing: set evaluation.heldout=true, give prompts or tasks, or leave the section out"
+            "evaluation asks for nothing: set evaluation.heldout=true, give prompts or tasks, or "
+            "leave the section out"
         )
 
 
 def token_budget_fills_the_run(recipe: Recipe) -> None:
-    mixture = recipe.data.mixture
-    if (
-        isinstance(mixture, TokenBudget)
-        and (total := sum(mixture.tokens.values())) != recipe.train.train_tokens
-    ):
+    total = recipe.data.mixture.total_tokens
+    if total is not None and total != recipe.train.train_tokens:
         raise ConfigError(
-            f"data.mixture.tokens add up to {total}, but train.train_tokens is {recipe.train.train_tokens}: make them equal"
+            f"data.mixture.tokens add up to {total}, but train.train_tokens is "
+            f"{recipe.train.train_tokens}: make them equal"
         )
 
 
@@ -170,26 +180,26 @@ def streams_are_read_once(recipe: Recipe) -> None:
     cleaning = data.cleaning
     refused = {
         "data.corpora": data.corpora is not None,
-        "data.packing.kind=best_fit": isinstance(data.packing, BestFit),
+        "data.packing.kind=best_fit": data.packing.is_planned,
         "data.mixture.max_epochs": bool(data.mixture.max_epochs),
         "checkpoint.keep_epochs": recipe.checkpoint.keep_epochs,
-        f"data.mixture.kind={data.mixture.kind}": isinstance(
-            data.mixture, Temperature | TokenBudget
-        ),
+        f"data.mixture.kind={data.mixture.kind}": not data.mixture.can_stream,
         "data.cleaning.exact_duplicates": cleaning.exact_duplicates,
         "data.cleaning.near_duplicates": cleaning.near_duplicates is not None,
         "a source of kind stdin": any(
-            isinstance(source, StandardInputSource) for source in data.named_sources.values()
+            not source.can_be_read_again for source in data.named_sources.values()
         ),
     }
     for what, given in refused.items():
         if given:
             raise ConfigError(
-                f"data.streaming reads documents one by one and does not go with {what}: leave it out, or build shards"
+                f"data.streaming reads documents one by one and does not go with {what}: leave it "
+                "out, or build shards"
             )
-    if len(data.named_sources) > 1 and not isinstance(data.mixture, Weights):
+    if len(data.named_sources) > 1 and not data.mixture.shares_are_given:
         raise ConfigError(
-            "data.streaming does not know how large its sources are: give their shares with data.mixture.kind=weights"
+            "data.streaming does not know how large its sources are: give their shares with "
+            "data.mixture.kind=weights"
         )
 
 
@@ -243,16 +253,19 @@ def warnings_about(recipe: Recipe) -> list[str]:
 
 
 def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
-    """Checks what depends on the launch, in every phase, and returns the gradient accumulation steps outside of phases.
+    """Checks what depends on the launch, in every phase, and returns the gradient accumulation
+    steps outside of phases.
 
     Raises:
-        ConfigError: where this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the sentence says what to change.
+        ConfigError: where this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the
+            sentence says what to change.
     """
     ep_size, train = recipe.parallel.ep_size, recipe.train
     if world_size % ep_size:
         raise ConfigError(
             f"parallel.ep_size ({ep_size}) does not divide the number of ranks ({world_size}): "
-            f"start a multiple of {ep_size} ranks, or pass --set parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
+            f"start a multiple of {ep_size} ranks, or pass --set "
+            f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
     moe = recipe.model.moe
     if moe is not None and recipe.model.moe_layers:
@@ -264,13 +277,14 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             )
         if zero_stage not in moe.zero_stages:
             raise ConfigError(
-                f"model.moe.kind={moe.kind} cannot run with ZeRO stage {zero_stage} (DeepSpeed refuses it): "
-                f"use ds_configs/zero{max(moe.zero_stages)}.json, or model.moe.kind=dropless"
+                f"model.moe.kind={moe.kind} cannot run with ZeRO stage {zero_stage} (DeepSpeed "
+                f"refuses it): use ds_configs/zero{max(moe.zero_stages)}.json, or "
+                "model.moe.kind=dropless"
             )
     if train.compile != "none" and zero_stage == 3:
         raise ConfigError(
-            f"train.compile={train.compile} cannot run with ZeRO stage 3, which gathers weights inside what would be compiled: "
-            "use ds_configs/zero2.json, or train.compile=none"
+            f"train.compile={train.compile} cannot run with ZeRO stage 3, which gathers weights "
+            "inside what would be compiled: use ds_configs/zero2.json, or train.compile=none"
         )
     for phase in recipe.phases:
         _accumulation(recipe_in_phase(recipe, phase).train, world_size, f"phases.{phase.name}: ")

@@ -32,15 +32,17 @@ def base_fits_the_model(recipe: Recipe) -> None:
 
 
 def mup_knows_the_parts(recipe: Recipe) -> None:
-    """Checks that muP has learning rates for the experts and the optimizer, and a norm to scale logits."""
+    """Checks that muP has learning rates for the experts and the optimizer, and a norm to scale
+    logits.
+    """
     model, optimizer = recipe.model, recipe.optimizer
     if model.initialization.base_widths is None:
         return
     if model.moe is not None and model.moe_layers and not model.moe.scales_with_width:
         raise ConfigError(
-            f"model.initialization.kind=mup does not know model.moe.kind={model.moe.kind}, whose experts are "
-            "rows of tables with one learning rate: use model.initialization.kind=standard, or experts of "
-            "kind dropless or deepspeed"
+            f"model.initialization.kind=mup does not know model.moe.kind={model.moe.kind}, whose "
+            "experts are rows of tables with one learning rate: use "
+            "model.initialization.kind=standard, or experts of kind dropless or deepspeed"
         )
     if not optimizer.scales_with_width:
         able = [
@@ -50,13 +52,14 @@ def mup_knows_the_parts(recipe: Recipe) -> None:
         ]
         raise ConfigError(
             "model.initialization.kind=mup has learning rates for optimizers like Adam, not for "
-            f"optimizer.kind={optimizer.kind}: use {' or '.join(able)}, or model.initialization.kind=standard"
+            f"optimizer.kind={optimizer.kind}: use {' or '.join(able)}, or "
+            "model.initialization.kind=standard"
         )
     shared = "tie_word_embeddings" if model.tie_word_embeddings else None
     if shared is None and model.embedding_size:
         shared = "embedding_size"
     if shared is not None and not model.final_norm:
         raise ConfigError(
-            f"model.initialization.kind=mup with model.{shared} scales the logits by the final norm, and "
-            "there is none: set model.final_norm=true"
+            f"model.initialization.kind=mup with model.{shared} scales the logits by the final "
+            "norm, and there is none: set model.final_norm=true"
         )

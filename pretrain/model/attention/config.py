@@ -14,7 +14,10 @@ from pretrain.model.attention.kernels.config import Kernel
 
 
 class Attention(Component):
-    """What every kind of attention has. ``rotary_field`` names the field that says its ``rotary_dim``."""
+    """What every kind of attention has.
+
+    ``rotary_field`` names the field that says its ``rotary_dim``.
+    """
 
     rotary_field: ClassVar[str]
 
@@ -27,7 +30,8 @@ class Attention(Component):
     )
     sinks: bool = Field(
         False,
-        description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)",
+        description="a learned logit a head that takes part in the softmax and adds nothing (Xiao "
+        "et al. 2023; gpt-oss)",
     )
     kernel: Annotated[str, NameOf(Kernel), Effect.NONE] = Field(
         "sdpa", description="'reference' is the plain fp32 form that tests compare with"
@@ -37,7 +41,8 @@ class Attention(Component):
     def _windows_fit(self) -> Attention:
         if self.full_attention_every is not None and self.sliding_window is None:
             raise ValueError(
-                "full_attention_every says which layers have no window, but there is no sliding_window"
+                "full_attention_every says which layers have no window, but there is no "
+                "sliding_window"
             )
         return self
 
@@ -50,26 +55,28 @@ class Attention(Component):
     @property
     @abstractmethod
     def rotary_dim(self) -> int:
-        """Numbers of a head that a rotary embedding turns."""
+        """Elements of a head that a rotary embedding rotates."""
 
     @property
     @abstractmethod
     def score_dim(self) -> int:
-        """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
+        """Elements of all heads together that one score is the product of: what FLOPs are counted
+        by, with :attr:`value_dim`.
+        """
 
     @property
     @abstractmethod
     def value_dim(self) -> int:
-        """Numbers of all heads together that scores are multiplied with."""
+        """Elements of all heads together that scores are multiplied with."""
 
     @property
     @abstractmethod
     def cached_per_token(self) -> int:
-        """Numbers that one layer's cache keeps of a token."""
+        """Elements that one layer's cache keeps of a token."""
 
     @property
     def trained_per_token(self) -> int:
-        """Numbers of a token's keys and values in training."""
+        """Elements of a token's keys and values in training."""
         return self.cached_per_token
 
     @property
@@ -84,7 +91,10 @@ class Attention(Component):
 
     @property
     def query_scales(self) -> tuple[str, ...]:
-        """The tensors that scores grow with, for muP; () for kinds whose heads never become wider."""
+        """The tensors that scores grow with, for muP.
+
+        () for kinds whose heads never become wider.
+        """
         return ()
 
     @property
@@ -93,12 +103,18 @@ class Attention(Component):
         return False
 
     def check(self, path: str) -> None:
-        """Raises :class:`ConfigError` if sizes do not go together; ``path`` is that of the section."""
+        """Raises :class:`ConfigError` if sizes do not go together.
+
+        ``path`` is that of the section.
+        """
         return
 
 
 class GroupedQueryAttention(Attention):
-    """Grouped-query attention (Ainslie et al. 2023); equal head counts make it multi-head, one key/value head multi-query attention."""
+    """Grouped-query attention (Ainslie et al. 2023).
+
+    Equal head counts make it multi-head, one key/value head multi-query attention.
+    """
 
     implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
     rotary_field: ClassVar[str] = "head_dim"
@@ -111,7 +127,8 @@ class GroupedQueryAttention(Attention):
     )
     qk_norm: Literal["none", "head", "full"] = Field(
         "none",
-        description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or over all heads together (OLMoE)",
+        description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or "
+        "over all heads together (OLMoE)",
     )
 
     @property
@@ -152,8 +169,9 @@ class GroupedQueryAttention(Attention):
 
 
 class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and values are made of one latent of a token,
-    and beside them each head sees one rotated key that all heads share. The latent and that key are what the cache keeps.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and
+    values are made of one latent of a token, and beside them each head sees one rotated key that
+    all heads share. The latent and that key are what the cache keeps.
     """
 
     implementation: ClassVar[str] = "pretrain.model.attention.mla:MultiHeadLatentAttention"
@@ -161,15 +179,16 @@ class MultiHeadLatentAttention(Attention):
     kind: Literal["mla"]
     q_lora_rank: Positive | None = Field(
         None,
-        description="numbers of the latent that queries are made of; of the hidden state by default",
+        description="elements of the latent that queries are made of; of the hidden state by "
+        "default",
     )
     kv_lora_rank: Positive = Field(
-        description="numbers of the latent that keys and values are made of"
+        description="elements of the latent that keys and values are made of"
     )
     qk_rope_head_dim: Positive = Field(
-        description="numbers of a query, and of the shared key, that are turned"
+        description="elements of a query, and of the shared key, that are rotated"
     )
-    qk_nope_head_dim: Positive = Field(description="numbers of a head's own key, never turned")
+    qk_nope_head_dim: Positive = Field(description="elements of a head's own key, never rotated")
     v_head_dim: Positive
     latent_norm: Literal["rms_norm", "layer_norm"] = Field(
         "rms_norm", description="of both latents; DeepSeek's is rms_norm"
@@ -179,7 +198,8 @@ class MultiHeadLatentAttention(Attention):
     )
     decode: Annotated[Literal["absorbed", "plain"], Effect.NONE] = Field(
         "absorbed",
-        description="with a cache: attend to latents where that multiplies less, or always make keys and values of them",
+        description="with a cache: attend to latents where that multiplies less, or always make "
+        "keys and values of them",
     )
 
     @property

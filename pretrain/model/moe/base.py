@@ -31,9 +31,9 @@ class RouterStatistics(NamedTuple):
 class RoutingRecord:
     """The routing decision of one layer and micro batch, kept over activation checkpointing.
 
-    The first forward pass writes the chosen experts here; the recomputation in the backward pass reads
-    them. So a recomputed block routes exactly as it did, even if a rounding difference would flip a
-    close top-k.
+    The first forward pass writes the chosen experts here; the recomputation in the backward pass
+    reads them. So a recomputed block routes exactly as it did, even if a rounding difference would
+    flip a close top-k.
     """
 
     topk_ids_TK: torch.Tensor | None = None

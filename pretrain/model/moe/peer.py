@@ -1,8 +1,10 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts out of tables.
+"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
+out of tables.
 
-With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to all ranks of the group, each computes
-its own experts' share of every answer, and the shares are added where the token came from: that moves 2 D numbers a token and rank,
-where sending a row for each choice would move 2 heads K D.
+With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to
+all ranks of the group, each computes its own experts' share of every answer, and the shares are
+added where the token came from: that moves 2 D numbers a token and rank, where sending a row for
+each choice would move 2 heads K D.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ TABLE_SUFFIXES = {
 
 
 class PEERExperts(nn.Module):
-    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D], the rows that become their answers.
+    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D],
+    the rows that become their outputs.
 
-    Expert e answers x with sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in :class:`ExpertTable`.
+    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in
+    :class:`ExpertTable`.
     """
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
@@ -47,7 +51,9 @@ class PEERExperts(nn.Module):
         self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
-        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of answers [T, D]."""
+        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of
+        outputs [T, D].
+        """
         kernel = kernel_named(self.kernel_name, x_TD.device)
         up_PX = self.up.dots(x_TD, bags, kernel)
         # Kinds without a gate take two halves of one product: all of it, and nothing.
@@ -63,12 +69,16 @@ class PEERExperts(nn.Module):
 
 
 class PEER(MoELayer, nn.Module):
-    """The layer: retrieval, experts, and shared experts beside them. Interface of ``DroplessMoE``, without router statistics.
+    """The layer: retrieval, experts, and shared experts beside them.
 
-    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody reads it and sets it to zero.
+    Interface of ``DroplessMoE``, without router statistics.
+
+    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody
+    reads it and sets it to zero.
 
     Args:
-        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
+        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
+            * e).
     """
 
     usage_E: torch.Tensor
@@ -94,7 +104,9 @@ class PEER(MoELayer, nn.Module):
         self.group, self.usage_E = group, self.usage_E.to(device)
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        """A stream for each million values or so of a table, drawn whole even if part of them is held."""
+        """A stream for each million values or so of a table, drawn whole even if part of them is
+        held.
+        """
         done: list[torch.Tensor] = []
         first = self.ep_rank * self.num_local_experts
         last = first + self.num_local_experts
@@ -113,10 +125,13 @@ class PEER(MoELayer, nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None
     ) -> tuple[torch.Tensor, None]:
-        """[B, S, D] -> [B, S, D]; no statistics, because the scores of all experts are never formed.
+        """[B, S, D] -> [B, S, D].
+
+        No statistics, because the scores of all experts are never formed.
 
         Args:
-            record: the choice to write or, where it is filled, to repeat (activation checkpointing).
+            record: the choice to write or, where it is filled, to repeat (activation
+                checkpointing).
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         repeated = record is not None and record.topk_ids_TK is not None
@@ -142,7 +157,9 @@ class PEER(MoELayer, nn.Module):
         )
 
     def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
-        """The tokens of all ranks of the group through this rank's experts, and the shares of this rank's tokens back."""
+        """The tokens of all ranks of the group through this rank's experts, and the shares of this
+        rank's tokens back.
+        """
         ids_GR = _gather(retrieval.ids_ThK.flatten(1), self.group)
         x_GD = _Gather.apply(x_TD, self.group)
         weights_GR = _Gather.apply(retrieval.weights_ThK.flatten(1), self.group)
@@ -177,7 +194,10 @@ def _sum_and_scatter(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; each is a function of its own rank's, so the gradient is the sum of what all ranks made of it."""
+    """All ranks' rows.
+
+    Each is a function of its own rank's, so the gradient is the sum of what all ranks made of it.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,6 @@
-"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the reference implementation)."""
+"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the
+reference implementation).
+"""
 
 from __future__ import annotations
 

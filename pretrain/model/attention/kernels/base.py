@@ -1,4 +1,7 @@
-"""Ways to compute softmax(q k^T / sqrt(H)) v, chosen by name; their sections say what each supports."""
+"""Ways to compute softmax(q k^T / sqrt(H)) v, chosen by name.
+
+Their sections say what each supports.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ from pretrain.core.errors import ConfigError
 from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.attention.scores import Scores
 
-# Queries [B, N, S, H], keys [B, M, U, H] and values [B, M, U, V] of U >= S tokens -> [B, N, S, V] in the
-# queries' dtype.
+# Queries [B, N, S, H], keys [B, M, U, H] and values [B, M, U, V] of U >= S tokens -> [B, N, S, V]
+# in the queries' dtype.
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 
 
 def attention_kernel(name: str, device: torch.device) -> AttentionKernel:
-    """The kernel of that name; its file, and with it a package that only it needs, is imported here.
+    """The kernel of that name.
+
+    Its file, and with it a package that only it needs, is imported here.
 
     Raises:
         ConfigError: if this machine lacks the package that the kernel needs.
@@ -27,7 +32,8 @@ def attention_kernel(name: str, device: torch.device) -> AttentionKernel:
         kernel: AttentionKernel = kind.implementing_class()
     except ImportError as error:
         raise ConfigError(
-            f"model.attention.kernel={name} needs the package {kind.package or error.name}, which cannot be "
-            f"imported here ({error}): install it, or use --set model.attention.kernel=sdpa"
+            f"model.attention.kernel={name} needs the package {kind.package or error.name}, which "
+            f"cannot be imported here ({error}): install it, or use --set "
+            "model.attention.kernel=sdpa"
         ) from None
     return kernel

@@ -1,4 +1,6 @@
-"""What each attention kernel is and what it can compute, without importing it. A new kernel is a section here.
+"""What each attention kernel is and what it can compute, without importing it.
+
+A new kernel is a section here.
 
 ``model.attention.kernel`` names one by its ``kind`` alone: kernels have no fields.
 """

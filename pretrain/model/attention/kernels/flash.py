@@ -1,4 +1,7 @@
-"""Attention by the package flash_attn (Dao 2023, FlashAttention-2). Imported only where a recipe chooses it."""
+"""Attention by the package flash_attn (Dao 2023, FlashAttention-2).
+
+Imported only where a recipe chooses it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from pretrain.model.attention.scores import Scores
 def flash_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """What its section says; the causal mask ends at the last key: cached keys come before the queries.
+    """What its section says.
+
+    The causal mask ends at the last key: cached keys come before the queries.
 
     Raises:
         ConfigError: on another device, or in another dtype.
@@ -21,8 +26,8 @@ def flash_attention(
     half = q_BNSH.dtype in (torch.float16, torch.bfloat16)
     if q_BNSH.device.type not in Flash.devices or not half:
         raise ConfigError(
-            f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on {q_BNSH.device.type}: "
-            "use --set model.attention.kernel=sdpa"
+            f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on "
+            f"{q_BNSH.device.type}: use --set model.attention.kernel=sdpa"
         )
     heads_last = (x.transpose(1, 2) for x in (q_BNSH, k_BMUH, v_BMUH))
     y_BSNH = flash_attn_func(

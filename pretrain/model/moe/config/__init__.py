@@ -1,4 +1,6 @@
-"""The mixture-of-experts section of a recipe's model, one kind a file. The imports are the registry.
+"""The mixture-of-experts section of a recipe's model, one kind a file.
+
+The imports are the registry.
 
 Nothing here imports torch: recipes are made of these sections. A kind's file says everything that a
 program asks of it before a tensor exists: its tensors' names and roles, its sizes, and what it can

@@ -1,4 +1,4 @@
-"""What the section of every kind of MoE layer has and answers, and what all kinds with a router do."""
+"""What the section of every kind of MoE layer has and says, and what all kinds with a router do."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class BiasBalancing(Section):
     """Balancing without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2).
 
     A bias on the scores that choose, never on the weights. After each optimizer step the bias of an
-    expert with less than the mean load of the whole global batch rises by the rate, that of one with
-    more falls by it; then the mean is taken off.
+    expert with less than the mean load of the whole global batch rises by the rate, that of one
+    with more falls by it; then the mean is taken off.
     """
 
     update_rate: Annotated[float, Field(gt=0), Effect.NONE] = 0.001
@@ -56,13 +56,16 @@ class BiasBalancing(Section):
 
 
 class MoE(Component):
-    """What every kind of layer with many experts has; one expert has the form of ``model.feed_forward``.
+    """What every kind of layer with many experts has.
+
+    One expert has the form of ``model.feed_forward``.
 
     Attributes:
         tensor_roles: the role of each tensor by the start of its name below the feed-forward.
         zero_stages: DeepSpeed's stages that train this kind.
         has_tables: whether experts are rows of fp32 tables, trained apart from DeepSpeed's engine.
-        forms_expert_outputs: whether the output of one expert exists, so that it can be dropped out.
+        forms_expert_outputs: whether the output of one expert exists, so that it can be dropped
+            out.
         scales_with_width: whether muP has learning rates for it.
         has_universal_checkpoints: whether DeepSpeed saves what its converter needs of such a layer.
     """
@@ -137,7 +140,9 @@ class MoE(Component):
         return name
 
     def common_name(self, name: str) -> str:
-        """``name`` as it would be in a dropless layer, for what all kinds have, such as a router."""
+        """``name`` as it would be in a dropless layer, for what all kinds have, such as a
+        router.
+        """
         return name
 
     def starts_at_zero(self, name: str) -> bool:
@@ -157,7 +162,10 @@ class MoE(Component):
 
     @property
     def routing(self) -> RoutedMoE | None:
-        """This section if a router scores every expert; None for kinds that never form all scores."""
+        """This section if a router scores every expert.
+
+        None for kinds that never form all scores.
+        """
         return None
 
     @property
@@ -175,7 +183,9 @@ class MoE(Component):
 
     @property
     def call_dependence(self) -> str | None:
-        """Why a token's output in evaluation depends on more than the tokens before it, if it does."""
+        """Why a token's output in evaluation depends on more than the tokens before it, if it
+        does.
+        """
         return None
 
     @property
@@ -195,7 +205,10 @@ class MoE(Component):
 
     @property
     def random_at_inference(self) -> list[str]:
-        """Why a finished model computes something else each time, a clause each; [] if it does not."""
+        """Why a finished model computes something else each time, a clause each.
+
+        [] if it does not.
+        """
         return []
 
     def expert_shards(self, ep_size: int, world_size: int, zero_stage: int) -> int:
@@ -229,7 +242,8 @@ class RoutedMoE(MoE):
     router: Annotated[Router, OneOf()] = SoftmaxTopK()
     aux_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.01,
-        description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, eq. 4)",
+        description="of E/k * sum_e f_e p_e, summed over MoE layers (Switch, Fedus et al. 2021, "
+        "eq. 4)",
     )
     z_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.001,
@@ -238,7 +252,8 @@ class RoutedMoE(MoE):
     )
     sequence_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.0,
-        description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to 20)",
+        description="of the aux loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17 to "
+        "20)",
     )
     cv_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.0,
@@ -271,7 +286,9 @@ class RoutedMoE(MoE):
 
     @property
     def rows_per_choice(self) -> float:
-        """Rows that are computed for each choice of a token: more than one if experts are padded."""
+        """Rows that are computed for each choice of a token: more than one if experts are
+        padded.
+        """
         return 1.0
 
     def kept_activations(self, hidden_size: int, kept: int) -> int:
@@ -335,8 +352,8 @@ class RoutedMoE(MoE):
     @property
     def why_router_is_deaf(self) -> str:
         return (
-            "model.moe.router.norm_topk_prob=true with top_k=1 lets the router learn nothing from the "
-            "language loss: one weight divided by itself is always 1; set "
+            "model.moe.router.norm_topk_prob=true with top_k=1 lets the router learn nothing from "
+            "the language loss: one weight divided by itself is always 1; set "
             "model.moe.router.norm_topk_prob=false, or top_k=2 or more"
         )
 
@@ -344,9 +361,9 @@ class RoutedMoE(MoE):
         found = super().warnings()
         if self.top_k == 1 and not self.router.norm_topk_prob and norm_is_by_default(self.router):
             found.append(
-                "model.moe.router.norm_topk_prob is false because top_k is 1: one weight divided by "
-                "itself would always be 1, and the router would learn nothing from the language loss; "
-                "the expert's output is multiplied by its score"
+                "model.moe.router.norm_topk_prob is false because top_k is 1: one weight divided "
+                "by itself would always be 1, and the router would learn nothing from the "
+                "language loss; the expert's output is multiplied by its score"
             )
         asked = [
             name for name in ("aux_loss_weight", "sequence_loss_weight") if getattr(self, name)
@@ -355,8 +372,8 @@ class RoutedMoE(MoE):
         if self.top_k == self.num_experts and asked:
             several = len(asked) > 1
             found.append(
-                f"model.moe.top_k ({self.top_k}) is num_experts: every token chooses all experts, and "
-                f"{' and '.join(asked)} {'have' if several else 'has'} nothing to balance; "
+                f"model.moe.top_k ({self.top_k}) is num_experts: every token chooses all experts, "
+                f"and {' and '.join(asked)} {'have' if several else 'has'} nothing to balance; "
                 f"leave {'them' if several else 'it'} out, or lower top_k"
             )
         return found

@@ -19,9 +19,9 @@ _NUMBERED = re.compile(r"(deepspeed_experts\.)(\d+)(?=\.)")
 _COMMON_NAMES = {"deepspeed_moe.gate.wg.": "router.gate.", "deepspeed_moe.gate.router.": "router."}
 
 DROPS = (
-    "the model drops tokens (model.moe.drop_tokens=true): an expert has room for a share of the tokens of "
-    "one call, so that logits depend on the batch and on the length of the call, and a cache, which "
-    "computes token by token, drops fewer than a pass over the whole text"
+    "the model drops tokens (model.moe.drop_tokens=true): an expert has room for a share of the "
+    "tokens of one call, so that logits depend on the batch and on the length of the call, and a "
+    "cache, which computes token by token, drops fewer than a pass over the whole text"
 )
 DRAWS = (
     "the model draws second experts at random in evaluation too "
@@ -51,15 +51,17 @@ class DeepSpeedMoE(RoutedMoE):
     )
     eval_capacity_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
         2.0,
-        description="the same in evaluation and generation, of the tokens of one call: see drop_tokens",
+        description="the same in evaluation and generation, of the tokens of one call: see "
+        "drop_tokens",
     )
     min_capacity: Annotated[NonNegative, Effect.FUNCTION] = Field(4, description="tokens")
     drop_tokens: Annotated[bool, Effect.FUNCTION] = Field(
         True,
-        description="an expert has room for a share of the tokens that one call computes together, over "
-        "all its texts, and its output is 0 for those that find none: so a token's logits depend on how "
-        "many tokens the call has and on what comes before them in it, other texts included, and differ "
-        "with a cache; false pads every expert to the fullest one, and drops nothing",
+        description="an expert has room for a share of the tokens that one call computes "
+        "together, over all its texts, and its output is 0 for those that find none: so a token's "
+        "logits depend on how many tokens the call has and on what comes before them in it, other "
+        "texts included, and differ with a cache; false pads every expert to the fullest one, and "
+        "drops nothing",
     )
     use_rts: Annotated[bool, Effect.FUNCTION] = Field(
         False, description="random token selection when an expert is full (top_k 1 only)"
@@ -75,7 +77,8 @@ class DeepSpeedMoE(RoutedMoE):
     )
     causal: Annotated[bool, Effect.NONE] = Field(
         True,
-        description="false acknowledges that gate=deepspeed lets later tokens push out earlier ones",
+        description="false acknowledges that gate=deepspeed lets later tokens push out earlier "
+        "ones",
     )
 
     @property
@@ -110,7 +113,8 @@ class DeepSpeedMoE(RoutedMoE):
         reasons = []
         if self.gate == "deepspeed" and self.use_rts and self.drop_tokens:
             reasons.append(
-                "model.moe.use_rts is true: a full expert chooses its tokens at random at inference too"
+                "model.moe.use_rts is true: a full expert chooses its tokens at random at "
+                "inference too"
             )
         if self.gate == "deepspeed" and self.top2_2nd_expert_sampling:
             reasons.append(
@@ -148,17 +152,18 @@ class DeepSpeedMoE(RoutedMoE):
     # --- rules
 
     def check(self) -> None:
-        """Raises :class:`ConfigError` for drops that are not causal, and for what the gate cannot take.
+        """Raises :class:`ConfigError` for drops that are not causal, and for what the gate cannot
+        take.
 
-        DeepSpeed's own gate ranks tokens across the whole micro batch. With top_k 1 and more than 2 the
-        tokens kept are chosen over all positions at once, with top_k 2 all second choices queue behind
-        all first choices: in each case a later token can push out an earlier one.
+        DeepSpeed's own gate ranks tokens across the whole micro batch. With top_k 1 and more than 2
+        the tokens kept are chosen over all positions at once, with top_k 2 all second choices queue
+        behind all first choices: in each case a later token can push out an earlier one.
         """
         if self.gate == "deepspeed" and self.drop_tokens and self.causal:
             raise ConfigError(
-                "model.moe with drop_tokens=true is not causal (a later token can take an earlier one's "
-                "place in an expert): set model.moe.gate=router or model.moe.drop_tokens=false, or "
-                "acknowledge it with model.moe.causal=false"
+                "model.moe with drop_tokens=true is not causal (a later token can take an earlier "
+                "one's place in an expert): set model.moe.gate=router or "
+                "model.moe.drop_tokens=false, or acknowledge it with model.moe.causal=false"
             )
         if self.gate == "router":
             self._check_gate_options_are_unset()
@@ -206,8 +211,8 @@ class DeepSpeedMoE(RoutedMoE):
             else f"model.moe.router.{_setting(self.router, given[0])}"
         )
         raise ConfigError(
-            f"{what} does not go with DeepSpeed's own gate, which takes router kind softmax_topk with "
-            f"norm_topk_prob={plain.norm_topk_prob} for top_k={self.top_k} and nothing else: "
+            f"{what} does not go with DeepSpeed's own gate, which takes router kind softmax_topk "
+            f"with norm_topk_prob={plain.norm_topk_prob} for top_k={self.top_k} and nothing else: "
             "set model.moe.gate=router, or model.moe.kind=dropless"
         )
 

@@ -17,9 +17,10 @@ _KEYS = "retrieval.keys_"
 class PEER(MoE):
     """Parameter-efficient expert retrieval (He 2024, "Mixture of a Million Experts").
 
-    Very many very small experts, found by product keys. Expert (i, j, ...) has the score of sub-key i of
-    the first dimension with the first part of a query, plus that of j with the second, and so on. Each
-    head takes its best ``top_k`` and weighs them by a softmax over these. The experts have no biases.
+    Very many very small experts, found by product keys. Expert (i, j, ...) has the score of sub-key
+    i of the first dimension with the first part of a query, plus that of j with the second, and so
+    on. Each head takes its best ``top_k`` and weighs them by a softmax over these. The experts have
+    no biases.
     """
 
     implementation: ClassVar[str] = "pretrain.model.moe.peer:PEER"
@@ -36,11 +37,13 @@ class PEER(MoE):
     )
     num_heads: Positive = Field(
         8,
-        description="queries a token asks, each with a choice of its own; keys and experts are shared",
+        description="queries a token asks, each with a choice of its own; keys and experts are "
+        "shared",
     )
     top_k: Annotated[Positive, Effect.FUNCTION] = Field(
         16,
-        description="experts a head takes; with 1 its softmax is always 1, and keys and queries learn "
+        description="experts a head takes; with 1 its softmax is always 1, and keys and queries "
+        "learn "
         "nothing",
     )
     query_dim: Positive = Field(
@@ -49,7 +52,8 @@ class PEER(MoE):
     query_bias: bool = False
     query_norm: Literal["rms_norm", "layer_norm", "batch_norm", "none"] = Field(
         "rms_norm",
-        description="over each query; 'batch_norm' takes running statistics in training too: those of "
+        description="over each query; 'batch_norm' takes running statistics in training too: "
+        "those of "
         "the batch would show later tokens",
     )
     moe_intermediate_size: Positive = Field(1, description="hidden units of one expert")
@@ -70,7 +74,9 @@ class PEER(MoE):
         return f"model.moe.product_key_sizes, whose product is ({self.total_experts})"
 
     def kept_activations(self, hidden_size: int, kept: int) -> int:
-        """No row is copied: a token, its queries and the scores of its sub-keys, then each expert's few."""
+        """No row is copied: a token, its queries and the scores of its sub-keys, then each expert's
+        few.
+        """
         scores = self.num_heads * (2 * self.query_dim + sum(self.product_key_sizes))
         experts = self.experts_per_token * ((kept + 1) * self.moe_intermediate_size + 6)
         return kept * self.shared_width + 2 * hidden_size + scores + experts
@@ -94,9 +100,9 @@ class PEER(MoE):
     @property
     def why_router_is_deaf(self) -> str:
         return (
-            "model.moe.top_k=1 lets the keys and queries of model.moe.kind=peer learn nothing: the softmax "
-            "over a head's one expert is always 1, so that the language loss has no gradient for them; "
-            "set model.moe.top_k=2 or more"
+            "model.moe.top_k=1 lets the keys and queries of model.moe.kind=peer learn nothing: "
+            "the softmax over a head's one expert is always 1, so that the language loss has no "
+            "gradient for them; set model.moe.top_k=2 or more"
         )
 
     def expert_shards(self, ep_size: int, world_size: int, zero_stage: int) -> int:
@@ -107,8 +113,8 @@ class PEER(MoE):
         found = super().warnings()
         if self.query_norm == "batch_norm":
             found.append(
-                "model.moe.query_norm=batch_norm norms queries by running statistics, in training too, "
-                "which lag behind what the queries become: rms_norm and layer_norm need none"
+                "model.moe.query_norm=batch_norm norms queries by running statistics, in training "
+                "too, which lag behind what the queries become: rms_norm and layer_norm need none"
             )
         return found
 

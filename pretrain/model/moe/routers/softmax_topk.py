@@ -1,4 +1,6 @@
-"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE; renormalised it is also gpt-oss')."""
+"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE;
+renormalised it is also gpt-oss').
+"""
 
 from __future__ import annotations
 

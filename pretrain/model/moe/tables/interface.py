@@ -9,7 +9,9 @@ import torch
 
 
 class Bags(NamedTuple):
-    """The rows that each token chose: those of token t are ``row_P[offsets_T1[t] : offsets_T1[t + 1]]``; int64, [P] and [T + 1]."""
+    """The rows that each token chose: those of token t are ``row_P[offsets_T1[t] : offsets_T1[t +
+    1]]``; int64, [P] and [T + 1].
+    """
 
     row_P: torch.Tensor
     offsets_T1: torch.Tensor
@@ -28,7 +30,9 @@ class Bags(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One way to compute both products: ``row_dots(x_TD, table_ND, bags) -> [P]``, ``weighted_rows(c_P, table_ND, bags) -> [T, D]``."""
+    """One way to compute both products: ``row_dots(x_TD, table_ND, bags) -> [P]``,
+    ``weighted_rows(c_P, table_ND, bags) -> [T, D]``.
+    """
 
     row_dots: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
     weighted_rows: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
