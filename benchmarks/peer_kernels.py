@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pretrain.model.moe.tables.products import Bags, Factors, Kernel, SortedFactors, kernel_named
+from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.products import Factors, SortedFactors, kernel_named
 
 CHOSEN, HIDDEN_SIZE = 128, 768
 TABLES = (65_536, 1_048_576)

@@ -75,7 +75,7 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
     """The same arithmetic without DeepSpeed: low-precision weights, fp32 master weights, clipping, AdamW."""
     model = DecoderLM(recipe.model)
     initialize(model, recipe.seed)
-    groups = parameter_groups(model, recipe.optimizer)
+    groups = parameter_groups(model, recipe.model, recipe.optimizer)
     working = [parameter for group in groups for parameter in group["params"]]
     masters = [parameter.detach().clone().requires_grad_() for parameter in working]
     remaining = iter(masters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,10 @@ from pretrain.core.section import NonNegative, Positive, Section, Share
 
 
 class SourceBase(Section):
+    """What every kind of source has; ``can_be_read_again`` is false for what comes once, as a pipe."""
+
+    can_be_read_again: ClassVar[bool] = True
+
     split: Literal["hash", "train", "validation"] = Field(
         "hash",
         description="'hash' holds out data.validation_share of the documents; the others send every document to one side",
@@ -185,6 +189,7 @@ class DatasetsSource(SourceBase):
 class StandardInputSource(SourceBase, RecordsBase):
     """What is piped into the command; it is kept in the output folder's staging area until the build is complete."""
 
+    can_be_read_again: ClassVar[bool] = False
     kind: Literal["stdin"]
     format: Literal["jsonl", "line", "text"] = Field(
         "jsonl", description="JSON lines, one document a line, or one document in all"
@@ -312,10 +317,28 @@ TokenizerConfig = Annotated[
 
 
 class MixtureBase(Section):
+    """What every kind of mixture has.
+
+    Attributes:
+        can_stream: it needs no counts of the sources' tokens, which streams do not have.
+    """
+
+    can_stream: ClassVar[bool] = True
+
     max_epochs: dict[str, float] = Field(
         {},
         description="a source that was seen this often is exhausted, and the others share its weight",
     )
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Tokens of a whole run, if the mixture is for one of a given length."""
+        return None
+
+    @property
+    def shares_are_given(self) -> bool:
+        """Whether it names a share for every source."""
+        return False
 
 
 class Proportional(MixtureBase):
@@ -330,10 +353,15 @@ class Weights(MixtureBase):
     kind: Literal["weights"]
     weights: dict[str, Annotated[float, Field(ge=0)]]
 
+    @property
+    def shares_are_given(self) -> bool:
+        return True
+
 
 class Temperature(MixtureBase):
     """Shares in proportion to tokens^(1/temperature) (Conneau & Lample 2019): 1 is proportional, larger ones raise small sources."""
 
+    can_stream: ClassVar[bool] = False
     kind: Literal["temperature"]
     temperature: Annotated[float, Field(gt=0)]
 
@@ -342,21 +370,37 @@ class TokenBudget(MixtureBase):
     """Tokens that the whole run takes of each source."""
 
     kind: Literal["tokens"]
+    can_stream: ClassVar[bool] = False
     tokens: dict[str, NonNegative]
+
+    @property
+    def total_tokens(self) -> int | None:
+        return sum(self.tokens.values())
 
 
 Mixture = Annotated[Proportional | Weights | Temperature | TokenBudget, Field(discriminator="kind")]
 
 
-class Concatenate(Section):
+class PackingBase(Section):
+    """What every kind of packing has.
+
+    Attributes:
+        is_planned: samples are put together before training, from whole documents if they fit.
+    """
+
+    is_planned: ClassVar[bool] = False
+
+
+class Concatenate(PackingBase):
     """Documents back to back, cut every S tokens: no padding, each token once an epoch."""
 
     kind: Literal["concatenate"] = "concatenate"
 
 
-class BestFit(Section):
+class BestFit(PackingBase):
     """Best-fit-decreasing packing (Ding et al. 2024): only documents longer than a sequence are cut; gaps at a sequence's end are padded."""
 
+    is_planned: ClassVar[bool] = True
     kind: Literal["best_fit"]
 
 
@@ -441,7 +485,7 @@ class DataConfig(Section):
     @property
     def leaves_out_labels(self) -> bool:
         """Whether some tokens of a training batch have no label, so that they have to be counted."""
-        return self.document_mask or isinstance(self.packing, BestFit)
+        return self.document_mask or self.packing.is_planned
 
     @property
     def named_sources(self) -> dict[str, Source]:

@@ -23,15 +23,9 @@ from pretrain.core.cli import add_json_option, add_recipe_options, command_parse
 from pretrain.core.errors import ConfigError, StorageError, run_command
 from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import DeepSpeedMoE
-from pretrain.model.sizes import (
-    ModelSize,
-    activation_bytes,
-    cache_bytes,
-    model_size,
-    state_bytes_per_rank,
-)
+from pretrain.model.sizes import ModelSize, cache_bytes, model_size
 from pretrain.optim.config import Optimizer
+from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 
 EXAMPLES = """\
   python tools/analyze_model.py --recipe h64lm
@@ -79,15 +73,12 @@ def memory_by_layout(
     size: ModelSize, model: ModelConfig, precision: str, world_size: int, optimizer: Optimizer
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
-    experts = model.moe.total_experts if model.moe is not None and model.routed_layers else 1
     ep_sizes = [
         count
         for count in range(1, world_size + 1)
-        if world_size % count == 0 and experts % count == 0
+        if world_size % count == 0 and model.total_experts % count == 0
     ]
-    stages = [
-        stage for stage in ZERO_STAGES if stage < 3 or not isinstance(model.moe, DeepSpeedMoE)
-    ]
+    stages = ZERO_STAGES if model.moe is None else model.moe.zero_stages
     return {
         str(stage): {
             str(ep): state_bytes_per_rank(size, precision, stage, world_size, ep, optimizer)

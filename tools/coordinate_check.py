@@ -23,7 +23,6 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_recipe
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import ConfigError, StorageError, run_command
-from pretrain.model.init_config import MaximalUpdate
 
 EXAMPLES = """\
   python tools/coordinate_check.py --recipe quickstart --growing head_dim --plot coordinates.png
@@ -92,10 +91,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def base_width(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    mup = recipe.model.initialization
-    return arguments.base_width or (
-        mup.base.hidden_size if isinstance(mup, MaximalUpdate) else min(arguments.widths)
-    )
+    base = recipe.model.initialization.base_widths
+    return arguments.base_width or (min(arguments.widths) if base is None else base.hidden_size)
 
 
 def print_table(result: dict[str, Any]) -> None:

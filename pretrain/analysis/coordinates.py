@@ -79,7 +79,7 @@ class PlainTraining:
         initialize(self.model, recipe.seed)
         self.peaks = peak_learning_rates(recipe.optimizer)
         self.optimizer = build_optimizer(
-            parameter_groups(self.model, recipe.optimizer), recipe.optimizer
+            parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
         )
         torch.manual_seed(recipe.seed)
 

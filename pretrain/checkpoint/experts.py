@@ -1,7 +1,9 @@
-"""The routed experts of one layer of a state dict, in one form for every kind of layer: what surgery on weights and inspection work on.
+"""The routed experts of one layer of a state dict, in one form for every kind of layer.
 
-An expert is the state of a dense feed-forward: ``gate_proj.weight`` [X, D] where the kind is gated, ``up_proj.weight`` [X, D],
-``down_proj.weight`` [D, F], and their biases. A router's tensors have one row, or one number, for each expert.
+What surgery on weights and inspection work on. An expert is the state of a dense feed-forward:
+``gate_proj.weight`` [X, D] if the kind is gated, ``up_proj.weight`` [X, D], ``down_proj.weight`` [D, F],
+and their biases. A router's tensors have one row, or one element, for each expert. Which tensors of a
+layer these are is what the layer's section says (:meth:`RoutedMoE.expert_tensors`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import DeepSpeedMoE, DroplessMoE, RoutedMoE
+from pretrain.model.moe.config import EXPERT_NUMBER, RoutedMoE
 
 Expert = dict[str, Tensor]
 # The name of an MoE layer's feed-forward below its block.
@@ -27,23 +29,26 @@ def routed_moe(model: ModelConfig) -> RoutedMoE:
     Raises:
         ConfigError: for a dense model, and for one whose experts are rows of tables (PEER).
     """
-    if not isinstance(model.moe, RoutedMoE) or not model.routed_layers:
+    if model.routing is None:
         what = (
-            "the model has no layer with experts"
-            if not model.routed_layers
-            else "its experts are rows of tables, not feed-forwards"
+            "its experts are rows of tables, not feed-forwards"
+            if model.routed_layers
+            else "the model has no layer with experts"
         )
         raise ConfigError(f"{what}: give one with model.moe.kind dropless or deepspeed")
-    return model.moe
+    return model.routing
 
 
 def moe_prefixes(model: ModelConfig) -> list[str]:
-    """The feed-forwards that are mixtures of experts, such as ``layers.3.feed_forward``, in the order of :attr:`ModelConfig.routed_layers`."""
+    """The feed-forwards that are mixtures of experts, such as ``layers.3.feed_forward``.
+
+    In the order of :attr:`ModelConfig.routed_layers`.
+    """
     return [_prefix(model, layer) for layer in model.routed_layers]
 
 
 def dense_prefixes(model: ModelConfig) -> list[str]:
-    """The feed-forwards that are none; the block of multi-token prediction is of the last layer's kind."""
+    """The other feed-forwards; the block of multi-token prediction is of the last layer's kind."""
     layers = range(model.num_hidden_layers + (model.multi_token_prediction is not None))
     return [_prefix(model, layer) for layer in layers if layer not in model.routed_layers]
 
@@ -56,72 +61,38 @@ def _prefix(model: ModelConfig, layer: int) -> str:
     )
 
 
-def feed_forward_names(model: ModelConfig) -> list[str]:
-    """The parameters of one dense feed-forward, or of one expert, without prefix."""
-    matrices = [GATE, UP, DOWN] if model.feed_forward.implementing_class().gated else [UP, DOWN]
-    return [
-        f"{matrix}.{part}"
-        for matrix in matrices
-        for part in (("weight", "bias") if model.feed_forward.bias else ("weight",))
-    ]
-
-
 def router_names(prefix: str, moe: RoutedMoE) -> list[str]:
-    """The tensors of a layer's router whose first dimension counts experts."""
-    router = f"{prefix}.{_router(moe)}"
-    names = [f"{router}.weight" if router.endswith(".wg") else f"{router}.gate.weight"]
-    if router.endswith(".wg"):
-        return names
-    names += [f"{router}.gate.bias"] if moe.router.bias else []
-    names += [f"{router}.noise.weight"] if moe.router.learned_noise else []
-    return names + ([f"{router}.balance_bias"] if moe.bias_balancing is not None else [])
-
-
-def _router(moe: RoutedMoE) -> str:
-    if isinstance(moe, DeepSpeedMoE):
-        return "deepspeed_moe.gate.router" if moe.gate == "router" else "deepspeed_moe.gate.wg"
-    return "router"
+    """The tensors of a layer's router whose first dimension counts experts, its matrix first."""
+    return [f"{prefix}.{name}" for name in moe.router_tensors()]
 
 
 def expert_names(prefix: str, model: ModelConfig) -> list[str]:
     """The tensors of a layer that hold its routed experts, whole or stacked."""
     moe = routed_moe(model)
-    if isinstance(moe, DroplessMoE):
-        return [f"{prefix}.experts.w{n}" for n in (1, 2, 3)] + (
-            [f"{prefix}.b{n}" for n in (1, 2, 3)] if model.feed_forward.bias else []
-        )
+    templates = moe.expert_tensors(model.feed_forward.parameter_names).values()
     return [
-        f"{_native(prefix, expert)}.{name}"
+        f"{prefix}.{name.replace(EXPERT_NUMBER, str(expert))}"
         for expert in range(moe.num_experts)
-        for name in feed_forward_names(model)
+        for names in templates
+        for name in names
+        if EXPERT_NUMBER in name or expert == 0
     ]
-
-
-def _native(prefix: str, expert: int) -> str:
-    return f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{expert}"
 
 
 def read_expert(
     tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig, expert: int
 ) -> Expert:
     """One expert of a layer, by its global number; its tensors may be views of ``tensors``."""
-    if isinstance(model.moe, DeepSpeedMoE):
-        return {
-            name: tensors[f"{_native(prefix, expert)}.{name}"] for name in feed_forward_names(model)
-        }
-    gated = model.feed_forward.implementing_class().gated
     found: Expert = {}
-    for part, stem in (("weight", f"{prefix}.experts.w"), ("bias", f"{prefix}.b")):
-        if part == "bias" and not model.feed_forward.bias:
-            continue
-        first, second, third = (tensors[f"{stem}{number}"][expert] for number in (1, 2, 3))
-        # Kinds with one matrix before the activation have its two halves in w1 and w3.
-        found |= (
-            {f"{GATE}.{part}": first, f"{UP}.{part}": third}
-            if gated
-            else {f"{UP}.{part}": torch.cat((first, third))}
-        )
-        found[f"{DOWN}.{part}"] = second
+    places = routed_moe(model).expert_tensors(model.feed_forward.parameter_names)
+    for parameter, names in places.items():
+        parts = [
+            tensors[f"{prefix}.{name.replace(EXPERT_NUMBER, str(expert))}"]
+            if EXPERT_NUMBER in name
+            else tensors[f"{prefix}.{name}"][expert]
+            for name in names
+        ]
+        found[parameter] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return found
 
 
@@ -137,33 +108,26 @@ def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) ->
     """The way back: the layer's tensors under their names, as copies.
 
     Raises:
-        ConfigError: where a kind of layer cannot hold experts of this width.
+        ConfigError: if the kind of layer cannot hold experts of this width.
     """
-    names = feed_forward_names(model)
-    if isinstance(model.moe, DeepSpeedMoE):
-        return {
-            f"{_native(prefix, number)}.{name}": expert[name].clone()
-            for number, expert in enumerate(experts)
-            for name in names
-        }
-    routed_moe(model)
-    gated = model.feed_forward.implementing_class().gated
     found: dict[str, Tensor] = {}
-    for part, stem in (("weight", f"{prefix}.experts.w"), ("bias", f"{prefix}.b")):
-        if part == "bias" and not model.feed_forward.bias:
-            continue
-        up = torch.stack([expert[f"{UP}.{part}"] for expert in experts])
-        if not gated and up.shape[1] % 2:
-            raise ConfigError(
-                f"dropless experts without a gate keep their matrix in two halves, and {up.shape[1]} is odd: choose an even width"
-            )
-        first, third = (
-            (torch.stack([expert[f"{GATE}.{part}"] for expert in experts]), up)
-            if gated
-            else up.chunk(2, dim=1)
-        )
-        found |= {f"{stem}1": first.contiguous(), f"{stem}3": third.contiguous()}
-        found[f"{stem}2"] = torch.stack([expert[f"{DOWN}.{part}"] for expert in experts])
+    places = routed_moe(model).expert_tensors(model.feed_forward.parameter_names)
+    for parameter, names in places.items():
+        for number, expert in enumerate(experts):
+            if len(names) > 1 and expert[parameter].shape[0] % len(names):
+                raise ConfigError(
+                    "dropless experts without a gate keep their matrix in two halves, and "
+                    f"{expert[parameter].shape[0]} is odd: choose an even width"
+                )
+            parts = expert[parameter].chunk(len(names))
+            for name, part in zip(names, parts, strict=True):
+                if EXPERT_NUMBER in name:
+                    found[f"{prefix}.{name.replace(EXPERT_NUMBER, str(number))}"] = part.clone()
+        for index, name in enumerate(names):
+            if EXPERT_NUMBER not in name:
+                found[f"{prefix}.{name}"] = torch.stack(
+                    [expert[parameter].chunk(len(names))[index] for expert in experts]
+                )
     return found
 
 

@@ -18,7 +18,7 @@ from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.core.errors import CheckpointError
 from pretrain.core.section import Section
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import DroplessMoE
+from pretrain.model.moe.config import EXPERT_NUMBER
 
 # Where a dictionary keeps the model's state beside optimizers and counters.
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
@@ -26,11 +26,10 @@ WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer\.(wte|h\.\d+))\.")
 # An expert's share of a tensor that dropless layers stack: DeepSpeed's AutoEP names it w1.3, a list of feed-forwards 3.gate_proj.weight.
-NUMBERED = re.compile(r"^(?P<stem>.*\.experts)\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
+NUMBERED = re.compile(r"^(?P<stem>.*\.)experts\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(
-    r"^(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$"
+    r"^(?P<stem>.*\.)experts\.(?P<expert>\d+)\.(?P<parameter>(gate|up|down)_proj\.weight)$"
 )
-STACKED_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 # Where a training loop keeps what its model is, next to the weights.
@@ -142,13 +141,18 @@ class FileWeights(Mapping[str, Tensor]):
 
 def _stacked_place(name: str, model: ModelConfig) -> tuple[str, int] | None:
     """The stacked tensor that a tensor of one expert belongs to, and the expert's number."""
-    if not isinstance(model.moe, DroplessMoE):
+    if model.routing is None:
+        return None
+    parameters = model.feed_forward.parameter_names
+    tensors = model.routing.expert_tensors(parameters)
+    if any(EXPERT_NUMBER in tensor for names in tensors.values() for tensor in names):
         return None
     if match := NUMBERED.match(name):
-        return f"{match['stem']}.{match['matrix']}", int(match["expert"])
-    # Without a gate the stacked tensors are halves of the one before the activation.
-    if (match := LISTED.match(name)) and model.feed_forward.implementing_class().gated:
-        return f"{match['stem']}.{STACKED_NAMES[match['matrix']]}", int(match["expert"])
+        return f"{match['stem']}experts.{match['matrix']}", int(match["expert"])
+    # A half of a matrix is no tensor that other loops have.
+    if (match := LISTED.match(name)) and model.routing.keeps_matrices_whole(parameters):
+        (stack,) = tensors.get(match["parameter"], ("",))
+        return (f"{match['stem']}{stack}", int(match["expert"])) if stack else None
     return None
 
 

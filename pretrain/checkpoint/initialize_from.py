@@ -184,10 +184,10 @@ def fill(
     names: Collection[str],
 ) -> None:
     """Copies the weights called ``names`` into a model on the host that has part ``part`` of ``parts`` of the experts; a tensor at a time."""
-    total = model.config.moe.total_experts if model.config.moe is not None else 0
+    total = model.config.total_experts
     persistent = model.state_dict(keep_vars=True).keys()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        stored_name = global_name(name, part * (total // parts))
+        stored_name = global_name(name, part * (total // parts), model.config)
         if name in persistent and stored_name in names:
             whole = stored[stored_name]
             # A native expert is a tensor of its own; stacked ones lie in order of their rank.

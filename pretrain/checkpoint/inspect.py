@@ -18,7 +18,6 @@ from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import file_sha256
-from pretrain.model.moe.config import RoutedMoE
 
 Order = Literal["absolute", "relative", "cosine"]
 # What of state.json a summary shows.
@@ -91,8 +90,8 @@ def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[dict[str, An
     Models whose experts are rows of tables (PEER) have none. Alike are experts whose weights, taken as one vector, have a large cosine;
     hidden numbers are not aligned.
     """
-    model, moe = recipe.model, recipe.model.moe
-    if not isinstance(moe, RoutedMoE):
+    model, moe = recipe.model, recipe.model.routing
+    if moe is None:
         return
     layers = list(zip(model.routed_layers, moe_prefixes(model), strict=True))
     for layer, prefix in tqdm(layers, desc="reading experts", unit="layer"):

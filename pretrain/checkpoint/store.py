@@ -101,20 +101,18 @@ class CheckpointStore:
                 random_state() | {"own": own or {}},
                 temporary / layout.RANDOM_FOLDER / f"rank_{topology.rank:05d}.pt",
             )
-            moe = engine.recipe.model.moe
             tables = (
                 {name: table.weight for name, table in engine.sparse_optimizer.tables.items()}
                 if engine.sparse_optimizer is not None
                 else {}
             )
-            num_experts = moe.total_experts if moe else 1
             write_weights(
                 temporary,
                 engine.model,
                 engine.masters.whole,
                 topology.rank,
                 engine.expert_parts,
-                num_experts,
+                engine.recipe.model.total_experts,
                 tables,
             )
             self._write_rows(temporary)

@@ -18,8 +18,6 @@ from tqdm import tqdm
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
 from pretrain.core.errors import CheckpointError, ConfigError
-from pretrain.model.moe.config import PEER, DeepSpeedMoE, DroplessMoE
-from pretrain.optim.config import AdamW
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -38,17 +36,15 @@ def check_universal(checkpoint: Path) -> None:
         raise ConfigError(
             f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run"
         )
-    if not isinstance(model.moe, DroplessMoE) or not model.routed_layers:
-        kind = (
-            f"model.moe.kind={model.moe.kind}"
-            if isinstance(model.moe, DeepSpeedMoE | PEER)
-            else "a dense model"
-        )
+    moe = model.moe
+    if moe is None or not moe.has_universal_checkpoints or not model.routed_layers:
+        sparse = moe is not None and not moe.has_universal_checkpoints
+        kind = f"model.moe.kind={moe.kind}" if moe is not None and sparse else "a dense model"
         raise ConfigError(
             f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs with dropless experts only: "
             "convert with --to safetensors"
         )
-    if not isinstance(recipe.optimizer, AdamW):
+    if not recipe.optimizer.has_universal_checkpoints:
         raise ConfigError(
             f"optimizer.kind={recipe.optimizer.kind} has no universal checkpoints, because DeepSpeed's converter knows Adam's two moments only: "
             "convert with --to safetensors"

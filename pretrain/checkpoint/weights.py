@@ -14,12 +14,12 @@ from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 
 DENSE_FILE = "weights-dense.safetensors"
 EXPERTS_FILE = "weights-experts-{part:05d}-of-{parts:05d}.safetensors"
 _EXPERTS_NAME = re.compile(r"^weights-experts-(\d{5})-of-(\d{5})\.safetensors$")
-_NATIVE_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
@@ -27,16 +27,17 @@ def is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def global_name(name: str, first_expert: int) -> str:
-    """Native layers name an expert by its place on this rank; files name it by its global number."""
-    return _NATIVE_EXPERT.sub(
-        lambda match: f"{match[1]}{int(match[2]) + first_expert}{match[3]}", name
-    )
+def global_name(name: str, first_expert: int, model: ModelConfig) -> str:
+    """A tensor's name in files, which count experts over all ranks.
+
+    Layers that name each expert do so by its place on this rank, of which ``first_expert`` is the first.
+    """
+    return name if model.moe is None else model.moe.renumbered(name, lambda n: n + first_expert)
 
 
 def write_weights(
     folder: Path,
-    model: nn.Module,
+    model: DecoderLM,
     master_weight: Callable[[nn.Parameter], torch.Tensor],
     rank: int,
     ep_size: int,
@@ -57,7 +58,9 @@ def write_weights(
     for name, parameter in model.named_parameters():
         weight = master_weight(parameter)
         if is_expert(parameter) and rank < ep_size:
-            experts[global_name(name, first_expert)] = weight.to("cpu", torch.float32).contiguous()
+            experts[global_name(name, first_expert, model.config)] = weight.to(
+                "cpu", torch.float32
+            ).contiguous()
         elif not is_expert(parameter) and rank == 0:
             dense[name] = weight.to("cpu", torch.float32).contiguous()
     if rank < ep_size:

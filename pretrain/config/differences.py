@@ -94,8 +94,9 @@ def _shown(value: Any) -> str:
 
 
 def with_field(model: ModelConfig, source: ModelConfig, path: str) -> ModelConfig:
-    """``model`` with the one field at ``path`` (as :class:`Difference` has it) as in ``source``;
-    nothing is checked.
+    """``model`` with the one field at ``path`` (as :class:`Difference` has it) as in ``source``.
+
+    Nothing is checked.
     """
     return _with_field(model, source, path.removeprefix("model.").removesuffix(".kind").split("."))
 

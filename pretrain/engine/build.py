@@ -19,10 +19,11 @@ from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
 from pretrain.engine.workarounds.flat_partitions import give_shards
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
+from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.optim.frozen import frozen_parameters
-from pretrain.optim.muon import Muon
+from pretrain.optim.matrix_shards import MatrixOptimizer
 
 # Fills a model that has part i of n of the experts: model, i, n.
 WeightLoader = Callable[[DecoderLM, int, int], None]
@@ -65,7 +66,9 @@ def build_model(
     return model
 
 
-def frozen_names(model: nn.Module, phases: Sequence[PhaseConfig]) -> dict[int, set[str]]:
+def frozen_names(
+    model: nn.Module, config: ModelConfig, phases: Sequence[PhaseConfig]
+) -> dict[int, set[str]]:
     """Names of the parameters that each phase freezes, by the number of the phase (from 1).
 
     Raises:
@@ -73,7 +76,7 @@ def frozen_names(model: nn.Module, phases: Sequence[PhaseConfig]) -> dict[int, s
     """
     names = [name for name, _ in model.named_parameters()]
     return {
-        number: frozen_parameters(names, phase.frozen, f"phases.{phase.name}.frozen")
+        number: frozen_parameters(names, phase.frozen, config, f"phases.{phase.name}.frozen")
         for number, phase in enumerate(phases, start=1)
         if phase.frozen
     }
@@ -92,7 +95,7 @@ def start_deepspeed(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )
     forget_first_step(wrapped, zero_stage, precision)
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, MatrixOptimizer):
         give_shards(wrapped, optimizer, zero_stage, device)
     return engine, wrapped
 

@@ -36,7 +36,6 @@ from pretrain.engine.workarounds.norm_of_tables import count_in_norm
 from pretrain.engine.workarounds.stage0_gradient_norm import Stage0Clipping
 from pretrain.engine.workarounds.update_veto import UpdateVeto
 from pretrain.model.decoder import TrainOutput
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.optim.param_groups import (
     build_optimizer,
     learning_rate_scale,
@@ -80,13 +79,13 @@ class Engine:
         self.expert_part = shard.part
         self.expert_parts = shard.parts
         self.model = build_model(recipe, precision, shard, topology.device, load_weights)
-        self._frozen_names = frozen_names(self.model, recipe.phases)
+        self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
         # What is drawn while training (dropout, router noise) differs between ranks; checkpoints
         # carry the state.
         torch.manual_seed(recipe.seed + topology.rank)
         optimizer = build_optimizer(
-            parameter_groups(self.model, recipe.optimizer), recipe.optimizer
+            parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
         )
         self.deepspeed, self.optimizer = start_deepspeed(
             self.model, optimizer, ds_config, precision, topology.device
@@ -325,10 +324,10 @@ class Engine:
         The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al.
         2025, "Demons in the Detail").
         """
-        moe = self.recipe.model.moe
-        layers = self.recipe.model.routed_layers
-        if not isinstance(moe, RoutedMoE) or moe.balance_scope == "micro_batch" or not layers:
+        moe = self.recipe.model.routing
+        if moe is None or moe.balance_scope == "micro_batch":
             return None
+        layers = self.recipe.model.routed_layers
         counts_LE = torch.zeros(len(layers), moe.num_experts, device=self.topology.device)
         for batch in batches:
             output = self._forward(batch, normalizer)

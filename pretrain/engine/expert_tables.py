@@ -16,8 +16,7 @@ from pretrain.engine.sparse_optimizer import RowGroups, SparseOptimizer
 from pretrain.engine.step_hooks import StepHook, Update
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.moe.config import PEER as PEERConfig
-from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.base import MoELayer
 from pretrain.model.moe.product_keys import RunningStatistics
 from pretrain.model.moe.tables.products import ExpertTable
 
@@ -34,24 +33,22 @@ def take_expert_tables(
     Args:
         shards: parts that the experts are split into.
     """
-    layers = [module for module in model.modules() if isinstance(module, PEER)]
-    if not layers:
-        return None
-    assert isinstance(recipe.model.moe, PEERConfig)
-    neighbours, replicas = _groups(topology, shards)
-    for layer in layers:
-        layer.group = neighbours
-        layer.usage_E = layer.usage_E.to(topology.device)
     tables = {
         f"{name}.weight": module
         for name, module in model.named_modules()
         if isinstance(module, ExpertTable)
     }
+    if not tables or recipe.model.moe is None:
+        return None
+    neighbours, replicas = _groups(topology, shards)
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.share_experts(neighbours, topology.device)
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
     config = recipe.optimizer.row_optimizer
     assert config is not None
     groups = RowGroups(replicas, everyone)
-    kernel = recipe.model.moe.expert_kernel
+    kernel = recipe.model.moe.table_kernel
     return SparseOptimizer(tables, config, groups, kernel, topology.device)
 
 

@@ -14,14 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from pretrain.model.moe.tables.products import (
-    ExpertTable,
-    Factors,
-    Kernel,
-    SortedFactors,
-    kernel_named,
-)
-from pretrain.optim.config import SGD, AdamW
+from pretrain.model.moe.tables.interface import Kernel
+from pretrain.model.moe.tables.products import ExpertTable, Factors, SortedFactors, kernel_named
+from pretrain.optim.config import RowOptimizer
 
 # Rows whose gradients are in memory at once.
 CHUNK_ROWS = 16384
@@ -60,14 +55,11 @@ class RowState:
     steps used each row, [rows] int32.
     """
 
-    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: AdamW | SGD) -> None:
+    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: RowOptimizer) -> None:
         self.table_ND, self.first, self.last, self.config = table_ND, first, last, config
-        has_momentum = isinstance(config, AdamW) or config.momentum > 0
-        names = (
-            ["exp_avg", "exp_avg_sq"] if isinstance(config, AdamW) else ["momentum"] * has_momentum
-        )
         self.moments = {
-            name: _lazy_zeros(last - first, table_ND.shape[1], table_ND.device) for name in names
+            name: _lazy_zeros(last - first, table_ND.shape[1], table_ND.device)
+            for name in config.row_moments
         }
         self.steps = torch.zeros(last - first, dtype=torch.int32, device=table_ND.device)
 
@@ -76,34 +68,11 @@ class RowState:
         own_U = row_U - self.first
         self.steps[own_U] += 1
         weight_UD = self.table_ND[row_U] * (1.0 - learning_rate * self.config.weight_decay)
-        direction_UD = (
-            self._adamw(own_U, gradient_UD)
-            if isinstance(self.config, AdamW)
-            else self._sgd(own_U, gradient_UD, self.config)
-        )
+        moments_UD = {name: moment[own_U] for name, moment in self.moments.items()}
+        direction_UD = self.config.row_direction(gradient_UD, moments_UD, self.steps[own_U])
+        for name, moment_UD in moments_UD.items():
+            self.moments[name][own_U] = moment_UD
         self.table_ND[row_U] = weight_UD.sub_(direction_UD, alpha=learning_rate)
-
-    def _adamw(self, own_U: torch.Tensor, gradient_UD: torch.Tensor) -> torch.Tensor:
-        """Loshchilov & Hutter 2019, algorithm 2, with each row's own number of steps."""
-        assert isinstance(self.config, AdamW)
-        beta1, beta2 = self.config.beta1, self.config.beta2
-        first_UD, second_UD = (self.moments[name][own_U] for name in ("exp_avg", "exp_avg_sq"))
-        first_UD.lerp_(gradient_UD, 1.0 - beta1)
-        second_UD.mul_(beta2).addcmul_(gradient_UD, gradient_UD, value=1.0 - beta2)
-        self.moments["exp_avg"][own_U], self.moments["exp_avg_sq"][own_U] = first_UD, second_UD
-        steps_U1 = self.steps[own_U, None].double()
-        correction1_U1, correction2_U1 = ((1.0 - beta**steps_U1).float() for beta in (beta1, beta2))
-        return first_UD.div_(correction1_U1).div_(
-            second_UD.sqrt_().div_(correction2_U1.sqrt()).add_(self.config.eps)
-        )
-
-    def _sgd(self, own_U: torch.Tensor, gradient_UD: torch.Tensor, config: SGD) -> torch.Tensor:
-        """torch's SGD: the first step of a row starts its momentum."""
-        if not config.momentum:
-            return gradient_UD
-        momentum_UD = self.moments["momentum"][own_U].mul_(config.momentum).add_(gradient_UD)
-        self.moments["momentum"][own_U] = momentum_UD
-        return momentum_UD
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the rows ever used, their steps and moments."""
@@ -142,7 +111,7 @@ class SparseOptimizer:
     def __init__(
         self,
         tables: dict[str, ExpertTable],
-        config: AdamW | SGD,
+        config: RowOptimizer,
         groups: RowGroups,
         kernel: str,
         device: torch.device,

@@ -9,11 +9,13 @@ from torch import nn
 
 from pretrain.engine.step_hooks import StepHook, Update
 from pretrain.engine.topology import Topology
-from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.base import MoELayer
 
 
 class UsageCounts(NamedTuple):
-    """A copy of the counters: of routed layers, int64 [L, E], and of each PEER layer, int64 [E]."""
+    """A copy of the counters: of routed layers, int64 [L, E], and of each layer that
+    counts by itself, int64 [E].
+    """
 
     routed_LE: torch.Tensor | None
     retrieved_E: list[torch.Tensor]
@@ -24,11 +26,11 @@ class UsageCounter(StepHook):
 
     def __init__(self, model: nn.Module, topology: Topology) -> None:
         self._topology = topology
-        self._peer_layers = [module for module in model.modules() if isinstance(module, PEER)]
+        self._layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self._routed_LE: torch.Tensor | None = None
 
     def after_update(self, update: Update) -> None:
-        """Add what the routers chose in the step. PEER layers count in their own forward pass."""
+        """Add what the routers chose in the step. Some layers count in their own forward pass."""
         if update.router is None:
             return
         # fp32 counts exactly within a step, but not over many: beyond 2**24 adding one changes
@@ -49,10 +51,10 @@ class UsageCounter(StepHook):
         """
         usage_LE = self._routed_LE
         self._routed_LE = None
-        if self._peer_layers:
-            usage_LE = torch.stack([layer.get_buffer("usage_E") for layer in self._peer_layers])
-            for layer in self._peer_layers:
-                layer.get_buffer("usage_E").zero_()
+        if counted := self._counted_by_layers():
+            usage_LE = torch.stack(counted)
+            for counts_E in counted:
+                counts_E.zero_()
         return None if usage_LE is None else self._topology.all_reduce_sum(usage_LE).cpu()
 
     def copy(self) -> UsageCounts:
@@ -60,11 +62,16 @@ class UsageCounter(StepHook):
         routed_LE = self._routed_LE
         return UsageCounts(
             None if routed_LE is None else routed_LE.clone(),
-            [layer.get_buffer("usage_E").clone() for layer in self._peer_layers],
+            [counts_E.clone() for counts_E in self._counted_by_layers()],
         )
 
     def restore(self, counts: UsageCounts) -> None:
         """Set the counters of this rank back to a copy."""
         self._routed_LE = counts.routed_LE
-        for layer, counts_E in zip(self._peer_layers, counts.retrieved_E, strict=True):
-            layer.get_buffer("usage_E").copy_(counts_E)
+        for counts_E, saved_E in zip(self._counted_by_layers(), counts.retrieved_E, strict=True):
+            counts_E.copy_(saved_E)
+
+    def _counted_by_layers(self) -> list[torch.Tensor]:
+        """The counters of layers that count their experts' choices themselves."""
+        counters = [layer.counted_choices_E for layer in self._layers]
+        return [counts_E for counts_E in counters if counts_E is not None]

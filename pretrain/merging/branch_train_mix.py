@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from pretrain.checkpoint.comparison import check_same_function
-from pretrain.checkpoint.experts import feed_forward_names, moe_prefixes, routed_moe
+from pretrain.checkpoint.experts import moe_prefixes, routed_moe
 from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.core.errors import CheckpointError, ConfigError
@@ -46,7 +46,7 @@ def mixed_tensors(
     check_branches(stores, target)
     rates, taken = uniform_rates(len(stores)), set()
     for prefix in moe_prefixes(target):
-        names = feed_forward_names(target)
+        names = target.feed_forward.parameter_names
         taken |= {f"{prefix}.{name}" for name in names}
         branches = [{name: store[f"{prefix}.{name}"] for name in names} for store in stores]
         experts = [

@@ -22,7 +22,6 @@ from pretrain.checkpoint.experts import (
     GATE,
     UP,
     Expert,
-    feed_forward_names,
     moe_prefixes,
     routed_moe,
 )
@@ -35,8 +34,7 @@ from pretrain.merging.assembly import (
     random_stream,
 )
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import DeepSpeedMoE, RoutedMoE
-from pretrain.model.moe.routers import NoisyTopK, SoftmaxTopK
+from pretrain.model.moe.config import RoutedMoE
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,12 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
         ConfigError: where it depends on the token, or where not every chosen shard is computed equally often, with the reason.
     """
     router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
-    if isinstance(moe, DeepSpeedMoE) and moe.drop_tokens:
+    if moe.drops_tokens:
         raise ConfigError(
             "a full expert would drop tokens that the dense feed-forward computes: "
             "upcycle with --set model.moe.drop_tokens=false; the training that follows may set it otherwise"
         )
-    all_chosen = isinstance(router, SoftmaxTopK | NoisyTopK) and moe.top_k == moe.num_experts
+    all_chosen = router.scores_add_up_to_one and moe.top_k == moe.num_experts
     if not (router.norm_topk_prob or even or all_chosen):
         raise ConfigError(
             "the weights of a token's experts add up to another number for each token, because model.moe.router.norm_topk_prob is false: "
@@ -97,7 +95,7 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
         raise ConfigError(
             f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of --granularity ({g}): change one of them"
         )
-    if isinstance(moe, DeepSpeedMoE) and moe.use_residual:
+    if moe.has_residual_expert:
         reason = "the residual expert has room for one shard only (model.moe.use_residual)"
     elif moe.top_k == moe.num_experts:
         return
@@ -107,9 +105,7 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
         reason = "the router's noise scores the shards of a group differently"
     elif moe.router.groups is not None:
         reason = "model.moe.router.groups may divide a group of shards"
-    elif isinstance(moe, DeepSpeedMoE) and (
-        moe.top2_2nd_expert_sampling or moe.noisy_gate_policy == "RSample"
-    ):
+    elif moe.draws_experts:
         reason = "DeepSpeed's gate draws experts at random"
     if reason:
         raise ConfigError(
@@ -147,7 +143,7 @@ def upcycled_tensors(
     )
     sparse, taken = moe_prefixes(target), set()
     for prefix in sparse:
-        dense = {name: stored[f"{prefix}.{name}"] for name in feed_forward_names(target)}
+        dense = {name: stored[f"{prefix}.{name}"] for name in target.feed_forward.parameter_names}
         taken |= {f"{prefix}.{name}" for name in dense}
         shards = split(dense, options.granularity, share)
         experts = [
@@ -187,7 +183,7 @@ def _varied(shard: Expert, model: ModelConfig, options: Upcycling, name: str) ->
     if options.reinit_share:
         width, expansion = (
             shard[f"{DOWN}.weight"].shape[1],
-            model.feed_forward.implementing_class().expansion,
+            model.feed_forward.expansion,
         )
         order = torch.randperm(width, generator=random_stream(options.seed, f"{name}.units"))
         units = order[: round(options.reinit_share * width)]

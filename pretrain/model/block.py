@@ -1,4 +1,6 @@
-"""One block: attention, then a dense feed-forward or a mixture of experts, each with its norm and its residual connection."""
+"""One block: attention, then a dense feed-forward or a mixture of experts, each with its norm and
+its residual connection.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from pretrain.model.positions.interface import PositionTerms
 
 
 class Block(nn.Module):
-    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020, fig. 1). First f is attention, then the feed-forward."""
+    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020, fig. 1).
+
+    First f is attention, then the feed-forward.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, ep_size: int, ep_rank: int) -> None:
         super().__init__()
@@ -47,7 +52,10 @@ class Block(nn.Module):
         record: RoutingRecord | None = None,
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block. ``cache`` is the attention's own."""
+        """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block.
+
+        ``cache`` is the attention's own.
+        """
         x_BSD = self.attend(x_BSD, positions, mask, cache)
         hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
         y_BSD, statistics = (
@@ -61,7 +69,9 @@ class Block(nn.Module):
     def attend(
         self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: Any = None
     ) -> torch.Tensor:
-        """The first half: attention with its norm and its residual connection, [B, S, D] -> [B, S, D]."""
+        """The first half: attention with its norm and its residual connection, [B, S, D] -> [B, S,
+        D].
+        """
         hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
         x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))
         return x_BSD if self.pre_norm else self.attention_norm(x_BSD)

@@ -11,13 +11,13 @@ from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import Effect, NonNegative, Positive, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.init_config import Initialization, StandardInitialization
-from pretrain.model.moe.config import MoE
+from pretrain.model.moe.config import MoE, Role, RoutedMoE
 
 Weight = Annotated[float, Field(ge=0)]
 Growth = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
-# --- norms ----------------------------------------------------------------------------------------------------------------------
+# --- norms ---
 
 
 class Norm(Component):
@@ -38,7 +38,7 @@ class LayerNorm(Norm):
     kind: Literal["layer_norm"]
 
 
-# --- positions ------------------------------------------------------------------------------------------------------------------
+# --- positions ---
 
 
 class Position(Component):
@@ -46,7 +46,10 @@ class Position(Component):
     alibi: ClassVar[bool] = False
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """If both tell in the same way where a token is; what else a kind has are tensors of its own."""
+        """If both encode positions in the same way.
+
+        What else a kind has are tensors of its own.
+        """
         return isinstance(other, Position) and (self.rotary, self.alibi) == (
             other.rotary,
             other.alibi,
@@ -66,7 +69,9 @@ class Rope(RotaryBase):
 
 
 class Yarn(RotaryBase):
-    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest ramps between (NTK by parts)."""
+    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest
+    ramps between (NTK by parts).
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
     kind: Literal["yarn"]
@@ -87,15 +92,18 @@ class Yarn(RotaryBase):
     )
     mscale: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None,
-        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)",
+        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim "
+        "ln(factor) + 1)",
     )
     mscale_all_dim: Annotated[Growth | None, Effect.FUNCTION] = Field(
         None,
-        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not (DeepSeek-V3's code)",
+        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not "
+        "(DeepSeek-V3's code)",
     )
     truncate: Annotated[bool, Effect.FUNCTION] = Field(
         True,
-        description="round the ramp's ends outwards to whole pairs (Hugging Face's default; gpt-oss does not)",
+        description="round the ramp's ends outwards to whole pairs (Hugging Face's default; "
+        "gpt-oss does not)",
     )
 
     @model_validator(mode="after")
@@ -116,7 +124,9 @@ class Yarn(RotaryBase):
 
 
 class Llama3(RotaryBase):
-    """Llama 3.1's stretched rotary embedding: slow pairs are interpolated by ``factor``, fast ones kept, the rest blends between."""
+    """Llama 3.1's stretched rotary embedding: slow pairs are interpolated by ``factor``, fast ones
+    kept, the rest blends between.
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.llama3:Llama3Position"
     kind: Literal["llama3"]
@@ -128,7 +138,8 @@ class Llama3(RotaryBase):
     )
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="pairs that rotate less often than this over the original length are interpolated",
+        description="pairs that rotate less often than this over the original length are "
+        "interpolated",
     )
     high_freq_factor: Annotated[float, Field(gt=0)] = Field(
         4.0, description="pairs that rotate more often than this over the original length are kept"
@@ -138,7 +149,8 @@ class Llama3(RotaryBase):
     def _blend_has_a_width(self) -> Llama3:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor ({self.low_freq_factor})"
+                f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor "
+                f"({self.low_freq_factor})"
             )
         return self
 
@@ -160,24 +172,49 @@ class RopeAlibi(RotaryBase):
 
 
 class Learned(Position):
-    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding (Vaswani et al. 2017, GPT-2)."""
+    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding
+    (Vaswani et al. 2017, GPT-2).
+    """
 
     implementation: ClassVar[str] = "pretrain.model.positions.learned:LearnedPosition"
     kind: Literal["learned"]
 
 
 class NoPosition(Position):
-    """None: a causal mask alone tells the order (NoPE, Kazemnejad et al. 2023)."""
+    """None: the order shows in the causal mask alone (NoPE, Kazemnejad et al. 2023)."""
 
     implementation: ClassVar[str] = "pretrain.model.positions.none:NoPosition"
     kind: Literal["none"]
 
 
-# --- feed-forwards: also the form of one expert -----------------------------------------------------------------------------------
+# --- feed-forwards: also the form of one expert ---
 
 
 class FeedForward(Component):
+    """What every kind has.
+
+    Attributes:
+        gated: two matrices before the activation, ``gate_proj`` and ``up_proj``; else ``up_proj``
+            only.
+        expansion: rows of each of these for one hidden unit.
+    """
+
+    gated: ClassVar[bool] = True
+    expansion: ClassVar[int] = 1
+
     bias: bool = Field(False, description="every matrix has a bias")
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters of one feed-forward, which is also the form of one expert."""
+        matrices = [*(["gate_proj"] if self.gated else []), "up_proj", "down_proj"]
+        parts = ("weight", "bias") if self.bias else ("weight",)
+        return [f"{matrix}.{part}" for matrix in matrices for part in parts]
+
+    @property
+    def kept_per_unit(self) -> int:
+        """Elements kept for the backward pass a hidden unit: products, activation, dropout."""
+        return (2 if self.gated else 1) * self.expansion + 2
 
 
 class SwiGLU(FeedForward):
@@ -191,6 +228,7 @@ class GELU(FeedForward):
     """down(gelu(up(x))), exact or in the tanh approximation (Hendrycks & Gimpel 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
+    gated: ClassVar[bool] = False
     kind: Literal["gelu"]
     approximate: Annotated[Literal["none", "tanh"], Effect.FUNCTION] = "none"
 
@@ -199,6 +237,7 @@ class SiLU(FeedForward):
     """down(silu(up(x))): no gate (Elfwing et al. 2017)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SiLU"
+    gated: ClassVar[bool] = False
     kind: Literal["silu"]
 
 
@@ -215,16 +254,19 @@ class ClampedSwiGLU(Clamped):
 
 
 class ProductSwiGLU(Clamped):
-    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide (Project 828).
+    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide
+    (Project 828).
 
-    Before its clamp the product grows with the square of x: spikes of the gradient are to be expected.
+    Before its clamp the product grows with the square of x: spikes of the gradient are to be
+    expected.
     """
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ProductSwiGLU"
+    expansion: ClassVar[int] = 2
     kind: Literal["product_swiglu"]
 
 
-# --- which layers are mixtures of experts -----------------------------------------------------------------------------------------
+# --- which layers are mixtures of experts ---
 
 
 class LayerPattern(Section):
@@ -256,7 +298,9 @@ class AllDense(LayerPattern):
 
 
 class EveryNth(LayerPattern):
-    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's ``decoder_sparse_step``."""
+    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's
+    ``decoder_sparse_step``.
+    """
 
     kind: Literal["every_nth"]
     n: Positive
@@ -266,7 +310,9 @@ class EveryNth(LayerPattern):
 
 
 class FirstKDense(LayerPattern):
-    """The first k layers are dense, the others mixtures of experts (DeepSeek's ``first_k_dense_replace``)."""
+    """The first k layers are dense, the others mixtures of experts (DeepSeek's
+    ``first_k_dense_replace``).
+    """
 
     kind: Literal["first_k_dense"]
     k: NonNegative
@@ -275,11 +321,13 @@ class FirstKDense(LayerPattern):
         return layer >= self.k
 
 
-# --- the model --------------------------------------------------------------------------------------------------------------------
+# --- the model ---
 
 
 class Dropout(Section):
-    """Shares of numbers that are zeroed in training, the others scaled up (Srivastava et al. 2014)."""
+    """Shares of elements that are zeroed in training, the others scaled up (Srivastava et al.
+    2014).
+    """
 
     embedding: Rate = Field(
         0.0, description="of what enters the first block, added positions included"
@@ -288,14 +336,14 @@ class Dropout(Section):
     residual: Rate = Field(
         0.0, description="of what attention and feed-forwards add to the residual stream"
     )
-    feed_forward: Rate = Field(
-        0.0, description="of the hidden numbers of feed-forwards and experts"
-    )
-    expert: Rate = Field(0.0, description="of what each routed expert answers")
+    feed_forward: Rate = Field(0.0, description="of the hidden units of feed-forwards and experts")
+    expert: Rate = Field(0.0, description="of the output of each routed expert")
 
 
 class MultiTokenPrediction(Section):
-    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1), with the model's embedding and head."""
+    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1),
+    with the model's embedding and head.
+    """
 
     loss_weight: Annotated[float, Field(gt=0)] = 0.3
 
@@ -308,11 +356,13 @@ class ModelConfig(Section):
     )
     vocab_multiple: Annotated[Positive, Effect.NONE] = Field(
         64,
-        description="the embedding is padded to a multiple of this; padding is never sampled, exported nor counted",
+        description="the embedding is padded to a multiple of this; padding is never sampled, "
+        "exported nor counted",
     )
     embedding_size: Positive | None = Field(
         None,
-        description="width of a factorised embedding, projected to hidden_size and back (Lan et al. 2020); hidden_size by default",
+        description="width of a factorised embedding, projected to hidden_size and back (Lan et "
+        "al. 2020); hidden_size by default",
     )
     hidden_size: Positive
     num_hidden_layers: Positive
@@ -349,21 +399,51 @@ class ModelConfig(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """The layers, from 0, that are mixtures of experts; without the block of multi-token prediction."""
+        """The layers, from 0, that are mixtures of experts.
+
+        Without the block of multi-token prediction.
+        """
         return [
             index for index in range(self.num_hidden_layers) if self.layer_pattern.is_moe(index)
         ]
 
     @property
     def routed_layers(self) -> list[int]:
-        """The layers that route in training: the block of multi-token prediction, a copy of the last layer, is one more."""
+        """The layers that route in training: the block of multi-token prediction, a copy of the
+        last layer, is one more.
+        """
         block_routes = self.multi_token_prediction is not None and self.layer_pattern.is_moe(
             self.num_hidden_layers - 1
         )
         return self.moe_layers + [self.num_hidden_layers] * block_routes
 
     @property
+    def routing(self) -> RoutedMoE | None:
+        """The MoE section if its layers have routers; None for a dense model, and for PEER."""
+        return self.moe.routing if self.moe is not None and self.routed_layers else None
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts of one layer; 1 for a dense model, which any number of ranks divides."""
+        return self.moe.total_experts if self.moe is not None and self.routed_layers else 1
+
+    def moe_role(self, name: str) -> Role | None:
+        """What a parameter is for in an MoE layer, by its name in the model.
+
+        None for all others.
+        """
+        inner = below_feed_forward(name)
+        return None if inner is None or self.moe is None else self.moe.role_of(inner)
+
+    @property
     def padded_vocab_size(self) -> int:
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def below_feed_forward(name: str) -> str | None:
+    """A parameter's name below its block's feed-forward; None for other parts of the model."""
+    # Shared experts have a feed-forward inside the layer's own: the first one counts.
+    _, found, inner = name.partition(".feed_forward.")
+    return inner if found else None

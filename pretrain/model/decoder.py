@@ -15,16 +15,17 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
 from pretrain.model.moe.base import RouterStatistics, RoutingRecord
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
 
 
 class RouterTotals(NamedTuple):
-    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the others [L]; fp32, without gradient.
+    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the
+    others [L]; fp32, without gradient.
 
-    In training the block of multi-token prediction is one more layer, the last one, where it is a mixture of experts.
+    In training the block of multi-token prediction is one more layer, the last one, where it is a
+    mixture of experts.
     """
 
     losses_LJ: torch.Tensor
@@ -35,11 +36,14 @@ class RouterTotals(NamedTuple):
 
 class TrainOutput(NamedTuple):
     """Attributes:
-    loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted router losses. Multi-token prediction adds its
-        own summed cross-entropy and z-loss, times its weight and by the same normalizer (DeepSeek-V3, eq. 24 and 25).
-    nll: [] plain negative log-likelihood of the next tokens summed over the counted ones, nats, without gradient.
+    loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted
+        router losses. Multi-token prediction adds its own summed cross-entropy and z-loss, times
+        its weight and by the same normalizer (DeepSeek-V3, eq. 24 and 25).
+    nll: [] plain negative log-likelihood of the next tokens summed over the counted ones, nats,
+        without gradient.
     router: statistics of the MoE layers, None for a dense model.
-    multi_token_nll: [] as ``nll``, of the tokens after the next; None without multi-token prediction, and outside training.
+    multi_token_nll: [] as ``nll``, of the tokens after the next; None without multi-token
+        prediction, and outside training.
     """
 
     loss: torch.Tensor
@@ -49,9 +53,12 @@ class TrainOutput(NamedTuple):
 
 
 class KVCache:
-    """What attention keeps of every layer for generation, each in its own form; ``length`` tokens are filled.
+    """What attention keeps of every layer for generation, each in its own form.
 
-    Setting ``length`` back forgets the tokens behind it: nothing reads them, and the next ones overwrite them.
+    ``length`` tokens are filled.
+
+    Setting ``length`` back forgets the tokens behind it: nothing reads them, and the next ones
+    overwrite them.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -60,7 +67,9 @@ class KVCache:
 
 
 class _Place(NamedTuple):
-    """Where the tokens of a call stand: their positions, [S] or [B, S] int64, what attention needs of these, and what each may see."""
+    """Where the tokens of a call are: their positions, [S] or [B, S] int64, what attention needs
+    of these, and what each may see.
+    """
 
     positions: torch.Tensor
     terms: PositionTerms
@@ -123,10 +132,13 @@ class DecoderLM(nn.Module):
         Args:
             input_ids_BS: int64 token ids.
             labels_BS: int64 next tokens, -100 where no loss is taken.
-            normalizer: counted tokens a micro batch, averaged over the global batch: the summed cross-entropy is divided by it.
+            normalizer: counted tokens a micro batch, averaged over the global batch: the summed
+                cross-entropy is divided by it.
             document_ids_BS: attention stays inside equal ids.
-            fractions_LE: choices per token of each layer's experts over the global batch, for the load-balance loss.
-            position_ids_BS: each token's place in its document; its place in the sequence by default.
+            fractions_LE: choices per token of each layer's experts over the global batch, for the
+                load-balance loss.
+            position_ids_BS: each token's place in its document; its place in the sequence by
+                default.
         """
         place = self._place(
             input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS
@@ -150,10 +162,10 @@ class DecoderLM(nn.Module):
         loss = loss / normalizer
         if not statistics:
             return TrainOutput(loss, nll, None, multi_token_nll)
-        assert isinstance(self.config.moe, RoutedMoE)
+        assert self.config.routing is not None
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(
-            loss_weights(self.config.moe).values(), stacked.losses_LJ.unbind(1), strict=True
+            loss_weights(self.config.routing).values(), stacked.losses_LJ.unbind(1), strict=True
         ):
             if weight:
                 loss = loss + weight * values_L.sum()
@@ -168,7 +180,10 @@ class DecoderLM(nn.Module):
         cache: KVCache | None = None,
         position_ids_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [B, S, vocab_size] in fp32; with a cache, of the S tokens that follow what it holds, which are added to it."""
+        """Logits [B, S, vocab_size] in fp32.
+
+        With a cache, of the S tokens that follow what it holds, which are added to it.
+        """
         return self.project(self.hidden(input_ids_BS, document_ids_BS, cache, position_ids_BS))
 
     def hidden(
@@ -178,8 +193,10 @@ class DecoderLM(nn.Module):
         cache: KVCache | None = None,
         position_ids_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the last block returns, before the final norm: [B, S, D]; with a cache as :meth:`logits`, and the document ids are then
-        [B, cache.length + S]: those of the cached tokens too.
+        """What the last block returns, before the final norm: [B, S, D].
+
+        With a cache as :meth:`logits`, and the document ids are then [B, cache.length + S]: those
+        of the cached tokens too.
         """
         offset = 0 if cache is None else cache.length
         place = self._place(input_ids_BS, AttentionMask(offset, document_ids_BS), position_ids_BS)
@@ -189,7 +206,9 @@ class DecoderLM(nn.Module):
         return x_BSD
 
     def project(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """:meth:`hidden` or what the block of multi-token prediction made of it [B, S, D] -> logits [B, S, vocab_size] in fp32."""
+        """:meth:`hidden` or what the block of multi-token prediction made of it [B, S, D] -> logits
+        [B, S, vocab_size] in fp32.
+        """
         logits_BSV: torch.Tensor = self.head(self._normed(x_BSD))
         return logits_BSV
 
@@ -199,7 +218,8 @@ class DecoderLM(nn.Module):
         """Logits [B, S, vocab_size] of the tokens after the next, by multi-token prediction.
 
         Args:
-            x_BSD: :meth:`hidden` of the S tokens that follow what ``cache`` holds; they are added to it.
+            x_BSD: :meth:`hidden` of the S tokens that follow what ``cache`` holds; they are added
+                to it.
             next_ids_BS: int64, the token that follows each of them.
             cache: from :meth:`new_draft_cache`.
         """

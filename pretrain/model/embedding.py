@@ -1,4 +1,7 @@
-"""Token embedding, factorised where the recipe says so; the head uses the same projection backwards."""
+"""Token embedding, factorised where the recipe says so.
+
+The head uses the same projection backwards.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from pretrain.model.config import ModelConfig
 
 
 class TokenEmbedding(nn.Module):
-    """Rows of ``weight`` [padded vocabulary, e], projected to the hidden size where e is smaller (Lan et al. 2020, ALBERT, section 3.1)."""
+    """Rows of ``weight`` [padded vocabulary, e], projected to the hidden size where e is smaller
+    (Lan et al. 2020, ALBERT, section 3.1).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

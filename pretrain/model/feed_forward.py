@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,7 @@ from pretrain.model.config import FeedForward as FeedForwardConfig
 
 
 class FeedForward(nn.Module, ABC):
-    """down(dropout(activate(gate(x), up(x)))).
-
-    A kind says how wide its first products are and what it makes of them. ``gated`` kinds have two matrices before the activation, the
-    others ``up_proj`` only. ``expansion`` is the rows of each for one hidden number.
-    """
-
-    gated: ClassVar[bool] = True
-    expansion: ClassVar[int] = 1
+    """down(dropout(activate(gate(x), up(x)))); a kind says what it makes of its first products."""
 
     def __init__(
         self,
@@ -33,9 +26,9 @@ class FeedForward(nn.Module, ABC):
         output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        rows = self.expansion * intermediate_size
+        rows = config.expansion * intermediate_size
         self.config, self.dropout, self.output_dropout = config, dropout, output_dropout
-        self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if self.gated else None
+        self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(hidden_size, rows, bias=config.bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)
 
@@ -44,7 +37,8 @@ class FeedForward(nn.Module, ABC):
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What the two products become, [..., expansion * F] each -> [..., F].
 
-        Kinds that are not gated get one product in two parts, which may be its halves or all of it and nothing.
+        Kinds that are not gated get one product in two parts, which may be its halves or all of it
+        and nothing.
         """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,8 +61,6 @@ class SwiGLU(FeedForward):
 class GELU(FeedForward):
     """down(gelu(up(x))) (Hendrycks & Gimpel 2016)."""
 
-    gated = False
-
     @staticmethod
     def activate(config: GELUConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.gelu(torch.cat((gate, up), dim=-1), approximate=config.approximate)
@@ -77,15 +69,15 @@ class GELU(FeedForward):
 class SiLU(FeedForward):
     """down(silu(up(x))) (Elfwing et al. 2017)."""
 
-    gated = False
-
     @staticmethod
     def activate(config: FeedForwardConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.silu(torch.cat((gate, up), dim=-1))
 
 
 class ClampedSwiGLU(FeedForward):
-    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within +-limit (gpt-oss)."""
+    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within
+    +-limit (gpt-oss).
+    """
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -97,8 +89,6 @@ class ClampedSwiGLU(FeedForward):
 
 class ProductSwiGLU(FeedForward):
     """:class:`ClampedSwiGLU` of the even and the odd numbers of gate(x) * up(x) (Project 828)."""
-
-    expansion = 2
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ from torch import nn
 
 
 class KeepsFp32(nn.Module):
-    """A module whose own fp32 tensors move with it but are never cast: small updates would be lost in fewer bits (0.001 to 0.5 in bf16)."""
+    """A module whose own fp32 tensors move with it but are never cast: small updates would be lost
+    in fewer bits (0.001 to 0.5 in bf16).
+    """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if recurse:

@@ -1,9 +1,10 @@
-"""Initialisation: each parameter from a random stream of its own, named by the parameter (and by the global expert).
+"""Initialisation: each parameter from a random stream of its own, named by the parameter.
 
-So a model does not depend on rank, world size, ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
-``initializer_range``; projections that write into the residual stream (attention output, expert and feed-forward down) get
-``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019); norms are one; biases, attention sinks and the matrix of router
-noise are zero. Product keys get 1 / sqrt(their size), so that the scores of normed queries are about 1 (Lample et al. 2019). Last, what
+An expert's stream is named by its global number. So a model does not depend on rank, world size,
+ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
+``initializer_range``; projections that write into the residual stream (attention output, expert and
+feed-forward down) get ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019);
+norms are one; biases, attention sinks and what the kind of MoE layer names are zero. Last, what
 :mod:`pretrain.model.mup` says of a model that is wider than its base.
 """
 
@@ -11,38 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.moe.deepspeed_native import DeepSpeedMoE
-from pretrain.model.moe.dropless import DroplessMoE
-from pretrain.model.moe.peer import PEER
+from pretrain.model.moe.base import MoELayer
 from pretrain.model.mup import scale_by_width
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
-ZERO = (".bias", ".sinks", ".noise.weight", ".b1", ".b2", ".b3")
-# One name for the router's matrix in every kind of layer, so that they start equal.
-ROUTER_NAMES = ("deepspeed_moe.gate.wg.weight", "deepspeed_moe.gate.router.gate.weight")
-
-PRODUCT_KEYS = re.compile(r"\.retrieval\.keys_\d+$")
-NUMBERS_A_STREAM = 1 << 20
-# PEER's tables by the matrices of a feed-forward that their rows are parts of.
-TABLE_SUFFIXES = {
-    "up.weight": ".up_proj.weight",
-    "gate.weight": ".gate_proj.weight",
-    "down.weight": ".down_proj.weight",
-}
-
-# Fills a tensor with the numbers that belong to a name.
-Fill = Callable[[torch.Tensor, str], None]
+ZERO = (".bias", ".sinks")
 
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same numbers."""
+    """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same
+    values.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     tensor.copy_(
@@ -57,18 +43,22 @@ def initialize(model: DecoderLM, seed: int) -> None:
     residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
     def fill(parameter: torch.Tensor, name: str) -> None:
-        if name.endswith(ZERO):
+        if _starts_at_zero(name, config):
             parameter.zero_()
             return
         std = residual_std if name.endswith(RESIDUAL_PROJECTIONS) else config.initializer_range
-        if PRODUCT_KEYS.search(name):
-            std = parameter.shape[-1] ** -0.5
+        inner = below_feed_forward(name)
+        if config.moe is not None and inner is not None:
+            std = config.moe.initial_std(inner, parameter.shape[-1]) or std
+            # One name for what every kind of layer has, such as a router: they then start equal.
+            name = name.removesuffix(inner) + config.moe.common_name(inner)
         _fill_normal(parameter, std, seed, name)
 
     done = {
         id(parameter)
         for name, module in model.named_modules()
-        for parameter in _fill_experts(module, name, fill)
+        if isinstance(module, MoELayer)
+        for parameter in module.fill_experts(name, fill)
     }
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
@@ -76,62 +66,11 @@ def initialize(model: DecoderLM, seed: int) -> None:
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
         else:
-            for router in ROUTER_NAMES:
-                name = name.replace(router, "router.gate.weight")
             fill(parameter, name)
     scale_by_width(model)
 
 
-def _fill_experts(module: nn.Module, name: str, fill: Fill) -> list[torch.Tensor]:
-    """Fills the routed experts of one MoE layer by their global number, and returns their parameters."""
-    if isinstance(module, DroplessMoE):
-        return _fill_stacked_experts(module, name, fill)
-    if isinstance(module, PEER):
-        return _fill_tables(module, name, fill)
-    done: list[torch.Tensor] = []
-    if isinstance(module, DeepSpeedMoE):
-        first = module.ep_rank * module.num_local_experts
-        for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
-            for matrix, parameter in expert.named_parameters():
-                fill(parameter, f"{name}.expert.{first + local}.{matrix}")
-                done.append(parameter)
-    return done
-
-
-def _fill_stacked_experts(module: DroplessMoE, name: str, fill: Fill) -> list[torch.Tensor]:
-    experts = module.experts
-    for local in range(module.num_local_experts):
-        prefix = f"{name}.expert.{experts.first + local}"
-        fill(experts.w2[local], f"{prefix}.down_proj.weight")
-        if experts.form.kind.gated:
-            fill(experts.w1[local], f"{prefix}.gate_proj.weight")
-            fill(experts.w3[local], f"{prefix}.up_proj.weight")
-        else:
-            up = torch.cat((experts.w1[local], experts.w3[local]))
-            fill(up, f"{prefix}.up_proj.weight")
-            for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
-                half[local] = rows
-    return [experts.w1, experts.w2, experts.w3]
-
-
-def _fill_tables(module: PEER, name: str, fill: Fill) -> list[torch.Tensor]:
-    """A stream of its own for each million numbers or so of a table, drawn whole where a rank holds a part of them."""
-    done: list[torch.Tensor] = []
-    first, last = (
-        module.ep_rank * module.num_local_experts,
-        (module.ep_rank + 1) * module.num_local_experts,
-    )
-    for table_name, table in module.experts.named_parameters():
-        block = max(1, NUMBERS_A_STREAM // table[0].numel())
-        for start in range(first // block * block, last, block):
-            numbers = torch.empty(
-                min(block, module.num_experts - start), *table.shape[1:], device=table.device
-            )
-            fill(
-                numbers,
-                f"{name}.{table_name.removesuffix('.weight')}.{start}{TABLE_SUFFIXES[table_name]}",
-            )
-            low, high = max(start, first), min(start + block, last)
-            table[low - first : high - first] = numbers[low - start : high - start]
-        done.append(table)
-    return done
+def _starts_at_zero(name: str, config: ModelConfig) -> bool:
+    inner = below_feed_forward(name)
+    in_moe = config.moe is not None and inner is not None and config.moe.starts_at_zero(inner)
+    return in_moe or name.endswith(ZERO)

@@ -1,4 +1,6 @@
-"""The initialization section of a recipe's model: how its random weights, and with them its learning rates, depend on its width."""
+"""The initialization section of a recipe's model: how its random weights, and with them its
+learning rates, depend on its width.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from pretrain.core.section import Positive, Section
 
 
 class Initialization(Section):
-    """What a kind says is read when random weights are drawn and when an optimizer is built, and never by a finished model."""
+    """How weights start and learn: never read by a finished model."""
+
+    @property
+    def base_widths(self) -> BaseWidths | None:
+        """The widths that learning rates were chosen at, if they depend on the width (muP)."""
+        return None
 
 
 class StandardInitialization(Initialization):
@@ -20,7 +27,10 @@ class StandardInitialization(Initialization):
 
 
 class BaseWidths(Section):
-    """Widths of the model that learning rates were chosen for. What is left out is as wide there as here, and so does not grow."""
+    """Widths of the model that learning rates were chosen for.
+
+    What is left out is as wide there as here, and so does not grow.
+    """
 
     hidden_size: Positive
     intermediate_size: Positive | None = Field(
@@ -42,11 +52,17 @@ class BaseWidths(Section):
 
 
 class MaximalUpdate(Initialization):
-    """Maximal update parametrization (muP: Yang et al. 2022, "Tensor Programs V", table 3 in the form for Adam; for mixtures of experts
-    Małaśnicki et al. 2025): learning rates that are best at the base widths are near the best at larger ones.
+    """Maximal update parametrization (muP: Yang et al. 2022, "Tensor Programs V", table 3 in the
+    form for Adam; for mixtures of experts Małaśnicki et al. 2025): learning rates that are best at
+    the base widths are near the best at larger ones.
 
-    ``initializer_range`` and the optimizer's learning rates are those at the base widths; :mod:`pretrain.model.mup` says what becomes of them.
+    ``initializer_range`` and the optimizer's learning rates are those at the base widths;
+    :mod:`pretrain.model.mup` says what becomes of them.
     """
 
     kind: Literal["mup"]
     base: BaseWidths
+
+    @property
+    def base_widths(self) -> BaseWidths | None:
+        return self.base

@@ -1,7 +1,9 @@
-"""Cross-entropy of the language-model head, in chunks over tokens, so that the full [T, V] logits never stand in memory.
+"""Cross-entropy of the language-model head, in chunks over tokens, so that the full [T, V] logits
+are never in memory at once.
 
-The gradients with respect to the hidden states and the head's weight are computed in the forward pass, chunk by chunk, while a chunk's
-logits are there; the backward pass only scales them. The idea is that of Hsu et al. 2024 (Liger Kernel), in plain PyTorch.
+The gradients with respect to the hidden states and the head's weight are computed in the forward
+pass, chunk by chunk, while a chunk's logits are there; the backward pass only scales them. The idea
+is that of Hsu et al. 2024 (Liger Kernel), in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ IGNORED_LABEL = -100
 def _chunk_losses(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed negative log-likelihood and summed loss of a chunk of C tokens, and d loss / d logits [C, V]. All fp32."""
+    """Summed negative log-likelihood and summed loss of a chunk of C tokens, and d loss / d logits
+    [C, V]. All fp32.
+    """
     counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
     labels_C1 = labels_C.clamp_min(0)[:, None]
     log_probs_CV = logits_CV.log_softmax(dim=-1)
@@ -79,7 +83,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_nll):  # type: ignore[no-untyped-def]
         x_gradient_TD, weight_gradient_VD, bias_gradient_V = ctx.saved_tensors
-        # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from underflowing.
+        # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from
+        # underflowing.
         x_gradient = (x_gradient_TD.float() * grad_loss).to(x_gradient_TD.dtype)
         weight_gradient = (weight_gradient_VD * grad_loss).to(ctx.weight_dtype)
         bias_gradient = (
@@ -89,7 +94,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class LanguageModelHead(nn.Module):
-    """Projection to the vocabulary. Rows from ``vocab_size`` on are padding: they get no probability and no gradient."""
+    """Projection to the vocabulary.
+
+    Rows from ``vocab_size`` on are padding: they get no probability and no gradient.
+    """
 
     def __init__(
         self,
@@ -110,10 +118,13 @@ class LanguageModelHead(nn.Module):
     def forward(
         self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Without labels: logits [B, S, vocab_size] in fp32. With labels [B, S] (-100: no loss): the pair (loss, nll).
+        """Without labels: logits [B, S, vocab_size] in fp32.
 
-        Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative log-likelihood, without gradient;
-        ``loss`` adds ``z_loss_weight * sum(logsumexp^2)`` (PaLM, Chowdhery et al. 2022, section 5) and carries the gradient.
+        With labels [B, S] (-100: no loss): the pair (loss, nll).
+
+        Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative
+        log-likelihood, without gradient; ``loss`` adds ``z_loss_weight * sum(logsumexp^2)`` (PaLM,
+        Chowdhery et al. 2022, section 5) and carries the gradient.
         """
         if labels_BS is None:
             bias = None if self.bias is None else self.bias[: self.vocab_size]

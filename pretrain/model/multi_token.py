@@ -1,5 +1,6 @@
-"""Multi-token prediction of depth 1 (DeepSeek-V3, arXiv 2412.19437, section 2.2, eq. 21 to 25): one more block that predicts the token after
-the next, for its loss in training and as a draft in generation.
+"""Multi-token prediction of depth 1 (DeepSeek-V3, arXiv 2412.19437, section 2.2, eq. 21 to 25): one
+more block that predicts the token after the next, for its loss in training and as a draft in
+generation.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pretrain.model.positions.interface import PositionTerms
 class MultiTokenBlock(nn.Module):
     """h'_i = block(M [norm(h_i); norm(Emb(t_{i+1}))]), of the same kind as the model's last block.
 
-    h_i is what the model's last block returns, before the final norm. Embedding, final norm and head are the model's own; a position that is
-    added to the embedding is in h_i already. ``loss_weight`` is lambda of eq. 25.
+    h_i is what the model's last block returns, before the final norm. Embedding, final norm and
+    head are the model's own; a position that is added to the embedding is in h_i already.
+    ``loss_weight`` is lambda of eq. 25.
     """
 
     def __init__(self, config: ModelConfig, ep_size: int, ep_rank: int) -> None:
@@ -45,7 +47,11 @@ class MultiTokenBlock(nn.Module):
         record: RoutingRecord | None = None,
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """As :meth:`Block.forward`; ``embedded_BSD`` are the tokens that follow those of ``x_BSD``, ``positions`` and ``mask`` those of ``x_BSD``."""
+        """As :meth:`Block.forward`.
+
+        ``embedded_BSD`` are the tokens that follow those of ``x_BSD``, ``positions`` and ``mask``
+        those of ``x_BSD``.
+        """
         joined_BSX = torch.cat((self.hidden_norm(x_BSD), self.embedding_norm(embedded_BSD)), dim=-1)
         y_BSD, statistics = self.block(
             self.projection(joined_BSX), positions, mask, cache, record, fractions_E
@@ -58,8 +64,9 @@ def shifted_by_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each input, and the token after it as a label: both int64 [B, S].
 
-    A label is -100 where the next token or the one after it has no label itself (it is of another document, or padding), and at the end of a
-    sequence, whose token after the next lies beyond it. The last input's next token is its label, or itself where it has none.
+    A label is -100 where the next token or the one after it has no label itself (it is of another
+    document, or padding), and at the end of a sequence, whose token after the next is beyond it.
+    The last input's next token is its label, or itself where it has none.
     """
     last_B1 = torch.where(
         labels_BS[:, -1:] == IGNORED_LABEL, input_ids_BS[:, -1:], labels_BS[:, -1:]

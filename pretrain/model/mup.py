@@ -1,9 +1,12 @@
-"""Maximal update parametrization: what random weights and learning rates are multiplied with in a model that is wider than its base.
+"""Maximal update parametrization: what random weights and learning rates are multiplied with in a
+model that is wider than its base.
 
-muP can be said in many ways that train alike, because Adam's step does not change with the size of a gradient: a factor s in front of a weight
-may be left out where the weight starts s times as large and its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V",
-lemma J.1). Here every factor is left out, so that a model computes what it always does and exports have nothing to know. With r = width /
-width at the base, of a matrix r_in of what it multiplies and r_out of what it answers (table 3, Adam):
+muP can be said in many ways that train alike, because Adam's step does not change with the size of
+a gradient: a factor s in front of a weight may be left out where the weight starts s times as large
+and its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V", lemma J.1). Here
+every factor is left out, so that a model computes what it always does and exports have nothing to
+know. With r = width / width at the base, of a matrix r_in of what it multiplies and r_out of what
+it returns (table 3, Adam):
 
 =====================================================  ======================  ===============
 parameter                                              initial size            learning rate
@@ -15,27 +18,25 @@ final norm of a tied or factorised head                1 / r of hidden_size    t
 queries (their norm, where they have one)              times 1 / sqrt(r) of head_dim, both
 =====================================================  ======================  ===============
 
-The last two stand for logits times 1 / r and for scores times 1 / head_dim. A router is an output, because the number of experts does not
-grow with the width (Małaśnicki et al. 2025, "mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width.
-Weight decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as at the base.
+The last two are logits times 1 / r and for scores times 1 / head_dim. A router is an output,
+because the number of experts does not grow with the width (Małaśnicki et al. 2025,
+"mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width. Weight
+decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as
+at the base.
 """
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import torch
 
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.init_config import MaximalUpdate
+from pretrain.model.moe.config import Role
 from pretrain.model.widths import base_model, width_ratio
 
 INPUTS = ("embedding.", "position.")
-STACKED_BIASES = (".b1", ".b2", ".b3")
-_NATIVE_EXPERT = re.compile(r"\.deepspeed_experts\.\d+\.")
 
 
 class WidthScale(NamedTuple):
@@ -50,10 +51,12 @@ UNCHANGED = WidthScale(1.0, 1.0)
 
 @torch.no_grad()
 def scale_by_width(model: DecoderLM) -> None:
-    """Scales random weights in place, and writes ``learning_rate_scale`` on parameters where it is not 1, for the optimizer's groups."""
+    """Scales random weights in place, and writes ``learning_rate_scale`` on parameters where it is
+    not 1, for the optimizer's groups.
+    """
     scales = width_scales(model.config)
     for name, parameter in model.named_parameters():
-        scale = scales.get(_any_expert(name), UNCHANGED)
+        scale = scales.get(_first_expert(name, model.config), UNCHANGED)
         if scale.size != 1.0:
             parameter.mul_(scale.size)
         if scale.learning_rate != 1.0:
@@ -61,41 +64,39 @@ def scale_by_width(model: DecoderLM) -> None:
 
 
 def width_scales(config: ModelConfig) -> dict[str, WidthScale]:
-    """By parameter; an expert of DeepSpeed's native layer goes by the name of the first one. What is as at the base is left out."""
-    mup = config.initialization
-    if not isinstance(mup, MaximalUpdate):
+    """By parameter, without those that are as at the base.
+
+    Experts with tensors of their own all go by the name of the first one.
+    """
+    widths = config.initialization.base_widths
+    if widths is None:
         return {}
-    base = base_model(config, mup.base)
+    base = base_model(config, widths)
     shapes, base_shapes = _shapes(config), _shapes(base)
-    scales = {name: _of_shape(name, shape, base_shapes[name]) for name, shape in shapes.items()}
+    scales = {
+        name: _of_shape(name, shape, base_shapes[name], config) for name, shape in shapes.items()
+    }
     if config.tie_word_embeddings or config.embedding_size is not None:
         scales |= {
             name: WidthScale(1 / width_ratio(config), 1 / width_ratio(config))
             for name in shapes
             if name.startswith("final_norm.")
         }
-    if isinstance(config.attention, GroupedQueryAttention) and isinstance(
-        base.attention, GroupedQueryAttention
-    ):
-        factor = (base.attention.head_dim / config.attention.head_dim) ** 0.5
-        queries = (
-            (".attention.q_proj.weight", ".attention.q_proj.bias")
-            if config.attention.qk_norm == "none"
-            else (".attention.q_norm.weight",)
-        )
-        scales |= {
-            name: WidthScale(*(factor * part for part in scales[name]))
-            for name in shapes
-            if name.endswith(queries)
-        }
+    factor = (base.attention.query_width / config.attention.query_width) ** 0.5
+    queries = tuple(f".attention.{name}" for name in config.attention.query_scales)
+    scales |= {
+        name: WidthScale(*(factor * part for part in scales[name]))
+        for name in shapes
+        if name.endswith(queries)
+    }
     return {name: scale for name, scale in scales.items() if scale != UNCHANGED}
 
 
-def _of_shape(name: str, shape: torch.Size, base: torch.Size) -> WidthScale:
+def _of_shape(name: str, shape: torch.Size, base: torch.Size, config: ModelConfig) -> WidthScale:
     if (
         len(shape) == 1
         or name.startswith(INPUTS)
-        or name.endswith(STACKED_BIASES)
+        or config.moe_role(name) is Role.EXPERT_BIAS
         or shape[-1] == base[-1]
     ):
         return UNCHANGED
@@ -106,9 +107,11 @@ def _of_shape(name: str, shape: torch.Size, base: torch.Size) -> WidthScale:
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """With a single expert a layer: DeepSpeed's native layer would copy each one."""
     with torch.device("meta"):
-        model = DecoderLM(config, ep_size=config.moe.total_experts if config.moe is not None else 1)
-    return {_any_expert(name): parameter.shape for name, parameter in model.named_parameters()}
+        model = DecoderLM(config, ep_size=config.total_experts)
+    return {
+        _first_expert(name, config): parameter.shape for name, parameter in model.named_parameters()
+    }
 
 
-def _any_expert(name: str) -> str:
-    return _NATIVE_EXPERT.sub(".deepspeed_experts.0.", name)
+def _first_expert(name: str, config: ModelConfig) -> str:
+    return name if config.moe is None else config.moe.renumbered(name, lambda _: 0)

@@ -8,12 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Up to so many numbers, what rms_norm costs on a CPU is the number of small operations that torch makes of it.
+# Up to so many numbers, what rms_norm costs on a CPU is the number of small operations that torch
+# makes of it.
 FEW_NUMBERS = 4096
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight over the last dimension; sums in fp32."""
+    """RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Sums in fp32.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -32,7 +36,9 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def _of_few(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of one token (or of one each of a few texts) in half as many operations: a step of generation is made of them."""
+        """The same of one token (or of one each of a few texts) in half as many operations: a step
+        of generation is made of them.
+        """
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (
             x
@@ -47,7 +53,9 @@ def _number(value: float) -> torch.Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+    """LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias over the last
+    dimension.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

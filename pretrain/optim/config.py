@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pretrain.core.registry import Component
 from pretrain.core.section import Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rate = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -16,7 +19,21 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 class Optimizer(Component):
-    """What every kind has. ``implementation`` builds the optimizer from parameter groups and this section."""
+    """What every kind has.
+
+    ``implementation`` builds the optimizer from parameter groups and this section.
+
+    Attributes:
+        needs_whole_matrices: its update of a matrix is not that of the matrix' parts.
+        scales_with_width: muP has learning rates for it: like Adam's, its step does not grow with
+            the gradient, and every element moves about as far.
+        has_universal_checkpoints: DeepSpeed's converter knows its state, which is Adam's two
+            moments.
+    """
+
+    needs_whole_matrices: ClassVar[bool] = False
+    scales_with_width: ClassVar[bool] = True
+    has_universal_checkpoints: ClassVar[bool] = False
 
     kind: str
     learning_rate: Rate
@@ -37,15 +54,50 @@ class Optimizer(Component):
         return self.matrix_state_bytes
 
     @property
-    def row_optimizer(self) -> AdamW | SGD | None:
-        """What trains the rows of PEER's tables, of which a step uses few; None where the kind cannot."""
+    def row_optimizer(self) -> RowOptimizer | None:
+        """What trains tables of which a step uses few rows; None if this kind cannot."""
+        return None
+
+    def rule_for(self, is_hidden_matrix: bool) -> str | None:
+        """The name of the rule that trains a parameter.
+
+        None for kinds that have one rule for all.
+        """
         return None
 
 
-class AdamW(Optimizer):
+class RowOptimizer(Optimizer):
+    """A kind that can also train single rows of a table, each as if it were a parameter of its
+    own.
+    """
+
+    @property
+    @abstractmethod
+    def row_moments(self) -> tuple[str, ...]:
+        """The fp32 tensors it keeps of each row, of the row's size, by name."""
+
+    @abstractmethod
+    def row_direction(
+        self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
+    ) -> Tensor:
+        """What rows are moved by at a learning rate of 1, decay aside.
+
+        Args:
+            gradient_UD: fp32 gradients of the rows.
+            moments_UD: :attr:`row_moments` of the rows; changed in place.
+            steps_U: int32, how many steps have used each row, this one included.
+        """
+
+    @property
+    def row_optimizer(self) -> RowOptimizer | None:
+        return self
+
+
+class AdamW(RowOptimizer):
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel."""
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw"
+    has_universal_checkpoints: ClassVar[bool] = True
     kind: Literal["adamw"] = "adamw"
     beta1: Beta = 0.9
     beta2: Beta = 0.95
@@ -56,14 +108,29 @@ class AdamW(Optimizer):
         return 8.0
 
     @property
-    def row_optimizer(self) -> AdamW | SGD | None:
-        return self
+    def row_moments(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def row_direction(
+        self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
+    ) -> Tensor:
+        """Loshchilov & Hutter 2019, algorithm 2, with each row's own number of steps."""
+        first_UD, second_UD = moments_UD["exp_avg"], moments_UD["exp_avg_sq"]
+        first_UD.lerp_(gradient_UD, 1.0 - self.beta1)
+        second_UD.mul_(self.beta2).addcmul_(gradient_UD, gradient_UD, value=1.0 - self.beta2)
+        # In fp64: beta2 to the power of a large step is too close to 1 for fp32.
+        steps_U1 = steps_U[:, None].double()
+        correction1_U1 = (1.0 - self.beta1**steps_U1).float()
+        correction2_U1 = (1.0 - self.beta2**steps_U1).float()
+        size_UD = second_UD.sqrt().div_(correction2_U1.sqrt()).add_(self.eps)
+        return first_UD.div(correction1_U1).div_(size_UD)
 
 
-class SGD(Optimizer):
+class SGD(RowOptimizer):
     """Plain stochastic gradient descent: for numerical comparisons."""
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:sgd"
+    scales_with_width: ClassVar[bool] = False
     kind: Literal["sgd"]
     momentum: Beta = 0.0
     weight_decay: Decay = 0.0
@@ -73,15 +140,25 @@ class SGD(Optimizer):
         return 4.0 if self.momentum else 0.0
 
     @property
-    def row_optimizer(self) -> AdamW | SGD | None:
-        return self
+    def row_moments(self) -> tuple[str, ...]:
+        return ("momentum",) if self.momentum else ()
+
+    def row_direction(
+        self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
+    ) -> Tensor:
+        """torch's SGD: the first step of a row starts its momentum."""
+        if not self.momentum:
+            return gradient_UD
+        return moments_UD["momentum"].mul_(self.momentum).add_(gradient_UD)
 
 
 class AdamW8bit(Optimizer):
-    """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with its largest one in fp32. By bitsandbytes.
+    """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with
+    its largest one in fp32. By bitsandbytes.
 
-    Tensors of fewer than 4,096 numbers keep fp32 moments. A ZeRO stage quantises its flat partitions, whose blocks begin elsewhere: runs of
-    different layouts agree to the error of 8 bits, not to that of fp32.
+    Tensors of fewer than 4,096 numbers keep fp32 moments. A ZeRO stage quantises its flat
+    partitions, whose blocks begin elsewhere: runs of different layouts agree to the error of 8
+    bits, not to that of fp32.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw_8bit"
@@ -98,8 +175,9 @@ class AdamW8bit(Optimizer):
 class Lion(Optimizer):
     """Lion (Chen et al. 2023): the sign of an average of the momentum and the gradient.
 
-    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as much more weight decay. As published, also those
-    whose gradient is zero: an expert that gets no tokens any more goes on by the sign of its momentum, step by step as far as before.
+    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as
+    much more weight decay. As published, also those whose gradient is zero: an expert that gets no
+    tokens any more continues by the sign of its momentum, step by step as far as before.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.lion:lion"
@@ -113,20 +191,27 @@ class Lion(Optimizer):
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself; AdamW for embeddings, head, routers and vectors.
+    """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself.
 
-    An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025, "Muon is scalable"): both share a learning
-    rate and a decay. A matrix whose gradient is zero, that of an expert without tokens, does not move but for its decay.
+    AdamW for embeddings, head, routers and vectors.
+
+    An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025,
+    "Muon is scalable"): both share a learning rate and a decay. A matrix whose gradient is zero,
+    that of an expert without tokens, does not move but for its decay.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.muon:muon"
+    needs_whole_matrices: ClassVar[bool] = True
+    # An orthogonal update has rules of its own for how it changes with a matrix' shape.
+    scales_with_width: ClassVar[bool] = False
     kind: Literal["muon"]
     momentum: Beta = 0.95
     nesterov: bool = True
     newton_schulz_steps: Positive = 5
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="of the orthogonalisation; 'auto': bf16 on GPUs, as it was published, else fp32",
+        description="of the orthogonalisation; 'auto': bf16 on GPUs, as it was published, else "
+        "fp32",
     )
     beta1: Beta = Field(0.9, description="of AdamW, as beta2 and eps")
     beta2: Beta = 0.95
@@ -140,7 +225,10 @@ class Muon(Optimizer):
     def other_state_bytes(self) -> float:
         return 8.0
 
+    def rule_for(self, is_hidden_matrix: bool) -> str | None:
+        return "muon" if is_hidden_matrix else "adamw"
+
     @property
-    def row_optimizer(self) -> AdamW | SGD | None:
+    def row_optimizer(self) -> RowOptimizer | None:
         shared = set(AdamW.model_fields) & set(Muon.model_fields) - {"kind"}
         return AdamW(**{name: getattr(self, name) for name in sorted(shared)})

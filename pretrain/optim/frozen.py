@@ -7,44 +7,60 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from pretrain.core.errors import ConfigError
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import Role
 
-# A part of the model: patterns of its parameters' names. Later parts take what earlier ones leave, so that each parameter is in one.
-PARTS: dict[str, tuple[str, ...]] = {
+# The parts of MoE layers that have a name of their own; a residual expert is a feed-forward.
+MOE_PARTS = {
+    Role.ROUTER: "router",
+    Role.SHARED_EXPERT: "shared_experts",
+    Role.SHARED_GATE: "shared_experts",
+    Role.EXPERT: "experts",
+    Role.EXPERT_BIAS: "experts",
+}
+# The other parts: patterns of their parameters' names. Later ones take what earlier ones leave.
+OTHER_PARTS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.*", "position.*"),
     "head": ("head.*",),
-    "router": ("*.router.*", "*.retrieval.*", "*.gate.wg.*"),
-    "shared_experts": ("*.feed_forward.shared.*",),
-    "experts": ("*.experts.*", "*.feed_forward.b1", "*.feed_forward.b2", "*.feed_forward.b3"),
     "attention": ("*.attention.*",),
     "norm": ("*norm.weight", "*norm.bias"),
     "feed_forward": ("*.feed_forward.*",),
 }
+PARTS = {*MOE_PARTS.values(), *OTHER_PARTS}
 
 
-def part_of(name: str) -> str | None:
-    """The part of the model that a parameter belongs to; None for the few that are in none, such as the join of multi-token prediction."""
+def part_of(name: str, model: ModelConfig) -> str | None:
+    """The part of the model that a parameter belongs to.
+
+    None for the few that are in none, such as the projection of multi-token prediction.
+    """
+    role = model.moe_role(name)
+    if role in MOE_PARTS:
+        return MOE_PARTS[role]
     return next(
         (
             part
-            for part, patterns in PARTS.items()
+            for part, patterns in OTHER_PARTS.items()
             if any(fnmatchcase(name, pattern) for pattern in patterns)
         ),
         None,
     )
 
 
-def frozen_parameters(names: Iterable[str], patterns: Sequence[str], where: str) -> set[str]:
+def frozen_parameters(
+    names: Iterable[str], patterns: Sequence[str], model: ModelConfig, where: str
+) -> set[str]:
     """The parameters that ``patterns`` stand for.
 
     Args:
-        names: of all parameters.
+        names: of all parameters of ``model``.
         patterns: names of ``PARTS``, or patterns of parameter names with ``*``, ``?`` and ``[]``.
         where: the recipe's field, for sentences.
 
     Raises:
         ConfigError: for a pattern that no parameter matches, with the nearest ones.
     """
-    parts = {name: part_of(name) for name in names}
+    parts = {name: part_of(name, model) for name in names}
     found: set[str] = set()
     for pattern in patterns:
         matched = {
@@ -56,7 +72,7 @@ def frozen_parameters(names: Iterable[str], patterns: Sequence[str], where: str)
             hint = (
                 "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
                 if near
-                else f"the model has {', '.join(sorted(set(have) & set(PARTS)))}"
+                else f"the model has {', '.join(sorted(set(have) & PARTS))}"
             )
             raise ConfigError(
                 f"{where} names '{pattern}', which no parameter of the model is: {hint}"

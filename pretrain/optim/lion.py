@@ -10,7 +10,10 @@ from pretrain.optim.config import Lion as LionConfig
 
 
 class Lion(torch.optim.Optimizer):
-    """Elementwise, so it trains whole parameters and flat partitions of them alike. State: ``momentum``, of the parameter's shape and dtype."""
+    """Elementwise, so it trains whole parameters and flat partitions of them alike.
+
+    State: ``momentum``, of the parameter's shape and dtype.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})

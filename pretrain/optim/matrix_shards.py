@@ -1,8 +1,11 @@
-"""Whole matrices out of flat partitions that ranks share, and back: ZeRO cuts parameters anywhere, Muon needs them whole.
+"""Whole matrices out of flat partitions that ranks share, and back: ZeRO cuts parameters anywhere,
+Muon needs them whole.
 
-Each matrix has one owner among the ranks that hold a part of it. The parts go there, the owner computes once, and the parts of the result go
-back: exchanges in which a rank sends no more numbers than its partition has, twice. At ZeRO 1 and 2 nearly every matrix lies whole in one
-partition and stays where it is. After Liu et al. 2025 ("Muon is scalable", algorithm 1), where every rank that holds a part computes it.
+Each matrix has one owner among the ranks that hold a part of it. The parts go there, the owner
+computes once, and the parts of the result go back: exchanges in which a rank sends no more numbers
+than its partition has, twice. At ZeRO 1 and 2 nearly every matrix is whole in one partition and
+stays where it is. After Liu et al. 2025 ("Muon is scalable", algorithm 1), where every rank that
+holds a part computes it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from torch import distributed
 # Numbers that are exchanged and changed at once: what a step adds to memory is a few times this.
 NUMBERS_A_BATCH = 1 << 26
 
-# Of the matrices of a batch that a rank owns, [N, A, B], and of each one the sum of its parts' marks, [N].
+# Of the matrices of a batch that a rank owns, [N, A, B], and of each one the sum of its parts'
+# marks, [N].
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -42,14 +46,15 @@ class ShardedMatrix(NamedTuple):
         return self.held_by(rank) + 1 if self.held_by(rank) else 0
 
     def phase(self, rank: int) -> slice:
-        """Where the part of this rank, ``rank``, lies in its partition."""
+        """Where the part of this rank, ``rank``, is in its partition."""
         return slice(self.offset, self.offset + self.held_by(rank))
 
 
 def cut_matrices(
     shape: torch.Size, start: int, partition_size: int, ranks: int, rank: int, offset: int
 ) -> list[ShardedMatrix]:
-    """The matrices of a parameter [..., A, B] that stands at ``start`` of numbers of which each rank has ``partition_size`` in turn.
+    """The matrices of a parameter [..., A, B] that begins at ``start`` of elements of which each
+    rank has ``partition_size`` in turn.
 
     Args:
         offset: where this rank's share of those numbers begins in its partition.
@@ -67,7 +72,9 @@ def cut_matrices(
 
 
 def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
-    """For each matrix the least busy of the ranks that hold a part of it, the same on every rank."""
+    """For each matrix the least busy of the ranks that hold a part of it, the same on every
+    rank.
+    """
     busy, owners = [0] * ranks, []
     for matrix in matrices:
         owner = min(
@@ -79,7 +86,9 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
 
 
 def same_shaped_batches(matrices: Iterable[ShardedMatrix]) -> list[list[ShardedMatrix]]:
-    """Matrices of one shape each, of not more than ``NUMBERS_A_BATCH`` numbers unless one alone has more."""
+    """Matrices of one shape each, of not more than ``NUMBERS_A_BATCH`` numbers unless one alone has
+    more.
+    """
     by_shape: dict[tuple[int, int], list[ShardedMatrix]] = {}
     for matrix in matrices:
         by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix)
@@ -95,10 +104,12 @@ class MatrixShards:
 
     Args:
         group: the ranks that share them; None for this process alone.
-        device: where matrices are exchanged and computed: the process group's, also where the optimizer's state is kept on the host.
+        device: where matrices are exchanged and computed: the process group's, also where the
+            optimizer's state is kept on the host.
 
     Attributes:
-        rounds: the matrices in the order in which they are exchanged: of each round those that each rank owns, the same on every rank.
+        rounds: the matrices in the order in which they are exchanged: of each round those that each
+            rank owns, the same on every rank.
     """
 
     def __init__(
@@ -129,10 +140,12 @@ class MatrixShards:
         give: Callable[[slice, torch.Tensor], object],
         dtype: torch.dtype,
     ) -> None:
-        """``change`` of the whole matrices, one batch of them after the other: what it adds to memory is a few times a batch.
+        """``change`` of the whole matrices, one batch of them after the other: what it adds to
+        memory is a few times a batch.
 
         Args:
-            take: this rank's numbers in one stretch of its partition, and behind them a mark, which is no number of the matrix.
+            take: this rank's elements in one stretch of its partition, and behind them a mark,
+                which is no element of the matrix.
             change: see :data:`Change`; in ``dtype`` on ``device``.
             give: is handed what of the result belongs into a stretch.
         """
@@ -204,3 +217,13 @@ class MatrixShards:
         arrived = joined.new_empty(sum(received))
         distributed.all_to_all_single(arrived, joined, received, sent, group=self.group)
         return arrived
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """An optimizer whose update of a matrix needs all of it.
+
+    Attributes:
+        shards: where the matrices of each flat partition are; what is not here is trained as it is.
+    """
+
+    shards: dict[torch.Tensor, MatrixShards]

@@ -1,4 +1,7 @@
-"""Muon (Jordan et al. 2024): the momentum of a matrix, made orthogonal by Newton-Schulz iterations; AdamW for all that is no hidden matrix."""
+"""Muon (Jordan et al. 2024): the momentum of a matrix, made orthogonal by Newton-Schulz iterations.
+
+AdamW for all that is no hidden matrix.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ import torch
 from torch.optim.adamw import adamw
 
 from pretrain.optim.config import Muon as MuonConfig
-from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixShards
+from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixOptimizer
 
-# Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2 (Jordan et al. 2024).
+# Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2
+# (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Root mean square of an update, as AdamW's is in practice (Liu et al. 2025, section 2.2).
 UPDATE_RMS = 0.2
 
 
 def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
-    """U V^T of each matrix's singular value decomposition, nearly: singular values end between about 0.7 and 1.2. Zeros stay zeros.
+    """U V^T of each matrix's singular value decomposition, nearly: singular values end between
+    about 0.7 and 1.2. Zeros stay zeros.
 
     Args:
         x_NAB: [N, A, B] in the precision of the iterations; each of the N matrices by itself.
@@ -34,21 +39,25 @@ def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
     return x_NAB.mT if tall else x_NAB
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MatrixOptimizer):
     """Groups whose ``rule`` is ``muon`` hold matrices [..., A, B]; those with ``adamw`` anything.
 
-    ZeRO trains flat partitions instead: ``shards`` then says, for each of them in a ``muon`` group, where the matrices lie.
-    State: ``momentum`` of the parameter's shape, or AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step``.
+    ZeRO trains flat partitions instead: ``shards`` then says, for each of them in a ``muon`` group,
+    where the matrices are. State: ``momentum`` of the parameter's shape, or AdamW's ``exp_avg``,
+    ``exp_avg_sq`` and ``step``.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
         self.config = config
-        self.shards: dict[torch.Tensor, MatrixShards] = {}
+        self.shards = {}
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient. Where partitions are shared, all ranks of their group must call it alike."""
+        """Moves every parameter that has a gradient.
+
+        Where partitions are shared, all ranks of their group must call it alike.
+        """
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["rule"] == "adamw":
@@ -110,9 +119,11 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _directions(self, matrices_NAB: torch.Tensor, touched_N: torch.Tensor) -> torch.Tensor:
-        """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0, for its gradient is zero.
+        """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0,
+        for its gradient is zero.
 
-        An update's size does not depend on the momentum's: an expert without tokens would go on as far a step until its momentum is rounded away.
+        An update's size does not depend on the momentum's: an expert without tokens would move as
+        far a step until its momentum is rounded away.
         """
         scale = UPDATE_RMS * math.sqrt(max(matrices_NAB.shape[-2:]))
         return (
@@ -133,10 +144,21 @@ class Muon(torch.optim.Optimizer):
             [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         adamw(
-            parameters, [parameter.grad for parameter in parameters if parameter.grad is not None], averages, squares, [], steps,
-            fused=True, amsgrad=False, maximize=False, beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=group["lr"],
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            averages,
+            squares,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            lr=group["lr"],
             weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        )
 
 
 def muon(groups: list[dict[str, Any]], config: MuonConfig) -> torch.optim.Optimizer:

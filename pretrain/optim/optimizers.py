@@ -1,4 +1,7 @@
-"""Optimizers that come from libraries: torch's AdamW and SGD, bitsandbytes' 8-bit AdamW. The learning rate is set before every step."""
+"""Optimizers that come from libraries: torch's AdamW and SGD, bitsandbytes' 8-bit AdamW.
+
+The learning rate is set before every step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def sgd(groups: Groups, config: SGD) -> torch.optim.Optimizer:
 
 
 def adamw_8bit(groups: Groups, config: AdamW8bit) -> torch.optim.Optimizer:
-    """Its state: ``state1 state2`` uint8 of the parameter's shape, ``absmax1 absmax2`` fp32 a block of 256, ``qmap1 qmap2`` the 256 levels.
+    """Its state: ``state1 state2`` uint8 of the parameter's shape, ``absmax1 absmax2`` fp32 a block
+    of 256, ``qmap1 qmap2`` the 256 levels.
 
     Raises:
         ConfigError: where bitsandbytes is not installed.
@@ -35,7 +39,8 @@ def adamw_8bit(groups: Groups, config: AdamW8bit) -> torch.optim.Optimizer:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.kind=adamw_8bit needs the package bitsandbytes ({error}): install it, or use optimizer.kind=adamw"
+            f"optimizer.kind=adamw_8bit needs the package bitsandbytes ({error}): install it, or "
+            "use optimizer.kind=adamw"
         ) from None
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
         groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps

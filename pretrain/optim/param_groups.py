@@ -7,72 +7,79 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.optim.config import Muon, Optimizer
-
-ROUTER_MATRICES = (".router.gate.weight", ".router.noise.weight", ".gate.wg.weight")
-EXPERT_BIASES = (".b1", ".b2", ".b3")
-# Of few rows, each a gate by itself: there is nothing to make orthogonal.
-GATES = (".shared.gate.weight", ".coefficient.weight")
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import Role
+from pretrain.optim.config import Optimizer
 
 
-def parameter_role(name: str, parameter: torch.Tensor) -> str:
+def parameter_role(name: str, parameter: torch.Tensor, model: ModelConfig) -> str:
     """``embedding``, ``router``, ``vector`` (norms, biases, attention sinks) or ``matrix``."""
     if name.startswith(("embedding.", "position.")):
         return "embedding"
-    if parameter.dim() == 1 or name.endswith(EXPERT_BIASES):
+    role = model.moe_role(name)
+    # Stacked biases have two dimensions, and each of their rows is a vector.
+    if parameter.dim() == 1 or role is Role.EXPERT_BIAS:
         return "vector"
-    return "router" if name.endswith(ROUTER_MATRICES) or ".retrieval." in name else "matrix"
+    return "router" if role is Role.ROUTER else "matrix"
 
 
-def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon trains it: a matrix, or a stack of them, inside the blocks."""
+def is_hidden_matrix(name: str, parameter: torch.Tensor, model: ModelConfig) -> bool:
+    """Whether it is a matrix inside the blocks, or a stack of them: what Muon makes orthogonal."""
+    role = model.moe_role(name)
     return (
-        parameter_role(name, parameter) == "matrix"
+        parameter_role(name, parameter, model) == "matrix"
         and not name.startswith("head.")
-        and not name.endswith(GATES)
+        and not (role is not None and role.is_gate)
     )
 
 
-def peak_learning_rates(config: Optimizer) -> dict[str, float]:
+def peak_learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The peak learning rate of each role."""
     return {
-        "embedding": config.embedding_learning_rate or config.learning_rate,
-        "router": config.router_learning_rate or config.learning_rate,
-        "vector": config.learning_rate,
-        "matrix": config.learning_rate,
+        "embedding": optimizer.embedding_learning_rate or optimizer.learning_rate,
+        "router": optimizer.router_learning_rate or optimizer.learning_rate,
+        "vector": optimizer.learning_rate,
+        "matrix": optimizer.learning_rate,
     }
 
 
 def learning_rate_scale(group: dict[str, Any]) -> float:
-    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that are wider than at muP's base."""
+    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that
+    are wider than at muP's base.
+    """
     return float(group.get("learning_rate_scale", 1.0))
 
 
-def parameter_groups(model: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
-    """Optimizer groups by role, experts apart, and those apart that have a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`);
-    for Muon also by the ``rule`` that trains them, ``muon`` or ``adamw``.
+def parameter_groups(
+    model: nn.Module, config: ModelConfig, optimizer: Optimizer
+) -> list[dict[str, Any]]:
+    """Optimizer groups by role, experts apart.
 
-    DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their expert-parallel group (the name that its
-    layer wrote on the parameter); else it would average the gradients of different experts. Vectors and embeddings are not decayed. The
-    learning rate is 0 until the first step sets it by role and scale; learning rate times decay does not depend on the scale.
+    Parameters with a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`) are apart
+    too, and so are those that the optimizer trains by another ``rule``.
+
+    DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their
+    expert-parallel group (the name that its layer wrote on the parameter); else it would average
+    the gradients of different experts. Vectors and embeddings are not decayed. The learning rate is
+    0 until the first step sets it by role and scale; learning rate times decay does not depend on
+    the scale.
+
+    Args:
+        config: of ``model``.
     """
     groups: dict[tuple[str, str | None, float, str | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        role = parameter_role(name, parameter)
-        expert_group: str | None = (
-            None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
-        )
+        role = parameter_role(name, parameter, config)
+        expert_group: str | None = None
+        if not getattr(parameter, "allreduce", True):
+            expert_group = getattr(parameter, "group_name")  # noqa: B009
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
-        rule = (
-            ("muon" if is_hidden_matrix(name, parameter) else "adamw")
-            if isinstance(config, Muon)
-            else None
-        )
+        rule = optimizer.rule_for(is_hidden_matrix(name, parameter, config))
         key = role, expert_group, scale, rule
         if key not in groups:
-            decay = 0.0 if role in ("embedding", "vector") else config.weight_decay / scale
+            decay = 0.0 if role in ("embedding", "vector") else optimizer.weight_decay / scale
             group: dict[str, Any] = {
                 "params": [],
                 "role": role,

@@ -33,9 +33,10 @@ from pretrain.core.accelerators import (
 )
 from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import resolve_precision
-from pretrain.model.sizes import activation_bytes, model_size, state_bytes_per_rank
+from pretrain.model.sizes import model_size
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.folder import CHECKPOINTS, check_branch
+from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 from pretrain.training.schedules import run_learning_rate_factor
 
 # Mixtures of experts lose more to communication and small matrix products than dense models, which
@@ -235,7 +236,9 @@ def phase_rows(recipe: Recipe, timeline: Timeline, world_size: int) -> list[dict
             run_learning_rate_factor(step, timeline, recipe.schedule)
             for step in (stage.first_step, last)
         ]
-        frozen_parameters([*dense, *experts], stage.frozen, f"phases.{stage.name}.frozen")
+        frozen_parameters(
+            [*dense, *experts], stage.frozen, recipe.model, f"phases.{stage.name}.frozen"
+        )
         rows.append({
             "name": stage.name,
             "tokens": stage.num_tokens,

@@ -12,7 +12,6 @@ from pretrain.config.timeline import Timeline
 from pretrain.engine.step import MeanLosses
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import RouterTotals
-from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.losses import ALWAYS_COMPUTED, LOSSES, loss_weights
 
 
@@ -97,10 +96,10 @@ class RouterRecord:
     @classmethod
     def of(cls, totals: RouterTotals | None, model: ModelConfig) -> RouterRecord | None:
         """From statistics over all ranks; None for a model without routers."""
-        if totals is None or not isinstance(model.moe, RoutedMoE):
+        if totals is None or model.routing is None:
             return None
         shares_LE = totals.counts_LE / totals.counts_LE.sum(dim=1, keepdim=True)
-        weights = loss_weights(model.moe)
+        weights = loss_weights(model.routing)
         losses = {
             name: values_L
             for name, values_L in zip(LOSSES, totals.losses_LJ.unbind(1), strict=True)

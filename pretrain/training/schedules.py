@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pretrain.config.recipe import Recipe
 from pretrain.config.schedules import ScheduleConfig, half_cosine
 from pretrain.config.timeline import Timeline
-from pretrain.model.moe.config import BiasBalancing, RoutedMoE
+from pretrain.model.moe.config import BiasBalancing
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Schedules:
 
 def schedules_of(recipe: Recipe, timeline: Timeline) -> Schedules:
     """The schedules of a run."""
-    moe = recipe.model.moe
-    balancing = moe.bias_balancing if isinstance(moe, RoutedMoE) else None
+    moe = recipe.model.routing
+    balancing = None if moe is None else moe.bias_balancing
     return Schedules(timeline, recipe.schedule, balancing)
 
 

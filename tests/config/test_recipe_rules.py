@@ -37,7 +37,7 @@ BROKEN = {
         ["kernel=flash cannot compute heads_wider_than_256"],
         ["model.attention.decode=plain"],
     ),
-    "heads_group_evenly": (
+    "heads_fit": (
         ["model.attention.num_key_value_heads=3"],
         ["num_attention_heads (4)", "num_key_value_heads (3)"],
         ["model.attention.num_attention_heads=6"],
@@ -72,37 +72,37 @@ BROKEN = {
         ["global_batch_size (8)", "micro_batch_size (3)"],
         ["train.global_batch_size=9"],
     ),
-    "drops_are_causal": (
+    "options_of_experts_fit/causal": (
         ["model.moe.kind=deepspeed"],
         ["not causal", "drop_tokens=false", "causal=false"],
         ["model.moe.causal=false"],
     ),
-    "native_options_fit": (
+    "options_of_experts_fit": (
         [*NATIVE, "model.moe.use_rts=true"],
         ["use_rts works with top_k=1 only, not 2"],
         ["model.moe.use_rts=false"],
     ),
-    "native_options_fit/sampling": (
+    "options_of_experts_fit/sampling": (
         [*ONE_CHOICE, "model.moe.top2_2nd_expert_sampling=true"],
         ["top_k=2 only, not 1"],
         ["model.moe.top2_2nd_expert_sampling=false"],
     ),
-    "native_options_fit/noise": (
+    "options_of_experts_fit/noise": (
         [*NATIVE, "model.moe.noisy_gate_policy=RSample"],
         ["RSample works with top_k=1 only"],
         ["model.moe.noisy_gate_policy=Jitter"],
     ),
-    "native_options_fit/one": (
+    "options_of_experts_fit/one": (
         [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=true"],
         ["top_k=1", "norm_topk_prob=False"],
         ["model.moe.router.norm_topk_prob=false"],
     ),
-    "native_options_fit/two": (
+    "options_of_experts_fit/two": (
         [*NATIVE, "model.moe.router.norm_topk_prob=false"],
         ["norm_topk_prob=True", "gate=router"],
         ["model.moe.router.norm_topk_prob=true"],
     ),
-    "native_options_fit/groups": (
+    "options_of_experts_fit/groups": (
         [*NATIVE, "model.moe.router.groups={num_groups: 2, top_k_groups: 1}"],
         ["model.moe.router.groups does not go with DeepSpeed's own gate"],
         ["model.moe.gate=router"],
@@ -122,10 +122,15 @@ BROKEN = {
         ["ep_size (5) does not divide model.moe.product_key_sizes, whose product is (16)"],
         ["parallel.ep_size=8"],
     ),
-    "peer_options_fit": (
+    "experts_go_with_dropout": (
         [PEER, "model.dropout.expert=0.1"],
         ["dropout.expert=0.1", "dropout.feed_forward"],
         ["model.dropout.expert=0"],
+    ),
+    "optimizer_trains_tables": (
+        [PEER, "optimizer={kind: lion, learning_rate: 1e-3}"],
+        ["optimizer.kind=lion", "model.moe.kind=peer", "adamw, muon or sgd"],
+        ["optimizer={kind: sgd, learning_rate: 1e-3}"],
     ),
     "token_budget_fills_the_run": (
         ["data.mixture={kind: tokens, tokens: {all: 10000}}"],
@@ -161,7 +166,7 @@ BROKEN = {
         ["evaluation asks for nothing", "evaluation.heldout=true"],
         ["evaluation={heldout: true}"],
     ),
-    "muon_sees_whole_matrices": (
+    "optimizer_sees_whole_matrices": (
         ["optimizer={kind: muon, learning_rate: 1e-3}", "model.feed_forward.kind=gelu"],
         [
             "optimizer.kind=muon",

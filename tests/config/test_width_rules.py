@@ -47,7 +47,7 @@ def test_a_base_with_every_width_that_grows_is_accepted() -> None:
         ([mup(kv_lora_rank=4)], r"base\.kv_lora_rank is given, but the model has no kv_lora_rank"),
         (
             [mup(num_key_value_heads=2, num_attention_heads=3)],
-            r"base\.num_attention_heads \(3\) is no multiple of its num_key_value_heads \(2\)",
+            r"base\.num_attention_heads \(3\) is no multiple of num_key_value_heads \(2\)",
         ),
         (
             [mup(), "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"],

@@ -23,17 +23,18 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.phases import FrozenParameters
 from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
+from pretrain.model.config import ModelConfig
 from pretrain.optim.frozen import frozen_parameters, part_of
 from tests.distributed.matrix_worker import synthetic_step, whole_weights
 
 
 def moved_parts(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: ModelConfig
 ) -> dict[str, list[int]]:
     """Of each part of the model: how many of its tensors have changed, and how many it has."""
     found: dict[str, list[int]] = {}
     for name, weight in after.items():
-        counts = found.setdefault(part_of(name) or "none", [0, 0])
+        counts = found.setdefault(part_of(name, model) or "none", [0, 0])
         counts[0] += not torch.equal(weight, before[name])
         counts[1] += 1
     return found
@@ -45,7 +46,8 @@ def plain_norm(engine: Engine, stage: Phase, batches: list[Batch]) -> float:
     parameters = dict(model.named_parameters())
     trained = [
         parameters[name]
-        for name in parameters.keys() - frozen_parameters(parameters, stage.frozen, "the test")
+        for name in parameters.keys()
+        - frozen_parameters(parameters, stage.frozen, stage.recipe.model, "the test")
     ]
     normalizer = float(train.micro_batch_size * train.sequence_length)
     losses = [model(batch.input_ids_BS, batch.labels_BS, normalizer).loss for batch in batches]
@@ -89,7 +91,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
                 norms.append(plain_norm(engine, stage, batches))
             results.append(engine.train_step(batches, 1.0))
         parts: dict[str, list[int]] = {}
-        for found in topology.all_gather(moved_parts(before, whole_weights(engine))):
+        for found in topology.all_gather(
+            moved_parts(before, whole_weights(engine), engine.model.config)
+        ):
             parts = {
                 part: [sum(pair) for pair in zip(parts.get(part, [0, 0]), counts, strict=True)]
                 for part, counts in found.items()

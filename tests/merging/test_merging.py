@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.experts import feed_forward_names, read_experts
+from pretrain.checkpoint.experts import read_experts
 from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.checkpoint.weights_only import tensor_shapes, write_weights_folder
 from pretrain.config.load import load_recipe
@@ -222,7 +222,7 @@ def test_dense_models_become_the_experts_of_a_mixture(branches: list[Path], tmp_
     recipe = layout.read_recipe(tmp_path / "out")
     assert recipe.model.moe_layers == [1] and recipe.name == "debug-mixed"
     for number, expert in enumerate(read_experts(mixed, "layers.1.feed_forward", recipe.model)):
-        for name in feed_forward_names(recipe.model):
+        for name in recipe.model.feed_forward.parameter_names:
             assert torch.equal(expert[name], states[number % 2][f"layers.1.feed_forward.{name}"])
     shared = [name for name in mixed if not name.startswith("layers.1.feed_forward.")]
     assert "layers.0.feed_forward.up_proj.weight" in shared

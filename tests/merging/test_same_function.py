@@ -21,7 +21,7 @@ from torch import Tensor
 from pretrain.checkpoint.comparison import check_same_function
 from pretrain.config.differences import differences, mark_of
 from pretrain.core.errors import CheckpointError, ConfigError
-from pretrain.core.registry import kinds_of
+from pretrain.core.registry import NameOf, kinds_of
 from pretrain.core.section import Effect, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.config import (
@@ -164,7 +164,11 @@ def _varied(section: Section) -> Iterator[tuple[Any, type[Section], str]]:
         if isinstance(value, Section):
             for inner, owner, changed in _varied(value):
                 yield section.model_copy(update={name: inner}), owner, changed
-        for given in other_values(field.annotation, name, value):
+        kinds = [
+            named for mark in field.metadata if isinstance(mark, NameOf) for named in mark.names
+        ]
+        others = [named for named in kinds if named not in ELSEWHERE]
+        for given in others or other_values(field.annotation, name, value):
             content = {each: getattr(section, each) for each in type(section).model_fields} | {
                 name: given
             }

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from pretrain.model.moe.tables.products import Bags, ExpertTable, Factors, Kernel, SortedFactors
+from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.products import ExpertTable, Factors, SortedFactors
 
 # Lengths of the bags and rows to choose from: ordinary, empty, duplicates everywhere, nothing at all, longer than one program sums.
 CHOICES = {

@@ -17,7 +17,8 @@ from torch import nn
 from pretrain.config.load import load_recipe
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.tables import products_triton as row_products_triton
-from pretrain.model.moe.tables.products import PLAIN, Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.products import PLAIN
 from pretrain.model.moe.tables.products_triton import TRITON
 from tests.model.row_cases import CHOICES, assert_same, computed, random_case
 

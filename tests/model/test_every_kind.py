@@ -8,9 +8,17 @@ import math
 import pytest
 import torch
 
+from pretrain.checkpoint.experts import (
+    expert_names,
+    moe_prefixes,
+    read_experts,
+    router_names,
+    write_experts,
+)
 from pretrain.core.registry import OneOf
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.moe.config import Role
 from tests.model.every_kind import CASES, FAMILIES, OPTIONS, registered
 from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
 
@@ -115,3 +123,27 @@ def test_the_meta_device_builds_the_same_shapes(case: str) -> None:
     assert shapes == {
         name: parameter.shape for name, parameter in tiny_model(*CASES[case]).named_parameters()
     }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kind_of_moe_layer_knows_each_of_its_tensors(case: str) -> None:
+    """A tensor without a role would be decayed, frozen and counted as one of a dense feed-forward."""
+    model = tiny_model(*CASES[case])
+    config, tensors = model.config, model.state_dict()
+    in_moe = {
+        name for prefix in moe_prefixes(config) for name in tensors if name.startswith(f"{prefix}.")
+    }
+    assert {name for name in tensors if config.moe_role(name) is None} == tensors.keys() - in_moe
+    if config.routing is None:
+        return
+    for prefix in moe_prefixes(config):
+        experts, router = expert_names(prefix, config), router_names(prefix, config.routing)
+        roles = {name: config.moe_role(name) for name in in_moe if name.startswith(f"{prefix}.")}
+        assert set(experts) == {
+            name for name, role in roles.items() if role in (Role.EXPERT, Role.EXPERT_BIAS)
+        }
+        assert set(router) == {name for name, role in roles.items() if role is Role.ROUTER}
+        assert all(len(tensors[name]) == config.routing.num_experts for name in router)
+        again = write_experts(read_experts(tensors, prefix, config), prefix, config)
+        assert again.keys() == set(experts)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in again.items())

@@ -67,7 +67,7 @@ def test_a_kind_computes_its_formula(kind: str, bias: bool) -> None:
         return linear(FORMULAS[name](gate, up), layer.down_proj.weight, layer.down_proj.bias)
 
     torch.testing.assert_close(layer(x), answer(kind), rtol=1e-5, atol=1e-4)
-    for other in FORMULAS.keys() - {kind, "product_swiglu"} if layer.expansion == 1 else ():
+    for other in FORMULAS.keys() - {kind, "product_swiglu"} if layer.config.expansion == 1 else ():
         assert not torch.allclose(layer(x), answer(other), rtol=1e-3, atol=1e-3)
 
 

@@ -12,14 +12,9 @@ from pretrain.core.shipped import recipe_names
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
-from pretrain.model.sizes import (
-    ModelSize,
-    activation_bytes,
-    cache_bytes,
-    model_size,
-    state_bytes_per_rank,
-)
+from pretrain.model.sizes import ModelSize, cache_bytes, model_size
 from pretrain.optim.config import AdamW
+from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 from tests.model.tiny_model import KINDS, VOCAB_SIZE, tiny_config, tiny_model
 
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))

@@ -253,7 +253,7 @@ def test_both_kinds_of_layer_start_with_the_same_block() -> None:
 
 def test_its_parameters_have_the_roles_of_their_kinds() -> None:
     roles = {
-        name: parameter_role(name, parameter)
+        name: parameter_role(name, parameter, tiny_config(MULTI_TOKEN))
         for name, parameter in tiny_model(MULTI_TOKEN).named_parameters()
         if "multi_token" in name
     }

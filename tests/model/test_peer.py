@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.model import init
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
+from pretrain.model.moe import peer as peer_layer
 from pretrain.model.moe.base import RoutingRecord
 from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.peer import PEER
@@ -215,7 +215,10 @@ def test_a_part_of_the_experts_starts_with_the_same_numbers() -> None:
     """Streams of random numbers belong to blocks of experts, wherever the ranks' parts begin."""
     section = "{kind: peer, product_key_sizes: [6, 4], query_dim: 24, num_heads: 2, top_k: 3}"
     whole = tiny_model(f"model.moe={section}")
-    original, init.NUMBERS_A_STREAM = init.NUMBERS_A_STREAM, 32 * 5  # five experts a stream
+    original, peer_layer.VALUES_A_STREAM = (
+        peer_layer.VALUES_A_STREAM,
+        32 * 5,
+    )  # five experts a stream
     try:
         initialize(whole, seed=3)
         for part in range(3):
@@ -228,7 +231,7 @@ def test_a_part_of_the_experts_starts_with_the_same_numbers() -> None:
             ):
                 assert torch.equal(mine, all_of_them[part * 8 : (part + 1) * 8])
     finally:
-        init.NUMBERS_A_STREAM = original
+        peer_layer.VALUES_A_STREAM = original
 
 
 def test_a_query_that_no_dimension_divides_is_refused() -> None:

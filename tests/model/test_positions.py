@@ -328,7 +328,7 @@ def test_learned_positions_start_normal_are_trained_and_are_embeddings_to_the_op
     assert [name for name, parameter in model.named_parameters() if parameter is weight] == [
         "position.weight"
     ]
-    assert parameter_role("position.weight", weight) == "embedding"
+    assert parameter_role("position.weight", weight, model.config) == "embedding"
     ids = torch.arange(6)[None]
     model(ids, ids, 6.0).loss.backward()
     assert (weight.grad[:6].abs().amax(dim=1) > 0).all() and not weight.grad[6:].any()

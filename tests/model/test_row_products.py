@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.moe.tables import products_triton as row_products_triton
-from pretrain.model.moe.tables.products import BAGS, PLAIN, Bags, Kernel, kernel_named
+from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.products import BAGS, PLAIN, kernel_named
 from pretrain.model.moe.tables.products_triton import TRITON
 from tests.model.row_cases import CHOICES, assert_same, computed, expected, random_case
 

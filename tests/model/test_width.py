@@ -187,7 +187,7 @@ def losses(
     recipe: Recipe, model: DecoderLM, rate: Callable[[str], float] | None = None
 ) -> list[float]:
     """Of six steps on the same tokens; ``rate`` gives each parameter's part of the learning rate by hand."""
-    groups = parameter_groups(model, recipe.optimizer)
+    groups = parameter_groups(model, recipe.model, recipe.optimizer)
     if rate is not None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pretrain.config.load import load_recipe
 from pretrain.core.errors import ConfigError
 from pretrain.optim.frozen import frozen_parameters, part_of
 
@@ -32,21 +33,40 @@ PARAMETERS = {
 }
 
 
+PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 16, num_heads: 2, top_k: 3}"
+MODELS = {
+    "dropless": load_recipe("debug").model,
+    "deepspeed": load_recipe("debug", ["model.moe.kind=deepspeed", "model.moe.gate=router"]).model,
+    "peer": load_recipe("debug", [PEER]).model,
+}
+DROPLESS = MODELS["dropless"]
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer whose parameter a name of ``PARAMETERS`` is."""
+    if "deepspeed_moe" in name:
+        return "deepspeed"
+    return "peer" if ".retrieval." in name or "experts.down" in name else "dropless"
+
+
 def test_every_kind_of_parameter_is_in_its_part() -> None:
-    assert {name: part_of(name) for name in PARAMETERS} == PARAMETERS
+    assert {name: part_of(name, MODELS[kind_of(name)]) for name in PARAMETERS} == PARAMETERS
 
 
 @pytest.mark.parametrize("part", sorted({part for part in PARAMETERS.values() if part}))
 def test_a_part_stands_for_its_parameters(part: str) -> None:
-    assert frozen_parameters(PARAMETERS, [part], "x") == {
-        name for name, own in PARAMETERS.items() if own == part
-    }
+    for kind, model in MODELS.items():
+        names = [name for name in PARAMETERS if kind_of(name) in (kind, "dropless")]
+        names = [name for name in names if part_of(name, model) == PARAMETERS[name]]
+        assert frozen_parameters(names, [part], model, "x") == {
+            name for name in names if PARAMETERS[name] == part
+        }
 
 
 def test_patterns_of_names_and_parts_add_up() -> None:
-    found = frozen_parameters(PARAMETERS, ["layers.0.*", "head"], "x")
+    found = frozen_parameters(PARAMETERS, ["layers.0.*", "head"], DROPLESS, "x")
     assert found == {name for name in PARAMETERS if name.startswith("layers.0.")} | {"head.weight"}
-    assert frozen_parameters(PARAMETERS, [], "x") == set()
+    assert frozen_parameters(PARAMETERS, [], DROPLESS, "x") == set()
 
 
 @pytest.mark.parametrize(
@@ -61,4 +81,4 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_names(pattern: str,
     with pytest.raises(
         ConfigError, match=rf"phases\.late\.frozen names '{pattern.replace('*', '.')}.*({hint})"
     ):
-        frozen_parameters(PARAMETERS, ["head", pattern], "phases.late.frozen")
+        frozen_parameters(PARAMETERS, ["head", pattern], DROPLESS, "phases.late.frozen")

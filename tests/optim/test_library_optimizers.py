@@ -13,9 +13,10 @@ from pretrain.config.rules.sections import check_topology
 from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import hardware_warnings
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.sizes import model_size, state_bytes_per_rank
+from pretrain.model.sizes import model_size
 from pretrain.optim.config import AdamW, AdamW8bit, Lion, Muon, Optimizer
 from pretrain.optim.param_groups import build_optimizer, is_hidden_matrix
+from pretrain.run.memory import state_bytes_per_rank
 
 RATE = 1e-3
 CONFIGS: dict[str, Optimizer] = {
@@ -149,7 +150,7 @@ def test_the_plan_counts_the_matrices_that_muon_trains(overrides: list[str]) -> 
     expected = sum(
         parameter.numel()
         for name, parameter in dense.items()
-        if is_hidden_matrix(name, parameter) and ".experts." not in name
+        if is_hidden_matrix(name, parameter, model.config) and ".experts." not in name
     )
     assert model_size(config, 16).parameters_matrices == expected > 0
 

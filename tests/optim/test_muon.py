@@ -163,7 +163,7 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw() -> None:
     )
     with torch.device("meta"):
         model = DecoderLM(recipe.model)
-    groups = parameter_groups(model, recipe.optimizer)
+    groups = parameter_groups(model, recipe.model, recipe.optimizer)
     rules = {id(parameter): group["rule"] for group in groups for parameter in group["params"]}
     by_rule: dict[str, set[str]] = {"muon": set(), "adamw": set()}
     for name, parameter in model.named_parameters():
@@ -183,8 +183,8 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw() -> None:
     } <= by_rule["adamw"]
     assert [group["rule"] for group in groups if group.get("moe")] == ["muon"]
     assert is_hidden_matrix(
-        "layers.0.attention.q_proj.weight", torch.empty(2, 2)
-    ) and not is_hidden_matrix("head.weight", torch.empty(2, 2))
+        "layers.0.attention.q_proj.weight", torch.empty(2, 2), recipe.model
+    ) and not is_hidden_matrix("head.weight", torch.empty(2, 2), recipe.model)
 
 
 @pytest.mark.parametrize(

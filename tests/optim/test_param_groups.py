@@ -35,7 +35,7 @@ def groups_of(overrides: list[str], ep_size: int = 1) -> tuple[DecoderLM, list[d
     recipe = load_recipe("debug", overrides)
     with torch.device("meta"):
         model = DecoderLM(recipe.model, ep_size)
-    return model, parameter_groups(model, recipe.optimizer)
+    return model, parameter_groups(model, recipe.model, recipe.optimizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +86,9 @@ def test_a_frozen_parameter_is_left_out() -> None:
     recipe = load_recipe("debug", ["model.vocab_size=100"])
     model = DecoderLM(recipe.model)
     model.embedding.weight.requires_grad_(False)
-    assert "embedding" not in {group["role"] for group in parameter_groups(model, recipe.optimizer)}
+    assert "embedding" not in {
+        group["role"] for group in parameter_groups(model, recipe.model, recipe.optimizer)
+    }
 
 
 def test_router_and_embedding_may_have_learning_rates_of_their_own() -> None:
@@ -112,7 +114,9 @@ def test_a_role_without_a_rate_of_its_own_takes_the_common_one() -> None:
     ],
 )
 def test_roles_by_name(name: str, dim: int, role: str) -> None:
-    assert parameter_role(name, torch.empty([1] * dim)) == role
+    kind = "deepspeed" if "deepspeed_moe" in name else "dropless"
+    model = load_recipe("debug", KINDS[kind]).model
+    assert parameter_role(name, torch.empty([1] * dim), model) == role
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_wide_models_have_groups_by_scale_with_the_same_decay_a_step(kind: str) 
     recipe = load_recipe("debug", [*KINDS[kind], WIDE])
     model = DecoderLM(recipe.model)
     initialize(model, 1)
-    groups = parameter_groups(model, recipe.optimizer)
+    groups = parameter_groups(model, recipe.model, recipe.optimizer)
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
         id(p) for p in model.parameters()
     )

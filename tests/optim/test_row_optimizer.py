@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pretrain.engine.sparse_optimizer import RowGroups, RowState, SparseOptimizer, _lazy_zeros
-from pretrain.model.moe.tables.products import BAGS, PLAIN, Bags, ExpertTable, SortedFactors
+from pretrain.model.moe.tables.interface import Bags
+from pretrain.model.moe.tables.products import BAGS, PLAIN, ExpertTable, SortedFactors
 from pretrain.optim.config import SGD, AdamW
 
 ADAMW = AdamW(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from data_pipeline.config import BestFit, TokenBudget
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError
@@ -29,11 +28,13 @@ def phases_fill_the_run(recipe: Recipe) -> None:
     given = sum(phase.tokens or 0 for phase in phases)
     if phases[-1].tokens is None and given >= total:
         raise ConfigError(
-            f"phases before '{phases[-1].name}' take {given} tokens, and train.train_tokens is {total}: raise train.train_tokens, or shorten a phase"
+            f"phases before '{phases[-1].name}' take {given} tokens, and train.train_tokens is "
+            f"{total}: raise train.train_tokens, or shorten a phase"
         )
     if phases[-1].tokens is not None and given != total:
         raise ConfigError(
-            f"phases take {given} tokens together, but train.train_tokens is {total}: make them equal, or leave the last one's out"
+            f"phases take {given} tokens together, but train.train_tokens is {total}: make them "
+            "equal, or leave the last one's out"
         )
 
 
@@ -45,13 +46,15 @@ def phase_lengths_divide(recipe: Recipe) -> None:
     for name, length in lengths.items():
         if longest % length:
             raise ConfigError(
-                f"phases.{name}.sequence_length ({length}) does not divide the longest of the run ({longest}): "
-                "one order of the data serves all lengths, so choose a divisor"
+                f"phases.{name}.sequence_length ({length}) does not divide the longest of the run "
+                f"({longest}): one order of the data serves all lengths, so choose a divisor"
             )
 
 
 def phase_positions_need_no_training(recipe: Recipe) -> None:
-    """Only what a rotary embedding is computed from may change: no parameter, and no distance penalty."""
+    """Only what a rotary embedding is computed from may change: no parameter, and no distance
+    penalty.
+    """
     before = recipe.model.position
     for phase in recipe.phases:
         if (now := phase.position) is None or now == before:
@@ -60,24 +63,28 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
         if not (before.rotary and now.rotary) or before.alibi != now.alibi:
             raise ConfigError(
                 f"phases.{phase.name}.position has kind={names[1]} in a model of kind={names[0]}: "
-                "only the base of a rotary embedding can change in a run, and rope can become yarn or llama3"
+                "only the base of a rotary embedding can change in a run, and rope can become "
+                "yarn or llama3"
             )
         if names[0] in ("yarn", "llama3") and names[1] != names[0]:
             raise ConfigError(
-                f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: {names[0]} with its factor"
+                f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: "
+                f"{names[0]} with its factor"
             )
 
 
 def phase_mixtures_are_shares(recipe: Recipe) -> None:
     changed = [phase for phase in recipe.phases if phase.mixture is not None]
     for phase in changed:
-        if isinstance(phase.mixture, TokenBudget):
+        if phase.mixture is not None and phase.mixture.total_tokens is not None:
             raise ConfigError(
-                f"phases.{phase.name}.mixture.kind=tokens is for whole runs: give shares with kind=weights; the phase says its tokens"
+                f"phases.{phase.name}.mixture.kind=tokens is for whole runs: give shares with "
+                "kind=weights; the phase says its tokens"
             )
-    if changed and isinstance(recipe.data.mixture, TokenBudget):
+    if changed and recipe.data.mixture.total_tokens is not None:
         raise ConfigError(
-            f"data.mixture.kind=tokens is for whole runs, and phases.{changed[0].name} has another mixture: use kind=weights"
+            f"data.mixture.kind=tokens is for whole runs, and phases.{changed[0].name} has "
+            "another mixture: use kind=weights"
         )
 
 
@@ -88,14 +95,16 @@ def phases_fit_a_stream(recipe: Recipe) -> None:
         for field in ("global_batch_size", "micro_batch_size", "sequence_length", "mixture"):
             if getattr(phase, field) is not None:
                 raise ConfigError(
-                    f"phases.{phase.name}.{field} does not go with data.streaming: leave it out, or build shards"
+                    f"phases.{phase.name}.{field} does not go with data.streaming: leave it out, "
+                    "or build shards"
                 )
 
 
 def weights_come_from_one_place(recipe: Recipe) -> None:
     if recipe.branch_from is not None and recipe.initial_weights is not None:
         raise ConfigError(
-            "branch_from goes on with a whole run, initial_weights starts a new one: leave one of them out"
+            "branch_from goes on with a whole run, initial_weights starts a new one: leave one of "
+            "them out"
         )
 
 
@@ -112,11 +121,12 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
 
 def phase_warnings(recipe: Recipe) -> list[str]:
     """What phases may ask for and should know, a sentence each."""
-    if isinstance(recipe.data.packing, BestFit) and any(
+    if recipe.data.packing.is_planned and any(
         stage.slices > 1 for stage in Timeline(recipe).stages
     ):
         return [
-            "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter phases read parts of such packs: "
-            "they cut documents that a packing of their own would not"
+            "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter "
+            "phases read parts of such packs: they cut documents that a packing of their own "
+            "would not"
         ]
     return []

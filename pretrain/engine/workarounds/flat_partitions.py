@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pretrain.optim.matrix_shards import MatrixShards, ShardedMatrix, cut_matrices
-from pretrain.optim.muon import Muon
+from pretrain.optim.matrix_shards import (
+    MatrixOptimizer,
+    MatrixShards,
+    ShardedMatrix,
+    cut_matrices,
+)
 
 
-def give_shards(optimizer: Any, muon: Muon, zero_stage: int, device: torch.device) -> None:
+def give_shards(
+    optimizer: Any, muon: MatrixOptimizer, zero_stage: int, device: torch.device
+) -> None:
     """Tell Muon where the matrices of each partition are; at stage 0 it has them whole.
 
     Every rank must call it.
@@ -31,7 +37,7 @@ def give_shards(optimizer: Any, muon: Muon, zero_stage: int, device: torch.devic
         _from_partitioned_parameters(optimizer, muon, device)
 
 
-def _from_flat_groups(optimizer: Any, muon: Muon, device: torch.device) -> None:
+def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.device) -> None:
     """Stages 1 and 2 join the parameters of a group and cut the whole into equal partitions."""
     for index, flat_N in enumerate(optimizer.single_partition_of_fp32_groups):
         if optimizer.optimizer.param_groups[index]["rule"] != "muon":
@@ -51,7 +57,9 @@ def _from_flat_groups(optimizer: Any, muon: Muon, device: torch.device) -> None:
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)
 
 
-def _from_partitioned_parameters(optimizer: Any, muon: Muon, device: torch.device) -> None:
+def _from_partitioned_parameters(
+    optimizer: Any, muon: MatrixOptimizer, device: torch.device
+) -> None:
     """Stage 3 cuts each parameter into equal parts and joins a rank's parts of several parameters
     to a sub-group.
     """

@@ -12,11 +12,10 @@ from pretrain.export.architectures.llama_like import (
     absent_shared_experts,
     shared_links,
 )
+from pretrain.export.architectures.sections import latent, routed
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, RotaryRows, expand
-from pretrain.model.attention.config import MultiHeadLatentAttention
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 LATENT: Takes = {
     "attention.kind": ("mla",),
@@ -45,16 +44,15 @@ class LatentDecoder(LlamaLike):
     """DeepSeek's trunk: the rows of turned numbers stand in pairs, as in DeepSeek's files and as every other reader of these expects them."""
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
-        reasons, attention = shared_width_reasons(model, self.name), model.attention
-        if isinstance(attention, MultiHeadLatentAttention) and model.norm.eps != LATENT_NORM_EPS:
+        reasons = shared_width_reasons(model, self.name)
+        if model.attention.has_latents and model.norm.eps != LATENT_NORM_EPS:
             reasons.append(
                 f"model.norm.eps is {model.norm.eps}, and {self.name} has {LATENT_NORM_EPS} in the norms of its latents"
             )
         return reasons
 
     def attention_links(self, model: ModelConfig) -> list[Link]:
-        attention = model.attention
-        assert isinstance(attention, MultiHeadLatentAttention)
+        attention = latent(model)
         queries = RotaryRows(
             attention.num_attention_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim
         )
@@ -84,17 +82,15 @@ class LatentDecoder(LlamaLike):
         ]
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert isinstance(model.moe, RoutedMoE)
         shared = (
             shared_links(model, THEIR_SHARED)
-            if model.moe.num_shared_experts
+            if routed(model).num_shared_experts
             else absent_shared_experts(model, THEIR_SHARED)
         )
         return [*super().moe_links(model), *shared]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        attention = model.attention
-        assert isinstance(attention, MultiHeadLatentAttention)
+    def attention_config(self, model: ModelConfig) -> dict[str, Any]:
+        attention = latent(model)
         sizes = (
             "q_lora_rank",
             "kv_lora_rank",
@@ -103,7 +99,6 @@ class LatentDecoder(LlamaLike):
             "v_head_dim",
         )
         return {
-            **super().config(model, eod_id),
             "num_key_value_heads": attention.num_attention_heads,
             **{size: getattr(attention, size) for size in sizes},
             "attention_bias": attention.bias == "all",
@@ -139,11 +134,8 @@ class DeepseekV2(LatentDecoder):
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         reasons = super().further_reasons(model)
-        if (
-            isinstance(model.moe, RoutedMoE)
-            and model.moe.router.groups is not None
-            and model.moe.router.groups.score != "max"
-        ):
+        groups = None if model.routing is None else model.routing.router.groups
+        if groups is not None and groups.score != "max":
             reasons.append(
                 "model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their best expert"
             )
@@ -152,8 +144,7 @@ class DeepseekV2(LatentDecoder):
         return reasons
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE)
-        groups = model.moe.router.groups
+        groups = routed(model).router.groups
         return {
             **super().config(model, eod_id),
             **prefix_config(model),
@@ -198,8 +189,7 @@ def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
 
 def prefix_config(model: ModelConfig) -> dict[str, Any]:
     """The fields about experts that all of DeepSeek's configs share."""
-    moe = model.moe
-    assert isinstance(moe, RoutedMoE)
+    moe = routed(model)
     return {
         "first_k_dense_replace": model.num_hidden_layers - len(model.moe_layers),
         "n_routed_experts": moe.num_experts,

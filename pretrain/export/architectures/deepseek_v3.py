@@ -21,10 +21,10 @@ from pretrain.export.architectures.llama_like import (
     balance_bias_name,
     shared_links,
 )
+from pretrain.export.architectures.sections import routed
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Links, Zeros, expand
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 SIGMOID: Takes = {
     **SHARED_EXPERTS,
@@ -61,47 +61,47 @@ class DeepseekV3(LatentDecoder):
 
 def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
     reasons = shared_width_reasons(model, name)
-    if not isinstance(model.moe, RoutedMoE):
+    moe = model.routing
+    if moe is None:
         return reasons
-    groups = model.moe.router.groups
+    groups = moe.router.groups
     if groups is not None and groups.score != "top2_sum":
         reasons.append(
             f"model.moe.router.groups.score is max, and {name} chooses groups by their two best experts"
         )
-    if model.moe.num_experts < 2:
+    if moe.num_experts < 2:
         reasons.append(f"there is one expert, and {name} looks at the two best of a group")
     return reasons
 
 
 def bias_links(model: ModelConfig) -> Links:
-    assert isinstance(model.moe, RoutedMoE)
-    if model.moe.bias_balancing is None:
+    moe = routed(model)
+    if moe.bias_balancing is None:
         return [
-            Zeros(THEIR_BIAS.format(layer=layer), (model.moe.num_experts,), exact=True)
+            Zeros(THEIR_BIAS.format(layer=layer), (moe.num_experts,), exact=True)
             for layer in model.moe_layers
         ]
-    return [*expand({balance_bias_name(model): THEIR_BIAS}, model.moe_layers, exact=True)]
+    return [*expand({balance_bias_name(moe): THEIR_BIAS}, model.moe_layers, exact=True)]
 
 
 def sigmoid_links(model: ModelConfig) -> Links:
     """Shared experts and balancing biases."""
-    assert isinstance(model.moe, RoutedMoE)
     shared = (
         shared_links(model, THEIR_SHARED)
-        if model.moe.num_shared_experts
+        if routed(model).num_shared_experts
         else absent_shared_experts(model, THEIR_SHARED)
     )
     return [*shared, *bias_links(model)]
 
 
 def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
-    assert isinstance(model.moe, RoutedMoE)
-    groups = model.moe.router.groups
+    router = routed(model).router
+    groups = router.groups
     return {
         **prefix_config(model),
         "n_group": 1 if groups is None else groups.num_groups,
         "topk_group": 1 if groups is None else groups.top_k_groups,
-        "norm_topk_prob": model.moe.router.norm_topk_prob,
+        "norm_topk_prob": router.norm_topk_prob,
         # What llama.cpp's and DeepSeek's own code call this router.
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

@@ -13,9 +13,9 @@ from pretrain.export.architectures.deepseek_v3 import (
     sigmoid_reasons,
 )
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
+from pretrain.export.architectures.sections import grouped_query
 from pretrain.export.features import Takes
 from pretrain.export.name_map import Links
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
 
 
@@ -41,15 +41,15 @@ class Glm4Moe(LlamaLike):
         return [*super().moe_links(model), *sigmoid_links(model)]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.attention, GroupedQueryAttention)
+        attention = grouped_query(model)
         fields = super().config(model, eod_id)
         return {
             **fields,
             **sigmoid_config(model),
             "rope_parameters": fields["rope_parameters"] | {"partial_rotary_factor": 1.0},
             "partial_rotary_factor": 1.0,
-            "attention_bias": model.attention.bias == "qkv",
-            "use_qk_norm": model.attention.qk_norm == "head",
+            "attention_bias": attention.bias == "qkv",
+            "use_qk_norm": attention.qk_norm == "head",
         }
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from pretrain.export.architectures.llama_like import (
     window_section,
     windowed_layers,
 )
+from pretrain.export.architectures.sections import clamped, grouped_query, routed
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Link, Links, expand, stacked
-from pretrain.model.attention.config import GroupedQueryAttention
-from pretrain.model.config import Clamped, ModelConfig
-from pretrain.model.moe.config import RoutedMoE
+from pretrain.model.config import ModelConfig
 
 THEIR_MLP = "model.layers.{layer}.mlp."
 
@@ -54,13 +53,12 @@ class GptOss(LlamaLike):
         return [*super().attention_links(model), *expand(sinks, range(model.num_hidden_layers))]
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert isinstance(model.moe, RoutedMoE)
-        where = (model.moe_layers, model.moe.num_experts)
+        moe = routed(model)
+        where = (model.moe_layers, moe.num_experts)
         gate, up, down = expert_names(model)
         gate_bias, up_bias, down_bias = expert_names(model, "bias")
         router = {
-            f"{router_name(model)}.{kind}": f"{THEIR_MLP}router.{kind}"
-            for kind in ("weight", "bias")
+            f"{router_name(moe)}.{kind}": f"{THEIR_MLP}router.{kind}" for kind in ("weight", "bias")
         }
         fused, fused_bias = (
             f"{THEIR_MLP}experts.gate_up_proj",
@@ -77,12 +75,7 @@ class GptOss(LlamaLike):
         ]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        attention, moe, form = model.attention, model.moe, model.feed_forward
-        assert (
-            isinstance(attention, GroupedQueryAttention)
-            and isinstance(moe, RoutedMoE)
-            and isinstance(form, Clamped)
-        )
+        attention, moe, form = grouped_query(model), routed(model), clamped(model)
         return {
             **super().config(model, eod_id),
             "intermediate_size": moe.moe_intermediate_size,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
+from pretrain.export.architectures.sections import grouped_query
 from pretrain.export.features import Takes
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
 
 
@@ -33,10 +33,9 @@ class Llama(LlamaLike):
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.attention, GroupedQueryAttention)
         return {
             **super().config(model, eod_id),
-            "attention_bias": model.attention.bias == "all",
+            "attention_bias": grouped_query(model).bias == "all",
             "mlp_bias": model.feed_forward.bias,
         }
 

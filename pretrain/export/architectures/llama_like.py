@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from pretrain.core.errors import ConfigError
 from pretrain.export.architectures.rope import ROPE, position_section, rope_parameters
+from pretrain.export.architectures.sections import grouped_query, rotary, routed
 from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.name_map import Link, Links, Zeros, expand
-from pretrain.model.attention.config import GroupedQueryAttention
-from pretrain.model.config import ModelConfig, RotaryBase
-from pretrain.model.moe.config import DeepSpeedMoE, RoutedMoE
+from pretrain.model.config import ModelConfig
+from pretrain.model.moe.config import RoutedMoE
 
 VOCABULARY = {"embedding.weight": "model.embed_tokens.weight"}
 HEAD = {"head.weight": "lm_head.weight"}
@@ -25,7 +25,7 @@ DENSE = {
     f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}"
     for name in ("gate_proj", "up_proj", "down_proj")
 }
-NATIVE_EXPERT = "layers.{layer}.feed_forward.deepspeed_moe.experts.deepspeed_experts.{expert}."
+FEED_FORWARD = "layers.{layer}.feed_forward."
 SHARED = "layers.{layer}.feed_forward.shared."
 
 TRUNK: Takes = {
@@ -114,8 +114,7 @@ class LlamaLike(ExportTarget):
         ]
 
     def attention_links(self, model: ModelConfig) -> list[Link]:
-        attention = model.attention
-        assert isinstance(attention, GroupedQueryAttention)
+        attention = grouped_query(model)
         biased = {
             "none": (),
             "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -133,19 +132,18 @@ class LlamaLike(ExportTarget):
 
     def moe_links(self, model: ModelConfig) -> Links:
         """Router and routed experts."""
-        assert isinstance(model.moe, RoutedMoE)
+        moe = routed(model)
         theirs = f"model.layers.{{layer}}.{self.moe}."
         names = [f"{theirs}experts.{{expert}}.{name}.weight" for name in self.expert]
         templates = {
-            router_name(model) + ".weight": f"{theirs}gate.weight",
+            router_name(moe) + ".weight": f"{theirs}gate.weight",
             **dict(zip(expert_names(model), names, strict=True)),
         }
-        return [*expand(templates, model.moe_layers, model.moe.num_experts)]
+        return [*expand(templates, model.moe_layers, moe.num_experts)]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         """The architecture's own fields of ``config.json``."""
-        attention, position = model.attention, model.position
-        assert isinstance(position, RotaryBase)
+        attention, position = model.attention, rotary(model)
         rope = rope_parameters(position)
         fields = {
             "model_type": self.name,
@@ -168,12 +166,15 @@ class LlamaLike(ExportTarget):
             "bos_token_id": eod_id,
             "eos_token_id": eod_id,
         }
-        if isinstance(attention, GroupedQueryAttention):
-            fields |= {
-                "num_key_value_heads": attention.num_key_value_heads,
-                "head_dim": attention.head_dim,
-            }
-        return fields
+        return fields | self.attention_config(model)
+
+    def attention_config(self, model: ModelConfig) -> dict[str, Any]:
+        """The fields of ``config.json`` that this kind of attention has beside its number of heads."""
+        attention = grouped_query(model)
+        return {
+            "num_key_value_heads": attention.num_key_value_heads,
+            "head_dim": attention.head_dim,
+        }
 
     def unread(self, config: Mapping[str, Any]) -> set[str]:
         """Fields that change nothing of what transformers computes for this ``config``, whatever they say."""
@@ -212,28 +213,22 @@ class LlamaLike(ExportTarget):
         }
 
 
-def router_name(model: ModelConfig) -> str:
+def router_name(moe: RoutedMoE) -> str:
     """The module that makes the router's logits."""
-    if not isinstance(model.moe, DeepSpeedMoE):
-        return "layers.{layer}.feed_forward.router.gate"
-    return "layers.{layer}.feed_forward.deepspeed_moe.gate." + (
-        "router.gate" if model.moe.gate == "router" else "wg"
-    )
+    return FEED_FORWARD + moe.router_matrix
 
 
-def balance_bias_name(model: ModelConfig) -> str:
-    return router_name(model).removesuffix(".gate") + ".balance_bias"
+def balance_bias_name(moe: RoutedMoE) -> str:
+    """The buffer of balancing without a loss."""
+    return FEED_FORWARD + moe.balance_bias
 
 
 def expert_names(model: ModelConfig, parameter: str = "weight") -> list[str]:
     """Templates of the experts' gate, up and down projections, or of their biases."""
-    if isinstance(model.moe, DeepSpeedMoE):
-        return [
-            f"{NATIVE_EXPERT}{name}.{parameter}" for name in ("gate_proj", "up_proj", "down_proj")
-        ]
-    if parameter == "bias":
-        return [f"layers.{{layer}}.feed_forward.{name}" for name in ("b1", "b3", "b2")]
-    return [f"layers.{{layer}}.feed_forward.experts.{name}" for name in ("w1", "w3", "w2")]
+    places = routed(model).expert_tensors(model.feed_forward.parameter_names)
+    # The architectures here take gated experts alone, none of whose matrices is kept in halves.
+    names = [places[f"{matrix}_proj.{parameter}"] for matrix in ("gate", "up", "down")]
+    return [FEED_FORWARD + name for (name,) in names]
 
 
 def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> list[Link]:
@@ -301,8 +296,8 @@ def router_aux_loss_coef(model: ModelConfig) -> float:
     E sum_e f_e p_e with f and p over the tokens of all layers together, k when balanced. With one layer both are equal
     then, and with several they are wherever experts of one number have the same share in all of them.
     """
-    assert isinstance(model.moe, RoutedMoE)
-    return rounded(model.moe.aux_loss_weight * len(model.moe_layers) / model.moe.top_k)
+    moe = routed(model)
+    return rounded(moe.aux_loss_weight * len(model.moe_layers) / moe.top_k)
 
 
 def aux_loss_weight(config: Mapping[str, Any], moe_layers: int) -> float:

@@ -13,9 +13,9 @@ from pretrain.export.architectures.llama_like import (
     aux_loss_weight,
     router_aux_loss_coef,
 )
+from pretrain.export.architectures.sections import routed
 from pretrain.export.features import ANY, Takes
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 
 class Mixtral(LlamaLike):
@@ -35,13 +35,13 @@ class Mixtral(LlamaLike):
     }
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE)
+        moe = routed(model)
         return {
             **super().config(model, eod_id),
-            "intermediate_size": model.moe.moe_intermediate_size,
+            "intermediate_size": moe.moe_intermediate_size,
             "sliding_window": model.attention.sliding_window,
-            "num_local_experts": model.moe.num_experts,
-            "num_experts_per_tok": model.moe.top_k,
+            "num_local_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 

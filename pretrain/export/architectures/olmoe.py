@@ -13,10 +13,9 @@ from pretrain.export.architectures.llama_like import (
     router_aux_loss_coef,
 )
 from pretrain.export.architectures.qwen3_moe import qwen_experts
+from pretrain.export.architectures.sections import grouped_query, routed
 from pretrain.export.features import Takes
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 
 class Olmoe(LlamaLike):
@@ -36,29 +35,24 @@ class Olmoe(LlamaLike):
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         attention = model.attention
-        if (
-            isinstance(attention, GroupedQueryAttention)
-            and attention.num_attention_heads * attention.head_dim != model.hidden_size
-        ):
+        if not attention.has_latents and attention.score_dim != model.hidden_size:
             return [
-                f"model.attention.head_dim ({attention.head_dim}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"
+                f"model.attention.head_dim ({attention.query_width}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"
             ]
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(
-            model.attention, GroupedQueryAttention
-        )
+        attention, moe = grouped_query(model), routed(model)
         fields = super().config(model, eod_id)
         del fields["head_dim"]
         return {
             **fields,
-            "intermediate_size": model.moe.moe_intermediate_size,
-            "attention_bias": model.attention.bias == "all",
+            "intermediate_size": moe.moe_intermediate_size,
+            "attention_bias": attention.bias == "all",
             "clip_qkv": None,
-            "num_experts": model.moe.num_experts,
-            "num_experts_per_tok": model.moe.top_k,
-            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "norm_topk_prob": moe.router.norm_topk_prob,
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 

@@ -18,11 +18,10 @@ from pretrain.export.architectures.llama_like import (
     sparse_layers,
 )
 from pretrain.export.architectures.qwen3_moe import qwen_experts
+from pretrain.export.architectures.sections import grouped_query, routed
 from pretrain.export.features import ANY, Takes
 from pretrain.export.name_map import Links, Zeros, expand
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 THEIR_SHARED = "model.layers.{layer}.mlp.shared_expert"
 
@@ -48,39 +47,37 @@ class Qwen2Moe(LlamaLike):
     }
 
     def moe_links(self, model: ModelConfig) -> Links:
-        assert isinstance(model.moe, RoutedMoE)
+        moe = routed(model)
         gates: Links = [
             Zeros(THEIR_SHARED.format(layer=layer) + "_gate.weight", (1, model.hidden_size))
             for layer in model.moe_layers
         ]
-        if not model.moe.num_shared_experts:
+        if not moe.num_shared_experts:
             return [*super().moe_links(model), *absent_shared_experts(model, THEIR_SHARED), *gates]
-        if model.moe.shared_expert_gate:
+        if moe.shared_expert_gate:
             gates = [
                 *expand({f"{SHARED}gate.weight": f"{THEIR_SHARED}_gate.weight"}, model.moe_layers)
             ]
         shared = shared_links(
-            model, THEIR_SHARED, down_scale=1.0 if model.moe.shared_expert_gate else 2.0
+            model, THEIR_SHARED, down_scale=1.0 if moe.shared_expert_gate else 2.0
         )
         return [*super().moe_links(model), *shared, *gates]
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(
-            model.attention, GroupedQueryAttention
-        )
+        attention, moe = grouped_query(model), routed(model)
         return {
             **super().config(model, eod_id),
-            "qkv_bias": model.attention.bias == "qkv",
+            "qkv_bias": attention.bias == "qkv",
             "use_sliding_window": False,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [
                 index for index in range(model.num_hidden_layers) if index not in model.moe_layers
             ],
-            "num_experts": model.moe.num_experts,
-            "num_experts_per_tok": model.moe.top_k,
-            "moe_intermediate_size": model.moe.moe_intermediate_size,
-            "shared_expert_intermediate_size": model.moe.shared_width,
-            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.moe_intermediate_size,
+            "shared_expert_intermediate_size": moe.shared_width,
+            "norm_topk_prob": moe.router.norm_topk_prob,
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 

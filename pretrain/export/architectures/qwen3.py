@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike, window_section
 from pretrain.export.architectures.qwen2 import WINDOWED, window_fields
+from pretrain.export.architectures.sections import grouped_query
 from pretrain.export.features import Takes
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
 
 
@@ -28,8 +28,7 @@ class Qwen3(LlamaLike):
     }
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.attention, GroupedQueryAttention)
-        biased = model.attention.bias == "all"
+        biased = grouped_query(model).bias == "all"
         return {**super().config(model, eod_id), **window_fields(model), "attention_bias": biased}
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:

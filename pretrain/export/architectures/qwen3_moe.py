@@ -15,10 +15,9 @@ from pretrain.export.architectures.llama_like import (
     router_aux_loss_coef,
     sparse_layers,
 )
+from pretrain.export.architectures.sections import grouped_query, routed
 from pretrain.export.features import Takes
-from pretrain.model.attention.config import GroupedQueryAttention
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import RoutedMoE
 
 
 class Qwen3Moe(LlamaLike):
@@ -37,22 +36,20 @@ class Qwen3Moe(LlamaLike):
     }
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
-        assert isinstance(model.moe, RoutedMoE) and isinstance(
-            model.attention, GroupedQueryAttention
-        )
+        attention, moe = grouped_query(model), routed(model)
         return {
             **super().config(model, eod_id),
-            "attention_bias": model.attention.bias == "all",
+            "attention_bias": attention.bias == "all",
             "use_sliding_window": False,
             # A list of layers covers every pattern; decoder_sparse_step only the regular ones.
             "decoder_sparse_step": 1,
             "mlp_only_layers": [
                 index for index in range(model.num_hidden_layers) if index not in model.moe_layers
             ],
-            "num_experts": model.moe.num_experts,
-            "num_experts_per_tok": model.moe.top_k,
-            "moe_intermediate_size": model.moe.moe_intermediate_size,
-            "norm_topk_prob": model.moe.router.norm_topk_prob,
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.moe_intermediate_size,
+            "norm_topk_prob": moe.router.norm_topk_prob,
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 

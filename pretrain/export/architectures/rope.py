@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.core.errors import ConfigError
 from pretrain.export.features import ANY, Takes
-from pretrain.model.config import Llama3, Position, RotaryBase, Yarn
+from pretrain.model.config import RotaryBase
 
 # transformers' name of each kind, and the fields that both call alike.
 YARN_FIELDS = (
@@ -36,17 +36,12 @@ ROPE: Takes = {
 }
 
 
-def rope_parameters(position: Position) -> dict[str, Any]:
+def rope_parameters(position: RotaryBase) -> dict[str, Any]:
     """transformers' ``rope_parameters`` of a position section; a field that is None is left out."""
-    assert isinstance(position, RotaryBase)
-    kind = (
-        "yarn"
-        if isinstance(position, Yarn)
-        else "llama3"
-        if isinstance(position, Llama3)
-        else "default"
+    kind, names = next(
+        (theirs, names) for theirs, (ours, names) in KINDS.items() if ours == position.kind
     )
-    fields = {field: getattr(position, field) for field in KINDS[kind][1]}
+    fields = {field: getattr(position, field) for field in names}
     given = {field: value for field, value in fields.items() if value is not None}
     return {"rope_type": kind, "rope_theta": position.rope_theta, **given}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,10 +13,10 @@ from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.name_map import Link, Links, is_left_out
 from pretrain.model import config as model_schema
 from pretrain.model.attention import config as attention_schema
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe import routers
-from pretrain.model.moe.config import PEER, DeepSpeedMoE, DroplessMoE, RoutedMoE
+from pretrain.model.moe.config import EXPERT_NUMBER, PEER, DeepSpeedMoE, DroplessMoE
 
 # Copied into the export as they are.
 CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
@@ -133,8 +132,6 @@ RESOLVED = {
 # The class keeps our names but for these.
 RENAMED = {
     "embedding.projection": "embedding_projection.weight",
-    "deepspeed_moe.gate.wg.": "router.gate.",
-    "deepspeed_moe.gate.router.": "router.",
     "feed_forward.mlp.": "feed_forward.residual.",
     "experts.up.weight": "experts.up_rows",
     "experts.gate.weight": "experts.gate_rows",
@@ -145,10 +142,6 @@ RENAMED = {
 # fp32 whatever the others are: what our model never casts.
 EXACT = (".balance_bias", ".retrieval.norm.running_mean", ".retrieval.norm.running_variance")
 VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
-DROPLESS_EXPERTS = re.compile(r"(?:experts\.w|(?<=feed_forward\.)b)([123])$")
-NATIVE_EXPERT = re.compile(
-    r"deepspeed_moe\.experts\.deepspeed_experts\.\d+\.(gate|up|down)_proj\.(weight|bias)$"
-)
 
 
 class Custom(ExportTarget):
@@ -163,16 +156,7 @@ class Custom(ExportTarget):
     def reasons_against(self, model: ModelConfig) -> list[str]:
         """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""
         reasons = _unknown(model, "model")
-        if isinstance(model.moe, DeepSpeedMoE) and model.moe.gate == "deepspeed":
-            if model.moe.use_rts and model.moe.drop_tokens:
-                reasons.append(
-                    "model.moe.use_rts is true: a full expert chooses its tokens at random at inference too"
-                )
-            if model.moe.top2_2nd_expert_sampling:
-                reasons.append(
-                    "model.moe.top2_2nd_expert_sampling is true: second experts are drawn at random at inference too"
-                )
-        return reasons
+        return reasons + ([] if model.moe is None else model.moe.random_at_inference)
 
     def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
         """``config.json``, but the weights' dtype."""
@@ -188,8 +172,8 @@ class Custom(ExportTarget):
         }
         if model.moe is not None:
             config["moe"]["shared_intermediate_size"] = model.moe.shared_width
-        if isinstance(model.moe, RoutedMoE):
-            config["moe"]["bias_balancing"] = model.moe.bias_balancing is not None
+            if (routing := model.moe.routing) is not None:
+                config["moe"]["bias_balancing"] = routing.bias_balancing is not None
         return config
 
     def links(self, model: ModelConfig) -> Links:
@@ -200,21 +184,17 @@ class Custom(ExportTarget):
                 for name in DecoderLM(model).state_dict()
                 if name != "head.weight" or not model.tie_word_embeddings
             ]
-        gated = model.feed_forward.implementing_class().gated
         parts: dict[str, list[str]] = {}
         for name in names:
             if not is_left_out(name):
-                parts.setdefault(_their_name(name, gated), []).append(name)
-        return [
-            link
-            for theirs, ours in parts.items()
-            for link in _links_of(theirs, ours, model.vocab_size)
-        ]
+                parts.setdefault(_their_name(name, model), []).append(name)
+        return [link for theirs, ours in parts.items() for link in _links_of(theirs, ours, model)]
 
 
-def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link]:
+def _links_of(theirs: str, ours: list[str], model: ModelConfig) -> list[Link]:
     """One of ours; or one for each expert; or tensors of stacked experts whose rows follow each other."""
-    if NATIVE_EXPERT.search(ours[0]):
+    place = _place_in_expert(ours[0], model)
+    if place is not None and EXPERT_NUMBER in place.tensor:
         return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
     if len(ours) > 1:
         return [Link(name, theirs, part=(index, len(ours))) for index, name in enumerate(ours)]
@@ -222,19 +202,46 @@ def _links_of(theirs: str, ours: list[str], vocab_size: int | None) -> list[Link
         Link(
             ours[0],
             theirs,
-            rows=vocab_size if theirs in VOCABULARY else None,
+            rows=model.vocab_size if theirs in VOCABULARY else None,
             exact=theirs.endswith(EXACT),
         )
     ]
 
 
-def _their_name(name: str, gated: bool) -> str:
-    """All experts of a layer have one tensor a matrix; without a gate our dropless layer has the halves of one matrix in two tensors."""
-    if match := DROPLESS_EXPERTS.search(name):
-        matrix = {"1": "gate" if gated else "up", "2": "down", "3": "up"}[match[1]]
-        return f"{name[: match.start()]}experts.{matrix}_{'proj' if match[0].startswith('experts') else 'bias'}"
-    if match := NATIVE_EXPERT.search(name):
-        return f"{name[: match.start()]}experts.{match[1]}_{'proj' if match[2] == 'weight' else 'bias'}"
+class _Place(NamedTuple):
+    """Where a tensor of ours has a parameter of routed experts.
+
+    Attributes:
+        parameter: of a feed-forward, such as ``up_proj.weight``.
+        tensor: the name below the layer, with ``{expert}`` if each expert has one.
+    """
+
+    parameter: str
+    tensor: str
+
+
+def _place_in_expert(name: str, model: ModelConfig) -> _Place | None:
+    inner = below_feed_forward(name)
+    if inner is None or model.routing is None:
+        return None
+    moe = model.routing
+    places = moe.expert_tensors(model.feed_forward.parameter_names)
+    by_first_expert = {
+        tensor.replace(EXPERT_NUMBER, "0"): _Place(parameter, tensor)
+        for parameter, tensors in places.items()
+        for tensor in tensors
+    }
+    return by_first_expert.get(moe.renumbered(inner, lambda _: 0))
+
+
+def _their_name(name: str, model: ModelConfig) -> str:
+    """All experts of a layer have one tensor a matrix, which ours may have in parts."""
+    inner, place = below_feed_forward(name), _place_in_expert(name, model)
+    if inner is not None and place is not None:
+        matrix = place.parameter.replace("_proj.bias", "_bias").removesuffix(".weight")
+        return f"{name.removesuffix(inner)}experts.{matrix}"
+    if inner is not None and model.moe is not None:
+        name = name.removesuffix(inner) + model.moe.common_name(inner)
     for ours, theirs in RENAMED.items():
         name = name.replace(ours, theirs)
     return name

@@ -7,14 +7,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.core.registry import Component
+from pretrain.core.errors import ConfigError
+from pretrain.core.registry import Component, NameOf
 from pretrain.core.section import Effect, Positive
-
-KernelName = Literal["sdpa", "reference", "flex", "flash"]
+from pretrain.model.attention.kernels.config import Kernel
 
 
 class Attention(Component):
-    """What every kind of attention has. ``rotary_field`` names the field that says its ``rotary_dim``."""
+    """What every kind of attention has.
+
+    ``rotary_field`` names the field that says its ``rotary_dim``.
+    """
 
     rotary_field: ClassVar[str]
 
@@ -27,9 +30,10 @@ class Attention(Component):
     )
     sinks: bool = Field(
         False,
-        description="a learned logit a head that takes part in the softmax and adds nothing (Xiao et al. 2023; gpt-oss)",
+        description="a learned logit a head that takes part in the softmax and adds nothing (Xiao "
+        "et al. 2023; gpt-oss)",
     )
-    kernel: Annotated[KernelName, Effect.NONE] = Field(
+    kernel: Annotated[str, NameOf(Kernel), Effect.NONE] = Field(
         "sdpa", description="'reference' is the plain fp32 form that tests compare with"
     )
 
@@ -37,7 +41,8 @@ class Attention(Component):
     def _windows_fit(self) -> Attention:
         if self.full_attention_every is not None and self.sliding_window is None:
             raise ValueError(
-                "full_attention_every says which layers have no window, but there is no sliding_window"
+                "full_attention_every says which layers have no window, but there is no "
+                "sliding_window"
             )
         return self
 
@@ -50,36 +55,66 @@ class Attention(Component):
     @property
     @abstractmethod
     def rotary_dim(self) -> int:
-        """Numbers of a head that a rotary embedding turns."""
+        """Elements of a head that a rotary embedding rotates."""
 
     @property
     @abstractmethod
     def score_dim(self) -> int:
-        """Numbers of all heads together that one score is the product of: what FLOPs are counted by, with :attr:`value_dim`."""
+        """Elements of all heads together that one score is the product of: what FLOPs are counted
+        by, with :attr:`value_dim`.
+        """
 
     @property
     @abstractmethod
     def value_dim(self) -> int:
-        """Numbers of all heads together that scores are multiplied with."""
+        """Elements of all heads together that scores are multiplied with."""
 
     @property
     @abstractmethod
     def cached_per_token(self) -> int:
-        """Numbers that one layer's cache keeps of a token."""
+        """Elements that one layer's cache keeps of a token."""
 
     @property
     def trained_per_token(self) -> int:
-        """Numbers of a token's keys and values in training."""
+        """Elements of a token's keys and values in training."""
         return self.cached_per_token
 
     @property
     @abstractmethod
     def widest_head(self) -> int:
-        """Numbers of the widest head that a kernel is given, in training or with a cache."""
+        """Elements of the widest head that a kernel is given, in training or with a cache."""
+
+    @property
+    @abstractmethod
+    def query_width(self) -> int:
+        """Elements of one head's query, whose square root its scores are divided by."""
+
+    @property
+    def query_scales(self) -> tuple[str, ...]:
+        """The tensors that scores grow with, for muP.
+
+        () for kinds whose heads never become wider.
+        """
+        return ()
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether keys and values are made of latents, which have norms of their own."""
+        return False
+
+    def check(self, path: str) -> None:
+        """Raises :class:`ConfigError` if sizes do not go together.
+
+        ``path`` is that of the section.
+        """
+        return
 
 
 class GroupedQueryAttention(Attention):
-    """Grouped-query attention (Ainslie et al. 2023); equal head counts make it multi-head, one key/value head multi-query attention."""
+    """Grouped-query attention (Ainslie et al. 2023).
+
+    Equal head counts make it multi-head, one key/value head multi-query attention.
+    """
 
     implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
     rotary_field: ClassVar[str] = "head_dim"
@@ -92,7 +127,8 @@ class GroupedQueryAttention(Attention):
     )
     qk_norm: Literal["none", "head", "full"] = Field(
         "none",
-        description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or over all heads together (OLMoE)",
+        description="RMSNorm of queries and keys before their rotation: over each head (Qwen3) or "
+        "over all heads together (OLMoE)",
     )
 
     @property
@@ -115,10 +151,27 @@ class GroupedQueryAttention(Attention):
     def widest_head(self) -> int:
         return self.head_dim
 
+    @property
+    def query_width(self) -> int:
+        return self.head_dim
+
+    @property
+    def query_scales(self) -> tuple[str, ...]:
+        """A norm takes away whatever scale the projection has, so that its weight has to do it."""
+        return ("q_proj.weight", "q_proj.bias") if self.qk_norm == "none" else ("q_norm.weight",)
+
+    def check(self, path: str) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{path}.num_attention_heads ({self.num_attention_heads}) is no multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads}): change one of them"
+            )
+
 
 class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and values are made of one latent of a token,
-    and beside them each head sees one rotated key that all heads share. The latent and that key are what the cache keeps.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and
+    values are made of one latent of a token, and beside them each head sees one rotated key that
+    all heads share. The latent and that key are what the cache keeps.
     """
 
     implementation: ClassVar[str] = "pretrain.model.attention.mla:MultiHeadLatentAttention"
@@ -126,15 +179,16 @@ class MultiHeadLatentAttention(Attention):
     kind: Literal["mla"]
     q_lora_rank: Positive | None = Field(
         None,
-        description="numbers of the latent that queries are made of; of the hidden state by default",
+        description="elements of the latent that queries are made of; of the hidden state by "
+        "default",
     )
     kv_lora_rank: Positive = Field(
-        description="numbers of the latent that keys and values are made of"
+        description="elements of the latent that keys and values are made of"
     )
     qk_rope_head_dim: Positive = Field(
-        description="numbers of a query, and of the shared key, that are turned"
+        description="elements of a query, and of the shared key, that are rotated"
     )
-    qk_nope_head_dim: Positive = Field(description="numbers of a head's own key, never turned")
+    qk_nope_head_dim: Positive = Field(description="elements of a head's own key, never rotated")
     v_head_dim: Positive
     latent_norm: Literal["rms_norm", "layer_norm"] = Field(
         "rms_norm", description="of both latents; DeepSeek's is rms_norm"
@@ -144,7 +198,8 @@ class MultiHeadLatentAttention(Attention):
     )
     decode: Annotated[Literal["absorbed", "plain"], Effect.NONE] = Field(
         "absorbed",
-        description="with a cache: attend to latents where that multiplies less, or always make keys and values of them",
+        description="with a cache: attend to latents where that multiplies less, or always make "
+        "keys and values of them",
     )
 
     @property
@@ -166,6 +221,14 @@ class MultiHeadLatentAttention(Attention):
     @property
     def trained_per_token(self) -> int:
         return self.score_dim + self.value_dim + self.cached_per_token
+
+    @property
+    def query_width(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_latents(self) -> bool:
+        return True
 
     @property
     def widest_head(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -16,7 +18,9 @@ from pretrain.model.positions.rope import apply_rope_to_both
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors, filled from the left."""
+    """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors,
+    filled from the left.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
@@ -27,7 +31,9 @@ class KeyValueCache:
     def append(
         self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M, offset + S, H]."""
+        """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M,
+        offset + S, H].
+        """
         added = k_BMSH.shape[2]
         self.keys.narrow(2, offset, added).copy_(k_BMSH)
         self.values.narrow(2, offset, added).copy_(v_BMSH)
@@ -35,12 +41,14 @@ class KeyValueCache:
 
 
 class GroupedQueryAttention(nn.Module):
-    """N query heads share M key/value heads (Ainslie et al. 2023); optional RMSNorm of queries and keys before they are turned."""
+    """N query heads share M key/value heads (Ainslie et al. 2023).
+
+    Optional RMSNorm of queries and keys before they are rotated.
+    """
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = model.attention
-        assert isinstance(config, GroupedQueryConfig)
+        config = cast(GroupedQueryConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),
@@ -102,7 +110,9 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-        """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over each."""
+        """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over
+        each.
+        """
         B, S, _ = x_BSX.shape
         if norm is not None and self.config.qk_norm == "full":
             return norm(x_BSX).view(B, S, -1, self.config.head_dim).transpose(1, 2)

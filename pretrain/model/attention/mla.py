@@ -1,6 +1,10 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, section 2.1.1) and its cache."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv
+2412.19437, section 2.1.1) and its cache.
+"""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,7 +20,9 @@ from pretrain.model.positions.rope import apply_rope
 
 
 class LatentCache:
-    """Latents and turned keys of one layer for the tokens seen so far, side by side: one [B, 1, max_tokens, C + R], filled from the left."""
+    """Latents and rotated keys of one layer for the tokens seen so far, side by side: one [B, 1,
+    max_tokens, C + R], filled from the left.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
@@ -24,29 +30,36 @@ class LatentCache:
         self.latents = torch.zeros(shape, device=device, dtype=dtype)
 
     def append(self, latents_B1SX: torch.Tensor, offset: int) -> torch.Tensor:
-        """Stores new ones behind ``offset`` tokens and returns all of them, [B, 1, offset + S, C + R]."""
+        """Stores new ones behind ``offset`` tokens and returns all of them, [B, 1, offset + S, C +
+        R].
+        """
         end = offset + latents_B1SX.shape[2]
         self.latents[:, :, offset:end] = latents_B1SX
         return self.latents[:, :, :end]
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Keys and values of N heads are made of one latent of C numbers a token; R more numbers of a key are turned and shared by all heads.
+    """Keys and values of N heads are made of one latent of C elements a token.
 
-    A head of a query and a key is H = qk_nope_head_dim numbers of its own and these R, one of a value V = v_head_dim. Scores are divided by
-    sqrt(H + R) however they are computed. With a cache there are two ways that give the same:
+    R more elements of a key are rotated and shared by all heads.
+
+    A head of a query and a key is H = qk_nope_head_dim elements of its own and these R, one of a
+    value V = v_head_dim. Scores are divided by sqrt(H + R) however they are computed. With a cache
+    there are two ways that give the same:
 
     - plain, as in training: keys and values of all cached tokens are made of their latents;
-    - absorbed: (W_UK c) q = c (W_UK^T q), so a query is brought into the space of the latents, attends to them as one key/value head of
-      C + R numbers, and what it gets is brought back by W_UV. Nothing of the size of all heads is made of a cached token.
+    - absorbed: (W_UK c) q = c (W_UK^T q), so a query is brought into the space of the latents,
+      attends to them as one key/value head of
+      C + R numbers, and what it gets is brought back by W_UV. Nothing of the size of all heads is
+      made of a cached token.
 
-    W_UK and W_UV are read from ``kv_b_proj`` at each call: nothing is kept that a training step could make stale.
+    W_UK and W_UV are read from ``kv_b_proj`` at each call: nothing is kept that a training step
+    could make stale.
     """
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = model.attention
-        assert isinstance(config, LatentConfig)
+        config = cast(LatentConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),
@@ -114,25 +127,25 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(attend(q_BNSX, latents_B1UX, scores).transpose(1, 2).reshape(B, S, -1))
 
     def _queries(self, x_BSD: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
-        """[B, S, D] -> [B, N, S, H + R], the last R numbers of each head turned."""
+        """[B, S, D] -> [B, N, S, H + R], the last R elements of each head rotated."""
         q_BSX = (
             self.q_proj(x_BSD)
             if self.config.q_lora_rank is None
             else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
         )
-        return self._turned(q_BSX.unflatten(2, (self.num_heads, -1)).transpose(1, 2), positions)
+        return self._rotated(q_BSX.unflatten(2, (self.num_heads, -1)).transpose(1, 2), positions)
 
     def _latents(self, x_BSD: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
         """[B, S, D] -> [B, 1, S, C + R]: what the cache keeps."""
         latents_BSC, shared_keys_BSR = self.kv_a_proj(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
-        return self._turned(
+        return self._rotated(
             torch.cat((self.kv_a_norm(latents_BSC), shared_keys_BSR), dim=-1)[:, None], positions
         )
 
-    def _turned(self, x: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
-        """With its last R numbers turned, where the kind of position turns any."""
+    def _rotated(self, x: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
+        """With its last R elements rotated, if the kind of position rotates any."""
         if positions.rope is None:
             return x
         R = self.config.qk_rope_head_dim
@@ -158,15 +171,19 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        """The same, without keys and values. Latents serve as both with the shared key at their side, whose share of the result is cut off."""
+        """The same, without keys and values.
+
+        Latents serve as both with the shared key at their side, whose share of the result is cut
+        off.
+        """
         up_NXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         up_keys_NHC, up_values_NVC = up_NXC.split(
             (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1
         )
-        q_BNSH, turned_BNSR = q_BNSX.split(
+        q_BNSH, rotated_BNSR = q_BNSX.split(
             (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1
         )
-        q_BNSX = torch.cat((q_BNSH @ up_keys_NHC, turned_BNSR), dim=-1)
+        q_BNSX = torch.cat((q_BNSH @ up_keys_NHC, rotated_BNSR), dim=-1)
         y_BNSC = self.kernel(q_BNSX, latents_B1UX, latents_B1UX, scores)[
             ..., : self.config.kv_lora_rank
         ]
@@ -175,8 +192,8 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbing_is_cheaper(self, S: int, U: int) -> bool:
         """Whether S queries of U tokens multiply less in the absorbed form, by numbers a head.
 
-        W_UK and W_UV are multiplied with S queries instead of U latents, but scores and values are of wider vectors. So steps of one or a
-        few tokens are absorbed, and long prompts are not.
+        W_UK and W_UV are multiplied with S queries instead of U latents, but scores and values are
+        of wider vectors. So steps of one or a few tokens are absorbed, and long prompts are not.
         """
         config = self.config
         up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)

@@ -1,4 +1,6 @@
-"""What enters the softmax beside q k^T: data, so that each kernel can apply it in its cheapest way."""
+"""What enters the softmax beside q k^T: data, so that each kernel can apply it in its cheapest
+way.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Scores:
         mask: which keys a query may see.
         scale: factor of q k^T.
         window: tokens a query sees, itself included; None for all before it.
-        slopes_N: fp32 [N], ALiBi: a key d tokens back gets -slope * d. The same for all layers, without gradient.
+        slopes_N: fp32 [N], ALiBi: a key d tokens back gets -slope * d. The same for all layers,
+            without gradient.
         sinks_N: [N], the logit of one more choice of each head, which adds nothing to the output.
         dropout: share of attention weights that are zeroed; 0 outside training.
     """

@@ -1,1 +1,1 @@
-"""Mixtures of experts: two kinds of layer behind one interface (``interface.MoEOutput``)."""
+"""Mixtures of experts: for each kind a section of the recipe and a layer (``base.MoELayer``)."""

@@ -1,12 +1,14 @@
-"""DeepSpeed's native MoE layer, with its own gate or with any router of ours, and with router losses of our own.
+"""DeepSpeed's native MoE layer, with its own gate or with any router of ours, and with router
+losses of our own.
 
-Its ``l_aux`` is not used: it has another scale for k = 1, 2 and more, and for k <= 2 counts first choices only.
+Its ``l_aux`` is not used: it has another scale for k = 1, 2 and more, and for k <= 2 counts first
+choices only.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -15,13 +17,14 @@ from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.config import DeepSpeedMoE as DeepSpeedConfig
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
-# What DeepSpeed's MOELayer takes from its gate: (loss, capacity, E, expert of each choice or -1 [K, T], slots [K, T], weights [K, T], counts [E])
+# What DeepSpeed's MOELayer takes from its gate: (loss, capacity, E, expert of each choice or -1 [K,
+# T], slots [K, T], weights [K, T], counts [E])
 GateDecision = tuple[
     torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
@@ -35,7 +38,8 @@ class _ObservedGate(TopKGate):
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> GateDecision:
         least_room = self.min_capacity
-        # For one choice DeepSpeed refuses fewer tokens than the least room, as a step with a cache has; room for all of them is enough.
+        # For one choice DeepSpeed refuses fewer tokens than the least room, as a step with a cache
+        # has; room for all of them is enough.
         self.min_capacity = min(least_room, input.shape[0])
         try:
             self.decision = super().forward(input, *args, **kwargs)
@@ -44,7 +48,10 @@ class _ObservedGate(TopKGate):
         return self.decision
 
     def routing(self, x_TD: torch.Tensor) -> Routing:
-        """The decision as our losses see it; its choices before any drop are not kept, so the k largest probabilities stand for them."""
+        """The decision as our losses see it.
+
+        Its choices before any drop are not kept, so the k largest probabilities take their place.
+        """
         logits_TE = functional.linear(x_TD.float(), self.wg.weight.float())
         probs_TE = logits_TE.softmax(dim=-1)
         weights_TK, ids_TK = probs_TE.topk(self.k, dim=-1)
@@ -52,7 +59,10 @@ class _ObservedGate(TopKGate):
 
 
 class _RouterGate(nn.Module):
-    """A router of ours in place of DeepSpeed's gate. An expert that is full turns the last tokens away, so that none depends on later ones."""
+    """A router of ours in place of DeepSpeed's gate.
+
+    An expert that is full refuses the last tokens, so that none depends on later ones.
+    """
 
     decision: GateDecision
 
@@ -101,7 +111,9 @@ class _RouterGate(nn.Module):
         return self.decision
 
     def _capacity(self, counts_E: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Rows that each expert has room for: the same on all ranks, because they are exchanged in equal parts."""
+        """Rows that each expert has room for: the same on all ranks, because they are exchanged in
+        equal parts.
+        """
         config = self.config
         if config.drop_tokens:
             factor = config.capacity_factor if self.training else config.eval_capacity_factor
@@ -120,12 +132,14 @@ class _RouterGate(nn.Module):
         return self._routing
 
 
-class DeepSpeedMoE(MoE):
-    """Capacity factors, drop or pad, noisy gates, residual experts (Rajbhandari et al. 2022). Interface of ``DroplessMoE``."""
+class DeepSpeedMoE(MoELayer, MoE):
+    """Capacity factors, drop or pad, noisy gates, residual experts (Rajbhandari et al. 2022).
+
+    Interface of ``DroplessMoE``.
+    """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        config = model.moe
-        assert isinstance(config, DeepSpeedConfig)
+        config = cast(DeepSpeedConfig, model.moe)
         kind, dropout = model.feed_forward.implementing_class(), model.dropout
         expert = kind(
             model.feed_forward,
@@ -156,6 +170,15 @@ class DeepSpeedMoE(MoE):
             self.deepspeed_moe.gate.__class__ = _ObservedGate
         self.shared = shared_experts(model)
 
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        done: list[torch.Tensor] = []
+        first = self.ep_rank * self.num_local_experts
+        for local, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts):
+            for matrix, parameter in expert.named_parameters():
+                fill(parameter, f"{name}.expert.{first + local}.{matrix}")
+                done.append(parameter)
+        return done
+
     def forward(
         self,
         x_BSD: torch.Tensor,
@@ -164,7 +187,8 @@ class DeepSpeedMoE(MoE):
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """[B, S, D] -> [B, S, D] and the router's statistics.
 
-        DeepSpeed's own gate does not take ``record``: a recomputation repeats the same kernels on the same numbers with the same noise.
+        DeepSpeed's own gate does not take ``record``: a recomputation repeats the same kernels on
+        the same numbers with the same noise.
         """
         gate = self.deepspeed_moe.gate
         if isinstance(gate, _RouterGate):

@@ -1,7 +1,9 @@
-"""Moving tokens to their experts and back: permutations as gathers in both directions, and the exchange between ranks.
+"""Moving tokens to their experts and back: permutations as gathers in both directions, and the
+exchange between ranks.
 
-The plain form of all of this is ``x[token_of_row]`` and ``index_add``; a gather by the inverse permutation gives the same result without
-atomic additions, so that it is deterministic on every device.
+The plain form of all of this is ``x[token_of_row]`` and ``index_add``; a gather by the inverse
+permutation gives the same result without atomic additions, so that it is deterministic on every
+device.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import torch
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Row r of the result is token ``order[r] // top_k``; the backward pass gathers the k rows of each token and adds them."""
+    """Row r of the result is token ``order[r] // top_k``.
+
+    The backward pass gathers the k rows of each token and adds them.
+    """
 
     @staticmethod
     def forward(ctx, x_TD, order_R, inverse_R, top_k):  # type: ignore[no-untyped-def]
@@ -50,7 +55,9 @@ def sort_order(keys_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def gather_tokens(
     x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """[T, D] -> [T * K, D]: each token once for each of its choices, in the order of their experts."""
+    """[T, D] -> [T * K, D]: each token once for each of its choices, in the order of their
+    experts.
+    """
     return _GatherTokens.apply(x_TD, order_R, inverse_R, top_k)
 
 
@@ -64,14 +71,17 @@ def permute_rows(
 def combine(
     rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum over each token's K rows, accumulated in fp32: [T * K, D] in expert order -> [T, D]."""
+    """Weighted sum over each token's K rows, accumulated in fp32: [T * K, D] in expert order -> [T,
+    D].
+    """
     T, K = weights_TK.shape
     rows_TKD = permute_rows(rows_RD, inverse_R, order_R).view(T, K, -1)
     return torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
 
 
 def group_by_expert(counts_Pe: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The permutation (and its inverse) from rows as they arrive, source by source, to rows grouped by local expert.
+    """The permutation (and its inverse) from rows as they arrive, source by source, to rows grouped
+    by local expert.
 
     Args:
         counts_Pe: rows from each source rank for each local expert, [ep_size, e].

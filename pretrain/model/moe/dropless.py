@@ -1,11 +1,14 @@
 """The dropless layer: our router, losses and exchange inside DeepSpeed's ``AutoEPMoELayer``.
 
-Being an ``AutoEPMoELayer`` is what makes DeepSpeed's engine create and bind the expert-parallel groups, reduce expert gradients over
-the expert-data-parallel group, shard experts under every ZeRO stage and write one file per global expert. Its own forward pass is not
-used: its router multiplies in the model's precision and it has no balancing losses.
+Being an ``AutoEPMoELayer`` is what makes DeepSpeed's engine create and bind the expert-parallel
+groups, reduce expert gradients over the expert-data-parallel group, shard experts under every ZeRO
+stage and write one file per global expert. Its own forward pass is not used: its router multiplies
+in the model's precision and it has no balancing losses.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_LOGICAL_SHAPE, DS_AUTOEP_UC_META
@@ -21,7 +24,7 @@ from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.config import DroplessMoE as DroplessConfig
 from pretrain.model.moe.dispatch import (
     combine,
@@ -37,7 +40,10 @@ from pretrain.model.moe.shared_experts import shared_experts
 
 
 def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayerSpec:
-    """What AutoEP would have found in a Hugging Face model. Only the sizes matter here: the forward pass is ours."""
+    """What AutoEP would have found in a Hugging Face model.
+
+    Only the sizes matter here: the forward pass is ours.
+    """
     return MoELayerSpec(
         moe_module_name="",
         model_family="custom",
@@ -65,7 +71,9 @@ def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayer
 
 
 class _WeightShapes(nn.Module):
-    """The module AutoEP takes its weights from: shapes of all experts, but a single stored number, so that no rank ever holds them all."""
+    """The module AutoEP takes its weights from: shapes of all experts, but a single stored number,
+    so that no rank ever holds them all.
+    """
 
     def __init__(self, config: DroplessConfig, hidden_size: int, rows: int) -> None:
         super().__init__()
@@ -76,28 +84,31 @@ class _WeightShapes(nn.Module):
         self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, rows))
 
 
-class DroplessMoE(AutoEPMoELayer):
-    """Every token reaches all of its top_k experts. ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
+class DroplessMoE(MoELayer, AutoEPMoELayer):
+    """Every token reaches all of its top_k experts.
 
-    The biases of all experts, which are small, stand on every rank as dense parameters ``b1 b3`` [E, X] and ``b2`` [E, D]. A rank uses
-    the rows of its own experts, and averaging the others' zero gradients over all ranks gives what an expert's own group would have.
+    ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
+
+    The biases of all experts, which are small, are on every rank as dense parameters ``b1 b3``
+    [E, X] and ``b2`` [E, D]. A rank uses the rows of its own experts, and averaging the others'
+    zero gradients over all ranks gives what an expert's own group would have.
 
     Args:
-        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
+        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
+            * e).
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        config, kind = model.moe, model.feed_forward.implementing_class()
-        assert isinstance(config, DroplessConfig)
-        if not kind.gated and config.moe_intermediate_size % 2:
+        form, config = model.feed_forward, cast(DroplessConfig, model.moe)
+        if not form.gated and config.moe_intermediate_size % 2:
             raise ConfigError(
-                f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: dropless experts keep the one matrix before "
-                f"{model.feed_forward.__class__.__name__} in two halves"
+                f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: "
+                f"dropless experts keep the one matrix before {form.kind} in two halves"
             )
         # Kinds with one matrix before the activation have its two halves in w1 and w3.
         rows = (
-            config.moe_intermediate_size * kind.expansion
-            if kind.gated
+            config.moe_intermediate_size * form.expansion
+            if form.gated
             else config.moe_intermediate_size // 2
         )
         layer_config = AutoEPConfig()
@@ -108,14 +119,15 @@ class DroplessMoE(AutoEPMoELayer):
         super().__init__(
             _layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config
         )
-        # The parameters stay the ones that AutoEP tagged for the engine; only the modules around them are ours.
+        # The parameters stay the ones that AutoEP tagged for the engine; only the modules around
+        # them are ours.
         tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
-        form = ExpertForm(kind, model.feed_forward, model.dropout.feed_forward)
+        expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts
-        self.experts = Experts(tagged.w1, w2, tagged.w3, form, config.expert_kernel, first)
+        self.experts = Experts(tagged.w1, w2, tagged.w3, expert, config.expert_kernel, first)
         self.b1 = self.b2 = self.b3 = None
-        if model.feed_forward.bias:
+        if form.bias:
             self.b1, self.b3 = (
                 nn.Parameter(torch.zeros(config.num_experts, rows)) for _ in range(2)
             )
@@ -126,8 +138,24 @@ class DroplessMoE(AutoEPMoELayer):
         self.shared = shared_experts(model)
         self.config, self.dropout = config, model.dropout.expert
 
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        experts = self.experts
+        for local in range(self.num_local_experts):
+            prefix = f"{name}.expert.{experts.first + local}"
+            fill(experts.w2[local], f"{prefix}.down_proj.weight")
+            if experts.form.config.gated:
+                fill(experts.w1[local], f"{prefix}.gate_proj.weight")
+                fill(experts.w3[local], f"{prefix}.up_proj.weight")
+            else:
+                # One stream for the whole matrix: its halves start as they would in other layers.
+                up = torch.cat((experts.w1[local], experts.w3[local]))
+                fill(up, f"{prefix}.up_proj.weight")
+                for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
+                    half[local] = rows
+        return [experts.w1, experts.w2, experts.w3]
+
     def _with_width(self, tagged: nn.Parameter, width: int) -> nn.Parameter:
-        """w2 for as many hidden numbers as the activation leaves, with the tags of AutoEP's own."""
+        """w2 for as many hidden units as the activation leaves, with the tags of AutoEP's own."""
         if tagged.shape[-1] == width:
             return tagged
         parameter = nn.Parameter(tagged.new_empty(*tagged.shape[:-1], width))
@@ -149,10 +177,13 @@ class DroplessMoE(AutoEPMoELayer):
         record: RoutingRecord | None = None,
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """[B, S, D] -> [B, S, D] and the router's statistics; None in inference mode, where a token's time counts and nobody reads them.
+        """[B, S, D] -> [B, S, D] and the router's statistics.
+
+        None in inference mode, where a token's time counts and nobody reads them.
 
         Args:
-            record: routing decision to write or, where it is filled, to repeat (activation checkpointing).
+            record: routing decision to write or, where it is filled, to repeat (activation
+                checkpointing).
             fractions_E: f_e of the load-balance loss where it is counted over the global batch.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -185,7 +216,9 @@ class DroplessMoE(AutoEPMoELayer):
         return y_TD.view_as(x_BSD), statistics
 
     def _one_token(self, x_1D: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The same numbers for a single token, as generation has it at each step: nothing is counted, sorted or moved."""
+        """The same numbers for a single token, as generation has it at each step: nothing is
+        counted, sorted or moved.
+        """
         rows_KD = self.experts(x_1D, None, self._local_biases(), routing.topk_ids_TK[0].tolist())
         rows_KD = functional.dropout(rows_KD, self.dropout, self.training)
         y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(
@@ -199,7 +232,9 @@ class DroplessMoE(AutoEPMoELayer):
     def _exchanged_experts(
         self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor
     ) -> torch.Tensor:
-        """Rows in the order of their global experts -> the same rows through their experts, wherever those are."""
+        """Rows in the order of their global experts -> the same rows through their experts,
+        wherever those are.
+        """
         plan = compute_split_plan(
             topk_ids_TK,
             self.num_experts,

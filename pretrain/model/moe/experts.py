@@ -13,7 +13,9 @@ from pretrain.model.feed_forward import FeedForward
 
 
 class ExpertBiases(NamedTuple):
-    """Biases of this rank's experts: of the two first products [e, rows] each, and of the output [e, D]."""
+    """Biases of this rank's experts: of the two first products [e, rows] each, and of the output
+    [e, D].
+    """
 
     b1_eX: torch.Tensor
     b3_eX: torch.Tensor
@@ -21,7 +23,9 @@ class ExpertBiases(NamedTuple):
 
 
 class ExpertForm(NamedTuple):
-    """What an expert computes between its products: a kind of feed-forward, and the dropout of its hidden numbers (0 outside training)."""
+    """What an expert computes between its products: a kind of feed-forward, and the dropout of its
+    hidden units (0 outside training).
+    """
 
     kind: type[FeedForward]
     config: FeedForwardConfig
@@ -40,7 +44,9 @@ def experts_loop(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """One expert after the other. The reference, and the fastest form on CPUs; reads the counts on the host.
+    """One expert after the other.
+
+    The reference, and the fastest form on CPUs; reads the counts on the host.
 
     The weights are unbound, not indexed: indexing would build a full-size gradient for each expert.
     """
@@ -73,7 +79,10 @@ def experts_of_one_token(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """The answers of the K chosen experts, [K, D], in the order of the choices; nothing is done for the other experts."""
+    """The outputs of the K chosen experts, [K, D], in the order of the choices.
+
+    Nothing is done for the other experts.
+    """
     outputs = []
     for expert in chosen:
         b1, b3, b2 = (None, None, None) if biases is None else (bias[expert] for bias in biases)
@@ -110,13 +119,16 @@ def experts_grouped_mm(
 
 
 class Experts(nn.Module):
-    """This rank's experts: ``w1`` and ``w3`` [e, X, D], whose products the activation joins, and ``w2`` [e, D, F] behind it.
+    """This rank's experts: ``w1`` and ``w3`` [e, X, D], whose products the activation joins, and
+    ``w2`` [e, D, F] behind it.
 
-    For gated kinds w1 is the gate's matrix and w3 the other; for the others they are the upper and the lower half of one.
+    For gated kinds w1 is the gate's matrix and w3 the other; for the others they are the upper and
+    the lower half of one.
 
-    Takes over the parameters that DeepSpeed's layer created and tagged; the module itself must own the computation, because ZeRO-3
-    gathers a parameter when the module that holds it is called. DeepSpeed's checkpoints know these three names and no other: a fourth
-    parameter here could not be resumed at ZeRO stage 3.
+    Takes over the parameters that DeepSpeed's layer created and tagged; the module itself must own
+    the computation, because ZeRO-3 gathers a parameter when the module that holds it is called.
+    DeepSpeed's checkpoints know these three names and no other: a fourth parameter here could not
+    be resumed at ZeRO stage 3.
     """
 
     def __init__(
@@ -148,7 +160,8 @@ class Experts(nn.Module):
         """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D].
 
         Args:
-            chosen: instead of the numbers, the K experts of a single token [1, D], whose answers are returned, [K, D].
+            chosen: instead of the numbers, the K experts of a single token [1, D], whose outputs
+                are returned, [K, D].
         """
         form = self.form if self.training else self.form._replace(dropout=0.0)
         if chosen is not None:

@@ -1,4 +1,7 @@
-"""Router losses and statistics, the same for every kind of MoE layer; fp32 whatever the model's precision."""
+"""Router losses and statistics, the same for every kind of MoE layer.
+
+Fp32 whatever the model's precision.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class RoutedBatch:
     Attributes:
         routing: the decision.
         counts_E: fp32 tokens that chose each expert.
-        fractions_E: choices of each expert per token, over the micro batch or the global batch: they sum to top_k.
+        fractions_E: choices of each expert per token, over the micro batch or the global batch:
+            they sum to top_k.
         sequences: B; tokens come sequence by sequence.
     """
 
@@ -39,7 +43,9 @@ class RoutedBatch:
 
 
 def aux_loss(batch: RoutedBatch) -> torch.Tensor:
-    """E / k * sum_e f_e p_e (Fedus et al. 2021, eq. 4, with f_e over all k choices as in Zoph et al. 2022): 1 under perfect balance."""
+    """E / k * sum_e f_e p_e (Fedus et al. 2021, eq. 4, with f_e over all k choices as in Zoph et
+    al. 2022): 1 under perfect balance.
+    """
     return (
         batch.num_experts
         / batch.top_k
@@ -53,7 +59,9 @@ def z_loss(batch: RoutedBatch) -> torch.Tensor:
 
 
 def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
-    """The mean over sequences of E / k * sum_e f_e p_e, counted in each sequence by itself (DeepSeek-V3, eq. 17 to 20): 1 when balanced."""
+    """The mean over sequences of E / k * sum_e f_e p_e, counted in each sequence by itself
+    (DeepSeek-V3, eq. 17 to 20): 1 when balanced.
+    """
     ids_BX = batch.routing.topk_ids_TK.reshape(batch.sequences, -1)
     probs_BSE = batch.routing.probs_TE.unflatten(0, (batch.sequences, -1))
     counts_BE = torch.zeros_like(probs_BSE[:, 0]).scatter_add(
@@ -66,7 +74,9 @@ def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
 
 
 def cv_loss(batch: RoutedBatch) -> torch.Tensor:
-    """variance / mean^2 over the experts of their importance, the sum of their weights (Shazeer et al. 2017, eq. 6 and 7): 0 when balanced."""
+    """variance / mean^2 over the experts of their importance, the sum of their weights (Shazeer et
+    al. 2017, eq. 6 and 7): 0 when balanced.
+    """
     weights_TK, ids_TK = batch.routing.topk_weights_TK, batch.routing.topk_ids_TK
     importance_E = torch.zeros_like(batch.counts_E).scatter_add(
         0, ids_TK.reshape(-1), weights_TK.reshape(-1)
@@ -75,12 +85,15 @@ def cv_loss(batch: RoutedBatch) -> torch.Tensor:
 
 
 def entropy_loss(batch: RoutedBatch) -> torch.Tensor:
-    """ln E minus the entropy of the mean probabilities (Shen et al. 2023, ModuleFormer, eq. 5): 0 when all experts are used alike."""
+    """ln E minus the entropy of the mean probabilities (Shen et al. 2023, ModuleFormer, eq. 5): 0
+    when all experts are used alike.
+    """
     mean_E = batch.routing.probs_TE.mean(dim=0)
     return math.log(batch.num_experts) + torch.special.xlogy(mean_E, mean_E).sum()
 
 
-# Each has its weight in the recipe, ``model.moe.<name>_weight``. The first two are always computed: curves of them are looked at.
+# Each has its weight in the recipe, ``model.moe.<name>_weight``. The first two are always computed:
+# curves of them are looked at.
 LOSSES: dict[str, Callable[[RoutedBatch], torch.Tensor]] = {
     "aux_loss": aux_loss,
     "z_loss": z_loss,
@@ -110,7 +123,8 @@ def router_statistics(
         counts_E: fp32 tokens that chose each expert, over all k choices.
         sequences: how many the tokens are from.
         dropped: fp32 [] share of choices dropped, for the record.
-        fractions_E: choices per token of each expert counted elsewhere (over the global batch); from ``counts_E`` when left out.
+        fractions_E: choices per token of each expert counted elsewhere (over the global batch);
+            from ``counts_E`` when left out.
     """
     if fractions_E is None:
         fractions_E = counts_E / routing.probs_TE.shape[0]

@@ -1,43 +1,59 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts out of tables.
+"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
+out of tables.
 
-With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to all ranks of the group, each computes
-its own experts' share of every answer, and the shares are added where the token came from: that moves 2 D numbers a token and rank,
-where sending a row for each choice would move 2 heads K D.
+With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to
+all ranks of the group, each computes its own experts' share of every answer, and the shares are
+added where the token came from: that moves 2 D numbers a token and rank, where sending a row for
+each choice would move 2 heads K D.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.base import Fill, MoELayer, RoutingRecord
 from pretrain.model.moe.config import PEER as PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
 from pretrain.model.moe.shared_experts import shared_experts
-from pretrain.model.moe.tables.products import Bags, ExpertTable, kernel_named
+from pretrain.model.moe.tables.interface import Bags
+from pretrain.model.moe.tables.products import ExpertTable, kernel_named
+
+# Values of a table that one random stream fills.
+VALUES_A_STREAM = 1 << 20
+# The tables by the matrices of a feed-forward that their rows are parts of, and so start like.
+TABLE_SUFFIXES = {
+    "up.weight": ".up_proj.weight",
+    "gate.weight": ".gate_proj.weight",
+    "down.weight": ".down_proj.weight",
+}
 
 
 class PEERExperts(nn.Module):
-    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D], the rows that become their answers.
+    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D],
+    the rows that become their outputs.
 
-    Expert e answers x with sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in :class:`ExpertTable`.
+    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in
+    :class:`ExpertTable`.
     """
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
         super().__init__()
         self.form, self.kind = model.feed_forward, model.feed_forward.implementing_class()
-        rows = config.moe_intermediate_size * self.kind.expansion
+        rows = config.moe_intermediate_size * self.form.expansion
         self.up = ExpertTable(num_local, rows, model.hidden_size)
-        self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.kind.gated else None
+        self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.form.gated else None
         self.down = ExpertTable(num_local, config.moe_intermediate_size, model.hidden_size)
         self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
-        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of answers [T, D]."""
+        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of
+        outputs [T, D].
+        """
         kernel = kernel_named(self.kernel_name, x_TD.device)
         up_PX = self.up.dots(x_TD, bags, kernel)
         # Kinds without a gate take two halves of one product: all of it, and nothing.
@@ -52,21 +68,24 @@ class PEERExperts(nn.Module):
         return self.down.weighted(hidden_PF * weights_P[:, None], bags, kernel)
 
 
-class PEER(nn.Module):
-    """The layer: retrieval, experts, and shared experts beside them. Interface of ``DroplessMoE``, without router statistics.
+class PEER(MoELayer, nn.Module):
+    """The layer: retrieval, experts, and shared experts beside them.
 
-    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody reads it and sets it to zero.
+    Interface of ``DroplessMoE``, without router statistics.
+
+    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody
+    reads it and sets it to zero.
 
     Args:
-        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1) * e).
+        ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
+            * e).
     """
 
     usage_E: torch.Tensor
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
-        config = model.moe
-        assert isinstance(config, PEERConfig)
+        config = cast(PEERConfig, model.moe)
         self.num_experts, self.ep_size, self.ep_rank = config.total_experts, ep_size, ep_rank
         self.num_local_experts = self.num_experts // ep_size
         self.retrieval = ProductKeys(config, model.hidden_size, model.norm.eps)
@@ -77,13 +96,42 @@ class PEER(nn.Module):
         )
         self.group: distributed.ProcessGroup | None = None
 
+    @property
+    def counted_choices_E(self) -> torch.Tensor | None:
+        return self.usage_E
+
+    def share_experts(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
+        self.group, self.usage_E = group, self.usage_E.to(device)
+
+    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+        """A stream for each million values or so of a table, drawn whole even if part of them is
+        held.
+        """
+        done: list[torch.Tensor] = []
+        first = self.ep_rank * self.num_local_experts
+        last = first + self.num_local_experts
+        for table_name, table in self.experts.named_parameters():
+            block = max(1, VALUES_A_STREAM // table[0].numel())
+            stem, suffix = table_name.removesuffix(".weight"), TABLE_SUFFIXES[table_name]
+            for start in range(first // block * block, last, block):
+                size = min(block, self.num_experts - start)
+                drawn = torch.empty(size, *table.shape[1:], device=table.device)
+                fill(drawn, f"{name}.{stem}.{start}{suffix}")
+                low, high = max(start, first), min(start + block, last)
+                table[low - first : high - first] = drawn[low - start : high - start]
+            done.append(table)
+        return done
+
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None
     ) -> tuple[torch.Tensor, None]:
-        """[B, S, D] -> [B, S, D]; no statistics, because the scores of all experts are never formed.
+        """[B, S, D] -> [B, S, D].
+
+        No statistics, because the scores of all experts are never formed.
 
         Args:
-            record: the choice to write or, where it is filled, to repeat (activation checkpointing).
+            record: the choice to write or, where it is filled, to repeat (activation
+                checkpointing).
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         repeated = record is not None and record.topk_ids_TK is not None
@@ -109,7 +157,9 @@ class PEER(nn.Module):
         )
 
     def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
-        """The tokens of all ranks of the group through this rank's experts, and the shares of this rank's tokens back."""
+        """The tokens of all ranks of the group through this rank's experts, and the shares of this
+        rank's tokens back.
+        """
         ids_GR = _gather(retrieval.ids_ThK.flatten(1), self.group)
         x_GD = _Gather.apply(x_TD, self.group)
         weights_GR = _Gather.apply(retrieval.weights_ThK.flatten(1), self.group)
@@ -144,7 +194,10 @@ def _sum_and_scatter(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; each is a function of its own rank's, so the gradient is the sum of what all ranks made of it."""
+    """All ranks' rows.
+
+    Each is a function of its own rank's, so the gradient is the sum of what all ranks made of it.
+    """
 
     @staticmethod
     def forward(

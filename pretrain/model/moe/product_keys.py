@@ -1,4 +1,6 @@
-"""Retrieval by product keys (Lample et al. 2019; He 2024, section 2): the exact best experts of very many, from a few scores a dimension."""
+"""Retrieval by product keys (Lample et al. 2019; He 2024, section 2): the exact best experts of
+very many, from a few scores a dimension.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ from pretrain.model.norm import LayerNorm, RMSNorm
 
 
 class Retrieval(NamedTuple):
-    """Each head's experts and their weights, which sum to 1 a head: [T, heads, K] int64, [T, heads, K] fp32 and differentiable."""
+    """Each head's experts and their weights, which sum to 1 a head: [T, heads, K] int64, [T, heads,
+    K] fp32 and differentiable.
+    """
 
     ids_ThK: torch.Tensor
     weights_ThK: torch.Tensor
 
 
 class RunningStatistics(KeepsFp32):
-    """Mean and variance of all tokens so far, fading (Ioffe & Szegedy 2015), and what was seen since they were last moved."""
+    """Mean and variance of all tokens so far, fading (Ioffe & Szegedy 2015), and what was seen
+    since they were last moved.
+    """
 
     momentum = 0.1
     mean: torch.Tensor
@@ -60,7 +66,9 @@ class RunningStatistics(KeepsFp32):
 
 
 class RunningNorm(nn.Module):
-    """Batch norm with running statistics in training too: a batch's own would let a token see later ones."""
+    """Batch norm with running statistics in training too: a batch's own would let a token see later
+    ones.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -82,7 +90,9 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 
 
 class ProductKeys(nn.Module):
-    """The queries' projection and norm, and the sub-keys of each dimension, [size, query_dim / dimensions], which all heads share."""
+    """The queries' projection and norm, and the sub-keys of each dimension, [size, query_dim /
+    dimensions], which all heads share.
+    """
 
     def __init__(self, config: PEERConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -100,7 +110,10 @@ class ProductKeys(nn.Module):
             self.register_parameter(f"keys_{dimension}", nn.Parameter(torch.empty(size, self.part)))
 
     def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Retrieval:
-        """[T, D] -> each head's experts; a filled ``record`` repeats its choice, an empty one is filled."""
+        """[T, D] -> each head's experts.
+
+        A filled ``record`` repeats its choice, an empty one is filled.
+        """
         repeated = record is not None and record.topk_ids_TK is not None
         scores = self.scores(x_TD, observe=self.training and not repeated)
         ids_ThK = (
@@ -126,11 +139,13 @@ class ProductKeys(nn.Module):
 
 
 def best_products(scores: list[torch.Tensor], top_k: int) -> torch.Tensor:
-    """The ``top_k`` products of sub-keys with the largest sums of scores, best first: [..., size] a dimension -> [..., K] int64.
+    """The ``top_k`` products of sub-keys with the largest sums of scores, best first: [..., size] a
+    dimension -> [..., K] int64.
 
-    The number of a product counts in mixed radix, the last dimension fastest, so that every one is reached: ((i * J + j) * L + l).
-    It is exact: a product among the best k has its first dimensions among the best k of these, else k others of them, each with the same
-    last sub-key, would be better.
+    The number of a product counts in mixed radix, the last dimension fastest, so that every one is
+    reached: ((i * J + j) * L + l). It is exact: a product among the best k has its first dimensions
+    among the best k of these, else k others of them, each with the same last sub-key, would be
+    better.
     """
     best, ids = scores[0].topk(min(top_k, scores[0].shape[-1]), dim=-1)
     for scores_d in scores[1:]:

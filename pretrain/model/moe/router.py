@@ -1,4 +1,6 @@
-"""The module around every kind of router: its matrices, its balancing bias, and the choice of the experts."""
+"""The module around every kind of router: its matrices, its balancing bias, and the choice of the
+experts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class Routing(NamedTuple):
         logits_TE: what the scores were made from.
         probs_TE: each token's distribution over the experts, for losses and statistics.
         topk_ids_TK: chosen experts, int64.
-        topk_weights_TK: weights of their answers, differentiable.
+        topk_weights_TK: weights of their outputs, differentiable.
     """
 
     logits_TE: torch.Tensor
@@ -31,11 +33,13 @@ class Routing(NamedTuple):
 
 
 class TopKRouter(KeepsFp32):
-    """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip close choices.
+    """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip
+    close choices.
 
     Args:
         gate: the matrix [E, D], and the bias where the kind has one.
-        balanced_by_bias: whether there is a ``balance_bias`` [E], added to the scores when experts are chosen, never to their weights.
+        balanced_by_bias: whether there is a ``balance_bias`` [E], added to the scores when experts
+            are chosen, never to their weights.
     """
 
     balance_bias: torch.Tensor | None
@@ -48,13 +52,17 @@ class TopKRouter(KeepsFp32):
             if kind.learned_noise
             else None
         )
-        # Not named after experts: DeepSpeed's native layer leaves such names out of its checkpoints.
+        # Not named after experts: DeepSpeed's native layer leaves such names out of its
+        # checkpoints.
         self.register_buffer(
             "balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None
         )
 
     def forward(self, x_TD: torch.Tensor, record: RoutingRecord | None = None) -> Routing:
-        """[T, D] -> the decision; a filled ``record`` repeats its choice, an empty one is filled."""
+        """[T, D] -> the decision.
+
+        A filled ``record`` repeats its choice, an empty one is filled.
+        """
         x_TD = x_TD.float()
         if self.training and self.kind.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(
@@ -88,7 +96,8 @@ class TopKRouter(KeepsFp32):
 
     @torch.no_grad()
     def move_balance_bias(self, load_E: torch.Tensor, rate: float) -> None:
-        """One step of balancing by bias (Wang et al. 2024, algorithm 1), then its mean is taken off: only differences choose.
+        """One step of balancing by bias (Wang et al. 2024, algorithm 1), then its mean is taken
+        off: only differences choose.
 
         Args:
             load_E: tokens that chose each expert over the whole global batch.
@@ -107,7 +116,7 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _in_best_groups(scores_TE: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
-    """[T, E] bool: whether an expert lies in one of its token's best groups."""
+    """[T, E] bool: whether an expert is in one of its token's best groups."""
     grouped_TGe = scores_TE.unflatten(-1, (groups.num_groups, -1))
     best = 1 if groups.score == "max" else 2
     kept_TG = (

@@ -1,4 +1,6 @@
-"""Experts that see every token (Rajbhandari et al. 2022; Dai et al. 2024, DeepSeekMoE), beside the routed ones."""
+"""Experts that see every token (Rajbhandari et al. 2022; Dai et al. 2024, DeepSeekMoE), beside the
+routed ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from pretrain.model.config import ModelConfig
 
 
 class SharedExperts(nn.Module):
-    """All shared experts as one feed-forward of their joint width; its answer is gated by sigmoid(w x) where the recipe says so."""
+    """All shared experts as one feed-forward of their joint width.
+
+    Its answer is gated by sigmoid(w x) where the recipe says so.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

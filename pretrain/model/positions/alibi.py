@@ -12,8 +12,8 @@ from pretrain.model.positions.rope import RopePosition
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
     """What a head takes off a score for each token of distance, fp32 [N], all above 0.
 
-    2^(-8/N), 2^(-16/N) ... 2^-8 for a power of two; any other number of heads has those of the next lower power of two, then every second
-    one of the next higher.
+    2^(-8/N), 2^(-16/N) ... 2^-8 for a power of two; any other number of heads has those of the next
+    lower power of two, then every second one of the next higher.
     """
 
     def geometric(count: int) -> torch.Tensor:
@@ -26,7 +26,10 @@ def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
 
 
 class AlibiPosition(PositionEncoding):
-    """A key n tokens back gets -slope * n. Distances are counted in tokens of the sequence, so that document resets change nothing."""
+    """A key n tokens back gets -slope * n.
+
+    Distances are counted in tokens of the sequence, so that document resets change nothing.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)

@@ -14,9 +14,11 @@ class PositionTerms(NamedTuple):
     """What attention needs of the positions of one call's tokens, made once for all layers.
 
     Attributes:
-        rope: cos and sin of every position and pair, fp32, to broadcast over [B, N, S, rotary_dim / 2]; None where nothing is turned.
-        slopes_N: fp32 [N], what a key loses for each token that it lies back; None without ALiBi.
-        score_factor: what the product of a query and a key is multiplied with beside attention's own scale.
+        rope: cos and sin of every position and pair, fp32, to broadcast over [B, N, S, rotary_dim /
+            2]; None if nothing is rotated.
+        slopes_N: fp32 [N], what a key loses for each token that it is back; None without ALiBi.
+        score_factor: what the product of a query and a key is multiplied with beside attention's
+            own scale.
     """
 
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -25,7 +27,9 @@ class PositionTerms(NamedTuple):
 
 
 class PositionEncoding(nn.Module):
-    """One kind of position encoding: what it adds to the embedding, and what it gives to attention."""
+    """One kind of position encoding: what it adds to the embedding, and what it gives to
+    attention.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

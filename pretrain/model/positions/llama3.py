@@ -1,8 +1,11 @@
-"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the reference implementation)."""
+"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the
+reference implementation).
+"""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -30,8 +33,8 @@ class Llama3Position(PositionEncoding):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        assert isinstance(model.position, Llama3)
-        self.config, self.rotary_dim = model.position, model.attention.rotary_dim
+        self.config = cast(Llama3, model.position)
+        self.rotary_dim = model.attention.rotary_dim
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
         frequencies = llama3_frequencies(self.config, self.rotary_dim, positions.device)

@@ -6,4 +6,4 @@ from pretrain.model.positions.interface import PositionEncoding
 
 
 class NoPosition(PositionEncoding):
-    """Adds nothing and turns nothing: the causal mask alone tells the order."""
+    """Adds nothing and rotates nothing: the order shows in the causal mask alone."""

@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), half-split as in Hugging Face's Llama."""
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), half-split as in Hugging Face's
+Llama.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """What a step turns each pair by, radians: theta^(-2i/H), fp32 [H/2]."""
+    """What a step rotates each pair by, radians: theta^(-2i/H), fp32 [H/2]."""
     return theta ** -(
         torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     )
@@ -18,7 +20,9 @@ def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> 
 def rope_tables(
     positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair times ``scale``, fp32: [S, H/2] for positions [S], [B, 1, S, H/2] for [B, S]."""
+    """cos and sin of every position and pair times ``scale``, fp32: [S, H/2] for positions [S], [B,
+    1, S, H/2] for [B, S].
+    """
     if positions.dim() == 2:
         positions = positions[:, None]  # one table for all heads of a sequence
     angles = positions.float()[..., None] * frequencies
@@ -26,7 +30,10 @@ def rope_tables(
 
 
 def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns pair (x_i, x_{i+H/2}) of each head by its angle. Computed in fp32, returned in the input's dtype."""
+    """Rotates pair (x_i, x_{i+H/2}) of each head by its angle.
+
+    Computed in fp32, returned in the input's dtype.
+    """
     cos, sin = tables
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
@@ -37,17 +44,20 @@ def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) 
 def apply_rope_to_both(
     q: torch.Tensor, k: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`apply_rope` of queries [B, N, S, H] and keys [B, M, S, H]; those of a single token together, in half as many operations."""
+    """:func:`apply_rope` of queries [B, N, S, H] and keys [B, M, S, H].
+
+    Those of a single token together, in half as many operations.
+    """
     if q.shape[2] > 1 or q.requires_grad:
         return apply_rope(q, tables), apply_rope(k, tables)
-    turned_q, turned_k = apply_rope(torch.cat((q, k), dim=1), tables).split(
+    rotated_q, rotated_k = apply_rope(torch.cat((q, k), dim=1), tables).split(
         (q.shape[1], k.shape[1]), dim=1
     )
-    return turned_q, turned_k
+    return rotated_q, rotated_k
 
 
 class RopePosition(PositionEncoding):
-    """Pairs of numbers of queries and keys turn by position * theta^(-2i/H)."""
+    """Pairs of elements of queries and keys rotate by position * theta^(-2i/H)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)

@@ -1,8 +1,11 @@
-"""YaRN: a rotary embedding stretched to longer sequences (Peng et al. 2023, section 3.2 and 3.4)."""
+"""YaRN: a rotary embedding stretched to longer sequences (Peng et al. 2023, section 3.2 and
+3.4).
+"""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -12,14 +15,15 @@ from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 
 
 def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> torch.Tensor:
-    """What a step turns each pair by, radians, fp32 [H/2].
+    """What a step rotates each pair by, radians, fp32 [H/2].
 
-    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency, one that turns less than ``beta_slow``
-    times has it divided by ``factor``; between them the share that is divided rises linearly with the pair's number.
+    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency,
+    one that rotates less than ``beta_slow`` times has it divided by ``factor``; between them the
+    share that is divided rises linearly with the pair's number.
     """
     frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
 
-    def pair_that_turns(times: float) -> float:
+    def pair_that_rotates(times: float) -> float:
         length = config.original_max_position_embeddings
         return (
             rotary_dim
@@ -27,7 +31,7 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
             / (2 * math.log(config.rope_theta))
         )
 
-    first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    first, last = pair_that_rotates(config.beta_fast), pair_that_rotates(config.beta_slow)
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
@@ -39,15 +43,18 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
 
 
 class YarnPosition(PositionEncoding):
-    """Rotary tables of :func:`yarn_frequencies`; queries and keys both grow by the attention factor, so that scores grow by its square.
+    """Rotary tables of :func:`yarn_frequencies`.
 
-    With ``mscale_all_dim`` all scores grow, also by the part of queries and keys that is not turned.
+    Queries and keys both grow by the attention factor, so that scores grow by its square.
+
+    With ``mscale_all_dim`` all scores grow, also by the part of queries and keys that is not
+    rotated.
     """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        assert isinstance(model.position, Yarn)
-        self.config, self.rotary_dim = model.position, model.attention.rotary_dim
+        self.config = cast(Yarn, model.position)
+        self.rotary_dim = model.attention.rotary_dim
         config, of_all = self.config, self._growth(self.config.mscale_all_dim or 0.0)
         by_default = (
             self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all

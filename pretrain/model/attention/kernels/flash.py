@@ -1,4 +1,7 @@
-"""Attention by the package flash_attn (Dao 2023, FlashAttention-2). Imported only where a recipe chooses it."""
+"""Attention by the package flash_attn (Dao 2023, FlashAttention-2).
+
+Imported only where a recipe chooses it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,25 @@ import torch
 from flash_attn import flash_attn_func
 
 from pretrain.core.errors import ConfigError
+from pretrain.model.attention.kernels.config import Flash
 from pretrain.model.attention.scores import Scores
 
 
 def flash_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """fp16 or bf16 on CUDA, heads of at most 256 numbers. Its causal mask ends at the last key, so that cached keys come before the queries.
+    """What its section says.
+
+    The causal mask ends at the last key: cached keys come before the queries.
 
     Raises:
         ConfigError: on another device, or in another dtype.
     """
-    if not q_BNSH.is_cuda or q_BNSH.dtype not in (torch.float16, torch.bfloat16):
+    half = q_BNSH.dtype in (torch.float16, torch.bfloat16)
+    if q_BNSH.device.type not in Flash.devices or not half:
         raise ConfigError(
-            f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on {q_BNSH.device.type}: "
-            "use --set model.attention.kernel=sdpa"
+            f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on "
+            f"{q_BNSH.device.type}: use --set model.attention.kernel=sdpa"
         )
     heads_last = (x.transpose(1, 2) for x in (q_BNSH, k_BMUH, v_BMUH))
     y_BSNH = flash_attn_func(

@@ -1,4 +1,6 @@
-"""Attention by torch's flex_attention (Dong et al. 2024): blocks that the mask leaves empty are not computed."""
+"""Attention by torch's flex_attention (Dong et al. 2024): blocks that the mask leaves empty are not
+computed.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from pretrain.model.attention.scores import Scores
 def flex_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """A fused kernel on CUDA; on a CPU every score stands in memory, and there is no backward pass.
+    """A fused kernel on CUDA; on a CPU every score is in memory, and there is no backward pass.
 
-    Sinks follow from the logsumexp: a row whose sum of exponentials is Z shrinks by Z / (Z + e^sink) = sigmoid(log Z - sink).
+    Sinks follow from the logsumexp: a row whose sum of exponentials is Z shrinks by Z / (Z +
+    e^sink) = sigmoid(log Z - sink).
 
     Raises:
         ConfigError: where torch has no such kernel for the device.
@@ -40,7 +43,8 @@ def flex_attention(
         y_BNSV, rows = attend(q_BNSH, k_BMUH, v_BMUV, **arguments)
     except NotImplementedError as error:
         raise ConfigError(
-            f"model.attention.kernel=flex cannot run here ({error}): use --set model.attention.kernel=sdpa"
+            f"model.attention.kernel=flex cannot run here ({error}): use --set "
+            "model.attention.kernel=sdpa"
         ) from None
     if scores.sinks_N is not None:
         y_BNSV = y_BNSV * torch.sigmoid(rows.lse - scores.sinks_N.float()[:, None])[..., None]
@@ -53,7 +57,8 @@ def _compiled() -> Any:
 
 
 def _offset(mask: AttentionMask, device: torch.device) -> torch.Tensor:
-    # A tensor, as torch's own decoding examples have it: its value is then no part of what is compiled.
+    # A tensor, as torch's own decoding examples have it: its value is then no part of what is
+    # compiled.
     return mask.once("flex offset", lambda: torch.tensor(mask.offset, device=device))
 
 

@@ -11,7 +11,10 @@ from pretrain.model.attention.scores import Scores
 def reference_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """In fp32 with every score in memory. U is the number of keys, V of a value's numbers. Returns [B, N, S, V] in the queries' dtype."""
+    """In fp32 with every score in memory. U is the number of keys, V of a value's numbers.
+
+    Returns [B, N, S, V] in the queries' dtype.
+    """
     groups = q_BNSH.shape[1] // k_BMUH.shape[1]
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BMUH, v_BMUV))
     num_queries, num_keys, device = q_BNSH.shape[2], k.shape[2], q_BNSH.device

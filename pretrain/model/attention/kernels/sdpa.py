@@ -14,7 +14,11 @@ SINK_WIDTH = 8
 def sdpa_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """Exact. Without a window, documents or ALiBi no mask stands in memory; else one [S, U], with ALiBi one of each head, for all layers."""
+    """Exact.
+
+    Without a window, documents or ALiBi no mask is in memory; else one [S, U], with ALiBi one
+    of each head, for all layers.
+    """
     num_queries, num_keys, value_size = q_BNSH.shape[2], k_BMUH.shape[2], v_BMUV.shape[3]
     num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
     mask = None
@@ -58,7 +62,9 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor) -> torch.Tensor:
-    """Where a query may look, or with ALiBi a bias in the queries' dtype: [B or 1, N or 1, S, U], with sinks [..., 1 + U]."""
+    """Where a query may look, or with ALiBi a bias in the queries' dtype: [B or 1, N or 1, S, U],
+    with sinks [..., 1 + U].
+    """
     mask = scores.mask.dense(num_queries, num_keys, q_BNSH.device, scores.window)
     if scores.slopes_N is not None:
         distance = scores.mask.distance(num_queries, num_keys, q_BNSH.device)
@@ -72,9 +78,11 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
 def _with_sinks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One more key before the others, with a value of zero, whose product with each query is the sink: the sinks then need no mask.
+    """One more key before the others, with a value of zero, whose product with each query is the
+    sink: the sinks then need no mask.
 
-    Every head grows by SINK_WIDTH numbers; of the first of them, queries hold their head's sink and the new key holds 1.
+    Every head grows by SINK_WIDTH numbers; of the first of them, queries hold their head's sink and
+    the new key holds 1.
     """
     sinks = sinks_N.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
     q = functional.pad(torch.cat((q, sinks), dim=3), (0, SINK_WIDTH - 1))

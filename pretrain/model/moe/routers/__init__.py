@@ -1,4 +1,7 @@
-"""Routers: which experts a token goes to, one kind a file. The imports are the registry. Nothing here imports torch: recipes are made of it."""
+"""Routers: which experts a token goes to, one kind a file. The imports are the registry.
+
+Nothing here imports torch: recipes are made of it.
+"""
 
 from pretrain.model.moe.routers.interface import ExpertGroups, Router
 from pretrain.model.moe.routers.noisy_topk import NoisyTopK

@@ -1,4 +1,4 @@
-"""What a router is: a section of the recipe that turns logits into scores, and scores into weights."""
+"""What a router is: a section of the recipe that makes scores of logits, and weights of scores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 class ExpertGroups(Section):
-    """A token first chooses groups of neighbouring experts, then experts inside them (DeepSeek-V2, section 2.1.3).
+    """A token first chooses groups of neighbouring experts, then experts inside them (DeepSeek-V2,
+    section 2.1.3).
 
-    Experts lie on ranks in order: as many groups as nodes bound the nodes that a token's rows travel to.
+    Experts are on ranks in order: as many groups as nodes bound the nodes that a token's rows
+    travel to.
     """
 
     num_groups: Positive
@@ -29,15 +31,20 @@ class ExpertGroups(Section):
 class Router(Section):
     """A kind of router. What it computes is fp32, whatever the model's precision.
 
-    ``learned_noise`` asks for a second matrix whose product is handed to :meth:`noisy_logits` in training.
+    Attributes:
+        learned_noise: asks for a second matrix, whose product :meth:`noisy_logits` gets in
+            training.
+        scores_add_up_to_one: over all experts of a token.
     """
 
     learned_noise: ClassVar[bool] = False
+    scores_add_up_to_one: ClassVar[bool] = False
 
     bias: bool = Field(False, description="a learned bias on the logits")
     norm_topk_prob: Annotated[bool, Effect.FUNCTION] = Field(
         True,
-        description="the chosen experts' weights are divided by their sum; false by default if top_k is 1, whose weight would always be 1",
+        description="the chosen experts' weights are divided by their sum; false by default if "
+        "top_k is 1, whose weight would always be 1",
     )
     routed_scaling_factor: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
         1.0, description="the weights are multiplied by this"
@@ -52,23 +59,30 @@ class Router(Section):
         return True
 
     def weights_vary(self, num_experts: int, top_k: int) -> bool:
-        """Whether the weights of a token's experts depend on its scores; if not, the language loss gives the router no gradient."""
+        """Whether the weights of a token's experts depend on its scores.
+
+        If not, the language loss gives the router no gradient.
+        """
         return not (self.norm_topk_prob and top_k == 1)
 
     @abstractmethod
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """What experts are chosen by and weights are made of, [T, E], not negative, larger for the better."""
+        """What experts are chosen by and weights are made of, [T, E], not negative, larger for the
+        better.
+        """
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """A distribution over the experts for losses and statistics, [T, E]."""
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:
-        """The logits of a training step, from the clean ones and the product with the noise matrix."""
+        """The logits of a training step, from the clean ones and the product with the noise
+        matrix.
+        """
         raise NotImplementedError
 
     def weights(self, scores_TK: Tensor) -> Tensor:
-        """The weights of the chosen experts' answers, from their scores."""
+        """The weights of the chosen experts' outputs, from their scores."""
         if self.norm_topk_prob:
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return scores_TK * self.routed_scaling_factor
@@ -88,7 +102,8 @@ class Router(Section):
             )
         if kept * (num_experts // count) < top_k:
             raise ValueError(
-                f"top_k is {top_k}, but {kept} of {count} groups hold only {kept * (num_experts // count)} experts"
+                f"top_k is {top_k}, but {kept} of {count} groups hold only "
+                f"{kept * (num_experts // count)} experts"
             )
         if self.groups.score == "top2_sum" and num_experts // count < 2:
             raise ValueError("router.groups.score=top2_sum needs two experts in a group")

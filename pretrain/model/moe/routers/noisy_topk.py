@@ -1,4 +1,6 @@
-"""Noisy top-k (Shazeer et al. 2017, eq. 3 to 5): Gaussian noise of a learned size for each token and expert, in training only."""
+"""Noisy top-k (Shazeer et al. 2017, eq. 3 to 5): Gaussian noise of a learned size for each token
+and expert, in training only.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,13 @@ if TYPE_CHECKING:
 
 
 class NoisyTopK(Router):
-    """Softmax over noisy logits; the noise's size is softplus of a second product, whose matrix starts at zero: noise of ln 2."""
+    """Softmax over noisy logits.
+
+    The noise's size is softplus of a second product, whose matrix starts at zero: noise of ln 2.
+    """
 
     learned_noise: ClassVar[bool] = True
+    scores_add_up_to_one: ClassVar[bool] = True
     kind: Literal["noisy_topk"]
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:

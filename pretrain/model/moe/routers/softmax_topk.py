@@ -1,8 +1,10 @@
-"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE; renormalised it is also gpt-oss')."""
+"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE;
+renormalised it is also gpt-oss').
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 class SoftmaxTopK(Router):
     """Probabilities compete: what one expert wins, the others lose."""
 
+    scores_add_up_to_one: ClassVar[bool] = True
     kind: Literal["softmax_topk"] = "softmax_topk"
     temperature: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
         1.0, description="logits are divided by this; above 1 choices are more even"

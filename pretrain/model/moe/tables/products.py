@@ -5,14 +5,14 @@ Two products are each other's derivative, so that three ways to compute them ser
 * ``row_dots``: c_p = table[row_p] . x_t for each pair p of a token t and a row;
 * ``weighted_rows``: y_t = sum over the pairs p of t of c_p table[row_p].
 
-The gradient of a row is a weighted sum too, of the tokens that chose it. It is kept as :class:`Factors`, which are small, until somebody
-asks for rows. Everything here is fp32: rows are read, not multiplied with matrices, and memory is the limit.
+The gradient of a row is a weighted sum too, of the tokens that chose it. It is kept as
+:class:`Factors`, which are small, until somebody asks for rows. Everything here is fp32: rows are
+read, not multiplied with matrices, and memory is the limit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,35 +20,11 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
+from pretrain.model.moe.tables.interface import Bags, Kernel
 
-# torch says so once a process of every sparse matrix in this format; two dense results are all that is taken from it here.
+# torch says so once a process of every sparse matrix in this format; two dense results are all that
+# is taken from it here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-
-
-class Bags(NamedTuple):
-    """The rows that each token chose: those of token t are ``row_P[offsets_T1[t] : offsets_T1[t + 1]]``; int64, [P] and [T + 1]."""
-
-    row_P: torch.Tensor
-    offsets_T1: torch.Tensor
-
-    def owners(self) -> torch.Tensor:
-        """The token of each pair, [P] int64."""
-        tokens = torch.arange(self.offsets_T1.numel() - 1, device=self.row_P.device)
-        return tokens.repeat_interleave(self.offsets_T1.diff(), output_size=self.row_P.numel())
-
-    def widened(self, width: int) -> Bags:
-        """The same choice in a table that has ``width`` neighbouring rows for each of these."""
-        if width == 1:
-            return self
-        row_PX = self.row_P[:, None] * width + torch.arange(width, device=self.row_P.device)
-        return Bags(row_PX.reshape(-1), self.offsets_T1 * width)
-
-
-class Kernel(NamedTuple):
-    """One way to compute both products: ``row_dots(x_TD, table_ND, bags) -> [P]``, ``weighted_rows(c_P, table_ND, bags) -> [T, D]``."""
-
-    row_dots: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
-    weighted_rows: Callable[[torch.Tensor, torch.Tensor, Bags], torch.Tensor]
 
 
 def _plain_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
@@ -98,6 +74,7 @@ BAGS = Kernel(_bag_row_dots, _bag_weighted_rows)
 def kernel_named(name: str, device: torch.device) -> Kernel:
     """``plain``, ``bags``, ``triton``, or for ``auto`` the fastest on ``device``."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
+        # Triton is an optional package, which only CUDA has a use for.
         from pretrain.model.moe.tables.products_triton import TRITON
 
         return TRITON
@@ -105,7 +82,9 @@ def kernel_named(name: str, device: torch.device) -> Kernel:
 
 
 class Factors(NamedTuple):
-    """A gradient of a table: row ``row_P[p]`` of it is the sum of ``c_P[p] * x_TD[owner_P[p]]`` over the pairs p with that row."""
+    """A gradient of a table: row ``row_P[p]`` of it is the sum of ``c_P[p] * x_TD[owner_P[p]]``
+    over the pairs p with that row.
+    """
 
     row_P: torch.Tensor
     owner_P: torch.Tensor
@@ -114,7 +93,8 @@ class Factors(NamedTuple):
 
 
 class SortedFactors:
-    """Factors in the order of their rows: each row's gradient is one weighted sum, in the order of the pairs, so it is deterministic.
+    """Factors in the order of their rows: each row's gradient is one weighted sum, in the order of
+    the pairs, so it is deterministic.
 
     Attributes:
         row_U: the different rows, ascending, [U] int64.
@@ -141,16 +121,19 @@ class SortedFactors:
 
 
 class ExpertTable(KeepsFp32):
-    """A table of rows in fp32, [N, width, D] for N experts, whose gradient is dense or, where many more rows are held than used, collected.
+    """A table of rows in fp32, [N, width, D] for N experts, whose gradient is dense or, where many
+    more rows are held than used, collected.
 
-    As built, ``weight`` is a parameter like any other and autograd gives it a dense gradient. :meth:`collect` takes it out of the module's
-    parameters: from then on each backward pass appends its factors to ``collected``, for an optimizer that touches those rows alone.
+    As built, ``weight`` is a parameter like any other and autograd gives it a dense gradient.
+    :meth:`collect` takes it out of the module's parameters: from then on each backward pass appends
+    its factors to ``collected``, for an optimizer that touches those rows alone.
     """
 
     def __init__(self, num_experts: int, width: int, hidden_size: int) -> None:
         super().__init__()
         self.weight: torch.Tensor = nn.Parameter(torch.empty(num_experts, width, hidden_size))
-        self.weight.allreduce = False  # type: ignore[attr-defined]  # the mark of experts: each rank may hold others
+        # The mark of experts: each rank may hold others.
+        self.weight.allreduce = False  # type: ignore[attr-defined]
         self.width = width
         self.collected: list[Factors] | None = None
 
@@ -174,7 +157,9 @@ class ExpertTable(KeepsFp32):
         return y_TD
 
     def take_gradient(self, factors: Factors, wanted: bool, kernel: Kernel) -> torch.Tensor | None:
-        """What a backward pass returns for the weight: dense where autograd wants one, else nothing, and the factors are kept."""
+        """What a backward pass returns for the weight: dense where autograd wants one, else
+        nothing, and the factors are kept.
+        """
         if not wanted:
             if self.collected is not None:
                 self.collected.append(factors)

@@ -1,8 +1,10 @@
-"""The products of tokens with their rows, for CUDA, in Triton (Tillet et al. 2019): each chosen row is read once and never copied.
+"""The products of tokens with their rows, for CUDA, in Triton (Tillet et al. 2019): each chosen row
+is read once and never copied.
 
-Products are one program a few pairs, whatever bags they are of. Weighted sums are one program a bag; a bag of more than ``PIECE`` pairs is cut,
-and the sums of its further pieces are added to that of the first by a second kernel, in their order. Nothing is added atomically, so a result
-depends on its bag alone and is the same each time. Addresses are 64 bits wide.
+Products are one program a few pairs, whatever bags they are of. Weighted sums are one program a
+bag; a bag of more than ``PIECE`` pairs is cut, and the sums of its further pieces are added to that
+of the first by a second kernel, in their order. Nothing is added atomically, so a result depends on
+its bag alone and is the same each time. Addresses are 64 bits wide.
 
 Raises:
     ConfigError: where Triton is not installed.
@@ -14,16 +16,20 @@ import torch
 from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
-from pretrain.model.moe.tables.products import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, Kernel
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    message = "model.moe.expert_kernel needs the package triton here, which is not installed; pip install triton, or set it to bags"
+    message = (
+        "model.moe.expert_kernel needs the package triton here, which is not installed; "
+        "pip install triton, or set it to bags"
+    )
     raise ConfigError(message) from None
 
-# Pairs that one program sums, so that a row that very many tokens chose does not wait for one of them.
+# Pairs that one program sums, so that a row that very many tokens chose does not wait for one of
+# them.
 PIECE = 256
 # Numbers of a table that a program reads at once, and at most how many of these are of one row.
 TILE, MOST_COLUMNS = 4096, 512
@@ -70,7 +76,10 @@ def _piece_kernel(
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The first pieces of all bags to ``y_TD``, then the further ones to ``further_ED``; one that starts behind its bag's end is zero."""
+    """The first pieces of all bags to ``y_TD``, then the further ones to ``further_ED``.
+
+    One that starts behind its bag's end is zero.
+    """
     piece = tl.program_id(0).to(tl.int64)
     bag, number, target_D = piece, piece - piece, y_TD + piece * D
     if piece >= num_bags:
@@ -130,7 +139,8 @@ def _tile(D: int) -> tuple[int, int]:
 def _ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if not tensors[0].is_cuda and not triton.knobs.runtime.interpret:
         raise ConfigError(
-            f"model.moe.expert_kernel=triton needs CUDA, but the model runs on {tensors[0].device.type}; set it to auto or bags"
+            "model.moe.expert_kernel=triton needs CUDA, but the model runs on "
+            f"{tensors[0].device.type}; set it to auto or bags"
         )
     return [tensor.contiguous() for tensor in tensors]
 
@@ -162,7 +172,8 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     y_TD = table_ND.new_empty(T, D)
     if T == 0:
         return y_TD
-    # There are at most as many further pieces as this, which is known without waiting for the device; those too many are empty.
+    # There are at most as many further pieces as this, which is known without waiting for the
+    # device; those too many are empty.
     most = row_P.numel() // PIECE
     further_T1 = functional.pad(((offsets_T1.diff() - 1).clamp_min(0) // PIECE).cumsum(0), (1, 0))
     bag_E = torch.searchsorted(

@@ -1,0 +1,103 @@
+"""What each attention kernel is and what it can compute, without importing it.
+
+A new kernel is a section here.
+
+``model.attention.kernel`` names one by its ``kind`` alone: kernels have no fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pretrain.core.registry import Component, kind_name, kinds_of
+
+
+@dataclass(frozen=True)
+class KernelDemands:
+    """What a recipe asks of a kernel beside plain causal attention in half precision.
+
+    Attributes:
+        widest_head: elements of the widest head, in training or with a cache.
+    """
+
+    sliding_window: bool
+    sinks: bool
+    alibi: bool
+    dropout: bool
+    document_mask: bool
+    fp32: bool
+    values_of_another_width: bool
+    widest_head: int
+
+
+class Kernel(Component):
+    """A way to compute softmax(q k^T) v; ``implementation`` is an ``AttentionKernel``.
+
+    Attributes:
+        package: what has to be installed beside torch.
+        devices: torch's types of those it runs on; () for all.
+        max_head_dim: elements of the widest head it takes; None for any.
+    The other attributes are the demands of the same name.
+    """
+
+    package: ClassVar[str | None] = None
+    devices: ClassVar[tuple[str, ...]] = ()
+    max_head_dim: ClassVar[int | None] = None
+    sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    fp32: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
+
+    @classmethod
+    def lacks(cls, demands: KernelDemands) -> list[str]:
+        """The demands that it cannot meet, by name in alphabetical order."""
+        asked = {name for name, value in vars(demands).items() if value is True}
+        missing = {name for name in asked if not getattr(cls, name)}
+        if cls.max_head_dim is not None and demands.widest_head > cls.max_head_dim:
+            missing.add(f"heads_wider_than_{cls.max_head_dim}")
+        return sorted(missing)
+
+
+class Reference(Kernel):
+    """The definition, in fp32: what tests compare the others with."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.reference:reference_attention"
+    kind: Literal["reference"]
+
+
+class Sdpa(Kernel):
+    """torch's fused scaled_dot_product_attention."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.sdpa:sdpa_attention"
+    kind: Literal["sdpa"]
+
+
+class Flex(Kernel):
+    """torch's flex_attention (Dong et al. 2024); on a CPU it has no backward pass."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.flex:flex_attention"
+    dropout: ClassVar[bool] = False
+    kind: Literal["flex"]
+
+
+class Flash(Kernel):
+    """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.flash:flash_attention"
+    package: ClassVar[str | None] = "flash_attn"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    max_head_dim: ClassVar[int | None] = 256
+    sinks: ClassVar[bool] = False
+    document_mask: ClassVar[bool] = False
+    fp32: ClassVar[bool] = False
+    values_of_another_width: ClassVar[bool] = False
+    kind: Literal["flash"]
+
+
+def kernel_section(name: str) -> type[Kernel]:
+    """The section of the kernel that a recipe calls ``name``."""
+    return next(kind for kind in kinds_of(Kernel) if kind_name(kind) == name)

@@ -1,0 +1,81 @@
+"""Memory of a rank in training, before a single tensor exists."""
+
+from __future__ import annotations
+
+from pretrain.config.recipe import TrainConfig
+from pretrain.model.config import ModelConfig
+from pretrain.model.sizes import ModelSize, attention_layers
+from pretrain.optim.config import Optimizer
+
+
+def state_bytes_per_rank(
+    size: ModelSize,
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    ep_size: int,
+    optimizer: Optimizer,
+) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
+
+    ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the
+    same weights, stage 2 also gradients, stage 3 also weights. Experts are replicated on world_size
+    / ep_size ranks only.
+    """
+    width = 4 if precision == "fp32" else 2
+    master = 0 if precision == "fp32" and zero_stage == 0 else 4
+    parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
+    if size.parameters_rows:
+        # fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments
+        # that all ranks share at every stage.
+        parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
+        moments = (
+            optimizer.row_optimizer.matrix_state_bytes
+            if optimizer.row_optimizer is not None
+            else 0.0
+        )
+        parts["optimizer"] += size.parameters_rows * moments / world_size
+    others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
+    sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
+    for count, replicas, state in (
+        (others, world_size, optimizer.other_state_bytes),
+        (size.parameters_matrices, world_size, optimizer.matrix_state_bytes),
+        (sharded, world_size / ep_size, optimizer.matrix_state_bytes),
+    ):
+        parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
+        parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
+        parts["optimizer"] += count * (state + master) / (replicas if zero_stage >= 1 else 1)
+    return {name: int(value) for name, value in parts.items()} | {"total": int(sum(parts.values()))}
+
+
+def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) -> int:
+    """A rough count of what one micro batch keeps for the backward pass.
+
+    With activation checkpointing: the input of each block, and the working set of one block.
+    """
+    tokens = train.micro_batch_size * train.sequence_length
+    width = 4 if precision == "fp32" else 2
+    attention = (
+        config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
+    )
+    per_layer = [
+        tokens
+        * width
+        * (6 * config.hidden_size + 2 * attention + _kept_by_feed_forward(config, layer))
+        for layer in attention_layers(config)
+    ]
+    blocks = (
+        max(per_layer) + len(per_layer) * tokens * width * config.hidden_size
+        if train.activation_checkpointing
+        else sum(per_layer)
+    )
+    logits = 3 * 4 * min(tokens, config.loss_chunk_tokens) * config.padded_vocab_size
+    return blocks + logits
+
+
+def _kept_by_feed_forward(config: ModelConfig, layer: int) -> int:
+    """Elements that a layer's feed-forward keeps of a token for the backward pass."""
+    kept = config.feed_forward.kept_per_unit
+    if config.moe is None or not config.layer_pattern.is_moe(layer):
+        return kept * (config.intermediate_size or 0)
+    return config.moe.kept_activations(config.hidden_size, kept)
