@@ -138,7 +138,7 @@ def refused_without_a_plugin(outside: Outside) -> None:
         "evaluate.py": opened,
         "generate.py": ("--model", outside.checkpoint, "--prompt", "the"),
         "convert_checkpoint.py": (*opened, *exported),
-        "inspect_checkpoint.py": (outside.checkpoint,),
+        "inspect_checkpoint.py": opened,
     }.items():
         refused = outside.tool(name, *options, code=2)
         assert sentence in refused.stderr, f"{name}: {refused.stderr}"
@@ -160,9 +160,20 @@ def used_with_a_plugin(outside: Outside) -> None:
     outside.tool("evaluate.py", *plugin, *opened, "--no-bigram", "--json", scores)
     assert 0 < json.loads(scores.read_text())["loss"] < 6
     for model in (outside.checkpoint, str(hf)):
-        outside.tool("generate.py", *plugin, "--model", model, "--prompt", "the router")
+        outside.tool(
+            "generate.py",
+            *plugin,
+            "--model",
+            model,
+            "--prompt",
+            "the router",
+            "--max-new-tokens",
+            "8",
+        )
     before = outside.imports()
-    outside.tool("generate.py", "--model", str(hf), "--prompt", "the router")
+    outside.tool(
+        "generate.py", "--model", str(hf), "--prompt", "the router", "--max-new-tokens", "8"
+    )
     assert outside.imports() == before
 
 

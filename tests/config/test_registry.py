@@ -14,7 +14,7 @@ LATE = """
 from typing import ClassVar, Literal
 from pretrain.config.load import load_recipe, recipe_to_yaml, parse_yaml, validate_recipe
 from pretrain.core.errors import ConfigError
-from pretrain.model.moe.config import SoftmaxTopK
+from pretrain.model.moe.routers import SoftmaxTopK
 from pretrain.model.config import Norm
 
 def error_of(*overrides):
