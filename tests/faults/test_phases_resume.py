@@ -294,7 +294,7 @@ def test_the_plan_of_a_branch_looks_at_its_trunk_and_leaves_out_its_steps(
     code, message = planned(start, "seed=8")
     assert code == 2 and "another seed (7 -> 8)" in message
     with pytest.raises(ConfigError, match=r"branch_from=null --set initial_weights=.*step_3"):
-        prepare(load_recipe(str(tiny.recipe), [start]), {}, "zero1.json", 1, 20)
+        prepare(load_recipe(str(tiny.recipe), [start]), {}, "zero1.json", 20)
 
 
 def test_what_is_past_must_be_as_it_was_and_what_is_ahead_may_change(
