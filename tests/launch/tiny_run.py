@@ -178,7 +178,7 @@ class Started:
         ranks = [
             process
             for process in self.alive()
-            if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:3])
+            if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:5])
         ]
         return sorted(ranks, key=lambda process: process.pid)[number]
 
