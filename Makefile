@@ -29,7 +29,7 @@ $(REQUIREMENTS): requirements.txt
 
 # The packages stay in the checkout, the environment only learns where they are and what the commands are called.
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
 requirements: $(REQUIREMENTS)

@@ -6,7 +6,14 @@ The command ``moe-pretrain`` and ``launchers/pretrain.py`` are the same.
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
+
+# `python -m` searches the current folder first, in which a file of any name may hide a library of
+# that name. With -P it does not, as with the other ways to start this.
+if __name__ == "__main__" and not sys.flags.safe_path:
+    os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
 from pretrain.core import startup
 

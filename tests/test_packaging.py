@@ -260,3 +260,18 @@ def test_no_file_edits_the_search_path() -> None:
 def test_an_edit_of_the_search_path_is_found(rest: str) -> None:
     assert EDITS.search(f"import sys\nsys.path{rest}\n")
     assert not EDITS.search("assert sys.path == [root]\nprint(sys.path[0])\n")
+
+
+def test_a_script_of_another_checkout_than_the_installed_one_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "tools").mkdir(parents=True)
+    shutil.copyfile(ROOT / "tools" / "verify_data.py", other / "tools" / "verify_data.py")
+    (other / "pretrain" / "core").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, str(other / "tools" / "verify_data.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"would run the code of {ROOT}" in done.stderr and "pip install -e" in done.stderr

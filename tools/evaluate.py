@@ -6,9 +6,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# Python searches a script's own folder first, in which this very file hides the package "evaluate"
+# that tasks of lm-evaluation-harness import. With -P it does not.
+if __name__ == "__main__" and not sys.flags.safe_path:
+    os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 

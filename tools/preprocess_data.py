@@ -36,6 +36,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.plugins import plugin_arguments
+from pretrain.core.shipped import DEFAULT_DS_CONFIG, LAUNCHERS, shown
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -314,8 +316,10 @@ def next_command(recipe: str | None, path: Path) -> str:
     content, origin = read_recipe_file(recipe or EXAMPLE_RECIPE)
     elsewhere = Path(validate_recipe(content, origin).data_path) != path
     place = f" --set {shlex.quote(f'data.path={path}')}" if elsewhere else ""
-    start = "deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero1.json"
-    return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}"
+    script = shown(LAUNCHERS / "pretrain.py")
+    start = f"deepspeed --num_accelerators 2 {script} --ds_config {DEFAULT_DS_CONFIG}"
+    plugins = "".join(f" {part}" for part in plugin_arguments())
+    return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}{plugins}"
 
 
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:

@@ -31,7 +31,7 @@ from pretrain.core import interrupts
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import PipelineError, run_command
 from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import CHECKOUT, DEFAULT_DS_CONFIG, LAUNCHERS, TOOLS
+from pretrain.core.shipped import CHECKOUT, DEFAULT_DS_CONFIG, LAUNCHERS, TOOLS, shown
 from pretrain.engine.topology import free_port
 from pretrain.run.folder import SUMMARY, update_summary
 
@@ -93,7 +93,10 @@ class Stages:
         path.unlink(missing_ok=True)
         started = time.perf_counter()
         # The stage gets an interrupt too, and may need a while to save.
-        with interrupts.deferred(), log.open("wb") as output:
+        with interrupts.deferred(), log.open("ab") as output:
+            # Behind what earlier tries have printed: an error names this file.
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
             finished = subprocess.run(
                 [*command, *plugin_arguments(), "--json", str(path)], stdout=output, check=False
             )
@@ -146,11 +149,6 @@ def default_ranks() -> int:
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
-def script(path: Path) -> str:
-    """A shipped script as a user of a checkout types it; by its whole path if there is no checkout."""
-    return str(path if CHECKOUT is None else path.relative_to(CHECKOUT))
-
-
 def other_port() -> list[str]:
     """An option for the launcher where its default port is taken, by another run on this machine for example."""
     with socket.socket() as probe:
@@ -187,7 +185,7 @@ def run_stages(
     results = {
         "data": stages.run(
             "data",
-            ["python", script(TOOLS / "preprocess_data.py"), *chosen],
+            ["python", shown(TOOLS / "preprocess_data.py"), *chosen],
             lambda result: bool(result["reused"]),
         )
     }
@@ -196,7 +194,7 @@ def run_stages(
         *other_port(),
         "--num_accelerators",
         str(options.num_accelerators),
-        script(LAUNCHERS / "pretrain.py"),
+        shown(LAUNCHERS / "pretrain.py"),
         "--ds_config",
         options.ds_config,
         *chosen,
@@ -206,12 +204,12 @@ def run_stages(
     same = lambda result: result.get("checkpoint") == checkpoint and "train" in stages.reused  # noqa: E731
     results["evaluate"] = stages.reuse("evaluate", same) or stages.run(
         "evaluate",
-        ["python", script(TOOLS / "evaluate.py"), "--checkpoint", latest],
+        ["python", shown(TOOLS / "evaluate.py"), "--checkpoint", latest],
         lambda _: False,
     )
     convert = [
         "python",
-        script(TOOLS / "convert_checkpoint.py"),
+        shown(TOOLS / "convert_checkpoint.py"),
         "--checkpoint",
         latest,
         "--to",
@@ -226,7 +224,7 @@ def run_stages(
     )
     generate = [
         "python",
-        script(TOOLS / "generate.py"),
+        shown(TOOLS / "generate.py"),
         "--model",
         str(exported),
         "--prompt",
@@ -246,8 +244,10 @@ def run_stages(
 def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, Any]:
     train, scores, export = results["train"], results["evaluate"], results["convert"]
     bigram, sample = scores["bigram"], results["generate"]["samples"][0]
+    sources = results["data"]["sources"].values()
     return {
         **train,
+        "bad_records": sum(sum(source["bad"].values()) for source in sources),
         "validation_loss": scores["loss"],
         "perplexity": scores["perplexity"],
         "bits_per_byte": scores["bits_per_byte"],
@@ -261,6 +261,21 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
         "seconds_by_stage": stages.seconds,
         "reused": stages.reused,
     }
+
+
+def _notices(summary: dict[str, Any]) -> dict[str, str]:
+    """What a reader of the summary must not miss, by rows of the table."""
+    rows = {}
+    if summary["bad_records"]:
+        rows["bad records"] = f"{summary['bad_records']:,}, see stages/data.log"
+    if summary["skipped_steps"]:
+        rows["skipped steps"] = (
+            f"{summary['skipped_steps']:,} ({summary['skipped_tokens']:,} tokens were not learned "
+            "from), see stages/train.log"
+        )
+    if summary["stopped_early"]:
+        rows["stopped early"] = "the validation loss did not fall any more"
+    return rows
 
 
 def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
@@ -278,6 +293,7 @@ def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
         "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (standard deviation {summary['export_logits_std']:.2f})",
         "wall time": f"{summary['wall_seconds']:.0f} s: {stage_times}",
         "reused": ", ".join(summary["reused"]) or "nothing",
+        **_notices(summary),
         "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/training_curves.png, {folder}/summary.json",
         "logs": f"{folder}/log.txt (training), {folder}/stages/*.log",
         "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",

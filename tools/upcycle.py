@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import CheckpointError, ConfigError, run_command
+from pretrain.core.plugins import plugin_arguments
+from pretrain.core.shipped import LAUNCHERS, shown
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.merging.assembly import moe_recipe
 from pretrain.merging.options import add_scoring_options, scoring_of
@@ -183,9 +186,16 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 f"held-out loss: dense {result['loss_before']:.6f}, mixture {result['loss_after']:.6f} nats per token"
             )
-        print(
-            f"train on: python launchers/pretrain.py --recipe {options.output}/recipe.yaml --set initial_weights={options.output}"
-        )
+        start = [
+            "python",
+            shown(LAUNCHERS / "pretrain.py"),
+            "--recipe",
+            f"{options.output}/recipe.yaml",
+            "--set",
+            f"initial_weights={options.output}",
+            *plugin_arguments(),
+        ]
+        print(f"train on: {shlex.join(start)}")
     write_json(result, options.json_path)
 
 

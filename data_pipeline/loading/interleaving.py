@@ -156,27 +156,27 @@ class Interleaving:
 
     def _make_table(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The source and number of each slot of the block, int64 [BLOCK]. All its stretches are filled at the same time, slot by slot."""
-        first, phases = block * BLOCK, BLOCK // STRETCH
+        first, stretches = block * BLOCK, BLOCK // STRETCH
         exact = np.array(
             [self._counts_at(slot) for slot in range(first, first + BLOCK + 1, STRETCH)]
         ).T
         # Counts are from the block's first slot on, so 32 bits hold them.
         borders = (exact - exact[:, :1]).astype(np.int32)
         # A source's next slot may not come before it is behind, and has to come before it is behind by one.
-        released = np.empty((STRETCH, len(borders), phases), dtype=np.int32)
+        released = np.empty((STRETCH, len(borders), stretches), dtype=np.int32)
         deadlines: list[np.ndarray] = []
         offsets: list[int] = []
         for source, fraction in enumerate(self._fractions):
             low, most = int(exact[source, 0]), int(borders[source, -1])
             whole, has_rest = floors(fraction, first, BLOCK + 1)
-            released[:, source] = (whole + has_rest - low)[1:].reshape(phases, STRETCH).T
+            released[:, source] = (whole + has_rest - low)[1:].reshape(stretches, STRETCH).T
             offsets.append(sum(len(known) for known in deadlines))
             deadlines.append(np.searchsorted(whole, np.arange(low + 1, low + most + 2)) - 1)
         deadline = np.concatenate(deadlines).astype(np.int32)
         offset = np.array(offsets, dtype=np.int32)[:, None]
         counts, ends = borders[:, :-1].copy(), borders[:, 1:].copy()
-        owners, numbers = np.empty((2, STRETCH, phases), dtype=np.int64)
-        every = np.arange(phases)
+        owners, numbers = np.empty((2, STRETCH, stretches), dtype=np.int64)
+        every = np.arange(stretches)
         for turn in range(STRETCH):
             keys = deadline[counts + offset] + BEHIND * (released[turn] <= counts)
             keys += (BEHIND << 1) * (counts >= ends)

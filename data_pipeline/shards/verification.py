@@ -2,7 +2,7 @@
 
 ``sample`` reads one block of every file, other ones at each start, in the background of the first steps;
 ``full`` reads everything before them. The work is split over the ranks, so each may find what the others do
-not: :class:`pretrain.training.trainer.Trainer` has them agree.
+not: training has them agree (``pretrain/training/stopping.py``).
 """
 
 from __future__ import annotations

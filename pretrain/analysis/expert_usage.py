@@ -145,16 +145,18 @@ def square_grid(counts_E: Counts, max_side: int = 64) -> Numbers:
     )
 
 
-def load_map(counts_LE: Counts, max_columns: int = MAX_COLUMNS) -> Numbers:
+def load_map(counts_LE: Counts, layers: Sequence[int], max_columns: int = MAX_COLUMNS) -> Numbers:
     """One picture of all layers, in multiples of each layer's mean.
 
-    A row is a layer and a column an expert. Above ``max_columns`` experts, each layer is folded by
-    :func:`square_grid` instead, and the squares are tiles of the picture, row by row, with a line
-    of NaN between them: a row of a million experts could only show means, which hide hot ones.
+    Row l is the model's layer l, NaN if it is dense, and a column is an expert. Above
+    ``max_columns`` experts, each layer of ``layers`` is folded by :func:`square_grid` instead, and
+    the squares are tiles of the picture, row by row, with a line of NaN between them.
     """
     num_layers, num_experts = counts_LE.shape
     if num_experts <= max_columns:
-        return counts_LE / counts_LE.mean(axis=1, keepdims=True)
+        loads = np.full((max(layers) + 1, num_experts), np.nan)
+        loads[list(layers)] = counts_LE / counts_LE.mean(axis=1, keepdims=True)
+        return loads
     tiles = [np.pad(square_grid(counts_E), 1, constant_values=np.nan) for counts_E in counts_LE]
     columns = math.isqrt(num_layers - 1) + 1
     tiles += [np.full_like(tiles[0], np.nan)] * (-num_layers % columns)

@@ -82,7 +82,7 @@ def make_trackers(recipe: Recipe) -> list[Callback]:
     return [
         Tracking(kinds[kind].implementing_class()(), run, KEPT_FILES)
         for kind in dict.fromkeys(chosen.kinds)
-        if find_spec(kinds[kind].module)
+        if _is_installed(kinds[kind].module)
     ]
 
 
@@ -101,5 +101,12 @@ def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
     return [
         f"{place} needs a package that is not installed, so this run goes without it: pip install {kinds[kind].packages}"
         for place, kind in asked.items()
-        if find_spec(kinds[kind].module) is None
+        if not _is_installed(kinds[kind].module)
     ]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False

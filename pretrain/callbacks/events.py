@@ -25,7 +25,7 @@ AT_A_GLANCE = {
     ("train", "tokens_per_second"): "at_a_glance/4_tokens_per_second",
 }
 # What a record says of itself. Of these, cards of the training's records are enough.
-NO_CARD = {"usage": ("step", "steps", "tokens", "epoch")}
+NO_CARD = ("step", "steps", "tokens", "epoch", "phase_number")
 # Which of the layers' values is the worst one: of all others it is the highest.
 LOW_IS_WORSE = ("entropy", "normalized_entropy")
 NO_STATISTICS = ("layer", "expert_load", "hottest", "hottest_load")
@@ -37,7 +37,9 @@ def events_of(row: Row) -> Events:
     events = [
         (AT_A_GLANCE.get((kind, name), f"{kind}/{name}"), float(value))
         for name, value in row.items()
-        if isinstance(value, int | float) and name not in NO_CARD.get(kind, ("step",))
+        if isinstance(value, int | float)
+        and name != "step"
+        and (kind == "train" or name not in NO_CARD)
     ]
     layers = row.get("layers", [])
     if not layers:
@@ -64,6 +66,5 @@ def _loads(layers: list[Row]) -> Iterator[tuple[str, float]]:
     """
     loads = [layer["expert_load"] for layer in layers]
     yield "moe/load_max", max(max(load) * len(load) for load in loads)
-    yield "moe/load_max_mean_over_layers", sum(max(load) * len(load) for load in loads) / len(loads)
     yield "moe/load_min", min(min(load) * len(load) for load in loads)
     yield "moe/unused_experts", float(sum(share == 0 for load in loads for share in load))

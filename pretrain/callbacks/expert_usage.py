@@ -41,8 +41,8 @@ def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
 
     shades = np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor))
     colours = colormaps["viridis"](shades, bytes=True)[..., :3]
-    repeats = max(1, -(-PICTURE_SIDE // max(loads.shape)))
-    pixels: NDArray[np.uint8] = colours.repeat(repeats, axis=0).repeat(repeats, axis=1)
+    rows, columns = (max(1, -(-PICTURE_SIDE // size)) for size in loads.shape)
+    pixels: NDArray[np.uint8] = colours.repeat(rows, axis=0).repeat(columns, axis=1)
     return pixels
 
 
@@ -81,5 +81,5 @@ class ExpertUsage(Callback):
         self.writer.add_histogram(
             "usage/log2_1_plus_load", log_load(loads_LE), window.step, bins=HISTOGRAM_BINS
         )
-        picture = heat_map(load_map(window.counts_LE), self.hot_factor)
+        picture = heat_map(load_map(window.counts_LE, window.layers), self.hot_factor)
         self.writer.add_image("usage/load_by_layer", picture, window.step, dataformats="HWC")

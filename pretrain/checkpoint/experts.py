@@ -47,12 +47,6 @@ def moe_prefixes(model: ModelConfig) -> list[str]:
     return [_prefix(model, layer) for layer in model.routed_layers]
 
 
-def dense_prefixes(model: ModelConfig) -> list[str]:
-    """The other feed-forwards; the block of multi-token prediction is of the last layer's kind."""
-    layers = range(model.num_hidden_layers + (model.multi_token_prediction is not None))
-    return [_prefix(model, layer) for layer in layers if layer not in model.routed_layers]
-
-
 def _prefix(model: ModelConfig, layer: int) -> str:
     return (
         f"layers.{layer}.{FEED_FORWARD}"

@@ -60,7 +60,7 @@ class StartingPoint:
 
 
 def starting_point(
-    recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Path
+    recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Path | None
 ) -> StartingPoint | None:
     """What ``recipe.initial_weights`` names; None without it, and in a run that has a checkpoint of its own.
 
@@ -69,13 +69,15 @@ def starting_point(
 
     Args:
         tokenizer_sha256: of the data's tokenizer; None before there are data.
-        checkpoints: the run's own.
+        checkpoints: the run's own; None for a run without a folder.
 
     Raises:
         CheckpointError: if the weights are missing, belong to another tokenizer, or mean something else in the recipe's model, and if a
             tensor does not fit, unless the recipe allows that.
     """
-    if recipe.initial_weights is None or complete_checkpoints(checkpoints):
+    if recipe.initial_weights is None:
+        return None
+    if checkpoints is not None and complete_checkpoints(checkpoints):
         return None
     path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
     folder: Path | None = None
@@ -130,12 +132,12 @@ def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[
 
 
 def starting_weights(
-    recipe: Recipe, tokenizer_sha256: str, checkpoints: Path, topology: Topology
+    recipe: Recipe, tokenizer_sha256: str, checkpoints: Path | None, topology: Topology
 ) -> WeightLoader | None:
     """What fills a fresh model for ``recipe.initial_weights``; None as :func:`starting_point`. Every rank must call it.
 
     In what the two models differ is reported on standard error and in the log; what does not fit a partial start there and in
-    ``initial_weights.json`` of the run's folder.
+    ``initial_weights.json`` of the run's folder, if it has one.
 
     Raises:
         CheckpointError: as :func:`starting_point`, and if a file is damaged.
@@ -159,16 +161,19 @@ def starting_weights(
             print(note, file=sys.stderr)
             logger.info("%s", note)
         if not start.found.is_whole:
-            _report(start.found, start.where, checkpoints.parent / REPORT)
+            _report(start.found, start.where, checkpoints and checkpoints.parent / REPORT)
     return lambda model, part, parts: fill(
         model, start.stored, part, parts, set(start.found.loaded)
     )
 
 
-def _report(found: Comparison, where: str, path: Path) -> None:
-    """The whole list goes into the file, the beginning of it to the user."""
-    write_synced(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    print(f"{where} fits in part: {found.counts}; the whole list is in {path}", file=sys.stderr)
+def _report(found: Comparison, where: str, path: Path | None) -> None:
+    """The whole list goes into the file, if there is to be one, the beginning of it to the user."""
+    place = ""
+    if path is not None:
+        write_synced(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+        place = f"; the whole list is in {path}"
+    print(f"{where} fits in part: {found.counts}{place}", file=sys.stderr)
     table = Table(Column("tensor", overflow="fold"), "is", "in the file", "and")
     for row in found.rows()[:SHOWN_ROWS]:
         table.add_row(*row)

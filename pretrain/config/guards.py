@@ -143,7 +143,9 @@ class GuardConfig(Section):
 
     @model_validator(mode="after")
     def _each_kind_once(self) -> GuardConfig:
-        kinds = [type(guard).__name__ for guard in self.more]
+        kinds = [guard.kind for guard in self.more]
         if len(set(kinds)) < len(kinds):
             raise ValueError("guards.more has a kind twice, whose states would have one name")
+        if built_in := sorted(set(kinds) & set(GuardConfig.model_fields)):
+            raise ValueError(f"guards.more has the name of a built-in guard: '{built_in[0]}'")
         return self

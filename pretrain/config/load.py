@@ -18,8 +18,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
 from pretrain.core.plugins import (
+    add_loaded_plugins,
     load_plugins,
-    loaded_plugins,
     plugins_in,
     trust_remedy,
     untrusted_plugins,
@@ -27,8 +27,10 @@ from pretrain.core.plugins import (
 from pretrain.core.registry import OneOf, kinds_of
 from pretrain.core.shipped import RECIPES, recipe_names
 
-# What a saved recipe.yaml has next to it: in a checkpoint, in a run's folder, in an export.
-BESIDE = ("state.json", "environment.json", "checkpoints", "config.json")
+# What runs, checkpoints and exports call the recipe that they are saved with, and what a sweep's
+# folder has next to its own.
+RECORD = "recipe.yaml"
+STUDY = "study.json"
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -75,7 +77,7 @@ def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
         ConfigError: for an unknown recipe or base, a file that is no recipe, bases that lead back
             to themselves, and plugins that cannot be imported.
     """
-    content, origin = _read_with_base(_recipe_path(name_or_path, Path()), ())
+    content, origin = _read_with_base(_recipe_path(name_or_path, Path()), (), is_record=False)
     import_plugins(content)
     return content, origin
 
@@ -89,8 +91,7 @@ def import_plugins(content: dict[str, Any]) -> None:
     too.
     """
     load_plugins(plugins_in(content))
-    if missing := [name for name in loaded_plugins() if name not in plugins_in(content)]:
-        content["plugins"] = plugins_in(content) + missing
+    add_loaded_plugins(content)
 
 
 def _recipe_path(name_or_path: str, folder: Path) -> Path:
@@ -110,19 +111,24 @@ def _recipe_path(name_or_path: str, folder: Path) -> Path:
     return path
 
 
-def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
-    """``above`` are the files that led here, by ``base``."""
+def _read_with_base(
+    path: Path, above: tuple[Path, ...], is_record: bool
+) -> tuple[dict[str, Any], str]:
+    """A recipe's file laid over its base.
+
+    Args:
+        above: the files that led here, by ``base``.
+        is_record: whether one of them is a record, whose author also chose what it leads to.
+    """
+    is_record = is_record or _is_record(path)
     content = _read_mapping(path)
     if path.resolve() in above:
         raise ConfigError(
             f"{path}: its base leads back to itself: "
             f"{' -> '.join(file.name for file in (*above, path))}; take one 'base' out"
         )
-    if _is_record(path) and (strange := untrusted_plugins(content)):
-        raise ConfigError(
-            f"{path} is what a finished or running training has saved, and it names the plugin "
-            f"{', '.join(strange)}: {trust_remedy(strange)}"
-        )
+    if is_record:
+        _refuse_code(path, content)
     if "base" not in content:
         return content, str(path)
     base = content.pop("base")
@@ -132,15 +138,38 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any]
         below = _recipe_path(base, path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: 'base': {error}") from None
-    lower, origin = _read_with_base(below, (*above, path.resolve()))
-    return merge(lower, content), f"{path} on {origin}"
+    lower, origin = _read_with_base(below, (*above, path.resolve()), is_record)
+    merged = merge(lower, content)
+    if plugins := dict.fromkeys([*plugins_in(lower), *plugins_in(content)]):
+        merged["plugins"] = list(plugins)  # a base's kinds are used above it, too
+    return merged, f"{path} on {origin}"
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file is the recipe that a run, a checkpoint or an export was saved with: it may
-    come from anybody.
+    """Whether a file is the recipe that a run, a checkpoint, an export or a sweep was saved with.
+
+    It may come from anybody. What lies next to it does not matter: its author chose that as well.
     """
-    return path.name == "recipe.yaml" and any((path.parent / name).exists() for name in BESIDE)
+    return path.name == RECORD or (path.parent / STUDY).is_file()
+
+
+def _refuse_code(path: Path, content: dict[str, Any]) -> None:
+    """Refuse what a record names and reading or training it would execute."""
+    if strange := untrusted_plugins(content):
+        raise ConfigError(
+            f"{path} is what a finished or running training has saved, and it names the plugin "
+            f"{', '.join(strange)}: {trust_remedy(strange)}"
+        )
+    evaluation = content.get("evaluation")
+    if (
+        path.name == RECORD
+        and isinstance(evaluation, dict)
+        and evaluation.get("include_path") is not None
+    ):
+        raise ConfigError(
+            f"{path} is what a training has saved, and its evaluation.include_path names a folder "
+            "of task files, which may run code: copy it to a file of another name if you trust it"
+        )
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from pretrain.core.errors import ConfigError
@@ -14,12 +15,13 @@ class Accelerator:
 
     Attributes:
         name: as a user gives it.
-        key: part of the device name that torch reports; None if that does not tell it apart.
+        key: word of the device name that torch reports; None if that does not tell it apart.
         bf16_flops: dense peak of bf16 and fp16 with sums in fp32, FLOP/s, without sparsity. Vendors
             often print twice as much, for sparse matrices.
         fp32_flops: peak of fp32 without TF32, which torch does not use unless asked.
         memory_bytes: of one GPU.
         source: the data sheet.
+        has_fp8: whether torch multiplies matrices in fp8 on it (compute capability 8.9 or later).
     """
 
     name: str
@@ -28,17 +30,25 @@ class Accelerator:
     fp32_flops: float
     memory_bytes: float
     source: str
+    has_fp8: bool = True
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s for a recipe's precision. MFU of fp8 is by convention of the bf16 peak."""
         return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
 
-# In the order in which a device name is compared with the keys.
+# Words of device names: slower cards of the same chip, parts of one (multi-instance GPU).
+OTHER_VARIANTS = {"PCIe", "PCIE", "NVL", "Laptop", "MIG"}
 ACCELERATORS = (
-    Accelerator("A100", "A100", 312e12, 19.5e12, 80e9, "NVIDIA A100 data sheet, SXM 80 GB"),
-    Accelerator("A100-40GB", None, 312e12, 19.5e12, 40e9, "NVIDIA A100 data sheet, 40 GB"),
-    Accelerator("A800", "A800", 312e12, 19.5e12, 80e9, "NVIDIA A800 data sheet, 80 GB"),
+    Accelerator(
+        "A100", "A100", 312e12, 19.5e12, 80e9, "NVIDIA A100 data sheet, SXM 80 GB", has_fp8=False
+    ),
+    Accelerator(
+        "A100-40GB", None, 312e12, 19.5e12, 40e9, "NVIDIA A100 data sheet, 40 GB", has_fp8=False
+    ),
+    Accelerator(
+        "A800", "A800", 312e12, 19.5e12, 80e9, "NVIDIA A800 data sheet, 80 GB", has_fp8=False
+    ),
     Accelerator("H100", "H100", 989e12, 67e12, 80e9, "NVIDIA H100 data sheet, SXM"),
     Accelerator("H800", "H800", 989e12, 67e12, 80e9, "NVIDIA H800 data sheet, SXM"),
     Accelerator("H200", "H200", 989e12, 67e12, 141e9, "NVIDIA H200 data sheet, SXM"),
@@ -68,9 +78,15 @@ def accelerator(name: str) -> Accelerator:
 
 
 def accelerator_of_device(device_name: str) -> Accelerator | None:
-    """The GPU that torch calls ``device_name``, None if it is not in the table."""
-    found = (known for known in ACCELERATORS if known.key is not None and known.key in device_name)
-    return next(found, None)
+    """The GPU that torch calls ``device_name``, None if it is not in the table.
+
+    Names are compared by whole words (an L40 is no L4), and cut-down or shared variants of a GPU
+    have other peaks.
+    """
+    words = set(re.split(r"[\s\-_/]+", device_name))
+    if words & OTHER_VARIANTS:
+        return None
+    return next((known for known in ACCELERATORS if known.key in words), None)
 
 
 def _plain(name: str) -> str:

@@ -54,6 +54,18 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_Loaded.names)
 
 
+def add_loaded_plugins(content: dict[str, Any]) -> None:
+    """Add the plugins of this process to a recipe's mapping, so that what is saved is complete.
+
+    What is not a list of names stays as it is, to be refused with the rest of the recipe.
+    """
+    named = content.get("plugins")
+    if named is None or (isinstance(named, list) and plugins_in(content) == named):
+        missing = [name for name in _Loaded.names if name not in (named or [])]
+        if missing:
+            content["plugins"] = [*(named or []), *missing]
+
+
 def plugin_arguments() -> list[str]:
     """Return the options that give this process's plugins to a command that it starts."""
     return [part for name in _Loaded.names for part in ("--plugin", name)]

@@ -86,9 +86,14 @@ def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
 
 
 def _all_below(family: type[Named]) -> Iterator[type[Named]]:
-    for child in family.__subclasses__():
-        yield child
-        yield from _all_below(child)
+    """Every class below a family once, also one that has two parents in it."""
+
+    def walk(parent: type[Named]) -> Iterator[type[Named]]:
+        for child in parent.__subclasses__():
+            yield child
+            yield from walk(child)
+
+    return iter(dict.fromkeys(walk(family)))
 
 
 def _same_name(family: type, name: str, *kinds: type) -> str:
@@ -159,6 +164,16 @@ class OneOf:
 
 
 def _default(kinds: tuple[type[Section], ...]) -> Any:
-    """The name of the kind that holds if a recipe leaves ``kind`` out; None if it may not."""
-    fields = (kind.model_fields["kind"] for kind in kinds)
-    return next((field.default for field in fields if not field.is_required()), None)
+    """The name of the kind that holds if a recipe leaves ``kind`` out; None if it may not.
+
+    Raises:
+        ConfigError: if there are two, of which a plugin's would change what recipes mean.
+    """
+    found = [kind for kind in kinds if not kind.model_fields["kind"].is_required()]
+    if len(found) > 1:
+        places = " and ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in found)
+        raise ConfigError(
+            f"{places} are both what holds without a 'kind': only one of a family may give it a "
+            "default"
+        )
+    return found[0].model_fields["kind"].default if found else None

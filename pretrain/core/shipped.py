@@ -31,6 +31,11 @@ def ds_config_names() -> list[str]:
 
 
 def ds_config_path(name_or_path: str) -> Path:
-    """A file of the user's, or else the shipped ds_config of that name (``zero1``)."""
-    shipped = DS_CONFIGS / f"{name_or_path}.json"
-    return shipped if shipped.is_file() and not Path(name_or_path).is_file() else Path(name_or_path)
+    """The shipped ds_config of that name (``zero1``), or else a file of the user's."""
+    is_shipped = name_or_path in ds_config_names()
+    return DS_CONFIGS / f"{name_or_path}.json" if is_shipped else Path(name_or_path)
+
+
+def shown(path: Path) -> str:
+    """A shipped script as a user of a checkout types it; its whole path if there is no checkout."""
+    return str(path if CHECKOUT is None else path.relative_to(CHECKOUT))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from pathlib import Path
 
 from pretrain.core import interrupts
+from pretrain.core.shipped import CHECKOUT
 
 
 def prepare() -> None:
@@ -15,7 +18,25 @@ def prepare() -> None:
     standard output meanwhile.
     """
     interrupts.install()
+    refuse_other_checkout()
     quiet_libraries()
+
+
+def refuse_other_checkout() -> None:
+    """End a script of a checkout whose environment would run the code of another one.
+
+    An editable install knows one checkout. A second one with the same environment would otherwise
+    silently run the first one's code.
+    """
+    checkout = Path(sys.argv[0]).resolve().parent.parent
+    is_script = (checkout / "pretrain" / "core").is_dir()
+    if is_script and CHECKOUT is not None and checkout != CHECKOUT:
+        print(
+            f"error: {sys.argv[0]} would run the code of {CHECKOUT}, which this Python has "
+            f"installed: run `pip install -e {checkout}`, or set PYTHONPATH={checkout}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def quiet_libraries() -> None:

@@ -106,7 +106,7 @@ def _owned_by_recipe(
     """Key in the ds_config -> (value, the recipe's field that owns it)."""
     train = recipe.train
     owned: dict[tuple[str, ...], tuple[Any, str]] = {}
-    if precision == "bf16":
+    if precision in ("bf16", "fp8"):  # DeepSpeed's bf16 mode is on for both
         owned[OVERFLOW_CHECK] = (True, "guards.non_finite")
     return owned | {
         ("train_batch_size",): (train.global_batch_size, "train.global_batch_size"),

@@ -34,14 +34,8 @@ class Topology:
 
     rank: int
     world_size: int
-    local_rank: int
     ep_size: int
     device: torch.device
-
-    @property
-    def ep_rank(self) -> int:
-        """This process's place in its expert-parallel group."""
-        return self.rank % self.ep_size
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +149,6 @@ def connect(ep_size: int) -> Topology:
     return Topology(
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),
-        local_rank=local_rank,
         ep_size=ep_size,
         device=torch.device(accelerator.current_device_name()),
     )

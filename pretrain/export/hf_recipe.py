@@ -16,6 +16,7 @@ from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.config.load import validate_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.plugins import add_loaded_plugins
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
 from pretrain.export.hf_files import TOKENIZER_CONFIG, unset_fields
@@ -125,6 +126,7 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
         },
         "optimizer": {"kind": "adamw", "learning_rate": 1e-5},
     }
+    add_loaded_plugins(content)
     recipe = validate_recipe(content, str(path))
     if reasons := target.reasons_against(recipe.model):
         raise ConfigError(f"{path} describes what {target.name} is not: {'; '.join(reasons)}")

@@ -6,6 +6,7 @@ Every rank is given the same values, so every rank decides the same.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,13 @@ def _middle(ordered: list[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-class StepGuard:
-    """A guard of a plugin. Every rank asks its own with the same numbers, so it must depend on nothing else."""
+class StepGuard(ABC):
+    """A guard of a plugin.
 
+    Every rank asks its own with the same values, so it must depend on nothing else.
+    """
+
+    @abstractmethod
     def look(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Return what is wrong with a step, as the end of a sentence about it; None if nothing is.
 
@@ -102,14 +107,16 @@ class StepGuard:
             loss: mean over all ranks, in nats a token.
             grad_norm: before clipping.
         """
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint has to carry, as JSON."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` gave; empty if the checkpoint did not have this guard."""
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - it may have no memory
+        """Continue from what :meth:`state` gave.
+
+        An empty one means to start anew: a phase begins, or the checkpoint did not have this guard.
+        """
 
 
 class Guards:
@@ -138,7 +145,7 @@ class Guards:
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
-        """What the spike and gradient norm guards find at a step.
+        """What the guards of single steps find: spike, gradient norm, and those of plugins.
 
         Every step is to be shown once, in order; those whose gradient is not finite are left out.
 

@@ -112,7 +112,7 @@ class GuardPolicy:
             progress.note_patience(loss, self.config.early_stopping.min_delta)
 
     def ends_early(self, progress: Progress) -> bool:
-        """Whether the validation loss has not fallen for longer than the recipe's patience."""
+        """Whether the validation loss has not fallen for as long as the recipe's patience."""
         stopping = self.config.early_stopping
         return stopping is not None and progress.stale_validations >= stopping.patience
 
@@ -153,8 +153,10 @@ class GuardPolicy:
         if worst is None or worst.action == "warn":
             return None
         if worst.action == "stop":
+            built_in = worst.guard in GuardConfig.model_fields
+            field = worst.guard if built_in else f"more ({worst.guard})"
             raise self._error(
-                worst, f"step {worst.step}: {worst.reason}, and guards.{worst.guard}.action is stop"
+                worst, f"step {worst.step}: {worst.reason}, and guards.{field}.action is stop"
             )
         if worst.action == "rollback":
             if progress.rollbacks < self.config.rollback.max_times:

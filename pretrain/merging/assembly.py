@@ -16,6 +16,7 @@ from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.routers import deaf_router
 from pretrain.core.errors import ConfigError
+from pretrain.core.plugins import add_loaded_plugins
 from pretrain.core.section import Effect
 from pretrain.model.config import ModelConfig
 from pretrain.model.widths import width_ratio
@@ -67,6 +68,7 @@ def derived_recipe(
     content["model"] |= model
     for override in overrides:
         apply_override(content, override)
+    add_loaded_plugins(content)
     return validate_recipe(content, "the new recipe")
 
 

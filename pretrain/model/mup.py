@@ -18,7 +18,7 @@ final norm of a tied or factorised head                1 / r of hidden_size    t
 queries (their norm, where they have one)              times 1 / sqrt(r) of head_dim, both
 =====================================================  ======================  ===============
 
-The last two are logits times 1 / r and for scores times 1 / head_dim. A router is an output,
+The last two stand for logits times 1 / r and for scores times 1 / head_dim. A router is an output,
 because the number of experts does not grow with the width (Małaśnicki et al. 2025,
 "mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width. Weight
 decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as

@@ -32,7 +32,7 @@ class Optimizer(Component):
     """
 
     needs_whole_matrices: ClassVar[bool] = False
-    scales_with_width: ClassVar[bool] = True
+    scales_with_width: ClassVar[bool] = False
     has_universal_checkpoints: ClassVar[bool] = False
 
     kind: str
@@ -96,6 +96,7 @@ class RowOptimizer(Optimizer):
 class AdamW(RowOptimizer):
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel."""
 
+    scales_with_width: ClassVar[bool] = True
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw"
     has_universal_checkpoints: ClassVar[bool] = True
     kind: Literal["adamw"] = "adamw"
@@ -130,7 +131,6 @@ class SGD(RowOptimizer):
     """Plain stochastic gradient descent: for numerical comparisons."""
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:sgd"
-    scales_with_width: ClassVar[bool] = False
     kind: Literal["sgd"]
     momentum: Beta = 0.0
     weight_decay: Decay = 0.0
@@ -161,6 +161,7 @@ class AdamW8bit(Optimizer):
     bits, not to that of fp32.
     """
 
+    scales_with_width: ClassVar[bool] = True
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw_8bit"
     kind: Literal["adamw_8bit"]
     beta1: Beta = 0.9
@@ -180,6 +181,7 @@ class Lion(Optimizer):
     tokens any more continues by the sign of its momentum, step by step as far as before.
     """
 
+    scales_with_width: ClassVar[bool] = True
     implementation: ClassVar[str] = "pretrain.optim.lion:lion"
     kind: Literal["lion"]
     beta1: Beta = 0.9
@@ -203,7 +205,6 @@ class Muon(Optimizer):
     implementation: ClassVar[str] = "pretrain.optim.muon:muon"
     needs_whole_matrices: ClassVar[bool] = True
     # An orthogonal update has rules of its own for how it changes with a matrix' shape.
-    scales_with_width: ClassVar[bool] = False
     kind: Literal["muon"]
     momentum: Beta = 0.95
     nesterov: bool = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import distributed
@@ -45,7 +45,7 @@ class ShardedMatrix(NamedTuple):
         """Numbers that the rank sends of it: those that it holds, and behind them a mark."""
         return self.held_by(rank) + 1 if self.held_by(rank) else 0
 
-    def phase(self, rank: int) -> slice:
+    def place_in_partition(self, rank: int) -> slice:
         """Where the part of this rank, ``rank``, is in its partition."""
         return slice(self.offset, self.offset + self.held_by(rank))
 
@@ -152,7 +152,7 @@ class MatrixShards:
         for by_owner in self.rounds:
             mine = by_owner[self.rank]
             phases = [
-                matrix.phase(self.rank)
+                matrix.place_in_partition(self.rank)
                 for matrices in by_owner
                 for matrix in matrices
                 if matrix.held_by(self.rank)
@@ -223,7 +223,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """An optimizer whose update of a matrix needs all of it.
 
     Attributes:
+        matrix_rule: the ``rule`` of the parameter groups that have to be whole.
         shards: where the matrices of each flat partition are; what is not here is trained as it is.
     """
+
+    matrix_rule: ClassVar[str]
 
     shards: dict[torch.Tensor, MatrixShards]

@@ -6,7 +6,7 @@ AdamW for all that is no hidden matrix.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.adamw import adamw
@@ -46,6 +46,8 @@ class Muon(MatrixOptimizer):
     where the matrices are. State: ``momentum`` of the parameter's shape, or AdamW's ``exp_avg``,
     ``exp_avg_sq`` and ``step``.
     """
+
+    matrix_rule: ClassVar[str] = "muon"
 
     def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
         self.config = config

@@ -49,9 +49,8 @@ class ResolvedRun:
 
     Attributes:
         recipe: with the vocabulary's size and the precision that are used.
-        timeline: its phases; the only one, built once.
+        timeline: its phases.
         ds_config: with what the recipe owns.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``fp8``.
     """
 
     recipe: Recipe
@@ -59,7 +58,11 @@ class ResolvedRun:
     datasets: Datasets
     topology: Topology
     ds_config: dict[str, Any]
-    precision: str
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``bf16``, ``fp16`` or ``fp8``."""
+        return self.recipe.train.precision
 
     @property
     def folder(self) -> Path:
@@ -128,10 +131,11 @@ def resolve_run(recipe: Recipe, ds_config: dict[str, Any], origin: str) -> Resol
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
         DataError: if the data are missing or damaged.
     """
+    zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
     world_size = world_size_from_environment(os.environ)
-    accumulation = check_topology(recipe, world_size, zero_stage_of(ds_config, origin))
+    accumulation = check_topology(recipe, world_size, zero_stage)
     precision = resolve_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, datasets)
     share_cores()
@@ -141,7 +145,7 @@ def resolve_run(recipe: Recipe, ds_config: dict[str, Any], origin: str) -> Resol
     resolved = resolve_ds_config(
         ds_config, origin, recipe, precision, accumulation, topology.world_size
     )
-    return ResolvedRun(recipe, Timeline(recipe), datasets, topology, resolved, precision)
+    return ResolvedRun(recipe, Timeline(recipe), datasets, topology, resolved)
 
 
 def pack_data(resolved: ResolvedRun) -> None:
@@ -159,11 +163,12 @@ def check_data(resolved: ResolvedRun) -> BackgroundCheck:
     return resolved.datasets.check_blocks(verify, topology.rank, topology.world_size)
 
 
-def initial_weights(resolved: ResolvedRun, checkpoints: Path) -> WeightLoader | None:
+def initial_weights(resolved: ResolvedRun, checkpoints: Path | None) -> WeightLoader | None:
     """What a new run starts from instead of random weights; None if there is nothing of the kind.
 
     Args:
-        checkpoints: if there is one in this folder, the run is not new.
+        checkpoints: if there is one in this folder, the run is not new. None for a run without a
+            folder, which is always new and writes no report.
 
     Raises:
         CheckpointError: if the weights are missing or do not fit.
@@ -172,14 +177,17 @@ def initial_weights(resolved: ResolvedRun, checkpoints: Path) -> WeightLoader | 
     return starting_weights(resolved.recipe, sha256, checkpoints, resolved.topology)
 
 
-def build_run(resolved: ResolvedRun, load_weights: WeightLoader | None) -> Run:
+def build_run(
+    resolved: ResolvedRun, load_weights: WeightLoader | None, num_steps: int | None = None
+) -> Run:
     """Open the data and build the engine. Every rank must call it.
 
     Args:
         load_weights: overwrites the random weights.
+        num_steps: steps that there must be data for, if not those of the recipe.
 
     Raises:
-        ConfigError: if batch sizes, mixture or guards do not fit the data.
+        ConfigError: if batch sizes or mixture do not fit the data.
         DataError: if there are too few.
     """
     recipe = resolved.recipe
@@ -192,11 +200,8 @@ def build_run(resolved: ResolvedRun, load_weights: WeightLoader | None) -> Run:
     if stream:
         length = recipe.train.sequence_length
         held_out = Windows(stream, length, datasets.pad_id, recipe.data.document_mask)
-    if recipe.guards.early_stopping is not None and held_out is None:
-        raise ConfigError(
-            "guards.early_stopping looks at the validation loss, but the data has no validation "
-            "split: build one, or leave it out"
-        )
+    if num_steps is not None:
+        loader.require(num_steps)
     engine = Engine(recipe, resolved.ds_config, resolved.precision, topology, load_weights)
     return Run(resolved, engine, loader, held_out)
 
@@ -207,9 +212,17 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     Args:
         stop: set by a signal.
         data_check: what this rank still compares of the data with its manifest.
+
+    Raises:
+        ConfigError: if a guard needs a validation split that the data does not have.
     """
     resolved = run.resolved
     recipe = resolved.recipe
+    if recipe.guards.early_stopping is not None and run.held_out is None:
+        raise ConfigError(
+            "guards.early_stopping looks at the validation loss, but the data has no validation "
+            "split: build one, or leave it out"
+        )
     engine = run.engine
     topology = resolved.topology
     folder = resolved.folder

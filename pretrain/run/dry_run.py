@@ -102,10 +102,12 @@ def planned_precision(asked: str, hardware: Hardware) -> str:
     """The number format of the run that is planned; on a named GPU "auto" is bf16, as it is there.
 
     Raises:
-        ConfigError: if the plan is for this machine, and it cannot compute in that format.
+        ConfigError: if the GPU, or without one this machine, cannot compute in that format.
     """
     if hardware.gpu is None:
         return resolve_precision(asked)
+    if asked == "fp8" and not hardware.gpu.has_fp8:
+        raise ConfigError(f"train.precision=fp8: {hardware.gpu.name} has no fp8 matrix products")
     return "bf16" if asked == "auto" else asked
 
 
@@ -335,6 +337,9 @@ def _memory_line(plan: dict[str, Any]) -> str:
     if plan["gpu"] is None:
         return line
     gpu, memory = plan["gpu"]["name"], plan["gpu"]["memory_bytes"]
+    zero = plan["ds_config"].get("zero_optimization", {})
+    if zero.get("offload_optimizer") or zero.get("offload_param"):
+        return f"{line}; a part of it is offloaded to the host"
     # Buffers of ZeRO, of communication and of the allocator are in no estimate.
     verdict = "does not fit" if total > memory else "fits"
     return f"{line}; {verdict} in the {memory / 1e9:.0f} GB of one {gpu}"
@@ -359,11 +364,13 @@ def _estimate(
     gpu = hardware.gpu or _gpu_of_this_machine()
     if gpu is None:
         return Estimate(None, f"no GPU here that has a known peak: {ESTIMATE_OPTIONS}")
+    if precision == "fp32" and recipe.train.tf32:
+        return Estimate(None, "no estimate: TF32 peaks are not in the table of GPUs")
     peak = gpu.peak_flops(precision)
     seconds = tokens * flops_per_token / (peak * hardware.mfu * world_size)
     basis = (
         f"assuming an MFU of {hardware.mfu:g} on {world_size} x {gpu.name}, "
-        f"peak {peak / 1e12:,.0f} TFLOP/s in {precision}"
+        f"peak {peak / 1e12:,.0f} TFLOP/s in {'bf16' if precision == 'fp8' else precision}"
     )
     return Estimate(seconds, basis)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pretrain.config.recipe import Recipe
@@ -211,10 +209,7 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, steps: int) 
     resolved = resolve_run(recipe.model_copy(update={"logging": logging}), ds_config, origin)
     pack_data(resolved)
     # As of a new run, even if there is one already.
-    weights = initial_weights(resolved, Path(os.devnull))
-    run = build_run(resolved, weights)
-    run.loader.require(steps)
-    return run
+    return build_run(resolved, initial_weights(resolved, None), steps)
 
 
 def draw(test: RangeTest, title: str) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pretrain.core.cli import add_json_option, write_json
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
 from pretrain.core.files import only_writer
-from pretrain.core.shipped import DEFAULT_DS_CONFIG
+from pretrain.core.plugins import plugin_arguments
+from pretrain.core.shipped import DEFAULT_DS_CONFIG, shown
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
@@ -254,7 +256,7 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
         options,
         study,
         interrupted,
-        go_on=f"{tool.parent.name}/{tool.name} --output {options.output}",
+        again=[shown(tool), "--output", str(options.output), *plugin_arguments()],
     )
 
 
@@ -332,7 +334,9 @@ def exit_code(study: Study, points: list[Point]) -> int:
     return DONE if all(record.state in SETTLED for record in records) else PREEMPTED
 
 
-def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on: str = "") -> int:
+def _report(
+    options: argparse.Namespace, study: Study, interrupted: bool, again: Sequence[str] = ()
+) -> int:
     paths, ranked, counts = write_report(study), ranking(study), states(study)
     if options.json_path != "-":
         console = Console()
@@ -358,7 +362,7 @@ def _report(options: argparse.Namespace, study: Study, interrupted: bool, go_on:
         )
         if interrupted:
             console.print(
-                f"interrupted: python {go_on} goes on",
+                f"interrupted: python {shlex.join(again)} continues",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,

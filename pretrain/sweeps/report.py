@@ -14,6 +14,8 @@ from typing import Any
 from rich.table import Table
 
 from pretrain.core.files import write_synced
+from pretrain.core.plugins import plugin_arguments
+from pretrain.core.shipped import LAUNCHERS, shown
 from pretrain.sweeps.axes import BASE, short_names
 from pretrain.sweeps.plots import draw_axes, draw_sizes
 from pretrain.sweeps.study import TRIAL, Record, Study
@@ -252,10 +254,11 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
         best = ranked[0]
         command = [
             "python",
-            "launchers/pretrain.py",
+            shown(LAUNCHERS / "pretrain.py"),
             "--recipe",
             design.recipe,
             *(part for one in best["overrides"] for part in ("--set", one)),
+            *plugin_arguments(),
         ]
         parts += ["## Ranking", _markdown_table(COLUMNS, [_cells(entry) for entry in ranked])]
         parts += [

@@ -139,12 +139,12 @@ class Study:
     def recipe_of(self, point: Point) -> Recipe:
         """Raises :class:`ConfigError` where a rule refuses the point."""
         content = copy.deepcopy(self.design.base)
+        for override in [*point.overrides, f"run_path={self.run_folder(point.run)}"]:
+            apply_override(content, override)
         if strange := untrusted_plugins(content):
             raise ConfigError(
                 f"{self.output} names the plugin {', '.join(strange)}: {trust_remedy(strange)}"
             )
-        for override in [*point.overrides, f"run_path={self.run_folder(point.run)}"]:
-            apply_override(content, override)
         return validate_recipe(content, self.design.recipe)
 
     def num_steps(self, point: Point) -> int:

@@ -56,8 +56,11 @@ class EndedParts:
         self._epoch_is_due = False
         self.is_due = False
 
-    def ends_with(self, step: int) -> bool:
-        """Whether a phase, or an epoch that is kept, ends with a step or was passed over."""
+    def note_step(self, step: int) -> bool:
+        """Note what ends with a step: a phase, or an epoch that is kept; True if anything does.
+
+        An epoch that was passed over counts as well.
+        """
         ends = self._timeline.ends_phase(step)
         if self._keep_epochs:
             before = self._epoch
@@ -163,8 +166,8 @@ class Checkpoints:
         logger.info("resumed from %s", checkpoint)
         return progress
 
-    def before(self, violation: Violation) -> Path:
-        """The newest checkpoint before an incident; later ones are removed.
+    def go_back(self, violation: Violation) -> Path:
+        """Remove the checkpoints after an incident, and return the newest one before it.
 
         Raises:
             GuardError: if there is none.

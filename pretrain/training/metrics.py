@@ -64,9 +64,13 @@ class MetricsRecorder:
         """Keep a step for the next record."""
         self.pending.append(result)
 
-    def record(self, progress: Progress, ends_phase: bool) -> None:
-        """Make what records are due after a step."""
-        if ends_phase or progress.step % self.config.interval_steps == 0:
+    def record(self, progress: Progress, is_due: bool) -> None:
+        """Make what records are due after a step.
+
+        Args:
+            is_due: whether a training record is, besides at the interval's multiples.
+        """
+        if is_due or progress.step % self.config.interval_steps == 0:
             self.record_training(progress)
         if progress.step % self.config.usage_interval_steps == 0:
             self._record_usage(progress.step)

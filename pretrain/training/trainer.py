@@ -69,7 +69,8 @@ class Trainer:
             if not self._step():
                 continue  # the run went back to a checkpoint
             self._record()
-            is_best = self._validate(self.checkpoints.ended.ends_with(self.progress.step))
+            ends_part = self.checkpoints.ended.note_step(self.progress.step)
+            is_best = self._validate(ends_part)
             stopped = self.stopping.requested() and not self.is_done
             if self.is_done or stopped or self.checkpoints.is_due(self.progress, is_best):
                 self.checkpoints.save(self.progress)
@@ -152,15 +153,13 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue from a whole checkpoint of this run, or of the one that it branches from."""
         self.progress = self.checkpoints.load(checkpoint)
-        self._phase = (
-            None  # DeepSpeed's counters are the checkpoint's now: the phase is entered anew
-        )
+        self._phase = None  # DeepSpeed's counters are the checkpoint's now: it is entered anew
 
     def _roll_back(self, violation: Violation) -> None:
         """Go back to the newest checkpoint before the incident, and on to data after it."""
         before = self.progress
         skipped = self.guards.config.rollback.skip_steps
-        checkpoint = self.checkpoints.before(violation)
+        checkpoint = self.checkpoints.go_back(violation)
         consumed = self.loader.consumed(before.step + skipped)
         self.resume(checkpoint)
         self.progress.take_over_counts(before)

@@ -204,16 +204,27 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_ds_config(str(tmp_path / "none.json"))
 
 
-def test_a_shipped_file_is_found_by_name_and_a_file_of_the_user_s_comes_first(
+def test_a_shipped_file_is_found_by_name_and_a_file_of_the_user_s_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
     monkeypatch.chdir(tmp_path)
     assert read_ds_config("zero2") == read_ds_config(str(shipped))
     (tmp_path / "zero2").write_text('{"zero_optimization": {"stage": 3}}')
-    assert read_ds_config("zero2") == {"zero_optimization": {"stage": 3}}
+    assert read_ds_config("zero2") == read_ds_config(str(shipped))  # a stray file changes nothing
+    assert read_ds_config("./zero2") == {"zero_optimization": {"stage": 3}}
 
 
 def test_stage_is_0_where_the_file_says_nothing() -> None:
     assert zero_stage_of({}, ORIGIN) == 0
     assert zero_stage_of({"zero_optimization": {"stage": 3}}, ORIGIN) == 3
+
+
+def test_fp8_runs_in_deepspeed_s_bf16_mode_with_its_overflow_check() -> None:
+    """Without it, stages 1 and 2 apply gradients that are not finite, and a refusal has no effect."""
+    recipe = load_recipe("debug", ["train.precision=fp8"])
+    checked = resolve_ds_config({}, "ds.json", recipe, "fp8", 2, 2)["bf16"]
+    assert checked == {"enabled": True, "check_grad_overflow": True}
+    switched_off = {"bf16": {"check_grad_overflow": False}}
+    with pytest.raises(ConfigError, match="guards.non_finite says True"):
+        resolve_ds_config(switched_off, "ds.json", recipe, "fp8", 2, 2)

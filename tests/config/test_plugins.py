@@ -222,3 +222,103 @@ def test_an_override_may_name_a_plugin_and_an_option_is_saved(outside: Outside) 
     router = ("--set", "model.moe.router={kind: sharp_topk}")
     for options in (("--set", "plugins=[my_parts]", *router), ("--plugin", "my_parts", *router)):
         outside.tool("analyze_model.py", "--recipe", "debug", *options)
+
+
+def write_recipe(folder: Path, name: str, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+RECORDS = {
+    "its own line": {"recipe.yaml": "base: debug\nplugins: [my_parts]\n"},
+    "a file that it leads to": {
+        "recipe.yaml": "base: notes.yaml\n",
+        "notes.yaml": "base: debug\nplugins: [my_parts]\n",
+    },
+    "in an export of weights": {
+        "recipe.yaml": "base: debug\nplugins: [my_parts]\n",
+        "export.json": "{}",
+    },
+    "in a sweep's folder": {"base.yaml": "base: debug\nplugins: [my_parts]\n", "study.json": "{}"},
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_recipe_that_was_saved_imports_nothing_whatever_is_next_to_it(
+    outside: Outside, case: str
+) -> None:
+    paths = [write_recipe(outside.folder / "saved", *file) for file in RECORDS[case].items()]
+    refused = outside.tool("analyze_model.py", "--recipe", paths[0], code=2)
+    assert "give --plugin my_parts if you trust it" in refused.stderr
+    assert outside.imports() == 0
+    outside.tool("analyze_model.py", "--recipe", paths[0], "--plugin", "my_parts")
+    assert outside.imports() == 1
+
+
+def test_a_saved_recipe_names_no_task_files_that_may_run_code(outside: Outside) -> None:
+    text = "base: debug\nevaluation: {tasks: [mine], include_path: tasks}\n"
+    record = write_recipe(outside.folder / "saved", "recipe.yaml", text)
+    refused = outside.tool("analyze_model.py", "--recipe", record, code=2)
+    assert "evaluation.include_path" in refused.stderr and "if you trust it" in refused.stderr
+    own = write_recipe(outside.folder / "saved", "mine.yaml", text)
+    outside.tool("analyze_model.py", "--recipe", own)
+
+
+def test_plugins_of_a_base_and_above_it_are_joined(outside: Outside) -> None:
+    (outside.folder / "site" / "second.py").write_text("")
+    write_recipe(outside.folder, "low.yaml", "base: debug\nplugins: [my_parts]\n")
+    router = "model: {moe: {router: {kind: sharp_topk}}}"
+    high = write_recipe(outside.folder, "high.yaml", f"base: low.yaml\nplugins: [second]\n{router}")
+    outside.tool("analyze_model.py", "--recipe", high)
+    text = write_recipe(outside.folder, "text.yaml", "base: debug\nplugins: my_parts\n")
+    refused = outside.tool("analyze_model.py", "--recipe", text, "--plugin", "second", code=2)
+    assert "'plugins'" in refused.stderr
+
+
+def test_the_module_searches_the_current_folder_no_more_than_the_script(outside: Outside) -> None:
+    (outside.folder / "here.py").write_text("print('imported from the current folder')")
+    started = outside.start(
+        *(sys.executable, "-m", "pretrain", "--recipe", "debug", "--plugin", "here"), code=2
+    )
+    assert "'here' is not found" in started.stderr and "imported" not in started.stdout
+
+
+def test_a_derived_recipe_names_the_plugins_of_its_kinds(outside: Outside) -> None:
+    program = """
+from pretrain.config.load import load_recipe
+from pretrain.core.plugins import load_plugins
+from pretrain.merging.assembly import derived_recipe
+load_plugins(["my_parts"])
+plain = load_recipe("debug")
+plain = plain.model_copy(update={"plugins": []})
+made = derived_recipe(plain, "_mixed", ["model.moe.router={kind: sharp_topk}"])
+assert made.plugins == ["my_parts"], made.plugins
+"""
+    outside.start(sys.executable, "-c", program)
+
+
+@pytest.mark.parametrize(
+    "kind,words",
+    [
+        ("spike", ["guards.more has the name of a built-in guard: 'spike'"]),
+        ("of_this_name", []),
+    ],
+)
+def test_a_guard_of_a_plugin_has_a_name_of_its_own(
+    outside: Outside, kind: str, words: list[str]
+) -> None:
+    """Two classes of one name are two kinds."""
+    for module, name in (("first", "one"), ("second", kind)):
+        (outside.folder / "site" / f"{module}.py").write_text(
+            "from typing import ClassVar, Literal\n"
+            "from pretrain.config.guards import StepGuardConfig\n"
+            f"class Limit(StepGuardConfig):\n    kind: Literal['{name}']\n"
+            "    implementation: ClassVar[str] = 'builtins:object'\n"
+        )
+    more = f"guards.more=[{{kind: one}}, {{kind: {kind}}}]"
+    plugins = ("--plugin", "first", "--plugin", "second")
+    started = outside.tool(
+        *("analyze_model.py", "--recipe", "debug", *plugins, "--set", more), code=2 if words else 0
+    )
+    assert all(word in started.stderr for word in words), started.stderr

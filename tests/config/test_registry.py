@@ -50,6 +50,32 @@ found = error_of()
 assert "'rms_norm'" in found and "pretrain.model.config.RMSNorm" in found, found
 assert "__main__.Other" in found, found
 """,
+    "a kernel can do what it states, and no more": """
+from pretrain.model.attention.kernels.config import Kernel
+class Plain(Kernel):
+    kind: Literal["plain", "plain_v2"]
+    fp32: ClassVar[bool] = True
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.sdpa:sdpa_attention"
+assert error_of("model.attention.kernel=plain_v2") is None
+found = error_of("model.attention.kernel=plain_v2", "model.attention.sinks=true")
+assert "sinks" in found, found
+""",
+    "mup takes only optimizers that say they scale": """
+from pretrain.optim.config import SGD
+class PlainSgd(SGD):
+    kind: Literal["plain_sgd"]
+mup = "model.initialization={kind: mup, base: {hidden_size: 16, head_dim: 8}}"
+plain = "optimizer={kind: plain_sgd, learning_rate: 0.1, momentum: 0}"
+assert error_of(plain) is None and error_of(mup) is None
+assert "optimizer" in error_of(mup, plain)
+""",
+    "a second default of a family is refused": """
+from pretrain.optim.config import AdamW
+class Mine(AdamW):
+    kind: Literal["mine"] = "mine"
+found = error_of("optimizer.learning_rate=1e-3")
+assert "__main__.Mine" in found and "only one of a family" in found, found
+""",
     "reading a recipe imports neither torch nor DeepSpeed": """
 import sys
 load_recipe("debug")

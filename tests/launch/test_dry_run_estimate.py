@@ -88,4 +88,35 @@ def test_names_are_found_however_they_are_written_and_devices_by_torch_s_names()
         ("AMD Instinct MI300X", "MI300X"),
     ):
         assert accelerator_of_device(device) is accelerator(name)
-    assert accelerator_of_device("Some other device") is None
+    for other in (
+        "Some other device",
+        "NVIDIA L40",
+        "NVIDIA RTX A1000",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    ):
+        assert accelerator_of_device(other) is None, other
+    assert accelerator_of_device("NVIDIA A100-SXM4-80GB") is accelerator("A100")
+
+
+def test_a_gpu_without_fp8_is_planned_for_no_fp8(plan: Plan) -> None:
+    assert (
+        "TFLOP/s in bf16" in plan("--gpu", "H100", "--set", "train.precision=fp8")["estimate_basis"]
+    )
+    with pytest.raises(ConfigError, match="A100 has no fp8"):
+        plan("--gpu", "A100", "--set", "train.precision=fp8")
+
+
+def test_tf32_has_no_estimate_and_an_offloaded_state_no_verdict(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precise = ("--gpu", "A100", "--set", "train.precision=fp32")
+    assert plan(*precise)["estimated_seconds"] > 0
+    assert plan(*precise, "--set", "train.tf32=true")["estimated_seconds"] is None
+    capsys.readouterr()
+    plan("--gpu", "H100", "--ds_config", "zero3_offload")
+    printed = capsys.readouterr().out
+    assert "offloaded to the host" in printed and "fits" not in printed

@@ -295,7 +295,7 @@ def test_a_real_grid_over_seeds_stopped_by_ctrl_c_goes_on_and_tells_which_rate_d
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 75, stopped.stderr
     assert (
-        f"python tools/sweep.py --output {output} goes on" in stopped.stdout
+        f"python tools/sweep.py --output {output} continues" in stopped.stdout
         and stopped.survivors() == []
     )
     assert (

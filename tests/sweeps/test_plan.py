@@ -170,6 +170,22 @@ def test_a_recipe_that_changes_under_a_sweep_changes_nothing(tiny: Tiny, tmp_pat
     )
 
 
+@pytest.mark.parametrize("place", ["base", "point"])
+def test_a_sweep_s_folder_imports_no_plugin_that_was_not_given(
+    tiny: Tiny, tmp_path: Path, place: str
+) -> None:
+    base = base_mapping(str(tiny.recipe), [], 512)
+    point = Point("strange", {}, ["plugins=[strange_parts]"] if place == "point" else [])
+    if place == "base":
+        base["plugins"] = ["strange_parts"]
+    study = Study(tmp_path / "sweep", design_of(tiny, {TOP_K: [1]}, base=base), [point])
+    study.save()
+    found = open_study(tmp_path / "sweep")
+    assert found is not None
+    with pytest.raises(ConfigError, match="give --plugin strange_parts if you trust it"):
+        found.recipe_of(found.points[0])
+
+
 def grown(tiny: Tiny, found: Study, **changes: Any) -> Study:
     """The sweep of a folder, asked for with changes; written, and read back."""
     asked = dataclasses.replace(design_of(tiny, {}), **(vars(found.design) | changes))

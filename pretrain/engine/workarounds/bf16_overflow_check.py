@@ -1,7 +1,7 @@
 """Gradients in bf16 that are not finite.
 
-Fact: at stages 1 and 2 DeepSpeed applies a bf16 gradient that is not finite, unless
-    ``bf16.check_grad_overflow`` is on, which is off by default.
+Fact: at stages 1 and 2 DeepSpeed applies a bf16 gradient that is not finite if
+    ``bf16.check_grad_overflow`` is off, which a ds_config may ask for; it is on by default.
 Versions: 0.19.8
 Upstream: none known
 Effect: one overflow would turn all weights into NaN, and the guard ``guards.non_finite`` would see

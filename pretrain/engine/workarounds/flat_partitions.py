@@ -40,7 +40,7 @@ def give_shards(
 def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.device) -> None:
     """Stages 1 and 2 join the parameters of a group and cut the whole into equal partitions."""
     for index, flat_N in enumerate(optimizer.single_partition_of_fp32_groups):
-        if optimizer.optimizer.param_groups[index]["rule"] != "muon":
+        if optimizer.optimizer.param_groups[index].get("rule") != muon.matrix_rule:
             continue
         group = optimizer.real_dp_process_group[index]
         ranks = distributed.get_world_size(group)
@@ -66,7 +66,7 @@ def _from_partitioned_parameters(
     groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
     for index, (flat_N, parameters) in enumerate(groups):
         options = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]
-        if options["rule"] != "muon":
+        if options.get("rule") != muon.matrix_rule:
             continue
         matrices: list[ShardedMatrix] = []
         offset = 0

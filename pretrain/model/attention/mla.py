@@ -49,9 +49,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     - plain, as in training: keys and values of all cached tokens are made of their latents;
     - absorbed: (W_UK c) q = c (W_UK^T q), so a query is brought into the space of the latents,
-      attends to them as one key/value head of
-      C + R numbers, and what it gets is brought back by W_UV. Nothing of the size of all heads is
-      made of a cached token.
+      attends to them as one key/value head of C + R elements, and its output is brought back by
+      W_UV. Nothing of the size of all heads is made of a cached token.
 
     W_UK and W_UV are read from ``kv_b_proj`` at each call: nothing is kept that a training step
     could make stale.

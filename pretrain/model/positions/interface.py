@@ -16,7 +16,7 @@ class PositionTerms(NamedTuple):
     Attributes:
         rope: cos and sin of every position and pair, fp32, to broadcast over [B, N, S, rotary_dim /
             2]; None if nothing is rotated.
-        slopes_N: fp32 [N], what a key loses for each token that it is back; None without ALiBi.
+        slopes_N: fp32 [N], what a key loses for each token of its distance; None without ALiBi.
         score_factor: what the product of a query and a key is multiplied with beside attention's
             own scale.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pretrain.core.registry import Component, kind_name, kinds_of
+from pretrain.core.registry import Component, kinds_by_name
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,19 @@ class Kernel(Component):
 
     Attributes:
         package: what has to be installed beside torch.
-        devices: torch's types of those it runs on; () for all.
         max_head_dim: elements of the widest head it takes; None for any.
-    The other attributes are the demands of the same name.
+    The other attributes are the demands of the same name: a kernel has to state what it can compute.
     """
 
     package: ClassVar[str | None] = None
-    devices: ClassVar[tuple[str, ...]] = ()
     max_head_dim: ClassVar[int | None] = None
-    sliding_window: ClassVar[bool] = True
-    sinks: ClassVar[bool] = True
-    alibi: ClassVar[bool] = True
-    dropout: ClassVar[bool] = True
-    document_mask: ClassVar[bool] = True
-    fp32: ClassVar[bool] = True
-    values_of_another_width: ClassVar[bool] = True
+    sliding_window: ClassVar[bool] = False
+    sinks: ClassVar[bool] = False
+    alibi: ClassVar[bool] = False
+    dropout: ClassVar[bool] = False
+    document_mask: ClassVar[bool] = False
+    fp32: ClassVar[bool] = False
+    values_of_another_width: ClassVar[bool] = False
 
     @classmethod
     def lacks(cls, demands: KernelDemands) -> list[str]:
@@ -66,6 +64,13 @@ class Reference(Kernel):
     """The definition, in fp32: what tests compare the others with."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.reference:reference_attention"
+    sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    fp32: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
     kind: Literal["reference"]
 
 
@@ -73,6 +78,13 @@ class Sdpa(Kernel):
     """torch's fused scaled_dot_product_attention."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.sdpa:sdpa_attention"
+    sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    fp32: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
     kind: Literal["sdpa"]
 
 
@@ -80,7 +92,12 @@ class Flex(Kernel):
     """torch's flex_attention (Dong et al. 2024); on a CPU it has no backward pass."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.flex:flex_attention"
-    dropout: ClassVar[bool] = False
+    sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    fp32: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
     kind: Literal["flex"]
 
 
@@ -88,16 +105,14 @@ class Flash(Kernel):
     """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.flash:flash_attention"
+    sliding_window: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    dropout: ClassVar[bool] = True
     package: ClassVar[str | None] = "flash_attn"
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
     max_head_dim: ClassVar[int | None] = 256
-    sinks: ClassVar[bool] = False
-    document_mask: ClassVar[bool] = False
-    fp32: ClassVar[bool] = False
-    values_of_another_width: ClassVar[bool] = False
     kind: Literal["flash"]
 
 
 def kernel_section(name: str) -> type[Kernel]:
     """The section of the kernel that a recipe calls ``name``."""
-    return next(kind for kind in kinds_of(Kernel) if kind_name(kind) == name)
+    return kinds_by_name(Kernel)[name]

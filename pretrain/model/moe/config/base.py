@@ -74,10 +74,9 @@ class MoE(Component):
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     has_tables: ClassVar[bool] = False
     forms_expert_outputs: ClassVar[bool] = True
-    scales_with_width: ClassVar[bool] = True
+    scales_with_width: ClassVar[bool] = False
     has_universal_checkpoints: ClassVar[bool] = False
 
-    kind: str
     moe_intermediate_size: Positive = Field(description="hidden units of one expert")
     num_shared_experts: NonNegative = Field(
         0, description="experts that see every token, as one feed-forward of their joint width"
@@ -237,6 +236,7 @@ def norm_is_by_default(router: Router) -> bool:
 class RoutedMoE(MoE):
     """Experts with a router that scores every one of them."""
 
+    scales_with_width: ClassVar[bool] = True
     num_experts: Positive
     top_k: Annotated[Positive, Effect.FUNCTION]
     router: Annotated[Router, OneOf()] = SoftmaxTopK()

@@ -30,7 +30,6 @@ class PEER(MoE):
     }
     has_tables: ClassVar[bool] = True
     forms_expert_outputs: ClassVar[bool] = False
-    scales_with_width: ClassVar[bool] = False
     kind: Literal["peer"]
     product_key_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
         description="sub-keys of each dimension; their product is the number of experts"
