@@ -64,7 +64,7 @@ assert "sinks" in found, found
 from pretrain.optim.config import SGD
 class PlainSgd(SGD):
     kind: Literal["plain_sgd"]
-mup = "model.initialization={kind: mup, base: {hidden_size: 16, head_dim: 8}}"
+mup = "model.initialization={kind: mup, base: {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, moe_intermediate_size: 16}}"
 plain = "optimizer={kind: plain_sgd, learning_rate: 0.1, momentum: 0}"
 assert error_of(plain) is None and error_of(mup) is None
 assert "optimizer" in error_of(mup, plain)
