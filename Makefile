@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help requirements install quickstart test test-full lint benchmark bench-data bench-peer bench-training clean
 
 help:
-	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, under 10 minutes on 2 cores"
+	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, 9 to 15 minutes on 2 cores"
 	@echo "make test         install, lint, types, all tests but the long matrices"
 	@echo "make test-full    all tests and the whole numerical matrix"
 	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
