@@ -53,7 +53,8 @@ def in_a_terminal(folder: Path, commands: list[list[str | Path]]) -> list[Said]:
     reader.start()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(file)],
+        # -P: evaluate.py would start this process again with it, and the commands with it.
+        [sys.executable, "-P", str(WORKER), str(file)],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=theirs,

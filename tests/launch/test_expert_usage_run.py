@@ -140,7 +140,7 @@ def test_tensorboard_has_curves_histograms_and_pictures_beside_the_training_loss
     hottest = max(layer["max_over_mean"] for layer in last["layers"])
     assert histogram.histogram_value.max == pytest.approx(math.log2(1 + hottest))
     picture = events.Images("usage/load_by_layer")[-1]
-    assert (picture.step, picture.width, picture.height) == (STEPS, 512, 16)
+    assert (picture.step, picture.width, picture.height) == (STEPS, 512, 512)
     assert events.Scalars("usage/gini")[-1].value == pytest.approx(last["gini"], rel=1e-6)
 
 
