@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: requirements from the sections of one file, and folders of the root that become packages."""
+"""What pyproject.toml cannot say: requirements from the sections of one file, and folders of the
+root that become packages.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# A user finds these at the top of a checkout; in a wheel they are inside `pretrain`. pretrain/core/shipped.py knows both places.
+# A user finds these at the top of a checkout; in a wheel they are inside `pretrain`.
+# pretrain/core/shipped.py knows both places.
 INSIDE_THE_PACKAGE = ("tools", "launchers", "ds_configs")
 
 
 def requirements() -> dict[str, list[str]]:
-    """The lines of requirements.txt by extra: a comment `# [name] ...` begins one, and what is above the first is always needed."""
+    """The lines of requirements.txt by extra: a comment `# [name] ...` begins one, and what is
+    above the first is always needed.
+    """
     sections: dict[str, list[str]] = {"": []}
     name = ""
     for line in Path("requirements.txt").read_text(encoding="utf-8").splitlines():

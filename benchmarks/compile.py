@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""What ``train.compile=blocks`` costs and gains: forward and backward of the quickstart's model, compiled against eager, by turns.
+"""What ``train.compile=blocks`` costs and gains: forward and backward of the quickstart's model,
+compiled against eager, by turns.
 
-Dense blocks are compiled whole, blocks of dropless experts in their attention half. Wall seconds in one thread; the ratio is the median of
-pairs of neighbouring steps, which a change of the machine's speed meets alike.
+Dense blocks are compiled whole, blocks of dropless experts in their attention half. Wall seconds in
+one thread; the ratio is the median of pairs of neighbouring steps, which a change of the machine's
+speed meets alike.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def main() -> None:
     )  # blocks that are not measured now stay
     results["date"] = date.today().isoformat()
     results["hardware"] = (
-        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread"
+        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
+        f" {torch.__version__}, one thread"
     )
     for name in options.blocks:
         results[name] = measure(BLOCKS[name], options.steps, options.sequences)

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Converting a checkpoint of 2 GB of fp32 weights: this project's streams against DeepSpeed's ``zero_to_fp32`` and ``ds_to_universal``.
+"""Converting a checkpoint of 2 GB of fp32 weights: this project's streams against DeepSpeed's
+``zero_to_fp32`` and ``ds_to_universal``.
 
-The checkpoint is a real one, of one rank at ZeRO stage 1 in bf16, so that DeepSpeed's tools have their files. Each measurement is a process of
-its own; its peak is the kernel's (VmHWM), with the interpreter and all imports. Ours is without the comparison of logits, which needs both
-models in memory, and with the comparison of every tensor with its source. ``zero_to_fp32`` refuses mixtures of experts; it is measured on a
-dense model of as many parameters as well.
+The checkpoint is a real one, of one rank at ZeRO stage 1 in bf16, so that DeepSpeed's tools have
+their files. Each measurement is a process of its own; its peak is the kernel's (VmHWM), with the
+interpreter and all imports. Ours is without the comparison of logits, which needs both models in
+memory, and with the comparison of every tensor with its source. ``zero_to_fp32`` refuses mixtures
+of experts; it is measured on a dense model of as many parameters as well.
 """
 
 from __future__ import annotations
@@ -30,24 +32,28 @@ from pretrain.checkpoint.weights import open_weights
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = {
     "ours, safetensors, fp32": (
-        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output, torch.float32, overwrite=False)"
+        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output,"
+        " torch.float32, overwrite=False)"
     ),
     "ours, safetensors, bf16": (
-        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output, torch.bfloat16, overwrite=False)"
+        "from pretrain.export.convert import export_safetensors; export_safetensors(source, output,"
+        " torch.bfloat16, overwrite=False)"
     ),
     "ours, hf, bf16": (
-        "from pretrain.export.convert import export_hf; from data_pipeline.shards.token_stream import open_split; "
-        "from data_pipeline.shards.manifest import load_manifest; stream = open_split(load_manifest(data), 'train'); "
-        "export_hf(source, output, stream, torch.bfloat16, overwrite=False, memory_bytes=0)"
+        "from pretrain.export.convert import export_hf; from data_pipeline.shards.token_stream"
+        " import open_split; from data_pipeline.shards.manifest import load_manifest; stream ="
+        " open_split(load_manifest(data), 'train'); export_hf(source, output, stream,"
+        " torch.bfloat16, overwrite=False, memory_bytes=0)"
     ),
     "deepspeed, zero_to_fp32": (
-        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert; "
-        "convert(str(source), str(output), safe_serialization=True, tag='deepspeed')"
+        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as"
+        " convert; convert(str(source), str(output), safe_serialization=True, tag='deepspeed')"
     ),
     "deepspeed, ds_to_universal": (
-        "from argparse import Namespace; from deepspeed.checkpoint import ds_to_universal; "
-        "ds_to_universal.main(Namespace(input_folder=str(source / 'deepspeed'), output_folder=str(output), num_extract_workers=1, "
-        "num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))"
+        "from argparse import Namespace; from deepspeed.checkpoint import ds_to_universal;"
+        " ds_to_universal.main(Namespace(input_folder=str(source / 'deepspeed'),"
+        " output_folder=str(output), num_extract_workers=1, num_merge_workers=1,"
+        " keep_temp_folder=False, strict=True, inject_missing_state=False))"
     ),
 }
 PROGRAM = """
@@ -164,7 +170,10 @@ def main() -> None:
                 "side",
                 "seconds",
                 "peak MB",
-                title=f"{name}: {sum(sizes) / 1e9:.2f} GB of fp32, largest tensor {max(sizes) / 1e6:.0f} MB",
+                title=(
+                    f"{name}: {sum(sizes) / 1e9:.2f} GB of fp32, largest tensor"
+                    f" {max(sizes) / 1e6:.0f} MB"
+                ),
             )
             sides: dict[str, object] = {}
             for side in SIDES:

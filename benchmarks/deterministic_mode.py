@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""What train.deterministic costs: the same steps of one model in both modes by turns, in one process."""
+"""What train.deterministic costs: the same steps of one model in both modes by turns, in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def random_batch(recipe: Recipe, seed: int) -> Batch:
 
 
 def timed_pairs(engine: Engine, batches: list[Batch], pairs: int) -> list[tuple[float, float]]:
-    """CPU seconds of the same batches in the plain and in the deterministic mode; which comes first changes."""
+    """CPU seconds of the same batches in the plain and in the deterministic mode; which comes first
+    changes.
+    """
     found = []
     for number in trange(pairs + 1, desc="pairs"):
         times = {}
@@ -99,7 +103,8 @@ def main() -> int:
     }
     if options.json_path != "-":
         print(
-            f"a deterministic step takes {result['ratio_median']:.3f} of the CPU time of a plain one (median of {len(pairs)} pairs)"
+            f"a deterministic step takes {result['ratio_median']:.3f} of the CPU time of a plain"
+            f" one (median of {len(pairs)} pairs)"
         )
     write_json(result, options.json_path)
     disconnect()

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""What the KV cache gains: greedy text of the quickstart's model with random weights, with the cache and by whole passes, token by token."""
+"""What the KV cache gains: greedy text of the quickstart's model with random weights, with the
+cache and by whole passes, token by token.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def random_model(recipe: str = "quickstart") -> DecoderLM:
 
 
 def without_cache(model: DecoderLM) -> NextLogits:
-    """All tokens through the whole model for each new one; only the last token meets the head, as with the cache."""
+    """All tokens through the whole model for each new one; only the last token meets the head, as
+    with the cache.
+    """
     tokens_BS = torch.empty(1, 0, dtype=torch.int64)
 
     @torch.inference_mode()
@@ -96,7 +100,10 @@ def main() -> None:
     if arguments.json_path != "-":
         for row in rows:
             print(", ".join(f"{name} {value}" for name, value in row.items()))
-    machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    machine = (
+        f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"
+        f" {platform.python_version()}"
+    )
     result = {
         "date": date.today().isoformat(),
         "machine": machine,

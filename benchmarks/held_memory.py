@@ -1,8 +1,10 @@
-"""The one measure of memory in these benchmarks: what processes hold, by Linux's ``/proc/PID/smaps_rollup``.
+"""The one measure of memory in these benchmarks: what processes hold, by Linux's
+``/proc/PID/smaps_rollup``.
 
-Held are anonymous and shared-memory pages, in memory or swapped out. A page that several processes share counts once, divided among them
-(proportional set size). Pages of mapped files do not count: the system keeps them as a cache of the files, also after the process, and takes
-them back when it needs them. The resident set (RSS) counts both, and a shared page once for every process.
+Held are anonymous and shared-memory pages, in memory or swapped out. A page that several processes
+share counts once, divided among them (proportional set size). Pages of mapped files do not count:
+the system keeps them as a cache of the files, also after the process, and takes them back when it
+needs them. The resident set (RSS) counts both, and a shared page once for every process.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from typing import Self
 
 import psutil
 
-MEASURE = "held memory: proportional anonymous and shared-memory pages and swap (Pss_Anon + Pss_Shmem + SwapPss), without pages of mapped files"
+MEASURE = (
+    "held memory: proportional anonymous and shared-memory pages and swap (Pss_Anon + Pss_Shmem +"
+    " SwapPss), without pages of mapped files"
+)
 COUNTED = ("Pss_Anon", "Pss_Shmem", "SwapPss")
 SAMPLED_SECONDS = 0.05
 

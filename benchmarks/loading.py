@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""From shards to batches: this loader against Megatron-Core's GPTDataset on the same shards, and at the size of a trillion tokens.
+"""From shards to batches: this loader against Megatron-Core's GPTDataset on the same shards, and at
+the size of a trillion tokens.
 
-The shards hold random tokens in documents of log-normal length. Both sides give sequences with document boundaries: ours document ids,
-Megatron's reset position ids and loss masks. Each measurement is a process of its own; its memory is what it holds
-(benchmarks/held_memory.py) beyond the imports. The
-corpus of a trillion tokens is 500 shards whose token files are sparse: they have their size, but take no room on the disk.
+The shards hold random tokens in documents of log-normal length. Both sides give sequences with
+document boundaries: ours document ids, Megatron's reset position ids and loss masks. Each
+measurement is a process of its own; its memory is what it holds (benchmarks/held_memory.py) beyond
+the imports. The corpus of a trillion tokens is 500 shards whose token files are sparse: they have
+their size, but take no room on the disk.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ VOCAB_SIZE = 32_000
 TRILLION_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 500, 2_000_000_000, 2_000_000
 
 
-# --- shards ---------------------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
@@ -97,7 +99,9 @@ def make_small(folder: Path, tokens: int) -> None:
 
 
 def make_trillion(folder: Path) -> None:
-    """500 shards of two billion tokens; one index file under many names, and token files that are holes."""
+    """500 shards of two billion tokens; one index file under many names, and token files that are
+    holes.
+    """
     folder.mkdir(parents=True)
     length = SHARD_TOKENS // SHARD_DOCUMENTS
     first = idx_path(folder / "train_00000")
@@ -128,7 +132,7 @@ def make_trillion(folder: Path) -> None:
     write_manifest(folder, shards)
 
 
-# --- the sides ------------------------------------------------------------------------------------------------------------------
+# --- the sides ------------------------------------------------------------------------------------
 
 
 def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
@@ -320,14 +324,20 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(table)
     packed, trillion, stalls = report["sides"]["best_fit"], report["trillion"], report["stalls"]
     console.print(
-        f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the documents cut"
+        f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the"
+        " documents cut"
     )
-    first = f"first batch after {trillion['first_batch_seconds']:.2f} s and {trillion['first_batch_bytes'] / 1e6:.0f} MB"
-    console.print(
-        f"a trillion tokens in {TRILLION_SHARDS} shards: {first}; {trillion['bytes'] / 1e6:.0f} MB after 300 steps"
+    first = (
+        f"first batch after {trillion['first_batch_seconds']:.2f} s and"
+        f" {trillion['first_batch_bytes'] / 1e6:.0f} MB"
     )
     console.print(
-        f"{stalls['steps']:,} steps of 10 ms with best-fit packing and document ids: {stalls['stall_share']:.3%} of the time waiting"
+        f"a trillion tokens in {TRILLION_SHARDS} shards: {first}; {trillion['bytes'] / 1e6:.0f} MB"
+        " after 300 steps"
+    )
+    console.print(
+        f"{stalls['steps']:,} steps of 10 ms with best-fit packing and document ids:"
+        f" {stalls['stall_share']:.3%} of the time waiting"
     )
 
 
@@ -351,7 +361,10 @@ def main() -> None:
         make_trillion(large)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "machine": (
+            f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"
+            f" {platform.python_version()}"
+        ),
         "memory": MEASURE,
         "tokens": sum(
             shard["tokens"]

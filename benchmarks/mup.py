@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Does the best learning rate stay where it is when a model becomes wider? A grid of learning rates for each width, standard against muP.
+"""Does the best learning rate stay where it is when a model becomes wider? A grid of learning rates
+for each width, standard against muP.
 
-The models are mixtures of experts of one form (quickstart's, with fewer layers and experts) on the quickstart's data; depth, heads' size and the
-number of experts stay as they are, and at the smallest width, the base, both kinds are the same model. Every run sees the same tokens in the
-same order; its result is the mean loss of its last steps.
+The models are mixtures of experts of one form (quickstart's, with fewer layers and experts) on the
+quickstart's data; depth, heads' size and the number of experts stay as they are, and at the
+smallest width, the base, both kinds are the same model. Every run sees the same tokens in the same
+order; its result is the mean loss of its last steps.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
 
 
 def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) -> dict[str, Any]:
-    """For each kind and width all losses, the best power, and what the base's best power costs there."""
+    """For each kind and width all losses, the best power, and what the base's best power costs
+    there.
+    """
     base = min(widths)
     result: dict[str, Any] = {}
     base_best = min(powers, key=lambda power: losses[Job("standard", base, power)])

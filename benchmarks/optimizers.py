@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """The kinds of optimizer at equal tokens and at equal seconds, on the quickstart's corpus.
 
-A small model of the quickstart's form, in fp32, at a constant learning rate behind a warm-up, so that every point of a curve stands for a run
-that ends there. Each kind first tries its learning rates with a seed of its own, then trains with the best one over three seeds.
-Seconds are CPU seconds of one thread inside the steps: other programs on the machine do not count. State bytes are those of live tensors.
+A small model of the quickstart's form, in fp32, at a constant learning rate behind a warm-up, so
+that every point of a curve stands for a run that ends there. Each kind first tries its learning
+rates with a seed of its own, then trains with the best one over three seeds. Seconds are CPU
+seconds of one thread inside the steps: other programs on the machine do not count. State bytes are
+those of live tensors.
 
 Needs data/quickstart (tools/preprocess_data.py --recipe quickstart), or --data FOLDER.
 """
@@ -46,8 +48,8 @@ MODEL = [
     "schedule={kind: constant, warmup_steps: 20}", "logging.tensorboard=false",
 ]  # fmt: skip
 STEP_TOKENS = 512
-# What each kind tries: its decay, then the first learning rates; none where it takes AdamW's best one. The embedding's rate is five times as high, as
-# in the quickstart.
+# What each kind tries: its decay, then the first learning rates; none where it takes AdamW's best
+# one. The embedding's rate is five times as high, as in the quickstart.
 KINDS: dict[str, tuple[float, tuple[float, ...]]] = {
     "adamw": (0.1, (2e-3, 4e-3, 8e-3)),
     "adamw_8bit": (0.1, ()),
@@ -58,7 +60,9 @@ VALIDATION_WINDOWS, EVERY = 64, 50
 
 
 def state_bytes(engine: Engine) -> float:
-    """Bytes of optimizer state a parameter, from the tensors that are there; the table of 8-bit levels, which all states share, left out."""
+    """Bytes of optimizer state a parameter, from the tensors that are there; the table of 8-bit
+    levels, which all states share, left out.
+    """
     states = engine.optimizer.state.values()
     held = sum(
         value.nbytes
@@ -72,8 +76,13 @@ def state_bytes(engine: Engine) -> float:
 def train(
     kind: str, rate: float, seed: int, steps: int, every: int, data: str, topology: Topology
 ) -> dict[str, Any]:
-    """One training: the validation loss at every ``every`` steps, with the CPU seconds of the steps so far."""
-    optimizer = f"{{kind: {kind}, learning_rate: {rate}, embedding_learning_rate: {5 * rate}, weight_decay: {KINDS[kind][0]}}}"
+    """One training: the validation loss at every ``every`` steps, with the CPU seconds of the steps
+    so far.
+    """
+    optimizer = (
+        f"{{kind: {kind}, learning_rate: {rate}, embedding_learning_rate: {5 * rate}, weight_decay:"
+        f" {KINDS[kind][0]}}}"
+    )
     sizes = [
         *MODEL,
         f"optimizer={optimizer}",
@@ -122,7 +131,9 @@ def loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
 
 
 def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, float]]:
-    """The validation loss that each kind reaches with each of its learning rates, and with doubled ones until a higher rate is no better."""
+    """The validation loss that each kind reaches with each of its learning rates, and with doubled
+    ones until a higher rate is no better.
+    """
     found: dict[str, dict[float, float]] = {kind: {} for kind in KINDS}
     with tqdm(desc="learning rates", unit="training") as progress:
         for kind, (_, rates) in KINDS.items():
@@ -188,7 +199,10 @@ def show(results: dict[str, Any]) -> None:
     table = Table(
         "optimizer",
         *columns,
-        title=f"{results['tokens']:,} tokens, or {results['equal_seconds']:.0f} CPU seconds; {results['seeds']} seeds",
+        title=(
+            f"{results['tokens']:,} tokens, or {results['equal_seconds']:.0f} CPU seconds;"
+            f" {results['seeds']} seeds"
+        ),
     )
     for kind, row in results["kinds"].items():
         table.add_row(kind, *(f"{row[column]:.4g}" for column in columns))
@@ -243,7 +257,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     topology, path = connect(1), Path(options.json_path)
-    machine = f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread"
+    machine = (
+        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
+        f" {torch.__version__}, one thread"
+    )
     swept = sweep(options.sweep_steps, options.data, topology)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for seed in (

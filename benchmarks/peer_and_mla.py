@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """What PEER and latent attention cost and gain on a small machine.
 
-* trainings: the quickstart's model on its corpus, three seeds each, with feed-forwards of equal FLOPs a token: dense, dropless experts, PEER
-  (all with grouped-query attention); and with latent attention (and dropless experts).
-* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768: its time and the memory
-  that the process holds (benchmarks/held_memory.py).
+* trainings: the quickstart's model on its corpus, three seeds each, with feed-forwards of equal
+  FLOPs a token: dense, dropless experts, PEER (all with grouped-query attention); and with latent
+  attention (and dropless experts).
+* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768:
+  its time and the memory that the process holds (benchmarks/held_memory.py).
 * decoding: what both kinds of attention keep of a token, and how fast they decode.
 
-Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of its own with one thread.
+Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of
+its own with one thread.
 """
 
 from __future__ import annotations
@@ -41,17 +43,20 @@ from pretrain.model.sizes import cache_bytes, model_size
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
-# 786,432 weights a token: 3 x 256 x 1024; 2 experts of 3 x 256 x 512; PEER's queries, sub-keys of 8 heads and 128 experts of 4 (0.5% less).
+# 786,432 weights a token: 3 x 256 x 1024; 2 experts of 3 x 256 x 512; PEER's queries, sub-keys of 8
+# heads and 128 experts of 4 (0.5% less).
 FEED_FORWARDS = {
     "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"],
     "dropless": [],
     "peer": [
-        "model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim: 152, moe_intermediate_size: 4}"
+        "model.moe={kind: peer, product_key_sizes: [64, 64], num_heads: 8, top_k: 16, query_dim:"
+        " 152, moe_intermediate_size: 4}"
     ],
 }
 # 180,224 weights of attention a layer, where grouped queries have 196,608.
 MLA = [
-    "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16, qk_nope_head_dim: 48, v_head_dim: 64}"
+    "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16,"
+    " qk_nope_head_dim: 48, v_head_dim: 64}"
 ]
 VARIANTS = FEED_FORWARDS | {"dropless, latent attention": MLA}
 ATTENTIONS = {"gqa": [], "mla": MLA}
@@ -65,7 +70,9 @@ EXPERTS = {"4,096": [64, 64], "65,536": [256, 256], "1,048,576": [1024, 1024]}
 def train(
     name: str, overrides: list[str], seed: int, tokens: int, folder: Path
 ) -> dict[str, float]:
-    """One training in a process of its own: validation loss, median tokens a second, the most memory held."""
+    """One training in a process of its own: validation loss, median tokens a second, the most
+    memory held.
+    """
     run = folder / f"{name}-{seed}"
     settings = [
         *TRAINING,
@@ -195,7 +202,9 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
 
 
 def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, Any]:
-    """Greedy tokens a second of one sequence behind a prompt, random weights, one thread; and the cache's bytes a token in fp32."""
+    """Greedy tokens a second of one sequence behind a prompt, random weights, one thread; and the
+    cache's bytes a token in fp32.
+    """
     torch.set_num_threads(1)
     models = {}
     for name, overrides in variants.items():
@@ -271,7 +280,8 @@ def main() -> None:
     results["date"] = date.today().isoformat()
     results["memory"] = MEASURE
     results["hardware"] = (
-        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch {torch.__version__}, one thread a process"
+        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
+        f" {torch.__version__}, one thread a process"
     )
     with tempfile.TemporaryDirectory() as folder:
         measures: dict[str, Callable[[], dict[str, Any]]] = {

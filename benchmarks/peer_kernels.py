@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""The products of PEER's tokens with their rows: the plain ones, torch's bags, and on CUDA Triton's kernels, at two sizes of the table.
+"""The products of PEER's tokens with their rows: the plain ones, torch's bags, and on CUDA Triton's
+kernels, at two sizes of the table.
 
-Every token chose 128 of the rows at random. Each round times all kernels, one after the other, so that a change of the machine's speed
-meets them all; the results are the medians of their seconds, of the rows' bytes a second, each read once, and of the rounds' ratios to plain.
+Every token chose 128 of the rows at random. Each round times all kernels, one after the other, so
+that a change of the machine's speed meets them all; the results are the medians of their seconds,
+of the rows' bytes a second, each read once, and of the rounds' ratios to plain.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def seconds(work: Work, kernel: Kernel, device: torch.device) -> float:
 def compared(
     work: Work, row_bytes: int, names: list[str], rounds: int, device: torch.device, bar: tqdm[Any]
 ) -> dict[str, dict[str, float]]:
-    """For each kernel its median seconds, bytes a second, and how many times as fast as plain it was."""
+    """For each kernel its median seconds, bytes a second, and how many times as fast as plain it
+    was.
+    """
     kernels = {name: kernel_named(name, device) for name in names}
     wanted = work(kernels["plain"])
     for kernel in kernels.values():  # also the first call, which compiles

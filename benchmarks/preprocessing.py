@@ -1,17 +1,22 @@
 #!/usr/bin/env python
-"""JSON lines to .bin/.idx: this pipeline against Megatron-LM's two ways, side by side on this machine; and what each stage of ours costs.
+"""JSON lines to .bin/.idx: this pipeline against Megatron-LM's two ways, side by side on this
+machine; and what each stage of ours costs.
 
-The corpus is real code and text: the files of the interpreter's library and of all installed packages, as JSON lines. The tokenizer is a
-byte-level BPE of 32,768 entries trained on a tenth of it. Each measurement is a process of its own that reports its seconds without
-imports and start-up, and the most memory that all its processes held (benchmarks/held_memory.py). Rounds alternate, so that a change of the machine's
-speed meets all sides.
+The corpus is real code and text: the files of the interpreter's library and of all installed
+packages, as JSON lines. The tokenizer is a byte-level BPE of 32,768 entries trained on a tenth of
+it. Each measurement is a process of its own that reports its seconds without imports and start-up,
+and the most memory that all its processes held (benchmarks/held_memory.py). Rounds alternate, so
+that a change of the machine's speed meets all sides.
 
-* newest: what Megatron-LM's preprocess_data_fast.py does: gigatoken's encode_files over the whole file, then one call of the builder.
-* classic: what its preprocess_data.py does: a pool of 2 processes, one encode of the tokenizers library a document (on a part of the file).
+* newest: what Megatron-LM's preprocess_data_fast.py does: gigatoken's encode_files over the whole
+  file, then one call of the builder.
+* classic: what its preprocess_data.py does: a pool of 2 processes, one encode of the tokenizers
+  library a document (on a part of the file).
 
-A virtual machine may get memory from its host only when it is first used, which took two seconds a gigabyte on the machine of the results: a price
-that the newest way pays for every token and that is not there elsewhere. So ours and newest are compared a second time with memory that was used
-right before the clock started.
+A virtual machine may get memory from its host only when it is first used, which took two seconds a
+gigabyte on the machine of the results: a price that the newest way pays for every token and that is
+not there elsewhere. So ours and newest are compared a second time with memory that was used right
+before the clock started.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ COSTS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- the corpus -----------------------------------------------------------------------------------------------------------------
+# --- the corpus -----------------------------------------------------------------------------------
 
 
 def texts() -> Iterator[str]:
@@ -93,13 +98,15 @@ def make_corpus(folder: Path, size: int) -> None:
     (folder / "tokenizer.json").write_bytes(train_bpe(sample, TrainBPE(vocab_size=32768)).content)
 
 
-# --- the sides, each in a process of its own ------------------------------------------------------------------------------------
+# --- the sides, each in a process of its own ------------------------------------------------------
 
 
 def ours(
     folder: Path, workers: int, cleaning: dict[str, Any], engine: str | None, touched: bool
 ) -> dict[str, float]:
-    """This pipeline in Megatron's form: one .bin, no split, an end-of-document token after each document."""
+    """This pipeline in Megatron's form: one .bin, no split, an end-of-document token after each
+    document.
+    """
     from data_pipeline.config import DataConfig
     from data_pipeline.preprocess.coordinator import build
     from data_pipeline.preprocess.pool import local_pool
@@ -273,11 +280,13 @@ def stages(folder: Path) -> dict[str, float]:
     return result
 
 
-# --- rounds ---------------------------------------------------------------------------------------------------------------------
+# --- rounds ---------------------------------------------------------------------------------------
 
 
 def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> dict[str, float]:
-    """Runs one side in a process of its own: its result, with the most that it and its children held together, in bytes."""
+    """Runs one side in a process of its own: its result, with the most that it and its children
+    held together, in bytes.
+    """
     command = [
         sys.executable,
         __file__,
@@ -402,12 +411,14 @@ def print_report(report: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"ours / newest {sides['ours_over_newest']:.2f}, ours / classic {sides['ours_over_classic']:.0f} (medians of the rounds' ratios)"
+        f"ours / newest {sides['ours_over_newest']:.2f}, ours / classic"
+        f" {sides['ours_over_classic']:.0f} (medians of the rounds' ratios)"
     )
     touched = report["touched"]
     console.print(
-        f"in memory that was used right before: ours {touched['megabytes_per_second']['ours']:.1f} MB/s, "
-        f"newest {touched['megabytes_per_second']['newest']:.1f} MB/s, ours / newest {touched['ours_over_newest']:.2f}"
+        f"in memory that was used right before: ours {touched['megabytes_per_second']['ours']:.1f}"
+        f" MB/s, newest {touched['megabytes_per_second']['newest']:.1f} MB/s, ours / newest"
+        f" {touched['ours_over_newest']:.2f}"
     )
     console.print(f"tokens: ours {sides['tokens']:,}, newest {sides['tokens_of_newest']:,}")
     for title, rows in (
@@ -446,7 +457,10 @@ def main() -> None:
         make_corpus(options.folder, options.megabytes * 1_000_000)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "machine": (
+            f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"
+            f" {platform.python_version()}"
+        ),
         "memory": MEASURE,
         "sides": rounds(options.folder, options.rounds),
         "touched": touched_rounds(options.folder, options.rounds),

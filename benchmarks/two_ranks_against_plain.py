@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Tokens a second of two ranks on DeepSpeed's engine (ep_size 2, ZeRO 1) against the same model in one plain process with two threads.
+"""Tokens a second of two ranks on DeepSpeed's engine (ep_size 2, ZeRO 1) against the same model in
+one plain process with two threads.
 
-Both train the quickstart's model in the same precision on the same global batch. Each round times some steps of the one, then of the other,
-so that a change of the machine's speed meets both; the result is the median of the rounds' ratios. The tokens are random.
+Both train the quickstart's model in the same precision on the same global batch. Each round times
+some steps of the one, then of the other, so that a change of the machine's speed meets both; the
+result is the median of the rounds' ratios. The tokens are random.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def engine_step(recipe: Recipe, precision: str) -> Callable[[], None]:
 
 
 def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
-    """The same arithmetic without DeepSpeed: low-precision weights, fp32 master weights, clipping, AdamW."""
+    """The same arithmetic without DeepSpeed: low-precision weights, fp32 master weights, clipping,
+    AdamW.
+    """
     model = DecoderLM(recipe.model)
     initialize(model, recipe.seed)
     groups = parameter_groups(model, recipe.model, recipe.optimizer)

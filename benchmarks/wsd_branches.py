@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""One trunk of constant learning rate with three decay branches, against three cosine runs of the same lengths.
+"""One trunk of constant learning rate with three decay branches, against three cosine runs of the
+same lengths.
 
-Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", in small: the last 15% of each length are a
-branch of the trunk. Both schedules first choose their peak learning rate, with a seed of its own, at the middle length. Every run is a process of
-its own with one thread; the seeds of the cosine runs say what differences mean nothing.
+Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", in
+small: the last 15% of each length are a branch of the trunk. Both schedules first choose their peak
+learning rate, with a seed of its own, at the middle length. Every run is a process of its own with
+one thread; the seeds of the cosine runs say what differences mean nothing.
 
 Needs data/quickstart (tools/preprocess_data.py --recipe quickstart).
 """
@@ -87,7 +89,10 @@ def train(run: Path, steps: int, data: Path, seed: int, peak: float, overrides: 
 
 
 def decay_phases(start: int) -> str:
-    return f"phases=[{{name: trunk, tokens: {start * STEP_TOKENS}}}, {{name: decay, schedule: {{kind: sqrt}}}}]"
+    return (
+        f"phases=[{{name: trunk, tokens: {start * STEP_TOKENS}}}, {{name: decay, schedule: {{kind:"
+        " sqrt}}]"
+    )
 
 
 def decay_start(length: int) -> int:
@@ -99,7 +104,8 @@ def branched(
 ) -> tuple[dict[int, float], int]:
     """The loss of each length as a branch of one trunk, and all steps that were trained."""
     starts = {length: decay_start(length) for length in lengths}
-    interval = f"checkpoint={{interval_steps: {math.gcd(*starts.values())}, keep_last: 99}}"  # meets every branching point
+    # meets every branching point
+    interval = f"checkpoint={{interval_steps: {math.gcd(*starts.values())}, keep_last: 99}}"
     train(folder / "trunk", max(starts.values()), data, SEEDS[0], peak, [CONSTANT, interval])
     bar.update()
     losses = {}

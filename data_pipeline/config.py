@@ -9,17 +9,23 @@ from pydantic import Field, model_validator
 from data_pipeline.cleaning.config import Cleaning, FillInTheMiddle
 from pretrain.core.section import NonNegative, Positive, Section, Share
 
-# --- sources --------------------------------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
 class SourceBase(Section):
-    """What every kind of source has; ``can_be_read_again`` is false for what comes once, as a pipe."""
+    """What every kind of source has.
+
+    ``can_be_read_again`` is false for what comes once, as a pipe.
+    """
 
     can_be_read_again: ClassVar[bool] = True
 
     split: Literal["hash", "train", "validation"] = Field(
         "hash",
-        description="'hash' holds out data.validation_share of the documents; the others send every document to one side",
+        description=(
+            "'hash' holds out data.validation_share of the documents; the others send every"
+            " document to one side"
+        ),
     )
 
 
@@ -36,7 +42,8 @@ class FilesBase(SourceBase):
 class FoldersBase(FilesBase):
     """Files, or folders that hold files of the kind."""
 
-    # Left out of a dump if it is not given, so that data built before folders could be read is still known by its checksum.
+    # Left out of a dump if it is not given, so that data built before folders could be read is
+    # still known by its checksum.
     config: str | None = Field(
         None,
         exclude_if=lambda value: value is None,
@@ -50,7 +57,10 @@ class FoldersBase(FilesBase):
 
 
 class RecordsBase(Section):
-    """How a record becomes a document. A field's name is looked up as it is, then as a path: a.b is b inside a."""
+    """How a record becomes a document.
+
+    A field's name is looked up as it is, then as a path: a.b is b inside a.
+    """
 
     text_field: str = Field(
         "text", description="the record's field that holds the text; a.b reaches into a"
@@ -65,7 +75,9 @@ class RecordsBase(Section):
 
 
 class PythonStdlibSource(SourceBase):
-    """The source code of the running interpreter's standard library, without its tests: a corpus that every machine has."""
+    """The source code of the running interpreter's standard library, without its tests: a corpus
+    that every machine has.
+    """
 
     kind: Literal["python_stdlib"] = "python_stdlib"
 
@@ -73,13 +85,18 @@ class PythonStdlibSource(SourceBase):
 Encoding = Annotated[
     str,
     Field(
-        description="of the text, by Python's names; of UTF-8 files those with a mark of UTF-16 or UTF-32 are read as that"
+        description=(
+            "of the text, by Python's names; of UTF-8 files those with a mark of UTF-16 or UTF-32"
+            " are read as that"
+        )
     ),
 ]
 
 
 class TextSource(FoldersBase):
-    """Text files: one document a file, a line, or a part between separators; plain or compressed (.gz, .zst, .bz2, .xz, .lz4)."""
+    """Text files: one document a file, a line, or a part between separators; plain or compressed
+    (.gz, .zst, .bz2, .xz, .lz4).
+    """
 
     kind: Literal["text"]
     document: Literal["file", "line", "separator"] = "file"
@@ -96,7 +113,9 @@ class TextSource(FoldersBase):
 
 
 class JsonlSource(FoldersBase, RecordsBase):
-    """JSON objects: one a line, in an array, or one after the other; plain or compressed (.gz, .zst, .bz2, .xz, .lz4)."""
+    """JSON objects: one a line, in an array, or one after the other; plain or compressed (.gz,
+    .zst, .bz2, .xz, .lz4).
+    """
 
     kind: Literal["jsonl"]
     encoding: Encoding = "utf-8"
@@ -127,7 +146,9 @@ class CsvSource(FoldersBase, RecordsBase):
     )
     quoting: bool | None = Field(
         None,
-        description='whether "..." may hold delimiters and line ends; yes by default, but not between tabs',
+        description=(
+            'whether "..." may hold delimiters and line ends; yes by default, but not between tabs'
+        ),
     )
     escape: Character | None = Field(
         None, description="a character that takes the next one's meaning away, such as \\"
@@ -139,7 +160,9 @@ class CsvSource(FoldersBase, RecordsBase):
 
 
 class SourceCodeSource(FilesBase):
-    """Folders of source code, one document a file; what .gitignore names, binary files and too large ones are left out."""
+    """Folders of source code, one document a file; what .gitignore names, binary files and too
+    large ones are left out.
+    """
 
     kind: Literal["source_code"]
     suffixes: list[str] | None = Field(
@@ -161,7 +184,10 @@ Preset = Literal[
 
 
 class DatasetsSource(SourceBase):
-    """A Hugging Face data set: a hub name, or a local folder or mirror of it. A preset fills in what is left out."""
+    """A Hugging Face data set: a hub name, or a local folder or mirror of it.
+
+    A preset fills in what is left out.
+    """
 
     kind: Literal["datasets"]
     preset: Preset | None = None
@@ -187,7 +213,9 @@ class DatasetsSource(SourceBase):
 
 
 class StandardInputSource(SourceBase, RecordsBase):
-    """What is piped into the command; it is kept in the output folder's staging area until the build is complete."""
+    """What is piped into the command; it is kept in the output folder's staging area until the
+    build is complete.
+    """
 
     can_be_read_again: ClassVar[bool] = False
     kind: Literal["stdin"]
@@ -210,11 +238,14 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 class TokenizerBase(Section):
-    """Which tokens stand around a document. Names are looked up in the vocabulary; left out, well-known ones are searched."""
+    """Which tokens stand around a document.
+
+    Names are looked up in the vocabulary; left out, well-known ones are searched.
+    """
 
     eod_token: str | None = Field(None, description="the token that ends a document")
     bos_token: str | None = None
@@ -271,7 +302,8 @@ class TrainBPE(TokenizerBase):
             raise ValueError("prepend_bos needs a name for the token: give bos_token")
         if self.vocab_size <= 256 + len(self.special_tokens):
             raise ValueError(
-                f"vocab_size must be larger than {256 + len(self.special_tokens)}: 256 bytes and the special tokens come first"
+                f"vocab_size must be larger than {256 + len(self.special_tokens)}: 256 bytes and"
+                " the special tokens come first"
             )
         return self
 
@@ -296,13 +328,18 @@ class TiktokenFile(ExistingTokenizer):
     kind: Literal["tiktoken"]
     path: str
     pattern: str = Field(
-        description="the regular expression that cuts text into words, or the name of a tiktoken encoding that has it"
+        description=(
+            "the regular expression that cuts text into words, or the name of a tiktoken encoding"
+            " that has it"
+        )
     )
     special_tokens: dict[str, int] = {}
 
 
 class MistralFile(ExistingTokenizer):
-    """A tokenizer that ships inside the package mistral-common, such as tekken_240911.json or tokenizer.model.v3."""
+    """A tokenizer that ships inside the package mistral-common, such as tekken_240911.json or
+    tokenizer.model.v3.
+    """
 
     kind: Literal["mistral"]
     name: str
@@ -313,7 +350,7 @@ TokenizerConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
-# --- mixture and packing --------------------------------------------------------------------------------------------------------
+# --- mixture and packing --------------------------------------------------------------------------
 
 
 class MixtureBase(Section):
@@ -327,7 +364,9 @@ class MixtureBase(Section):
 
     max_epochs: dict[str, float] = Field(
         {},
-        description="a source that was seen this often is exhausted, and the others share its weight",
+        description=(
+            "a source that was seen this often is exhausted, and the others share its weight"
+        ),
     )
 
     @property
@@ -359,7 +398,9 @@ class Weights(MixtureBase):
 
 
 class Temperature(MixtureBase):
-    """Shares in proportion to tokens^(1/temperature) (Conneau & Lample 2019): 1 is proportional, larger ones raise small sources."""
+    """Shares in proportion to tokens^(1/temperature) (Conneau & Lample 2019): 1 is proportional,
+    larger ones raise small sources.
+    """
 
     can_stream: ClassVar[bool] = False
     kind: Literal["temperature"]
@@ -398,7 +439,9 @@ class Concatenate(PackingBase):
 
 
 class BestFit(PackingBase):
-    """Best-fit-decreasing packing (Ding et al. 2024): only documents longer than a sequence are cut; gaps at a sequence's end are padded."""
+    """Best-fit-decreasing packing (Ding et al. 2024): only documents longer than a sequence are
+    cut; gaps at a sequence's end are padded.
+    """
 
     is_planned: ClassVar[bool] = True
     kind: Literal["best_fit"]
@@ -430,12 +473,17 @@ class DataConfig(Section):
     ] = 0.05
     split_by: SplitBy = Field(
         "content",
-        description="what is hashed: 'content', the text as it is stored, so that equal texts are on one side; 'path', of its file, so that "
-        "a file's records are; 'id', the record's id_field",
+        description=(
+            "what is hashed: 'content', the text as it is stored, so that equal texts are on one"
+            " side; 'path', of its file, so that a file's records are; 'id', the record's id_field"
+        ),
     )
     split_root: str | None = Field(
         None,
-        description="with split_by=path: paths count from this folder on; by default from the root of the disk",
+        description=(
+            "with split_by=path: paths count from this folder on; by default from the root of the"
+            " disk"
+        ),
     )
     max_shard_bytes: Annotated[int, Field(ge=1 << 16)] | None = Field(
         4 << 30, description="of one .bin; none for a single file"
@@ -445,12 +493,17 @@ class DataConfig(Section):
     )
     max_bad_share: Share = Field(
         0.05,
-        description="a larger share of bad records, or of bytes lost with them, in any source stops the build",
+        description=(
+            "a larger share of bad records, or of bytes lost with them, in any source stops the"
+            " build"
+        ),
     )
     max_record_bytes: Positive = Field(256 << 20, description="longer records are bad")
     unit_bytes: Positive | None = Field(
         None,
-        description="of input that a worker takes at once; chosen by the input's size when left out",
+        description=(
+            "of input that a worker takes at once; chosen by the input's size when left out"
+        ),
     )
     mixture: Mixture = Proportional()
     packing: Packing = Concatenate()
@@ -459,12 +512,17 @@ class DataConfig(Section):
     )
     verify: Literal["sizes", "sample", "full"] = Field(
         "sample",
-        description="what training compares with the manifest at its start: sizes alone; also a random block of 64 MiB of every file, in the "
-        "background of the first steps; or every byte, before them",
+        description=(
+            "what training compares with the manifest at its start: sizes alone; also a random"
+            " block of 64 MiB of every file, in the background of the first steps; or every byte,"
+            " before them"
+        ),
     )
     streaming: bool = Field(
         False,
-        description="training reads the source itself; the shards then hold only the validation split",
+        description=(
+            "training reads the source itself; the shards then hold only the validation split"
+        ),
     )
     streaming_validation_documents: Positive = Field(
         256, description="with streaming: documents held out for validation"

@@ -1,9 +1,9 @@
 """Run a launcher, hand signals to the ranks below it, and end with the launcher's exit code.
 
-The ranks save at SIGTERM, SIGINT and SIGUSR1 and end with code 75. The launchers alone lose that: ``deepspeed``
-dies of SIGTERM and leaves its ranks running, and ``torchrun`` hands the signal on but ends with
-code 1 and a traceback. With ``--parent PID`` before the command, the end of the process that
-started this is a SIGTERM too.
+The ranks save at SIGTERM, SIGINT and SIGUSR1 and end with code 75. The launchers alone lose that:
+``deepspeed`` dies of SIGTERM and leaves its ranks running, and ``torchrun`` hands the signal on but
+ends with code 1 and a traceback. With ``--parent PID`` before the command, the end of the process
+that started this is a SIGTERM too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One rank of a training, as a module: ``deepspeed --module pretrain``, ``torchrun --module pretrain``, ``python -m pretrain``.
+"""One rank of a training, as a module: ``deepspeed --module pretrain``, ``torchrun --module
+pretrain``, ``python -m pretrain``.
 
 The command ``moe-pretrain`` and ``launchers/pretrain.py`` are the same.
 """

@@ -12,7 +12,9 @@ import pytest
 
 
 def environment_with(packages: Sequence[str], site: Path, *options: str) -> dict[str, str]:
-    """An environment in which Python finds ``packages`` before all others; pip installs them into the empty folder ``site``."""
+    """An environment in which Python finds ``packages`` before all others; pip installs them into
+    the empty folder ``site``.
+    """
     command = [
         sys.executable,
         "-m",
@@ -28,7 +30,8 @@ def environment_with(packages: Sequence[str], site: Path, *options: str) -> dict
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.fail(
-            f"{', '.join(packages)} cannot be installed, for which pip needs a package index: {done.stderr.strip()[-300:]}"
+            f"{', '.join(packages)} cannot be installed, for which pip needs a package index:"
+            f" {done.stderr.strip()[-300:]}"
         )
     paths = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])  # set in tests/conftest.py
     return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,6 @@
-"""The image's steps, run in order in a clean folder: what `docker build` would do behind its base image."""
+"""The image's steps, run in order in a clean folder: what `docker build` would do behind its base
+image.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_both_targets_take_the_same_steps_behind_their_packages() -> None:
 
 
 def outputs() -> set[str]:
-    """The first part of every path below the project that a command of the documentation writes or reads."""
+    """The first part of every path below the project that a command of the documentation writes or
+    reads.
+    """
     texts = [
         path.read_text(encoding="utf-8")
         for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tools/*.py"))

@@ -29,11 +29,14 @@ def violations(guard: Guards, losses: Losses, norms: Losses | None = None) -> li
 
 
 def clean_losses(steps: int, seed: int) -> list[float]:
-    """A loss curve as long runs have it: a power law, noise with heavy tails that depends on the step before, other data now and then."""
+    """A loss curve as long runs have it: a power law, noise with heavy tails that depends on the
+    step before, other data now and then.
+    """
     source = random.Random(seed)
     noise, shift, losses = 0.0, 0.0, []
     for step in range(steps):
-        # Student's t with six degrees of freedom: of 10,000 numbers about two are above eight of its scales.
+        # Student's t with six degrees of freedom: of 10,000 numbers about two are above eight of
+        # its scales.
         tail = source.gauss(0, 1) / math.sqrt(source.gammavariate(3.0, 2.0) / 6)
         noise = 0.3 * noise + 0.03 * tail
         if step % 997 == 0:

@@ -1,4 +1,6 @@
-"""Importing the packages changes nothing; a command asks for what changes the process, and only then."""
+"""Importing the packages changes nothing; a command asks for what changes the process, and only
+then.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the bottom up: a part imports from itself and from the layers below its own. A schema (``config``) belongs to its
-# component, and needs less than the component does: that is why it has a layer of its own.
+# From the bottom up: a part imports from itself and from the layers below its own. A schema
+# (``config``) belongs to its component, and needs less than the component does: that is why it has
+# a layer of its own.
 LAYERS: list[set[str]] = [
     {"pretrain.core"},
     {"data_pipeline.cleaning.config"},
@@ -63,7 +64,9 @@ def part_of(module: str) -> str | None:
 
 
 def imported_names(source: str) -> Iterator[str]:
-    """Dotted names of everything a file imports, inside functions too; a relative import starts with a dot."""
+    """Dotted names of everything a file imports, inside functions too; a relative import starts
+    with a dot.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -178,11 +181,17 @@ def test_an_import_against_the_order_is_told(module: str, source: str, named: st
     [
         (
             "pretrain.engine.engine",
-            "import deepspeed\nfrom data_pipeline.loading.batch import Batch\nfrom pretrain.model import decoder",
+            (
+                "import deepspeed\nfrom data_pipeline.loading.batch import Batch\nfrom"
+                " pretrain.model import decoder"
+            ),
         ),
         (
             "pretrain.training.trainer",
-            "from pretrain.guards.policy import GuardPolicy\nfrom pretrain.callbacks.base import Callback",
+            (
+                "from pretrain.guards.policy import GuardPolicy\nfrom pretrain.callbacks.base"
+                " import Callback"
+            ),
         ),
         (
             "pretrain.model.moe.deepspeed_native",

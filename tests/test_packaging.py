@@ -1,4 +1,6 @@
-"""The package as a wheel, in an empty environment away from the checkout: its files, its commands, and the main job with them."""
+"""The package as a wheel, in an empty environment away from the checkout: its files, its commands,
+and the main job with them.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Installed:
 
 
 def source_files() -> set[str]:
-    """What a wheel must hold, by the names it has there: every file of the packages but documentation."""
+    """What a wheel must hold, by the names it has there: every file of the packages but
+    documentation.
+    """
     return {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in PACKAGES.items()
@@ -84,7 +88,9 @@ def source_files() -> set[str]:
 
 
 def build_wheel(folder: Path) -> Path:
-    """A wheel from a source archive of the checkout, as package indexes have both; nothing is written into the checkout."""
+    """A wheel from a source archive of the checkout, as package indexes have both; nothing is
+    written into the checkout.
+    """
     copied = folder / "checkout"
     copied.mkdir()
     for name in PACKAGES:
@@ -125,8 +131,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     work.mkdir()
     run_quietly([sys.executable, "-m", "venv", "--without-pip", str(environment)], folder)
     (site,) = environment.glob("lib/python3.*/site-packages")
-    # The dependencies are those of the running environment. A .pth file inside such a folder is not read again, so an editable
-    # installation there does not make the checkout importable here.
+    # The dependencies are those of the running environment. A .pth file inside such a folder is not
+    # read again, so an editable installation there does not make the checkout importable here.
     others = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(others) + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]

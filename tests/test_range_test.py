@@ -78,7 +78,9 @@ def test_a_tenth_of_where_it_diverges_is_suggested_where_it_is_the_lower_one() -
 
 
 def training_loss(rates: list[float], noise: float, seed: int) -> list[float]:
-    """Of a model that learns with each step as far as its learning rate goes, up to where that is too high."""
+    """Of a model that learns with each step as far as its learning rate goes, up to where that is
+    too high.
+    """
     source, loss, found = random.Random(seed), 9.0, []
     for rate in rates:
         loss += (

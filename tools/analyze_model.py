@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Says what a recipe's model is before anything is built: parameters by component, FLOPs, memory, cache."""
+"""Says what a recipe's model is before anything is built: parameters by component, FLOPs, memory,
+cache.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sized_model(recipe: Recipe) -> ModelConfig:
-    """The model section with its vocabulary's size, from the tokenizer's section where the model's has none.
+    """The model section with its vocabulary's size, from the tokenizer's section where the model's
+    has none.
 
     Raises:
         ConfigError: where neither gives it.
@@ -63,8 +66,8 @@ def sized_model(recipe: Recipe) -> ModelConfig:
     vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     if vocab_size is None:
         raise ConfigError(
-            f"{recipe.name}: the vocabulary's size is missing, and it decides how large embedding and head are: "
-            "add --set model.vocab_size=N, or give model.vocab_size in the recipe"
+            f"{recipe.name}: the vocabulary's size is missing, and it decides how large embedding"
+            " and head are: add --set model.vocab_size=N, or give model.vocab_size in the recipe"
         )
     return recipe.model.model_copy(update={"vocab_size": vocab_size})
 
@@ -72,7 +75,9 @@ def sized_model(recipe: Recipe) -> ModelConfig:
 def memory_by_layout(
     size: ModelSize, model: ModelConfig, precision: str, world_size: int, optimizer: Optimizer
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size that divides ranks and experts."""
+    """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size
+    that divides ranks and experts.
+    """
     ep_sizes = [
         count
         for count in range(1, world_size + 1)
@@ -163,10 +168,19 @@ def cost_rows(result: dict[str, Any]) -> dict[str, str]:
     return {
         "active share": f"{result['active_share']:.1%}",
         "vocabulary padding": f"{result['parameters_padding']:,} parameters more in memory",
-        "FLOPs a token": f"{result['flops_per_token']:.4g}, forward and backward, in sequences of {result['sequence_length']:,}",
+        "FLOPs a token": (
+            f"{result['flops_per_token']:.4g}, forward and backward, in sequences of"
+            f" {result['sequence_length']:,}"
+        ),
         "whole run": f"{result['train_flops']:.4g} FLOPs over {result['train_tokens']:,} tokens",
-        "activations": f"about {result['activation_bytes_per_rank'] / 1e9:.2f} GB a rank for a micro batch in {result['precision']}",
-        "cache": f"{per_token:,} bytes a token in bf16, {full / 1e6:,.1f} MB for all {result['max_position_embeddings']:,} tokens of a sequence",
+        "activations": (
+            f"about {result['activation_bytes_per_rank'] / 1e9:.2f} GB a rank for a micro batch in"
+            f" {result['precision']}"
+        ),
+        "cache": (
+            f"{per_token:,} bytes a token in bf16, {full / 1e6:,.1f} MB for all"
+            f" {result['max_position_embeddings']:,} tokens of a sequence"
+        ),
     }
 
 
@@ -210,7 +224,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     own = (result["parameters_total"], result["parameters_active"])
     axes.loglog(*own, "*", color="tab:red", markersize=15, label=result["recipe"])
-    # The small twins lie close together: only the real sizes are named, by turns below to the right and above to the left.
+    # The small twins lie close together: only the real sizes are named, by turns below to the right
+    # and above to the left.
     named = sorted((point, name) for name, point in points.items() if not name.endswith("_mini"))
     for index, (point, name) in enumerate(named):
         offset, side = ((5, -9), "left") if index % 2 == 0 else ((-5, 5), "right")

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF, and others to ours.
+"""Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF,
+and others to ours.
 
-Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the model computes; 3 the data for comparing
-logits; 4 a checkpoint or folder that is damaged, incomplete or holds foreign code, or numbers that differ; 5 disk full. Nothing is written
-under --output unless the code is 0.
+Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the
+model computes; 3 the data for comparing logits; 4 a checkpoint or folder that is damaged,
+incomplete or holds foreign code, or numbers that differ; 5 disk full. Nothing is written under
+--output unless the code is 0.
 """
 
 from __future__ import annotations
@@ -55,16 +57,25 @@ def parse_arguments() -> argparse.Namespace:
         dest="origin",
         nargs=2,
         metavar=("FORMAT", "FOLDER"),
-        help="hf: a Hugging Face folder, which becomes a recipe and a checkpoint of weights alone; deepspeed: any DeepSpeed MoE checkpoint, "
-        "which becomes safetensors under its own names",
+        help=(
+            "hf: a Hugging Face folder, which becomes a recipe and a checkpoint of weights alone;"
+            " deepspeed: any DeepSpeed MoE checkpoint, which becomes safetensors under its own"
+            " names"
+        ),
     )
-    told = "hf: compared with the checkpoint before it is published; universal: of AdamW and dropless experts at ZeRO 1 to 3"
+    told = (
+        "hf: compared with the checkpoint before it is published; universal: of AdamW and dropless"
+        " experts at ZeRO 1 to 3"
+    )
     parser.add_argument("--to", choices=("hf", "safetensors", "universal", "gguf"), help=told)
     parser.add_argument(
         "--target",
         default=AUTO,
         metavar="NAME",
-        help=f"of --to hf: {AUTO} (the default) takes the first that is exact of {', '.join(target_names())}",
+        help=(
+            f"of --to hf: {AUTO} (the default) takes the first that is exact of"
+            f" {', '.join(target_names())}"
+        ),
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument(
@@ -91,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.to is not None):
         parser.error(
-            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself what is written"
+            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself"
+            " what is written"
         )
     if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
         parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
@@ -100,17 +112,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def summary(conversion: Conversion, output: Path) -> str:
     lines = [
-        f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of {conversion.dtype}, as {conversion.target} to {output}"
+        f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of"
+        f" {conversion.dtype}, as {conversion.target} to {output}"
     ]
     if conversion.left_out:
         lines.append(
-            f"left out {len(conversion.left_out)} tensors that no next token depends on: {', '.join(conversion.left_out)}"
+            f"left out {len(conversion.left_out)} tensors that no next token depends on:"
+            f" {', '.join(conversion.left_out)}"
         )
     if conversion.parity is not None:
         parity = conversion.parity
         lines.append(
-            f"logits over {parity.windows} windows: max |difference| {parity.max_difference:.2e} (allowed {TOLERANCE:.0e}), "
-            f"standard deviation of the logits {parity.logits_std:.2e}"
+            f"logits over {parity.windows} windows: max |difference| {parity.max_difference:.2e}"
+            f" (allowed {TOLERANCE:.0e}), standard deviation of the logits {parity.logits_std:.2e}"
         )
     if conversion.unchecked is not None:
         lines.append(conversion.unchecked)

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Checks muP on a recipe's model: after a few steps, does the size of its activations depend on its width? Standard and muP side by side."""
+"""Checks muP on a recipe's model: after a few steps, does the size of its activations depend on its
+width? Standard and muP side by side.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     if len(set(arguments.widths)) < 2 or min(arguments.widths) < 1:
         raise ConfigError(
-            f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or more"
+            f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or"
+            " more"
         )
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}: give 1 or more")
@@ -121,13 +124,15 @@ def print_table(result: dict[str, Any]) -> None:
             )
         console.print(table)
     console.print(
-        f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}. 'first' and 'last': the size before the first and "
-        "behind the last step, 'change': the difference between both; sizes are those behind the last step."
+        f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}."
+        " 'first' and 'last': the size before the first and behind the last step, 'change': the"
+        " difference between both; sizes are those behind the last step."
     )
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A row of panels for each kind: the size of a kind of layer against the width, a line for each step.
+    """A row of panels for each kind: the size of a kind of layer against the width, a line for each
+    step.
 
     Raises:
         StorageError: where the picture cannot be written.

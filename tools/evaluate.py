@@ -1,6 +1,10 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Evaluates a checkpoint or a Hugging Face folder: held-out text, lm-evaluation-harness, references, code. Without a choice, held-out text."""
+"""Evaluates a checkpoint or a Hugging Face folder: held-out text, lm-evaluation-harness,
+references, code.
+
+Without a choice, held-out text.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +127,10 @@ def _add_heldout(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="FOLDER",
-        help="shards of the run's tokenizer; the run's own by default. A Hugging Face folder reads any",
+        help=(
+            "shards of the run's tokenizer; the run's own by default. A Hugging Face folder"
+            " reads any"
+        ),
     )
     group.add_argument("--split", choices=SPLITS, default="validation")
     group.add_argument(
@@ -214,7 +221,9 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 
 def tells_its_data(checkpoint: Path) -> bool:
-    """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is neither."""
+    """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is
+    neither.
+    """
     return not is_hf_folder(checkpoint) and not is_weights_alone(
         read_state(resolve_checkpoint(checkpoint))
     )
@@ -242,14 +251,17 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
     if arguments.code_problems is not None and not arguments.allow_code_execution:
         raise ConfigError(
-            "--code-problems runs programs that the model writes: allow it with --allow-code-execution"
+            "--code-problems runs programs that the model writes: allow it with"
+            " --allow-code-execution"
         )
     if not arguments.pass_at.replace(",", "").isdigit():
         raise ConfigError(
-            f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such as 1,10"
+            f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such"
+            " as 1,10"
         )
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
-    # What does not tell the data that it has seen, and one checkpoint after the other of a run, have no n-gram unless it is asked for.
+    # What does not tell the data that it has seen, and one checkpoint after the other of a run,
+    # have no n-gram unless it is asked for.
     plain = arguments.no_bigram or arguments.watch or not tells_its_data(arguments.checkpoint)
     baselines = tuple(arguments.baselines or (() if plain else ("bigram",)))
     heldout = HeldoutOptions(
@@ -323,7 +335,8 @@ def main() -> None:
     count = watch(arguments.watch, suite.run, arguments.interval_steps, parent)
     if arguments.json_path != "-":
         print(
-            f"evaluated {count} checkpoints of {arguments.watch}: see {arguments.watch / 'evaluations.jsonl'}"
+            f"evaluated {count} checkpoints of {arguments.watch}: see"
+            f" {arguments.watch / 'evaluations.jsonl'}"
         )
     write_json({"run": str(arguments.watch), "evaluated": count}, arguments.json_path)
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows how evenly a run uses its experts: a table of the layers, the trend over the windows, and a picture."""
+"""Shows how evenly a run uses its experts: a table of the layers, the trend over the windows, and a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
-    """The window to show, and those that the trend is read from: at most ``TREND_WINDOWS``, evenly chosen, none beside a single file.
+    """The window to show, and those that the trend is read from: at most ``TREND_WINDOWS``, evenly
+    chosen, none beside a single file.
 
     Raises:
         ConfigError: where there is no such run, file or window.
@@ -89,7 +92,8 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
     if path.is_file():
         if step is not None:
             raise ConfigError(
-                f"--step {step} chooses a window of a run, but {path} is one window: leave it out, or give the run's folder"
+                f"--step {step} chooses a window of a run, but {path} is one window: leave it out,"
+                " or give the run's folder"
             )
         return path, []
     if not path.is_dir():
@@ -99,13 +103,14 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
     steps = window_steps(path / "usage")
     if not steps:
         raise ConfigError(
-            f"{path} has no windows of expert usage: a run of a model with experts writes one into {path / 'usage'} every "
-            "logging.usage_interval_steps steps"
+            f"{path} has no windows of expert usage: a run of a model with experts writes one into"
+            f" {path / 'usage'} every logging.usage_interval_steps steps"
         )
     if step is not None and step not in steps:
         nearest = min(steps, key=lambda known: abs(known - step))
         raise ConfigError(
-            f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the newest {steps[-1]}"
+            f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the"
+            f" newest {steps[-1]}"
         )
     chosen = np.unique(
         np.linspace(0, len(steps) - 1, min(len(steps), TREND_WINDOWS)).round().astype(int)
@@ -141,7 +146,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 def print_tables(result: dict[str, Any]) -> None:
     console, factor = Console(), result["hot_factor"]
     names = (f"hot (> {factor:g}x)", "unused", "Gini", "entropy / ln E", "max / mean")
-    title = f"{result['path']}: {result['experts']:,} experts a layer, {result['steps']} steps up to step {result['step']}"
+    title = (
+        f"{result['path']}: {result['experts']:,} experts a layer, {result['steps']} steps up to"
+        f" step {result['step']}"
+    )
     table = Table("layer", *names, "hottest experts (load)", title=title)
     for row in result["layers"]:
         hottest = [
@@ -158,7 +166,8 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 def plot(window: UsageWindow, hot_factor: float, path: Path) -> None:
-    """Three panels: how many experts have which load, which share of the choices the least used have, and the load of experts side by side.
+    """Three panels: how many experts have which load, which share of the choices the least used
+    have, and the load of experts side by side.
 
     Raises:
         StorageError: where the picture cannot be written.

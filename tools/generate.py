@@ -100,7 +100,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--draft",
         action="store_true",
-        help="speculative decoding with the model's multi-token prediction: same text, fewer passes",
+        help=(
+            "speculative decoding with the model's multi-token prediction: same text, fewer passes"
+        ),
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
@@ -113,7 +115,8 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of --prompts-file.
 
     Raises:
-        DataError: where it cannot be read, holds no prompt, or a line of a .jsonl is no object with a "prompt".
+        DataError: where it cannot be read, holds no prompt, or a line of a .jsonl is no object with
+            a "prompt".
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -124,7 +127,8 @@ def read_prompts(path: Path) -> list[str]:
         raise DataError(f"--prompts-file {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise DataError(
-            f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not UTF-8: mend it'
+            f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not'
+            " UTF-8: mend it"
         ) from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(
@@ -171,7 +175,8 @@ def write_texts(
     if not quiet:
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
             show(
-                f"--- {number} of {len(texts)}: {text.new_tokens} tokens, {text.ended}\n{prompt}{text.text}\n"
+                f"--- {number} of {len(texts)}: {text.new_tokens} tokens,"
+                f" {text.ended}\n{prompt}{text.text}\n"
             )
     return texts
 
@@ -186,8 +191,9 @@ def report(
         "tokens_per_second": round(speed.decode_tokens_per_second, 2),
     }
     print(
-        f"prefill: {speed.prefill_tokens} tokens at {speeds['prefill_tokens_per_second']:,.0f} tokens/s; "
-        f"decode: {speed.decode_tokens} tokens at {speeds['tokens_per_second']:,.1f} tokens/s",
+        f"prefill: {speed.prefill_tokens} tokens at {speeds['prefill_tokens_per_second']:,.0f}"
+        f" tokens/s; decode: {speed.decode_tokens} tokens at {speeds['tokens_per_second']:,.1f}"
+        " tokens/s",
         file=sys.stderr,
     )
     result = {
@@ -199,7 +205,8 @@ def report(
     }
     if arguments.draft:
         print(
-            f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted ({drafts.accepted_share:.0%})",
+            f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted"
+            f" ({drafts.accepted_share:.0%})",
             file=sys.stderr,
         )
         result |= {

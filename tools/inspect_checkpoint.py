@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Says what is inside a checkpoint: files, weights, topology, recipe, experts; or in what it differs from another one."""
+"""Says what is inside a checkpoint: files, weights, topology, recipe, experts; or in what it
+differs from another one.
+"""
 
 from __future__ import annotations
 
@@ -76,10 +78,14 @@ def show_checkpoint(result: dict[str, Any], tensors: bool, recipe: bool) -> None
         if result[name] is not None:
             table.add_row(name.replace("_", " "), str(result[name]))
     model = result["recipe"]["model"]
-    layers = f"{model['num_hidden_layers']} layers of width {model['hidden_size']}, {len(result['experts'])} with experts"
+    layers = (
+        f"{model['num_hidden_layers']} layers of width {model['hidden_size']},"
+        f" {len(result['experts'])} with experts"
+    )
     table.add_row(
         "model",
-        f"{result['recipe']['name']}: {result['parameters']:,} weights in {len(result['tensors'])} tensors; {layers}",
+        f"{result['recipe']['name']}: {result['parameters']:,} weights in {len(result['tensors'])}"
+        f" tensors; {layers}",
     )
     console.print(table)
     files = Table(
@@ -157,7 +163,8 @@ def show_differences(result: dict[str, Any], top: int) -> None:
         table.add_row(row["name"], *values)
     console.print(table)
     print(
-        f"{result['equal']} of {len(rows)} tensors are equal bit for bit; {max(len(rows) - top, 0)} more rows are in --json"
+        f"{result['equal']} of {len(rows)} tensors are equal bit for bit; {max(len(rows) - top, 0)}"
+        " more rows are in --json"
     )
     for name, (before, after) in result["recipe"].items():
         print(f"recipe: {name} is {before} in a, {after} in b")
@@ -180,7 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(result, options.json_path)
     if faults := [file for file in result["files"] if file["fault"]]:
         raise CheckpointError(
-            f"{folder} is damaged: {faults[0]['name']} {faults[0]['fault']}; choose another checkpoint"
+            f"{folder} is damaged: {faults[0]['name']} {faults[0]['fault']}; choose another"
+            " checkpoint"
         )
 
 

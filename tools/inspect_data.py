@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows what built data holds: tables by source, documents as text, how long they are, and which repeat."""
+"""Shows what built data holds: tables by source, documents as text, how long they are, and which
+repeat.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,8 @@ def print_sources(console: Console, manifest: Manifest) -> None:
 def print_lengths(console: Console, lengths: LengthStatistics) -> None:
     percentiles = ", ".join(f"{share}% {length:,}" for share, length in lengths.percentiles.items())
     console.print(
-        f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,}; percentiles {percentiles}",
+        f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,};"
+        f" percentiles {percentiles}",
         highlight=False,
     )
     most = max(lengths.counts, default=0)
@@ -145,7 +148,8 @@ def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
 def print_duplicates(console: Console, found: Duplicates) -> None:
     share = found.repeated / found.documents if found.documents else 0.0
     console.print(
-        f"{found.repeated:,} of {found.documents:,} documents ({share:.2%}, {found.repeated_tokens:,} tokens) repeat an earlier one"
+        f"{found.repeated:,} of {found.documents:,} documents ({share:.2%},"
+        f" {found.repeated_tokens:,} tokens) repeat an earlier one"
     )
     for number, copies in found.most:
         console.print(f"  document {number:,} is there {copies:,} times", highlight=False)
@@ -193,7 +197,8 @@ def main() -> None:
         print_duplicates(console, duplicates)
     for row in shown:
         console.rule(
-            f"{arguments.split} document {row['number']:,} of {row['source']}, {row['tokens']:,} tokens"
+            f"{arguments.split} document {row['number']:,} of {row['source']}, {row['tokens']:,}"
+            " tokens"
         )
         console.print(escape(row["text"][: arguments.characters]), highlight=False)
         if len(row["text"]) > arguments.characters:

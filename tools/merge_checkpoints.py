@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Makes one checkpoint of several, or a smaller one of one: averages, soups, mixtures of dense models, fewer experts, joined shards."""
+"""Makes one checkpoint of several, or a smaller one of one: averages, soups, mixtures of dense
+models, fewer experts, joined shards.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     shards = job(
         "shards",
-        "all weights, the experts of all ranks joined, as one safetensors file or as shards by size",
+        "all weights, the experts of all ranks joined, as one safetensors file or as shards by"
+        " size",
         many=False,
         scored=False,
     )
@@ -108,7 +111,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     shards.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     experts = job(
         "experts",
-        "branch-train-mix: the feed-forwards of dense models become experts, everything else is averaged",
+        "branch-train-mix: the feed-forwards of dense models become experts, everything else is"
+        " averaged",
         many=True,
     )
     experts.add_argument("--top-k", type=int, default=2, metavar="K", help="(default: 2)")
@@ -195,7 +199,8 @@ def show(result: dict[str, Any]) -> None:
         clusters = " ".join("+".join(map(str, cluster)) for cluster in layer["experts"])
         used = " ".join(f"{share:.3f}" for share in layer["usage"])
         print(
-            f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the choices {used}"
+            f"layer {layer['layer']}: experts {clusters} of {len(layer['usage'])}; shares of the"
+            f" choices {used}"
         )
     for note in result.get("notes", []):
         print(f"note: {note}")

@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Turns any text into training data: tokenizer, .bin/.idx shards and manifest. The same command again goes on where it stopped."""
+"""Turns any text into training data: tokenizer, .bin/.idx shards and manifest.
+
+The same command again goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,10 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument(
         "--format",
         choices=["text", "line", "jsonl", "parquet", "arrow", "csv", "source_code", "datasets"],
-        help="of --input (default: by the files' names); datasets reads names of the Hugging Face hub too",
+        help=(
+            "of --input (default: by the files' names); datasets reads names of the Hugging Face"
+            " hub too"
+        ),
     )
     source.add_argument(
         "--dataset-config", metavar="NAME", help="config of a folder or data set that has several"
@@ -130,8 +136,11 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="PREFIX",
-        help="make a data folder of shards of Megatron, GPT-NeoX, nanotron, nanoGPT or llm.c, instead of --input; with --validation-share all are "
-        "copied, documents held out by a hash of their ids",
+        help=(
+            "make a data folder of shards of Megatron, GPT-NeoX, nanotron, nanoGPT or llm.c,"
+            " instead of --input; with --validation-share all are copied, documents held out by a"
+            " hash of their ids"
+        ),
     )
     ready.add_argument(
         "--import-validation",
@@ -150,7 +159,10 @@ def parse_arguments() -> argparse.Namespace:
     tokenizer.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
-        help="end each document with the end-of-document token (default: yes; with --output-prefix: no)",
+        help=(
+            "end each document with the end-of-document token (default: yes; with"
+            " --output-prefix: no)"
+        ),
     )
     tokenizer.add_argument(
         "--engine",
@@ -204,7 +216,8 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     """
     content, origin = read_recipe_file(arguments.recipe or EXAMPLE_RECIPE)
     if not arguments.recipe:
-        # The example's other sections only stand around the data section, so that it is checked as in any recipe.
+        # The example's other sections only stand around the data section, so that it is checked as
+        # in any recipe.
         content["data"], origin = {}, "the command line"
     content["data"] = data = dict(content.get("data") or {})
     if arguments.output_prefix:
@@ -216,7 +229,8 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         _set_sources(data, arguments)
     elif given := [name for name in OF_INPUT if getattr(arguments, name) is not None]:
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} says how to read --input: give that too, or set the field of the recipe's source with --set"
+            f"--{given[0].replace('_', '-')} says how to read --input: give that too, or set the"
+            " field of the recipe's source with --set"
         )
     _set_tokenizer(data, arguments)
     for name in ("validation_share", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
@@ -243,7 +257,8 @@ def _check_import(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{option} does not go with --import-shards, whose tokens and document ends are taken as they are: leave it out"
+                f"{option} does not go with --import-shards, whose tokens and document ends are"
+                " taken as they are: leave it out"
             )
 
 
@@ -264,7 +279,8 @@ def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
                 ", ".join(sorted({section["kind"] for section in sources.values()})),
             )
             raise ConfigError(
-                f"{option} is for {', '.join(kinds)}, and --input is read as {kinds_read}: leave it out, or say what it is with --format"
+                f"{option} is for {', '.join(kinds)}, and --input is read as {kinds_read}: leave it"
+                " out, or say what it is with --format"
             )
         for section in sections:
             section[name] = value
@@ -300,13 +316,15 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
         prefix = Path(arguments.output_prefix)
         if prefix.is_dir() or not prefix.name:
             raise ConfigError(
-                f"--output-prefix {prefix} is a folder: add the beginning of the files' names, such as {prefix / 'corpus'}"
+                f"--output-prefix {prefix} is a folder: add the beginning of the files' names, such"
+                f" as {prefix / 'corpus'}"
             )
         return Output(prefix.parent, prefix.name)
     folder = arguments.output or data_path
     if folder is None:
         raise ConfigError(
-            "there is no folder to write to: name one with --output FOLDER, or a recipe with --recipe"
+            "there is no folder to write to: name one with --output FOLDER, or a recipe with"
+            " --recipe"
         )
     return Output(Path(folder))
 
@@ -323,7 +341,9 @@ def next_command(recipe: str | None, path: Path) -> str:
 
 
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
-    """Packs the shards for the recipe's sequence length where it asks for that; training would do it at its start."""
+    """Packs the shards for the recipe's sequence length where it asks for that; training would do
+    it at its start.
+    """
     if not isinstance(recipe.data.packing, BestFit):
         return None
     # These need torch, which takes seconds to import.
@@ -362,7 +382,8 @@ def print_table(
             for reason, count in counts.items()
         ]
         print(
-            f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%}  {', '.join(losses) or '-'}"
+            f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%} "
+            f" {', '.join(losses) or '-'}"
         )
         for note, count in source.notes.items():
             print(f"{'':<12}look at     {count:,} {note}: {NOTES[note]}")
@@ -374,16 +395,19 @@ def print_table(
     if isinstance(result, ImportResult) and result.how is not None:
         how = ", ".join(f"{count:,} {what}" for what, count in result.how.items())
         print(
-            f"imported    {how}; the largest token id is {result.largest_id:,}; documents {_ends(tokenizer)}"
+            f"imported    {how}; the largest token id is {result.largest_id:,}; documents"
+            f" {_ends(tokenizer)}"
         )
     read = sum(source.utf8_bytes for source in manifest.sources.values())
     speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
     print(
-        f"data        {result.output.path} ({'reused: it was built before' if result.reused else speed})"
+        f"data        {result.output.path}"
+        f" ({'reused: it was built before' if result.reused else speed})"
     )
     if packing:
         print(
-            f"packing     {packing['padding_share']:.4%} of the tokens are padding, {packing['truncated_share']:.1%} of the documents are cut"
+            f"packing     {packing['padding_share']:.4%} of the tokens are padding,"
+            f" {packing['truncated_share']:.1%} of the documents are cut"
         )
     reports = [
         path
@@ -398,11 +422,16 @@ def print_table(
 def _ends(tokenizer: TokenizerEntry) -> str:
     """What stands around the documents, as the import has found it."""
     begin = f"begin with the token {tokenizer.bos_id} and " if tokenizer.prepend_bos else ""
-    return f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token {tokenizer.eod_id}"
+    return (
+        f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token"
+        f" {tokenizer.eod_id}"
+    )
 
 
 def show_warnings() -> None:
-    """What the pipeline warns about goes to standard error: the user has to know of it, and there is no log file."""
+    """What the pipeline warns about goes to standard error: the user has to know of it, and there
+    is no log file.
+    """
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("note: %(message)s"))

@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Runs the whole main job with the commands a user would type, and prints a summary. What is done already is reused or resumed."""
+"""Runs the whole main job with the commands a user would type, and prints a summary.
+
+What is done already is reused or resumed.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ class StageFailed(PipelineError):
 
 
 class Stages:
-    """Runs commands one after the other and keeps their results and times in the run's summary.json.
+    """Runs commands one after the other and keeps their results and times in the run's
+    summary.json.
 
     A command's standard error stays on the terminal: progress with the time left, warnings, errors.
     Its standard output goes to ``stages/<name>.log``: tables and DeepSpeed's launcher lines.
@@ -150,7 +154,9 @@ def default_ranks() -> int:
 
 
 def other_port() -> list[str]:
-    """An option for the launcher where its default port is taken, by another run on this machine for example."""
+    """An option for the launcher where its default port is taken, by another run on this machine
+    for example.
+    """
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", LAUNCHER_PORT)) == 0
     return ["--master_port", str(free_port())] if taken else []
@@ -285,16 +291,33 @@ def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
     )
     table = Table("what", "value", title=f"{recipe.name}: the main job", show_lines=False)
     rows = {
-        "tokens": f"{summary['train_tokens']:,} in {summary['steps']:,} steps, {summary['tokens_per_second']:,.0f} tokens/s",
-        "parameters": f"{summary['parameters_total']:,} total, {summary['parameters_active']:,} active",
-        "validation loss": f"{summary['validation_loss']:.4f} nats a token (perplexity {summary['perplexity']:.2f})",
+        "tokens": (
+            f"{summary['train_tokens']:,} in {summary['steps']:,} steps,"
+            f" {summary['tokens_per_second']:,.0f} tokens/s"
+        ),
+        "parameters": (
+            f"{summary['parameters_total']:,} total, {summary['parameters_active']:,} active"
+        ),
+        "validation loss": (
+            f"{summary['validation_loss']:.4f} nats a token (perplexity"
+            f" {summary['perplexity']:.2f})"
+        ),
         "bits a byte": f"{summary['bits_per_byte']:.4f}",
-        "Kneser-Ney bigram": f"{summary['bigram_loss']:.4f} nats a token: the model is {summary['better_than_bigram_by']:.4f} better",
-        "export": f"max logit difference {summary['export_max_logit_difference']:.1e} (standard deviation {summary['export_logits_std']:.2f})",
+        "Kneser-Ney bigram": (
+            f"{summary['bigram_loss']:.4f} nats a token: the model is"
+            f" {summary['better_than_bigram_by']:.4f} better"
+        ),
+        "export": (
+            f"max logit difference {summary['export_max_logit_difference']:.1e} (standard deviation"
+            f" {summary['export_logits_std']:.2f})"
+        ),
         "wall time": f"{summary['wall_seconds']:.0f} s: {stage_times}",
         "reused": ", ".join(summary["reused"]) or "nothing",
         **_notices(summary),
-        "where": f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf, {folder}/training_curves.png, {folder}/summary.json",
+        "where": (
+            f"{recipe.data_path} (shards), {folder}/checkpoints, {folder}/hf,"
+            f" {folder}/training_curves.png, {folder}/summary.json"
+        ),
         "logs": f"{folder}/log.txt (training), {folder}/stages/*.log",
         "TensorBoard": f"tensorboard --logdir {folder}/tensorboard",
     }

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Runs the ablations of a file of axes: the base recipe and each value of each axis by itself, or every combination; with a ranked report."""
+"""Runs the ablations of a file of axes: the base recipe and each value of each axis by itself, or
+every combination; with a ranked report.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def design(options: argparse.Namespace) -> Design | None:
     if options.file is None:
         if options.recipe or options.axes:
             raise ConfigError(
-                "an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a path"
+                "an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a"
+                " path"
             )
         return None
     base, axes = read_axes_file(options.file)

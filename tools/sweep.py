@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Searches for good values of recipe fields: a grid, random points or a tpe search, each point a real run, with a ranked report."""
+"""Searches for good values of recipe fields: a grid, random points or a tpe search, each point a
+real run, with a ranked report.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Makes a mixture of experts of a dense checkpoint: its feed-forwards, whole or in shards, become the experts (sparse upcycling)."""
+"""Makes a mixture of experts of a dense checkpoint: its feed-forwards, whole or in shards, become
+the experts (sparse upcycling).
+"""
 
 from __future__ import annotations
 
@@ -158,8 +160,9 @@ def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
             and not abs(after - before) <= TOLERANCE
         ):
             raise CheckpointError(
-                f"the mixture's loss is {after:.6f} and the dense model's {before:.6f}, which should be equal: nothing was published; "
-                "a checkpoint in which the loss depends on the batch (such as one with dropped tokens) cannot be upcycled"
+                f"the mixture's loss is {after:.6f} and the dense model's {before:.6f}, which"
+                " should be equal: nothing was published; a checkpoint in which the loss depends"
+                " on the batch (such as one with dropped tokens) cannot be upcycled"
             )
     sizes = [model_size(each.model, each.train.sequence_length) for each in (dense, recipe)]
     return {
@@ -179,12 +182,14 @@ def main(arguments: list[str] | None = None) -> None:
     result = upcycle(options)
     if options.json_path != "-":
         print(
-            f"layers {', '.join(map(str, result['layers']))} are mixtures now: {result['parameters_before']:,} parameters became "
-            f"{result['parameters_after']:,}, {result['parameters_active']:,} active"
+            f"layers {', '.join(map(str, result['layers']))} are mixtures now:"
+            f" {result['parameters_before']:,} parameters became {result['parameters_after']:,},"
+            f" {result['parameters_active']:,} active"
         )
         if result["loss_before"] is not None:
             print(
-                f"held-out loss: dense {result['loss_before']:.6f}, mixture {result['loss_after']:.6f} nats per token"
+                f"held-out loss: dense {result['loss_before']:.6f}, mixture"
+                f" {result['loss_after']:.6f} nats per token"
             )
         start = [
             "python",

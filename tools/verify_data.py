@@ -48,7 +48,10 @@ def main() -> int:
         print(
             "\n".join(faults)
             if faults
-            else f"{arguments.data} is whole: {shards} shards, {total:,} tokens, fingerprint {manifest.fingerprint}"
+            else (
+                f"{arguments.data} is whole: {shards} shards, {total:,} tokens, fingerprint"
+                f" {manifest.fingerprint}"
+            )
         )
     return BAD_DATA if faults else DONE
 

@@ -1,6 +1,7 @@
 """Rules of the Colossal Clean Crawled Corpus (Raffel et al. 2020, section 2.2).
 
-Left out are the word list, which is no part of the paper, and the removal of repeated three-sentence spans.
+Left out are the word list, which is no part of the paper, and the removal of repeated
+three-sentence spans.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import re
 from data_pipeline.cleaning.config import C4Quality
 from data_pipeline.cleaning.stage import Cleaned
 
-# "A terminal punctuation mark (i.e. a period, exclamation mark, question mark, or end quotation mark)".
+# "A terminal punctuation mark (i.e. a period, exclamation mark, question mark, or end quotation
+# mark)".
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”")
 ELLIPSES = ("...", "…")
 POLICY_PHRASES = (
@@ -27,7 +29,10 @@ SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]{0,3}(?:\s|\Z)""")
 
 
 class C4Filter:
-    """Drops pages, and removes lines from those that stay. Edits: ``c4_removed_lines``, ``c4_removed_citations``."""
+    """Drops pages, and removes lines from those that stay.
+
+    Edits: ``c4_removed_lines``, ``c4_removed_citations``.
+    """
 
     def __init__(self, config: C4Quality) -> None:
         self.config = config

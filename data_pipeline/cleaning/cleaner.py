@@ -16,7 +16,8 @@ from data_pipeline.cleaning.stage import Cleaned, Stage
 
 
 class Cleaner:
-    """Takes a document through the stages that a recipe asks for, in the order of :class:`Cleaning`.
+    """Takes a document through the stages that a recipe asks for, in the order of
+    :class:`Cleaning`.
 
     Raises:
         ConfigError: for an unknown language, or an evaluation file that is not there.
@@ -44,11 +45,16 @@ class Cleaner:
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is any stage; without one :meth:`clean` changes nothing. Duplicates are found later, over all documents."""
+        """Whether there is any stage; without one :meth:`clean` changes nothing.
+
+        Duplicates are found later, over all documents.
+        """
         return bool(self.stages)
 
     def clean(self, text: str) -> Cleaned:
-        """The document after all stages, or after the one that dropped it; edits are summed over the stages that it went through."""
+        """The document after all stages, or after the one that dropped it; edits are summed over
+        the stages that it went through.
+        """
         edits: Counter[str] = Counter()
         for stage in self.stages:
             cleaned = stage(text)

@@ -1,4 +1,8 @@
-"""Rules for source code (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1; CodeParrot)."""
+"""Rules for source code (Chen et al. 2021, "Evaluating Large Language Models Trained on Code",
+section 3.1.
+
+CodeParrot).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
 
 
 class CodeFilter:
-    """Drops what is most likely data, minified, or written by a program. Lengths are in characters without the line end."""
+    """Drops what is most likely data, minified, or written by a program.
+
+    Lengths are in characters without the line end.
+    """
 
     def __init__(self, config: CodeQuality) -> None:
         self.config = config

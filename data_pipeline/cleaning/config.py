@@ -43,7 +43,9 @@ class GopherQuality(Section):
 
 
 class GopherRepetition(Section):
-    """Repetition limits of Gopher (Rae et al. 2021, table A1): shares of duplicate lines, paragraphs and n-grams."""
+    """Repetition limits of Gopher (Rae et al. 2021, table A1): shares of duplicate lines,
+    paragraphs and n-grams.
+    """
 
     max_duplicate_lines: Share = 0.30
     max_duplicate_paragraphs: Share = 0.30
@@ -61,7 +63,9 @@ class GopherRepetition(Section):
 
 
 class C4Quality(Section):
-    """Rules of C4 (Raffel et al. 2020, section 2.2), for prose: they drop whatever holds a curly bracket."""
+    """Rules of C4 (Raffel et al. 2020, section 2.2), for prose: they drop whatever holds a curly
+    bracket.
+    """
 
     min_sentences: NonNegative = 5
     min_words_per_line: NonNegative = 3
@@ -96,7 +100,10 @@ class Redact(Section):
 
 
 class NearDuplicates(Section):
-    """MinHash with locality-sensitive hashing (Broder 1997; Lee et al. 2022): of each group of near duplicates the first document stays."""
+    """MinHash with locality-sensitive hashing (Broder 1997.
+
+    Lee et al. 2022): of each group of near duplicates the first document stays.
+    """
 
     threshold: Annotated[
         float, Field(gt=0, lt=1, description="Jaccard similarity of two documents' shingles")
@@ -106,7 +113,9 @@ class NearDuplicates(Section):
 
 
 class Decontaminate(Section):
-    """Drops documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix C)."""
+    """Drops documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix
+    C).
+    """
 
     against: Annotated[
         list[str],
@@ -135,7 +144,9 @@ class Cleaning(Section):
 
 
 class FillInTheMiddle(Section):
-    """Rearranges training documents into prefix, suffix and middle (Bavarian et al. 2022), cut at random characters."""
+    """Rearranges training documents into prefix, suffix and middle (Bavarian et al. 2022), cut at
+    random characters.
+    """
 
     rate: Share = Field(0.5, description="share of the training documents")
     spm_rate: Share = Field(0.5, description="of those, the share in suffix-prefix-middle order")

@@ -1,7 +1,8 @@
-"""Drops training documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix C).
+"""Drops training documents that share a long n-gram with an evaluation set (Brown et al. 2020,
+appendix C).
 
-There as here words are in lower case and without punctuation. GPT-3 cut out the passage around a match and kept the rest of the
-document; here the document goes as a whole.
+There as here words are in lower case and without punctuation. GPT-3 cut out the passage around a
+match and kept the rest of the document; here the document goes as a whole.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ class EvaluationNgrams(NamedTuple):
 
 
 class Decontaminator:
-    """Looks for the n-grams of ``against``: a .txt file is one text, a .jsonl file one a line; either may be .gz or .zst.
+    """Looks for the n-grams of ``against``: a .txt file is one text, a .jsonl file one a line;
+    either may be .gz or .zst.
 
-    The files are read once a process. Texts shorter than an n-gram cannot be found; a warning counts them.
+    The files are read once a process. Texts shorter than an n-gram cannot be found; a warning
+    counts them.
 
     Raises:
         ConfigError: for a file that is not there, of another kind, or without a single n-gram.
@@ -72,7 +75,8 @@ class Decontaminator:
         return Cleaned(
             text,
             "contaminated",
-            f"{found.size} n-grams of {self.size} words are in {name} too, the first: {ngram[:200]}",
+            f"{found.size} n-grams of {self.size} words are in {name} too, the first:"
+            f" {ngram[:200]}",
         )
 
 
@@ -87,7 +91,8 @@ def _list_files(patterns: list[str]) -> tuple[str, ...]:
         )
         if not matches:
             raise ConfigError(
-                f"data.cleaning.decontaminate.against: {pattern} matches no file: check the path or the pattern"
+                f"data.cleaning.decontaminate.against: {pattern} matches no file: check the path or"
+                " the pattern"
             )
         found |= dict.fromkeys(matches)
     return tuple(found)
@@ -114,7 +119,8 @@ def load_ngrams(paths: tuple[str, ...], text_field: str, size: int) -> Evaluatio
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
     if not unique.size:
         raise ConfigError(
-            f"data.cleaning.decontaminate.against: no text in {', '.join(paths)} has {size} words: name other files or lower ngram_words"
+            f"data.cleaning.decontaminate.against: no text in {', '.join(paths)} has {size} words:"
+            " name other files or lower ngram_words"
         )
     return EvaluationNgrams(unique, np.concatenate(files)[first], paths)
 
@@ -129,7 +135,8 @@ def _texts(path: str, text_field: str) -> Iterator[str]:
             source = Jsonl(JsonlSource(kind="jsonl", input=[path], text_field=text_field), context)
         case _:
             raise ConfigError(
-                f"data.cleaning.decontaminate.against: {path} is neither .txt nor .jsonl (plain, .gz or .zst): convert it"
+                f"data.cleaning.decontaminate.against: {path} is neither .txt nor .jsonl (plain,"
+                " .gz or .zst): convert it"
             )
     for unit in source.units(unit_bytes=1 << 62):
         for document in source.read(unit):

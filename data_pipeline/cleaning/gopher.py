@@ -1,4 +1,6 @@
-"""Quality and repetition rules of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1.1 and table A1).
+"""Quality and repetition rules of MassiveText (Rae et al. 2021, "Scaling Language Models: ...
+
+Gopher", appendix A.1.1 and table A1).
 
 A word is what stands between white space, so the rules suit languages that write spaces.
 """
@@ -83,9 +85,12 @@ class GopherQualityFilter:
 
 
 class GopherRepetitionFilter:
-    """The limits of table A1. Of equal lines, paragraphs and n-grams those after the first count as duplicates.
+    """The limits of table A1.
 
-    Characters of n-grams are those of their words, each counted once however many n-grams it lies in.
+    Of equal lines, paragraphs and n-grams those after the first count as duplicates.
+
+    Characters of n-grams are those of their words, each counted once however many n-grams it lies
+    in.
     """
 
     def __init__(self, config: GopherRepetition) -> None:
@@ -153,7 +158,8 @@ def duplicate_shares(parts: list[str]) -> tuple[float, float]:
 
 
 class RepeatedNgrams(NamedTuple):
-    """The n-grams of one length that occur more than once: equal ones side by side, each group in the order of the text.
+    """The n-grams of one length that occur more than once: equal ones side by side, each group in
+    the order of the text.
 
     Attributes:
         starts: int64 [n], the first word.
@@ -167,7 +173,9 @@ class RepeatedNgrams(NamedTuple):
 
     @classmethod
     def of(cls, starts: NDArray[np.int64], keys: NDArray[np.int64]) -> RepeatedNgrams:
-        """From where n-grams start, and keys that are the same for equal n-grams; those come in the order of the text."""
+        """From where n-grams start, and keys that are the same for equal n-grams; those come in the
+        order of the text.
+        """
         order = keys.argsort(kind="stable")
         in_order = keys[order]
         again = np.zeros(len(keys) + 1, bool)
@@ -177,7 +185,9 @@ class RepeatedNgrams(NamedTuple):
         return cls(starts[order[repeated]], is_first.cumsum() - 1, is_first)
 
     def commonest(self) -> NDArray[np.int64]:
-        """Where the n-gram starts that occurs most often; of several, the one that is first in the text."""
+        """Where the n-gram starts that occurs most often; of several, the one that is first in the
+        text.
+        """
         counts = np.bincount(self.groups)
         often = np.flatnonzero(counts == counts.max())
         return self.starts[self.groups == often[self.starts[self.is_first][often].argmin()]]
@@ -203,13 +213,16 @@ class Words(NamedTuple):
         return cls(np.fromiter(map(numbers.__getitem__, words), np.int64, len(words)), offsets)
 
     def repeated_ngrams(self, longest: int) -> Iterator[tuple[int, RepeatedNgrams]]:
-        """The repeated n-grams for n = 2 up to ``longest``; ends where there are none, because then no longer one is repeated."""
+        """The repeated n-grams for n = 2 up to ``longest``; ends where there are none, because then
+        no longer one is repeated.
+        """
         count = len(self.ids)
         found = RepeatedNgrams(np.arange(count), self.ids, np.ones(count, bool))
         for size in range(2, longest + 1):
             inside = found.starts + size <= count
             starts = found.starts[inside]
-            # Exact, not a hash: the group of all but the last word, which is below ``count``, and the last word.
+            # Exact, not a hash: the group of all but the last word, which is below ``count``, and
+            # the last word.
             found = RepeatedNgrams.of(
                 starts, found.groups[inside] * count + self.ids[starts + size - 1]
             )
@@ -218,7 +231,9 @@ class Words(NamedTuple):
             yield size, found
 
     def share(self, starts: NDArray[np.int64], size: int) -> float:
-        """The share of all characters that lies in the n-grams with these starts, each character counted once."""
+        """The share of all characters that lies in the n-grams with these starts, each character
+        counted once.
+        """
         if not starts.size:
             return 0.0
         starts = np.sort(starts)

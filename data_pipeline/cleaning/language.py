@@ -25,7 +25,9 @@ def _identifier() -> LanguageIdentifier:
 
 
 def sample_of(text: str) -> str:
-    """A text of at most 1,000 characters as it is; of a longer one four parts of 250, from its start to its end."""
+    """A text of at most 1,000 characters as it is; of a longer one four parts of 250, from its
+    start to its end.
+    """
     if len(text) <= SAMPLE_PARTS * PART_CHARACTERS:
         return text
     stride = (len(text) - PART_CHARACTERS) / (SAMPLE_PARTS - 1)
@@ -47,7 +49,8 @@ class LanguageFilter:
             if code not in known:
                 near = difflib.get_close_matches(code, known, 1, 0)[0]
                 raise ConfigError(
-                    f"data.cleaning.language.keep: py3langid knows no language '{code}': use an ISO 639-1 code, such as '{near}'"
+                    f"data.cleaning.language.keep: py3langid knows no language '{code}': use an ISO"
+                    f" 639-1 code, such as '{near}'"
                 )
 
     def __call__(self, text: str) -> Cleaned:

@@ -1,7 +1,10 @@
-"""MinHash signatures of texts, cut into bands that near duplicates share (Broder 1997; Leskovec et al. 2014, chapter 3; Lee et al. 2022).
+"""MinHash signatures of texts, cut into bands that near duplicates share (Broder 1997.
 
-Two texts whose sets of shingles have the Jaccard similarity s share at least one of b bands of r values with a chance of
-1 - (1 - s^r)^b. The signature is rensa's R-MinHash, which follows the fast similarity sketching of Dahlgaard et al. 2017.
+Leskovec et al. 2014, chapter 3; Lee et al. 2022).
+
+Two texts whose sets of shingles have the Jaccard similarity s share at least one of b bands of r
+values with a chance of 1 - (1 - s^r)^b. The signature is rensa's R-MinHash, which follows the fast
+similarity sketching of Dahlgaard et al. 2017.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ SEED = 1
 
 
 def algorithm() -> str:
-    """Names what the bands depend on beside the text and the section: bands of different algorithms must not be compared."""
+    """Names what the bands depend on beside the text and the section: bands of different algorithms
+    must not be compared.
+    """
     from rensa import RMinHash
 
     return f"rensa RMinHash {RMinHash.ALGORITHM_VERSION}, seed {SEED}"
@@ -33,9 +38,11 @@ def chance_of_match(similarity: float, bands: int, rows: int) -> float:
 
 @lru_cache
 def bands_and_rows(threshold: float, num_permutations: int) -> tuple[int, int]:
-    """Bands and rows a band: those that use the whole signature and find pairs at the threshold with a chance nearest to one half.
+    """Bands and rows a band: those that use the whole signature and find pairs at the threshold
+    with a chance nearest to one half.
 
-    For 0.8 and 128 values they are 10 bands of 12 rows, which find 1 % of the pairs at 0.57, 51 % at 0.8 and 96 % at 0.9.
+    For 0.8 and 128 values they are 10 bands of 12 rows, which find 1 % of the pairs at 0.57, 51 %
+    at 0.8 and 96 % at 0.9.
     """
 
     def distance(rows: int) -> float:
@@ -52,8 +59,8 @@ def num_bands(config: NearDuplicates) -> int:
 def shingles(text: str, size: int) -> NDArray[np.uint64]:
     """Hashes of each ``size`` words in a row, [n >= 1].
 
-    A text of fewer words is one shingle of all of them, and one without any word is a shingle by itself: such short texts are near
-    duplicates only where their words are equal.
+    A text of fewer words is one shingle of all of them, and one without any word is a shingle by
+    itself: such short texts are near duplicates only where their words are equal.
     """
     words = words_of(text)
     if not words:
@@ -67,9 +74,12 @@ def minhash_bands(text: str, config: NearDuplicates) -> NDArray[np.uint64]:
 
 
 def minhash_bands_batch(texts: Sequence[str], config: NearDuplicates) -> NDArray[np.uint64]:
-    """The hash of each band of each text's signature, uint64 [texts, bands]. A hash tells bands apart, so equal ones are of the same band.
+    """The hash of each band of each text's signature, uint64 [texts, bands].
 
-    A pure function of the text, the section and :func:`algorithm`. All shingles of the texts are held at once, about 1.5 bytes a byte of text.
+    A hash tells bands apart, so equal ones are of the same band.
+
+    A pure function of the text, the section and :func:`algorithm`. All shingles of the texts are
+    held at once, about 1.5 bytes a byte of text.
     """
     from rensa import RMinHash
 

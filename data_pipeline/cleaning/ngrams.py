@@ -1,4 +1,6 @@
-"""Words of a text and hashes of its n-grams, for what compares texts: decontamination and near duplicates."""
+"""Words of a text and hashes of its n-grams, for what compares texts: decontamination and near
+duplicates.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words_of(text: str) -> list[bytes]:
-    """The runs of letters, digits and '_' in lower case, in UTF-8; punctuation and white space separate them."""
+    """The runs of letters, digits and '_' in lower case, in UTF-8; punctuation and white space
+    separate them.
+    """
     text = text.lower()
     if not text.isascii():
         text = OTHER_SEPARATORS.sub(" ", SINGLE_CHARACTER_WORDS.sub(r" \1 ", text))
@@ -30,7 +34,9 @@ def hash_words(words: list[bytes]) -> NDArray[np.uint64]:
 
 
 def hash_ngrams(word_hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each ``size`` words in a row, [words - size + 1] or [0]: a polynomial of the words' hashes modulo 2^64."""
+    """A 64-bit hash of each ``size`` words in a row, [words - size + 1] or [0]: a polynomial of the
+    words' hashes modulo 2^64.
+    """
     count = max(len(word_hashes) - size + 1, 0)
     hashes = np.zeros(count, np.uint64)
     for offset in range(size):

@@ -8,13 +8,16 @@ import unicodedata
 from data_pipeline.cleaning.config import Normalize
 from data_pipeline.cleaning.stage import Cleaned
 
-# General category Cc without tab, line feed and carriage return, which is a line end. Indentation is never touched.
+# General category Cc without tab, line feed and carriage return, which is a line end. Indentation
+# is never touched.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 LINE_ENDS = re.compile("\r\n?")
 
 
 class Normalizer:
-    """Edits: ``line_ends`` and ``control_characters`` (runs that were replaced), ``normalized`` (1: the Unicode form changed)."""
+    """Edits: ``line_ends`` and ``control_characters`` (runs that were replaced), ``normalized`` (1:
+    the Unicode form changed).
+    """
 
     def __init__(self, config: Normalize) -> None:
         self.config = config
@@ -27,7 +30,8 @@ class Normalizer:
             text, count = CONTROL_CHARACTERS.subn("", text)
             if count:
                 edits["control_characters"] = count
-        # Last, because a letter and its accent may meet only once a control character between them is gone.
+        # Last, because a letter and its accent may meet only once a control character between them
+        # is gone.
         if not text.isascii():
             normalized = unicodedata.normalize(self.config.form, text)
             if normalized != text:

@@ -1,6 +1,7 @@
 """Replaces secrets and personal data by placeholders.
 
-Patterns are bounded, so that the time is linear in the text, and what they find is checked by the rules of its kind.
+Patterns are bounded, so that the time is linear in the text, and what they find is checked by the
+rules of its kind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ EMAIL, IP_ADDRESS, SECRET, PHONE_NUMBER, CREDIT_CARD = (
     "<CREDIT_CARD>",
 )
 
-# The part before the @ (RFC 5321: up to 64 octets) is looked for backwards, since a search for it would begin at every letter.
+# The part before the @ (RFC 5321: up to 64 octets) is looked for backwards, since a search for it
+# would begin at every letter.
 EMAIL_DOMAIN = re.compile(
     r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}[A-Za-z]{2,24})(?![\w(\[-])"
 )
@@ -48,17 +50,21 @@ VERSION_BEFORE = re.compile(
     re.IGNORECASE,
 )
 
-# North American numbers (area and exchange codes begin with 2 to 9), and international ones with a plus (ITU-T E.164).
+# North American numbers (area and exchange codes begin with 2 to 9), and international ones with a
+# plus (ITU-T E.164).
 PHONE_PARENTHESES = re.compile(r"\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[-. ][0-9]{4}(?![\w-])")
 PHONE_NORTH_AMERICA = re.compile(
     r"(?:1[-. ])?[2-9][0-9]{2}([-. ])[2-9][0-9]{2}\1[0-9]{4}(?![\w-]|[. ][0-9])"
 )
 PHONE_INTERNATIONAL = re.compile(
-    r"\+[1-9][0-9]{0,2}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9]{2,4}(?:[ .-]?[0-9]{2,4}){1,4}(?!\w|\.[0-9])"
+    r"\+[1-9][0-9]{0,2}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9]{2,4}(?:["
+    r" .-]?[0-9]{2,4}){1,4}(?!\w|\.[0-9])"
 )
-# Issuers' ranges (ISO/IEC 7812): Visa 4, Mastercard 51-55 and 2221-2720, American Express 34 and 37, Discover 6011 and 65, JCB 35, Diners 36.
+# Issuers' ranges (ISO/IEC 7812): Visa 4, Mastercard 51-55 and 2221-2720, American Express 34 and
+# 37, Discover 6011 and 65, JCB 35, Diners 36.
 CARD = re.compile(
-    r"[2-6][0-9]{3}(?<![\w.+/-]....)(?:[ -]?[0-9]{4}[ -]?[0-9]{4}[ -]?[0-9]{4}|[ -]?[0-9]{6}[ -]?[0-9]{4,5})(?![\w+/-]|\.[0-9])"
+    r"[2-6][0-9]{3}(?<![\w.+/-]....)(?:[ -]?[0-9]{4}[ -]?[0-9]{4}[ -]?[0-9]{4}|[ -]?[0-9]{6}["
+    r" -]?[0-9]{4,5})(?![\w+/-]|\.[0-9])"
 )
 CARD_LENGTHS = {
     "4": (16,),
@@ -89,7 +95,9 @@ class Rule(NamedTuple):
 
 
 class Redactor:
-    """Edits: ``redacted_secret``, ``redacted_email``, ``redacted_ip_address``, ``redacted_phone_number``, ``redacted_credit_card``."""
+    """Edits: ``redacted_secret``, ``redacted_email``, ``redacted_ip_address``,
+    ``redacted_phone_number``, ``redacted_credit_card``.
+    """
 
     def __init__(self, config: Redact) -> None:
         self.email_addresses = config.email_addresses
@@ -169,9 +177,11 @@ def email_spans(text: str) -> list[tuple[int, int]]:
 
 
 def is_public_address(match: re.Match[str]) -> bool:
-    """An address on the public internet that stands alone and is no version or section number as far as one can tell.
+    """An address on the public internet that stands alone and is no version or section number as
+    far as one can tell.
 
-    Four numbers below 10 are a version or a section, as is what follows a word such as 'version', a comparison or a program's name.
+    Four numbers below 10 are a version or a section, as is what follows a word such as 'version', a
+    comparison or a program's name.
     """
     text, start, stop = match.string, match.start(), match.end()
     before, after = text[max(start - 12, 0) : start], text[stop : stop + 2]

@@ -1,6 +1,8 @@
-"""What secrets look like: the documented formats of issuers, and passwords that are assigned to a telling name.
+"""What secrets look like: the documented formats of issuers, and passwords that are assigned to a
+telling name.
 
-Every pattern needs a literal, which keeps the search fast, and repeats only a bounded number of times, which keeps it linear.
+Every pattern needs a literal, which keeps the search fast, and repeats only a bounded number of
+times, which keeps it linear.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ PLACEHOLDERS = (
 
 
 def looks_random(value: str) -> bool:
-    """Whether a quoted value is a generated secret rather than a word, a name, a path or a placeholder.
+    """Whether a quoted value is a generated secret rather than a word, a name, a path or a
+    placeholder.
 
-    It goes from letters to digits or back at least twice, has no placeholder's word, and more than 3.2 bits of Shannon entropy a character.
+    It goes from letters to digits or back at least twice, has no placeholder's word, and more than
+    3.2 bits of Shannon entropy a character.
     """
     lowered = value.lower()
     if any(word in lowered for word in PLACEHOLDERS) or len(TURN.findall(value)) < 2:
@@ -65,14 +69,18 @@ class SecretPattern(NamedTuple):
 
 
 def _issued(prefix: str, rest: str, literal: str | None = None) -> SecretPattern:
-    """A token that its prefix (of one length, so that a look-behind can hold it) gives away; it must not stand inside a longer word."""
+    """A token that its prefix (of one length, so that a look-behind can hold it) gives away; it
+    must not stand inside a longer word.
+    """
     return SecretPattern(
         literal or prefix, re.compile(f"{prefix}(?<![{WORD}]{prefix}){rest}(?![{WORD}])")
     )
 
 
 def _assigned(ending: str, after: str = "") -> SecretPattern:
-    """A quoted value after a name with this part in it, such as ``db_password = "..."`` or ``"apiKey": "..."``."""
+    """A quoted value after a name with this part in it, such as ``db_password = "..."`` or
+    ``"apiKey": "..."``.
+    """
     value = r"""["'](?P<secret>[^\s"'<>{}()\[\]$%\\]{12,256})["']"""
     return SecretPattern(
         ending,
@@ -82,21 +90,27 @@ def _assigned(ending: str, after: str = "") -> SecretPattern:
 
 
 ISSUED = (
-    # AWS access key ids: AKIA for users, ASIA for temporary ones, then 16 base32 characters (IAM user guide, "unique identifiers").
+    # AWS access key ids: AKIA for users, ASIA for temporary ones, then 16 base32 characters (IAM
+    # user guide, "unique identifiers").
     _issued("A[KS]IA", "[A-Z0-9]{16}", "IA"),
-    # GitHub: personal, OAuth, user-to-server, server-to-server and refresh tokens (docs, "About authentication to GitHub").
+    # GitHub: personal, OAuth, user-to-server, server-to-server and refresh tokens (docs, "About
+    # authentication to GitHub").
     _issued("gh[pousr]_", "[A-Za-z0-9]{36,255}", "gh"),
     _issued("github_pat_", "[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"),
-    # GitLab: personal, deploy, trigger, runner, OAuth, feed, job and agent tokens (docs, "Token overview").
+    # GitLab: personal, deploy, trigger, runner, OAuth, feed, job and agent tokens (docs, "Token
+    # overview").
     _issued("gl", "(?:pat|dt|ptt|rt|oas|soat|ft|cbt|agent)-[A-Za-z0-9_.-]{20,300}"),
-    # Slack: bot, user, legacy, refresh and app-level tokens; incoming webhooks (docs, "Tokens", "Sending messages using incoming webhooks").
+    # Slack: bot, user, legacy, refresh and app-level tokens; incoming webhooks (docs, "Tokens",
+    # "Sending messages using incoming webhooks").
     _issued("xox[abeprs]-", f"[{WORD}]{{10,250}}", "xox"),
     _issued("xapp-", f"[{WORD}]{{10,250}}"),
     _issued("hooks.slack.com/services/", "T[A-Z0-9]{8,12}/B[A-Z0-9]{8,12}/[A-Za-z0-9]{20,30}"),
-    # Stripe: live secret and restricted keys, webhook signing secrets (docs, "API keys"). Test keys reach no money.
+    # Stripe: live secret and restricted keys, webhook signing secrets (docs, "API keys"). Test keys
+    # reach no money.
     _issued("[rs]k_live_", "[A-Za-z0-9]{20,247}", "k_live_"),
     _issued("whsec_", "[A-Za-z0-9]{20,247}"),
-    # OpenAI: project, service and admin keys, user keys of 48 characters. Anthropic: API and admin keys.
+    # OpenAI: project, service and admin keys, user keys of 48 characters. Anthropic: API and admin
+    # keys.
     _issued("sk-", f"(?:(?:proj|svcacct|admin|ant)-[{WORD}]{{40,200}}|[A-Za-z0-9]{{48}})"),
     # Hugging Face user and organisation tokens (docs, "User access tokens").
     _issued("hf_", "[A-Za-z]{34}"),
@@ -104,12 +118,14 @@ ISSUED = (
     # Google API keys; OAuth client secrets (docs, "Using API keys", "OAuth client ID").
     _issued("AIza", f"[{WORD}]{{35}}"),
     _issued("GOCSPX-", f"[{WORD}]{{28}}"),
-    # npm; PyPI (a macaroon for pypi.org in base64); SendGrid; DigitalOcean: prefixes that the issuers gave to GitHub's secret scanning.
+    # npm; PyPI (a macaroon for pypi.org in base64); SendGrid; DigitalOcean: prefixes that the
+    # issuers gave to GitHub's secret scanning.
     _issued("npm_", "[A-Za-z0-9]{36}"),
     _issued("pypi-AgEIcHlwaS5vcmc", f"[{WORD}]{{50,1000}}"),
     _issued("SG[.]", f"[{WORD}]{{22}}[.][{WORD}]{{43}}", "SG."),
     _issued("dop_v1_", "[a-f0-9]{64}"),
-    # JSON web tokens (RFC 7519): three parts in base64url, the first two JSON objects, so they begin with '{"'.
+    # JSON web tokens (RFC 7519): three parts in base64url, the first two JSON objects, so they
+    # begin with '{"'.
     _issued("eyJ", f"[{WORD}]{{10,4000}}[.]eyJ[{WORD}]{{10,4000}}[.][{WORD}]{{10,4000}}"),
 )
 
@@ -144,7 +160,8 @@ ASSIGNED = (
     _assigned("_key", "(?:(?<=api_key)|(?<=auth_key)|(?<=access_key)|(?<=private_key))"),
     _assigned("_KEY", "(?:(?<=API_KEY)|(?<=AUTH_KEY)|(?<=ACCESS_KEY)|(?<=PRIVATE_KEY))"),
     _assigned("Key", "(?:(?<=piKey)|(?<=uthKey)|(?<=ccessKey)|(?<=rivateKey))"),
-    # An AWS secret access key is 40 base64 characters, in ini files without quotes (AWS CLI user guide, "Configuration and credential files").
+    # An AWS secret access key is 40 base64 characters, in ini files without quotes (AWS CLI user
+    # guide, "Configuration and credential files").
     *(
         SecretPattern(
             name,

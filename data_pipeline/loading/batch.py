@@ -20,7 +20,8 @@ class Batch:
     Attributes:
         input_ids_BS: int64.
         labels_BS: int64, the next token of each input; -100 where no loss is taken.
-        document_ids_BS: int64, number of the document inside the sample, from 0; None without a document mask.
+        document_ids_BS: int64, number of the document inside the sample, from 0; None without a
+            document mask.
     """
 
     input_ids_BS: Tensor
@@ -33,7 +34,10 @@ class Batch:
 
     @property
     def position_ids_BS(self) -> Tensor | None:
-        """int64, each token's place in its document, or in the part of it that the sample holds; None without a document mask."""
+        """int64, each token's place in its document, or in the part of it that the sample holds.
+
+        None without a document mask.
+        """
         if self.document_ids_BS is None:
             return None
         ids_BS = self.document_ids_BS
@@ -43,7 +47,9 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """One sequence: inputs, labels and, with a document mask, the documents' numbers, each int64 [S]."""
+    """One sequence: inputs, labels and, with a document mask, the documents' numbers, each int64
+    [S].
+    """
 
     inputs_S: np.ndarray
     labels_S: np.ndarray
@@ -65,7 +71,8 @@ class Documents(NamedTuple):
 
     Attributes:
         place: a shard's prefix; of a stream, a file.
-        first, last: their numbers in the data's split, as ``tools/inspect_data.py --document`` takes them; of a streamed file from the start of the
+        first, last: their numbers in the data's split, as ``tools/inspect_data.py --document``
+        takes them; of a streamed file from the start of the
             part of it that is read in one go, and -1 is the last one there.
     """
 

@@ -1,7 +1,9 @@
-"""Best-fit-decreasing packing of a shard's documents into sequences (Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
+"""Best-fit-decreasing packing of a shard's documents into sequences (Ding et al. 2024, "Fewer
+Truncations Improve Language Modeling").
 
-Documents longer than a sequence are cut into pieces of S tokens and a rest. The pieces go into sequences from the longest to the shortest, each
-into the fullest sequence that still has room for it. The result lies beside the shard, as ``PREFIX.pack-S.safetensors``.
+Documents longer than a sequence are cut into pieces of S tokens and a rest. The pieces go into
+sequences from the longest to the shortest, each into the fullest sequence that still has room for
+it. The result lies beside the shard, as ``PREFIX.pack-S.safetensors``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class PackingStatistics:
 
     @property
     def truncated_share(self) -> float:
-        """Of the documents, those that were cut: no packing can avoid it for one longer than a sequence."""
+        """Of the documents, those that were cut: no packing can avoid it for one longer than a
+        sequence.
+        """
         return self.truncated_documents / self.documents if self.documents else 0.0
 
     def __add__(self, other: PackingStatistics) -> PackingStatistics:
@@ -59,7 +63,9 @@ class PackingStatistics:
 def cut_documents(
     starts: np.ndarray, lengths: np.ndarray, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of at most ``sequence_length`` tokens, in the documents' order: where each begins and how long it is, both int64."""
+    """Pieces of at most ``sequence_length`` tokens, in the documents' order: where each begins and
+    how long it is, both int64.
+    """
     pieces = -(-lengths // sequence_length)
     ends = np.cumsum(pieces)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - pieces, pieces)
@@ -72,8 +78,8 @@ def cut_documents(
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """The sequence of each piece, and how many there are.
 
-    Pieces of one length are alike, and so are sequences with the same room, so whole groups are placed at once: the steps that this takes grow
-    with ``capacity``, not with the number of pieces.
+    Pieces of one length are alike, and so are sequences with the same room, so whole groups are
+    placed at once: the steps that this takes grow with ``capacity``, not with the number of pieces.
 
     Args:
         lengths: int64 [pieces], from 1 to ``capacity``.
@@ -100,7 +106,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                 room = capacity
                 group = np.arange(opened, opened - (-left // (capacity // length)))
                 opened += len(group)
-            # A sequence that takes one such piece has less room than before, so it is the best fit for the next one too.
+            # A sequence that takes one such piece has less room than before, so it is the best fit
+            # for the next one too.
             each = room // length
             whole = min(left // each, len(group))
             filled = np.repeat(group[:whole], each)
@@ -115,8 +122,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
             left -= len(filled)
             for free, sequences in leftovers:
                 if len(sequences):
-                    rooms[free].appendleft(sequences) if free == room else rooms[free].append(
-                        sequences
+                    (
+                        rooms[free].appendleft(sequences)
+                        if free == room
+                        else rooms[free].append(sequences)
                     )
                     nonempty |= 1 << free
             if not rooms[room]:
@@ -169,11 +178,13 @@ class PackedShard:
         found = read_statistics(shard, sequence_length)
         if found is None:
             raise DataError(
-                f"{path} is missing or belongs to other shards: start training with a data folder that rank 0 of every node can write to"
+                f"{path} is missing or belongs to other shards: start training with a data folder"
+                " that rank 0 of every node can write to"
             )
         self.statistics = found
         self._file = ReadFile(path)
-        # The format: the header's size, the header in JSON, then the arrays at the header's offsets.
+        # The format: the header's size, the header in JSON, then the arrays at the header's
+        # offsets.
         header_bytes = int(self._file.read(0, 1, np.dtype("<u8"))[0])
         header = json.loads(self._file.read(8, header_bytes, np.dtype("u1")).tobytes())
         self._places = {
@@ -203,7 +214,10 @@ class PackedShard:
 
 
 def read_statistics(shard: Shard, sequence_length: int) -> PackingStatistics | None:
-    """The statistics of the packing that lies beside a shard; None where there is none, or it is another shard's."""
+    """The statistics of the packing that lies beside a shard.
+
+    None where there is none, or it is another shard's.
+    """
     try:
         with safe_open(pack_path(shard.prefix, sequence_length), framework="numpy") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -220,7 +234,8 @@ def read_statistics(shard: Shard, sequence_length: int) -> PackingStatistics | N
 def pack_stream(
     stream: TokenStream, sequence_length: int, progress: bool = False
 ) -> PackingStatistics:
-    """Packs each shard that is not packed yet, shard by shard: a killed one begins again with the shard it was at.
+    """Packs each shard that is not packed yet, shard by shard: a killed one begins again with the
+    shard it was at.
 
     Raises:
         StorageError: where the folder cannot be written to.
@@ -252,6 +267,7 @@ def _save(packing: Packing, shard: Shard) -> None:
         )
     except OSError as error:
         raise StorageError(
-            f"cannot write {path} ({error.strerror}): data.packing.kind=best_fit keeps its index beside the shards; "
-            "make the folder writable once, or use data.packing.kind=concatenate"
+            f"cannot write {path} ({error.strerror}): data.packing.kind=best_fit keeps its index"
+            " beside the shards; make the folder writable once, or use"
+            " data.packing.kind=concatenate"
         ) from None

@@ -1,35 +1,37 @@
 """A sequence of slots that holds each source's share of every prefix to within one slot.
 
 It is open at any place: which source has slot i, and how often before. The counts before a slot are
-decided by bisection: those in the middle of a stretch follow from those at its ends. In the shortest
-stretches, of ``STRETCH`` slots, the next slot goes to the source that would be the first to fall
-behind by a whole one. Everything is a function of the shares and the slot, in exact whole numbers.
+decided by bisection: those in the middle of a stretch follow from those at its ends. In the
+shortest stretches, of ``STRETCH`` slots, the next slot goes to the source that would be the first
+to fall behind by a whole one. Everything is a function of the shares and the slot, in exact whole
+numbers.
 
 Why every prefix is less than one slot away from the exact shares, whatever they are:
 
 * A source of share p is never a whole slot away if its slot number k (from 0) is in its window,
   slots floor(k / p) to ceil((k + 1) / p) - 1 (proportionate fairness, Baruah et al. 1996).
   Before any slot t it then has floor(p t) or ceil(p t) slots.
-* Let the counts at both ends of a stretch be such numbers. By Hall's theorem all windows between can
-  be kept, and earliest deadline first keeps them, if no range of slots has to hold more windows
+* Let the counts at both ends of a stretch be such numbers. By Hall's theorem all windows between
+  can be kept, and earliest deadline first keeps them, if no range of slots has to hold more windows
   than slots. A range inside never has: sum(floor(p t) - ceil(p s)) <= t - s. One that begins at the
-  start of the stretch or finishes at its end has not if, for any t between, with P for the sum of the
-  shares of the sources in question,
-  (1) those whose floor(p t) is the same as at the start have at most ceil(P t) slots at the start
+  start of the stretch or finishes at its end has not if, for any t between, with P for the sum of
+  the shares of the sources in question, (1) those whose floor(p t) is the same as at the start have
+  at most ceil(P t) slots at the start
       (the others then have floor(p t) - their slots <= t - start windows that have to end by t);
   (2) those whose ceil(p t) is the same as at the end have at least floor(P t) slots at the end.
-* The counts at the middle m must be floor(p m) or ceil(p m), from those at the start to those at the
-  end, add up to m, and satisfy (1) towards the end and (2) towards the start. That bounds the sums of
-  one family of nested sets from above and of another from below. Two such families make a totally
-  unimodular matrix, so there are whole numbers like that unless
-  - a bound of (1), of sources A at t > m, contradicts one of (2), of sources B at s < m. It does not:
-    sources of A alone may have floor(p m), of B alone ceil(p m), and the difference of their shares
-    of m, A's less B's, is at most A's share of t less B's share of s. (The sum is t = s = m.)
+* The counts at the middle m must be floor(p m) or ceil(p m), from those at the start to those at
+  the end, add up to m, and satisfy (1) towards the end and (2) towards the start. That bounds the
+  sums of one family of nested sets from above and of another from below. Two such families make a
+  totally unimodular matrix, so there are whole numbers like that unless
+  - a bound of (1), of sources A at t > m, contradicts one of (2), of sources B at s < m. It does
+    not: sources of A alone may have floor(p m), of B alone ceil(p m), and the difference of their
+    shares of m, A's less B's, is at most A's share of t less B's share of s. (The sum is t = s =
+    m.)
   - or a bound of (1) is below the least counts. It is not: a source that must have more than
     floor(p m) already had it at the start, where (1) held for the same t. So for (2) and the end.
-* ``_between`` finds them: a source gets ceil(p m) only if a bound of (2) asks for one more, and then
-  the one whose window ends first, so that every sum of (1) is as small as (2) allows (the greedy
-  algorithm for the independent sets of a matroid).
+* ``_between`` finds them: a source gets ceil(p m) only if a bound of (2) asks for one more, and
+  then the one whose window ends first, so that every sum of (1) is as small as (2) allows (the
+  greedy algorithm for the independent sets of a matroid).
 * (1) holds for the counts at 0, all 0, and those at ``END`` are chosen to satisfy (2).
 """
 
@@ -57,9 +59,10 @@ class Interleaving:
 
     Before any slot n up to ``END``, a source of share p (of their sum) has floor(p n) or ceil(p n)
     slots, so every prefix is less than one slot away from the exact share. That is proven (see the
-    module's first lines); a search over 418 million prefixes of 14,593 sets of shares made to be hard
-    (2 to 40 sources over nine orders of magnitude, up to 10^12 slots) found none further away.
-    Multiples of a common denominator of the shares are met exactly. Time and memory do not grow with n.
+    module's first lines); a search over 418 million prefixes of 14,593 sets of shares made to be
+    hard (2 to 40 sources over nine orders of magnitude, up to 10^12 slots) found none further away.
+    Multiples of a common denominator of the shares are met exactly. Time and memory do not grow
+    with n.
 
     Args:
         shares: exact, not negative, not all 0.
@@ -75,7 +78,9 @@ class Interleaving:
         self._table = lru_cache(maxsize=2)(self._make_table)
 
     def slots(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source and the running number in it of slots first .. first + count - 1: two int64 [count]."""
+        """The source and the running number in it of slots first .. first + count - 1: two int64
+        [count].
+        """
         sources, numbers = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
@@ -155,14 +160,18 @@ class Interleaving:
         return counts
 
     def _make_table(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source and number of each slot of the block, int64 [BLOCK]. All its stretches are filled at the same time, slot by slot."""
+        """The source and number of each slot of the block, int64 [BLOCK].
+
+        All its stretches are filled at the same time, slot by slot.
+        """
         first, stretches = block * BLOCK, BLOCK // STRETCH
         exact = np.array(
             [self._counts_at(slot) for slot in range(first, first + BLOCK + 1, STRETCH)]
         ).T
         # Counts are from the block's first slot on, so 32 bits hold them.
         borders = (exact - exact[:, :1]).astype(np.int32)
-        # A source's next slot may not come before it is behind, and has to come before it is behind by one.
+        # A source's next slot may not come before it is behind, and has to come before it is behind
+        # by one.
         released = np.empty((STRETCH, len(borders), stretches), dtype=np.int32)
         deadlines: list[np.ndarray] = []
         offsets: list[int] = []
@@ -188,7 +197,10 @@ class Interleaving:
 
 
 def floors(fraction: Fraction, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """floor(fraction n) of n = first .. first + count - 1, int64 [count], and whether fraction n is above it, bool [count]. Exact.
+    """floor(fraction n) of n = first .. first + count - 1, int64 [count], and whether fraction n is
+    above it, bool [count].
+
+    Exact.
 
     Args:
         fraction: from 0 to 1.

@@ -45,7 +45,9 @@ class SourceState:
 
 @dataclass(frozen=True)
 class MixtureEntry:
-    """A mixture that holds from a sample on, until the next entry. Checkpoints store a run's entries.
+    """A mixture that holds from a sample on, until the next entry.
+
+    Checkpoints store a run's entries.
 
     Attributes:
         sequence_length: tokens of a sample.

@@ -1,4 +1,6 @@
-"""From a stream of tokens to samples of S tokens: windows of it, or whole documents packed together."""
+"""From a stream of tokens to samples of S tokens: windows of it, or whole documents packed
+together.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,15 @@ PADDING_WINDOW = -1
 
 
 class Windows:
-    """Fixed windows of S tokens with one target each: window i has inputs i*S .. i*S + S - 1, and labels one token further.
+    """Fixed windows of S tokens with one target each: window i has inputs i*S .. i*S + S - 1, and
+    labels one token further.
 
-    A document goes on in the next window, and a token that ends a document belongs to it. With ``document_mask`` no loss is taken on the first
-    token of the next document.
+    A document goes on in the next window, and a token that ends a document belongs to it. With
+    ``document_mask`` no loss is taken on the first token of the next document.
 
     Attributes:
-        num_all: all windows, a shorter last one too: together they score each token but the first exactly once. ``len()`` counts the full
-            ones, which training uses.
+        num_all: all windows, a shorter last one too: together they score each token but the first
+            exactly once. ``len()`` counts the full ones, which training uses.
     """
 
     def __init__(
@@ -46,7 +49,10 @@ class Windows:
         return self._targets // self.sequence_length
 
     def read(self, number: int) -> Sample:
-        """One window. A missing tail is ``pad_id`` and -100, in a document of its own; so is all of the window -1."""
+        """One window.
+
+        A missing tail is ``pad_id`` and -100, in a document of its own; so is all of the window -1.
+        """
         length = self.sequence_length
         if number == PADDING_WINDOW:
             inputs, labels = (
@@ -68,7 +74,9 @@ class Windows:
         )
 
     def read_at(self, start: int) -> Sample:
-        """The window whose first input is token ``start`` of the stream; at its end a shorter one, filled up."""
+        """The window whose first input is token ``start`` of the stream; at its end a shorter one,
+        filled up.
+        """
         length = self.sequence_length
         inputs, labels = (
             np.full(length, self.pad_id, dtype=np.int64),
@@ -88,13 +96,15 @@ class Windows:
 
 
 class PackedSamples:
-    """Documents packed by best fit; every token of every document is an input exactly once an epoch.
+    """Documents packed by best fit; every token of every document is an input exactly once an
+    epoch.
 
-    A label is the next token of the same document, also where the document is cut. What is left at the end is ``pad_id``, without loss and in a
-    document of its own.
+    A label is the next token of the same document, also where the document is cut. What is left at
+    the end is ``pad_id``, without loss and in a document of its own.
 
     Raises:
-        DataError: where a shard of the stream is not packed yet, see :func:`data_pipeline.loading.best_fit.pack_stream`.
+        DataError: where a shard of the stream is not packed yet, see
+            :func:`data_pipeline.loading.best_fit.pack_stream`.
     """
 
     def __init__(
@@ -127,7 +137,8 @@ class PackedSamples:
         for document, (start, count) in enumerate(
             self._shards[shard].pieces(number - int(self._starts[shard]))
         ):
-            # A piece that is cut fills its sequence, and only then its last input has a label: the first token of the rest.
+            # A piece that is cut fills its sequence, and only then its last input has a label: the
+            # first token of the rest.
             peek = int(count == length and self._goes_on(offset + start + count))
             tokens = self.stream.read(offset + start, count + peek)
             inputs[filled : filled + count] = tokens[:count]
@@ -199,7 +210,9 @@ def training_samples(
 def prepare_packing(
     datasets: Datasets, config: DataConfig, sequence_length: int, progress: bool = False
 ) -> PackingStatistics | None:
-    """Packs what is not packed yet, on one process; None where the recipe's packing needs nothing prepared.
+    """Packs what is not packed yet, on one process.
+
+    None where the recipe's packing needs nothing prepared.
 
     Raises:
         StorageError: where a data folder cannot be written to.
@@ -214,7 +227,9 @@ def prepare_packing(
 def packing_statistics(
     datasets: Datasets, sequence_length: int, progress: bool = False
 ) -> PackingStatistics:
-    """What best-fit packing makes of the training split; shards that are packed already are not packed again."""
+    """What best-fit packing makes of the training split; shards that are packed already are not
+    packed again.
+    """
     streams = [part.stream for parts in datasets.training_shards().values() for part in parts]
     return pack_stream(
         TokenStream(

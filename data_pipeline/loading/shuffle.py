@@ -1,7 +1,9 @@
-"""The order of training samples as a pure function of (seed, position): nothing to store, nothing to replay on resume.
+"""The order of training samples as a pure function of (seed, position): nothing to store, nothing
+to replay on resume.
 
-Each epoch is a permutation of all samples by a keyed Feistel network (Luby & Rackoff 1988), restricted to the samples by cycle walking
-(Black & Rogaway 2002). It takes constant memory whatever the number of samples.
+Each epoch is a permutation of all samples by a keyed Feistel network (Luby & Rackoff 1988),
+restricted to the samples by cycle walking (Black & Rogaway 2002). It takes constant memory whatever
+the number of samples.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
     flat = _feistel(values.astype(np.uint64).ravel(), half_bits, keys)
-    # The network permutes a power of four, at most four times too large: what falls outside walks on until it is back inside.
+    # The network permutes a power of four, at most four times too large: what falls outside walks
+    # on until it is back inside.
     outside = flat >= num_samples
     while outside.any():
         flat[outside] = _feistel(flat[outside], half_bits, keys)
@@ -45,7 +48,9 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
 
 
 def shuffled(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """The samples at these positions of the endless sequence of epochs, each freshly permuted: int64, of the shape of ``positions``."""
+    """The samples at these positions of the endless sequence of epochs, each freshly permuted:
+    int64, of the shape of ``positions``.
+    """
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     result = np.empty_like(places)
     for epoch in np.unique(epochs):

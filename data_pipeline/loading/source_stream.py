@@ -1,4 +1,5 @@
-"""One source as an endless stream of windows: its documents are cleaned and encoded as they are read.
+"""One source as an endless stream of windows: its documents are cleaned and encoded as they are
+read.
 
 The documents come in their order, without those that are held out, again and again.
 """

@@ -88,7 +88,8 @@ class BadShares:
         example = self.examples.get((name, reason))
         what = f"{count:,}: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
         raise DataError(
-            f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with "
-            f"{share:.1%} of its bytes; most often {reason} ({what}). --max-bad-share "
-            f"{self.allowed:g} allows less: {ADVICE.get(reason, 'correct the input')}, or raise the share to leave the bad records out"
+            f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with"
+            f" {share:.1%} of its bytes; most often {reason} ({what}). --max-bad-share"
+            f" {self.allowed:g} allows less: {ADVICE.get(reason, 'correct the input')}, or raise"
+            " the share to leave the bad records out"
         )

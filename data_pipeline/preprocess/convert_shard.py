@@ -1,4 +1,6 @@
-"""One shard of another program as shards of ours: checked token by token, and not copied if its bytes are what training reads."""
+"""One shard of another program as shards of ours: checked token by token, and not copied if its
+bytes are what training reads.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,8 @@ class _Importer:
                 else ""
             )
             raise DataError(
-                f"{self.shard.path} has a document of {self.sizes.max():,} tokens{hint}: at most {LONGEST_DOCUMENT:,} are possible"
+                f"{self.shard.path} has a document of {self.sizes.max():,} tokens{hint}: at most"
+                f" {LONGEST_DOCUMENT:,} are possible"
             )
 
     def run(self) -> ImportRecord:
@@ -149,7 +152,9 @@ class _Importer:
         return self.record
 
     def _reads_as_it_is(self) -> bool:
-        """Whether the file of the tokens can be the .bin; unsigned ids of four bytes are the same bytes as signed ones below 2^31."""
+        """Whether the file of the tokens can be the .bin; unsigned ids of four bytes are the same
+        bytes as signed ones below 2^31.
+        """
         types = (
             {self.job.dtype, np.dtype("<u4")}
             if self.job.dtype == np.dtype("<i4")
@@ -164,7 +169,9 @@ class _Importer:
         )
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        """Documents first .. last - 1 that are read at once: as many as ``READ_TOKENS`` hold, and one at least."""
+        """Documents first .. last - 1 that are read at once: as many as ``READ_TOKENS`` hold, and
+        one at least.
+        """
         first = 0
         while first < len(self.ends):
             begin = int(self.ends[first] - self.sizes[first])
@@ -227,8 +234,10 @@ class _Importer:
             place = int(((tokens >= size) | (tokens < 0)).argmax())
             document = int(np.searchsorted(self.ends, begin + place, side="right"))
             raise DataError(
-                f"{self.shard.path} holds the token id {tokens[place]} at token {begin + place:,}, in document {document:,} "
-                f"(the largest there is {largest}), but {self.job.tokenizer.origin} has {size:,} entries: give the tokenizer that it was made with"
+                f"{self.shard.path} holds the token id {tokens[place]} at token {begin + place:,},"
+                f" in document {document:,} (the largest there is {largest}), but"
+                f" {self.job.tokenizer.origin} has {size:,} entries: give the tokenizer that it was"
+                " made with"
             )
         self.record.largest_id = max(self.record.largest_id, largest)
         return tokens
@@ -241,7 +250,10 @@ class _Importer:
     def _sides(
         self, documents: list[Any], parts: Callable[[], Iterator[Tokens]] | None = None
     ) -> np.ndarray:
-        """The number of each document's split [documents]. A hash of its ids decides, whatever type they have: equal documents go together."""
+        """The number of each document's split [documents].
+
+        A hash of its ids decides, whatever type they have: equal documents go together.
+        """
         if len(self.job.names) == 1:
             (split,) = self.job.names
             return np.full(len(documents), SPLITS.index(split))
@@ -297,7 +309,8 @@ class _LinkedShard:
                     self._advance(0)
         if path.stat().st_size != size:
             raise StorageError(
-                f"{self.source} changed while it was read: run the same command again once it is at rest"
+                f"{self.source} changed while it was read: run the same command again once it is at"
+                " rest"
             )
         fsync_path(path)
         index, index_bytes, temporary = (

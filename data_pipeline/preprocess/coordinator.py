@@ -1,8 +1,10 @@
-"""From sources to a data folder: sample -> tokenizer -> encode every unit -> remove duplicates -> merge into shards -> manifest.
+"""From sources to a data folder: sample -> tokenizer -> encode every unit -> remove duplicates ->
+merge into shards -> manifest.
 
-All work is done on units, in any order and by any number of workers, and put together in the order of the input: the same bytes come out.
-Finished units survive a killed run, and the same command goes on from them. Files take their names at the end, the manifest last: a folder
-with a manifest is complete.
+All work is done on units, in any order and by any number of workers, and put together in the order
+of the input: the same bytes come out. Finished units survive a killed run, and the same command
+goes on from them. Files take their names at the end, the manifest last: a folder with a manifest is
+complete.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ from pretrain.core.progress import Stage
 
 logger = logging.getLogger(__name__)
 
-# A source is read in full for its sample where that is small; of a large one, units that hold this many times the sample suffice.
+# A source is read in full for its sample where that is small; of a large one, units that hold this
+# many times the sample suffice.
 SAMPLE_MARGIN = 4
 
 
@@ -97,12 +100,14 @@ def build(
     """Builds the data of ``config``, or finds it there.
 
     Args:
-        config: sources, tokenizer, cleaning, split; ``path`` and what training does with the shards do not change the files.
+        config: sources, tokenizer, cleaning, split; ``path`` and what training does with the shards
+            do not change the files.
         fresh: build also where there is data, and replace it once the new data is complete.
         progress: show progress bars on standard error.
         workers: processes; by default every core, or only this process where the input is small.
         pool: workers that are there already, such as the ranks of an MPI job.
-        engine: the tokenizer library that encodes; by default the first, in the order of usual speed, whose ids are right on a sample.
+        engine: the tokenizer library that encodes; by default the first, in the order of usual
+            speed, whose ids are right on a sample.
 
     Raises:
         ConfigError: where other data is there and ``fresh`` is false.
@@ -144,16 +149,19 @@ def build(
 def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:
     """The manifest that is there, where it is of the same request and input.
 
-    Files with other times may still have the same content: then they are read and compared. A stream is not read to its end for that.
+    Files with other times may still have the same content: then they are read and compared. A
+    stream is not read to its end for that.
     """
     manifest = load_manifest(output.path)
     if manifest.request_sha256 != plan.request_sha256:
         raise ConfigError(
-            f"{output.path} holds data of another corpus, tokenizer or cleaning: choose another folder, or pass --fresh to replace it"
+            f"{output.path} holds data of another corpus, tokenizer or cleaning: choose another"
+            " folder, or pass --fresh to replace it"
         )
     if manifest.inputs_sha256 != plan.inputs_sha256:
         other = ConfigError(
-            f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to replace it"
+            f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to"
+            " replace it"
         )
         if plan.config.streaming:
             raise other
@@ -213,11 +221,14 @@ class Build:
         )
 
     def _trained_tokenizer(self) -> Tokenizer:
-        """Samples the training split and trains on it; a tokenizer that an earlier run has trained is found again."""
+        """Samples the training split and trains on it; a tokenizer that an earlier run has trained
+        is found again.
+        """
         assert isinstance(self.config.tokenizer, TrainBPE)
         if self.config.streaming:
             raise ConfigError(
-                "data.streaming reads the source only once: train the tokenizer before, and name it with data.tokenizer.kind=file"
+                "data.streaming reads the source only once: train the tokenizer before, and name it"
+                " with data.tokenizer.kind=file"
             )
         shares, numbers = self._sample_shares(self.config.tokenizer)
         task = replace(self.task, sample_shares=shares)
@@ -255,7 +266,8 @@ class Build:
         weights: dict[str, float] = dict(config.sample_weights or sizes)
         if unknown := set(weights) - set(sizes):
             raise ConfigError(
-                f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources are {', '.join(sizes)}"
+                f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources"
+                f" are {', '.join(sizes)}"
             )
         total = sum(weights.values()) or 1.0
         shares, numbers = {}, []
@@ -285,8 +297,8 @@ class Build:
         numbers = list(range(len(self.plan.units)))
         if self.config.streaming:
             return self._encode_held_out(numbers)
-        # What is a duplicate is known when all units are. Over nodes, one may not see at once what another has renamed. And where merging
-        # had begun, what it has finished stays.
+        # What is a duplicate is known when all units are. Over nodes, one may not see at once what
+        # another has renamed. And where merging had begun, what it has finished stays.
         has_merged = any((self.workspace / "shards").glob("*.json"))
         follow = (
             growing.add
@@ -342,13 +354,16 @@ class Build:
         return records
 
     def _check_at_rest(self) -> None:
-        """Units that were read from files as they are now, and not as they were at the start, would not fit together."""
+        """Units that were read from files as they are now, and not as they were at the start, would
+        not fit together.
+        """
         if (
             plan_build(self.config, None, open_sources(self.config, self.workspace)).inputs_sha256
             != self.plan.inputs_sha256
         ):
             raise DataError(
-                "the source files changed while they were read: run the same command again once they are at rest"
+                "the source files changed while they were read: run the same command again once"
+                " they are at rest"
             )
 
     def _split_plan(self, records: list[Record]) -> SplitPlan:
@@ -378,10 +393,12 @@ class Build:
         follow: Callable[[Record], None] | None = None,
         shares: BadShares | None = None,
     ) -> list[Record]:
-        """Runs a stage over units; those that an earlier run has finished with the same split are taken as they are.
+        """Runs a stage over units; those that an earlier run has finished with the same split are
+        taken as they are.
 
-        ``follow`` is called with the record of each unit as soon as those of all units before it are there, unless all were there already.
-        ``shares`` of a stage in several calls are checked by the caller.
+        ``follow`` is called with the record of each unit as soon as those of all units before it
+        are there, unless all were there already. ``shares`` of a stage in several calls are checked
+        by the caller.
 
         Raises:
             DataError: if more of a source is bad than allowed.

@@ -1,10 +1,11 @@
 """Which documents of a corpus are duplicates, from keys on disk, in bounded memory.
 
-Of documents with equal digests the first in corpus order stays. Of the others, those that share a band hash are linked, and the first
-of each connected component stays. Corpus order is the order of the units, and of the rows inside each.
+Of documents with equal digests the first in corpus order stays. Of the others, those that share a
+band hash are linked, and the first of each connected component stays. Corpus order is the order of
+the units, and of the rows inside each.
 
-Equal keys are found in two steps: inside chunks of rows, and then, among the first of each kind in its chunk, inside partitions of the
-key's range that lie on disk. The result depends on neither.
+Equal keys are found in two steps: inside chunks of rows, and then, among the first of each kind in
+its chunk, inside partitions of the key's range that lie on disk. The result depends on neither.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEEP, EXACT_DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
-# About how many bytes sorting needs for each key: itself, its copy in order, the order, and what compares neighbours.
+# About how many bytes sorting needs for each key: itself, its copy in order, the order, and what
+# compares neighbours.
 BYTES_PER_KEY = 80
 
 Rows = NDArray[np.int64]
@@ -34,7 +36,8 @@ class UnitKeys:
 
     Attributes:
         digests: uint64 [n, 2], a hash of the content.
-        bands: uint64 [n, bands], as :func:`data_pipeline.cleaning.near_duplicates.minhash_bands` gives them; None without near duplicates.
+        bands: uint64 [n, bands], as :func:`data_pipeline.cleaning.near_duplicates.minhash_bands`
+            gives them; None without near duplicates.
         marks: where the result goes: uint8 [n], 0 keep, 1 exact duplicate, 2 near duplicate.
     """
 
@@ -53,8 +56,9 @@ def mark_duplicates(
 ) -> None:
     """Writes the marks of every unit, each file at once or not at all.
 
-    Memory stays near ``memory_bytes`` however many documents there are. Scratch takes 9 bytes a document, and where the keys of one kind do
-    not fit into the memory, 24 bytes a digest or 16 bytes a band.
+    Memory stays near ``memory_bytes`` however many documents there are. Scratch takes 9 bytes a
+    document, and where the keys of one kind do not fit into the memory, 24 bytes a digest or 16
+    bytes a band.
 
     Args:
         scratch: a folder for temporary files; what an earlier run left there is removed.
@@ -141,7 +145,9 @@ def _link_near(
 def _read_chunks(
     paths: Sequence[Path], keys_per_row: int, memory_bytes: int, advance: Callable[[int], object]
 ) -> Iterator[tuple[NDArray[np.uint64], Rows]]:
-    """The rows of all files with their numbers, as many at a time as the memory allows, also across the ends of files."""
+    """The rows of all files with their numbers, as many at a time as the memory allows, also across
+    the ends of files.
+    """
     limit = max(memory_bytes // (BYTES_PER_KEY * keys_per_row), 1)
     pieces: list[NDArray[np.uint64]] = []
     held = first = 0
@@ -169,7 +175,8 @@ def _join_equal(
     memory_bytes: int,
     join: Join,
 ) -> None:
-    """Calls ``join`` with rows that have a key first and rows that have it again, so that all rows of a key become connected.
+    """Calls ``join`` with rows that have a key first and rows that have it again, so that all rows
+    of a key become connected.
 
     Args:
         chunks: keys [n, columns] and the row of each, ascending over all chunks.
@@ -192,7 +199,9 @@ def _join_equal(
 
 
 def _join_within(keys: NDArray[np.uint64], rows: Rows, join: Join) -> NDArray[np.intp]:
-    """Joins the rows of equal keys, and gives back the places of the first row of each key, in the order of the keys' first column."""
+    """Joins the rows of equal keys, and gives back the places of the first row of each key, in the
+    order of the keys' first column.
+    """
     order = keys[:, 0].argsort()
     first_column = keys[order, 0]
     again = np.zeros(len(keys) + 1, bool)
@@ -222,12 +231,16 @@ def _scatter(keys: NDArray[np.uint64], rows: Rows, partitions: int, work: Path) 
 
 
 def _link(parents: Rows, left: Rows, right: Rows) -> None:
-    """Connects pairs of rows. A parent is never larger than its child, so the root of a component is its first row."""
+    """Connects pairs of rows.
+
+    A parent is never larger than its child, so the root of a component is its first row.
+    """
     while left.size:
         left, right = _roots(parents, left), _roots(parents, right)
         apart = left != right
         left, right = left[apart], right[apart]
-        # Of several links of one root only the least can be made now; the others are looked at again, from their new roots.
+        # Of several links of one root only the least can be made now; the others are looked at
+        # again, from their new roots.
         np.minimum.at(parents, np.maximum(left, right), np.minimum(left, right))
 
 

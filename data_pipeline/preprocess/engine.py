@@ -1,4 +1,6 @@
-"""Which engine encodes a corpus: found out by one worker while the others begin with what most likely comes out."""
+"""Which engine encodes a corpus: found out by one worker while the others begin with what most
+likely comes out.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,16 @@ from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE, REFERENCE
 
 SAMPLE_CHARACTERS = 1 << 16
 SAMPLED_UNITS = 8
-# Choosing an engine takes a second, in which the tokenizers library encodes this much on a few cores.
+# Choosing an engine takes a second, in which the tokenizers library encodes this much on a few
+# cores.
 WORTH_CHOOSING_FOR = 8 << 20
 
 
 def fit_engine(plan: BuildPlan, task: Task, pool: Pool) -> str:
     """The engine for a build, by a sample of its corpus.
 
-    Units that were encoded in the meantime stay if their engine is the one; else the next stage finds that they are of another plan.
+    Units that were encoded in the meantime stay if their engine is the one; else the next stage
+    finds that they are of another plan.
     """
     if plan.input_bytes < WORTH_CHOOSING_FOR:
         return REFERENCE

@@ -1,7 +1,8 @@
-"""From shards of other programs to a data folder: the tokens, what training and the tools need with them, and the proof that they are whole.
+"""From shards of other programs to a data folder: the tokens, what training and the tools need with
+them, and the proof that they are whole.
 
-Finished shards survive a killed run, and the same command resumes. Files take their names at the end, the manifest last: a folder with a
-manifest is complete.
+Finished shards survive a killed run, and the same command resumes. Files take their names at the
+end, the manifest last: a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -85,19 +86,23 @@ def import_shards(
     """Makes a data folder of shards that are there, or finds it there.
 
     Args:
-        prefixes, validation: shards of the training and of the validation split, see :func:`data_pipeline.shards.foreign.open_foreign`.
-        config: ``tokenizer``, an existing one, and ``validation_share``: of the documents in ``prefixes``, by a hash of their token ids.
+        prefixes, validation: shards of the training and of the validation split, see
+        :func:`data_pipeline.shards.foreign.open_foreign`.
+        config: ``tokenizer``, an existing one, and ``validation_share``: of the documents in
+            ``prefixes``, by a hash of their token ids.
         fresh, progress: as of :func:`data_pipeline.preprocess.coordinator.build`.
         workers: shards that are read at the same time.
 
     Raises:
-        ConfigError: for options that do not go together, and where other data is there and ``fresh`` is false.
+        ConfigError: for options that do not go together, and where other data is there and
+            ``fresh`` is false.
         DataError: for a shard that is damaged, of an unknown form, or not of this tokenizer.
         StorageError: where the disk is full.
     """
     if isinstance(config.tokenizer, TrainBPE):
         raise ConfigError(
-            "--import-shards needs the tokenizer that the shards were made with: name it with --tokenizer PATH"
+            "--import-shards needs the tokenizer that the shards were made with: name it with"
+            " --tokenizer PATH"
         )
     if validation and config.validation_share:
         raise ConfigError(
@@ -141,7 +146,8 @@ def import_shards(
                 "inputs_sha256": manifest.inputs_sha256,
             } != identity:
                 raise ConfigError(
-                    f"{output.path} holds other data: choose another folder, or pass --fresh to replace it"
+                    f"{output.path} holds other data: choose another folder, or pass --fresh to"
+                    " replace it"
                 )
             verify(manifest)
             return ImportResult(output, manifest, reused=True)
@@ -150,7 +156,8 @@ def import_shards(
         records = _run(jobs, min(workers or 4, len(jobs)), progress)
         if _stamp(given) != identity["inputs_sha256"]:
             raise DataError(
-                "the shards changed while they were read: run the same command again once they are at rest"
+                "the shards changed while they were read: run the same command again once they are"
+                " at rest"
             )
         return _publish(jobs, records, tokenizer, output, workspace, identity)
 
@@ -163,7 +170,8 @@ def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> 
         )
     if inside := next((path for path in files if path.parent == output.folder.resolve()), None):
         raise ConfigError(
-            f"{inside} is in the folder that is to be written: choose another --output, so that nothing of yours is replaced"
+            f"{inside} is in the folder that is to be written: choose another --output, so that"
+            " nothing of yours is replaced"
         )
     if not sum(shard.num_tokens for shard in given["train"]):
         raise DataError("the shards of --import-shards hold no token: name others")
@@ -182,7 +190,9 @@ def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
 
 
 def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
-    """Of the types that training reads and that hold every id, the one that most bytes are of already, so that little is to be converted."""
+    """Of the types that training reads and that hold every id, the one that most bytes are of
+    already, so that little is to be converted.
+    """
     short, long = MANIFEST_TYPES
     sizes = {short: 0, long: 0}
     for shard in shards:
@@ -218,7 +228,10 @@ def _jobs(
 
 
 def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportRecord]:
-    """The records of all jobs, in their order. Threads suffice: reading, checksums and numpy leave the interpreter's lock."""
+    """The records of all jobs, in their order.
+
+    Threads suffice: reading, checksums and numpy leave the interpreter's lock.
+    """
     ended = threading.Event()
     total = sum(job.shard.num_tokens for job in jobs)
     with Stage("importing", progress, total, "token") as stage, ThreadPoolExecutor(workers) as pool:
@@ -258,7 +271,8 @@ def _publish(
         size = sum(record.utf8_bytes.get(split, 0) for record in records)
         if written and not entries:
             raise DataError(
-                f"no document falls into the {split} split: give another --validation-share, or name its shards with --import-validation"
+                f"no document falls into the {split} split: give another --validation-share, or"
+                " name its shards with --import-validation"
             )
         if entries:
             documents, tokens = (
@@ -304,12 +318,14 @@ def _publish(
         if job.shard.ends is None:
             count = sum(shard["documents"] for shard in record.shards.values())
             notes.append(
-                f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s, {count:,} documents, cut at the token {tokenizer.eod_id}"
+                f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s, {count:,}"
+                f" documents, cut at the token {tokenizer.eod_id}"
             )
     if with_eod != documents:
         notes.append(
-            f"{with_eod:,} of {documents:,} documents end with the end-of-document token {tokenizer.eod_id}: the others run into the next one in "
-            "training, unless data.document_mask is on"
+            f"{with_eod:,} of {documents:,} documents end with the end-of-document token"
+            f" {tokenizer.eod_id}: the others run into the next one in training, unless"
+            " data.document_mask is on"
         )
     result = ImportResult(
         output,

@@ -1,4 +1,6 @@
-"""Shards that grow while later units are still being encoded: what is left to do after the last unit is little."""
+"""Shards that grow while later units are still being encoded: what is left to do after the last
+unit is little.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from data_pipeline.shards.split import SPLITS, SplitName
 
 
 class GrowingShards:
-    """Writes the first shard of every source and split in a thread of the coordinator, unit by unit in their order.
+    """Writes the first shard of every source and split in a thread of the coordinator, unit by unit
+    in their order.
 
-    The first alone: a corpus that has many is written by all workers at the end, faster than by one thread. Parts stay where they are, so that
-    a killed build merges them again.
+    The first alone: a corpus that has many is written by all workers at the end, faster than by one
+    thread. Parts stay where they are, so that a killed build merges them again.
 
     Args:
         workspace: the staging folder.
@@ -89,7 +92,8 @@ class GrowingShards:
         self._shards.clear()
 
     def take(self, plan: ShardPlan) -> Future[dict[str, Any] | None]:
-        """Gives a shard its place once all units are in it: its record, or None where it is none of those that have grown here.
+        """Gives a shard its place once all units are in it: its record, or None where it is none of
+        those that have grown here.
 
         The result raises what writing it met.
         """

@@ -1,4 +1,6 @@
-"""The account of a build: totals over units, reports of what is not in the shards, and the manifest."""
+"""The account of a build: totals over units, reports of what is not in the shards, and the
+manifest.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def source_sha256(records: list[Record], source: str) -> str:
 
 
 class Account:
-    """Documents, tokens and bytes that stay, by split and source; what deduplication removed, by source."""
+    """Documents, tokens and bytes that stay, by split and source; what deduplication removed, by
+    source.
+    """
 
     def __init__(self, workspace: Path, records: list[Record]) -> None:
         self.documents: Counter[tuple[SplitName, str]] = Counter()
@@ -106,7 +110,9 @@ def describe(
     shards: list[dict[str, Any]],
     tokenizer: Tokenizer,
 ) -> tuple[Manifest, list[str]]:
-    """The manifest of a finished build, and the names of the files to publish: shards, and reports where there is something to report."""
+    """The manifest of a finished build, and the names of the files to publish: shards, and reports
+    where there is something to report.
+    """
     account = Account(workspace, records)
     names = [shard["prefix"] + ending for shard in shards for ending in (".bin", ".idx")]
     for name, rows in (
@@ -200,7 +206,9 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 def _numbered_rows(
     plan: BuildPlan, workspace: Path, records: list[Record]
 ) -> Iterator[dict[str, Any]]:
-    """The bad records of all units; their lines, counted from the start of each unit, are numbered from the start of the file."""
+    """The bad records of all units; their lines, counted from the start of each unit, are numbered
+    from the start of the file.
+    """
     lines_before: Counter[tuple[str, str]] = Counter()
     for record in records:
         unit = plan.units[record["unit"]]

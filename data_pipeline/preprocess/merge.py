@@ -1,4 +1,6 @@
-"""From the parts of all units to the shards, in the order of the input, without what deduplication removed."""
+"""From the parts of all units to the shards, in the order of the input, without what deduplication
+removed.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray |
 
 
 class ShardCutter:
-    """Cuts the units of one source and split into shards: as many documents as fit into ``max_tokens``, and one at least.
+    """Cuts the units of one source and split into shards: as many documents as fit into
+    ``max_tokens``, and one at least.
 
     Attributes:
         shards: the pieces of each shard so far; all but the last one are complete.
@@ -66,7 +69,9 @@ class ShardCutter:
         self._room = max_tokens
 
     def add(self, unit: int, tokens: int) -> None:
-        """Takes the next unit in order, with its tokens before deduplication; one without any is in no shard."""
+        """Takes the next unit in order, with its tokens before deduplication; one without any is in
+        no shard.
+        """
         if not tokens:
             return
         self.shards = self.shards or [[]]

@@ -1,4 +1,6 @@
-"""What a build has to do, before any text is read: sources, units, and the checksums by which a later run knows the same job."""
+"""What a build has to do, before any text is read: sources, units, and the checksums by which a
+later run knows the same job.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
 def plan_build(
     config: DataConfig, given: Tokenizer | None, sources: dict[str, Source]
 ) -> BuildPlan:
-    """Lists the input and cuts it into units. Their size depends on the input alone, so any number of workers writes the same bytes.
+    """Lists the input and cuts it into units.
+
+    Their size depends on the input alone, so any number of workers writes the same bytes.
 
     Raises:
         ConfigError: if two sources name the same file.
@@ -121,5 +125,6 @@ def check_files(units: list[Unit]) -> None:
         if owner != source:
             same = path if name == path else f"{path}, which is {name},"
             raise ConfigError(
-                f"the file {same} is in two sources, '{owner}' and '{source}': name it in one of them, or its text is there twice"
+                f"the file {same} is in two sources, '{owner}' and '{source}': name it in one of"
+                " them, or its text is there twice"
             )

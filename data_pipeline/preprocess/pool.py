@@ -1,4 +1,7 @@
-"""Workers: this process alone, processes of this machine, or the ranks of an MPI job. Work is handed out as they become free."""
+"""Workers: this process alone, processes of this machine, or the ranks of an MPI job.
+
+Work is handed out as they become free.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,21 @@ from pretrain.core.progress import Tally, use_tally
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
-# Enough that no worker waits for the coordinator, few enough that a corpus of any size has a short queue.
+# Enough that no worker waits for the coordinator, few enough that a corpus of any size has a short
+# queue.
 WAITING_PER_WORKER = 3
 WORTH_STARTING_FOR = 64 << 20
 THREAD_VARIABLES = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS")
 WORKER_ENVIRONMENT = {
-    # glibc gives every large text back to the system and asks for it again, page by page, unless it is told to keep some memory.
+    # glibc gives every large text back to the system and asks for it again, page by page, unless it
+    # is told to keep some memory.
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
     # A stream of the datasets library would import torch, seconds for nothing.
     "USE_TORCH": "0",
-    # The process that removes the pool's semaphores after an interrupted build has nothing to say about them.
+    # The process that removes the pool's semaphores after an interrupted build has nothing to say
+    # about them.
     "PYTHONWARNINGS": "ignore:resource_tracker",
 }
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
@@ -57,7 +63,9 @@ class Pool:
         self.executor, self.workers, self.is_local = executor, workers, is_local
 
     def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
-        """Starts one job ahead of all that come later; it is done already where this process does the work."""
+        """Starts one job ahead of all that come later; it is done already where this process does
+        the work.
+        """
         if self.executor is not None:
             return self.executor.submit(function, job)
         future: Future[ResultT] = Future()
@@ -128,7 +136,8 @@ def local_pool(workers: int) -> Iterator[Pool]:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise PeerLostError(
-                "a worker process was killed, perhaps for want of memory: run the same command, which goes on where it stopped, or lower --workers"
+                "a worker process was killed, perhaps for want of memory: run the same command,"
+                " which goes on where it stopped, or lower --workers"
             ) from None
         raise
     finally:
@@ -145,10 +154,13 @@ def default_workers(input_bytes: int) -> int:
 
 
 def _begin_worker(counts: Any, plugins: tuple[str, ...]) -> None:
-    """Ties a worker's life to its parent's, counts what it reads for the parent's progress bar, and imports its plugins."""
+    """Ties a worker's life to its parent's, counts what it reads for the parent's progress bar, and
+    imports its plugins.
+    """
     load_plugins(plugins)
     use_tally(Tally(counts))
-    # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the time.
+    # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the
+    # time.
     gc.set_threshold(100_000, 20, 20)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -174,7 +186,9 @@ def mpi_size(environment: Mapping[str, str]) -> int:
 
 @contextmanager
 def mpi_pool() -> Iterator[Pool | None]:
-    """Rank 0 gets a pool of all other ranks; they serve it inside this call and get None when it is over."""
+    """Rank 0 gets a pool of all other ranks; they serve it inside this call and get None when it is
+    over.
+    """
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 

@@ -63,7 +63,8 @@ class Reader:
     """The clean documents of one unit, with everything else counted and reported.
 
     Attributes:
-        checksum: over every document that was read, its text's digest and the name that decides its side if its text does not, in order.
+        checksum: over every document that was read, its text's digest and the name that decides its
+            side if its text does not, in order.
         lowest, highest: places of the documents whose side a hash decides.
     """
 
@@ -86,7 +87,9 @@ class Reader:
         self.highest: float | None = None
 
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
-        """Each clean document, the digest of its text, and its place in [0, 1) for the split; a fixed split is at an end of it."""
+        """Each clean document, the digest of its text, and its place in [0, 1) for the split; a
+        fixed split is at an end of it.
+        """
         counters, checksum, cleaner, fixed_place = (
             self.counters,
             self.checksum,
@@ -201,7 +204,9 @@ class Reader:
 
 @lru_cache(maxsize=16)
 def _source(section: str, context: ReadContext) -> Source:
-    """One object for all units of a source that this process reads: some keep what was slow to open."""
+    """One object for all units of a source that this process reads: some keep what was slow to
+    open.
+    """
     return open_source(TypeAdapter(SourceSection).validate_json(section), context)
 
 

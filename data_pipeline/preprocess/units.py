@@ -1,4 +1,6 @@
-"""The records of units as workers hand them in: passed on in order, added up for the progress bar, and trusted by a later run or not."""
+"""The records of units as workers hand them in: passed on in order, added up for the progress bar,
+and trusted by a later run or not.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def followed(
     known: dict[int, Record],
     follow: Callable[[Record], None],
 ) -> Iterator[Record]:
-    """Passes results on as they come, and calls ``follow`` with the known ones and with them in the order of ``numbers``."""
+    """Passes results on as they come, and calls ``follow`` with the known ones and with them in the
+    order of ``numbers``.
+    """
     waiting = iter(numbers)
     number = next(waiting, None)
     for result in itertools.chain([None], results):
@@ -63,12 +67,15 @@ def judged(results: Iterator[Record], shares: BadShares) -> Iterator[Record]:
 
 
 def is_usable(record: Record, folder: Path, task: Task) -> bool:
-    """Whether a unit that an earlier run has finished can stay: encoded with the same split, and surely on disk."""
+    """Whether a unit that an earlier run has finished can stay: encoded with the same split, and
+    surely on disk.
+    """
     if record["plan"] != unit_plan(task):
         return False
     if record["boot"] == boot_id():
         return True
-    # What a process has written survives its end, but not a power cut: after a restart of the machine the parts are read.
+    # What a process has written survives its end, but not a power cut: after a restart of the
+    # machine the parts are read.
     return all(
         (folder / name).is_file() and _fast_checksum(folder / name) == checksum
         for name, checksum in record["checksums"].items()

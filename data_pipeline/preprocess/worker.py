@@ -1,4 +1,6 @@
-"""What a worker process does with one unit: sample it for the tokenizer's training, or encode it into a part of the corpus."""
+"""What a worker process does with one unit: sample it for the tokenizer's training, or encode it
+into a part of the corpus.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
 
 
 def scan_unit(job: Job) -> Record:
-    """Counts a unit's documents and checksums them, without cleaning: what :func:`encode_unit` would read."""
+    """Counts a unit's documents and checksums them, without cleaning: what :func:`encode_unit`
+    would read.
+    """
     task, number, unit = job
     reader = Reader(task, number, unit, None)
     for _ in reader.documents_with_split():
@@ -59,7 +63,9 @@ def scan_unit(job: Job) -> Record:
 
 
 def sample_unit(job: Job) -> Record:
-    """Writes the documents of a unit that the tokenizer is trained on: each with its place for the split."""
+    """Writes the documents of a unit that the tokenizer is trained on: each with its place for the
+    split.
+    """
     task, number, unit = job
     place = unit_folder(task.workspace, "samples", number)
     share = task.sample_shares[unit.source]
@@ -73,7 +79,9 @@ def sample_unit(job: Job) -> Record:
 
 
 def encode_unit(job: Job) -> Record:
-    """Writes a unit's part of each split, what deduplication needs to know, and the record of it all."""
+    """Writes a unit's part of each split, what deduplication needs to know, and the record of it
+    all.
+    """
     task, number, unit = job
     place = unit_folder(task.workspace, "units", number)
     with (
@@ -103,13 +111,19 @@ def encode_unit(job: Job) -> Record:
 
 
 def encode_ahead(job: Job) -> None:
-    """Encodes a unit while its engine is still being tried. What is wrong is told when the unit is encoded in earnest."""
+    """Encodes a unit while its engine is still being tried.
+
+    What is wrong is told when the unit is encoded in earnest.
+    """
     with suppress(ConfigError, DataError):
         encode_unit(job)
 
 
 def choose(job: tuple[Task, list[str]]) -> str:
-    """The engine for the tokenizer of a task, by a sample of the corpus. That of the task stays open, for the units to come."""
+    """The engine for the tokenizer of a task, by a sample of the corpus.
+
+    That of the task stays open, for the units to come.
+    """
     task, sample = job
     with suppress(EngineUnavailableError):
         return choose_engine(_tokenizer(task), sample, {task.engine: _encoder(task).engine}).name
@@ -141,7 +155,9 @@ def unit_plan(task: Task) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """Changes when the machine is restarted; empty where the system does not tell, which counts as no restart."""
+    """Changes when the machine is restarted; empty where the system does not tell, which counts as
+    no restart.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -151,7 +167,8 @@ def boot_id() -> str:
 class PartWriter:
     """Encodes documents in batches and appends each to the part of its split.
 
-    Beside the tokens it keeps, where duplicates are looked for, one row a document: digest, bands, split, bytes of text, name.
+    Beside the tokens it keeps, where duplicates are looked for, one row a document: digest, bands,
+    split, bytes of text, name.
     """
 
     def __init__(self, task: Task, folder: Path, source: str) -> None:
@@ -243,7 +260,9 @@ class PartWriter:
 
 
 class Batch:
-    """Documents on their way to the engine, as segments: texts, and literal token ids around and between them."""
+    """Documents on their way to the engine, as segments: texts, and literal token ids around and
+    between them.
+    """
 
     def __init__(self) -> None:
         self.sides: list[int] = []
@@ -284,7 +303,8 @@ class Batch:
         ids, offsets = encoder.encode_flat(texts, digests, names)
         if ids.size and ids.max() > np.iinfo(dtype).max:
             raise DataError(
-                f"the tokenizer gives the id {ids.max()}, which does not fit {dtype.name}: its vocabulary is larger than it says"
+                f"the tokenizer gives the id {ids.max()}, which does not fit {dtype.name}: its"
+                " vocabulary is larger than it says"
             )
         sizes = np.ones(len(literals), dtype=np.int64)
         sizes[is_text] = np.diff(offsets)
@@ -304,7 +324,10 @@ def looks_for_duplicates(cleaning: Cleaning) -> bool:
 
 
 class DuplicateKeys:
-    """What tells duplicates, one row a document, in memory-mappable files beside the part. Rows go to disk in batches: memory stays flat."""
+    """What tells duplicates, one row a document, in memory-mappable files beside the part.
+
+    Rows go to disk in batches: memory stays flat.
+    """
 
     def __init__(self, folder: Path, cleaning: Cleaning) -> None:
         self.folder, self.near = folder, cleaning.near_duplicates

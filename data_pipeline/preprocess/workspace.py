@@ -50,7 +50,9 @@ class Output:
         return f"{self.prefix}.{name}" if self.prefix else name
 
     def shard(self, split: str, source: str, number: int, of: int, only_source: bool) -> str:
-        """A shard's name without ending: ``train``, ``train_code``, ``train_00003``; under a prefix ``corpus``, ``corpus_validation``."""
+        """A shard's name without ending: ``train``, ``train_code``, ``train_00003``; under a prefix
+        ``corpus``, ``corpus_validation``.
+        """
         parts = [self.prefix or split]
         if self.prefix and split != "train":
             parts.append(split)
@@ -80,7 +82,9 @@ def begin_staging(folder: Path, request_sha256: str) -> None:
 
 
 def remove_unused(output: Output, is_new: bool) -> None:
-    """Removes a staging folder in which no build has begun, and with it an output folder that was made for nothing."""
+    """Removes a staging folder in which no build has begun, and with it an output folder that was
+    made for nothing.
+    """
     if not (output.staging / "identity.json").exists():
         shutil.rmtree(output.staging, ignore_errors=True)
     if is_new and not any(output.folder.iterdir()):
@@ -88,11 +92,14 @@ def remove_unused(output: Output, is_new: bool) -> None:
 
 
 class Workspace:
-    """The staging folder. Each piece of work is done in an attempt folder, which takes its place with one rename.
+    """The staging folder.
+
+    Each piece of work is done in an attempt folder, which takes its place with one rename.
 
     Args:
         folder: the staging folder, as :func:`begin_staging` left it.
-        identity: what the pieces in it belong to; those of another input are removed, apart from what was read from standard input.
+        identity: what the pieces in it belong to; those of another input are removed, apart from
+            what was read from standard input.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -113,7 +120,9 @@ class Workspace:
 
 @contextmanager
 def attempt(workspace: Path, place: Path) -> Iterator[Path]:
-    """A folder to work in, which becomes ``place`` at the end of the block; another process may have been faster with the same content."""
+    """A folder to work in, which becomes ``place`` at the end of the block; another process may
+    have been faster with the same content.
+    """
     folder = workspace / "attempts" / uuid.uuid4().hex
     folder.mkdir()
     try:
@@ -140,7 +149,8 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
         if error.errno not in NO_SPACE:
             raise
         raise StorageError(
-            f"{error.strerror} while writing data into {folder}: free some space, then run the same command, which goes on where it stopped"
+            f"{error.strerror} while writing data into {folder}: free some space, then run the same"
+            " command, which goes on where it stopped"
         ) from None
 
 
@@ -168,7 +178,10 @@ def read_json(path: Path) -> dict | None:
 
 
 def publish(workspace: Path, output: Output, names: list[str], manifest: bytes) -> None:
-    """Moves the finished files to their names, the manifest last. A killed one is finished by :func:`finish_publishing`."""
+    """Moves the finished files to their names, the manifest last.
+
+    A killed one is finished by :func:`finish_publishing`.
+    """
     write_synced(
         workspace / "publishing.json",
         json.dumps({"names": names, "manifest": manifest.decode()}).encode(),
@@ -199,7 +212,9 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
 
 
 def _files_of(manifest: dict | None) -> set[str]:
-    """The files that an earlier manifest names, none of which may stay when its successor does not have them."""
+    """The files that an earlier manifest names, none of which may stay when its successor does not
+    have them.
+    """
     if manifest is None:
         return set()
     shards = [

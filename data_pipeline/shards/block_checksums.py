@@ -1,4 +1,6 @@
-"""Checksums of a file in blocks: a part of a file of any size can be compared with its manifest, and damage has a place."""
+"""Checksums of a file in blocks: a part of a file of any size can be compared with its manifest,
+and damage has a place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 
 import xxhash
 
-# 64 blocks for a shard of 4 GiB: about 2 KB of a manifest, and half a second of reading from one disk.
+# 64 blocks for a shard of 4 GiB: about 2 KB of a manifest, and half a second of reading from one
+# disk.
 BLOCK_BYTES = 64 << 20
 
 

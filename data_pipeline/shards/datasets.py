@@ -73,7 +73,8 @@ class Datasets:
         return ", ".join(str(manifest.folder) for manifest in self.manifests.values())
 
     def training_shards(self) -> dict[str, list[SourceShards]]:
-        """What the mixture calls a source: the sources of a single folder, or each of several folders as a whole.
+        """What the mixture calls a source: the sources of a single folder, or each of several
+        folders as a whole.
 
         Raises:
             DataError: where a folder has nothing to train on.
@@ -84,7 +85,8 @@ class Datasets:
             names = list(dict.fromkeys(entry.source for entry in shards if entry.tokens))
             if not names:
                 raise DataError(
-                    f"the data in {manifest.folder} has no training split: build it again with more data or a lower data.validation_share"
+                    f"the data in {manifest.folder} has no training split: build it again with more"
+                    " data or a lower data.validation_share"
                 )
             for name in names:
                 part = SourceShards(
@@ -94,7 +96,9 @@ class Datasets:
         return found
 
     def training_sources(self) -> dict[str, TrainingShare]:
-        """The sources of all folders, ``corpus/source`` where a folder has a name; empty where training reads the sources itself."""
+        """The sources of all folders, ``corpus/source`` where a folder has a name; empty where
+        training reads the sources itself.
+        """
         counts: dict[str, tuple[str, int, int]] = {}
         for corpus, manifest in self.manifests.items():
             for entry in manifest.splits["train"].shards if "train" in manifest.splits else []:
@@ -110,7 +114,10 @@ class Datasets:
         }
 
     def validation_stream(self) -> TokenStream | None:
-        """The held-out documents of all folders, one after the other; None where nothing is held out."""
+        """The held-out documents of all folders, one after the other.
+
+        None where nothing is held out.
+        """
         return self.stream("validation") if self.utf8_bytes("validation") else None
 
     def stream(self, split: SplitName) -> TokenStream:
@@ -126,7 +133,8 @@ class Datasets:
         ]
         if not streams:
             raise DataError(
-                f"the data in {self.place} has no {split} split: give data that has one, or build it with data.validation_share above 0"
+                f"the data in {self.place} has no {split} split: give data that has one, or build"
+                " it with data.validation_share above 0"
             )
         return TokenStream(
             [shard for stream in streams for shard in stream.shards], self.tokenizer.vocab_size
@@ -148,7 +156,8 @@ class Datasets:
     def check_blocks(
         self, how: Literal["sizes", "sample", "full"], rank: int, world_size: int
     ) -> BackgroundCheck:
-        """Compares this rank's part of the files' blocks with the manifests, beyond the sizes that :meth:`verify` looks at.
+        """Compares this rank's part of the files' blocks with the manifests, beyond the sizes that
+        :meth:`verify` looks at.
 
         Returns:
             What is still being read in the background; of ``full`` nothing is left to read.
@@ -162,8 +171,8 @@ class Datasets:
             return BackgroundCheck([])
         if (old := lacks_blocks(manifests)) is not None and rank == 0:
             print(
-                f"warning: the manifest in {old.folder} has no checksums of blocks, so that only sizes are compared: use --set data.verify=full, or "
-                "build the data again",
+                f"warning: the manifest in {old.folder} has no checksums of blocks, so that only"
+                " sizes are compared: use --set data.verify=full, or build the data again",
                 file=sys.stderr,
             )
         # Other blocks at each start: the seed is the system's, not the recipe's.
@@ -189,7 +198,8 @@ def load_datasets(folders: dict[str, str]) -> Datasets:
     for manifest in datasets.manifests.values():
         if manifest.tokenizer.sha256 != datasets.tokenizer.sha256:
             raise DataError(
-                f"the data in {manifest.folder} and {datasets.first.folder} have different tokenizers, so they cannot be mixed: "
-                f"build one again with --tokenizer {datasets.tokenizer_path}"
+                f"the data in {manifest.folder} and {datasets.first.folder} have different"
+                " tokenizers, so they cannot be mixed: build one again with --tokenizer"
+                f" {datasets.tokenizer_path}"
             )
     return datasets

@@ -1,14 +1,16 @@
 """Token files that other programs have written, as documents of token ids.
 
-========== ============================================ ==========================================================
-form       files                                        documents
-========== ============================================ ==========================================================
-Megatron   ``P.bin``, ``P.idx`` (GPT-NeoX's are equal)  marks in the index, of one sequence or several each
-nanotron   ``P.ds``, ``P.ds.index``, ``.ds.metadata``   ends in the index: uint64, in tokens (datatrove's writer)
-nanoGPT    ``P.bin``: uint16, nothing else              at the end-of-document token
-llm.c      ``P.bin``: 256 int32 (magic, version,        before each end-of-document token, which begins a document
+========== ============================================
+========================================================== form       files
+documents ========== ============================================
+========================================================== Megatron   ``P.bin``, ``P.idx``
+(GPT-NeoX's are equal)  marks in the index, of one sequence or several each nanotron   ``P.ds``,
+``P.ds.index``, ``.ds.metadata``   ends in the index: uint64, in tokens (datatrove's writer) nanoGPT
+``P.bin``: uint16, nothing else              at the end-of-document token llm.c      ``P.bin``: 256
+int32 (magic, version,        before each end-of-document token, which begins a document
            tokens), then uint16 or uint32               there
-========== ============================================ ==========================================================
+========== ============================================
+==========================================================
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class ForeignShard:
     Attributes:
         prefix: as it was given.
         path, offset: the file of the tokens, and the bytes before the first one.
-        ends: tokens before the end of each document, int64, sorted; None where only the tokens say it.
+        ends: tokens before the end of each document, int64, sorted; None where only the tokens say
+            it.
         files: all that are read.
         notes: what is in the files and not taken over, one sentence each.
     """
@@ -70,7 +73,9 @@ class ForeignShard:
             yield self.read(start, min(start + READ_TOKENS, end))
 
     def document_ends(self, eod_id: int) -> np.ndarray:
-        """``ends``, or where the end-of-document tokens put them: before each of them if the first token is one, else behind each."""
+        """``ends``, or where the end-of-document tokens put them: before each of them if the first
+        token is one, else behind each.
+        """
         if self.ends is not None:
             return self.ends
         found, start, before = [np.zeros(0, np.int64)], 0, False
@@ -89,12 +94,14 @@ def open_foreign(prefix: str) -> ForeignShard:
     """The shard of a prefix, or of the name of one of its files.
 
     Raises:
-        DataError: where there is none, or it is damaged or of a form that is not known; it names the file.
+        DataError: where there is none, or it is damaged or of a form that is not known; it names
+            the file.
     """
     path = Path(prefix)
     if path.is_dir():
         raise DataError(
-            f"{path} is a folder: name the shards in it, such as {path}/*.ds, or the prefixes of .bin/.idx pairs"
+            f"{path} is a folder: name the shards in it, such as {path}/*.ds, or the prefixes of"
+            " .bin/.idx pairs"
         )
     base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if idx_path(base).exists() or path.suffix == ".idx":
@@ -108,11 +115,13 @@ def open_foreign(prefix: str) -> ForeignShard:
     if bin_path(base).exists():
         if path.suffix != ".bin":
             raise DataError(
-                f"{idx_path(base)} is missing: {REMEDY}; if the file is nanoGPT's or llm.c's, which has none, name it as {bin_path(base)}"
+                f"{idx_path(base)} is missing: {REMEDY}; if the file is nanoGPT's or llm.c's, which"
+                f" has none, name it as {bin_path(base)}"
             )
         return _plain(prefix, path)
     raise DataError(
-        f"there are no shards {prefix}: neither {prefix}.bin and .idx (Megatron, GPT-NeoX), {prefix}.ds (nanotron) nor {prefix}.bin"
+        f"there are no shards {prefix}: neither {prefix}.bin and .idx (Megatron, GPT-NeoX),"
+        f" {prefix}.ds (nanotron) nor {prefix}.bin"
     )
 
 
@@ -123,11 +132,13 @@ def _megatron(prefix: str, base: Path) -> ForeignShard:
     if reader.sequence_modes is not None and reader.sequence_modes.any():
         count = int(np.count_nonzero(reader.sequence_modes))
         notes.append(
-            f"{count:,} of {len(reader):,} sequences of {prefix} have another mode than 0: they are taken as tokens, modes are not kept"
+            f"{count:,} of {len(reader):,} sequences of {prefix} have another mode than 0: they are"
+            " taken as tokens, modes are not kept"
         )
     if reader.num_documents != len(reader):
         notes.append(
-            f"{prefix} has {len(reader):,} sequences in {reader.num_documents:,} documents: those of a document become one"
+            f"{prefix} has {len(reader):,} sequences in {reader.num_documents:,} documents: those"
+            " of a document become one"
         )
     files = [bin_path(base), idx_path(base)]
     return ForeignShard(
@@ -147,7 +158,8 @@ def _nanotron(prefix: str, path: Path) -> ForeignShard:
     for needed in (path, index):
         if not needed.is_file():
             raise DataError(
-                f"{needed} is missing: {REMEDY}; the tokens of a nanotron shard are in .ds, the ends of its documents in .ds.index"
+                f"{needed} is missing: {REMEDY}; the tokens of a nanotron shard are in .ds, the"
+                " ends of its documents in .ds.index"
             )
     size, index_size = path.stat().st_size, index.stat().st_size
     if index_size % 8:
@@ -157,13 +169,15 @@ def _nanotron(prefix: str, path: Path) -> ForeignShard:
     ends = np.fromfile(index, "<u8").astype(np.int64)
     if (np.diff(ends, prepend=0) < 0).any():
         raise DataError(
-            f"{index} is damaged: document {int((np.diff(ends, prepend=0) < 0).argmax())} ends before the one in front of it; {REMEDY}"
+            f"{index} is damaged: document {int((np.diff(ends, prepend=0) < 0).argmax())} ends"
+            f" before the one in front of it; {REMEDY}"
         )
     tokens = int(ends[-1]) if len(ends) else 0
     width = next((width for width in (2, 4) if tokens * width == size), None)
     if width is None:
         raise DataError(
-            f"{path} has {size} bytes, but its index ends at {tokens} tokens, which need {2 * tokens} or {4 * tokens}: {REMEDY}"
+            f"{path} has {size} bytes, but its index ends at {tokens} tokens, which need"
+            f" {2 * tokens} or {4 * tokens}: {REMEDY}"
         )
     if metadata.is_file():
         _check_metadata(metadata, tokens, width)
@@ -176,13 +190,16 @@ def _nanotron(prefix: str, path: Path) -> ForeignShard:
 
 
 def _check_metadata(path: Path, tokens: int, width: int) -> None:
-    """Compares the lines of a ``.metadata``: the tokenizer's name (newer ones: and bytes a token), the number of tokens, the same in short."""
+    """Compares the lines of a ``.metadata``: the tokenizer's name (newer ones: and bytes a token),
+    the number of tokens, the same in short.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     said_width = lines[0].rpartition("|")[2] if lines and "|" in lines[0] else str(width)
     said_tokens = lines[1] if len(lines) > 1 else str(tokens)
     if (said_width, said_tokens) != (str(width), str(tokens)):
         raise DataError(
-            f"{path} says {said_tokens} tokens of {said_width} bytes, index and file size say {tokens} of {width}: {REMEDY}"
+            f"{path} says {said_tokens} tokens of {said_width} bytes, index and file size say"
+            f" {tokens} of {width}: {REMEDY}"
         )
 
 
@@ -194,24 +211,28 @@ def _plain(prefix: str, path: Path) -> ForeignShard:
         dtype = LLM_C_TYPES.get((int(header[0]), int(header[1])))
         if dtype is None:
             raise DataError(
-                f"{path} has llm.c's header with version {header[1]}, which is not known: write it again with a current llm.c"
+                f"{path} has llm.c's header with version {header[1]}, which is not known: write it"
+                " again with a current llm.c"
             )
         tokens = int(header[2])
         needed = header.nbytes + tokens * dtype.itemsize
         if tokens < 0 or needed != size:
             raise DataError(
-                f"{path} has {size} bytes, but {tokens} tokens and llm.c's header need {needed}: {REMEDY}"
+                f"{path} has {size} bytes, but {tokens} tokens and llm.c's header need {needed}:"
+                f" {REMEDY}"
             )
         return ForeignShard(
             prefix, "llm.c", path, dtype, tokens, None, [path], offset=header.nbytes
         )
     if size % 2:
         raise DataError(
-            f"{path} has {size} bytes, which is no number of uint16 tokens, and {path.stem}.idx is missing: {REMEDY}"
+            f"{path} has {size} bytes, which is no number of uint16 tokens, and {path.stem}.idx is"
+            f" missing: {REMEDY}"
         )
     sample = np.fromfile(path, "<u2", PLAIN_SAMPLE)
     if len(sample) >= 16 and not sample[1::2].any():
         raise DataError(
-            f"{path} looks like tokens of 4 bytes without an index, which no known form has: write them with an index, as Megatron does"
+            f"{path} looks like tokens of 4 bytes without an index, which no known form has: write"
+            " them with an index, as Megatron does"
         )
     return ForeignShard(prefix, "nanoGPT", path, np.dtype("<u2"), size // 2, None, [path])

@@ -1,9 +1,11 @@
-"""Megatron's indexed token format: ``PREFIX.bin`` holds the tokens of all documents back to back, ``PREFIX.idx`` says where each one lies.
+"""Megatron's indexed token format: ``PREFIX.bin`` holds the tokens of all documents back to back,
+``PREFIX.idx`` says where each one lies.
 
-The index, little-endian: magic ``MMIDIDX\\0\\0``; u64 version 1; u8 code of the token type; u64 number of sequences; u64 number of document
-marks; int32 lengths in tokens; int64 byte offsets into the .bin; int64 document marks (sequence numbers, from 0 to the number of sequences);
-in a multimodal data set then a byte a sequence, its mode. Megatron-LM, Megatron-DeepSpeed and GPT-NeoX read and write it. We write one sequence
-per document.
+The index, little-endian: magic ``MMIDIDX\\0\\0``; u64 version 1; u8 code of the token type; u64
+number of sequences; u64 number of document marks; int32 lengths in tokens; int64 byte offsets into
+the .bin; int64 document marks (sequence numbers, from 0 to the number of sequences); in a
+multimodal data set then a byte a sequence, its mode. Megatron-LM, Megatron-DeepSpeed and GPT-NeoX
+read and write it. We write one sequence per document.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a shard that is not durable XXH3.
+    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a
+    shard that is not durable XXH3.
 
-    ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see :mod:`data_pipeline.shards.block_checksums`.
+    ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see
+    :mod:`data_pipeline.shards.block_checksums`.
     """
 
     documents: int
@@ -78,13 +82,17 @@ class WrittenShard:
 
 
 class IndexedWriter:
-    """Streams documents to ``prefix``.bin and .idx, which appear under these names only once they are complete. Memory does not grow.
+    """Streams documents to ``prefix``.bin and .idx, which appear under these names only once they
+    are complete.
 
-    Use it as a context manager and call :meth:`finish` inside; leaving without it, or by an exception, removes what was written.
+    Memory does not grow.
+
+    Use it as a context manager and call :meth:`finish` inside; leaving without it, or by an
+    exception, removes what was written.
 
     Args:
-        durable: bring the files to disk before they get their names; without it they survive a killed process, but not a power cut, and
-            their checksums are of the fast kind.
+        durable: bring the files to disk before they get their names; without it they survive a
+            killed process, but not a power cut, and their checksums are of the fast kind.
 
     Raises:
         StorageError: where a file of that name is there already.
@@ -95,7 +103,8 @@ class IndexedWriter:
         for path in (bin_path(prefix), idx_path(prefix)):
             if path.exists():
                 raise StorageError(
-                    f"{path} is there already and would be overwritten: remove it, or choose another folder"
+                    f"{path} is there already and would be overwritten: remove it, or choose"
+                    " another folder"
                 )
         self._temporary = {
             kind: prefix.with_name(f"{prefix.name}.{kind}.partial")
@@ -105,7 +114,8 @@ class IndexedWriter:
         self._lengths = self._temporary["lengths"].open("w+b")
         self._hash = FileChecksums if durable else xxhash.xxh3_128
         self._bin_hash = self._hash()
-        # A shard's block is hashed while it is written: both take about as long, and neither holds the interpreter's lock.
+        # A shard's block is hashed while it is written: both take about as long, and neither holds
+        # the interpreter's lock.
         self._hasher = ThreadPoolExecutor(1) if durable else None
         self._hashing: Future[None] | None = None
         self.documents = 0
@@ -130,7 +140,8 @@ class IndexedWriter:
                 path.unlink(missing_ok=True)
 
     def add(self, tokens: Tokens, lengths: np.ndarray) -> None:
-        """Appends documents: their token ids back to back [n], of any integer type, and how many each one has [num_documents].
+        """Appends documents: their token ids back to back [n], of any integer type, and how many
+        each one has [num_documents].
 
         Raises:
             DataError: for an id that the shard's type cannot hold, or a document of 2^31 tokens.
@@ -152,7 +163,9 @@ class IndexedWriter:
             self.end_documents(reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
 
     def add_part(self, tokens: Tokens) -> None:
-        """Appends tokens, of any integer type, whose documents :meth:`end_documents` ends later. The array must not change.
+        """Appends tokens, of any integer type, whose documents :meth:`end_documents` ends later.
+
+        The array must not change.
 
         Raises:
             DataError: for an id that the shard's type cannot hold.
@@ -163,7 +176,8 @@ class IndexedWriter:
         """The lengths in tokens of the next documents [num_documents]."""
         if lengths.size and lengths.max() > LONGEST_DOCUMENT:
             raise DataError(
-                f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it into several"
+                f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it"
+                " into several"
             )
         self._append(np.zeros(0, self.dtype), lengths)
 
@@ -175,7 +189,8 @@ class IndexedWriter:
             and (tokens.max() > limits.max or (tokens.dtype.kind == "i" and tokens.min() < 0))
         ):
             raise DataError(
-                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in {self.prefix}: use the tokenizer's vocabulary size"
+                f"token ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name} in"
+                f" {self.prefix}: use the tokenizer's vocabulary size"
             )
         return np.ascontiguousarray(tokens, dtype=self.dtype)
 
@@ -195,7 +210,9 @@ class IndexedWriter:
             self._hashing.result()
 
     def finish(self) -> WrittenShard:
-        """Completes both files and gives them their names, the .bin first: an .idx never stands for tokens that are not there."""
+        """Completes both files and gives them their names, the .bin first: an .idx never stands for
+        tokens that are not there.
+        """
         self._wait_for_hash()
         self._complete(self._bin)
         index_hash, index_bytes = self._hash(), 0
@@ -237,7 +254,8 @@ def index_content(
 
     Args:
         dtype: of a token.
-        read_lengths: the documents' lengths in tokens as int32, in blocks; it is called twice, the second time to sum them up to offsets.
+        read_lengths: the documents' lengths in tokens as int32, in blocks; it is called twice, the
+            second time to sum them up to offsets.
     """
     code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
     yield HEADER.pack(MAGIC, VERSION, code, documents, documents + 1)
@@ -256,10 +274,12 @@ def _blocks_of(checksums: FileChecksums | xxhash.xxh3_128) -> list[str]:
 
 
 class IndexedReader:
-    """A memory-mapped shard. ``reader[i]`` is sequence i; ``reader.tokens`` are all tokens in order.
+    """A memory-mapped shard.
 
-    Opening takes milliseconds for any size: the header, the sizes of both files and the index's two ends are checked, and the whole of a small
-    index. :meth:`check` reads a large one.
+    ``reader[i]`` is sequence i; ``reader.tokens`` are all tokens in order.
+
+    Opening takes milliseconds for any size: the header, the sizes of both files and the index's two
+    ends are checked, and the whole of a small index. :meth:`check` reads a large one.
 
     Attributes:
         tokens: [num_tokens], of the shard's token type, mapped from the .bin.
@@ -271,7 +291,8 @@ class IndexedReader:
         remedy: what to do about a damaged file, for the error's sentence.
 
     Raises:
-        DataError: for a file that is missing, of another format, cut short, or not consistent; it names the file.
+        DataError: for a file that is missing, of another format, cut short, or not consistent; it
+            names the file.
     """
 
     def __init__(self, prefix: Path, remedy: str = BUILD_AGAIN) -> None:
@@ -324,7 +345,10 @@ class IndexedReader:
         return int(self._offsets[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """Where documents begin in tokens begin .. end - 1: int64, sorted. Costs two binary searches in the mapped index."""
+        """Where documents begin in tokens begin .. end - 1: int64, sorted.
+
+        Costs two binary searches in the mapped index.
+        """
         first, last = (
             bisect_left(self._offsets, token * self.dtype.itemsize) for token in (begin, end)
         )
@@ -342,7 +366,8 @@ class IndexedReader:
         return starts[self.document_marks[1:]]
 
     def check(self) -> None:
-        """Reads the whole index: lengths, offsets and document marks must agree with each other, block by block.
+        """Reads the whole index: lengths, offsets and document marks must agree with each other,
+        block by block.
 
         Raises:
             DataError: for the first entry that does not.
@@ -362,7 +387,8 @@ class IndexedReader:
             if wrong.any():
                 raise self._damaged(
                     path,
-                    f"the offset of sequence {start + int(wrong.argmax())} is not where the one before it ends",
+                    f"the offset of sequence {start + int(wrong.argmax())} is not where the one"
+                    " before it ends",
                 )
             expected = int(ends[-1])
         if expected != self.num_tokens * self.dtype.itemsize:
@@ -375,7 +401,8 @@ class IndexedReader:
             if (np.diff(self.document_marks[start : start + BLOCK_TOKENS + 1]) < 0).any():
                 raise self._damaged(
                     path,
-                    f"its document marks do not rise from 0 to {len(self)}, the number of sequences",
+                    f"its document marks do not rise from 0 to {len(self)}, the number of"
+                    " sequences",
                 )
 
     def _check_ends(self) -> None:
@@ -403,17 +430,21 @@ class IndexedReader:
 
 
 def _read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
-    """Token type, number of sequences and number of document marks; the counts are checked against the file's size before any use."""
+    """Token type, number of sequences and number of document marks; the counts are checked against
+    the file's size before any use.
+    """
     with path.open("rb") as stream:
         head = stream.read(HEADER.size)
     if head.startswith(OLDER_MAGIC):
         raise DataError(
-            f"{path} is an index of the older kind TNTIDX (--dataset-impl lazy or cached), which cannot be mapped: write the shards again with "
-            "--dataset-impl mmap, or tokenize the text with tools/preprocess_data.py"
+            f"{path} is an index of the older kind TNTIDX (--dataset-impl lazy or cached), which"
+            " cannot be mapped: write the shards again with --dataset-impl mmap, or tokenize the"
+            " text with tools/preprocess_data.py"
         )
     if head[: len(MAGIC)] != MAGIC:
         raise DataError(
-            f"{path} is not an index in Megatron's format (it does not begin with MMIDIDX): give the prefix of a .bin/.idx pair"
+            f"{path} is not an index in Megatron's format (it does not begin with MMIDIDX): give"
+            " the prefix of a .bin/.idx pair"
         )
     if len(head) < HEADER.size:
         raise DataError(
@@ -422,7 +453,8 @@ def _read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
     _, version, code, sequences, marks = HEADER.unpack(head)
     if version != VERSION:
         raise DataError(
-            f"{path} has index version {version}, this reader knows version {VERSION}: write it again with tools/preprocess_data.py"
+            f"{path} has index version {version}, this reader knows version {VERSION}: write it"
+            " again with tools/preprocess_data.py"
         )
     if code not in TOKEN_TYPES:
         what = (
@@ -435,8 +467,8 @@ def _read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
     expected, found = HEADER.size + 12 * sequences + 8 * marks, path.stat().st_size
     if found not in (expected, expected + sequences):
         raise DataError(
-            f"{path} is damaged: it has {found} bytes, but {sequences} sequences and {marks} document marks need {expected}, "
-            f"or {expected + sequences} with modes; {remedy}"
+            f"{path} is damaged: it has {found} bytes, but {sequences} sequences and {marks}"
+            f" document marks need {expected}, or {expected + sequences} with modes; {remedy}"
         )
     if marks == 0:
         raise DataError(f"{path} is damaged: it has no document marks; {remedy}")

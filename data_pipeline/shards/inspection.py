@@ -1,4 +1,6 @@
-"""Looking into built data: documents, lengths, duplicates, and whether everything is as the manifest says."""
+"""Looking into built data: documents, lengths, duplicates, and whether everything is as the
+manifest says.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def open_shards(manifest: Manifest, split: SplitName) -> Iterator[tuple[ShardEnt
     """
     if split not in manifest.splits:
         raise DataError(
-            f"the data in {manifest.folder} has no {split} split: choose one of {', '.join(manifest.splits)} with --split"
+            f"the data in {manifest.folder} has no {split} split: choose one of"
+            f" {', '.join(manifest.splits)} with --split"
         )
     for entry in manifest.splits[split].shards:
         yield entry, IndexedReader(manifest.folder / entry.prefix)
@@ -70,7 +73,9 @@ def lengths(manifest: Manifest, split: SplitName) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """``edges`` [bins + 1] are powers of two in tokens, ``counts`` [bins] documents between them; percentiles are of the documents."""
+    """``edges`` [bins + 1] are powers of two in tokens, ``counts`` [bins] documents between them;
+    percentiles are of the documents.
+    """
 
     documents: int
     mean: float
@@ -81,7 +86,10 @@ class LengthStatistics:
 
 
 def length_statistics(manifest: Manifest, split: SplitName) -> LengthStatistics:
-    """How long the documents of a split are. Memory does not grow: percentiles come from counts by length."""
+    """How long the documents of a split are.
+
+    Memory does not grow: percentiles come from counts by length.
+    """
     by_length = np.zeros(
         1 << 16, dtype=np.int64
     )  # documents of each length; the last counts all longer ones
@@ -116,7 +124,10 @@ def length_statistics(manifest: Manifest, split: SplitName) -> LengthStatistics:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """``repeated`` documents equal an earlier one; ``most`` are the numbers and copies of the most repeated."""
+    """``repeated`` documents equal an earlier one.
+
+    ``most`` are the numbers and copies of the most repeated.
+    """
 
     documents: int
     repeated: int
@@ -158,8 +169,8 @@ def find_duplicates(
 def check_everything(manifest: Manifest, advance: Advance) -> list[str]:
     """Everything that is wrong with a data folder, one sentence each; empty where it is whole.
 
-    Checks every checksum and size, those of blocks too, each index against its tokens, every token id against the vocabulary, the
-    end-of-document tokens, and the manifest's totals.
+    Checks every checksum and size, those of blocks too, each index against its tokens, every token
+    id against the vocabulary, the end-of-document tokens, and the manifest's totals.
     """
     remedy = "build the data again with tools/preprocess_data.py --fresh"
     put_back = "put back the tokenizer that the shards were built with"
@@ -188,7 +199,8 @@ def check_everything(manifest: Manifest, advance: Advance) -> list[str]:
             counted = sum(getattr(shard, what) for shard in split.shards)
             if counted != getattr(split, what):
                 faults.append(
-                    f"the manifest counts {getattr(split, what):,} {what} in the {name} split, its shards {counted:,}: {remedy}"
+                    f"the manifest counts {getattr(split, what):,} {what} in the {name} split, its"
+                    f" shards {counted:,}: {remedy}"
                 )
     return faults
 
@@ -216,15 +228,16 @@ def _check_shard(prefix: Path, shard: ShardEntry, manifest: Manifest, advance: A
     ):
         found = f"{len(reader):,} documents and {reader.num_tokens:,} tokens of {reader.dtype.name}"
         raise DataError(
-            f"{bin_path(prefix)} holds {found}, its manifest says {shard.documents:,} and {shard.tokens:,} of {manifest.dtype}"
+            f"{bin_path(prefix)} holds {found}, its manifest says {shard.documents:,} and"
+            f" {shard.tokens:,} of {manifest.dtype}"
         )
     for start in range(0, reader.num_tokens, BLOCK):
         block = reader.tokens[start : start + BLOCK]
         if block.max() >= manifest.tokenizer.vocab_size or block.min() < 0:
             place = start + int(((block >= manifest.tokenizer.vocab_size) | (block < 0)).argmax())
             raise DataError(
-                f"{bin_path(prefix)} holds the token id {reader.tokens[place]} at token {place}, but the tokenizer has "
-                f"{manifest.tokenizer.vocab_size} entries"
+                f"{bin_path(prefix)} holds the token id {reader.tokens[place]} at token {place},"
+                f" but the tokenizer has {manifest.tokenizer.vocab_size} entries"
             )
         advance(len(block))
     end = 0
@@ -233,6 +246,7 @@ def _check_shard(prefix: Path, shard: ShardEntry, manifest: Manifest, advance: A
         wrong = reader.tokens[ends - 1] != manifest.tokenizer.eod_id
         if wrong.any():
             raise DataError(
-                f"document {start + int(wrong.argmax())} of {bin_path(prefix)} does not end with the end-of-document token"
+                f"document {start + int(wrong.argmax())} of {bin_path(prefix)} does not end with"
+                " the end-of-document token"
             )
         end = int(ends[-1])

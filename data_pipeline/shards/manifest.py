@@ -125,7 +125,10 @@ class ShardEntry(ManifestPart):
 
 
 class SplitEntry(ManifestPart):
-    """``tokens`` include those that the policy puts around a document; ``utf8_bytes`` are those of the texts."""
+    """``tokens`` include those that the policy puts around a document.
+
+    ``utf8_bytes`` are those of the texts.
+    """
 
     documents: int
     tokens: int
@@ -143,7 +146,8 @@ class Manifest(ManifestPart):
 
     Attributes:
         request_sha256: stands for the configuration that was asked for.
-        inputs_sha256: stands for the sizes and times of the input files, so that an unchanged input is known without reading it.
+        inputs_sha256: stands for the sizes and times of the input files, so that an unchanged input
+            is known without reading it.
         streamed: training reads the source itself; there is no training split here.
     """
 
@@ -179,13 +183,17 @@ class Manifest(ManifestPart):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what training reads: tokenizer, sources and shards. Two machines that build the same corpus get the same one."""
+        """SHA-256 of what training reads: tokenizer, sources and shards.
+
+        Two machines that build the same corpus get the same one.
+        """
         content = self.model_dump(
             mode="json",
             include={"dtype", "tokenizer", "splits", "streamed"},
             exclude=NOT_IN_FINGERPRINT,
         )
-        # The blocks' checksums say nothing that SHA-256 does not: data keeps its fingerprint from version 2.
+        # The blocks' checksums say nothing that SHA-256 does not: data keeps its fingerprint from
+        # version 2.
         return canonical_sha256(
             content
             | {
@@ -208,7 +216,9 @@ def canonical_sha256(content: dict[str, Any]) -> str:
 
 
 def manifest_path(data: Path | str) -> Path:
-    """The manifest of a data folder, or of the shards with a common prefix (``data/corpus``: ``data/corpus.manifest.json``)."""
+    """The manifest of a data folder, or of the shards with a common prefix (``data/corpus``:
+    ``data/corpus.manifest.json``).
+    """
     data = Path(data)
     return data / MANIFEST_NAME if data.is_dir() else data.with_name(f"{data.name}.{MANIFEST_NAME}")
 
@@ -224,7 +234,8 @@ def load_manifest(data: Path | str) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"there is no data in {data} ({MANIFEST_NAME} is missing): run tools/preprocess_data.py with --output {data}"
+            f"there is no data in {data} ({MANIFEST_NAME} is missing): run tools/preprocess_data.py"
+            f" with --output {data}"
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
@@ -235,8 +246,8 @@ def load_manifest(data: Path | str) -> Manifest:
     version = content.get("version") if isinstance(content, dict) else None
     if version not in READ_VERSIONS:
         raise DataError(
-            f"{path} has version {version!r}, this code reads versions {READ_VERSIONS[0]} to {READ_VERSIONS[-1]}: "
-            "build the data again with tools/preprocess_data.py --fresh"
+            f"{path} has version {version!r}, this code reads versions {READ_VERSIONS[0]} to"
+            f" {READ_VERSIONS[-1]}: build the data again with tools/preprocess_data.py --fresh"
         )
     try:
         return Manifest.model_validate(content).at(path.parent)
@@ -244,12 +255,14 @@ def load_manifest(data: Path | str) -> Manifest:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"])) or "the manifest"
         raise DataError(
-            f"{path} is damaged: '{where}': {detail['msg']}; build the data again with tools/preprocess_data.py --fresh"
+            f"{path} is damaged: '{where}': {detail['msg']}; build the data again with"
+            " tools/preprocess_data.py --fresh"
         ) from None
 
 
 def verify(manifest: Manifest, deep: bool = False) -> None:
-    """Checks that the files of a manifest are there: sizes and the tokenizer's checksum, and every checksum when ``deep``.
+    """Checks that the files of a manifest are there: sizes and the tokenizer's checksum, and every
+    checksum when ``deep``.
 
     Raises:
         DataError: for the first file that is missing or differs; it names the file.

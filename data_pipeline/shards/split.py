@@ -1,4 +1,8 @@
-"""Which documents are held out: a hash decides, of the text as the shards hold it, of its file's path or of its id. Adding documents moves none."""
+"""Which documents are held out: a hash decides, of the text as the shards hold it, of its file's
+path or of its id.
+
+Adding documents moves none.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,8 @@ def text_digest(text: str) -> int:
 
 
 def position(digest: int, name: str | None = None) -> float:
-    """A document's place in [0, 1), uniform over texts or names; those below the validation share are held out.
+    """A document's place in [0, 1), uniform over texts or names; those below the validation share
+    are held out.
 
     Args:
         digest: of its text, which decides if there is no name.
@@ -38,7 +43,8 @@ class SplitPlan:
     """The split of one corpus, apart from its hash.
 
     Attributes:
-        moved: the place whose documents go to the other side than it says, because that side would be empty.
+        moved: the place whose documents go to the other side than it says, because that side would
+            be empty.
         cut: the corpus is a single text, which is cut in two.
     """
 
@@ -50,7 +56,10 @@ class SplitPlan:
         """What was done so that neither side is empty, in a sentence; None if nothing had to be."""
         share = f"the validation share of {self.validation_share:.3g}"
         if self.cut:
-            return f"there is a single text: its last part, about {self.validation_share:.3g} of it, is held out for validation"
+            return (
+                f"there is a single text: its last part, about {self.validation_share:.3g} of it,"
+                " is held out for validation"
+            )
         if self.moved is None:
             return None
         the_one, is_ = (
@@ -94,7 +103,8 @@ def plan_split(
         return SplitPlan(validation_share, cut=True)
     if lowest == highest:
         raise DataError(
-            f"all {documents} documents have one {by}, so data.split_by={by} can hold none out: split by content, or give more files or ids"
+            f"all {documents} documents have one {by}, so data.split_by={by} can hold none out:"
+            " split by content, or give more files or ids"
         )
     if lowest >= validation_share:
         return SplitPlan(validation_share, moved=lowest)
@@ -104,16 +114,19 @@ def plan_split(
 
 
 def cut_at_line_end(text: str, share: float) -> tuple[str, str]:
-    """Cuts a text in two after about ``share`` of its characters, at the nearest line end; neither part is empty.
+    """Cuts a text in two after about ``share`` of its characters, at the nearest line end; neither
+    part is empty.
 
-    A line end that would halve either part is too far away (a title above one long line): then the cut is inside a line.
+    A line end that would halve either part is too far away (a title above one long line): then the
+    cut is inside a line.
 
     Raises:
         DataError: for a text of one character.
     """
     if len(text) < 2:
         raise DataError(
-            "the only document is one character long, too short for a training and a validation part: give more text"
+            "the only document is one character long, too short for a training and a validation"
+            " part: give more text"
         )
     target = min(max(round(len(text) * share), 1), len(text) - 1)
     ends = (text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1)

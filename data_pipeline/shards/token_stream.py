@@ -1,6 +1,9 @@
-"""The tokens of several shards as one stream. A shard is opened when something is read from it, so a corpus of any size starts at once.
+"""The tokens of several shards as one stream.
 
-Tokens and index entries are read, not mapped: memory does not grow with what has been read, and few files are open at a time.
+A shard is opened when something is read from it, so a corpus of any size starts at once.
+
+Tokens and index entries are read, not mapped: memory does not grow with what has been read, and few
+files are open at a time.
 """
 
 from __future__ import annotations
@@ -40,11 +43,13 @@ class ReadFile:
             content = os.pread(_opened(self).number, size, start)
         except OSError as error:
             raise DataError(
-                f"{self.path} cannot be read: {error.strerror}; mend it, then run the same command again"
+                f"{self.path} cannot be read: {error.strerror}; mend it, then run the same command"
+                " again"
             ) from None
         if len(content) < size:
             raise DataError(
-                f"{self.path} ends too early: build the data again with tools/preprocess_data.py --fresh"
+                f"{self.path} ends too early: build the data again with tools/preprocess_data.py"
+                " --fresh"
             )
         return np.frombuffer(content, dtype)
 
@@ -111,8 +116,9 @@ class Shard:
         reader = IndexedReader(self.prefix)
         if (reader.num_tokens, reader.dtype) != (self.entry.tokens, self.dtype):
             raise DataError(
-                f"{bin_path(self.prefix)} holds {reader.num_tokens} tokens of {reader.dtype.name}, "
-                f"its manifest says {self.entry.tokens} of {self.dtype.name}: build the data again with tools/preprocess_data.py --fresh"
+                f"{bin_path(self.prefix)} holds {reader.num_tokens} tokens of {reader.dtype.name},"
+                f" its manifest says {self.entry.tokens} of {self.dtype.name}: build the data again"
+                " with tools/preprocess_data.py --fresh"
             )
         return reader
 
@@ -138,18 +144,22 @@ class Shard:
         )  # a document without a token begins where the next one does
 
     def documents(self, begin: int, end: int) -> tuple[int, int]:
-        """The documents that hold tokens begin .. end - 1: the numbers of the first and of the last one in the split."""
+        """The documents that hold tokens begin .. end - 1: the numbers of the first and of the last
+        one in the split.
+        """
         offsets, size = self._check_once(), self.dtype.itemsize
-        return self.first_document + bisect_right(
-            offsets, begin * size
-        ) - 1, self.first_document + bisect_left(offsets, end * size) - 1
+        return (
+            self.first_document + bisect_right(offsets, begin * size) - 1,
+            self.first_document + bisect_left(offsets, end * size) - 1,
+        )
 
     def _check_once(self) -> _Offsets:
         if self._offsets is None:
             reader = self.open()
             if reader.num_documents != len(reader):
                 raise DataError(
-                    f"{idx_path(self.prefix)} has documents of several sequences: build the data with tools/preprocess_data.py, which writes one each"
+                    f"{idx_path(self.prefix)} has documents of several sequences: build the data"
+                    " with tools/preprocess_data.py, which writes one each"
                 )
             self._offsets = _Offsets(ReadFile(idx_path(self.prefix)), len(reader))
         return self._offsets
@@ -185,7 +195,9 @@ class TokenStream:
         return result
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Which of the tokens start .. start + count - 1 begin a document, as the shards' indexes say: int64 in [0, count), sorted."""
+        """Which of the tokens start .. start + count - 1 begin a document, as the shards' indexes
+        say: int64 in [0, count), sorted.
+        """
         found = [
             shard.document_starts(begin, end) + (filled - begin)
             for shard, begin, end, filled in self._pieces(start, count)
@@ -197,7 +209,9 @@ class TokenStream:
         return [(shard, begin, end) for shard, begin, end, _ in self._pieces(start, count)]
 
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:
-        """The shards that hold these tokens: (shard, first and last + 1 token in it, number of tokens before them)."""
+        """The shards that hold these tokens: (shard, first and last + 1 token in it, number of
+        tokens before them).
+        """
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens {start} to {start + count} of a stream of {self.num_tokens}")
         pieces, filled = [], 0
@@ -214,8 +228,9 @@ class TokenStream:
     def _check(self, part: np.ndarray, shard: Shard) -> None:
         if part.size and (part.max() >= self.vocab_size or part.min() < 0):
             raise DataError(
-                f"{bin_path(shard.prefix)} holds token ids from {part.min()} to {part.max()}, but its tokenizer has {self.vocab_size} entries: "
-                "it is damaged, or belongs to another tokenizer; build the data again with tools/preprocess_data.py --fresh"
+                f"{bin_path(shard.prefix)} holds token ids from {part.min()} to {part.max()}, but"
+                f" its tokenizer has {self.vocab_size} entries: it is damaged, or belongs to"
+                " another tokenizer; build the data again with tools/preprocess_data.py --fresh"
             )
 
 
@@ -227,7 +242,8 @@ def open_split(manifest: Manifest, split: SplitName, source: str | None = None) 
     """
     if split not in manifest.splits:
         raise DataError(
-            f"the data in {manifest.folder} has no {split} split: build it again with another data.validation_share"
+            f"the data in {manifest.folder} has no {split} split: build it again with another"
+            " data.validation_share"
         )
     entries = manifest.splits[split].shards
     firsts = accumulate((entry.documents for entry in entries), initial=0)
@@ -240,7 +256,9 @@ def open_split(manifest: Manifest, split: SplitName, source: str | None = None) 
 
 
 def source_fingerprint(manifest: Manifest, source: str) -> str:
-    """SHA-256 of what training reads of one source, whatever other sources lie beside it: its tokenizer and its training shards."""
+    """SHA-256 of what training reads of one source, whatever other sources lie beside it: its
+    tokenizer and its training shards.
+    """
     shards = [
         [entry.tokens, entry.bin_sha256, entry.idx_sha256]
         for entry in manifest.splits["train"].shards

@@ -1,7 +1,9 @@
-"""Whether shards are still what was written: blocks of their files are compared with the manifest when training starts.
+"""Whether shards are still what was written: blocks of their files are compared with the manifest
+when training starts.
 
-``sample`` reads one block of every file, other ones at each start, in the background of the first steps;
-``full`` reads everything before them. The work is split over the ranks, so each may find what the others do
+``sample`` reads one block of every file, other ones at each start, in the background of the first
+steps; ``full`` reads everything before them. The work is split over the ranks, so each may find
+what the others do
 not: training has them agree (``pretrain/training/stopping.py``).
 """
 
@@ -33,7 +35,9 @@ SHA256_DIGITS = 64
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes start .. start + size - 1 of a file, and the checksum that they have in its manifest: XXH3, or SHA-256 of a file that has no other."""
+    """Bytes start .. start + size - 1 of a file, and the checksum that they have in its manifest:
+    XXH3, or SHA-256 of a file that has no other.
+    """
 
     path: Path
     number: int
@@ -65,15 +69,21 @@ class Block:
                     if stop():
                         return None
         except OSError as error:
-            return f"{self.place} cannot be read: {error.strerror}; look at the storage that it is on, or build the data again"
+            return (
+                f"{self.place} cannot be read: {error.strerror}; look at the storage that it is on,"
+                " or build the data again"
+            )
         if left:
-            return f"{self.place} ends {left:,} bytes too early: build the data again with tools/preprocess_data.py --fresh"
+            return (
+                f"{self.place} ends {left:,} bytes too early: build the data again with"
+                " tools/preprocess_data.py --fresh"
+            )
         if checksum.hexdigest() == self.checksum:
             return None
         return (
-            f"{self.place} has changed since it was written (its checksum is not that of the manifest): copy the file "
-            "again from where it is whole, or build the data again with tools/preprocess_data.py --fresh; "
-            "tools/verify_data.py lists all that is damaged"
+            f"{self.place} has changed since it was written (its checksum is not that of the"
+            " manifest): copy the file again from where it is whole, or build the data again with"
+            " tools/preprocess_data.py --fresh; tools/verify_data.py lists all that is damaged"
         )
 
     @property
@@ -84,11 +94,16 @@ class Block:
     @property
     def place(self) -> str:
         """File, block and bytes, for sentences."""
-        return f"{self.path}, block {self.number} of {self.of} (bytes {self.start:,} to {self.start + self.size - 1:,}),"
+        return (
+            f"{self.path}, block {self.number} of {self.of} (bytes {self.start:,} to"
+            f" {self.start + self.size - 1:,}),"
+        )
 
 
 def every_block(manifests: Iterable[Manifest]) -> list[Block]:
-    """All blocks of all files; a file without checksums of blocks is one block, which SHA-256 stands for."""
+    """All blocks of all files; a file without checksums of blocks is one block, which SHA-256
+    stands for.
+    """
     return [block for files in _files(manifests) for block in files]
 
 
@@ -114,7 +129,9 @@ def _shards(manifest: Manifest) -> list[ShardEntry]:
 
 
 def _files(manifests: Iterable[Manifest]) -> list[list[Block]]:
-    """The blocks of each file that is not empty: of all .bin first, so that ranks that share them have as much to read."""
+    """The blocks of each file that is not empty: of all .bin first, so that ranks that share them
+    have as much to read.
+    """
     shards = [
         (manifest.folder / shard.prefix, shard)
         for manifest in manifests
@@ -172,7 +189,10 @@ class BackgroundCheck:
         self._thread.start()
 
     def finish(self, give_up: bool = False) -> str | None:
-        """Waits for the end, and returns the fault that was found; ``give_up`` leaves the rest unread."""
+        """Waits for the end, and returns the fault that was found.
+
+        ``give_up`` leaves the rest unread.
+        """
         if give_up:
             self._given_up.set()
         self._thread.join()

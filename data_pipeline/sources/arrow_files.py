@@ -1,4 +1,6 @@
-"""Arrow IPC: files and streams, as pyarrow, polars, Feather (version 2) and the package ``datasets`` write them."""
+"""Arrow IPC: files and streams, as pyarrow, polars, Feather (version 2) and the package
+``datasets`` write them.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 FILE_MAGIC = b"ARROW1"
-# Each message of a stream begins with the marker and its length, which is 0 at the end. A stream may just stop too; then nobody can know if
-# something is missing. Streams of before 2019 have no marker, only the length.
+# Each message of a stream begins with the marker and its length, which is 0 at the end. A stream
+# may just stop too; then nobody can know if something is missing. Streams of before 2019 have no
+# marker, only the length.
 MARKER = b"\xff\xff\xff\xff"
 NO_LENGTH = b"\0\0\0\0"
 
 
 class Arrow(Source[ArrowSource]):
-    """A file is one unit, mapped into memory. What follows a batch that cannot be read is left out as ``damaged_file``."""
+    """A file is one unit, mapped into memory.
+
+    What follows a batch that cannot be read is left out as ``damaged_file``.
+    """
 
     def units(self, unit_bytes: int) -> list[Unit]:
         units = []
@@ -84,7 +90,10 @@ class Arrow(Source[ArrowSource]):
             yield LeftOut(
                 path,
                 "damaged_file",
-                detail=f"the stream stops after row {row - 1} without its end marker: rows may be missing",
+                detail=(
+                    f"the stream stops after row {row - 1} without its end marker: rows may be"
+                    " missing"
+                ),
             )
 
 
@@ -119,14 +128,16 @@ def _open(
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise DataError(
-            f"{path} is no Arrow file or stream, or is cut short ({one_line(str(error))}): fetch it again or leave it out"
+            f"{path} is no Arrow file or stream, or is cut short ({one_line(str(error))}): fetch it"
+            " again or leave it out"
         ) from None
 
 
 def _check_offsets(batch: pyarrow.RecordBatch) -> None:
     """
     Raises:
-        pyarrow.ArrowInvalid: for a column that points outside its own bytes. What is not UTF-8 is found row by row.
+        pyarrow.ArrowInvalid: for a column that points outside its own bytes. What is not UTF-8 is
+            found row by row.
     """
     import pyarrow
 

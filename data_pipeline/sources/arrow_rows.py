@@ -32,7 +32,10 @@ def columns_of(config: RecordsBase) -> list[str]:
 
 
 def top_columns(schema: pyarrow.Schema, config: RecordsBase) -> list[str]:
-    """The columns of the table itself that hold what a section asks for; ``check_columns`` passed."""
+    """The columns of the table itself that hold what a section asks for.
+
+    ``check_columns`` passed.
+    """
     return list(dict.fromkeys(_path_of(list(schema), name)[0] for name in columns_of(config)))
 
 
@@ -41,7 +44,8 @@ def _other_columns(config: RecordsBase) -> list[str]:
 
 
 def _path_of(fields: list[pyarrow.Field], name: str) -> list[str]:
-    """Names of the columns from the outermost in, by the rule of :class:`RecordReader`; empty if there is none.
+    """Names of the columns from the outermost in, by the rule of :class:`RecordReader`; empty if
+    there is none.
 
     Raises:
         LookupError: if two columns have the name.
@@ -74,7 +78,8 @@ def _storage(kind: pyarrow.DataType) -> pyarrow.DataType:
 def check_columns(schema: pyarrow.Schema, config: RecordsBase, place: str) -> None:
     """
     Raises:
-        DataError: for a column that is not there or there twice, or a text column that holds no text.
+        DataError: for a column that is not there or there twice, or a text column that holds no
+            text.
     """
     for name in columns_of(config):
         try:
@@ -88,7 +93,8 @@ def check_columns(schema: pyarrow.Schema, config: RecordsBase, place: str) -> No
             probable = suggestion(name, texts if name == config.text_field else list(names))
             advice = f"{option}, perhaps {one_line(probable)}" if probable else option
             raise DataError(
-                f"{place} has no column '{name}' (it has {listed(names)}): name another with {advice}"
+                f"{place} has no column '{name}' (it has {listed(names)}): name another with"
+                f" {advice}"
             )
         if name == config.text_field:
             kind = _kind_at(schema, path)
@@ -156,7 +162,10 @@ def _advice(kind: pyarrow.DataType, name: str) -> str:
     )
     if any(is_list(kind) for is_list in lists):
         if types.is_struct(_storage(kind.value_type)):
-            return "render each chat into one text first, as with the tokenizer's chat template, or name another with --text-field"
+            return (
+                "render each chat into one text first, as with the tokenizer's chat template, or"
+                " name another with --text-field"
+            )
         return "join each row's parts into one text first, or name another with --text-field"
     return "name another with --text-field"
 
@@ -164,7 +173,8 @@ def _advice(kind: pyarrow.DataType, name: str) -> str:
 def rows_of(
     batch: pyarrow.RecordBatch, config: RecordsBase, name: str, first: int, longest: int
 ) -> Iterator[Row | LeftOut]:
-    """The rows of a batch, one at a time; a text of more than ``longest`` bytes is never made a Python object.
+    """The rows of a batch, one at a time; a text of more than ``longest`` bytes is never made a
+    Python object.
 
     Args:
         first: number of the batch's first row in its file or data set.
@@ -224,7 +234,9 @@ def _unwrapped(column: pyarrow.Array) -> pyarrow.Array:
 
 
 def _as_text(column: pyarrow.Array) -> pyarrow.Array:
-    """The column as strings that nobody has checked yet: reading one that is not UTF-8 raises UnicodeDecodeError."""
+    """The column as strings that nobody has checked yet: reading one that is not UTF-8 raises
+    UnicodeDecodeError.
+    """
     import pyarrow
     from pyarrow import types
 

@@ -1,4 +1,6 @@
-"""What a file is, which its first bytes decide and not its name: plain, compressed, in UTF-16 or UTF-32, or nothing that holds lines."""
+"""What a file is, which its first bytes decide and not its name: plain, compressed, in UTF-16 or
+UTF-32, or nothing that holds lines.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ MARK_BYTES = 512  # that of a tar archive is at byte 257
 HEAD_BYTES = 1 << 16  # by which the kind of a text is known
 INPUT_BYTES = 1 << 16
 SKIP_BYTES = 1 << 18
-# Up to here a damaged stream is read byte by byte at its end. More than this of one block of input is no text.
+# Up to here a damaged stream is read byte by byte at its end. More than this of one block of input
+# is no text.
 SLOW_BYTES = 8 << 20
 XZ_MEMORY_BYTES = 1 << 30
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 
-# First bytes, and the name's ending that says the same; of an lz4 or a zstd stream either may begin with a frame to skip.
+# First bytes, and the name's ending that says the same; of an lz4 or a zstd stream either may begin
+# with a frame to skip.
 MAGIC = {
     ".gz": b"\x1f\x8b",
     ".zst": b"\x28\xb5\x2f\xfd",
@@ -53,9 +57,11 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Names that leave the byte order to a mark, and the order of a file without one: that of Windows, and of Python on most machines.
+# Names that leave the byte order to a mark, and the order of a file without one: that of Windows,
+# and of Python on most machines.
 WITHOUT_MARK = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
-# What no encoding holds becomes half of a pair, which UTF-8 cannot hold either: the record that has it is left out, and no other.
+# What no encoding holds becomes half of a pair, which UTF-8 cannot hold either: the record that has
+# it is left out, and no other.
 UNDECODABLE = "data_pipeline.undecodable"
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 
@@ -136,7 +142,9 @@ def refuse_other_kinds(head: bytes, path: str) -> None:
 
 
 class Described(NamedTuple):
-    """A file by its first bytes: its compression and its encoding, None for none and for UTF-8 or one without a mark."""
+    """A file by its first bytes: its compression and its encoding, None for none and for UTF-8 or
+    one without a mark.
+    """
 
     compression: str | None
     encoding: str | None
@@ -164,7 +172,8 @@ def open_content(raw: BinaryIO, path: str, encoding: str | None) -> Stream:
     """What a file holds once it is decompressed, in UTF-8; a plain file is given back itself.
 
     Args:
-        encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes are given as they are.
+        encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes are given
+            as they are.
 
     Raises:
         DataError: for a file that is of another kind.
@@ -201,7 +210,9 @@ class Peekable:
         self._damage: DamagedStream | None = None
 
     def peek(self, size: int) -> bytes:
-        """The next ``size`` bytes, fewer at the end; damage behind them is reported by :meth:`read`."""
+        """The next ``size`` bytes, fewer at the end; damage behind them is reported by
+        :meth:`read`.
+        """
         try:
             while len(self._ahead) < size and (block := self._stream.read(size)):
                 self._ahead += block
@@ -265,7 +276,9 @@ class Utf8:
 
 
 class Decompressed:
-    """What a compressed file holds: all that can be had before damage, byte for byte, and then the damage."""
+    """What a compressed file holds: all that can be had before damage, byte for byte, and then the
+    damage.
+    """
 
     def __init__(self, raw: BinaryIO, kind: str) -> None:
         self._raw, self._kind = raw, kind
@@ -293,7 +306,9 @@ class Decompressed:
         return block
 
     def _slowly(self) -> bytes:
-        """Reads the file again, and its end in small steps: a library keeps for itself what it had decompressed when it met the damage."""
+        """Reads the file again, and its end in small steps: a library keeps for itself what it had
+        decompressed when it met the damage.
+        """
         fast = max(self._raw.tell() - INPUT_BYTES, 0)
         size = self._raw.seek(0, 2)
         self._raw.seek(0)

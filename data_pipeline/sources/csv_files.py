@@ -37,8 +37,9 @@ MANY_LINES, FEW_LINES = 100, 6
 class Csv(Source[CsvSource]):
     """A file is one unit: a quoted value may hold line ends, so no line is sure to begin a record.
 
-    A value that opens a quote and does not close it as the rules say makes its first line a bad record; the lines behind are read again as
-    records of their own, so that a stray quote takes no other record with it.
+    A value that opens a quote and does not close it as the rules say makes its first line a bad
+    record; the lines behind are read again as records of their own, so that a stray quote takes no
+    other record with it.
     """
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -68,7 +69,9 @@ class Csv(Source[CsvSource]):
                 self.lines_read = feed.number
 
     def _delimiter(self, head: bytes) -> str:
-        """The delimiter that is named, or the first that cuts the header into the wanted columns, else the one that cuts it most often."""
+        """The delimiter that is named, or the first that cuts the header into the wanted columns,
+        else the one that cuts it most often.
+        """
         if self.config.delimiter is not None or self.config.columns is not None:
             return self.config.delimiter or ","
         text = (
@@ -141,7 +144,8 @@ class Csv(Source[CsvSource]):
                 )
             if header is None:
                 raise DataError(
-                    f"the header line of {path} cannot be read ({fault and fault[1]}): write the names of the columns there"
+                    f"the header line of {path} cannot be read ({fault and fault[1]}): write the"
+                    " names of the columns there"
                 )
             result = fault or to_document(dict(zip(header, values)), f"{path}:{feed.offset}")
             if isinstance(result, Document):
@@ -169,18 +173,24 @@ class Csv(Source[CsvSource]):
                     else ""
                 )
                 raise DataError(
-                    f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field, id_field and delimiter, "
-                    f"and name the columns with 'columns' if the file has no header line{advice}"
+                    f"{path} has {problem} '{wanted}' (it has {listed(header)}): check text_field,"
+                    " id_field and delimiter, and name the columns with 'columns' if the file has"
+                    f" no header line{advice}"
                 )
         return header
 
     def _of_bytes(self, fault: tuple[str, str]) -> tuple[str, str]:
-        """The same fault; of surrogates, which only bytes outside the encoding become when a line is decoded, the bytes are the fault."""
+        """The same fault; of surrogates, which only bytes outside the encoding become when a line
+        is decoded, the bytes are the fault.
+        """
         if fault[0] != "lone_surrogate":
             return fault
         return (
             "invalid_utf8",
-            f"not {self.config.encoding} at character {fault[1].rpartition(' ')[2]}; another encoding is named with --encoding",
+            (
+                f"not {self.config.encoding} at character {fault[1].rpartition(' ')[2]}; another"
+                " encoding is named with --encoding"
+            ),
         )
 
 
@@ -189,7 +199,8 @@ class _TooLong(Exception):
 
 
 class _Feed:
-    """Lines for csv.reader, which remembers those of the record at hand and refuses to let it grow without bound.
+    """Lines for csv.reader, which remembers those of the record at hand and refuses to let it grow
+    without bound.
 
     Attributes:
         number: lines given so far.
@@ -222,14 +233,18 @@ class _Feed:
         return line.content.decode("utf-8", "surrogateescape") + "\n"
 
     def read_again(self) -> str | None:
-        """Takes all lines of the record at hand back but its first; what is wrong with it then, None if it has only one."""
+        """Takes all lines of the record at hand back but its first; what is wrong with it then,
+        None if it has only one.
+        """
         first, *others = self._held
         self._again.extendleft(reversed(others))
         self.size = first.size + 1
         return "a quote that is not closed, or not before a delimiter" if others else None
 
     def looks_like_rows(self, delimiter: str, width: int) -> bool:
-        """Whether the record at hand has so many lines, or such lines, that a stray quote may have joined rows."""
+        """Whether the record at hand has so many lines, or such lines, that a stray quote may have
+        joined rows.
+        """
         if not FEW_LINES <= len(self._held) < MANY_LINES:
             return len(self._held) >= MANY_LINES
         inside = self._held[1:-1]
@@ -238,11 +253,14 @@ class _Feed:
         )
 
     def skip_record(self) -> None:
-        """Passes over the rest of a record that is too long: where it is inside quotes, up to the line that closes them."""
+        """Passes over the rest of a record that is too long: where it is inside quotes, up to the
+        line that closes them.
+        """
         if len(self._held) < 2:
             return
         content = self._held[-1].content
-        # Doubled quotes stand for one inside a value, so an odd number of them on a line closes the value.
+        # Doubled quotes stand for one inside a value, so an odd number of them on a line closes the
+        # value.
         while content is not None and content.count(b'"') % 2 == 0:
             line = self._again.popleft() if self._again else next(self._lines, None)
             if line is None:

@@ -35,18 +35,21 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset
 
-# WikiText's article heading is a line with one '=' on either side; a section's has two or more, each with a space between.
+# WikiText's article heading is a line with one '=' on either side; a section's has two or more,
+# each with a space between.
 HEADING_START = " = "
 HEADING = re.compile(r" = [^= \n](.*[^= \n])? = ?\n?")
 HEADING_SCAN_ROWS = 10_000
 
 
 class HubDatasets(Source[DatasetsSource]):
-    """Rows of the memory-mapped table are read in parallel; the package keeps that table in its cache (``HF_HOME``).
+    """Rows of the memory-mapped table are read in parallel; the package keeps that table in its
+    cache (``HF_HOME``).
 
-    ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or what ``save_to_disk`` wrote. With
-    ``streaming`` nothing is kept, and the whole stream is one unit: where a row lies in it is known only by reading what stands before.
-    ``max_documents`` counts rows, or articles with ``group``, from the start.
+    ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or
+    what ``save_to_disk`` wrote. With ``streaming`` nothing is kept, and the whole stream is one
+    unit: where a row lies in it is known only by reading what stands before. ``max_documents``
+    counts rows, or articles with ``group``, from the start.
     """
 
     has_files = False
@@ -55,7 +58,8 @@ class HubDatasets(Source[DatasetsSource]):
         super().__init__(fill_in(config), context)
         if self.config.group and self.config.id_field:
             raise ConfigError(
-                f"source '{context.name}': rows that 'group' joins share no id: leave out 'id_field' or 'group'"
+                f"source '{context.name}': rows that 'group' joins share no id: leave out"
+                " 'id_field' or 'group'"
             )
         # A copy without the hub's README knows nothing of the config that a preset names.
         self._config_is_optional = config.config is None
@@ -153,7 +157,9 @@ class HubDatasets(Source[DatasetsSource]):
             yield from table.select(top_columns(table.schema, self._fields)).to_batches()
 
     def _articles(self, rows: Iterator[Row | LeftOut]) -> Iterator[Document | LeftOut]:
-        """Rows joined from one heading to the next, each with its line end; blank rows before the first text are dropped."""
+        """Rows joined from one heading to the next, each with its line end; blank rows before the
+        first text are dropped.
+        """
         longest = self.context.max_record_bytes
         first = size = 0
         lines: list[str] = []
@@ -187,7 +193,10 @@ class HubDatasets(Source[DatasetsSource]):
             return LeftOut(
                 self.name,
                 "too_long",
-                detail=f"row {first}: an article of {size} bytes, the limit is {self.context.max_record_bytes}",
+                detail=(
+                    f"row {first}: an article of {size} bytes, the limit is"
+                    f" {self.context.max_record_bytes}"
+                ),
             )
         return Document("".join(lines), f"{self.name}:{first}")
 
@@ -248,7 +257,8 @@ class HubDatasets(Source[DatasetsSource]):
         own = str(saved.split or wanted)
         if own != wanted and self._split_was_named:
             raise DataError(
-                f"{self.name} is a single saved table, of the split '{own}': leave out 'dataset_split' (--dataset-split)"
+                f"{self.name} is a single saved table, of the split '{own}': leave out"
+                " 'dataset_split' (--dataset-split)"
             )
         return saved
 
@@ -279,7 +289,8 @@ class HubDatasets(Source[DatasetsSource]):
             ]
             if rest and known:
                 say(
-                    f"{self.name}: files of no split of this config are not read ({len(rest)}, such as {one_line(rest[0])})"
+                    f"{self.name}: files of no split of this config are not read ({len(rest)}, such"
+                    f" as {one_line(rest[0])})"
                 )
 
     @cached_property
@@ -309,7 +320,8 @@ class HubDatasets(Source[DatasetsSource]):
             return snapshot_of(path)
         if os.path.exists(path):
             raise DataError(
-                f"{self.name} is a file: give the folder of a data set, or read the file as --input of its own format"
+                f"{self.name} is a file: give the folder of a data set, or read the file as --input"
+                " of its own format"
             )
         if path.startswith((".", "/")):
             raise DataError(f"data.source.dataset: there is no folder {self.name}: check the path")
@@ -358,7 +370,10 @@ ADVICE = (
     ),
     (
         ("OfflineModeIsEnabled", "offline mode"),
-        "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as 'dataset'",
+        (
+            "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as"
+            " 'dataset'"
+        ),
     ),
     (
         ("Couldn't reach", "ConnectionError", "Connection"),
@@ -375,7 +390,9 @@ ADVICE = (
 
 
 def library_error(name: str, error: Exception) -> DataError:
-    """One sentence for what the package raises; it has no error of its own for most cases, only texts."""
+    """One sentence for what the package raises; it has no error of its own for most cases, only
+    texts.
+    """
     cause = error.__cause__ or error
     text = f"{type(cause).__name__}: {one_line(str(cause))}"
     advice = next(

@@ -82,7 +82,8 @@ SIDE_NAME = re.compile(
     r"|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors|data_?card|dataset_?card)(\.(md|txt|rst|html))?"
     r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|manifest)\.json"
     r"|(sha\d*sums?|md5sums?|checksums?)(\.txt)?|requirements[\w-]*\.txt|makefile|dockerfile"
-    r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"  # results that the package datasets keeps among the files of a data set
+    # results that the package datasets keeps among the files of a data set
+    r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
     r"|_[^.]*"  # _SUCCESS, _metadata and the like of Spark and Hive
 )
 
@@ -108,8 +109,9 @@ def class_of(path: str) -> str:
 def files_of_kind(paths: list[str], kind: str) -> list[str]:
     """Those of a folder's files, named from the folder, that a source of this kind reads.
 
-    Texts are files that are named so or, if there are none, all that are neither records nor archives. At the top of a folder README and the
-    like describe it; further down they are texts like others.
+    Texts are files that are named so or, if there are none, all that are neither records nor
+    archives. At the top of a folder README and the like describe it; further down they are texts
+    like others.
     """
     if kind == JSONL:
         return [path for path in paths if class_of(path) in (JSONL, JSON)]

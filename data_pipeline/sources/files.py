@@ -29,7 +29,10 @@ BLOCK_BYTES = 1 << 19
 
 
 class Line(NamedTuple):
-    """A line without its end, and its length in bytes. ``content`` is None if it is longer than the limit."""
+    """A line without its end, and its length in bytes.
+
+    ``content`` is None if it is longer than the limit.
+    """
 
     number: int
     offset: int
@@ -47,7 +50,8 @@ def list_files(patterns: list[str]) -> list[str]:
 
 
 def distinct(paths: list[str]) -> list[str]:
-    """The paths without those of a file that an earlier one names, by another spelling, a link or another pattern; that is said.
+    """The paths without those of a file that an earlier one names, by another spelling, a link or
+    another pattern; that is said.
 
     Raises:
         DataError: for a file that is gone or forbidden.
@@ -68,7 +72,8 @@ def distinct(paths: list[str]) -> list[str]:
             else "a file that is named already"
         )
         _warn_once(
-            f"the input has {files} ({name} is {'named twice' if name == earlier else earlier}): each file is read once"
+            f"the input has {files} ({name} is {'named twice' if name == earlier else earlier}):"
+            " each file is read once"
         )
     return list(first.values())
 
@@ -112,7 +117,8 @@ def _matches(pattern: str) -> list[str]:
         return [Path(literal).as_posix()]
     if os.path.isdir(literal):
         raise DataError(
-            f"--input {pattern} is a folder: say which files of it, such as '{pattern.rstrip('/')}/**/*.txt'"
+            f"--input {pattern} is a folder: say which files of it, such as"
+            f" '{pattern.rstrip('/')}/**/*.txt'"
         )
     matches = glob.glob(literal, recursive=True)
     found = sorted(Path(path).as_posix() for path in matches if os.path.isfile(path))
@@ -131,7 +137,8 @@ def _matches(pattern: str) -> list[str]:
 def unreadable(path: str, error: OSError) -> DataError:
     problem = error.strerror or error
     return DataError(
-        f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same command, which goes on where it stopped"
+        f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same"
+        " command, which goes on where it stopped"
     )
 
 
@@ -197,10 +204,12 @@ def open_stream(path: str, encoding: str | None = "utf-8") -> Iterator[Stream]:
     """A file's content, decompressed and in UTF-8. Errors of reading become one sentence.
 
     Args:
-        encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes as they are.
+        encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes as they
+            are.
 
     Raises:
-        DataError: if the file is gone, forbidden, on a failing disk, or of a kind that holds no lines.
+        DataError: if the file is gone, forbidden, on a failing disk, or of a kind that holds no
+            lines.
     """
     try:
         with open(path, "rb") as raw:
@@ -210,11 +219,14 @@ def open_stream(path: str, encoding: str | None = "utf-8") -> Iterator[Stream]:
 
 
 def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> Iterator[Line]:
-    """The lines that begin in [start, end) of a stream; a byte order mark at its very start is no part of the first one.
+    """The lines that begin in [start, end) of a stream; a byte order mark at its very start is no
+    part of the first one.
 
-    A line belongs to the range that its first byte lies in, so ranges that follow each other give each line once.
+    A line belongs to the range that its first byte lies in, so ranges that follow each other give
+    each line once.
     """
-    # A range may begin inside a line, which belongs to the range before; the byte before it shows that.
+    # A range may begin inside a line, which belongs to the range before; the byte before it shows
+    # that.
     offset, skipping, number = max(start - 1, 0), start > 0, 0
     if start:
         cast(io.BufferedReader, stream).seek(offset)

@@ -1,4 +1,6 @@
-"""The files of a folder: without hidden ones, through links, in the hub's cache and in unfinished downloads."""
+"""The files of a folder: without hidden ones, through links, in the hub's cache and in unfinished
+downloads.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ def say(sentence: str) -> None:
 
 
 def walk(root: str) -> list[str]:
-    """Paths of the files below a folder, with ``/``, sorted. Hidden ones are left out; a folder to which several links lead is read once.
+    """Paths of the files below a folder, with ``/``, sorted.
+
+    Hidden ones are left out; a folder to which several links lead is read once.
 
     Raises:
-        DataError: for a folder that cannot be listed, a link that leads nowhere, and tables whose files alone do not say what is in them.
+        DataError: for a folder that cannot be listed, a link that leads nowhere, and tables whose
+            files alone do not say what is in them.
     """
     return sorted(_walk(root, "", set()))
 
@@ -51,7 +56,8 @@ def _walk(root: str, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
             continue
         if entry.name == "_delta_log":
             raise DataError(
-                f"{folder} is a Delta Lake table, whose log says which of its files count: write its rows to plain Parquet files first"
+                f"{folder} is a Delta Lake table, whose log says which of its files count: write"
+                " its rows to plain Parquet files first"
             )
         if entry.is_dir():
             yield from _walk(root, f"{path}/", seen)
@@ -59,7 +65,8 @@ def _walk(root: str, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
             yield path
         elif entry.is_symlink():
             raise DataError(
-                f"{entry.path} is a link to a file that is not there: fetch it again, or remove the link"
+                f"{entry.path} is a link to a file that is not there: fetch it again, or remove the"
+                " link"
             )
 
 
@@ -74,14 +81,16 @@ def snapshot_of(folder: str) -> str:
         cached = [name for name in _names(folder) if name.startswith("datasets--")]
         if cached:
             raise DataError(
-                f"{folder} is a cache of several data sets of the hub: give the folder of one, such as {os.path.join(folder, cached[0])}"
+                f"{folder} is a cache of several data sets of the hub: give the folder of one, such"
+                f" as {os.path.join(folder, cached[0])}"
             )
         if glob.glob(
             os.path.join(glob.escape(folder), ".cache/huggingface/download/**/*.incomplete"),
             recursive=True,
         ):
             say(
-                f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing"
+                f"{folder} holds files of a download that did not end: run 'hf download' again if"
+                " any are missing"
             )
         return folder
     found = _names(snapshots)
@@ -101,7 +110,8 @@ def snapshot_of(folder: str) -> str:
         )
     if any(name.endswith(".incomplete") for name in _names(os.path.join(folder, "blobs"))):
         say(
-            f"{folder} holds files of a download that did not end: run 'hf download' again if any are missing"
+            f"{folder} holds files of a download that did not end: run 'hf download' again if any"
+            " are missing"
         )
     return os.path.join(snapshots, current)
 
@@ -141,5 +151,6 @@ def refuse_pointers(paths: Iterable[str]) -> None:
             continue
         if is_pointer(content):
             raise DataError(
-                f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository, or fetch it with 'hf download'"
+                f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its"
+                " repository, or fetch it with 'hf download'"
             )

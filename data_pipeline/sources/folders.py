@@ -41,10 +41,12 @@ SHARD = re.compile(r"(.*?)(\d{5,})-of-(\d{5,})(.*)")
 
 
 def files_of(config: FoldersBase) -> list[str]:
-    """The files that ``input`` means; a folder stands for those of the section's kind in it, sorted.
+    """The files that ``input`` means; a folder stands for those of the section's kind in it,
+    sorted.
 
     Raises:
-        DataError: for a folder that holds none, or several configs or splits of which none was chosen.
+        DataError: for a folder that holds none, or several configs or splits of which none was
+            chosen.
     """
     named: list[str] = []
     for pattern in config.input:
@@ -56,7 +58,8 @@ def files_of(config: FoldersBase) -> list[str]:
 
 
 def kind_of_folder(folder: str, config: str | None) -> str:
-    """What a folder is, by its files: a class of records or text, "source_code", or "datasets" for what save_to_disk wrote.
+    """What a folder is, by its files: a class of records or text, "source_code", or "datasets" for
+    what save_to_disk wrote.
 
     Raises:
         ConfigError: for a folder that mixes kinds, or holds only unknown ones.
@@ -88,7 +91,8 @@ def kind_of_folder(folder: str, config: str | None) -> str:
             f"--format {kind}" for kind in sorted({_format_of(name) for name in data})
         )
         raise ConfigError(
-            f"{folder} holds files of several kinds ({found}): choose with {options}, or name the files with a pattern"
+            f"{folder} holds files of several kinds ({found}): choose with {options}, or name the"
+            " files with a pattern"
         )
     if not data:
         raise _nothing_there(folder, files)
@@ -100,7 +104,9 @@ def _format_of(name: str) -> str:
 
 
 def _without_scripts(root: str, files: list[str], counts: Counter[str]) -> Counter[str]:
-    """The counts without what .gitignore names, and without the scripts that made a data set or load it."""
+    """The counts without what .gitignore names, and without the scripts that made a data set or
+    load it.
+    """
     from data_pipeline.sources.source_code import walk as walk_code
 
     ignored = set(walk_code(root, respect_gitignore=False)) - set(
@@ -131,7 +137,8 @@ def _nothing_there(folder: str, files: list[str]) -> ConfigError | DataError:
                 f"{folder} holds {len(found)} {kind}, such as {one_line(found[0])}: {advice}"
             )
     return DataError(
-        f"{folder} holds no data, only {one_line(files[0])} and the like: check the folder, or name the files with a pattern"
+        f"{folder} holds no data, only {one_line(files[0])} and the like: check the folder, or name"
+        " the files with a pattern"
     )
 
 
@@ -139,7 +146,8 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
     root = snapshot_of(folder)
     if is_saved(root):
         raise DataError(
-            f"{folder} is what save_to_disk of the package datasets wrote: read it with --format datasets"
+            f"{folder} is what save_to_disk of the package datasets wrote: read it with --format"
+            " datasets"
         )
     found = walk(root)
     kind = _class_read_by(section, found)
@@ -153,7 +161,8 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
         )
     elif section.config is not None:
         raise DataError(
-            f"{root} declares no configs in its README.md: leave out --dataset-config, or give the folder of that part as --input"
+            f"{root} declares no configs in its README.md: leave out --dataset-config, or give the"
+            " folder of that part as --input"
         )
     else:
         splits = splits_by_name(files_of_kind(found, kind), has_titles)
@@ -164,7 +173,8 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
         )
         place = f"{folder} ({description})" if description else folder
         raise DataError(
-            f"{place} holds no files of {LABELS[kind]} (the folder has {holds}): check the folder and --format"
+            f"{place} holds no files of {LABELS[kind]} (the folder has {holds}): check the folder"
+            " and --format"
         )
     chosen, split = choose_split(splits, section.dataset_split, root)
     description = ", ".join(
@@ -214,7 +224,8 @@ def _say_unread(
         shared = set(paths) & set(chosen)
         if shared and len(shared) < len(chosen):
             say(
-                f"{folder}: of the files that are read ({description}) README.md names {len(shared)} for the split {split} too"
+                f"{folder}: of the files that are read ({description}) README.md names"
+                f" {len(shared)} for the split {split} too"
             )
     if rest:
         parts += [
@@ -224,7 +235,10 @@ def _say_unread(
             )
         ]
         example = next((path for path in rest if path not in named), rest[0])
-        read = f"{len(chosen)} of {len(found)} files are read{f' ({description})' if description else ''}"
+        read = (
+            f"{len(chosen)} of {len(found)} files are"
+            f" read{f' ({description})' if description else ''}"
+        )
         say(f"{folder}: {read}; not read: {', '.join(parts)}, such as {one_line(example)}")
     shards: dict[tuple[str, str, str], set[str]] = {}
     for path in chosen:
@@ -233,5 +247,6 @@ def _say_unread(
     for (before, total, after), numbers in sorted(shards.items()):
         if len(numbers) < int(total):
             say(
-                f"{folder}: only {len(numbers)} of the {int(total)} shards {before}*-of-{total}{after} are there, and those are read"
+                f"{folder}: only {len(numbers)} of the {int(total)} shards"
+                f" {before}*-of-{total}{after} are there, and those are read"
             )

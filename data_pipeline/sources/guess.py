@@ -20,20 +20,25 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "line": {"kind": "text", "document": "line"},
     TSV: {"kind": CSV, "delimiter": "\t"},
 }
-NO_CHOICE = "--dataset-config and --dataset-split choose a part of a folder of data or a data set, and no input is one: leave them out"
+NO_CHOICE = (
+    "--dataset-config and --dataset-split choose a part of a folder of data or a data set, and no"
+    " input is one: leave them out"
+)
 
 
 def sources_of(
     inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The source sections that ``--input`` means, by name; patterns of one kind are one source, and each data set is one.
+    """The source sections that ``--input`` means, by name; patterns of one kind are one source, and
+    each data set is one.
 
     Args:
         kind: of all inputs; None: by the ending of each name, and by the files of a folder.
         config, split: of the folders and data sets among the inputs.
 
     Raises:
-        ConfigError: for a pattern or a folder whose files are of several kinds, and for a choice that nothing could follow.
+        ConfigError: for a pattern or a folder whose files are of several kinds, and for a choice
+            that nothing could follow.
         DataError: for a folder without data.
     """
     choice = {
@@ -44,7 +49,8 @@ def sources_of(
     if STANDARD_INPUT in inputs:
         if len(inputs) > 1:
             raise ConfigError(
-                "--input - reads standard input, and nothing beside it: give files, or pipe them all in"
+                "--input - reads standard input, and nothing beside it: give files, or pipe them"
+                " all in"
             )
         forms = {None: "jsonl", "jsonl": "jsonl", "text": "text", "line": "line"}
         if kind not in forms:
@@ -92,14 +98,16 @@ def _name(pattern: str, place: str, kind: str | None, config: str | None) -> str
 def _kind_of(pattern: str) -> str:
     if HUB_NAME.fullmatch(pattern) and not os.path.exists(os.path.dirname(pattern)):
         raise DataError(
-            f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format datasets if the hub has it"
+            f"--input {pattern} matches no file in {os.getcwd()}: check the path, or add --format"
+            " datasets if the hub has it"
         )
     ending = ending_of(pattern)
     is_clear = ending.isascii() and ending[1:].isalnum()
     kinds = {_kind_by_name(path) for path in ([pattern] if is_clear else list_files([pattern]))}
     if len(kinds) > 1:
         raise ConfigError(
-            f"--input {pattern} matches files of several kinds ({', '.join(sorted(kinds))}): give one pattern for each, or --format"
+            f"--input {pattern} matches files of several kinds ({', '.join(sorted(kinds))}): give"
+            " one pattern for each, or --format"
         )
     return kinds.pop()
 

@@ -1,7 +1,8 @@
 """Which files of a folder are a config's and a split's, by the rules of the Hugging Face hub.
 
-A README.md may declare configs with their files in YAML (https://huggingface.co/docs/hub/datasets-manual-configuration); otherwise the names
-of folders and files say the split (https://huggingface.co/docs/hub/datasets-file-names-and-splits).
+A README.md may declare configs with their files in YAML
+(https://huggingface.co/docs/hub/datasets-manual-configuration); otherwise the names of folders and
+files say the split (https://huggingface.co/docs/hub/datasets-file-names-and-splits).
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ SHARD = re.compile(r"data/([\w.]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 
 
 class Config(NamedTuple):
-    """A config that a README.md declares. ``files`` are patterns by split; None: names below ``folder`` say the split."""
+    """A config that a README.md declares.
+
+    ``files`` are patterns by split; None: names below ``folder`` say the split.
+    """
 
     name: str
     folder: str
@@ -80,7 +84,8 @@ def declared_configs(root: str) -> list[Config]:
         return [_config(entry) for entry in declared]
     except (TypeError, KeyError, AttributeError, ValueError):
         raise DataError(
-            f"'configs' at the start of {card} are not as the hub has them: correct them, or name the files with a pattern"
+            f"'configs' at the start of {card} are not as the hub has them: correct them, or name"
+            " the files with a pattern"
         ) from None
 
 
@@ -141,7 +146,8 @@ def choose_config(configs: list[Config], wanted: str | None, root: str) -> Confi
         chosen = [config for config in configs if config.name == wanted]
         if not chosen:
             raise DataError(
-                f"{root} has no config '{wanted}' (it has {names}): choose another with --dataset-config"
+                f"{root} has no config '{wanted}' (it has {names}): choose another with"
+                " --dataset-config"
             )
     else:
         chosen = (
@@ -172,7 +178,8 @@ def declared_splits(root: str, config: Config) -> Splits:
             )
             if not matches:
                 raise DataError(
-                    f"{root}/{CARD} names the files {one_line(relative)}, which are not there: fetch them, or name others with a pattern"
+                    f"{root}/{CARD} names the files {one_line(relative)}, which are not there:"
+                    " fetch them, or name others with a pattern"
                 )
             paths |= dict.fromkeys(matches)
         found[split] = list(paths)
@@ -184,7 +191,8 @@ def splits_by_name(paths: list[str], has_titles: bool) -> Splits:
 
     Args:
         paths: below the folder, with ``/``.
-        has_titles: of texts, which may have any. Then a word inside a name counts only if each file names a split, and not all the same.
+        has_titles: of texts, which may have any. Then a word inside a name counts only if each file
+            names a split, and not all the same.
     """
     splits = _splits_by_name(paths, False)
     return (
@@ -225,7 +233,8 @@ def _split_of(path: str, only_plain: bool) -> str | None:
 
 
 def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[str], str]:
-    """The files to read, and a description of the choice: the split's name, or nothing if there are no splits.
+    """The files to read, and a description of the choice: the split's name, or nothing if there are
+    no splits.
 
     Raises:
         DataError: if it is not clear which files are meant.
@@ -237,18 +246,21 @@ def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[st
     if not files:
         if wanted not in (None, TRAIN):
             raise DataError(
-                f"{root} has no split '{wanted}', since no name in it says a split: leave out --dataset-split"
+                f"{root} has no split '{wanted}', since no name in it says a split: leave out"
+                " --dataset-split"
             )
         return unnamed, ""
     if unnamed:
         raise DataError(
-            f"{root} has the splits {counts}, and {_files(len(unnamed))} such as {one_line(unnamed[0])} of none or of two:"
-            " choose files with a pattern, or take all with --dataset-split all"
+            f"{root} has the splits {counts}, and {_files(len(unnamed))} such as"
+            f" {one_line(unnamed[0])} of none or of two: choose files with a pattern, or take all"
+            " with --dataset-split all"
         )
     if wanted is not None:
         if wanted not in files:
             raise DataError(
-                f"{root} has no split '{wanted}' (it has {counts}): choose another with --dataset-split"
+                f"{root} has no split '{wanted}' (it has {counts}): choose another with"
+                " --dataset-split"
             )
         return files[wanted], wanted
     if TRAIN in files:
@@ -256,7 +268,8 @@ def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[st
     if len(files) == 1 and SPLIT_OF_WORD.get(next(iter(files)).lower()) in (None, TRAIN):
         return next(iter(files.values())), next(iter(files))
     raise DataError(
-        f"{root} has no split 'train' (it has {counts}): choose one with --dataset-split, or take all with --dataset-split all"
+        f"{root} has no split 'train' (it has {counts}): choose one with --dataset-split, or take"
+        " all with --dataset-split all"
     )
 
 

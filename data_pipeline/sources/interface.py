@@ -18,12 +18,16 @@ ConfigT = TypeVar("ConfigT", bound=SourceBase)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# Why a record gives no document. Reports count these words, and bad_records.jsonl names one for each record.
+# Why a record gives no document. Reports count these words, and bad_records.jsonl names one for
+# each record.
 REASONS = {
     "too_long": "longer than data.max_record_bytes",
     "empty": "nothing but white space",
     "nul": "holds the character NUL",
-    "invalid_utf8": "its bytes are not UTF-8, or not the encoding that is named or that the file's byte order mark stands for",
+    "invalid_utf8": (
+        "its bytes are not UTF-8, or not the encoding that is named or that the file's byte order"
+        " mark stands for"
+    ),
     "undecodable": "its bytes are not in the encoding that was named, or its value cannot be shown",
     "lone_surrogate": "holds half of a UTF-16 pair, which no UTF-8 can",
     "invalid_json": "not JSON",
@@ -39,7 +43,9 @@ REASONS = {
     "damaged_file": "rows of a Parquet or Arrow file that cannot be read",
     "binary": "a file with NUL bytes among source code",
     "too_large": "a file above max_file_bytes among source code",
-    "git_lfs_pointer": "among source code, what git keeps in place of a file that 'git lfs pull' would fetch",
+    "git_lfs_pointer": (
+        "among source code, what git keeps in place of a file that 'git lfs pull' would fetch"
+    ),
 }
 
 
@@ -76,8 +82,10 @@ class LeftOut(NamedTuple):
         line: from 1, counted from the start of the unit; None where a file has no lines.
         offset: of its first byte in the (decompressed) file; None where that means nothing.
         detail: what exactly is wrong, for bad_records.jsonl.
-        is_bad: false for what a rule of the source leaves out on purpose, such as a binary file among source code.
-        size: about how many bytes of the file are lost with it; None: as many as a record of its unit has.
+        is_bad: false for what a rule of the source leaves out on purpose, such as a binary file
+            among source code.
+        size: about how many bytes of the file are lost with it; None: as many as a record of its
+            unit has.
     """
 
     path: str
@@ -91,7 +99,8 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that one worker reads in one go: a byte range, a range of rows, a whole file or several small ones.
+    """A part of a source that one worker reads in one go: a byte range, a range of rows, a whole
+    file or several small ones.
 
     Attributes:
         source: the source's name in the recipe.
@@ -115,9 +124,11 @@ class ReadContext:
 
     Attributes:
         name: the source's name in the recipe.
-        max_record_bytes: longer records are left out as ``too_long``, without ever being held in memory.
+        max_record_bytes: longer records are left out as ``too_long``, without ever being held in
+            memory.
         spool: a file that keeps what can be read only once.
-        split_by, split_root: the fields of the data section; a source that cannot be split so is refused.
+        split_by, split_root: the fields of the data section; a source that cannot be split so is
+        refused.
     """
 
     name: str
@@ -136,10 +147,13 @@ class ReadContext:
 
 
 class Source(ABC, Generic[ConfigT]):
-    """A source of documents. Constructing one is cheap: files are listed by :meth:`units`, in the coordinator only.
+    """A source of documents.
+
+    Constructing one is cheap: files are listed by :meth:`units`, in the coordinator only.
 
     Attributes:
-        lines_read: lines of the unit that was read last, so that the next unit of the same file can number its own.
+        lines_read: lines of the unit that was read last, so that the next unit of the same file can
+            number its own.
         notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES``.
         has_files: its documents are in files that have paths.
 
@@ -158,7 +172,8 @@ class Source(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def units(self, unit_bytes: int) -> list[Unit]:
-        """All units in the order of the output, a function of the input alone; each of about ``unit_bytes`` where the format can be cut.
+        """All units in the order of the output, a function of the input alone; each of about
+        ``unit_bytes`` where the format can be cut.
 
         Raises:
             DataError: where there is nothing to read.
@@ -199,13 +214,15 @@ class Source(ABC, Generic[ConfigT]):
             raise ConfigError(f"{place} has no files with paths: split by content, or by id")
         if by == "id" and getattr(self.config, "id_field", None) is None:
             raise ConfigError(
-                f"{place} has no id_field: name the field of its records that holds the id, or split by content"
+                f"{place} has no id_field: name the field of its records that holds the id, or"
+                " split by content"
             )
 
 
 @lru_cache(maxsize=4096)
 def real_path(file: str, root: str | None) -> str:
-    """A file's path from ``root`` on, or from the root of the disk, without links, ``.`` and ``..``.
+    """A file's path from ``root`` on, or from the root of the disk, without links, ``.`` and
+    ``..``.
 
     Raises:
         DataError: for a file outside the root.
@@ -217,6 +234,7 @@ def real_path(file: str, root: str | None) -> str:
     if not real.is_relative_to(folder):
         place = file if os.path.abspath(file) == str(real) else f"{file}, a link to {real},"
         raise DataError(
-            f"{place} is outside data.split_root ({folder}), so it has no path to split by: name a folder that all files are in"
+            f"{place} is outside data.split_root ({folder}), so it has no path to split by: name a"
+            " folder that all files are in"
         )
     return real.relative_to(folder).as_posix()

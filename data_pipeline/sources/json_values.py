@@ -1,4 +1,7 @@
-"""JSON that is not one value a line: arrays, values over many lines, several on a line. Read as a stream, one value held at a time."""
+"""JSON that is not one value a line: arrays, values over many lines, several on a line.
+
+Read as a stream, one value held at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from data_pipeline.sources.containers import Stream
 from data_pipeline.sources.interface import BYTE_ORDER_MARK
 
 BLOCK_BYTES = 1 << 18
-# A value with an error may be read to the file's end before it shows, and those after it again. This much more than the file itself, at most.
+# A value with an error may be read to the file's end before it shows, and those after it again.
+# This much more than the file itself, at most.
 READ_AGAIN_BYTES = 64 << 20
 LINE_BYTES = 1 << 16
 
@@ -63,10 +67,12 @@ def holds_lines(head: bytes, is_whole: bool) -> bool:
     if end or is_whole:
         if all(value.content is not None for value in values):
             return True
-        # A first line that no line after it completes is a bad line, not the beginning of a long value.
+        # A first line that no line after it completes is a bad line, not the beginning of a long
+        # value.
         first = next(iter(ValueReader(io.BytesIO(head), len(head))))
         return first.content is None and not (first.fault == ENDS_INSIDE and not is_whole)
-    # Of a long line the end is not known; but a value that ends before it, and another behind, are a file on one line.
+    # Of a long line the end is not known; but a value that ends before it, and another behind, are
+    # a file on one line.
     return len(values) < 2
 
 
@@ -74,7 +80,10 @@ ENDS_INSIDE = "the file ends inside it"
 
 
 class ValueReader:
-    """The values of a stream. After one that has no end, reading resumes at the next place that looks like the beginning of another.
+    """The values of a stream.
+
+    After one that has no end, reading resumes at the next place that looks like the beginning of
+    another.
 
     Args:
         stream: JSON in UTF-8.
@@ -151,7 +160,9 @@ class ValueReader:
                 return at
 
     def _end_on_its_line(self) -> int | None:
-        """Where a value ends that has its line to itself, which is seen faster by parsing it than by looking for its brackets."""
+        """Where a value ends that has its line to itself, which is seen faster by parsing it than
+        by looking for its brackets.
+        """
         end = self._data.find(b"\n", self._at, self._at + LINE_BYTES)
         content = self._data[self._at : max(end, self._at)].rstrip(SPACE + b",")
         try:
@@ -187,7 +198,10 @@ class ValueReader:
                     return at
 
     def _check_before(self, at: int, inside: int) -> None:
-        """A bracket stands behind a colon in an object, and behind a comma or first in an array. It shows early that one is not closed."""
+        """A bracket stands behind a colon in an object, and behind a comma or first in an array.
+
+        It shows early that one is not closed.
+        """
         before = at - 1
         while before >= 0 and self._data[before] in SPACE:
             before -= 1
@@ -242,7 +256,10 @@ class ValueReader:
             self._at = 0
 
     def _skip_space(self) -> bytes | None:
-        """Goes to the next value. What stands before it on its line, if that is nothing but space."""
+        """Goes to the next value.
+
+        What stands before it on its line, if that is nothing but space.
+        """
         gap = b"\n" if self._offset + self._at in (0, len(BYTE_ORDER_MARK)) else b""
         while True:
             found = SPACE_AND_COMMAS.match(self._data, self._at)
@@ -254,7 +271,8 @@ class ValueReader:
                 return indent if end and b"," not in indent else None
 
     def _find_next(self, start: int, indent: bytes | None) -> None:
-        """Goes to the next place behind a broken value that looks like the beginning of another: on a line with the same indentation, or
+        """Goes to the next place behind a broken value that looks like the beginning of another: on
+        a line with the same indentation, or
         behind a comma between braces; where neither comes, to the end."""
         border = re.compile(
             rb"\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{)"

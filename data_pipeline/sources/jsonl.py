@@ -39,7 +39,9 @@ Parsed = tuple[Line | Value, Any, Fault | None]
 
 
 class Jsonl(Source[JsonlSource]):
-    """Byte ranges of plain files with a value a line are read in parallel; every other file is one unit, read as a stream."""
+    """Byte ranges of plain files with a value a line are read in parallel; every other file is one
+    unit, read as a stream.
+    """
 
     def units(self, unit_bytes: int) -> list[Unit]:
         is_utf8 = checked_encoding(self.config.encoding) == "utf-8"
@@ -95,8 +97,9 @@ class Jsonl(Source[JsonlSource]):
                 yield damaged(path, self.lines_read + 1, error)
         if count == 1 and around is not None:
             raise DataError(
-                f"{path} is one object, which holds a list in '{around}': write the records of the list alone, "
-                f"such as with jq -c '.[\"{around}\"][]', or name the text with text_field"
+                f"{path} is one object, which holds a list in '{around}': write the records of the"
+                f" list alone, such as with jq -c '.[\"{around}\"][]', or name the text with"
+                " text_field"
             )
 
     def _parsed(self, stream: Stream, unit: Unit) -> Iterator[Parsed]:
@@ -129,7 +132,9 @@ def _holds_lines(stream: Peekable) -> bool:
 
 
 def values_of_line(line: Line, content: bytes) -> list[Parsed]:
-    """What a line holds that is not one JSON value: several of them, or one with a comma behind it; else what is wrong with it."""
+    """What a line holds that is not one JSON value: several of them, or one with a comma behind it;
+    else what is wrong with it.
+    """
     record, fault = parse_object(content)
     if fault is None or fault[0] != "invalid_json":
         return [(line, record, fault)]

@@ -35,11 +35,13 @@ class RowGroup(NamedTuple):
 
 
 class Parquet(Source[ParquetSource]):
-    """Row groups are read in parallel, small ones together, and only the columns that are asked for.
+    """Row groups are read in parallel, small ones together, and only the columns that are asked
+    for.
 
-    A file's footer says where everything in it lies, so a file without a good one is an error before any work is done. Where a page inside
-    cannot be read, the rest of its row group is left out as ``damaged_file``, and the next row group is read. Of a row group one page at a time
-    is held, which writers keep at about a megabyte or a thousand rows.
+    A file's footer says where everything in it lies, so a file without a good one is an error
+    before any work is done. Where a page inside cannot be read, the rest of its row group is left
+    out as ``damaged_file``, and the next row group is read. Of a row group one page at a time is
+    held, which writers keep at about a megabyte or a thousand rows.
     """
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -104,7 +106,8 @@ class Parquet(Source[ParquetSource]):
         from pyarrow.parquet import ParquetFile
 
         try:
-            # A small buffer instead of whole column chunks keeps memory flat for row groups of any size.
+            # A small buffer instead of whole column chunks keeps memory flat for row groups of any
+            # size.
             file = ParquetFile(
                 path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
             )
@@ -113,14 +116,16 @@ class Parquet(Source[ParquetSource]):
             if isinstance(error, OSError) and error.errno is not None:
                 raise unreadable(path, error) from None
             raise DataError(
-                f"{path} is no Parquet file, or is cut short ({one_line(str(error))}): fetch it again or leave it out"
+                f"{path} is no Parquet file, or is cut short ({one_line(str(error))}): fetch it"
+                " again or leave it out"
             ) from None
         check_columns(schema, self.config, path)
         return file, groups
 
 
 def _row_groups(metadata: FileMetaData) -> list[RowGroup]:
-    # Sizes of single columns are not asked for: pyarrow ends the process where a damaged footer holds odd statistics of one.
+    # Sizes of single columns are not asked for: pyarrow ends the process where a damaged footer
+    # holds odd statistics of one.
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if any(min(group.num_rows, group.total_byte_size) < 0 for group in groups):
         raise ValueError("a row group has a negative size")

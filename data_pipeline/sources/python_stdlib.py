@@ -36,7 +36,8 @@ class PythonStdlib(Source[PythonStdlibSource]):
         files = sorted(path.relative_to(root).as_posix() for path in _python_files(root))
         if not files:
             raise DataError(
-                f"there are no Python modules in {root}: this interpreter carries its library elsewhere; give your own text with --input"
+                f"there are no Python modules in {root}: this interpreter carries its library"
+                " elsewhere; give your own text with --input"
             )
         return grouped_units(self.context.name, [str(root / name) for name in files], unit_bytes)
 

@@ -35,8 +35,9 @@ FIRST_RECORDS = 10_000
 class RecordReader:
     """From a parsed record to a document, or to (reason, detail).
 
-    A field's name is first looked up as it is, then as a path: ``a.b`` is the field "a.b" if there is one, else b inside a. Of several paths
-    the one with the longest first name counts, so a.b.c is c inside "a.b" before it is "b.c" inside a.
+    A field's name is first looked up as it is, then as a path: ``a.b`` is the field "a.b" if there
+    is one, else b inside a. Of several paths the one with the longest first name counts, so a.b.c
+    is c inside "a.b" before it is "b.c" inside a.
     """
 
     def __init__(self, config: RecordsBase) -> None:
@@ -118,7 +119,8 @@ def text_fault(text: Any, field_name: str) -> tuple[str, str] | None:
     if not text or text.isspace():
         return "empty", ""
     try:
-        # A text keeps the UTF-8 that this makes of it: it is encoded once, and not again for its digest, its size and the engine.
+        # A text keeps the UTF-8 that this makes of it: it is encoded once, and not again for its
+        # digest, its size and the engine.
         has_nul = "\0" in text if text.isascii() else b"\0" in codecs.readbuffer_encode(text)[0]
     except UnicodeEncodeError as error:
         return "lone_surrogate", f"half of a UTF-16 pair at character {error.start}"
@@ -167,7 +169,9 @@ def listed(names: Iterable[str]) -> str:
 
 
 def suggestion(wanted: str, names: list[str]) -> str | None:
-    """The name among those of texts that was probably meant: a close one, else one that is usual for texts."""
+    """The name among those of texts that was probably meant: a close one, else one that is usual
+    for texts.
+    """
     by_lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(wanted.lower(), by_lower, 1, 0.7)
     if close:
@@ -182,7 +186,10 @@ def suggestion(wanted: str, names: list[str]) -> str | None:
 
 
 def missing(wanted: str, names: list[str], texts: list[str]) -> str:
-    """What a record or table without a field has instead. ``texts`` are the names of those of its fields that hold text."""
+    """What a record or table without a field has instead.
+
+    ``texts`` are the names of those of its fields that hold text.
+    """
     probable = suggestion(wanted, texts)
     return f"no '{wanted}' among {listed(names) or 'no fields'}" + (
         f", perhaps '{one_line(probable)}'" if probable else ""
@@ -190,10 +197,12 @@ def missing(wanted: str, names: list[str], texts: list[str]) -> str:
 
 
 def check_first_file(source: Source[Any], units: list[Unit]) -> None:
-    """Reads on until a record shows that the text field is right, which the first one does as a rule.
+    """Reads on until a record shows that the text field is right, which the first one does as a
+    rule.
 
     Raises:
-        DataError: if none of the first file's records, or of the first ``FIRST_RECORDS``, has a text there.
+        DataError: if none of the first file's records, or of the first ``FIRST_RECORDS``, has a
+            text there.
     """
     fault: LeftOut | None = None
     read = 0

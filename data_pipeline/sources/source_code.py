@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class SourceCode(Source[SourceCodeSource]):
     """A document's name is its path below the folder, behind the folder's name as given.
 
-    The .gitignore files of the folder and of those inside it hold, with git's rules; those above it do not. ``.git`` is never entered.
-    Symbolic links are not followed: what they reach inside the folder is read at its own place, and what lies outside is not asked for.
+    The .gitignore files of the folder and of those inside it hold, with git's rules; those above it
+    do not. ``.git`` is never entered. Symbolic links are not followed: what they reach inside the
+    folder is read at its own place, and what lies outside is not asked for.
     """
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -34,7 +35,8 @@ class SourceCode(Source[SourceCodeSource]):
                 f" that ends in {', '.join(self.config.suffixes)}" if self.config.suffixes else ""
             )
             raise DataError(
-                f"{', '.join(self.config.input)} holds no file{wanted}: check the folder, 'suffixes' and .gitignore"
+                f"{', '.join(self.config.input)} holds no file{wanted}: check the folder,"
+                " 'suffixes' and .gitignore"
             )
         return grouped_units(self.context.name, distinct(check_names(found)), unit_bytes)
 
@@ -96,7 +98,8 @@ class SourceCode(Source[SourceCodeSource]):
 
 
 def walk(root: str, respect_gitignore: bool) -> Iterator[str]:
-    """Files below a folder as ``root/...``, sorted by name in each folder, without those that .gitignore names.
+    """Files below a folder as ``root/...``, sorted by name in each folder, without those that
+    .gitignore names.
 
     Raises:
         DataError: for a folder that cannot be listed.
@@ -105,7 +108,10 @@ def walk(root: str, respect_gitignore: bool) -> Iterator[str]:
 
 
 def _walk(folder: str, rules: list[tuple[str, GitIgnoreSpec]] | None) -> Iterator[str]:
-    """``rules`` are those of the folders above with their paths, the nearest last; None where .gitignore files do not count."""
+    """``rules`` are those of the folders above with their paths, the nearest last.
+
+    None where .gitignore files do not count.
+    """
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
@@ -141,12 +147,15 @@ def _read_rules(path: str) -> GitIgnoreSpec:
         return GitIgnoreSpec.from_lines(lines)
     except ValueError as error:
         raise DataError(
-            f"{path} holds a rule that git would not know ({error}): mend it, or set respect_gitignore: false"
+            f"{path} holds a rule that git would not know ({error}): mend it, or set"
+            " respect_gitignore: false"
         ) from None
 
 
 def _is_ignored(path: str, is_folder: bool, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """The last rule of the nearest .gitignore that names the path decides; what lies in an ignored folder is never asked about."""
+    """The last rule of the nearest .gitignore that names the path decides; what lies in an ignored
+    folder is never asked about.
+    """
     for folder, spec in reversed(rules):
         inside = path.removeprefix(folder).lstrip("/") + ("/" if is_folder else "")
         for rule in reversed(spec.patterns):
@@ -157,7 +166,9 @@ def _is_ignored(path: str, is_folder: bool, rules: list[tuple[str, GitIgnoreSpec
 
 
 def _names(found: re.Match[str], path: str) -> bool:
-    """Whether a rule names the path itself, not a folder above it, as ``a`` does for a/b, and not what is inside it, as ``a/**`` does for a."""
+    """Whether a rule names the path itself, not a folder above it, as ``a`` does for a/b, and not
+    what is inside it, as ``a/**`` does for a.
+    """
     if (
         found.lastindex is not None
     ):  # the only group of a rule holds the slash behind a folder that it names

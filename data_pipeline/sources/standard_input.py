@@ -19,8 +19,11 @@ NAME = "stdin"
 
 
 class StandardInput(Source[StandardInputSource]):
-    """A pipe can be read once only, so it is copied to ``context.spool`` first. A copy that an unfinished build has left counts if the same
-    comes through the pipe again, or nothing."""
+    """A pipe can be read once only, so it is copied to ``context.spool`` first.
+
+    A copy that an unfinished build has left counts if the same comes through the pipe again, or
+    nothing.
+    """
 
     has_files = False
 
@@ -38,7 +41,8 @@ class StandardInput(Source[StandardInputSource]):
         if not os.path.getsize(spool):
             os.remove(spool)
             raise DataError(
-                "standard input was empty: pipe the records into the command, such as 'zcat a.jsonl.gz | ...'"
+                "standard input was empty: pipe the records into the command, such as 'zcat"
+                " a.jsonl.gz | ...'"
             )
         try:
             return self._source().units(unit_bytes)
@@ -90,7 +94,8 @@ def _is_open() -> bool:
 def _copy_standard_input(spool: str) -> None:
     if not _is_open():
         raise ConfigError(
-            "source kind 'stdin' reads what is piped into the command, and standard input is no pipe: use 'cat file | ...'"
+            "source kind 'stdin' reads what is piped into the command, and standard input is no"
+            " pipe: use 'cat file | ...'"
         )
     os.makedirs(os.path.dirname(spool) or ".", exist_ok=True)
     partial = f"{spool}.partial"
@@ -100,7 +105,9 @@ def _copy_standard_input(spool: str) -> None:
 
 
 def _compare_standard_input(spool: str) -> None:
-    """Replaces the copy if something else comes through the pipe; nothing is written as long as it is the same."""
+    """Replaces the copy if something else comes through the pipe; nothing is written as long as it
+    is the same.
+    """
     if not _is_open():
         return
     same, partial = 0, f"{spool}.partial"

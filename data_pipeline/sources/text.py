@@ -41,14 +41,17 @@ from pretrain.core.errors import ConfigError
 
 
 class Text(Source[TextSource]):
-    """A file's own line ends are kept, so that bits per byte are counted over the bytes that are there."""
+    """A file's own line ends are kept, so that bits per byte are counted over the bytes that are
+    there.
+    """
 
     def __init__(self, config: TextSource, context: ReadContext) -> None:
         super().__init__(config, context)
         self._encoding = checked_encoding(config.encoding)
         if config.document != "file" and "\n".encode(config.encoding) != b"\n":
             raise ConfigError(
-                f"data.source.encoding: lines of {config.encoding} text cannot be told apart by bytes: use document=file, or convert it"
+                f"data.source.encoding: lines of {config.encoding} text cannot be told apart by"
+                " bytes: use document=file, or convert it"
             )
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -65,7 +68,8 @@ class Text(Source[TextSource]):
         return units
 
     def _open(self, path: str) -> AbstractContextManager[Stream]:
-        # Only UTF-8 can give way to what a byte order mark says; other encodings are decoded document by document.
+        # Only UTF-8 can give way to what a byte order mark says; other encodings are decoded
+        # document by document.
         return open_stream(path, "utf-8" if self._encoding == "utf-8" else None)
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
@@ -146,7 +150,10 @@ class Text(Source[TextSource]):
         size: int,
         stream: Stream,
     ) -> Document | LeftOut:
-        """The document that begins on this line, or the whole file; ``content`` is None if it is too long, ``size`` its bytes."""
+        """The document that begins on this line, or the whole file.
+
+        ``content`` is None if it is too long, ``size`` its bytes.
+        """
         if content is None:
             return LeftOut(
                 path,
@@ -164,7 +171,10 @@ class Text(Source[TextSource]):
             ).decode(self._encoding)
         except UnicodeError as error:
             position = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "its end"
-            detail = f"not {self.config.encoding} at {position}; another encoding is named with --encoding"
+            detail = (
+                f"not {self.config.encoding} at {position}; another encoding is named with"
+                " --encoding"
+            )
             return LeftOut(
                 path,
                 "invalid_utf8" if is_utf8 else "undecodable",

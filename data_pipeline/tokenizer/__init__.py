@@ -1,1 +1,3 @@
-"""Tokenizers: loaded from several formats or trained, always held as a ``tokenizer.json``; and fast engines with equal ids."""
+"""Tokenizers: loaded from several formats or trained, always held as a ``tokenizer.json``; and fast
+engines with equal ids.
+"""

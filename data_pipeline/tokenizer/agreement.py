@@ -15,7 +15,8 @@ from data_pipeline.tokenizer.patterns import byte_characters
 _SURROGATES = range(0xD800, 0xE000)
 _BLOCK = 512
 _LINES = 64
-# Bytes of a token, as characters: ASCII and the first byte of another character, or the last byte of one and what begins with ASCII.
+# Bytes of a token, as characters: ASCII and the first byte of another character, or the last byte
+# of one and what begins with ASCII.
 _JOINED_BEFORE = re.compile(r"([\x00-\x7f]+)([\x80-\xff])[\x00-\xff]*")
 _JOINED_AFTER = re.compile(r"[\x80-\xff]*([\x80-\xff])([\x00-\x7f][\x00-\xff]*)")
 _ALPHABETS = (
@@ -31,10 +32,12 @@ _ALPHABETS = (
 
 
 def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
-    """About 100 KB of text in which tokenizers are known to go apart; more would take longer than encoding a small corpus.
+    """About 100 KB of text in which tokenizers are known to go apart; more would take longer than
+    encoding a small corpus.
 
-    Every code point of two bytes, one in 41 of the first two planes and one in 257 of the others, runs of blanks, line ends and digits, marks
-    without a base, joined emoji, scripts from the right, and ``tokens`` spelled out.
+    Every code point of two bytes, one in 41 of the first two planes and one in 257 of the others,
+    runs of blanks, line ends and digits, marks without a base, joined emoji, scripts from the
+    right, and ``tokens`` spelled out.
     """
     # A prime step, so that every place in a block of a script comes up.
     points = [
@@ -66,10 +69,12 @@ def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
 
 
 def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
-    """Texts in which it shows whether a code point is taken for a letter, by the tokens of a byte-level vocabulary.
+    """Texts in which it shows whether a code point is taken for a letter, by the tokens of a
+    byte-level vocabulary.
 
-    Regular expression engines know different versions of Unicode. That one of them takes a new letter for a sign changes tokens only where
-    one reaches from the letter's last byte into the text after it, or from the text before it to its first byte.
+    Regular expression engines know different versions of Unicode. That one of them takes a new
+    letter for a sign changes tokens only where one reaches from the letter's last byte into the
+    text after it, or from the text before it to its first byte.
     """
     bytes_of = str.maketrans(
         {character: chr(value) for value, character in enumerate(byte_characters())}
@@ -99,7 +104,10 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
 
 
 def first_difference(expected: np.ndarray, found: np.ndarray) -> int | None:
-    """The index of the first token that differs or that only one side has; None where both are equal."""
+    """The index of the first token that differs or that only one side has.
+
+    None where both are equal.
+    """
     shorter = min(len(expected), len(found))
     differ = np.flatnonzero(expected[:shorter] != found[:shorter])
     if differ.size:
@@ -113,7 +121,10 @@ def disagreement(
     """Says where token ids of the same texts first differ, or None."""
     for text, one, other in zip(texts, expected, found, strict=True):
         if (position := first_difference(np.asarray(one), np.asarray(other))) is not None:
-            return f"token {position} of {excerpt(text)} is {_at(other, position)} instead of {_at(one, position)}"
+            return (
+                f"token {position} of {excerpt(text)} is {_at(other, position)} instead of"
+                f" {_at(one, position)}"
+            )
     return None
 
 

@@ -15,9 +15,10 @@ def load_configured(
     """Reads a tokenizer of any kind and turns it into an equal ``tokenizer.json``.
 
     Raises:
-        ConfigError: where ``vocab_size`` is not that of the tokenizer, or a package that the kind needs is missing.
-        DataError: where the file is missing or damaged, gives other ids than its own library as a ``tokenizer.json``, or lacks a token
-            that the recipe names or needs.
+        ConfigError: where ``vocab_size`` is not that of the tokenizer, or a package that the kind
+            needs is missing.
+        DataError: where the file is missing or damaged, gives other ids than its own library as a
+            ``tokenizer.json``, or lacks a token that the recipe names or needs.
     """
     match config:
         case TokenizerFile():
@@ -46,7 +47,7 @@ def load_configured(
     tokenizer = Tokenizer(content, origin, config)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}, but {origin} has {tokenizer.vocab_size} entries: "
-            f"leave it out or say {tokenizer.vocab_size}"
+            f"data.tokenizer.vocab_size is {config.vocab_size}, but {origin} has"
+            f" {tokenizer.vocab_size} entries: leave it out or say {tokenizer.vocab_size}"
         )
     return tokenizer

@@ -1,4 +1,6 @@
-"""Takes the fastest engine whose ids are those of the tokenizers library, and goes on checking it while it runs."""
+"""Takes the fastest engine whose ids are those of the tokenizers library, and goes on checking it
+while it runs.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,13 @@ class EngineChoice:
 def choose_engine(
     tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[str, Engine] | None = None
 ) -> EngineChoice:
-    """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts` with engines.
+    """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts`
+    with engines.
 
-    An engine is fit if all its ids are equal to those of the tokenizers library, which is itself always fit. They are tried in the order of
-    their usual speed, and the first fit one is taken if it is faster than the tokenizers library: to load and try the others takes longer
-    than they would gain on most corpora. ``opened`` are engines that hold the tokenizer already.
+    An engine is fit if all its ids are equal to those of the tokenizers library, which is itself
+    always fit. They are tried in the order of their usual speed, and the first fit one is taken if
+    it is faster than the tokenizers library: to load and try the others takes longer than they
+    would gain on most corpora. ``opened`` are engines that hold the tokenizer already.
     """
     special = [token.content for token in tokenizer.reference.get_added_tokens_decoder().values()][
         :MOST_TOKENS_SPELLED
@@ -108,7 +112,8 @@ class CheckedEncoder:
     Args:
         tokenizer: the tokenizer.
         engine_name: one of :data:`~data_pipeline.tokenizer.engines.ENGINE_NAMES`.
-        check_every: a document is compared where its digest is a multiple of this, so that it is the same ones in every run.
+        check_every: a document is compared where its digest is a multiple of this, so that it is
+            the same ones in every run.
 
     Attributes:
         engine: the engine.
@@ -147,14 +152,16 @@ class CheckedEncoder:
                     position := first_difference(row, ids[offsets[number] : offsets[number + 1]])
                 ) is not None:
                     raise self._fault(
-                        f"gives another token {position} of {names[number]} than the tokenizers library"
+                        f"gives another token {position} of {names[number]} than the tokenizers"
+                        " library"
                     )
             self.checked += len(chosen)
         return ids, offsets
 
     def _fault(self, what: str) -> DataError:
         return DataError(
-            f"the engine {self.engine_name} {what}: run again with --engine {REFERENCE}, or another engine"
+            f"the engine {self.engine_name} {what}: run again with --engine {REFERENCE}, or another"
+            " engine"
         )
 
 

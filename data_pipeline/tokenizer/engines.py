@@ -26,7 +26,8 @@ class EngineUnavailableError(ConfigError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"the engine {name} cannot be used with this tokenizer, as {reason}: leave --engine out, or say --engine tokenizers"
+            f"the engine {name} cannot be used with this tokenizer, as {reason}: leave --engine"
+            " out, or say --engine tokenizers"
         )
         self.reason = reason
 
@@ -38,8 +39,8 @@ class Engine(Protocol):
         """Encodes texts; a special token that a text spells out is ordinary text.
 
         Returns:
-            The ids of all texts back to back [num_tokens] uint32, and where each text's ids begin and the last one's end
-            [num_texts + 1] int64.
+            The ids of all texts back to back [num_tokens] uint32, and where each text's ids begin
+            and the last one's end [num_texts + 1] int64.
         """
 
 
@@ -76,9 +77,10 @@ class _Gigatoken:
     def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         layout = self._native.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        return np.asarray(layout.content.data, dtype=np.uint32)[
-            offsets[0] : offsets[-1]
-        ], offsets - offsets[0]
+        return (
+            np.asarray(layout.content.data, dtype=np.uint32)[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+        )
 
 
 class _Tiktoken:
@@ -123,7 +125,9 @@ ENGINE_NAMES = tuple(_ENGINES)
 
 
 def open_engine(name: str, tokenizer: Tokenizer) -> Engine:
-    """An engine with this tokenizer in it. That their ids are equal is for :mod:`~data_pipeline.tokenizer.engine_choice` to find out.
+    """An engine with this tokenizer in it.
+
+    That their ids are equal is for :mod:`~data_pipeline.tokenizer.engine_choice` to find out.
 
     Raises:
         EngineUnavailableError: where its package is missing or cannot read the tokenizer.

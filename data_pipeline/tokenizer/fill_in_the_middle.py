@@ -1,4 +1,6 @@
-"""Fill in the middle (Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle")."""
+"""Fill in the middle (Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the
+Middle").
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ MIN_CHARACTERS = 3
 
 
 class FillInTheMiddleTransform:
-    """Cuts documents into prefix, middle and suffix at two random characters (section 3), and puts the middle last.
+    """Cuts documents into prefix, middle and suffix at two random characters (section 3), and puts
+    the middle last.
 
     Args:
         token_id: the id of a special token, None for one that the tokenizer lacks.
@@ -34,10 +37,12 @@ class FillInTheMiddleTransform:
         self.prefix_id, self.middle_id, self.suffix_id = ids
 
     def split(self, text: str, digest: int, seed: int) -> list[str | int] | None:
-        """The pieces of text, some perhaps empty, and the token ids between them; None where the document stays as it is.
+        """The pieces of text, some perhaps empty, and the token ids between them.
 
-        A pure function of its arguments. Both cuts are uniform over the places between characters, the text's ends among them (section 3).
-        Texts of less than three characters stay.
+        None where the document stays as it is.
+
+        A pure function of its arguments. Both cuts are uniform over the places between characters,
+        the text's ends among them (section 3). Texts of less than three characters stay.
 
         Args:
             digest: a hash of the document.
@@ -50,6 +55,7 @@ class FillInTheMiddleTransform:
         start, stop = sorted(int(draw() * (len(text) + 1)) for _ in range(2))
         prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
         if is_spm:
-            # Their variant 2, which keeps prefix and middle together, so that training on PSM helps SPM (section 3, appendix D).
+            # Their variant 2, which keeps prefix and middle together, so that training on PSM helps
+            # SPM (section 3, appendix D).
             return [self.prefix_id, self.suffix_id, suffix, self.middle_id, prefix + middle]
         return [self.prefix_id, prefix, self.suffix_id, suffix, self.middle_id, middle]

@@ -14,7 +14,8 @@ from pretrain.core.errors import ConfigError, DataError
 
 
 def convert_mistral(name: str) -> bytes:
-    """A ``tokenizer.json`` of a file in mistral_common/data: tekken (ranks as tiktoken has them, after the special tokens) or SentencePiece.
+    """A ``tokenizer.json`` of a file in mistral_common/data: tekken (ranks as tiktoken has them,
+    after the special tokens) or SentencePiece.
 
     Raises:
         ConfigError: where mistral-common is missing, or has no such file.
@@ -24,7 +25,8 @@ def convert_mistral(name: str) -> bytes:
         folder = files("mistral_common") / "data"
     except ImportError:
         raise ConfigError(
-            "data.tokenizer of kind mistral needs the package mistral-common: pip install mistral-common"
+            "data.tokenizer of kind mistral needs the package mistral-common: pip install"
+            " mistral-common"
         ) from None
     names = sorted(
         entry.name
@@ -35,7 +37,8 @@ def convert_mistral(name: str) -> bytes:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"data.tokenizer.name: mistral-common has no tokenizer '{name}': {hint}it has {', '.join(names)}"
+            f"data.tokenizer.name: mistral-common has no tokenizer '{name}': {hint}it has"
+            f" {', '.join(names)}"
         )
     origin = f"mistral-common's {name}"
     if name.startswith("tekken"):

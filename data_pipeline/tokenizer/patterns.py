@@ -1,4 +1,6 @@
-"""The regular expressions that cut text into words before byte-level BPE, and where a long text may be cut without changing a word."""
+"""The regular expressions that cut text into words before byte-level BPE, and where a long text may
+be cut without changing a word.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ _DIGITS: dict[Digits, str] = {"as_words": r" ?\p{N}+", "single": r"\p{N}", "trip
 _WORDS: dict[WhiteSpace, str] = {
     # GPT-2 (Radford et al. 2019), openai/gpt-2 encoder.py.
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|{digits}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # cl100k_base of tiktoken, in the spelling of Llama 3's tokenizer.json: line ends close a word, and the indentation after them is its own.
-    "runs": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|{digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # cl100k_base of tiktoken, in the spelling of Llama 3's tokenizer.json: line ends close a word,
+    # and the indentation after them is its own.
+    "runs": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|{digits}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -38,7 +44,8 @@ _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = rf"{_CASED[0]}{_CONTRACTION}|{_CASED[1]}{_CONTRACTION}|\p{{N}}{{1,3}}|{_CASED_TAIL}"
 
-# tiktoken_ext/openai_public.py, without possessive quantifiers and $, which the tokenizers library's regular expressions read differently.
+# tiktoken_ext/openai_public.py, without possessive quantifiers and $, which the tokenizers
+# library's regular expressions read differently.
 TIKTOKEN_PATTERNS = {
     "gpt2": word_pattern("as_words", "gpt2"),
     "r50k_base": word_pattern("as_words", "gpt2"),
@@ -56,13 +63,17 @@ _CUTTABLE = {
     *(word_pattern(digits, whitespace) for digits in _DIGITS for whitespace in _WORDS),
 }
 
-# In none of the expressions above a word reaches from a visible character to a blank after it, or from a letter or digit to any white space,
-# and none looks beyond such a place. What Python calls visible (\S) all regular expression engines do.
+# In none of the expressions above a word reaches from a visible character to a blank after it, or
+# from a letter or digit to any white space, and none looks beyond such a place. What Python calls
+# visible (\S) all regular expression engines do.
 _SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t])|(?<=[A-Za-z0-9])(?=[\r\n])")
 
 
 def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts text by ``pattern`` and writes each byte as a character, as GPT-2 does; GPT-2's own pattern has a faster form."""
+    """Cuts text by ``pattern`` and writes each byte as a character, as GPT-2 does.
+
+    GPT-2's own pattern has a faster form.
+    """
     if pattern == word_pattern("as_words", "gpt2"):
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
@@ -72,7 +83,9 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in a ``tokenizer.json`` (Radford et al. 2019): itself where it is visible."""
+    """The character that stands for each byte in a ``tokenizer.json`` (Radford et al. 2019): itself
+    where it is visible.
+    """
     visible = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -87,7 +100,10 @@ def byte_characters() -> list[str]:
 
 
 def pattern_of(pre: pre_tokenizers.PreTokenizer | None) -> str | None:
-    """The expression of what :func:`pre_tokenizer` made or equals; None for any other pre-tokenizer."""
+    """The expression of what :func:`pre_tokenizer` made or equals.
+
+    None for any other pre-tokenizer.
+    """
     state: dict[str, Any] = json.loads(pre.__getstate__()) if pre is not None else {}
     if state.get("type") == "ByteLevel" and state["use_regex"] and not state["add_prefix_space"]:
         return word_pattern("as_words", "gpt2")
@@ -116,7 +132,9 @@ def may_be_cut(library: tokenizers.Tokenizer) -> bool:
 
 
 def cut_before_white_space(text: str) -> Iterator[str]:
-    """Parts of about ``PIECE_CHARACTERS`` characters in which every pattern of this module finds the same words as in the whole."""
+    """Parts of about ``PIECE_CHARACTERS`` characters in which every pattern of this module finds
+    the same words as in the whole.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS and (
         cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)

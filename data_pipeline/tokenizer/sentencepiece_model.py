@@ -19,12 +19,14 @@ SCORE_TOLERANCE = 1e-5
 
 
 def convert_sentencepiece(content: bytes, origin: str) -> bytes:
-    """A ``tokenizer.json`` that gives the ids of a SentencePiece model (Kudo & Richardson 2018), of the kinds BPE and unigram.
+    """A ``tokenizer.json`` that gives the ids of a SentencePiece model (Kudo & Richardson 2018), of
+    the kinds BPE and unigram.
 
-    Both libraries encode the texts of :func:`~data_pipeline.tokenizer.agreement.torture_texts`, and a model on which they differ is refused.
-    Two differences are known and accepted. Control symbols become special tokens, and so do user-defined symbols of a model that puts a
-    blank before each text: spelled in a text they are ordinary text. And of two unigram segmentations with the same score, up to rounding,
-    the libraries may take different ones.
+    Both libraries encode the texts of :func:`~data_pipeline.tokenizer.agreement.torture_texts`, and
+    a model on which they differ is refused. Two differences are known and accepted. Control symbols
+    become special tokens, and so do user-defined symbols of a model that puts a blank before each
+    text: spelled in a text they are ordinary text. And of two unigram segmentations with the same
+    score, up to rounding, the libraries may take different ones.
 
     Raises:
         ConfigError: where the package sentencepiece is missing.
@@ -47,7 +49,8 @@ def convert_sentencepiece(content: bytes, origin: str) -> bytes:
         raise
     except BaseException as error:  # each library raises its own
         raise DataError(
-            f"{origin} is not a SentencePiece model that can be read ({failure(error)}): give an undamaged .model"
+            f"{origin} is not a SentencePiece model that can be read ({failure(error)}): give an"
+            " undamaged .model"
         ) from None
     _check_equal(original, converted, proto, origin)
     return bytes(converted.to_str().encode("utf-8"))
@@ -61,17 +64,21 @@ def _check_kind(proto: Any, origin: str) -> None:
         or not normalizer.escape_whitespaces
     ):
         raise DataError(
-            f"{origin} has no equal tokenizer.json: only models of type BPE and unigram that mark the beginning of words do"
+            f"{origin} has no equal tokenizer.json: only models of type BPE and unigram that mark"
+            " the beginning of words do"
         )
     if any(piece.type == UNUSED for piece in proto.pieces):
         raise DataError(
-            f"{origin} has no equal tokenizer.json, as some of its pieces are switched off: use the model before that"
+            f"{origin} has no equal tokenizer.json, as some of its pieces are switched off: use the"
+            " model before that"
         )
     if normalizer.precompiled_charsmap:
-        # The tokenizers library applies such a map by grapheme, so that sequences like half-width katakana come out otherwise.
+        # The tokenizers library applies such a map by grapheme, so that sequences like half-width
+        # katakana come out otherwise.
         raise DataError(
-            f"{origin} has no equal tokenizer.json, as it normalises Unicode by the rule '{normalizer.name}': "
-            "use a model trained with normalization_rule_name=identity, and data.cleaning.normalize"
+            f"{origin} has no equal tokenizer.json, as it normalises Unicode by the rule"
+            f" '{normalizer.name}': use a model trained with normalization_rule_name=identity, and"
+            " data.cleaning.normalize"
         )
 
 
@@ -97,7 +104,8 @@ def _check_equal(original: Any, converted: tokenizers.Tokenizer, proto: Any, ori
         ]
     if where := disagreement(texts, expected, found):
         raise DataError(
-            f"{origin} has no equal tokenizer.json, as {where}: use a tokenizer.json made for it, or another tokenizer"
+            f"{origin} has no equal tokenizer.json, as {where}: use a tokenizer.json made for it,"
+            " or another tokenizer"
         )
 
 
@@ -133,7 +141,8 @@ def _convert(proto: Any) -> tokenizers.Tokenizer:
     converted.decoder = decoders.Sequence(
         [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    # An added token cuts the text before the blank is put in front, so that symbols that are found in a text would take it with them.
+    # An added token cuts the text before the blank is put in front, so that symbols that are found
+    # in a text would take it with them.
     ordinary = [
         piece.piece
         for piece in proto.pieces
@@ -149,7 +158,9 @@ def _convert(proto: Any) -> tokenizers.Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """SentencePiece joins the neighbours whose union has the best score; here every pair of pieces that makes up a piece is a merge."""
+    """SentencePiece joins the neighbours whose union has the best score; here every pair of pieces
+    that makes up a piece is a merge.
+    """
     joinable = {
         piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)
     }
@@ -170,7 +181,9 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """The tokenizers library would find any entry in a text: those that SentencePiece does not look for get a score that never wins."""
+    """The tokenizers library would find any entry in a text: those that SentencePiece does not look
+    for get a score that never wins.
+    """
     lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL)
     others = lowest * max(len(piece.piece) for piece in proto.pieces) - 1
     scores = [

@@ -16,7 +16,8 @@ DECODED_AT_ONCE = 1 << 20
 class TextBytes:
     """Counts the UTF-8 bytes of documents. Special tokens stand for no text.
 
-    Tokens of a byte-level tokenizer stand for a fixed number of bytes each, so that a table is exact; documents of any other are decoded.
+    Tokens of a byte-level tokenizer stand for a fixed number of bytes each, so that a table is
+    exact; documents of any other are decoded.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -25,7 +26,9 @@ class TextBytes:
         self._table = _table(tokenizer) if decoder.get("type") == "ByteLevel" else None
 
     def count(self, tokens: np.ndarray, lengths: Sequence[int]) -> int:
-        """Bytes of whole documents: their token ids back to back [n], each below the vocabulary's size, and the length of each."""
+        """Bytes of whole documents: their token ids back to back [n], each below the vocabulary's
+        size, and the length of each.
+        """
         if self._table is not None:
             return int(self._table[tokens].sum(dtype=np.int64))
         texts, start = [], 0
@@ -41,7 +44,9 @@ class TextBytes:
 
 
 def _table(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of each token id [vocab_size], int32: a byte-level vocabulary spells each byte as one character."""
+    """Bytes of each token id [vocab_size], int32: a byte-level vocabulary spells each byte as one
+    character.
+    """
     table = np.zeros(tokenizer.vocab_size, dtype=np.int32)
     for token, number in tokenizer.reference.get_vocab(with_added_tokens=True).items():
         table[number] = len(token)

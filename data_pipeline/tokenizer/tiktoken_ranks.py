@@ -18,12 +18,14 @@ from pretrain.core.errors import ConfigError, DataError
 def convert_tiktoken(
     content: bytes, origin: str, pattern: str, special_tokens: Mapping[str, int]
 ) -> bytes:
-    """A ``tokenizer.json`` of a vocabulary file: lines of a base64 token and its rank, which is its id.
+    """A ``tokenizer.json`` of a vocabulary file: lines of a base64 token and its rank, which is its
+    id.
 
     Args:
         content: the file.
         origin: where it came from, for errors.
-        pattern: the regular expression that cuts text into words, or the name of a tiktoken encoding that has it.
+        pattern: the regular expression that cuts text into words, or the name of a tiktoken
+            encoding that has it.
         special_tokens: their ids.
 
     Raises:
@@ -39,7 +41,8 @@ def convert_tiktoken(
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise DataError(
-                f"{origin}, line {number}: {excerpt(line.decode('latin-1'))} is no base64 token and rank: give an undamaged tiktoken vocabulary"
+                f"{origin}, line {number}: {excerpt(line.decode('latin-1'))} is no base64 token and"
+                " rank: give an undamaged tiktoken vocabulary"
             ) from None
     return convert_ranks(ranks, origin, TIKTOKEN_PATTERNS.get(pattern, pattern), special_tokens)
 
@@ -53,8 +56,10 @@ def convert_ranks(
 ) -> bytes:
     """A ``tokenizer.json`` in which a token has the id ``first_id`` + its rank.
 
-    tiktoken joins the neighbours whose union has the lowest rank, so every pair of tokens that makes up a token becomes a merge. Both
-    libraries encode the texts of :func:`~data_pipeline.tokenizer.agreement.torture_texts`, and a vocabulary on which they differ is refused.
+    tiktoken joins the neighbours whose union has the lowest rank, so every pair of tokens that
+    makes up a token becomes a merge. Both libraries encode the texts of
+    :func:`~data_pipeline.tokenizer.agreement.torture_texts`, and a vocabulary on which they differ
+    is refused.
 
     Raises:
         ConfigError: where the package tiktoken is missing.
@@ -84,11 +89,13 @@ def convert_ranks(
         ]
     except BaseException as error:  # each library raises its own, down to panics
         raise DataError(
-            f"{origin} cannot be used as a tokenizer ({failure(error)}): check its pattern and its special tokens"
+            f"{origin} cannot be used as a tokenizer ({failure(error)}): check its pattern and its"
+            " special tokens"
         ) from None
     if where := disagreement(texts, expected, found):
         raise DataError(
-            f"{origin} has no equal tokenizer.json, as {where}: name its pattern by a tiktoken encoding, or use a tokenizer.json"
+            f"{origin} has no equal tokenizer.json, as {where}: name its pattern by a tiktoken"
+            " encoding, or use a tokenizer.json"
         )
     return bytes(converted.to_str().encode("utf-8"))
 
@@ -96,7 +103,9 @@ def convert_ranks(
 def _check_vocabulary(
     ranks: Mapping[bytes, int], origin: str, special_tokens: Mapping[str, int], first_id: int
 ) -> dict[bytes, str]:
-    """How a ``tokenizer.json`` spells each token, once it is sure that every token has an id of its own."""
+    """How a ``tokenizer.json`` spells each token, once it is sure that every token has an id of its
+    own.
+    """
     if missing := [value for value in range(256) if bytes([value]) not in ranks]:
         raise DataError(
             f"{origin} has no token for the byte {missing[0]}: give a complete tiktoken vocabulary"
@@ -104,13 +113,15 @@ def _check_vocabulary(
     ids = [first_id + rank for rank in ranks.values()] + list(special_tokens.values())
     if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= LARGEST_ID:
         raise DataError(
-            f"{origin} gives an id to two tokens, or one outside 0 to 2^31: correct the ranks or special_tokens"
+            f"{origin} gives an id to two tokens, or one outside 0 to 2^31: correct the ranks or"
+            " special_tokens"
         )
     spelling = byte_characters()
     names = {token: "".join([spelling[value] for value in token]) for token in ranks}
     if clash := set(special_tokens) & set(names.values()):
         raise DataError(
-            f"{origin} has '{min(clash)}' as an ordinary token, so it cannot be a special one: leave it out of special_tokens"
+            f"{origin} has '{min(clash)}' as an ordinary token, so it cannot be a special one:"
+            " leave it out of special_tokens"
         )
     return names
 

@@ -28,24 +28,29 @@ LARGEST_ID = (1 << 31) - 1
 
 
 class Tokenizer:
-    """A loaded ``tokenizer.json``; its :meth:`encode`, by the tokenizers library, is what every engine is measured against.
+    """A loaded ``tokenizer.json``; its :meth:`encode`, by the tokenizers library, is what every
+    engine is measured against.
 
     Args:
         content: the bytes of the file.
         origin: where it came from, for errors.
-        policy: which tokens stand around a document. Tokens that it leaves out are searched among well-known names.
+        policy: which tokens stand around a document. Tokens that it leaves out are searched among
+            well-known names.
 
     Attributes:
         content: the file's bytes; ``sha256`` is their checksum.
-        reference: the tokenizer of the tokenizers library, in which special tokens spelled in a text are ordinary text.
+        reference: the tokenizer of the tokenizers library, in which special tokens spelled in a
+            text are ordinary text.
         vocab_size: the largest id + 1.
-        eod_id: id of the token that ends a document. A tokenizer without one has its bos_id or else its pad_id here, unless the policy
-            appends the end-of-document token.
-        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None where there is none.
-        append_eod, prepend_bos: whether those tokens are written around each document.
+        eod_id: id of the token that ends a document. A tokenizer without one has its bos_id or else
+            its pad_id here, unless the policy appends the end-of-document token.
+        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None where
+        there is none. append_eod, prepend_bos: whether those tokens are written around each
+        document.
 
     Raises:
-        DataError: where the bytes are no tokenizer, or it lacks a token that the policy names or needs.
+        DataError: where the bytes are no tokenizer, or it lacks a token that the policy names or
+            needs.
     """
 
     def __init__(self, content: bytes, origin: str, policy: TokenizerBase | None = None) -> None:
@@ -57,7 +62,8 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_ID:
             raise DataError(
-                f"{origin} has no tokens, or ids of 2^31 and more: give a tokenizer with a vocabulary"
+                f"{origin} has no tokens, or ids of 2^31 and more: give a tokenizer with a"
+                " vocabulary"
             )
         eod_id = self._find("eod_token", policy.eod_token, EOD_TOKENS)
         self.bos_id = self._find("bos_token", policy.bos_token, BOS_TOKENS)
@@ -65,13 +71,15 @@ class Tokenizer:
         self.append_eod, self.prepend_bos = policy.append_eod, policy.prepend_bos
         if self.prepend_bos and self.bos_id is None:
             raise DataError(
-                f"{origin} has none of the tokens {', '.join(BOS_TOKENS)}: name the one that begins a document with bos_token"
+                f"{origin} has none of the tokens {', '.join(BOS_TOKENS)}: name the one that begins"
+                " a document with bos_token"
             )
         candidates = [eod_id] if self.append_eod else [eod_id, self.bos_id, self.pad_id]
         found = [token for token in candidates if token is not None]
         if not found:
             raise DataError(
-                f"{origin} has no end-of-document token: name it with eod_token, or use a tokenizer with one of {', '.join(EOD_TOKENS)}"
+                f"{origin} has no end-of-document token: name it with eod_token, or use a tokenizer"
+                f" with one of {', '.join(EOD_TOKENS)}"
             )
         self.eod_id = found[0]
         self._may_be_cut = may_be_cut(self.reference)
@@ -97,7 +105,9 @@ class Tokenizer:
         return found
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Parts of a long text that encode to the same tokens as the whole, for parallelism and bounded memory."""
+        """Parts of a long text that encode to the same tokens as the whole, for parallelism and
+        bounded memory.
+        """
         return cut_before_white_space(text) if self._may_be_cut else iter([text])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
@@ -138,7 +148,9 @@ def read_file(path: Path, expected: str) -> bytes:
 
 
 def failure(error: BaseException) -> str:
-    """What a native library reports, on one line; a panic of Rust code counts, and what is no failure of the library is raised again."""
+    """What a native library reports, on one line; a panic of Rust code counts, and what is no
+    failure of the library is raised again.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -151,7 +163,8 @@ def _read(content: bytes, origin: str) -> tokenizers.Tokenizer:
         BaseException
     ) as error:  # the library raises bare Exception, and panics are not even that
         raise DataError(
-            f"{origin} is not a tokenizer that the tokenizers library can read ({failure(error)}): give a tokenizer.json"
+            f"{origin} is not a tokenizer that the tokenizers library can read ({failure(error)}):"
+            " give a tokenizer.json"
         ) from None
     library.no_truncation()
     library.no_padding()

@@ -15,10 +15,11 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 def train_bpe(texts: Iterable[str], config: TrainBPE) -> Tokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019).
 
-    The special tokens come first: the end-of-document token with id 0, the reserved ones, then those that begin a document and pad a
-    sequence if they are named. All 256 bytes are in the vocabulary, so any text round-trips. The same texts give the same file, byte for
-    byte. A small corpus may have fewer than ``vocab_size`` entries to give. Long texts take less memory in the pieces of
-    :func:`~data_pipeline.tokenizer.patterns.cut_before_white_space`.
+    The special tokens come first: the end-of-document token with id 0, the reserved ones, then
+    those that begin a document and pad a sequence if they are named. All 256 bytes are in the
+    vocabulary, so any text round-trips. The same texts give the same file, byte for byte. A small
+    corpus may have fewer than ``vocab_size`` entries to give. Long texts take less memory in the
+    pieces of :func:`~data_pipeline.tokenizer.patterns.cut_before_white_space`.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(word_pattern(config.digits, config.whitespace))

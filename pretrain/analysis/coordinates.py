@@ -1,8 +1,10 @@
-"""The coordinate check: do numbers inside a model keep their size when it becomes wider? (Yang et al. 2022, "Tensor Programs V", appendix D.1)
+"""The coordinate check: do numbers inside a model keep their size when it becomes wider? (Yang et
+al. 2022, "Tensor Programs V", appendix D.1)
 
-A model of each width takes a few optimizer steps in this process, without DeepSpeed's engine; before the first and behind each, the same text
-goes through it and every kind of layer is measured. Whatever grows or shrinks with the width trains otherwise in a wide model than in a
-narrow one at the same learning rate.
+A model of each width takes a few optimizer steps in this process, without DeepSpeed's engine;
+before the first and behind each, the same text goes through it and every kind of layer is measured.
+Whatever grows or shrinks with the width trains otherwise in a wide model than in a narrow one at
+the same learning rate.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ Batches = Callable[[int], list[Batch]]
 
 KINDS: tuple[Kind, ...] = ("standard", "mup")
 RANDOM_VOCABULARY = 1024
-# A size that grows with the width to a larger power than this does not look stable; over three doublings it is a factor of 1.7.
+# A size that grows with the width to a larger power than this does not look stable; over three
+# doublings it is a factor of 1.7.
 TOLERANCE = 0.25
-# These begin as sums of as many random terms as a model is wide, and muP means them to be smaller in a wide one until it has learned something.
+# These begin as sums of as many random terms as a model is wide, and muP means them to be smaller
+# in a wide one until it has learned something.
 OUTPUTS = ("attention scores", "router logits", "logits")
 SMALLER_START = -0.6
 
@@ -51,7 +55,8 @@ SMALLER_START = -0.6
 def recipe_at(
     recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing
 ) -> Recipe:
-    """The recipe with a model of another width and the same proportions, which muP compares with one of ``base_size``.
+    """The recipe with a model of another width and the same proportions, which muP compares with
+    one of ``base_size``.
 
     Raises:
         ConfigError: where a width would not be a whole number.
@@ -67,7 +72,8 @@ def recipe_at(
 
 
 class PlainTraining:
-    """A model trained as the engine would train it in one process in fp32: the same weights, losses, groups, learning rates and clipping.
+    """A model trained as the engine would train it in one process in fp32: the same weights,
+    losses, groups, learning rates and clipping.
 
     Args:
         recipe: with ``model.vocab_size`` set, and no data that leave out labels.
@@ -84,7 +90,9 @@ class PlainTraining:
         torch.manual_seed(recipe.seed)
 
     def step(self, micro_batches: Sequence[Batch], factor: float = 1.0) -> float:
-        """One optimizer step at ``factor`` times the peak learning rates; the cross-entropy before it, nats a token."""
+        """One optimizer step at ``factor`` times the peak learning rates; the cross-entropy before
+        it, nats a token.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.peaks[group["role"]] * learning_rate_scale(group) * factor
         self.model.train()
@@ -113,7 +121,8 @@ class Measured(NamedTuple):
 
     Attributes:
         size: root mean square over all numbers of all such layers.
-        change: the same of the difference from before the first step; None where rows stand in another order after each step.
+        change: the same of the difference from before the first step; None where rows stand in
+            another order after each step.
     """
 
     size: float
@@ -122,7 +131,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What one model's layers were like: ``steps[t][layer]`` after t optimizer steps, and the loss before each step."""
+    """What one model's layers were like: ``steps[t][layer]`` after t optimizer steps, and the loss
+    before each step.
+    """
 
     kind: Kind
     width: int
@@ -131,7 +142,9 @@ class Coordinates:
 
 
 def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coordinates:
-    """Trains the recipe's model for a few steps; what is measured is its answer to the first micro batch of the first step."""
+    """Trains the recipe's model for a few steps; what is measured is its answer to the first micro
+    batch of the first step.
+    """
     training = PlainTraining(recipe)
     probe = batches(0)[0]
     first = activations(training.model, probe)
@@ -163,7 +176,9 @@ def _root_mean_square(tensors: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def activations(model: DecoderLM, batch: Batch) -> dict[str, list[torch.Tensor]]:
-    """What each layer answers in evaluation, by kind of layer; scores [B, N, S, S] are those of visible keys, the others zero."""
+    """What each layer answers in evaluation, by kind of layer; scores [B, N, S, S] are those of
+    visible keys, the others zero.
+    """
     model.eval()
     found: dict[str, list[torch.Tensor]] = {}
     with _recording(model, found):
@@ -243,7 +258,8 @@ def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
 
     - ``sizes``: after each step, those of all widths;
     - ``slopes``: the power of the width that they grow with, after each step;
-    - ``change_slope``: the power that the change from before the first step grows with at the end; None where it cannot be said;
+    - ``change_slope``: the power that the change from before the first step grows with at the end;
+      None where it cannot be said;
     - ``verdict``: of the last slope, see :func:`verdict_on`.
     """
     widths = [one.width for one in measured]
@@ -265,7 +281,10 @@ def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
 
 
 def verdict_on(layer: str, power: float) -> str:
-    """``stable``, ``grows`` or ``shrinks``; ``smaller start`` for outputs that shrink with about the root of the width, as random ones do."""
+    """``stable``, ``grows`` or ``shrinks``.
+
+    ``smaller start`` for outputs that shrink with about the root of the width, as random ones do.
+    """
     if abs(power) <= TOLERANCE:
         return "stable"
     if power > 0:
@@ -276,7 +295,8 @@ def verdict_on(layer: str, power: float) -> str:
 def batches_of(
     recipe: Recipe, source: Literal["auto", "data", "random"]
 ) -> tuple[Recipe, str, Batches]:
-    """The recipe with the size of its vocabulary, where tokens come from (data or random), and the micro batches of each step.
+    """The recipe with the size of its vocabulary, where tokens come from (data or random), and the
+    micro batches of each step.
 
     Args:
         source: ``auto`` takes the recipe's data where they are built.
@@ -307,7 +327,11 @@ def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
 
 
 def random_batches(recipe: Recipe, step: int) -> list[Batch]:
-    """The micro batches of a step. Token n is drawn 1 / (n + 1) as often as token 0, so that there is something to learn, as in text."""
+    """The micro batches of a step.
+
+    Token n is drawn 1 / (n + 1) as often as token 0, so that there is something to learn, as in
+    text.
+    """
     assert recipe.model.vocab_size is not None
     train, frequencies_V = recipe.train, 1.0 / torch.arange(1, recipe.model.vocab_size + 1)
     generator = torch.Generator().manual_seed(recipe.seed + step)

@@ -1,4 +1,8 @@
-"""How evenly the experts of each layer are used: what a window of counts says, and the files that hold them. No torch, millions of experts."""
+"""How evenly the experts of each layer are used: what a window of counts says, and the files that
+hold them.
+
+No torch, millions of experts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ class LayerUsage:
         hot_experts: how many were chosen more often than ``hot_factor`` times the mean.
         unused_share: experts that nobody chose / all.
         gini: 0 where all are used alike, (E-1)/E where one does everything.
-        normalized_entropy: entropy of the shares / ln E: 1 where all are used alike, 0 where one does everything.
+        normalized_entropy: entropy of the shares / ln E: 1 where all are used alike, 0 where one
+            does everything.
         max_over_mean: load of the hottest; loads are multiples of the mean.
         hottest, hottest_load: ids of the ten hottest, and how much each of these has.
     """
@@ -52,7 +57,9 @@ class LayerUsage:
 
 @dataclass(frozen=True)
 class UsageWindow:
-    """Choices over all ranks in ``steps`` steps up to ``step``: ``counts_LE`` int64 [L, E], one row for each of ``layers``."""
+    """Choices over all ranks in ``steps`` steps up to ``step``: ``counts_LE`` int64 [L, E], one row
+    for each of ``layers``.
+    """
 
     step: int
     steps: int
@@ -64,7 +71,8 @@ def gini(counts_E: Counts) -> float:
     """2 sum_i i x_i / (E sum x) - (E + 1) / E over the counts in rising order, i from 1."""
     size = len(counts_E)
     ranks_E = np.arange(1, size + 1, dtype=np.float64)
-    # Counts are far below 2^53: every product is formed in float64, because their sum would overflow int64.
+    # Counts are far below 2^53: every product is formed in float64, because their sum would
+    # overflow int64.
     return float(
         2.0 * (ranks_E @ np.sort(counts_E).astype(np.float64)) / (size * counts_E.sum())
         - (size + 1) / size
@@ -81,7 +89,9 @@ def normalized_entropy(counts_E: Counts) -> float:
 
 
 def hottest(counts_E: Counts, number: int = HOTTEST) -> Counts:
-    """Ids of the most chosen experts, the hottest first, and of equals the lower id first; all of them where there are fewer."""
+    """Ids of the most chosen experts, the hottest first, and of equals the lower id first; all of
+    them where there are fewer.
+    """
     number = min(number, len(counts_E))
     least = np.partition(counts_E, -number)[-number]
     above = np.flatnonzero(counts_E > least)
@@ -115,12 +125,16 @@ def usage_columns(window: UsageWindow, hot_factor: float) -> dict[str, Any]:
 
 
 def log_load(loads: Numbers) -> Numbers:
-    """log2(1 + load): 0 unused, 1 the mean, about one more for each doubling; what histograms and pictures show."""
+    """log2(1 + load): 0 unused, 1 the mean, about one more for each doubling; what histograms and
+    pictures show.
+    """
     return np.log2(1.0 + loads)
 
 
 def lorenz_curve(counts_E: Counts, points: int = 512) -> tuple[Numbers, Numbers]:
-    """The share of all choices that the least used share of the experts has: two arrays of at most ``points`` + 1 numbers from 0 to 1."""
+    """The share of all choices that the least used share of the experts has: two arrays of at most
+    ``points`` + 1 numbers from 0 to 1.
+    """
     sums = np.concatenate([[0], np.cumsum(np.sort(counts_E))])
     at = np.unique(
         np.linspace(0, len(counts_E), min(points, len(counts_E)) + 1).round().astype(np.int64)
@@ -129,9 +143,11 @@ def lorenz_curve(counts_E: Counts, points: int = 512) -> tuple[Numbers, Numbers]
 
 
 def square_grid(counts_E: Counts, max_side: int = 64) -> Numbers:
-    """Loads folded row by row into a square, NaN behind the last expert; above ``max_side`` a cell is the mean over a square block of experts.
+    """Loads folded row by row into a square, NaN behind the last expert; above ``max_side`` a cell
+    is the mean over a square block of experts.
 
-    With two equally long product keys a row is a sub-key of the first dimension and a column one of the second.
+    With two equally long product keys a row is a sub-key of the first dimension and a column one of
+    the second.
     """
     side = math.isqrt(len(counts_E) - 1) + 1
     block = -(-side // max_side)
@@ -187,7 +203,9 @@ def window_steps(folder: Path) -> list[int]:
 
 
 def save_window(folder: Path, window: UsageWindow) -> Path:
-    """Writes ``step_000100.npz``, compressed, in the smallest integers that hold the counts; it is there whole or not at all."""
+    """Writes ``step_000100.npz``, compressed, in the smallest integers that hold the counts; it is
+    there whole or not at all.
+    """
     stored = window.counts_LE.astype(np.min_scalar_type(int(window.counts_LE.max())))
     arrays = {
         "step": np.array(window.step),
@@ -196,7 +214,8 @@ def save_window(folder: Path, window: UsageWindow) -> Path:
         "counts_LE": stored,
     }
     content = io.BytesIO()
-    # numpy's own savez_compressed takes zlib's level 6: of a million counts 4% smaller, in seven times the time.
+    # numpy's own savez_compressed takes zlib's level 6: of a million counts 4% smaller, in seven
+    # times the time.
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -211,7 +230,8 @@ def load_window(path: Path, layers: Sequence[int] | None = None) -> UsageWindow:
     """What :func:`save_window` wrote, all layers or those named.
 
     Raises:
-        DataError: where the file is no such file, is damaged, or a layer has no choices or is not there.
+        DataError: where the file is no such file, is damaged, or a layer has no choices or is not
+            there.
     """
     remedy = "take another window, or a file that a run wrote into its usage/ folder"
     try:
@@ -248,7 +268,8 @@ def load_window(path: Path, layers: Sequence[int] | None = None) -> UsageWindow:
     for layer in layers or ():
         if layer not in known:
             raise DataError(
-                f"{path} has no layer {layer}: its layers of experts are {', '.join(map(str, known))}"
+                f"{path} has no layer {layer}: its layers of experts are"
+                f" {', '.join(map(str, known))}"
             )
     wanted = known if layers is None else list(layers)
     chosen_LE = counts_LE[[known.index(layer) for layer in wanted]]

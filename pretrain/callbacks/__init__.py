@@ -1,1 +1,4 @@
-"""What happens beside training: files, TensorBoard, progress bar. Each is small and sees the same rows."""
+"""What happens beside training: files, TensorBoard, progress bar.
+
+Each is small and sees the same rows.
+"""

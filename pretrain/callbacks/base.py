@@ -37,21 +37,28 @@ class Callback:
         """Step ``step`` (from 1) is done."""
 
     def on_row(self, row: Row) -> None:
-        """A row of metrics, after its step's ``on_step``: ``kind`` is "train", "validation" or "usage" (of experts, after its ``on_usage``)."""
+        """A row of metrics, after its step's ``on_step``: ``kind`` is "train", "validation" or
+        "usage" (of experts, after its ``on_usage``).
+        """
 
     def on_usage(self, window: UsageWindow) -> None:
         """A window of expert usage is over, with the counts of all experts."""
 
     def on_rollback(self, step: int) -> None:
-        """Training goes back to the checkpoint of step ``step``: the steps behind it are taken again."""
+        """Training goes back to the checkpoint of step ``step``: the steps behind it are taken
+        again.
+        """
 
     def on_early_end(self, step: int) -> None:
         """Step ``step``, which is done, is the last one, though more were planned."""
 
     def on_end(self, summary: Row) -> None:
-        """Training ends: all steps done, or interrupted and saved. ``summary`` is what summary.json says of the run.
+        """Training ends: all steps done, or interrupted and saved.
 
-        A finished run that is killed in here is told of its start and its end once more when it is started again.
+        ``summary`` is what summary.json says of the run.
+
+        A finished run that is killed in here is told of its start and its end once more when it is
+        started again.
         """
 
     def on_failure(self, error: Exception) -> None:

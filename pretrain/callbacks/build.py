@@ -87,7 +87,9 @@ def make_trackers(recipe: Recipe) -> list[Callback]:
 
 
 def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
-    """Return a sentence for each tracker whose package is not installed; training continues without it."""
+    """Return a sentence for each tracker whose package is not installed; training continues without
+    it.
+    """
     kinds = kinds_by_name(TrackerKind)
     asked: dict[str, str] = {
         f"trackers.kinds: {kind}": kind
@@ -99,7 +101,8 @@ def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
         if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")
     }
     return [
-        f"{place} needs a package that is not installed, so this run goes without it: pip install {kinds[kind].packages}"
+        f"{place} needs a package that is not installed, so this run goes without it: pip install"
+        f" {kinds[kind].packages}"
         for place, kind in asked.items()
         if not _is_installed(kinds[kind].module)
     ]

@@ -13,7 +13,9 @@ from pretrain.evaluation.watch import read_evaluations
 
 
 def newest_evaluation(run: Path, step: int) -> dict[str, float]:
-    """The numbers of the last checkpoint up to ``step`` that was evaluated beside the training, without how much was read for them."""
+    """The numbers of the last checkpoint up to ``step`` that was evaluated beside the training,
+    without how much was read for them.
+    """
     counts = ("step", "targets", "window", "windows", "stride")
     rows = [row for row in read_evaluations(run) if row["step"] <= step]
     newest = max(rows, key=lambda row: row["step"], default={})

@@ -21,7 +21,9 @@ HALF_LIFE_SHARE = 0.02
 
 
 class Panel(NamedTuple):
-    """One plot: the column of the rows of training, how its axis is called, and whether it is noisy enough to be smoothed."""
+    """One plot: the column of the rows of training, how its axis is called, and whether it is noisy
+    enough to be smoothed.
+    """
 
     column: str
     label: str
@@ -39,7 +41,9 @@ PANELS = (
 
 
 def moving_average(values: Sequence[float], half_life: float) -> list[float]:
-    """Exponential moving average in which a value's weight halves every ``half_life`` values; without a bias towards a start at zero."""
+    """Exponential moving average in which a value's weight halves every ``half_life`` values;
+    without a bias towards a start at zero.
+    """
     decay = 0.5 ** (1.0 / half_life)
     total = weight = 0.0
     averages = []
@@ -50,7 +54,10 @@ def moving_average(values: Sequence[float], half_life: float) -> list[float]:
 
 
 def figure_of(rows: Sequence[Row], title: str) -> Figure:
-    """Raw and smoothed values over tokens, and the validation loss beside that of training. What no row has is left out."""
+    """Raw and smoothed values over tokens, and the validation loss beside that of training.
+
+    What no row has is left out.
+    """
     from matplotlib.figure import Figure
 
     train = [row for row in rows if row["kind"] == "train"]

@@ -1,4 +1,6 @@
-"""What a run was started with: environment.json with an entry for each start, and the resolved recipe and ds_config of the newest."""
+"""What a run was started with: environment.json with an entry for each start, and the resolved
+recipe and ds_config of the newest.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from pretrain.core.credentials import is_credential_name, redact
 from pretrain.core.files import write_synced
 
 ENVIRONMENT, RECIPE, DS_CONFIG = "environment.json", "recipe.yaml", "ds_config.json"
-# What decides how ranks start, find each other and compute. Any other variable may be private and is left out.
+# What decides how ranks start, find each other and compute. Any other variable may be private and
+# is left out.
 VARIABLES = (
     "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "CROSS_", "SLURM_", "PMI_", "PMIX_RANK", "OMPI_COMM_WORLD_", "OMP_", "MKL_",
     "CUDA_", "CUBLAS_", "NVIDIA_VISIBLE_DEVICES", "HIP_", "ROCR_", "NCCL_", "GLOO_", "FI_", "UCX_", "TORCH", "PYTORCH_", "TRITON_", "DS_",
@@ -32,7 +35,9 @@ VARIABLES = (
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of launchers and of the libraries that compute and communicate, without any whose name or value looks like a credential."""
+    """Variables of launchers and of the libraries that compute and communicate, without any whose
+    name or value looks like a credential.
+    """
     shown = {
         name: value
         for name, value in environment.items()
@@ -42,10 +47,12 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and branch of the checkout that holds ``file``, and a hash of what differs from the commit.
+    """Commit and branch of the checkout that holds ``file``, and a hash of what differs from the
+    commit.
 
-    Where git does not track the file, only the commit that an image was built from, or None where that is not known either.
-    Files that git neither tracks nor ignores count by their names and sizes: they may be as large as data.
+    Where git does not track the file, only the commit that an image was built from, or None where
+    that is not known either. Files that git neither tracks nor ignores count by their names and
+    sizes: they may be as large as data.
     """
 
     def git(*arguments: str) -> bytes:
@@ -95,7 +102,9 @@ def packages() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Of this machine: processor, cores this process may use, memory in bytes, and its accelerators."""
+    """Of this machine: processor, cores this process may use, memory in bytes, and its
+    accelerators.
+    """
     import torch
 
     gpus = (
@@ -141,7 +150,8 @@ def environment_of(step: int, world_size: int) -> dict[str, Any]:
 
 
 class RunRecord(Callback):
-    """Adds an entry to environment.json when training starts, and writes the recipe and the ds_config as they are resolved.
+    """Adds an entry to environment.json when training starts, and writes the recipe and the
+    ds_config as they are resolved.
 
     The newest checkpoint of an earlier start has those of its own.
     """

@@ -1,7 +1,8 @@
 """Evaluates saved checkpoints while training goes on.
 
-Callbacks live on rank 0, and a sharded model needs all ranks: so what is evaluated are the whole fp32 weights of each checkpoint, in one more
-process. Training neither waits for it nor gives it memory or collectives, and what is seen is what was saved.
+Callbacks live on rank 0, and a sharded model needs all ranks: so what is evaluated are the whole
+fp32 weights of each checkpoint, in one more process. Training neither waits for it nor gives it
+memory or collectives, and what is seen is what was saved.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ RANK_PREFIXES = (
 
 
 def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int) -> list[str]:
-    """The command line that evaluates each new checkpoint of the run, which goes on from ``step``, as the recipe's section says."""
+    """The command line that evaluates each new checkpoint of the run, which goes on from ``step``,
+    as the recipe's section says.
+    """
     command = [
         sys.executable,
         str(TOOL),
@@ -72,7 +75,8 @@ def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int
 
 
 class ContinuousEvaluation(Callback):
-    """Starts the process with the training, and ends it with it: finished, after the last checkpoint is evaluated; interrupted, at once.
+    """Starts the process with the training, and ends it with it: finished, after the last
+    checkpoint is evaluated; interrupted, at once.
 
     What was not evaluated when a run was interrupted is evaluated when it goes on.
     """
@@ -111,7 +115,8 @@ class ContinuousEvaluation(Callback):
                 )
         except subprocess.TimeoutExpired:
             logger.warning(
-                "the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s goes on",
+                "the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s"
+                " goes on",
                 self.run,
             )
             self._stop()

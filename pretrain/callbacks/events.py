@@ -1,4 +1,5 @@
-"""A record of metrics as (tag, value) pairs, the same for every tracker and for DeepSpeed's monitor.
+"""A record of metrics as (tag, value) pairs, the same for every tracker and for DeepSpeed's
+monitor.
 
 A dashboard shows a card for each tag and sorts them by name, so tags decide what a user sees first.
 Their number depends on neither the experts nor the layers of the model: of what layers and experts

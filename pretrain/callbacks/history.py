@@ -1,4 +1,6 @@
-"""training_history.json: one entry for each validation, in columns, and the best of them; what notebooks and plots of a run start from."""
+"""training_history.json: one entry for each validation, in columns, and the best of them; what
+notebooks and plots of a run start from.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,14 @@ COLUMNS = (
 
 
 class History:
-    """Gathers rows into entries. A run without a validation split gets an entry for each row of training.
+    """Gathers rows into entries.
+
+    A run without a validation split gets an entry for each row of training.
 
     Attributes:
-        best: the entry with the lowest validation loss among those that compare: over as many targets, in sequences of the same length. Of the
-            two validations of a last step the one of the whole split is the step's entry, and the other one takes part.
+        best: the entry with the lowest validation loss among those that compare: over as many
+            targets, in sequences of the same length. Of the two validations of a last step the one
+            of the whole split is the step's entry, and the other one takes part.
     """
 
     def __init__(self, validates: bool, timeline: Timeline) -> None:
@@ -55,7 +60,8 @@ class History:
     def add(self, row: Row) -> bool:
         """Whether the row made a new entry, or replaced that of the same step."""
         if row["kind"] == "train":
-            # Entries are means over steps, whatever their rows are. A row without its number of steps is the mean since the one before.
+            # Entries are means over steps, whatever their rows are. A row without its number of
+            # steps is the mean since the one before.
             steps = row.get("steps", row["step"] - self._last_step)
             self._sums = (self._sums[0] + steps * row["loss"], self._sums[1] + steps)
             self._last_step, self._last = row["step"], row
@@ -124,7 +130,9 @@ def history_of(rows: Iterable[Row], validates: bool, timeline: Timeline) -> Hist
 
 
 class TrainingHistory(Callback):
-    """Writes the file at each entry, whole; on a resume or rollback it is made again from the rows up to the checkpoint."""
+    """Writes the file at each entry, whole; on a resume or rollback it is made again from the rows
+    up to the checkpoint.
+    """
 
     def __init__(self, folder: Path, validates: bool, timeline: Timeline) -> None:
         self.folder, self.validates, self.timeline = folder, validates, timeline

@@ -33,7 +33,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class MetricsFiles(Callback):
-    """Writes each row at once; on a resume or rollback, rows beyond the checkpoint are removed, because those steps run again."""
+    """Writes each row at once; on a resume or rollback, rows beyond the checkpoint are removed,
+    because those steps run again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.jsonl, self.csv = folder / METRICS, folder / TRAINING_LOG

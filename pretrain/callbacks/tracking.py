@@ -1,4 +1,6 @@
-"""Feeds an experiment tracker beside the training, which never waits for it and never fails with it."""
+"""Feeds an experiment tracker beside the training, which never waits for it and never fails with
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from pretrain.core.files import write_synced
 logger = logging.getLogger(__name__)
 
 TRACKERS = "trackers.json"
-# How long the end of a training waits for what a tracker still has to send. One that is stopped may be killed soon.
+# How long the end of a training waits for what a tracker still has to send. One that is stopped may
+# be killed soon.
 FINISH_SECONDS, STOP_SECONDS = 120.0, 15.0
 Status = Literal["finished", "stopped", "failed"]
 
@@ -46,7 +49,10 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """One service. It may raise anything; it is called by one thread, in the order of the methods."""
+    """One service.
+
+    It may raise anything; it is called by one thread, in the order of the methods.
+    """
 
     kind: ClassVar[str]
 
@@ -63,13 +69,18 @@ class Tracker(ABC):
         """Ends, with the run's summary (empty where training failed) and files to keep beside it."""
 
     def abandon(self) -> None:  # noqa: B027
-        """Called by another thread where one of the others takes too long: nothing may hold back the end of this process."""
+        """Called by another thread where one of the others takes too long: nothing may hold back
+        the end of this process.
+        """
 
 
 class Tracking(Callback):
-    """Calls a tracker from a thread of its own. The first error is told, once, and is the tracker's end.
+    """Calls a tracker from a thread of its own.
 
-    The tracker's id of the run is kept in trackers.json, so that a resumed run goes on in the same one.
+    The first error is told, once, and is the tracker's end.
+
+    The tracker's id of the run is kept in trackers.json, so that a resumed run goes on in the same
+    one.
 
     Args:
         files: names in the run's folder that the tracker keeps when the run ends.
@@ -141,7 +152,10 @@ class Tracking(Callback):
                 return
 
     def _tell(self, what: str) -> None:
-        sentence = f"the tracker {self.tracker.kind} {redact(what)} and gets nothing more; the training is not touched"
+        sentence = (
+            f"the tracker {self.tracker.kind} {redact(what)} and gets nothing more; the training is"
+            " not touched"
+        )
         logger.warning(sentence)
         tqdm.write(f"warning: {sentence}", file=sys.stderr)  # beside the progress bar
 

@@ -1,4 +1,6 @@
-"""What of a checkpoint belongs to a model: its tensors by name and shape, and the fields that say what they compute; no tensor is read."""
+"""What of a checkpoint belongs to a model: its tensors by name and shape, and the fields that say
+what they compute; no tensor is read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from pretrain.core.section import Effect
 from pretrain.model.config import ModelConfig
 
 Shape = tuple[int, ...]
-REMEDY = "change the recipe's model, choose another, or set initial_weights_partial=true to start from what fits"
+REMEDY = (
+    "change the recipe's model, choose another, or set initial_weights_partial=true to start from"
+    " what fits"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,10 @@ class Comparison:
 
     @property
     def counts(self) -> str:
-        return f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, {len(self.wrong_shapes)} of another shape, {len(self.loaded)} that fit"
+        return (
+            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected,"
+            f" {len(self.wrong_shapes)} of another shape, {len(self.loaded)} that fit"
+        )
 
     def first_fault(self, where: str) -> str:
         """A sentence about the first tensor that does not fit."""
@@ -48,11 +56,16 @@ class Comparison:
             what = f"{where} has a tensor '{self.unexpected[0]}', which the recipe's model has not"
         else:
             name, stored, wanted = self.wrong_shapes[0]
-            what = f"{where}: the tensor '{name}' is {list(stored)}, and the recipe's model wants {list(wanted)}"
+            what = (
+                f"{where}: the tensor '{name}' is {list(stored)}, and the recipe's model wants"
+                f" {list(wanted)}"
+            )
         return f"{what} ({self.counts}): {REMEDY}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """A table of what does not fit: tensor, what is wrong with it, shape in the checkpoint, what becomes of it."""
+        """A table of what does not fit: tensor, what is wrong with it, shape in the checkpoint,
+        what becomes of it.
+        """
         random, ignored = "starts at random", "is not read"
         return [
             *((name, "missing", "", random) for name in self.missing),
@@ -87,10 +100,12 @@ def compare(stored: Mapping[str, Shape], model: ModelConfig) -> Comparison:
 def unread_differences(
     stored: ModelConfig, wanted: ModelConfig, loaded: Collection[str]
 ) -> list[Difference]:
-    """The fields by which tensors of one name and shape mean something else in ``wanted``: weights that must not be taken over.
+    """The fields by which tensors of one name and shape mean something else in ``wanted``: weights
+    that must not be taken over.
 
-    Parts of other kinds are among them, and a field that says what is in a tensor which is loaded (4 heads of 16 and 8 heads of 8 have
-    matrices of one shape). A field whose every tensor has another name or shape, and so is not loaded, is not.
+    Parts of other kinds are among them, and a field that says what is in a tensor which is loaded
+    (4 heads of 16 and 8 heads of 8 have matrices of one shape). A field whose every tensor has
+    another name or shape, and so is not loaded, is not.
 
     Args:
         loaded: names of the tensors that would be taken over.
@@ -117,7 +132,8 @@ def _shows_in_shapes(
             for dense, experts in map(tensor_shapes, (stored, with_field(stored, wanted, path)))
         ]
     except (ConfigError, ArithmeticError, AssertionError, RuntimeError, ValueError):
-        return False  # one field alone gives no model that could be built: the weights are not known to be safe
+        # one field alone gives no model that could be built: the weights are not known to be safe
+        return False
     decided = {
         name
         for name in shapes[0].keys() | shapes[1].keys()
@@ -133,13 +149,14 @@ def check_same_function(models: Sequence[ModelConfig], places: Sequence[str]) ->
         places: where each model is from, for the sentence.
 
     Raises:
-        CheckpointError: naming every field in which another one differs from the first, both values, and both places.
+        CheckpointError: naming every field in which another one differs from the first, both
+            values, and both places.
     """
     for model, place in zip(models[1:], places[1:], strict=True):
         found = [one for one in differences(models[0], model) if one.effect is not Effect.NONE]
         if found:
             fields = ", ".join(f"{one.path} ({one.values[0]} and {one.values[1]})" for one in found)
             raise CheckpointError(
-                f"{places[0]} and {place} differ in {fields}: the same weights compute different things in them; give models that differ "
-                "in what training alone reads"
+                f"{places[0]} and {place} differ in {fields}: the same weights compute different"
+                " things in them; give models that differ in what training alone reads"
             )

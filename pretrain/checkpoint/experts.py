@@ -1,9 +1,9 @@
 """The routed experts of one layer of a state dict, in one form for every kind of layer.
 
 What surgery on weights and inspection work on. An expert is the state of a dense feed-forward:
-``gate_proj.weight`` [X, D] if the kind is gated, ``up_proj.weight`` [X, D], ``down_proj.weight`` [D, F],
-and their biases. A router's tensors have one row, or one element, for each expert. Which tensors of a
-layer these are is what the layer's section says (:meth:`RoutedMoE.expert_tensors`).
+``gate_proj.weight`` [X, D] if the kind is gated, ``up_proj.weight`` [X, D], ``down_proj.weight``
+[D, F], and their biases. A router's tensors have one row, or one element, for each expert. Which
+tensors of a layer these are is what the layer's section says (:meth:`RoutedMoE.expert_tensors`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Weights in a single file, as other training loops save them: a state dict by ``torch.save``, or safetensors."""
+"""Weights in a single file, as other training loops save them: a state dict by ``torch.save``, or
+safetensors.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from pretrain.model.moe.config import EXPERT_NUMBER
 
 # Where a dictionary keeps the model's state beside optimizers and counters.
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
-# What wrappers of modules (DistributedDataParallel and DeepSpeed, torch.compile, FSDP, checkpointing) put into names.
+# What wrappers of modules (DistributedDataParallel and DeepSpeed, torch.compile, FSDP,
+# checkpointing) put into names.
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer\.(wte|h\.\d+))\.")
-# An expert's share of a tensor that dropless layers stack: DeepSpeed's AutoEP names it w1.3, a list of feed-forwards 3.gate_proj.weight.
+# An expert's share of a tensor that dropless layers stack: DeepSpeed's AutoEP names it w1.3, a list
+# of feed-forwards 3.gate_proj.weight.
 NUMBERED = re.compile(r"^(?P<stem>.*\.)experts\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(
     r"^(?P<stem>.*\.)experts\.(?P<expert>\d+)\.(?P<parameter>(gate|up|down)_proj\.weight)$"
@@ -79,15 +83,17 @@ def is_weights_file(path: Path) -> bool:
 class FileWeights(Mapping[str, Tensor]):
     """The tensors of a file under this project's names, each read when it is asked for.
 
-    Prefixes of wrapped modules are taken off wherever they stand, and a tied head's copy of the embedding is left out. Where the model stacks
-    its experts, experts that the file has one by one are stacked.
+    Prefixes of wrapped modules are taken off wherever they stand, and a tied head's copy of the
+    embedding is left out. Where the model stacks its experts, experts that the file has one by one
+    are stacked.
 
     Attributes:
         shapes: of every tensor, by name; known without reading one.
         config: what the training loop saved of its model's configuration; empty without any.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged, dangerous or without tensors, and for two tensors of one name.
+        CheckpointError: for a file that is missing, damaged, dangerous or without tensors, and for
+            two tensors of one name.
     """
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
@@ -101,7 +107,8 @@ class FileWeights(Mapping[str, Tensor]):
                 experts.setdefault(place[0], {})[place[1]] = (shape, read)
             elif name in self.shapes:
                 raise CheckpointError(
-                    f"{path} has the tensor '{name}' twice, once as '{stored_name}': save the model's state alone"
+                    f"{path} has the tensor '{name}' twice, once as '{stored_name}': save the"
+                    " model's state alone"
                 )
             else:
                 self.shapes[name], self._readers[name] = shape, [read]
@@ -109,7 +116,8 @@ class FileWeights(Mapping[str, Tensor]):
             found = [shares[number] for number in sorted(shares)]
             if sorted(shares) != list(range(len(shares))) or len({shape for shape, _ in found}) > 1:
                 raise CheckpointError(
-                    f"{path} has the experts {sorted(shares)} of '{name}', not all of them in one shape: it is incomplete"
+                    f"{path} has the experts {sorted(shares)} of '{name}', not all of them in one"
+                    " shape: it is incomplete"
                 )
             self.shapes[name], self._readers[name] = (
                 (len(found), *found[0][0]),
@@ -117,8 +125,9 @@ class FileWeights(Mapping[str, Tensor]):
             )
         if HUGGING_FACE.match(next(iter(self.shapes), "")):
             raise CheckpointError(
-                f"{path} has the names of a Hugging Face model: convert its folder with "
-                "tools/convert_checkpoint.py --from hf FOLDER --output CHECKPOINT, and start from that"
+                f"{path} has the names of a Hugging Face model: convert its folder with"
+                " tools/convert_checkpoint.py --from hf FOLDER --output CHECKPOINT, and start from"
+                " that"
             )
         tied = {"head.weight", "embedding.weight"} if model.tie_word_embeddings else set()
         if (
@@ -186,7 +195,8 @@ def _content(path: Path) -> tuple[list[tuple[str, tuple[int, ...], Read]], Mappi
     )
     if not tensors:
         raise CheckpointError(
-            f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}: save the model's state_dict"
+            f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}:"
+            " save the model's state_dict"
         )
     return [
         (name, tuple(value.shape), partial(tensors.__getitem__, name))
@@ -206,9 +216,13 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfig | None:
-    """``model`` with every field as a training loop's configuration has it, as far as it names them; None if it names none.
+    """``model`` with every field as a training loop's configuration has it, as far as it names
+    them.
 
-    The names are Hugging Face's, which are ours, or those in ``ALIASES``; a recipe of ours names all of them.
+    None if it names none.
+
+    The names are Hugging Face's, which are ours, or those in ``ALIASES``; a recipe of ours names
+    all of them.
     """
     try:
         ours = ModelConfig.model_validate(config.get("model", config))
@@ -254,7 +268,9 @@ def _sections(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, An
 
 
 def _alike(given: bool | int | float | str, value: Any) -> bool:
-    """Whether two values are of one type; whole numbers are numbers, and so is what a recipe leaves open."""
+    """Whether two values are of one type; whole numbers are numbers, and so is what a recipe leaves
+    open.
+    """
     if value is None:
         return isinstance(given, int | float) and not isinstance(given, bool)
     if isinstance(given, bool) or isinstance(value, bool):

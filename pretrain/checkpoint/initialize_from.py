@@ -1,4 +1,6 @@
-"""Training that starts from the weights of a checkpoint, with a fresh optimizer and schedule (``initial_weights`` in a recipe)."""
+"""Training that starts from the weights of a checkpoint, with a fresh optimizer and schedule
+(``initial_weights`` in a recipe).
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class StartingPoint:
         folder: the checkpoint that it names; None for a file.
         stored: its weights.
         found: which of them fit.
-        notes: a sentence about each field in which the two models differ, or about why that is not known.
+        notes: a sentence about each field in which the two models differ, or about why that is not
+            known.
     """
 
     where: str
@@ -62,18 +65,20 @@ class StartingPoint:
 def starting_point(
     recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Path | None
 ) -> StartingPoint | None:
-    """What ``recipe.initial_weights`` names; None without it, and in a run that has a checkpoint of its own.
+    """What ``recipe.initial_weights`` names.
 
-    A folder is a checkpoint, which says what its model computes and which tokenizer it knows; a file says so if its training loop saved its
-    configuration.
+    None without it, and in a run that has a checkpoint of its own.
+
+    A folder is a checkpoint, which says what its model computes and which tokenizer it knows; a
+    file says so if its training loop saved its configuration.
 
     Args:
         tokenizer_sha256: of the data's tokenizer; None before there are data.
         checkpoints: the run's own; None for a run without a folder.
 
     Raises:
-        CheckpointError: if the weights are missing, belong to another tokenizer, or mean something else in the recipe's model, and if a
-            tensor does not fit, unless the recipe allows that.
+        CheckpointError: if the weights are missing, belong to another tokenizer, or mean something
+            else in the recipe's model, and if a tensor does not fit, unless the recipe allows that.
     """
     if recipe.initial_weights is None:
         return None
@@ -97,7 +102,8 @@ def starting_point(
             tokenizer_sha256,
         ):
             raise CheckpointError(
-                f"initial_weights: {folder} was trained with another tokenizer than that of the data: build the data with its own"
+                f"initial_weights: {folder} was trained with another tokenizer than that of the"
+                " data: build the data with its own"
             )
         stored, model = StoredWeights(folder), read_recipe(folder).model
     found = compare(stored.shapes, recipe.model)
@@ -121,12 +127,14 @@ def _check_meaning(stored: ModelConfig, wanted: ModelConfig, found: Comparison, 
 def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[str]:
     if stored is None:
         return [
-            f"{where} has tensors alone: names and shapes were compared, and nothing says if the recipe's model computes with them what "
-            "theirs did (heads, rotary base, activation, norms, top_k)"
+            f"{where} has tensors alone: names and shapes were compared, and nothing says if the"
+            " recipe's model computes with them what theirs did (heads, rotary base, activation,"
+            " norms, top_k)"
         ]
     training = {Effect.NONE: " (no finished model depends on it)"}
     return [
-        f"{where} has {one.path}={one.values[0]}, and the recipe {one.values[1]}{training.get(one.effect, '')}"
+        f"{where} has {one.path}={one.values[0]}, and the recipe"
+        f" {one.values[1]}{training.get(one.effect, '')}"
         for one in differences(stored, wanted)
     ]
 
@@ -134,10 +142,12 @@ def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[
 def starting_weights(
     recipe: Recipe, tokenizer_sha256: str, checkpoints: Path | None, topology: Topology
 ) -> WeightLoader | None:
-    """What fills a fresh model for ``recipe.initial_weights``; None as :func:`starting_point`. Every rank must call it.
+    """What fills a fresh model for ``recipe.initial_weights``.
 
-    In what the two models differ is reported on standard error and in the log; what does not fit a partial start there and in
-    ``initial_weights.json`` of the run's folder, if it has one.
+    None as :func:`starting_point`. Every rank must call it.
+
+    In what the two models differ is reported on standard error and in the log; what does not fit a
+    partial start there and in ``initial_weights.json`` of the run's folder, if it has one.
 
     Raises:
         CheckpointError: as :func:`starting_point`, and if a file is damaged.
@@ -188,7 +198,9 @@ def fill(
     parts: int,
     names: Collection[str],
 ) -> None:
-    """Copies the weights called ``names`` into a model on the host that has part ``part`` of ``parts`` of the experts; a tensor at a time."""
+    """Copies the weights called ``names`` into a model on the host that has part ``part`` of
+    ``parts`` of the experts; a tensor at a time.
+    """
     total = model.config.total_experts
     persistent = model.state_dict(keep_vars=True).keys()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -1,4 +1,6 @@
-"""What is inside a checkpoint, and in what two checkpoints differ; read a tensor, or a layer's experts, at a time."""
+"""What is inside a checkpoint, and in what two checkpoints differ; read a tensor, or a layer's
+experts, at a time.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def inspect_checkpoint(folder: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def file_table(folder: Path, verify: bool) -> list[dict[str, Any]]:
-    """Each file that the manifest names: ``bytes`` found, ``sha256`` as it was saved, and ``fault``, None where all is as it was saved."""
+    """Each file that the manifest names: ``bytes`` found, ``sha256`` as it was saved, and
+    ``fault``, None where all is as it was saved.
+    """
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {
@@ -85,10 +89,11 @@ def file_table(folder: Path, verify: bool) -> list[dict[str, Any]]:
 
 
 def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """For each MoE layer: Frobenius norms of each expert's tensors and of its router row, balancing biases, and the most and the least alike pair.
+    """For each MoE layer: Frobenius norms of each expert's tensors and of its router row, balancing
+    biases, and the most and the least alike pair.
 
-    Models whose experts are rows of tables (PEER) have none. Alike are experts whose weights, taken as one vector, have a large cosine;
-    hidden numbers are not aligned.
+    Models whose experts are rows of tables (PEER) have none. Alike are experts whose weights, taken
+    as one vector, have a large cosine; hidden numbers are not aligned.
     """
     model, moe = recipe.model, recipe.model.routing
     if moe is None:
@@ -123,8 +128,9 @@ def _pair(pair: tuple[float, int, int]) -> dict[str, Any]:
 def compare_checkpoints(first: Path, second: Path, order: Order = "absolute") -> dict[str, Any]:
     """Tensor by tensor, the largest differences first, and the fields in which the recipes differ.
 
-    A row has ``name`` and either ``fault`` (missing in one, or of another shape) or, in fp32, ``absolute``: max |a - b|; ``relative``:
-    max |a - b| / max(|a|, |b|), number by number; and ``cosine``, which is 1 for equal tensors of zeros.
+    A row has ``name`` and either ``fault`` (missing in one, or of another shape) or, in fp32,
+    ``absolute``: max |a - b|; ``relative``: max |a - b| / max(|a|, |b|), number by number; and
+    ``cosine``, which is 1 for equal tensors of zeros.
 
     Raises:
         CheckpointError: where either cannot be read.

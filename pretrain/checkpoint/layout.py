@@ -1,20 +1,18 @@
 """Where a checkpoint's parts lie, how a complete one is told from a torn one, and how to find one.
 
 checkpoints/
-  latest                                  text: the name of the newest complete checkpoint
-  best  epoch_1 ...                       the same for what checkpoint.keep_best and keep_epochs keep
+  latest                                  text: the name of the newest complete checkpoint best
+  epoch_1 ...                       the same for what checkpoint.keep_best and keep_epochs keep
   step_300/
-    recipe.yaml  ds_config.json           resolved, as this run used them
-    state.json                            step, consumed tokens, fingerprints, topology
-    tokenizer.json
-    tokenizer_config.json ...             of a model of others: tokenizer_files.py
-    README.md                             the model card
+    recipe.yaml  ds_config.json           resolved, as this run used them state.json
+    step, consumed tokens, fingerprints, topology tokenizer.json tokenizer_config.json ...
+    of a model of others: tokenizer_files.py README.md                             the model card
     weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
-    weights-experts-00000-of-00002.safetensors ...
-    deepspeed/                            DeepSpeed's own files: optimizer state, for resuming on the same topology
-    rows/rank_00000.safetensors ...       optimizer state of tables of experts, where the model has some (PEER)
-    random/rank_00000.pt ...              random state of every rank, and its steps that are in no row of metrics yet
-    manifest.json                         size and sha256 of every file above; written last
+    weights-experts-00000-of-00002.safetensors ... deepspeed/                            DeepSpeed's
+    own files: optimizer state, for resuming on the same topology rows/rank_00000.safetensors ...
+    optimizer state of tables of experts, where the model has some (PEER) random/rank_00000.pt ...
+    random state of every rank, and its steps that are in no row of metrics yet manifest.json
+    size and sha256 of every file above; written last
 """
 
 from __future__ import annotations
@@ -54,7 +52,10 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders that were published whole, newest first. Torn ones carry a temporary name and are not among them."""
+    """Folders that were published whole, newest first.
+
+    Torn ones carry a temporary name and are not among them.
+    """
     if not checkpoints.is_dir():
         return []
     found = [
@@ -66,7 +67,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint, given itself, a pointer beside it (``latest``, ``best``, ``epoch_3``), or the folder that holds both.
+    """The folder of a checkpoint, given itself, a pointer beside it (``latest``, ``best``,
+    ``epoch_3``), or the folder that holds both.
 
     Raises:
         CheckpointError: where there is none, or it is not complete.
@@ -82,7 +84,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         )
         if not POINTER_NAME.match(path.name) or not STEP_NAME.match(name):
             raise CheckpointError(
-                f"{path} is no checkpoint: give a step_N folder or the file '{LATEST}' that names one"
+                f"{path} is no checkpoint: give a step_N folder or the file '{LATEST}' that"
+                " names one"
             )
         path = path.parent / name
     if not path.is_dir():
@@ -91,7 +94,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"there is no checkpoint {path}: {hint}")
     if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from hf {path} --output CHECKPOINT"
+            f"{path} is a Hugging Face folder: convert it with tools/convert_checkpoint.py --from"
+            f" hf {path} --output CHECKPOINT"
         )
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
@@ -119,12 +123,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The checkpoint's ``state.json``: ``step``, ``consumed_tokens``, fingerprints, topology, losses."""
+    """The checkpoint's ``state.json``: ``step``, ``consumed_tokens``, fingerprints, topology,
+    losses.
+    """
     return _read_json(folder / STATE)
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The resolved recipe that the checkpoint was trained with; of a run with phases, as it is in the checkpoint's own phase."""
+    """The resolved recipe that the checkpoint was trained with; of a run with phases, as it is in
+    the checkpoint's own phase.
+    """
     recipe = read_run_recipe(folder)
     return recipe_at(recipe, read_state(folder)["step"]) if recipe.phases else recipe
 
@@ -175,7 +183,9 @@ def write_pointer(checkpoints: Path, name: str, pointer: str = LATEST) -> None:
 
 
 def pointers(checkpoints: Path) -> dict[str, str]:
-    """The checkpoints that have a name, by it: ``{"best": "step_200", "epoch_1": "step_150", "latest": "step_300"}``."""
+    """The checkpoints that have a name, by it: ``{"best": "step_200", "epoch_1": "step_150",
+    "latest": "step_300"}``.
+    """
     if not checkpoints.is_dir():
         return {}
     found = sorted(

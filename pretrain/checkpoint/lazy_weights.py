@@ -11,7 +11,8 @@ from pretrain.checkpoint.weights import open_weights
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """All weights of a checkpoint, the experts of all ranks joined: the state of the ep_size 1 model.
+    """All weights of a checkpoint, the experts of all ranks joined: the state of the ep_size 1
+    model.
 
     Attributes:
         folder: where they lie.

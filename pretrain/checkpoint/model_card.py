@@ -1,4 +1,6 @@
-"""The model card (Mitchell et al. 2019) of a run, a checkpoint or an export: README.md, in the form that the Hugging Face hub reads."""
+"""The model card (Mitchell et al. 2019) of a run, a checkpoint or an export: README.md, in the form
+that the Hugging Face hub reads.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,18 @@ import yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 
-INTENDED_USE = "Research on the pretraining of language models. It is a base model: it continues a text, and follows no instructions."
-LIMITS = "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not tested for safety."
-NO_LICENSE = "Not stated. Set `card.license` in the recipe before you share the weights, and heed the licences of the data."
+INTENDED_USE = (
+    "Research on the pretraining of language models. It is a base model: it continues a text, and"
+    " follows no instructions."
+)
+LIMITS = (
+    "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not"
+    " tested for safety."
+)
+NO_LICENSE = (
+    "Not stated. Set `card.license` in the recipe before you share the weights, and heed the"
+    " licences of the data."
+)
 
 
 def model_card(
@@ -22,8 +33,9 @@ def model_card(
     """The card's text.
 
     Args:
-        state: of a checkpoint: ``step``, ``consumed_tokens``, ``validation_loss`` with its ``validation_step`` and ``validation_targets``,
-            ``progress``, ``parameters`` and ``sources``; what is missing is left out of the card.
+        state: of a checkpoint: ``step``, ``consumed_tokens``, ``validation_loss`` with its
+            ``validation_step`` and ``validation_targets``, ``progress``, ``parameters`` and
+            ``sources``; what is missing is left out of the card.
         results: other measured numbers by name, such as those of tasks.
     """
     card = recipe.card
@@ -70,16 +82,21 @@ def _summary(recipe: Recipe, state: Mapping[str, Any]) -> str:
         if state.get("consumed_tokens")
         else ""
     )
-    return f"A decoder language model{size}: {model.num_hidden_layers} layers{experts}{tokens}. Every setting is in `recipe.yaml` of the run."
+    return (
+        f"A decoder language model{size}: {model.num_hidden_layers} layers{experts}{tokens}. Every"
+        " setting is in `recipe.yaml` of the run."
+    )
 
 
 def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
     sources, origins = state.get("sources", {}), recipe.card.data_origin
     if not sources:
         return [
-            "Read from its sources while training went on; `data` in the recipe names them."
-            if recipe.data.streaming
-            else "Not recorded."
+            (
+                "Read from its sources while training went on; `data` in the recipe names them."
+                if recipe.data.streaming
+                else "Not recorded."
+            )
         ]
     rows = [
         [
@@ -120,7 +137,10 @@ def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
         ),
         [
             "optimizer",
-            f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind} schedule, {schedule.warmup_steps} warm-up steps",
+            (
+                f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind}"
+                f" schedule, {schedule.warmup_steps} warm-up steps"
+            ),
         ],
         ["precision", train.precision],
         ["seed", str(recipe.seed)],

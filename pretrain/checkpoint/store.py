@@ -1,4 +1,6 @@
-"""Saving and loading a running engine: everything under a temporary name, checked, then published with one rename."""
+"""Saving and loading a running engine: everything under a temporary name, checked, then published
+with one rename.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator of this process, in types that a restricted loader accepts."""
+    """The state of every random generator of this process, in types that a restricted loader
+    accepts.
+    """
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     assert isinstance(keys, numpy.ndarray)
     state = {
@@ -81,15 +85,19 @@ class CheckpointStore:
         named: dict[str, int] | None = None,
         own: dict[str, Any] | None = None,
     ) -> Path:
-        """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones. Every rank must call it.
+        """Publishes ``step_<step>`` and moves ``latest`` to it, then removes old ones.
+
+        Every rank must call it.
 
         Args:
             state: written to ``state.json``.
-            named: steps by the pointer that names them; they are kept beside the newest ``checkpoint.keep_last``.
+            named: steps by the pointer that names them; they are kept beside the newest
+                ``checkpoint.keep_last``.
             own: this rank's own state, of plain types and tensors.
 
         Raises:
-            StorageError: where space does not suffice or writing fails; older checkpoints are untouched.
+            StorageError: where space does not suffice or writing fails; older checkpoints are
+                untouched.
         """
         engine, topology = self.engine, self.engine.topology
         target = layout.step_folder(self.folder, step)
@@ -137,7 +145,8 @@ class CheckpointStore:
                     model_card(engine.recipe, state), encoding="utf-8"
                 )
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The other ranks notice when this one is gone.
+            # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The
+            # other ranks notice when this one is gone.
             if is_peer_loss(error):
                 raise
             shutil.rmtree(temporary, ignore_errors=True)
@@ -145,7 +154,8 @@ class CheckpointStore:
                 error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
             )
             raise StorageError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space and run the same command"
+                f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; free space"
+                " and run the same command"
             ) from error
         topology.barrier()
         self._publish(temporary, target)
@@ -156,11 +166,14 @@ class CheckpointStore:
         return target
 
     def go_back(self, step: int, trunk: Path | None = None) -> Path | None:
-        """Removes the checkpoints of step ``step`` and later ones, and returns the newest whole one before; None, and nothing is removed, where
-        there is none. Every rank must call it.
+        """Removes the checkpoints of step ``step`` and later ones, and returns the newest whole one
+        before.
+
+        None, and nothing is removed, where there is none. Every rank must call it.
 
         Args:
-            trunk: a checkpoint of another run, to go back to where this run has none; if it is of a step before ``step``.
+            trunk: a checkpoint of another run, to go back to where this run has none; if it is of a
+                step before ``step``.
         """
         kept, topology = self.newest(before=step), self.engine.topology
         if kept is None and trunk is not None and layout.read_state(trunk)["step"] < step:
@@ -180,8 +193,10 @@ class CheckpointStore:
         return kept
 
     def newest(self, before: int | None = None) -> Path | None:
-        """The newest checkpoint that is whole, of a step below ``before``; damaged ones are reported and passed over. The same answer on every
-        rank.
+        """The newest checkpoint that is whole, of a step below ``before``; damaged ones are
+        reported and passed over.
+
+        The same answer on every rank.
         """
         topology = self.engine.topology
         damaged: list[str] = []
@@ -241,9 +256,11 @@ class CheckpointStore:
         )
         if loaded is None:
             raise CheckpointError(
-                f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose another or start over with --fresh"
+                f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, choose"
+                " another or start over with --fresh"
             )
-        # With the moments come the checkpoint's weight decay, betas and clipping: those of the recipe hold.
+        # With the moments come the checkpoint's weight decay, betas and clipping: those of the
+        # recipe hold.
         for group, options in zip(optimizer.param_groups, own, strict=True):
             group.update(options)
         if hasattr(optimizer, "clip_grad"):
@@ -313,13 +330,16 @@ class CheckpointStore:
         needed = int(1.1 * sum(path.stat().st_size for path in layout.payload_files(existing[0])))
         free = shutil.disk_usage(self.folder).free
         return (
-            f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB"
+            f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, {self.folder} has"
+            f" {free / 1e6:.0f} MB"
             if free < needed
             else ""
         )
 
     def _publish(self, temporary: Path, target: Path) -> None:
-        """Hashes and syncs all files (shared among the ranks), writes the manifest, renames, moves the pointer."""
+        """Hashes and syncs all files (shared among the ranks), writes the manifest, renames, moves
+        the pointer.
+        """
         topology = self.engine.topology
         entries: dict[str, Any] = {}
         for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
@@ -348,7 +368,9 @@ class CheckpointStore:
         layout.write_pointer(self.folder, target.name)
 
     def _point(self, named: dict[str, int]) -> None:
-        """Writes the pointers of checkpoints that are there; a pointer that no longer names one goes."""
+        """Writes the pointers of checkpoints that are there; a pointer that no longer names one
+        goes.
+        """
         there = {
             name: layout.step_folder(self.folder, step).name
             for name, step in named.items()
@@ -363,7 +385,11 @@ class CheckpointStore:
             layout.write_pointer(self.folder, target, name)
 
     def _remove_old(self, step: int, protected: set[int]) -> None:
-        """After a save at ``step``. Whatever is of a later step was damaged when the run began: it goes too, and counts for nothing."""
+        """After a save at ``step``.
+
+        Whatever is of a later step was damaged when the run began: it goes too, and counts for
+        nothing.
+        """
         folders = layout.complete_checkpoints(self.folder)
         later = [folder for folder in folders if layout.step_of(folder) > step]
         for folder in later:
@@ -379,7 +405,9 @@ class CheckpointStore:
         self._clear()
 
     def _set_aside(self, folder: Path) -> None:
-        """Gives a checkpoint that goes a temporary name: a kill while it is removed leaves no torn folder under a final one."""
+        """Gives a checkpoint that goes a temporary name: a kill while it is removed leaves no torn
+        folder under a final one.
+        """
         aside = folder.with_name(f".{folder.name}.removed.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)

@@ -1,4 +1,6 @@
-"""Tensors in safetensors files, one at a time: what is written or read never stands in memory as a whole."""
+"""Tensors in safetensors files, one at a time: what is written or read never stands in memory as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,18 @@ class TensorForm(NamedTuple):
 
 
 class TensorFileWriter:
-    """A safetensors file whose header is written first and whose tensors follow in any order, each at its place.
+    """A safetensors file whose header is written first and whose tensors follow in any order, each
+    at its place.
 
-    The format (https://github.com/huggingface/safetensors#format) is the header's length in 8 bytes, the header in JSON, the numbers.
+    The format (https://github.com/huggingface/safetensors#format) is the header's length in 8
+    bytes, the header in JSON, the numbers.
 
     Args:
         forms: of every tensor that will come.
 
     Raises:
-        CheckpointError: for a tensor that is unknown, comes twice or has another form, and on leaving where one never came.
+        CheckpointError: for a tensor that is unknown, comes twice or has another form, and on
+            leaving where one never came.
         OSError: where the disk has no room for all of them.
     """
 
@@ -91,14 +96,16 @@ class TensorFileWriter:
         self._file.close()
         if error is None and self.missing:
             raise CheckpointError(
-                f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing): {self.path.name} would be incomplete"
+                f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing):"
+                f" {self.path.name} would be incomplete"
             )
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, of any strides."""
         if name not in self._forms:
             raise CheckpointError(
-                f"there is no place for the tensor '{name}' in {self.path.name}: it does not belong to the model"
+                f"there is no place for the tensor '{name}' in {self.path.name}: it does not belong"
+                " to the model"
             )
         if name not in self.missing:
             raise CheckpointError(
@@ -108,7 +115,8 @@ class TensorFileWriter:
         if form != self._forms[name]:
             wanted = self._forms[name]
             raise CheckpointError(
-                f"the tensor '{name}' is {form.dtype} {list(form.shape)}, and should be {wanted.dtype} {list(wanted.shape)}"
+                f"the tensor '{name}' is {form.dtype} {list(form.shape)}, and should be"
+                f" {wanted.dtype} {list(wanted.shape)}"
             )
         self._file.seek(self._first + self._starts[name])
         self._file.write(
@@ -118,9 +126,11 @@ class TensorFileWriter:
 
 
 class TensorReader:
-    """The tensors of several safetensors files, read one by one; a name that several files have is joined along its first dimension.
+    """The tensors of several safetensors files, read one by one; a name that several files have is
+    joined along its first dimension.
 
-    A file is opened for each reading and closed behind it: its pages would count as this process' memory for as long as it is open.
+    A file is opened for each reading and closed behind it: its pages would count as this process'
+    memory for as long as it is open.
 
     Args:
         paths: in the order in which shares of a tensor are joined.
@@ -143,7 +153,8 @@ class TensorReader:
                     dtype = _DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise CheckpointError(
-                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: convert it to a floating type first"
+                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}:"
+                            " convert it to a floating type first"
                         )
                     self._holders.setdefault(name, []).append(
                         (path, TensorForm(dtype, tuple(part.get_shape())))

@@ -1,7 +1,10 @@
-"""What travels with a tokenizer.json of others: special tokens, chat templates, sampling defaults. Data alone, never code.
+"""What travels with a tokenizer.json of others: special tokens, chat templates, sampling defaults.
 
-A model that came from Hugging Face brings these files in, every checkpoint trained, merged or upcycled from it keeps them, and
-an export writes them again. ``config_token_ids.json`` is ours: the ids of special tokens that were in ``config.json``.
+Data alone, never code.
+
+A model that came from Hugging Face brings these files in, every checkpoint trained, merged or
+upcycled from it keeps them, and an export writes them again. ``config_token_ids.json`` is ours: the
+ids of special tokens that were in ``config.json``.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ SideFiles = Mapping[str, bytes]
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """The files of a Hugging Face folder or of a checkpoint, by their path in it; those that are not there are left out.
+    """The files of a Hugging Face folder or of a checkpoint, by their path in it; those that are
+    not there are left out.
 
     Raises:
         CheckpointError: where one is larger than 64 MB, no JSON object or no UTF-8.
@@ -75,7 +79,9 @@ def content_of(files: SideFiles, name: str) -> dict[str, Any] | None:
 
 
 def end_ids(files: SideFiles) -> frozenset[int]:
-    """All tokens that end a text; empty where the files do not say. transformers too prefers ``generation_config.json``."""
+    """All tokens that end a text; empty where the files do not say. transformers too prefers
+    ``generation_config.json``.
+    """
     for name in (GENERATION_CONFIG, TOKEN_IDS):
         if ids := token_ids((content_of(files, name) or {}).get("eos_token_id")):
             return ids
@@ -91,7 +97,10 @@ def token_ids(value: Any) -> frozenset[int]:
 
 
 def origin_of(recipe: Recipe, newest: Path | None) -> Path | None:
-    """The checkpoint whose files a run carries on: its own newest one, or what it begins from; None where it begins from nothing."""
+    """The checkpoint whose files a run carries on: its own newest one, or what it begins from.
+
+    None where it begins from nothing.
+    """
     given = recipe.branch_from or recipe.initial_weights
     if newest is not None or given is None:
         return newest
@@ -115,7 +124,8 @@ def _without_code(content: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> str:
     if path.stat().st_size > LARGEST_BYTES:
         raise CheckpointError(
-            f"{path} has {path.stat().st_size:,} bytes, and such a file has less than {LARGEST_BYTES:,}: take it out"
+            f"{path} has {path.stat().st_size:,} bytes, and such a file has less than"
+            f" {LARGEST_BYTES:,}: take it out"
         )
     try:
         return path.read_bytes().decode("utf-8")

@@ -1,4 +1,6 @@
-"""DeepSpeed's universal format from a checkpoint: a file for each weight and optimizer state, which any topology can load."""
+"""DeepSpeed's universal format from a checkpoint: a file for each weight and optimizer state, which
+any topology can load.
+"""
 
 from __future__ import annotations
 
@@ -28,44 +30,51 @@ UNIVERSAL_TAG, UNIVERSAL_LATEST = "universal", "latest_universal"
 
 
 def check_universal(checkpoint: Path) -> None:
-    """Raises :class:`ConfigError` where DeepSpeed's converter is known to fail or the checkpoint has nothing to convert."""
+    """Raises :class:`ConfigError` where DeepSpeed's converter is known to fail or the checkpoint
+    has nothing to convert.
+    """
     stage = _zero_stage(checkpoint)
     recipe = read_recipe(checkpoint)
     model = recipe.model
     if stage is None or not (checkpoint / DEEPSPEED_TAG).is_dir():
         raise ConfigError(
-            f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a checkpoint of a run"
+            f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: convert a"
+            " checkpoint of a run"
         )
     moe = model.moe
     if moe is None or not moe.has_universal_checkpoints or not model.routed_layers:
         sparse = moe is not None and not moe.has_universal_checkpoints
         kind = f"model.moe.kind={moe.kind}" if moe is not None and sparse else "a dense model"
         raise ConfigError(
-            f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs with dropless experts only: "
-            "convert with --to safetensors"
+            f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter needs"
+            " with dropless experts only: convert with --to safetensors"
         )
     if not recipe.optimizer.has_universal_checkpoints:
         raise ConfigError(
-            f"optimizer.kind={recipe.optimizer.kind} has no universal checkpoints, because DeepSpeed's converter knows Adam's two moments only: "
-            "convert with --to safetensors"
+            f"optimizer.kind={recipe.optimizer.kind} has no universal checkpoints, because"
+            " DeepSpeed's converter knows Adam's two moments only: convert with --to safetensors"
         )
     if stage == 0:
         raise ConfigError(
-            "ZeRO stage 0 keeps whole optimizer states, which DeepSpeed's converter does not read: convert with --to safetensors"
+            "ZeRO stage 0 keeps whole optimizer states, which DeepSpeed's converter does not read:"
+            " convert with --to safetensors"
         )
 
 
 def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
-    """Fills ``folder`` with ``universal/`` and ``latest_universal``, by DeepSpeed's own converter, and compares every weight bit for bit.
+    """Fills ``folder`` with ``universal/`` and ``latest_universal``, by DeepSpeed's own converter,
+    and compares every weight bit for bit.
 
-    Memory and time are the converter's. It unpickles DeepSpeed's files: give it checkpoints whose manifest was verified.
+    Memory and time are the converter's. It unpickles DeepSpeed's files: give it checkpoints whose
+    manifest was verified.
 
     Returns:
         the number of weights, and the bytes of all files.
 
     Raises:
         ConfigError: see :func:`check_universal`.
-        CheckpointError: where the converter fails, or a weight is missing or another than in the checkpoint.
+        CheckpointError: where the converter fails, or a weight is missing or another than in the
+            checkpoint.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -95,7 +104,8 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
     ) as error:
         logger.error("DeepSpeed's converter said:\n%s", said.getvalue())
         raise CheckpointError(
-            f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}:"
+            f" {' '.join(str(error).split())[:300]}"
         ) from None
     (folder / UNIVERSAL_LATEST).write_text(UNIVERSAL_TAG, encoding="utf-8")
     count = _compare(checkpoint, target / "zero")
@@ -103,21 +113,25 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
 
 
 def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Weights and optimizer states of what :func:`write_universal` made, into an engine of any number of ranks and any ``ep_size``.
+    """Weights and optimizer states of what :func:`write_universal` made, into an engine of any
+    number of ranks and any ``ep_size``.
 
-    The engine's ds_config has ``"checkpoint": {"load_universal": true}``. Every rank must call it. It unpickles: load what you made.
+    The engine's ds_config has ``"checkpoint": {"load_universal": true}``. Every rank must call it.
+    It unpickles: load what you made.
 
     Raises:
         CheckpointError: where ``folder`` is none.
     """
     if not (folder / UNIVERSAL_TAG / "zero").is_dir():
         raise CheckpointError(
-            f"{folder} is no universal checkpoint: give a folder that tools/convert_checkpoint.py --to universal has written"
+            f"{folder} is no universal checkpoint: give a folder that tools/convert_checkpoint.py"
+            " --to universal has written"
         )
     groups = engine.optimizer.optimizer.param_groups
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False)
-    # At ZeRO 3 DeepSpeed gives every group the options of the first, and all weights one tensor as Adam's step, which then counts too often.
+    # At ZeRO 3 DeepSpeed gives every group the options of the first, and all weights one tensor as
+    # Adam's step, which then counts too often.
     for group, options in zip(groups, own, strict=True):
         group.update(options)
     for state in engine.optimizer.optimizer.state.values():
@@ -127,7 +141,9 @@ def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
 
 
 def _load_buffers(model: nn.Module, universal: Path) -> None:
-    """DeepSpeed leaves buffers, which balancing biases are, as they are; they lie in the file that each of the saving ranks wrote of its model."""
+    """DeepSpeed leaves buffers, which balancing biases are, as they are; they lie in the file that
+    each of the saving ranks wrote of its model.
+    """
     path = min(universal.glob("*model_states.pt"))
     stored = torch.load(path, weights_only=False, map_location="cpu")[
         "module"

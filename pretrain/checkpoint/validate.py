@@ -1,4 +1,6 @@
-"""Are all weights there that a recipe asks for, each expert once? Known from the files' headers, before a number is read."""
+"""Are all weights there that a recipe asks for, each expert once? Known from the files' headers,
+before a number is read.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,21 @@ def open_whole_weights(folder: Path, model: ModelConfig) -> TensorReader:
     """The weights of a checkpoint, which are exactly those of ``model``.
 
     Raises:
-        CheckpointError: for the first tensor that is missing, superfluous, doubled or cut off, by name, with the experts that are concerned.
+        CheckpointError: for the first tensor that is missing, superfluous, doubled or cut off, by
+            name, with the experts that are concerned.
     """
     weights = open_weights(folder)
     dense, experts = tensor_shapes(model)
     names = set(weights.names)
     if missing := sorted((dense.keys() | experts.keys()) - names):
         raise CheckpointError(
-            f"the weights in {folder} do not fit its recipe: '{missing[0]}' is missing ({len(missing)} missing): {REMEDY}"
+            f"the weights in {folder} do not fit its recipe: '{missing[0]}' is missing"
+            f" ({len(missing)} missing): {REMEDY}"
         )
     if unknown := sorted(names - dense.keys() - experts.keys()):
         raise CheckpointError(
-            f"the weights in {folder} do not fit its recipe, which has no '{unknown[0]}' ({len(unknown)} unknown): {REMEDY}"
+            f"the weights in {folder} do not fit its recipe, which has no '{unknown[0]}'"
+            f" ({len(unknown)} unknown): {REMEDY}"
         )
     for name, shape in (dense | experts).items():
         _check_shape(weights, name, shape, name in experts)
@@ -46,7 +51,8 @@ def _check_shape(weights: TensorReader, name: str, shape: tuple[int, ...], is_ex
     if any(share[1:] != shape[1:] for share in shares):
         wrong = next(path for path, form in holders if form.shape[1:] != shape[1:])
         raise CheckpointError(
-            f"the tensor '{name}' in {wrong} has rows of {list(shares[0][1:])} instead of {list(shape[1:])}: {REMEDY}"
+            f"the tensor '{name}' in {wrong} has rows of {list(shares[0][1:])} instead of"
+            f" {list(shape[1:])}: {REMEDY}"
         )
     found = sum(share[0] for share in shares) if shape else 0
     if shape and found != shape[0]:

@@ -1,4 +1,6 @@
-"""fp32 weights in safetensors, by global expert: what evaluation, export and generation read, without DeepSpeed and without pickles."""
+"""fp32 weights in safetensors, by global expert: what evaluation, export and generation read,
+without DeepSpeed and without pickles.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def is_expert(parameter: nn.Parameter) -> bool:
 def global_name(name: str, first_expert: int, model: ModelConfig) -> str:
     """A tensor's name in files, which count experts over all ranks.
 
-    Layers that name each expert do so by its place on this rank, of which ``first_expert`` is the first.
+    Layers that name each expert do so by its place on this rank, of which ``first_expert`` is the
+    first.
     """
     return name if model.moe is None else model.moe.renumbered(name, lambda n: n + first_expert)
 
@@ -44,13 +47,16 @@ def write_weights(
     num_experts: int,
     tables: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the fp32 weights; every rank must call it, because gathering a sharded weight is collective.
+    """Writes the fp32 weights; every rank must call it, because gathering a sharded weight is
+    collective.
 
-    Rank 0 writes what is replicated, ranks 0 to ep_size - 1 (one full set of experts) each write theirs.
+    Rank 0 writes what is replicated, ranks 0 to ep_size - 1 (one full set of experts) each write
+    theirs.
 
     Args:
         ep_size: ranks that share one set of experts.
-        tables: this rank's part of the tables that are no parameters of the model while it is trained.
+        tables: this rank's part of the tables that are no parameters of the model while it is
+            trained.
     """
     dense: dict[str, torch.Tensor] = {}
     experts: dict[str, torch.Tensor] = {}
@@ -79,12 +85,14 @@ def write_weights(
 
 
 def open_weights(folder: Path) -> TensorReader:
-    """All weights of a checkpoint in fp32, the experts of all ranks joined, to be read one by one: the state of the ep_size 1 model.
+    """All weights of a checkpoint in fp32, the experts of all ranks joined, to be read one by one:
+    the state of the ep_size 1 model.
 
     Stacked experts lie in order of their rank; a native expert has a name and a file of its own.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged, or of another number of ranks than the others.
+        CheckpointError: for a file that is missing, damaged, or of another number of ranks than the
+            others.
     """
     numbers = [
         match for path in sorted(folder.iterdir()) if (match := _EXPERTS_NAME.match(path.name))
@@ -93,16 +101,18 @@ def open_weights(folder: Path) -> TensorReader:
     if len(counts) > 1:
         strays = ", ".join(match[0] for match in numbers if int(match[2]) == counts[0])
         raise CheckpointError(
-            f"{folder} has expert files of {' and of '.join(map(str, counts))} ranks beside each other ({strays} among them): "
-            "remove those that do not belong there, or choose another step_N folder"
+            f"{folder} has expert files of {' and of '.join(map(str, counts))} ranks beside each"
+            f" other ({strays} among them): remove those that do not belong there, or choose"
+            " another step_N folder"
         )
     expected = [
         EXPERTS_FILE.format(part=part, parts=count) for count in counts for part in range(count)
     ]
     if missing := [name for name in expected if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder} has {len(expected) - len(missing)} of {len(expected)} expert files, {', '.join(missing)} is missing: "
-            "the checkpoint is damaged, choose another step_N folder"
+            f"{folder} has {len(expected) - len(missing)} of {len(expected)} expert files,"
+            f" {', '.join(missing)} is missing: the checkpoint is damaged, choose another step_N"
+            " folder"
         )
     return TensorReader(folder / name for name in (DENSE_FILE, *expected))
 
@@ -122,13 +132,16 @@ def read_experts_part(folder: Path, part: int, parts: int) -> dict[str, torch.Te
 def load_model(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[DecoderLM, Recipe]:
-    """The whole model of a checkpoint on one device, in evaluation mode, and the recipe it was trained with.
+    """The whole model of a checkpoint on one device, in evaluation mode, and the recipe it was
+    trained with.
 
     Raises:
-        CheckpointError: where weights are missing, superfluous or of another shape than the recipe says.
+        CheckpointError: where weights are missing, superfluous or of another shape than the recipe
+            says.
     """
     recipe = read_recipe(folder)
-    # The kernel is no part of a model: the one it was trained with may need a package or a device that is not here.
+    # The kernel is no part of a model: the one it was trained with may need a package or a device
+    # that is not here.
     attention = recipe.model.attention.model_copy(update={"kernel": "sdpa"})
     model = DecoderLM(recipe.model.model_copy(update={"attention": attention}))
     weights = load_state_dict(folder)

@@ -1,4 +1,6 @@
-"""A checkpoint of weights alone, without optimizer state: what evaluation, generation, export and a new training read like any other."""
+"""A checkpoint of weights alone, without optimizer state: what evaluation, generation, export and a
+new training read like any other.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from pretrain.model.decoder import DecoderLM
 def tensor_shapes(
     model: ModelConfig,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Names and shapes of what a checkpoint of ``model`` holds: first the dense tensors, then those of all routed experts.
+    """Names and shapes of what a checkpoint of ``model`` holds: first the dense tensors, then those
+    of all routed experts.
 
     A tied head is not among them; the vocabulary is padded.
     """
@@ -58,24 +61,28 @@ def write_weights_folder(
     tokenizer: Path | None,
     step: int = 0,
 ) -> None:
-    """Writes ``recipe.yaml``, ``tokenizer.json``, ``weights-*.safetensors``, ``state.json`` and ``manifest.json``: all of them, or nothing.
+    """Writes ``recipe.yaml``, ``tokenizer.json``, ``weights-*.safetensors``, ``state.json`` and
+    ``manifest.json``: all of them, or nothing.
 
     Args:
         folder: missing or empty; any name.
         recipe: with ``model.vocab_size`` set.
-        tensors: name and tensor, as :func:`load_state_dict` gives them, in any order and of any floating dtype; written in fp32. They are taken
-            one by one, so that a generator's peak memory is that of its largest tensor.
-        tokenizer: a ``tokenizer.json`` to copy, with the files in its folder that belong to it; without one the weights can only be
-            trained on or converted.
+        tensors: name and tensor, as :func:`load_state_dict` gives them, in any order and of any
+            floating dtype; written in fp32. They are taken one by one, so that a generator's peak
+            memory is that of its largest tensor.
+        tokenizer: a ``tokenizer.json`` to copy, with the files in its folder that belong to it;
+            without one the weights can only be trained on or converted.
 
     Raises:
         ConfigError: where ``folder`` is not empty, or the vocabulary is unknown.
-        CheckpointError: for a tensor that is missing, comes twice, is unknown or has another shape than the recipe says.
+        CheckpointError: for a tensor that is missing, comes twice, is unknown or has another shape
+            than the recipe says.
         OSError: where the disk is full.
     """
     if recipe.model.vocab_size is None:
         raise ConfigError(
-            f"the recipe '{recipe.name}' does not say model.vocab_size: set it to the tokenizer's number of tokens"
+            f"the recipe '{recipe.name}' does not say model.vocab_size: set it to the tokenizer's"
+            " number of tokens"
         )
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -139,5 +146,7 @@ def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str
 
 
 def is_weights_alone(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this ``state.json`` was written here, so that no run's data belong to it."""
+    """Whether a checkpoint with this ``state.json`` was written here, so that no run's data belong
+    to it.
+    """
     return state["data"] == {}

@@ -9,8 +9,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from pretrain.core.errors import ConfigError, StorageError
+
+# A decoded JSON object of another project's format (config.json, a tokenizer, a record of a corpus),
+# whose keys only its reader knows. What this project writes itself has a typed record instead.
+JsonObject: TypeAlias = dict[str, Any]
 
 
 def fsync_path(path: Path) -> None:

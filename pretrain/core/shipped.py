@@ -1,7 +1,7 @@
 """Where the files are that come with the code: recipes, ds_configs, tools and launchers.
 
-A checkout has the last three as folders of its root, where a user looks for them. A wheel has them inside the package (``setup.py``), because
-a top-level name such as ``tools`` belongs to no project.
+A checkout has the last three as folders of its root, where a user looks for them. A wheel has them
+inside the package (``setup.py``), because a top-level name such as ``tools`` belongs to no project.
 """
 
 from __future__ import annotations

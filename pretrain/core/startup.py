@@ -12,10 +12,11 @@ from pretrain.core.shipped import CHECKOUT
 
 
 def prepare() -> None:
-    """Make Ctrl-C end the process with one sentence, and leave standard output to the command's own results.
+    """Make Ctrl-C end the process with one sentence, and leave standard output to the command's own
+    results.
 
-    A command calls it between its first import and the slow ones: torch and DeepSpeed take seconds to import, and DeepSpeed already writes to
-    standard output meanwhile.
+    A command calls it between its first import and the slow ones: torch and DeepSpeed take seconds
+    to import, and DeepSpeed already writes to standard output meanwhile.
     """
     interrupts.install()
     refuse_other_checkout()
@@ -40,9 +41,14 @@ def refuse_other_checkout() -> None:
 
 
 def quiet_libraries() -> None:
-    """Send what DeepSpeed, torch and others report to the root logger, which is a run's ``log.txt``. A second call changes nothing."""
-    # DeepSpeed gives its logger a handler on standard output when it is imported, and warns there about ordinary things (a machine without
-    # a GPU). A filter of the logger itself acts before any handler, so it works whether it is added before or after that import.
+    """Send what DeepSpeed, torch and others report to the root logger, which is a run's
+    ``log.txt``.
+
+    A second call changes nothing.
+    """
+    # DeepSpeed gives its logger a handler on standard output when it is imported, and warns there
+    # about ordinary things (a machine without a GPU). A filter of the logger itself acts before any
+    # handler, so it works whether it is added before or after that import.
     logging.getLogger("DeepSpeed").addFilter(_to_root_logger)
     root = logging.getLogger()
     if not root.handlers:  # without any handler, Python prints warnings to standard error
@@ -51,6 +57,7 @@ def quiet_libraries() -> None:
 
 
 def _to_root_logger(record: logging.LogRecord) -> bool:
-    # By another name than DeepSpeed's own: a logger below "DeepSpeed" would come back to this filter.
+    # By another name than DeepSpeed's own: a logger below "DeepSpeed" would come back to this
+    # filter.
     logging.getLogger("deepspeed").handle(record)
     return False

@@ -31,7 +31,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
         content = json.loads(ds_config_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"cannot read the ds_config {path}: {error.strerror}; shipped ones are {', '.join(ds_config_names())}"
+            f"cannot read the ds_config {path}: {error.strerror}; shipped ones are"
+            f" {', '.join(ds_config_names())}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None

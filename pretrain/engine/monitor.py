@@ -66,7 +66,8 @@ def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Monitor:
-    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is reported once, closed.
+    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is reported once,
+    closed.
 
     Args:
         writes: whether this process is rank 0; others have no backends.
@@ -96,7 +97,8 @@ class Monitor:
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         """Write what DeepSpeed's engine reports by itself: (tag, value, samples).
 
-        TensorBoard gets none of it: the learning rate and the loss scale are in our records, by step.
+        TensorBoard gets none of it: the learning rate and the loss scale are in our records, by
+        step.
         """
         for name, backend in self._but_tensorboard():
             self._try(name, partial(backend.write_events, events))

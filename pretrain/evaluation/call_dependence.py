@@ -1,4 +1,6 @@
-"""Models in which a token's logits depend on more than the tokens before it: on all that one call computes together."""
+"""Models in which a token's logits depend on more than the tokens before it: on all that one call
+computes together.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
 def call_dependence(model: ModelConfig) -> str | None:
     """Why the results of a model depend on how tokens are batched; None if they do not.
 
-    Nothing is changed about it: drops are part of what the recipe computes, and exports compute the same.
+    Nothing is changed about it: drops are part of what the recipe computes, and exports compute the
+    same.
     """
     return model.moe.call_dependence if model.moe is not None and model.moe_layers else None
 
 
 def call_dependence_of_export(config: PreTrainedConfig) -> str | None:
-    """As :func:`call_dependence`, of a Hugging Face folder's configuration: only our own class can drop tokens."""
+    """As :func:`call_dependence`, of a Hugging Face folder's configuration: only our own class can
+    drop tokens.
+    """
     moe = getattr(config, "moe", None)
     return DROPS if isinstance(moe, dict) and moe.get("drop_tokens") else None

@@ -24,7 +24,8 @@ def whole_checkpoint(path: str | Path) -> Path:
 
 
 def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Datasets:
-    """The data folder ``data``, by default those of the run, which holds tokens of the checkpoint's own tokenizer.
+    """The data folder ``data``, by default those of the run, which holds tokens of the checkpoint's
+    own tokenizer.
 
     Raises:
         DataError: where the shards are missing or damaged, or were made with another tokenizer.
@@ -32,7 +33,8 @@ def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Datasets
     datasets = load_corpora_of(data) if data is not None else _own_corpora(checkpoint)
     if datasets.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
         raise DataError(
-            f"the shards in {datasets.place} were made with another tokenizer than that of {checkpoint}: give the run's own data with --data"
+            f"the shards in {datasets.place} were made with another tokenizer than that of"
+            f" {checkpoint}: give the run's own data with --data"
         )
     return datasets
 

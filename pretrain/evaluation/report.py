@@ -1,4 +1,6 @@
-"""A result of :class:`pretrain.evaluation.tasks.suite.Suite` as Markdown, and as numbers for TensorBoard."""
+"""A result of :class:`pretrain.evaluation.tasks.suite.Suite` as Markdown, and as numbers for
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,8 @@ def write_tensorboard(
     from torch.utils.tensorboard import SummaryWriter
 
     try:
-        # TensorBoard reads files in the order of their names. Those of one second differ by a number, which it compares as text: 10 is before 9.
+        # TensorBoard reads files in the order of their names. Those of one second differ by a
+        # number, which it compares as text: 10 is before 9.
         while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
             time.sleep(0.05)
         with SummaryWriter(str(folder), purge_step=step if forget_later else None) as writer:

@@ -1,6 +1,8 @@
-"""Evaluates each new checkpoint of a run, in a process of its own: training does not wait for it, and shares neither memory nor groups with it.
+"""Evaluates each new checkpoint of a run, in a process of its own: training does not wait for it,
+and shares neither memory nor groups with it.
 
-Results go to ``evaluations.jsonl`` in the run's folder and to ``tensorboard/evaluation``: metrics.jsonl has one writer, the training.
+Results go to ``evaluations.jsonl`` in the run's folder and to ``tensorboard/evaluation``:
+metrics.jsonl has one writer, the training.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Row = dict[str, Any]
 
 
 class Parent(NamedTuple):
-    """The training that started the watching process: its id, the step that it goes on from, and its last one."""
+    """The training that started the watching process: its id, the step that it goes on from, and
+    its last one.
+    """
 
     pid: int
     step: int
@@ -50,7 +54,10 @@ def read_evaluations(run: Path) -> list[Row]:
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Removes the rows of later steps, which are taken again. No other process may watch the run meanwhile."""
+    """Removes the rows of later steps, which are taken again.
+
+    No other process may watch the run meanwhile.
+    """
     rows = read_evaluations(run)
     if any(row["step"] > step for row in rows):
         _write(run, [row for row in rows if row["step"] <= step])
@@ -64,7 +71,8 @@ def record(run: Path, step: int, manifest: str, result: dict[str, Any]) -> None:
     """Adds a row, in place of an earlier one of the same step, and writes it to TensorBoard.
 
     Args:
-        manifest: sha256 of the checkpoint's manifest, which tells it from another one of the same step.
+        manifest: sha256 of the checkpoint's manifest, which tells it from another one of the same
+            step.
     """
     row: Row = {"kind": "evaluation", "step": step, "manifest": manifest}
     row |= dict(numbers({name: value for name, value in result.items() if name != "step"}))
@@ -80,13 +88,15 @@ def watch(
     interval_steps: int = 1,
     parent: Parent | None = None,
 ) -> int:
-    """Evaluates checkpoints, oldest first, until that of the run's last step is done; returns how many.
+    """Evaluates checkpoints, oldest first, until that of the run's last step is done; returns how
+    many.
 
     A checkpoint that training removes meanwhile is passed over.
 
     Args:
         interval_steps: only steps that are a multiple of it, and the last one.
-        parent: knows which step is the last one, where otherwise the newest checkpoint's recipe does; the watch ends with its process.
+        parent: knows which step is the last one, where otherwise the newest checkpoint's recipe
+            does; the watch ends with its process.
 
     Raises:
         CheckpointError: where the run has no folder.
@@ -104,7 +114,8 @@ def watch(
                 if checkpoint.is_dir():
                     raise
                 print(
-                    f"{checkpoint.name} was removed before it was evaluated ({error}): evaluation is slower than saving",
+                    f"{checkpoint.name} was removed before it was evaluated ({error}): evaluation"
+                    " is slower than saving",
                     file=sys.stderr,
                 )
         if parent is not None and os.getppid() != parent.pid:
@@ -121,7 +132,8 @@ def _is_last(checkpoint: Path, parent: Parent | None) -> bool:
     )
     if parent is None:
         return stopped_early or step >= Timeline(read_run_recipe(checkpoint)).num_steps
-    # What the training goes on from may have been the end of an earlier start, with fewer tokens or less patience.
+    # What the training goes on from may have been the end of an earlier start, with fewer tokens or
+    # less patience.
     return step >= parent.last_step or (stopped_early and step > parent.step)
 
 

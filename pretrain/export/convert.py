@@ -1,4 +1,6 @@
-"""From a checkpoint to a folder of another format: written, read back, compared, and only then published."""
+"""From a checkpoint to a folder of another format: written, read back, compared, and only then
+published.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ class Conversion:
     Attributes:
         bytes: of the weights.
         parity: of the logits.
-        unchecked: why logits were not compared, in a sentence; every tensor was compared with its source bit for bit in any case.
+        unchecked: why logits were not compared, in a sentence; every tensor was compared with its
+            source bit for bit in any case.
         left_out: tensors that only training reads: multi-token prediction's, and router noise.
     """
 
@@ -83,17 +86,22 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     memory_bytes: int | None = None,
 ) -> Conversion:
-    """Writes a folder that transformers opens without code of ours, and compares its logits with the checkpoint's.
+    """Writes a folder that transformers opens without code of ours, and compares its logits with
+    the checkpoint's.
 
     Args:
         checkpoint: a ``step_N`` folder.
         heldout: tokens of the checkpoint's own tokenizer; full windows of them are compared.
-        dtype: of the written weights. Below fp32, logits are compared with those of the equally rounded checkpoint, all computed in fp32.
-        memory_bytes: what both models in fp32 may take; free memory by default. Where they do not fit, logits are not compared.
+        dtype: of the written weights. Below fp32, logits are compared with those of the equally
+            rounded checkpoint, all computed in fp32.
+        memory_bytes: what both models in fp32 may take; free memory by default. Where they do not
+            fit, logits are not compared.
 
     Raises:
-        ConfigError: when the architecture does not compute what the model computes, or ``output`` is taken.
-        CheckpointError: when weights are missing or doubled, or logits or tensors differ; ``output`` is then left as it was.
+        ConfigError: when the architecture does not compute what the model computes, or ``output``
+            is taken.
+        CheckpointError: when weights are missing or doubled, or logits or tensors differ;
+            ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
     target = choose_target(recipe, target_name)
@@ -110,7 +118,8 @@ def export_hf(
         )
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
-            # In fp32 the factors of an embedding are multiplied out in the export only; rounded, they are another model than their product.
+            # In fp32 the factors of an embedding are multiplied out in the export only; rounded,
+            # they are another model than their product.
             reference = (
                 reference_model(recipe.model, weights, dtype)
                 if dtype == torch.float32
@@ -140,8 +149,9 @@ def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
     if needed <= free:
         return None
     return (
-        f"logits were not compared, because two models in fp32 take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-        "every tensor was compared with its source bit for bit instead"
+        f"logits were not compared, because two models in fp32 take {needed / 1e9:.1f} GB and"
+        f" {free / 1e9:.1f} GB are free; every tensor was compared with its source bit for bit"
+        " instead"
     )
 
 
@@ -152,11 +162,13 @@ def export_safetensors(
     overwrite: bool,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Writes all weights, with the experts of all ranks joined and under our names, beside the recipe and the tokenizer.
+    """Writes all weights, with the experts of all ranks joined and under our names, beside the
+    recipe and the tokenizer.
 
     Raises:
         ConfigError: when ``output`` is taken.
-        CheckpointError: when weights are missing or doubled, or do not read back as they were written; ``output`` is then left as it was.
+        CheckpointError: when weights are missing or doubled, or do not read back as they were
+            written; ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
     ours = open_whole_weights(checkpoint, recipe.model)
@@ -182,7 +194,9 @@ def export_safetensors(
 
 
 def _same_name(name: str, shape: tuple[int, ...]) -> list[Link]:
-    """Stacked experts are read, rounded and compared one by one, so that only what is written stands in memory whole."""
+    """Stacked experts are read, rounded and compared one by one, so that only what is written
+    stands in memory whole.
+    """
     if len(shape) < 3:
         return [Link(name, name, exact=name.endswith("balance_bias"))]
     return [Link(name, name, expert, their_expert=expert) for expert in range(shape[0])]
@@ -193,7 +207,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
 
     Raises:
         ConfigError: where DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
-        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as it was.
+        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as
+            it was.
     """
     check_universal(checkpoint)
     with published_folder(output, overwrite) as folder:

@@ -1,9 +1,13 @@
-"""Checkpoints of plain DeepSpeed MoE models, whatever trained them, as safetensors under their own names.
+"""Checkpoints of plain DeepSpeed MoE models, whatever trained them, as safetensors under their own
+names.
 
-DeepSpeed writes the dense part of a model to ``mp_rank_00_model_states.pt`` and each expert to a file of its own:
+DeepSpeed writes the dense part of a model to ``mp_rank_00_model_states.pt`` and each expert to a
+file of its own:
 
-- ``layer_L_expert_E_mp_rank_00_model_states.pt``, where a native layer names E's tensors ``...deepspeed_experts.E...``;
-- the same file, where an AutoEP layer (DeepSpeed 0.19.5 and later) has ``...experts.w1.E``: these are stacked again to ``...experts.w1``;
+- ``layer_L_expert_E_mp_rank_00_model_states.pt``, where a native layer names E's tensors
+  ``...deepspeed_experts.E...``;
+- the same file, where an AutoEP layer (DeepSpeed 0.19.5 and later) has ``...experts.w1.E``: these
+  are stacked again to ``...experts.w1``;
 - ``expert_E_mp_rank_00_model_states.pt`` with the experts E of all layers (before 0.5).
 """
 
@@ -40,7 +44,9 @@ STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>\d+)$")
 
 
 class PickledTensors:
-    """Tensors of several files that ``torch.save`` wrote, read one by one without running what a pickle could call."""
+    """Tensors of several files that ``torch.save`` wrote, read one by one without running what a
+    pickle could call.
+    """
 
     def __init__(self) -> None:
         self._places: dict[str, tuple[Path, str | None]] = {}
@@ -59,7 +65,8 @@ class PickledTensors:
         for name, tensor in _tensors(path, section).items():
             if name in self._forms:
                 raise CheckpointError(
-                    f"the tensor '{name}' stands in {self._places[name][0].name} and in {path.name}: remove the one that is not its"
+                    f"the tensor '{name}' stands in {self._places[name][0].name} and in"
+                    f" {path.name}: remove the one that is not its"
                 )
             self._places[name], self._forms[name] = (
                 (path, section),
@@ -77,15 +84,20 @@ class PickledTensors:
 def import_deepspeed(
     source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES
 ) -> Conversion:
-    """Writes all weights of a plain DeepSpeed MoE checkpoint, the experts of all ranks together, as safetensors.
+    """Writes all weights of a plain DeepSpeed MoE checkpoint, the experts of all ranks together, as
+    safetensors.
 
     Args:
-        source: the folder of a tag, such as ``global_step300``, or the one above it with the file ``latest``.
-        dtype: of the written floating weights. DeepSpeed's model files hold them in the precision of training.
+        source: the folder of a tag, such as ``global_step300``, or the one above it with the file
+            ``latest``.
+        dtype: of the written floating weights. DeepSpeed's model files hold them in the precision
+            of training.
 
     Raises:
-        ConfigError: for a layout that does not hold whole weights (ZeRO stage 3, tensor parallelism), or where ``output`` is taken.
-        CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for pickles that do more than hold tensors.
+        ConfigError: for a layout that does not hold whole weights (ZeRO stage 3, tensor
+            parallelism), or where ``output`` is taken.
+        CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for
+            pickles that do more than hold tensors.
     """
     folder = _tag_folder(source)
     tensors = PickledTensors()
@@ -121,7 +133,8 @@ def _links(tensors: PickledTensors) -> Links:
     for stem, found in experts.items():
         if sorted(found) != list(range(len(found))):
             raise CheckpointError(
-                f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is damaged"
+                f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is"
+                " damaged"
             )
     return links
 
@@ -143,15 +156,18 @@ def _model_file(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
     if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
         raise ConfigError(
-            f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's zero_to_fp32.py on it first"
+            f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's"
+            " zero_to_fp32.py on it first"
         )
     if not found:
         raise CheckpointError(
-            f"{folder} has no mp_rank_00_model_states.pt: give the folder of one of DeepSpeed's checkpoints"
+            f"{folder} has no mp_rank_00_model_states.pt: give the folder of one of DeepSpeed's"
+            " checkpoints"
         )
     if len(found) > 1:
         raise ConfigError(
-            f"{folder} has the shares of {len(found)} tensor-parallel ranks: merge them with the program that trained it first"
+            f"{folder} has the shares of {len(found)} tensor-parallel ranks: merge them with the"
+            " program that trained it first"
         )
     return found[0]
 
@@ -169,13 +185,15 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
             continue
         if int(match["rank"]):
             raise ConfigError(
-                f"{path} is a tensor-parallel share of an expert: merge them with the program that trained it first"
+                f"{path} is a tensor-parallel share of an expert: merge them with the program that"
+                " trained it first"
             )
         layered.add(match["layer"] is not None)
         files[int(match["layer"] or 0), int(match["expert"])] = path
     if len(layered) > 1:
         raise CheckpointError(
-            f"{folder} has files of single layers' experts and of all layers' beside each other: remove those of another checkpoint"
+            f"{folder} has files of single layers' experts and of all layers' beside each other:"
+            " remove those of another checkpoint"
         )
     if layered == {False}:
         counts = [max(counts)] if counts else []
@@ -194,11 +212,13 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
     if missing := sorted(expected - files.keys()):
         layer, expert = missing[0]
         raise CheckpointError(
-            f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the checkpoint is incomplete"
+            f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the"
+            " checkpoint is incomplete"
         )
     if stray := sorted(files.keys() - expected):
         raise CheckpointError(
-            f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it belongs to another one"
+            f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it"
+            " belongs to another one"
         )
     yield from (files[key] for key in sorted(files))
 

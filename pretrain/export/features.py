@@ -1,4 +1,6 @@
-"""What an architecture takes of a recipe's model: a white list of fields, so that a feature nobody thought of speaks against it."""
+"""What an architecture takes of a recipe's model: a white list of fields, so that a feature nobody
+thought of speaks against it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from pretrain.model.config import ModelConfig
 ANY = None
 """In a white list: whatever the field says."""
 
-# Fields of room in an expert, which matters if tokens are dropped: every architecture refuses that. The two gates differ in their names alone.
+# Fields of room in an expert, which matters if tokens are dropped: every architecture refuses that.
+# The two gates differ in their names alone.
 WITHOUT_DROPS = frozenset(
     {"moe.eval_capacity_factor", "moe.min_capacity", "moe.use_rts", "moe.gate"}
 )
@@ -23,10 +26,11 @@ Takes = Mapping[str, Collection[Any] | None]
 
 
 def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
-    """A clause for each field of ``model`` that the architecture ``name`` cannot follow; empty where there is none.
+    """A clause for each field of ``model`` that the architecture ``name`` cannot follow; empty
+    where there is none.
 
-    A field that ``takes`` does not name must be at its default, and one that it names must be among its values. The sections of mixtures of
-    experts do not count where no layer is one.
+    A field that ``takes`` does not name must be at its default, and one that it names must be among
+    its values. The sections of mixtures of experts do not count where no layer is one.
     """
     reasons = []
     for path, value, field in _fields(model, "", Effect.MEANING):

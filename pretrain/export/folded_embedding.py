@@ -1,4 +1,6 @@
-"""A factorised embedding multiplied out: for architectures that have none, at the price of vocabulary x hidden size numbers."""
+"""A factorised embedding multiplied out: for architectures that have none, at the price of
+vocabulary x hidden size numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ FOLDED = ("embedding.weight", "head.weight")
 
 
 class FoldedEmbedding:
-    """The same tensors, but W P^T in place of each matrix W [V, e] of the vocabulary, and no projection P [D, e].
+    """The same tensors, but W P^T in place of each matrix W [V, e] of the vocabulary, and no
+    projection P [D, e].
 
     An embedding is P w, and a logit w (P^T x): both are the row P w of W P^T.
     """

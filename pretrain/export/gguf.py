@@ -1,4 +1,6 @@
-"""GGUF through llama.cpp's own converter, from a Hugging Face export that was compared with the checkpoint."""
+"""GGUF through llama.cpp's own converter, from a Hugging Face export that was compared with the
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ def find_converter() -> Path:
     found = shutil.which(SCRIPT)
     if found is None:
         raise ConfigError(
-            f"there is no {SCRIPT} on the PATH: put llama.cpp's folder there (chmod +x {SCRIPT}; pip install gguf), "
-            f"or convert with --to hf and run llama.cpp's {SCRIPT} on the result"
+            f"there is no {SCRIPT} on the PATH: put llama.cpp's folder there (chmod +x {SCRIPT};"
+            f" pip install gguf), or convert with --to hf and run llama.cpp's {SCRIPT} on the"
+            " result"
         )
     return Path(found)
 
@@ -38,7 +41,8 @@ def find_converter() -> Path:
 def export_gguf(
     checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool
 ) -> Conversion:
-    """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as :func:`export_hf` does.
+    """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as
+    :func:`export_hf` does.
 
     Raises:
         ConfigError: without llama.cpp's converter, or where :func:`export_hf` raises it.
@@ -62,7 +66,8 @@ def export_gguf(
         if done.returncode or not file.is_file():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise CheckpointError(
-                f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was published; use --to hf"
+                f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was"
+                " published; use --to hf"
             )
         shutil.rmtree(between)
         conversion = replace(

@@ -1,4 +1,6 @@
-"""What a Hugging Face folder may hold before anything of it is opened: plain data, weights in safetensors, and no code but ours."""
+"""What a Hugging Face folder may hold before anything of it is opened: plain data, weights in
+safetensors, and no code but ours.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder without foreign code.
 
     Raises:
-        CheckpointError: when it is no JSON object with a ``model_type``, and when the folder holds or names code that is not this project's.
+        CheckpointError: when it is no JSON object with a ``model_type``, and when the folder holds
+            or names code that is not this project's.
     """
     config = read_json_object(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
@@ -80,18 +83,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field in OTHER_FILES:
         if config.get(field) is not None:
             raise CheckpointError(
-                f"{folder / CONFIG} has the field {field}, by which other files than {CONFIG} and {WEIGHTS} are read: remove it"
+                f"{folder / CONFIG} has the field {field}, by which other files than {CONFIG} and"
+                f" {WEIGHTS} are read: remove it"
             )
     for field, value, _ in json_fields(config):
         if COUNT.fullmatch(field) and isinstance(value, int | float) and value > LARGEST_COUNT:
             raise CheckpointError(
-                f"{folder / CONFIG} says {field} = {value}, and no model has more than {LARGEST_COUNT}: it is damaged"
+                f"{folder / CONFIG} says {field} = {value}, and no model has more than"
+                f" {LARGEST_COUNT}: it is damaged"
             )
     return config
 
 
 def unset_fields(fields: Mapping[str, Any]) -> str:
-    """A clause with the fields of a config that have no value, for errors of transformers, which rarely name the field."""
+    """A clause with the fields of a config that have no value, for errors of transformers, which
+    rarely name the field.
+    """
     unset = [field for field, value in _entries(fields) if value is None]
     return f"; without a value are {', '.join(unset)}" if unset else ""
 
@@ -107,13 +114,16 @@ def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_code_files(folder: Path, own: bool) -> None:
-    """Raises :class:`CheckpointError` for code anywhere below ``folder`` that is not a file of our class, byte for byte."""
+    """Raises :class:`CheckpointError` for code anywhere below ``folder`` that is not a file of our
+    class, byte for byte.
+    """
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
     for place, folders, files in os.walk(folder):
         for name in folders:
             if (Path(place) / name).is_symlink():
                 raise CheckpointError(
-                    f"{Path(place) / name} is a link to another folder, which may hold code: put a real folder there or remove it"
+                    f"{Path(place) / name} is a link to another folder, which may hold code: put a"
+                    " real folder there or remove it"
                 )
         for name in files:
             path = Path(place) / name
@@ -126,8 +136,9 @@ def _check_code_files(folder: Path, own: bool) -> None:
                 or path.read_bytes() != ours[name]
             ):
                 raise CheckpointError(
-                    f"{path} is code that does not come from this project, and is never run: remove it, "
-                    f"and the auto_map of {CONFIG}, if transformers has the class itself; otherwise take another folder"
+                    f"{path} is code that does not come from this project, and is never run: remove"
+                    f" it, and the auto_map of {CONFIG}, if transformers has the class itself;"
+                    " otherwise take another folder"
                 )
 
 
@@ -137,8 +148,9 @@ def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
     named = config.get("auto_map")
     if named and named != expected:
         raise CheckpointError(
-            f"{folder / CONFIG} has an auto_map that names other classes than this project's, and code of a folder is never run: remove the "
-            "auto_map if transformers has the class itself; otherwise take another folder"
+            f"{folder / CONFIG} has an auto_map that names other classes than this project's, and"
+            " code of a folder is never run: remove the auto_map if transformers has the class"
+            " itself; otherwise take another folder"
         )
     for path in sorted(folder.glob("*config*.json")):
         content = (
@@ -149,11 +161,13 @@ def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
         for field, value, _ in json_fields(content):
             if field == "auto_map" and value:
                 raise CheckpointError(
-                    f"{path} has an auto_map, and code of a folder is never run: remove it, or take another folder"
+                    f"{path} has an auto_map, and code of a folder is never run: remove it, or take"
+                    " another folder"
                 )
             if field.endswith("_implementation") and any("/" in text for text in _texts(value)):
                 raise CheckpointError(
-                    f"{path} names a kernel from the hub as {field}, which is code: remove the field"
+                    f"{path} names a kernel from the hub as {field}, which is code: remove the"
+                    " field"
                 )
 
 
@@ -165,8 +179,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a folder, from the headers of its files.
 
     Raises:
-        CheckpointError: when a file is missing, cut off or not what the index says, or holds a tensor of packed numbers or one that another
-            file holds too.
+        CheckpointError: when a file is missing, cut off or not what the index says, or holds a
+            tensor of packed numbers or one that another file holds too.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, str] = {}
@@ -191,11 +205,13 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         if packed:
             name, kind = min(packed.items())
             raise CheckpointError(
-                f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32 first"
+                f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32"
+                " first"
             )
         if twice := sorted(found.keys() & shapes.keys()):
             raise CheckpointError(
-                f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not belong together"
+                f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not"
+                " belong together"
             )
         shapes |= found
         places |= dict.fromkeys(found, path.name)
@@ -205,7 +221,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             name for name in wanted.keys() | places.keys() if wanted.get(name) != places.get(name)
         ):
             raise CheckpointError(
-                f"{index} says another file for '{wrong[0]}' than the one that holds it: the weights do not belong together"
+                f"{index} says another file for '{wrong[0]}' than the one that holds it: the"
+                " weights do not belong together"
             )
     return shapes
 
@@ -214,7 +231,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iterator[Path]:
     """A folder of links to those files alone that were checked, for transformers to open.
 
-    So it cannot come upon anything else: an adapter, a distributed checkpoint, a pickle, a module, another version of a config.
+    So it cannot come upon anything else: an adapter, a distributed checkpoint, a pickle, a module,
+    another version of a config.
 
     Args:
         config: what :func:`read_config` gave. The view has it without the names of classes.
@@ -251,7 +269,9 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises :class:`CheckpointError` unless there is a vocabulary, and a tokenizer class that is one by its name."""
+    """Raises :class:`CheckpointError` unless there is a vocabulary, and a tokenizer class that is
+    one by its name.
+    """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer.json: copy the tokenizer of the model there"

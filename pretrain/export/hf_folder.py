@@ -1,4 +1,6 @@
-"""A Hugging Face model folder: per-expert safetensors, configs, and a tokenizer that AutoTokenizer opens."""
+"""A Hugging Face model folder: per-expert safetensors, configs, and a tokenizer that AutoTokenizer
+opens.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,26 @@ def write_hf_folder(
     shard_bytes: int = SHARD_BYTES,
     side_files: SideFiles | None = None,
 ) -> tuple[int, int, tuple[str, ...]]:
-    """Writes the whole folder tensor by tensor, reads the weights back and compares them bit for bit.
+    """Writes the whole folder tensor by tensor, reads the weights back and compares them bit for
+    bit.
 
-    The keys are one per expert, where transformers itself writes such: transformers 4 and 5, vLLM and converters to other formats all read
-    these. The end-of-document token starts and ends a text, unless ``side_files`` say otherwise.
+    The keys are one per expert, where transformers itself writes such: transformers 4 and 5, vLLM
+    and converters to other formats all read these. The end-of-document token starts and ends a
+    text, unless ``side_files`` say otherwise.
 
     Args:
         model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
-        side_files: what a model of others brought along next to its ``tokenizer.json``; written again as it was.
+        side_files: what a model of others brought along next to its ``tokenizer.json``; written
+            again as it was.
 
     Returns:
-        the number of tensors, their bytes, and the names of tensors that only training reads, which are left out.
+        the number of tensors, their bytes, and the names of tensors that only training reads, which
+        are left out.
 
     Raises:
-        CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back as it was written.
+        CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back
+            as it was written.
     """
     links = target.links(model)
     linked = {link.ours for link in links if isinstance(link, Link)}
@@ -82,7 +89,9 @@ def _write_configs(
     max_tokens: int,
     side_files: SideFiles,
 ) -> None:
-    """Writes everything but the weights: ``config.json``, how texts start and end, and the tokenizer."""
+    """Writes everything but the weights: ``config.json``, how texts start and end, and the
+    tokenizer.
+    """
     eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
     if ids is not None:

@@ -1,4 +1,5 @@
-"""The only place that opens a Hugging Face folder: no code of the folder is run, and what is missing in it is named.
+"""The only place that opens a Hugging Face folder: no code of the folder is run, and what is
+missing in it is named.
 
 Our own class is registered with transformers, so that ``trust_remote_code`` is never needed here.
 """
@@ -55,7 +56,9 @@ SHOWN = 3
 
 
 def quiet_libraries() -> None:
-    """No warnings, notes and loading bars of other libraries: what a user has to know is in our own errors."""
+    """No warnings, notes and loading bars of other libraries: what a user has to know is in our own
+    errors.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for name in FOREIGN_LOGGERS:
@@ -70,7 +73,8 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """The config with transformers' defaults.
 
     Raises:
-        CheckpointError: when the folder holds foreign code, or transformers does not take its config.
+        CheckpointError: when the folder holds foreign code, or transformers does not take its
+            config.
     """
     content = read_config(folder)
     with checked_view(folder, content, weights=False) as view:
@@ -84,13 +88,14 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         dtype: of the weights; "auto" is the folder's own.
 
     Raises:
-        CheckpointError: when the folder holds foreign code or pickles, or misses a tensor, has one too many, one of another shape or
-            one whose numbers are not finite.
+        CheckpointError: when the folder holds foreign code or pickles, or misses a tensor, has one
+            too many, one of another shape or one whose numbers are not finite.
     """
     content = read_config(folder)
     if content.get("quantization_config"):
         raise CheckpointError(
-            f"the weights in {folder} are quantised: convert them to bf16 or fp32 first, with the tool that quantised them"
+            f"the weights in {folder} are quantised: convert them to bf16 or fp32 first, with the"
+            " tool that quantised them"
         )
     shapes = stored_shapes(folder)
     with checked_view(folder, content, weights=True) as view:
@@ -102,7 +107,8 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
 
 
 def check_stored(folder: Path) -> None:
-    """Without loading a weight, for a reader of its own that expects the names which transformers writes; tensors that are too many are its matter.
+    """Without loading a weight, for a reader of its own that expects the names which transformers
+    writes; tensors that are too many are its matter.
 
     Raises:
         CheckpointError: as :func:`open_model`, when a tensor is missing or has another shape.
@@ -119,7 +125,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer.
 
     Raises:
-        CheckpointError: when there is none, transformers cannot open it, or it has no end-of-document token.
+        CheckpointError: when there is none, transformers cannot open it, or it has no
+            end-of-document token.
     """
     quiet_libraries()
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -134,26 +141,32 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise _refusal(folder, "the tokenizer in ", view, error) from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(
-            f"the tokenizer_class of {folder} is {type(tokenizer).__name__}, which is no tokenizer: correct it"
+            f"the tokenizer_class of {folder} is {type(tokenizer).__name__}, which is no tokenizer:"
+            " correct it"
         )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
-            f"the tokenizer in {folder} has no end-of-document token (eos_token): add it to tokenizer_config.json"
+            f"the tokenizer in {folder} has no end-of-document token (eos_token): add it to"
+            " tokenizer_config.json"
         )
     return tokenizer
 
 
 def check_fit(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises :class:`CheckpointError` when the tokenizer has ids that the model has no embedding for, or the model no longest text."""
+    """Raises :class:`CheckpointError` when the tokenizer has ids that the model has no embedding
+    for, or the model no longest text.
+    """
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise CheckpointError(
-            f"the tokenizer in {folder} has ids up to {largest}, and the model embeddings for {rows}: copy the model's own there"
+            f"the tokenizer in {folder} has ids up to {largest}, and the model embeddings for"
+            f" {rows}: copy the model's own there"
         )
     if not isinstance(getattr(model.config, "max_position_embeddings", None), int):
         raise CheckpointError(
-            f"{folder / 'config.json'} has no max_position_embeddings, the longest text in tokens: add it"
+            f"{folder / 'config.json'} has no max_position_embeddings, the longest text in tokens:"
+            " add it"
         )
 
 
@@ -186,7 +199,8 @@ def _refusal(
         " ".join(str(error).replace(str(view), str(folder)).split())[:300] or type(error).__name__
     )
     return CheckpointError(
-        f"transformers cannot open {what}{folder} ({type(error).__name__}: {reason}{note}): download or export it again"
+        f"transformers cannot open {what}{folder} ({type(error).__name__}: {reason}{note}):"
+        " download or export it again"
     )
 
 
@@ -236,7 +250,8 @@ def _outline(folder: Path, config: PreTrainedConfig) -> Outline:
 def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
     """Raises :class:`CheckpointError` unless the files hold as many numbers as the model has.
 
-    Names may be others than those of the outline (files of other releases): then transformers' own report decides.
+    Names may be others than those of the outline (files of other releases): then transformers' own
+    report decides.
     """
     expected, found = _without_copies(folder, outline, stored)
     if expected != found and sum(map(prod, expected.values())) != sum(map(prod, found.values())):
@@ -247,7 +262,8 @@ def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
 
 
 def _without_copies(folder: Path, outline: Outline, stored: Shapes) -> tuple[Shapes, Shapes]:
-    """What the model expects and what is stored, with one name for each tensor, and without what the class leaves out.
+    """What the model expects and what is stored, with one name for each tensor, and without what
+    the class leaves out.
 
     Raises:
         CheckpointError: when copies of one tensor differ.
@@ -269,7 +285,8 @@ def _check_equal(folder: Path, names: list[str]) -> None:
     tensors = [_read(folder, name) for name in names]
     if any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
         raise CheckpointError(
-            f"{folder} has '{names[0]}' and '{names[-1]}' that differ, and its config.json makes them one tensor (tie_word_embeddings): correct it"
+            f"{folder} has '{names[0]}' and '{names[-1]}' that differ, and its config.json makes"
+            " them one tensor (tie_word_embeddings): correct it"
         )
 
 
@@ -297,7 +314,8 @@ def _incomplete(folder: Path, clauses: Iterable[str]) -> CheckpointError:
     clauses = list(clauses)
     more = f" and {len(clauses) - SHOWN} more" if len(clauses) > SHOWN else ""
     return CheckpointError(
-        f"{folder} does not hold the model of its config.json: {', '.join(clauses[:SHOWN])}{more}: download or export it again"
+        f"{folder} does not hold the model of its config.json: {', '.join(clauses[:SHOWN])}{more}:"
+        " download or export it again"
     )
 
 
@@ -334,7 +352,9 @@ def _load(
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raises :class:`CheckpointError` for a weight with NaN or infinity: its largest and smallest number show it without a copy."""
+    """Raises :class:`CheckpointError` for a weight with NaN or infinity: its largest and smallest
+    number show it without a copy.
+    """
     for name, tensor in model.state_dict().items():
         if (
             tensor.is_floating_point()
@@ -342,5 +362,6 @@ def _check_finite(folder: Path, model: PreTrainedModel) -> None:
             and not all(torch.isfinite(end) for end in tensor.aminmax())
         ):
             raise CheckpointError(
-                f"the tensor '{name}' in {folder} has numbers that are not finite: take another folder"
+                f"the tensor '{name}' in {folder} has numbers that are not finite: take another"
+                " folder"
             )

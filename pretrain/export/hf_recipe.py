@@ -1,4 +1,6 @@
-"""A Hugging Face ``config.json`` as a recipe: what transformers reads in it, and a refusal of what no recipe can say."""
+"""A Hugging Face ``config.json`` as a recipe: what transformers reads in it, and a refusal of what
+no recipe can say.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from pretrain.export.writer import read_json_object
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What transformers raises for a config that it cannot make sense of; some classes look into values before they check their types.
+# What transformers raises for a config that it cannot make sense of; some classes look into values
+# before they check their types.
 REFUSALS = (
     ValueError,
     TypeError,
@@ -37,7 +40,8 @@ REFUSALS = (
     AssertionError,
     RuntimeError,
 )
-# Fields of config.json that change nothing of what the model computes, or that a recipe says in its own way.
+# Fields of config.json that change nothing of what the model computes, or that a recipe says in its
+# own way.
 NEUTRAL = {
     "architectures",
     "attention_dropout",
@@ -57,11 +61,13 @@ NEUTRAL = {
     # Qwen's, without use_sliding_window, which is compared.
     "max_window_layers",
     "sliding_window_pattern",
-    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what recipes cannot say.
+    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what
+    # recipes cannot say.
     "decoder_sparse_step",
     "mlp_only_layers",
 }
-# Fields that code shared by all classes reads where a class does not declare them, and what changes nothing.
+# Fields that code shared by all classes reads where a class does not declare them, and what changes
+# nothing.
 READ_ANYWHERE: dict[str, Any] = {
     "attention_chunk_size": None,
     "head_dim": None,
@@ -74,7 +80,8 @@ READ_ANYWHERE: dict[str, Any] = {
 
 
 class _Fields(Mapping[str, Any]):
-    """A config's fields with transformers' defaults, under every name that transformers knows them by.
+    """A config's fields with transformers' defaults, under every name that transformers knows them
+    by.
 
     ``fields[name]`` raises :class:`ConfigError` for a null, ``fields.get(name)`` gives it.
     """
@@ -87,7 +94,8 @@ class _Fields(Mapping[str, Any]):
             raise KeyError(name)
         if (value := getattr(self.config, name)) is None:
             raise ConfigError(
-                f"config.json says {name} = null, which {self.config.model_type} cannot compute with: give it a value"
+                f"config.json says {name} = null, which {self.config.model_type} cannot compute"
+                " with: give it a value"
             )
         return value
 
@@ -102,14 +110,16 @@ class _Fields(Mapping[str, Any]):
 
 
 def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedConfig) -> Recipe:
-    """A recipe whose model is that of ``config``; what it says of training is a beginning to be changed.
+    """A recipe whose model is that of ``config``; what it says of training is a beginning to be
+    changed.
 
     Args:
         source: the folder of ``config``, for the recipe's name, the tokenizer and errors.
         output: where the tokenizer will be.
 
     Raises:
-        ConfigError: naming a field of ``config`` that no recipe can say, or that transformers' own class cannot compute with.
+        ConfigError: naming a field of ``config`` that no recipe can say, or that transformers' own
+            class cannot compute with.
     """
     path = source / "config.json"
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.resolve().name).lstrip("._-") or target.name
@@ -143,7 +153,8 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
         ):
             said, nearest = _difference(field, value, ours[field])
             raise ConfigError(
-                f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be converted exactly"
+                f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be"
+                " converted exactly"
             )
     _check_buildable(path, target, config)
     return recipe
@@ -161,12 +172,15 @@ def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> d
     ) as error:  # fields of the wrong type, or none
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another folder"
+            f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another"
+            " folder"
         ) from None
 
 
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
-    """A field that the class does not declare is passed over by most readers, but not by all of transformers' code."""
+    """A field that the class does not declare is passed over by most readers, but not by all of
+    transformers' code.
+    """
     declared = {field.name for field in dataclasses.fields(config)}
     written = config.to_dict()
     for field, harmless in READ_ANYWHERE.items():
@@ -177,12 +191,15 @@ def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
             continue  # read by every class; recipes have it
         if field == "head_dim" or value != harmless:
             raise ConfigError(
-                f"{path} says {field} = {value}, which {config.model_type} has no meaning for: take it out of the file"
+                f"{path} says {field} = {value}, which {config.model_type} has no meaning for: take"
+                " it out of the file"
             )
 
 
 def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) -> None:
-    """transformers' own class takes the config: without memory for its weights, and before ours are written."""
+    """transformers' own class takes the config: without memory for its weights, and before ours are
+    written.
+    """
     import transformers
 
     try:
@@ -190,7 +207,8 @@ def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) ->
             getattr(transformers, target.architecture)(config)
     except REFUSALS as error:
         raise ConfigError(
-            f"transformers cannot build the model of {path}: {' '.join(str(error).split())[:300]}{unset_fields(config.to_dict())}"
+            f"transformers cannot build the model of {path}:"
+            f" {' '.join(str(error).split())[:300]}{unset_fields(config.to_dict())}"
         ) from None
 
 
@@ -208,7 +226,9 @@ def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
-    """Two values that differ, in the words of ``config.json``; of dictionaries the first entry that does."""
+    """Two values that differ, in the words of ``config.json``; of dictionaries the first entry that
+    does.
+    """
     if isinstance(value, dict) and isinstance(ours, dict):
         for name in (*value, *ours):
             if value.get(name) != ours.get(name):
@@ -223,14 +243,17 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
         library = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
     except Exception as error:  # the library raises nothing more particular
         raise CheckpointError(
-            f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take another folder"
+            f"{source / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]}): take"
+            " another folder"
         ) from None
     largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise CheckpointError(
-            f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of {config.vocab_size}: copy its own there"
+            f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of"
+            f" {config.vocab_size}: copy its own there"
         )
-    # Where config.json leaves these ids out, its class names some that may be any word of the vocabulary.
+    # Where config.json leaves these ids out, its class names some that may be any word of the
+    # vocabulary.
     special = {
         number: token.content
         for number, token in library.get_added_tokens_decoder().items()
@@ -254,7 +277,9 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
 def _document_end(
     source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig
 ) -> str | None:
-    """The first end that ``config.json`` names if it is no word, else the one of ``tokenizer_config.json``, if there is one."""
+    """The first end that ``config.json`` names if it is no word, else the one of
+    ``tokenizer_config.json``, if there is one.
+    """
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}
     path = source / TOKENIZER_CONFIG

@@ -46,7 +46,8 @@ WINDOWS, WINDOW_TOKENS = 4, 256
 def import_hf(
     source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None
 ) -> Conversion:
-    """Writes a folder that evaluation, generation, export and training read like any other checkpoint, and compares its logits with transformers'.
+    """Writes a folder that evaluation, generation, export and training read like any other
+    checkpoint, and compares its logits with transformers'.
 
     Args:
         source: with ``config.json``, safetensors and, if it has one, ``tokenizer.json``.
@@ -54,7 +55,8 @@ def import_hf(
 
     Raises:
         ConfigError: when a recipe cannot say what the model computes, or ``output`` is taken.
-        CheckpointError: when weights are missing, superfluous or damaged, or numbers differ; ``output`` is then left as it was.
+        CheckpointError: when weights are missing, superfluous or damaged, or numbers differ;
+            ``output`` is then left as it was.
     """
     target, config = architecture_of(source)
     recipe = recipe_of(source, output, target, config)
@@ -103,17 +105,20 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
     known = {target.name: target for target in architectures()}
     if name not in known:
         raise ConfigError(
-            f"{path} has the model_type {name!r}, and the ones that recipes can say are {', '.join(known)}"
+            f"{path} has the model_type {name!r}, and the ones that recipes can say are"
+            f" {', '.join(known)}"
         )
     if content.get("quantization_config"):
         raise ConfigError(
-            f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with the tool that quantised them"
+            f"{path} says that the weights are quantised: convert them to bf16 or fp32 first, with"
+            " the tool that quantised them"
         )
     return known[name], open_config(source)
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:
-    """Tensors that no next token depends on: blocks of multi-token prediction, shared experts of width zero, a tied head's copy.
+    """Tensors that no next token depends on: blocks of multi-token prediction, shared experts of
+    width zero, a tied head's copy.
 
     Raises:
         CheckpointError: for any other that no link names.
@@ -132,7 +137,8 @@ def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, 
             continue
         if name not in empty and not (layer and int(layer[1]) >= layers):
             raise CheckpointError(
-                f"the tensor '{name}' has no place in the recipe's model: config.json and weights do not belong together"
+                f"the tensor '{name}' has no place in the recipe's model: config.json and weights"
+                " do not belong together"
             )
         if name not in empty or theirs.read(name).any():
             left_out.append(name)

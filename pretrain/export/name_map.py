@@ -1,8 +1,10 @@
 """A declarative map between our parameter names and another project's, used in both directions.
 
-A target lists templates such as ``"layers.{layer}.attention_norm.weight" -> "model.layers.{layer}.input_layernorm.weight"``. Where only the other
-name has ``{expert}``, ours stacks all experts along its first dimension. Expanded over layers and experts, templates become links. Tensors
-are made one by one in either direction, so that neither model ever stands in memory as a whole.
+A target lists templates such as ``"layers.{layer}.attention_norm.weight" ->
+"model.layers.{layer}.input_layernorm.weight"``. Where only the other name has ``{expert}``, ours
+stacks all experts along its first dimension. Expanded over layers and experts, templates become
+links. Tensors are made one by one in either direction, so that neither model ever stands in memory
+as a whole.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pretrain.core.errors import CheckpointError
 
 
 class Tensors(Protocol):
-    """Named tensors that are read one by one: :class:`pretrain.checkpoint.tensor_files.TensorReader`."""
+    """Named tensors that are read one by one:
+    :class:`pretrain.checkpoint.tensor_files.TensorReader`.
+    """
 
     @property
     def names(self) -> list[str]: ...
@@ -31,7 +35,8 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class RotaryRows:
-    """Rows of ``heads`` heads, of which the last ``turned`` of each are turned in pairs: ours (i, i + turned / 2), theirs (2 i, 2 i + 1).
+    """Rows of ``heads`` heads, of which the last ``turned`` of each are turned in pairs: ours (i, i
+    + turned / 2), theirs (2 i, 2 i + 1).
 
     A head's scores are the same in both orders, as long as queries and keys have the same one.
     """
@@ -57,7 +62,8 @@ class RotaryRows:
 
 @dataclass(frozen=True)
 class Link:
-    """theirs[their_expert][..., column::2], or a part of it, = scale * ours[expert][:rows], each part only where it is given.
+    """theirs[their_expert][..., column::2], or a part of it, = scale * ours[expert][:rows], each
+    part only where it is given.
 
     Attributes:
         rows: cuts the padding of the vocabulary.
@@ -65,7 +71,8 @@ class Link:
         transposed: theirs multiplies from the other side.
         scale: a power of two, so that nothing is rounded.
         heads: theirs has the rows of turned numbers in another order.
-        part: theirs has ``part[1]`` tensors of ours one after the other along its second dimension, of which this is number ``part[0]``.
+        part: theirs has ``part[1]`` tensors of ours one after the other along its second dimension,
+            of which this is number ``part[0]``.
         exact: theirs is fp32 whatever the others are.
     """
 
@@ -115,7 +122,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A tensor of theirs that ours has no counterpart of, and that changes nothing where it is zero."""
+    """A tensor of theirs that ours has no counterpart of, and that changes nothing where it is
+    zero.
+    """
 
     theirs: str
     shape: tuple[int, ...]
@@ -132,7 +141,9 @@ def expand(
     rows: int | None = None,
     **options: Any,
 ) -> list[Link]:
-    """The links of ``templates`` (ours to theirs) for the given layers; the experts of stacked tensors are taken apart."""
+    """The links of ``templates`` (ours to theirs) for the given layers; the experts of stacked
+    tensors are taken apart.
+    """
     links = []
     for ours, theirs in templates.items():
         for layer in layers:
@@ -175,16 +186,20 @@ def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable
     linked, names = {link.ours for link in links if isinstance(link, Link)}, set(ours.names)
     if missing := sorted(linked - names):
         raise CheckpointError(
-            f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not belong to its recipe"
+            f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not"
+            " belong to its recipe"
         )
     if unknown := sorted(names - linked - set(left_out)):
         raise CheckpointError(
-            f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the checkpoint does not belong to its recipe"
+            f"the export has no name for the tensor '{unknown[0]}' ({len(unknown)} unknown): the"
+            " checkpoint does not belong to its recipe"
         )
 
 
 def is_left_out(name: str) -> bool:
-    """Whether one of our tensors is read in training alone: multi-token prediction's, and the matrix of router noise."""
+    """Whether one of our tensors is read in training alone: multi-token prediction's, and the
+    matrix of router noise.
+    """
     return name.startswith("multi_token.") or name.endswith(".router.noise.weight")
 
 
@@ -232,7 +247,9 @@ def to_theirs(
 def to_ours(
     links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The way back, in fp32: one by one, in the order of ``shapes``, which are ours. Padding of the vocabulary is zero.
+    """The way back, in fp32: one by one, in the order of ``shapes``, which are ours.
+
+    Padding of the vocabulary is zero.
 
     Raises:
         CheckpointError: where a tensor that a link names is missing, or does not fit.
@@ -255,7 +272,8 @@ def to_ours(
             )
             if place.shape != share.shape:
                 raise CheckpointError(
-                    f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of {list(place.shape)}: it is damaged"
+                    f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of"
+                    f" {list(place.shape)}: it is damaged"
                 )
             place.copy_(share)
         yield ours, tensor

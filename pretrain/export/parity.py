@@ -30,7 +30,9 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Parity:
-    """What a comparison saw: the largest |difference| between two logits, beside the standard deviation of the logits themselves."""
+    """What a comparison saw: the largest |difference| between two logits, beside the standard
+    deviation of the logits themselves.
+    """
 
     windows: int
     max_difference: float
@@ -46,7 +48,8 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     full = stream.num_tokens // sequence_length
     if full == 0:
         raise DataError(
-            f"the text to compare on has {stream.num_tokens} tokens, comparing logits needs {sequence_length}: give longer data"
+            f"the text to compare on has {stream.num_tokens} tokens, comparing logits needs"
+            f" {sequence_length}: give longer data"
         )
     chosen = np.unique(np.linspace(0, full - 1, min(count, full)).round().astype(np.int64))
     return torch.from_numpy(
@@ -58,7 +61,8 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """The exported model in fp32 on the CPU.
 
     Raises:
-        CheckpointError: when transformers cannot open it, or misses a tensor, has one too many or one of another shape.
+        CheckpointError: when transformers cannot open it, or misses a tensor, has one too many or
+            one of another shape.
     """
     try:
         return open_model(folder, torch.float32)
@@ -76,7 +80,8 @@ def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tens
         theirs_SV = exported(input_ids=window_S[None], use_cache=False).logits[0]
         if ours_SV.shape != theirs_SV.shape:
             raise CheckpointError(
-                f"the export gives logits {list(theirs_SV.shape)}, the checkpoint {list(ours_SV.shape)}: nothing was published"
+                f"the export gives logits {list(theirs_SV.shape)}, the checkpoint"
+                f" {list(ours_SV.shape)}: nothing was published"
             )
         # torch.maximum keeps a NaN, Python's max may lose it.
         largest = torch.maximum(largest, (ours_SV - theirs_SV).abs().max())
@@ -91,13 +96,15 @@ def check_parity(parity: Parity, tolerance: float = TOLERANCE) -> None:
     """Raises :class:`CheckpointError` unless the largest difference is within ``tolerance``."""
     if not parity.max_difference <= tolerance:
         raise CheckpointError(
-            f"the export's logits differ from the checkpoint's by up to {parity.max_difference:.2e} over {parity.windows} windows "
-            f"(allowed: {tolerance:.0e}; the logits' standard deviation is {parity.logits_std:.2e}): nothing was published"
+            f"the export's logits differ from the checkpoint's by up to {parity.max_difference:.2e}"
+            f" over {parity.windows} windows (allowed: {tolerance:.0e}; the logits' standard"
+            f" deviation is {parity.logits_std:.2e}): nothing was published"
         )
 
 
 def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Tensors) -> None:
-    """Each written number against its source, bit for bit: the logits of a few windows say nothing of an expert that no token was routed to.
+    """Each written number against its source, bit for bit: the logits of a few windows say nothing
+    of an expert that no token was routed to.
 
     Raises:
         CheckpointError: for the first tensor that is not the same.
@@ -111,7 +118,8 @@ def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Ten
         )
         if not same_bits(expected, found):
             raise CheckpointError(
-                f"the tensor '{link.theirs}' does not read back as it was written: nothing was published; check the disk, then try again"
+                f"the tensor '{link.theirs}' does not read back as it was written: nothing was"
+                " published; check the disk, then try again"
             )
 
 
@@ -136,8 +144,11 @@ def free_memory() -> int:
 
 @torch.no_grad()
 def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
-    """Our own model in fp32, each weight rounded to what ``dtype`` can hold; balancing biases are never rounded."""
-    # The kernel is no part of a model: the one it was trained with may need a package or a device that is not here.
+    """Our own model in fp32, each weight rounded to what ``dtype`` can hold; balancing biases are
+    never rounded.
+    """
+    # The kernel is no part of a model: the one it was trained with may need a package or a device
+    # that is not here.
     built = DecoderLM(
         model.model_copy(
             update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}

@@ -1,4 +1,6 @@
-"""The targets that a checkpoint can be exported to, and which of them can compute what a recipe describes."""
+"""The targets that a checkpoint can be exported to, and which of them can compute what a recipe
+describes.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,15 @@ def target_names() -> list[str]:
 
 
 def representable(recipe: Recipe) -> dict[str, list[str]]:
-    """Return why each target cannot compute what the recipe's model computes, a clause each; empty if it can."""
+    """Return why each target cannot compute what the recipe's model computes, a clause each; empty
+    if it can.
+    """
     return {target.name: target.reasons_against(recipe.model) for target in targets()}
 
 
 def choose_target(recipe: Recipe, name: str = AUTO) -> ExportTarget:
-    """Return the target of that name, or the first one, that computes exactly what the recipe's model computes.
+    """Return the target of that name, or the first one, that computes exactly what the recipe's
+    model computes.
 
     Raises:
         ConfigError: with every reason, if there is none.
@@ -64,5 +69,6 @@ def choose_target(recipe: Recipe, name: str = AUTO) -> ExportTarget:
         else f"no exact counterpart in {name}"
     )
     raise ConfigError(
-        f"the model of '{recipe.name}' has {what}; convert it with --to safetensors, or train one that has. Against it speaks:{listed}"
+        f"the model of '{recipe.name}' has {what}; convert it with --to safetensors, or train one"
+        f" that has. Against it speaks:{listed}"
     )

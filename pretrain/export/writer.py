@@ -31,20 +31,24 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @contextmanager
 def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its name when the block ends, and is removed when the block fails.
+    """A new folder beside ``output`` that takes its name when the block ends, and is removed when
+    the block fails.
 
     Raises:
-        ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something else than an earlier export.
+        ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something
+            else than an earlier export.
     """
     output = output.resolve()
     occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if occupied and not overwrite:
         raise ConfigError(
-            f"{output} is not empty: choose another --output, or replace what is there with --overwrite"
+            f"{output} is not empty: choose another --output, or replace what is there with"
+            " --overwrite"
         )
     if occupied and not (output / RECORD).is_file():
         raise ConfigError(
-            f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose another --output"
+            f"{output} is no export (it has no {RECORD}), and --overwrite would delete it: choose"
+            " another --output"
         )
     with appearing_folder(output) as temporary:
         yield temporary
@@ -70,13 +74,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
         depth > DEEPEST for _, _, depth in json_fields(content)
     ):
         raise CheckpointError(
-            f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging Face folder"
+            f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging"
+            " Face folder"
         )
     return content
 
 
 def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every field of objects and every item of lists (of the name ""), each with its depth; without recursion, as nesting may be hostile."""
+    """Every field of objects and every item of lists (of the name ""), each with its depth; without
+    recursion, as nesting may be hostile.
+    """
     waiting = [("", content, 0)]
     while waiting:
         name, value, depth = waiting.pop()
@@ -105,11 +112,13 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes ``model.safetensors``, or shards with an index where all tensors together are larger than ``shard_bytes``.
+    """Writes ``model.safetensors``, or shards with an index where all tensors together are larger
+    than ``shard_bytes``.
 
     Args:
         forms: of all tensors.
-        tensors: the same ones in the same order; they are taken one by one, and no shard is held in memory.
+        tensors: the same ones in the same order; they are taken one by one, and no shard is held in
+            memory.
 
     Raises:
         StorageError: when a file cannot be written.
@@ -141,7 +150,8 @@ def write_weights(
                 bar.update(forms[tensor_name].bytes)
     except OSError as error:
         raise StorageError(
-            f"cannot write {folder / WEIGHTS}: {error.strerror}; free space or choose another folder"
+            f"cannot write {folder / WEIGHTS}: {error.strerror}; free space or choose another"
+            " folder"
         ) from None
     if len(shards) > 1:
         write_json_file(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
@@ -169,7 +179,8 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
         raise CheckpointError(
-            f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not belong there"
+            f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not"
+            " belong there"
         )
     if whole.is_file():
         return [whole]
@@ -177,7 +188,8 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted({folder / name for name in weight_map(index).values()})
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
         raise CheckpointError(
-            f"{folder} has its weights as {pickles[0]}, which can run code while it is read: convert it to safetensors"
+            f"{folder} has its weights as {pickles[0]}, which can run code while it is read:"
+            " convert it to safetensors"
         )
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS} nor {INDEX}: the weights are missing, take a whole folder"
@@ -185,7 +197,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are safetensors files beside it."""
+    """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are
+    safetensors files beside it.
+    """
     names = read_json_object(index).get("weight_map")
     if (
         not isinstance(names, dict)
@@ -196,7 +210,8 @@ def weight_map(index: Path) -> dict[str, str]:
     for name in names.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} names {name!r}, which is no safetensors file beside it: take another folder"
+                f"{index} names {name!r}, which is no safetensors file beside it: take another"
+                " folder"
             )
     return names
 

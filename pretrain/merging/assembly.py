@@ -1,4 +1,6 @@
-"""MoE layers put together from dense feed-forwards: the routed experts are given, everything around them is made here."""
+"""MoE layers put together from dense feed-forwards: the routed experts are given, everything around
+them is made here.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class RouterStart:
 
     Attributes:
         std: of the normal distribution they are drawn from; 0 makes them zero.
-        group: neighbouring experts that get the same row, so that a token chooses all of them or none.
+        group: neighbouring experts that get the same row, so that a token chooses all of them or
+            none.
         seed: of everything that is drawn.
     """
 
@@ -50,9 +53,11 @@ def random_stream(seed: int, name: str) -> torch.Generator:
 def derived_recipe(
     recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object
 ) -> Recipe:
-    """A recipe for what was made of the weights of ``recipe``: other sections of its model, then ``overrides`` (``a.b=c``) applied.
+    """A recipe for what was made of the weights of ``recipe``: other sections of its model, then
+    ``overrides`` (``a.b=c``) applied.
 
-    Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where they are.
+    Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where
+    they are.
 
     Raises:
         ConfigError: for an override that is wrong, or sections that contradict each other.
@@ -103,8 +108,9 @@ def check_overrides(before: ModelConfig, after: ModelConfig) -> None:
             f"{one.path} ({one.values[0]} before, {one.values[1]} now)" for one in kept
         )
         raise ConfigError(
-            f"--set changes {fields}, and the weights that are taken over would compute something else: leave it out here; what training "
-            "can adapt to may be set in the run that starts from the result"
+            f"--set changes {fields}, and the weights that are taken over would compute something"
+            " else: leave it out here; what training can adapt to may be set in the run that"
+            " starts from the result"
         )
 
 
@@ -117,8 +123,8 @@ def moe_layer(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of one MoE layer.
 
-    Shared experts start with an output of zero. Router biases, noise and balancing biases start at zero, and the coefficient of a residual
-    expert where both sides weigh the same.
+    Shared experts start with an output of zero. Router biases, noise and balancing biases start at
+    zero, and the coefficient of a residual expert where both sides weigh the same.
 
     Args:
         experts: the routed ones, all of them.

@@ -1,7 +1,8 @@
-"""Weighted means of the weights of several checkpoints of one model: uniform averages, soups, exponential moving averages.
+"""Weighted means of the weights of several checkpoints of one model: uniform averages, soups,
+exponential moving averages.
 
-Each is a chain of steps towards the next checkpoint, mean += rate * (weight - mean), so that equal weights stay as they are, bit for bit,
-and two tensors stand in memory at a time.
+Each is a chain of steps towards the next checkpoint, mean += rate * (weight - mean), so that equal
+weights stay as they are, bit for bit, and two tensors stand in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pretrain.core.errors import CheckpointError, ConfigError
 
 
 def uniform_rates(count: int) -> list[float]:
-    """Rates that give every one of ``count`` checkpoints the same weight (LAWA, Kaddour 2022; SWA, Izmailov et al. 2018)."""
+    """Rates that give every one of ``count`` checkpoints the same weight (LAWA, Kaddour 2022.
+
+    SWA, Izmailov et al. 2018).
+    """
     return [1.0 / (index + 1) for index in range(count)]
 
 
@@ -27,14 +31,16 @@ def weighted_rates(weights: Sequence[float]) -> list[float]:
     """
     if any(weight < 0 for weight in weights) or not sum(weights) > 0:
         raise ConfigError(
-            f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers from 0 up, and one above 0"
+            f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers"
+            " from 0 up, and one above 0"
         )
     totals = [sum(weights[: index + 1]) for index in range(len(weights))]
     return [weight / total if total else 1.0 for weight, total in zip(weights, totals, strict=True)]
 
 
 def decay_rates(count: int, decay: float) -> list[float]:
-    """Rates of mean = decay * mean + (1 - decay) * weight from the first checkpoint on (Polyak & Juditsky 1992).
+    """Rates of mean = decay * mean + (1 - decay) * weight from the first checkpoint on (Polyak &
+    Juditsky 1992).
 
     Raises:
         ConfigError: for a decay outside of [0, 1).
@@ -45,7 +51,9 @@ def decay_rates(count: int, decay: float) -> list[float]:
 
 
 def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
-    """Raises :class:`CheckpointError` for the first tensor that not all checkpoints have in one shape."""
+    """Raises :class:`CheckpointError` for the first tensor that not all checkpoints have in one
+    shape.
+    """
     first = stores[0]
     for other in stores[1:]:
         for name in sorted(first.keys() | other.keys()):
@@ -54,12 +62,16 @@ def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
             ]
             if shapes[0] != shapes[1]:
                 raise CheckpointError(
-                    f"the tensor '{name}' is {shapes[0]} in {first.folder} and {shapes[1]} in {other.folder}: give checkpoints of one model"
+                    f"the tensor '{name}' is {shapes[0]} in {first.folder} and {shapes[1]} in"
+                    f" {other.folder}: give checkpoints of one model"
                 )
 
 
 def blended(stores: Sequence[Mapping[str, Tensor]], rates: Sequence[float], name: str) -> Tensor:
-    """One tensor's mean, fp32. The first rate is 1, whatever it says: there is nothing before it."""
+    """One tensor's mean, fp32.
+
+    The first rate is 1, whatever it says: there is nothing before it.
+    """
     mean = stores[0][name].clone()
     for store, rate in zip(stores[1:], rates[1:], strict=True):
         if rate:

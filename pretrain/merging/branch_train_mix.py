@@ -1,4 +1,6 @@
-"""Branch-Train-MiX (Sukhbaatar et al. 2024): several dense models of one origin become one mixture of experts."""
+"""Branch-Train-MiX (Sukhbaatar et al. 2024): several dense models of one origin become one mixture
+of experts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None
     for store, model in zip(stores, models, strict=True):
         if model.routed_layers:
             raise CheckpointError(
-                f"layer {model.routed_layers[0]} of {store.folder} is a mixture of experts already: give dense models"
+                f"layer {model.routed_layers[0]} of {store.folder} is a mixture of experts already:"
+                " give dense models"
             )
     check_same_function(models, [str(store.folder) for store in stores])
     check_same_tensors(stores)
@@ -31,18 +34,22 @@ def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None
     moe = routed_moe(target)
     if moe.num_experts % len(stores):
         raise ConfigError(
-            f"{len(stores)} models cannot share {moe.num_experts} experts evenly: change model.moe.num_experts"
+            f"{len(stores)} models cannot share {moe.num_experts} experts evenly: change"
+            " model.moe.num_experts"
         )
     if moe.moe_intermediate_size != first.intermediate_size:
         raise ConfigError(
-            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) must be the models' intermediate_size ({first.intermediate_size})"
+            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) must be the models'"
+            f" intermediate_size ({first.intermediate_size})"
         )
 
 
 def mixed_tensors(
     stores: Sequence[StoredWeights], target: ModelConfig, router: RouterStart
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the mixture: expert e of a layer is the feed-forward of model e % n; everything else is averaged, routers are new."""
+    """Every tensor of the mixture: expert e of a layer is the feed-forward of model e % n;
+    everything else is averaged, routers are new.
+    """
     check_branches(stores, target)
     rates, taken = uniform_rates(len(stores)), set()
     for prefix in moe_prefixes(target):

@@ -1,4 +1,6 @@
-"""What ``tools/merge_checkpoints.py`` does, one function a job; each returns what the command prints and writes as JSON."""
+"""What ``tools/merge_checkpoints.py`` does, one function a job; each returns what the command
+prints and writes as JSON.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def chosen_checkpoints(
         found = complete_checkpoints(run / "checkpoints" if (run / "checkpoints").is_dir() else run)
         if len(found) < (last or 1):
             raise ConfigError(
-                f"{run} has {len(found)} complete checkpoints: train with a larger checkpoint.keep_last, or lower --last"
+                f"{run} has {len(found)} complete checkpoints: train with a larger"
+                " checkpoint.keep_last, or lower --last"
             )
         given = [str(folder) for folder in reversed(found[:last])]
     folders = [whole_checkpoint(path) for path in given or []]
@@ -65,8 +68,9 @@ def chosen_checkpoints(
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         if tokenizer != tokenizers[0]:
             raise CheckpointError(
-                f"{folder} has another tokenizer than {folders[0]} (sha256 {_begin(tokenizer)} and {_begin(tokenizers[0])}), so that equal ids are "
-                "other texts: give checkpoints of one tokenizer"
+                f"{folder} has another tokenizer than {folders[0]} (sha256 {_begin(tokenizer)} and"
+                f" {_begin(tokenizers[0])}), so that equal ids are other texts: give checkpoints of"
+                " one tokenizer"
             )
     return folders
 
@@ -81,7 +85,8 @@ def _tokenizer_of(folder: Path) -> str | None:
     found = file_sha256(path) if path.is_file() else None
     if named is not None and found not in (None, named):
         raise CheckpointError(
-            f"{path} is another tokenizer than the one that the checkpoint was trained with ({_begin(named)}): put that one there"
+            f"{path} is another tokenizer than the one that the checkpoint was trained with"
+            f" ({_begin(named)}): put that one there"
         )
     return named or found
 
@@ -125,7 +130,8 @@ def blend(
     )
     others = zip(folders[:-1], recipes[:-1], strict=True)
     notes = [
-        f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose recipe the result has; no weight depends on it"
+        f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose"
+        " recipe the result has; no weight depends on it"
         for folder, recipe in others
         for one in differences(recipe.model, recipes[-1].model)
     ]
@@ -141,7 +147,9 @@ def mix(
     overrides: Sequence[str],
     scoring: Scoring | None,
 ) -> Result:
-    """Dense models of one form as one mixture; the recipe is the first one's, with as many experts as there are models."""
+    """Dense models of one form as one mixture; the recipe is the first one's, with as many experts
+    as there are models.
+    """
     if len(folders) < 2:
         raise ConfigError(
             "one model makes no mixture: give several --checkpoints, or use tools/upcycle.py"
@@ -172,7 +180,9 @@ def reduce_experts(
     overrides: Sequence[str],
     scoring: Scoring,
 ) -> Result:
-    """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most alike as one."""
+    """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most
+    alike as one.
+    """
     folder = whole_checkpoint(checkpoint)
     before, stored = read_recipe(folder), StoredWeights(folder)
     moe = routed_moe(before.model)
@@ -268,5 +278,6 @@ def _check_same_data(folders: Sequence[Path]) -> None:
     for folder in folders:
         if data[folder] != data[folders[0]]:
             raise ConfigError(
-                f"{folder} and {folders[0]} were trained on different data: say with --data what to score them on, or give --no-score"
+                f"{folder} and {folders[0]} were trained on different data: say with --data what to"
+                " score them on, or give --no-score"
             )

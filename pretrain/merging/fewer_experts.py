@@ -1,10 +1,13 @@
 """Fewer experts in every layer: the least used are left out, or the most alike become one.
 
-Folding is hierarchical clustering with average linkage (Chen et al. 2024, "Retraining-free merging of sparse MoE via hierarchical clustering"), and
-what a cluster becomes is the mean of its experts, weighted by how often each was chosen (Li et al. 2024, "Merge, then compress"). Hidden
-numbers are not aligned, so that experts which differ only in their order count as different. Pruning goes by usage (Muzio et al. 2024, "SEER-MoE").
+Folding is hierarchical clustering with average linkage (Chen et al. 2024, "Retraining-free merging
+of sparse MoE via hierarchical clustering"), and what a cluster becomes is the mean of its experts,
+weighted by how often each was chosen (Li et al. 2024, "Merge, then compress"). Hidden numbers are
+not aligned, so that experts which differ only in their order count as different. Pruning goes by
+usage (Muzio et al. 2024, "SEER-MoE").
 
-Softmax weights that are not renormalised grow where an expert goes, used or not: what it got is shared among the others.
+Softmax weights that are not renormalised grow where an expert goes, used or not: what it got is
+shared among the others.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ Clusters = list[list[int]]
 
 
 def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """The ``keep`` most used experts, each by itself, in their order; of every group of experts as many."""
+    """The ``keep`` most used experts, each by itself, in their order; of every group of experts as
+    many.
+    """
     return _in_groups(
         moe,
         keep,
@@ -44,7 +49,9 @@ def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
 
 
 def folded(similarity_EE: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """The most alike experts together, until ``keep`` clusters are left; of every group of experts as many."""
+    """The most alike experts together, until ``keep`` clusters are left; of every group of experts
+    as many.
+    """
     return _in_groups(
         moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count)
     )
@@ -85,7 +92,8 @@ def regrouped_tensors(
     clusters: Sequence[Clusters],
     usage_LE: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the smaller model, a layer at a time: experts and router rows of a cluster become their mean, weighted by usage.
+    """Every tensor of the smaller model, a layer at a time: experts and router rows of a cluster
+    become their mean, weighted by usage.
 
     Args:
         clusters: for each layer of ``before.routed_layers``.

@@ -46,7 +46,8 @@ def check_empty(output: Path) -> None:
 
 @contextmanager
 def checked_folder(output: Path) -> Iterator[Path]:
-    """A path beside ``output`` to write a folder at; it takes the name ``output`` when the block ends, and is removed when the block fails.
+    """A path beside ``output`` to write a folder at; it takes the name ``output`` when the block
+    ends, and is removed when the block fails.
 
     Raises:
         ConfigError: where ``output`` holds something.

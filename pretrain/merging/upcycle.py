@@ -1,12 +1,16 @@
-"""Sparse upcycling: a dense model's feed-forwards become experts, and the mixture computes what the dense model did.
+"""Sparse upcycling: a dense model's feed-forwards become experts, and the mixture computes what the
+dense model did.
 
-Whole copies (Komatsuzaki et al. 2022, "Sparse upcycling") or, with a granularity g, copies of each of g shards of the feed-forward's hidden
-numbers (He et al. 2024, "Upcycling large language models into mixture of experts", section 3.2). There expert e holds shard e % g, and the g
-experts of a virtual group have the same router row: a token chooses whole groups, in which each shard is there once.
+Whole copies (Komatsuzaki et al. 2022, "Sparse upcycling") or, with a granularity g, copies of each
+of g shards of the feed-forward's hidden numbers (He et al. 2024, "Upcycling large language models
+into mixture of experts", section 3.2). There expert e holds shard e % g, and the g experts of a
+virtual group have the same router row: a token chooses whole groups, in which each shard is there
+once.
 
-Where the weights w of a token's experts add up to s, and each shard is among them as often as every other, sum w_i f_i(x) is s / g times
-what the dense feed-forward answers, but for its output bias, which comes s times. So the last matrix is multiplied by g / s and that bias by
-1 / s. s has to be the same number for every token: :func:`weight_sum` says when it is.
+Where the weights w of a token's experts add up to s, and each shard is among them as often as every
+other, sum w_i f_i(x) is s / g times what the dense feed-forward answers, but for its output bias,
+which comes s times. So the last matrix is multiplied by g / s and that bias by 1 / s. s has to be
+the same number for every token: :func:`weight_sum` says when it is.
 """
 
 from __future__ import annotations
@@ -43,10 +47,13 @@ class Upcycling:
 
     Attributes:
         granularity: shards that a feed-forward is split into; 1 copies it whole.
-        router_std: standard deviation of the router's matrix; 0 makes it zero, so that all experts score the same.
-        noise_std: normal noise on every matrix of every expert, as a share of the matrix' own standard deviation.
-        reinit_share: share of each expert's hidden numbers whose rows and columns are drawn anew, with mean and standard deviation of the matrix
-            they stand in (Nakamura et al. 2025, "Drop-upcycling").
+        router_std: standard deviation of the router's matrix; 0 makes it zero, so that all experts
+            score the same.
+        noise_std: normal noise on every matrix of every expert, as a share of the matrix' own
+            standard deviation.
+        reinit_share: share of each expert's hidden numbers whose rows and columns are drawn anew,
+            with mean and standard deviation of the matrix they stand in (Nakamura et al. 2025,
+            "Drop-upcycling").
         seed: of router, noise and drawing.
     """
 
@@ -66,19 +73,21 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
     """What the weights of a token's experts add up to, whatever the token.
 
     Raises:
-        ConfigError: where it depends on the token, or where not every chosen shard is computed equally often, with the reason.
+        ConfigError: where it depends on the token, or where not every chosen shard is computed
+            equally often, with the reason.
     """
     router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
     if moe.drops_tokens:
         raise ConfigError(
-            "a full expert would drop tokens that the dense feed-forward computes: "
-            "upcycle with --set model.moe.drop_tokens=false; the training that follows may set it otherwise"
+            "a full expert would drop tokens that the dense feed-forward computes: upcycle with"
+            " --set model.moe.drop_tokens=false; the training that follows may set it otherwise"
         )
     all_chosen = router.scores_add_up_to_one and moe.top_k == moe.num_experts
     if not (router.norm_topk_prob or even or all_chosen):
         raise ConfigError(
-            "the weights of a token's experts add up to another number for each token, because model.moe.router.norm_topk_prob is false: "
-            f"take --router zero, with which they are all alike{', or set it to true' if moe.top_k > 1 else ''}"
+            "the weights of a token's experts add up to another number for each token, because"
+            " model.moe.router.norm_topk_prob is false: take --router zero, with which they are"
+            f" all alike{', or set it to true' if moe.top_k > 1 else ''}"
         )
     if options.granularity > 1:
         _check_whole_groups(moe, options)
@@ -93,7 +102,8 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
     g, reason = options.granularity, ""
     if moe.num_experts % g or moe.top_k % g:
         raise ConfigError(
-            f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of --granularity ({g}): change one of them"
+            f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of"
+            f" --granularity ({g}): change one of them"
         )
     if moe.has_residual_expert:
         reason = "the residual expert has room for one shard only (model.moe.use_residual)"
@@ -109,22 +119,26 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
         reason = "DeepSpeed's gate draws experts at random"
     if reason:
         raise ConfigError(
-            f"--granularity {g} needs a token to choose all {g} shards of a feed-forward together, but {reason}: leave one out"
+            f"--granularity {g} needs a token to choose all {g} shards of a feed-forward together,"
+            f" but {reason}: leave one out"
         )
 
 
 def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> None:
-    """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
+    """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target``
+    cannot hold the feed-forwards of ``dense``.
+    """
     if dense.routed_layers:
         raise CheckpointError(
-            f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already: give a dense model"
+            f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already:"
+            " give a dense model"
         )
     check_overrides(dense, target)
     moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
     if moe.moe_intermediate_size * g != width:
         raise ConfigError(
-            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) times --granularity ({g}) must be the dense model's "
-            f"intermediate_size ({width}): change one of them"
+            f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) times --granularity"
+            f" ({g}) must be the dense model's intermediate_size ({width}): change one of them"
         )
 
 
@@ -155,7 +169,9 @@ def upcycled_tensors(
 
 
 def split(dense: Expert, granularity: int, share: float) -> list[Expert]:
-    """The shards of a feed-forward: neighbouring hidden numbers each, scaled so that experts whose weights add up to ``share`` give its answer."""
+    """The shards of a feed-forward: neighbouring hidden numbers each, scaled so that experts whose
+    weights add up to ``share`` give its answer.
+    """
     shards: list[Expert] = [{} for _ in range(granularity)]
     for name, tensor in dense.items():
         if name == f"{DOWN}.bias":

@@ -35,8 +35,9 @@ def measure(
         keep_inputs: also return what each MoE layer was given.
 
     Returns:
-        How many tokens chose each expert, [L, E] fp64, in the order of :attr:`ModelConfig.routed_layers`; and for each of these layers up to
-        1024 of its inputs [T, D], from all windows, or nothing.
+        How many tokens chose each expert, [L, E] fp64, in the order of
+        :attr:`ModelConfig.routed_layers`; and for each of these layers up to 1024 of its inputs [T,
+        D], from all windows, or nothing.
 
     Raises:
         ConfigError: where no layer has a router.
@@ -80,7 +81,8 @@ def moe_layers(model: DecoderLM) -> list[nn.Module]:
 
 
 def _counts(model: DecoderLM, batch: Batch) -> Tensor:
-    # Only in training does the block of multi-token prediction run. The modules below stay as in evaluation: without noise.
+    # Only in training does the block of multi-token prediction run. The modules below stay as in
+    # evaluation: without noise.
     model.training = model.multi_token is not None
     output = model(
         batch.input_ids_BS,

@@ -54,7 +54,8 @@ class Hardware:
 
     Attributes:
         gpu: of every rank; None is the one of this machine.
-        mfu: model FLOPs utilization (Chowdhery et al. 2022): FLOP/s of the model / peak of the GPUs.
+        mfu: model FLOPs utilization (Chowdhery et al. 2022): FLOP/s of the model / peak of the
+            GPUs.
     """
 
     gpu: Accelerator | None = None
@@ -82,8 +83,10 @@ def add_estimate_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=ASSUMED_MFU,
         metavar="SHARE",
-        help="with --dry-run: the share of the GPUs' peak FLOP/s that training reaches "
-        f"(default: {ASSUMED_MFU})",
+        help=(
+            "with --dry-run: the share of the GPUs' peak FLOP/s that training reaches "
+            f"(default: {ASSUMED_MFU})"
+        ),
     )
 
 
@@ -112,7 +115,10 @@ def planned_precision(asked: str, hardware: Hardware) -> str:
 
 
 def planned_start(recipe: Recipe) -> int:
-    """The step that a run starts at, before there is anything of it: that of ``branch_from``, else 0. What the recipe leaves open is as in the trunk.
+    """The step that a run starts at, before there is anything of it: that of ``branch_from``, else
+    0.
+
+    What the recipe leaves open is as in the trunk.
 
     Raises:
         CheckpointError: where ``branch_from`` names no checkpoint.
@@ -140,7 +146,8 @@ def planned_start(recipe: Recipe) -> int:
 
 
 def planned_weights(recipe: Recipe, tokenizer_sha256: str | None) -> list[str]:
-    """A sentence about each field in which ``initial_weights`` differ from the recipe, and about what does not fit; none without them.
+    """A sentence about each field in which ``initial_weights`` differ from the recipe, and about
+    what does not fit; none without them.
 
     Args:
         tokenizer_sha256: of the data's tokenizer; None before there are data.
@@ -207,8 +214,9 @@ def make_plan(
         "steps": timeline.num_steps,
         "first_step": first_step,
         "train_tokens": timeline.num_tokens,
-        "gradient_accumulation_steps": train.global_batch_size
-        // (train.micro_batch_size * world_size),
+        "gradient_accumulation_steps": (
+            train.global_batch_size // (train.micro_batch_size * world_size)
+        ),
         "state_bytes_per_rank": state,
         "activation_bytes_per_rank": max(
             activation_bytes(recipe.model, stage.recipe.train, precision)
@@ -319,8 +327,10 @@ def _plan_lines(plan: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         "ranks": f"{plan['world_size']} ({layout})",
         "parameters": f"{plan['parameters_total']:,} total, {plan['parameters_active']:,} active",
         "tokens": tokens,
-        "gradient accumulation": f"{plan['gradient_accumulation_steps']} micro batches of "
-        f"{train.micro_batch_size} x {train.sequence_length}",
+        "gradient accumulation": (
+            f"{plan['gradient_accumulation_steps']} micro batches of "
+            f"{train.micro_batch_size} x {train.sequence_length}"
+        ),
         "memory a rank": _memory_line(plan),
         "time": time,
     }

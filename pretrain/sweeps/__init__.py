@@ -1,4 +1,5 @@
-"""Many runs of one recipe with something varied: what to vary, the runs on this machine or in SLURM, and what came out.
+"""Many runs of one recipe with something varied: what to vary, the runs on this machine or in
+SLURM, and what came out.
 
 axes.py       what is varied, and the points of a grid or of one axis at a time
 search.py     points that optuna chooses

@@ -3,7 +3,8 @@
 An axis is written in one of three ways, in an axes file or as ``--axis NAME=...``:
 
     model.moe.top_k: [1, 2, 4]                       values of one field
-    optimizer.learning_rate: log:1e-4:1e-2:5         a range; 5 values of it in a grid, any value for a search
+    optimizer.learning_rate: log:1e-4:1e-2:5         a range; 5 values of it in a grid, any value
+        for a search
     experts: {few: {model.moe.num_experts: 8}, ...}  named values, each a set of fields
 """
 
@@ -32,7 +33,9 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of an axis: how it is called, the overrides that set it, and its number where it is one."""
+    """One value of an axis: how it is called, the overrides that set it, and its number where it is
+    one.
+    """
 
     label: str
     overrides: tuple[str, ...]
@@ -62,7 +65,9 @@ class Axis:
         return self.scale == other.scale and self.low <= other.low and other.high <= self.high
 
     def at(self, value: float) -> Choice:
-        """A value of the range; four digits, so that the value that is shown is the one that is used."""
+        """A value of the range; four digits, so that the value that is shown is the one that is
+        used.
+        """
         exact: float | int = round(value) if self.scale == "int" else float(f"{value:.4g}")
         return Choice(_label(exact), (f"{self.name}={json.dumps(exact)}",), float(exact))
 
@@ -74,8 +79,10 @@ class Point:
     Attributes:
         values: the label of each axis that is varied, by the axis's name.
         overrides: what sets them, in order, the seed last.
-        run: the name of the point whose run stands for this one: its own, but where an earlier point is the same recipe.
-        measured_on: what its validation loss is taken over, by name; losses over different things do not compare.
+        run: the name of the point whose run stands for this one: its own, but where an earlier
+            point is the same recipe.
+        measured_on: what its validation loss is taken over, by name; losses over different things
+            do not compare.
     """
 
     name: str
@@ -103,7 +110,8 @@ def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, Any]]:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in AXES_FOLDER.glob("*.yaml")))
         raise ConfigError(
-            f"there is no axes file '{name_or_path}', neither in {AXES_FOLDER} nor as a file: shipped ones are {names}"
+            f"there is no axes file '{name_or_path}', neither in {AXES_FOLDER} nor as a file:"
+            f" shipped ones are {names}"
         )
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -115,7 +123,8 @@ def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, Any]]:
         or not content["axes"]
     ):
         raise ConfigError(
-            f"{path} holds no axes: write 'axes:' and an axis a line, as {AXES_FOLDER}/moe.yaml does"
+            f"{path} holds no axes: write 'axes:' and an axis a line, as {AXES_FOLDER}/moe.yaml"
+            " does"
         )
     if unknown := sorted(content.keys() - {"base", "axes"}):
         raise ConfigError(
@@ -134,7 +143,8 @@ def parse_axis_option(text: str) -> tuple[str, Any]:
     name, separator, spec = text.partition("=")
     if not separator or not name.strip() or not spec.strip():
         raise ConfigError(
-            f"--axis {text}: write it as --axis section.field=log:LOW:HIGH or --axis section.field=[A,B,C]"
+            f"--axis {text}: write it as --axis section.field=log:LOW:HIGH or --axis"
+            " section.field=[A,B,C]"
         )
     return name.strip(), parse_yaml(spec, f"--axis {text}")
 
@@ -169,7 +179,8 @@ def parse_axis(name: str, spec: Any) -> Axis:
         ]
         return Axis(str(name), _distinct(str(name), choices))
     raise ConfigError(
-        f"axis {name}: {spec!r} is no list of values, no range and no mapping of names to fields: see `--help`"
+        f"axis {name}: {spec!r} is no list of values, no range and no mapping of names to fields:"
+        " see `--help`"
     )
 
 
@@ -282,7 +293,8 @@ def one_at_a_time(axes: Sequence[Axis]) -> list[Point]:
 def _listed(axis: Axis) -> tuple[Choice, ...]:
     if not axis.options:
         raise ConfigError(
-            f"axis {axis.name}: a grid needs the number of values of a range: write {axis.scale}:{axis.low:g}:{axis.high:g}:COUNT"
+            f"axis {axis.name}: a grid needs the number of values of a range: write"
+            f" {axis.scale}:{axis.low:g}:{axis.high:g}:COUNT"
         )
     return axis.options
 

@@ -1,4 +1,6 @@
-"""What ``tools/sweep.py`` and ``tools/run_ablations.py`` have in common: options, and the way from them to a report."""
+"""What ``tools/sweep.py`` and ``tools/run_ablations.py`` have in common: options, and the way from
+them to a report.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ exit codes: 0 every run finished, 2 usage, a point that cannot run, or another s
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both commands take. Those of :data:`DESIGN_OPTIONS` are None where they are not given."""
+    """The options that both commands take.
+
+    Those of :data:`DESIGN_OPTIONS` are None where they are not given.
+    """
     parser.add_argument(
         "--output",
         "--output-dir",
@@ -96,7 +101,10 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
         "--ds_config",
         "--ds-config",
         metavar="NAME|PATH",
-        help="DeepSpeed's JSON, for every run: a file in ds_configs/ without .json, or a path (default: zero1)",
+        help=(
+            "DeepSpeed's JSON, for every run: a file in ds_configs/ without .json, or a path"
+            " (default: zero1)"
+        ),
     )
     parser.add_argument(
         "--slots",
@@ -150,7 +158,8 @@ def design_from(
     """What is asked for.
 
     Raises:
-        ConfigError: for sizes below 1, axes of no known form, and credentials, which would be copied into the folder.
+        ConfigError: for sizes below 1, axes of no known form, and credentials, which would be
+            copied into the folder.
     """
     for name in ("ranks", "tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -218,7 +227,8 @@ def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
     """What --output alone goes on with.
 
     Raises:
-        ConfigError: where there is nothing, or options say what a sweep is, which would change nothing of the one that is there.
+        ConfigError: where there is nothing, or options say what a sweep is, which would change
+            nothing of the one that is there.
     """
     if found is None:
         raise ConfigError(
@@ -228,7 +238,8 @@ def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
         if getattr(options, name, None) is not None:
             flag = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} says what a sweep is, and --output alone goes on with the one that is there: give the whole command again"
+                f"{flag} says what a sweep is, and --output alone goes on with the one that is"
+                " there: give the whole command again"
             )
     return found
 
@@ -238,7 +249,8 @@ def _working_in(folder: str) -> Iterator[None]:
     """Relative paths of a recipe are seen from where the sweep was made."""
     if not Path(folder).is_dir():
         raise ConfigError(
-            f"the sweep was started in {folder}, which is not there: its recipe's relative paths are seen from it; put it back"
+            f"the sweep was started in {folder}, which is not there: its recipe's relative paths"
+            " are seen from it; put it back"
         )
     with contextlib.chdir(folder):
         yield
@@ -261,10 +273,14 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
 
 
 def _run_one(options: argparse.Namespace, study: Study) -> int:
-    """One run of an array. The report is left to the command without --point: several of these run at once."""
+    """One run of an array.
+
+    The report is left to the command without --point: several of these run at once.
+    """
     if study.design.search == "tpe" or not 0 <= options.point < len(study.runs):
         raise ConfigError(
-            f"--point {options.point}: the sweep in {options.output} has runs 0 to {len(study.runs) - 1}"
+            f"--point {options.point}: the sweep in {options.output} has runs 0 to"
+            f" {len(study.runs) - 1}"
         )
     point = study.runs[options.point]
     with _working_in(study.design.folder):
@@ -323,7 +339,9 @@ def _work(
 
 
 def exit_code(study: Study, points: list[Point]) -> int:
-    """0 where all has finished or was pruned, the code of the first failed run, 2 where a search found no point that can run, else 75."""
+    """0 where all has finished or was pruned, the code of the first failed run, 2 where a search
+    found no point that can run, else 75.
+    """
     records = [study.record(point) for point in points]
     if records and all(record.state == "refused" for record in records):
         return USAGE

@@ -1,4 +1,6 @@
-"""One run of a sweep as a command: the same launchers that a user starts, below a supervisor that ends with the sweep."""
+"""One run of a sweep as a command: the same launchers that a user starts, below a supervisor that
+ends with the sweep.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ ERROR = re.compile(r"(?:^|\])error: (.+)$")
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that runs are spread over: those of CUDA_VISIBLE_DEVICES, or all that the driver lists; none on a machine without."""
+    """The GPUs that runs are spread over: those of CUDA_VISIBLE_DEVICES, or all that the driver
+    lists; none on a machine without.
+    """
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name and not name.startswith("-")]
     tool = shutil.which("nvidia-smi")
@@ -53,7 +57,9 @@ def visible_gpus() -> list[str]:
 
 
 def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[list[str]]:
-    """The GPUs of each slot, as many as ranks; empty lists on CPUs. Without ``slots`` as many as the GPUs allow, one on CPUs.
+    """The GPUs of each slot, as many as ranks; empty lists on CPUs.
+
+    Without ``slots`` as many as the GPUs allow, one on CPUs.
 
     Raises:
         ConfigError: where the GPUs do not suffice.
@@ -63,13 +69,16 @@ def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[lis
     count = slots or max(1, len(gpus) // ranks)
     if count * ranks > len(gpus):
         raise ConfigError(
-            f"{count} runs of {ranks} ranks at once need {count * ranks} GPUs, but there are {len(gpus)}: lower --slots or --ranks"
+            f"{count} runs of {ranks} ranks at once need {count * ranks} GPUs, but there are"
+            f" {len(gpus)}: lower --slots or --ranks"
         )
     return [list(gpus[index * ranks : (index + 1) * ranks]) for index in range(count)]
 
 
 def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[str]:
-    """The command line of a run: Python for one rank, the deepspeed launcher for more, below the supervisor."""
+    """The command line of a run: Python for one rank, the deepspeed launcher for more, below the
+    supervisor.
+    """
     settings = [*point.overrides, f"run_path={study.run_folder(point.run)}"]
     training = [
         str(LAUNCHERS / "pretrain.py"),
@@ -104,7 +113,8 @@ def launch_environment(slots: int, ranks: int, devices: Sequence[str]) -> dict[s
     """The environment of a run: its GPUs, its share of the cores, and nothing of a launcher above."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # deepspeed lies beside this Python
+        # deepspeed lies beside this Python
+        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     )
     environment.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (slots * ranks)))
@@ -129,7 +139,10 @@ def output_path(study: Study, point: Point) -> Path:
 
 
 def read_result(study: Study, point: Point) -> dict[str, Any] | None:
-    """What a run says of itself that has all its steps, or that a guard ended early; None where it is not there or torn."""
+    """What a run says of itself that has all its steps, or that a guard ended early.
+
+    None where it is not there or torn.
+    """
     try:
         result: dict[str, Any] = json.loads(result_path(study, point).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -150,7 +163,9 @@ def error_sentence(printed: str, code: int) -> str:
 
 
 def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
-    """The rows of a run's training_log.csv, or those in its last bytes; a torn last line is left out."""
+    """The rows of a run's training_log.csv, or those in its last bytes; a torn last line is left
+    out.
+    """
     path = run / "training_log.csv"
     if not path.is_file():
         return []

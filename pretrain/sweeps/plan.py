@@ -19,7 +19,8 @@ from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without
 from pretrain.sweeps.search import next_point, random_points
 from pretrain.sweeps.study import Design, Record, Study, same_design
 
-# A search gives up after so many proposals a trial that no rule lets pass, or that are the same as an earlier one.
+# A search gives up after so many proposals a trial that no rule lets pass, or that are the same as
+# an earlier one.
 PROPOSALS_PER_TRIAL = 10
 # Before a search starts, the proposals of so many trials are looked through for one that can run.
 TRIALS_CHECKED = 5
@@ -27,7 +28,8 @@ REFUSALS_SHOWN = 5
 
 
 def planned_points(design: Design) -> list[Point]:
-    """The points that are known from the start: all, or none yet for a search that chooses as it goes.
+    """The points that are known from the start: all, or none yet for a search that chooses as it
+    goes.
 
     Raises:
         ConfigError: for axes that the search does not take.
@@ -36,7 +38,8 @@ def planned_points(design: Design) -> list[Point]:
     if design.search == "tpe":
         if design.seeds:
             raise ConfigError(
-                "a tpe search compares single runs and takes no --seeds: use --search grid or random, or leave --seeds out"
+                "a tpe search compares single runs and takes no --seeds: use --search grid or"
+                " random, or leave --seeds out"
             )
         return []
     if design.search == "random":
@@ -50,7 +53,8 @@ def planned_study(output: Path, design: Design, found: Study | None, skip_invali
     """The sweep that is asked for, its points all checked; nothing is written yet.
 
     Args:
-        found: what the folder holds. It may be a part of what is asked for: its points stay the first ones, with their names and runs.
+        found: what the folder holds. It may be a part of what is asked for: its points stay the
+            first ones, with their names and runs.
 
     Raises:
         ConfigError: where the folder holds another sweep, or a point cannot run.
@@ -70,7 +74,9 @@ def planned_study(output: Path, design: Design, found: Study | None, skip_invali
 
 
 def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
-    """Whether a design, and the points that are known of it from the start, have all that the sweep that was found has."""
+    """Whether a design, and the points that are known of it from the start, have all that the sweep
+    that was found has.
+    """
     if design.search == "tpe":
         before, now = (
             {axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design)
@@ -85,7 +91,9 @@ def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
 
 
 class PointCheck:
-    """Rules, ranks, data and mixture of a point, before a process is started; data folders are read once."""
+    """Rules, ranks, data and mixture of a point, before a process is started; data folders are read
+    once.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -93,20 +101,25 @@ class PointCheck:
         self._corpora: dict[str, Datasets] = {}
 
     def __call__(self, point: Point) -> Recipe:
-        """Raises :class:`PipelineError` where the point cannot run, with the sentence that training would end with."""
+        """Raises :class:`PipelineError` where the point cannot run, with the sentence that training
+        would end with.
+        """
         recipe = self.study.recipe_of(point)
         check_topology(recipe, self.study.design.ranks, self.stage)
         datasets = self._corpora_of(recipe)
         if not datasets.utf8_bytes("validation"):
             raise DataError(
-                f"the data in {datasets.place} has no validation split to compare runs by: build it with data.validation_share above 0"
+                f"the data in {datasets.place} has no validation split to compare runs by: build it"
+                " with data.validation_share above 0"
             )
         if not recipe.data.streaming:
             check_names(recipe.data.mixture, list(datasets.training_shards()))
         return recipe
 
     def measured_on(self, recipe: Recipe) -> dict[str, str]:
-        """What the validation loss of a run of this recipe is taken over: equal for runs whose losses compare."""
+        """What the validation loss of a run of this recipe is taken over: equal for runs whose
+        losses compare.
+        """
         datasets = self._corpora_of(recipe)
         held_out = [
             manifest.splits["validation"]
@@ -140,7 +153,8 @@ def check_search(study: Study) -> None:
     """Looks for a point of a tpe search that can run, as the search itself will.
 
     Raises:
-        ConfigError: where there is none among its first proposals, with their reasons; nothing has been written then.
+        ConfigError: where there is none among its first proposals, with their reasons; nothing has
+            been written then.
     """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
     records: list[Record] = []
@@ -154,7 +168,8 @@ def check_search(study: Study) -> None:
         records.append(record)
     reasons = list(dict.fromkeys(str(record.error) for record in records))[:REFUSALS_SHOWN]
     raise ConfigError(
-        f"none of the first {len(records)} points of the search can run, nothing was started: {'; '.join(reasons)}"
+        f"none of the first {len(records)} points of the search can run, nothing was started:"
+        f" {'; '.join(reasons)}"
     )
 
 
@@ -172,10 +187,12 @@ def fingerprint(recipe: Recipe) -> str:
 def checked_points(
     study: Study, points: Sequence[Point], skip_invalid: bool
 ) -> tuple[list[Point], list[dict[str, str]]]:
-    """The points that can run, equal ones standing for one run; and those that cannot, with the reason.
+    """The points that can run, equal ones standing for one run; and those that cannot, with the
+    reason.
 
     Raises:
-        ConfigError: where a point cannot run and ``skip_invalid`` is false, with a sentence for each; nothing has started then.
+        ConfigError: where a point cannot run and ``skip_invalid`` is false, with a sentence for
+            each; nothing has started then.
     """
     check, kept, refused = PointCheck(study), [], []
     runs: dict[str, str] = {}
@@ -201,13 +218,15 @@ def checked_points(
         )
         remedy = "" if skip_invalid else "; mend them, or leave them out with --skip-invalid"
         raise ConfigError(
-            f"{len(refused)} of {len(points)} points cannot run, nothing was started: {shown}{more}{remedy}"
+            f"{len(refused)} of {len(points)} points cannot run, nothing was started:"
+            f" {shown}{more}{remedy}"
         )
     return kept, refused
 
 
 def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]:
-    """Hands out the points of a tpe search: first those that are ``left`` of earlier starts, then new ones until there are enough trials.
+    """Hands out the points of a tpe search: first those that are ``left`` of earlier starts, then
+    new ones until there are enough trials.
 
     A run that failed is a trial as well.
     """

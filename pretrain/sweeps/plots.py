@@ -46,7 +46,9 @@ def _pyplot() -> Any:
 
 
 def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> bytes:
-    """Perplexity against a size of the model, and the line of points, all their seeds finished, that no smaller one beats."""
+    """Perplexity against a size of the model, and the line of points, all their seeds finished,
+    that no smaller one beats.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     sizes, values = [entry[column] for entry in ranked], [entry["perplexity"] for entry in ranked]
@@ -91,7 +93,9 @@ def _front(sizes: Sequence[float], values: Sequence[float]) -> list[tuple[float,
 
 
 def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_base: bool) -> bytes:
-    """A panel an axis: perplexity by the axis's value; numbers on a scale, names side by side, the base recipe as a line."""
+    """A panel an axis: perplexity by the axis's value; numbers on a scale, names side by side, the
+    base recipe as a line.
+    """
     pyplot = _pyplot()
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)

@@ -1,4 +1,6 @@
-"""What a sweep says while it runs: one bar over the steps of all runs with the time left, and a line when a run starts or ends."""
+"""What a sweep says while it runs: one bar over the steps of all runs with the time left, and a
+line when a run starts or ends.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class SweepProgress:
         if point.run not in self._waiting:
             self._waiting.add(point.run)
             self.say(
-                f"{point.run}: a process of an earlier start, or of another machine, still writes to {folder}: waiting for it to end"
+                f"{point.run}: a process of an earlier start, or of another machine, still writes"
+                f" to {folder}: waiting for it to end"
             )
 
     def ended(self, record: Record, steps: int) -> None:
@@ -59,7 +62,10 @@ class SweepProgress:
             self.settled[run] = steps
         self.bar.set_description(f"{len(self.settled)}/{self.total_runs} runs", refresh=False)
         if loss is not None and record.result is not None:
-            what = f"perplexity {math.exp(loss):.4g}, {record.result['parameters_active']:,} of {record.result['parameters_total']:,} parameters active"
+            what = (
+                f"perplexity {math.exp(loss):.4g}, {record.result['parameters_active']:,} of"
+                f" {record.result['parameters_total']:,} parameters active"
+            )
         else:
             what = record.error or ""
         self.say(f"{record.state} {run}{': ' + what if what else ''}")

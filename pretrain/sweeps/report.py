@@ -1,4 +1,6 @@
-"""What came out of a sweep: a table of all points as CSV, a ranking over seeds, Markdown, and a table for the terminal."""
+"""What came out of a sweep: a table of all points as CSV, a ranking over seeds, Markdown, and a
+table for the terminal.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,11 @@ def point_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def ranking(study: Study) -> list[dict[str, Any]]:
-    """Finished points, best first; points of the same recipe are one entry, with the others' names in ``also``.
+    """Finished points, best first; points of the same recipe are one entry, with the others' names
+    in ``also``.
 
-    Points of which not every seed has finished are behind: what diverged would be missing in their mean.
+    Points of which not every seed has finished are behind: what diverged would be missing in their
+    mean.
     """
     entries: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in finished_groups(study):
@@ -77,7 +81,8 @@ def ranking(study: Study) -> list[dict[str, Any]]:
 
 
 def finished_groups(study: Study) -> list[dict[str, Any]]:
-    """Each point, in order: the mean over its finished seeds, and the sample standard deviation where there are several.
+    """Each point, in order: the mean over its finished seeds, and the sample standard deviation
+    where there are several.
 
     Perplexity is that of the mean loss, so that both give the same order.
     """
@@ -123,7 +128,11 @@ def _axis_columns(study: Study) -> list[str]:
 
 
 def incomparable(study: Study) -> str | None:
-    """A warning where the losses of the runs are over different things, so that their order says nothing; None where they compare."""
+    """A warning where the losses of the runs are over different things, so that their order says
+    nothing.
+
+    None where they compare.
+    """
     seen: dict[str, set[str]] = {}
     for point in study.runs:
         for name, value in point.measured_on.items():
@@ -132,7 +141,10 @@ def incomparable(study: Study) -> str | None:
     if not differing:
         return None
     what = " or ".join(differing)
-    return f"runs that differ in {what} have validation losses over different windows, which do not compare: rank only runs that share it"
+    return (
+        f"runs that differ in {what} have validation losses over different windows, which do not"
+        " compare: rank only runs that share it"
+    )
 
 
 def states(study: Study) -> dict[str, int]:
@@ -141,7 +153,9 @@ def states(study: Study) -> dict[str, int]:
 
 
 def write_report(study: Study) -> dict[str, Path]:
-    """Writes the table, the ranking and the pictures; each replaces the one of an earlier report, whole."""
+    """Writes the table, the ranking and the pictures; each replaces the one of an earlier report,
+    whole.
+    """
     rows, ranked = point_rows(study), ranking(study)
     kind, output = study.design.kind, study.output
     text = io.StringIO()
@@ -243,10 +257,13 @@ def markdown(study: Study, rows: list[dict[str, Any]], ranked: list[dict[str, An
     counts = ", ".join(f"{count} {state}" for state, count in sorted(states(study).items()))
     parts = [
         f"# {design.kind.capitalize()} of {design.recipe}",
-        f"{len(study.points)} points, {len(study.runs)} runs ({counts}); search {design.search}, {design.ranks} ranks a run"
-        f"{', ' + ' or '.join(f'{count:,}' for count in tokens) + ' tokens a run' if tokens else ''}. "
-        "Losses are nats a token over the whole validation split"
-        f"{', mean ± standard deviation over seeds' if design.seeds else ''}.",
+        (
+            f"{len(study.points)} points, {len(study.runs)} runs ({counts}); search"
+            f" {design.search}, {design.ranks} ranks a"
+            f" run{', ' + ' or '.join(f'{count:,}' for count in tokens) + ' tokens a run' if tokens else ''}."
+            " Losses are nats a token over the whole validation"
+            f" split{', mean ± standard deviation over seeds' if design.seeds else ''}."
+        ),
     ]
     if note := incomparable(study):
         parts.append(f"**Warning:** {note}.")
@@ -310,9 +327,11 @@ def _axis_sections(study: Study) -> list[str]:
                 f"{entry['perplexity']:.4g}",
                 _loss_text(entry),
                 _runs_text(entry),
-                ""
-                if base is None
-                else f"{entry['validation_loss'] - base['validation_loss']:+.4f}",
+                (
+                    ""
+                    if base is None
+                    else f"{entry['validation_loss'] - base['validation_loss']:+.4f}"
+                ),
                 f"{entry['parameters_total']:,}",
                 f"{entry['active_share']:.1%}",
             ]

@@ -1,4 +1,6 @@
-"""Runs side by side on one machine, each resumable: a killed sweep starts nothing twice and loses nothing that was saved."""
+"""Runs side by side on one machine, each resumable: a killed sweep starts nothing twice and loses
+nothing that was saved.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,17 @@ from pretrain.sweeps.study import SETTLED, Record, Study, is_written_to, try_loc
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
-# A run that is asked to end may end with any code before it listens to signals; with these it has told an error of its own.
+# A run that is asked to end may end with any code before it listens to signals; with these it has
+# told an error of its own.
 OWN_REASONS = (USAGE, BAD_DATA, BAD_CHECKPOINT, IO_FAILED, NON_FINITE)
 
 
 @dataclass
 class Active:
-    """A point that a slot is busy with. ``lock`` and ``process`` are None while an earlier start of the run has not ended."""
+    """A point that a slot is busy with.
+
+    ``lock`` and ``process`` are None while an earlier start of the run has not ended.
+    """
 
     record: Record
     slot: int
@@ -140,7 +146,9 @@ class Runner:
             self._prune(active)
 
     def _try_to_start(self, active: Active) -> None:
-        """Starts a run as soon as no process of an earlier start lives any more; leaves it as it is where it is settled."""
+        """Starts a run as soon as no process of an earlier start lives any more; leaves it as it is
+        where it is settled.
+        """
         if self.stop.count:
             self._release(active)
             return

@@ -1,6 +1,10 @@
-"""Points that optuna chooses. The records of the runs are the only memory: a study of optuna's is made from them whenever one is needed.
+"""Points that optuna chooses.
 
-So an interrupted search goes on as it would have, and no second store can disagree with the runs' folders.
+The records of the runs are the only memory: a study of optuna's is made from them whenever one is
+needed.
+
+So an interrupted search goes on as it would have, and no second store can disagree with the runs'
+folders.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-# Runs that are compared before the first one may be pruned, and validations that a run has before it may be.
+# Runs that are compared before the first one may be pruned, and validations that a run has before
+# it may be.
 PRUNING_STARTS_AFTER_RUNS = 4
 PRUNING_STARTS_AFTER_VALIDATIONS = 1
 
@@ -28,7 +33,9 @@ def trial_name(number: int) -> str:
 
 
 def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
-    """``count`` points drawn independently and uniformly (on a log scale where the range is one) from the axes."""
+    """``count`` points drawn independently and uniformly (on a log scale where the range is one)
+    from the axes.
+    """
     from optuna.samplers import RandomSampler
 
     study = _study(RandomSampler(seed))
@@ -36,10 +43,12 @@ def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
 
 
 def next_point(axes: Sequence[Axis], records: Sequence[Record], seed: int) -> Point:
-    """The next trial of a search by the tree-structured Parzen estimator (Bergstra et al. 2011), from what is known of the earlier ones.
+    """The next trial of a search by the tree-structured Parzen estimator (Bergstra et al. 2011),
+    from what is known of the earlier ones.
 
-    Runs that are going on count as bad ones, so that the next one is tried elsewhere. The sampler's seed is that of the search and the
-    trial's number: with one run at a time the search is the same however often it was interrupted.
+    Runs that are going on count as bad ones, so that the next one is tried elsewhere. The sampler's
+    seed is that of the search and the trial's number: with one run at a time the search is the same
+    however often it was interrupted.
     """
     from optuna.samplers import TPESampler
 
@@ -49,7 +58,9 @@ def next_point(axes: Sequence[Axis], records: Sequence[Record], seed: int) -> Po
 
 
 def should_prune(records: Sequence[Record], validation: Sequence[tuple[int, float]]) -> bool:
-    """Whether a run's best validation loss so far is worse than the median of what finished runs had at its last step."""
+    """Whether a run's best validation loss so far is worse than the median of what finished runs
+    had at its last step.
+    """
     from optuna.pruners import MedianPruner
     from optuna.samplers import RandomSampler
     from optuna.trial import TrialState, create_trial
@@ -110,7 +121,10 @@ def _choice(axis: Axis, value: float | str) -> Choice:
 
 
 def _trial(record: Record, axes: Sequence[Axis]) -> FrozenTrial:
-    """A run as optuna sees it. One that diverged or was pruned is worse than all that finished, one that failed says nothing."""
+    """A run as optuna sees it.
+
+    One that diverged or was pruned is worse than all that finished, one that failed says nothing.
+    """
     from optuna.trial import TrialState, create_trial
 
     diverged = (

@@ -48,7 +48,8 @@ def write_array(study: Study, tool: Path, slots: int) -> Path:
     """
     if study.design.search == "tpe":
         raise ConfigError(
-            "a tpe search chooses each point by the earlier ones and cannot be an array of jobs: use --search grid or random"
+            "a tpe search chooses each point by the earlier ones and cannot be an array of jobs:"
+            " use --search grid or random"
         )
     output, script = study.output.resolve(), study.output.resolve() / SCRIPT
     text = TEXT.format(

@@ -1,11 +1,12 @@
-"""The folder of a sweep: what was asked, once and for all, and a record of each run, which only the process that holds its lock writes.
+"""The folder of a sweep: what was asked, once and for all, and a record of each run, which only the
+process that holds its lock writes.
 
 OUTPUT/
-  base.yaml  ds_config.json      what every run is laid over: nothing outside the folder can change under a sweep that goes on
-  study.json                     axes, points, seeds, tokens, ranks; written last
-  points/<run>/record.json       state, attempts, result     points/<run>/output.txt   what its launches printed
-  runs/<run>/                    the run itself, as launchers/pretrain.py writes it
-  *_results.csv  report.md  *.png
+  base.yaml  ds_config.json      what every run is laid over: nothing outside the folder can change
+  under a sweep that goes on study.json                     axes, points, seeds, tokens, ranks;
+  written last points/<run>/record.json       state, attempts, result     points/<run>/output.txt
+  what its launches printed runs/<run>/                    the run itself, as launchers/pretrain.py
+  writes it *_results.csv  report.md  *.png
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Record:
     """What is known of one run.
 
     Attributes:
-        attempts: one for each start: when it began and ended, and its exit code; without an end where the sweep was killed.
+        attempts: one for each start: when it began and ended, and its exit code; without an end
+            where the sweep was killed.
         error: the sentence it failed with.
         result: what training's ``--json`` says of the finished run.
         validation: (step, loss) of a run that was pruned or finished, for the pruning of others.
@@ -73,7 +75,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Design:
-    """What is asked for: the same again goes on, more of :data:`GROWING` adds runs, anything else is another sweep.
+    """What is asked for: the same again goes on, more of :data:`GROWING` adds runs, anything else
+    is another sweep.
 
     Attributes:
         kind: the command that made it, ``sweep`` or ``ablation``.
@@ -82,7 +85,8 @@ class Design:
         search: ``each``, ``grid``, ``random`` or ``tpe``.
         trials: points of a random or tpe search.
         folder: the working folder that the recipe's relative paths are seen from.
-        prune: whether runs that are worse than the median of the others at the same step are ended early.
+        prune: whether runs that are worse than the median of the others at the same step are ended
+            early.
     """
 
     kind: str
@@ -104,7 +108,9 @@ class Design:
 
 
 def base_mapping(recipe: str, overrides: list[str], tokens: int | None) -> dict[str, Any]:
-    """The recipe's own mapping, bases resolved, with the user's overrides: what each point's overrides are applied to."""
+    """The recipe's own mapping, bases resolved, with the user's overrides: what each point's
+    overrides are applied to.
+    """
     content, _ = read_recipe_file(recipe)
     for override in [*overrides, *([f"train.train_tokens={tokens}"] if tokens is not None else [])]:
         apply_override(content, override)
@@ -123,7 +129,9 @@ class Study:
 
     @property
     def runs(self) -> list[Point]:
-        """The points that have a run of their own, in order: what an index of an array of jobs counts."""
+        """The points that have a run of their own, in order: what an index of an array of jobs
+        counts.
+        """
         return [point for point in self.points if point.run == point.name]
 
     @property
@@ -183,7 +191,8 @@ class Study:
         ]
 
     def save(self) -> None:
-        """Writes the study: from here on the folder holds this sweep, or more of the one that it holds.
+        """Writes the study: from here on the folder holds this sweep, or more of the one that it
+        holds.
 
         Raises:
             ConfigError: where the folder holds something that is no sweep's.
@@ -199,7 +208,8 @@ class Study:
         )
         if foreign and STUDY not in foreign:
             raise ConfigError(
-                f"{self.output} holds {sorted(foreign)[0]} and no sweep: choose another folder with --output"
+                f"{self.output} holds {sorted(foreign)[0]} and no sweep: choose another folder with"
+                " --output"
             )
         self.output.mkdir(parents=True, exist_ok=True)
         write_synced(
@@ -246,7 +256,8 @@ def open_study(output: Path) -> Study | None:
 
 
 def same_design(found: Design, asked: Design, output: Path, grows: bool) -> bool:
-    """Whether ``output`` holds just the sweep that is asked for; where it ``grows``, it may hold less of it.
+    """Whether ``output`` holds just the sweep that is asked for; where it ``grows``, it may hold
+    less of it.
 
     Raises:
         ConfigError: where it holds another one.
@@ -256,16 +267,19 @@ def same_design(found: Design, asked: Design, output: Path, grows: bool) -> bool
         if value != before[name] and not (grows and name in GROWING):
             shown = f" ({before[name]}, not {value})" if len(f"{before[name]}{value}") < 100 else ""
             raise ConfigError(
-                f"{output} holds a sweep with another '{name}'{shown}: choose another folder with --output, or go on with what is there "
-                f"by giving --output {output} alone"
+                f"{output} holds a sweep with another '{name}'{shown}: choose another folder with"
+                f" --output, or go on with what is there by giving --output {output} alone"
             )
     return bool(now == before)
 
 
 def try_lock(folder: Path) -> int | None:
-    """A descriptor that holds ``folder``, which is created, against other processes; None where another one holds it.
+    """A descriptor that holds ``folder``, which is created, against other processes.
 
-    The lock lasts until the last process that has the descriptor ends: handed to a child, it outlives a killed parent.
+    None where another one holds it.
+
+    The lock lasts until the last process that has the descriptor ends: handed to a child, it
+    outlives a killed parent.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -278,7 +292,9 @@ def try_lock(folder: Path) -> int | None:
 
 
 def is_written_to(folder: Path) -> bool:
-    """Whether a process holds ``folder`` as its only writer, as every training run does; an absent one is not."""
+    """Whether a process holds ``folder`` as its only writer, as every training run does; an absent
+    one is not.
+    """
     if not folder.is_dir():
         return False
     descriptor = try_lock(folder)

@@ -34,7 +34,8 @@ def test_it_has_sources_shares_origins_parameters_and_results() -> None:
     recipe = load_recipe(
         "debug",
         [
-            "card={license: mit, intended_use: For tests., data_origin: {code: 'The Stack, permissive'}}"
+            "card={license: mit, intended_use: For tests., data_origin: {code: 'The Stack,"
+            " permissive'}}"
         ],
     )
     card = model_card(recipe, STATE, {"hellaswag/acc": 0.25})

@@ -118,7 +118,7 @@ def test_a_full_folder_and_an_unknown_vocabulary_are_refused(tmp_path: Path) -> 
         write_weights_folder(tmp_path / "out", load_recipe("debug"), [], None)
 
 
-# --- what is missing, doubled or cut off is named -------------------------------------------------------------------------------------
+# --- what is missing, doubled or cut off is named -------------------------------------------------
 
 
 def split_over_two(folder: Path) -> None:
@@ -173,7 +173,10 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "a share is short": (
         (),
         with_a_short_share,
-        f"'{W1}' has 3 of 4 experts .2 in weights-experts-00000-of-00002.safetensors, 1 in weights-experts-00001",
+        (
+            f"'{W1}' has 3 of 4 experts .2 in weights-experts-00000-of-00002.safetensors, 1 in"
+            " weights-experts-00001"
+        ),
     ),
     "a file is cut off": ((), cut, "weights-experts-00000-of-00001.safetensors cannot be read"),
     "an expert is missing": (
@@ -187,7 +190,10 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
             folder / DENSE_FILE,
             lambda tensors: tensors.update({EXPERT_2: load_file(folder / SHARD)[EXPERT_2]}),
         ),
-        f"'{EXPERT_2}' stands in weights-dense.safetensors, weights-experts-00000-of-00001.safetensors, and belongs into one",
+        (
+            f"'{EXPERT_2}' stands in weights-dense.safetensors,"
+            " weights-experts-00000-of-00001.safetensors, and belongs into one"
+        ),
     ),
     "an expert has other rows": (
         NATIVE,

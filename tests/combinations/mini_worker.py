@@ -1,7 +1,9 @@
-"""Runs the training command for many recipes in one start of the ranks, and prints each run's rows as JSON.
+"""Runs the training command for many recipes in one start of the ranks, and prints each run's rows
+as JSON.
 
-Started by a launcher with the file of cases and the file for the results. A case has "name", "arguments" of the command, "run_path", and
-optionally "resume_at": the run is then cut back to its checkpoint of that step, and the same command goes on from there.
+Started by a launcher with the file of cases and the file for the results. A case has "name",
+"arguments" of the command, "run_path", and optionally "resume_at": the run is then cut back to its
+checkpoint of that step, and the same command goes on from there.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ MINIS = {name: load_recipe(name) for name in recipe_names() if name.endswith("_m
 
 
 def parts(recipe: Recipe) -> set[str]:
-    """What a model consists of beside its sizes: each kind, each switch, and which optional numbers are given."""
+    """What a model consists of beside its sizes: each kind, each switch, and which optional numbers
+    are given.
+    """
     return set(_walk(recipe.model.model_dump(), ""))
 
 

@@ -1,4 +1,6 @@
-"""Combinations of a model's kinds and options with ways to train it: rows in which every pair that the rules allow stands at least once."""
+"""Combinations of a model's kinds and options with ways to train it: rows in which every pair that
+the rules allow stands at least once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ DEBUG = "debug's"  # the value of the recipe that all rows are laid over
 DROPOUT = (
     "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1, feed_forward: 0.1, expert: 0.1}"
 )
-# What the contract of kinds leaves out. In evaluation a full expert has room for all tokens here, so that nothing depends on what comes later.
+# What the contract of kinds leaves out. In evaluation a full expert has room for all tokens here,
+# so that nothing depends on what comes later.
 MORE_OPTIONS = {
     "full experts turn tokens away": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.capacity_factor=1"],
     "DeepSpeed's jitter and residual experts": [
@@ -60,7 +63,9 @@ Row = tuple[Choice, ...]
 
 
 def parameters() -> dict[str, Values]:
-    """Every family with all its kinds, every option, and the settings. First stands what the recipe has that all rows are laid over.
+    """Every family with all its kinds, every option, and the settings.
+
+    First stands what the recipe has that all rows are laid over.
 
     An option that names a kind is a value of that kind's family.
     """
@@ -114,7 +119,9 @@ def _sized_debug() -> dict[str, Any]:
 
 @cache
 def refusal(row: Row) -> str | None:
-    """Why the rules refuse a whole or a partial row, with debug's values for what is not in it; None where they do not.
+    """Why the rules refuse a whole or a partial row, with debug's values for what is not in it.
+
+    None where they do not.
 
     Does what ``load_recipe`` does, without reading the file thousands of times.
     """
@@ -140,7 +147,9 @@ def about_experts(choice: Choice) -> bool:
 
 @cache
 def possible_pairs() -> frozenset[Row]:
-    """Every pair of values of two parameters, refused or not, but for what says nothing: how a model without experts should use them."""
+    """Every pair of values of two parameters, refused or not, but for what says nothing: how a
+    model without experts should use them.
+    """
     choices = [[(name, value) for value in values] for name, values in PARAMETERS.items()]
     pairs = (
         pair
@@ -175,8 +184,11 @@ def in_order(choices: Iterable[Choice]) -> Row:
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """Rows that hold every allowed pair. The search, largest parameters first, ends at its first row without a new pair and leaves a few out:
-    as many of these as go together are laid over the recipe's own values."""
+    """Rows that hold every allowed pair.
+
+    The search, largest parameters first, ends at its first row without a new pair and leaves a few
+    out: as many of these as go together are laid over the recipe's own values.
+    """
     names = sorted(PARAMETERS, key=lambda name: -len(PARAMETERS[name]))
     choices = [[(name, value) for value in PARAMETERS[name]] for name in names]
     found = [in_order(row) for row in AllPairs(choices, filter_func=fits)]
@@ -199,7 +211,9 @@ def rows() -> tuple[Row, ...]:
 
 @cache
 def quarter() -> tuple[Row, ...]:
-    """A quarter of the rows: first those with values that are in no earlier one, then those with the most new pairs."""
+    """A quarter of the rows: first those with values that are in no earlier one, then those with
+    the most new pairs.
+    """
     chosen: list[Row] = []
     values: set[Choice] = set()
     pairs: set[Row] = set()

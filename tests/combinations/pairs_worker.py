@@ -1,7 +1,9 @@
-"""Runs rows of combinations in one start of the ranks: trains, saves, resumes in a new engine, loads the weights, generates.
+"""Runs rows of combinations in one start of the ranks: trains, saves, resumes in a new engine,
+loads the weights, generates.
 
-Started by a launcher with the file of rows and the file for the results. A row has "name", "number", "overrides", "zero" and optionally
-"sabotage": a deliberate fault that the tests must notice.
+Started by a launcher with the file of rows and the file for the results. A row has "name",
+"number", "overrides", "zero" and optionally "sabotage": a deliberate fault that the tests must
+notice.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Run:
         return synthetic_step(self.recipe, step, self.topology.rank, self.topology.world_size)
 
     def train(self, steps: int) -> list[list[Any]]:
-        """Losses, gradient norm and the experts' counts of each step; always on the same batch, so that the loss has to fall."""
+        """Losses, gradient norm and the experts' counts of each step; always on the same batch, so
+        that the loss has to fall.
+        """
         moe = self.recipe.model.moe
         rate = moe.bias_balancing.update_rate if getattr(moe, "bias_balancing", None) else 0.0
         results = [self.engine.train_step(self.batches(0), 1.0, rate) for _ in range(steps)]
@@ -107,7 +111,9 @@ def remembering_nothing(model: DecoderLM) -> NextLogits:
 
 
 def use_weights(run: Run, checkpoint: Path) -> dict[str, Any]:
-    """What a single process makes of a checkpoint without DeepSpeed: its loss, and greedy text with the cache and without."""
+    """What a single process makes of a checkpoint without DeepSpeed: its loss, and greedy text with
+    the cache and without.
+    """
     model, recipe = load_model(checkpoint)
     scored = evaluate(model, synthetic_step(recipe, 77, 0, 1), torch.device("cpu"))
     length = len(PROMPT) + NEW_TOKENS
@@ -124,7 +130,9 @@ def use_weights(run: Run, checkpoint: Path) -> dict[str, Any]:
 
 
 def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
-    """The likeliest continuation of the prompt, and the logits [S, V] that each token was chosen by."""
+    """The likeliest continuation of the prompt, and the logits [S, V] that each token was chosen
+    by.
+    """
     seen: list[torch.Tensor] = []
 
     def remembered(added_BS: torch.Tensor) -> torch.Tensor:

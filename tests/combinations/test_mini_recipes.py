@@ -1,4 +1,5 @@
-"""Every shipped twin of a published model runs for real, by the training command on two ranks: learns, saves, goes on, is scored, generates.
+"""Every shipped twin of a published model runs for real, by the training command on two ranks:
+learns, saves, goes on, is scored, generates.
 
 The one with the most kinds runs always, for a few steps; all of them, for longer, with ``-m full``.
 """
@@ -55,8 +56,11 @@ CHOICES = [pytest.param((RICHEST, SHORT), id=f"{RICHEST}, 20 steps")] + [
 
 @dataclass(frozen=True)
 class Runs:
-    """One recipe's runs: as it is shipped, cut back and gone on with; and with nothing left to chance, its experts whole on each rank, or spread
-    over both. ``chance`` is as shipped, but with whole experts, where the recipe leaves anything to chance."""
+    """One recipe's runs: as it is shipped, cut back and gone on with; and with nothing left to
+    chance, its experts whole on each rank, or spread
+    over both. ``chance`` is as shipped, but with whole experts, where the recipe leaves anything to
+    chance.
+    """
 
     length: Length
     folder: Path
@@ -74,7 +78,10 @@ class Runs:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of some modules of the standard library, with a small vocabulary."""
     folder, library = tmp_path_factory.mktemp("mini") / "data", stdlib_folder()
-    source = f"data.source={{kind: text, input: ['{library}/email/*.py', '{library}/json/*.py', '{library}/logging/*.py']}}"
+    source = (
+        f"data.source={{kind: text, input: ['{library}/email/*.py', '{library}/json/*.py',"
+        f" '{library}/logging/*.py']}}"
+    )
     overrides = [
         source,
         f"data.tokenizer={{kind: train_bpe, vocab_size: {VOCAB_SIZE}}}",
@@ -97,7 +104,10 @@ def case(
 
 
 def run_recipes(names: list[str], data: Path, folder: Path, length: Length) -> dict[str, Runs]:
-    """All runs of these recipes in one start of two ranks. What a recipe leaves to chance is run without it as well."""
+    """All runs of these recipes in one start of two ranks.
+
+    What a recipe leaves to chance is run without it as well.
+    """
     cases = []
     for name in names:
         without = quiet(MINIS[name])
@@ -157,8 +167,10 @@ def steps_of(run: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
 
 
 def equal_choices(run: dict[str, Any], other: dict[str, Any]) -> int:
-    """Steps, from the first one on, in which every expert of every layer got as many tokens in both runs; all of them with PEER, which does not
-    say, and where a choice that rounding makes is between experts of nearly the same, small weight."""
+    """Steps, from the first one on, in which every expert of every layer got as many tokens in both
+    runs; all of them with PEER, which does not
+    say, and where a choice that rounding makes is between experts of nearly the same, small weight.
+    """
     loads = (
         [[layer["expert_load"] for layer in row.get("layers", [])] for row in steps_of(of)]
         for of in (run, other)
@@ -168,7 +180,8 @@ def equal_choices(run: dict[str, Any], other: dict[str, Any]) -> int:
 
 
 def equal_losses(run: dict[str, Any], other: dict[str, Any], steps: int) -> bool:
-    """Whether the first ``steps`` have the same losses but for rounding: to 1e-6 in the first ten, to 1e-4 after them, because AdamW makes more
+    """Whether the first ``steps`` have the same losses but for rounding: to 1e-6 in the first ten,
+    to 1e-4 after them, because AdamW makes more
     of a rounding with every step, and most of it where the gradient's norm leaps."""
     pairs = list(zip(steps_of(run), steps_of(other), strict=True))[:steps]
     return all(
@@ -193,8 +206,12 @@ def test_a_resumed_run_repeats_every_digit(runs: Runs) -> None:
 
 @every_mini
 def test_experts_on_two_ranks_give_the_run_of_experts_on_one(runs: Runs) -> None:
-    """Until a token is so undecided between two experts that rounding chooses: from then on they are two runs. Without dropout, because its
-    masks are drawn by each rank for the rows that reach it, in their order there."""
+    """Until a token is so undecided between two experts that rounding chooses: from then on they
+    are two runs.
+
+    Without dropout, because its masks are drawn by each rank for the rows that reach it, in their
+    order there.
+    """
     steps = equal_choices(runs.spread, runs.whole)
     assert steps >= 5 and equal_losses(runs.spread, runs.whole, steps)
     if runs.chance is not None:

@@ -1,6 +1,8 @@
-"""Every pair of kinds, options and ways to train works together: it trains, goes on from its checkpoint, and its weights generate.
+"""Every pair of kinds, options and ways to train works together: it trains, goes on from its
+checkpoint, and its weights generate.
 
-A quarter of the rows, which has every value and most of the pairs, runs always, all of them with ``-m full``.
+A quarter of the rows, which has every value and most of the pairs, runs always, all of them with
+``-m full``.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ def test_the_loss_falls(result: dict[str, Any]) -> None:
 
 @every_row
 def test_a_resumed_run_repeats_every_bit(result: dict[str, Any]) -> None:
-    """Losses, gradient norms and the experts' loads, with dropout and noise; the run that was not interrupted was evaluated in between."""
+    """Losses, gradient norms and the experts' loads, with dropout and noise; the run that was not
+    interrupted was evaluated in between.
+    """
     assert result["damage"] is None
     assert result["resumed"] == result["curve"][result["resumed_at"] :]
     assert result["resumed_validation"] == result["validation"]

@@ -1,4 +1,6 @@
-"""A recipe or a ds_config that holds a credential is refused by its place, and its value is printed nowhere."""
+"""A recipe or a ds_config that holds a credential is refused by its place, and its value is printed
+nowhere.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def test_a_recipe_with_a_credential_is_refused_by_its_place_alone(
 @pytest.mark.parametrize(
     "override",
     [
-        "trackers={kinds: [wandb, mlflow, comet], project: moe-pretraining-of-the-whole-group, tags: [first, 'lr=3e-4'], group: g, name: n}",
+        (
+            "trackers={kinds: [wandb, mlflow, comet], project: moe-pretraining-of-the-whole-group,"
+            " tags: [first, 'lr=3e-4'], group: g, name: n}"
+        ),
         f"data.source={{kind: datasets, dataset: a/b, revision: {HEX}}}",
         "data.path=data/sk-commoncrawl-2024-deduplicated",
         "card={license: apache-2.0, data_origin: {all: 'https://example.com/data, CC-BY-4.0'}}",

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("extending*.md"))
 EXAMPLE = re.compile(r"```python\n# (\w+)\.py\n(.*?)```\n(.*?)\n(?:\n|$)", re.DOTALL)
 SETTING = re.compile(r'`--set "(.*)"`')
-# Loads the recipe with the example's kind, saves and reads it again, and imports what the kind stands for.
+# Loads the recipe with the example's kind, saves and reads it again, and imports what the kind
+# stands for.
 CHECK = """
 import sys
 from pretrain.config.load import load_recipe, parse_yaml, recipe_to_yaml, validate_recipe

@@ -1,4 +1,5 @@
-"""Parts from a package outside of the tree, through every command of a run; and code that a checkpoint names is not run.
+"""Parts from a package outside of the tree, through every command of a run; and code that a
+checkpoint names is not run.
 
 The package is tests/config/parts/my_parts, copied away so that only PYTHONPATH finds it.
 """
@@ -50,7 +51,9 @@ logging: {{interval_steps: 1, tensorboard: false}}
 
 @dataclass(frozen=True)
 class Outside:
-    """A folder with texts, a recipe, the user's package, and the numbers of the processes that imported it."""
+    """A folder with texts, a recipe, the user's package, and the numbers of the processes that
+    imported it.
+    """
 
     folder: Path
 
@@ -189,8 +192,10 @@ BROKEN = {
     "is no Python": ("def", ["the plugin 'broken' cannot be imported: SyntaxError"]),
     "ends the program": ("raise SystemExit(0)", ["the plugin 'broken' cannot be imported"]),
     "takes a kind's name": (
-        "from typing import Literal\nfrom pretrain.model.config import Norm\n"
-        "class Mine(Norm):\n    kind: Literal['rms_norm']\n",
+        (
+            "from typing import Literal\nfrom pretrain.model.config import Norm\n"
+            "class Mine(Norm):\n    kind: Literal['rms_norm']\n"
+        ),
         ["'rms_norm'", "pretrain.model.config.RMSNorm and broken.Mine", "rename one"],
     ),
 }

@@ -62,7 +62,10 @@ def test_a_shipped_recipe_is_a_base_by_its_name(tmp_path: Path) -> None:
 
 
 def test_another_kind_brings_none_of_the_old_ones_fields(tmp_path: Path) -> None:
-    text = "base: debug\nname: mine\noptimizer: {kind: sgd, learning_rate: 0.1}\nmodel: {moe: {kind: deepspeed, num_experts: 8, "
+    text = (
+        "base: debug\nname: mine\noptimizer: {kind: sgd, learning_rate: 0.1}\nmodel: {moe: {kind:"
+        " deepspeed, num_experts: 8, "
+    )
     mine = load_recipe(
         write(tmp_path, "mine.yaml", text + "top_k: 1, moe_intermediate_size: 16, gate: router}}\n")
     )
@@ -85,7 +88,8 @@ def test_null_gives_the_default_back(tmp_path: Path) -> None:
         write(
             tmp_path,
             "mine.yaml",
-            "base: quickstart\nname: mine\nmodel: {position: null}\nparallel: null\ndata: {source: null}\n",
+            "base: quickstart\nname: mine\nmodel: {position: null}\nparallel: null\ndata: {source:"
+            " null}\n",
         )
     )
     assert (

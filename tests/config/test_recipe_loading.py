@@ -1,4 +1,6 @@
-"""From a name and overrides to a checked recipe: types, names of wrong fields, duplicate keys, and the way back to YAML."""
+"""From a name and overrides to a checked recipe: types, names of wrong fields, duplicate keys, and
+the way back to YAML.
+"""
 
 from __future__ import annotations
 
@@ -202,7 +204,10 @@ def test_yaml_cannot_construct_python_objects() -> None:
 
 def test_loading_a_recipe_needs_neither_torch_nor_deepspeed() -> None:
     """A wrong option must be answered at once, not after seconds of imports."""
-    code = "import sys; from pretrain.config.load import load_recipe; load_recipe('debug'); print({'torch', 'deepspeed'} & sys.modules.keys())"
+    code = (
+        "import sys; from pretrain.config.load import load_recipe; load_recipe('debug');"
+        " print({'torch', 'deepspeed'} & sys.modules.keys())"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -13,7 +13,10 @@ NATIVE = ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"]
 PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2, top_k: 2}"
 ONE_CHOICE = [*NATIVE, "model.moe.top_k=1", "model.moe.router.norm_topk_prob=false"]
 
-LATENT = "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6, kernel: flash}"
+LATENT = (
+    "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4,"
+    " qk_nope_head_dim: 8, v_head_dim: 6, kernel: flash}"
+)
 
 # Rule -> (overrides that break it, parts of the sentence, overrides that mend it)
 BROKEN = {

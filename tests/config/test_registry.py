@@ -30,27 +30,34 @@ class Late(SoftmaxTopK):
 {check}
 """
 CHECKS = {
-    "a kind defined after the recipe's class is known": """
+    "a kind defined after the recipe's class is known": (
+        """
 assert "'late'" in before and "'softmax_topk'" in before, before
 recipe = load_recipe("debug", ["model.moe.router={kind: late, sharpness: 3}"])
 assert type(recipe.model.moe.router) is Late and recipe.model.moe.router.sharpness == 3
 again = validate_recipe(parse_yaml(recipe_to_yaml(recipe), "saved"), "saved")
 assert again == recipe and again.model.moe.router.sharpness == 3
-""",
-    "its fields are named in errors": """
+"""
+    ),
+    "its fields are named in errors": (
+        """
 found = error_of("model.moe.router={kind: late, sharpnes: 3}")
 assert "unknown field 'model.moe.router.sharpnes': did you mean 'sharpness'?" in found, found
 found = error_of("model.moe.router={kind: latte}")
 assert "'model.moe.router.kind' is 'latte'" in found and "'late'" in found, found
-""",
-    "two kinds of one name are refused": """
+"""
+    ),
+    "two kinds of one name are refused": (
+        """
 class Other(Norm):
     kind: Literal["rms_norm"] = "rms_norm"
 found = error_of()
 assert "'rms_norm'" in found and "pretrain.model.config.RMSNorm" in found, found
 assert "__main__.Other" in found, found
-""",
-    "a kernel can do what it states, and no more": """
+"""
+    ),
+    "a kernel can do what it states, and no more": (
+        """
 from pretrain.model.attention.kernels.config import Kernel
 class Plain(Kernel):
     kind: Literal["plain", "plain_v2"]
@@ -59,8 +66,10 @@ class Plain(Kernel):
 assert error_of("model.attention.kernel=plain_v2") is None
 found = error_of("model.attention.kernel=plain_v2", "model.attention.sinks=true")
 assert "sinks" in found, found
-""",
-    "mup takes only optimizers that say they scale": """
+"""
+    ),
+    "mup takes only optimizers that say they scale": (
+        """
 from pretrain.optim.config import SGD
 class PlainSgd(SGD):
     kind: Literal["plain_sgd"]
@@ -68,19 +77,24 @@ mup = "model.initialization={kind: mup, base: {hidden_size: 16, num_attention_he
 plain = "optimizer={kind: plain_sgd, learning_rate: 0.1, momentum: 0}"
 assert error_of(plain) is None and error_of(mup) is None
 assert "optimizer" in error_of(mup, plain)
-""",
-    "a second default of a family is refused": """
+"""
+    ),
+    "a second default of a family is refused": (
+        """
 from pretrain.optim.config import AdamW
 class Mine(AdamW):
     kind: Literal["mine"] = "mine"
 found = error_of("optimizer.learning_rate=1e-3")
 assert "__main__.Mine" in found and "only one of a family" in found, found
-""",
-    "reading a recipe imports neither torch nor DeepSpeed": """
+"""
+    ),
+    "reading a recipe imports neither torch nor DeepSpeed": (
+        """
 import sys
 load_recipe("debug")
 assert not {"torch", "deepspeed"} & set(sys.modules)
-""",
+"""
+    ),
 }
 
 

@@ -20,7 +20,8 @@ TWIN_OF: dict[str, str] = {
 }
 PUBLISHED = list(TWIN_OF)
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
-# What a twin may have smaller than the model it stands for; everything else of the model section is the same.
+# What a twin may have smaller than the model it stands for; everything else of the model section is
+# the same.
 SIZES = {
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range",
     "attention.num_attention_heads", "attention.num_key_value_heads", "attention.head_dim", "attention.sliding_window",
@@ -48,7 +49,8 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
         for name in mine.keys() | others.keys()
         if name not in SIZES and mine.get(name) != others.get(name)
     ]
-    # A size that is given in one is given in the other; the twin's vocabulary comes from its tokenizer.
+    # A size that is given in one is given in the other; the twin's vocabulary comes from its
+    # tokenizer.
     return found + [
         name
         for name in SIZES - {"vocab_size"}

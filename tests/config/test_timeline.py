@@ -14,7 +14,8 @@ from pretrain.config.rules.phases import PHASE_RULES
 from pretrain.config.timeline import Timeline, recipe_at
 from pretrain.core.errors import ConfigError
 
-# Rule -> (overrides that break it, parts of the sentence, overrides that mend it); debug has 10,240 tokens in sequences of 64.
+# Rule -> (overrides that break it, parts of the sentence, overrides that mend it); debug has 10,240
+# tokens in sequences of 64.
 TWO = "phases=[{name: a, tokens: 2048}, {name: b}]"
 LLAMA3 = "model.position={kind: llama3, factor: 2, original_max_position_embeddings: 64}"
 BROKEN = {
@@ -169,7 +170,10 @@ def test_a_run_without_phases_and_one_phase_of_everything_are_the_same_steps(
 
 
 def test_a_checkpoint_belongs_to_the_phase_of_its_last_step() -> None:
-    phases = "phases=[{name: a, tokens: 1024}, {name: b, position: {rope_theta: 77}, sequence_length: 32, mixture: {kind: temperature, temperature: 2}}]"
+    phases = (
+        "phases=[{name: a, tokens: 1024}, {name: b, position: {rope_theta: 77}, sequence_length:"
+        " 32, mixture: {kind: temperature, temperature: 2}}]"
+    )
     recipe = load_recipe("debug", [phases])
     assert recipe == load_recipe_again(recipe)
     thetas = [recipe_at(recipe, step).model.position.rope_theta for step in (0, 1, 2, 3, 40, 99)]  # type: ignore[attr-defined]

@@ -18,7 +18,10 @@ NAMED = {
 
 def mup(**base: int | None) -> str:
     given = {name: size for name, size in {**NAMED, **base}.items() if size is not None}
-    return f"model.initialization={{kind: mup, base: {{{', '.join(f'{name}: {size}' for name, size in given.items())}}}}}"
+    return (
+        "model.initialization={kind: mup, base:"
+        f" {{{', '.join(f'{name}: {size}' for name, size in given.items())}}}}}"
+    )
 
 
 def test_a_base_with_every_width_that_grows_is_accepted() -> None:

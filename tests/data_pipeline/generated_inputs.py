@@ -1,6 +1,8 @@
-"""Small input files of every kind, whole and damaged, with what a reader that is not ours finds in each.
+"""Small input files of every kind, whole and damaged, with what a reader that is not ours finds in
+each.
 
-Another format joins with an entry in ``FORMATS``, another container with one in ``CONTAINERS``: the tests run over all of them.
+Another format joins with an entry in ``FORMATS``, another container with one in ``CONTAINERS``: the
+tests run over all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ WORDS = [
 def make_texts(
     source: random.Random, count: int, with_lines: bool, with_quotes: bool = True
 ) -> list[str]:
-    """Texts that differ from each other; some with line ends and quotes inside, if the format can hold them."""
+    """Texts that differ from each other; some with line ends and quotes inside, if the format can
+    hold them.
+    """
     words = (
         WORDS
         + (['"quoted"', 'half"quote'] if with_quotes else [])
@@ -62,7 +66,7 @@ def is_document(text: Any) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
-# --- formats: how texts become a file, and how an independent reader takes them out again --------------------------------------------
+# --- formats: how texts become a file, and how an independent reader takes them out again ---------
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Format:
     Attributes:
         section: of the recipe, without ``input``.
         write: a file's content from texts.
-        read: the documents in a file's decompressed bytes, as an independent reader finds them; those before an error if there is one.
+        read: the documents in a file's decompressed bytes, as an independent reader finds them;
+            those before an error if there is one.
         is_text: it can be in any encoding; else ``write`` gives bytes, and ``read`` takes them.
         holds_lines: texts may hold line ends.
     """
@@ -248,7 +253,7 @@ FORMATS = [
 ]
 
 
-# --- containers ----------------------------------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------
 
 
 # Of the containers; without one of them there is nothing to compare with.
@@ -265,7 +270,9 @@ def _tool(*command: str) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class Container:
-    """How a file's bytes are wrapped, and the command-line tool that takes them out again, as far as it can."""
+    """How a file's bytes are wrapped, and the command-line tool that takes them out again, as far
+    as it can.
+    """
 
     name: str
     ending: str
@@ -300,7 +307,7 @@ CONTAINERS = [
 ]
 
 
-# --- damage --------------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 Damage = Callable[[str, random.Random, Format], str]
 
@@ -318,7 +325,8 @@ def _stray_quotes(content: str, source: random.Random, format: Format) -> str:
     return content
 
 
-# What happens to the text before it is encoded and packed. Those in HARMLESS leave every document as it was.
+# What happens to the text before it is encoded and packed. Those in HARMLESS leave every document
+# as it was.
 INSIDE: dict[str, Damage] = {
     "none": lambda content, source, format: content,
     "no_last_newline": lambda content, source, format: content.removesuffix("\n"),
@@ -356,7 +364,8 @@ class Case:
     Attributes:
         texts: of the documents, before anything happened to them.
         content: of the file.
-        expected: what the independent reader finds in it; those before the first error if it cannot resume behind one.
+        expected: what the independent reader finds in it; those before the first error if it cannot
+            resume behind one.
     """
 
     format: Format

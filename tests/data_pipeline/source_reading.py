@@ -51,6 +51,8 @@ def write(path: Path, content: bytes | str) -> str:
 
 
 def peak_megabytes() -> int:
-    """The most memory that this process held since it began its program (ru_maxrss counts what its parent held before that too)."""
+    """The most memory that this process held since it began its program (ru_maxrss counts what its
+    parent held before that too).
+    """
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) >> 10

@@ -1,4 +1,6 @@
-"""Records that cannot be read are left out with a reason and their place; whatever the bytes, nothing else happens."""
+"""Records that cannot be read are left out with a reason and their place; whatever the bytes,
+nothing else happens.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +172,9 @@ def test_a_folder_that_vanishes_between_listing_and_reading_is_one_sentence(tmp_
 
 
 def read_apart(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
-    """How many megabytes a process that reads a file ever held, and how many records it left out as too long."""
+    """How many megabytes a process that reads a file ever held, and how many records it left out as
+    too long.
+    """
     script = """if True:
         import sys
         from source_reading import SECTION, peak_megabytes
@@ -203,7 +207,8 @@ def test_a_line_of_any_length_is_left_out_without_being_held(
     tmp_path: Path, megabytes: int
 ) -> None:
     write_long_line(tmp_path / "a.jsonl", megabytes, b'{"text": "')
-    # Small units too: what begins inside the line is passed over, not read to the line's end by each unit.
+    # Small units too: what begins inside the line is passed over, not read to the line's end by
+    # each unit.
     for unit_bytes in (2 << 30, 1 << 22):
         peak, count = read_apart("jsonl", tmp_path / "a.jsonl", unit_bytes)
         assert count == 1 and peak < 250
@@ -213,10 +218,12 @@ def test_a_line_of_any_length_is_left_out_without_being_held(
 
 
 GOOD = {
-    "jsonl": "".join(
-        json.dumps({"text": text, "id": number}) + "\n"
-        for number, text in enumerate(["one", "zwei é", "three 😀", "4\n4"])
-    ).encode(),
+    "jsonl": (
+        "".join(
+            json.dumps({"text": text, "id": number}) + "\n"
+            for number, text in enumerate(["one", "zwei é", "three 😀", "4\n4"])
+        ).encode()
+    ),
     "csv": 'id,text\n1,one\n2,"two, ""quoted""\nand more"\r\n3,é\n'.encode(),
     "text": "one\nzwei é\r\n<|end|>\nthree 😀\n".encode(),
 }

@@ -1,4 +1,6 @@
-"""A build that loses more than a small share of any source stops with code 3, and says of which, how much, why, and what to do."""
+"""A build that loses more than a small share of any source stops with code 3, and says of which,
+how much, why, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def test_a_twentieth_of_a_source_may_be_bad_and_no_more(
     many = write(tmp_path / "many.jsonl", lines(94, 6))
     with pytest.raises(
         DataError,
-        match=r"source 'many': 6 of 100 records .* most often invalid_json \(6: not JSON.*many.jsonl line 48.*--max-bad-share 0\.05",
+        match=(
+            r"source 'many': 6 of 100 records .* most often invalid_json \(6: not JSON.*many.jsonl"
+            r" line 48.*--max-bad-share 0\.05"
+        ),
     ) as caught:
         build_of(tmp_path / "2", tokenizer, {"many": many})
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)

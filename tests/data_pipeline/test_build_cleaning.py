@@ -1,4 +1,6 @@
-"""Cleaning, duplicates and filling in the middle inside a build: what stays, what is counted, and that workers change nothing."""
+"""Cleaning, duplicates and filling in the middle inside a build: what stays, what is counted, and
+that workers change nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The engine of a build: found out while units are encoded, and every unit of a finished build is that engine's."""
+"""The engine of a build: found out while units are encoded, and every unit of a finished build is
+that engine's.
+"""
 
 from __future__ import annotations
 

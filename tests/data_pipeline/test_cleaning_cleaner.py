@@ -63,7 +63,8 @@ def test_normalised_text_is_normal_and_stays_so(text: str, form: str) -> None:
 
 
 def test_stages_work_on_what_the_stage_before_made() -> None:
-    # Joined by the control characters, the words are too few for the rule; normalised first, they are one.
+    # Joined by the control characters, the words are too few for the rule; normalised first, they
+    # are one.
     both = cleaner(normalize={}, gopher_quality={"min_words": 2, "min_stop_words": 0})
     assert both.clean("one\x00two").dropped == "gopher_min_words"
     # Redaction comes last: what is dropped before is not counted as redacted.

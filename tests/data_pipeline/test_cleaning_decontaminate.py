@@ -35,8 +35,8 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not(tmp_path: Pa
     found = check("before " + " ".join(WORDS[4:17]) + " after")
     assert found.dropped == "contaminated"
     assert (
-        found.detail
-        == f"1 n-grams of 13 words are in {tmp_path / 'test.txt'} too, the first: {' '.join(WORDS[4:17])}"
+        found.detail == f"1 n-grams of 13 words are in {tmp_path / 'test.txt'} too, the first:"
+        f" {' '.join(WORDS[4:17])}"
     )
     text = "before " + " ".join(WORDS[4:16]) + " after"
     assert check(text) == Cleaned(text)

@@ -1,4 +1,6 @@
-"""Band hashes: near duplicates share one as often as theory says, on every machine and however texts are grouped."""
+"""Band hashes: near duplicates share one as often as theory says, on every machine and however
+texts are grouped.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def test_pairs_of_known_similarity_match_as_often_as_the_curve_says(similarity: 
     texts = []
     for _ in range(pairs):
         drawn = [f"{source.getrandbits(64):x}" for _ in range(words)]
-        # Each text has the shared words and half of the others, so the sets' Jaccard similarity is shared / words.
+        # Each text has the shared words and half of the others, so the sets' Jaccard similarity is
+        # shared / words.
         half = (words - shared) // 2
         texts += [
             " ".join(drawn[: shared + half]),
@@ -73,7 +76,8 @@ def test_pairs_of_known_similarity_match_as_often_as_the_curve_says(similarity: 
     expected = chance_of_match(
         similarity, *bands_and_rows(config.threshold, config.num_permutations)
     )
-    # Four standard deviations of the mean of 400 draws, and a little for the signature's own correlation.
+    # Four standard deviations of the mean of 400 draws, and a little for the signature's own
+    # correlation.
     assert measured == pytest.approx(
         expected, abs=4 * (expected * (1 - expected) / pairs) ** 0.5 + 0.02
     )
@@ -126,7 +130,9 @@ def test_hashes_differ_between_the_bands_of_a_text_of_one_shingle() -> None:
 
 
 def test_bands_are_the_same_in_every_process_and_version() -> None:
-    """Recorded once: another value means that keys of older builds can no longer be compared, so ``algorithm`` must change with it."""
+    """Recorded once: another value means that keys of older builds can no longer be compared, so
+    ``algorithm`` must change with it.
+    """
     assert algorithm() == "rensa RMinHash 2, seed 1"
     recorded = [16927680967994317707, 16357271764288123033, 4894363724610466434]
     assert (
@@ -134,8 +140,9 @@ def test_bands_are_the_same_in_every_process_and_version() -> None:
         == recorded
     )
     program = (
-        "from data_pipeline.cleaning.near_duplicates import minhash_bands; from data_pipeline.cleaning.config import NearDuplicates; "
-        "print(minhash_bands('the quick brown fox jumps over the lazy dog', NearDuplicates())[:3].tolist())"
+        "from data_pipeline.cleaning.near_duplicates import minhash_bands; from"
+        " data_pipeline.cleaning.config import NearDuplicates; print(minhash_bands('the quick brown"
+        " fox jumps over the lazy dog', NearDuplicates())[:3].tolist())"
     )
     output = subprocess.run(
         [sys.executable, "-c", program],

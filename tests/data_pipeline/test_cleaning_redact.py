@@ -93,7 +93,10 @@ def test_assigned_passwords_are_replaced_where_they_look_random(text: str, expec
         'password = os.environ["DB_PASSWORD_2024_X"]',
         'api_key = f"{prefix}9f8Gh2kLq0{suffix}"',
         "token = '----------------'",
-        "if '-----BEGIN PRIVATE KEY-----' in text and text.endswith('-----END PRIVATE KEY-----'): pass",
+        (
+            "if '-----BEGIN PRIVATE KEY-----' in text and text.endswith('-----END PRIVATE"
+            " KEY-----'): pass"
+        ),
         "http://user:password@localhost/",
         "sk-learn hf_hub xoxo ghp_short AKIA eyJ",
     ],
@@ -109,7 +112,10 @@ def test_private_keys_are_replaced_between_their_delimiters(kind: str) -> None:
     headers = (
         "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00FF\n\n" if kind.startswith("RSA") else ""
     )
-    text = f"before\n-----BEGIN {kind}-----\n{headers}{BASE64}\n{BASE64}\n-----END {kind}-----\nafter\n"
+    text = (
+        f"before\n-----BEGIN {kind}-----\n{headers}{BASE64}\n{BASE64}\n-----END"
+        f" {kind}-----\nafter\n"
+    )
     assert (
         only("secrets")(text).text
         == f"before\n-----BEGIN {kind}-----<SECRET>-----END {kind}-----\nafter\n"
@@ -172,9 +178,18 @@ def test_public_ip_addresses_are_replaced(address: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "127.0.0.1 10.1.2.3 192.168.0.10 172.16.5.5 169.254.1.1 0.0.0.0 255.255.255.255 224.0.0.251 203.0.113.7",
-        "version 12.4.13.22, v11.2.33.44, release: 10.22.33.44, pkg==21.3.0.12, pkg>=11.3.0.12, Chrome/91.0.4472.124",
-        "section 1.2.3.4, oid 1.3.6.1.4.1.311.60, 12.34.56.78.90, 12.34.56.78-beta, x12.34.56.78, 300.1.20.30, 012.34.56.78",
+        (
+            "127.0.0.1 10.1.2.3 192.168.0.10 172.16.5.5 169.254.1.1 0.0.0.0 255.255.255.255"
+            " 224.0.0.251 203.0.113.7"
+        ),
+        (
+            "version 12.4.13.22, v11.2.33.44, release: 10.22.33.44, pkg==21.3.0.12, pkg>=11.3.0.12,"
+            " Chrome/91.0.4472.124"
+        ),
+        (
+            "section 1.2.3.4, oid 1.3.6.1.4.1.311.60, 12.34.56.78.90, 12.34.56.78-beta,"
+            " x12.34.56.78, 300.1.20.30, 012.34.56.78"
+        ),
         "::1 fe80::1 2001:db8::1 fc00::1 12:30:45 std::vector a::b 2024:05:12 10:20:30",
     ],
 )
@@ -200,7 +215,10 @@ def test_phone_numbers_are_replaced_only_when_asked_for(number: str) -> None:
 
 
 def test_other_numbers_are_no_phone_numbers() -> None:
-    text = "a = +4294967296.5; 192 384 768 1536; 2024-05-12; 123-456-7890; 555-1234; x-415-555-2671; 3.14.159.2653"
+    text = (
+        "a = +4294967296.5; 192 384 768 1536; 2024-05-12; 123-456-7890; 555-1234; x-415-555-2671;"
+        " 3.14.159.2653"
+    )
     assert only("phone_numbers")(text) == Cleaned(text)
 
 
@@ -225,7 +243,10 @@ def test_card_numbers_are_replaced_where_the_check_digit_is_right(number: str) -
 
 
 def test_numbers_inside_others_are_no_cards() -> None:
-    text = "0.5555555555554444 15555555555554444 x5555555555554444 5555555555554444.5 5555555555554444-1 1234567890123456"
+    text = (
+        "0.5555555555554444 15555555555554444 x5555555555554444 5555555555554444.5"
+        " 5555555555554444-1 1234567890123456"
+    )
     assert only("credit_cards")(text) == Cleaned(text)
 
 

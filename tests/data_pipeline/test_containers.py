@@ -1,4 +1,6 @@
-"""What a file is, by its first bytes; and of a damaged compressed file all that the command-line tools give out."""
+"""What a file is, by its first bytes; and of a damaged compressed file all that the command-line
+tools give out.
+"""
 
 from __future__ import annotations
 

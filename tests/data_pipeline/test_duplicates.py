@@ -1,4 +1,6 @@
-"""Marks of duplicates are those of a plain search in memory, whatever the units, the memory and what an earlier run left."""
+"""Marks of duplicates are those of a plain search in memory, whatever the units, the memory and
+what an earlier run left.
+"""
 
 from __future__ import annotations
 
@@ -206,6 +208,7 @@ def test_two_million_documents_take_seconds_and_bounded_memory(tmp_path: Path) -
         7 * copies,
         6 * copies,
     ]
-    # Keys are 96 MB; 32 MB are asked for, and what is mapped of files counts too: 18 MB of marks and parents, and one unit's 12 MB.
+    # Keys are 96 MB; 32 MB are asked for, and what is mapped of files counts too: 18 MB of marks
+    # and parents, and one unit's 12 MB.
     assert megabytes < 32 + 18 + 12 + 16
     assert seconds < 5

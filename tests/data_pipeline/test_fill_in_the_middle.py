@@ -21,7 +21,9 @@ def transform(**fields: float) -> FillInTheMiddleTransform:
 
 
 def parts(pieces: list[str | int]) -> tuple[str, str, str]:
-    """Prefix, middle and suffix; an SPM document's middle is empty here, as nothing marks where it begins."""
+    """Prefix, middle and suffix; an SPM document's middle is empty here, as nothing marks where it
+    begins.
+    """
     match pieces:
         case [7, str(prefix), 9, str(suffix), 8, str(middle)]:
             return prefix, middle, suffix

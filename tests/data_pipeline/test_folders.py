@@ -1,4 +1,6 @@
-"""Folders as people have them: what they are taken for, what of them is read, and what is refused in one sentence."""
+"""Folders as people have them: what they are taken for, what of them is read, and what is refused
+in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from data_pipeline.sources.guess import sources_of
 from pretrain.core.errors import ConfigError, DataError, PipelineError
 from tests.data_pipeline.source_reading import read_all, reasons, texts, write
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid"
+    " sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +104,10 @@ def test_a_real_mixture_is_refused_with_what_was_found_and_each_format_reads_its
         write_rows(tmp_path / f"{number}.parquet", f"row {number}")
     with pytest.raises(
         ConfigError,
-        match=r"3 of Parquet, 40 of source code\): choose with --format parquet or --format source_code",
+        match=(
+            r"3 of Parquet, 40 of source code\): choose with --format parquet or --format"
+            r" source_code"
+        ),
     ):
         read(tmp_path)
     assert read(tmp_path, "parquet") == (["parquet"], ["row 0", "row 1", "row 2"])
@@ -283,7 +291,10 @@ def test_the_hubs_cache_is_read_through_its_links(
     )
     with pytest.raises(
         DataError,
-        match="cache of several data sets of the hub: give the folder of one, such as .*datasets--org--name",
+        match=(
+            "cache of several data sets of the hub: give the folder of one, such as"
+            " .*datasets--org--name"
+        ),
     ):
         read(tmp_path / "hub")
     (cache / "blobs/new.parquet").unlink()
@@ -380,7 +391,8 @@ def test_a_config_by_folder_takes_its_splits_from_the_names_in_it(tmp_path: Path
         write_rows(tmp_path / name, name)
     write(
         tmp_path / "README.md",
-        "---\nconfigs:\n- config_name: a\n  data_dir: test_set\n- config_name: b\n  data_dir: other\n  default: true\n---\n",
+        "---\nconfigs:\n- config_name: a\n  data_dir: test_set\n- config_name: b\n  data_dir:"
+        " other\n  default: true\n---\n",
     )
     assert read(tmp_path)[1] == ["other/x.jsonl"]
     assert read(tmp_path, config="a")[1] == ["test_set/train.jsonl"]
@@ -390,7 +402,9 @@ def test_a_config_by_folder_takes_its_splits_from_the_names_in_it(tmp_path: Path
 def test_no_random_folder_is_read_in_part_without_a_word(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
-    """Any names in any folder: each file of data is read, or named in what is said, or the folder is refused."""
+    """Any names in any folder: each file of data is read, or named in what is said, or the folder
+    is refused.
+    """
     source = random.Random(2)
     names = [
         "README.md",
@@ -434,7 +448,8 @@ def test_no_random_folder_is_read_in_part_without_a_word(
             for part in sentence.partition("not read: ")[2].rpartition(", such")[0].split(", ")
         ]
         counted = sum(int(part.split()[0]) for part in parts if part)
-        # Of source code every file is read, a Parquet file as one that is binary, which is counted then.
+        # Of source code every file is read, a Parquet file as one that is binary, which is counted
+        # then.
         assert counted == len(unread) or read_as == "source_code", (chosen, kind, found, sentences)
         assert read_as != "source_code" or all(name.endswith(".parquet") for name in unread), (
             chosen,

@@ -1,4 +1,6 @@
-"""Which files of a folder are read, against the package datasets, on random folders; and the documents, against pyarrow, pandas and json."""
+"""Which files of a folder are read, against the package datasets, on random folders; and the
+documents, against pyarrow, pandas and json.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,8 @@ def test_random_folders_are_read_as_the_package_does_or_refused_if_it_loses_file
         is_whole = sorted(listed) == sorted(str(root / name) for name in names)
         if isinstance(ours, str):
             counts["refused"] += 1
-            # They would leave files unread, or read some for two splits, or have nothing to train on.
+            # They would leave files unread, or read some for two splits, or have nothing to train
+            # on.
             assert not is_whole or "train" not in theirs, (names, theirs, ours)
             continue
         counts["train" if len(theirs) > 1 else "no splits"] += 1
@@ -172,7 +175,9 @@ def test_random_folders_are_read_as_the_package_does_or_refused_if_it_loses_file
                 names,
                 theirs,
             )
-        else:  # some files have a split by their folder, some by their own name; the package takes only the former
+        # some files have a split by their folder, some by their own name; the package takes only
+        # the former
+        else:
             expected = [str(root / name) for name in names if is_train(name)]
             assert ours == [text for path in expected for text in read_table(path)], (names, theirs)
         unread = len(names) - len({text.split()[2] for text in ours})

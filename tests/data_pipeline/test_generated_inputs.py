@@ -1,4 +1,6 @@
-"""Whatever a file is and whatever happened to it: each document that an independent reader finds is found, or counted as lost."""
+"""Whatever a file is and whatever happened to it: each document that an independent reader finds is
+found, or counted as lost.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +68,17 @@ def fault(case: Case, read: Read) -> str | None:
     )
     of_stream = [left for left in read.left_out if left.reason == "damaged_compression"]
     lost_bytes = sum(left.size or 0 for left in read.left_out)
-    # What gzip gives out behind a wrong distance is what its window happened to hold; the bytes behind it are reported as lost.
+    # What gzip gives out behind a wrong distance is what its window happened to hold; the bytes
+    # behind it are reported as lost.
     is_counted = missing.total() <= len(read.left_out) or any(left.size for left in of_stream)
     if not is_counted and lost_bytes < sum(len(text.encode()) for text in missing.elements()):
-        return f"{missing.total()} documents are missing, and {len(read.left_out)} records are counted: {list(missing)[:2]}"
-    if of_stream:  # more is had of a damaged stream than its tool gives, and behind a changed byte it may be anything
+        return (
+            f"{missing.total()} documents are missing, and {len(read.left_out)} records are"
+            f" counted: {list(missing)[:2]}"
+        )
+    # more is had of a damaged stream than its tool gives, and behind a changed byte it may be
+    # anything
+    if of_stream:
         return None
     whole = "\n".join(case.texts)
     foreign = [text for text in extra if text.strip() not in whole]

@@ -1,4 +1,6 @@
-"""Shards of other programs as data folders: the same tokens as Megatron-Core's own reader gives, and damage by name."""
+"""Shards of other programs as data folders: the same tokens as Megatron-Core's own reader gives,
+and damage by name.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def megatron(
 def nanotron(
     prefix: Path, documents: Documents, width: int = 2, metadata: str | None = None
 ) -> str:
-    """As datatrove's writer: tokens, document ends, and the tokenizer's name with the number of tokens."""
+    """As datatrove's writer: tokens, document ends, and the tokenizer's name with the number of
+    tokens.
+    """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     tokens = [token for document in documents for token in document]
     Path(f"{prefix}.ds").write_bytes(struct.pack(f"<{len(tokens)}{'HI'[width == 4]}", *tokens))

@@ -44,7 +44,9 @@ def ignore(_: int) -> None: ...
 
 
 def with_checksums(folder: Path, kind: str) -> dict[str, object]:
-    """The entries of the training shard's .bin or .idx for what is in it now, so that only content can give damage away."""
+    """The entries of the training shard's .bin or .idx for what is in it now, so that only content
+    can give damage away.
+    """
     checksums = FileChecksums()
     checksums.update((folder / f"train.{kind}").read_bytes())
     return {f"{kind}_sha256": checksums.hexdigest(), f"{kind}_blocks": checksums.blocks()}

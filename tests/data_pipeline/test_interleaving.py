@@ -18,7 +18,9 @@ LARGEST_START = 10**12
 def furthest(
     shares: list[Fraction], interleaving: Interleaving, first: int, count: int
 ) -> Fraction:
-    """How far any source is from its exact share after any of the slots; the running numbers are checked on the way."""
+    """How far any source is from its exact share after any of the slots; the running numbers are
+    checked on the way.
+    """
     total, before = sum(shares), interleaving.counts_before(first)
     owners, numbers = interleaving.slots(first, count)
     found = Fraction(0)
@@ -26,7 +28,8 @@ def furthest(
         mine = owners == source
         counts = before[source] + np.cumsum(mine)
         assert (numbers[mine] == counts[mine] - 1).all()
-        # |total * count - share * slot| in whole numbers, of slots that share no factor with anything.
+        # |total * count - share * slot| in whole numbers, of slots that share no factor with
+        # anything.
         ends = range(first + 1, first + count + 1)
         numerator, denominator = (share / total).numerator, (share / total).denominator
         worst = max(
@@ -113,7 +116,9 @@ def test_counts_decided_by_bisection_alone_are_within_one_slot(
 
 
 def test_a_rule_that_looks_at_each_source_alone_would_fail_the_same_check() -> None:
-    """Thirty small sources whose turns all come at the same places leave the large one behind: what sorting by (k + 0.5) / share gives."""
+    """Thirty small sources whose turns all come at the same places leave the large one behind: what
+    sorting by (k + 0.5) / share gives.
+    """
     shares = HARD["one large and thirty small"]
     keys = sorted(
         (Fraction(2 * k + 1, 2) / share, source)

@@ -1,4 +1,6 @@
-"""A real Ctrl-C, which a terminal sends to all processes of a command, at every stage: one sentence, no traceback, nothing left running."""
+"""A real Ctrl-C, which a terminal sends to all processes of a command, at every stage: one
+sentence, no traceback, nothing left running.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 def interrupt_at(
     process: subprocess.Popen[str], sign: str, times: int = 1, delay: float = 0.02
 ) -> tuple[int, str]:
-    """Ctrl-C ``delay`` seconds after a line of standard error has ``sign`` in it; the exit code and what was printed after it."""
+    """Ctrl-C ``delay`` seconds after a line of standard error has ``sign`` in it; the exit code and
+    what was printed after it.
+    """
     assert process.stderr is not None
     for line in process.stderr:
         if sign in line:
@@ -120,7 +124,9 @@ def test_ctrl_c_at_every_stage_is_one_sentence_and_the_same_command_continues(wo
 def test_ctrl_c_while_modules_are_imported_is_one_sentence_too(
     tmp_path: Path, tool: str, delay: float
 ) -> None:
-    """NumPy and torch catch an exception in their own imports: they would fail in another way, go on, or crash."""
+    """NumPy and torch catch an exception in their own imports: they would fail in another way, go
+    on, or crash.
+    """
     process = start([sys.executable, "-X", "importtime", str(TOOLS / tool), "--help"], tmp_path)
     code, errors = interrupt_at(process, "pretrain.core.interrupts", delay=delay)
     assert_one_sentence(code, errors)

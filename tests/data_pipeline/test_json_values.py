@@ -1,4 +1,6 @@
-"""JSON that is not one object a line: what json.loads finds in a file is found, in flat memory, and damage costs the fewest records."""
+"""JSON that is not one object a line: what json.loads finds in a file is found, in flat memory, and
+damage costs the fewest records.
+"""
 
 from __future__ import annotations
 

@@ -324,7 +324,9 @@ def test_waiting_for_batches_is_counted(tmp_path: Path) -> None:
 def test_memory_and_open_files_do_not_grow_with_a_corpus_of_a_trillion_tokens(
     tmp_path: Path,
 ) -> None:
-    """A sparse corpus of 500 shards of 2 * 10^9 tokens: the index of one of them, linked, and files of nothing but zeros."""
+    """A sparse corpus of 500 shards of 2 * 10^9 tokens: the index of one of them, linked, and files
+    of nothing but zeros.
+    """
     documents, tokens, shards = 20_000, 2_000_000_000, 500
     lengths = np.full(documents, tokens // documents, dtype="<i4")
     offsets, marks = (

@@ -1,4 +1,6 @@
-"""Real runs of the training command on several sources, on packed documents, from a stream, and without a validation split."""
+"""Real runs of the training command on several sources, on packed documents, from a stream, and
+without a validation split.
+"""
 
 from __future__ import annotations
 

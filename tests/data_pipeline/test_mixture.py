@@ -1,4 +1,6 @@
-"""Which source each sample comes from: shares, epochs, limits, and a mixture that changes in the middle of a run."""
+"""Which source each sample comes from: shares, epochs, limits, and a mixture that changes in the
+middle of a run.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def taken_in(schedule: MixtureSchedule, first: int, count: int) -> list[tuple[st
     return found
 
 
-# --- schedules ------------------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def test_a_single_source_has_the_plain_order_whatever_the_mixture() -> None:
@@ -228,7 +230,7 @@ def test_names_that_do_not_fit_the_data_are_refused() -> None:
     check_names(weights({"code": 1, "web": 0}, {"web": 2}), ["code", "web"])
 
 
-# --- the loader -----------------------------------------------------------------------------------------------------------------
+# --- the loader -----------------------------------------------------------------------------------
 
 
 def loader_of(

@@ -21,7 +21,9 @@ from tests.data_pipeline.data_folder import EOD, write_folder
 
 
 def data(folder: Path) -> Manifest:
-    """Two sources with two shards each; every token tells its document by its thousands, and a document without a token is among them."""
+    """Two sources with two shards each; every token tells its document by its thousands, and a
+    document without a token is among them.
+    """
     random, number = np.random.default_rng(0), 0
     sources: dict[str, list[list[list[int]]]] = {}
     for name in ("web", "code"):

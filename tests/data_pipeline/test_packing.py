@@ -1,4 +1,6 @@
-"""Packing: nothing is lost, nothing is read twice, labels are right, and padding stands at the end only."""
+"""Packing: nothing is lost, nothing is read twice, labels are right, and padding stands at the end
+only.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def packed(stream: TokenStream, length: int, document_mask: bool = True) -> Pack
 
 
 def check_epoch(samples: Samples, documents: Documents, skipped: int = 0) -> None:
-    """Every token is an input once, but the last ``skipped``; labels are the next tokens of the same document; padding stands at the end."""
+    """Every token is an input once, but the last ``skipped``; labels are the next tokens of the
+    same document; padding stands at the end.
+    """
     following = {
         one: other for shard in documents for document in shard for one, other in pairwise(document)
     }

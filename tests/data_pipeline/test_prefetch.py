@@ -1,4 +1,6 @@
-"""A batch that does not come is reported while training waits, and ends the run if the recipe says so."""
+"""A batch that does not come is reported while training waits, and ends the run if the recipe says
+so.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def test_a_wait_without_end_ends_the_run_and_names_what_was_read() -> None:
     )
     with pytest.raises(
         DataError,
-        match=r"has not come for 0 seconds while reading sample 3 of the source 'web'.*guards\.stalled_data\.stop_seconds",
+        match=(
+            r"has not come for 0 seconds while reading sample 3 of the source"
+            r" 'web'.*guards\.stalled_data\.stop_seconds"
+        ),
     ):
         prefetch_wait.result(slow(1.0))
 

@@ -352,8 +352,10 @@ def write_units(work: Path) -> None:
             stream.write(
                 json.dumps(
                     {
-                        "text": f"document {number} "
-                        + " ".join(str(source.random()) for _ in range(30))
+                        "text": (
+                            f"document {number} "
+                            + " ".join(str(source.random()) for _ in range(30))
+                        )
                     }
                 )
                 + "\n"
@@ -368,7 +370,9 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
 
 
 def killed_at_random(work: Path, kills: int) -> None:
-    """Builds that are killed at a random moment and started again; each output must be as if undisturbed."""
+    """Builds that are killed at a random moment and started again; each output must be as if
+    undisturbed.
+    """
     write_units(work)
     started = time.monotonic()
     assert run(work, *UNITS[:-5], "data/clean", *UNITS[-4:]).returncode == 0
@@ -385,7 +389,8 @@ def killed_at_random(work: Path, kills: int) -> None:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         ) as process:
-            # From the first import to the last rename; a build that was faster than the kill does not count.
+            # From the first import to the last rename; a build that was faster than the kill does
+            # not count.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(source.uniform(0.2, longest))
             if process.poll() is not None:

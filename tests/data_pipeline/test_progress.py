@@ -16,7 +16,8 @@ from pretrain.core import progress
 from pretrain.core.progress import Stage, Tally, current_tally, use_tally
 
 ROOT = Path(__file__).resolve().parents[2]
-# A second of steady work after an earlier run's half, in a process whose standard error is a terminal.
+# A second of steady work after an earlier run's half, in a process whose standard error is a
+# terminal.
 PROGRAM = """
 import time
 from pretrain.core.progress import Stage, current_tally

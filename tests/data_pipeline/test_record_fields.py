@@ -1,4 +1,6 @@
-"""Fields by name in every source of records: exact names, paths, kinds of text, and what is said if the text is not there."""
+"""Fields by name in every source of records: exact names, paths, kinds of text, and what is said if
+the text is not there.
+"""
 
 from __future__ import annotations
 
@@ -113,9 +115,11 @@ def test_an_exact_name_goes_before_a_path_and_the_longest_first_name_before_othe
 def random_object(source: random.Random, depth: int) -> dict[str, Any]:
     names = source.sample(["a", "b", "c", "a.b", "b.c", "a.b.c"], source.randint(1, 4))
     return {
-        name: random_object(source, depth - 1)
-        if depth and source.random() < 0.5
-        else f"text {source.random()}"
+        name: (
+            random_object(source, depth - 1)
+            if depth and source.random() < 0.5
+            else f"text {source.random()}"
+        )
         for name in names
     }
 
@@ -152,9 +156,9 @@ def test_random_records_give_the_same_text_in_json_and_parquet_and_what_pandas_f
         objects = object_names(record)
         for name, values in leaves(record).items():
             found = {
-                form: texts(read_all(asked | {"text_field": name}))
-                if readable(asked, name)
-                else None
+                form: (
+                    texts(read_all(asked | {"text_field": name})) if readable(asked, name) else None
+                )
                 for form, asked in forms.items()
             }
             assert found["jsonl"] == found["parquet"] == found["stream"], (

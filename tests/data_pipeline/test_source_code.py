@@ -84,7 +84,10 @@ def test_gitignore_files_of_every_level_hold_with_negations(tmp_path: Path) -> N
 def test_random_trees_give_the_files_that_git_gives(tmp_path: Path, seed: int) -> None:
     source = random.Random(seed)
     names = ["a", "b", "c.py", "d.log"]
-    rules = "a b/ /a *.py !c.py !a a/* **/b !b/ d.* a/**/c.py !*.log b/c.py * a/** !a/c.py ** !** x/a/ !/x/*".split()
+    rules = (
+        "a b/ /a *.py !c.py !a a/* **/b !b/ d.* a/**/c.py !*.log b/c.py * a/** !a/c.py ** !** x/a/"
+        " !/x/*".split()
+    )
     for _ in range(40):
         folders = [source.choice(["a", "b", "x", "y"]) for _ in range(source.randrange(4))]
         place = tmp_path.joinpath(*folders)

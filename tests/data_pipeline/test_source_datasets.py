@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, through local copies of the same shape, without a network.
 
-Every test reads in a process of its own: the package looks at HF_HOME and HF_HUB_OFFLINE once, when it is imported.
+Every test reads in a process of its own: the package looks at HF_HOME and HF_HUB_OFFLINE once, when
+it is imported.
 """
 
 from __future__ import annotations
@@ -116,16 +117,18 @@ def write_readme(folder: Path, configs: dict[str, dict[str, str]]) -> None:
 
 
 def write_copies(root: Path) -> dict[str, Path]:
-    """A copy of each preset's data set, with the layout and the columns of the real one and a few rows."""
+    """A copy of each preset's data set, with the layout and the columns of the real one and a few
+    rows.
+    """
     wikitext = root / "wikitext"
     for config in ("wikitext-103-raw-v1", "wikitext-2-raw-v1"):
         for split in ("train", "validation", "test"):
             write_parquet(
                 wikitext / config / f"{split}-00000-of-00001.parquet",
                 {
-                    "text": WIKITEXT
-                    if (config, split) == ("wikitext-103-raw-v1", "train")
-                    else ["no"]
+                    "text": (
+                        WIKITEXT if (config, split) == ("wikitext-103-raw-v1", "train") else ["no"]
+                    )
                 },
             )
     write_readme(
@@ -439,7 +442,10 @@ def test_splits_and_files_that_are_not_read_are_said_and_pointers_refused(tmp_pa
     assert [document[0] for document in train["results"]] == ["bytes"]
     assert train["said"] == [
         f"{copy['dataset']}: the split train is read; not read: test",
-        f"{copy['dataset']}: files of no split of this config are not read (1, such as more/x.parquet)",
+        (
+            f"{copy['dataset']}: files of no split of this config are not read (1, such as"
+            " more/x.parquet)"
+        ),
     ]
     assert [document[0] for document in test["results"]] == [
         "held out"

@@ -124,7 +124,10 @@ def test_records_without_the_text_field_are_refused_by_the_pipes_name(
         monkeypatch.setattr(sys, "stdin", stream)
         with pytest.raises(
             DataError,
-            match=r"no record of stdin has a text there \(no 'text' among body, perhaps 'body'\): name its field with --text-field",
+            match=(
+                r"no record of stdin has a text there \(no 'text' among body, perhaps 'body'\):"
+                r" name its field with --text-field"
+            ),
         ):
             list_units({"kind": "stdin"}, spool=str(tmp_path / "spool"))
 

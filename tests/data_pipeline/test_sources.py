@@ -1,4 +1,6 @@
-"""Which files become which documents, for the kinds that need no package of their own; and that any cut into units gives the same."""
+"""Which files become which documents, for the kinds that need no package of their own; and that any
+cut into units gives the same.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def test_every_kind_of_the_schema_can_be_opened() -> None:
 
 
 def test_importing_the_sources_loads_no_heavy_package() -> None:
-    script = "import sys, data_pipeline.sources; print([name for name in ('pyarrow', 'datasets', 'pathspec', 'torch', 'numpy') if name in sys.modules])"
+    script = (
+        "import sys, data_pipeline.sources; print([name for name in ('pyarrow', 'datasets',"
+        " 'pathspec', 'torch', 'numpy') if name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", script], check=True, capture_output=True, text=True

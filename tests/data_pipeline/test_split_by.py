@@ -1,4 +1,6 @@
-"""What decides the side of a document, over whole builds: its text as it is stored, the path of its file, or its id."""
+"""What decides the side of a document, over whole builds: its text as it is stored, the path of its
+file, or its id.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Streaming: the documents in their order, resumable to the token, the same for any number of ranks."""
+"""Streaming: the documents in their order, resumable to the token, the same for any number of
+ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Byte-level BPE: round trips, determinism, exact cutting of long texts, foreign files, tokens around documents."""
+"""Byte-level BPE: round trips, determinism, exact cutting of long texts, foreign files, tokens
+around documents.
+"""
 
 from __future__ import annotations
 
@@ -397,6 +399,12 @@ def test_a_configured_file_has_the_vocabulary_size_that_was_said(tmp_path: Path)
 
 
 def test_importing_the_package_loads_no_optional_library() -> None:
-    heavy = "{'transformers', 'tiktoken', 'sentencepiece', 'mistral_common', 'fastokens', 'gigatoken', 'torch'}"
-    code = f"import sys, data_pipeline.tokenizer, data_pipeline.tokenizer.engine_choice; assert not {heavy} & set(sys.modules), sys.modules"
+    heavy = (
+        "{'transformers', 'tiktoken', 'sentencepiece', 'mistral_common', 'fastokens', 'gigatoken',"
+        " 'torch'}"
+    )
+    code = (
+        "import sys, data_pipeline.tokenizer, data_pipeline.tokenizer.engine_choice; assert not"
+        f" {heavy} & set(sys.modules), sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,6 @@
-"""SentencePiece, tiktoken and Mistral tokenizers as tokenizer.json files: ids are those of their own libraries, or they are refused."""
+"""SentencePiece, tiktoken and Mistral tokenizers as tokenizer.json files: ids are those of their
+own libraries, or they are refused.
+"""
 
 from __future__ import annotations
 

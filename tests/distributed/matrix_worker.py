@@ -1,8 +1,11 @@
-"""Runs many training configurations in one start of the processes and prints each step's loss and gradient norm as JSON.
+"""Runs many training configurations in one start of the processes and prints each step's loss and
+gradient norm as JSON.
 
-Started by a launcher with the file of cases and the file for the results. A case has "name", "overrides", "zero", "steps", and optionally
-"changes" (report how every weight moved in the first step), "expert_gain" (experts' gradients are multiplied by it), "starved" (the step from
-which on one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate fault that the equality tests must notice).
+Started by a launcher with the file of cases and the file for the results. A case has "name",
+"overrides", "zero", "steps", and optionally "changes" (report how every weight moved in the first
+step), "expert_gain" (experts' gradients are multiplied by it), "starved" (the step from which on
+one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate fault that
+the equality tests must notice).
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from pretrain.model.moe.tables.products import Factors
 
 
 def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> list[Batch]:
-    """Random tokens with structure, a pure function of the step, spread over ranks as the loader spreads them."""
+    """Random tokens with structure, a pure function of the step, spread over ranks as the loader
+    spreads them.
+    """
     train, vocab_size = recipe.train, recipe.model.vocab_size
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(
@@ -136,7 +141,9 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 def describe_changes(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> dict[str, list[float]]:
-    """How each weight moved: the length of its change, and the change's product with a fixed random direction of its own."""
+    """How each weight moved: the length of its change, and the change's product with a fixed random
+    direction of its own.
+    """
     described = {}
     for name, weight in after.items():
         change = (weight - before[name]).double().flatten()

@@ -1,6 +1,8 @@
-"""Runs recipes with phases, many in one start of the processes, and prints losses, norms and what moved in each phase as JSON.
+"""Runs recipes with phases, many in one start of the processes, and prints losses, norms and what
+moved in each phase as JSON.
 
-A case has "name", "overrides" and "zero", and optionally "sabotage": a deliberate fault that the tests must notice.
+A case has "name", "overrides" and "zero", and optionally "sabotage": a deliberate fault that the
+tests must notice.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def moved_parts(
 
 
 def plain_norm(engine: Engine, stage: Phase, batches: list[Batch]) -> float:
-    """The norm over all parameters that the phase trains, by autograd alone: for one process at ZeRO stage 0."""
+    """The norm over all parameters that the phase trains, by autograd alone: for one process at
+    ZeRO stage 0.
+    """
     train, model = stage.recipe.train, engine.model.train()
     parameters = dict(model.named_parameters())
     trained = [

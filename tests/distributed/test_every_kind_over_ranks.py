@@ -1,4 +1,6 @@
-"""Every registered kind and option gives the same run with its experts on one rank and spread over two."""
+"""Every registered kind and option gives the same run with its experts on one rank and spread over
+two.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def case(name: str, ep_size: int, zero: int) -> Case:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Both on two ranks: random numbers are drawn by each rank for its own tokens, so that noise is the same too."""
+    """Both on two ranks: random numbers are drawn by each rank for its own tokens, so that noise is
+    the same too.
+    """
     cases = [case(name, ep_size, zero) for name in SPREAD for ep_size, zero in ((1, 0), (2, 1))]
     return run_cases(cases, 2, Path(tmp_path_factory.mktemp("every_kind")))
 

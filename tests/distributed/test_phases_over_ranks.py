@@ -1,4 +1,6 @@
-"""Phases that change batch size, length, positions and trainable parts compute the same over ranks, ep_size and ZeRO stages."""
+"""Phases that change batch size, length, positions and trainable parts compute the same over ranks,
+ep_size and ZeRO stages.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from tests.launch.tiny_run import own_process
 
 WORKER = Path(__file__).with_name("phases_worker.py")
 FROZEN = ("router", "experts", "attention")
-# Three steps of four sequences, so that the following steps do not begin at a multiple of their own accumulation.
+# Three steps of four sequences, so that the following steps do not begin at a multiple of their own
+# accumulation.
 PHASES = (
-    f"phases=[{{name: small, tokens: 384, global_batch_size: 4}}, {{name: frozen, tokens: 768, frozen: [{', '.join(FROZEN)}]}}, "
-    "{name: shorter, tokens: 256, sequence_length: 16, micro_batch_size: 1, position: {rope_theta: 50}}]"
+    "phases=[{name: small, tokens: 384, global_batch_size: 4}, {name: frozen, tokens: 768,"
+    f" frozen: [{', '.join(FROZEN)}]}}, {{name: shorter, tokens: 256, sequence_length: 16,"
+    " micro_batch_size: 1, position: {rope_theta: 50}}]"
 )
 ADAMW = "optimizer={kind: adamw, learning_rate: 3.0e-3}"
 

@@ -1,6 +1,8 @@
-"""Loss and gradient norm do not depend on the number of ranks, ep_size, ZeRO stage or kind of MoE layer.
+"""Loss and gradient norm do not depend on the number of ranks, ep_size, ZeRO stage or kind of MoE
+layer.
 
-All engines of one world size share one start of the processes. A spanning selection runs always, the whole matrix with ``-m full``.
+All engines of one world size share one start of the processes. A spanning selection runs always,
+the whole matrix with ``-m full``.
 """
 
 from __future__ import annotations
@@ -25,27 +27,40 @@ Results = dict[str, dict[str, Any]]
 
 SIZES = [
     "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",
-    "model.initializer_range=0.15",  # with the default tiny weights the experts have next to no gradient, and faults in it would not show
+    # with the default tiny weights the experts have next to no gradient, and faults in it would not
+    # show
+    "model.initializer_range=0.15",
 ]  # fmt: skip
 LOSSES = "aux_loss_weight: 0.05, z_loss_weight: 0.01"
 KINDS = {
-    "dropless": f"model.moe={{kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32, {LOSSES}}}",
-    "deepspeed": f"model.moe={{kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 32, drop_tokens: false, {LOSSES}}}",
+    "dropless": (
+        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32,"
+        f" {LOSSES}}}"
+    ),
+    "deepspeed": (
+        "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 32,"
+        f" drop_tokens: false, {LOSSES}}}"
+    ),
 }
-# Everything of a MoE layer that is not in the plain one, at a rate of balancing that changes choices within a few steps.
+# Everything of a MoE layer that is not in the plain one, at a rate of balancing that changes
+# choices within a few steps.
 EVERYTHING = (
-    "num_experts: 4, top_k: 2, moe_intermediate_size: 32, num_shared_experts: 1, shared_expert_gate: true, bias_balancing: {update_rate: 0.02}, "
-    "sequence_loss_weight: 0.02, cv_loss_weight: 0.02, entropy_loss_weight: 0.02, "
-    "router: {kind: sigmoid_topk, bias: true, routed_scaling_factor: 1.5, groups: {num_groups: 2, top_k_groups: 1, score: top2_sum}}"
+    "num_experts: 4, top_k: 2, moe_intermediate_size: 32, num_shared_experts: 1,"
+    " shared_expert_gate: true, bias_balancing: {update_rate: 0.02}, sequence_loss_weight: 0.02,"
+    " cv_loss_weight: 0.02, entropy_loss_weight: 0.02, router: {kind: sigmoid_topk, bias: true,"
+    " routed_scaling_factor: 1.5, groups: {num_groups: 2, top_k_groups: 1, score: top2_sum}}"
 )
 KINDS |= {
     "dropless_full": f"model.moe={{kind: dropless, {EVERYTHING}, {LOSSES}}}",
-    "deepspeed_full": f"model.moe={{kind: deepspeed, gate: router, drop_tokens: false, {EVERYTHING}, {LOSSES}}}",
+    "deepspeed_full": (
+        f"model.moe={{kind: deepspeed, gate: router, drop_tokens: false, {EVERYTHING}, {LOSSES}}}"
+    ),
 }
-# Three dimensions, experts of two hidden numbers, and few enough of them that each step uses some more than others.
+# Three dimensions, experts of two hidden numbers, and few enough of them that each step uses some
+# more than others.
 KINDS["peer"] = (
-    "model.moe={kind: peer, product_key_sizes: [4, 4, 2], query_dim: 24, num_heads: 2, top_k: 3, moe_intermediate_size: 2, num_shared_experts: 1, "
-    "shared_intermediate_size: 8}"
+    "model.moe={kind: peer, product_key_sizes: [4, 4, 2], query_dim: 24, num_heads: 2, top_k: 3,"
+    " moe_intermediate_size: 2, num_shared_experts: 1, shared_intermediate_size: 8}"
 )
 OPTIMIZERS = {
     kind: f"optimizer={{kind: {kind}, learning_rate: {rate}}}"
@@ -95,7 +110,10 @@ NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider tha
 RUNNING = ("model.moe.query_norm=batch_norm",)
 AHEAD = ("model.multi_token_prediction={loss_weight: 0.3}",)
 WIDER = (
-    "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2, num_key_value_heads: 1, moe_intermediate_size: 16}}",
+    (
+        "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2,"
+        " num_key_value_heads: 1, moe_intermediate_size: 16}}"
+    ),
     "model.initialization.base.head_dim=4",
 )
 MOVED = {"changes": True, "overrides": ("train.grad_clip=0", "train.micro_batch_size=1")}
@@ -154,8 +172,10 @@ def whole_matrix(world_size: int) -> list[Case]:
 
 
 OTHER_LAYOUTS_OF_MUON = {
-    1: [case(kind, 0, 1, MUON) for kind in ("dropless", "deepspeed", "peer")]
-    + [case("dropless", 3, 1, MUON)],
+    1: (
+        [case(kind, 0, 1, MUON) for kind in ("dropless", "deepspeed", "peer")]
+        + [case("dropless", 3, 1, MUON)]
+    ),
     2: [
         case("dropless", 0, 2, MUON),
         case("dropless", 3, 1, MUON),
@@ -219,7 +239,9 @@ def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:
 
 def tolerance(label: str) -> float:
     if "adamw_8bit" in label:
-        return 5e-3  # blocks of 256 numbers begin elsewhere in ZeRO's partitions, and small tensors stay fp32 at stage 0
+        # blocks of 256 numbers begin elsewhere in ZeRO's partitions, and small tensors stay fp32 at
+        # stage 0
+        return 5e-3
     return 1e-5 if "adamw" in label or label == "peer-muon" else 1e-6  # AdamW trains PEER's rows
 
 
@@ -228,7 +250,9 @@ def check_all(
     cases: dict[int, list[Case]],
     skip: Callable[[Case], bool] = lambda _: False,
 ) -> int:
-    """Compares every case with the single-process ZeRO 0 run of the same kind; returns how many were compared."""
+    """Compares every case with the single-process ZeRO 0 run of the same kind; returns how many
+    were compared.
+    """
     compared = 0
     for world_size, entries in cases.items():
         for entry in entries:
@@ -321,7 +345,9 @@ def test_clipping_was_active_and_experts_held_most_of_the_norm(
 def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(
     spanning: dict[int, Results], world_size: int, kind: str, name: str
 ) -> None:
-    """Plain SGD without clipping moves a weight by its gradient: so this compares every gradient, those of each expert by its global number."""
+    """Plain SGD without clipping moves a weight by its gradient: so this compares every gradient,
+    those of each expert by its global number.
+    """
     label = case(kind, 0, 1, **MOVED)["label"]
     reference, row = (
         spanning[1][f"{label}/zero0/ep1"]["changes"],
@@ -340,7 +366,9 @@ def test_every_weight_and_expert_moves_and_moves_as_with_one_rank(
 def test_low_precision_stays_close_to_fp32_at_every_stage(
     spanning: dict[int, Results], precision: str
 ) -> None:
-    """Over ten steps an optimizer step too many, or a gradient scaled once too often, moves the mean loss by three times the tolerance."""
+    """Over ten steps an optimizer step too many, or a gradient scaled once too often, moves the
+    mean loss by three times the tolerance.
+    """
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         pytest.skip("this device does not compute in fp16")
     rows = [row for name, row in spanning[1].items() if f"precision={precision}" in name]

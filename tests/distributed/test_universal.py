@@ -43,5 +43,7 @@ def test_training_goes_on_from_universal_checkpoints_at_another_ep_size(tmp_path
         expected, found = torch.tensor(result["expected"]), torch.tensor(result["found"])
         if result["mended"]:
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-        else:  # as DeepSpeed alone loads it, balancing biases are lost, and at ZeRO 3 the groups' options too
+        # as DeepSpeed alone loads it, balancing biases are lost, and at ZeRO 3 the groups' options
+        # too
+        else:
             assert (found / expected - 1).abs().max() > 1e-4

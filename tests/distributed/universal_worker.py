@@ -1,4 +1,5 @@
-"""Trains, converts to DeepSpeed's universal format, and goes on in engines of other shapes; writes each one's next losses as JSON.
+"""Trains, converts to DeepSpeed's universal format, and goes on in engines of other shapes; writes
+each one's next losses as JSON.
 
 Started by a launcher with a folder for checkpoints, a tokenizer, and the file for the results.
 """
@@ -30,7 +31,8 @@ SIZES = [
     "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32, bias_balancing: {update_rate: 0.02}}",
 ]  # fmt: skip
 SAVED_AT, STEPS = 2, 5
-# ZeRO stage and ep_size of what is saved, and of what goes on. Stages 1 and 2 do not load into 3, nor the other way.
+# ZeRO stage and ep_size of what is saved, and of what goes on. Stages 1 and 2 do not load into 3,
+# nor the other way.
 ROUTES = [((1, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((3, 2), (3, 1)), ((3, 1), (3, 2))]
 
 

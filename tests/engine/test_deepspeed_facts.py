@@ -1,4 +1,5 @@
-"""What DeepSpeed does that the engine works around: a test here that fails means that a workaround can go.
+"""What DeepSpeed does that the engine works around: a test here that fails means that a workaround
+can go.
 
 No test uses our engine. See ``pretrain/engine/workarounds``.
 """

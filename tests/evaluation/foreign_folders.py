@@ -1,4 +1,6 @@
-"""Hugging Face folders as strangers and accidents make them: copies of a whole one with code in them, or with something missing."""
+"""Hugging Face folders as strangers and accidents make them: copies of a whole one with code in
+them, or with something missing.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,9 @@ def evil_code(canary: Path) -> str:
 
 
 def fused_experts(folder: Path) -> None:
-    """As transformers 5 writes them if it is asked for its own names: the experts of a layer in two tensors."""
+    """As transformers 5 writes them if it is asked for its own names: the experts of a layer in two
+    tensors.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""Runs lm-evaluation-harness for its tests, in a process of its own because importing it takes half a minute.
+"""Runs lm-evaluation-harness for its tests, in a process of its own because importing it takes half
+a minute.
 
 ``FOLDER CHECKPOINT EXPORT``: the same tasks on both. ``FOLDER CHECKPOINT``: options and errors.
 """

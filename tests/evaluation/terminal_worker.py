@@ -1,6 +1,8 @@
-"""Runs tools one after the other in this process, with its own standard streams: ``python terminal_worker.py COMMANDS.json``.
+"""Runs tools one after the other in this process, with its own standard streams: ``python
+terminal_worker.py COMMANDS.json``.
 
-Commands are lists, a tool's file name first. After each, a line of "=" and its exit code goes to both streams.
+Commands are lists, a tool's file name first. After each, a line of "=" and its exit code goes to
+both streams.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Several texts at once: each is what it would be alone, whatever stands beside it, for every kind of attention and position."""
+"""Several texts at once: each is what it would be alone, whatever stands beside it, for every kind
+of attention and position.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def test_time_memory_files_and_the_network_are_limited() -> None:
     assert run_program("x = bytearray(1 << 20)", 20, MEMORY).outcome == "passed"
     assert "File too large" in run_program("open('large', 'wb').write(bytes(8 << 20))", 20).error
     inside = run_program(
-        f"import os\nassert os.listdir() and not os.path.samefile('.', {str(Path.cwd())!r})\nassert 'TEST_SECRET' not in os.environ",
+        f"import os\nassert os.listdir() and not os.path.samefile('.', {str(Path.cwd())!r})\nassert"
+        " 'TEST_SECRET' not in os.environ",
         20,
     )
     assert inside.outcome == "passed", inside.error
@@ -55,7 +56,10 @@ def test_time_memory_files_and_the_network_are_limited() -> None:
 
 def test_processes_that_a_program_leaves_behind_are_killed() -> None:
     mark = f"{time.time_ns()}"
-    source = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300) # {mark}'])"
+    source = (
+        "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time;"
+        f" time.sleep(300) # {mark}'])"
+    )
     assert run_program(source, 20).outcome == "passed"
     deadline = time.monotonic() + 10
     while any(

@@ -21,7 +21,10 @@ from tests.launch.tiny_run import SCRIPT, Started, make_tiny
 @pytest.mark.full
 def test_each_checkpoint_of_a_run_is_evaluated_as_the_recipe_says(tmp_path: Path) -> None:
     tiny, run = make_tiny(tmp_path), tmp_path / "run"
-    section = "evaluation={interval_steps: 4, max_windows: 8, prompts: ['the router', '-x'], max_new_tokens: 4}"
+    section = (
+        "evaluation={interval_steps: 4, max_windows: 8, prompts: ['the router', '-x'],"
+        " max_new_tokens: 4}"
+    )
     overrides = (section, "checkpoint.interval_steps=2", "checkpoint.keep_last=9")
     started = Started([sys.executable, SCRIPT, *tiny.arguments(run, *overrides, steps=5)], tmp_path)
     assert started.wait() == 0, started.stderr

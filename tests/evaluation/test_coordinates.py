@@ -1,4 +1,6 @@
-"""The coordinate check sees that muP keeps activations as they are where the standard kind lets them grow."""
+"""The coordinate check sees that muP keeps activations as they are where the standard kind lets
+them grow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A checkpoint with multi-token prediction: it drafts in the command, is exported without its block, and is kept whole by safetensors."""
+"""A checkpoint with multi-token prediction: it drafts in the command, is exported without its
+block, and is kept whole by safetensors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Numbers about expert usage against their plain definitions, pictures' arrays, and the files of windows."""
+"""Numbers about expert usage against their plain definitions, pictures' arrays, and the files of
+windows.
+"""
 
 from __future__ import annotations
 

@@ -216,7 +216,10 @@ CASES = [("exported", attack) for attack in NATIVE] + [("own_class", attack) for
 
 
 def run_tools(folder: Path, trained: Trained, output: Path) -> dict[str, Done]:
-    """Every tool that opens a Hugging Face folder. The harness opens it as generation does, before it loads its tasks."""
+    """Every tool that opens a Hugging Face folder.
+
+    The harness opens it as generation does, before it loads its tasks.
+    """
     evaluate = ("evaluate.py", "--checkpoint", folder, "--data", trained.data, "--max-windows", "1")
     runs = {
         "generate": run_here(
@@ -287,7 +290,9 @@ def test_the_canary_would_be_written_if_the_code_ran(
 def test_what_runs_is_our_own_file_whatever_lies_in_the_cache_of_modules(
     own_class: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a folder of links, as the hub's cache has them, and without its copies of our files."""
+    """Also from a folder of links, as the hub's cache has them, and without its copies of our
+    files.
+    """
     canary = tmp_path / "canary"
     modules = tmp_path / "modules" / "transformers_modules" / "hf"
     modules.mkdir(parents=True)
@@ -314,7 +319,9 @@ def test_what_runs_is_our_own_file_whatever_lies_in_the_cache_of_modules(
 
 
 def test_only_what_was_checked_is_opened(exported: Path, tmp_path: Path) -> None:
-    """Neither an adapter, nor pickles beside the weights, nor the files of a distributed checkpoint, which transformers would prefer."""
+    """Neither an adapter, nor pickles beside the weights, nor the files of a distributed
+    checkpoint, which transformers would prefer.
+    """
     canary = tmp_path / "canary"
 
     def change(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Evaluation and generation with a model that drops tokens say that their results depend on the batch."""
+"""Evaluation and generation with a model that drops tokens say that their results depend on the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ SAID = "the model drops tokens (model.moe.drop_tokens=true)"
 @pytest.fixture(scope="module")
 def dropping(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = trained.recipe.model_dump(mode="json")
-    moe = "{kind: deepspeed, gate: router, num_experts: 4, top_k: 2, moe_intermediate_size: 32, eval_capacity_factor: 0.5}"
+    moe = (
+        "{kind: deepspeed, gate: router, num_experts: 4, top_k: 2, moe_intermediate_size: 32,"
+        " eval_capacity_factor: 0.5}"
+    )
     for override in (f"model.moe={moe}", "model.initializer_range=0.3"):
         apply_override(content, override)
     recipe = validate_recipe(content, "a test's recipe")

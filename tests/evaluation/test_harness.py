@@ -1,4 +1,6 @@
-"""Tasks of lm-evaluation-harness from local files: our checkpoint gets the numbers that the harness's own class gives its export."""
+"""Tasks of lm-evaluation-harness from local files: our checkpoint gets the numbers that the
+harness's own class gives its export.
+"""
 
 from __future__ import annotations
 

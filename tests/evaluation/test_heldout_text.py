@@ -1,4 +1,6 @@
-"""Sliding windows count each token once; each target is counted for the document, the source and the length that it belongs to."""
+"""Sliding windows count each token once; each target is counted for the document, the source and
+the length that it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +143,9 @@ def test_sums_by_source_and_by_length_add_up_and_go_where_they_belong() -> None:
 
 @pytest.fixture(scope="module")
 def two_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two corpora by name, of which the first has two sources; each text says which source it is of."""
+    """Two corpora by name, of which the first has two sources; each text says which source it is
+    of.
+    """
     folder = tmp_path_factory.mktemp("sources")
     for source in ("sums", "words", "other"):
         (folder / source).mkdir()
@@ -213,7 +217,9 @@ def test_another_tokenizer_s_tokens_are_of_the_same_documents(two_sources: dict[
 def test_a_few_windows_in_another_tokenizer_s_tokens_are_all_that_is_encoded(
     two_sources: dict[str, str], bos_ids: list[int]
 ) -> None:
-    """Sections of the whole text in the model's tokens, spread evenly over it, each with the sources and lengths of its documents."""
+    """Sections of the whole text in the model's tokens, spread evenly over it, each with the
+    sources and lengths of its documents.
+    """
     text = read_split(load_datasets(two_sources), "validation")
     whole = in_tokens_of(ByteModel(bos_ids), text, 16, None)
     model, window, count = ByteModel(bos_ids), 40, 5

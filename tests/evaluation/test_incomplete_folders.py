@@ -1,4 +1,6 @@
-"""A Hugging Face folder in which something is missing, too much or damaged is refused by every tool, and what it is is named."""
+"""A Hugging Face folder in which something is missing, too much or damaged is refused by every
+tool, and what it is is named.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def removed(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
 
-# What is changed, and what the error has to say. Marked with *: --from hf takes it, or says it in its own words.
+# What is changed, and what the error has to say. Marked with *: --from hf takes it, or says it in
+# its own words.
 DAMAGES: dict[str, tuple[Change, str]] = {
     "no head": (without("lm_head.weight"), "'lm_head.weight'"),
     "no norm": (without(NORM), f"'{NORM}'"),

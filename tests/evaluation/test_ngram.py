@@ -50,7 +50,9 @@ def fitted(tokens: np.ndarray, order: int = 2, vocab_size: int = VOCAB) -> NGram
 def by_definition(
     tokens: list[int], vocab_size: int, context: tuple[int, ...], target: int
 ) -> float:
-    """Interpolated Kneser-Ney of order len(context) + 1, from counts of tuples; the context is in the order of the text."""
+    """Interpolated Kneser-Ney of order len(context) + 1, from counts of tuples; the context is in
+    the order of the text.
+    """
     tables: dict[int, dict[tuple[int, ...], int]] = {}
     highest = len(context) + 1
     counts = Counter(
@@ -94,7 +96,8 @@ def sums_over_vocabulary(model: NGram, contexts: np.ndarray) -> np.ndarray:
 
 
 def test_the_bigram_agrees_with_a_hand_computed_example() -> None:
-    # N(0,1)=2, N(0,2)=1, N(1,2)=1: n1=2, n2=1, D=1/2. Continuations 0,1,2 of 3: D_low=1/3, and 2 of 3 tokens share 2/9 evenly.
+    # N(0,1)=2, N(0,2)=1, N(1,2)=1: n1=2, n2=1, D=1/2. Continuations 0,1,2 of 3: D_low=1/3, and 2 of
+    # 3 tokens share 2/9 evenly.
     bigram = fit_ngram([(np.array([[0], [0], [0], [1]]), np.array([1, 1, 2, 2]))], 3, 2)
     lower = [2 / 27, 8 / 27, 17 / 27]
     assert bigram.levels[1].discount == pytest.approx(1 / 2)

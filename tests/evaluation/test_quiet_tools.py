@@ -1,4 +1,6 @@
-"""In a terminal the tools ask nothing and let no other library speak; with ``--json -`` standard output is JSON alone."""
+"""In a terminal the tools ask nothing and let no other library speak; with ``--json -`` standard
+output is JSON alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from tests.export.tiny_checkpoint import Trained
 WORKER = Path(__file__).with_name("terminal_worker.py")
 # Bars with a name, and the speeds of generation: all that a tool says beside its result.
 OWN_LINES = re.compile(
-    r"(validation windows|generating|encoding windows|log-likelihoods|Tokenizing inputs|Running \w+ requests): .*|prefill: .*|"
+    r"(validation windows|generating|encoding windows|log-likelihoods|Tokenizing inputs|Running \w+"
+    r" requests): .*|prefill: .*|"
 )
 
 
@@ -36,7 +39,9 @@ class Said:
 
 
 def in_a_terminal(folder: Path, commands: list[list[str | Path]]) -> list[Said]:
-    """What each command prints where standard input and standard error are a terminal in which nobody types."""
+    """What each command prints where standard input and standard error are a terminal in which
+    nobody types.
+    """
     file = folder / "commands.json"
     file.write_text(json.dumps([list(map(str, command)) for command in commands]))
     ours, theirs = pty.openpty()

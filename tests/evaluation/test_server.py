@@ -1,4 +1,6 @@
-"""``transformers serve`` answers OpenAI's /v1/completions with the text that our model takes greedily."""
+"""``transformers serve`` answers OpenAI's /v1/completions with the text that our model takes
+greedily.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Drafts change how many passes a text takes, and nothing about the text: not one greedy token, and not the distribution of samples."""
+"""Drafts change how many passes a text takes, and nothing about the text: not one greedy token, and
+not the distribution of samples.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ WINDOWED = (*DENSE, "model.attention.sliding_window=6")
 
 
 def trained(*overrides: str) -> DecoderLM:
-    """A model that has learned some of a simple sequence, so that some of its drafts are right and some are not."""
+    """A model that has learned some of a simple sequence, so that some of its drafts are right and
+    some are not.
+    """
     model = tiny_model(MULTI_TOKEN, "model.initializer_range=0.1", *overrides)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     tokens = [random_tokens(8, 1)]
@@ -79,7 +83,9 @@ def test_the_greedy_comparison_notices_a_cache_that_keeps_rejected_drafts() -> N
 
 
 class Chain:
-    """A model whose next token depends on the last one alone, by a table [V, V] of logits; its drafts come from another table."""
+    """A model whose next token depends on the last one alone, by a table [V, V] of logits; its
+    drafts come from another table.
+    """
 
     def __init__(self, logits_VV: Tensor, draft_logits_VV: Tensor) -> None:
         self.logits_VV, self.draft_logits_VV = logits_VV, draft_logits_VV
@@ -100,7 +106,8 @@ def chain() -> Chain:
 
 
 def excess(counts: Tensor, expected: Tensor) -> float:
-    """How far chi-square lies above its mean, in standard deviations: [rows, cells] counts against expected ones.
+    """How far chi-square lies above its mean, in standard deviations: [rows, cells] counts against
+    expected ones.
 
     What is expected less than five times in a row is one cell.
     """

@@ -1,4 +1,6 @@
-"""What is shown while a text is written: whole characters only, and no beginning of what may become a stop string."""
+"""What is shown while a text is written: whole characters only, and no beginning of what may become
+a stop string.
+"""
 
 from __future__ import annotations
 

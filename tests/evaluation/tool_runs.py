@@ -1,4 +1,6 @@
-"""A tool's command line inside this process: starting Python and importing torch again and again would be most of a test's time."""
+"""A tool's command line inside this process: starting Python and importing torch again and again
+would be most of a test's time.
+"""
 
 from __future__ import annotations
 

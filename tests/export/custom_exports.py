@@ -1,4 +1,6 @@
-"""Models of every kind with random weights, exported as ``custom`` and tried out by another process (custom_worker.py)."""
+"""Models of every kind with random weights, exported as ``custom`` and tried out by another process
+(custom_worker.py).
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,15 @@ from tests.model.every_kind import CASES as EVERY_KIND
 
 B, S, PADDING = 3, 24, (0, 5, 11)
 WORKER = Path(__file__).with_name("custom_worker.py")
-LATENT = "num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6"
+LATENT = (
+    "num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8,"
+    " v_head_dim: 6"
+)
 PRODUCTS = "product_key_sizes: [6, 5], num_heads: 2, top_k: 3, query_dim: 16"
-SCALED = "factor: 4, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.2, truncate: false"
+SCALED = (
+    "factor: 4, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.2, truncate:"
+    " false"
+)
 NATIVE = [
     "model.moe.kind=deepspeed",
     "model.moe.causal=false",
@@ -52,7 +60,10 @@ def limited(gate: str, top_k: int, factor: float) -> list[str]:
 # Overrides of the debug recipe; more than a kind at a time, and what drops tokens.
 MORE: dict[str, list[str]] = {
     "latents with all options": [
-        f"model.attention={{kind: mla, {LATENT}, bias: all, sinks: true, sliding_window: 7, full_attention_every: 2}}",
+        (
+            f"model.attention={{kind: mla, {LATENT}, bias: all, sinks: true, sliding_window: 7,"
+            " full_attention_every: 2}"
+        ),
         f"model.position={{kind: yarn, {SCALED}}}",
     ],
     "alibi of six heads with sinks": [
@@ -61,11 +72,15 @@ MORE: dict[str, list[str]] = {
         "model.position.kind=alibi",
     ],
     "yarn with a factor given": [
-        "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, attention_factor: 1.3}"
+        "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16,"
+        " attention_factor: 1.3}"
     ],
     "groups by their best expert": [
         "model.moe.num_experts=8",
-        "model.moe.router={kind: sigmoid_topk, bias: true, norm_topk_prob: false, routed_scaling_factor: 1.7}",
+        (
+            "model.moe.router={kind: sigmoid_topk, bias: true, norm_topk_prob: false,"
+            " routed_scaling_factor: 1.7}"
+        ),
         "model.moe.router.groups={num_groups: 4, top_k_groups: 2, score: max}",
         "model.moe.bias_balancing={}",
         "model.moe.shared_intermediate_size=20",
@@ -77,7 +92,10 @@ MORE: dict[str, list[str]] = {
         "model.moe.moe_intermediate_size=2",
     ],
     "product keys of three dimensions, batch norm": [
-        "model.moe={kind: peer, product_key_sizes: [3, 4, 5], num_heads: 2, top_k: 3, query_dim: 12, query_bias: true, query_norm: batch_norm}",
+        (
+            "model.moe={kind: peer, product_key_sizes: [3, 4, 5], num_heads: 2, top_k: 3,"
+            " query_dim: 12, query_bias: true, query_norm: batch_norm}"
+        ),
         "model.feed_forward.kind=gelu",
     ],
     "latents with a layer norm": [
@@ -99,7 +117,9 @@ def recipe_of(case: str) -> Recipe:
 
 
 def random_model(recipe: Recipe) -> DecoderLM:
-    """Every number random, biases, sinks and balancing biases too, and large enough for each to show."""
+    """Every number random, biases, sinks and balancing biases too, and large enough for each to
+    show.
+    """
     model, generator = DecoderLM(recipe.model), torch.Generator().manual_seed(0)
     spread = 2.0 / recipe.model.hidden_size**0.5
     with torch.no_grad():

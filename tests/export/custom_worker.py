@@ -1,6 +1,8 @@
-"""Opens exported folders where nothing of this project is at hand, and writes down what the models there compute.
+"""Opens exported folders where nothing of this project is at hand, and writes down what the models
+there compute.
 
-Run as a program: ``python custom_worker.py FOLDER...``. A folder has ``prompts.safetensors``; it gets ``computed.safetensors`` and ``said.json``.
+Run as a program: ``python custom_worker.py FOLDER...``. A folder has ``prompts.safetensors``; it
+gets ``computed.safetensors`` and ``said.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ PROJECT = ("pretrain", "data_pipeline", "tests", "tools")
 
 
 class Absent(MetaPathFinder):
-    """Nothing of the project can be imported, even where an editable installation would find it from every folder."""
+    """Nothing of the project can be imported, even where an editable installation would find it
+    from every folder.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname.split(".")[0] in PROJECT:

@@ -1,4 +1,6 @@
-"""Tiny models of every architecture that is imported, made by transformers' own classes with random weights."""
+"""Tiny models of every architecture that is imported, made by transformers' own classes with random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -215,7 +217,9 @@ def write_config(folder: Path, fields: dict[str, Any]) -> Path:
 
 
 def build(folder: Path) -> PreTrainedModel:
-    """The model of a folder's config.json with random weights: norms away from one, everything else from zero."""
+    """The model of a folder's config.json with random weights: norms away from one, everything else
+    from zero.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(

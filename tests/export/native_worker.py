@@ -1,4 +1,6 @@
-"""Opens exported folders by transformers alone and writes down logits and greedy texts: ``python native_worker.py FOLDER...``"""
+"""Opens exported folders by transformers alone and writes down logits and greedy texts: ``python
+native_worker.py FOLDER...``
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ def recipe_of(name: str, *overrides: str) -> Recipe:
 
 
 def random_model(recipe: Recipe, seed: int = 0) -> DecoderLM:
-    """Norms away from one, biases away from zero, and matrices large enough for logits to differ and for routing to be clear."""
+    """Norms away from one, biases away from zero, and matrices large enough for logits to differ
+    and for routing to be clear.
+    """
     torch.manual_seed(seed)
     model = DecoderLM(recipe.model)
     with torch.no_grad():

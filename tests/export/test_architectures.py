@@ -37,15 +37,24 @@ OWN_GATE = [*NATIVE, "model.moe.gate=router"]
 YARN = (
     "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, truncate: false}"
 )
-MSCALE = "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.3}"
-LLAMA3 = "model.position={kind: llama3, factor: 8, original_max_position_embeddings: 32, low_freq_factor: 1}"
+MSCALE = (
+    "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 16, mscale: 0.7,"
+    " mscale_all_dim: 1.3}"
+)
+LLAMA3 = (
+    "model.position={kind: llama3, factor: 8, original_max_position_embeddings: 32,"
+    " low_freq_factor: 1}"
+)
 THREE = ["model.num_hidden_layers=3", "model.attention.full_attention_every=3"]
 SIGMOID = [
     "model.moe.router={kind: sigmoid_topk, norm_topk_prob: false, routed_scaling_factor: 1.7}"
 ]
 DENSE = ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"]
 V2 = "model.moe.router={kind: softmax_topk, norm_topk_prob: false, routed_scaling_factor: 3}"
-V2_GROUPS = "model.moe.router={kind: softmax_topk, norm_topk_prob: false, groups: {num_groups: 4, top_k_groups: 2}}"
+V2_GROUPS = (
+    "model.moe.router={kind: softmax_topk, norm_topk_prob: false, groups: {num_groups: 4,"
+    " top_k_groups: 2}}"
+)
 
 # What each shipped mini recipe is in transformers; None is for a class of our own.
 MINIS = {
@@ -254,7 +263,9 @@ def export(
     target: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> DecoderLM:
-    """Writes ``checkpoint`` and ``hf`` into ``folder``; returns the model that the export is rounded from."""
+    """Writes ``checkpoint`` and ``hf`` into ``folder``; returns the model that the export is
+    rounded from.
+    """
     random_checkpoint(folder / "checkpoint", recipe, tokenizer)
     weights = open_whole_weights(folder / "checkpoint", recipe.model)
     model, ours = without_factors(recipe.model, weights)
@@ -543,7 +554,9 @@ def test_what_transformers_cannot_compute_is_refused_with_the_reason(
 
 
 def test_every_reason_of_every_target_is_given_at_once() -> None:
-    """Second experts that are drawn at random at inference are what the class of last resort refuses too."""
+    """Second experts that are drawn at random at inference are what the class of last resort
+    refuses too.
+    """
     drawn = [
         "model.moe.kind=deepspeed",
         "model.moe.drop_tokens=false",

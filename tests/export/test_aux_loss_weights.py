@@ -1,4 +1,6 @@
-"""The weighted load-balancing loss of an export is that of our training, as transformers computes it itself."""
+"""The weighted load-balancing loss of an export is that of our training, as transformers computes
+it itself.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_both_add_the_same_to_the_loss(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ONE)
 def test_several_layers_that_route_alike_add_the_same_too(name: str, tmp_path: Path) -> None:
-    """Routers of zeros give each expert the same probability; one by one, the layers' losses are summed by us and averaged by them."""
+    """Routers of zeros give each expert the same probability; one by one, the layers' losses are
+    summed by us and averaged by them.
+    """
     source = tmp_path / "hf"
     changes = {"num_hidden_layers": 3} | (
         {"layer_types": ["full_attention"] * 3} if name == "gpt_oss" else {}

@@ -1,4 +1,6 @@
-"""A chat model made with transformers comes in, trains and goes out: its tokens, templates and sampling defaults are what they were."""
+"""A chat model made with transformers comes in, trains and goes out: its tokens, templates and
+sampling defaults are what they were.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ from tests.launch.tiny_run import own_process
 from tools.generate import main as generate
 
 ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot|>")
-CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{%"
+    " endfor %}"
+)
 TOOLS = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ eos_token }}"
 SAMPLING = {
     "do_sample": True,
@@ -66,7 +71,9 @@ LETTERS = ("q", "w", "z")
 
 @dataclass(frozen=True)
 class Chat:
-    """Folders of one model: as transformers wrote it, imported, a checkpoint of its training, and exported again."""
+    """Folders of one model: as transformers wrote it, imported, a checkpoint of its training, and
+    exported again.
+    """
 
     source: Path
     ours: Path
@@ -244,7 +251,9 @@ def test_a_folder_and_the_checkpoint_it_is_of_have_one_heldout_loss(chat: Chat) 
 def test_a_document_ends_with_a_token_that_is_no_word(
     eos: Any, end: str, chat: Chat, tmp_path: Path
 ) -> None:
-    """Ids of config.json may be the class's defaults: then the tokenizer's end is taken, in imports and by tools alike."""
+    """Ids of config.json may be the class's defaults: then the tokenizer's end is taken, in imports
+    and by tools alike.
+    """
     shutil.copytree(chat.source, tmp_path / "source")
     edit_json(tmp_path / "source", eos_token_id=eos)
     target, config = architecture_of(tmp_path / "source")

@@ -1,4 +1,6 @@
-"""The class that travels with an export computes what our model computes; it is opened by a process that has nothing of this project."""
+"""The class that travels with an export computes what our model computes; it is opened by a process
+that has nothing of this project.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
 from tests.export.custom_exports import CASES, MINIS, PADDING, Opened, open_elsewhere
 
-# Together they have each attention, most positions, feed-forwards and routers, drops, and every odd place of a weight.
+# Together they have each attention, most positions, feed-forwards and routers, drops, and every odd
+# place of a weight.
 ALWAYS = (
     "latents with all options",
     "alibi of six heads with sinks",
@@ -127,9 +130,12 @@ def test_saved_by_transformers_it_opens_again_and_is_equal(
 def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(
     case: str, opened: dict[str, Opened]
 ) -> None:
-    """Rounding flips close choices, in either model others. The median token tells how well the rest is computed.
+    """Rounding flips close choices, in either model others.
 
-    Where experts fill up, one flipped choice moves the places of all: there only the dtypes are compared.
+    The median token tells how well the rest is computed.
+
+    Where experts fill up, one flipped choice moves the places of all: there only the dtypes are
+    compared.
     """
     one = opened[case]
     low = copy.deepcopy(one.model).to(torch.bfloat16)

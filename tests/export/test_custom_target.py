@@ -1,4 +1,6 @@
-"""What goes into an export of the target ``custom``, what is refused, and that nothing in it is there for show."""
+"""What goes into an export of the target ``custom``, what is refused, and that nothing in it is
+there for show.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,14 @@ from tests.export.held_tensors import Held
 
 TELLING = {
     "latents": [
-        f"model.attention={{kind: mla, {LATENT}, q_lora_rank: 16, bias: all, sinks: true, sliding_window: 7, full_attention_every: 2}}",
-        "model.position={kind: yarn, rope_theta: 50, factor: 3, original_max_position_embeddings: 64, mscale: 0.7, mscale_all_dim: 1.2}",
+        (
+            f"model.attention={{kind: mla, {LATENT}, q_lora_rank: 16, bias: all, sinks: true,"
+            " sliding_window: 7, full_attention_every: 2}"
+        ),
+        (
+            "model.position={kind: yarn, rope_theta: 50, factor: 3,"
+            " original_max_position_embeddings: 64, mscale: 0.7, mscale_all_dim: 1.2}"
+        ),
         *("model.position.beta_fast=9", "model.position.truncate=false"),
     ],
     "heads": [
@@ -49,13 +57,19 @@ TELLING = {
         "model.intermediate_size=24",
     ],
     "yarn": [
-        "model.position={kind: yarn, rope_theta: 50, factor: 3, original_max_position_embeddings: 64, attention_factor: 1.3}",
+        (
+            "model.position={kind: yarn, rope_theta: 50, factor: 3,"
+            " original_max_position_embeddings: 64, attention_factor: 1.3}"
+        ),
         "model.position.beta_fast=9",
         "model.position.truncate=false",
     ],
     "groups": [
         "model.moe.num_experts=8",
-        "model.moe.router={kind: softmax_topk, bias: true, temperature: 1.5, routed_scaling_factor: 1.7}",
+        (
+            "model.moe.router={kind: softmax_topk, bias: true, temperature: 1.5,"
+            " routed_scaling_factor: 1.7}"
+        ),
         "model.moe.router.groups={num_groups: 4, top_k_groups: 1, score: max}",
         "model.moe.bias_balancing={}",
         "model.moe.num_shared_experts=2",
@@ -66,7 +80,10 @@ TELLING = {
         *("model.moe.eval_capacity_factor=0.6", "model.moe.min_capacity=2"),
     ],
     "product keys": [
-        "model.moe={kind: peer, product_key_sizes: [6, 5], num_heads: 2, top_k: 3, query_dim: 16, query_bias: true}",
+        (
+            "model.moe={kind: peer, product_key_sizes: [6, 5], num_heads: 2, top_k: 3, query_dim:"
+            " 16, query_bias: true}"
+        ),
         *("model.moe.num_shared_experts=1", "model.moe.shared_intermediate_size=20"),
     ],
 }
@@ -96,7 +113,8 @@ OTHERS = {
     "softmax_topk": "sigmoid_topk",
     "deepspeed": "router",
 }
-# min_capacity counts only where it is more than the factor gives, and eps where it is not nearly nothing.
+# min_capacity counts only where it is more than the factor gives, and eps where it is not nearly
+# nothing.
 LARGER = {"min_capacity": 60, "eps": 0.5}
 
 LONG = ("yarn", "DeepSpeed's gate")

@@ -141,7 +141,10 @@ def dangerous(folder: Path) -> None:
         (lambda folder: (folder / expert_file(1, 2)).unlink(), "lacks expert 2 of MoE layer 1"),
         (
             stray,
-            "layer_1_expert_3_mp_rank_00_model_states.pt is of an expert that the checkpoint does not have",
+            (
+                "layer_1_expert_3_mp_rank_00_model_states.pt is of an expert that the checkpoint"
+                " does not have"
+            ),
         ),
         (doubled, "stands in layer_0_expert_0_mp_rank_00_model_states.pt and in layer_1_expert_2"),
         (cut, "layer_0_expert_1_mp_rank_00_model_states.pt cannot be read"),

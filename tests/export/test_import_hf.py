@@ -97,7 +97,9 @@ def test_there_and_back_is_the_same_bit_for_bit(
 def test_one_choice_that_is_divided_by_itself_comes_as_it_is_with_a_warning(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """It computes what it says, which transformers' logits confirm; only training on would leave its router as it is."""
+    """It computes what it says, which transformers' logits confirm; only training on would leave
+    its router as it is.
+    """
     source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer, torch.float32)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
@@ -183,7 +185,10 @@ def test_a_config_that_no_recipe_can_say_is_refused(
 def test_half_turned_heads_and_clipped_queries_are_refused(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Published GLM-4.5 turns half of a head; OLMoE may clip. Neither is in a recipe, and both would load without an error."""
+    """Published GLM-4.5 turns half of a head.
+
+    OLMoE may clip. Neither is in a recipe, and both would load without an error.
+    """
     for case, change, field in (
         (
             "glm4_moe: nothing but a sigmoid router",

@@ -1,4 +1,6 @@
-"""Forty models that transformers made, imported and exported again: the same weights bit for bit, the same logits, the same config."""
+"""Forty models that transformers made, imported and exported again: the same weights bit for bit,
+the same logits, the same config.
+"""
 
 from __future__ import annotations
 
@@ -258,7 +260,8 @@ def check_configs(source: Path, back: Path) -> None:
         ):
             continue
         if field in again and again[field] != value:
-            # One thing can be said in two ways: these are compared by what they mean, the logits of both.
+            # One thing can be said in two ways: these are compared by what they mean, the logits of
+            # both.
             assert field in OTHERS_SAID, f"{field} was {value} and is {again[field]}"
 
 

@@ -1,4 +1,6 @@
-"""muP changes weights and learning rates and nothing that a model computes: every target takes what it would take without it."""
+"""muP changes weights and learning rates and nothing that a model computes: every target takes what
+it would take without it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every field of a config.json, left out and null: read as transformers reads it, or refused by its name."""
+"""Every field of a config.json, left out and null: read as transformers reads it, or refused by its
+name.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from tests.export.hf_models import (
     write_config,
 )
 
-# A size that is another one makes its neighbours not fit: the refusal names one of them, in transformers' words or in ours.
+# A size that is another one makes its neighbours not fit: the refusal names one of them, in
+# transformers' words or in ours.
 SIZES = {
     "attention heads",
     "hidden_size",
@@ -68,7 +71,9 @@ QUICK = {"mixtral", "deepseek_v3", "qwen2"}
 
 
 def variants(name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The field that is changed, how, and the whole config: in transformers 5's form, and for rotary fields in the older one too."""
+    """The field that is changed, how, and the whole config: in transformers 5's form, and for
+    rotary fields in the older one too.
+    """
     base = fields_of(name)
     for field in base:
         if field != "model_type":
@@ -224,7 +229,9 @@ def test_every_architecture_that_is_imported_has_a_base() -> None:
 def test_forms_of_published_cards_are_read(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Mixtral-8x7B names no head_dim, DeepSeek-V3 no truncate, Qwen3-MoE's card gives three fields of YaRN."""
+    """Mixtral-8x7B names no head_dim, DeepSeek-V3 no truncate, Qwen3-MoE's card gives three fields
+    of YaRN.
+    """
     changes = {"rope_parameters": ..., **changes} if "rope_scaling" in changes else changes
     folder = tmp_path / "hf"
     theirs = saved(folder, fields_of(name, **changes))

@@ -1,4 +1,6 @@
-"""Exports to classes of transformers' own open in the last release before version 5 too, unmodified, and compute the same."""
+"""Exports to classes of transformers' own open in the last release before version 5 too,
+unmodified, and compute the same.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from tests.own_packages import environment_with
 
 WORKER = Path(__file__).with_name("native_worker.py")
 VERSION = "4.57.6"
-# What release 4.57.6 asks for and a newer transformers does not have; the rest, torch first of all, is the tests' own.
+# What release 4.57.6 asks for and a newer transformers does not have; the rest, torch first of all,
+# is the tests' own.
 PACKAGES = (f"transformers=={VERSION}", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
 
 # Architectures that no shipped recipe is.

@@ -1,4 +1,6 @@
-"""A real data folder and a real checkpoint folder of a tiny, briefly trained model, made without starting DeepSpeed."""
+"""A real data folder and a real checkpoint folder of a tiny, briefly trained model, made without
+starting DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Man
 
 
 def make_trained(folder: Path, overrides: tuple[str, ...] = ()) -> Trained:
-    """Trains on arithmetic lines with plain torch, and writes what the trainer would have written, but DeepSpeed's own files."""
+    """Trains on arithmetic lines with plain torch, and writes what the trainer would have written,
+    but DeepSpeed's own files.
+    """
     texts = {
         f"{number}.txt": "".join(f"{number} + {other} = {number + other}\n" for other in range(40))
         for number in range(30)
@@ -102,7 +106,9 @@ def write_checkpoint(
     manifest: Manifest,
     data_state: dict[str, Any],
 ) -> None:
-    """A published checkpoint: weights, recipe, tokenizer, state, manifest with checksums, and ``latest``."""
+    """A published checkpoint: weights, recipe, tokenizer, state, manifest with checksums, and
+    ``latest``.
+    """
     checkpoint.mkdir(parents=True)
     num_experts = recipe.model.moe.num_experts if recipe.model.moe else 1
     write_weights(

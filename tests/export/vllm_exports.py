@@ -1,7 +1,9 @@
-"""Exports to classes of transformers' own are served by vLLM on a CPU, and it computes what our model computes.
+"""Exports to classes of transformers' own are served by vLLM on a CPU, and it computes what our
+model computes.
 
-vLLM asks for packages that our own environment must not have, so it lives in another one, and these tests run only when this file is named:
-``VLLM_PYTHON=/path/to/its/python pytest tests/export/vllm_exports.py``.
+vLLM asks for packages that our own environment must not have, so it lives in another one, and these
+tests run only when this file is named: ``VLLM_PYTHON=/path/to/its/python pytest
+tests/export/vllm_exports.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from tests.export.held_tensors import Held
 from tests.export.random_checkpoint import small_tokenizer
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-# One process, no threads bound to cores that a container may not have, a small cache, nothing sent or fetched.
+# One process, no threads bound to cores that a container may not have, a small cache, nothing sent
+# or fetched.
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -49,7 +52,10 @@ def recipe_of(name: str) -> Recipe:
 
 
 def served(folder: Path, recipe: Recipe, model: DecoderLM) -> dict[str, torch.Tensor]:
-    """What vLLM answers. The prompts lie outside the export: vLLM takes each file of tensors in it for weights."""
+    """What vLLM answers.
+
+    The prompts lie outside the export: vLLM takes each file of tensors in it for weights.
+    """
     export, prompts, answers = (
         folder / "hf",
         folder / "prompts.safetensors",
@@ -83,7 +89,9 @@ def logprobs_of(model: DecoderLM, texts_BT: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Answered:
-    """Our model, the prompts with vLLM's greedy texts [B, T], and the log-probability vLLM gives each token but the first [B, T - 1]."""
+    """Our model, the prompts with vLLM's greedy texts [B, T], and the log-probability vLLM gives
+    each token but the first [B, T - 1].
+    """
 
     model: DecoderLM
     texts_BT: torch.Tensor

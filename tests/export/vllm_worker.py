@@ -1,4 +1,6 @@
-"""Opens one exported folder by vLLM alone and writes down what it answers: ``python vllm_worker.py FOLDER PROMPTS ANSWERS``."""
+"""Opens one exported folder by vLLM alone and writes down what it answers: ``python vllm_worker.py
+FOLDER PROMPTS ANSWERS``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ NEW_TOKENS = 16
 
 
 def try_out(folder: str, prompts: str, answers: str) -> None:
-    """Greedy texts [B, NEW_TOKENS], their log-probabilities, and those of the prompts' tokens but the first [B, S - 1]."""
+    """Greedy texts [B, NEW_TOKENS], their log-probabilities, and those of the prompts' tokens but
+    the first [B, S - 1].
+    """
     ids_BS = load_file(prompts)["ids"]
     length = ids_BS.shape[1] + NEW_TOKENS
     model = LLM(

@@ -26,7 +26,9 @@ def in_process() -> Iterator[None]:
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the training command to its end and returns its exit code and what it printed on standard error."""
+    """Runs the training command to its end and returns its exit code and what it printed on
+    standard error.
+    """
 
     def call(arguments: list[str]) -> tuple[int, str]:
         capsys.readouterr()

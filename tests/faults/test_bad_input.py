@@ -1,4 +1,6 @@
-"""Whatever is wrong with the input: one sentence that says what and where, the documented exit code, no traceback."""
+"""Whatever is wrong with the input: one sentence that says what and where, the documented exit
+code, no traceback.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from pretrain.run.folder import start_over
 from tests.launch.tiny_run import LAUNCHERS, ROOT, Started, Tiny
 
 Command = Callable[[list[str]], tuple[int, str]]
-# The native layer renormalises with top_k 2 and drops nothing here, so that only the tested fault is one.
-NATIVE = "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 16, drop_tokens: false}"
+# The native layer renormalises with top_k 2 and drops nothing here, so that only the tested fault
+# is one.
+NATIVE = (
+    "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 16, drop_tokens:"
+    " false}"
+)
 
 
 def assert_one_sentence(message: str, *parts: str) -> None:
@@ -226,7 +232,10 @@ def test_fp16_where_the_device_cannot_is_refused_with_what_to_use(
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(
         ConfigError,
-        match=r"train.precision is fp16, but this \w+ device cannot compute in it: use --set train.precision=bf16 or fp32",
+        match=(
+            r"train.precision is fp16, but this \w+ device cannot compute in it: use --set"
+            r" train.precision=bf16 or fp32"
+        ),
     ):
         resolve_precision("fp16")
 

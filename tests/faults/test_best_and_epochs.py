@@ -1,4 +1,6 @@
-"""Which checkpoints a run keeps by name when validations read samples, steps are skipped, and the run goes back."""
+"""Which checkpoints a run keeps by name when validations read samples, steps are skipped, and the
+run goes back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints: damaged ones are named and passed over, a save that fails leaves the older ones, and the weights files are the masters."""
+"""Checkpoints: damaged ones are named and passed over, a save that fails leaves the older ones, and
+the weights files are the masters.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +246,8 @@ def test_the_newest_and_the_best_checkpoints_are_kept(
         "validation.max_windows=null",
     ]
     assert train(tiny.arguments(run, *settings, steps=3))[0] == 0
-    # Steps of size 10 destroy the weights, whatever the machine's rounding: the best checkpoint is one of the first three.
+    # Steps of size 10 destroy the weights, whatever the machine's rounding: the best checkpoint is
+    # one of the first three.
     assert train(tiny.arguments(run, *settings, "optimizer.learning_rate=10", steps=6))[0] == 0
     validations = {
         row["step"]: row["validation_loss"] for row in curve(run) if row["kind"] == "validation"
@@ -265,7 +268,9 @@ def live_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def validation_loss(tiny: Tiny, checkpoint: Path, dtype: torch.dtype) -> float:
-    """Nats per token of a checkpoint's weights files in the plain model, over the whole validation split."""
+    """Nats per token of a checkpoint's weights files in the plain model, over the whole validation
+    split.
+    """
     model, recipe = load_model(checkpoint, dtype=dtype)
     manifest = load_manifest(tiny.data)
     windows = Windows(

@@ -1,4 +1,6 @@
-"""One low bit of a shard: every token id is still of the vocabulary, so that nothing but a checksum can see it."""
+"""One low bit of a shard: every token id is still of the vocabulary, so that nothing but a checksum
+can see it.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def test_sizes_alone_do_not_see_it(tiny: Tiny, data: Path, tmp_path: Path, train
 
 
 def test_what_one_rank_finds_stops_all_of_them(tiny: Tiny, data: Path, tmp_path: Path) -> None:
-    # Of the four files, in the order that the ranks share them in, validation.bin is the second one's.
+    # Of the four files, in the order that the ranks share them in, validation.bin is the second
+    # one's.
     flip_low_bit(data / "validation.bin")
     run = tmp_path / "run"
     settings = (f"data.path={data}", "parallel.ep_size=2", "checkpoint.interval_steps=1")

@@ -1,4 +1,6 @@
-"""Numbers that are not finite: such steps are skipped, fp16 halves its loss scale, and a run that diverges stops before such a weight is saved."""
+"""Numbers that are not finite: such steps are skipped, fp16 halves its loss scale, and a run that
+diverges stops before such a weight is saved.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def test_training_that_diverges_ends_with_code_6_and_saves_only_finite_weights(
         )
     )
     assert code == 6
-    # The first update is finite unless the learning rate alone overflows; the gradients of the next steps are not.
+    # The first update is finite unless the learning rate alone overflows; the gradients of the next
+    # steps are not.
     what = (
         "the weights after step 1 are not finite"
         if learning_rate > 1e38
@@ -73,7 +76,8 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_goes_on(
 ) -> None:
     tiny_fp16 = tmp_path / "zero1.json"
     tiny_fp16.write_text(
-        '{"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1}}'
+        '{"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto", "initial_scale_power": 10,'
+        ' "hysteresis": 1}}'
     )
     run = tmp_path / "run"
     run.mkdir()

@@ -1,4 +1,6 @@
-"""Runs with phases: interrupted anywhere, branched from a trunk, resumed with other phases ahead, and read by every tool."""
+"""Runs with phases: interrupted anywhere, branched from a trunk, resumed with other phases ahead,
+and read by every tool.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ from pretrain.train import main
 from tests.launch.tiny_run import Tiny, curve
 
 Command = Callable[[list[str]], tuple[int, str]]
-# Batch warm-up, longer sequences on another base, better data with a decay and a frozen router: steps 1 to 4, 5 to 7, and 8 to 11.
+# Batch warm-up, longer sequences on another base, better data with a decay and a frozen router:
+# steps 1 to 4, 5 to 7, and 8 to 11.
 WARM = "{name: warm, tokens: 384, global_batch_size: 4}"
-LONG = "{name: long, tokens: 768, sequence_length: 64, global_batch_size: 4, micro_batch_size: 1, position: {rope_theta: 500}}"
+LONG = (
+    "{name: long, tokens: 768, sequence_length: 64, global_batch_size: 4, micro_batch_size: 1,"
+    " position: {rope_theta: 500}}"
+)
 BETTER = (
     "mixture: {kind: weights, weights: {one: 1, two: 3}}, frozen: [router], schedule: {kind: sqrt}"
 )
@@ -340,7 +346,8 @@ def test_what_is_past_must_be_as_it_was_and_what_is_ahead_may_change(
 
 
 def test_losses_of_another_length_are_no_better_and_no_worse(tiny: Tiny, whole: Path) -> None:
-    # Of the last step there are two: the sample's, which competes, and then that of the whole split.
+    # Of the last step there are two: the sample's, which competes, and then that of the whole
+    # split.
     rows = {
         row["step"]: row["validation_loss"]
         for row in reversed(curve(whole))

@@ -14,8 +14,14 @@ from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
 
 # 16 steps of 128 tokens, 16 and 16 of 256.
 WARM = "{name: warm, tokens: 2048, global_batch_size: 4}"
-LONG = "{name: long, tokens: 4096, sequence_length: 64, global_batch_size: 4, micro_batch_size: 1, position: {rope_theta: 500}}"
-ANNEAL = "{name: anneal, mixture: {kind: weights, weights: {one: 1, two: 3}}, frozen: [router], schedule: {kind: sqrt}}"
+LONG = (
+    "{name: long, tokens: 4096, sequence_length: 64, global_batch_size: 4, micro_batch_size: 1,"
+    " position: {rope_theta: 500}}"
+)
+ANNEAL = (
+    "{name: anneal, mixture: {kind: weights, weights: {one: 1, two: 3}}, frozen: [router],"
+    " schedule: {kind: sqrt}}"
+)
 
 
 def arguments_for(tiny: Tiny, run: Path) -> list[str]:
@@ -33,7 +39,9 @@ def arguments_for(tiny: Tiny, run: Path) -> list[str]:
 
 
 def start(tiny: Tiny, run: Path) -> list[Started]:
-    """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
+    """Two ranks from nothing but their environment, so that nobody ends the one when the other
+    dies.
+    """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
     return [

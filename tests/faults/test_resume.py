@@ -23,7 +23,8 @@ Baseline = Callable[[str, int], Path]
 
 
 def arguments_for(tiny: Tiny, run: Path, precision: str, zero: int) -> list[str]:
-    # Rows at 3, 6 and 7, validations at 2, 4, 6 and 7, saves at 4 and 7, and two micro batches a step.
+    # Rows at 3, 6 and 7, validations at 2, 4, 6 and 7, saves at 4 and 7, and two micro batches a
+    # step.
     settings = (
         "train.micro_batch_size=4",
         "logging.interval_steps=3",
@@ -81,7 +82,8 @@ def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
     assert [row["steps"] for row in curve(expected) if row["kind"] == "train"] == [3, 3, 1]
     arguments = arguments_for(tiny, tmp_path / "run", precision, zero)
     for step in range(1, STEPS):
-        # In turn in the first micro batch of the step, before anything is accumulated, and in the second.
+        # In turn in the first micro batch of the step, before anything is accumulated, and in the
+        # second.
         assert train_interrupted(arguments, 1 + step % ACCUMULATION) == PREEMPTED
         assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step}\n"
     assert main(arguments) == 0

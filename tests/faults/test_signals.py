@@ -1,4 +1,6 @@
-"""Real signals to real runs of two ranks: what is saved, which exit code arrives, and that the end is bitwise the same."""
+"""Real signals to real runs of two ranks: what is saved, which exit code arrives, and that the end
+is bitwise the same.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def start(script: str, tiny: Tiny, run: Path) -> Started:
 
 
 def start_without_launcher(tiny: Tiny, run: Path) -> list[Started]:
-    """Two ranks from nothing but their environment, so that nobody ends the one when the other dies."""
+    """Two ranks from nothing but their environment, so that nobody ends the one when the other
+    dies.
+    """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
     return [

@@ -1,4 +1,5 @@
-"""The training command with wrong numbers in it: what a launcher starts in place of launchers/pretrain.py.
+"""The training command with wrong numbers in it: what a launcher starts in place of
+launchers/pretrain.py.
 
 FAULTS is a JSON list of {"rank", "micro_batch", "place", "factor", "batches"}.
 """

@@ -1,4 +1,6 @@
-"""Wrong numbers, put into a chosen rank, micro batch and place of a step, as a fault of data or hardware would."""
+"""Wrong numbers, put into a chosen rank, micro batch and place of a step, as a fault of data or
+hardware would.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ PLACES = ("loss", "loss_alone", "dense", "expert", "table")
 
 
 class Injection:
-    """While ``armed``, one micro batch of each step on one rank has its loss, or the gradient of one weight, multiplied by ``factor``, or an infinite
+    """While ``armed``, one micro batch of each step on one rank has its loss, or the gradient of
+    one weight, multiplied by ``factor``, or an infinite
     loss whose gradient is that of the finite one.
 
     Attributes:
@@ -73,7 +76,9 @@ class Injection:
 
 
 def poison_batches(trainer: Trainer, injection: Injection, batches: set[int]) -> None:
-    """Arms the injection whenever training takes one of these batches (from 0, in the order of the data), whatever step takes it."""
+    """Arms the injection whenever training takes one of these batches (from 0, in the order of the
+    data), whatever step takes it.
+    """
     loader, read = trainer.loader, trainer.loader.step_batches
 
     def armed(step: int) -> Any:

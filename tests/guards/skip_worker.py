@@ -1,6 +1,8 @@
-"""One step that is skipped, in many configurations in one start of the processes: what it leaves behind, and what it is told to be.
+"""One step that is skipped, in many configurations in one start of the processes: what it leaves
+behind, and what it is told to be.
 
-Started with the file of cases and the file for the results. A case has "name", "overrides", "zero", "place", "rank", "micro_batch".
+Started with the file of cases and the file for the results. A case has "name", "overrides", "zero",
+"place", "rank", "micro_batch".
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def make_engine(case: dict[str, Any]) -> tuple[Recipe, Engine]:
 
 
 def tensors_of(engine: Engine) -> Iterator[torch.Tensor]:
-    """Everything that a step may move: weights, master weights, buffers, moments and step counts, tables and theirs."""
+    """Everything that a step may move: weights, master weights, buffers, moments and step counts,
+    tables and theirs.
+    """
     for parameter in engine.model.parameters():
         yield getattr(parameter, "ds_tensor", parameter)
     yield from (
@@ -104,7 +108,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         return True
 
     found: dict[str, Any] = {"name": case["name"], "weight": injection.weight, "steps": [step(0)]}
-    # The judge looks and lets pass: bitwise the step without a judge, which the second engine takes.
+    # The judge looks and lets pass: bitwise the step without a judge, which the second engine
+    # takes.
     found["steps"].append(step(1, should_skip=lambda loss, norm: False))
     found["steps"].append(step(2, should_skip=refuse))
     injection.armed = True

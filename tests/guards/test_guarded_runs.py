@@ -1,4 +1,6 @@
-"""Whole runs in which something goes wrong: what is told, what is done, and that the run ends as it would have without it."""
+"""Whole runs in which something goes wrong: what is told, what is done, and that the run ends as it
+would have without it.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def test_a_step_that_is_not_finite_is_named_with_its_documents_and_skipped(
     ]
     assert trainer.progress.skipped_steps == 1 and trainer.progress.skipped_in_a_row == 0
     rows = {row["step"]: row for row in curve(tmp_path) if row["kind"] == "train"}
-    # The skipped step has no row of its own: there was nothing to average. At its number nothing is saved either.
+    # The skipped step has no row of its own: there was nothing to average. At its number nothing is
+    # saved either.
     assert list(rows) == [1, 2, 4, 5, 6] and [row["skipped_steps"] for row in rows.values()] == [
         0,
         0,
@@ -147,7 +150,10 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_no_good_checkpoint_is_
     poison_batches(trainer, Injection(trainer.engine, 0, 0, "loss"), set(range(4, 12)))
     with pytest.raises(
         NonFiniteError,
-        match="4 steps in a row up to step 8 were skipped, the last one because its loss or gradient is not finite",
+        match=(
+            "4 steps in a row up to step 8 were skipped, the last one because its loss or gradient"
+            " is not finite"
+        ),
     ):
         trainer.fit()
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == [
@@ -244,7 +250,8 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
     trainer = started(tiny, tmp_path / "run", *settings, zero=zero, steps=26)
     poison_batches(trainer, Injection(trainer.engine, 0, 1, "loss", factor=6.0), {17, 19})
     assert trainer.fit()
-    # Step 18 took batch 17: back to step 16, and on with batch 20, which lies two steps' worth behind 17.
+    # Step 18 took batch 17: back to step 16, and on with batch 20, which lies two steps' worth
+    # behind 17.
     assert [(entry["step"], entry["action"]) for entry in incidents(tmp_path / "run")] == [
         (18, "rollback")
     ]
@@ -314,7 +321,8 @@ def test_going_back_to_one_checkpoint_twice_passes_over_both_pieces_of_data(
     trainer = started(tiny, tmp_path / "run", *settings, steps=5)
     poison_batches(trainer, Injection(trainer.engine, 0, 0, "loss"), {3, 5})
     assert trainer.fit() and trainer.progress.rollbacks == 2
-    # Twice from step 4 to step 2, and the second time on with batch 6: batches 2 to 5 are passed over.
+    # Twice from step 4 to step 2, and the second time on with batch 6: batches 2 to 5 are passed
+    # over.
     assert trainer.loader.position(2) // trainer.engine.recipe.train.global_batch_size == 6
 
 
@@ -354,7 +362,8 @@ def test_early_stopping_ends_like_any_end_and_more_patience_goes_on(
     ]
     assert main(tiny.arguments(run, *impatient, steps=12)) == 0
     shown = capsys.readouterr()
-    # Validations at 2, 4 and 6: nothing falls by nine nats, so the first stays the best, and two more end the run.
+    # Validations at 2, 4 and 6: nothing falls by nine nats, so the first stays the best, and two
+    # more end the run.
     assert (
         "stopped early: the validation loss has not fallen for 2 validations" in shown.out
         and "finished 6 steps" in shown.out

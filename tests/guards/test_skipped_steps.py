@@ -1,4 +1,6 @@
-"""A step that is skipped leaves nothing behind, on no rank, at no ZeRO stage; and what was not finite in it is named."""
+"""A step that is skipped leaves nothing behind, on no rank, at no ZeRO stage; and what was not
+finite in it is named.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,18 @@ SIZES = [
     "parallel.ep_size=2",
 ]
 KINDS = {
-    "dropless": "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {update_rate: 0.02}}",
-    "deepspeed": "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 16, drop_tokens: false}",
-    "peer": "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 16, num_heads: 2, top_k: 3, query_norm: batch_norm}",
+    "dropless": (
+        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16,"
+        " bias_balancing: {update_rate: 0.02}}"
+    ),
+    "deepspeed": (
+        "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 16,"
+        " drop_tokens: false}"
+    ),
+    "peer": (
+        "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 16, num_heads: 2, top_k: 3,"
+        " query_norm: batch_norm}"
+    ),
 }
 # Kind, ZeRO stage, precision, place, rank, micro batch.
 SPANNING = [
@@ -57,8 +68,9 @@ EVERY_CASE = {
         "place": place,
         "rank": rank,
         "micro_batch": micro_batch,
-        "twin": precision
-        != "fp16",  # whose loss scale falls for the step that the twin does not take
+        "twin": (
+            precision != "fp16"
+        ),  # whose loss scale falls for the step that the twin does not take
     }
     for kind, zero, precision, place, rank, micro_batch in SPANNING + OTHERS
     if precision != "fp16" or get_accelerator().is_fp16_supported()

@@ -56,7 +56,8 @@ def test_every_fault_is_named_by_rank_and_micro_batch_and_the_ranks_act_alike(
         ("non_finite", "skip", 3),
         ("non_finite", "skip", 5),
         ("spike", "rollback", 19),
-        # Step 19 took batch 18; the run went back to step 16 and on with batch 20, so that step 18 took batch 21.
+        # Step 19 took batch 18; the run went back to step 16 and on with batch 20, so that step 18
+        # took batch 21.
         ("grad_norm", "skip", 18),
     ]
     worst = [

@@ -16,7 +16,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def one_process(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
-    """A finished run of five steps without any launcher, with the default ds_config, from a folder that is not the project's."""
+    """A finished run of five steps without any launcher, with the default ds_config, from a folder
+    that is not the project's.
+    """
     folder = tmp_path_factory.mktemp("reference")
     started = Started(
         [sys.executable, SCRIPT, *tiny.arguments(Path("run"), zero=None), "--json", "-"], folder

@@ -145,7 +145,8 @@ def test_a_second_run_on_the_same_folder_is_refused_through_the_launcher_with_on
         assert started.wait() == 2, started.stderr
     errors = [line for line in started.stderr.splitlines() if line.startswith("error:")]
     assert errors == [
-        f"error: another process is writing to {run}: wait for it to end, or choose another folder with --set run_path=FOLDER"
+        f"error: another process is writing to {run}: wait for it to end, or choose another folder"
+        " with --set run_path=FOLDER"
     ]
     assert "Traceback" not in started.stdout + started.stderr
     assert started.survivors() == []

@@ -1,4 +1,6 @@
-"""Expert usage in real runs of two ranks: the counts are those of the whole run, in files, rows and TensorBoard, also after a resume."""
+"""Expert usage in real runs of two ranks: the counts are those of the whole run, in files, rows and
+TensorBoard, also after a resume.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ from tests.distributed.test_same_numbers_everywhere import Results, run_cases
 from tests.launch.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
 
 WORKER = Path(__file__).resolve().parents[1] / "combinations" / "mini_worker.py"
-PEER = "model.moe={kind: peer, product_key_sizes: [8, 8], query_dim: 16, num_heads: 2, top_k: 4, moe_intermediate_size: 1}"
+PEER = (
+    "model.moe={kind: peer, product_key_sizes: [8, 8], query_dim: 16, num_heads: 2, top_k: 4,"
+    " moe_intermediate_size: 1}"
+)
 STEPS, INTERVAL, RESUMED_AT = 4, 2, 3
 CASES = {
-    # Everything that runs a layer more than once a step: recomputation, the pass that counts for a loss over the global batch.
+    # Everything that runs a layer more than once a step: recomputation, the pass that counts for a
+    # loss over the global batch.
     "peer": (
         PEER,
         "train.activation_checkpointing=true",

@@ -1,4 +1,6 @@
-"""A run that starts from a file of weights: from all of it, from the part that fits and says so, or not at all."""
+"""A run that starts from a file of weights: from all of it, from the part that fits and says so, or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def test_a_part_is_refused_unless_it_is_asked_for_and_then_told(
     with own_process():
         with pytest.raises(
             CheckpointError,
-            match=r"no tensor 'layers\.1\..*\(\d+ missing, 1 unexpected, 1 of another shape.*initial_weights_partial",
+            match=(
+                r"no tensor 'layers\.1\..*\(\d+ missing, 1 unexpected, 1 of another"
+                r" shape.*initial_weights_partial"
+            ),
         ):
             main(tiny.arguments(tmp_path / "run", *setting, steps=2))
         assert (

@@ -1,4 +1,6 @@
-"""MLflow beside real runs, in a folder of packages of its own: where it is installed, DeepSpeed imports it at every start, for seconds."""
+"""MLflow beside real runs, in a folder of packages of its own: where it is installed, DeepSpeed
+imports it at every start, for seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""--dry-run of recipes with phases: a table of them, and what can be refused before there is a model."""
+"""--dry-run of recipes with phases: a table of them, and what can be refused before there is a
+model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The whole main job by its own script, on a tiny recipe: corpus to shards to two ranks to evaluation, export and text; then again."""
+"""The whole main job by its own script, on a tiny recipe: corpus to shards to two ranks to
+evaluation, export and text; then again.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ FIELDS = (
 def twice(
     tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]], list[str]]:
-    """The run's folder, what summary.json said after the first and the second start, and what they printed."""
+    """The run's folder, what summary.json said after the first and the second start, and what they
+    printed.
+    """
     run = tmp_path_factory.mktemp("quickstart") / "run"
     settings = [
         "parallel.ep_size=2",

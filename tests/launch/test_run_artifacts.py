@@ -1,4 +1,6 @@
-"""A real run with every tracker, interrupted by a smaller goal and resumed: its files, its named checkpoints, and what the trackers hold."""
+"""A real run with every tracker, interrupted by a smaller goal and resumed: its files, its named
+checkpoints, and what the trackers hold.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ SHOWN = {"NCCL_DEBUG_FILE": "canary-that-is-shown"}
 
 @dataclass(frozen=True)
 class Small:
-    """A few of the documents, and so many sequences a step that an epoch of them is about two and a half steps."""
+    """A few of the documents, and so many sequences a step that an epoch of them is about two and a
+    half steps.
+    """
 
     tiny: Tiny
     data: Path
@@ -161,8 +165,8 @@ def test_the_card_names_data_licence_and_what_was_measured(run: Path) -> None:
         assert text.startswith("---\nlicense: apache-2.0\n")
         tokens = state["sources"]["all"]["tokens"]
         assert (
-            f"| all | text | {state['sources']['all']['documents']} | {tokens:,} | 1.0000 | words of this test, CC0-1.0 |"
-            in text
+            f"| all | text | {state['sources']['all']['documents']} | {tokens:,} | 1.0000 | words"
+            " of this test, CC0-1.0 |" in text
         )
         assert (
             f"{state['parameters']['total']:,} parameters" in text

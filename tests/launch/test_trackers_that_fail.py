@@ -1,4 +1,7 @@
-"""Trackers without a package or a key: each is told once, and the run ends as if it had none. DeepSpeed's own sections likewise."""
+"""Trackers without a package or a key: each is told once, and the run ends as if it had none.
+
+DeepSpeed's own sections likewise.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def without_comet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named_with_what_to_install(without_comet: None) -> None:
     recipe = load_recipe("debug", ["trackers={kinds: [wandb, comet]}"])
     assert missing_packages(recipe, {"comet": {"enabled": False}, "wandb": {"enabled": True}}) == [
-        "trackers.kinds: comet needs a package that is not installed, so this run goes without it: pip install comet_ml"
+        "trackers.kinds: comet needs a package that is not installed, so this run goes without it:"
+        " pip install comet_ml"
     ]
     (section,) = missing_packages(load_recipe("debug"), {"comet": {"enabled": True}})
     assert section.startswith("the ds_config's 'comet' needs a package")
@@ -47,7 +51,8 @@ def test_failing_trackers_warn_once_and_deepspeeds_monitors_write(
     arguments = tiny.arguments(
         run, "trackers={kinds: [comet]}", "logging.tensorboard=true", steps=STEPS, zero=None
     )
-    # Neither has a key: W&B needs none offline, Comet does. They keep state for a whole process, so this run has one of its own.
+    # Neither has a key: W&B needs none offline, Comet does. They keep state for a whole process, so
+    # this run has one of its own.
     variables = {
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(tmp_path),

@@ -1,4 +1,6 @@
-"""A tiny project (texts, shards, recipe) and ways to start real runs of it: with a launcher, or inside the test's own process."""
+"""A tiny project (texts, shards, recipe) and ways to start real runs of it: with a launcher, or
+inside the test's own process.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from pretrain.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "launchers"
 SCRIPT = LAUNCHERS / "pretrain.py"
-# What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside its own process.
+# What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside
+# its own process.
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -46,7 +49,10 @@ RANK_VARIABLES = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
-WORDS = "the router sends each token to two experts and every expert learns another part of what words mean".split()
+WORDS = (
+    "the router sends each token to two experts and every expert learns another part of what words"
+    " mean".split()
+)
 STEP_TOKENS = 256
 RECIPE = """\
 name: tiny
@@ -69,7 +75,9 @@ logging: {interval_steps: 1, tensorboard: false}
 
 @dataclass(frozen=True)
 class Tiny:
-    """A folder with ``data/``, ``recipe.yaml`` and a ds_config for each ZeRO stage; 256 tokens are one step."""
+    """A folder with ``data/``, ``recipe.yaml`` and a ds_config for each ZeRO stage; 256 tokens are
+    one step.
+    """
 
     folder: Path
     recipe: Path
@@ -78,7 +86,9 @@ class Tiny:
     def arguments(
         self, run: Path, *overrides: str, steps: int = 5, zero: int | None = 1
     ) -> list[str]:
-        """The training command's options for a run in the folder ``run``; without ``zero`` its own ds_config."""
+        """The training command's options for a run in the folder ``run``; without ``zero`` its own
+        ds_config.
+        """
         settings = [f"run_path={run}", f"train.train_tokens={steps * STEP_TOKENS}", *overrides]
         ds_config = [] if zero is None else ["--ds_config", str(self.folder / f"zero{zero}.json")]
         return [
@@ -114,7 +124,9 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 
 class Started:
-    """A command with all processes below it, found by a mark in their environment even when their parent is gone."""
+    """A command with all processes below it, found by a mark in their environment even when their
+    parent is gone.
+    """
 
     def __init__(
         self,
@@ -147,7 +159,10 @@ class Started:
         self.stdout = self.stderr = ""
 
     def wait(self) -> int:
-        """The exit code; what was printed is in ``stdout`` and ``stderr``. Kills everything after five minutes."""
+        """The exit code; what was printed is in ``stdout`` and ``stderr``.
+
+        Kills everything after five minutes.
+        """
         try:
             self.stdout, self.stderr = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -196,13 +211,15 @@ def wait_for_step(run: Path, step: int, started: Started) -> None:
             return
         time.sleep(0.005)
     pytest.fail(
-        f"step {step} was not reached, exit code {started.process.poll()}: {started.process.communicate()}"
+        f"step {step} was not reached, exit code {started.process.poll()}:"
+        f" {started.process.communicate()}"
     )
 
 
 @contextlib.contextmanager
 def own_process() -> Iterator[None]:
-    """Makes :func:`pretrain.train.main` callable again and again in this process, and puts back what it changes of it.
+    """Makes :func:`pretrain.train.main` callable again and again in this process, and puts back
+    what it changes of it.
 
     DeepSpeed cannot leave its process group and join another one, so the first run's group stays.
     """
@@ -225,7 +242,9 @@ def own_process() -> Iterator[None]:
 
 
 def make_trainer(tiny: Tiny, run: Path, *overrides: str, zero: int, steps: int = 5) -> Trainer:
-    """The trainer that the command would build for one rank, to look inside; call it inside :func:`own_process`."""
+    """The trainer that the command would build for one rank, to look inside; call it inside
+    :func:`own_process`.
+    """
     options = parse_arguments(tiny.arguments(run, *overrides, steps=steps, zero=zero))
     recipe = load_recipe(options.recipe, options.overrides)
     resolved = resolve_run(recipe, read_ds_config(options.ds_config), options.ds_config)

@@ -36,7 +36,10 @@ from tests.merging.variants import changed_recipe, variant
 from tools.merge_checkpoints import main
 
 SIGMOID = ("model.moe.router={kind: sigmoid_topk}", "model.moe.bias_balancing={}")
-NATIVE = "model.moe={kind: deepspeed, drop_tokens: false, num_experts: 4, top_k: 2, moe_intermediate_size: 32}"
+NATIVE = (
+    "model.moe={kind: deepspeed, drop_tokens: false, num_experts: 4, top_k: 2,"
+    " moe_intermediate_size: 32}"
+)
 NEVER = -1e3
 SCORING = Scoring(None, "validation", 6, torch.device("cpu"))
 
@@ -83,7 +86,9 @@ def biased(router: str, biases: list[float]) -> Callable[[dict[str, Tensor]], No
 def test_pruning_an_expert_that_was_never_used_leaves_the_loss(
     trained: Trained, tmp_path: Path, overrides: tuple[str, ...], tolerance: float
 ) -> None:
-    """Up to rounding: some CPUs multiply by three router rows in another order than by four, and softmax weights are rounded after another sum."""
+    """Up to rounding: some CPUs multiply by three router rows in another order than by four, and
+    softmax weights are rounded after another sum.
+    """
     unused = variant(
         trained, tmp_path / "unused", biased("router.", [0.0, 0.0, NEVER, 0.0]), *overrides
     )

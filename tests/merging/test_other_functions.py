@@ -1,4 +1,6 @@
-"""Real pairs of checkpoints whose tensors are alike and whose models are not: merges refuse them, a new run says so or refuses."""
+"""Real pairs of checkpoints whose tensors are alike and whose models are not: merges refuse them, a
+new run says so or refuses.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ HALVED = (
 PAIRS: dict[str, tuple[tuple[str, ...], str]] = {
     "heads": (
         HALVED[1:],
-        r"model\.attention\.num_attention_heads \(4 and 8\), .*num_key_value_heads \(2 and 4\), .*head_dim \(8 and 4\)",
+        (
+            r"model\.attention\.num_attention_heads \(4 and 8\), .*num_key_value_heads \(2 and 4\),"
+            r" .*head_dim \(8 and 4\)"
+        ),
     ),
     "rotary base": (
         ("model.position.rope_theta=5e5",),
@@ -167,7 +172,7 @@ def test_a_vocabulary_of_the_same_size_and_other_tokens_is_refused(
         merge("average", tmp_path / "out", trained.checkpoint, tmp_path / "second")
 
 
-# --- initial_weights ------------------------------------------------------------------------------------------------------------
+# --- initial_weights ------------------------------------------------------------------------------
 
 
 def start(trained: Trained, weights: Path, *overrides: str, partial: bool = False) -> StartingPoint:
@@ -195,12 +200,16 @@ def start(trained: Trained, weights: Path, *overrides: str, partial: bool = Fals
         (("model.position={kind: none}",), r"model\.position\.kind=rope, and the recipe none"),
         (
             (
-                "model.moe={kind: deepspeed, drop_tokens: false, num_experts: 4, top_k: 2, moe_intermediate_size: 32}",
+                (
+                    "model.moe={kind: deepspeed, drop_tokens: false, num_experts: 4, top_k: 2,"
+                    " moe_intermediate_size: 32}"
+                ),
             ),
             r"model\.moe\.kind=dropless, and the recipe deepspeed",
         ),
         (("model.norm_position=post",), r"model\.norm_position=pre, and the recipe post"),
-        # One half of the heads' layout is in another shape, and the other half would be read as something else.
+        # One half of the heads' layout is in another shape, and the other half would be read as
+        # something else.
         (
             ("model.attention.num_attention_heads=8", "model.attention.head_dim=4"),
             r"num_attention_heads=4, and the recipe 8",
@@ -316,8 +325,8 @@ def test_a_plan_looks_at_the_weights_as_the_run_would(
         planned(tokenizer="0" * 64)
     with pytest.raises(CheckpointError, match="num_attention_heads=4"):
         planned(*HALVED)
-    (_, fits) = planned("model.num_hidden_layers=3", "initial_weights_partial=true")
+    _, fits = planned("model.num_hidden_layers=3", "initial_weights_partial=true")
     assert (
-        f"fits in part: {sum(name.startswith('layers.1.') for name in load_state_dict(plain))} missing, 0 unexpected"
-        in fits
+        f"fits in part: {sum(name.startswith('layers.1.') for name in load_state_dict(plain))}"
+        " missing, 0 unexpected" in fits
     )

@@ -1,6 +1,8 @@
-"""Two recipes that differ in one field: either the same weights compute the same in both, or a merge of them is refused.
+"""Two recipes that differ in one field: either the same weights compute the same in both, or a
+merge of them is refused.
 
-Generated over every field of the model's schema, in every case of it that the contract tests know; the judge is the forward pass.
+Generated over every field of the model's schema, in every case of it that the contract tests know;
+the judge is the forward pass.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ from tests.model.tiny_model import random_tokens, tiny_config
 Fields = set[tuple[type[Section], str]]
 NATIVE = "model.moe.kind=deepspeed"
 FULL = ["model.moe.causal=false", "model.moe.eval_capacity_factor=0.5"]
-BASE = "hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 4, moe_intermediate_size: 16"
+BASE = (
+    "hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 4,"
+    " moe_intermediate_size: 16"
+)
 YARN = "kind: yarn, rope_theta: 100, factor: 4, original_max_position_embeddings: 256, beta_fast: 2"
 MORE: dict[str, list[str]] = {
     "experts that are full": [NATIVE, *FULL],
@@ -199,7 +204,10 @@ def logits(model: DecoderLM) -> Tensor:
 
 
 def computes_the_same(variation: Variation) -> bool | None:
-    """Whether the other model's logits with the same weights are equal; None if it cannot be computed or its tensors are others."""
+    """Whether the other model's logits with the same weights are equal.
+
+    None if it cannot be computed or its tensors are others.
+    """
     base, expected = base_weights(variation.case)
     try:
         other = DecoderLM(variation.other).eval()
@@ -251,7 +259,8 @@ def test_a_field_changes_no_logit_or_a_merge_refuses_it() -> None:
     exempt = {key for key in seen if _is_exempt(*key)}
     unseen = {key for key in seen - matters - exempt if key[1] not in UNSEEN}
     assert unseen == set(), (
-        "these fields are compared, but change nothing in any case: is the case missing, or are they read in training only?"
+        "these fields are compared, but change nothing in any case: is the case missing, or are"
+        " they read in training only?"
     )
 
 

@@ -1,4 +1,6 @@
-"""A real run that starts from weights: the same first loss on every topology, and none of it when the run resumes."""
+"""A real run that starts from weights: the same first loss on every topology, and none of it when
+the run resumes.
+"""
 
 from __future__ import annotations
 

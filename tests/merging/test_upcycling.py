@@ -1,4 +1,6 @@
-"""A mixture made of a dense model computes what the dense model does, or is refused with the reason."""
+"""A mixture made of a dense model computes what the dense model does, or is refused with the
+reason.
+"""
 
 from __future__ import annotations
 

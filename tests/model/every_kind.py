@@ -1,4 +1,7 @@
-"""One smallest recipe for each registered kind: what the contract tests run. A new kind is among them as soon as it is imported."""
+"""One smallest recipe for each registered kind: what the contract tests run.
+
+A new kind is among them as soon as it is imported.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ YARN = "factor: 4, original_max_position_embeddings: 16"
 LATENT = (
     "q_lora_rank: 16, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6"
 )
-PEER = "product_key_sizes: [4, 3, 2], query_dim: 12, num_heads: 2, top_k: 3, moe_intermediate_size: 2, num_shared_experts: 1"
+PEER = (
+    "product_key_sizes: [4, 3, 2], query_dim: 12, num_heads: 2, top_k: 3, moe_intermediate_size: 2,"
+    " num_shared_experts: 1"
+)
 # What a kind needs beside its name, or is more telling with, as overrides of the debug recipe.
 NEEDED: dict[tuple[str, str], list[str]] = {
     ("attention", "gqa"): ["model.attention.num_key_value_heads=1"],

@@ -1,4 +1,6 @@
-"""Choices of rows, and everything a table computes from one: both products and their gradients, dense and collected."""
+"""Choices of rows, and everything a table computes from one: both products and their gradients,
+dense and collected.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch.nn import functional
 from pretrain.model.moe.tables.interface import Bags, Kernel
 from pretrain.model.moe.tables.products import ExpertTable, Factors, SortedFactors
 
-# Lengths of the bags and rows to choose from: ordinary, empty, duplicates everywhere, nothing at all, longer than one program sums.
+# Lengths of the bags and rows to choose from: ordinary, empty, duplicates everywhere, nothing at
+# all, longer than one program sums.
 CHOICES = {
     "ordinary": ([3, 5, 1, 4], 9),
     "empty_bags": ([0, 4, 0, 0, 2, 0], 5),
@@ -94,7 +97,9 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
 
 
 def computed(case: Case, kernel: Kernel) -> dict[str, torch.Tensor]:
-    """Both products by a table with ``kernel``, and the gradients of their loss; the table's also from collected factors."""
+    """Both products by a table with ``kernel``, and the gradients of their loss; the table's also
+    from collected factors.
+    """
     table = table_of(case)
     x_TD, c_PX = case.x_TD.clone().requires_grad_(), case.c_PX.clone().requires_grad_()
     dots_PX, y_TD = table.dots(x_TD, case.bags, kernel), table.weighted(c_PX, case.bags, kernel)

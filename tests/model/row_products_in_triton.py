@@ -1,6 +1,7 @@
 """The Triton kernels against the plain products; run by test_row_products in a process of its own.
 
-Where there is no CUDA, Triton's interpreter computes them, and that has to be decided before anything imports Triton.
+Where there is no CUDA, Triton's interpreter computes them, and that has to be decided before
+anything imports Triton.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def test_long_bags_without_their_further_pieces_are_noticed(
 
 def peer_gradients(kernel: str, feed_forward: str) -> dict[str, torch.Tensor]:
     """A whole layer's output and the gradients of its input and every parameter."""
-    moe = f"{{kind: peer, product_key_sizes: [3, 4], num_heads: 2, top_k: 3, query_dim: 8, moe_intermediate_size: 2, expert_kernel: {kernel}}}"
+    moe = (
+        "{kind: peer, product_key_sizes: [3, 4], num_heads: 2, top_k: 3, query_dim: 8,"
+        f" moe_intermediate_size: 2, expert_kernel: {kernel}}}"
+    )
     model = load_recipe(
         "debug",
         [

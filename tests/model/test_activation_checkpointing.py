@@ -1,4 +1,6 @@
-"""Recomputing a block changes nothing: same bits, same load, same routing even where the recomputation comes out a little different."""
+"""Recomputing a block changes nothing: same bits, same load, same routing even where the
+recomputation comes out a little different.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def with_close_choices(model: DecoderLM) -> DecoderLM:
 
 
 def disturb_recomputation(model: DecoderLM) -> None:
-    """From its second call on, a router sees its input negated: the opposite of each of the close choices."""
+    """From its second call on, a router sees its input negated: the opposite of each of the close
+    choices.
+    """
     seen: set[int] = set()
 
     def negate_later(router: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

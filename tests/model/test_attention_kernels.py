@@ -1,4 +1,6 @@
-"""Every attention kernel agrees with the definition, forward and backward, for every mask, head grouping and term of the scores."""
+"""Every attention kernel agrees with the definition, forward and backward, for every mask, head
+grouping and term of the scores.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ TERMS = list(itertools.product(WINDOWS, (False, True), (False, True)))
 
 @pytest.fixture
 def flex_backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch refuses this backward pass on a CPU for want of a fast one. Without the refusal it computes it, with every score in memory."""
+    """torch refuses this backward pass on a CPU for want of a fast one.
+
+    Without the refusal it computes it, with every score in memory.
+    """
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
 
 
@@ -179,7 +184,7 @@ def test_values_may_be_narrower_or_wider_than_keys(sinks: bool) -> None:
             torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
 
 
-# --- twins: a kernel that gets one thing wrong is told apart -------------------------------------------------------------------------
+# --- twins: a kernel that gets one thing wrong is told apart --------------------------------------
 
 WRONG: dict[str, Callable[[Scores], Scores]] = {
     "window_off_by_one": lambda scores: replace(scores, window=4),
@@ -216,7 +221,7 @@ def test_a_wrong_term_is_told_apart(kernel: AttentionKernel, wrong: str) -> None
     assert (kernel(q, k, v, broken) - reference_attention(q, k, v, right)).abs().max() > 1e-3
 
 
-# --- the definition itself ---------------------------------------------------------------------------------------------------------
+# --- the definition itself ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -267,7 +272,10 @@ def test_every_query_sees_itself_so_that_no_row_is_empty(window: int | None) -> 
 def test_dropout_zeroes_that_share_of_weights_and_keeps_their_mean(
     kernel: str, sinks: bool
 ) -> None:
-    """One-hot values show the weights themselves. Both kernels draw from one distribution: the sink is not scaled up, the weights are."""
+    """One-hot values show the weights themselves.
+
+    Both kernels draw from one distribution: the sink is not scaled up, the weights are.
+    """
     size, rate, draws = 16, 0.25, 300
     torch.manual_seed(0)
     q, k = random_tensor(1, 1, size, size, seed=1), random_tensor(1, 1, size, size, seed=2)
@@ -287,7 +295,7 @@ def test_dropout_zeroes_that_share_of_weights_and_keeps_their_mean(
     )
 
 
-# --- how the work is shared and what is refused --------------------------------------------------------------------------------------
+# --- how the work is shared and what is refused ---------------------------------------------------
 
 
 def test_a_mask_is_built_once_a_forward_for_all_layers_that_ask_alike() -> None:
@@ -334,7 +342,10 @@ def test_flex_generates_token_by_token_without_being_compiled_anew() -> None:
 def test_flex_names_another_kernel_where_torch_has_no_backward_pass() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"kernel=flex cannot run here \(.*backward on CPU.*\): use --set model.attention.kernel=sdpa",
+        match=(
+            r"kernel=flex cannot run here \(.*backward on CPU.*\): use --set"
+            r" model.attention.kernel=sdpa"
+        ),
     ):
         attention_and_gradients(
             flex_attention, scores_of(AttentionMask(), "gqa", None, False, False), S

@@ -1,4 +1,5 @@
-"""What every kind of attention with every kind of position encoding must keep: causality, reach, documents, and equality with its cache.
+"""What every kind of attention with every kind of position encoding must keep: causality, reach,
+documents, and equality with its cache.
 
 The tests that name a published model guard against a mistake that was measured in it.
 """
@@ -82,7 +83,7 @@ pairs = pytest.mark.parametrize(
 )
 kinds_of_position = pytest.mark.parametrize("position", POSITIONS)
 
-# --- generation ------------------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 @pairs
@@ -152,7 +153,7 @@ def test_the_cache_holds_key_heads_once_where_h64lm_repeats_them_for_every_query
     assert model.config.attention.cached_per_token == 2 * num_heads * 8
 
 
-# --- causality and reach ---------------------------------------------------------------------------------------------------------
+# --- causality and reach --------------------------------------------------------------------------
 
 
 @pairs
@@ -231,7 +232,9 @@ def seen_by_heads(attention: GroupedQueryAttention) -> torch.Tensor:
 def test_every_head_of_the_last_token_sees_the_first_where_moe_fast_gpts_see_a_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MoE-fast-GPT (Dellano) views [B, S, N * H] as [B, N, S, H] without a transpose: head n then holds the n-th block of the tokens."""
+    """MoE-fast-GPT (Dellano) views [B, S, N * H] as [B, N, S, H] without a transpose: head n then
+    holds the n-th block of the tokens.
+    """
     attention = build("mha", "none").layers[0].attention
     assert isinstance(attention, GroupedQueryAttention)
     assert (seen_by_heads(attention) > 1e-7).all()
@@ -255,7 +258,7 @@ def test_a_sequence_does_not_depend_on_its_row_of_the_batch(position: str) -> No
         )
 
 
-# --- documents -------------------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["gqa", "window_sinks"])
@@ -281,7 +284,7 @@ def test_packed_documents_equal_separate_ones(attention: str, position: str) -> 
     )  # the other kinds know distances only
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def loss_and_gradients(model: DecoderLM) -> dict[str, torch.Tensor]:

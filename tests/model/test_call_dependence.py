@@ -1,4 +1,6 @@
-"""What a token's logits depend on if experts that are full turn tokens away: what causal means there, and what it does not."""
+"""What a token's logits depend on if experts that are full turn tokens away: what causal means
+there, and what it does not.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def logits(model: DecoderLM, ids_BS: Tensor) -> Tensor:
 
 
 def differences(overrides: tuple[str, ...]) -> dict[str, float]:
-    """By how much at most a text's logits change if something is other than the tokens before each of its tokens."""
+    """By how much at most a text's logits change if something is other than the tokens before each
+    of its tokens.
+    """
     model, ids_BS, other_BS = (
         tiny_model(*overrides).eval(),
         random_tokens(1, S),
@@ -88,7 +92,9 @@ def test_it_is_said_of_the_models_for_which_it_is_true(
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("drop_tokens", ["true", "false"])
 def test_deepspeeds_own_gate_computes_a_token_at_a_time(top_k: int, drop_tokens: str) -> None:
-    """For one choice DeepSpeed refuses fewer tokens than min_capacity; with room for all, nothing is dropped."""
+    """For one choice DeepSpeed refuses fewer tokens than min_capacity; with room for all, nothing
+    is dropped.
+    """
     model = tiny_model(
         *OWN_GATE[:2],
         f"model.moe.top_k={top_k}",

@@ -1,4 +1,6 @@
-"""What a token's logits may depend on: nothing later, nothing in another document, and not on whether a cache was used."""
+"""What a token's logits may depend on: nothing later, nothing in another document, and not on
+whether a cache was used.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,10 @@ import torch
 
 from tests.model.tiny_model import KINDS, VOCAB_SIZE, random_tokens, tiny_model
 
-DROPPING = "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 24, capacity_factor: 0.5, min_capacity: 0, causal: false}"
+DROPPING = (
+    "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 24,"
+    " capacity_factor: 0.5, min_capacity: 0, causal: false}"
+)
 
 
 def changed_at(input_ids_BS: torch.Tensor, position: int) -> torch.Tensor:
@@ -32,7 +37,9 @@ def test_no_logit_depends_on_a_later_token(kind: str, position: int) -> None:
 
 @torch.no_grad()
 def test_capacity_drops_let_a_later_token_change_earlier_logits() -> None:
-    """Why a recipe with drop_tokens must acknowledge it by ``causal: false``: second choices queue behind every first choice."""
+    """Why a recipe with drop_tokens must acknowledge it by ``causal: false``: second choices queue
+    behind every first choice.
+    """
     model, input_ids_BS = tiny_model(DROPPING), random_tokens(1, 32)
     logits = model.logits(input_ids_BS)
     earlier = [
@@ -45,7 +52,9 @@ def test_capacity_drops_let_a_later_token_change_earlier_logits() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_document_is_blind_to_the_one_before_it(kind: str) -> None:
-    """Alone it starts at position 0, behind another one it does not: RoPE sees distances only, so the logits agree."""
+    """Alone it starts at position 0, behind another one it does not: RoPE sees distances only, so
+    the logits agree.
+    """
     model, input_ids_BS = tiny_model(KINDS[kind]), random_tokens(2, 16)
     document_ids_BS = (torch.arange(16) >= 6).long().expand(2, 16)
     packed = model.logits(input_ids_BS, document_ids_BS)[:, 6:]

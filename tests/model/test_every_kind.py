@@ -1,4 +1,7 @@
-"""The contract of every registered kind and option: the same checks for each. What needs two ranks is in tests/distributed."""
+"""The contract of every registered kind and option: the same checks for each.
+
+What needs two ranks is in tests/distributed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def test_every_family_of_a_model_is_in_the_contract() -> None:
         for name, field in ModelConfig.model_fields.items()
         if any(isinstance(mark, OneOf) for mark in field.metadata)
     }
-    # moe may be absent, and is marked inside a union with None; how weights start is compared in test_width.py
+    # moe may be absent, and is marked inside a union with None; how weights start is compared in
+    # test_width.py
     assert named - {"initialization"} | {"moe", "moe.router"} == set(FAMILIES)
     assert len(CASES) == len(set(registered())) + len(OPTIONS) > 30
 

@@ -1,4 +1,6 @@
-"""Moving rows to experts and back against plain indexing, and the experts' kernels against each other; values and gradients."""
+"""Moving rows to experts and back against plain indexing, and the experts' kernels against each
+other; values and gradients.
+"""
 
 from __future__ import annotations
 

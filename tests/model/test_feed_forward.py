@@ -1,4 +1,6 @@
-"""Kinds of feed-forward: each against its formula, and as an expert against itself as a dense layer."""
+"""Kinds of feed-forward: each against its formula, and as an expert against itself as a dense
+layer.
+"""
 
 from __future__ import annotations
 

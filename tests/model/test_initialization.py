@@ -18,7 +18,9 @@ MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def global_weights(
     config_overrides: tuple[str, ...], ep_size: int, seed: int = 1
 ) -> dict[str, torch.Tensor]:
-    """All weights of the model that ``ep_size`` ranks hold together, experts by layer, global number and matrix."""
+    """All weights of the model that ``ep_size`` ranks hold together, experts by layer, global
+    number and matrix.
+    """
     weights: dict[str, torch.Tensor] = {}
     for ep_rank in range(ep_size):
         model = DecoderLM(tiny_config(*config_overrides), ep_size, ep_rank)

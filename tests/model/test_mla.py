@@ -44,7 +44,7 @@ from tests.model.tiny_latent import (
 )
 from tests.model.tiny_model import random_tensor, random_tokens
 
-# --- transformers ----------------------------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 THEIRS = {
     "q_a_norm": "q_a_layernorm",
@@ -54,7 +54,9 @@ THEIRS = {
 
 
 def rows_interleaved(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The turned rows of a projection in DeepSeek's own order, in which the two numbers of a pair are neighbours."""
+    """The turned rows of a projection in DeepSeek's own order, in which the two numbers of a pair
+    are neighbours.
+    """
     if name.startswith(("q_b_proj", "q_proj")):
         heads = weight.view(N, H + R, *weight.shape[1:])
         turned = heads[:, H:].unflatten(1, (2, R // 2)).transpose(1, 2).flatten(1, 2)
@@ -145,7 +147,7 @@ def test_the_latents_have_an_rms_norm_where_llm720_has_a_layer_norm(
     assert difference(ours(x_BSD, terms, AttentionMask()), expected) > 1e-2
 
 
-# --- one answer in every form ------------------------------------------------------------------------------------------------------
+# --- one answer in every form ---------------------------------------------------------------------
 
 
 def count_absorbed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -244,7 +246,9 @@ def test_packed_documents_equal_separate_ones(position: str) -> None:
 
 @torch.no_grad()
 def test_all_heads_share_one_turned_key() -> None:
-    """Only the R numbers behind the latent know where a key stands: a latent is the same at every place."""
+    """Only the R numbers behind the latent know where a key stands: a latent is the same at every
+    place.
+    """
     model, x_BSD = build(), random_tensor(1, 1, D).detach()
     ours = layer_of(model)
     first, later = (
@@ -256,7 +260,7 @@ def test_all_heads_share_one_turned_key() -> None:
     assert first[C:].norm() == pytest.approx(later[C:].norm().item(), rel=1e-5)
 
 
-# --- llm720's mistakes -------------------------------------------------------------------------------------------------------------
+# --- llm720's mistakes ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,7 +274,9 @@ def decoded() -> Callable[[], float]:
 def test_decoding_has_the_scale_of_training_where_llm720_takes_the_width_of_the_latent(
     monkeypatch: pytest.MonkeyPatch, decoded: Callable[[], float]
 ) -> None:
-    """It multiplies with (kv_lora_rank + rope)^-0.5, the width of the absorbed queries, instead of (nope + rope)^-0.5."""
+    """It multiplies with (kv_lora_rank + rope)^-0.5, the width of the absorbed queries, instead of
+    (nope + rope)^-0.5.
+    """
     assert decoded() < 1e-4
     absorbed = MultiHeadLatentAttention._absorbed
 
@@ -286,7 +292,9 @@ def test_decoding_has_the_scale_of_training_where_llm720_takes_the_width_of_the_
 def test_a_new_token_sees_the_whole_cache_where_llm720s_sees_its_first_key(
     monkeypatch: pytest.MonkeyPatch, decoded: Callable[[], float]
 ) -> None:
-    """It asks for a causal mask with a single query, which is counted from the beginning of the cache."""
+    """It asks for a causal mask with a single query, which is counted from the beginning of the
+    cache.
+    """
     assert decoded() < 1e-4
     attend = sdpa.functional.scaled_dot_product_attention
 

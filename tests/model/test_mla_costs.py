@@ -1,4 +1,6 @@
-"""What multi-head latent attention costs, in its cache and in products, and what the rest of the project makes of it."""
+"""What multi-head latent attention costs, in its cache and in products, and what the rest of the
+project makes of it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from pretrain.run.memory import activation_bytes
 from tests.model.tiny_latent import DENSE, B, C, D, H, N, Q, R, S, V, build, latent, layer_of
 from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
 
-# --- what it costs -----------------------------------------------------------------------------------------------------------------
+# --- what it costs --------------------------------------------------------------------------------
 
 
 def products(attention: MultiHeadLatentAttention, S: int, offset: int, form: str) -> int:
@@ -96,7 +98,8 @@ def test_the_cache_keeps_a_latent_and_a_key_a_token_where_grouped_queries_keep_a
         build(),
         tiny_model(
             *DENSE,
-            f"model.attention={{kind: gqa, num_attention_heads: {N}, num_key_value_heads: {N}, head_dim: {H + R}}}",
+            f"model.attention={{kind: gqa, num_attention_heads: {N}, num_key_value_heads: {N},"
+            f" head_dim: {H + R}}}",
         ),
     )
     for model, numbers in ((ours, C + R), (grouped, 2 * N * (H + R))):
@@ -149,7 +152,7 @@ def test_training_keeps_keys_and_values_of_all_heads() -> None:
     )  # queries and keys, each before and after its rotation
 
 
-# --- the rest of the project -------------------------------------------------------------------------------------------------------
+# --- the rest of the project ----------------------------------------------------------------------
 
 
 def test_weights_start_with_the_spread_the_recipe_says() -> None:

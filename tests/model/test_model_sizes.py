@@ -119,7 +119,8 @@ def test_each_component_is_counted_by_hand() -> None:
         "model.layer_pattern={kind: first_k_dense, k: 1}", WIDE, SHARED, *BIASED, "model.position={kind: learned}", "model.moe.router.bias=true",
         "model.multi_token_prediction={}",
     )  # fmt: skip
-    # D 32, N 4, M 2, H 8 with RMSNorm of each head, four experts of width 32 and a shared one, dense width 48, 256 positions.
+    # D 32, N 4, M 2, H 8 with RMSNorm of each head, four experts of width 32 and a shared one,
+    # dense width 48, 256 positions.
     attention = (32 * 32 + 32) * 2 + (32 * 16 + 16) * 2 + 2 * 8 + 4
     expert, dense, router = 3 * 32 * 32 + 2 * 32 + 32, 3 * 32 * 48 + 2 * 48 + 32, 4 * 32 + 4
     norms = 32
@@ -220,7 +221,10 @@ def test_the_cache_of_a_window_layer_ends_with_its_window() -> None:
 def test_state_is_sharded_over_the_ranks_that_hold_the_same_weights(
     precision: str, zero_stage: int, per_dense: float, per_expert: float, biased: bool
 ) -> None:
-    """Four ranks, ep_size 2: dense weights lie on four, each expert on two. Bytes per weight: value, gradient, AdamW with fp32 master."""
+    """Four ranks, ep_size 2: dense weights lie on four, each expert on two.
+
+    Bytes per weight: value, gradient, AdamW with fp32 master.
+    """
     size = counted(BIASED if biased else ())
     matrices = 2 * 4 * 3 * 32 * 32
     dense = size.parameters_stored - matrices  # the experts' biases stand on every rank

@@ -16,7 +16,8 @@ from tests.model.tiny_model import random_tensor, tiny_model
 
 E, WIDTH = 4, 24
 Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# Kind, top_k, whether the weights are renormalised; DeepSpeed's layer always does so for more than one choice, and never for one.
+# Kind, top_k, whether the weights are renormalised; DeepSpeed's layer always does so for more than
+# one choice, and never for one.
 LAYERS = [
     ("dropless", 1, False),
     ("dropless", 1, True),

@@ -1,4 +1,6 @@
-"""The block that predicts the token after the next: its labels, its loss, what it may see, and that it joins everything else."""
+"""The block that predicts the token after the next: its labels, its loss, what it may see, and that
+it joins everything else.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def hand_written_nll(
     labels_S: torch.Tensor,
     documents_S: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Eq. 21 to 24 one position at a time, from the trunk's hidden states of one sequence: for each i whose next two tokens have labels."""
+    """Eq. 21 to 24 one position at a time, from the trunk's hidden states of one sequence: for each
+    i whose next two tokens have labels.
+    """
     ids = None if documents_S is None else documents_S[None]
     hidden_SD = model.hidden(inputs_S[None], ids)[0]
     next_S = torch.cat((inputs_S[1:], labels_S[-1:].clamp_min(0)))

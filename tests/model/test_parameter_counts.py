@@ -10,8 +10,9 @@ from pretrain.config.load import load_recipe
 from pretrain.core.shipped import recipe_names
 from pretrain.model.sizes import ModelSize, model_size
 
-# Recipe -> (parameters in all, active parameters of a token). The totals, the first four active counts and the last one are published or were
-# counted on the model's own code; the other active counts follow from the total by hand: it less the routed experts that a token does not choose.
+# Recipe -> (parameters in all, active parameters of a token). The totals, the first four active
+# counts and the last one are published or were counted on the model's own code; the other active
+# counts follow from the total by hand: it less the routed experts that a token does not choose.
 COUNTS = {
     "h64lm": (249_720_576, 122_318_592),
     "khanh_692m": (692_244_360, 339_707_784),
@@ -66,7 +67,9 @@ def test_a_feature_less_is_another_count() -> None:
 
 
 def test_deepseek_v3s_block_of_multi_token_prediction_is_not_in_its_count() -> None:
-    """As much as one of its last layers, a projection and two norms: embedding and head are the model's own."""
+    """As much as one of its last layers, a projection and two norms: embedding and head are the
+    model's own.
+    """
     small, with_block = (
         size_of("deepseek_v3", "model.num_hidden_layers=4", *more)
         for more in ((), ("model.multi_token_prediction={}",))

@@ -1,7 +1,8 @@
-"""PEER: every expert is found, exactly the best are, keys and queries learn, and no token sees a later one.
+"""PEER: every expert is found, exactly the best are, keys and queries learn, and no token sees a
+later one.
 
-"The published framework" is Foundation, the PEER + MLA framework (llm720): its mistakes are named where a test forbids them, those of its
-latent attention in test_mla.py.
+"The published framework" is Foundation, the PEER + MLA framework (llm720): its mistakes are named
+where a test forbids them, those of its latent attention in test_mla.py.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ FORMS = {
 
 def peer(sizes: tuple[int, ...], *overrides: str, width: int = 1) -> PEER:
     """The PEER layer of a tiny model with weights of size 1."""
-    section = f"kind: peer, product_key_sizes: {list(sizes)}, query_dim: 24, num_heads: 2, top_k: 3, moe_intermediate_size: {width}"
+    section = (
+        f"kind: peer, product_key_sizes: {list(sizes)}, query_dim: 24, num_heads: 2, top_k: 3,"
+        f" moe_intermediate_size: {width}"
+    )
     model = tiny_model(f"model.moe={{{section}}}", "model.initializer_range=0.5", *overrides)
     layer = model.layers[0].feed_forward
     assert isinstance(layer, PEER)
@@ -60,7 +64,9 @@ def products(sizes: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
 def test_the_best_products_are_those_of_brute_force(
     sizes: list[int], top_k: int, seed: int
 ) -> None:
-    """The published framework cuts its candidates between dimensions by number, and loses some of the best."""
+    """The published framework cuts its candidates between dimensions by number, and loses some of
+    the best.
+    """
     top_k = min(top_k, math.prod(sizes))
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.randn(5, 2, size, generator=generator) for size in sizes]
@@ -95,9 +101,11 @@ def test_the_million_is_reached() -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("width", [1, 3])
 def test_the_layer_is_its_definition(sizes: tuple[int, ...], form: str, width: int) -> None:
-    """Expert by expert and token by token: scores of every product, softmax over a head's best, each expert a feed-forward of its own.
+    """Expert by expert and token by token: scores of every product, softmax over a head's best,
+    each expert a feed-forward of its own.
 
-    The published framework lays out the rows of experts wider than 1 in one way on the way up and in another on the way down.
+    The published framework lays out the rows of experts wider than 1 in one way on the way up and
+    in another on the way down.
     """
     layer, x_TD = peer(sizes, FORMS[form], width=width).eval(), torch.randn(6, 32)
     experts, keys = layer.experts, layer.retrieval
@@ -161,7 +169,9 @@ def test_weights_of_a_head_sum_to_one_and_repeat_a_recorded_choice() -> None:
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "batch_norm", "none"])
 def test_no_query_norm_shows_later_tokens_in_training(norm: str) -> None:
-    """The published framework norms queries over the batch in training: a token's experts then depend on later tokens."""
+    """The published framework norms queries over the batch in training: a token's experts then
+    depend on later tokens.
+    """
     layer = peer((4, 5), f"model.moe.query_norm={norm}").train()
     x_BSD = torch.randn(1, 8, 32)
     changed = x_BSD.clone()
@@ -198,7 +208,10 @@ def test_running_statistics_become_those_of_the_tokens() -> None:
 def test_a_recomputed_block_counts_its_tokens_once() -> None:
     layers = []
     for recomputed in (False, True):
-        section = "{kind: peer, product_key_sizes: [4, 5], query_dim: 24, num_heads: 2, top_k: 3, query_norm: batch_norm}"
+        section = (
+            "{kind: peer, product_key_sizes: [4, 5], query_dim: 24, num_heads: 2, top_k: 3,"
+            " query_norm: batch_norm}"
+        )
         model = tiny_model(f"model.moe={section}", activation_checkpointing=recomputed).train()
         tokens = random_tokens(2, 9)
         model(tokens[:, :-1], tokens[:, 1:], 1.0).loss.backward()

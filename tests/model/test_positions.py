@@ -1,4 +1,6 @@
-"""Each kind of position encoding is its paper's formula, and numerically what transformers computes where it has the kind."""
+"""Each kind of position encoding is its paper's formula, and numerically what transformers computes
+where it has the kind.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def rope(
     return rope_tables(positions, inverse_frequencies(rotary_dim, theta, CPU))
 
 
-# --- rope ------------------------------------------------------------------------------------------------------------------------
+# --- rope -----------------------------------------------------------------------------------------
 
 
 def test_rope_turns_each_pair_by_position_times_frequency() -> None:
@@ -77,7 +79,7 @@ def test_rope_takes_a_place_of_its_own_for_each_token_of_each_sequence() -> None
     ).abs().max() > 1e-2
 
 
-# --- llama3 ----------------------------------------------------------------------------------------------------------------------
+# --- llama3 ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,12 @@ def test_llama3_turns_by_its_own_frequencies_and_leaves_scores_alone() -> None:
 def test_a_blend_without_a_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="high_freq_factor"):
         tiny_config(
-            "model.position={kind: llama3, factor: 4, original_max_position_embeddings: 32, low_freq_factor: 4}"
+            "model.position={kind: llama3, factor: 4, original_max_position_embeddings: 32,"
+            " low_freq_factor: 4}"
         )
 
 
-# --- yarn ------------------------------------------------------------------------------------------------------------------------
+# --- yarn -----------------------------------------------------------------------------------------
 
 
 def transformers_yarn(config: Yarn, rotary_dim: int) -> tuple[torch.Tensor, float]:
@@ -254,7 +257,7 @@ def test_yarns_scale_is_said_once(given: str, part: str) -> None:
         tiny_config(YARN[:-1] + f", {given}}}")
 
 
-# --- alibi -----------------------------------------------------------------------------------------------------------------------
+# --- alibi ----------------------------------------------------------------------------------------
 
 
 def test_slopes_of_a_power_of_two_are_a_geometric_series() -> None:
@@ -288,7 +291,10 @@ def test_twelve_heads_have_eight_slopes_and_then_every_second_of_sixteen_where_h
 def test_alibi_prefers_the_near_where_h64lm_with_its_inverted_sign_prefers_the_far(
     kernel: object,
 ) -> None:
-    """All keys alike: weights then show the bias alone. H64LM adds -slope * (key - query), which rewards a key 5 back by 5 slopes."""
+    """All keys alike: weights then show the bias alone.
+
+    H64LM adds -slope * (key - query), which rewards a key 5 back by 5 slopes.
+    """
     assert callable(kernel)
     size, slopes = 6, alibi_slopes(2, CPU)
     q, k, values = (
@@ -305,7 +311,7 @@ def test_alibi_prefers_the_near_where_h64lm_with_its_inverted_sign_prefers_the_f
         assert (inverted[head, query, : query + 1].diff() < 0).all()
 
 
-# --- learned ---------------------------------------------------------------------------------------------------------------------
+# --- learned --------------------------------------------------------------------------------------
 
 
 def test_learned_positions_are_added_at_each_tokens_place() -> None:

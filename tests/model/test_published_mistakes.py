@@ -1,5 +1,8 @@
-"""Mistakes of published MoE systems that this model must not make. Those of attention and positions are in test_attention_kinds.py,
-test_positions.py and test_attention_kernels.py, those of routers and balancing in test_router.py and test_router_kinds.py.
+"""Mistakes of published MoE systems that this model must not make.
+
+Those of attention and positions are in test_attention_kinds.py, test_positions.py and
+test_attention_kernels.py, those of routers and balancing in test_router.py and
+test_router_kinds.py.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ def output_of(*overrides: str, **options: Any) -> Any:
 
 
 def test_moe_fast_gpt_tied_head_and_embedding_are_one_tensor() -> None:
-    """It sets ``lm_head.weight``, but the layer multiplies with ``lm_head.linear.weight``: 12.8 M parameters of their own."""
+    """It sets ``lm_head.weight``, but the layer multiplies with ``lm_head.linear.weight``: 12.8 M
+    parameters of their own.
+    """
     model = tiny_model("model.tie_word_embeddings=true", "model.embedding_size=16")
     assert model.head.weight is model.embedding.weight
     before = model.logits(TOKENS)
@@ -36,7 +41,9 @@ def test_moe_fast_gpt_tied_head_and_embedding_are_one_tensor() -> None:
 
 
 def test_moe_fast_gpt_importance_is_that_of_the_chosen_experts() -> None:
-    """Its CV^2 is taken of the mean probabilities of all experts: soft ones look balanced while two experts get every token."""
+    """Its CV^2 is taken of the mean probabilities of all experts: soft ones look balanced while two
+    experts get every token.
+    """
     logits_TE = torch.tensor([[0.02, 0.01, 0.0, 0.0]] * 8)
     probs_TE = logits_TE.softmax(-1)
     weights_TK, ids_TK = probs_TE.topk(2)
@@ -66,7 +73,9 @@ def test_h64lm_z_loss_is_of_the_logsumexp() -> None:
 
 
 def test_h64lm_router_losses_are_not_diluted_by_dense_layers() -> None:
-    """It averages over all layers although every second one is dense, which halves its coefficients."""
+    """It averages over all layers although every second one is dense, which halves its
+    coefficients.
+    """
     pattern = (
         "model.layer_pattern={kind: every_nth, n: 2}",
         "model.intermediate_size=32",
@@ -114,7 +123,9 @@ def test_h64lm_sinks_take_part() -> None:
 
 
 def test_h64lm_weights_start_with_the_spread_the_recipe_says() -> None:
-    """Its standard deviation is scaled twice, by depth and again by 1 / sqrt(fan in): 0.0007 instead of 0.02."""
+    """Its standard deviation is scaled twice, by depth and again by 1 / sqrt(fan in): 0.0007
+    instead of 0.02.
+    """
     model = tiny_model("model.initializer_range=0.02", "model.hidden_size=256")
     assert model.layers[0].attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.layers[0].attention.o_proj.weight.std().item() == pytest.approx(
@@ -131,7 +142,9 @@ def test_moe_fast_gpt_embeddings_start_as_the_recipe_says() -> None:
 
 
 def test_khanh_no_position_sees_the_token_it_predicts() -> None:
-    """Without its causal mask each position read its own answer, and the loss fell to 0.13 (its "crystal ball")."""
+    """Without its causal mask each position read its own answer, and the loss fell to 0.13 (its
+    "crystal ball").
+    """
     parts = (
         "model.norm={kind: layer_norm}",
         "model.norm_position=post",
@@ -149,7 +162,9 @@ def test_khanh_no_position_sees_the_token_it_predicts() -> None:
 
 
 def test_p828_one_group_of_two_is_no_choice_within_it() -> None:
-    """With two groups of two experts, one group and two choices, the whole group is always chosen: only the group is."""
+    """With two groups of two experts, one group and two choices, the whole group is always chosen:
+    only the group is.
+    """
     groups = "model.moe.router.groups={num_groups: 2, top_k_groups: 1}"
     counts_LE = output_of(groups).router.counts_LE
     assert torch.equal(counts_LE[:, 0], counts_LE[:, 1]) and torch.equal(

@@ -90,7 +90,9 @@ def statistics_of(
     fractions_E: torch.Tensor | None = None,
     **weights: float,
 ) -> Any:
-    """Losses by name, entropy and counts of the k largest probabilities of ``logits_TE`` in two sequences."""
+    """Losses by name, entropy and counts of the k largest probabilities of ``logits_TE`` in two
+    sequences.
+    """
     config = DroplessMoE(
         num_experts=logits_TE.shape[1],
         top_k=top_k,

@@ -1,4 +1,6 @@
-"""What the language loss teaches a router: its gradient, measured for every kind of choice, and what a recipe is told if there is none."""
+"""What the language loss teaches a router: its gradient, measured for every kind of choice, and
+what a recipe is told if there is none.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from pretrain.model.init import initialize
 from pretrain.model.moe.losses import LOSSES
 from tests.model.tiny_model import random_tokens, tiny_config
 
-PEER = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2, moe_intermediate_size: 4, top_k: %d}"
+PEER = (
+    "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2,"
+    " moe_intermediate_size: 4, top_k: %d}"
+)
 NATIVE = ("model.moe.kind=deepspeed", "model.moe.causal=false")
 ROUTED = ("model.moe.kind=deepspeed", "model.moe.gate=router")
 ONE, NORMED = "model.moe.top_k=1", "model.moe.router.norm_topk_prob=true"

@@ -1,4 +1,6 @@
-"""Every registered router against its definition in plain loops; groups, noise, and the bias that balances without a loss."""
+"""Every registered router against its definition in plain loops; groups, noise, and the bias that
+balances without a loss.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from pretrain.training.schedules import balance_update_rate
 from tests.model.tiny_model import random_tensor, tiny_config, tiny_model
 
 T, D, E = 40, 16, 8
-# One case a router: what it turns the logits of one token into, written without torch's functions. A new router adds its line.
+# One case a router: what it turns the logits of one token into, written without torch's functions.
+# A new router adds its line.
 SCORES = {
     "softmax_topk": lambda logits: [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits],
     "sigmoid_topk": lambda logits: [1 / (1 + math.exp(-x)) for x in logits],
@@ -121,7 +124,7 @@ def test_jitter_moves_the_logits_in_training_only() -> None:
     assert 0 < moved.max() < 0.1 * (x_TD.abs() @ router.gate.weight.abs().T).max()
 
 
-# --- balancing by bias ------------------------------------------------------------------------------------------------------------
+# --- balancing by bias ----------------------------------------------------------------------------
 
 
 def test_the_bias_chooses_and_leaves_weights_and_probabilities_alone() -> None:

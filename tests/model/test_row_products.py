@@ -1,4 +1,6 @@
-"""Products with chosen rows: the plain ones against a loop, torch's bags and Triton's kernels against the plain ones."""
+"""Products with chosen rows: the plain ones against a loop, torch's bags and Triton's kernels
+against the plain ones.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_dots_with_the_tokens_of_other_bags_are_noticed() -> None:
 
 
 def test_triton_kernels_equal_the_plain_products() -> None:
-    """In a process of its own: whether Triton interprets is decided when it is imported, and other tests import it."""
+    """In a process of its own: whether Triton interprets is decided when it is imported, and other
+    tests import it.
+    """
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [
         sys.executable,
@@ -128,7 +132,10 @@ COMPILED = {
 def test_kernels_compile_for_a_gpu_and_add_nothing_atomically(
     kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interpreter takes much that the compiler refuses. The kernel with an atomic addition shows that one would be seen."""
+    """The interpreter takes much that the compiler refuses.
+
+    The kernel with an atomic addition shows that one would be seen.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function, types, constants = COMPILED[kernel]
     signature = dict(zip(function.arg_names, types, strict=False)) | dict.fromkeys(

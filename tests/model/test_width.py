@@ -1,4 +1,6 @@
-"""muP: nothing changes at the base; at other widths each parameter is scaled by its role, and training is that of the form with explicit factors."""
+"""muP: nothing changes at the base; at other widths each parameter is scaled by its role, and
+training is that of the form with explicit factors.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ from pretrain.optim.param_groups import (
     peak_learning_rates,
 )
 
-# The debug recipe: D 32, N 4, M 2, H 8, experts of 32; the wide model below is four times as wide with heads four times as large.
-BASE = "model.initialization={kind: mup, base: {hidden_size: 32, num_attention_heads: 4, num_key_value_heads: 2, moe_intermediate_size: 32}}"
+# The debug recipe: D 32, N 4, M 2, H 8, experts of 32; the wide model below is four times as wide
+# with heads four times as large.
+BASE = (
+    "model.initialization={kind: mup, base: {hidden_size: 32, num_attention_heads: 4,"
+    " num_key_value_heads: 2, moe_intermediate_size: 32}}"
+)
 WIDE = (
     BASE,
     "model.initialization.base.head_dim=8",
@@ -108,9 +114,15 @@ def test_experts_of_every_kind_of_layer_shared_dense_and_latent_parts_are_known(
         if ".deepspeed_experts." in name and name.endswith("up_proj.weight")
     ]
     assert len(experts) == 8 and {parameter.learning_rate_scale for parameter in experts} == {0.25}  # type: ignore[attr-defined]
-    latent = "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8, v_head_dim: 6}"
+    latent = (
+        "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4,"
+        " qk_nope_head_dim: 8, v_head_dim: 6}"
+    )
     base = [
-        "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2, moe_intermediate_size: 8}}",
+        (
+            "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 2,"
+            " moe_intermediate_size: 8}}"
+        ),
         latent,
     ]
     scales = short(width_scales(recipe_of(*base).model))
@@ -142,11 +154,13 @@ def test_a_finished_model_computes_the_same_whatever_its_initialisation_was() ->
     assert torch.equal(wide.logits(ids), plain.logits(ids))
 
 
-# --- the form with factors in front of logits, routers and scores (Yang et al. 2022, table 8) -------------------------------------------
+# --- the form with factors in front of logits, routers and scores (Yang et al. 2022, table 8) -----
 
 
 def with_factors(recipe: Recipe, logits: float, scores: float) -> DecoderLM:
-    """The standard model at the same width, with explicit factors and with weights that have none of them inside."""
+    """The standard model at the same width, with explicit factors and with weights that have none
+    of them inside.
+    """
     mup, model = built(recipe), DecoderLM(recipe.model)
     scales = width_scales(recipe.model)
     with torch.no_grad():
@@ -186,7 +200,10 @@ def is_hidden(name: str) -> bool:
 def losses(
     recipe: Recipe, model: DecoderLM, rate: Callable[[str], float] | None = None
 ) -> list[float]:
-    """Of six steps on the same tokens; ``rate`` gives each parameter's part of the learning rate by hand."""
+    """Of six steps on the same tokens.
+
+    ``rate`` gives each parameter's part of the learning rate by hand.
+    """
     groups = parameter_groups(model, recipe.model, recipe.optimizer)
     if rate is not None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}

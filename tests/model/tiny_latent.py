@@ -28,7 +28,10 @@ DENSE = ("model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermed
 YARN = {"factor": 40.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
 POSITIONS = {
     "rope": "{kind: rope}",
-    "yarn": "{kind: yarn, factor: 40, original_max_position_embeddings: 16, mscale: 0.7, mscale_all_dim: 1.0}",
+    "yarn": (
+        "{kind: yarn, factor: 40, original_max_position_embeddings: 16, mscale: 0.7,"
+        " mscale_all_dim: 1.0}"
+    ),
     "alibi": "{kind: alibi}",
     "rope_alibi": "{kind: rope_alibi}",
     "learned": "{kind: learned}",
@@ -57,7 +60,9 @@ def latent(options: str = "", decode: str = "absorbed") -> str:
 def build(
     options: str = "", position: str = "rope", *overrides: str, decode: str = "absorbed"
 ) -> DecoderLM:
-    """A dense model whose biases and sinks are not zero, and whose norms are not one, so that they show."""
+    """A dense model whose biases and sinks are not zero, and whose norms are not one, so that they
+    show.
+    """
     model = tiny_model(
         *DENSE, latent(options, decode), f"model.position={POSITIONS[position]}", *overrides
     )

@@ -14,7 +14,10 @@ VOCAB_SIZE = 100
 SIZES = (f"model.vocab_size={VOCAB_SIZE}", "model.initializer_range=0.3")
 KINDS = {
     "dropless": "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 24}",
-    "deepspeed": "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 24, drop_tokens: false}",
+    "deepspeed": (
+        "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 24,"
+        " drop_tokens: false}"
+    ),
 }
 
 

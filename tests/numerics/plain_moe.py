@@ -1,8 +1,10 @@
-"""The same model, loss and optimizer step a second time, in plain PyTorch and straight from the formulas: the oracle of the numerics tests.
+"""The same model, loss and optimizer step a second time, in plain PyTorch and straight from the
+formulas: the oracle of the numerics tests.
 
-Written without a look at ``pretrain`` and without importing from it, for reading and not for speed: every score stands in memory, every
-expert sees every token and a mask picks its own. It computes in the dtype it is given; float64 makes its own rounding vanish, so that what
-remains is the rounding of the program under test.
+Written without a look at ``pretrain`` and without importing from it, for reading and not for speed:
+every score stands in memory, every expert sees every token and a mask picks its own. It computes in
+the dtype it is given; float64 makes its own rounding vanish, so that what remains is the rounding
+of the program under test.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Input ids, next tokens (-100: no loss) and, where attention stays inside documents, their numbers; all [B, S] int64.
+# Input ids, next tokens (-100: no loss) and, where attention stays inside documents, their numbers;
+# all [B, S] int64.
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -51,7 +54,9 @@ class PlainSettings:
 
 @dataclass(frozen=True)
 class PlainStep:
-    """One optimizer step: mean cross-entropy (nats a token), the loss that was minimised, and the gradient norm before clipping."""
+    """One optimizer step: mean cross-entropy (nats a token), the loss that was minimised, and the
+    gradient norm before clipping.
+    """
 
     cross_entropy: float
     loss: float
@@ -59,14 +64,17 @@ class PlainStep:
 
 
 class PlainMoE:
-    """A decoder-only mixture-of-experts model with its AdamW state, trained one global batch at a time.
+    """A decoder-only mixture-of-experts model with its AdamW state, trained one global batch at a
+    time.
 
     Args:
-        weights: by the names of ``DecoderLM.state_dict()`` with the dropless layer: ``embedding.weight`` [V, D],
-            ``layers.<l>.attention_norm.weight``, ``layers.<l>.attention.{q,k,v,o}_proj.weight``, ``layers.<l>.attention.{q,k}_norm.weight``,
-            ``layers.<l>.feed_forward_norm.weight``, ``layers.<l>.feed_forward.router.gate.weight`` [E, D],
-            ``layers.<l>.feed_forward.experts.{w1,w3}`` [E, F, D] (gate, up) and ``.w2`` [E, D, F] (down), ``final_norm.weight``, ``head.weight``.
-            They are copied.
+        weights: by the names of ``DecoderLM.state_dict()`` with the dropless layer:
+            ``embedding.weight`` [V, D], ``layers.<l>.attention_norm.weight``,
+            ``layers.<l>.attention.{q,k,v,o}_proj.weight``,
+            ``layers.<l>.attention.{q,k}_norm.weight``, ``layers.<l>.feed_forward_norm.weight``,
+            ``layers.<l>.feed_forward.router.gate.weight`` [E, D],
+            ``layers.<l>.feed_forward.experts.{w1,w3}`` [E, F, D] (gate, up) and ``.w2`` [E, D, F]
+            (down), ``final_norm.weight``, ``head.weight``. They are copied.
     """
 
     def __init__(
@@ -88,7 +96,9 @@ class PlainMoE:
         }
 
     def visible(self, S: int, documents_BS: Tensor | None) -> Tensor:
-        """True where query position i may see key position j: j <= i and in the same document, [B or 1, 1, S, S]."""
+        """True where query position i may see key position j: j <= i and in the same document, [B
+        or 1, 1, S, S].
+        """
         causal = torch.ones(1, 1, S, S, dtype=torch.bool).tril()
         return (
             causal
@@ -114,7 +124,9 @@ class PlainMoE:
         )
 
     def _rotate(self, x_BNSH: Tensor) -> Tensor:
-        """RoPE: the complex number x_i + j x_{i + H/2} of position t is turned by the angle t * theta^(-2i/H)."""
+        """RoPE: the complex number x_i + j x_{i + H/2} of position t is turned by the angle t *
+        theta^(-2i/H).
+        """
         half, S = self.settings.head_dim // 2, x_BNSH.shape[2]
         frequencies = self.settings.rope_theta ** (-torch.arange(half, dtype=x_BNSH.dtype) / half)
         angles = torch.outer(torch.arange(S, dtype=x_BNSH.dtype), frequencies)
@@ -150,7 +162,8 @@ class PlainMoE:
     def _experts(
         self, x_TD: Tensor, prefix: str, fractions_E: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's output, its weighted router losses, and f_e, the share of these tokens that chose each expert [E].
+        """The layer's output, its weighted router losses, and f_e, the share of these tokens that
+        chose each expert [E].
 
         The load-balance loss E/k * sum_e f_e p_e takes ``fractions_E`` where it is given.
         """
@@ -183,7 +196,9 @@ class PlainMoE:
         documents_BS: Tensor | None = None,
         fractions_LE: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [T, V] over the unpadded vocabulary, the weighted router losses summed over the layers, and each layer's f_e [L, E]."""
+        """Logits [T, V] over the unpadded vocabulary, the weighted router losses summed over the
+        layers, and each layer's f_e [L, E].
+        """
         x_BSD = self.weights["embedding.weight"][input_ids_BS]
         router_loss, chosen = x_BSD.new_zeros(()), []
         for index in range(self.settings.num_layers):
@@ -208,7 +223,10 @@ class PlainMoE:
 
     @torch.no_grad()
     def global_fractions(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
-        """f_e over all tokens of the global batch [L, E]; None where each micro batch counts its own."""
+        """f_e over all tokens of the global batch [L, E].
+
+        None where each micro batch counts its own.
+        """
         if not self.settings.global_balance:
             return None
         return torch.stack(
@@ -216,7 +234,9 @@ class PlainMoE:
         ).mean(0)
 
     def counted_tokens(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
-        """What each micro batch's summed cross-entropy is divided by: the counted tokens of the whole global batch."""
+        """What each micro batch's summed cross-entropy is divided by: the counted tokens of the
+        whole global batch.
+        """
         return [float(sum((labels >= 0).sum().item() for _, labels, _ in micro_batches))] * len(
             micro_batches
         )
@@ -263,7 +283,9 @@ class PlainMoE:
 
     @torch.no_grad()
     def _adamw(self, gradients: Mapping[str, Tensor], step: int) -> None:
-        """Loshchilov & Hutter 2019, algorithm 2: bias-corrected moments, and a decay that does not pass through them."""
+        """Loshchilov & Hutter 2019, algorithm 2: bias-corrected moments, and a decay that does not
+        pass through them.
+        """
         settings, rate = self.settings, self.learning_rate(step)
         for name, gradient in gradients.items():
             first, second, weight = (

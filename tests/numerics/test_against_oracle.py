@@ -1,4 +1,6 @@
-"""The engine against an independent plain-PyTorch form of the same training run: same losses, same gradient norms, step by step."""
+"""The engine against an independent plain-PyTorch form of the same training run: same losses, same
+gradient norms, step by step.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ OVERRIDES = [
     "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=6", f"train.train_tokens={STEPS * 6 * 16}",
     "train.grad_clip=0.5", "schedule.warmup_steps=5", "logging.tensorboard=false",
 ]  # fmt: skip
-# Uneven numbers of counted tokens, attention inside documents, and a load counted over the global batch. With so large an eps AdamW's
-# step grows with the gradient, where usually it would hide by what factor all gradients are clipped.
+# Uneven numbers of counted tokens, attention inside documents, and a load counted over the global
+# batch. With so large an eps AdamW's step grows with the gradient, where usually it would hide by
+# what factor all gradients are clipped.
 DOCUMENTS = [
     *OVERRIDES,
     "data.document_mask=true",
@@ -71,7 +74,9 @@ def document_oracle_run(
 
 
 def micro_batches(recipe: Recipe, step: int) -> list[MicroBatch]:
-    """Random tokens of which every second one follows from the one before, so that there is something to learn."""
+    """Random tokens of which every second one follows from the one before, so that there is
+    something to learn.
+    """
     train, vocab_size = recipe.train, recipe.model.vocab_size
     assert vocab_size is not None
     tokens = torch.randint(
@@ -88,7 +93,9 @@ def micro_batches(recipe: Recipe, step: int) -> list[MicroBatch]:
 
 
 def micro_batch(tokens: Tensor, document_mask: bool) -> MicroBatch:
-    """Inputs and labels of [B, S + 1] tokens; with documents, every token below 20 ends one and has no loss."""
+    """Inputs and labels of [B, S + 1] tokens; with documents, every token below 20 ends one and has
+    no loss.
+    """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not document_mask:
         return inputs, labels, None
@@ -148,7 +155,9 @@ def run_engine(
 
 
 def difference(run: list[PlainStep], reference: list[PlainStep], steps: int) -> float:
-    """Largest relative difference of the losses and of the gradient norm over the first ``steps`` steps."""
+    """Largest relative difference of the losses and of the gradient norm over the first ``steps``
+    steps.
+    """
     pairs = [
         (getattr(one, field), getattr(other, field))
         for one, other in zip(run[:steps], reference[:steps])

@@ -1,4 +1,6 @@
-"""Balancing by bias alone: the load evens out where it would not by itself, and evaluation leaves the bias as it is."""
+"""Balancing by bias alone: the load evens out where it would not by itself, and evaluation leaves
+the bias as it is.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,17 @@ FINER = "bias_balancing: {update_rate: 0.0025}"
 
 
 def recipe_of(router: str, balancing: str) -> Recipe:
-    moe = f"kind: dropless, num_experts: 8, top_k: 2, moe_intermediate_size: 16, router: {{kind: {router}}}, {NO_LOSS}, {balancing}"
+    moe = (
+        "kind: dropless, num_experts: 8, top_k: 2, moe_intermediate_size: 16, router: {kind:"
+        f" {router}}}, {NO_LOSS}, {balancing}"
+    )
     return load_recipe("debug", [*SIZES, f"model.moe={{{moe}}}"])
 
 
 def zipf_batch(step: int) -> Batch:
-    """Token frequencies as in text: half of all tokens are 10 of the 256, so that experts are chosen unevenly."""
+    """Token frequencies as in text: half of all tokens are 10 of the 256, so that experts are
+    chosen unevenly.
+    """
     generator = torch.Generator().manual_seed(step)
     frequencies = 1.0 / torch.arange(1, VOCAB + 1)
     tokens = torch.multinomial(frequencies, 32 * 65, replacement=True, generator=generator).view(

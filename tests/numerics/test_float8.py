@@ -87,6 +87,8 @@ def test_hardware_without_fp8_is_refused_with_the_reason() -> None:
         return
     with pytest.raises(
         ConfigError,
-        match="train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but this",
+        match=(
+            "train.precision is fp8, which needs a GPU of compute capability 8.9 or more, but this"
+        ),
     ):
         resolve_precision("fp8")

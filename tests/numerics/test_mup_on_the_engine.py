@@ -1,4 +1,6 @@
-"""muP on DeepSpeed's engine: every ZeRO stage trains a wide model as a plain loop does, and at the base widths exactly as the standard kind."""
+"""muP on DeepSpeed's engine: every ZeRO stage trains a wide model as a plain loop does, and at the
+base widths exactly as the standard kind.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology
 
 STEPS = 4
-WIDTHS = "{hidden_size: %d, num_attention_heads: 4, num_key_value_heads: 2, head_dim: %d, moe_intermediate_size: %d}"
+WIDTHS = (
+    "{hidden_size: %d, num_attention_heads: 4, num_key_value_heads: 2, head_dim: %d,"
+    " moe_intermediate_size: %d}"
+)
 BASE = f"model.initialization={{kind: mup, base: {WIDTHS}}}"
 SIZES = [
     "model.vocab_size=100",

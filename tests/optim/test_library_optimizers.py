@@ -1,4 +1,6 @@
-"""Lion and 8-bit AdamW against other implementations, what their state weighs, and what the plan says of it."""
+"""Lion and 8-bit AdamW against other implementations, what their state weighs, and what the plan
+says of it.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,8 @@ def test_lion_is_bitsandbytes_lion() -> None:
             "model.embedding_size=16",
         ],
         [
-            "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 12, num_heads: 2, top_k: 3, moe_intermediate_size: 2}"
+            "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 12, num_heads: 2, top_k:"
+            " 3, moe_intermediate_size: 2}"
         ],
     ],
 )
@@ -159,8 +162,10 @@ def test_the_plans_memory_follows_the_optimizer() -> None:
     size = model_size(load_recipe("debug", ["model.vocab_size=128"]).model, 16)
     muon = Muon(kind="muon", learning_rate=RATE)
     held = {
-        config.kind: state_bytes_per_rank(size, "fp32", 0, 1, 1, config)["optimizer"]
-        / size.parameters_stored
+        config.kind: (
+            state_bytes_per_rank(size, "fp32", 0, 1, 1, config)["optimizer"]
+            / size.parameters_stored
+        )
         for config in (*CONFIGS.values(), muon)
     }
     assert (
@@ -173,7 +178,10 @@ def test_the_plans_memory_follows_the_optimizer() -> None:
 
 @pytest.mark.parametrize("kind", ["lion", "adamw_8bit"])
 def test_rows_of_tables_are_refused_by_kinds_that_cannot_train_them(kind: str) -> None:
-    peer = "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 12, num_heads: 2, top_k: 3, moe_intermediate_size: 2}"
+    peer = (
+        "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 12, num_heads: 2, top_k: 3,"
+        " moe_intermediate_size: 2}"
+    )
     with pytest.raises(
         ConfigError, match=f"optimizer.kind={kind} does not go with model.moe.kind=peer"
     ):

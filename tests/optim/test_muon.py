@@ -1,4 +1,6 @@
-"""Muon orthogonalises each hidden matrix and each expert by itself, wherever ZeRO has cut them, and leaves the rest to AdamW."""
+"""Muon orthogonalises each hidden matrix and each expert by itself, wherever ZeRO has cut them, and
+leaves the rest to AdamW.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every parameter in one group, with the decay of its role; learning rates by role; experts apart and marked for DeepSpeed."""
+"""Every parameter in one group, with the decay of its role; learning rates by role; experts apart
+and marked for DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -144,14 +146,16 @@ def test_the_recipes_numbers_reach_the_optimizer(
 
 
 WIDE = (
-    "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 1, num_key_value_heads: 1, head_dim: 8,"
-    " intermediate_size: 12, moe_intermediate_size: 8}}"
+    "model.initialization={kind: mup, base: {hidden_size: 8, num_attention_heads: 1,"
+    " num_key_value_heads: 1, head_dim: 8, intermediate_size: 12, moe_intermediate_size: 8}}"
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_models_have_groups_by_scale_with_the_same_decay_a_step(kind: str) -> None:
-    """Every parameter once, each with the scale it says; learning rate times decay is that of the narrow model."""
+    """Every parameter once, each with the scale it says; learning rate times decay is that of the
+    narrow model.
+    """
     recipe = load_recipe("debug", [*KINDS[kind], WIDE])
     model = DecoderLM(recipe.model)
     initialize(model, 1)

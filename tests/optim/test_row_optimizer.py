@@ -1,4 +1,6 @@
-"""The optimizer of tables: each row is trained as a parameter of its own over the steps that used it, and nothing else is touched."""
+"""The optimizer of tables: each row is trained as a parameter of its own over the steps that used
+it, and nothing else is touched.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def forward(table: ExpertTable, x_TD: torch.Tensor, bags: Bags) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_row_is_trained_over_the_steps_that_used_it(name: str) -> None:
-    """The reference is torch's optimizer over one parameter an expert, whose gradient is None where no token chose it."""
+    """The reference is torch's optimizer over one parameter an expert, whose gradient is None where
+    no token chose it.
+    """
     config, weight = CONFIGS[name], torch.randn(E, X, D)
     table = table_of(weight)
     rows = SparseOptimizer({"t": table}, config, ALONE, "bags", CPU)

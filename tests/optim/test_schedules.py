@@ -79,7 +79,7 @@ def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
     assert factor(100, "cosine", warmup_steps=100) == 1.0
 
 
-# --- phases ---------------------------------------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,10 @@ def test_a_trunk_with_a_linear_decay_is_wsd_to_the_last_bit() -> None:
         "debug",
         ["schedule={kind: wsd, warmup_steps: 3, decay_share: 0.25, min_learning_rate_ratio: 0.1}"],
     )
-    decay = "phases=[{name: stable, tokens: 7680}, {name: decay, schedule: {kind: linear, end_ratio: 0.1}}]"
+    decay = (
+        "phases=[{name: stable, tokens: 7680}, {name: decay, schedule: {kind: linear, end_ratio:"
+        " 0.1}}]"
+    )
     phased = load_recipe("debug", ["schedule={kind: constant, warmup_steps: 3}", decay])
     factors = [
         [run_learning_rate_factor(step, Timeline(recipe), recipe.schedule) for step in range(20)]

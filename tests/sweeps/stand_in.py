@@ -1,7 +1,8 @@
-"""A run that takes no time: it reads the options of launchers/pretrain.py that a sweep gives, steps, saves at SIGTERM with code 75 and resumes.
+"""A run that takes no time: it reads the options of launchers/pretrain.py that a sweep gives,
+steps, saves at SIGTERM with code 75 and resumes.
 
-The loss depends on the learning rate alone: (log10(rate) + 2)^2 + 1. A rate above 1 ends with code 6, ``data.path=absent`` with code 3, and a
-rate below 1e-5 ends the run early after two steps.
+The loss depends on the learning rate alone: (log10(rate) + 2)^2 + 1. A rate above 1 ends with code
+6, ``data.path=absent`` with code 3, and a rate below 1e-5 ends the run early after two steps.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import pytest
 from tests.launch.tiny_run import ROOT, SCRIPT, Started, Tiny, curve
 
 ABLATIONS, SWEEP = ROOT / "tools" / "run_ablations.py", ROOT / "tools" / "sweep.py"
-# An axis that changes the recipe and nothing of the numbers: each run beside it is what an interrupted one must equal.
+# An axis that changes the recipe and nothing of the numbers: each run beside it is what an
+# interrupted one must equal.
 SAME_NUMBERS = {"logging.hot_expert_factor": [5.0, 4.0]}
 
 
@@ -91,7 +92,8 @@ def wait_until_reached(
             return
         time.sleep(0.3)
     pytest.fail(
-        f"{run} did not reach step {step}, exit code {started.process.poll()}: {started.process.communicate()}"
+        f"{run} did not reach step {step}, exit code {started.process.poll()}:"
+        f" {started.process.communicate()}"
     )
 
 

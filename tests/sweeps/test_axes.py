@@ -1,4 +1,6 @@
-"""What can be varied and how: the three forms of an axis, the points they span, names, and what is refused."""
+"""What can be varied and how: the three forms of an axis, the points they span, names, and what is
+refused.
+"""
 
 from __future__ import annotations
 

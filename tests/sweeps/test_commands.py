@@ -1,4 +1,6 @@
-"""The two commands from their options: what they print, refuse and write; and whole real sweeps of them."""
+"""The two commands from their options: what they print, refuse and write; and whole real sweeps of
+them.
+"""
 
 from __future__ import annotations
 

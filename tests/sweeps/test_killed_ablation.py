@@ -1,4 +1,6 @@
-"""Ablations that are killed: what had finished is not redone, what was going on goes on from its checkpoint, and no run is at work twice at once."""
+"""Ablations that are killed: what had finished is not redone, what was going on goes on from its
+checkpoint, and no run is at work twice at once.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,8 @@ def test_six_runs_of_two_ranks_killed_twice_finish_with_six_results_and_none_don
     assert before.items() <= finished_files(output).items()
     attempts = {name: record(output, name)["attempts"] for name in names}
     assert len(attempts[names[0]]) >= 2 and len(attempts[names[3]]) >= 2
-    # The first kill let it save its step 4 or later; the second one left the checkpoint of step 3 or later.
+    # The first kill let it save its step 4 or later; the second one left the checkpoint of step 3
+    # or later.
     assert (
         attempts[names[0]][1]["resumed_from_step"] >= 4
         and attempts[names[3]][-1]["resumed_from_step"] >= 3

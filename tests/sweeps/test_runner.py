@@ -1,4 +1,6 @@
-"""Slots, failures, interruptions and retries, with runs that take no time below the real supervisor."""
+"""Slots, failures, interruptions and retries, with runs that take no time below the real
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +263,10 @@ def test_a_supervisor_whose_parent_is_gone_asks_the_run_to_save(
     folder = study.run_folder(study.points[0].run)
     command = launch_command(study, study.points[0], [])
     index = command.index("--parent") + 1
-    starter = "import os, subprocess, sys; c = sys.argv[1:]; c[c.index('--parent') + 1] = str(os.getpid()); subprocess.Popen(c); input()"
+    starter = (
+        "import os, subprocess, sys; c = sys.argv[1:]; c[c.index('--parent') + 1] ="
+        " str(os.getpid()); subprocess.Popen(c); input()"
+    )
     study.point_folder(study.points[0].run).mkdir(parents=True)
     parent = subprocess.Popen([sys.executable, "-c", starter, *command], stdin=subprocess.PIPE)
     assert command[index] == str(os.getpid())

@@ -1,4 +1,6 @@
-"""Points that optuna chooses: from the axes, the same after an interruption, and better ones with time."""
+"""Points that optuna chooses: from the axes, the same after an interruption, and better ones with
+time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The learning rate finder on the real engine: the training's own numbers, one picture, and nothing else touched."""
+"""The learning rate finder on the real engine: the training's own numbers, one picture, and nothing
+else touched.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +103,14 @@ def test_at_the_runs_learning_rate_it_is_the_run_with_its_phases_frozen_parts_an
     tiny: Tiny, find: Find, tmp_path: Path
 ) -> None:
     settings = [
-        "phases=[{name: small, tokens: 1280, global_batch_size: 4, sequence_length: 16, frozen: [embedding, head]}, {name: rest}]",
-        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16, bias_balancing: {update_rate: 0.05}}",
+        (
+            "phases=[{name: small, tokens: 1280, global_batch_size: 4, sequence_length: 16, frozen:"
+            " [embedding, head]}, {name: rest}]"
+        ),
+        (
+            "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 16,"
+            " bias_balancing: {update_rate: 0.05}}"
+        ),
         "schedule={kind: constant, warmup_steps: 0}",
         "model.num_hidden_layers=1",
     ]

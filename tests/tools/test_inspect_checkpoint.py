@@ -1,4 +1,6 @@
-"""tools/inspect_checkpoint.py: what is inside a checkpoint, whether it is as it was saved, and in what two differ."""
+"""tools/inspect_checkpoint.py: what is inside a checkpoint, whether it is as it was saved, and in
+what two differ.
+"""
 
 from __future__ import annotations
 

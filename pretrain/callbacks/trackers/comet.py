@@ -1,4 +1,8 @@
-"""Comet. COMET_API_KEY, COMET_WORKSPACE and COMET_START_ONLINE (``0`` needs no network) come from the environment."""
+"""Comet.
+
+COMET_API_KEY, COMET_WORKSPACE and COMET_START_ONLINE (``0`` needs no network) come from the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,11 @@ OFFLINE = "comet"
 
 
 class CometTracker(Tracker):
-    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start, which ``comet upload`` joins.
+    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start,
+    which ``comet upload`` joins.
 
-    Each start has a folder of its own: Comet tells archives apart by letters from ``random``, whose state a resumed run takes from its checkpoint.
+    Each start has a folder of its own: Comet tells archives apart by letters from ``random``, whose
+    state a resumed run takes from its checkpoint.
     """
 
     kind = "comet"

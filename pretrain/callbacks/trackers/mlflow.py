@@ -1,4 +1,8 @@
-"""MLflow. MLFLOW_TRACKING_URI, user, password and token come from the environment; without a URI it writes into the run's folder."""
+"""MLflow.
+
+MLFLOW_TRACKING_URI, user, password and token come from the environment; without a URI it writes
+into the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,9 @@ class MLflowTracker(Tracker):
         return str(self._client.create_experiment(run.project, artifact_location=place))
 
     def _log_parameters(self, config: dict[str, Any]) -> None:
-        """A parameter of MLflow never changes: a resumed run adds only those that it does not have. recipe.yaml has them as they are now."""
+        """A parameter of MLflow never changes: a resumed run adds only those that it does not have.
+        recipe.yaml has them as they are now.
+        """
         from mlflow.entities import Param
 
         known = self._client.get_run(self._id).data.params

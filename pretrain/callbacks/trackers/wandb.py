@@ -1,4 +1,8 @@
-"""Weights & Biases. WANDB_API_KEY, WANDB_MODE (``offline`` needs no network), WANDB_ENTITY and the rest come from the environment."""
+"""Weights & Biases.
+
+WANDB_API_KEY, WANDB_MODE (``offline`` needs no network), WANDB_ENTITY and the rest come from the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,9 @@ EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 0, "failed": 1}
 
 
 class WandbTracker(Tracker):
-    """Files of its own lie in ``wandb/`` of the run's folder; it copies no code and no output of the terminal."""
+    """Files of its own lie in ``wandb/`` of the run's folder; it copies no code and no output of
+    the terminal.
+    """
 
     kind = "wandb"
     _run: Run
@@ -53,7 +59,8 @@ class WandbTracker(Tracker):
                 init_timeout=START_SECONDS,
             ),
         )
-        # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is a value like others, and the axis of all.
+        # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is
+        # a value like others, and the axis of all.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         return self._run.id
@@ -75,7 +82,9 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=EXIT_CODES[status])
 
     def abandon(self) -> None:
-        """Ends W&B's own process: Python's end would wait for it while it tries to send. What is left lies in ``wandb/``, for ``wandb sync``."""
+        """Ends W&B's own process: Python's end would wait for it while it tries to send. What is
+        left lies in ``wandb/``, for ``wandb sync``.
+        """
         farewell = threading.Thread(
             target=_tear_down, daemon=True
         )  # so that nothing of it is left for Python's end

@@ -1,6 +1,8 @@
-"""Tokens from a model with its cache, one a step, of one text or of several at once: the same for our models and for Hugging Face's.
+"""Tokens from a model with its cache, one a step, of one text or of several at once: the same for
+our models and for Hugging Face's.
 
-Texts of one batch stand right-aligned. What fills a shorter prompt at its left is masked like another document, and does not count in positions.
+Texts of one batch stand right-aligned. What fills a shorter prompt at its left is masked like
+another document, and does not count in positions.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pretrain.model.decoder import DecoderLM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Takes the tokens that were added to B texts since the last call, [B, S] int64, and returns the logits of their next tokens, [B, V].
+# Takes the tokens that were added to B texts since the last call, [B, S] int64, and returns the
+# logits of their next tokens, [B, V].
 NextLogits = Callable[[Tensor], Tensor]
 
 ONE_TEXT = (0,)
@@ -29,9 +32,12 @@ def right_aligned(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
     """Prompts as int64 [B, S], and how many zeros stand before each."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    return torch.tensor(
-        [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)]
-    ), padding
+    return (
+        torch.tensor(
+            [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)]
+        ),
+        padding,
+    )
 
 
 def generate(
@@ -41,14 +47,16 @@ def generate(
     eod_id: int,
     steps: Iterable[int],
 ) -> list[int]:
-    """Continues ``prompt_ids`` by one token a step, until a document ends; returns the new tokens, the end-of-document token included.
+    """Continues ``prompt_ids`` by one token a step, until a document ends; returns the new tokens,
+    the end-of-document token included.
 
     Args:
         next_logits: a model with its cache.
         steps: one item a token; ``range(max_new_tokens)``.
 
     Raises:
-        ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document token.
+        ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document
+            token.
     """
     return take_until_end(
         (token for (token,) in continue_prompts(next_logits, [prompt_ids], sampling)), eod_id, steps
@@ -58,7 +66,9 @@ def generate(
 def continue_prompts(
     next_logits: NextLogits, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Iterator[list[int]]:
-    """The next token of each text, without end. Text i draws with seed + i: what it becomes does not depend on the texts beside it.
+    """The next token of each text, without end.
+
+    Text i draws with seed + i: what it becomes does not depend on the texts beside it.
 
     Raises:
         ConfigError: for an empty prompt.
@@ -110,7 +120,11 @@ class _Alignment:
         self.padded, self.length = any(padding), 0
 
     def extend(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """For ``count`` more tokens: their positions [B, count], and 1 for each token so far [B, length] but 0 for padding; None without any."""
+        """For ``count`` more tokens: their positions [B, count], and 1 for each token so far [B,
+        length] but 0 for padding.
+
+        None without any.
+        """
         first, self.length = self.length, self.length + count
         if not self.padded:
             return None, None
@@ -123,7 +137,9 @@ class _Alignment:
 def native_next_logits(
     model: DecoderLM, max_tokens: int, device: torch.device, padding: Sequence[int] = ONE_TEXT
 ) -> NextLogits:
-    """One of our models with a new cache for texts of ``max_tokens`` tokens, prompt included; ``padding`` of each text's first call.
+    """One of our models with a new cache for texts of ``max_tokens`` tokens, prompt included.
+
+    ``padding`` of each text's first call.
 
     Raises:
         ConfigError: when they are more than the model's longest sequence.
@@ -168,8 +184,11 @@ def transformers_next_logits(
 
 
 def check_length(max_tokens: int, longest: int) -> None:
-    """Raises :class:`ConfigError` where a text would be longer than the longest sequence of the model."""
+    """Raises :class:`ConfigError` where a text would be longer than the longest sequence of the
+    model.
+    """
     if max_tokens > longest:
         raise ConfigError(
-            f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions: shorten the one or the other"
+            f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions:"
+            " shorten the one or the other"
         )

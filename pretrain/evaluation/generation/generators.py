@@ -1,4 +1,6 @@
-"""A model and its tokenizer behind one small interface, whether it is one of our checkpoints or a Hugging Face folder."""
+"""A model and its tokenizer behind one small interface, whether it is one of our checkpoints or a
+Hugging Face folder.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class TextGenerator(Protocol):
 
     Attributes:
         end_ids: tokens that end a text; ``eod_id`` is among them.
-        call_dependence: why logits depend on what is computed together, in a sentence; None if they do not.
+        call_dependence: why logits depend on what is computed together, in a sentence; None if they
+            do not.
     """
 
     eod_id: int
@@ -51,10 +54,15 @@ class TextGenerator(Protocol):
         """The text of token ids."""
 
     def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
-        """New texts of at most ``max_tokens`` tokens, prompts included; ``padding`` of each text's first call."""
+        """New texts of at most ``max_tokens`` tokens, prompts included.
+
+        ``padding`` of each text's first call.
+        """
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
-        """As :meth:`start`, for speculative decoding; raises :class:`ConfigError` where the model has nothing that drafts."""
+        """As :meth:`start`, for speculative decoding; raises :class:`ConfigError` where the model
+        has nothing that drafts.
+        """
 
 
 class NativeGenerator:
@@ -84,13 +92,17 @@ class NativeGenerator:
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         if self.model.multi_token is None:
             raise ConfigError(
-                "the model was trained without model.multi_token_prediction, so nothing drafts: leave --draft out"
+                "the model was trained without model.multi_token_prediction, so nothing drafts:"
+                " leave --draft out"
             )
         return NativeDrafting(self.model, max_tokens, self.device)
 
 
 class TransformersGenerator:
-    """A model that transformers opened; ``bos_ids`` is the token that its tokenizer puts before a text, if it does."""
+    """A model that transformers opened.
+
+    ``bos_ids`` is the token that its tokenizer puts before a text, if it does.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
@@ -122,12 +134,15 @@ class TransformersGenerator:
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
         raise ConfigError(
-            "a Hugging Face folder has no block of multi-token prediction: leave --draft out, or give one of our checkpoints"
+            "a Hugging Face folder has no block of multi-token prediction: leave --draft out, or"
+            " give one of our checkpoints"
         )
 
 
 def document_end(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first end that ``config.json`` names, as an import takes it: a chat model's tokenizer names the end of a turn."""
+    """The first end that ``config.json`` names, as an import takes it: a chat model's tokenizer
+    names the end of a turn.
+    """
     named = (
         config.eos_token_id[:1] if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     )
@@ -142,7 +157,8 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
     """Opens a Hugging Face folder where there is a ``config.json``, else one of our checkpoints.
 
     Raises:
-        CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document token.
+        CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document
+            token.
     """
     if is_hf_folder(path):
         return open_transformers(path, device)
@@ -156,7 +172,8 @@ def open_transformers(path: Path, device: torch.device) -> TransformersGenerator
     """Opens a Hugging Face model folder, without the network. No code in it is run.
 
     Raises:
-        CheckpointError: when the folder is incomplete or damaged, holds foreign code, or its tokenizer has no end-of-document token.
+        CheckpointError: when the folder is incomplete or damaged, holds foreign code, or its
+            tokenizer has no end-of-document token.
     """
     tokenizer, model = open_tokenizer(path), open_model(path)
     check_fit(path, model, tokenizer)

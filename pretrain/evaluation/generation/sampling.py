@@ -1,6 +1,8 @@
-"""How the next token is drawn: small pure functions on logits, each over the last dimension, and their order.
+"""How the next token is drawn: small pure functions on logits, each over the last dimension, and
+their order.
 
-What is taken out has the logit -inf. The order is that of transformers' ``generate``: repetition penalty, temperature, top-k, top-p, min-p.
+What is taken out has the logit -inf. The order is that of transformers' ``generate``: repetition
+penalty, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ class Sampling:
         temperature: logits are divided by it.
         top_k: keeps that many tokens.
         top_p: keeps the fewest tokens that hold this probability together (Holtzman et al. 2020).
-        min_p: keeps tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024).
-        repetition_penalty: of tokens that stand in the prompt or the text already (Keskar et al. 2019); 1 is none.
+        min_p: keeps tokens with at least this share of the likeliest one's probability (Nguyen et
+            al. 2024).
+        repetition_penalty: of tokens that stand in the prompt or the text already (Keskar et al.
+            2019); 1 is none.
         greedy: always the likeliest token; only the repetition penalty still counts.
         seed: of the first text; each further one has the next number.
     """
@@ -39,7 +43,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError(
-                f"the temperature is {self.temperature}: give one above 0, or ask for greedy decoding"
+                f"the temperature is {self.temperature}: give one above 0, or ask for greedy"
+                " decoding"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top-k is {self.top_k}: keep at least 1 token")
@@ -54,7 +59,9 @@ class Sampling:
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Logits of the tokens where ``seen_V`` (bool) is true: divided by the penalty above 0, multiplied with it below (Keskar et al. 2019)."""
+    """Logits of the tokens where ``seen_V`` (bool) is true: divided by the penalty above 0,
+    multiplied with it below (Keskar et al. 2019).
+    """
     return torch.where(
         seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V
     )
@@ -86,7 +93,9 @@ def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
 def sampling_probabilities(
     logits_V: Tensor, sampling: Sampling, seen_V: Tensor | None = None
 ) -> Tensor:
-    """The distribution [..., V], fp32, that the next token is drawn from. Greedy, all of it on the likeliest token.
+    """The distribution [..., V], fp32, that the next token is drawn from.
+
+    Greedy, all of it on the likeliest token.
 
     Args:
         seen_V: bool [..., V], the tokens that a repetition penalty is for.
@@ -123,7 +132,8 @@ def draw_all(
     seen_BV: Tensor | None,
     generators: Sequence[torch.Generator],
 ) -> list[int]:
-    """The next token of each of B texts, each with its own generator; greedy ones are read off and draw nothing.
+    """The next token of each of B texts, each with its own generator; greedy ones are read off and
+    draw nothing.
 
     Args:
         seen_BV: as in :func:`sampling_probabilities`.

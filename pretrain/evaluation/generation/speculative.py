@@ -1,6 +1,8 @@
-"""Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with the block of multi-token prediction as the draft.
+"""Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with the block of multi-token
+prediction as the draft.
 
-Each pass of the model checks one drafted token and gives the next one: one or two new tokens a pass, from exactly the model's distribution.
+Each pass of the model checks one drafted token and gives the next one: one or two new tokens a
+pass, from exactly the model's distribution.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ class DraftingModel(Protocol):
     """A model that also guesses the token after the next."""
 
     def extend(self, ids: list[int]) -> Tensor:
-        """The logits [S, V] behind each of the S tokens ``ids``, which follow all tokens seen so far."""
+        """The logits [S, V] behind each of the S tokens ``ids``, which follow all tokens seen so
+        far.
+        """
 
     def forget_last(self) -> None:
         """The last token of the last :meth:`extend` was not the right one."""
 
     def draft(self, next_ids: list[int]) -> Tensor:
-        """The logits [V] of a guess at the token after ``next_ids``, the tokens that follow each of those that the last :meth:`extend` left."""
+        """The logits [V] of a guess at the token after ``next_ids``, the tokens that follow each of
+        those that the last :meth:`extend` left.
+        """
 
 
 @dataclass
@@ -79,19 +85,24 @@ class NativeDrafting:
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What a token is drawn from when a draft from q was rejected, up to a factor: the positive part of p - q (section 2.3)."""
+    """What a token is drawn from when a draft from q was rejected, up to a factor: the positive
+    part of p - q (section 2.3).
+    """
     positive_V = (p_V - q_V).clamp_min(0)
-    # Where p and q are equal but for rounding there may be none: then a draft is as good as a draw from p.
+    # Where p and q are equal but for rounding there may be none: then a draft is as good as a draw
+    # from p.
     return positive_V if positive_V.any() else p_V
 
 
 def speculate(
     model: DraftingModel, prompt_ids: list[int], sampling: Sampling, counts: DraftCounts
 ) -> Iterator[int]:
-    """New tokens without end, each distributed as ``sampling`` says of the model's own logits; adds to ``counts`` as it goes.
+    """New tokens without end, each distributed as ``sampling`` says of the model's own logits; adds
+    to ``counts`` as it goes.
 
     Raises:
-        ConfigError: for an empty prompt, or with a repetition penalty: what it is for would change inside of a pass.
+        ConfigError: for an empty prompt, or with a repetition penalty: what it is for would change
+            inside of a pass.
     """
     check_prompt(prompt_ids)
     if sampling.repetition_penalty != 1.0:
@@ -133,8 +144,9 @@ def generate_with_drafts(
 ) -> tuple[list[int], DraftCounts]:
     """As :func:`pretrain.evaluation.generation.generate.generate`, with fewer passes of the model.
 
-    Greedy decoding gives the same tokens as without drafts: all that counts is the largest logit. Two tokens at once may change its last bits
-    against one token at a time, so a tie of two logits to the last bit could fall otherwise.
+    Greedy decoding gives the same tokens as without drafts: all that counts is the largest logit.
+    Two tokens at once may change its last bits against one token at a time, so a tie of two logits
+    to the last bit could fall otherwise.
     """
     counts = DraftCounts()
     return take_until_end(speculate(model, prompt_ids, sampling, counts), eod_id, steps), counts

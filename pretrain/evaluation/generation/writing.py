@@ -20,7 +20,9 @@ Show = Callable[[str], None]
 
 @dataclass
 class Continuation:
-    """What was written behind a prompt: ``text`` without the stop string or the end-of-document token, which are among ``new_tokens``."""
+    """What was written behind a prompt: ``text`` without the stop string or the end-of-document
+    token, which are among ``new_tokens``.
+    """
 
     text: str = ""
     new_tokens: int = 0
@@ -29,7 +31,9 @@ class Continuation:
 
 @dataclass
 class Speed:
-    """Tokens and seconds: of prompts, with the first new token of each text; and of all further new tokens."""
+    """Tokens and seconds: of prompts, with the first new token of each text; and of all further new
+    tokens.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -63,10 +67,12 @@ class Writer:
     def write(
         self, prompts: Sequence[str], batch_size: int, progress: bool = True
     ) -> list[Continuation]:
-        """A text behind each prompt, ``batch_size`` at once; text i draws with seed + i, whatever the batches are.
+        """A text behind each prompt, ``batch_size`` at once; text i draws with seed + i, whatever
+        the batches are.
 
         Raises:
-            ConfigError: where a prompt and its continuation are longer than the model's longest sequence.
+            ConfigError: where a prompt and its continuation are longer than the model's longest
+                sequence.
         """
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         check_length(max(map(len, encoded)) + self.max_new_tokens, self.generator.max_positions)

@@ -1,4 +1,6 @@
-"""A model's score on a held-out split, by source and by length, beside baselines that are scored on the same text."""
+"""A model's score on a held-out split, by source and by length, beside baselines that are scored on
+the same text.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a text is cut: windows of ``window`` inputs, ``stride`` apart; ``max_windows`` of them spread over the split, or all.
+    """How a text is cut: windows of ``window`` inputs, ``stride`` apart.
+
+    ``max_windows`` of them spread over the split, or all.
 
     ``batch_size`` windows stand in one batch. Where experts drop tokens, the loss depends on it.
     """
@@ -76,7 +80,9 @@ class WindowPlan:
         yield from tqdm(batches, total=-(-count // self.batch_size), desc=title, unit="batch")
 
     def places(self, windows: SlidingWindows) -> Iterator[np.ndarray]:
-        """For each batch, which token of the stream each of its targets is: int64 [b, S], without the last batch's filling."""
+        """For each batch, which token of the stream each of its targets is: int64 [b, S], without
+        the last batch's filling.
+        """
         count = min(windows.num_all, self.max_windows or windows.num_all)
         starts = np.arange(count) * windows.num_all // count * windows.step
         for first in range(0, count, self.batch_size):
@@ -85,7 +91,11 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """``loss`` in nats per token; ``accuracy`` is the share of targets that were the likeliest token; ``bits_per_byte`` needs all windows."""
+    """``loss`` in nats per token.
+
+    ``accuracy`` is the share of targets that were the likeliest token; ``bits_per_byte`` needs all
+    windows.
+    """
 
     targets: int
     loss: float
@@ -102,7 +112,10 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class BaselineScore:
-    """``loss`` in nats per token of the baseline's own tokenizer; ``windows`` are the training samples that an n-gram was fitted on."""
+    """``loss`` in nats per token of the baseline's own tokenizer.
+
+    ``windows`` are the training samples that an n-gram was fitted on.
+    """
 
     loss: float
     perplexity: float
@@ -113,9 +126,12 @@ class BaselineScore:
 
 @dataclass(frozen=True)
 class HeldoutScore:
-    """A model's result. ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens.
+    """A model's result.
 
-    ``batch_size`` windows were computed together, on which the result depends if ``depends_on_batch`` says why.
+    ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens.
+
+    ``batch_size`` windows were computed together, on which the result depends if
+    ``depends_on_batch`` says why.
     """
 
     data: str
@@ -164,7 +180,8 @@ def score_checkpoint(
     Args:
         data: a data folder; the run's own by default.
         batch_size: windows at once, the recipe's micro batch by default.
-        baselines: unigram, bigram, 3-gram and so on, for which ``data`` must be what the checkpoint was trained on; or Hugging Face folders.
+        baselines: unigram, bigram, 3-gram and so on, for which ``data`` must be what the checkpoint
+            was trained on; or Hugging Face folders.
         window, stride: tokens; the sequences of the training, and no overlap, by default.
 
     Raises:
@@ -210,19 +227,22 @@ def score_transformers(
     window: int | None = None,
     stride: int | None = None,
 ) -> HeldoutScore:
-    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document with the tokens around it that the model knows.
+    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document with
+    the tokens around it that the model knows.
 
-    With ``max_windows`` and a tokenizer that is not that of the data, only those windows are encoded: see
-    :func:`pretrain.evaluation.heldout.other_tokens.in_tokens_of`.
+    With ``max_windows`` and a tokenizer that is not that of the data, only those windows are
+    encoded: see :func:`pretrain.evaluation.heldout.other_tokens.in_tokens_of`.
 
     Raises:
-        ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is not known.
+        ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is
+            not known.
         DataError, CheckpointError: as :func:`score_checkpoint`.
     """
     check_baselines(baselines)
     if ngrams := [name for name in baselines if NGRAM_NAMES.match(name)]:
         raise ConfigError(
-            f"the baseline {ngrams[0]} is fitted on what a checkpoint has seen, and {folder} is none: leave it out"
+            f"the baseline {ngrams[0]} is fitted on what a checkpoint has seen, and {folder} is"
+            " none: leave it out"
         )
     datasets = load_corpora_of(data)
     text = read_split(datasets, split)
@@ -247,7 +267,8 @@ def _plan(
 ) -> WindowPlan:
     if not 1 <= window <= longest:
         raise ConfigError(
-            f"--window is {window} tokens, the model has {longest} positions: give a window from 1 to that"
+            f"--window is {window} tokens, the model has {longest} positions: give a window from 1"
+            " to that"
         )
     return WindowPlan(
         window,
@@ -298,7 +319,8 @@ def check_baselines(names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: for a name that is neither an n-gram nor a Hugging Face folder.
-        CheckpointError: for a folder with foreign code, or files of weights that are missing or damaged.
+        CheckpointError: for a folder with foreign code, or files of weights that are missing or
+            damaged.
     """
     for name in names:
         if NGRAM_NAMES.match(name):
@@ -308,7 +330,8 @@ def check_baselines(names: Sequence[str]) -> None:
             stored_shapes(Path(name))
         else:
             raise ConfigError(
-                f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no Hugging Face folder: correct it"
+                f"the baseline {name} is no n-gram (unigram, bigram, 3-gram to 9-gram) and no"
+                " Hugging Face folder: correct it"
             )
 
 
@@ -351,7 +374,8 @@ def _score_baseline(
 def fit_on_seen_samples(
     datasets: Datasets, recipe: Recipe, state: dict[str, Any], order: int = 2
 ) -> tuple[NGram, int]:
-    """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen, each once, and the number of these samples.
+    """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen,
+    each once, and the number of these samples.
 
     Args:
         recipe: of the whole run.
@@ -361,11 +385,13 @@ def fit_on_seen_samples(
     """
     if is_weights_alone(state):
         raise DataError(
-            "the n-gram is fitted on what the model has seen, which a checkpoint of weights alone does not tell: leave the n-gram out"
+            "the n-gram is fitted on what the model has seen, which a checkpoint of weights alone"
+            " does not tell: leave the n-gram out"
         )
     if "plans" not in state["data"]:
         raise DataError(
-            "the n-gram is fitted on what the model has seen, which a run with data.streaming does not keep: pass --no-bigram"
+            "the n-gram is fitted on what the model has seen, which a run with data.streaming does"
+            " not keep: pass --no-bigram"
         )
     seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)
     try:
@@ -376,8 +402,8 @@ def fit_on_seen_samples(
         }
     except (ConfigError, DataError, KeyError):
         raise DataError(
-            f"the n-gram is fitted on what the model has seen, but it was trained on other shards than those in {datasets.place}: "
-            "give the run's own with --data, or pass --no-bigram"
+            "the n-gram is fitted on what the model has seen, but it was trained on other shards"
+            f" than those in {datasets.place}: give the run's own with --data, or pass --no-bigram"
         ) from None
     chunks = chain.from_iterable(sample_pairs(samples[name], seen[name], order) for name in samples)
     return fit_ngram(chunks, datasets.tokenizer.vocab_size, order), sum(map(len, seen.values()))

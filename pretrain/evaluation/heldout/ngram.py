@@ -1,13 +1,16 @@
 """Interpolated Kneser-Ney n-grams: the baselines that a transformer has to beat.
 
-Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), interpolated Kneser-Ney with one discount an
-order. Of order n with the context c of n - 1 tokens, and c' without its oldest token,
+Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998),
+interpolated Kneser-Ney with one discount an order. Of order n with the context c of n - 1 tokens,
+and c' without its oldest token,
 
-    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)  +  D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w | c')
+    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)  +  D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w |
+    c')
 
-N is a count at the highest order. Below it is the number of distinct tokens that were seen before (c, w). Each discount D is n1 / (n1 + 2 n2),
-where n1 and n2 are how many of the order's counts are one and two. p_0 is uniform, so that every token has a probability above zero.
-A context that was never seen has nothing of its own to say: then p_n is p_{n-1}.
+N is a count at the highest order. Below it is the number of distinct tokens that were seen before
+(c, w). Each discount D is n1 / (n1 + 2 n2), where n1 and n2 are how many of the order's counts are
+one and two. p_0 is uniform, so that every token has a probability above zero. A context that was
+never seen has nothing of its own to say: then p_n is p_{n-1}.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ Floats = npt.NDArray[np.float64]
 # Contexts [P, n - 1], the nearest token first and -1 where there is none, and targets [P].
 Pairs = tuple[Ints, Ints]
 
-# The estimate n1 / (n1 + 2 n2) is zero where no count is one, and would leave nothing for what was never seen.
+# The estimate n1 / (n1 + 2 n2) is zero where no count is one, and would leave nothing for what was
+# never seen.
 DISCOUNT_WITHOUT_SINGLES = 0.5
 CHUNK_PAIRS = 4_000_000
 MISSING = -1
@@ -34,9 +38,13 @@ MISSING = -1
 
 @dataclass(frozen=True)
 class Level:
-    """One order's counts. A context is a number, and so is a token behind it: code = context * vocab_size + target, sorted and unique.
+    """One order's counts.
 
-    ``context_codes`` name the contexts of this order by those of the order below: code = shorter context * vocab_size + oldest token.
+    A context is a number, and so is a token behind it: code = context * vocab_size + target, sorted
+    and unique.
+
+    ``context_codes`` name the contexts of this order by those of the order below: code = shorter
+    context * vocab_size + oldest token.
     """
 
     context_codes: Ints
@@ -59,7 +67,9 @@ class NGram:
         return len(self.levels)
 
     def probabilities(self, contexts: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
-        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]; what broadcasts to these shapes is broadcast."""
+        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]; what broadcasts
+        to these shapes is broadcast.
+        """
         targets_P = np.asarray(targets, dtype=np.int64)
         contexts_Pn = np.asarray(contexts, dtype=np.int64)
         size = np.broadcast_shapes(contexts_Pn.shape[:-1], targets_P.shape)
@@ -92,7 +102,9 @@ def _find(sorted_codes: Ints, codes: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]
 
 
 def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
-    """Fits an n-gram of ``order`` to chunks of pairs; those with a shorter context are left out. Memory grows with distinct n-grams.
+    """Fits an n-gram of ``order`` to chunks of pairs; those with a shorter context are left out.
+
+    Memory grows with distinct n-grams.
 
     Raises:
         DataError: when the chunks hold no pair at all.
@@ -110,7 +122,8 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
         )
     if not len(rows):
         raise DataError(
-            "the n-gram has no training pairs, the checkpoint has seen no window of these shards: take a later one, or pass --no-bigram"
+            "the n-gram has no training pairs, the checkpoint has seen no window of these shards:"
+            " take a later one, or pass --no-bigram"
         )
     nodes, context_codes = [np.zeros(len(rows), np.int64)], [np.zeros(1, np.int64)]
     for place in range(order - 1):
@@ -146,7 +159,10 @@ def _level(context_codes: Ints, codes: Ints, counts: Ints, vocab_size: int) -> L
 
 
 def _unique_rows(rows: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, Ints]:
-    """Distinct rows and the sums of their counts. As many tokens as fit are compared as one number."""
+    """Distinct rows and the sums of their counts.
+
+    As many tokens as fit are compared as one number.
+    """
     per_word = int(63 / np.log2(max(vocab_size, 2)))
     words = [
         _packed(rows[:, start : start + per_word], vocab_size)
@@ -156,9 +172,9 @@ def _unique_rows(rows: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, Ints]
     begins = np.ones(len(rows), bool)
     begins[1:] = np.logical_or.reduce([np.diff(word[sorting]) != 0 for word in words])
     places = np.flatnonzero(begins)
-    return rows[sorting[places]], np.add.reduceat(counts[sorting], places) if len(
-        places
-    ) else counts
+    return rows[sorting[places]], (
+        np.add.reduceat(counts[sorting], places) if len(places) else counts
+    )
 
 
 def _packed(columns: Ints, vocab_size: int) -> Ints:
@@ -169,7 +185,9 @@ def _packed(columns: Ints, vocab_size: int) -> Ints:
 
 
 def batch_pairs(batch: Batch, order: int) -> Pairs:
-    """Every target of a batch (a label of -100 is none) and up to n - 1 tokens before it, of the same sample and the same document."""
+    """Every target of a batch (a label of -100 is none) and up to n - 1 tokens before it, of the
+    same sample and the same document.
+    """
     inputs_BS, labels_BS = batch.input_ids_BS.numpy(), batch.labels_BS.numpy()
     documents_BS = None if batch.document_ids_BS is None else batch.document_ids_BS.numpy()
     contexts_BSn = np.full((*inputs_BS.shape, order - 1), MISSING, np.int64)
@@ -197,7 +215,9 @@ def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]
 
 
 def ngram_nll(ngram: NGram, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Summed nats and number of the targets in ``batches``: the same ones that a model is scored on."""
+    """Summed nats and number of the targets in ``batches``: the same ones that a model is scored
+    on.
+    """
     nats, count = 0.0, 0
     for batch in batches:
         contexts, targets = batch_pairs(batch, ngram.order)

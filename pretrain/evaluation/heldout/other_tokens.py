@@ -12,7 +12,8 @@ from tqdm import tqdm
 from pretrain.evaluation.generation.generators import TransformersGenerator
 from pretrain.evaluation.heldout.text import HeldoutText, TokensInMemory, document_decoder
 
-# Tokens encoded behind a window: where the text was cut, its last ones are not those of the whole text.
+# Tokens encoded behind a window: where the text was cut, its last ones are not those of the whole
+# text.
 MARGIN = 16
 # What changes nothing of the tokens of a plain text.
 AROUND_TEXT = ("post_processor", "truncation", "padding")
@@ -21,10 +22,12 @@ AROUND_TEXT = ("post_processor", "truncation", "padding")
 def in_tokens_of(
     model: TransformersGenerator, text: HeldoutText, window: int, max_windows: int | None
 ) -> HeldoutText:
-    """The text as ``model`` reads it, each document ended by its end-of-document token, and begun by the one its tokenizer puts before a text.
+    """The text as ``model`` reads it, each document ended by its end-of-document token, and begun
+    by the one its tokenizer puts before a text.
 
-    With the tokenizer of the data it is ``text`` itself. With another one, ``max_windows`` are taken out of the split before they are encoded,
-    from places spread evenly over it; without that number, or if the split is hardly longer, everything is encoded and stands in memory.
+    With the tokenizer of the data it is ``text`` itself. With another one, ``max_windows`` are
+    taken out of the split before they are encoded, from places spread evenly over it; without that
+    number, or if the split is hardly longer, everything is encoded and stands in memory.
     """
     assert text.datasets is not None
     policy = text.datasets.tokenizer
@@ -75,7 +78,9 @@ def encoded_again(text: HeldoutText, model: TransformersGenerator) -> HeldoutTex
 def sampled_again(
     text: HeldoutText, model: TransformersGenerator, window: int, max_windows: int
 ) -> HeldoutText | None:
-    """One section of ``window`` + 1 of the model's tokens from each of ``max_windows`` places; None if they would run into each other.
+    """One section of ``window`` + 1 of the model's tokens from each of ``max_windows`` places.
+
+    None if they would run into each other.
 
     Lengths of documents are those in the data's tokens.
     """
@@ -114,7 +119,8 @@ class _SectionEncoder:
         self.text, self.model, self.decode = text, model, document_decoder(text.datasets)
 
     def section(self, place: int, wanted: int, room: int) -> list[tuple[int, np.ndarray]] | None:
-        """``wanted`` tokens of the model from token ``place`` of the data on, with the document that each part of them is of.
+        """``wanted`` tokens of the model from token ``place`` of the data on, with the document
+        that each part of them is of.
 
         None if ``room`` tokens of the data are not enough.
         """
@@ -134,7 +140,9 @@ class _SectionEncoder:
         return cut
 
     def _encoded(self, place: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """The parts of documents that ``count`` tokens of the data from ``place`` on belong to; what ends in them has its end."""
+        """The parts of documents that ``count`` tokens of the data from ``place`` on belong to;
+        what ends in them has its end.
+        """
         stream, starts_D = self.text.stream, self.text.starts_D
         first = int(np.searchsorted(starts_D, place, side="right")) - 1
         last = int(np.searchsorted(starts_D, place + count, side="left"))

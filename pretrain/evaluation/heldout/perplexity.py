@@ -24,7 +24,10 @@ BatchLogits = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's summed loss, and what follows from it. ``correct`` counts targets that were the likeliest token."""
+    """A model's summed loss, and what follows from it.
+
+    ``correct`` counts targets that were the likeliest token.
+    """
 
     nats: float
     targets: int
@@ -48,10 +51,12 @@ class Evaluation:
         return self.correct / self.targets
 
     def bits_per_byte(self, utf8_bytes: int) -> float:
-        """Summed bits over the UTF-8 bytes of the documents: comparable between tokenizers (Gao et al. 2020, "The Pile", section 3.1).
+        """Summed bits over the UTF-8 bytes of the documents: comparable between tokenizers (Gao et
+        al. 2020, "The Pile", section 3.1).
 
-        ``nats`` must cover the whole split. The very first token of a split has no context and is not scored, and where documents are
-        masked from each other neither is the first token of any; their bytes are in ``utf8_bytes`` all the same.
+        ``nats`` must cover the whole split. The very first token of a split has no context and is
+        not scored, and where documents are masked from each other neither is the first token of
+        any; their bytes are in ``utf8_bytes`` all the same.
         """
         return self.nats / math.log(2) / utf8_bytes
 
@@ -64,7 +69,10 @@ def native_logits(model: DecoderLM) -> BatchLogits:
 
 
 def transformers_logits(model: PreTrainedModel) -> BatchLogits:
-    """A Hugging Face model. From positions that begin again transformers makes the document mask by itself."""
+    """A Hugging Face model.
+
+    From positions that begin again transformers makes the document mask by itself.
+    """
 
     def logits(batch: Batch) -> Tensor:
         positions = {} if batch.document_ids_BS is None else {"position_ids": batch.position_ids_BS}
@@ -80,7 +88,9 @@ def transformers_logits(model: PreTrainedModel) -> BatchLogits:
 def score_batches(
     logits_of: BatchLogits, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch, on ``device``: -log p of each target in nats, fp64 [B, S], and whether it was the likeliest token; 0 where there is none."""
+    """For each batch, on ``device``: -log p of each target in nats, fp64 [B, S], and whether it was
+    the likeliest token; 0 where there is none.
+    """
     for batch in batches:
         moved = batch.to(device)
         logits_BSV = logits_of(moved)
@@ -92,7 +102,8 @@ def score_batches(
 
 
 def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -> Evaluation:
-    """Scores every target of ``batches`` (a label of -100 is none); per-token losses are fp32, their sum fp64.
+    """Scores every target of ``batches`` (a label of -100 is none); per-token losses are fp32,
+    their sum fp64.
 
     Raises:
         DataError: when no label is a target.
@@ -121,13 +132,16 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
 
 
 def checked(evaluation: Evaluation) -> Evaluation:
-    """Raises :class:`DataError` where nothing was scored, :class:`NonFiniteError` where the sum is not a finite number."""
+    """Raises :class:`DataError` where nothing was scored, :class:`NonFiniteError` where the sum is
+    not a finite number.
+    """
     if evaluation.targets == 0:
         raise DataError(
             "there is nothing to evaluate: the windows hold no target; choose a longer split"
         )
     if not math.isfinite(evaluation.nats):
         raise NonFiniteError(
-            f"the loss over {evaluation.targets} targets is {evaluation.nats}: the weights diverged; take an earlier checkpoint"
+            f"the loss over {evaluation.targets} targets is {evaluation.nats}: the weights"
+            " diverged; take an earlier checkpoint"
         )
     return evaluation

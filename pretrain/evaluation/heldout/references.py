@@ -12,7 +12,10 @@ from pretrain.core.errors import DataError
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """``bleu`` is the corpus's, from 0 to 100, with sacrebleu's ``bleu_signature``; ROUGE is the mean F1 of the texts, from 0 to 1."""
+    """``bleu`` is the corpus's, from 0 to 100, with sacrebleu's ``bleu_signature``.
+
+    ROUGE is the mean F1 of the texts, from 0 to 1.
+    """
 
     texts: int
     bleu: float
@@ -69,7 +72,9 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
 
 
 def score_references(texts: Sequence[str], references: Sequence[str]) -> ReferenceScores:
-    """Compares each text with its reference: BLEU (Papineni et al. 2002; Post 2018), ROUGE-1, -2 and -L (Lin 2004)."""
+    """Compares each text with its reference: BLEU (Papineni et al. 2002; Post 2018), ROUGE-1, -2
+    and -L (Lin 2004).
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 

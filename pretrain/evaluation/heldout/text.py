@@ -1,4 +1,6 @@
-"""A held-out split as a model reads it: sliding windows of its tokens, and the document that each target belongs to."""
+"""A held-out split as a model reads it: sliding windows of its tokens, and the document that each
+target belongs to.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ LENGTH_EDGES = (128, 512, 2048, 8192)
 
 
 class SlidingWindows(Windows):
-    """Windows of S inputs, ``stride`` tokens apart: each scores the targets that no window before it has scored.
+    """Windows of S inputs, ``stride`` tokens apart: each scores the targets that no window before
+    it has scored.
 
-    So every target but those of the first window has at least S - stride tokens of context. With ``stride`` = S they are plain windows.
+    So every target but those of the first window has at least S - stride tokens of context. With
+    ``stride`` = S they are plain windows.
 
     Args:
-        section: the stream is a sample: sections of this many tokens that do not follow each other, with a window at the beginning of each.
+        section: the stream is a sample: sections of this many tokens that do not follow each other,
+            with a window at the beginning of each.
 
     Raises:
         ConfigError: where the stride is not from 1 to S: targets would be left out.
@@ -45,7 +50,8 @@ class SlidingWindows(Windows):
         super().__init__(stream, sequence_length, pad_id, document_mask)
         if not 1 <= stride <= sequence_length:
             raise ConfigError(
-                f"the stride is {stride} tokens with windows of {sequence_length}: give one from 1 to the window's size"
+                f"the stride is {stride} tokens with windows of {sequence_length}: give one from 1"
+                " to the window's size"
             )
         self.stride, self.is_sample = stride, section is not None
         # Tokens from the beginning of a window to that of the next one.
@@ -97,7 +103,8 @@ class HeldoutText:
         texts: reads the documents' texts, in order.
         corpora: the data folders whose tokens these are; None for tokens of another model.
         section: see :class:`SlidingWindows`; None for the whole text.
-        whole_lengths_D: tokens of each document in the data folders, where ``stream`` has only parts of them.
+        whole_lengths_D: tokens of each document in the data folders, where ``stream`` has only
+            parts of them.
     """
 
     stream: TokenStream
@@ -136,7 +143,8 @@ def read_split(datasets: Datasets, split: SplitName) -> HeldoutText:
     ]
     starts_D = stream.document_starts(0, stream.num_tokens)
     begins = np.array([stream.start_of(number) for number in range(len(labels))])
-    # Shards without tokens begin where the next one does: the last of those that begin there holds the document.
+    # Shards without tokens begin where the next one does: the last of those that begin there holds
+    # the document.
     shard_D = np.searchsorted(begins, starts_D, side="right") - 1
     sources = list(dict.fromkeys(labels))
     source_D = np.array([sources.index(label) for label in labels])[shard_D]
@@ -163,7 +171,9 @@ def _decoded(stream: TokenStream, starts_D: np.ndarray, datasets: Datasets) -> I
 
 
 def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
-    """Makes text of a document's tokens, or of a part of them, without the tokens around a document."""
+    """Makes text of a document's tokens, or of a part of them, without the tokens around a
+    document.
+    """
     library = tokenizers.Tokenizer.from_file(str(datasets.tokenizer_path))
     policy = datasets.tokenizer
 
@@ -178,7 +188,9 @@ def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
 
 
 class Groups:
-    """Sums by source and by length over the targets of a text; a target belongs to the document that it stands in."""
+    """Sums by source and by length over the targets of a text; a target belongs to the document
+    that it stands in.
+    """
 
     def __init__(self, text: HeldoutText) -> None:
         self.text, self._lengths_D = text, text.lengths_D()
@@ -209,7 +221,10 @@ class Groups:
     def by(
         self, kind: str, bytes_D: np.ndarray | None
     ) -> dict[str, tuple[float, int, int, int | None]]:
-        """Nats, targets, correct ones and bytes of each group that has targets; ``kind`` is "source" or "length"."""
+        """Nats, targets, correct ones and bytes of each group that has targets.
+
+        ``kind`` is "source" or "length".
+        """
         names, axis, group_D = {
             "source": (self.text.sources, 1, self.text.source_D),
             "length": (self.length_names, 0, self._length_D),

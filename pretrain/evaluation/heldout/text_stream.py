@@ -1,11 +1,14 @@
-"""Text from tokens as they come: only whole characters, and nothing that may turn out to begin a stop string."""
+"""Text from tokens as they come: only whole characters, and nothing that may turn out to begin a
+stop string.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, so at most three of an unfinished one; some decoders replace each of them.
+# A character has at most four bytes, so at most three of an unfinished one; some decoders replace
+# each of them.
 UNFINISHED_BYTES = 3
 
 
@@ -25,7 +28,8 @@ class TextStream:
         self.decode, self.stop = decode, [string for string in stop if string]
         self.text, self.stopped = "", False
         self._ids: list[int] = []
-        # Decoders look at the token before (some strip a leading space), so the last whole piece is decoded once more with what follows it.
+        # Decoders look at the token before (some strip a leading space), so the last whole piece is
+        # decoded once more with what follows it.
         self._context = self._whole = 0
         self._given, self._held = 0, ""
 

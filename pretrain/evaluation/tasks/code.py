@@ -1,4 +1,6 @@
-"""pass@k of programs that a model writes (Chen et al. 2021, "Evaluating Large Language Models Trained on Code")."""
+"""pass@k of programs that a model writes (Chen et al. 2021, "Evaluating Large Language Models
+Trained on Code").
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,21 @@ class Problem:
     entry_point: str | None = None
 
     def program(self, solution: str) -> str:
-        """Prompt, solution and tests; HumanEval's tests define ``check``, which is called with the solution."""
+        """Prompt, solution and tests.
+
+        HumanEval's tests define ``check``, which is called with the solution.
+        """
         call = f"\ncheck({self.entry_point})\n" if self.entry_point else ""
         return f"{self.prompt}{solution}\n\n{self.test}\n{call}"
 
 
 @dataclass(frozen=True)
 class CodeScore:
-    """``pass_at`` by k; ``passed`` of ``samples`` solutions of each problem. ``without_network``: whether programs could not reach one."""
+    """``pass_at`` by k.
+
+    ``passed`` of ``samples`` solutions of each problem. ``without_network``: whether programs could
+    not reach one.
+    """
 
     problems: int
     samples: int
@@ -48,7 +57,8 @@ class CodeScore:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Problems of a JSONL file with "task_id", "prompt" and "test", and HumanEval's "entry_point" where tests need it.
+    """Problems of a JSONL file with "task_id", "prompt" and "test", and HumanEval's "entry_point"
+    where tests need it.
 
     Raises:
         DataError: where it cannot be read, or a line lacks one of them.
@@ -57,7 +67,8 @@ def read_problems(path: Path) -> list[Problem]:
     for number, row in enumerate(read_jsonl(path), start=1):
         if not all(isinstance(row.get(name), str) for name in ("task_id", "prompt", "test")):
             raise DataError(
-                f'{path}, problem {number} has no "task_id", "prompt" and "test" that are texts: mend it'
+                f'{path}, problem {number} has no "task_id", "prompt" and "test" that are texts:'
+                " mend it"
             )
         entry_point = row.get("entry_point")
         problems.append(
@@ -72,14 +83,16 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k solutions passes, from ``passed`` of ``samples``: 1 - C(n - c, k) / C(n, k), unbiased (eq. 1).
+    """The chance that one of k solutions passes, from ``passed`` of ``samples``: 1 - C(n - c, k) /
+    C(n, k), unbiased (eq. 1).
 
     Raises:
         ConfigError: where k is not from 1 to ``samples``.
     """
     if not 1 <= k <= samples:
         raise ConfigError(
-            f"pass@{k} needs at least {k} samples of each problem, not {samples}: raise --num-samples, or lower --pass-at"
+            f"pass@{k} needs at least {k} samples of each problem, not {samples}: raise"
+            " --num-samples, or lower --pass-at"
         )
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
@@ -93,7 +106,8 @@ def score_code(
     timeout_seconds: float,
     memory_bytes: int,
 ) -> CodeScore:
-    """Writes ``samples`` solutions of each problem and runs each with its tests: this executes what the model writes.
+    """Writes ``samples`` solutions of each problem and runs each with its tests: this executes what
+    the model writes.
 
     Raises:
         ConfigError: for a k that needs more samples.

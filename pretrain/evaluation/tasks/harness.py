@@ -31,18 +31,22 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Each metric of each task and group, as the harness names them ("acc,none"), with its standard error.
+    """Each metric of each task and group, as the harness names them ("acc,none"), with its standard
+    error.
 
-    A Hugging Face folder is run by the harness's own class. Texts are written as the task says, whatever the folder's own sampling defaults are.
+    A Hugging Face folder is run by the harness's own class. Texts are written as the task says,
+    whatever the folder's own sampling defaults are.
 
     Args:
-        include_path: folder of task files (YAML). Where they are all the tasks, the harness's own list is not read.
+        include_path: folder of task files (YAML). Where they are all the tasks, the harness's own
+            list is not read.
         num_fewshot: examples before each question; the task's own number by default.
         limit: documents of each task, from its first one.
 
     Raises:
         ConfigError: for a task that there is not.
-        DataError: where a task's data cannot be read: tasks of the harness's own list come from the hub.
+        DataError: where a task's data cannot be read: tasks of the harness's own list come from the
+            hub.
     """
     quiet_libraries()
     import datasets
@@ -84,7 +88,9 @@ def run_tasks(
 
 
 def _forget_sampling_defaults(model: PreTrainedModel) -> None:
-    """The tokens that end a text are all that stays: a repetition penalty of ``generation_config.json`` would change greedy texts too."""
+    """The tokens that end a text are all that stays: a repetition penalty of
+    ``generation_config.json`` would change greedy texts too.
+    """
     from transformers import GenerationConfig
 
     if (defaults := model.generation_config) is not None:
@@ -141,7 +147,8 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
             except Exception as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise DataError(
-                    f"the tasks {', '.join(tasks)} cannot be loaded ({reason}): look at their data_files, or at the network"
+                    f"the tasks {', '.join(tasks)} cannot be loaded ({reason}): look at their"
+                    " data_files, or at the network"
                 ) from None
 
     if include_path is not None and not include_path.is_dir():
@@ -159,6 +166,7 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             hint = f"there are {', '.join(near)}" if near else "list them with `lm-eval ls tasks`"
             raise ConfigError(
-                f"--tasks: there is no task '{task}': {hint}, or give the folder of its YAML file with --include-path"
+                f"--tasks: there is no task '{task}': {hint}, or give the folder of its YAML file"
+                " with --include-path"
             )
     return manager

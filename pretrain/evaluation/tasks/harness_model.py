@@ -1,6 +1,9 @@
-"""One of our models as lm-evaluation-harness sees models. It gives the numbers that the harness's own class gives for the model's export.
+"""One of our models as lm-evaluation-harness sees models.
 
-Needs the package lm_eval, whose import takes long: this file is imported where tasks are run, and nowhere else.
+It gives the numbers that the harness's own class gives for the model's export.
+
+Needs the package lm_eval, whose import takes long: this file is imported where tasks are run, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -50,14 +53,18 @@ class NativeHarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; behind the token that begins a document where training had one, unless ``add_special_tokens`` is false."""
+        """Token ids; behind the token that begins a document where training had one, unless
+        ``add_special_tokens`` is false.
+        """
         starts_document = self.opened.tokenizer.prepend_bos and add_special_tokens is not False
         return [self.prefix_token_id] * starts_document + self.opened.encode(string)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """log p of whole texts, in disjoint windows of the model's longest sequence; the first begins with :attr:`prefix_token_id`."""
+        """log p of whole texts, in disjoint windows of the model's longest sequence; the first
+        begins with :attr:`prefix_token_id`.
+        """
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -81,7 +88,10 @@ class NativeHarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether each of its tokens was the likeliest. What is too long loses tokens at its left."""
+        """log p of each continuation, and whether each of its tokens was the likeliest.
+
+        What is too long loses tokens at its left.
+        """
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest_first = sorted(
             range(len(requests)), key=lambda number: -len(requests[number][1] + requests[number][2])
@@ -114,7 +124,9 @@ class NativeHarnessModel(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts behind contexts, up to a stop string or the end of a document; requests with the same settings are written together."""
+        """Texts behind contexts, up to a stop string or the end of a document; requests with the
+        same settings are written together.
+        """
         texts = [""] * len(requests)
         settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -144,7 +156,8 @@ class NativeHarnessModel(TemplateLM):
         max_new_tokens = int(given["max_gen_toks"])
         if max_new_tokens >= self.max_length:
             raise ConfigError(
-                f"a task asks for {max_new_tokens} new tokens (max_gen_toks), the model has {self.max_length} positions: lower it"
+                f"a task asks for {max_new_tokens} new tokens (max_gen_toks), the model has"
+                f" {self.max_length} positions: lower it"
             )
         sampled = bool(given.get("do_sample"))
         sampling = Sampling(

@@ -1,8 +1,9 @@
 """Runs a program that a model wrote in a process of its own, with limits.
 
-Time, processor time, memory, size of files, number of open files and processes are limited; the program stands in an empty folder that is deleted,
-sees no variables of ours and, where the system lets us, no network. This keeps mistakes in; it is no defence against malice: it can read files
-that we can read. For programs of an unknown model use a container or a virtual machine around all of it.
+Time, processor time, memory, size of files, number of open files and processes are limited; the
+program stands in an empty folder that is deleted, sees no variables of ours and, where the system
+lets us, no network. This keeps mistakes in; it is no defence against malice: it can read files that
+we can read. For programs of an unknown model use a container or a virtual machine around all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Runs in the child, before the program: between fork and exec of a process with threads little is safe, so the limits are set by a new interpreter.
+# Runs in the child, before the program: between fork and exec of a process with threads little is
+# safe, so the limits are set by a new interpreter.
 _BOOTSTRAP = """\
 import ctypes, os, resource, sys
 seconds, memory, report, program = *map(int, sys.argv[1:4]), sys.argv[4]
@@ -38,7 +40,10 @@ ERROR_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """``outcome`` is "passed" only where the program ran to its very end. ``error`` is the end of what it printed to standard error."""
+    """``outcome`` is "passed" only where the program ran to its very end.
+
+    ``error`` is the end of what it printed to standard error.
+    """
 
     outcome: Literal["passed", "failed", "timed out"]
     error: str
@@ -50,7 +55,8 @@ def run_program(
 ) -> ProgramRun:
     """Runs Python source and kills its process group at the end, or when its time is over.
 
-    A program that leaves early, with whatever exit code, has not passed: its last line has to print a number that it cannot know.
+    A program that leaves early, with whatever exit code, has not passed: its last line has to print
+    a number that it cannot know.
     """
     mark = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:

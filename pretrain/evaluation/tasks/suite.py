@@ -87,7 +87,9 @@ class Suite:
     batch_size: int | None = None
 
     def run(self, path: Path) -> dict[str, Any]:
-        """The results for one of our checkpoints or for a Hugging Face folder, as JSON. Those of the held-out split are not nested.
+        """The results for one of our checkpoints or for a Hugging Face folder, as JSON.
+
+        Those of the held-out split are not nested.
 
         Raises:
             PipelineError: where one of the evaluations cannot be done.
@@ -142,7 +144,8 @@ class Suite:
             )
         if options.data is None:
             raise ConfigError(
-                f"{folder} does not say what it was trained on: give held-out text with --data FOLDER"
+                f"{folder} does not say what it was trained on: give held-out text with --data"
+                " FOLDER"
             )
         return score_transformers(
             folder, options.data, options.split, self.device, self.batch_size or WRITING_BATCH, *how

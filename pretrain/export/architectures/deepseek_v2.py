@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``deepseek_v2``: latent attention, softmax routing without renormalisation, and what V3 shares with it."""
+"""Our decoder as transformers' ``deepseek_v2``: latent attention, softmax routing without
+renormalisation, and what V3 shares with it.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,16 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentDecoder(LlamaLike):
-    """DeepSeek's trunk: the rows of turned numbers stand in pairs, as in DeepSeek's files and as every other reader of these expects them."""
+    """DeepSeek's trunk: the rows of turned numbers stand in pairs, as in DeepSeek's files and as
+    every other reader of these expects them.
+    """
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
         reasons = shared_width_reasons(model, self.name)
         if model.attention.has_latents and model.norm.eps != LATENT_NORM_EPS:
             reasons.append(
-                f"model.norm.eps is {model.norm.eps}, and {self.name} has {LATENT_NORM_EPS} in the norms of its latents"
+                f"model.norm.eps is {model.norm.eps}, and {self.name} has {LATENT_NORM_EPS} in the"
+                " norms of its latents"
             )
         return reasons
 
@@ -137,7 +142,8 @@ class DeepseekV2(LatentDecoder):
         groups = None if model.routing is None else model.routing.router.groups
         if groups is not None and groups.score != "max":
             reasons.append(
-                "model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their best expert"
+                "model.moe.router.groups.score is top2_sum, and deepseek_v2 chooses groups by their"
+                " best expert"
             )
         if model.hidden_size % model.attention.num_attention_heads:
             reasons.append("model.hidden_size is no multiple of the heads, as deepseek_v2 asks for")
@@ -182,7 +188,8 @@ class DeepseekV2(LatentDecoder):
 def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
     if model.moe is not None and model.moe.shared_width % model.moe.moe_intermediate_size:
         return [
-            f"the shared experts are {model.moe.shared_width} wide, and {name}'s a multiple of moe_intermediate_size"
+            f"the shared experts are {model.moe.shared_width} wide, and {name}'s a multiple of"
+            " moe_intermediate_size"
         ]
     return []
 

@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``deepseek_v3``: latent attention, sigmoid routing with groups, balancing by bias."""
+"""Our decoder as transformers' ``deepseek_v3``: latent attention, sigmoid routing with groups,
+balancing by bias.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
     groups = moe.router.groups
     if groups is not None and groups.score != "top2_sum":
         reasons.append(
-            f"model.moe.router.groups.score is max, and {name} chooses groups by their two best experts"
+            f"model.moe.router.groups.score is max, and {name} chooses groups by their two best"
+            " experts"
         )
     if moe.num_experts < 2:
         reasons.append(f"there is one expert, and {name} looks at the two best of a group")

@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``glm4_moe``: DeepSeek-V3's router and shared experts with grouped-query attention."""
+"""Our decoder as transformers' ``glm4_moe``: DeepSeek-V3's router and shared experts with
+grouped-query attention.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ from pretrain.model.config import ModelConfig
 
 
 class Glm4Moe(LlamaLike):
-    """The target ``Glm4MoeForCausalLM``. Published GLM-4.5 turns half of a head's numbers only, which recipes do not have."""
+    """The target ``Glm4MoeForCausalLM``.
+
+    Published GLM-4.5 turns half of a head's numbers only, which recipes do not have.
+    """
 
     name = "glm4_moe"
     architecture = "Glm4MoeForCausalLM"

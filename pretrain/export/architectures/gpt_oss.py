@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``gpt_oss``: sinks, windows in some layers, clamped biased experts that are stacked and interleaved."""
+"""Our decoder as transformers' ``gpt_oss``: sinks, windows in some layers, clamped biased experts
+that are stacked and interleaved.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ THEIR_MLP = "model.layers.{layer}.mlp."
 
 
 class GptOss(LlamaLike):
-    """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised softmax of all."""
+    """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised
+    softmax of all.
+    """
 
     name = "gpt_oss"
     architecture = "GptOssForCausalLM"

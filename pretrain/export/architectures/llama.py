@@ -12,7 +12,9 @@ from pretrain.model.config import ModelConfig
 
 
 class Llama(LlamaLike):
-    """The target ``LlamaForCausalLM``: every layer dense, biases in all of attention or all of the feed-forwards, or none."""
+    """The target ``LlamaForCausalLM``: every layer dense, biases in all of attention or all of the
+    feed-forwards, or none.
+    """
 
     name = "llama"
     architecture = "LlamaForCausalLM"
@@ -28,7 +30,8 @@ class Llama(LlamaLike):
     def further_reasons(self, model: ModelConfig) -> list[str]:
         if model.hidden_size % model.attention.num_attention_heads:
             return [
-                f"model.hidden_size ({model.hidden_size}) is no multiple of the heads ({model.attention.num_attention_heads}), as llama asks for"
+                f"model.hidden_size ({model.hidden_size}) is no multiple of the heads"
+                f" ({model.attention.num_attention_heads}), as llama asks for"
             ]
         return []
 

@@ -1,4 +1,6 @@
-"""What most architectures of transformers share: Llama's names around attention and feed-forwards, and its fields of ``config.json``."""
+"""What most architectures of transformers share: Llama's names around attention and feed-forwards,
+and its fields of ``config.json``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ HEAD = {"head.weight": "lm_head.weight"}
 FINAL_NORM = {"final_norm.weight": "model.norm.weight"}
 NORMS = {
     "layers.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
-    "layers.{layer}.feed_forward_norm.weight": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers.{layer}.feed_forward_norm.weight": (
+        "model.layers.{layer}.post_attention_layernorm.weight"
+    ),
 }
 DENSE = {
     f"layers.{{layer}}.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}"
@@ -68,7 +72,9 @@ SOFTMAX: Takes = {**EXPERTS, "moe.router.kind": ("softmax_topk",), "moe.router.n
 
 
 class LlamaLike(ExportTarget):
-    """A decoder with Llama's trunk; each architecture says what it takes, and which layers may be mixtures of experts."""
+    """A decoder with Llama's trunk; each architecture says what it takes, and which layers may be
+    mixtures of experts.
+    """
 
     takes: ClassVar[Takes]
     moe_layers: ClassVar[Literal["none", "all", "prefix", "any"]]
@@ -76,7 +82,9 @@ class LlamaLike(ExportTarget):
     expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Why this architecture cannot compute what ``model`` computes, a clause each; empty when it can."""
+        """Why this architecture cannot compute what ``model`` computes, a clause each; empty when
+        it can.
+        """
         reasons = reasons_against(model, self.takes, self.name)
         count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
         if self.moe_layers == "none" and count:
@@ -91,7 +99,8 @@ class LlamaLike(ExportTarget):
             range(dense, model.num_hidden_layers)
         ):
             reasons.append(
-                f"dense layers stand between mixtures of experts, and {self.name}'s stand before them"
+                f"dense layers stand between mixtures of experts, and {self.name}'s stand before"
+                " them"
             )
         return reasons + self.further_reasons(model)
 
@@ -149,8 +158,9 @@ class LlamaLike(ExportTarget):
             "model_type": self.name,
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size
-            or (model.moe.moe_intermediate_size if model.moe else None),
+            "intermediate_size": (
+                model.intermediate_size or (model.moe.moe_intermediate_size if model.moe else None)
+            ),
             "num_hidden_layers": model.num_hidden_layers,
             "num_attention_heads": attention.num_attention_heads,
             "hidden_act": "silu",
@@ -158,7 +168,8 @@ class LlamaLike(ExportTarget):
             "initializer_range": model.initializer_range,
             "rms_norm_eps": model.norm.eps,
             "tie_word_embeddings": model.tie_word_embeddings,
-            # Readers from before transformers 5 look for rope_theta and rope_scaling, and fall back to defaults where they are missing.
+            # Readers from before transformers 5 look for rope_theta and rope_scaling, and fall back
+            # to defaults where they are missing.
             "rope_parameters": rope,
             "rope_theta": position.rope_theta,
             **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),
@@ -177,7 +188,9 @@ class LlamaLike(ExportTarget):
         }
 
     def unread(self, config: Mapping[str, Any]) -> set[str]:
-        """Fields that change nothing of what transformers computes for this ``config``, whatever they say."""
+        """Fields that change nothing of what transformers computes for this ``config``, whatever
+        they say.
+        """
         types = config.get("layer_types")
         return (
             {"sliding_window", "use_sliding_window"}
@@ -186,9 +199,11 @@ class LlamaLike(ExportTarget):
         )
 
     def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The way back: a recipe's model section from all fields of transformers' config, defaults included.
+        """The way back: a recipe's model section from all fields of transformers' config, defaults
+        included.
 
-        ``config[name]`` refuses a null, and ``config.get(name)`` takes it: for fields in which it says something.
+        ``config[name]`` refuses a null, and ``config.get(name)`` takes it: for fields in which it
+        says something.
 
         What it cannot say is found by comparing :meth:`config` of the result with ``config``.
         """
@@ -242,7 +257,9 @@ def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> li
 
 
 def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
-    """Shared experts of width zero: transformers' class has their empty matrices, and misses them in the files."""
+    """Shared experts of width zero: transformers' class has their empty matrices, and misses them
+    in the files.
+    """
     shapes = {
         "gate_proj": (0, model.hidden_size),
         "up_proj": (0, model.hidden_size),
@@ -256,7 +273,9 @@ def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
 
 
 def windowed_layers(model: ModelConfig) -> dict[str, Any]:
-    """``sliding_window`` and ``layer_types`` of configs that say layer by layer which have a window."""
+    """``sliding_window`` and ``layer_types`` of configs that say layer by layer which have a
+    window.
+    """
     windows = [model.attention.window(layer) for layer in range(model.num_hidden_layers)]
     types = ["full_attention" if window is None else "sliding_attention" for window in windows]
     return {"sliding_window": model.attention.sliding_window, "layer_types": types}
@@ -283,8 +302,8 @@ def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         windows = [layer for layer, kind in enumerate(types) if kind != "full_attention"]
         raise ConfigError(
-            f"config.json's layer_types has windows in the layers {windows} of {len(types)}, and recipes know windows "
-            "in all layers or in all but each n-th: it cannot be converted"
+            f"config.json's layer_types has windows in the layers {windows} of {len(types)}, and"
+            " recipes know windows in all layers or in all but each n-th: it cannot be converted"
         )
     return {"sliding_window": config["sliding_window"], "full_attention_every": full}
 
@@ -292,9 +311,10 @@ def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def router_aux_loss_coef(model: ModelConfig) -> float:
     """transformers' weight of its load-balancing loss, for ``aux_loss_weight`` of ours.
 
-    Ours is the sum over L layers of E/k sum_e f_e p_e, 1 a layer when balanced; theirs (``load_balancing_loss_func``) is
-    E sum_e f_e p_e with f and p over the tokens of all layers together, k when balanced. With one layer both are equal
-    then, and with several they are wherever experts of one number have the same share in all of them.
+    Ours is the sum over L layers of E/k sum_e f_e p_e, 1 a layer when balanced; theirs
+    (``load_balancing_loss_func``) is E sum_e f_e p_e with f and p over the tokens of all layers
+    together, k when balanced. With one layer both are equal then, and with several they are
+    wherever experts of one number have the same share in all of them.
     """
     moe = routed(model)
     return rounded(moe.aux_loss_weight * len(model.moe_layers) / moe.top_k)
@@ -316,7 +336,8 @@ def dense_layers(config: Mapping[str, Any]) -> list[int]:
     """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs."""
     if (step := config["decoder_sparse_step"]) < 1:
         raise ConfigError(
-            f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that: give 1 or more"
+            f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that:"
+            " give 1 or more"
         )
     return [
         layer
@@ -341,7 +362,8 @@ def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
         if dense == [layer for layer in range(count) if (layer + 1) % n]:
             return {"kind": "every_nth", "n": n}
     raise ConfigError(
-        f"config.json has dense layers {dense} of {count}, and recipes know a regular step or the first ones only: it cannot be converted"
+        f"config.json has dense layers {dense} of {count}, and recipes know a regular step or the"
+        " first ones only: it cannot be converted"
     )
 
 

@@ -1,4 +1,6 @@
-"""Our dense decoder as transformers' ``mistral``: Llama's, with a sliding window in every layer or in none."""
+"""Our dense decoder as transformers' ``mistral``: Llama's, with a sliding window in every layer or
+in none.
+"""
 
 from __future__ import annotations
 

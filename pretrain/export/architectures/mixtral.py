@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``mixtral``: every layer a mixture of experts, softmax top-k renormalised."""
+"""Our decoder as transformers' ``mixtral``: every layer a mixture of experts, softmax top-k
+renormalised.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``olmoe``: every layer a mixture of experts, queries and keys normalised over all heads together."""
+"""Our decoder as transformers' ``olmoe``: every layer a mixture of experts, queries and keys
+normalised over all heads together.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Olmoe(LlamaLike):
         attention = model.attention
         if not attention.has_latents and attention.score_dim != model.hidden_size:
             return [
-                f"model.attention.head_dim ({attention.query_width}) is not hidden_size / heads, which olmoe's norms of queries and keys go by"
+                f"model.attention.head_dim ({attention.query_width}) is not hidden_size / heads,"
+                " which olmoe's norms of queries and keys go by"
             ]
         return []
 

@@ -1,4 +1,6 @@
-"""Our dense decoder as transformers' ``qwen2``: biases of queries, keys and values, windows in any pattern of layers."""
+"""Our dense decoder as transformers' ``qwen2``: biases of queries, keys and values, windows in any
+pattern of layers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Qwen2(LlamaLike):
 
 
 def window_fields(model: ModelConfig) -> dict[str, Any]:
-    """Qwen's fields about windows; a release without ``layer_types`` reads the first layer that has one."""
+    """Qwen's fields about windows; a release without ``layer_types`` reads the first layer that has
+    one.
+    """
     types = windowed_layers(model)["layer_types"]
     first = types.index("sliding_attention") if "sliding_attention" in types else len(types)
     return {

@@ -1,4 +1,6 @@
-"""Our dense decoder as transformers' ``qwen3``: each head of queries and keys normalised, windows in any pattern of layers."""
+"""Our dense decoder as transformers' ``qwen3``: each head of queries and keys normalised, windows
+in any pattern of layers.
+"""
 
 from __future__ import annotations
 

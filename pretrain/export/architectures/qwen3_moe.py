@@ -1,4 +1,6 @@
-"""Our decoder as transformers' ``qwen3_moe``: softmax top-k routing, QK-norm, no shared experts, dense layers anywhere."""
+"""Our decoder as transformers' ``qwen3_moe``: softmax top-k routing, QK-norm, no shared experts,
+dense layers anywhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from pretrain.model.config import ModelConfig
 
 
 class Qwen3Moe(LlamaLike):
-    """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises each head of queries and keys."""
+    """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises
+    each head of queries and keys.
+    """
 
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
@@ -68,7 +72,10 @@ class Qwen3Moe(LlamaLike):
 def qwen_experts(
     config: Mapping[str, Any], moe_layers: int, width: str = "moe_intermediate_size"
 ) -> dict[str, Any]:
-    """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share; ``moe_layers`` says how many have it."""
+    """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share.
+
+    ``moe_layers`` says how many have it.
+    """
     return {
         "kind": "dropless",
         "num_experts": config["num_experts"],

@@ -1,4 +1,6 @@
-"""Rotary embeddings in ``config.json``: transformers' ``rope_parameters`` and our position section, both ways."""
+"""Rotary embeddings in ``config.json``: transformers' ``rope_parameters`` and our position section,
+both ways.
+"""
 
 from __future__ import annotations
 
@@ -56,17 +58,20 @@ def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope["rope_type"]
     if kind not in KINDS:
         raise ConfigError(
-            f"config.json's rope_parameters.rope_type is '{kind}', and recipes have {', '.join(KINDS)} only: this model cannot be converted"
+            f"config.json's rope_parameters.rope_type is '{kind}', and recipes have"
+            f" {', '.join(KINDS)} only: this model cannot be converted"
         )
     if rope.get("rope_theta") is None:
         raise ConfigError(
-            "config.json's rope_parameters has no single rope_theta for all layers, and recipes have only that: this model cannot be converted"
+            "config.json's rope_parameters has no single rope_theta for all layers, and recipes"
+            " have only that: this model cannot be converted"
         )
     name, fields = KINDS[kind]
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *fields}
     if unknown := sorted(field for field in rope.keys() - known if rope[field] is not None):
         raise ConfigError(
-            f"config.json's rope_parameters has {', '.join(unknown)}, which rope_type '{kind}' has no meaning for: correct rope_type, or take it out"
+            f"config.json's rope_parameters has {', '.join(unknown)}, which rope_type '{kind}' has"
+            " no meaning for: correct rope_type, or take it out"
         )
     given = {field: rope[field] for field in fields if rope.get(field) is not None}
     return {"kind": name, "rope_theta": rope["rope_theta"], **given}
@@ -75,8 +80,9 @@ def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> dict[str, Any]:
     """What transformers computes with, whichever form the parameters were written in.
 
-    The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``, which takes 0
-    and null for a missing value too, but a null ``truncate`` for false. ``type`` is the older name of ``rope_type``.
+    The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``,
+    which takes 0 and null for a missing value too, but a null ``truncate`` for false. ``type`` is
+    the older name of ``rope_type``.
     """
     fields = {name: value for name, value in (rope or {}).items() if name != "type"}
     kind = fields["rope_type"] = fields.get("rope_type") or "default"

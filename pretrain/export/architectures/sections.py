@@ -1,7 +1,7 @@
 """The sections of a recipe's model as an architecture that takes one kind of them alone knows them.
 
-An architecture's white list names the kind; what it makes of such a section is asked for only if nothing
-speaks against the model.
+An architecture's white list names the kind; what it makes of such a section is asked for only if
+nothing speaks against the model.
 """
 
 from __future__ import annotations

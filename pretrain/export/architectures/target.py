@@ -10,14 +10,18 @@ from pretrain.model.config import ModelConfig
 
 
 class ExportTarget:
-    """A class that transformers opens. A target is a class below this one that gives itself a ``name``.
+    """A class that transformers opens.
+
+    A target is a class below this one that gives itself a ``name``.
 
     Attributes:
         name: what ``--target`` calls it; transformers' ``model_type``.
         architecture: transformers' class.
         keeps_factors: it takes a factorised embedding as it is, and not multiplied out.
-        files: paths of what is copied next to ``config.json``, such as the code of a class that transformers lacks.
-        order: ``--target auto`` takes the first target that is exact. What most programs read has the lowest order.
+        files: paths of what is copied next to ``config.json``, such as the code of a class that
+            transformers lacks.
+        order: ``--target auto`` takes the first target that is exact. What most programs read has
+            the lowest order.
     """
 
     name: ClassVar[str]
@@ -28,7 +32,9 @@ class ExportTarget:
 
     @abstractmethod
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Return why the target cannot compute what ``model`` computes, a clause each; empty if it can."""
+        """Return why the target cannot compute what ``model`` computes, a clause each; empty if it
+        can.
+        """
 
     @abstractmethod
     def links(self, model: ModelConfig) -> Links:

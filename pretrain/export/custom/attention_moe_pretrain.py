@@ -1,7 +1,8 @@
 """Positions and attention.
 
-Shapes, here and in the files beside this one: B batch, S new tokens, U tokens with those in the cache, D hidden, N query heads, M key/value heads,
-H numbers of a head, T = B * S, E experts, K experts a token.
+Shapes, here and in the files beside this one: B batch, S new tokens, U tokens with those in the
+cache, D hidden, N query heads, M key/value heads, H numbers of a head, T = B * S, E experts, K
+experts a token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .configuration_moe_pretrain import MoePretrainConfig
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang &
+    Sennrich 2019).
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -31,16 +34,18 @@ class RMSNorm(nn.Module):
 NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 class Places(NamedTuple):
     """What attention needs to know of where the tokens of one call stand.
 
     Attributes:
-        turns: cos and sin of each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None where nothing is turned.
+        turns: cos and sin of each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None where
+            nothing is turned.
         scale: what all scores are multiplied with beside 1 / sqrt(H).
-        biases: for each window of the model's layers, what is added to scores: -inf where a query may not look; fp32 [B, 1 or N, S, U].
+        biases: for each window of the model's layers, what is added to scores: -inf where a query
+            may not look; fp32 [B, 1 or N, S, U].
     """
 
     turns: tuple[Tensor, Tensor] | None
@@ -63,7 +68,10 @@ def places(config: MoePretrainConfig, position_ids_BS: Tensor, real_BU: Tensor) 
 
 
 def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int | None) -> Tensor:
-    """Causality, the window, padding and ALiBi as one term of the scores. Every query sees its own token, padding too: no row is empty."""
+    """Causality, the window, padding and ALiBi as one term of the scores.
+
+    Every query sees its own token, padding too: no row is empty.
+    """
     U, device = real_BU.shape[1], real_BU.device
     distance_SU = torch.arange(U - S, U, device=device)[:, None] - torch.arange(U, device=device)
     seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
@@ -81,7 +89,9 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """2^(-8/N), 2^(-16/N) ... 2^-8, fp32 [N]; where N is no power of two, those of the next lower one, then every second of the next higher."""
+    """2^(-8/N), 2^(-16/N) ... 2^-8, fp32 [N]; where N is no power of two, those of the next lower
+    one, then every second of the next higher.
+    """
     lower = 2 ** math.floor(math.log2(num_heads))
     exponents = [8 * (head + 1) / lower for head in range(lower)] + [
         4 * (head + 1) / lower for head in range(0, 2 * lower, 2)
@@ -92,7 +102,10 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
 def rotary_turns(
     config: MoePretrainConfig, position_ids_BS: Tensor
 ) -> tuple[tuple[Tensor, Tensor] | None, float]:
-    """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with; (None, 1) for the other kinds."""
+    """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with.
+
+    (None, 1) for the other kinds.
+    """
     position = SimpleNamespace(**config.position)
     if position.kind not in ("rope", "yarn", "llama3", "rope_alibi"):
         return None, 1.0
@@ -108,10 +121,12 @@ def rotary_turns(
 
 
 def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Tensor, float, float]:
-    """NTK by parts (Peng et al. 2023): the new frequencies, the growth of turned queries and keys, and that of all scores.
+    """NTK by parts (Peng et al. 2023): the new frequencies, the growth of turned queries and keys,
+    and that of all scores.
 
-    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency, one that turns less than ``beta_slow`` times
-    has it divided by ``factor``; between them the divided share rises linearly.
+    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency,
+    one that turns less than ``beta_slow`` times has it divided by ``factor``; between them the
+    divided share rises linearly.
     """
 
     def pair(times: float) -> float:  # the number of the pair that turns so many times
@@ -150,8 +165,9 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
 def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
     """Llama 3.1's new frequencies (``apply_scaling`` of Meta's llama-models).
 
-    A pair that rotates more than ``high_freq_factor`` times over the original length keeps its frequency, one that
-    rotates less than ``low_freq_factor`` times has it divided by ``factor``; between them the kept share rises linearly.
+    A pair that rotates more than ``high_freq_factor`` times over the original length keeps its
+    frequency, one that rotates less than ``low_freq_factor`` times has it divided by ``factor``;
+    between them the kept share rises linearly.
     """
     rotations = position.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (rotations - position.low_freq_factor) / (
@@ -172,7 +188,7 @@ def turned(x_BNSH: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
     )
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attend(
@@ -183,7 +199,10 @@ def attend(
     bias: Tensor,
     sinks_N: Tensor | None,
 ) -> Tensor:
-    """softmax(scale * q k^T + bias; sinks) v in fp32 -> [B, N, S, V]. A sink is one more score of a head, whose value is zero."""
+    """softmax(scale * q k^T + bias; sinks) v in fp32 -> [B, N, S, V].
+
+    A sink is one more score of a head, whose value is zero.
+    """
     repeats = q_BNSH.shape[1] // k_BMUH.shape[1]
     k_BNUH, v_BNUV = (x.repeat_interleave(repeats, dim=1).float() for x in (k_BMUH, v_BMUV))
     scores_BNSU = scale * (q_BNSH.float() @ k_BNUH.transpose(2, 3)) + bias
@@ -196,7 +215,10 @@ def attend(
 
 
 class GroupedQueryAttention(nn.Module):
-    """N query heads share M key/value heads (Ainslie et al. 2023). Queries and keys may be normalised before they are turned."""
+    """N query heads share M key/value heads (Ainslie et al. 2023).
+
+    Queries and keys may be normalised before they are turned.
+    """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
@@ -222,7 +244,9 @@ class GroupedQueryAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(form.num_attention_heads)) if form.sinks else None
 
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
-        """[B, S, D] -> [B, S, D]; new keys and values are added to transformers' ``cache``, if there is one."""
+        """[B, S, D] -> [B, S, D]; new keys and values are added to transformers' ``cache``, if
+        there is one.
+        """
         q_BSX, k_BSX, v_BSX = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             q_BSX, k_BSX = self.q_norm(q_BSX), self.k_norm(k_BSX)
@@ -247,9 +271,11 @@ class GroupedQueryAttention(nn.Module):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """All heads' keys and values are made of one latent of C numbers a token (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+    """All heads' keys and values are made of one latent of C numbers a token (DeepSeek-V2, arXiv
+    2405.04434, section 2.1).
 
-    Beside it all heads see one turned key of R numbers. The cache keeps the latent in the place of keys and the turned key in that of values.
+    Beside it all heads see one turned key of R numbers. The cache keeps the latent in the place of
+    keys and the turned key in that of values.
     """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
@@ -284,7 +310,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = head**-0.5
 
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
-        """[B, S, D] -> [B, S, D]; new latents and turned keys are added to transformers' ``cache``, if there is one."""
+        """[B, S, D] -> [B, S, D]; new latents and turned keys are added to transformers' ``cache``,
+        if there is one.
+        """
         form = self.form
         q_BSX = (
             self.q_proj(x_BSD)

@@ -1,4 +1,6 @@
-"""The configuration of a mixture-of-experts decoder: each part is a section with a ``kind`` and the numbers of that kind."""
+"""The configuration of a mixture-of-experts decoder: each part is a section with a ``kind`` and the
+numbers of that kind.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# What a checkpoint's config.json gives; the smallest dense model stands here, because transformers builds configurations without arguments too.
+# What a checkpoint's config.json gives; the smallest dense model stands here, because transformers
+# builds configurations without arguments too.
 ROPE = {"kind": "rope", "rope_theta": 10000.0}
 HEADS = {
     "kind": "gqa",
@@ -25,7 +28,8 @@ class MoePretrainConfig(PretrainedConfig):
     Args:
         vocab_size: tokens; also rows of embedding and head.
         hidden_size: D, numbers of a token between the blocks.
-        embedding_size: numbers of a row of embedding and head, projected to D and back; D by default.
+        embedding_size: numbers of a row of embedding and head, projected to D and back; D by
+            default.
         intermediate_size: hidden numbers of a dense feed-forward; None where no layer has one.
         max_position_embeddings: longest sequence in tokens.
         position: kind rope, yarn, llama3, alibi, rope_alibi, learned or none.
@@ -33,9 +37,12 @@ class MoePretrainConfig(PretrainedConfig):
         norm_position: 'pre', x + f(norm(x)), or 'post', norm(x + f(x)).
         final_norm: a norm between the last block and the head.
         attention: kind gqa or mla.
-        sliding_windows: for each layer the tokens that a query sees, itself included, or None for all before it. None alone: no layer has one.
-        feed_forward: kind swiglu, gelu, silu, clamped_swiglu or product_swiglu, of dense layers and experts alike; ``bias``: every matrix has one.
-        moe_layers: numbers, from 0, of the layers that are mixtures of experts; the others are dense.
+        sliding_windows: for each layer the tokens that a query sees, itself included, or None for
+            all before it. None alone: no layer has one.
+        feed_forward: kind swiglu, gelu, silu, clamped_swiglu or product_swiglu, of dense layers and
+            experts alike; ``bias``: every matrix has one.
+        moe_layers: numbers, from 0, of the layers that are mixtures of experts; the others are
+            dense.
         moe: kind dropless or deepspeed, with a ``router``; None without such layers.
         head_bias: the head has a bias.
         initializer_range: standard deviation of new matrices.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .configuration_moe_pretrain import MoePretrainConfig
 
-# --- feed-forwards ------------------------------------------------------------------------------------------------------------------
+# --- feed-forwards --------------------------------------------------------------------------------
 
 
 def clamped_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
@@ -23,7 +23,9 @@ def clamped_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
 
 
 def product_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
-    """Project 828: as gpt-oss, of the even and the odd numbers of the product, which is twice as wide."""
+    """Project 828: as gpt-oss, of the even and the odd numbers of the product, which is twice as
+    wide.
+    """
     product = gate * up
     return clamped_swiglu(form, product[..., 0::2], product[..., 1::2])
 
@@ -64,7 +66,9 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forwards, each matrix of all of them in one tensor: ``gate_proj`` and ``up_proj`` [E, F, D], ``down_proj`` [E, D, F]."""
+    """E feed-forwards, each matrix of all of them in one tensor: ``gate_proj`` and ``up_proj`` [E,
+    F, D], ``down_proj`` [E, D, F].
+    """
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__()
@@ -99,7 +103,10 @@ class Experts(nn.Module):
         return product(hidden_RF, self.down_proj, self.down_bias)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' answers, added up in fp32 [T, D]. The number -1 stands for a choice that found no room."""
+        """The weighted sum of the chosen experts' answers, added up in fp32 [T, D].
+
+        The number -1 stands for a choice that found no room.
+        """
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert in (
             experts_TK[experts_TK >= 0].unique().tolist()
@@ -113,7 +120,7 @@ class Experts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
 
-# --- routers ------------------------------------------------------------------------------------------------------------------------
+# --- routers --------------------------------------------------------------------------------------
 
 SCORES: dict[str, Callable[[SimpleNamespace, Tensor], Tensor]] = {
     "softmax_topk": lambda form, logits_TE: (logits_TE / form.temperature).softmax(dim=-1),
@@ -162,7 +169,9 @@ class Router(nn.Module):
     def _in_best_groups(
         scores_TE: Tensor, num_groups: int, top_k_groups: int, score: str
     ) -> Tensor:
-        """-inf for all experts but those of a token's best groups of neighbours (DeepSeek-V2, section 2.1.3)."""
+        """-inf for all experts but those of a token's best groups of neighbours (DeepSeek-V2,
+        section 2.1.3).
+        """
         scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
         group_scores_TG = (
             scores_TGe.amax(dim=-1)
@@ -176,7 +185,9 @@ class Router(nn.Module):
 
 
 class LimitedRouter(Router):
-    """A router whose experts have room for ``capacity`` tokens of a batch each; a full one turns the last tokens away."""
+    """A router whose experts have room for ``capacity`` tokens of a batch each; a full one turns
+    the last tokens away.
+    """
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__(config)
@@ -202,13 +213,17 @@ class LimitedRouter(Router):
 
 
 class DeepSpeedRouter(LimitedRouter):
-    """DeepSpeed 0.19's own gate in evaluation. Whom a full expert turns away depends on K, and K > 1 shares the weights of those that are kept.
+    """DeepSpeed 0.19's own gate in evaluation.
 
-    K = 1 keeps the tokens that torch.topk finds first; K = 2 lets all second choices queue behind all first ones; more keep the most probable.
+    Whom a full expert turns away depends on K, and K > 1 shares the weights of those that are kept.
+
+    K = 1 keeps the tokens that torch.topk finds first; K = 2 lets all second choices queue behind
+    all first ones; more keep the most probable.
     """
 
     def capacity(self, T: int) -> int:
-        # In fp32, as there: a product that is a whole number in the one precision is a little more in another.
+        # In fp32, as there: a product that is a whole number in the one precision is a little more
+        # in another.
         return max(
             int(
                 torch.ceil(
@@ -267,11 +282,13 @@ class DeepSpeedRouter(LimitedRouter):
         )
 
 
-# --- mixtures of experts ------------------------------------------------------------------------------------------------------------
+# --- mixtures of experts --------------------------------------------------------------------------
 
 
 class SharedExperts(nn.Module):
-    """Experts that see every token, as one feed-forward of their joint width; with a gate, times sigmoid(w x)."""
+    """Experts that see every token, as one feed-forward of their joint width; with a gate, times
+    sigmoid(w x).
+    """
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__()
@@ -310,10 +327,11 @@ class DroplessMoE(nn.Module):
 
 
 class DeepSpeedMoE(DroplessMoE):
-    """DeepSpeed's layer: experts with limited room, and a residual expert (Rajbhandari et al. 2022, PR-MoE).
+    """DeepSpeed's layer: experts with limited room, and a residual expert (Rajbhandari et al. 2022,
+    PR-MoE).
 
-    Room is counted over all tokens of a batch, so with ``drop_tokens`` a token's answer depends on its neighbours: one by one with a cache,
-    tokens find more room than together.
+    Room is counted over all tokens of a batch, so with ``drop_tokens`` a token's answer depends on
+    its neighbours: one by one with a cache, tokens find more room than together.
     """
 
     def __init__(self, config: MoePretrainConfig) -> None:

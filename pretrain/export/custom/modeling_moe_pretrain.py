@@ -28,7 +28,10 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class Block(nn.Module):
-    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)). First f is attention, then the feed-forward or mixture of experts."""
+    """Pre-norm: x + f(norm(x)).
+
+    Post-norm: norm(x + f(x)). First f is attention, then the feed-forward or mixture of experts.
+    """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
@@ -53,7 +56,10 @@ class Block(nn.Module):
 
 
 class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
-    """A decoder-only language model. It computes what the model computed in evaluation: no dropout, no noise, no router losses."""
+    """A decoder-only language model.
+
+    It computes what the model computed in evaluation: no dropout, no noise, no router losses.
+    """
 
     config: MoePretrainConfig
     config_class = MoePretrainConfig
@@ -99,19 +105,25 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, S] int64.
             attention_mask: [B, tokens in the cache + S], 0 for padding; all real by default.
-            position_ids: [B, S]; by default each token's number among the real ones of its sequence.
-            labels: [B, S] int64, the inputs themselves (they are shifted here), -100 where no loss is taken.
+            position_ids: [B, S]; by default each token's number among the real ones of its
+                sequence.
+            labels: [B, S] int64, the inputs themselves (they are shifted here), -100 where no loss
+                is taken.
             logits_to_keep: how many of the last tokens get logits, or which; 0 for all.
-            past_key_values, cache: what was computed before; older releases of transformers give it by the first name, newer ones by the second.
+            past_key_values, cache: what was computed before; older releases of transformers give it
+            by the first name, newer ones by the second.
             others: what transformers may give to any model, without a meaning here.
 
         Raises:
-            TypeError: for a cache under a name that is not known here: without it the text would go on from nothing.
-            ValueError: for an attention_mask of another shape, and for padding in a model that drops tokens: it would take the room of others.
+            TypeError: for a cache under a name that is not known here: without it the text would go
+                on from nothing.
+            ValueError: for an attention_mask of another shape, and for padding in a model that
+                drops tokens: it would take the room of others.
         """
         if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
             raise TypeError(
-                f"this model takes a cache as past_key_values or cache, not as {unknown[0]}: use a release of transformers from 4.57 to 5.24"
+                f"this model takes a cache as past_key_values or cache, not as {unknown[0]}: use a"
+                " release of transformers from 4.57 to 5.24"
             )
         cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -125,11 +137,13 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if real_BU.shape != (B, U):
             raise ValueError(
-                f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in the cache and of the new ones"
+                f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in"
+                " the cache and of the new ones"
             )
         if self.config.drops_tokens and not real_BU.all():
             raise ValueError(
-                "the experts of this model have limited room, which padding would take: give sequences of one length, or one by one"
+                "the experts of this model have limited room, which padding would take: give"
+                " sequences of one length, or one by one"
             )
         if position_ids is None:
             position_ids = (real_BU.cumsum(dim=1) - 1).clamp_min(0)[:, -S:]
@@ -169,9 +183,12 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        """New parameters, for a model that is built and not loaded; loaded ones are left alone by transformers."""
+        """New parameters, for a model that is built and not loaded; loaded ones are left alone by
+        transformers.
+        """
         super()._init_weights(module)
-        # Product keys are in a list of parameters, which is a module of its own; the biases of experts are zero as they are built.
+        # Product keys are in a list of parameters, which is a module of its own; the biases of
+        # experts are zero as they are built.
         if isinstance(module, Experts | PEERExperts | nn.ParameterList):
             for matrix in module.parameters(recurse=False):
                 if matrix.dim() == 3 or isinstance(module, nn.ParameterList):

@@ -1,4 +1,6 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts out of tables. h heads, of P queries each."""
+"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
+out of tables. h heads, of P queries each.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class RunningNorm(nn.Module):
 
 
 class ProductKeys(nn.Module):
-    """The experts of each head: number i * J + j has the score of sub-key i with the query's first part plus that of j with its second."""
+    """The experts of each head: number i * J + j has the score of sub-key i with the query's first
+    part plus that of j with its second.
+    """
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
         super().__init__()
@@ -51,7 +55,9 @@ class ProductKeys(nn.Module):
         self.keys = nn.ParameterList(torch.empty(size, part) for size in form.product_key_sizes)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> weights, which sum to 1 a head, fp32, and numbers of the experts; both [T, h, K]."""
+        """[T, D] -> weights, which sum to 1 a head, fp32, and numbers of the experts; both [T, h,
+        K].
+        """
         query_ThP = self.norm(self.query(x_TD).unflatten(1, (self.num_heads, -1))).float()
         best_ThK, experts_ThK = (
             query_ThP.new_zeros(*query_ThP.shape[:2], 1),
@@ -68,7 +74,9 @@ class ProductKeys(nn.Module):
 
 
 class PEERExperts(nn.Module):
-    """Tables of rows in fp32, whatever the model's precision: ``up_rows`` (and ``gate_rows``) [E, F, D], ``down_rows`` [E, F, D]."""
+    """Tables of rows in fp32, whatever the model's precision: ``up_rows`` (and ``gate_rows``) [E,
+    F, D], ``down_rows`` [E, F, D].
+    """
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
         super().__init__()

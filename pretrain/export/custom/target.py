@@ -1,4 +1,6 @@
-"""Our decoder as a class of its own beside the weights, for every recipe that no architecture of transformers represents."""
+"""Our decoder as a class of its own beside the weights, for every recipe that no architecture of
+transformers represents.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_moe_pretrain.MoePretrainConfig",
     "AutoModelForCausalLM": "modeling_moe_pretrain.MoePretrainForCausalLM",
 }
-# What the class computes: each kind of section, and the fields of it that config.json carries. A field that is neither here nor in RESOLVED
-# is a reason against the export, unless the schema says that no finished model depends on it.
+# What the class computes: each kind of section, and the fields of it that config.json carries. A
+# field that is neither here nor in RESOLVED is a reason against the export, unless the schema says
+# that no finished model depends on it.
 _SHARED_BY_ATTENTION = ("num_attention_heads", "bias", "sinks")
 _SHARED_BY_ROUTERS = ("bias", "norm_topk_prob", "routed_scaling_factor", "groups")
 _SHARED_BY_MOE = ("moe_intermediate_size", "shared_expert_gate")
@@ -145,7 +148,9 @@ VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
 
 
 class Custom(ExportTarget):
-    """The target of last resort: it reads like the architectures of transformers, but opens with ``trust_remote_code=True`` only."""
+    """The target of last resort: it reads like the architectures of transformers, but opens with
+    ``trust_remote_code=True`` only.
+    """
 
     name = "custom"
     architecture = AUTO_MAP["AutoModelForCausalLM"].split(".")[1]
@@ -192,7 +197,9 @@ class Custom(ExportTarget):
 
 
 def _links_of(theirs: str, ours: list[str], model: ModelConfig) -> list[Link]:
-    """One of ours; or one for each expert; or tensors of stacked experts whose rows follow each other."""
+    """One of ours; or one for each expert; or tensors of stacked experts whose rows follow each
+    other.
+    """
     place = _place_in_expert(ours[0], model)
     if place is not None and EXPERT_NUMBER in place.tensor:
         return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
@@ -251,7 +258,8 @@ def _unknown(section: Section, path: str) -> list[str]:
     """Fields and kinds below ``path`` that the class does not know."""
     if type(section) not in COMPUTED:
         return [
-            f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class does not have"
+            f"{path} is of kind {getattr(section, 'kind', type(section).__name__)}, which the class"
+            " does not have"
         ]
     reasons = []
     for name, field in type(section).model_fields.items():

@@ -37,7 +37,8 @@ class Kernel(Component):
     Attributes:
         package: what has to be installed beside torch.
         max_head_dim: elements of the widest head it takes; None for any.
-    The other attributes are the demands of the same name: a kernel has to state what it can compute.
+    The other attributes are the demands of the same name: a kernel has to state what it can
+    compute.
     """
 
     package: ClassVar[str | None] = None

@@ -1,4 +1,6 @@
-"""A user's package outside of the tree: a router, a schedule, a callback, a guard and an export target."""
+"""A user's package outside of the tree: a router, a schedule, a callback, a guard and an export
+target.
+"""
 
 import os
 from pathlib import Path
