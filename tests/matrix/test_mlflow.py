@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.engine.topology import free_port
-from tests.launch.tiny_run import ROOT, Tiny, curve
-from tests.own_packages import environment_with
+from tests.support.package_environment import environment_with
+from tests.support.paths import ROOT
+from tests.support.tiny_run import Tiny, curve
 
 pytestmark = pytest.mark.full
 READ_BACK = """

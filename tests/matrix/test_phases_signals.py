@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.core.errors import PEER_LOST, PREEMPTED
 from pretrain.engine.topology import free_port
-from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
 
 # 16 steps of 128 tokens, 16 and 16 of 256.
 WARM = "{name: warm, tokens: 2048, global_batch_size: 4}"

@@ -17,14 +17,15 @@ from pretrain.config.recipe import Recipe
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.export.custom_exports import MINIS, prompts_of, random_model, weights_of
-from tests.export.held_tensors import Held
-from tests.export.native_worker import NEW_TOKENS
-from tests.export.random_checkpoint import small_tokenizer
-from tests.export.test_architectures import VARIANTS
-from tests.own_packages import environment_with
+from tests.support.custom_exports import MINIS, prompts_of, random_model, weights_of
+from tests.support.in_memory_tensors import Held
+from tests.support.package_environment import environment_with
+from tests.support.paths import WORKERS
+from tests.support.random_checkpoint import small_tokenizer
+from tests.support.workers.transformers_model import NEW_TOKENS
+from tests.unit.export.test_architectures import VARIANTS
 
-WORKER = Path(__file__).with_name("native_worker.py")
+WORKER = WORKERS / "transformers_model.py"
 VERSION = "4.57.6"
 # What release 4.57.6 asks for and a newer transformers does not have; the rest, torch first of all,
 # is the tests' own.

@@ -21,10 +21,10 @@ from pretrain.engine.topology import free_port
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.export.custom_exports import weights_of
-from tests.export.held_tensors import Held
-from tests.export.random_checkpoint import random_model, recipe_of, small_tokenizer
-from tests.own_packages import environment_with
+from tests.support.custom_exports import weights_of
+from tests.support.in_memory_tensors import Held
+from tests.support.package_environment import environment_with
+from tests.support.random_checkpoint import random_model, recipe_of, small_tokenizer
 
 # What transformers[serving] adds to this project's requirements and to what they bring along.
 PACKAGES = ("fastapi", "uvicorn", "openai>=1.98", "jiter")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pretrain.engine.topology import free_port
-from tests.distributed.universal_worker import ROUTES
-from tests.export.random_checkpoint import small_tokenizer
+from tests.support.paths import WORKERS
+from tests.support.random_checkpoint import small_tokenizer
+from tests.support.workers.universal import ROUTES
 
-WORKER = Path(__file__).with_name("universal_worker.py")
+WORKER = WORKERS / "universal.py"
 
 
 @pytest.mark.full

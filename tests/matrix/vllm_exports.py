@@ -3,7 +3,7 @@ model computes.
 
 vLLM asks for packages that our own environment must not have, so it lives in another one, and these
 tests run only when this file is named: ``VLLM_PYTHON=/path/to/its/python pytest
-tests/export/vllm_exports.py``.
+tests/matrix/vllm_exports.py``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pretrain.config.recipe import Recipe
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.export.custom_exports import S, prompts_of, random_model, weights_of
-from tests.export.held_tensors import Held
-from tests.export.random_checkpoint import small_tokenizer
+from tests.support.custom_exports import S, prompts_of, random_model, weights_of
+from tests.support.in_memory_tensors import Held
+from tests.support.paths import WORKERS
+from tests.support.random_checkpoint import small_tokenizer
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER = WORKERS / "vllm_model.py"
 # One process, no threads bound to cores that a container may not have, a small cache, nothing sent
 # or fetched.
 VARIABLES = {

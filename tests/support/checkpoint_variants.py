@@ -15,7 +15,7 @@ from pretrain.checkpoint.weights import EXPERTS_FILE, load_state_dict
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.recipe import Recipe
-from tests.export.tiny_checkpoint import Trained, seal
+from tests.support.tiny_checkpoint import Trained, seal
 
 Edit = Callable[[dict[str, Tensor]], None]
 

@@ -23,11 +23,12 @@ from pretrain.core.shipped import recipe_names
 from pretrain.export.custom.target import Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.model.decoder import DecoderLM
-from tests.export.held_tensors import Held
-from tests.model.every_kind import CASES as EVERY_KIND
+from tests.support.in_memory_tensors import Held
+from tests.support.model_kinds import CASES as EVERY_KIND
+from tests.support.paths import WORKERS
 
 B, S, PADDING = 3, 24, (0, 5, 11)
-WORKER = Path(__file__).with_name("custom_worker.py")
+WORKER = WORKERS / "custom_model.py"
 LATENT = (
     "num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4, qk_nope_head_dim: 8,"
     " v_head_dim: 6"

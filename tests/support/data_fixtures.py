@@ -1,4 +1,4 @@
-"""Small real corpora and data folders."""
+"""Fixtures of small corpora, and of a data folder built of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 
-if TYPE_CHECKING:  # the build is slow to import, and most tests do without
+if TYPE_CHECKING:  # the build is slow to import, and most tests do not need it
     from data_pipeline.preprocess.coordinator import BuildResult
 
 WORDS = [

@@ -15,7 +15,7 @@ from allpairspy import AllPairs
 from pretrain.config.load import apply_override, load_recipe, read_recipe_file, validate_recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.core.errors import ConfigError
-from tests.model.every_kind import FAMILIES, KINDS, OPTIONS
+from tests.support.model_kinds import FAMILIES, KINDS, OPTIONS
 
 WORLD_SIZE = 2
 SIZES = (

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.tiny_run import ROOT, SCRIPT, Started, Tiny, curve
+from tests.support.paths import ROOT
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve
 
 ABLATIONS, SWEEP = ROOT / "tools" / "run_ablations.py", ROOT / "tools" / "sweep.py"
 # An axis that changes the recipe and nothing of the numbers: each run beside it is what an

@@ -6,7 +6,7 @@ import torch
 
 from pretrain.model.attention.mla import MultiHeadLatentAttention
 from pretrain.model.decoder import DecoderLM
-from tests.model.tiny_model import random_tensor, tiny_model
+from tests.support.tiny_model import random_tensor, tiny_model
 
 B, S, D, N = 2, 16, 32, 4
 Q, C, R, H, V = (

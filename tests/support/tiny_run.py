@@ -32,9 +32,8 @@ from pretrain.engine.topology import free_port
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.build import build_run, build_trainer, check_data, resolve_run
 from pretrain.training.trainer import Trainer
+from tests.support.paths import LAUNCHERS
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCHERS = ROOT / "launchers"
 SCRIPT = LAUNCHERS / "pretrain.py"
 # What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside
 # its own process.

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.errors import run_command
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.paths import TOOLS
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
 
 # From the bottom up: a part imports from itself and from the layers below its own. A schema
 # (``config``) belongs to its component, and needs less than the component does: that is why it has

@@ -25,8 +25,7 @@ from data_pipeline.shards.inspection import (
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core.errors import DataError
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.paths import TOOLS
 
 
 def run(tool: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.paths import TOOLS
+
 STAGES = ["sampling", "training the tokenizer", "choosing the engine", "encoding", "merging"]
 
 

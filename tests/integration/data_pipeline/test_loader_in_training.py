@@ -20,8 +20,8 @@ from data_pipeline.loading.best_fit import pack_path
 from pretrain.core.errors import DONE, CheckpointError, ConfigError, DataError
 from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.train import main
-from tests.data_pipeline.data_folder import write_folder
-from tests.launch.tiny_run import curve, own_process
+from tests.support.data_folder import write_folder
+from tests.support.tiny_run import curve, own_process
 
 RECIPE = """\
 name: mixed

@@ -22,7 +22,9 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "preprocess_data.py"
+from tests.support.paths import TOOLS
+
+TOOL = TOOLS / "preprocess_data.py"
 SMALL = ["--input", "raw/*.txt", "--vocab-size", "300", "--output", "data/my"]
 FILES = {
     "manifest.json",

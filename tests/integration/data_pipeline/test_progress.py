@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from pretrain.core import progress
 from pretrain.core.progress import Stage, Tally, current_tally, use_tally
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # A second of steady work after an earlier run's half, in a process whose standard error is a
 # terminal.
 PROGRAM = """

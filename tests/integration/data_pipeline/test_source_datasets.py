@@ -23,11 +23,11 @@ from data_pipeline.config import DatasetsSource
 from data_pipeline.sources import ReadContext, open_source
 from data_pipeline.sources.presets import PRESETS, fill_in
 from pretrain.core.errors import ConfigError
-from tests.data_pipeline.source_reading import SECTION
+from tests.support.source_reading import SECTION
 
 SCRIPT = """if True:
     import json, sys
-    from source_reading import SECTION
+    from tests.support.source_reading import SECTION
     from data_pipeline.sources import ReadContext, open_source
     from pretrain.core.errors import PipelineError
     import logging
@@ -74,10 +74,8 @@ Asked = tuple[dict[str, Any], int, dict[str, Any]]
 
 
 def read(home: Path, *asked: Asked) -> list[dict[str, Any]]:
-    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
     # Streams import torch where they may, which takes seconds.
     settings = {
-        "PYTHONPATH": paths,
         "USE_TORCH": "0",
         "HF_HOME": str(home / "hf"),
         "HF_DATASETS_OFFLINE": "1",

@@ -12,26 +12,20 @@ import pytest
 
 from data_pipeline.sources import Document
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, texts, write
+from tests.support.source_reading import left_out, list_units, read_all, texts, write
 
 SCRIPT = """if True:
     import sys
-    from source_reading import read_all
+    from tests.support.source_reading import read_all
     for result in read_all({"kind": "stdin", "format": "line"}, 10, spool=sys.argv[1]):
         print(result.id, result.text)
 """
 
 
 def pipe(content: bytes, spool: Path) -> str:
-    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
     command = [sys.executable, "-c", SCRIPT, str(spool)]
-    return subprocess.run(
-        command,
-        input=content,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    ).stdout.decode()
+    done = subprocess.run(command, input=content, check=True, capture_output=True)
+    return done.stdout.decode()
 
 
 def test_a_pipe_is_kept_and_a_second_run_needs_none(tmp_path: Path) -> None:

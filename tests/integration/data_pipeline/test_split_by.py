@@ -21,9 +21,9 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.split import SPLITS, position, text_digest
 from data_pipeline.sources import files
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.test_build import contents, jsonl, texts
+from tests.support.paths import ROOT
+from tests.unit.data_pipeline.preprocess.test_build import contents, jsonl, texts
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHARE = 0.3
 NUMBERS = range(35)
 
@@ -331,7 +331,7 @@ def test_the_command_splits_by_what_it_is_told(corpus: Path) -> None:
     jsonl(corpus / "a.jsonl", [{"text": f"text {n}", "url": f"u{n}"} for n in NUMBERS])
     command = [
         sys.executable,
-        str(REPOSITORY / "tools/preprocess_data.py"),
+        str(ROOT / "tools/preprocess_data.py"),
         "--input",
         "a.jsonl",
         "a.jsonl",

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_same_numbers_everywhere import (
+from tests.integration.distributed.test_same_numbers_everywhere import (
     SIZES,
     Case,
     Results,
     difference,
     run_cases,
 )
-from tests.model.every_kind import CASES
+from tests.support.model_kinds import CASES
 
 # A dense model has no experts to spread.
 SPREAD = {name: overrides for name, overrides in CASES.items() if name != "layer_pattern=all_dense"}

@@ -8,12 +8,13 @@ A quarter of the rows, which has every value and most of the pairs, runs always,
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.combinations.pairs import (
+from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
+from tests.support.model_kinds import CASES, registered
+from tests.support.option_pairs import (
     OWN,
     PARAMETERS,
     WORLD_SIZE,
@@ -29,10 +30,9 @@ from tests.combinations.pairs import (
     refusal,
     rows,
 )  # fmt: skip
-from tests.distributed.test_same_numbers_everywhere import Results, run_cases
-from tests.model.every_kind import CASES, registered
+from tests.support.paths import WORKERS
 
-WORKER = Path(__file__).with_name("pairs_worker.py")
+WORKER = WORKERS / "option_pairs.py"
 # What a row shows when something about resuming is broken: the twins of the equality below.
 BROKEN = {"optimizer_forgotten": (), "random_state_forgotten": (("dropout", "on"),)}
 

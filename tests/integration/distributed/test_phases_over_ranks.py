@@ -5,15 +5,20 @@ ep_size and ZeRO stages.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.test_same_numbers_everywhere import KINDS, SIZES, Results, run_cases
-from tests.launch.tiny_run import own_process
+from tests.integration.distributed.test_same_numbers_everywhere import (
+    KINDS,
+    SIZES,
+    Results,
+    run_cases,
+)
+from tests.support.paths import WORKERS
+from tests.support.tiny_run import own_process
 
-WORKER = Path(__file__).with_name("phases_worker.py")
+WORKER = WORKERS / "phases.py"
 FROZEN = ("router", "experts", "attention")
 # Three steps of four sequences, so that the following steps do not begin at a multiple of their own
 # accumulation.
@@ -55,7 +60,7 @@ REST = [
 @pytest.fixture(scope="module")
 def one() -> Iterator[Results]:
     """In this process: its start is the dearest part."""
-    from tests.distributed.phases_worker import run_case
+    from tests.support.workers.phases import run_case
 
     with own_process():
         yield {entry["name"]: run_case(entry) for entry in ONE}

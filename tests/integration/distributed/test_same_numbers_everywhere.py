@@ -20,8 +20,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from pretrain.engine.topology import free_port
+from tests.support.paths import WORKERS
 
-WORKER = Path(__file__).with_name("matrix_worker.py")
+WORKER = WORKERS / "training_steps.py"
 Case = dict[str, Any]
 Results = dict[str, dict[str, Any]]
 

@@ -24,10 +24,11 @@ from pretrain.evaluation.generation.generators import open_generator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.run.folder import CHECKPOINTS
-from tests.combinations.minis import MINIS, quiet, richest
-from tests.distributed.test_same_numbers_everywhere import Results, run_cases
+from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
+from tests.support.paths import WORKERS
+from tests.support.small_recipes import MINIS, quiet, richest
 
-WORKER = Path(__file__).with_name("mini_worker.py")
+WORKER = WORKERS / "training_runs.py"
 VOCAB_SIZE = 512
 RICHEST = richest(MINIS)
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.optim.config import AdamW
-from tests.numerics.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainStep
+from tests.support.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainStep
 
 STEPS = 50
 OVERRIDES = [

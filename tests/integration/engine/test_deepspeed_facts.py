@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-WORKAROUNDS = Path(__file__).resolve().parents[2] / "pretrain" / "engine" / "workarounds"
+from tests.support.paths import ROOT
+
+WORKAROUNDS = ROOT / "pretrain" / "engine" / "workarounds"
 ENTRIES = ("Fact", "Versions", "Upstream", "Effect", "Test")
 FILES = sorted(path for path in WORKAROUNDS.glob("*.py") if path.name != "__init__.py")
 PRELUDE = """
@@ -122,5 +124,5 @@ def test_every_workaround_begins_with_the_same_entries(path: Path) -> None:
     assert tuple(found) == ENTRIES
     test = head.partition("\nTest:")[2].split()[0]
     file, _, name = test.partition("::")
-    source = (WORKAROUNDS.parents[2] / file).read_text(encoding="utf-8")
+    source = (ROOT / file).read_text(encoding="utf-8")
     assert not name or f"def {name}(" in source

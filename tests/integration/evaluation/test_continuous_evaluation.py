@@ -15,7 +15,7 @@ import pytest
 from pretrain.callbacks import evaluation
 from pretrain.callbacks.evaluation import ContinuousEvaluation, watch_command
 from pretrain.config.recipe import EvaluationConfig
-from tests.launch.tiny_run import SCRIPT, Started, make_tiny
+from tests.support.tiny_run import SCRIPT, Started, make_tiny
 
 
 @pytest.mark.full

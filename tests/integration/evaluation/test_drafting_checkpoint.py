@@ -17,8 +17,8 @@ from pretrain.evaluation.generation.generators import open_generator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.export.convert import export_safetensors
 from pretrain.export.writer import RECORD, open_exported_weights
-from tests.evaluation.tool_runs import run_here
-from tests.export.tiny_checkpoint import Trained, make_trained
+from tests.support.tiny_checkpoint import Trained, make_trained
+from tests.support.tool_runs import run_here
 
 
 @pytest.fixture(scope="module")

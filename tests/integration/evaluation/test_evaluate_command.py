@@ -32,8 +32,8 @@ from pretrain.evaluation.heldout.heldout import (
 from pretrain.evaluation.heldout.ngram import fit_ngram
 from pretrain.evaluation.heldout.perplexity import native_logits, score_batches, transformers_logits
 from pretrain.evaluation.heldout.text import SlidingWindows, read_split
-from tests.evaluation.tool_runs import Done, run_here
-from tests.export.tiny_checkpoint import STEPS, Trained, make_data, seal
+from tests.support.tiny_checkpoint import STEPS, Trained, make_data, seal
+from tests.support.tool_runs import Done, run_here
 
 CPU = torch.device("cpu")
 

@@ -19,14 +19,14 @@ from pretrain.evaluation.generation.generators import open_transformers
 from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES, Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.writer import WEIGHTS
-from tests.evaluation.foreign_folders import copy_of, edit_json, evil_code, pickled
-from tests.evaluation.tool_runs import Done, run_here
-from tests.export.custom_exports import recipe_of, weights_of
-from tests.export.held_tensors import Held
-from tests.export.random_checkpoint import random_model, small_tokenizer
-from tests.export.tiny_checkpoint import Trained
+from tests.support.custom_exports import recipe_of, weights_of
+from tests.support.hf_folders import copy_of, edit_json, evil_code, pickled
+from tests.support.in_memory_tensors import Held
+from tests.support.paths import ROOT
+from tests.support.random_checkpoint import random_model, small_tokenizer
+from tests.support.tiny_checkpoint import Trained
+from tests.support.tool_runs import Done, run_here
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EVIL = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 TOKENIZER = ["evil.Tokenizer", "evil.Tokenizer"]

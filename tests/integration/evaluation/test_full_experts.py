@@ -17,8 +17,8 @@ from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint
 from pretrain.evaluation.report import markdown
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from tests.evaluation.tool_runs import run_here
-from tests.export.tiny_checkpoint import Trained
+from tests.support.tiny_checkpoint import Trained
+from tests.support.tool_runs import run_here
 
 SAID = "the model drops tokens (model.moe.drop_tokens=true)"
 

@@ -10,8 +10,8 @@ from pretrain.evaluation.generation.generate import generate
 from pretrain.evaluation.generation.generators import NativeGenerator, open_generator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Writer
-from tests.evaluation.tool_runs import run_here
-from tests.export.tiny_checkpoint import Trained
+from tests.support.tiny_checkpoint import Trained
+from tests.support.tool_runs import run_here
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from pretrain.core.errors import BAD_DATA, USAGE
-from tests.evaluation.foreign_folders import edit_json
-from tests.export.tiny_checkpoint import Trained
+from tests.support.hf_folders import edit_json
+from tests.support.paths import WORKERS
+from tests.support.tiny_checkpoint import Trained
 
-WORKER = Path(__file__).with_name("harness_worker.py")
+WORKER = WORKERS / "lm_eval_harness.py"
 
 
 def run_worker(folder: Path, *models: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pretrain.export.custom.target import Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import WEIGHTS
-from tests.evaluation.foreign_folders import (
+from tests.support.custom_exports import weights_of
+from tests.support.hf_folders import (
     Change,
     both_weights,
     changed_tensor,
@@ -34,11 +35,10 @@ from tests.evaluation.foreign_folders import (
     without_expert,
     wrong_index,
 )
-from tests.evaluation.tool_runs import Done, run_here
-from tests.export.custom_exports import weights_of
-from tests.export.held_tensors import Held
-from tests.export.random_checkpoint import random_model, recipe_of, small_tokenizer
-from tests.export.tiny_checkpoint import Trained
+from tests.support.in_memory_tensors import Held
+from tests.support.random_checkpoint import random_model, recipe_of, small_tokenizer
+from tests.support.tiny_checkpoint import Trained
+from tests.support.tool_runs import Done, run_here
 
 CPU = torch.device("cpu")
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"

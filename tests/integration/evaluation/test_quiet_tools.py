@@ -19,11 +19,12 @@ import pytest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.core.errors import BAD_CHECKPOINT, DONE
 from pretrain.export.convert import export_hf
-from tests.evaluation.foreign_folders import copy_of, edit_json, evil_code
-from tests.evaluation.harness_worker import TASKS, write_tasks
-from tests.export.tiny_checkpoint import Trained
+from tests.support.hf_folders import copy_of, edit_json, evil_code
+from tests.support.paths import WORKERS
+from tests.support.tiny_checkpoint import Trained
+from tests.support.workers.lm_eval_harness import TASKS, write_tasks
 
-WORKER = Path(__file__).with_name("terminal_worker.py")
+WORKER = WORKERS / "terminal_tool.py"
 # Bars with a name, and the speeds of generation: all that a tool says beside its result.
 OWN_LINES = re.compile(
     r"(validation windows|generating|encoding windows|log-likelihoods|Tokenizing inputs|Running \w+"

@@ -46,9 +46,9 @@ from pretrain.export.hf_recipe import recipe_of
 from pretrain.export.import_hf import architecture_of, import_hf
 from pretrain.merging.commands import blend
 from pretrain.train import main
-from tests.evaluation.foreign_folders import edit_json
-from tests.export.random_checkpoint import small_tokenizer
-from tests.launch.tiny_run import own_process
+from tests.support.hf_folders import edit_json
+from tests.support.random_checkpoint import small_tokenizer
+from tests.support.tiny_run import own_process
 from tools.generate import main as generate
 
 ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot|>")

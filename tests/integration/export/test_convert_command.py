@@ -22,14 +22,15 @@ from pretrain.config.load import recipe_to_yaml
 from pretrain.core.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, CheckpointError, run_command
 from pretrain.export.convert import export_hf, export_safetensors
 from pretrain.export.writer import open_exported_weights
-from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
-from tests.export.tiny_checkpoint import STEPS, Trained, make_data, seal
+from tests.support.paths import TOOLS
+from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
+from tests.support.tiny_checkpoint import STEPS, Trained, make_data, seal
 
 OWN_NAMES = (
     "model.moe.kind=deepspeed",
     "model.moe.drop_tokens=false",
 )  # each expert's matrices are tensors of their own
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from data_pipeline.config import TrainBPE
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
-from tests.export.custom_exports import CASES, MINIS, PADDING, Opened, open_elsewhere
+from tests.support.custom_exports import CASES, MINIS, PADDING, Opened, open_elsewhere
 
 # Together they have each attention, most positions, feed-forwards and routers, drops, and every odd
 # place of a weight.

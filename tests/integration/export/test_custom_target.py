@@ -30,8 +30,8 @@ from pretrain.export.targets import choose_target
 from pretrain.export.writer import INDEX
 from pretrain.model.config import RMSNorm
 from pretrain.model.decoder import DecoderLM
-from tests.export.custom_exports import LATENT, S, prompts_of, random_model, recipe_of, weights_of
-from tests.export.held_tensors import Held
+from tests.support.custom_exports import LATENT, S, prompts_of, random_model, recipe_of, weights_of
+from tests.support.in_memory_tensors import Held
 
 TELLING = {
     "latents": [

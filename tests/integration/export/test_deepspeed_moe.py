@@ -12,8 +12,9 @@ import torch
 from pretrain.core.errors import DONE, CheckpointError, ConfigError
 from pretrain.export.deepspeed_moe import import_deepspeed
 from pretrain.export.writer import open_exported_weights
+from tests.support.paths import TOOLS
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
 NATIVE = "block.{layer}.moe.deepspeed_moe.experts.deepspeed_experts.{expert}.fc.weight"
 DENSE = {
     "embed.weight": torch.randn(5, 2).to(torch.bfloat16),

@@ -8,7 +8,7 @@ import torch
 from data_pipeline.shards.token_stream import open_split
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.gguf import SCRIPT, export_gguf
-from tests.export.tiny_checkpoint import Trained
+from tests.support.tiny_checkpoint import Trained
 
 
 def to_gguf(trained: Trained, output: Path) -> None:

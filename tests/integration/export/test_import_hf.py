@@ -22,11 +22,11 @@ from pretrain.export.parity import load_exported, same_bits
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import RECORD, WEIGHTS, open_exported_weights
 from pretrain.model.moe.config import RoutedMoE
-from tests.evaluation.tool_runs import run_here
-from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
-from tests.export.test_architectures import NATIVES
+from tests.support.paths import TOOLS
+from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
+from tests.support.tool_runs import run_here
+from tests.unit.export.test_architectures import NATIVES
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 QUICK = {
     "mixtral_8x7b_mini",
     "qwen2_moe: gated shared expert",

@@ -22,7 +22,7 @@ from pretrain.export.import_hf import import_hf
 from pretrain.export.parity import load_exported, same_bits
 from pretrain.export.targets import architectures, choose_target
 from pretrain.export.writer import open_exported_weights
-from tests.export.hf_models import (
+from tests.support.hf_models import (
     LLAMA3,
     MSCALE,
     ROPE,
@@ -33,7 +33,7 @@ from tests.export.hf_models import (
     windows,
     write_config,
 )
-from tests.export.random_checkpoint import small_tokenizer
+from tests.support.random_checkpoint import small_tokenizer
 
 Form = Callable[[dict[str, Any]], dict[str, Any]]
 TIED, WITHOUT = {"tie_word_embeddings": True}, {"head_dim": ...}

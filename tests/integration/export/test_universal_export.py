@@ -15,8 +15,8 @@ from pretrain.config.load import recipe_to_yaml
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import export_universal
 from pretrain.train import main
-from tests.export.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
-from tests.launch.tiny_run import make_tiny, make_trainer, own_process
+from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
+from tests.support.tiny_run import make_tiny, make_trainer, own_process
 
 KINDS = {
     "native": ["model.moe.kind=deepspeed", "model.moe.drop_tokens=false"],

@@ -7,14 +7,9 @@ import pytest
 
 from pretrain.core.errors import run_command
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, make_tiny, own_process
+from tests.support.tiny_run import Tiny, own_process
 
 Command = Callable[[list[str]], tuple[int, str]]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ from pretrain.config.load import load_recipe
 from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import resolve_precision
 from pretrain.run.folder import start_over
-from tests.launch.tiny_run import LAUNCHERS, ROOT, Started, Tiny
+from tests.support.paths import LAUNCHERS, ROOT
+from tests.support.tiny_run import Started, Tiny
 
 Command = Callable[[list[str]], tuple[int, str]]
 # The native layer renormalises with top_k 2 and drops nothing here, so that only the tested fault

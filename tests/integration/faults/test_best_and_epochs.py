@@ -11,8 +11,8 @@ from typing import Any
 from pretrain.checkpoint.layout import pointers, read_state
 from pretrain.guards.detect import Violation
 from pretrain.training.trainer import Trainer
-from tests.guards.injection import Injection, poison_batches
-from tests.launch.tiny_run import Tiny, curve, make_trainer
+from tests.support.fault_injection import Injection, poison_batches
+from tests.support.tiny_run import Tiny, curve, make_trainer
 
 SMALL = (
     "model.num_hidden_layers=1",

@@ -24,7 +24,7 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.core.errors import CheckpointError
 from pretrain.train import main
-from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, make_trainer
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, make_trainer
 
 Command = Callable[[list[str]], tuple[int, str]]
 

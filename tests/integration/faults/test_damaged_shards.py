@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.errors import BAD_DATA
-from tests.launch.tiny_run import LAUNCHERS, Started, Tiny
+from tests.support.paths import LAUNCHERS
+from tests.support.tiny_run import Started, Tiny
 
 Command = Callable[[list[str]], tuple[int, str]]
 

@@ -17,7 +17,7 @@ from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.engine.engine import Engine
 from pretrain.engine.step import StepResult
-from tests.launch.tiny_run import Tiny, make_trainer
+from tests.support.tiny_run import Tiny, make_trainer
 
 Command = Callable[[list[str]], tuple[int, str]]
 

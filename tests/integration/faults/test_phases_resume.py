@@ -24,7 +24,7 @@ from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.model.decoder import DecoderLM
 from pretrain.run.lr_finder import prepare
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, curve
+from tests.support.tiny_run import Tiny, curve
 
 Command = Callable[[list[str]], tuple[int, str]]
 # Batch warm-up, longer sequences on another base, better data with a decay and a frozen router:
@@ -62,7 +62,7 @@ def weights_of(run: Path, step: int) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run; tests only read it."""
-    from tests.launch.tiny_run import own_process
+    from tests.support.tiny_run import own_process
 
     run = tmp_path_factory.mktemp("whole") / "run"
     with own_process():
@@ -206,7 +206,7 @@ DECAY = "phases=[{name: trunk, tokens: 768}, {name: decay, schedule: {kind: line
 @pytest.fixture(scope="module")
 def trunk(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of constant learning rate, with a checkpoint of step 3."""
-    from tests.launch.tiny_run import own_process
+    from tests.support.tiny_run import own_process
 
     run = tmp_path_factory.mktemp("trunk") / "run"
     with own_process():

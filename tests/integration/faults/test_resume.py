@@ -15,7 +15,7 @@ from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.core.errors import PREEMPTED
 from pretrain.model.decoder import DecoderLM
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, curve, make_trainer
+from tests.support.tiny_run import Tiny, curve, make_trainer
 
 STEPS, ACCUMULATION = 7, 2
 CASES = [("fp32", 1), ("bf16", 2)]

@@ -13,7 +13,8 @@ import pytest
 
 from pretrain.core.errors import PEER_LOST, PREEMPTED
 from pretrain.engine.topology import free_port
-from tests.launch.tiny_run import LAUNCHERS, SCRIPT, Started, Tiny, curve, wait_for_step
+from tests.support.paths import LAUNCHERS
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
 
 Command = Callable[[list[str]], tuple[int, str]]
 STEPS = 45

@@ -20,8 +20,8 @@ from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import GuardError, NonFiniteError
 from pretrain.train import main
 from pretrain.training.trainer import Trainer
-from tests.guards.injection import Injection, poison_batches
-from tests.launch.tiny_run import Tiny, curve, make_trainer
+from tests.support.fault_injection import Injection, poison_batches
+from tests.support.tiny_run import Tiny, curve, make_trainer
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SMALL = (

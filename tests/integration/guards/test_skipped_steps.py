@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from tests.distributed.test_same_numbers_everywhere import run_cases
+from tests.integration.distributed.test_same_numbers_everywhere import run_cases
+from tests.support.paths import WORKERS
 
-WORKER = Path(__file__).with_name("skip_worker.py")
+WORKER = WORKERS / "skipped_steps.py"
 SIZES = [
     "model.vocab_size=128",
     "train.global_batch_size=8",

@@ -12,10 +12,11 @@ import pytest
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.engine.topology import free_port
-from tests.guards.test_guarded_runs import incidents
-from tests.launch.tiny_run import LAUNCHERS, Started, Tiny, curve
+from tests.integration.guards.test_guarded_runs import incidents
+from tests.support.paths import LAUNCHERS, WORKERS
+from tests.support.tiny_run import Started, Tiny, curve
 
-SCRIPT = Path(__file__).with_name("injected.py")
+SCRIPT = WORKERS / "faulty_training.py"
 FAULTS: list[dict[str, Any]] = [
     {"rank": 1, "micro_batch": 1, "place": "expert", "factor": "nan", "batches": [2]},
     {"rank": 0, "micro_batch": 0, "place": "loss", "factor": "inf", "batches": [4]},

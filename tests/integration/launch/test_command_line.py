@@ -14,7 +14,8 @@ from pretrain.callbacks.evaluation import ContinuousEvaluation
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import only_writer
 from pretrain.train import main
-from tests.launch.tiny_run import LAUNCHERS, Started, Tiny, curve
+from tests.support.paths import LAUNCHERS
+from tests.support.tiny_run import Started, Tiny, curve
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.tiny_run import LAUNCHERS, ROOT, Started, Tiny, curve
+from tests.support.paths import LAUNCHERS, ROOT
+from tests.support.tiny_run import Started, Tiny, curve
 
 COLUMNS = ("loss", "total_loss", "grad_norm", "validation_loss")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.tiny_run import ROOT, Started, Tiny
+from tests.support.paths import ROOT
+from tests.support.tiny_run import Started, Tiny
 
 FIELDS = (
     "train_tokens", "tokens_per_second", "parameters_total", "parameters_active", "validation_loss", "perplexity", "bigram_loss", "bits_per_byte",

@@ -22,11 +22,12 @@ from pretrain.config.load import load_recipe
 from pretrain.core.errors import BAD_CHECKPOINT, DONE, USAGE, CheckpointError, ConfigError
 from pretrain.export.writer import open_exported_weights
 from pretrain.merging.blend import decay_rates, uniform_rates, weighted_rates
-from tests.export.tiny_checkpoint import STEPS, Trained, make_trained, seal
-from tests.merging.variants import over_ranks, shaken, variant
+from tests.support.checkpoint_variants import over_ranks, shaken, variant
+from tests.support.paths import TOOLS
+from tests.support.tiny_checkpoint import STEPS, Trained, make_trained, seal
 from tools.merge_checkpoints import main
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_checkpoints.py"
+TOOL = TOOLS / "merge_checkpoints.py"
 
 
 def written_weights(folder: Path) -> dict[str, torch.Tensor]:

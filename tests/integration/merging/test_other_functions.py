@@ -19,8 +19,8 @@ from pretrain.checkpoint.weights import load_state_dict
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.run.dry_run import planned_weights
-from tests.export.tiny_checkpoint import Trained
-from tests.merging.variants import changed_recipe, variant
+from tests.support.checkpoint_variants import changed_recipe, variant
+from tests.support.tiny_checkpoint import Trained
 from tools.merge_checkpoints import main
 
 PLAIN = "model.attention.qk_norm=none"

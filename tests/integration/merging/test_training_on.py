@@ -15,7 +15,7 @@ from pretrain.checkpoint.layout import RECIPE
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import CheckpointError
 from pretrain.train import main
-from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve, own_process
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, own_process
 from tools.upcycle import main as upcycle
 
 DENSE = ("model.layer_pattern.kind=all_dense", "model.intermediate_size=32", "model.moe=null")

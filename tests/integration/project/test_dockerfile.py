@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from pathspec import GitIgnoreSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 TARGETS = ("cpu", "cuda")
 Instruction = tuple[str, str]
 

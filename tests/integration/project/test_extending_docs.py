@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 PAGES = sorted((ROOT / "docs").glob("extending*.md"))
 EXAMPLE = re.compile(r"```python\n# (\w+)\.py\n(.*?)```\n(.*?)\n(?:\n|$)", re.DOTALL)
 SETTING = re.compile(r'`--set "(.*)"`')

@@ -17,8 +17,8 @@ import pytest
 
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps import launch
-from tests.launch.tiny_run import LAUNCHERS, STEP_TOKENS, Started, Tiny, own_process
-from tests.sweeps.sweep_runs import (
+from tests.support.paths import LAUNCHERS, WORKERS
+from tests.support.sweep_runs import (
     ABLATIONS,
     SWEEP,
     TwiceAtOnce,
@@ -30,6 +30,7 @@ from tests.sweeps.sweep_runs import (
     wait_watching,
     write_axes,
 )
+from tests.support.tiny_run import STEP_TOKENS, Started, Tiny, own_process
 from tools import run_ablations, sweep
 
 RATE = "optimizer.learning_rate"
@@ -195,7 +196,7 @@ def test_a_tpe_search_runs_its_trials_and_more_once_retries_what_failed_and_is_d
 ) -> None:
     (tmp_path / "launchers").mkdir()
     shutil.copy(LAUNCHERS / "supervise.py", tmp_path / "launchers")
-    shutil.copy(Path(__file__).with_name("stand_in.py"), tmp_path / "launchers" / "pretrain.py")
+    shutil.copy(WORKERS / "simulated_training.py", tmp_path / "launchers" / "pretrain.py")
     monkeypatch.setattr(launch, "LAUNCHERS", tmp_path / "launchers")
     axes, output = (
         ("--axis", f"{RATE}=log:1e-4:1e-1", "--axis", "model.moe.top_k=[1,2]"),

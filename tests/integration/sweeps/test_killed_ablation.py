@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.tiny_run import STEP_TOKENS, Tiny
-from tests.sweeps.sweep_runs import (
+from tests.support.sweep_runs import (
     ABLATIONS,
     SAME_NUMBERS,
     TwiceAtOnce,
@@ -25,6 +24,7 @@ from tests.sweeps.sweep_runs import (
     wait_watching,
     write_axes,
 )
+from tests.support.tiny_run import STEP_TOKENS, Tiny
 
 STEPS = 12
 

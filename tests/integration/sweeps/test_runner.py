@@ -29,9 +29,9 @@ from pretrain.sweeps.launch import (
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.study import Design, Study, base_mapping, is_written_to, try_lock
-from tests.launch.tiny_run import LAUNCHERS
+from tests.support.paths import LAUNCHERS, WORKERS
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+SIMULATED_TRAINING = WORKERS / "simulated_training.py"
 RATES = [0.1, 0.01, 0.001]
 
 
@@ -40,7 +40,7 @@ def new_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     launchers = tmp_path / "launchers"
     launchers.mkdir()
     shutil.copy(LAUNCHERS / "supervise.py", launchers)
-    shutil.copy(STAND_IN, launchers / "pretrain.py")
+    shutil.copy(SIMULATED_TRAINING, launchers / "pretrain.py")
     monkeypatch.setattr(launch, "LAUNCHERS", launchers)
 
     def make(

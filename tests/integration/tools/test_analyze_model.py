@@ -13,9 +13,10 @@ import pytest
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import DONE, ConfigError, StorageError
 from pretrain.model.sizes import COMPONENTS
+from tests.support.paths import TOOLS
 from tools.analyze_model import analyze, main, memory_by_layout, model_size, sized_model
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_model.py"
+TOOL = TOOLS / "analyze_model.py"
 
 
 def run(*arguments: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,8 @@ import torch
 import pretrain.train
 from pretrain.core.errors import ConfigError
 from pretrain.model.decoder import DecoderLM
-from tests.launch.tiny_run import ROOT, Started, Tiny, curve, make_tiny, own_process
+from tests.support.paths import ROOT
+from tests.support.tiny_run import Started, Tiny, curve, make_tiny, own_process
 from tools import find_learning_rate
 
 Find = Callable[..., dict[str, Any]]

@@ -17,10 +17,11 @@ from pretrain.checkpoint.inspect import compare_checkpoints, inspect_checkpoint
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import BAD_CHECKPOINT, DONE
 from pretrain.core.files import file_sha256
-from tests.export.tiny_checkpoint import STEPS, Trained, make_trained
-from tests.merging.variants import over_ranks, variant
+from tests.support.checkpoint_variants import over_ranks, variant
+from tests.support.paths import TOOLS
+from tests.support.tiny_checkpoint import STEPS, Trained, make_trained
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_checkpoint.py"
+TOOL = TOOLS / "inspect_checkpoint.py"
 NAME = "layers.1.feed_forward.experts.w1"
 
 

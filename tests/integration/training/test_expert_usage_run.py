@@ -21,10 +21,11 @@ from pretrain.analysis.expert_usage import (
     window_steps,
 )
 from pretrain.engine.monitor import TRAIN_LOSS
-from tests.distributed.test_same_numbers_everywhere import Results, run_cases
-from tests.launch.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
+from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
+from tests.support.paths import WORKERS
+from tests.support.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
 
-WORKER = Path(__file__).resolve().parents[1] / "combinations" / "mini_worker.py"
+WORKER = WORKERS / "training_runs.py"
 PEER = (
     "model.moe={kind: peer, product_key_sizes: [8, 8], query_dim: 16, num_heads: 2, top_k: 4,"
     " moe_intermediate_size: 1}"

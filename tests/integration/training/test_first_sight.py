@@ -16,7 +16,7 @@ from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
 from pretrain.callbacks.events import events_of
 from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.engine.monitor import Monitor
-from tests.launch.tiny_run import SCRIPT, Started, curve, make_tiny
+from tests.support.tiny_run import SCRIPT, Started, curve, make_tiny
 
 # TensorBoard sorts by these names; all of its digits here are single, so that Python sorts alike.
 TRAINING = [

@@ -16,7 +16,7 @@ from pretrain.core.errors import CheckpointError
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, make_trainer, own_process
+from tests.support.tiny_run import Tiny, make_trainer, own_process
 
 SLOWLY = ("optimizer.learning_rate=1e-30",)  # what is saved is what it started from
 

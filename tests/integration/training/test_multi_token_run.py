@@ -13,7 +13,7 @@ import pytest
 from pretrain.checkpoint.layout import write_pointer
 from pretrain.checkpoint.weights import load_model
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny, curve
+from tests.support.tiny_run import Tiny, curve
 
 MULTI_TOKEN = "model.multi_token_prediction={loss_weight: 0.3}"
 KINDS = {

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.engine.topology import free_port
-from tests.launch.tiny_run import ROOT, SCRIPT, STEP_TOKENS, WORDS, Started
+from tests.support.paths import ROOT, TOOLS
+from tests.support.tiny_run import SCRIPT, STEP_TOKENS, WORDS, Started
 
-PARTS = Path(__file__).with_name("parts")
-TOOLS = ROOT / "tools"
+PARTS = ROOT / "tests" / "support" / "plugin_package"
 STEPS = 10
 RECIPE = """\
 name: outside

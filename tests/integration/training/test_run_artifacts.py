@@ -23,14 +23,14 @@ from pretrain.checkpoint.layout import pointers, read_state, resolve_checkpoint
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import CheckpointError
 from pretrain.train import main
-from tests.callbacks.tracker_files import (
+from tests.support.tiny_run import Tiny, curve, own_process
+from tests.support.tracker_files import (
     comet_messages,
     comet_metrics,
     holding,
     wandb_history,
     wandb_records,
 )
-from tests.launch.tiny_run import Tiny, curve, own_process
 
 FIRST, LAST = 4, 7
 LENGTH, MICRO_BATCH = 32, 8

@@ -15,8 +15,8 @@ import pytest
 from pretrain.callbacks.build import missing_packages
 from pretrain.config.load import load_recipe
 from pretrain.config.trackers import Comet
-from tests.callbacks.tracker_files import wandb_history, wandb_records
-from tests.launch.tiny_run import SCRIPT, Started, Tiny, curve
+from tests.support.tiny_run import SCRIPT, Started, Tiny, curve
+from tests.support.tracker_files import wandb_history, wandb_records
 
 STEPS, SAMPLES_OF_A_STEP = 2, 8
 

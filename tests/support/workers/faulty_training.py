@@ -14,7 +14,7 @@ import pretrain.train
 from pretrain.core.errors import run_command
 from pretrain.run import build
 from pretrain.training.trainer import Trainer
-from tests.guards.injection import Injection, poison_batches
+from tests.support.fault_injection import Injection, poison_batches
 
 
 def build_faulty(*given: Any) -> Trainer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.evaluation.tool_runs import run_here
+from tests.support.tool_runs import run_here
 
 TASKS = {
     "local_choice": {

@@ -33,7 +33,7 @@ from pretrain.evaluation.generation.generate import NextLogits, generate, native
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.perplexity import evaluate
 from pretrain.model.decoder import DecoderLM
-from tests.distributed.matrix_worker import synthetic_step
+from tests.support.workers.training_steps import synthetic_step
 
 STEPS, SAVED_AT, NEW_TOKENS = 6, 3, 8
 PROMPT = [5, 17, 99, 3, 64, 12]

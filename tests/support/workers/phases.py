@@ -27,7 +27,7 @@ from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
 from pretrain.model.config import ModelConfig
 from pretrain.optim.frozen import frozen_parameters, part_of
-from tests.distributed.matrix_worker import synthetic_step, whole_weights
+from tests.support.workers.training_steps import synthetic_step, whole_weights
 
 
 def moved_parts(

@@ -26,8 +26,8 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect
 from pretrain.guards.locate import find_non_finite
-from tests.distributed.matrix_worker import synthetic_step
-from tests.guards.injection import Injection
+from tests.support.fault_injection import Injection
+from tests.support.workers.training_steps import synthetic_step
 
 
 def make_engine(case: dict[str, Any]) -> tuple[Recipe, Engine]:

@@ -12,7 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.paths import TOOLS
 
 
 def run(tool: str, *arguments: str) -> int:

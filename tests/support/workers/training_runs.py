@@ -21,7 +21,7 @@ from pretrain.checkpoint.layout import complete_checkpoints, step_folder, write_
 from pretrain.engine.topology import disconnect
 from pretrain.run.folder import CHECKPOINTS, SUMMARY
 from pretrain.train import main as train
-from tests.launch.tiny_run import curve, own_process
+from tests.support.tiny_run import curve, own_process
 
 
 def cut_back(checkpoints: Path, step: int) -> None:

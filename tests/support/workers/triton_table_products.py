@@ -21,7 +21,7 @@ from pretrain.model.moe.tables import products_triton as row_products_triton
 from pretrain.model.moe.tables.interface import Bags, Kernel
 from pretrain.model.moe.tables.products import PLAIN
 from pretrain.model.moe.tables.products_triton import TRITON
-from tests.model.row_cases import CHOICES, assert_same, computed, random_case
+from tests.support.table_product_cases import CHOICES, assert_same, computed, random_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

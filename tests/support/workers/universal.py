@@ -23,7 +23,7 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.step import reduce_steps
 from pretrain.engine.topology import connect, disconnect
 from pretrain.export.convert import export_universal
-from tests.distributed.matrix_worker import synthetic_step
+from tests.support.workers.training_steps import synthetic_step
 
 SIZES = [
     "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",

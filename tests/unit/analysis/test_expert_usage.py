@@ -30,6 +30,7 @@ from pretrain.analysis.expert_usage import (
     window_steps,
 )
 from pretrain.core.errors import DataError
+from tests.support.paths import ROOT
 
 MILLION = 1 << 20
 counts = (
@@ -195,9 +196,4 @@ def test_a_damaged_file_and_one_without_counts_are_told(tmp_path: Path) -> None:
 
 def test_the_analysis_needs_no_torch() -> None:
     code = "import sys, pretrain.analysis.expert_usage; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]
-        ).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

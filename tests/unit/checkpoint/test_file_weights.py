@@ -16,7 +16,7 @@ from pretrain.checkpoint.foreign_state_dict import FileWeights
 from pretrain.checkpoint.initialize_from import fill
 from pretrain.core.errors import CheckpointError
 from pretrain.model.decoder import DecoderLM
-from tests.model.tiny_model import KINDS, tiny_config, tiny_model
+from tests.support.tiny_model import KINDS, tiny_config, tiny_model
 
 MODEL = tiny_model(KINDS["dropless"], seed=5)
 STATE = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}

@@ -11,6 +11,7 @@ import pytest
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import ConfigError
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage_of
+from tests.support.paths import DS_CONFIGS
 
 ORIGIN = "my.json"
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "float32"}}
@@ -207,7 +208,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_shipped_file_is_found_by_name_and_a_file_of_the_user_s_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shipped = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+    shipped = DS_CONFIGS / "zero2.json"
     monkeypatch.chdir(tmp_path)
     assert read_ds_config("zero2") == read_ds_config(str(shipped))
     (tmp_path / "zero2").write_text('{"zero_optimization": {"stage": 3}}')

@@ -18,8 +18,7 @@ from pretrain.core.errors import ConfigError
 from pretrain.core.shipped import recipe_names
 from pretrain.model.moe.config import DeepSpeedMoE
 from pretrain.optim.config import SGD, AdamW
-
-RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"
+from tests.support.paths import RECIPES, ROOT
 
 
 def recipe_file(folder: Path, text: str) -> str:
@@ -212,7 +211,7 @@ def test_loading_a_recipe_needs_neither_torch_nor_deepspeed() -> None:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=RECIPES.parents[1],
+        cwd=ROOT,
         check=True,
     )
     assert result.stdout.strip() == "set()"

@@ -209,8 +209,11 @@ def test_batch_norm_over_queries_is_warned_about() -> None:
 def test_every_rule_has_a_case() -> None:
     of_phases = {rule.__name__ for rule in PHASE_RULES} | {
         "phases_can_run"
-    }  # tests/config/test_timeline.py
-    of_widths = {"base_fits_the_model", "mup_knows_the_parts"}  # tests/config/test_width_rules.py
+    }  # tests/unit/config/test_timeline.py
+    of_widths = {
+        "base_fits_the_model",
+        "mup_knows_the_parts",
+    }  # tests/unit/config/test_width_rules.py
     assert {name.partition("/")[0] for name in BROKEN} == {
         rule.__name__ for rule in RULES
     } - of_phases - of_widths

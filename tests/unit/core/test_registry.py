@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 # Each case runs in a process of its own: a kind stays defined for as long as its process lives.
 LATE = """
 from typing import ClassVar, Literal
@@ -16,6 +16,7 @@ from pretrain.config.load import load_recipe, recipe_to_yaml, parse_yaml, valida
 from pretrain.core.errors import ConfigError
 from pretrain.model.moe.routers import SoftmaxTopK
 from pretrain.model.config import Norm
+from tests.support.paths import ROOT
 
 def error_of(*overrides):
     try:

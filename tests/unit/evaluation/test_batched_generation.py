@@ -18,8 +18,8 @@ from pretrain.evaluation.generation.generate import (
 )
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.model.decoder import DecoderLM
-from tests.model.every_kind import KINDS, OPTIONS
-from tests.model.tiny_model import tiny_model
+from tests.support.model_kinds import KINDS, OPTIONS
+from tests.support.tiny_model import tiny_model
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7], [2, 7, 1, 8], [11, 12, 13, 14, 15, 16]]

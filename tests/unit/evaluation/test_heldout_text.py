@@ -27,7 +27,7 @@ from pretrain.evaluation.heldout.text import (
     TokensInMemory,
     read_split,
 )
-from tests.data_pipeline.data_folder import stream_of
+from tests.support.data_folder import stream_of
 
 
 def documents(*lengths: int) -> TokensInMemory:

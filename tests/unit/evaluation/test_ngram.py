@@ -23,7 +23,7 @@ from pretrain.evaluation.heldout.ngram import (
     ngram_nll,
     sample_pairs,
 )
-from tests.data_pipeline.data_folder import stream_of
+from tests.support.data_folder import stream_of
 
 VOCAB = 40
 

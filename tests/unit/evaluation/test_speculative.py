@@ -22,7 +22,7 @@ from pretrain.evaluation.generation.speculative import (
     speculate,
 )
 from pretrain.model.decoder import DecoderLM
-from tests.model.tiny_model import KINDS, random_tokens, tiny_model
+from tests.support.tiny_model import KINDS, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 MULTI_TOKEN = "model.multi_token_prediction={loss_weight: 0.3}"

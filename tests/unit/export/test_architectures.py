@@ -23,7 +23,7 @@ from pretrain.export.parity import (
 from pretrain.export.targets import architectures, choose_target, representable, targets
 from pretrain.export.writer import INDEX, open_exported_weights
 from pretrain.model.decoder import DecoderLM
-from tests.export.random_checkpoint import (
+from tests.support.random_checkpoint import (
     TEXT,
     VOCAB_SIZE,
     random_checkpoint,

@@ -16,7 +16,7 @@ from pretrain.export.import_hf import import_hf
 from pretrain.export.parity import load_exported
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.export.hf_models import YARN, fields_of, saved, windows, write_config
+from tests.support.hf_models import YARN, fields_of, saved, windows, write_config
 
 # One layer of experts each: with several, transformers counts the tokens of all of them together.
 ONE: dict[str, dict[str, Any]] = {

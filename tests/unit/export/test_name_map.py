@@ -20,7 +20,7 @@ from pretrain.export.name_map import (
     to_ours,
     to_theirs,
 )
-from tests.export.held_tensors import Held
+from tests.support.in_memory_tensors import Held
 
 LINKS: Links = [
     *expand({"embedding.weight": "embed.weight"}, rows=5),

@@ -23,8 +23,7 @@ from pretrain.export.name_map import their_forms, to_ours
 from pretrain.export.parity import compare_logits, reference_model
 from pretrain.export.targets import architectures
 from pretrain.export.writer import open_exported_weights
-from tests.export.held_tensors import Held
-from tests.export.hf_models import (
+from tests.support.hf_models import (
     BASES,
     LLAMA3,
     ROPE,
@@ -34,6 +33,7 @@ from tests.export.hf_models import (
     windows,
     write_config,
 )
+from tests.support.in_memory_tensors import Held
 
 # A size that is another one makes its neighbours not fit: the refusal names one of them, in
 # transformers' words or in ours.

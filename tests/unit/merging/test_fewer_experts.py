@@ -31,8 +31,8 @@ from pretrain.merging.usage import answers, measure, moe_layers
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe.config import DeepSpeedMoE
-from tests.export.tiny_checkpoint import Trained
-from tests.merging.variants import changed_recipe, variant
+from tests.support.checkpoint_variants import changed_recipe, variant
+from tests.support.tiny_checkpoint import Trained
 from tools.merge_checkpoints import main
 
 SIGMOID = ("model.moe.router={kind: sigmoid_topk}", "model.moe.bias_balancing={}")

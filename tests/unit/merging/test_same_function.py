@@ -40,8 +40,8 @@ from pretrain.model.init import initialize
 from pretrain.model.init_config import BaseWidths, Initialization
 from pretrain.model.moe.config import BiasBalancing, MoE
 from pretrain.model.moe.routers import ExpertGroups, Router
-from tests.model.every_kind import CASES, LATENT
-from tests.model.tiny_model import random_tokens, tiny_config
+from tests.support.model_kinds import CASES, LATENT
+from tests.support.tiny_model import random_tokens, tiny_config
 
 Fields = set[tuple[type[Section], str]]
 NATIVE = "model.moe.kind=deepspeed"

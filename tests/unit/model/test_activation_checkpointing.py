@@ -12,7 +12,7 @@ from pretrain.model import decoder
 from pretrain.model.decoder import DecoderLM, TrainOutput
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.router import TopKRouter
-from tests.model.tiny_model import KINDS, random_tokens, tiny_model
+from tests.support.tiny_model import KINDS, random_tokens, tiny_model
 
 B, S, K = 2, 16, 2
 DENSE = "model.moe=null"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.evaluation.call_dependence import call_dependence
 from pretrain.model.decoder import DecoderLM
-from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
+from tests.support.tiny_model import random_tokens, tiny_config, tiny_model
 
 S, CHANGED = 64, 40
 ROUTED = ("model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.eval_capacity_factor=1")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.model.loss import IGNORED_LABEL, LanguageModelHead
-from tests.model.tiny_model import random_tensor
+from tests.support.tiny_model import random_tensor
 
 D, VOCAB, PADDED, TOKENS = 16, 50, 64, 37
 

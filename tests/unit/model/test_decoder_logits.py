@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.model.tiny_model import KINDS, VOCAB_SIZE, random_tokens, tiny_model
+from tests.support.tiny_model import KINDS, VOCAB_SIZE, random_tokens, tiny_model
 
 DROPPING = (
     "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 24,"

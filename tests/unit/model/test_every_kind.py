@@ -22,8 +22,8 @@ from pretrain.core.registry import OneOf
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import Role
-from tests.model.every_kind import CASES, FAMILIES, OPTIONS, registered
-from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
+from tests.support.model_kinds import CASES, FAMILIES, OPTIONS, registered
+from tests.support.tiny_model import random_tokens, tiny_config, tiny_model
 
 B, S = 2, 24
 

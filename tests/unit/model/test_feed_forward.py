@@ -14,7 +14,7 @@ from pretrain.core.registry import kinds_of
 from pretrain.model.config import FeedForward as FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 from pretrain.model.moe.dropless import DroplessMoE
-from tests.model.tiny_model import random_tensor, tiny_config
+from tests.support.tiny_model import random_tensor, tiny_config
 
 D, F = 32, 24
 Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

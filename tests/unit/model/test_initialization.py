@@ -9,7 +9,7 @@ import torch
 
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from tests.model.tiny_model import KINDS, tiny_config, tiny_model
+from tests.support.tiny_model import KINDS, tiny_config, tiny_model
 
 E = 4
 MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

@@ -15,9 +15,10 @@ from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
 from pretrain.optim.config import AdamW
 from pretrain.run.memory import activation_bytes, state_bytes_per_rank
-from tests.model.tiny_model import KINDS, VOCAB_SIZE, tiny_config, tiny_model
+from tests.support.paths import DS_CONFIGS
+from tests.support.tiny_model import KINDS, VOCAB_SIZE, tiny_config, tiny_model
 
-DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+DS_CONFIG_FILES = sorted(DS_CONFIGS.glob("*.json"))
 ADAMW = AdamW(learning_rate=1e-3)
 WIDE = "model.intermediate_size=48"
 PATTERNS = {
@@ -259,7 +260,7 @@ def test_what_a_token_goes_through_raises_the_activation_estimate() -> None:
     )
 
 
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DS_CONFIG_FILES, ids=lambda path: path.name)
 def test_every_shipped_ds_config_resolves(path: Path) -> None:
     resolved = resolve_ds_config(
         read_ds_config(str(path)), str(path), load_recipe("debug"), "fp32", 4, 1
@@ -270,4 +271,4 @@ def test_every_shipped_ds_config_resolves(path: Path) -> None:
 
 def test_shipped_files_are_found_at_all() -> None:
     assert {"debug", "quickstart"} <= set(recipe_names())
-    assert "zero1.json" in {path.name for path in DS_CONFIGS}
+    assert "zero1.json" in {path.name for path in DS_CONFIG_FILES}

@@ -16,7 +16,7 @@ from pretrain.model.decoder import DecoderLM, TrainOutput
 from pretrain.model.loss import IGNORED_LABEL
 from pretrain.model.multi_token import shifted_by_one
 from pretrain.optim.param_groups import parameter_role
-from tests.model.tiny_model import KINDS, random_tokens, tiny_config, tiny_model
+from tests.support.tiny_model import KINDS, random_tokens, tiny_config, tiny_model
 
 MULTI_TOKEN = "model.multi_token_prediction={loss_weight: 0.3}"
 DENSE = ("model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermediate_size=48")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain.model.norm import LayerNorm, RMSNorm
-from tests.model.tiny_model import random_tensor
+from tests.support.tiny_model import random_tensor
 
 
 def test_rms_norm_is_its_formula() -> None:

@@ -27,7 +27,7 @@ from pretrain.model.positions.llama3 import Llama3Position, llama3_frequencies
 from pretrain.model.positions.rope import apply_rope, inverse_frequencies, rope_tables
 from pretrain.model.positions.yarn import YarnPosition, yarn_frequencies
 from pretrain.optim.param_groups import parameter_role
-from tests.model.tiny_model import random_tensor, tiny_config, tiny_model
+from tests.support.tiny_model import random_tensor, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 H = 8

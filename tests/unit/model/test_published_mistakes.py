@@ -18,7 +18,7 @@ from pretrain.model.block import Block
 from pretrain.model.init import initialize
 from pretrain.model.moe.losses import LOSSES, RoutedBatch, cv_loss, z_loss
 from pretrain.model.moe.router import Routing
-from tests.model.tiny_model import random_tokens, tiny_model
+from tests.support.tiny_model import random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 17, seed=3)
 

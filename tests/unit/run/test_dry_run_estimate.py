@@ -13,7 +13,7 @@ import torch
 from pretrain.core.accelerators import ACCELERATORS, accelerator, accelerator_of_device
 from pretrain.core.errors import ConfigError
 from pretrain.train import main
-from tests.launch.tiny_run import Tiny
+from tests.support.tiny_run import Tiny
 
 Plan = Callable[..., dict[str, Any]]
 

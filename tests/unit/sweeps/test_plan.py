@@ -18,7 +18,7 @@ from pretrain.sweeps.command import exit_code
 from pretrain.sweeps.plan import checked_points, planned_points, planned_study, searching
 from pretrain.sweeps.report import incomparable, markdown, point_rows
 from pretrain.sweeps.study import SETTLED, Design, Record, Study, base_mapping, open_study
-from tests.launch.tiny_run import Tiny
+from tests.support.tiny_run import Tiny
 
 TOP_K = "model.moe.top_k"
 

@@ -11,9 +11,10 @@ import pytest
 
 from pretrain.analysis.expert_usage import UsageWindow, load_window, save_window, usage_columns
 from pretrain.core.errors import BAD_DATA, DONE, USAGE, run_command
+from tests.support.paths import TOOLS
 from tools.expert_usage import main
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_usage.py"
+TOOL = TOOLS / "expert_usage.py"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from data_pipeline.cleaning.near_duplicates import (
     num_bands,
     shingles,
 )
+from tests.support.paths import ROOT
 
 DEFAULT = NearDuplicates()
 PROSE = " ".join(random.Random(5).choices([f"term{number}" for number in range(2000)], k=400))
@@ -149,6 +149,6 @@ def test_bands_are_the_same_in_every_process_and_version() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert output.stdout.strip() == str(recorded)

@@ -23,7 +23,7 @@ from data_pipeline.shards.token_stream import OPEN_FILES, Shard, TokenStream, op
 from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.data_folder import EOD, counting_stream, stream_of, write_folder
+from tests.support.data_folder import EOD, counting_stream, stream_of, write_folder
 
 
 def windows_of(folder: Path, num_tokens: int, sequence_length: int = 4) -> Windows:

@@ -22,7 +22,7 @@ from data_pipeline.loading.shuffle import sample_indices
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.data_folder import counting_stream
+from tests.support.data_folder import counting_stream
 
 S = 4
 Sizes = dict[str, int]

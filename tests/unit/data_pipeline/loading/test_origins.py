@@ -17,7 +17,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
-from tests.data_pipeline.data_folder import EOD, write_folder
+from tests.support.data_folder import EOD, write_folder
 
 
 def data(folder: Path) -> Manifest:

@@ -36,7 +36,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import DataError, StorageError
 from pretrain.model.decoder import DecoderLM
-from tests.data_pipeline.data_folder import EOD, stream_of, write_folder
+from tests.support.data_folder import EOD, stream_of, write_folder
 
 PAD = 999
 Documents = list[list[list[int]]]

@@ -15,7 +15,7 @@ from data_pipeline.loading.packing import Windows
 from data_pipeline.loading.plan import LoaderPhase
 from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
 from pretrain.core.errors import ConfigError
-from tests.data_pipeline.data_folder import counting_stream
+from tests.support.data_folder import counting_stream
 
 LONGEST = 8
 SIZES = {"a": 40, "b": 24}

@@ -24,7 +24,7 @@ from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.data_folder import write_folder
+from tests.support.data_folder import write_folder
 
 S, STEPS, EOD = 16, 9, 256
 SHARE = 0.3

@@ -19,7 +19,7 @@ from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import DataError
-from tests.data_pipeline.source_reading import write
+from tests.support.source_reading import write
 
 LINE = '{"text": "some words of text"}\n'
 

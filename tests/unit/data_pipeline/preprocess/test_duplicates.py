@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
+from tests.support.paths import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
 Digests = NDArray[np.uint64]
 
 
@@ -199,7 +199,7 @@ def test_two_million_documents_take_seconds_and_bounded_memory(tmp_path: Path) -
         capture_output=True,
         text=True,
         check=True,
-        cwd=REPOSITORY,
+        cwd=ROOT,
     )
     seconds, megabytes = map(float, output.stdout.split())
     marks = np.concatenate([np.load(tmp_path / f"{number}.m.npy") for number in range(units)])

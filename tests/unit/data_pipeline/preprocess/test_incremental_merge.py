@@ -25,7 +25,7 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.indexed import IndexedWriter
 from data_pipeline.shards.manifest import verify
 from pretrain.core.errors import DataError, StorageError
-from tests.data_pipeline.test_build import DOCUMENTS, contents, jsonl, section
+from tests.unit.data_pipeline.preprocess.test_build import DOCUMENTS, contents, jsonl, section
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from data_pipeline.shards.verification import (
     sampled_blocks,
 )
 from pretrain.core.errors import DataError
-from tests.data_pipeline.data_folder import write_folder
+from tests.support.data_folder import write_folder
 
 BLOCK = 1000
 

@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.preprocess.coordinator import BuildResult
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest, verify
 from pretrain.core.errors import DataError
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_fingerprint_follows_the_data_and_not_how_it_was_described(built: BuildR
 
 def test_only_the_loader_imports_torch() -> None:
     program = "import sys, data_pipeline.{}; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).resolve().parent.parent.parent
+    root = ROOT
     assert (
         subprocess.run(
             [sys.executable, "-c", program.format("preprocess.coordinator")], cwd=root

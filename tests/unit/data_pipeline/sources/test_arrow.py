@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.sources import Document
 from data_pipeline.sources.guess import sources_of
 from pretrain.core.errors import DataError, PipelineError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts
+from tests.support.source_reading import left_out, list_units, read_all, read_units, texts
 
 
 def section(path: Path, **fields: object) -> dict[str, object]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 
 from data_pipeline.sources import REASONS, LeftOut
 from pretrain.core.errors import DataError, PipelineError
-from tests.data_pipeline.source_reading import (
+from tests.support.source_reading import (
     left_out,
     list_units,
     read_all,
@@ -177,20 +176,16 @@ def read_apart(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
     """
     script = """if True:
         import sys
-        from source_reading import SECTION, peak_megabytes
+        from tests.support.source_reading import SECTION, peak_megabytes
         from data_pipeline.sources import ReadContext, open_source
         source = open_source(SECTION.validate_python({"kind": sys.argv[1], "input": [sys.argv[2]]}), ReadContext("all", 64 << 20))
         results = [result.reason for unit in source.units(int(sys.argv[3])) for result in source.read(unit)]
         assert set(results) <= {"too_long"}, results
         print(peak_megabytes(), len(results))
     """
-    settings = os.environ | {
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
-    }
     command = [sys.executable, "-c", script, kind, str(path), str(unit_bytes)]
-    megabytes, count = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=settings
-    ).stdout.split()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    megabytes, count = done.stdout.split()
     return int(megabytes), int(count)
 
 

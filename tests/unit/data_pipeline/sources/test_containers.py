@@ -21,8 +21,8 @@ import pytest
 
 from data_pipeline.sources.containers import DamagedStream, open_content
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.generated_inputs import has_tools
-from tests.data_pipeline.source_reading import left_out, read_all, reasons, texts, write
+from tests.support.generated_inputs import has_tools
+from tests.support.source_reading import left_out, read_all, reasons, texts, write
 
 pytestmark = has_tools
 TOOLS = {

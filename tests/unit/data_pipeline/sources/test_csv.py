@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.sources import Document, ReadContext, open_source
 from pretrain.core.errors import DataError
-from tests.data_pipeline.source_reading import SECTION, left_out, read_all, reasons, texts, write
+from tests.support.source_reading import SECTION, left_out, read_all, reasons, texts, write
 
 
 def section(path: str, **fields: object) -> dict[str, object]:

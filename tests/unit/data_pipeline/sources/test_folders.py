@@ -19,7 +19,7 @@ import pytest
 from data_pipeline.sources.folder_walk import say
 from data_pipeline.sources.guess import sources_of
 from pretrain.core.errors import ConfigError, DataError, PipelineError
-from tests.data_pipeline.source_reading import read_all, reasons, texts, write
+from tests.support.source_reading import read_all, reasons, texts, write
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid"

@@ -20,7 +20,7 @@ import pytest
 from data_pipeline.sources.folder_walk import say
 from data_pipeline.sources.guess import sources_of
 from pretrain.core.errors import PipelineError
-from tests.data_pipeline.source_reading import read_all, texts
+from tests.support.source_reading import read_all, texts
 
 SPLIT_WORDS = [
     "train",

@@ -16,8 +16,8 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.sources import REASONS, Document, LeftOut, ReadContext, open_source
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import DataError, PipelineError
-from tests.data_pipeline.generated_inputs import HARMLESS, Case, cases, has_tools
-from tests.data_pipeline.source_reading import SECTION
+from tests.support.generated_inputs import HARMLESS, Case, cases, has_tools
+from tests.support.source_reading import SECTION
 
 pytestmark = has_tools
 UNIT_BYTES = (37, 1 << 20)

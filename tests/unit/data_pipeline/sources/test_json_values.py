@@ -7,7 +7,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.sources.json_values import ValueReader
 from pretrain.core.errors import DataError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, reasons, texts, write
+from tests.support.source_reading import left_out, list_units, read_all, reasons, texts, write
 
 RECORDS: list[dict[str, Any]] = [
     {"text": f"text {number}", "meta": {"of": [number, {"x": "}, {"}]}} for number in range(4)
@@ -224,7 +223,7 @@ def test_any_bytes_come_to_an_end_and_every_byte_is_accounted_for(
 
 SCRIPT = """if True:
     import sys
-    from source_reading import peak_megabytes, SECTION
+    from tests.support.source_reading import peak_megabytes, SECTION
     from data_pipeline.sources import ReadContext, open_source
     source = open_source(SECTION.validate_python({"kind": "jsonl", "input": [sys.argv[1]]}), ReadContext("all"))
     print(sum(1 for unit in source.units(1 << 24) for _ in source.read(unit)), peak_megabytes())
@@ -240,14 +239,7 @@ def test_an_array_of_any_size_is_read_in_flat_memory(tmp_path: Path, megabytes: 
         for _ in range(count - 1):
             stream.write(", " + record)
         stream.write("]")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
-    }
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "a.json")]
-    found, peak = map(
-        int,
-        subprocess.run(
-            command, check=True, capture_output=True, text=True, env=environment
-        ).stdout.split(),
-    )
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found, peak = map(int, done.stdout.split())
     assert found == count and peak < 100

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline.sources import Document, LeftOut
 from pretrain.core.errors import DataError, PipelineError
-from tests.data_pipeline.source_reading import left_out, list_units, read_all, read_units, texts
+from tests.support.source_reading import left_out, list_units, read_all, read_units, texts
 
 
 def section(path: Path, **fields: object) -> dict[str, object]:
@@ -180,20 +180,18 @@ def test_a_large_row_group_is_never_held_whole(tmp_path: Path) -> None:
     assert pq.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 200 << 20
     script = """if True:
         import sys, pyarrow.parquet, pyarrow.compute
-        from source_reading import SECTION, peak_megabytes
+        from tests.support.source_reading import SECTION, peak_megabytes
         from data_pipeline.sources import ReadContext, open_source
         before = peak_megabytes()
         source = open_source(SECTION.validate_python({"kind": "parquet", "input": [sys.argv[1]]}), ReadContext("all"))
         count = sum(len(result.text) == 1 << 20 for unit in source.units(1 << 20) for result in source.read(unit))
         print(count, peak_megabytes() - before)
     """
-    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)],
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
     )
     count, megabytes = map(int, done.stdout.split())
     assert count == 200 and megabytes < 100

@@ -20,7 +20,7 @@ import pytest
 
 from data_pipeline.sources.records import ABSENT, find, suggestion
 from pretrain.core.errors import DataError
-from tests.data_pipeline.source_reading import list_units, read_all, reasons, texts
+from tests.support.source_reading import list_units, read_all, reasons, texts
 
 Table = pa.Table
 CHAT = [[{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "hi"}]]

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.sources import Document, LeftOut
 from data_pipeline.sources.source_code import walk
 from pretrain.core.errors import DataError
-from tests.data_pipeline.source_reading import (
+from tests.support.source_reading import (
     left_out,
     list_units,
     read_all,

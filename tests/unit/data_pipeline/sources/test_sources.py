@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_pipeline import config as data_schema
 from data_pipeline.sources import KINDS, Document, LeftOut, ReadContext, open_source
 from pretrain.core.errors import ConfigError, DataError
-from tests.data_pipeline.source_reading import (
+from tests.support.source_reading import (
     left_out,
     list_units,
     read_all,

@@ -23,7 +23,7 @@ from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import model_size
-from tests.model.tiny_model import random_tensor, tiny_config
+from tests.support.tiny_model import random_tensor, tiny_config
 
 B, M, S, H = 2, 2, 7, 8
 CPU = torch.device("cpu")

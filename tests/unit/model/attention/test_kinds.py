@@ -15,7 +15,7 @@ from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.positions.interface import PositionTerms
-from tests.model.tiny_model import random_tensor, random_tokens, tiny_model
+from tests.support.tiny_model import random_tensor, random_tokens, tiny_model
 
 B, S, N, LAYERS, WINDOW = 2, 16, 4, 2, 4
 DENSE = ("model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermediate_size=24")

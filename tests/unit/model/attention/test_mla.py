@@ -25,7 +25,7 @@ from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.mla import MultiHeadLatentAttention
 from pretrain.model.attention.scores import Scores
 from pretrain.model.decoder import DecoderLM
-from tests.model.tiny_latent import (
+from tests.support.tiny_mla import (
     OPTIONS,
     POSITIONS,
     SIZES,
@@ -42,7 +42,7 @@ from tests.model.tiny_latent import (
     difference,
     layer_of,
 )
-from tests.model.tiny_model import random_tensor, random_tokens
+from tests.support.tiny_model import random_tensor, random_tokens
 
 # --- transformers ---------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from pretrain.model.attention.scores import Scores
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import cache_bytes, model_size
 from pretrain.run.memory import activation_bytes
-from tests.model.tiny_latent import DENSE, B, C, D, H, N, Q, R, S, V, build, latent, layer_of
-from tests.model.tiny_model import random_tokens, tiny_config, tiny_model
+from tests.support.tiny_mla import DENSE, B, C, D, H, N, Q, R, S, V, build, latent, layer_of
+from tests.support.tiny_model import random_tokens, tiny_config, tiny_model
 
 # --- what it costs --------------------------------------------------------------------------------
 

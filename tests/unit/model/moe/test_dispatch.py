@@ -20,7 +20,7 @@ from pretrain.model.moe.dispatch import (
     sort_order,
 )
 from pretrain.model.moe.experts import ExpertBiases, ExpertForm, experts_grouped_mm, experts_loop
-from tests.model.tiny_model import random_tensor
+from tests.support.tiny_model import random_tensor
 
 T, K, D, F, E = 13, 3, 16, 24, 5
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from pretrain.core.errors import ConfigError
 from pretrain.model.moe.deepspeed_native import DeepSpeedMoE
 from pretrain.model.moe.dropless import DroplessMoE
-from tests.model.tiny_model import random_tensor, tiny_model
+from tests.support.tiny_model import random_tensor, tiny_model
 
 E, WIDTH = 4, 24
 Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

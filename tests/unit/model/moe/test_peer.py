@@ -30,7 +30,7 @@ from pretrain.model.moe.product_keys import (
     best_products,
     product_scores,
 )
-from tests.model.tiny_model import random_tokens, tiny_model
+from tests.support.tiny_model import random_tokens, tiny_model
 
 SIZES = [(7,), (4, 5), (3, 4, 2), (2, 2, 3, 2)]
 FORMS = {

@@ -14,7 +14,7 @@ from pretrain.model.moe.config import DroplessMoE
 from pretrain.model.moe.losses import LOSSES, router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.routers import SoftmaxTopK
-from tests.model.tiny_model import random_tensor
+from tests.support.tiny_model import random_tensor
 
 T, D, E = 20, 16, 6
 

@@ -16,7 +16,7 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe.losses import LOSSES
-from tests.model.tiny_model import random_tokens, tiny_config
+from tests.support.tiny_model import random_tokens, tiny_config
 
 PEER = (
     "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8, num_heads: 2,"

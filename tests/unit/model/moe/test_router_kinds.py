@@ -15,7 +15,7 @@ from pretrain.model.moe.config import BiasBalancing
 from pretrain.model.moe.router import TopKRouter
 from pretrain.model.moe.routers import ExpertGroups, NoisyTopK, Router, SigmoidTopK, SoftmaxTopK
 from pretrain.training.schedules import balance_update_rate
-from tests.model.tiny_model import random_tensor, tiny_config, tiny_model
+from tests.support.tiny_model import random_tensor, tiny_config, tiny_model
 
 T, D, E = 40, 16, 8
 # One case a router: what it turns the logits of one token into, written without torch's functions.

@@ -25,7 +25,8 @@ from pretrain.model.moe.tables import products_triton as row_products_triton
 from pretrain.model.moe.tables.interface import Bags, Kernel
 from pretrain.model.moe.tables.products import BAGS, PLAIN, kernel_named
 from pretrain.model.moe.tables.products_triton import TRITON
-from tests.model.row_cases import CHOICES, assert_same, computed, expected, random_case
+from tests.support.paths import ROOT, WORKERS
+from tests.support.table_product_cases import CHOICES, assert_same, computed, expected, random_case
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Sparse CSR tensor support"
@@ -93,12 +94,12 @@ def test_triton_kernels_equal_the_plain_products() -> None:
         "pytest",
         "-p",
         "no:cacheprovider",
-        str(Path(__file__).with_name("row_products_in_triton.py")),
+        str(WORKERS / "triton_table_products.py"),
     ]
     finished = subprocess.run(
         command,
         env=os.environ | interpret,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
