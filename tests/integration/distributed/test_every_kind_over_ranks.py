@@ -4,18 +4,11 @@ two.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.integration.distributed.test_same_numbers_everywhere import (
-    SIZES,
-    Case,
-    Results,
-    difference,
-    run_cases,
-)
 from tests.support.model_kinds import CASES
+from tests.support.ranks import Case, Results, run_cases
+from tests.support.training_cases import SIZES, difference
 
 # A dense model has no experts to spread.
 SPREAD = {name: overrides for name, overrides in CASES.items() if name != "layer_pattern=all_dense"}
@@ -37,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     the same too.
     """
     cases = [case(name, ep_size, zero) for name in SPREAD for ep_size, zero in ((1, 0), (2, 1))]
-    return run_cases(cases, 2, Path(tmp_path_factory.mktemp("every_kind")))
+    return run_cases("training_steps", cases, 2, tmp_path_factory.mktemp("every_kind"))
 
 
 @pytest.mark.parametrize("name", SPREAD)

@@ -8,11 +8,11 @@ A quarter of the rows, which has every value and most of the pairs, runs always,
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
 from tests.support.model_kinds import CASES, registered
 from tests.support.option_pairs import (
     OWN,
@@ -30,17 +30,16 @@ from tests.support.option_pairs import (
     refusal,
     rows,
 )  # fmt: skip
-from tests.support.paths import WORKERS
+from tests.support.ranks import Results, run_cases
 
-WORKER = WORKERS / "option_pairs.py"
 # What a row shows when something about resuming is broken: the twins of the equality below.
 BROKEN = {"optimizer_forgotten": (), "random_state_forgotten": (("dropout", "on"),)}
 
 
-def case(row: Row, number: int, **extra: str) -> dict[str, Any]:
+def case(row: Row, folder: Path, **extra: str) -> dict[str, Any]:
     return {
         "name": name_of(row),
-        "number": number,
+        "folder": str(folder),
         "overrides": overrides_of(row),
         "zero": int((OWN | dict(row))["zero"]),
         **extra,
@@ -50,18 +49,21 @@ def case(row: Row, number: int, **extra: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The quarter, and the broken twins by the names of their faults."""
-    cases = [case(row, number) for number, row in enumerate(quarter())]
+    folder = tmp_path_factory.mktemp("quarter")
+    cases = [case(row, folder / str(number)) for number, row in enumerate(quarter())]
     broken = [
-        case(choices, len(cases) + number, sabotage=fault) | {"name": fault}
-        for number, (fault, choices) in enumerate(BROKEN.items())
+        case(choices, folder / fault, sabotage=fault) | {"name": fault}
+        for fault, choices in BROKEN.items()
     ]
-    return run_cases(cases + broken, WORLD_SIZE, tmp_path_factory.mktemp("quarter"), WORKER)
+    return run_cases("option_pairs", cases + broken, WORLD_SIZE, folder)
 
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    cases = [case(row, number) for number, row in enumerate(rows()) if row not in quarter()]
-    return run_cases(cases, WORLD_SIZE, tmp_path_factory.mktemp("rest"), WORKER)
+    folder = tmp_path_factory.mktemp("rest")
+    others = [row for row in rows() if row not in quarter()]
+    cases = [case(row, folder / str(number)) for number, row in enumerate(others)]
+    return run_cases("option_pairs", cases, WORLD_SIZE, folder)
 
 
 @pytest.fixture

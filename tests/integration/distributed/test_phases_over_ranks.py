@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.distributed.test_same_numbers_everywhere import (
-    KINDS,
-    SIZES,
-    Results,
-    run_cases,
-)
-from tests.support.paths import WORKERS
+from tests.support.ranks import Results, run_cases
 from tests.support.tiny_run import own_process
+from tests.support.training_cases import KINDS, SIZES
 
-WORKER = WORKERS / "phases.py"
 FROZEN = ("router", "experts", "attention")
 # Three steps of four sequences, so that the following steps do not begin at a multiple of their own
 # accumulation.
@@ -68,12 +62,12 @@ def one() -> Iterator[Results]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_cases(TWO, 2, tmp_path_factory.mktemp("two"), WORKER)
+    return run_cases("phases", TWO, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_cases(REST, 2, tmp_path_factory.mktemp("rest"), WORKER)
+    return run_cases("phases", REST, 2, tmp_path_factory.mktemp("rest"))
 
 
 def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:

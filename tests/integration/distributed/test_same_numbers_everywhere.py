@@ -7,100 +7,22 @@ the whole matrix with ``-m full``.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.engine.topology import free_port
-from tests.support.paths import WORKERS
-
-WORKER = WORKERS / "training_steps.py"
-Case = dict[str, Any]
-Results = dict[str, dict[str, Any]]
-
-SIZES = [
-    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",
-    # with the default tiny weights the experts have next to no gradient, and faults in it would not
-    # show
-    "model.initializer_range=0.15",
-]  # fmt: skip
-LOSSES = "aux_loss_weight: 0.05, z_loss_weight: 0.01"
-KINDS = {
-    "dropless": (
-        "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32,"
-        f" {LOSSES}}}"
-    ),
-    "deepspeed": (
-        "model.moe={kind: deepspeed, num_experts: 4, top_k: 2, moe_intermediate_size: 32,"
-        f" drop_tokens: false, {LOSSES}}}"
-    ),
-}
-# Everything of a MoE layer that is not in the plain one, at a rate of balancing that changes
-# choices within a few steps.
-EVERYTHING = (
-    "num_experts: 4, top_k: 2, moe_intermediate_size: 32, num_shared_experts: 1,"
-    " shared_expert_gate: true, bias_balancing: {update_rate: 0.02}, sequence_loss_weight: 0.02,"
-    " cv_loss_weight: 0.02, entropy_loss_weight: 0.02, router: {kind: sigmoid_topk, bias: true,"
-    " routed_scaling_factor: 1.5, groups: {num_groups: 2, top_k_groups: 1, score: top2_sum}}"
+from tests.support.ranks import Case, Results, run_cases
+from tests.support.training_cases import (
+    ADAMW,
+    EIGHT_BIT,
+    LION,
+    MUON,
+    OPTIMIZERS,
+    case,
+    check_all,
+    difference,
 )
-KINDS |= {
-    "dropless_full": f"model.moe={{kind: dropless, {EVERYTHING}, {LOSSES}}}",
-    "deepspeed_full": (
-        f"model.moe={{kind: deepspeed, gate: router, drop_tokens: false, {EVERYTHING}, {LOSSES}}}"
-    ),
-}
-# Three dimensions, experts of two hidden numbers, and few enough of them that each step uses some
-# more than others.
-KINDS["peer"] = (
-    "model.moe={kind: peer, product_key_sizes: [4, 4, 2], query_dim: 24, num_heads: 2, top_k: 3,"
-    " moe_intermediate_size: 2, num_shared_experts: 1, shared_intermediate_size: 8}"
-)
-OPTIMIZERS = {
-    kind: f"optimizer={{kind: {kind}, learning_rate: {rate}}}"
-    for kind, rate in {
-        "sgd": "0.5",
-        "adamw": "3.0e-3",
-        "muon": "3.0e-3",
-        "lion": "1.0e-3",
-        "adamw_8bit": "3.0e-3",
-    }.items()
-}
-SGD, ADAMW, MUON, LION, EIGHT_BIT = OPTIMIZERS.values()
-
-
-def case(
-    kind: str,
-    zero: int,
-    ep_size: int,
-    optimizer: str = SGD,
-    overrides: tuple[str, ...] = (),
-    **extra: Any,
-) -> Case:
-    label = "-".join(
-        [
-            kind,
-            next(kind for kind in OPTIMIZERS if OPTIMIZERS[kind] == optimizer),
-            *(f"{key}={value}" for key, value in extra.items()),
-            *overrides,
-        ]
-    )
-    return {
-        "name": f"{label}/zero{zero}/ep{ep_size}",
-        "label": label,
-        "zero": zero,
-        "steps": 10,
-        "overrides": [*SIZES, KINDS[kind], optimizer, f"parallel.ep_size={ep_size}", *overrides],
-        **extra,
-    }
-
 
 DOCUMENTS = ("data.document_mask=true",)
 RECOMPUTED = ("train.activation_checkpointing=true",)
@@ -160,112 +82,14 @@ SPANNING: dict[int, list[Case]] = {
 }  # fmt: skip
 
 
-def whole_matrix(world_size: int) -> list[Case]:
-    return [
-        case(kind, zero, ep_size, optimizer, **extra)
-        for kind in ("dropless", "deepspeed", "peer")
-        for zero in (0, 1, 2, 3)
-        for ep_size in (1, 2, 4)
-        for optimizer in (SGD, ADAMW)
-        for extra in ({}, {"expert_gain": 10.0})
-        if world_size % ep_size == 0 and not (kind == "deepspeed" and zero == 3)
-    ]
-
-
-OTHER_LAYOUTS_OF_MUON = {
-    1: (
-        [case(kind, 0, 1, MUON) for kind in ("dropless", "deepspeed", "peer")]
-        + [case("dropless", 3, 1, MUON)]
-    ),
-    2: [
-        case("dropless", 0, 2, MUON),
-        case("dropless", 3, 1, MUON),
-        case("deepspeed", 2, 2, MUON),
-        case("peer", 3, 2, MUON),
-    ],
-    4: [
-        case("dropless", 1, 2, MUON),
-        case("dropless", 2, 4, MUON),
-        case("dropless", 3, 1, MUON),
-        case("peer", 2, 2, MUON),
-    ],
-}
-
-
-def run_cases(cases: list[Case], world_size: int, folder: Path, worker: Path = WORKER) -> Results:
-    """Starts ``world_size`` processes of ``worker`` once and runs all cases in them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    results = folder / "results.jsonl"
-    command = [sys.executable, str(worker), str(folder / "cases.json"), str(results)]
-    common = {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(timeout=1500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), (folder / "rank0.log").read_text()[-3000:]
-    return {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
-
-
 @pytest.fixture(scope="module")
 def spanning(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     return {
-        world_size: run_cases(cases, world_size, tmp_path_factory.mktemp(f"ranks{world_size}"))
+        world_size: run_cases(
+            "training_steps", cases, world_size, tmp_path_factory.mktemp(f"ranks{world_size}")
+        )
         for world_size, cases in SPANNING.items()
     }
-
-
-def difference(row: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest relative difference of losses, gradient norms and the validation loss."""
-    pairs = [(row["validation"], reference["validation"])]
-    for key in ("nll", "loss", "grad_norm"):
-        pairs += zip(row[key], reference[key], strict=True)
-    return max(abs(a - b) / abs(b) for a, b in pairs)
-
-
-def tolerance(label: str) -> float:
-    if "adamw_8bit" in label:
-        # blocks of 256 numbers begin elsewhere in ZeRO's partitions, and small tensors stay fp32 at
-        # stage 0
-        return 5e-3
-    return 1e-5 if "adamw" in label or label == "peer-muon" else 1e-6  # AdamW trains PEER's rows
-
-
-def check_all(
-    matrix: dict[int, Results],
-    cases: dict[int, list[Case]],
-    skip: Callable[[Case], bool] = lambda _: False,
-) -> int:
-    """Compares every case with the single-process ZeRO 0 run of the same kind; returns how many
-    were compared.
-    """
-    compared = 0
-    for world_size, entries in cases.items():
-        for entry in entries:
-            reference = f"{entry['label']}/zero0/ep1"
-            if skip(entry) or (world_size == 1 and entry["name"] == reference):
-                continue
-            found = difference(matrix[world_size][entry["name"]], matrix[1][reference])
-            assert found <= tolerance(entry["label"]), (
-                f"{entry['name']} on {world_size} ranks differs by {found:.1e}"
-            )
-            compared += 1
-    return compared
 
 
 def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(
@@ -427,24 +251,3 @@ def test_optimizers_differ_from_each_other(spanning: dict[int, Results]) -> None
         difference(row, other) > 1e-6 for number, row in enumerate(rows) for other in rows[:number]
     )
     assert all(row["nll"][-1] < row["nll"][0] - 0.05 for row in rows)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-def test_muon_agrees_for_every_kind_of_layer_and_on_four_ranks(tmp_path: Path) -> None:
-    matrix = {
-        world_size: run_cases(cases, world_size, tmp_path / f"ranks{world_size}")
-        for world_size, cases in OTHER_LAYOUTS_OF_MUON.items()
-    }
-    assert check_all(matrix, OTHER_LAYOUTS_OF_MUON) == 9
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-def test_the_whole_matrix_agrees(tmp_path: Path) -> None:
-    cases = {world_size: whole_matrix(world_size) for world_size in (1, 2, 4)}
-    matrix = {
-        world_size: run_cases(entries, world_size, tmp_path / f"ranks{world_size}")
-        for world_size, entries in cases.items()
-    }
-    assert check_all(matrix, cases) == sum(map(len, cases.values())) - 12

@@ -24,11 +24,9 @@ from pretrain.evaluation.generation.generators import open_generator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.run.folder import CHECKPOINTS
-from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
-from tests.support.paths import WORKERS
+from tests.support.ranks import Results, run_cases
 from tests.support.small_recipes import MINIS, quiet, richest
 
-WORKER = WORKERS / "training_runs.py"
 VOCAB_SIZE = 512
 RICHEST = richest(MINIS)
 CPU = torch.device("cpu")
@@ -127,7 +125,7 @@ def run_recipes(names: list[str], data: Path, folder: Path, length: Length) -> d
         if without:
             cases.append(case(name, "spread", data, folder, length, *without, "parallel.ep_size=2"))
             cases.append(case(name, "chance", data, folder, length, "parallel.ep_size=1"))
-    results: Results = run_cases(cases, 2, folder, WORKER)
+    results: Results = run_cases("training_runs", cases, 2, folder)
     found = {}
     for name in names:
         shipped = results[f"{name}-shipped"]

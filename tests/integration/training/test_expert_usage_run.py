@@ -21,11 +21,9 @@ from pretrain.analysis.expert_usage import (
     window_steps,
 )
 from pretrain.engine.monitor import TRAIN_LOSS
-from tests.integration.distributed.test_same_numbers_everywhere import Results, run_cases
-from tests.support.paths import WORKERS
+from tests.support.ranks import Results, run_cases
 from tests.support.tiny_run import STEP_TOKENS, Tiny, curve, make_trainer
 
-WORKER = WORKERS / "training_runs.py"
 PEER = (
     "model.moe={kind: peer, product_key_sizes: [8, 8], query_dim: 16, num_heads: 2, top_k: 4,"
     " moe_intermediate_size: 1}"
@@ -66,7 +64,7 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Re
             }
         )
     cases[0]["resume_at"] = RESUMED_AT
-    return folder, run_cases(cases, 2, folder, WORKER)
+    return folder, run_cases("training_runs", cases, 2, folder)
 
 
 def windows(run: Path) -> list[UsageWindow]:

@@ -1,21 +1,16 @@
-"""Runs rows of combinations in one start of the ranks: trains, saves, resumes in a new engine,
-loads the weights, generates.
+"""Trains one combination of options, saves, resumes in a new engine, loads the weights, generates.
 
-Started by a launcher with the file of rows and the file for the results. A row has "name",
-"number", "overrides", "zero" and optionally "sabotage": a deliberate fault that the tests must
-notice.
+A case has "name", "folder", "overrides", "zero", and optionally "sabotage": a deliberate fault that
+the tests must notice.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import groups
 
 from pretrain.checkpoint import store as store_module
 from pretrain.checkpoint.layout import damage
@@ -23,16 +18,12 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import check_topology
-from pretrain.engine.ds_config import resolve_ds_config
-from pretrain.engine.engine import Engine
-from pretrain.engine.precision import resolve_precision
 from pretrain.engine.step import reduce_steps
-from pretrain.engine.topology import Topology, connect, disconnect
 from pretrain.evaluation.generation.generate import NextLogits, generate, native_next_logits
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.perplexity import evaluate
 from pretrain.model.decoder import DecoderLM
+from tests.support.rank_worker import make_engine
 from tests.support.workers.training_steps import synthetic_step
 
 STEPS, SAVED_AT, NEW_TOKENS = 6, 3, 8
@@ -41,17 +32,11 @@ NO_END = -1
 
 
 class Run:
-    """One row's engine and its checkpoints."""
+    """One case's engine and its checkpoints."""
 
-    def __init__(self, recipe: Recipe, zero: int, topology: Topology, folder: Path) -> None:
-        precision = resolve_precision(recipe.train.precision)
-        accumulation = check_topology(recipe, topology.world_size, zero)
-        policy = {"zero_optimization": {"stage": zero}}
-        ds_config = resolve_ds_config(
-            policy, "the row", recipe, precision, accumulation, topology.world_size
-        )
-        self.recipe, self.topology = recipe, topology
-        self.engine = Engine(recipe, ds_config, precision, topology)
+    def __init__(self, recipe: Recipe, zero: int, folder: Path) -> None:
+        self.engine, ds_config = make_engine(recipe, zero)
+        self.recipe, self.topology = recipe, self.engine.topology
         self.store = CheckpointStore(
             folder / "checkpoints", self.engine, ds_config, folder / "tokenizer.json"
         )
@@ -144,24 +129,31 @@ def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
     ), torch.cat(seen)
 
 
-def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
-    recipe = load_recipe("debug", row["overrides"])
-    topology = connect(recipe.parallel.ep_size)
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    restore = store_module.restore_random_state
+    try:
+        return trained_and_resumed(case)
+    finally:
+        # A deliberate fault ends with its case.
+        store_module.restore_random_state = restore
+
+
+def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
+    recipe, folder = load_recipe("debug", case["overrides"]), Path(case["folder"])
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text("{}")
-    whole = Run(recipe, row["zero"], topology, folder)
+    whole = Run(recipe, case["zero"], folder)
     curve = whole.train(SAVED_AT)
     checkpoint = whole.store.save(SAVED_AT, {"step": SAVED_AT})
     validation = whole.validation_loss()
     curve += whole.train(STEPS - SAVED_AT)
 
-    resumed = Run(recipe, row["zero"], topology, folder)
-    if "sabotage" in row:
-        sabotage(resumed, row["sabotage"])
+    resumed = Run(recipe, case["zero"], folder)
+    if "sabotage" in case:
+        sabotage(resumed, case["sabotage"])
     state = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
     result = {
-        "name": row["name"],
+        "name": case["name"],
         "validation": validation,
         "resumed_validation": resumed.validation_loss(),
     }
@@ -171,24 +163,7 @@ def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         "resumed": resumed.train(STEPS - SAVED_AT),
         "damage": damage(checkpoint),
     }
-    if topology.is_main:
+    if whole.topology.is_main:
         result |= use_weights(whole, checkpoint)
-    topology.barrier()
+    whole.topology.barrier()
     return result
-
-
-def main() -> None:
-    rows, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    restore = store_module.restore_random_state
-    for row in rows:
-        print(f"--- {row['name']}", flush=True)
-        result = run_row(row, output.with_name(f"row{row['number']}"))
-        store_module.restore_random_state = restore
-        if torch.distributed.get_rank() == 0:
-            with output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    disconnect()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,4 @@
-"""Runs recipes with phases, many in one start of the processes, and prints losses, norms and what
-moved in each phase as JSON.
+"""Trains a recipe with phases, and returns losses, norms and what moved in each phase.
 
 A case has "name", "overrides" and "zero", and optionally "sabotage": a deliberate fault that the
 tests must notice.
@@ -7,26 +6,20 @@ tests must notice.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import groups
 
 from data_pipeline.loading.batch import Batch
 from pretrain.config.load import load_recipe
-from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Phase, Timeline
-from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.phases import FrozenParameters
 from pretrain.engine.step import reduce_steps
-from pretrain.engine.topology import connect, disconnect
 from pretrain.model.config import ModelConfig
 from pretrain.optim.frozen import frozen_parameters, part_of
+from tests.support.rank_worker import make_engine
 from tests.support.workers.training_steps import synthetic_step, whole_weights
 
 
@@ -60,19 +53,9 @@ def plain_norm(engine: Engine, stage: Phase, batches: list[Batch]) -> float:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
-    topology, precision = connect(recipe.parallel.ep_size), recipe.train.precision
-    accumulation = check_topology(recipe, topology.world_size, case["zero"])
-    ds_config = {"zero_optimization": {"stage": case["zero"]}}
-    engine = Engine(
-        recipe,
-        resolve_ds_config(
-            ds_config, "the case", recipe, precision, accumulation, topology.world_size
-        ),
-        precision,
-        topology,
-    )
+    engine, _ = make_engine(recipe, case["zero"])
+    topology, precision = engine.topology, recipe.train.precision
     if case.get("sabotage") == "not_put_back":
         assert engine._frozen is not None
         engine._frozen.masters_of = lambda _: None
@@ -122,17 +105,3 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def reduce_losses(results: list[Any], engine: Engine) -> list[float]:
     losses, _ = reduce_steps(results, engine.topology)
     return [loss.cross_entropy for loss in losses]
-
-
-def main() -> None:
-    output = Path(sys.argv[2])
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        result = run_case(case)
-        if torch.distributed.get_rank() == 0:
-            with output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    disconnect()
-
-
-if __name__ == "__main__":
-    main()

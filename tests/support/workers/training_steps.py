@@ -1,8 +1,6 @@
-"""Runs many training configurations in one start of the processes and prints each step's loss and
-gradient norm as JSON.
+"""Trains a few steps of one configuration, and returns each step's losses and gradient norm.
 
-Started by a launcher with the file of cases and the file for the results. A case has "name",
-"overrides", "zero", "steps", and optionally "changes" (report how every weight moved in the first
+A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight moved in the first
 step), "expert_gain" (experts' gradients are multiplied by it), "starved" (the step from which on
 one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate fault that
 the equality tests must notice).
@@ -11,28 +9,21 @@ the equality tests must notice).
 from __future__ import annotations
 
 import functools
-import json
 import re
-import sys
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import groups
 
 from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.weights import is_expert
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import check_topology
-from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
-from pretrain.engine.precision import resolve_precision
 from pretrain.engine.step import reduce_steps
-from pretrain.engine.topology import connect, disconnect
 from pretrain.model.moe.tables.products import Factors
+from tests.support.rank_worker import make_engine
 
 
 def synthetic_step(recipe: Recipe, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -154,16 +145,9 @@ def describe_changes(
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
-    topology = connect(recipe.parallel.ep_size)
-    accumulation = check_topology(recipe, topology.world_size, case["zero"])
-    precision = resolve_precision(recipe.train.precision)
-    ds_config = {"zero_optimization": {"stage": case["zero"]}, **case.get("ds_config", {})}
-    ds_config = resolve_ds_config(
-        ds_config, "the case", recipe, precision, accumulation, topology.world_size
-    )
-    engine = Engine(recipe, ds_config, precision, topology)
+    engine, _ = make_engine(recipe, case["zero"])
+    topology = engine.topology
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])
     if "sabotage" in case:
@@ -199,18 +183,3 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             if name.endswith("balance_bias")
         ],
     }
-
-
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    output = Path(sys.argv[2])
-    for case in cases:
-        result = run_case(case)
-        if torch.distributed.get_rank() == 0:
-            with output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    disconnect()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,28 +1,21 @@
-"""Trains, converts to DeepSpeed's universal format, and goes on in engines of other shapes; writes
-each one's next losses as JSON.
+"""Trains, converts to DeepSpeed's universal format, and resumes in engines of other shapes.
 
-Started by a launcher with a folder for checkpoints, a tokenizer, and the file for the results.
+A case has "name", "folder" for the checkpoints and "tokenizer", a file. The result has a record for
+each route; "complete" is false if DeepSpeed alone loaded the checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-from deepspeed.utils import groups
 
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.universal import UNIVERSAL_TAG, load_universal
 from pretrain.config.load import load_recipe
-from pretrain.config.rules.sections import check_topology
-from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.step import reduce_steps
-from pretrain.engine.topology import connect, disconnect
 from pretrain.export.convert import export_universal
+from tests.support.rank_worker import make_engine
 from tests.support.workers.training_steps import synthetic_step
 
 SIZES = [
@@ -36,18 +29,9 @@ SAVED_AT, STEPS = 2, 5
 ROUTES = [((1, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((3, 2), (3, 1)), ((3, 1), (3, 2))]
 
 
-def engine_of(zero: int, ep_size: int, universal: bool) -> tuple[Engine, dict[str, Any]]:
-    groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP = {}, {}
+def engine_of(zero: int, ep_size: int, *, universal: bool) -> tuple[Engine, dict[str, Any]]:
     recipe = load_recipe("debug", [*SIZES, f"parallel.ep_size={ep_size}"])
-    topology = connect(ep_size)
-    ds_config: dict[str, Any] = {"zero_optimization": {"stage": zero}}
-    if universal:
-        ds_config["checkpoint"] = {"load_universal": True}
-    accumulation = check_topology(recipe, topology.world_size, zero)
-    ds_config = resolve_ds_config(
-        ds_config, "the case", recipe, "fp32", accumulation, topology.world_size
-    )
-    return Engine(recipe, ds_config, "fp32", topology), ds_config
+    return make_engine(recipe, zero, {"checkpoint": {"load_universal": True}} if universal else {})
 
 
 def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
@@ -65,11 +49,11 @@ def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
     ]
 
 
-def main() -> None:
-    folder, tokenizer, output = map(Path, sys.argv[-3:])
-    results: list[dict[str, Any]] = []
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    folder, tokenizer = Path(case["folder"]), Path(case["tokenizer"])
+    routes: list[dict[str, Any]] = []
     uninterrupted: dict[tuple[int, int], list[list[float]]] = {}
-    for before, after, mended in [
+    for before, after, complete in [
         *((*route, True) for route in ROUTES),
         (*ROUTES[0], False),
         (*ROUTES[-1], False),
@@ -86,26 +70,19 @@ def main() -> None:
             engine.topology.barrier()
             uninterrupted[before] = losses(engine, SAVED_AT, STEPS)
         engine, _ = engine_of(*after, universal=True)
-        if mended:
+        if complete:
             load_universal(engine.deepspeed, universal)
         else:
             engine.deepspeed.load_checkpoint(
                 str(universal), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False
             )
-        found = losses(engine, SAVED_AT, STEPS)
-        results.append(
+        routes.append(
             {
                 "before": before,
                 "after": after,
-                "mended": mended,
+                "complete": complete,
                 "expected": uninterrupted[before],
-                "found": found,
+                "found": losses(engine, SAVED_AT, STEPS),
             }
         )
-    if torch.distributed.get_rank() == 0:
-        output.write_text(json.dumps(results))
-    disconnect()
-
-
-if __name__ == "__main__":
-    main()
+    return {"name": case["name"], "routes": routes}
