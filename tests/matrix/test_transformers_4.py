@@ -17,8 +17,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
-from tests.support.custom_exports import MINIS, prompts_of, random_model, weights_of
-from tests.support.in_memory_tensors import Held
+from tests.support.custom_exports import SMALL_RECIPES, prompts_of, random_model, weights_of
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.package_environment import environment_with
 from tests.support.paths import WORKERS
 from tests.support.random_checkpoint import small_tokenizer
@@ -46,7 +46,9 @@ def mini(name: str) -> Recipe:
 
 
 NATIVE = [
-    name for name in ["quickstart", *MINIS, *DENSE] if choose_target(mini(name)).name != "custom"
+    name
+    for name in ["quickstart", *SMALL_RECIPES, *DENSE]
+    if choose_target(mini(name)).name != "custom"
 ]
 
 
@@ -60,7 +62,11 @@ def exported(folder: Path, name: str, model: DecoderLM) -> Path:
     recipe = mini(name)
     folder.mkdir()
     write_hf_folder(
-        folder, choose_target(recipe), recipe.model, Held(weights_of(model)), small_tokenizer()
+        folder,
+        choose_target(recipe),
+        recipe.model,
+        InMemoryTensors(weights_of(model)),
+        small_tokenizer(),
     )
     save_file(prompts_of(recipe), folder / "prompts.safetensors")
     return folder

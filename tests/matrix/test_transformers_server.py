@@ -1,4 +1,4 @@
-"""``transformers serve`` answers OpenAI's /v1/completions with the text that our model takes
+"""``transformers serve`` returns from OpenAI's /v1/completions the text that our model takes
 greedily.
 """
 
@@ -22,7 +22,7 @@ from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
 from tests.support.custom_exports import weights_of
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.package_environment import environment_with
 from tests.support.random_checkpoint import random_model, recipe_of, small_tokenizer
 
@@ -93,7 +93,9 @@ def test_a_server_of_an_export_answers_with_the_greedy_text(
     model, other = random_model(recipe), random_model(recipe, seed=1)
     folder = tmp_path / "export"
     folder.mkdir()
-    write_hf_folder(folder, choose_target(recipe), recipe.model, Held(weights_of(model)), tokenizer)
+    write_hf_folder(
+        folder, choose_target(recipe), recipe.model, InMemoryTensors(weights_of(model)), tokenizer
+    )
     with server(folder, serving) as address:
         greedy = completion(address, model=str(folder), temperature=0)
         sampled = completion(

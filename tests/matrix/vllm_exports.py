@@ -24,7 +24,7 @@ from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.targets import choose_target
 from pretrain.model.decoder import DecoderLM
 from tests.support.custom_exports import S, prompts_of, random_model, weights_of
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.paths import WORKERS
 from tests.support.random_checkpoint import small_tokenizer
 
@@ -53,9 +53,9 @@ def recipe_of(name: str) -> Recipe:
 
 
 def served(folder: Path, recipe: Recipe, model: DecoderLM) -> dict[str, torch.Tensor]:
-    """What vLLM answers.
+    """What vLLM returns.
 
-    The prompts lie outside the export: vLLM takes each file of tensors in it for weights.
+    The prompts are outside the export: vLLM takes each file of tensors in it for weights.
     """
     export, prompts, answers = (
         folder / "hf",
@@ -64,7 +64,11 @@ def served(folder: Path, recipe: Recipe, model: DecoderLM) -> dict[str, torch.Te
     )
     export.mkdir()
     write_hf_folder(
-        export, choose_target(recipe), recipe.model, Held(weights_of(model)), small_tokenizer()
+        export,
+        choose_target(recipe),
+        recipe.model,
+        InMemoryTensors(weights_of(model)),
+        small_tokenizer(),
     )
     save_file({"ids": prompts_of(recipe)["ids"]}, prompts)
     environment = {

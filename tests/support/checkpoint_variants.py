@@ -1,4 +1,4 @@
-"""Checkpoints made of a trained tiny one: other weights, another recipe, another number of files."""
+"""Checkpoints made of a trained tiny one: other weights, another recipe, more expert files."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from pretrain.core.shipped import recipe_names
 from pretrain.export.custom.target import Custom
 from pretrain.export.hf_folder import write_hf_folder
 from pretrain.model.decoder import DecoderLM
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.model_kinds import CASES as EVERY_KIND
 from tests.support.paths import WORKERS
 
@@ -107,12 +107,12 @@ MORE: dict[str, list[str]] = {
     "drops of three choices": limited("deepspeed", 3, 0.6),
     "drops of the last tokens": limited("router", 2, 0.6),
 }
-MINIS = [name for name in recipe_names() if name.endswith("_mini")]
-CASES = [*EVERY_KIND, *MORE, *MINIS]
+SMALL_RECIPES = [name for name in recipe_names() if name.endswith("_mini")]
+CASES = [*EVERY_KIND, *MORE, *SMALL_RECIPES]
 
 
 def recipe_of(case: str) -> Recipe:
-    if case in MINIS:
+    if case in SMALL_RECIPES:
         return load_recipe(case, ["model.vocab_size=500"])
     return load_recipe("debug", ["model.vocab_size=250", *(EVERY_KIND | MORE)[case]])
 
@@ -174,7 +174,7 @@ def open_elsewhere(folder: Path, cases: list[str], tokenizer: Tokenizer) -> dict
     for case, model in models.items():
         folders[case].mkdir()
         _, _, left_out[case] = write_hf_folder(
-            folders[case], Custom(), model.config, Held(weights_of(model)), tokenizer
+            folders[case], Custom(), model.config, InMemoryTensors(weights_of(model)), tokenizer
         )
         save_file(prompts_of(recipe_of(case)), folders[case] / "prompts.safetensors")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -1,4 +1,4 @@
-"""Data folders with chosen tokens: real shards, a real tokenizer and a manifest, without a build."""
+"""Data folders with chosen tokens: real shards, tokenizer and manifest, without a build."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_folder(
             )
             splits[split] = SplitEntry(
                 documents=documents, tokens=tokens, utf8_bytes=3 * tokens, shards=shards
-            )  # type: ignore[index]
+            )
     entry = SourceEntry(
         kind="text", sha256="0" * 64, records=0, documents=0, tokens=0, utf8_bytes=0, share=0.0
     )

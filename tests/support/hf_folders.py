@@ -135,7 +135,7 @@ def pickled(folder: Path, canary: Path, name: str = "pytorch_model.bin") -> None
 
 
 def evil_code(canary: Path) -> str:
-    """Python that writes the canary as soon as it is imported, and has any class that is asked for."""
+    """Python that writes the canary as soon as it is imported, and has a class of any name."""
     return (
         f"open({str(canary)!r}, 'w').write('imported')\n"
         "from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast\n"

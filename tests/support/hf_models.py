@@ -235,7 +235,7 @@ def build(folder: Path) -> PreTrainedModel:
 def saved(
     folder: Path, fields: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Writes weights as transformers does, and ``config.json`` as it is given; returns the model."""
+    """Writes weights as transformers does, and ``config.json`` as given; returns the model."""
     model = build(write_config(folder, fields))
     exact = {name: buffer.clone() for name, buffer in model.named_buffers() if "e_score" in name}
     model = model.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from pretrain.checkpoint.tensor_files import TensorForm
 
 
-class Held:
+class InMemoryTensors:
     """Tensors in memory behind the interface of a reader of files."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,8 @@ from tests.support.model_kinds import FAMILIES, KINDS, OPTIONS
 
 WORLD_SIZE = 2
 SIZES = (
-    "model.vocab_size=128", "train.sequence_length=32", "train.global_batch_size=4", "train.micro_batch_size=1", "model.initializer_range=0.1",
+    "model.vocab_size=128", "train.sequence_length=32", "train.global_batch_size=4",
+    "train.micro_batch_size=1", "model.initializer_range=0.1",
     "optimizer.learning_rate=0.01", "logging.tensorboard=false",
 )  # fmt: skip
 DEBUG = "debug's"  # the value of the recipe that all rows are laid over
@@ -29,9 +30,12 @@ DROPOUT = (
 # What the contract of kinds leaves out. In evaluation a full expert has room for all tokens here,
 # so that nothing depends on what comes later.
 MORE_OPTIONS = {
-    "full experts turn tokens away": ["model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.capacity_factor=1"],
+    "full experts turn tokens away": [
+        "model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.capacity_factor=1"
+    ],
     "DeepSpeed's jitter and residual experts": [
-        "model.moe.kind=deepspeed", "model.moe.drop_tokens=false", "model.moe.noisy_gate_policy=Jitter", "model.moe.use_residual=true",
+        "model.moe.kind=deepspeed", "model.moe.drop_tokens=false",
+        "model.moe.noisy_gate_policy=Jitter", "model.moe.use_residual=true",
     ],
     "router jitter": ["model.moe.router.jitter=0.1"],
     "output z-loss, chunks": ["model.output_z_loss_weight=0.001", "model.loss_chunk_tokens=7"],

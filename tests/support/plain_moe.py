@@ -124,7 +124,7 @@ class PlainMoE:
         )
 
     def _rotate(self, x_BNSH: Tensor) -> Tensor:
-        """RoPE: the complex number x_i + j x_{i + H/2} of position t is turned by the angle t *
+        """RoPE: the complex number x_i + j x_{i + H/2} of position t is rotated by the angle t *
         theta^(-2i/H).
         """
         half, S = self.settings.head_dim // 2, x_BNSH.shape[2]
@@ -242,7 +242,7 @@ class PlainMoE:
         )
 
     def clip_factor(self, norm: float) -> float:
-        """What every gradient is multiplied by, so that their common norm is at most ``max_norm``."""
+        """The factor for every gradient that keeps their common norm at most ``max_norm``."""
         return min(1.0, self.settings.max_norm / (norm + 1e-6))
 
     def learning_rate(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: every kind of tensor is away from where a mistake would not show."""
+"""Checkpoints of random weights, none of them at a value that would hide a mistake."""
 
 from __future__ import annotations
 

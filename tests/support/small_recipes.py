@@ -1,4 +1,4 @@
-"""The small twins of published models, what each consists of, and the one that has most of it."""
+"""The small copies of published models, what each consists of, and the one that has most of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.core.shipped import recipe_names
 
-MINIS = {name: load_recipe(name) for name in recipe_names() if name.endswith("_mini")}
+SMALL_RECIPES = {name: load_recipe(name) for name in recipe_names() if name.endswith("_mini")}
 
 
 def parts(recipe: Recipe) -> set[str]:
@@ -40,7 +40,7 @@ def richest(recipes: dict[str, Recipe]) -> str:
     )
 
 
-def quiet(recipe: Recipe) -> list[str]:
+def overrides_without_chance(recipe: Recipe) -> list[str]:
     """Overrides that leave nothing to chance in training; none where nothing is."""
     router = getattr(recipe.model.moe, "router", None)
     found = ["model.dropout={}"] if any(recipe.model.dropout.model_dump().values()) else []

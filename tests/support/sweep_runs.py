@@ -42,7 +42,7 @@ def record(output: Path, run: str) -> dict[str, Any]:
 
 
 def steps_of(run: Path) -> list[int]:
-    """The training steps in a run's metrics.jsonl; while it is written its last line may be torn."""
+    """The training steps in a run's metrics.jsonl, whose last line may be half written."""
     path, rows = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):

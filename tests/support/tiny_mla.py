@@ -15,7 +15,7 @@ Q, C, R, H, V = (
     4,
     8,
     6,
-)  # ranks of the latents, then the numbers of a head: turned, not turned, of a value
+)  # ranks of the latents, then the elements of a head: rotated, not rotated, of a value
 SIZES = {
     "num_attention_heads": N,
     "q_lora_rank": Q,

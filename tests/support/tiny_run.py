@@ -35,7 +35,7 @@ from pretrain.training.trainer import Trainer
 from tests.support.paths import LAUNCHERS
 
 SCRIPT = LAUNCHERS / "pretrain.py"
-# What a launcher tells its ranks: a test must not hand on what it got from an earlier run inside
+# What a launcher sets for its ranks: a test must not pass on what it got from an earlier run inside
 # its own process.
 RANK_VARIABLES = (
     "RANK",

@@ -8,7 +8,8 @@ from typing import Any
 from tests.support.ranks import Case, Results
 
 SIZES = [
-    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",
+    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "train.sequence_length=32", "train.grad_clip=0.3",
     # with the default tiny weights the experts have next to no gradient, and faults in it would not
     # show
     "model.initializer_range=0.15",
@@ -38,7 +39,7 @@ KINDS |= {
         f"model.moe={{kind: deepspeed, gate: router, drop_tokens: false, {EVERYTHING}, {LOSSES}}}"
     ),
 }
-# Three dimensions, experts of two hidden numbers, and few enough of them that each step uses some
+# Three dimensions, experts of two hidden units, and few enough of them that each step uses some
 # more than others.
 KINDS["peer"] = (
     "model.moe={kind: peer, product_key_sizes: [4, 4, 2], query_dim: 24, num_heads: 2, top_k: 3,"

@@ -1,4 +1,4 @@
-"""Every pair of kinds, options and ways to train works together: it trains, goes on from its
+"""Every pair of kinds, options and ways to train works together: it trains, resumes from its
 checkpoint, and its weights generate.
 
 A quarter of the rows, which has every value and most of the pairs, runs always, all of them with
@@ -32,7 +32,7 @@ from tests.support.option_pairs import (
 )  # fmt: skip
 from tests.support.ranks import Results, run_cases
 
-# What a row shows when something about resuming is broken: the twins of the equality below.
+# Deliberate faults of resuming, which the equality below must notice, and the options they need.
 BROKEN = {"optimizer_forgotten": (), "random_state_forgotten": (("dropout", "on"),)}
 
 
@@ -48,7 +48,7 @@ def case(row: Row, folder: Path, **extra: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The quarter, and the broken twins by the names of their faults."""
+    """The quarter, and the deliberately broken cases by the names of their faults."""
     folder = tmp_path_factory.mktemp("quarter")
     cases = [case(row, folder / str(number)) for number, row in enumerate(quarter())]
     broken = [

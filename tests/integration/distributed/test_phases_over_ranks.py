@@ -43,11 +43,13 @@ def case(
 ONE = [case("dropless", 0, 1), case("peer", 0, 1)]
 TWO = [
     case("dropless", 1, 2), case("dropless", 3, 2),
-    case("dropless", 1, 2, sabotage="not_put_back"), case("dropless", 1, 2, sabotage="gradients_kept"),
+    case("dropless", 1, 2, sabotage="not_put_back"),
+    case("dropless", 1, 2, sabotage="gradients_kept"),
 ]  # fmt: skip
 REST = [
     case("dropless", 0, 2), case("dropless", 2, 1), case("deepspeed", 1, 2), case("peer", 1, 2),
-    *(case("dropless", zero, 2, "bf16") for zero in (0, 1, 3)), case("dropless", 3, 2, sabotage="not_put_back"),
+    *(case("dropless", zero, 2, "bf16") for zero in (0, 1, 3)),
+    case("dropless", 3, 2, sabotage="not_put_back"),
 ]  # fmt: skip
 
 

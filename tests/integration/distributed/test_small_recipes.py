@@ -1,5 +1,6 @@
-"""Every shipped twin of a published model runs for real, by the training command on two ranks:
-learns, saves, goes on, is scored, generates.
+"""Every small copy of a published model learns, saves, resumes, is scored and generates.
+
+The training command runs it on two ranks.
 
 The one with the most kinds runs always, for a few steps; all of them, for longer, with ``-m full``.
 """
@@ -25,10 +26,10 @@ from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.heldout import score_checkpoint
 from pretrain.run.folder import CHECKPOINTS
 from tests.support.ranks import Results, run_cases
-from tests.support.small_recipes import MINIS, quiet, richest
+from tests.support.small_recipes import SMALL_RECIPES, overrides_without_chance, richest
 
 VOCAB_SIZE = 512
-RICHEST = richest(MINIS)
+RICHEST = richest(SMALL_RECIPES)
 CPU = torch.device("cpu")
 
 
@@ -49,7 +50,7 @@ CHOICES = [pytest.param((RICHEST, SHORT), id=f"{RICHEST}, 20 steps")] + [
     pytest.param(
         (name, LONG), id=f"{name}, 50 steps", marks=[pytest.mark.full, pytest.mark.timeout(3600)]
     )
-    for name in MINIS
+    for name in SMALL_RECIPES
 ]
 
 
@@ -93,10 +94,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(
     name: str, label: str, data: Path, folder: Path, length: Length, *overrides: str, **extra: int
 ) -> dict[str, Any]:
-    run, tokens = folder / f"{name}-{label}", length.steps * MINIS[name].train.tokens_per_step
+    run, tokens = (
+        folder / f"{name}-{label}",
+        length.steps * SMALL_RECIPES[name].train.tokens_per_step,
+    )
     settings = [
-        f"data.path={data}", f"model.vocab_size={VOCAB_SIZE}", f"run_path={run}", f"train.train_tokens={tokens}", "logging.interval_steps=1",
-        f"checkpoint.interval_steps={length.saved_at}", f"validation.interval_steps={length.saved_at}", "logging.tensorboard=false", *overrides,
+        f"data.path={data}", f"model.vocab_size={VOCAB_SIZE}", f"run_path={run}",
+        f"train.train_tokens={tokens}", "logging.interval_steps=1",
+        f"checkpoint.interval_steps={length.saved_at}",
+        f"validation.interval_steps={length.saved_at}", "logging.tensorboard=false", *overrides,
     ]  # fmt: skip
     arguments = ["--recipe", name, *(part for setting in settings for part in ("--set", setting))]
     return {"name": run.name, "run_path": str(run), "arguments": arguments, **extra}
@@ -109,7 +115,7 @@ def run_recipes(names: list[str], data: Path, folder: Path, length: Length) -> d
     """
     cases = []
     for name in names:
-        without = quiet(MINIS[name])
+        without = overrides_without_chance(SMALL_RECIPES[name])
         cases.append(
             case(
                 name,
@@ -148,7 +154,7 @@ def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run
 
 @pytest.fixture(scope="module")
 def long(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
-    return run_recipes(list(MINIS), data, tmp_path_factory.mktemp("long"), LONG)
+    return run_recipes(list(SMALL_RECIPES), data, tmp_path_factory.mktemp("long"), LONG)
 
 
 @pytest.fixture

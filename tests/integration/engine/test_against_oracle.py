@@ -25,8 +25,10 @@ from tests.support.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainSt
 
 STEPS = 50
 OVERRIDES = [
-    "model.vocab_size=100", "model.initializer_range=0.1", "model.moe.aux_loss_weight=0.05", "model.moe.z_loss_weight=0.01",
-    "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=6", f"train.train_tokens={STEPS * 6 * 16}",
+    "model.vocab_size=100", "model.initializer_range=0.1", "model.moe.aux_loss_weight=0.05",
+    "model.moe.z_loss_weight=0.01",
+    "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=6",
+    f"train.train_tokens={STEPS * 6 * 16}",
     "train.grad_clip=0.5", "schedule.warmup_steps=5", "logging.tensorboard=false",
 ]  # fmt: skip
 # Uneven numbers of counted tokens, attention inside documents, and a load counted over the global

@@ -26,7 +26,8 @@ NO_LOSS = "aux_loss_weight: 0, z_loss_weight: 0"
 SIZES = [
     f"model.vocab_size={VOCAB}", "model.initializer_range=0.1", "model.num_hidden_layers=1",
     "train.sequence_length=64", "train.micro_batch_size=32", "train.global_batch_size=32",
-    f"train.train_tokens={STEPS * 32 * 64}", "logging.tensorboard=false", "optimizer.learning_rate=1e-3",
+    f"train.train_tokens={STEPS * 32 * 64}", "logging.tensorboard=false",
+    "optimizer.learning_rate=1e-3",
 ]  # fmt: skip
 BALANCED = "bias_balancing: {update_rate: 0.01}"
 # Softmax scores are an eighth on average where sigmoid's are a half: so is the step.

@@ -36,7 +36,7 @@ def start(stage, optimizer=torch.optim.AdamW, batch=4, **sections):
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code against DeepSpeed in a process of its own: its process group lasts as long as that."""
+    """Runs code against DeepSpeed in a new process, because a process group lasts as long."""
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     port = {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.run(

@@ -78,7 +78,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one() -> N
             assert pass_at_k(samples, passed, k) == pytest.approx(
                 sum(map(any, choices)) / len(choices)
             )
-    # The plain estimate 1 - (1 - c/n)^k is biased: the comparison above would tell it.
+    # The plain estimate 1 - (1 - c/n)^k is biased: the comparison above would show it.
     assert not math.isclose(pass_at_k(5, 2, 2), 1 - (1 - 2 / 5) ** 2)
     for k in (0, 6):
         with pytest.raises(ConfigError, match=f"pass@{k} needs"):

@@ -21,7 +21,7 @@ from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.writer import WEIGHTS
 from tests.support.custom_exports import recipe_of, weights_of
 from tests.support.hf_folders import copy_of, edit_json, evil_code, pickled
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.paths import ROOT
 from tests.support.random_checkpoint import random_model, small_tokenizer
 from tests.support.tiny_checkpoint import Trained
@@ -48,7 +48,7 @@ def own_class(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     folder = tmp_path_factory.mktemp("own") / "hf"
     folder.mkdir()
     write_hf_folder(
-        folder, Custom(), recipe.model, Held(weights_of(random_model(recipe))), tokenizer
+        folder, Custom(), recipe.model, InMemoryTensors(weights_of(random_model(recipe))), tokenizer
     )
     return folder
 

@@ -35,7 +35,7 @@ from tests.support.hf_folders import (
     without_expert,
     wrong_index,
 )
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 from tests.support.random_checkpoint import random_model, recipe_of, small_tokenizer
 from tests.support.tiny_checkpoint import Trained
 from tests.support.tool_runs import Done, run_here
@@ -234,7 +234,7 @@ def own_class(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     folder = tmp_path_factory.mktemp("own") / "hf"
     folder.mkdir()
     write_hf_folder(
-        folder, Custom(), recipe.model, Held(weights_of(random_model(recipe))), tokenizer
+        folder, Custom(), recipe.model, InMemoryTensors(weights_of(random_model(recipe))), tokenizer
     )
     return folder
 
@@ -274,7 +274,9 @@ def test_every_kind_of_tensor_of_a_published_architecture_has_to_be_there(
     source = tmp_path / "source"
     source.mkdir()
     model = random_model(recipe)
-    write_hf_folder(source, choose_target(recipe), recipe.model, Held(weights_of(model)), tokenizer)
+    write_hf_folder(
+        source, choose_target(recipe), recipe.model, InMemoryTensors(weights_of(model)), tokenizer
+    )
     open_transformers(source, CPU)
     tensors = load_file(source / WEIGHTS)
     kinds = {
@@ -331,7 +333,7 @@ def test_a_tied_head_may_be_stored_once_or_twice(tmp_path: Path, tokenizer: Toke
         tmp_path / "once",
         choose_target(recipe),
         recipe.model,
-        Held(weights_of(random_model(recipe))),
+        InMemoryTensors(weights_of(random_model(recipe))),
         tokenizer,
     )
     tensors = load_file(tmp_path / "once" / WEIGHTS)

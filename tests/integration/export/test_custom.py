@@ -14,7 +14,7 @@ from torch.nn import functional
 from data_pipeline.config import TrainBPE
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
-from tests.support.custom_exports import CASES, MINIS, PADDING, Opened, open_elsewhere
+from tests.support.custom_exports import CASES, PADDING, SMALL_RECIPES, Opened, open_elsewhere
 
 # Together they have each attention, most positions, feed-forwards and routers, drops, and every odd
 # place of a weight.
@@ -65,7 +65,7 @@ def test_logits_equal_ours(case: str, opened: dict[str, Opened]) -> None:
         ours = one.model.logits(one.prompts["ids"])
     assert ours.std() > 0.3
     torch.testing.assert_close(
-        one.computed["logits"], ours, atol=1e-4 if case in MINIS else 2e-5, rtol=0
+        one.computed["logits"], ours, atol=1e-4 if case in SMALL_RECIPES else 2e-5, rtol=0
     )
     loss = functional.cross_entropy(ours[:, :-1].flatten(0, 1), one.prompts["ids"][:, 1:].flatten())
     assert one.computed["loss"].item() == pytest.approx(loss.item(), abs=1e-4)
@@ -132,7 +132,7 @@ def test_in_bf16_it_rounds_no_worse_than_our_model_and_keeps_the_same_in_fp32(
 ) -> None:
     """Rounding flips close choices, in either model others.
 
-    The median token tells how well the rest is computed.
+    The median token shows how well the rest is computed.
 
     Where experts fill up, one flipped choice moves the places of all: there only the dtypes are
     compared.

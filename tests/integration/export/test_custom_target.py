@@ -31,7 +31,7 @@ from pretrain.export.writer import INDEX
 from pretrain.model.config import RMSNorm
 from pretrain.model.decoder import DecoderLM
 from tests.support.custom_exports import LATENT, S, prompts_of, random_model, recipe_of, weights_of
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 
 TELLING = {
     "latents": [
@@ -137,7 +137,7 @@ def their_tensors(model: DecoderLM) -> dict[str, Tensor]:
     return {
         name: tensor.clone()
         for name, tensor in to_theirs(
-            Custom().links(model.config), Held(weights_of(model)), torch.float32
+            Custom().links(model.config), InMemoryTensors(weights_of(model)), torch.float32
         )
     }
 
@@ -304,20 +304,29 @@ def test_weights_that_do_not_belong_to_the_recipe_are_refused(
     weights = weights_of(random_model(recipe))
     with pytest.raises(CheckpointError, match="no name for the tensor 'extra'"):
         write_hf_folder(
-            tmp_path, Custom(), recipe.model, Held(weights | {"extra": torch.zeros(1)}), tokenizer
+            tmp_path,
+            Custom(),
+            recipe.model,
+            InMemoryTensors(weights | {"extra": torch.zeros(1)}),
+            tokenizer,
         )
     del weights["layers.1.feed_forward.experts.w3"]
     with pytest.raises(
         CheckpointError, match=r"has no tensor 'layers\.1\.feed_forward\.experts\.w3'"
     ):
-        write_hf_folder(tmp_path, Custom(), recipe.model, Held(weights), tokenizer)
+        write_hf_folder(tmp_path, Custom(), recipe.model, InMemoryTensors(weights), tokenizer)
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     recipe = recipe_of("feed_forward=gelu")
     model = random_model(recipe)
     write_hf_folder(
-        tmp_path, Custom(), recipe.model, Held(weights_of(model)), tokenizer, shard_bytes=40_000
+        tmp_path,
+        Custom(),
+        recipe.model,
+        InMemoryTensors(weights_of(model)),
+        tokenizer,
+        shard_bytes=40_000,
     )
     assert (tmp_path / INDEX).is_file() and len(list(tmp_path.glob("*.safetensors"))) > 1
     written = {

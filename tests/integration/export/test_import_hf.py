@@ -185,7 +185,7 @@ def test_a_config_that_no_recipe_can_say_is_refused(
 def test_half_turned_heads_and_clipped_queries_are_refused(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Published GLM-4.5 turns half of a head.
+    """Published GLM-4.5 rotates half of a head.
 
     OLMoE may clip. Neither is in a recipe, and both would load without an error.
     """

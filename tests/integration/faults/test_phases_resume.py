@@ -1,6 +1,4 @@
-"""Runs with phases: interrupted anywhere, branched from a trunk, resumed with other phases ahead,
-and read by every tool.
-"""
+"""Runs with phases: interrupted anywhere, branched, resumed with other phases, read by every tool."""
 
 from __future__ import annotations
 
@@ -179,7 +177,7 @@ def test_readers_see_the_model_as_it_is_at_the_checkpoints_step(
     checkpoint = whole / "checkpoints" / f"step_{step}"
     recipe = read_recipe(checkpoint)
     assert recipe.phases == [] and len(read_run_recipe(checkpoint).phases) == 3
-    assert recipe.model.position.rope_theta == theta and recipe.train.sequence_length == length  # type: ignore[attr-defined]
+    assert recipe.model.position.rope_theta == theta and recipe.train.sequence_length == length
     model, _ = load_model(checkpoint)
     assert model.position.theta == theta
     if step == 11:  # its validation read everything, as the tool does
@@ -229,7 +227,7 @@ def test_a_branch_is_the_run_that_decays_from_there(
         )
         assert train(trunk_arguments(tiny, branch, DECAY, start))[0] == PREEMPTED
     assert (branch / "checkpoints" / "latest").read_text() == "step_5\n"
-    # Resumed, it does not look at the trunk again.
+    # Resumed, it does not look at the parent run again.
     assert train(trunk_arguments(tiny, branch, DECAY, "branch_from=nowhere"))[0] == 0
     assert train(trunk_arguments(tiny, straight, DECAY))[0] == 0
     assert weights_of(branch, 6) == weights_of(straight, 6) != weights_of(trunk, 6)
@@ -308,7 +306,7 @@ def test_what_is_past_must_be_as_it_was_and_what_is_ahead_may_change(
 ) -> None:
     run = tmp_path / "run"
     assert train(trunk_arguments(tiny, run, steps=4))[0] == 0
-    # A run without phases goes on with phases ahead, once they say what it was.
+    # A run without phases continues with phases ahead, once they say what it was.
     late = "{name: late, frozen: [embedding], global_batch_size: 4}"
     code, message = train(
         trunk_arguments(tiny, run, f"phases=[{{name: early, tokens: 512}}, {late}]", steps=6)

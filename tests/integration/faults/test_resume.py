@@ -82,8 +82,8 @@ def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
     assert [row["steps"] for row in curve(expected) if row["kind"] == "train"] == [3, 3, 1]
     arguments = arguments_for(tiny, tmp_path / "run", precision, zero)
     for step in range(1, STEPS):
-        # In turn in the first micro batch of the step, before anything is accumulated, and in the
-        # second.
+        # Alternately in the first micro batch of the step, before anything is accumulated, and in
+        # the second.
         assert train_interrupted(arguments, 1 + step % ACCUMULATION) == PREEMPTED
         assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step}\n"
     assert main(arguments) == 0

@@ -1,6 +1,4 @@
-"""Whole runs in which something goes wrong: what is told, what is done, and that the run ends as it
-would have without it.
-"""
+"""Whole runs in which something goes wrong: what is reported, what is done, how they end."""
 
 from __future__ import annotations
 
@@ -250,7 +248,7 @@ def test_after_a_rollback_the_run_is_bitwise_one_that_never_saw_the_data(
     trainer = started(tiny, tmp_path / "run", *settings, zero=zero, steps=26)
     poison_batches(trainer, Injection(trainer.engine, 0, 1, "loss", factor=6.0), {17, 19})
     assert trainer.fit()
-    # Step 18 took batch 17: back to step 16, and on with batch 20, which lies two steps' worth
+    # Step 18 took batch 17: back to step 16, and on with batch 20, which is two steps' worth
     # behind 17.
     assert [(entry["step"], entry["action"]) for entry in incidents(tmp_path / "run")] == [
         (18, "rollback")

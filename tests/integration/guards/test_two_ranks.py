@@ -1,4 +1,4 @@
-"""One run of two ranks, started by the deepspeed launcher, in which everything goes wrong that can."""
+"""One run of two ranks under the deepspeed launcher, in which everything goes wrong that can."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FAULTS: list[dict[str, Any]] = [
     {"rank": 0, "micro_batch": 1, "place": "dense", "factor": "1000", "batches": [21]},
 ]
 SETTINGS = [
-    "parallel.ep_size=2", "model.num_hidden_layers=1", "checkpoint.interval_steps=4", "validation.interval_steps=4", "train.precision=bf16",
+    "parallel.ep_size=2", "model.num_hidden_layers=1", "checkpoint.interval_steps=4",
+    "validation.interval_steps=4", "train.precision=bf16",
     "guards.spike={action: rollback, window_steps: 16, min_rise: 1.5}", "guards.rollback.skip_steps=1",
     "guards.grad_norm={max: 50, action: skip}", "guards.early_stopping={patience: 6, min_delta: 9.0}", "guards.validation_gap={nats: 0.0001}",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the training command promises beside training: it resumes, refuses, plans, and speaks JSON."""
+"""What the training command does besides training: it resumes, refuses, plans and prints JSON."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from tests.support.paths import ROOT
 from tests.support.tiny_run import Started, Tiny
 
 FIELDS = (
-    "train_tokens", "tokens_per_second", "parameters_total", "parameters_active", "validation_loss", "perplexity", "bigram_loss", "bits_per_byte",
+    "train_tokens", "tokens_per_second", "parameters_total", "parameters_active", "validation_loss",
+    "perplexity", "bigram_loss", "bits_per_byte",
     "export_max_logit_difference", "wall_seconds", "reused", "sample",
 )  # fmt: skip
 

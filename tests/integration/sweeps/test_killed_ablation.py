@@ -1,4 +1,4 @@
-"""Ablations that are killed: what had finished is not redone, what was going on goes on from its
+"""Ablations that are killed: what had finished is not redone, what was running resumes from its
 checkpoint, and no run is at work twice at once.
 """
 

@@ -51,7 +51,7 @@ SIZES = {"peer": (2, 64, 8), "spread": (2, 64, 8), "dropless": (3, 4, 2)}
 
 @pytest.fixture(scope="module")
 def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """The folder of all runs, which have ended and gone on from step 3, and the rows of both times."""
+    """The folder of all runs, the first resumed at step 3, and the records of each start."""
     folder = tmp_path_factory.mktemp("usage")
     cases: list[dict[str, Any]] = []
     for name, overrides in CASES.items():
@@ -132,7 +132,7 @@ def test_tensorboard_has_curves_histograms_and_pictures_beside_the_training_loss
     folder = runs[0] / "peer" / "tensorboard"
     assert (
         len(list(folder.glob("events.*"))) == 2
-    )  # one a start: a second writer of one start would hide what the first goes on to write
+    )  # one a start: a second writer of one start would hide what the first writes next
     events = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
     last = usage_rows(runs[1]["peer"]["resumed"])[-1]
     assert TRAIN_LOSS in events.Tags()["scalars"]

@@ -1,4 +1,4 @@
-"""A real run with multi-token prediction: its rows, its checkpoints, and that it goes on from them."""
+"""A real run with multi-token prediction: its records, its checkpoints, and how it resumes."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def outside(tmp_path: Path) -> Outside:
 
 
 def test_parts_of_a_package_outside_of_the_tree_go_through_a_whole_run(outside: Outside) -> None:
-    """To be added once sources and tokenizers are kinds of the registry: a source of the package."""
+    """A source of the package, due when sources and tokenizers are kinds of the registry."""
     outside.tool("preprocess_data.py", "--recipe", outside.recipe, "--workers", "2")
     assert outside.imports() >= 2  # the command, and a worker that had something to do
     outside.train()
@@ -120,7 +120,7 @@ def test_parts_of_a_package_outside_of_the_tree_go_through_a_whole_run(outside: 
     incidents = (outside.folder / "run" / "incidents.jsonl").read_text().splitlines()
     assert {json.loads(line)["guard"] for line in incidents} == {"loss_limit"}
 
-    # 512 tokens more: the same run goes on from its checkpoint.
+    # 512 tokens more: the same run resumes from its checkpoint.
     more = outside.train("--set", f"train.train_tokens={(STEPS + 2) * STEP_TOKENS}")
     assert f"resuming from step {STEPS}" in more.stdout
 
@@ -152,7 +152,7 @@ def refused_without_a_plugin(outside: Outside) -> None:
 
 
 def used_with_a_plugin(outside: Outside) -> None:
-    """With --plugin the same commands work; without one word of it in the export, that needs none."""
+    """With --plugin the same commands work; an export does not mention the package, nor need it."""
     plugin = ("--plugin", "my_parts")
     hf = outside.folder / "hf"
     opened = ("--checkpoint", outside.checkpoint)

@@ -35,7 +35,8 @@ from tests.support.tracker_files import (
 FIRST, LAST = 4, 7
 LENGTH, MICRO_BATCH = 32, 8
 SETTINGS = (
-    f"train.micro_batch_size={MICRO_BATCH}", "validation.interval_steps=4", "validation.max_windows=null",
+    f"train.micro_batch_size={MICRO_BATCH}", "validation.interval_steps=4",
+    "validation.max_windows=null",
     "checkpoint={interval_steps: 100, keep_last: 1, keep_best: true, keep_epochs: true}",
     "card={license: apache-2.0, data_origin: {all: 'words of this test, CC0-1.0'}}",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trackers without a package or a key: each is told once, and the run ends as if it had none.
+"""Trackers without a package or a key: each is reported once, and the run ends as if it had none.
 
 DeepSpeed's own sections likewise.
 """

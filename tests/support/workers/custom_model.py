@@ -42,7 +42,7 @@ def open_model(folder: Path, **options: Any) -> tuple[Any, dict[str, list[str]]]
 def generated(
     model: Any, ids_BS: torch.Tensor, mask_BS: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """The new tokens alone; a text goes on behind its end, so that all have the same length."""
+    """The new tokens alone; a text continues after its end, so that all have the same length."""
     torch.manual_seed(0)
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
     return model.generate(ids_BS, attention_mask=mask_BS, **length, **options)[

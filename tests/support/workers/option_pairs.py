@@ -91,7 +91,7 @@ def without_cache(model: DecoderLM) -> NextLogits:
 
 
 def remembering_nothing(model: DecoderLM) -> NextLogits:
-    """What a cache that has lost everything would do: the twin that has to differ."""
+    """What a cache that has lost everything would do: its results have to differ."""
     return torch.inference_mode()(lambda added_BS: model.logits(added_BS)[:, -1])
 
 

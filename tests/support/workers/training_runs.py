@@ -2,7 +2,7 @@
 
 A case has "name",
 "arguments" of the command, "run_path", and optionally "resume_at": the run is then cut back to its
-checkpoint of that step, and the same command goes on from there.
+checkpoint of that step, and the same command resumes from there.
 """
 
 from __future__ import annotations

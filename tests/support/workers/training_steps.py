@@ -1,9 +1,9 @@
 """Trains a few steps of one configuration, and returns each step's losses and gradient norm.
 
-A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight moved in the first
-step), "expert_gain" (experts' gradients are multiplied by it), "starved" (the step from which on
-one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate fault that
-the equality tests must notice).
+A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
+moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
+from which on one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate
+fault that the equality tests must notice).
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ from tests.support.rank_worker import make_engine
 from tests.support.workers.training_steps import synthetic_step
 
 SIZES = [
-    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2", "train.sequence_length=32", "train.grad_clip=0.3",
-    "model.initializer_range=0.15", "optimizer={kind: adamw, learning_rate: 3.0e-3}", "logging.tensorboard=false",
+    "model.vocab_size=128", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "train.sequence_length=32", "train.grad_clip=0.3",
+    "model.initializer_range=0.15", "optimizer={kind: adamw, learning_rate: 3.0e-3}",
+    "logging.tensorboard=false",
     "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32, bias_balancing: {update_rate: 0.02}}",
 ]  # fmt: skip
 SAVED_AT, STEPS = 2, 5
-# ZeRO stage and ep_size of what is saved, and of what goes on. Stages 1 and 2 do not load into 3,
+# ZeRO stage and ep_size of what is saved, and of what resumes. Stages 1 and 2 do not load into 3,
 # nor the other way.
 ROUTES = [((1, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((3, 2), (3, 1)), ((3, 1), (3, 2))]
 

@@ -1,5 +1,6 @@
-"""Opens one exported folder by vLLM alone and writes down what it answers: ``python vllm_worker.py
-FOLDER PROMPTS ANSWERS``.
+"""Opens an exported folder with vLLM alone and writes what it returns.
+
+Started as ``python vllm_model.py FOLDER PROMPTS OUTPUTS``.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def measured(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def test_mup_keeps_the_size_of_every_kind_of_layer(measured: dict[str, dict[str, Any]]) -> None:
     layers = measured["mup"]["layers"]
     assert set(layers) == {
-        "embedding", "attention scores", "attention", "router logits", "experts", "feed-forward", "residual stream", "logits",
+        "embedding", "attention scores", "attention", "router logits", "experts", "feed-forward",
+        "residual stream", "logits",
     }  # fmt: skip
     hidden = {name: layer["verdict"] for name, layer in layers.items() if name not in OUTPUTS}
     assert hidden == dict.fromkeys(hidden, "stable")

@@ -1,4 +1,4 @@
-"""What a tracker is told of a run's end, and how long the run waits for it."""
+"""What a tracker gets to know of a run's end, and how long the run waits for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.callbacks.tracking import Status, TrackedRun, Tracker, Tracking
 
 
 class Remembering(Tracker):
-    """Keeps what it is told; its end waits until it may go on."""
+    """Keeps what it receives; its end waits until it may continue."""
 
     kind = "remembering"
 

@@ -222,7 +222,7 @@ def test_stage_is_0_where_the_file_says_nothing() -> None:
 
 
 def test_fp8_runs_in_deepspeed_s_bf16_mode_with_its_overflow_check() -> None:
-    """Without it, stages 1 and 2 apply gradients that are not finite, and a refusal has no effect."""
+    """Without it, stages 1 and 2 apply gradients that are not finite, and a veto has no effect."""
     recipe = load_recipe("debug", ["train.precision=fp8"])
     checked = resolve_ds_config({}, "ds.json", recipe, "fp8", 2, 2)["bf16"]
     assert checked == {"enabled": True, "check_grad_overflow": True}

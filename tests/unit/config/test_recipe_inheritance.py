@@ -1,4 +1,4 @@
-"""``base:`` lays a recipe over another one: how they merge, chains, circles, and what errors name."""
+"""``base:`` lays a recipe over another one: merging, chains, circles, and what errors name."""
 
 from __future__ import annotations
 

@@ -30,8 +30,10 @@ def recipe_file(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     "text,value",
     [
-        ("2e-3", 2e-3), ("2E6", 2e6), ("-1e+2", -100.0), ("1.5e3", 1500.0), ("2.e-1", 0.2), ("0.1", 0.1), ("7", 7), ("true", True),
-        ("null", None), ("", None), ("e3", "e3"), ("1e", "1e"), ("run-1", "run-1"), ("[1, 2e1]", [1, 20.0]),
+        ("2e-3", 2e-3), ("2E6", 2e6), ("-1e+2", -100.0), ("1.5e3", 1500.0), ("2.e-1", 0.2),
+        ("0.1", 0.1), ("7", 7), ("true", True),
+        ("null", None), ("", None), ("e3", "e3"), ("1e", "1e"), ("run-1", "run-1"),
+        ("[1, 2e1]", [1, 20.0]),
         ("{kind: sgd, learning_rate: 1e-1}", {"kind": "sgd", "learning_rate": 0.1}),
     ],
 )  # fmt: skip
@@ -46,7 +48,8 @@ def test_overrides_reach_nested_fields_in_order() -> None:
     recipe = load_recipe(
         "debug",
         [
-            "optimizer.learning_rate=2e-3", "model.attention.num_key_value_heads=1", "train.micro_batch_size=4", "train.micro_batch_size=1",
+            "optimizer.learning_rate=2e-3", "model.attention.num_key_value_heads=1",
+            "train.micro_batch_size=4", "train.micro_batch_size=1",
             "model.moe.aux_loss_weight=0", "name=other", "run_path=runs/a=b",
         ],
     )  # fmt: skip
@@ -181,7 +184,7 @@ def test_a_recipe_survives_the_way_through_yaml(tmp_path: Path, name: str) -> No
 
 def test_a_recipe_cannot_be_changed_after_its_check() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        load_recipe("debug").train.micro_batch_size = 3  # type: ignore[misc]
+        load_recipe("debug").train.micro_batch_size = 3
 
 
 def test_steps_are_derived_from_tokens_and_rounded_up() -> None:

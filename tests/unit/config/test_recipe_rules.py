@@ -18,7 +18,7 @@ LATENT = (
     " qk_nope_head_dim: 8, v_head_dim: 6, kernel: flash}"
 )
 
-# Rule -> (overrides that break it, parts of the sentence, overrides that mend it)
+# Rule -> (overrides that break it, parts of the sentence, overrides that fix it)
 BROKEN = {
     "kernel_computes_the_recipe": (
         ["model.attention.kernel=flex", "model.dropout.attention=0.1"],

@@ -1,4 +1,4 @@
-"""Every shipped recipe loads; a published model has a small twin that keeps each of its parts."""
+"""Every shipped recipe loads; a published model has a small copy that keeps each of its parts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from pretrain.config.timeline import Timeline
 from pretrain.core.shipped import RECIPES, recipe_names
 
 NAMES = recipe_names()
-TWINS = [name for name in NAMES if name.endswith("_mini")]
+SMALL_RECIPES = [name for name in NAMES if name.endswith("_mini")]
 TWIN_OF: dict[str, str] = {
-    yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["base"]: name for name in TWINS
+    yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["base"]: name for name in SMALL_RECIPES
 }
 PUBLISHED = list(TWIN_OF)
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
-# What a twin may have smaller than the model it stands for; everything else of the model section is
+# What a small copy may have smaller than its model; everything else of the model section is
 # the same.
 SIZES = {
-    "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "initializer_range",
-    "attention.num_attention_heads", "attention.num_key_value_heads", "attention.head_dim", "attention.sliding_window",
-    "attention.q_lora_rank", "attention.kv_lora_rank", "attention.qk_rope_head_dim", "attention.qk_nope_head_dim", "attention.v_head_dim",
-    "position.factor", "position.original_max_position_embeddings", "moe.num_experts", "moe.top_k", "moe.moe_intermediate_size",
+    "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+    "max_position_embeddings", "initializer_range",
+    "attention.num_attention_heads", "attention.num_key_value_heads", "attention.head_dim",
+    "attention.sliding_window",
+    "attention.q_lora_rank", "attention.kv_lora_rank", "attention.qk_rope_head_dim",
+    "attention.qk_nope_head_dim", "attention.v_head_dim",
+    "position.factor", "position.original_max_position_embeddings", "moe.num_experts", "moe.top_k",
+    "moe.moe_intermediate_size",
     "moe.product_key_sizes", "moe.num_heads", "moe.query_dim",
 }  # fmt: skip
 
@@ -49,7 +53,7 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
         for name in mine.keys() | others.keys()
         if name not in SIZES and mine.get(name) != others.get(name)
     ]
-    # A size that is given in one is given in the other; the twin's vocabulary comes from its
+    # A size that is given in one is given in the other; the copy's vocabulary comes from its
     # tokenizer.
     return found + [
         name
@@ -59,9 +63,12 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
 
 
 def test_published_models_and_their_twins_are_there() -> None:
-    assert {"debug", "quickstart", "moe_1b"} | PHASED | set(PUBLISHED) | set(TWINS) == set(NAMES)
+    assert {"debug", "quickstart", "moe_1b"} | PHASED | set(PUBLISHED) | set(SMALL_RECIPES) == set(
+        NAMES
+    )
     assert set(PUBLISHED) == {
-        "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m", "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
+        "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m",
+        "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
         "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_moe_16b", "deepseek_v3", "peer_mla_16b",
     }  # fmt: skip
 
@@ -123,7 +130,7 @@ def test_a_twin_without_a_part_is_noticed(name: str, override: str, field: str) 
     assert any(path == field or path.startswith(f"{field}.") for path in found)
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", SMALL_RECIPES)
 def test_a_twin_trains_for_a_minute_on_the_quickstart_data(name: str) -> None:
     recipe, quickstart = load_recipe(name), load_recipe("quickstart")
     assert recipe.data == quickstart.data.model_copy(update={"path": quickstart.data_path})

@@ -14,22 +14,46 @@ from pretrain.config.rules.phases import PHASE_RULES
 from pretrain.config.timeline import Timeline, recipe_at
 from pretrain.core.errors import ConfigError
 
-# Rule -> (overrides that break it, parts of the sentence, overrides that mend it); debug has 10,240
+# Rule -> (overrides that break it, parts of the sentence, overrides that fix it); debug has 10,240
 # tokens in sequences of 64.
 TWO = "phases=[{name: a, tokens: 2048}, {name: b}]"
 LLAMA3 = "model.position={kind: llama3, factor: 2, original_max_position_embeddings: 64}"
 BROKEN = {
-    "phases_have_names_of_their_own": (["phases=[{name: a, tokens: 2048}, {name: a}]"], ["two are called 'a'"], ["phases.1.name=b"]),
-    "phases_fill_the_run": ([TWO, "phases.1.tokens=1"], ["take 2049 tokens", "train_tokens is 10240"], ["phases.1.tokens=8192"]),
-    "phases_fill_the_run/rest": (["phases=[{name: a, tokens: 10240}, {name: b}]"], ["phases before 'b' take 10240"], ["train.train_tokens=20480"]),
-    "phases_fill_the_run/missing": (["phases=[{name: a}, {name: b}]"], ["phases.a.tokens is missing"], ["phases.0.tokens=2048"]),
+    "phases_have_names_of_their_own": (
+        ["phases=[{name: a, tokens: 2048}, {name: a}]"],
+        ["two are called 'a'"],
+        ["phases.1.name=b"],
+    ),
+    "phases_fill_the_run": (
+        [TWO, "phases.1.tokens=1"],
+        ["take 2049 tokens", "train_tokens is 10240"],
+        ["phases.1.tokens=8192"],
+    ),
+    "phases_fill_the_run/rest": (
+        ["phases=[{name: a, tokens: 10240}, {name: b}]"],
+        ["phases before 'b' take 10240"],
+        ["train.train_tokens=20480"],
+    ),
+    "phases_fill_the_run/missing": (
+        ["phases=[{name: a}, {name: b}]"],
+        ["phases.a.tokens is missing"],
+        ["phases.0.tokens=2048"],
+    ),
     "phase_lengths_divide": (
         [TWO, "phases.1.sequence_length=96"],
         ["phases.a.sequence_length (64)", "longest of the run (96)"],
         ["phases.1.sequence_length=128"],
     ),
-    "phases_can_run": ([TWO, "phases.1.sequence_length=512"], ["phases.b: ", "max_position_embeddings (256)"], ["phases.1.sequence_length=256"]),
-    "phases_can_run/micro": ([TWO, "phases.1.global_batch_size=5"], ["phases.b: ", "global_batch_size (5)"], ["phases.1.global_batch_size=6"]),
+    "phases_can_run": (
+        [TWO, "phases.1.sequence_length=512"],
+        ["phases.b: ", "max_position_embeddings (256)"],
+        ["phases.1.sequence_length=256"],
+    ),
+    "phases_can_run/micro": (
+        [TWO, "phases.1.global_batch_size=5"],
+        ["phases.b: ", "global_batch_size (5)"],
+        ["phases.1.global_batch_size=6"],
+    ),
     "phase_positions_need_no_training": (
         [TWO, "phases.1.position={rope_theta: 500}", "model.position={kind: alibi}"],
         ["phases.b.position has kind=rope in a model of kind=alibi"],
@@ -41,20 +65,34 @@ BROKEN = {
         ["phases.1.position={kind: rope}"],
     ),
     "phase_positions_need_no_training/yarn": (
-        [TWO, "phases.1.position={kind: rope}", "model.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}"],
+        [
+            TWO,
+            "phases.1.position={kind: rope}",
+            "model.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}",
+        ],
         ["takes yarn away"],
         ["phases.1.position={kind: yarn, factor: 4, original_max_position_embeddings: 64}"],
     ),
     "phase_positions_need_no_training/llama3": (
-        [TWO, "phases.1.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}", LLAMA3],
+        [
+            TWO,
+            "phases.1.position={kind: yarn, factor: 2, original_max_position_embeddings: 64}",
+            LLAMA3,
+        ],
         ["takes llama3 away"],
         ["phases.1.position={kind: llama3, factor: 4, original_max_position_embeddings: 64}"],
     ),
     "phase_mixtures_are_shares": (
-        [TWO, "phases.1.mixture={kind: tokens, tokens: {all: 1}}"], ["phases.b.mixture.kind=tokens"], ["phases.1.mixture={kind: proportional}"],
+        [TWO, "phases.1.mixture={kind: tokens, tokens: {all: 1}}"],
+        ["phases.b.mixture.kind=tokens"],
+        ["phases.1.mixture={kind: proportional}"],
     ),
     "phase_mixtures_are_shares/base": (
-        [TWO, "phases.1.mixture={kind: proportional}", "data.mixture={kind: tokens, tokens: {all: 10240}}"],
+        [
+            TWO,
+            "phases.1.mixture={kind: proportional}",
+            "data.mixture={kind: tokens, tokens: {all: 10240}}",
+        ],
         ["data.mixture.kind=tokens is for whole runs"],
         ["data.mixture={kind: proportional}"],
     ),
@@ -63,7 +101,11 @@ BROKEN = {
         ["phases.b.global_batch_size", "data.streaming"],
         ["phases.1.global_batch_size=null"],
     ),
-    "weights_come_from_one_place": (["branch_from=x", "initial_weights=y"], ["branch_from", "initial_weights"], ["initial_weights=null"]),
+    "weights_come_from_one_place": (
+        ["branch_from=x", "initial_weights=y"],
+        ["branch_from", "initial_weights"],
+        ["initial_weights=null"],
+    ),
     "the schema": (
         [TWO, "phases.1.schedule={kind: constant, end_ratio: 0.5}"],
         ["'phases.1.schedule': kind=constant keeps start_ratio"],
@@ -74,8 +116,12 @@ BROKEN = {
         ["unknown field 'phases.1.sequnce_length'", "did you mean 'sequence_length'"],
         ["phases.1={name: b}"],
     ),
-    "the schema/entry": ([TWO, "phases.2.name=c"], ["'2' stands for an entry of a list", "from 0 to 1"], None),
-}  # fmt: skip
+    "the schema/entry": (
+        [TWO, "phases.2.name=c"],
+        ["'2' stands for an entry of a list", "from 0 to 1"],
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -176,7 +222,7 @@ def test_a_checkpoint_belongs_to_the_phase_of_its_last_step() -> None:
     )
     recipe = load_recipe("debug", [phases])
     assert recipe == load_recipe_again(recipe)
-    thetas = [recipe_at(recipe, step).model.position.rope_theta for step in (0, 1, 2, 3, 40, 99)]  # type: ignore[attr-defined]
+    thetas = [recipe_at(recipe, step).model.position.rope_theta for step in (0, 1, 2, 3, 40, 99)]
     assert thetas == [10000, 10000, 10000, 77, 77, 77]
     late = recipe_at(recipe, 3)
     assert (

@@ -26,7 +26,7 @@ def mup(**base: int | None) -> str:
 
 def test_a_base_with_every_width_that_grows_is_accepted() -> None:
     model = load_recipe("debug", [mup()]).model
-    assert widths(base_model(model, model.initialization.base)) == {**NAMED, "head_dim": 8}  # type: ignore[attr-defined]
+    assert widths(base_model(model, model.initialization.base)) == {**NAMED, "head_dim": 8}
     assert initial_router_std(model) == 0.01
     assert initial_router_std(load_recipe("debug").model) == 0.02
 

@@ -110,7 +110,7 @@ def test_wandb_without_a_key_asks_nothing_on_a_terminal(
     tmp_path: Path, without_key: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     person, place = os.openpty()
-    os.write(person, b"3\n" * 9)  # the answers to what it might ask
+    os.write(person, b"3\n" * 9)  # what it may read
     with (
         monkeypatch.context() as patch,
         open(place, "w", buffering=1) as errors,

@@ -81,7 +81,7 @@ def test_the_comparison_notices_padding_that_counts(
 
     monkeypatch.setattr(generation._Alignment, "extend", without)
     together, alone = together_and_alone(tiny_model(*KINDS["position", position]).eval())
-    # Distances in ALiBi, and rotations that all turn alike, do not depend on where a text begins.
+    # Distances in ALiBi, and rotations by one common angle, do not depend on where a text begins.
     is_seen = broken == "mask" or position == "learned"
     assert (float((together - alone).abs().max()) > 1e-2) == is_seen
 

@@ -106,7 +106,7 @@ def chain() -> Chain:
 
 
 def excess(counts: Tensor, expected: Tensor) -> float:
-    """How far chi-square lies above its mean, in standard deviations: [rows, cells] counts against
+    """How far chi-square is above its mean, in standard deviations: [rows, cells] counts against
     expected ones.
 
     What is expected less than five times in a row is one cell.

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are evaluated, when it goes back, and when it goes on."""
+"""Which checkpoints of a run are evaluated, when it goes back, and when it continues."""
 
 from __future__ import annotations
 

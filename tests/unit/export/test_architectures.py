@@ -57,7 +57,7 @@ V2_GROUPS = (
 )
 
 # What each shipped mini recipe is in transformers; None is for a class of our own.
-MINIS = {
+SMALL_RECIPES = {
     "deepseek_moe_16b_mini": "qwen2_moe",  # its ungated shared experts are folded into gated ones
     "deepseek_v3_mini": "deepseek_v3",
     "fastgpt_moe_mini": None,
@@ -225,7 +225,9 @@ VARIANTS: dict[str, tuple[str, list[str], str]] = {
     ),
 }
 NATIVES = {
-    name: (name, list[str](), target) for name, target in MINIS.items() if target is not None
+    name: (name, list[str](), target)
+    for name, target in SMALL_RECIPES.items()
+    if target is not None
 } | VARIANTS
 # One of each architecture, and what is written in another way than plain renaming.
 QUICK = {
@@ -287,8 +289,8 @@ def greedy(model: DecoderLM, prompt: list[int], count: int) -> list[int]:
 
 
 def test_every_mini_recipe_is_in_the_table_and_its_target_is_the_first_that_is_exact() -> None:
-    assert MINIS.keys() == {path.stem for path in RECIPES.glob("*_mini.yaml")}
-    for name, expected in MINIS.items():
+    assert SMALL_RECIPES.keys() == {path.stem for path in RECIPES.glob("*_mini.yaml")}
+    for name, expected in SMALL_RECIPES.items():
         exact = [
             target for target, reasons in representable(recipe_of(name)).items() if not reasons
         ]

@@ -20,7 +20,7 @@ from pretrain.export.name_map import (
     to_ours,
     to_theirs,
 )
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 
 LINKS: Links = [
     *expand({"embedding.weight": "embed.weight"}, rows=5),
@@ -50,7 +50,7 @@ SHAPES = {name: tuple(tensor.shape) for name, tensor in OURS.items()}
 
 
 def theirs_of(links: Links = LINKS, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return dict(to_theirs(links, Held(OURS), dtype))
+    return dict(to_theirs(links, InMemoryTensors(OURS), dtype))
 
 
 def test_templates_expand_over_layers_and_experts() -> None:
@@ -98,7 +98,7 @@ def test_every_way_of_writing_a_tensor() -> None:
 
 
 def test_forms_are_known_before_the_numbers_and_are_theirs() -> None:
-    forms = their_forms(LINKS, Held(OURS), torch.bfloat16)
+    forms = their_forms(LINKS, InMemoryTensors(OURS), torch.bfloat16)
     written = theirs_of(dtype=torch.bfloat16)
     assert list(forms) == list(written)
     assert all(
@@ -109,7 +109,7 @@ def test_forms_are_known_before_the_numbers_and_are_theirs() -> None:
 
 
 def test_the_map_used_backwards_gives_the_same_tensors() -> None:
-    back = dict(to_ours(LINKS, Held(theirs_of()), SHAPES))
+    back = dict(to_ours(LINKS, InMemoryTensors(theirs_of()), SHAPES))
     assert back.keys() == OURS.keys()
     assert not back["embedding.weight"][5:].any(), "padding is zero"
     assert torch.equal(back["embedding.weight"][:5], OURS["embedding.weight"][:5])
@@ -127,26 +127,35 @@ def test_a_swapped_pair_of_experts_does_not_come_back_the_same() -> None:
         theirs["blocks.0.e.0.w"],
     )
     assert not torch.equal(
-        dict(to_ours(LINKS, Held(theirs), SHAPES))["layers.0.w"], OURS["layers.0.w"]
+        dict(to_ours(LINKS, InMemoryTensors(theirs), SHAPES))["layers.0.w"], OURS["layers.0.w"]
     )
 
 
 def test_rows_that_are_not_turned_back_do_not_come_back_the_same() -> None:
     plain = [replace(link, heads=None) if isinstance(link, Link) else link for link in LINKS]
-    assert not torch.equal(dict(to_ours(plain, Held(theirs_of()), SHAPES))["q"], OURS["q"])
+    assert not torch.equal(
+        dict(to_ours(plain, InMemoryTensors(theirs_of()), SHAPES))["q"], OURS["q"]
+    )
 
 
 def test_a_tensor_without_a_name_or_a_name_without_a_tensor_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no name for the tensor 'extra'"):
-        check_names(LINKS, Held({**OURS, "extra": torch.zeros(1)}))
-    check_names(LINKS, Held({**OURS, "extra": torch.zeros(1)}), left_out=["extra"])
+        check_names(LINKS, InMemoryTensors({**OURS, "extra": torch.zeros(1)}))
+    check_names(LINKS, InMemoryTensors({**OURS, "extra": torch.zeros(1)}), left_out=["extra"])
     with pytest.raises(CheckpointError, match=r"has no tensor 'layers\.2\.x\.1'"):
         check_names(
-            LINKS, Held({name: tensor for name, tensor in OURS.items() if name != "layers.2.x.1"})
+            LINKS,
+            InMemoryTensors(
+                {name: tensor for name, tensor in OURS.items() if name != "layers.2.x.1"}
+            ),
         )
     with pytest.raises(CheckpointError, match=r"no tensor 'embed\.weight'"):
-        dict(to_ours(LINKS, Held({}), SHAPES))
+        dict(to_ours(LINKS, InMemoryTensors({}), SHAPES))
     with pytest.raises(
         CheckpointError, match=r"'embed\.weight' has the shape \[4, 2\] instead of \[5, 2\]"
     ):
-        dict(to_ours(LINKS, Held({**theirs_of(), "embed.weight": torch.zeros(4, 2)}), SHAPES))
+        dict(
+            to_ours(
+                LINKS, InMemoryTensors({**theirs_of(), "embed.weight": torch.zeros(4, 2)}), SHAPES
+            )
+        )

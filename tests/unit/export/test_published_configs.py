@@ -33,7 +33,7 @@ from tests.support.hf_models import (
     windows,
     write_config,
 )
-from tests.support.in_memory_tensors import Held
+from tests.support.in_memory_tensors import InMemoryTensors
 
 # A size that is another one makes its neighbours not fit: the refusal names one of them, in
 # transformers' words or in ours.
@@ -121,7 +121,7 @@ def their_elements(model: PreTrainedModel) -> int:
 def our_elements(target: LlamaLike, recipe: Recipe) -> int:
     """Of the export of the recipe's model, counted without memory for them."""
     dense, experts = tensor_shapes(recipe.model)
-    ours = Held(
+    ours = InMemoryTensors(
         {name: torch.empty(shape, device="meta") for name, shape in (dense | experts).items()}
     )
     return (
@@ -138,7 +138,7 @@ def same_logits(target: LlamaLike, recipe: Recipe, theirs: PreTrainedModel, fold
     links = target.links(recipe.model)
     ours: dict[str, Tensor] = dict(to_ours(links, open_exported_weights(folder), dense | experts))
     parity = compare_logits(
-        reference_model(recipe.model, Held(ours), torch.float32), theirs, windows(1)
+        reference_model(recipe.model, InMemoryTensors(ours), torch.float32), theirs, windows(1)
     )
     assert parity.logits_std > 0.1
     return parity.max_difference

@@ -133,7 +133,7 @@ def test_pruning_keeps_the_used_experts_and_their_router_rows(
     )
 
 
-def twins(tensors: dict[str, Tensor]) -> None:
+def duplicated_experts(tensors: dict[str, Tensor]) -> None:
     """Makes experts 1 and 3 of every layer the same, and the router's rows for them."""
     for name, tensor in tensors.items():
         if ".experts.w" in name or name.endswith("router.gate.weight"):
@@ -148,7 +148,7 @@ def test_two_identical_experts_fold_without_change(
     same = variant(
         trained,
         tmp_path / "same",
-        twins,
+        duplicated_experts,
         "model.moe.top_k=1",
         "model.moe.router={kind: sigmoid_topk, norm_topk_prob: true}",
     )

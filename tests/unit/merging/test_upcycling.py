@@ -100,19 +100,52 @@ CASES: dict[str, tuple[Upcycling, int, int, tuple[str, ...]]] = {
     "one choice, zero router": (Upcycling(router_std=0.0), 4, 1, ()),
     "a residual expert": (Upcycling(), 4, 2, (*NATIVE, "moe.use_residual=true")),
     "scaled weights": (Upcycling(), 4, 2, ("moe.router.routed_scaling_factor=2.5",)),
-    "scaled weights of shards": (Upcycling(4), 16, 8, ("moe.router.routed_scaling_factor=2.5", "moe.router.bias=true")),
-    "sigmoid scores": (Upcycling(2), 8, 4, ("moe.router.kind=sigmoid_topk", "moe.bias_balancing={}")),
-    "noisy router": (Upcycling(), 4, 2, ("moe.router.kind=noisy_topk",)),
-    "softmax weights as they are, zero router": (Upcycling(router_std=0.0), 4, 2, ("moe.router.norm_topk_prob=false",)),
-    "sigmoid weights as they are, zero router": (
-        Upcycling(router_std=0.0), 4, 3, ("moe.router={kind: sigmoid_topk, norm_topk_prob: false, routed_scaling_factor: 1.5}",)
+    "scaled weights of shards": (
+        Upcycling(4),
+        16,
+        8,
+        ("moe.router.routed_scaling_factor=2.5", "moe.router.bias=true"),
     ),
-    "all experts chosen, weights as they are": (Upcycling(), 4, 4, ("moe.router={norm_topk_prob: false, temperature: 2}",)),
-    "all shards chosen, zero router": (Upcycling(2, router_std=0.0), 4, 4, ("moe.router.norm_topk_prob=false",)),
+    "sigmoid scores": (
+        Upcycling(2),
+        8,
+        4,
+        ("moe.router.kind=sigmoid_topk", "moe.bias_balancing={}"),
+    ),
+    "noisy router": (Upcycling(), 4, 2, ("moe.router.kind=noisy_topk",)),
+    "softmax weights as they are, zero router": (
+        Upcycling(router_std=0.0),
+        4,
+        2,
+        ("moe.router.norm_topk_prob=false",),
+    ),
+    "sigmoid weights as they are, zero router": (
+        Upcycling(router_std=0.0),
+        4,
+        3,
+        ("moe.router={kind: sigmoid_topk, norm_topk_prob: false, routed_scaling_factor: 1.5}",),
+    ),
+    "all experts chosen, weights as they are": (
+        Upcycling(),
+        4,
+        4,
+        ("moe.router={norm_topk_prob: false, temperature: 2}",),
+    ),
+    "all shards chosen, zero router": (
+        Upcycling(2, router_std=0.0),
+        4,
+        4,
+        ("moe.router.norm_topk_prob=false",),
+    ),
     "expert groups": (Upcycling(), 4, 2, ("moe.router.groups={num_groups: 2, top_k_groups: 1}",)),
-    "shared experts beside them": (Upcycling(), 4, 2, ("moe.num_shared_experts=2", "moe.shared_expert_gate=true")),
+    "shared experts beside them": (
+        Upcycling(),
+        4,
+        2,
+        ("moe.num_shared_experts=2", "moe.shared_expert_gate=true"),
+    ),
     "every second layer": (Upcycling(), 4, 2, ("layer_pattern={kind: every_nth, n: 2}",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,7 +182,7 @@ def test_it_does_for_every_kind_of_feed_forward(
 
 
 def test_half_a_group_of_shards_computes_something_else() -> None:
-    """The twin of the equalities: the same weights with one choice too few."""
+    """The counterpart of the equalities must differ: the same weights, one choice too few."""
     recipe, dense = dense_model()
     target, tensors = upcycle(recipe, dense, Upcycling(2), 8, 4)
     fewer = recipe.model_copy(
@@ -261,7 +294,7 @@ def test_a_share_of_the_hidden_numbers_is_drawn_anew(kind: str) -> None:
         }
         units = differing["down_proj.weight"].all(dim=0)
         assert units.sum() == 8 and (differing["down_proj.weight"].any(dim=0) == units).all()
-        # The rows of the first matrices belong to the same hidden numbers.
+        # The rows of the first matrices belong to the same hidden units.
         rows = units.repeat_interleave(len(differing["up_proj.weight"]) // WIDTH)
         assert all(
             (differing[name].all(dim=1) == rows).all()

@@ -87,7 +87,7 @@ def expert_gradients_with_disturbance() -> tuple[dict[str, torch.Tensor], dict[s
     """Gradients of all experts without checkpointing, and with a disturbed recomputation."""
     kind = KINDS["dropless"].replace(
         "}", ", expert_kernel: grouped_mm}"
-    )  # its shapes do not tell how many rows an expert gets
+    )  # its shapes do not show how many rows an expert gets
     _, kept = loss_and_gradients(with_close_choices(tiny_model(kind)))
     model = with_close_choices(tiny_model(kind, activation_checkpointing=True))
     disturb_recomputation(model)
@@ -95,7 +95,7 @@ def expert_gradients_with_disturbance() -> tuple[dict[str, torch.Tensor], dict[s
     return (
         {name: gradient for name, gradient in run.items() if "experts" in name}
         for run in (kept, recomputed)
-    )  # type: ignore[return-value]
+    )
 
 
 def test_a_recomputation_that_would_flip_the_routing_repeats_it() -> None:

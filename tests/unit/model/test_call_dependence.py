@@ -1,4 +1,4 @@
-"""What a token's logits depend on if experts that are full turn tokens away: what causal means
+"""What a token's logits depend on if full experts drop tokens: what causal means
 there, and what it does not.
 """
 

@@ -106,7 +106,7 @@ def test_no_logit_depends_on_a_later_token(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bf16_computes_nearly_the_same_logits(case: str) -> None:
-    """A choice between two close experts may flip, so the bound is on the whole, not on each logit."""
+    """A choice between two close experts may flip, so the bound is on the norm, not each logit."""
     model, tokens = (
         tiny_model(*CASES[case], "model.initializer_range=0.1").eval(),
         random_tokens(B, S),
@@ -131,7 +131,7 @@ def test_the_meta_device_builds_the_same_shapes(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_kind_of_moe_layer_knows_each_of_its_tensors(case: str) -> None:
-    """A tensor without a role would be decayed, frozen and counted as one of a dense feed-forward."""
+    """A tensor without a role would be decayed, frozen and counted as a dense feed-forward's."""
     model = tiny_model(*CASES[case])
     config, tensors = model.config, model.state_dict()
     in_moe = {

@@ -53,7 +53,7 @@ def test_every_kind_has_its_formula() -> None:
     assert set(FORMULAS) == {
         str(kind.model_fields["kind"].annotation.__args__[0])
         for kind in kinds_of(FeedForwardConfig)
-    }  # type: ignore[union-attr]
+    }
 
 
 @pytest.mark.parametrize("bias", [False, True])

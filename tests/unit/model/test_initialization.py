@@ -82,7 +82,8 @@ def test_torchs_global_seed_is_neither_read_nor_changed() -> None:
 @pytest.mark.parametrize("layers", [2, 8])
 def test_projections_into_the_residual_stream_start_smaller(layers: int) -> None:
     model = tiny_model(
-        f"model.num_hidden_layers={layers}", "model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=64",
+        f"model.num_hidden_layers={layers}", "model.layer_pattern={kind: every_nth, n: 2}",
+        "model.intermediate_size=64",
         "model.initializer_range=0.02", "model.hidden_size=64",
     )  # fmt: skip
     residual, others = [], []

@@ -117,7 +117,8 @@ def test_counts_without_tensors_are_those_of_the_real_model(overrides: tuple[str
 
 def test_each_component_is_counted_by_hand() -> None:
     overrides = (
-        "model.layer_pattern={kind: first_k_dense, k: 1}", WIDE, SHARED, *BIASED, "model.position={kind: learned}", "model.moe.router.bias=true",
+        "model.layer_pattern={kind: first_k_dense, k: 1}", WIDE, SHARED, *BIASED,
+        "model.position={kind: learned}", "model.moe.router.bias=true",
         "model.multi_token_prediction={}",
     )  # fmt: skip
     # D 32, N 4, M 2, H 8 with RMSNorm of each head, four experts of width 32 and a shared one,
@@ -222,7 +223,7 @@ def test_the_cache_of_a_window_layer_ends_with_its_window() -> None:
 def test_state_is_sharded_over_the_ranks_that_hold_the_same_weights(
     precision: str, zero_stage: int, per_dense: float, per_expert: float, biased: bool
 ) -> None:
-    """Four ranks, ep_size 2: dense weights lie on four, each expert on two.
+    """Four ranks, ep_size 2: dense weights are on four, each expert on two.
 
     Bytes per weight: value, gradient, AdamW with fp32 master.
     """

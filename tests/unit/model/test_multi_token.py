@@ -48,8 +48,9 @@ def hand_written_nll(
     labels_S: torch.Tensor,
     documents_S: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Eq. 21 to 24 one position at a time, from the trunk's hidden states of one sequence: for each
-    i whose next two tokens have labels.
+    """Eq. 21 to 24 one position at a time, from the decoder's hidden states of one sequence.
+
+    For each i whose next two tokens have labels.
     """
     ids = None if documents_S is None else documents_S[None]
     hidden_SD = model.hidden(inputs_S[None], ids)[0]

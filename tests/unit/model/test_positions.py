@@ -182,7 +182,8 @@ def test_yarn_equals_transformers(
     truncate: bool,
 ) -> None:
     config = Yarn(
-        kind="yarn", factor=factor, original_max_position_embeddings=original, rope_theta=theta, truncate=truncate,
+        kind="yarn", factor=factor, original_max_position_embeddings=original, rope_theta=theta,
+        truncate=truncate,
         beta_fast=betas[0], beta_slow=betas[1],
     )  # fmt: skip
     expected, _ = transformers_yarn(config, rotary_dim)
@@ -197,7 +198,7 @@ def test_yarn_is_told_apart_from_plain_interpolation_and_from_the_other_rounding
     assert (
         stretched[0] == plain[0] and stretched[-1] == plain[-1] / 4
     )  # fast pairs are kept, slow ones interpolated
-    assert ((stretched < plain * 0.999) & (stretched > plain / 3.999)).any()  # and some lie between
+    assert ((stretched < plain * 0.999) & (stretched > plain / 3.999)).any()  # and some are between
     other = yarn_frequencies(config.model_copy(update={"truncate": False}), 64, CPU)
     assert (other / stretched - 1).abs().max() > 1e-2
 

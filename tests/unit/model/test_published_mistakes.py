@@ -134,7 +134,7 @@ def test_h64lm_weights_start_with_the_spread_the_recipe_says() -> None:
 
 
 def test_moe_fast_gpt_embeddings_start_as_the_recipe_says() -> None:
-    """It initialises the embedding, and then runs Xavier over everything, the embedding included."""
+    """It initialises the embedding, and then applies Xavier to everything, this one included."""
     model = tiny_model("model.initializer_range=0.02", "model.hidden_size=256")
     nn.init.xavier_uniform_(model.embedding.weight)
     initialize(model, seed=1)
@@ -142,7 +142,7 @@ def test_moe_fast_gpt_embeddings_start_as_the_recipe_says() -> None:
 
 
 def test_khanh_no_position_sees_the_token_it_predicts() -> None:
-    """Without its causal mask each position read its own answer, and the loss fell to 0.13 (its
+    """Without its causal mask each position read its own label, and the loss fell to 0.13 (its
     "crystal ball").
     """
     parts = (

@@ -113,7 +113,7 @@ def test_experts_of_every_kind_of_layer_shared_dense_and_latent_parts_are_known(
         for name, p in model.named_parameters()
         if ".deepspeed_experts." in name and name.endswith("up_proj.weight")
     ]
-    assert len(experts) == 8 and {parameter.learning_rate_scale for parameter in experts} == {0.25}  # type: ignore[attr-defined]
+    assert len(experts) == 8 and {parameter.learning_rate_scale for parameter in experts} == {0.25}
     latent = (
         "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 12, qk_rope_head_dim: 4,"
         " qk_nope_head_dim: 8, v_head_dim: 6}"
@@ -177,7 +177,7 @@ def with_factors(recipe: Recipe, logits: float, scores: float) -> DecoderLM:
                 )
             )
     normed = model._normed
-    model._normed = lambda x: logits * normed(x)  # type: ignore[method-assign]
+    model._normed = lambda x: logits * normed(x)
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * logits, *inputs[1:]))

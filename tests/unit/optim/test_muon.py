@@ -122,7 +122,7 @@ def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bo
     before = stack.detach().clone().view(3, 8, 8)
     gradient = random(3, 8, 8, seed=1)
     gradient[1] = 0
-    gradient[2, :4] = 0  # some of its tokens' hidden numbers are
+    gradient[2, :4] = 0  # some of its tokens' hidden units are
     stack.grad = gradient.view_as(stack)
     optimizer.step()
     decayed, after = before * (1 - 0.02 * 0.1), stack.detach().view(3, 8, 8)
@@ -195,7 +195,7 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw() -> None:
 def test_the_ranks_parts_of_cut_matrices_are_the_matrices(
     ranks: int, partition_size: int, start: int
 ) -> None:
-    """Two matrices of 8 x 9 and padding, in partitions that end anywhere; some ranks hold nothing."""
+    """Two matrices of 8 x 9 and padding, in partitions that end anywhere; some ranks are empty."""
     numbers = torch.zeros(ranks * partition_size)
     stack = random(2, 8, 9)
     numbers[start : start + 144] = stack.flatten()

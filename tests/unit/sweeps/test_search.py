@@ -56,7 +56,7 @@ def test_random_points_lie_in_the_axes_and_follow_the_seed() -> None:
     } == {"few", "many"}
     assert (
         10 <= sum(number < 1e-3 for number in numbers) <= 30
-    )  # by the logarithm: below the middle lies about half
+    )  # by the logarithm: below the middle is about half
     assert points == random_points(AXES, 40, seed=1) != random_points(AXES, 40, seed=2)
     assert (
         points[0].name == "trial_0000"

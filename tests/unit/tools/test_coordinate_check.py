@@ -1,4 +1,4 @@
-"""The command measures both kinds, tells and draws them, and refuses what it cannot measure."""
+"""The command measures both kinds, prints and draws them, and refuses what it cannot measure."""
 
 from __future__ import annotations
 

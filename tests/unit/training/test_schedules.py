@@ -1,4 +1,4 @@
-"""Learning-rate factors at the steps where a schedule turns."""
+"""Learning-rate factors at the steps where a schedule changes."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def reference_shares(words: list[str], size: int) -> tuple[float, float]:
                 covered[kind] |= set(range(start, start + size))
         seen.add(ngram)
     total = sum(map(len, words))
-    return tuple(sum(len(words[place]) for place in places) / total for places in covered)  # type: ignore[return-value]
+    return tuple(sum(len(words[place]) for place in places) / total for places in covered)
 
 
 @settings(max_examples=300, deadline=None)

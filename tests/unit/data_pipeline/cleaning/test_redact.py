@@ -1,4 +1,4 @@
-"""Secrets and personal data are replaced, what only looks like them stays, and no text takes long."""
+"""Secrets and personal data are replaced, similar text stays, and no text takes long."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_counts_decided_by_bisection_alone_are_within_one_slot(
 
 
 def test_a_rule_that_looks_at_each_source_alone_would_fail_the_same_check() -> None:
-    """Thirty small sources whose turns all come at the same places leave the large one behind: what
+    """Thirty small sources that are all due at the same places leave the large one behind: what
     sorting by (k + 0.5) / share gives.
     """
     shares = HARD["one large and thirty small"]

@@ -342,7 +342,7 @@ def test_a_run_that_resumes_with_another_mixture_repeats_nothing_before_its_epoc
                 name
             )
     assert second.schedule.entries[-1].start_sample == 56 and len(second.schedule.entries) == 2
-    # The same recipe again goes on with the same plans, to the same samples.
+    # The same recipe again continues with the same plans, to the same samples.
     third = of(after)
     third.resume(json.loads(json.dumps(second.state(9))), 9)
     assert (

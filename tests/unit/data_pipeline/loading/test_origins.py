@@ -21,7 +21,7 @@ from tests.support.data_folder import EOD, write_folder
 
 
 def data(folder: Path) -> Manifest:
-    """Two sources with two shards each; every token tells its document by its thousands, and a
+    """Two sources with two shards each; the thousands of a token are its document, and a
     document without a token is among them.
     """
     random, number = np.random.default_rng(0), 0

@@ -43,7 +43,7 @@ Documents = list[list[list[int]]]
 
 
 def numbered(shards: list[list[int]]) -> Documents:
-    """Documents of these lengths, by shard; every token is there once, so that each can be told."""
+    """Documents of these lengths, by shard; every token occurs once, which identifies it."""
     token, result = 1, []
     for lengths in shards:
         result.append([])
@@ -122,7 +122,7 @@ def test_the_check_notices_a_document_that_is_read_twice(tmp_path: Path) -> None
     samples = packed(stream_of(tmp_path, documents), 4)
     check_epoch(samples, documents)
     samples._starts = samples._starts + np.array([0, 1])
-    samples._shards[0].pieces = lambda sequence: [(0, 4)]  # type: ignore[method-assign]
+    samples._shards[0].pieces = lambda sequence: [(0, 4)]
     with pytest.raises(AssertionError):
         check_epoch(samples, documents)
 

@@ -197,7 +197,7 @@ def test_a_run_that_gets_longer_sequences_ahead_begins_new_epochs_and_resumes_fr
         and "8 tokens now and was 4" in told
         and "name the longest sequence in the phases" in told
     )
-    # Half of the short blocks are as many long ones: passes are of tokens, and go on where they
+    # Half of the short blocks are as many long ones: passes are of tokens, and continue where they
     # were.
     assert changed.epochs(3) == pytest.approx(short.epochs(3)) and short.epochs(3) == 12 / 128
     assert changed.epochs(9) - changed.epochs(4) == pytest.approx(10 / 64)
@@ -234,8 +234,8 @@ def test_going_back_over_a_border_passes_over_the_data_of_both_mixtures(tmp_path
         consumed = loader.consumed(behind)
         loader.resume(saved, 4)
         loader.pass_over(4, consumed)
-    # Step 4 reads a, of which five steps were taken and then one more; b goes on behind the two and
-    # the one that were passed over.
+    # Step 4 reads a, of which five steps were taken and then one more; b continues after the two
+    # and the one that were passed over.
     assert set(tokens_of(loader, range(4, 5))).isdisjoint(
         set().union(*(tokens[step] for step in range(5)))
     )

@@ -194,7 +194,7 @@ def test_half_a_table_that_cannot_be_read_is_more_than_one_bad_record(
 def test_sampling_stops_before_a_tokenizer_is_trained(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines(50, 50))
     with pytest.raises(DataError, match="50 of 100 records"):
-        build_of(tmp_path, {"kind": "train_bpe", "vocab_size": 300}, {"all": path})  # type: ignore[dict-item]
+        build_of(tmp_path, {"kind": "train_bpe", "vocab_size": 300}, {"all": path})
     assert not list(tmp_path.glob("data/.building/trained.json"))
 
 

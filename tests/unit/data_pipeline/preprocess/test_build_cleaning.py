@@ -42,7 +42,7 @@ def jsonl(path: Path, texts: list[str]) -> Path:
 def sequences(result: BuildResult, split: str = "train") -> list[list[int]]:
     return [
         reader[index].tolist()
-        for shard in result.manifest.splits[split].shards  # type: ignore[index]
+        for shard in result.manifest.splits[split].shards
         for reader in [IndexedReader(result.folder / shard.prefix)]
         for index in range(len(reader))
     ]

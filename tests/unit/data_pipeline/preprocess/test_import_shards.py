@@ -101,7 +101,7 @@ def flat(documents: Documents) -> list[int]:
 
 def read_back(folder: Path, split: str = "train") -> Documents:
     """What training reads: tokens, and where documents begin."""
-    stream = open_split(load_manifest(folder), split)  # type: ignore[arg-type]
+    stream = open_split(load_manifest(folder), split)
     starts = stream.document_starts(0, stream.num_tokens).tolist()
     return [part.tolist() for part in np.split(stream.read(0, stream.num_tokens), starts[1:])]
 

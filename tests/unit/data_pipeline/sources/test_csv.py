@@ -76,7 +76,7 @@ def test_bad_records_say_what_and_where_and_the_next_one_is_read(tmp_path: Path)
 
 
 def test_a_record_that_is_too_long_ends_where_its_quotes_end(tmp_path: Path) -> None:
-    # Were reading to go on in the middle of the long value, 'inside' would become a document.
+    # If reading continued in the middle of the long value, 'inside' would become a document.
     long = '"' + "a" * 80 + '\n""quoted"",1\ninside,1\n","more\nmore"\n'
     path = write(tmp_path / "a.csv", f"text,n\n{long}after,1\n")
     results = read_all(section(path), max_record_bytes=40)

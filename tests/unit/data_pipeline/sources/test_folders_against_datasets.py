@@ -91,7 +91,7 @@ def random_name(source: random.Random, style: str, ending: str) -> str:
 
 
 def random_folder(root: Path, source: random.Random, number: int) -> list[str]:
-    """A folder of data files of one kind, with what people have among them; returns the data files."""
+    """A folder of data files of one kind, with stray files among them; returns the data files."""
     style, ending = (
         source.choice(["sharded", "folders", "names", "plain"]),
         ENDINGS[source.choice(list(ENDINGS))],

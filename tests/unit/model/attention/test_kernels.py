@@ -84,7 +84,11 @@ def scores_of(
 ) -> Scores:
     num_heads = math.prod(HEADS[heads])
     return Scores(
-        mask, H**-0.5, window, slopes(num_heads) if alibi else None, random_tensor(num_heads, seed=5, dtype=dtype) if sinks else None
+        mask,
+        H**-0.5,
+        window,
+        slopes(num_heads) if alibi else None,
+        random_tensor(num_heads, seed=5, dtype=dtype) if sinks else None,
     )  # fmt: skip
 
 
@@ -133,7 +137,7 @@ def test_flex_equals_the_definition_with_gradients(mask: str, heads: str) -> Non
 @pytest.mark.parametrize("kernel", [sdpa_attention, flex_attention])
 @torch.no_grad()
 def test_bf16_is_the_definition_up_to_its_rounding(kernel: AttentionKernel) -> None:
-    """Masks, biases and sinks in the dtype of the queries: a bias in another is refused by torch."""
+    """Masks, biases and sinks in the dtype of the queries: torch refuses a bias in another."""
     for window, alibi, sinks in ((None, False, True), (3, True, False), (3, True, True)):
         outputs = []
         for one in (kernel, reference_attention):
@@ -184,7 +188,7 @@ def test_values_may_be_narrower_or_wider_than_keys(sinks: bool) -> None:
             torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
 
 
-# --- twins: a kernel that gets one thing wrong is told apart --------------------------------------
+# --- a kernel that gets one thing wrong is noticed --------------------------------------
 
 WRONG: dict[str, Callable[[Scores], Scores]] = {
     "window_off_by_one": lambda scores: replace(scores, window=4),
@@ -195,7 +199,7 @@ WRONG: dict[str, Callable[[Scores], Scores]] = {
     "inverted_alibi": lambda scores: replace(scores, slopes_N=-slopes(4)),
     "slopes_in_another_order": lambda scores: replace(scores, slopes_N=slopes(4).flip(0)),
     "no_sinks": lambda scores: replace(scores, sinks_N=None),
-    "sinks_in_another_order": lambda scores: replace(scores, sinks_N=scores.sinks_N.flip(0)),  # type: ignore[union-attr]
+    "sinks_in_another_order": lambda scores: replace(scores, sinks_N=scores.sinks_N.flip(0)),
     "another_scale": lambda scores: replace(scores, scale=scores.scale * 1.1),
 }
 

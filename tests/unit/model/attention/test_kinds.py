@@ -249,7 +249,7 @@ def test_every_head_of_the_last_token_sees_the_first_where_moe_fast_gpts_see_a_b
 @kinds_of_position
 @torch.no_grad()
 def test_a_sequence_does_not_depend_on_its_row_of_the_batch(position: str) -> None:
-    """Project 828's first run turned heads by their place in the flattened batch."""
+    """Project 828's first run rotated heads by their place in the flattened batch."""
     model, input_ids_BS = build("gqa", position), random_tokens(3, S)
     together = model.logits(input_ids_BS)
     for row in range(3):
@@ -353,7 +353,7 @@ def test_layers_with_the_same_window_share_one_mask(monkeypatch: pytest.MonkeyPa
 
     def counted(scores: Scores, *others: object) -> torch.Tensor:
         made.append(scores.window)
-        return mask(scores, *others)  # type: ignore[arg-type]
+        return mask(scores, *others)
 
     mask = sdpa._mask
     monkeypatch.setattr(sdpa, "_mask", counted)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: transformers' numbers, and one answer in every form.
+"""Multi-head latent attention: transformers' results, and one result in every form.
 
 The tests that name llm720 guard against mistakes that were measured in it.
 """
@@ -54,7 +54,7 @@ THEIRS = {
 
 
 def rows_interleaved(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The turned rows of a projection in DeepSeek's own order, in which the two numbers of a pair
+    """The rotated rows of a projection in DeepSeek's own order, in which the two numbers of a pair
     are neighbours.
     """
     if name.startswith(("q_b_proj", "q_proj")):
@@ -78,7 +78,8 @@ def transformers_output(
     )
     sizes = {name: getattr(ours.config, name) for name in SIZES}
     config = DeepseekV3Config(
-        hidden_size=D, num_key_value_heads=N, **sizes, attention_bias=bias, rope_interleave=interleaved, rope_parameters=rope,
+        hidden_size=D, num_key_value_heads=N, **sizes, attention_bias=bias,
+        rope_interleave=interleaved, rope_parameters=rope,
         max_position_embeddings=640 if yarn else 64, attn_implementation="eager",
     )  # fmt: skip
     theirs = DeepseekV3Attention(config, 0).eval()
@@ -147,7 +148,7 @@ def test_the_latents_have_an_rms_norm_where_llm720_has_a_layer_norm(
     assert difference(ours(x_BSD, terms, AttentionMask()), expected) > 1e-2
 
 
-# --- one answer in every form ---------------------------------------------------------------------
+# --- one result in every form ---------------------------------------------------------------------
 
 
 def count_absorbed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -246,7 +247,7 @@ def test_packed_documents_equal_separate_ones(position: str) -> None:
 
 @torch.no_grad()
 def test_all_heads_share_one_turned_key() -> None:
-    """Only the R numbers behind the latent know where a key stands: a latent is the same at every
+    """Only the R elements behind the latent know where a key stands: a latent is the same at every
     place.
     """
     model, x_BSD = build(), random_tensor(1, 1, D).detach()
@@ -340,7 +341,7 @@ def test_decoding_after_a_training_step_has_its_weights_where_llm720_keeps_the_o
         current: nn.Module = self.kv_b_proj
         self.kv_b_proj = old[id(self)]
         answer = absorbed(self, q, latents, scores)
-        self.kv_b_proj = current  # type: ignore[assignment]
+        self.kv_b_proj = current
         return answer
 
     monkeypatch.setattr(MultiHeadLatentAttention, "_absorbed", llm720)

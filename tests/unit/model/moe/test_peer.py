@@ -142,7 +142,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_scores_of_all_experts_are_never_formed() -> None:
-    """An earlier form of the published framework computes all of them: a million a token and head."""
+    """An earlier form of the published framework computes all: a million per token and head."""
     keys = peer((128, 128)).retrieval
     with LargestTensor() as largest:
         keys(torch.randn(6, 32))

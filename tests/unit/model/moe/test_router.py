@@ -154,7 +154,7 @@ def test_load_balance_loss_is_one_in_balance_and_e_over_k_in_collapse(top_k: int
 
 
 def test_the_sequence_loss_sees_what_the_mean_over_sequences_hides() -> None:
-    """Each sequence goes to one expert of its own: in balance together, collapsed each by itself."""
+    """Each sequence goes to a different expert: balanced as a batch, collapsed as a sequence."""
     logits_TE = torch.tensor([[9.0, 0.0]] * 4 + [[0.0, 9.0]] * 4)
     _, losses = statistics_of(logits_TE, 1, torch.tensor([4.0, 4.0]), sequence_loss=1)
     assert losses["aux_loss"].item() == pytest.approx(1.0)

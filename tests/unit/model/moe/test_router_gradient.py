@@ -1,5 +1,5 @@
-"""What the language loss teaches a router: its gradient, measured for every kind of choice, and
-what a recipe is told if there is none.
+"""The gradient of the language loss in a router for every kind of choice, and the warning if it has
+none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ CASES: dict[str, tuple[tuple[str, ...], bool]] = {
     "two choices as they are": (("model.moe.router.norm_topk_prob=false",), True),
     "one choice": ((ONE,), True),
     "one choice divided by itself": ((ONE, NORMED), False),
-    "one choice divided by itself, scaled": ((ONE, NORMED, "model.moe.router.routed_scaling_factor=2.5"), False),
+    "one choice divided by itself, scaled": (
+        (ONE, NORMED, "model.moe.router.routed_scaling_factor=2.5"),
+        False,
+    ),
     "one choice divided by itself, shared experts with a gate": ((ONE, NORMED, *GATED), False),
     "one sigmoid choice": ((ONE, SIGMOID), True),
     "one sigmoid choice divided by itself": ((ONE, SIGMOID, NORMED), False),
@@ -45,16 +48,25 @@ CASES: dict[str, tuple[tuple[str, ...], bool]] = {
     "DeepSpeed's own gate, one choice": ((*NATIVE, ONE), True),
     "DeepSpeed's own gate, two choices": (NATIVE, True),
     "DeepSpeed's own gate, three choices": ((*NATIVE, "model.moe.top_k=3"), True),
-    "hardly any room": ((*ROUTED, "model.moe.capacity_factor=0.01", "model.moe.min_capacity=0"), True),
+    "hardly any room": (
+        (*ROUTED, "model.moe.capacity_factor=0.01", "model.moe.min_capacity=0"),
+        True,
+    ),
     "a residual expert": ((*ROUTED, ONE, NORMED, "model.moe.use_residual=true"), False),
     "all experts": (("model.moe.top_k=4",), True),
     "groups of one expert": ((EACH_ALONE,), True),
-    "one of the groups of one expert": ((ONE, "model.moe.router.groups={num_groups: 4, top_k_groups: 1}"), True),
-    "one of the groups of one expert, divided by itself": ((ONE, NORMED, "model.moe.router.groups={num_groups: 4, top_k_groups: 1}"), False),
+    "one of the groups of one expert": (
+        (ONE, "model.moe.router.groups={num_groups: 4, top_k_groups: 1}"),
+        True,
+    ),
+    "one of the groups of one expert, divided by itself": (
+        (ONE, NORMED, "model.moe.router.groups={num_groups: 4, top_k_groups: 1}"),
+        False,
+    ),
     "a low temperature": (("model.moe.router.temperature=0.1",), True),
     "product keys, two choices": ((PEER % 2,), True),
     "product keys, one choice": ((PEER % 1,), False),
-}  # fmt: skip
+}
 
 
 def router_gradients(config: ModelConfig) -> dict[str, float]:
@@ -99,9 +111,9 @@ def test_one_choice_keeps_its_score_unless_a_recipe_says_otherwise(kind: str) ->
         load_recipe("debug", [*chosen, *more])
         for more in ([ONE], [ONE, "model.moe.router.norm_topk_prob=false"], [ONE, NORMED])
     )
-    routers = [recipe.model.moe.router for recipe in (default, said, normed)]  # type: ignore[union-attr]
+    routers = [recipe.model.moe.router for recipe in (default, said, normed)]
     assert [router.norm_topk_prob for router in routers] == [False, False, True]
-    assert load_recipe("debug", chosen).model.moe.router.norm_topk_prob is True  # type: ignore[union-attr]
+    assert load_recipe("debug", chosen).model.moe.router.norm_topk_prob is True
     sentences = [warnings_about(recipe) for recipe in (default, said, normed)]
     assert "is false because top_k is 1" in sentences[0][0] and sentences[1] == []
     assert "learn nothing from the language loss" in sentences[2][0]

@@ -18,7 +18,7 @@ from pretrain.training.schedules import balance_update_rate
 from tests.support.tiny_model import random_tensor, tiny_config, tiny_model
 
 T, D, E = 40, 16, 8
-# One case a router: what it turns the logits of one token into, written without torch's functions.
+# One case a router: what it makes of the logits of one token, written without torch's functions.
 # A new router adds its line.
 SCORES = {
     "softmax_topk": lambda logits: [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits],
@@ -43,13 +43,13 @@ def named(kind: str, **fields: object) -> Router:
         family
         for family in kinds_of(Router)
         if family.model_fields["kind"].annotation.__args__ == (kind,)
-    )(kind=kind, **fields)  # type: ignore[union-attr]
+    )(kind=kind, **fields)
 
 
 def test_every_router_has_a_definition_here() -> None:
     assert {kind.model_fields["kind"].annotation.__args__[0] for kind in kinds_of(Router)} == set(
         SCORES
-    )  # type: ignore[union-attr]
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_choices_and_weights_are_those_of_the_definition(
         assert routing.topk_ids_TK[token].tolist() == best
         weights = [scores[expert] for expert in best]
         total = sum(weights) if fields.get("norm_topk_prob", True) else 1.0
-        expected = [fields.get("routed_scaling_factor", 1.0) * weight / total for weight in weights]  # type: ignore[operator]
+        expected = [fields.get("routed_scaling_factor", 1.0) * weight / total for weight in weights]
         assert routing.topk_weights_TK[token].tolist() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(T))
 
@@ -97,7 +97,7 @@ def test_groups_are_chosen_by_their_best_or_their_two_best_experts() -> None:
             SigmoidTopK(
                 kind="sigmoid_topk", groups=ExpertGroups(num_groups=2, top_k_groups=1, score=score)
             )
-        )  # type: ignore[arg-type]
+        )
         assert sorted(router._choose(scores)[0].tolist()) == chosen
 
 
@@ -178,7 +178,7 @@ def test_the_bias_is_part_of_the_models_state() -> None:
 
 @pytest.mark.parametrize("schedule,half", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
 def test_the_rate_follows_its_schedule_and_freezes(schedule: str, half: float) -> None:
-    config = BiasBalancing(update_rate=0.01, schedule=schedule, frozen_share=0.2)  # type: ignore[arg-type]
+    config = BiasBalancing(update_rate=0.01, schedule=schedule, frozen_share=0.2)
     assert balance_update_rate(0, 100, config) == pytest.approx(0.01)
     assert balance_update_rate(40, 100, config) == pytest.approx(0.01 * half)
     assert balance_update_rate(79, 100, config) > 0
