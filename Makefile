@@ -1,33 +1,41 @@
-# Two commands matter on a fresh clone: `make quickstart` runs the whole main job, `make test` the whole test suite.
+# Two commands matter on a fresh clone: `make quickstart` runs the whole main job, `make test` the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch by itself and pinned: asked for through another package, pip may take a build with several GB of CUDA libraries.
+# torch is pinned and installed first: as a dependency of another package, pip may choose a build with several GB of
+# CUDA libraries.
 TORCH ?= torch==2.13.0
+# Processes that share the tests: one a core, and no more than 8, because each holds up to 2 GB and starts ranks.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
-.PHONY: help requirements install quickstart test test-full lint benchmark bench-data bench-peer bench-training clean
+.PHONY: help requirements install quickstart lint test-unit test test-full
+.PHONY: benchmark bench-data bench-peer bench-training clean
 
 help:
-	@echo "make quickstart   install, then corpus -> shards -> pretraining -> evaluation -> export -> text, 9 to 15 minutes on 2 cores"
-	@echo "make test         install, lint, types, all tests but the long matrices"
-	@echo "make test-full    all tests and the whole numerical matrix"
-	@echo "make benchmark    tokens/s of two ranks against one plain process, paired"
-	@echo "make bench-data   data pipeline and loader against Megatron's, with the cost of each stage"
-	@echo "make bench-peer   PEER's row products, PEER against dense and dropless layers, latent attention against grouped queries"
-	@echo "make bench-training   optimizers, compiled blocks, branches of one trunk, deterministic mode (data/quickstart must be built)"
-	@echo "make clean        removes data/ and runs/ of the quickstart and debug recipes"
+	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
+	@echo "make lint            ruff and mypy"
+	@echo "make test-unit       tests of one process, under 5 minutes on 2 cores"
+	@echo "make test            lint, then the tests of one process and of real runs, under 25 minutes on 2 cores"
+	@echo "make test-full       lint, then all tests with the long matrices, hours"
+	@echo "make benchmark       tokens/s of two ranks against one plain process, paired"
+	@echo "make bench-data      data pipeline and loader against Megatron's, with the cost of each stage"
+	@echo "make bench-peer      PEER's table products; PEER against dense and dropless layers; MLA against GQA"
+	@echo "make bench-training  optimizers, compiled blocks, branches of a run, deterministic mode; after the quickstart"
+	@echo "make clean           remove data/ and runs/ of the quickstart and debug recipes"
+	@echo "Every target but help and clean first installs into $(VENV). WORKERS=N sets the processes of the tests."
 
 $(REQUIREMENTS): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $(REQUIREMENTS)
 
-# The packages stay in the checkout, the environment only learns where they are and what the commands are called.
+# An editable install: the packages stay in the checkout, the environment gets a link and the commands.
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
@@ -44,11 +52,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests start commands of the environment (deepspeed, mpirun) by name.
+PYTEST = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS)
+
+test-unit: install
+	$(PYTEST) --dist worksteal -m "not full" tests/unit
+
+# By file, so that the tests of one file share the runs that their fixtures start.
 test: lint
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not full"
+	$(PYTEST) --dist loadfile -m "not full" tests/unit tests/integration
 
 test-full: lint
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+	$(PYTEST) --dist loadfile
 
 benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py

@@ -6,7 +6,7 @@ Versions: 0.19.8
 Upstream: none known
 Effect: one overflow would turn all weights into NaN, and the guard ``guards.non_finite`` would see
     nothing.
-Test: tests/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has changed
+Test: tests/integration/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has changed
 """
 
 from __future__ import annotations

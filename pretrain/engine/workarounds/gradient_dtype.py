@@ -6,7 +6,7 @@ Fact: at stage 1 DeepSpeed takes another optimizer for bf16 weights whose gradie
 Versions: 0.19.8
 Upstream: none known
 Effect: steps would lack the gradient norm that clipping and guards look at.
-Test: tests/config/test_ds_config_resolution.py shows the refusal; none shows that DeepSpeed has
+Test: tests/unit/config/test_ds_config_resolution.py shows the refusal; none shows that DeepSpeed has
     changed
 """
 

@@ -7,7 +7,7 @@ Upstream: none known
 Effect: Adam would start at its second step, with a bias correction too weak for its moments.
     Weights do not move by it, because the learning rate of every group is still 0.
 Test:
-    tests/engine/test_deepspeed_facts.py::test_stage_0_in_low_precision_takes_a_step_when_it_starts
+    tests/integration/engine/test_deepspeed_facts.py::test_stage_0_in_low_precision_takes_a_step_when_it_starts
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Fact: at stage 0 DeepSpeed's fp16 optimizer divides gradients by the loss scale,
 Versions: 0.19.8
 Upstream: none known
 Effect: gradients would be too small by the loss scale: the model would hardly train.
-Test: tests/engine/test_deepspeed_facts.py::test_stage_0_does_not_scale_an_fp16_loss
+Test: tests/integration/engine/test_deepspeed_facts.py::test_stage_0_does_not_scale_an_fp16_loss
 """
 
 from __future__ import annotations

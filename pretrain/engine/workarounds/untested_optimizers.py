@@ -6,7 +6,7 @@ Versions: 0.19.8
 Upstream: none known
 Effect: trainings with another optimizer than Adam would not start.
 Test:
-    tests/engine/test_deepspeed_facts.py::test_an_optimizer_that_deepspeed_has_not_tried_is_refused
+    tests/integration/engine/test_deepspeed_facts.py::test_an_optimizer_that_deepspeed_has_not_tried_is_refused
 """
 
 from __future__ import annotations

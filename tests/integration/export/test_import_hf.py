@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pretrain.checkpoint.layout import TOKENIZER, read_recipe
+from pretrain.checkpoint.validate import open_whole_weights
+from pretrain.core.errors import DONE, CheckpointError, ConfigError
+from pretrain.evaluation.checkpoint import whole_checkpoint
+from pretrain.evaluation.generation.generate import Sampling, generate
+from pretrain.evaluation.generation.generators import open_generator
+from pretrain.export.hf_folder import write_hf_folder
+from pretrain.export.import_hf import import_hf
+from pretrain.export.parity import load_exported, same_bits
+from pretrain.export.targets import choose_target
+from pretrain.export.writer import RECORD, WEIGHTS, open_exported_weights
+from pretrain.model.moe.config import RoutedMoE
+from tests.support.paths import TOOLS
+from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
+from tests.support.tool_runs import run_here
+from tests.unit.export.test_architectures import NATIVES
+
+QUICK = {
+    "mixtral_8x7b_mini",
+    "qwen2_moe: gated shared expert",
+    "deepseek_v3_mini",
+    "gpt_oss_20b_mini",
+}
+CASES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in NATIVES]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+def their_folder(
+    folder: Path, case: str, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A folder that transformers itself wrote."""
+    name, overrides, target = NATIVES[case]
+    recipe = recipe_of(name, *overrides, "model.embedding_size=null")
+    random_checkpoint(folder / "checkpoint", recipe, tokenizer)
+    (folder / "hf").mkdir()
+    write_hf_folder(
+        folder / "hf",
+        choose_target(recipe, target),
+        recipe.model,
+        open_whole_weights(folder / "checkpoint", recipe.model),
+        tokenizer,
+    )
+    model = load_exported(folder / "hf").to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()  # as published models have it
+    model.save_pretrained(folder / "theirs")
+    (folder / "theirs" / TOKENIZER).write_bytes(tokenizer.content)
+    return folder / "theirs"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_is_the_same_bit_for_bit(
+    case: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    source = their_folder(tmp_path, case, tokenizer)
+    conversion = import_hf(source, tmp_path / "ours", overwrite=False)
+    assert (
+        conversion.parity is not None
+        and conversion.parity.max_difference <= 1e-4 < conversion.parity.logits_std
+    )
+    folder = whole_checkpoint(tmp_path / "ours")
+    recipe = read_recipe(folder)
+    (tmp_path / "back").mkdir()
+    target = choose_target(recipe, NATIVES[case][2])
+    its_tokenizer = load_tokenizer(folder / TOKENIZER, recipe.data.tokenizer)
+    write_hf_folder(
+        tmp_path / "back",
+        target,
+        recipe.model,
+        open_whole_weights(folder, recipe.model),
+        its_tokenizer,
+        torch.bfloat16,
+    )
+    first, again = open_exported_weights(source), open_exported_weights(tmp_path / "back")
+    tied_copy = {"lm_head.weight"} if recipe.model.tie_word_embeddings else set()
+    assert set(first.names) - tied_copy == set(again.names)
+    assert all(same_bits(first.read(name), again.read(name)) for name in again.names)
+
+
+def test_one_choice_that_is_divided_by_itself_comes_as_it_is_with_a_warning(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """It computes what it says, which transformers' logits confirm; only training on would leave
+    its router as it is.
+    """
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer, torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    done = run_here("convert_checkpoint.py", "--from", "hf", source, "--output", tmp_path / "ours")
+    assert (
+        done.returncode == 0
+        and "warning: model.moe.router.norm_topk_prob=true with top_k=1" in done.stderr
+    )
+    model = read_recipe(tmp_path / "ours").model
+    assert isinstance(model.moe, RoutedMoE) and (
+        model.moe.top_k,
+        model.moe.router.norm_topk_prob,
+    ) == (1, True)
+    assert choose_target(read_recipe(tmp_path / "ours"), "mixtral").name == "mixtral"
+
+
+def test_an_imported_model_writes_the_same_text_and_is_exported_by_the_command(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer, torch.float32)
+    command = [
+        sys.executable,
+        str(TOOLS / "convert_checkpoint.py"),
+        "--from",
+        "hf",
+        str(source),
+        "--output",
+        str(tmp_path / "ours"),
+        "--json",
+        "-",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == DONE, done.stderr
+    assert json.loads(done.stdout)["parity"]["windows"] == 4
+    texts = []
+    for folder in (source, tmp_path / "ours"):
+        (source / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+        )
+        generator = open_generator(folder, torch.device("cpu"))
+        prompt = generator.encode("def f(x): return 12")
+        texts.append(
+            generate(
+                generator.start(len(prompt) + 20),
+                prompt,
+                Sampling(greedy=True),
+                generator.eod_id,
+                range(20),
+            )
+        )
+    assert texts[0] == texts[1] and len(texts[0]) > 0
+    with pytest.raises(ConfigError, match="--overwrite"):
+        import_hf(source, tmp_path / "ours", overwrite=False)
+    assert (tmp_path / "ours" / RECORD).is_file()
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (
+            {"model_type": "bert"},
+            "model_type 'bert', and the ones that recipes can say are llama, mistral",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'linear'",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu, and the nearest recipe would be silu"),
+    ],
+)
+def test_a_config_that_no_recipe_can_say_is_refused(
+    change: dict[str, object], words: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer)
+    config = json.loads((source / "config.json").read_text()) | change
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=words):
+        import_hf(source, tmp_path / "ours", overwrite=False)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_half_turned_heads_and_clipped_queries_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Published GLM-4.5 rotates half of a head.
+
+    OLMoE may clip. Neither is in a recipe, and both would load without an error.
+    """
+    for case, change, field in (
+        (
+            "glm4_moe: nothing but a sigmoid router",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters",
+        ),
+        ("olmoe_1b_7b_mini", {"clip_qkv": 8.0}, "clip_qkv"),
+    ):
+        source = their_folder(tmp_path / field, case, tokenizer)
+        config = json.loads((source / "config.json").read_text()) | change
+        (source / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=field):
+            import_hf(source, tmp_path / "ours", overwrite=False)
+
+
+def test_missing_and_superfluous_tensors_are_refused_and_extra_blocks_are_named(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    source = their_folder(tmp_path, "deepseek_v3_mini", tokenizer)
+    whole = load_file(source / WEIGHTS)
+    save_file(
+        {
+            name: tensor
+            for name, tensor in whole.items()
+            if name != "model.layers.4.mlp.experts.7.up_proj.weight"
+        },
+        source / WEIGHTS,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.4\.mlp\.experts\.7\.up_proj\.weight"
+    ):
+        import_hf(source, tmp_path / "ours", overwrite=False)
+    save_file(whole | {"model.layers.1.surprise": torch.zeros(1)}, source / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.surprise' has no place"):
+        import_hf(source, tmp_path / "ours", overwrite=False)
+    assert not (tmp_path / "ours").exists()
+    save_file(whole | {"model.layers.5.eh_proj.weight": torch.zeros(2, 4)}, source / WEIGHTS)
+    assert import_hf(source, tmp_path / "ours", overwrite=False, memory_bytes=0).left_out == (
+        "model.layers.5.eh_proj.weight",
+    )

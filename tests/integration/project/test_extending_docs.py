@@ -1,0 +1,65 @@
+"""The examples of docs/extending*.md are a package that works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("extending*.md"))
+EXAMPLE = re.compile(r"```python\n# (\w+)\.py\n(.*?)```\n(.*?)\n(?:\n|$)", re.DOTALL)
+SETTING = re.compile(r'`--set "(.*)"`')
+# Loads the recipe with the example's kind, saves and reads it again, and imports what the kind
+# stands for.
+CHECK = """
+import sys
+from pretrain.config.load import load_recipe, parse_yaml, recipe_to_yaml, validate_recipe
+from pretrain.core.plugins import load_plugins
+from pretrain.core.registry import Component
+from pretrain.export.architectures.target import ExportTarget
+load_plugins(["my_parts." + sys.argv[1]])
+recipe = load_recipe("debug", sys.argv[2:])
+assert recipe.plugins == ["my_parts." + sys.argv[1]]
+assert validate_recipe(parse_yaml(recipe_to_yaml(recipe), "saved"), "saved") == recipe
+kinds, families = [], [Component, ExportTarget]
+while families:
+    family = families.pop()
+    families += family.__subclasses__()
+    kinds += [family] if family.__module__.startswith("my_parts") else []
+for kind in kinds:
+    if issubclass(kind, Component) and hasattr(kind, "implementation"):
+        assert callable(kind.implementing_class())
+"""
+
+
+def examples() -> list[tuple[str, str, str]]:
+    """The file's name, its text and what follows it, for each example of the pages."""
+    return [found for page in PAGES for found in EXAMPLE.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("name,text,after", examples(), ids=lambda value: str(value)[:12])
+def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> None:
+    (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / f"{name}.py").write_text(text)
+    settings = SETTING.findall(after)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, name, *settings],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kind_of_part_has_an_example() -> None:
+    assert {name for name, _, _ in examples()} == {
+        *("router", "norm", "optimizer", "schedule", "callback", "guard", "tracker", "target")
+    }
+    assert all(len(page.read_text().splitlines()) <= 120 for page in PAGES)

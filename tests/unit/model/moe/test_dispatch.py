@@ -1,0 +1,218 @@
+"""Moving rows to experts and back against plain indexing, and the experts' kernels against each
+other; values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pretrain.model.config import ClampedSwiGLU as ClampedConfig
+from pretrain.model.config import SwiGLU as SwiGLUConfig
+from pretrain.model.feed_forward import ClampedSwiGLU, SwiGLU
+from pretrain.model.moe.dispatch import (
+    combine,
+    gather_tokens,
+    group_by_expert,
+    permute_rows,
+    sort_order,
+)
+from pretrain.model.moe.experts import ExpertBiases, ExpertForm, experts_grouped_mm, experts_loop
+from tests.support.tiny_model import random_tensor
+
+T, K, D, F, E = 13, 3, 16, 24, 5
+
+
+@pytest.fixture
+def orders() -> tuple[torch.Tensor, torch.Tensor]:
+    ids_TK = torch.stack(
+        [
+            torch.randperm(E, generator=torch.Generator().manual_seed(token))[:K]
+            for token in range(T)
+        ]
+    )
+    return sort_order(ids_TK.flatten())
+
+
+def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(
+        torch.autograd.grad(
+            (output * random_tensor(*output.shape, seed=99).to(output.dtype)).sum(), inputs
+        )
+    )
+
+
+def assert_all_close(
+    ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+def test_sort_order_is_stable_and_comes_with_its_inverse() -> None:
+    order_R, inverse_R = sort_order(torch.tensor([2, 0, 2, 1, 0]))
+    assert order_R.tolist() == [1, 4, 3, 0, 2]
+    assert order_R[inverse_R].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_gathered_tokens_equal_plain_indexing(orders: tuple[torch.Tensor, torch.Tensor]) -> None:
+    order_R, inverse_R = orders
+    x_TD = random_tensor(T, D)
+    ours, expected = gather_tokens(x_TD, order_R, inverse_R, K), x_TD[order_R // K]
+    assert torch.equal(ours, expected)
+    assert_all_close(gradients_of(ours, [x_TD]), gradients_of(expected, [x_TD]))
+
+
+def test_permuted_rows_equal_plain_indexing(orders: tuple[torch.Tensor, torch.Tensor]) -> None:
+    order_R, inverse_R = orders
+    rows_RD = random_tensor(T * K, D)
+    ours, expected = permute_rows(rows_RD, order_R, inverse_R), rows_RD[order_R]
+    assert torch.equal(ours, expected)
+    assert torch.equal(gradients_of(ours, [rows_RD])[0], gradients_of(expected, [rows_RD])[0])
+
+
+def test_combined_rows_equal_a_weighted_index_add(
+    orders: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    order_R, inverse_R = orders
+    rows_RD, weights_TK = random_tensor(T * K, D), random_tensor(T, K, seed=1)
+    ours = combine(rows_RD, order_R, inverse_R, weights_TK)
+    expected = torch.zeros(T, D).index_add(
+        0, order_R // K, rows_RD * weights_TK.flatten()[order_R, None]
+    )
+    assert_all_close(
+        [ours, *gradients_of(ours, [rows_RD, weights_TK])],
+        [expected, *gradients_of(expected, [rows_RD, weights_TK])],
+    )
+
+
+def test_a_wrong_inverse_permutation_is_told_apart(
+    orders: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    order_R, _ = orders
+    rows_RD, weights_TK = random_tensor(T * K, D), random_tensor(T, K, seed=1)
+    wrong = combine(rows_RD, order_R, order_R, weights_TK)
+    expected = torch.zeros(T, D).index_add(
+        0, order_R // K, rows_RD * weights_TK.flatten()[order_R, None]
+    )
+    assert (wrong - expected).abs().max() > 0.1
+
+
+def test_combine_adds_bf16_rows_in_fp32() -> None:
+    """256 + 1 + 1 is 256 when bf16 sums are rounded one by one, 258 when they are rounded once."""
+    rows_RD, weights_TK = (
+        torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16),
+        torch.ones(1, 3),
+    )
+    identity = torch.arange(3)
+    assert combine(rows_RD, identity, identity, weights_TK).item() == 258.0
+
+
+def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
+    counts_Pe = torch.tensor([[2, 0, 1], [1, 3, 0]])
+    names = ["p0e0", "p0e0", "p0e2", "p1e0", "p1e1", "p1e1", "p1e1"]
+    order_R, inverse_R = group_by_expert(counts_Pe, num_rows=7)
+    assert [names[row] for row in order_R] == [
+        "p0e0",
+        "p0e0",
+        "p1e0",
+        "p1e1",
+        "p1e1",
+        "p1e1",
+        "p0e2",
+    ]
+    assert order_R[inverse_R].tolist() == list(range(7))
+
+
+FORMS = {
+    "swiglu": ExpertForm(SwiGLU, SwiGLUConfig()),
+    "biased clamped_swiglu": ExpertForm(
+        ClampedSwiGLU, ClampedConfig(kind="clamped_swiglu", bias=True)
+    ),
+}
+
+
+def experts_naive(
+    x_RD: torch.Tensor,
+    counts_e: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    form: ExpertForm,
+    biases: ExpertBiases | None,
+) -> torch.Tensor:
+    """One row after the other."""
+    rows = []
+    b1, b3, b2 = biases or (torch.zeros(E, 1, dtype=x_RD.dtype),) * 3
+    for x, e in zip(x_RD, torch.arange(len(counts_e)).repeat_interleave(counts_e)):
+        rows.append(w2[e] @ form.hidden(w1[e] @ x + b1[e], w3[e] @ x + b3[e]) + b2[e])
+    return torch.stack(rows)
+
+
+COUNTS = {
+    "mixed": [7, 0, 1, 12, 0],
+    "one_expert_has_all": [0, 0, 20, 0, 0],
+    "even": [4, 4, 4, 4, 4],
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_expert_kernels_agree_with_gradients(
+    name: str, dtype: torch.dtype, tolerance: float, kind: str
+) -> None:
+    counts_e, form = torch.tensor(COUNTS[name]), FORMS[kind]
+    x_RD, weights = (
+        random_tensor(20, D, dtype=dtype),
+        [
+            random_tensor(E, *shape, seed=seed)
+            for seed, shape in enumerate([(F, D), (D, F), (F, D)])
+        ],
+    )
+    low = [(weight.detach() * 0.3).to(dtype).requires_grad_() for weight in weights]
+    biases = (
+        ExpertBiases(*(random_tensor(E, rows, seed=9, dtype=dtype) for rows in (F, F, D)))
+        if form.config.bias
+        else None
+    )
+    leaves = [x_RD, *low, *(biases or ())]
+    results = {}
+    for compute in (experts_naive, experts_loop, experts_grouped_mm):
+        output_RD = compute(x_RD, counts_e, *low, form, biases)
+        results[compute] = [output_RD, *gradients_of(output_RD, leaves)]
+        assert output_RD.dtype == dtype
+    assert_all_close(results[experts_loop], results[experts_naive], tolerance)
+    assert_all_close(results[experts_grouped_mm], results[experts_naive], tolerance)
+    for weight_gradient in results[experts_loop][2:5]:
+        assert weight_gradient[counts_e == 0].count_nonzero() == 0
+
+
+def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
+    weights = [
+        random_tensor(E, F, D),
+        random_tensor(E, D, F, seed=1),
+        random_tensor(E, F, D, seed=2),
+    ]
+    x_RD = random_tensor(20, D, seed=3)
+    right = experts_naive(x_RD, torch.tensor([4, 4, 4, 4, 4]), *weights, FORMS["swiglu"], None)
+    shifted = experts_loop(x_RD, torch.tensor([5, 3, 4, 4, 4]), *weights, FORMS["swiglu"], None)
+    assert ((right - shifted).abs().amax(dim=1) > 1.0).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compute", [experts_loop, experts_grouped_mm])
+def test_experts_that_no_token_chose_answer_with_no_rows(
+    compute: Callable[..., torch.Tensor], training: bool
+) -> None:
+    weights = [
+        random_tensor(E, F, D),
+        random_tensor(E, D, F, seed=1),
+        random_tensor(E, F, D, seed=2),
+    ]
+    with torch.set_grad_enabled(training):
+        assert compute(
+            random_tensor(0, D), torch.zeros(E, dtype=torch.long), *weights, FORMS["swiglu"], None
+        ).shape == (0, D)
