@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import Factors, SortedFactors, kernel_named
 
 CHOSEN, HIDDEN_SIZE = 128, 768
@@ -33,7 +33,7 @@ TABLES = (65_536, 1_048_576)
 # As many rows' gradients as an optimizer holds at once.
 GRADIENT_ROWS = 16_384
 
-Work = Callable[[Kernel], torch.Tensor]
+Work = Callable[[TableKernel], torch.Tensor]
 
 
 def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[Work, int]]:
@@ -62,7 +62,7 @@ def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[W
     }
 
 
-def seconds(work: Work, kernel: Kernel, device: torch.device) -> float:
+def seconds(work: Work, kernel: TableKernel, device: torch.device) -> float:
     started = time.perf_counter()
     work(kernel)
     if device.type == "cuda":

@@ -12,7 +12,7 @@ from torch import distributed
 
 from pretrain.config.recipe import Recipe
 from pretrain.engine.loss_scale import LossScale
-from pretrain.engine.sparse_optimizer import RowGroups, SparseOptimizer
+from pretrain.engine.sparse_optimizer import SparseOptimizer, TableGroups
 from pretrain.engine.step_hooks import StepHook, Update
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
@@ -45,9 +45,9 @@ def take_expert_tables(
         if isinstance(layer, MoELayer):
             layer.share_experts(neighbours, topology.device)
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
-    config = recipe.optimizer.row_optimizer
+    config = recipe.optimizer.sparse_optimizer
     assert config is not None
-    groups = RowGroups(replicas, everyone)
+    groups = TableGroups(replicas, everyone)
     kernel = recipe.model.moe.table_kernel
     return SparseOptimizer(tables, config, groups, kernel, topology.device)
 

@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from pretrain.model.moe.tables.interface import Kernel
+from pretrain.model.moe.tables.interface import TableKernel
 from pretrain.model.moe.tables.products import ExpertTable, Factors, SortedFactors, kernel_named
-from pretrain.optim.config import RowOptimizer
+from pretrain.optim.config import SparseOptimizerConfig
 
 # Rows whose gradients are in memory at once.
 CHUNK_ROWS = 16384
 
 
-class RowGroups(NamedTuple):
+class TableGroups(NamedTuple):
     """Process groups around one rank's tables; None means this process alone.
 
     Attributes:
@@ -50,12 +50,14 @@ def _lazy_zeros(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
 
 
-class RowState:
+class TableState:
     """The optimizer of one table's rows ``first`` to ``last``: moments [rows, D] fp32 and how many
     steps used each row, [rows] int32.
     """
 
-    def __init__(self, table_ND: torch.Tensor, first: int, last: int, config: RowOptimizer) -> None:
+    def __init__(
+        self, table_ND: torch.Tensor, first: int, last: int, config: SparseOptimizerConfig
+    ) -> None:
         self.table_ND, self.first, self.last, self.config = table_ND, first, last, config
         self.moments = {
             name: _lazy_zeros(last - first, table_ND.shape[1], table_ND.device)
@@ -111,20 +113,20 @@ class SparseOptimizer:
     def __init__(
         self,
         tables: dict[str, ExpertTable],
-        config: RowOptimizer,
-        groups: RowGroups,
+        config: SparseOptimizerConfig,
+        groups: TableGroups,
         kernel: str,
         device: torch.device,
     ) -> None:
         self.tables, self.config, self.groups = tables, config, groups
-        self.kernel: Kernel = kernel_named(kernel, device)
+        self.kernel: TableKernel = kernel_named(kernel, device)
         replicas, replica = _size_and_rank(groups.replicas)
-        self.states: dict[str, RowState] = {}
+        self.states: dict[str, TableState] = {}
         for name, table in tables.items():
             table.collect(device)
             table_ND = table.weight.flatten(0, 1)
             rows = table_ND.shape[0]
-            self.states[name] = RowState(
+            self.states[name] = TableState(
                 table_ND, rows * replica // replicas, rows * (replica + 1) // replicas, config
             )
         self.frozen: set[str] = set()

@@ -24,14 +24,14 @@ class Norm(Component):
     eps: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1e-6
 
 
-class RMSNorm(Norm):
+class RMSNormConfig(Norm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
 
     implementation: ClassVar[str] = "pretrain.model.norm:RMSNorm"
     kind: Literal["rms_norm"] = "rms_norm"
 
 
-class LayerNorm(Norm):
+class LayerNormConfig(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.norm:LayerNorm"
@@ -180,7 +180,7 @@ class Learned(Position):
     kind: Literal["learned"]
 
 
-class NoPosition(Position):
+class NoPositionConfig(Position):
     """None: the order shows in the causal mask alone (NoPE, Kazemnejad et al. 2023)."""
 
     implementation: ClassVar[str] = "pretrain.model.positions.none:NoPosition"
@@ -190,7 +190,7 @@ class NoPosition(Position):
 # --- feed-forwards: also the form of one expert ---
 
 
-class FeedForward(Component):
+class FeedForwardConfig(Component):
     """What every kind has.
 
     Attributes:
@@ -217,14 +217,14 @@ class FeedForward(Component):
         return (2 if self.gated else 1) * self.expansion + 2
 
 
-class SwiGLU(FeedForward):
+class SwiGLUConfig(FeedForwardConfig):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SwiGLU"
     kind: Literal["swiglu"] = "swiglu"
 
 
-class GELU(FeedForward):
+class GELUConfig(FeedForwardConfig):
     """down(gelu(up(x))), exact or in the tanh approximation (Hendrycks & Gimpel 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
@@ -233,7 +233,7 @@ class GELU(FeedForward):
     approximate: Annotated[Literal["none", "tanh"], Effect.FUNCTION] = "none"
 
 
-class SiLU(FeedForward):
+class SiLUConfig(FeedForwardConfig):
     """down(silu(up(x))): no gate (Elfwing et al. 2017)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SiLU"
@@ -241,19 +241,19 @@ class SiLU(FeedForward):
     kind: Literal["silu"]
 
 
-class Clamped(FeedForward):
+class Clamped(FeedForwardConfig):
     limit: Annotated[float, Field(gt=0), Effect.FUNCTION] = 7.0
     alpha: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1.702
 
 
-class ClampedSwiGLU(Clamped):
+class ClampedSwiGLUConfig(Clamped):
     """down(g * sigmoid(alpha * g) * (u + 1)) with g at most ``limit`` and u within it (gpt-oss)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ClampedSwiGLU"
     kind: Literal["clamped_swiglu"]
 
 
-class ProductSwiGLU(Clamped):
+class ProductSwiGLUConfig(Clamped):
     """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide
     (Project 828).
 
@@ -374,12 +374,12 @@ class ModelConfig(Section):
     )
     attention: Annotated[Attention, OneOf()]
     position: Annotated[Position, OneOf()] = Rope()
-    norm: Annotated[Norm, OneOf()] = RMSNorm()
+    norm: Annotated[Norm, OneOf()] = RMSNormConfig()
     norm_position: Literal["pre", "post"] = Field(
         "pre", description="'pre': x + f(norm(x)); 'post': norm(x + f(x)) (Xiong et al. 2020)"
     )
     final_norm: bool = Field(True, description="a norm between the last block and the head")
-    feed_forward: Annotated[FeedForward, OneOf()] = SwiGLU()
+    feed_forward: Annotated[FeedForwardConfig, OneOf()] = SwiGLUConfig()
     layer_pattern: Annotated[LayerPattern, OneOf()] = AllMoE()
     moe: Annotated[MoE, OneOf()] | None = None
     dropout: Annotated[Dropout, Effect.NONE] = Dropout()

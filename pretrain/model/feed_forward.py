@@ -9,9 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.config import GELU as GELUConfig
-from pretrain.model.config import Clamped
-from pretrain.model.config import FeedForward as FeedForwardConfig
+from pretrain.model.config import Clamped, FeedForwardConfig, GELUConfig
 
 
 class FeedForward(nn.Module, ABC):

@@ -54,7 +54,7 @@ class Optimizer(Component):
         return self.matrix_state_bytes
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
         """What trains tables of which a step uses few rows; None if this kind cannot."""
         return None
 
@@ -66,7 +66,7 @@ class Optimizer(Component):
         return None
 
 
-class RowOptimizer(Optimizer):
+class SparseOptimizerConfig(Optimizer):
     """A kind that can also train single rows of a table, each as if it were a parameter of its
     own.
     """
@@ -89,11 +89,11 @@ class RowOptimizer(Optimizer):
         """
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
         return self
 
 
-class AdamW(RowOptimizer):
+class AdamWConfig(SparseOptimizerConfig):
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel."""
 
     scales_with_width: ClassVar[bool] = True
@@ -127,7 +127,7 @@ class AdamW(RowOptimizer):
         return first_UD.div(correction1_U1).div_(size_UD)
 
 
-class SGD(RowOptimizer):
+class SGDConfig(SparseOptimizerConfig):
     """Plain stochastic gradient descent: for numerical comparisons."""
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:sgd"
@@ -152,7 +152,7 @@ class SGD(RowOptimizer):
         return moments_UD["momentum"].mul_(self.momentum).add_(gradient_UD)
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bitConfig(Optimizer):
     """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with
     its largest one in fp32. By bitsandbytes.
 
@@ -173,7 +173,7 @@ class AdamW8bit(Optimizer):
         return 2.0 * (1.0 + 4.0 / 256.0)
 
 
-class Lion(Optimizer):
+class LionConfig(Optimizer):
     """Lion (Chen et al. 2023): the sign of an average of the momentum and the gradient.
 
     Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as
@@ -192,7 +192,7 @@ class Lion(Optimizer):
         return 4.0
 
 
-class Muon(Optimizer):
+class MuonConfig(Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself.
 
     AdamW for embeddings, head, routers and vectors.
@@ -230,6 +230,6 @@ class Muon(Optimizer):
         return "muon" if is_hidden_matrix else "adamw"
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
-        shared = set(AdamW.model_fields) & set(Muon.model_fields) - {"kind"}
-        return AdamW(**{name: getattr(self, name) for name in sorted(shared)})
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
+        shared = set(AdamWConfig.model_fields) & set(MuonConfig.model_fields) - {"kind"}
+        return AdamWConfig(**{name: getattr(self, name) for name in sorted(shared)})

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pretrain.optim.config import Lion as LionConfig
+from pretrain.optim.config import LionConfig
 
 
 class Lion(torch.optim.Optimizer):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.adamw import adamw
 
-from pretrain.optim.config import Muon as MuonConfig
+from pretrain.optim.config import MuonConfig
 from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixOptimizer
 
 # Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from pretrain.core.errors import ConfigError
-from pretrain.optim.config import SGD, AdamW, AdamW8bit
+from pretrain.optim.config import AdamW8bitConfig, AdamWConfig, SGDConfig
 
 Groups = list[dict[str, Any]]
 
 
-def adamw(groups: Groups, config: AdamW) -> torch.optim.Optimizer:
+def adamw(groups: Groups, config: AdamWConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
 
-def sgd(groups: Groups, config: SGD) -> torch.optim.Optimizer:
+def sgd(groups: Groups, config: SGDConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
 
 
-def adamw_8bit(groups: Groups, config: AdamW8bit) -> torch.optim.Optimizer:
+def adamw_8bit(groups: Groups, config: AdamW8bitConfig) -> torch.optim.Optimizer:
     """Its state: ``state1 state2`` uint8 of the parameter's shape, ``absmax1 absmax2`` fp32 a block
     of 256, ``qmap1 qmap2`` the 256 levels.
 

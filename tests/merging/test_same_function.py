@@ -28,7 +28,7 @@ from pretrain.core.section import Effect, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.config import (
     Dropout,
-    FeedForward,
+    FeedForwardConfig,
     LayerPattern,
     ModelConfig,
     MultiTokenPrediction,
@@ -113,7 +113,16 @@ class Variation:
 
 
 def schema_fields() -> Fields:
-    families = (Attention, Position, Norm, FeedForward, LayerPattern, Initialization, MoE, Router)
+    families = (
+        Attention,
+        Position,
+        Norm,
+        FeedForwardConfig,
+        LayerPattern,
+        Initialization,
+        MoE,
+        Router,
+    )
     sections = [ModelConfig, Dropout, MultiTokenPrediction, ExpertGroups, BiasBalancing, BaseWidths]
     sections += [kind for family in families for kind in kinds_of(family)]
     return {

@@ -16,7 +16,7 @@ import pretrain.optim.matrix_shards
 import pretrain.optim.muon
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
-from pretrain.optim.config import Muon as MuonConfig
+from pretrain.optim.config import MuonConfig
 from pretrain.optim.matrix_shards import MatrixShards, choose_owners, cut_matrices
 from pretrain.optim.muon import Muon, orthogonalize
 from pretrain.optim.param_groups import is_hidden_matrix, parameter_groups

@@ -110,7 +110,7 @@ class Attention(Component):
         return
 
 
-class GroupedQueryAttention(Attention):
+class GroupedQueryAttentionConfig(Attention):
     """Grouped-query attention (Ainslie et al. 2023).
 
     Equal head counts make it multi-head, one key/value head multi-query attention.
@@ -168,7 +168,7 @@ class GroupedQueryAttention(Attention):
             )
 
 
-class MultiHeadLatentAttention(Attention):
+class MultiHeadLatentAttentionConfig(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and
     values are made of one latent of a token, and beside them each head sees one rotated key that
     all heads share. The latent and that key are what the cache keeps.

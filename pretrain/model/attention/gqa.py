@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from pretrain.model.attention.config import GroupedQueryAttention as GroupedQueryConfig
+from pretrain.model.attention.config import GroupedQueryAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
@@ -48,7 +48,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = cast(GroupedQueryConfig, model.attention)
+        config = cast(GroupedQueryAttentionConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from pretrain.model.attention.config import MultiHeadLatentAttention as LatentConfig
+from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
@@ -58,7 +58,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = cast(LatentConfig, model.attention)
+        config = cast(MultiHeadLatentAttentionConfig, model.attention)
         self.config, self.window, self.dropout = (
             config,
             config.window(layer),

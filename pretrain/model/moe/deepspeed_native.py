@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
-from pretrain.model.moe.config import DeepSpeedMoE as DeepSpeedConfig
+from pretrain.model.moe.config import DeepSpeedMoEConfig
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
@@ -66,7 +66,7 @@ class _RouterGate(nn.Module):
 
     decision: GateDecision
 
-    def __init__(self, config: DeepSpeedConfig, hidden_size: int) -> None:
+    def __init__(self, config: DeepSpeedMoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
         gate = nn.Linear(hidden_size, config.num_experts, bias=config.router.bias)
@@ -139,7 +139,7 @@ class DeepSpeedMoE(MoELayer, MoE):
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        config = cast(DeepSpeedConfig, model.moe)
+        config = cast(DeepSpeedMoEConfig, model.moe)
         kind, dropout = model.feed_forward.implementing_class(), model.dropout
         expert = kind(
             model.feed_forward,

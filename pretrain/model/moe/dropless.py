@@ -25,7 +25,7 @@ from torch.nn import functional
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
-from pretrain.model.moe.config import DroplessMoE as DroplessConfig
+from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.dispatch import (
     combine,
     gather_tokens,
@@ -39,7 +39,7 @@ from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
 
-def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayerSpec:
+def _layer_spec(config: DroplessMoEConfig, hidden_size: int, rows: int) -> MoELayerSpec:
     """What AutoEP would have found in a Hugging Face model.
 
     Only the sizes matter here: the forward pass is ours.
@@ -75,7 +75,7 @@ class _WeightShapes(nn.Module):
     so that no rank ever holds them all.
     """
 
-    def __init__(self, config: DroplessConfig, hidden_size: int, rows: int) -> None:
+    def __init__(self, config: DroplessMoEConfig, hidden_size: int, rows: int) -> None:
         super().__init__()
         zero, num_experts = torch.zeros(()), config.num_experts
         self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
@@ -99,7 +99,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        form, config = model.feed_forward, cast(DroplessConfig, model.moe)
+        form, config = model.feed_forward, cast(DroplessMoEConfig, model.moe)
         if not form.gated and config.moe_intermediate_size % 2:
             raise ConfigError(
                 f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: "

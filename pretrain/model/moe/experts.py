@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.config import FeedForward as FeedForwardConfig
+from pretrain.model.config import FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 
 

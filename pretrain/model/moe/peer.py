@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RoutingRecord
-from pretrain.model.moe.config import PEER as PEERConfig
+from pretrain.model.moe.config import PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
 from pretrain.model.moe.shared_experts import shared_experts
 from pretrain.model.moe.tables.interface import Bags

@@ -12,7 +12,7 @@ from torch import nn
 
 from pretrain.model.fp32 import KeepsFp32
 from pretrain.model.moe.base import RoutingRecord
-from pretrain.model.moe.config import PEER as PEERConfig
+from pretrain.model.moe.config import PEERConfig
 from pretrain.model.norm import LayerNorm, RMSNorm
 
 

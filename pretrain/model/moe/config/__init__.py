@@ -14,17 +14,17 @@ from pretrain.model.moe.config.base import (
     Role,
     RoutedMoE,
 )
-from pretrain.model.moe.config.deepspeed_native import DeepSpeedMoE
-from pretrain.model.moe.config.dropless import DroplessMoE
-from pretrain.model.moe.config.peer import PEER
+from pretrain.model.moe.config.deepspeed_native import DeepSpeedMoEConfig
+from pretrain.model.moe.config.dropless import DroplessMoEConfig
+from pretrain.model.moe.config.peer import PEERConfig
 
 __all__ = [
     "EXPERT_NUMBER",
-    "PEER",
     "BiasBalancing",
-    "DeepSpeedMoE",
-    "DroplessMoE",
+    "DeepSpeedMoEConfig",
+    "DroplessMoEConfig",
     "MoE",
+    "PEERConfig",
     "Role",
     "RoutedMoE",
 ]

@@ -29,7 +29,7 @@ DRAWS = (
 )
 
 
-class DeepSpeedMoE(RoutedMoE):
+class DeepSpeedMoEConfig(RoutedMoE):
     """DeepSpeed's native layer: capacity, drops or padding, noisy gates, residual experts."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.deepspeed_native:DeepSpeedMoE"

@@ -15,7 +15,7 @@ from pretrain.model.moe.config.base import ExpertTensors, Role, RoutedMoE
 _STACKS = {"gate_proj": 1, "down_proj": 2, "up_proj": 3}
 
 
-class DroplessMoE(RoutedMoE):
+class DroplessMoEConfig(RoutedMoE):
     """No token is dropped: rows travel by all-to-all to their experts, on DeepSpeed's AutoEP
     layer.
     """

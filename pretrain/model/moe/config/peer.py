@@ -14,7 +14,7 @@ from pretrain.model.moe.config.base import MoE, Role
 _KEYS = "retrieval.keys_"
 
 
-class PEER(MoE):
+class PEERConfig(MoE):
     """Parameter-efficient expert retrieval (He 2024, "Mixture of a Million Experts").
 
     Very many very small experts, found by product keys. Expert (i, j, ...) has the score of sub-key
@@ -118,7 +118,7 @@ class PEER(MoE):
         return found
 
     @model_validator(mode="after")
-    def _keys_fit(self) -> PEER:
+    def _keys_fit(self) -> PEERConfig:
         if self.top_k > self.total_experts:
             raise ValueError(
                 f"top_k is {self.top_k}, but there are only {self.total_experts} experts"

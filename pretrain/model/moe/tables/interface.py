@@ -29,7 +29,7 @@ class Bags(NamedTuple):
         return Bags(row_PX.reshape(-1), self.offsets_T1 * width)
 
 
-class Kernel(NamedTuple):
+class TableKernel(NamedTuple):
     """One way to compute both products: ``row_dots(x_TD, table_ND, bags) -> [P]``,
     ``weighted_rows(c_P, table_ND, bags) -> [T, D]``.
     """

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 
 # torch says so once a process of every sparse matrix in this format; two dense results are all that
 # is taken from it here.
@@ -67,11 +67,11 @@ def _bag_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) ->
 
 
 # The plain definition, which copies every chosen row; and torch's own products, which do not.
-PLAIN = Kernel(_plain_row_dots, _plain_weighted_rows)
-BAGS = Kernel(_bag_row_dots, _bag_weighted_rows)
+PLAIN = TableKernel(_plain_row_dots, _plain_weighted_rows)
+BAGS = TableKernel(_bag_row_dots, _bag_weighted_rows)
 
 
-def kernel_named(name: str, device: torch.device) -> Kernel:
+def kernel_named(name: str, device: torch.device) -> TableKernel:
     """``plain``, ``bags``, ``triton``, or for ``auto`` the fastest on ``device``."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         # Triton is an optional package, which only CUDA has a use for.
@@ -100,7 +100,7 @@ class SortedFactors:
         row_U: the different rows, ascending, [U] int64.
     """
 
-    def __init__(self, factors: Factors, kernel: Kernel) -> None:
+    def __init__(self, factors: Factors, kernel: TableKernel) -> None:
         row_P, order_P = factors.row_P.sort(stable=True)
         self.row_U, counts_U = row_P.unique_consecutive(return_counts=True)
         self._owner_P, self._c_P, self._x_TD, self._kernel = (
@@ -142,21 +142,23 @@ class ExpertTable(KeepsFp32):
         assert weight is not None
         self.weight, self.collected = weight.detach().to(device), []
 
-    def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: Kernel) -> torch.Tensor:
+    def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
         """[T, D] -> the products of each pair's token with the rows of its expert, [P, width]."""
         dots: torch.Tensor = _RowDots.apply(
             x_TD, self.weight, bags.widened(self.width), self, kernel
         )
         return dots.view(-1, self.width)
 
-    def weighted(self, c_PX: torch.Tensor, bags: Bags, kernel: Kernel) -> torch.Tensor:
+    def weighted(self, c_PX: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
         """[P, width] -> for each token the sum of its experts' rows, weighted, [T, D]."""
         y_TD: torch.Tensor = _WeightedRows.apply(
             c_PX.reshape(-1), self.weight, bags.widened(self.width), self, kernel
         )
         return y_TD
 
-    def take_gradient(self, factors: Factors, wanted: bool, kernel: Kernel) -> torch.Tensor | None:
+    def take_gradient(
+        self, factors: Factors, wanted: bool, kernel: TableKernel
+    ) -> torch.Tensor | None:
         """What a backward pass returns for the weight: dense where autograd wants one, else
         nothing, and the factors are kept.
         """
@@ -180,7 +182,7 @@ class _RowDots(torch.autograd.Function):
         weight_NXD: torch.Tensor,
         bags: Bags,
         table: ExpertTable,
-        kernel: Kernel,
+        kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_NXD.detach(), *bags)
         ctx.table, ctx.kernel = table, kernel
@@ -213,7 +215,7 @@ class _WeightedRows(torch.autograd.Function):
         weight_NXD: torch.Tensor,
         bags: Bags,
         table: ExpertTable,
-        kernel: Kernel,
+        kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(c_P, weight_NXD.detach(), *bags)
         ctx.table, ctx.kernel = table, kernel

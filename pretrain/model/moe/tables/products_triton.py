@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 
 try:
     import triton
@@ -205,4 +205,4 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     return y_TD
 
 
-TRITON = Kernel(_row_dots, _weighted_rows)
+TRITON = TableKernel(_row_dots, _weighted_rows)
