@@ -1,4 +1,4 @@
-"""The dense feed-forward, one class a kind; also the form of one expert."""
+"""The dense feed-forward, one class per kind; routed and shared experts have the same form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.model.config import Clamped, FeedForwardConfig, GELUConfig
 
 
 class FeedForward(nn.Module, ABC):
-    """down(dropout(activate(gate(x), up(x)))); a kind says what it makes of its first products."""
+    """down(dropout(activate(gate(x), up(x)))); each kind defines its activation."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class FeedForward(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the two products become, [..., expansion * F] each -> [..., F].
+        """Join the first two products, [..., expansion * F] each -> [..., F].
 
-        Kinds that are not gated get one product in two parts, which may be its halves or all of it
-        and nothing.
+        Kinds without a gate have one product, given in two parts to be concatenated: either its two
+        halves (stacked experts) or the whole product and an empty tensor (dense layers).
         """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,9 @@ class SiLU(FeedForward):
 
 
 class ClampedSwiGLU(FeedForward):
-    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within
-    +-limit (gpt-oss).
+    """down(g * sigmoid(alpha * g) * (u + 1)), with both products clamped (gpt-oss).
+
+    g = min(gate(x), limit) and u = up(x) within +-limit.
     """
 
     @staticmethod
@@ -86,7 +87,7 @@ class ClampedSwiGLU(FeedForward):
 
 
 class ProductSwiGLU(FeedForward):
-    """:class:`ClampedSwiGLU` of the even and the odd numbers of gate(x) * up(x) (Project 828)."""
+    """:class:`ClampedSwiGLU` of the even and the odd elements of gate(x) * up(x) (Project 828)."""
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -33,13 +33,13 @@ from pretrain.model.config import (
     ModelConfig,
     MultiTokenPrediction,
     Norm,
-    Position,
 )
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.init_config import BaseWidths, Initialization
 from pretrain.model.moe.config import BiasBalancing, MoE
 from pretrain.model.moe.routers import ExpertGroups, Router
+from pretrain.model.positions.config import Position
 from tests.model.every_kind import CASES, LATENT
 from tests.model.tiny_model import random_tokens, tiny_config
 

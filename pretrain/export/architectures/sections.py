@@ -10,8 +10,9 @@ from pretrain.model.attention.config import (
     GroupedQueryAttentionConfig,
     MultiHeadLatentAttentionConfig,
 )
-from pretrain.model.config import Clamped, ModelConfig, RotaryBase
+from pretrain.model.config import Clamped, ModelConfig
 from pretrain.model.moe.config import RoutedMoE
+from pretrain.model.positions.config import RotaryBase
 
 
 def grouped_query(model: ModelConfig) -> GroupedQueryAttentionConfig:

@@ -24,6 +24,7 @@ from pretrain.model.moe.config import (
     DroplessMoEConfig,
     PEERConfig,
 )
+from pretrain.model.positions import config as position_schema
 
 # Copied into the export as they are.
 CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
@@ -63,22 +64,22 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
     ),
     model_schema.RMSNormConfig: ("eps",),
     model_schema.LayerNormConfig: ("eps",),
-    model_schema.Rope: ("rope_theta",),
-    model_schema.Yarn: (
+    position_schema.Rope: ("rope_theta",),
+    position_schema.Yarn: (
         *("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
-    model_schema.Llama3: (
+    position_schema.Llama3: (
         "rope_theta",
         "factor",
         "original_max_position_embeddings",
         "low_freq_factor",
         "high_freq_factor",
     ),
-    model_schema.Alibi: (),
-    model_schema.RopeAlibi: ("rope_theta",),
-    model_schema.Learned: (),
-    model_schema.NoPositionConfig: (),
+    position_schema.Alibi: (),
+    position_schema.RopeAlibi: ("rope_theta",),
+    position_schema.Learned: (),
+    position_schema.NoPositionConfig: (),
     model_schema.SwiGLUConfig: ("bias",),
     model_schema.GELUConfig: ("bias", "approximate"),
     model_schema.SiLUConfig: ("bias",),

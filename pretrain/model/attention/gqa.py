@@ -18,9 +18,7 @@ from pretrain.model.positions.rope import apply_rope_to_both
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors,
-    filled from the left.
-    """
+    """Keys and values of one layer: two [B, M, max_tokens, H] tensors, filled from the left."""
 
     def __init__(
         self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
@@ -31,9 +29,7 @@ class KeyValueCache:
     def append(
         self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M,
-        offset + S, H].
-        """
+        """Store new keys and values after ``offset`` tokens; all of them, [B, M, offset + S, H]."""
         added = k_BMSH.shape[2]
         self.keys.narrow(2, offset, added).copy_(k_BMSH)
         self.values.narrow(2, offset, added).copy_(v_BMSH)
@@ -43,7 +39,7 @@ class KeyValueCache:
 class GroupedQueryAttention(nn.Module):
     """N query heads share M key/value heads (Ainslie et al. 2023).
 
-    Optional RMSNorm of queries and keys before they are rotated.
+    Queries and keys may have an RMSNorm before their rotation.
     """
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
@@ -87,13 +83,14 @@ class GroupedQueryAttention(nn.Module):
         mask: AttentionMask,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
+        """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSH = self._heads(self.q_proj(x_BSD), self.q_norm)
         k_BMSH = self._heads(self.k_proj(x_BSD), self.k_norm)
         v_BMSH = self._heads(self.v_proj(x_BSD), None)
         if positions.rope is not None:
             q_BNSH, k_BMSH = apply_rope_to_both(q_BNSH, k_BMSH, positions.rope)
+        # Keys are cached rotated: their positions never change.
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
         dropout = self.dropout if self.training else 0.0
@@ -110,9 +107,7 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-        """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over
-        each.
-        """
+        """[B, S, heads * H] -> [B, heads, S, H], normed over all heads together or over each."""
         B, S, _ = x_BSX.shape
         if norm is not None and self.config.qk_norm == "full":
             return norm(x_BSX).view(B, S, -1, self.config.head_dim).transpose(1, 2)

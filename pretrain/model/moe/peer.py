@@ -1,10 +1,9 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
-out of tables.
+"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few tiny experts from tables.
 
-With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to
-all ranks of the group, each computes its own experts' share of every answer, and the shares are
-added where the token came from: that moves 2 D numbers a token and rank, where sending a row for
-each choice would move 2 heads K D.
+With experts spread over ranks, nearly every token needs experts of every rank. So the tokens travel
+to all ranks of the group, each rank computes its own experts' share of every output, and the shares
+are summed on the token's rank: 2 D elements per token and rank, while sending a row for each choice
+would move 2 heads K D.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pretrain.model.moe.shared_experts import shared_experts
 from pretrain.model.moe.tables.interface import Bags
 from pretrain.model.moe.tables.products import ExpertTable, kernel_named
 
-# Values of a table that one random stream fills.
+# Values of a table that one random stream fills: seeding one per expert is slow for a million.
 VALUES_A_STREAM = 1 << 20
-# The tables by the matrices of a feed-forward that their rows are parts of, and so start like.
+# Each table -> the feed-forward matrix that its rows are parts of, whose initial size they have.
 TABLE_SUFFIXES = {
     "up.weight": ".up_proj.weight",
     "gate.weight": ".gate_proj.weight",
@@ -34,11 +33,10 @@ TABLE_SUFFIXES = {
 
 
 class PEERExperts(nn.Module):
-    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D],
-    the rows that become their outputs.
+    """This rank's experts: ``up`` (and ``gate`` if gated) [e, X, D], and ``down`` [e, F, D].
 
-    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in
-    :class:`ExpertTable`.
+    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef: rows of ``down``
+    become the output. Parameters are in :class:`ExpertTable`.
     """
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
@@ -51,12 +49,16 @@ class PEERExperts(nn.Module):
         self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
-        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of
-        outputs [T, D].
+        """The weighted sum of each token's expert outputs, [T, D] fp32.
+
+        Args:
+            x_TD: fp32 tokens.
+            bags: the local experts of each token.
+            weights_P: the weight of each pair of a token and an expert.
         """
         kernel = kernel_named(self.kernel_name, x_TD.device)
         up_PX = self.up.dots(x_TD, bags, kernel)
-        # Kinds without a gate take two halves of one product: all of it, and nothing.
+        # Kinds without a gate take one product in two parts: the whole, and an empty tensor.
         first_PX, second_PX = (
             (self.gate.dots(x_TD, bags, kernel), up_PX)
             if self.gate is not None
@@ -69,12 +71,10 @@ class PEERExperts(nn.Module):
 
 
 class PEER(MoELayer, nn.Module):
-    """The layer: retrieval, experts, and shared experts beside them.
+    """The layer: retrieval and experts, with shared experts in parallel.
 
-    Interface of ``DroplessMoE``, without router statistics.
-
-    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody
-    reads it and sets it to zero.
+    Same interface as ``DroplessMoE``, without router statistics. ``usage_E`` counts how often this
+    rank's tokens chose each expert in training, until its reader resets it to zero.
 
     Args:
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
@@ -104,8 +104,10 @@ class PEER(MoELayer, nn.Module):
         self.group, self.usage_E = group, self.usage_E.to(device)
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        """A stream for each million values or so of a table, drawn whole even if part of them is
-        held.
+        """Each block of about a million values of a table has its own random stream.
+
+        A block is drawn whole even if this rank holds a part of it, so that values do not depend on
+        ep_size.
         """
         done: list[torch.Tensor] = []
         first = self.ep_rank * self.num_local_experts
@@ -125,15 +127,13 @@ class PEER(MoELayer, nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None
     ) -> tuple[torch.Tensor, None]:
-        """[B, S, D] -> [B, S, D].
-
-        No statistics, because the scores of all experts are never formed.
+        """[B, S, D] -> [B, S, D] and no statistics: the scores of all experts are never formed.
 
         Args:
-            record: the choice to write or, where it is filled, to repeat (activation
-                checkpointing).
+            record: the choice to write or, if it is filled, to repeat (activation checkpointing).
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        # The recomputation of a checkpointed block must not count its choices a second time.
         repeated = record is not None and record.topk_ids_TK is not None
         retrieval = self.retrieval(x_TD, record)
         if self.training and not repeated:
@@ -150,6 +150,7 @@ class PEER(MoELayer, nn.Module):
         return y_TD.view_as(x_BSD), None
 
     def _local(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
+        """All experts are on this rank: [T, D] fp32 -> [T, D]."""
         ids_TR = retrieval.ids_ThK.flatten(1)
         offsets_T1 = torch.arange(0, ids_TR.numel() + 1, ids_TR.shape[1], device=ids_TR.device)
         return self.experts(
@@ -157,12 +158,15 @@ class PEER(MoELayer, nn.Module):
         )
 
     def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
-        """The tokens of all ranks of the group through this rank's experts, and the shares of this
-        rank's tokens back.
+        """The tokens of all ranks of the group through this rank's experts, and the shares back.
+
+        G is the number of tokens of the whole group.
         """
         ids_GR = _gather(retrieval.ids_ThK.flatten(1), self.group)
         x_GD = _Gather.apply(x_TD, self.group)
         weights_GR = _Gather.apply(retrieval.weights_ThK.flatten(1), self.group)
+        # Global to local ids; those outside of [0, e) belong to other ranks, which compute their
+        # share.
         local_GR = ids_GR - self.ep_rank * self.num_local_experts
         is_mine_GR = (local_GR >= 0) & (local_GR < self.num_local_experts)
         offsets_G1 = functional.pad(is_mine_GR.sum(dim=1).cumsum(0), (1, 0))
@@ -174,10 +178,11 @@ class PEER(MoELayer, nn.Module):
 
 
 def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """The rows of all ranks, in their order."""
+    """The rows of all ranks of the group, in rank order."""
     everything = local.new_empty(
         local.shape[0] * distributed.get_world_size(group), *local.shape[1:]
     )
+    # The collective reads memory as it is: a strided view would send the wrong elements.
     distributed.all_gather_into_tensor(everything, local.contiguous(), group=group)
     return everything
 
@@ -185,7 +190,7 @@ def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torc
 def _sum_and_scatter(
     everything: torch.Tensor, group: distributed.ProcessGroup | None
 ) -> torch.Tensor:
-    """The sum over all ranks of this rank's part of the rows."""
+    """This rank's part of the rows, summed over all ranks."""
     mine = everything.new_empty(
         everything.shape[0] // distributed.get_world_size(group), *everything.shape[1:]
     )
@@ -194,9 +199,9 @@ def _sum_and_scatter(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows.
+    """The rows of all ranks.
 
-    Each is a function of its own rank's, so the gradient is the sum of what all ranks made of it.
+    Each rank computes with every rank's rows, so a row's gradient is the sum over all ranks.
     """
 
     @staticmethod

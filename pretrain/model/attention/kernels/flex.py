@@ -1,6 +1,4 @@
-"""Attention by torch's flex_attention (Dong et al. 2024): blocks that the mask leaves empty are not
-computed.
-"""
+"""Attention by torch's flex_attention (Dong et al. 2024), which skips fully masked blocks."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ from pretrain.model.attention.scores import Scores
 def flex_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """A fused kernel on CUDA; on a CPU every score is in memory, and there is no backward pass.
+    """A fused kernel on CUDA; on a CPU all scores are in memory, and there is no backward pass.
 
     Sinks follow from the logsumexp: a row whose sum of exponentials is Z shrinks by Z / (Z +
     e^sink) = sigmoid(log Z - sink).
 
     Raises:
-        ConfigError: where torch has no such kernel for the device.
+        ConfigError: if torch has no such kernel for the device.
     """
     device, (num_queries, num_keys) = q_BNSH.device, (q_BNSH.shape[2], k_BMUH.shape[2])
     mask, window = scores.mask, scores.window
@@ -57,13 +55,13 @@ def _compiled() -> Any:
 
 
 def _offset(mask: AttentionMask, device: torch.device) -> torch.Tensor:
-    # A tensor, as torch's own decoding examples have it: its value is then no part of what is
-    # compiled.
+    # A tensor, as in torch's own decoding examples: an int would be compiled in, and every
+    # generated token would compile again.
     return mask.once("flex offset", lambda: torch.tensor(mask.offset, device=device))
 
 
 def _penalty(scores: Scores, device: torch.device) -> Any:
-    """ALiBi's term, or None."""
+    """ALiBi's term as a ``score_mod``, or None."""
     slopes_N, offset = scores.slopes_N, _offset(scores.mask, device)
     if slopes_N is None:
         return None
@@ -83,6 +81,7 @@ def _penalty(scores: Scores, device: torch.device) -> Any:
 def _block_mask(
     mask: AttentionMask, num_queries: int, num_keys: int, window: int | None, device: torch.device
 ) -> torch_flex.BlockMask:
+    """The blocks of queries and keys that are not fully masked."""
     offset, ids_BS = _offset(mask, device), mask.document_ids_BS
 
     def visible(

@@ -17,10 +17,10 @@ _KEYS = "retrieval.keys_"
 class PEERConfig(MoE):
     """Parameter-efficient expert retrieval (He 2024, "Mixture of a Million Experts").
 
-    Very many very small experts, found by product keys. Expert (i, j, ...) has the score of sub-key
-    i of the first dimension with the first part of a query, plus that of j with the second, and so
-    on. Each head takes its best ``top_k`` and weighs them by a softmax over these. The experts have
-    no biases.
+    A very large number of tiny experts, found by product keys. Expert (i, j, ...) has the score of
+    sub-key i of the first dimension with the first part of a query, plus that of sub-key j with the
+    second part, and so on. Each head takes its best ``top_k`` and weighs them by a softmax over
+    these. The experts have no biases.
     """
 
     implementation: ClassVar[str] = "pretrain.model.moe.peer:PEER"
@@ -73,8 +73,9 @@ class PEERConfig(MoE):
         return f"model.moe.product_key_sizes, whose product is ({self.total_experts})"
 
     def kept_activations(self, hidden_size: int, kept: int) -> int:
-        """No row is copied: a token, its queries and the scores of its sub-keys, then each expert's
-        few.
+        """A token, its queries and the scores of its sub-keys, then a few per expert.
+
+        No row of a table is copied.
         """
         scores = self.num_heads * (2 * self.query_dim + sum(self.product_key_sizes))
         experts = self.experts_per_token * ((kept + 1) * self.moe_intermediate_size + 6)
@@ -85,7 +86,7 @@ class PEERConfig(MoE):
         return self.num_heads if name.startswith(_KEYS) else 1
 
     def initial_std(self, name: str, columns: int) -> float | None:
-        """Of keys, so that the scores of normed queries are about 1 (Lample et al. 2019)."""
+        """Of keys: the scores of normed queries start at about 1 (Lample et al. 2019)."""
         return columns**-0.5 if name.startswith(_KEYS) else None
 
     @property

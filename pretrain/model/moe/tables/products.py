@@ -1,13 +1,13 @@
-"""Products of tokens with the rows of a large table that each of them chose, forward and backward.
+"""Products of tokens with the table rows that each of them chose, forward and backward.
 
-Two products are each other's derivative, so that three ways to compute them serve every pass:
+Two products are each other's derivative, so one kernel with both serves every pass:
 
 * ``row_dots``: c_p = table[row_p] . x_t for each pair p of a token t and a row;
 * ``weighted_rows``: y_t = sum over the pairs p of t of c_p table[row_p].
 
 The gradient of a row is a weighted sum too, of the tokens that chose it. It is kept as
-:class:`Factors`, which are small, until somebody asks for rows. Everything here is fp32: rows are
-read, not multiplied with matrices, and memory is the limit.
+:class:`Factors`, which are small, until an optimizer asks for rows. Everything here is fp32: rows
+are read once and not reused as in a matrix product, so memory bandwidth is the limit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch.nn import functional
 from pretrain.model.fp32 import KeepsFp32
 from pretrain.model.moe.tables.interface import Bags, TableKernel
 
-# torch says so once a process of every sparse matrix in this format; two dense results are all that
-# is taken from it here.
+# torch warns once per process about its CSR format. Only a dense result is read from it here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
@@ -37,13 +36,12 @@ def _plain_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) 
 
 
 def _bag_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """By torch's product of dense matrices at the places of a sparse one: no row is copied."""
+    """By torch's sampled product of dense matrices, which copies no row."""
     if bags.row_P.numel() == 0:
         return x_TD.new_zeros(0)
     size = (x_TD.shape[0], table_ND.shape[0])
-    if (
-        bags.row_P.numel() > size[0] * size[1]
-    ):  # duplicates: more pairs than places in the matrix, which torch refuses
+    # Duplicates: torch refuses a sparse matrix with more entries than elements.
+    if bags.row_P.numel() > size[0] * size[1]:
         return (x_TD @ table_ND.t())[bags.owners(), bags.row_P]
     pattern = torch.sparse_csr_tensor(
         bags.offsets_T1,
@@ -66,13 +64,13 @@ def _bag_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) ->
     )
 
 
-# The plain definition, which copies every chosen row; and torch's own products, which do not.
+# The plain definition copies every chosen row; torch's own products do not.
 PLAIN = TableKernel(_plain_row_dots, _plain_weighted_rows)
 BAGS = TableKernel(_bag_row_dots, _bag_weighted_rows)
 
 
 def kernel_named(name: str, device: torch.device) -> TableKernel:
-    """``plain``, ``bags``, ``triton``, or for ``auto`` the fastest on ``device``."""
+    """The kernel ``plain``, ``bags`` or ``triton``; for ``auto`` the fastest one on ``device``."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         # Triton is an optional package, which only CUDA has a use for.
         from pretrain.model.moe.tables.products_triton import TRITON
@@ -82,8 +80,9 @@ def kernel_named(name: str, device: torch.device) -> TableKernel:
 
 
 class Factors(NamedTuple):
-    """A gradient of a table: row ``row_P[p]`` of it is the sum of ``c_P[p] * x_TD[owner_P[p]]``
-    over the pairs p with that row.
+    """The gradient of a table, as the pairs that it is the sum of.
+
+    Row ``row_P[p]`` of the gradient is the sum of ``c_P[p] * x_TD[owner_P[p]]`` over its pairs p.
     """
 
     row_P: torch.Tensor
@@ -93,8 +92,10 @@ class Factors(NamedTuple):
 
 
 class SortedFactors:
-    """Factors in the order of their rows: each row's gradient is one weighted sum, in the order of
-    the pairs, so it is deterministic.
+    """Factors sorted by row: each row's gradient is one weighted sum over neighbouring pairs.
+
+    The sort is stable, so the order of summation is that of the pairs, and the result
+    deterministic.
 
     Attributes:
         row_U: the different rows, ascending, [U] int64.
@@ -121,36 +122,40 @@ class SortedFactors:
 
 
 class ExpertTable(KeepsFp32):
-    """A table of rows in fp32, [N, width, D] for N experts, whose gradient is dense or, where many
-    more rows are held than used, collected.
+    """A table of N experts in fp32, [N, width, D], whose gradient is dense or collected as factors.
 
     As built, ``weight`` is a parameter like any other and autograd gives it a dense gradient.
-    :meth:`collect` takes it out of the module's parameters: from then on each backward pass appends
-    its factors to ``collected``, for an optimizer that touches those rows alone.
+    :meth:`collect` removes it from the module's parameters, for tables of which a step uses few
+    rows: from then on each backward pass appends its factors to ``collected``, for a sparse
+    optimizer.
     """
 
     def __init__(self, num_experts: int, width: int, hidden_size: int) -> None:
         super().__init__()
         self.weight: torch.Tensor = nn.Parameter(torch.empty(num_experts, width, hidden_size))
-        # The mark of experts: each rank may hold others.
+        # DeepSpeed's mark of experts: ranks may hold different ones, so it must not average them.
         self.weight.allreduce = False  # type: ignore[attr-defined]
         self.width = width
         self.collected: list[Factors] | None = None
 
     def collect(self, device: torch.device) -> None:
+        """Remove ``weight`` from the parameters, and collect factors from now on.
+
+        The table moves to ``device`` here, because DeepSpeed no longer sees it.
+        """
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.weight, self.collected = weight.detach().to(device), []
 
     def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
-        """[T, D] -> the products of each pair's token with the rows of its expert, [P, width]."""
+        """[T, D] -> the products of each pair's token with its expert's rows, [P, width]."""
         dots: torch.Tensor = _RowDots.apply(
             x_TD, self.weight, bags.widened(self.width), self, kernel
         )
         return dots.view(-1, self.width)
 
     def weighted(self, c_PX: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
-        """[P, width] -> for each token the sum of its experts' rows, weighted, [T, D]."""
+        """[P, width] -> each token's weighted sum of its experts' rows, [T, D]."""
         y_TD: torch.Tensor = _WeightedRows.apply(
             c_PX.reshape(-1), self.weight, bags.widened(self.width), self, kernel
         )
@@ -159,8 +164,9 @@ class ExpertTable(KeepsFp32):
     def take_gradient(
         self, factors: Factors, wanted: bool, kernel: TableKernel
     ) -> torch.Tensor | None:
-        """What a backward pass returns for the weight: dense where autograd wants one, else
-        nothing, and the factors are kept.
+        """The return value of a backward pass for the weight.
+
+        A dense gradient if autograd wants one; else None, and the factors are collected.
         """
         if not wanted:
             if self.collected is not None:
@@ -175,6 +181,8 @@ class ExpertTable(KeepsFp32):
 
 
 class _RowDots(torch.autograd.Function):
+    """``row_dots`` with ``weighted_rows`` as its derivative by the tokens."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -208,6 +216,8 @@ class _RowDots(torch.autograd.Function):
 
 
 class _WeightedRows(torch.autograd.Function):
+    """``weighted_rows`` with ``row_dots`` as its derivative by the coefficients."""
+
     @staticmethod
     def forward(
         ctx: Any,
