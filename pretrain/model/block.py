@@ -25,7 +25,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, ep_size: int, ep_rank: int) -> None:
         super().__init__()
-        self.pre_norm, self.dropout = config.norm_position == "pre", config.dropout.residual
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = config.dropout.residual
         norm = config.norm.implementing_class()
         self.attention_norm = norm(config.hidden_size, config.norm.eps)
         self.attention = config.attention.implementing_class()(config, layer)

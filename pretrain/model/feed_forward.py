@@ -25,7 +25,9 @@ class FeedForward(nn.Module, ABC):
     ) -> None:
         super().__init__()
         rows = config.expansion * intermediate_size
-        self.config, self.dropout, self.output_dropout = config, dropout, output_dropout
+        self.config = config
+        self.dropout = dropout
+        self.output_dropout = output_dropout
         self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(hidden_size, rows, bias=config.bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)

@@ -45,15 +45,11 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
         config = cast(GroupedQueryAttentionConfig, model.attention)
-        self.config, self.window, self.dropout = (
-            config,
-            config.window(layer),
-            model.dropout.attention,
-        )
-        queries, keys = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
+        self.config = config
+        self.window = config.window(layer)
+        self.dropout = model.dropout.attention
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(model.hidden_size, queries, bias=config.bias != "none")
         self.k_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
         self.v_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")

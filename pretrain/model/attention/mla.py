@@ -57,17 +57,13 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
         config = cast(MultiHeadLatentAttentionConfig, model.attention)
-        self.config, self.window, self.dropout = (
-            config,
-            config.window(layer),
-            model.dropout.attention,
-        )
+        self.config = config
+        self.window = config.window(layer)
+        self.dropout = model.dropout.attention
         latent_norm = RMSNorm if config.latent_norm == "rms_norm" else LayerNorm
-        hidden, biased, self.num_heads = (
-            model.hidden_size,
-            config.bias == "all",
-            config.num_attention_heads,
-        )
+        hidden = model.hidden_size
+        biased = config.bias == "all"
+        self.num_heads = config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, config.score_dim, bias=False)
         else:
@@ -152,10 +148,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """Queries and latents -> [B, N, S, V]."""
-        latents_BUC, shared_keys_B1UR = (
-            latents_B1UX[:, 0, :, : self.config.kv_lora_rank],
-            latents_B1UX[..., self.config.kv_lora_rank :],
-        )
+        latents_BUC = latents_B1UX[:, 0, :, : self.config.kv_lora_rank]
+        shared_keys_B1UR = latents_B1UX[..., self.config.kv_lora_rank :]
         keys_values_BNUX = (
             self.kv_b_proj(latents_BUC).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         )

@@ -173,7 +173,8 @@ class DeepSpeedMoE(MoELayer, MoE):
             use_rts=config.use_rts,
             top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
         )
-        self.ep_rank, self.config = ep_rank, config
+        self.ep_rank = ep_rank
+        self.config = config
         if config.gate == "router":
             self.deepspeed_moe.gate = _RouterGate(config, model.hidden_size)
         else:

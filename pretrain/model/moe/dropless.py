@@ -136,7 +136,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             config.router, gate, config.top_k, config.bias_balancing is not None
         )
         self.shared = shared_experts(model)
-        self.config, self.dropout = config, model.dropout.expert
+        self.config = config
+        self.dropout = model.dropout.expert
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
         experts = self.experts

@@ -142,8 +142,12 @@ class Experts(nn.Module):
         first: int,
     ) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = w1, w2, w3
-        self.form, self.kernel, self.first = form, kernel, first
+        self.w1 = w1
+        self.w2 = w2
+        self.w3 = w3
+        self.form = form
+        self.kernel = kernel
+        self.first = first
 
     def uses_grouped_mm(self, x: torch.Tensor) -> bool:
         """Whether rows like these use the grouped product: CUDA's computes in bf16 only."""

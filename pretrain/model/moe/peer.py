@@ -41,12 +41,14 @@ class PEERExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
         super().__init__()
-        self.form, self.kind = model.feed_forward, model.feed_forward.implementing_class()
+        self.form = model.feed_forward
+        self.kind = model.feed_forward.implementing_class()
         rows = config.moe_intermediate_size * self.form.expansion
         self.up = ExpertTable(num_local, rows, model.hidden_size)
         self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.form.gated else None
         self.down = ExpertTable(num_local, config.moe_intermediate_size, model.hidden_size)
-        self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
+        self.dropout = model.dropout.feed_forward
+        self.kernel_name = config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each token's expert outputs, [T, D] fp32.
@@ -86,7 +88,9 @@ class PEER(MoELayer, nn.Module):
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
         config = cast(PEERConfig, model.moe)
-        self.num_experts, self.ep_size, self.ep_rank = config.total_experts, ep_size, ep_rank
+        self.num_experts = config.total_experts
+        self.ep_size = ep_size
+        self.ep_rank = ep_rank
         self.num_local_experts = self.num_experts // ep_size
         self.retrieval = ProductKeys(config, model.hidden_size, model.norm.eps)
         self.experts = PEERExperts(model, config, self.num_local_experts)
@@ -101,7 +105,8 @@ class PEER(MoELayer, nn.Module):
         return self.usage_E
 
     def share_experts(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
-        self.group, self.usage_E = group, self.usage_E.to(device)
+        self.group = group
+        self.usage_E = self.usage_E.to(device)
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
         """Each block of about a million values of a table has its own random stream.

@@ -75,8 +75,10 @@ class RunningNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.statistics, self.eps = RunningStatistics(size), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.statistics = RunningStatistics(size)
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., size]."""
@@ -100,11 +102,9 @@ class ProductKeys(nn.Module):
 
     def __init__(self, config: PEERConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.sizes, self.num_heads, self.top_k = (
-            config.product_key_sizes,
-            config.num_heads,
-            config.top_k,
-        )
+        self.sizes = config.product_key_sizes
+        self.num_heads = config.num_heads
+        self.top_k = config.top_k
         self.part = config.query_dim // len(self.sizes)
         self.query = nn.Linear(
             hidden_size, self.num_heads * config.query_dim, bias=config.query_bias

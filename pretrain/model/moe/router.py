@@ -45,7 +45,9 @@ class TopKRouter(KeepsFp32):
 
     def __init__(self, kind: Router, gate: nn.Linear, top_k: int, balanced_by_bias: bool) -> None:
         super().__init__()
-        self.kind, self.gate, self.top_k = kind, gate, top_k
+        self.kind = kind
+        self.gate = gate
+        self.top_k = top_k
         self.noise = (
             nn.Linear(gate.in_features, gate.out_features, bias=False)
             if kind.learned_noise

@@ -65,7 +65,8 @@ class RopePosition(PositionEncoding):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
         assert isinstance(model.position, RotaryBase)
-        self.rotary_dim, self.theta = model.attention.rotary_dim, model.position.rope_theta
+        self.rotary_dim = model.attention.rotary_dim
+        self.theta = model.position.rope_theta
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
         return PositionTerms(

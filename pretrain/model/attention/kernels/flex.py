@@ -27,23 +27,27 @@ def flex_attention(
     device, (num_queries, num_keys) = q_BNSH.device, (q_BNSH.shape[2], k_BMUH.shape[2])
     mask, window = scores.mask, scores.window
     key = "flex", num_queries, num_keys, window
-    arguments: dict[str, Any] = {
-        "score_mod": _penalty(scores, device),
-        "block_mask": mask.once(
-            key, lambda: _block_mask(mask, num_queries, num_keys, window, device)
-        ),
-        "scale": scores.scale,
-        "enable_gqa": q_BNSH.shape[1] != k_BMUH.shape[1],
-        "return_aux": torch_flex.AuxRequest(lse=True),
-    }
-    attend = _compiled() if device.type == "cuda" else torch_flex.flex_attention
+    penalty = _penalty(scores, device)
+    # Built once per forward pass: all layers with this window share it.
+    block_mask = mask.once(key, lambda: _block_mask(mask, num_queries, num_keys, window, device))
+    attend: Any = _compiled() if device.type == "cuda" else torch_flex.flex_attention
     try:
-        y_BNSV, rows = attend(q_BNSH, k_BMUH, v_BMUV, **arguments)
+        y_BNSV, rows = attend(
+            q_BNSH,
+            k_BMUH,
+            v_BMUV,
+            score_mod=penalty,
+            block_mask=block_mask,
+            scale=scores.scale,
+            enable_gqa=q_BNSH.shape[1] != k_BMUH.shape[1],
+            return_aux=torch_flex.AuxRequest(lse=True),
+        )
     except NotImplementedError as error:
         raise ConfigError(
             f"model.attention.kernel=flex cannot run here ({error}): use --set "
             "model.attention.kernel=sdpa"
         ) from None
+    # The normalised output without the sink is scaled down afterwards: flex has no term for it.
     if scores.sinks_N is not None:
         y_BNSV = y_BNSV * torch.sigmoid(rows.lse - scores.sinks_N.float()[:, None])[..., None]
     return y_BNSV.to(q_BNSH.dtype)

@@ -17,7 +17,9 @@ def reference_attention(
     """
     groups = q_BNSH.shape[1] // k_BMUH.shape[1]
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BMUH, v_BMUV))
-    num_queries, num_keys, device = q_BNSH.shape[2], k.shape[2], q_BNSH.device
+    num_queries = q_BNSH.shape[2]
+    num_keys = k.shape[2]
+    device = q_BNSH.device
     logits_BNSU = q_BNSH.float() @ k.transpose(-2, -1) * scores.scale
     if scores.slopes_N is not None:
         logits_BNSU = logits_BNSU - scores.slopes_N.float()[:, None, None] * scores.mask.distance(

@@ -18,7 +18,9 @@ def sdpa_attention(
 
     Otherwise there is one mask [S, U] for all layers; with ALiBi, one per head.
     """
-    num_queries, num_keys, value_size = q_BNSH.shape[2], k_BMUH.shape[2], v_BMUV.shape[3]
+    num_queries = q_BNSH.shape[2]
+    num_keys = k_BMUH.shape[2]
+    value_size = v_BMUV.shape[3]
     num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
     mask = None
     if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):

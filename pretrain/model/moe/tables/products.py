@@ -104,12 +104,10 @@ class SortedFactors:
     def __init__(self, factors: Factors, kernel: TableKernel) -> None:
         row_P, order_P = factors.row_P.sort(stable=True)
         self.row_U, counts_U = row_P.unique_consecutive(return_counts=True)
-        self._owner_P, self._c_P, self._x_TD, self._kernel = (
-            factors.owner_P[order_P],
-            factors.c_P[order_P],
-            factors.x_TD,
-            kernel,
-        )
+        self._owner_P = factors.owner_P[order_P]
+        self._c_P = factors.c_P[order_P]
+        self._x_TD = factors.x_TD
+        self._kernel = kernel
         self._offsets_U1 = functional.pad(counts_U.cumsum(0), (1, 0))
 
     def gradient(self, rows: slice) -> torch.Tensor:
@@ -145,7 +143,8 @@ class ExpertTable(KeepsFp32):
         """
         weight = self._parameters.pop("weight")
         assert weight is not None
-        self.weight, self.collected = weight.detach().to(device), []
+        self.weight = weight.detach().to(device)
+        self.collected = []
 
     def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
         """[T, D] -> the products of each pair's token with its expert's rows, [P, width]."""
@@ -193,7 +192,8 @@ class _RowDots(torch.autograd.Function):
         kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_NXD.detach(), *bags)
-        ctx.table, ctx.kernel = table, kernel
+        ctx.table = table
+        ctx.kernel = kernel
         return kernel.row_dots(x_TD, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod
@@ -228,7 +228,8 @@ class _WeightedRows(torch.autograd.Function):
         kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(c_P, weight_NXD.detach(), *bags)
-        ctx.table, ctx.kernel = table, kernel
+        ctx.table = table
+        ctx.kernel = kernel
         return kernel.weighted_rows(c_P, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod

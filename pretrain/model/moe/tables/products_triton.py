@@ -82,7 +82,9 @@ def _piece_kernel(
     """
     piece = tl.program_id(0).to(tl.int64)
     # piece - piece is a zero of piece's type: Triton requires one type on both paths of the if.
-    bag, number, target_D = piece, piece - piece, y_TD + piece * D
+    bag = piece
+    number = piece - piece
+    target_D = y_TD + piece * D
     if piece >= num_bags:
         further = piece - num_bags
         bag = tl.load(bag_E + further)
