@@ -40,6 +40,7 @@ def timed_step(model: DecoderLM, seed: int, sequences: int) -> tuple[float, floa
     tokens = torch.randint(
         0, vocab_size, (sequences, 257), generator=torch.Generator().manual_seed(seed)
     )
+    # Random tokens: the loss does not matter for the time, but both models must agree on it.
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     loss = model(
@@ -93,6 +94,7 @@ def main() -> None:
         dest="json_path",
     )
     options = parser.parse_args()
+    # One thread: the ratio then does not depend on how well either side is parallelised.
     torch.set_num_threads(1)
     path = Path(options.json_path)
     # Blocks that are not measured now keep their earlier results.

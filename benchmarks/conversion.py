@@ -102,6 +102,7 @@ def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
         *COMMON,
         *overrides,
     ]
+    # A single step: the size of the files is all that matters.
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "debug"]
     subprocess.run(
         [*command, *(part for setting in settings for part in ("--set", setting))],
@@ -128,6 +129,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
+    # Sampled from outside, so that DeepSpeed's tools need no change.
     with PeakMemory(process.pid) as memory:
         printed, errors = process.communicate()
     shutil.rmtree(output, ignore_errors=True)
@@ -167,6 +169,7 @@ def main() -> None:
         for name, overrides in MODELS.items():
             source = train_one_step(folder, name, overrides)
             weights = open_weights(source)
+            # Read from headers: no tensor is loaded here.
             sizes = [weights.form(tensor).bytes for tensor in weights.names]
             table = Table(
                 "side",

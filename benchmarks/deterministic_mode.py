@@ -62,6 +62,7 @@ def timed_pairs(engine: Engine, batches: list[Batch], pairs: int) -> list[tuple[
     found = []
     for number in trange(pairs + 1, desc="pairs"):
         times = {}
+        # Process time, not wall time: other programs on the machine do not count.
         for deterministic in (False, True) if number % 2 else (True, False):
             if deterministic:
                 be_deterministic()
@@ -86,6 +87,7 @@ def main() -> int:
     resolved = resolve_ds_config(
         {"zero_optimization": {"stage": 1}}, "ZeRO 1", recipe, precision, accumulation, 1
     )
+    # Nothing but the steps is timed.
     resolved["tensorboard"]["enabled"] = False
     engine = Engine(recipe, resolved, precision, connect(recipe.parallel.ep_size))
     pairs = timed_pairs(

@@ -63,6 +63,7 @@ def without_cache(model: DecoderLM) -> NextLogits:
 
 def timed(next_logits: NextLogits, prompt: list[int], new_tokens: int) -> tuple[list[int], float]:
     """The new tokens, and the seconds they took."""
+    # A generator: no token is computed before the clock starts.
     steps = continue_prompts(next_logits, [prompt], Sampling(greedy=True))
     started = time.perf_counter()
     tokens = [next(steps)[0] for _ in range(new_tokens)]

@@ -27,6 +27,7 @@ def held_bytes(pid: int | None = None) -> int:
     """Bytes that a process (by default this one) holds now; 0 if it has ended."""
     try:
         with open(f"/proc/{pid or 'self'}/smaps_rollup", encoding="ascii") as stream:
+            # The first line is the address range, then "Name: value kB".
             fields = dict(line.split(":", 1) for line in stream.readlines()[1:])
     except (OSError, ValueError):
         return 0

@@ -120,6 +120,7 @@ def make_trillion(folder: Path) -> None:
     length = SHARD_TOKENS // SHARD_DOCUMENTS
     first = idx_path(folder / "train_00000")
     with first.open("wb") as stream:
+        # The index format of Megatron-LM: header, lengths, byte offsets, document starts.
         stream.write(HEADER.pack(MAGIC, VERSION, 8, SHARD_DOCUMENTS, SHARD_DOCUMENTS + 1))
         stream.write(np.full(SHARD_DOCUMENTS, length, "<i4").tobytes())
         stream.write((np.arange(SHARD_DOCUMENTS, dtype="<i8") * length * 2).tobytes())
@@ -129,6 +130,7 @@ def make_trillion(folder: Path) -> None:
         prefix = folder / f"train_{number:05}"
         if number:
             os.link(first, idx_path(prefix))
+        # A file of this length that is all hole; reading it returns zeros.
         with bin_path(prefix).open("wb") as stream:
             stream.truncate(SHARD_TOKENS * 2)
         sizes = {"bin_bytes": SHARD_TOKENS * 2, "idx_bytes": first.stat().st_size}
@@ -180,6 +182,7 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
             "padding_share": packed.padding_share,
             "truncated_share": packed.truncated_share,
         }
+    # Imports are done by now and do not count as memory.
     before, started = held_bytes(), time.perf_counter()
     parts = load_datasets({"": str(folder)}).training_shards()
     sources = {
@@ -223,6 +226,7 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
         def tokenize(self, text: str) -> np.ndarray:
             raise NotImplementedError("the shards hold tokens")
 
+    # GPTDataset asks for a rank even in a single process.
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
@@ -252,6 +256,7 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
             for name in ("tokens", "labels", "loss_mask", "position_ids")
         }
 
+    # The first batch includes building the index.
     step(0)
     result: dict[str, float] = {
         "first_batch_seconds": time.perf_counter() - started,
@@ -284,6 +289,7 @@ def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     started = time.perf_counter()
     for number in range(1, steps + 1):
         loader.step_batches(number)
+        # The step itself: the loader prefetches meanwhile.
         time.sleep(0.010)
     return {
         "steps": steps,
@@ -304,6 +310,7 @@ def measure(folder: Path, side: str, steps: int) -> dict[str, float]:
         "--steps",
         str(steps),
     ]
+    # The last line is the result: libraries print before it.
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
@@ -375,6 +382,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loading.json"))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # A child process of measure().
     if options.side:
         print(json.dumps(run_side(options.folder, options.side, options.steps)))
         return

@@ -79,6 +79,7 @@ class WidthResult(TypedDict):
 
 def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> float:
     """The mean loss of the last fifth of a run's steps, nats per token."""
+    # Runs share the machine, one core each.
     torch.set_num_threads(1)
     rate = f"optimizer.learning_rate={2.0**job.power}"
     recipe = load_recipe(
@@ -99,6 +100,7 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
 
 def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
     """All runs, the longest ones first; at the base both kinds are the same model."""
+    # The longest first, so that no long run starts last on an otherwise idle machine.
     jobs = [Job(kind, width, power) for kind in KINDS for width in widths for power in powers]
     return sorted(
         (job for job in jobs if job.kind == "standard" or job.width != min(widths)),
@@ -112,6 +114,7 @@ def conclusions(
     """For each kind, the result at each width."""
     base = min(widths)
     result: dict[str, list[WidthResult]] = {}
+    # muP claims that this power is best at every width.
     base_best = min(powers, key=lambda power: losses[Job("standard", base, power)])
     for kind in KINDS:
         results: list[WidthResult] = []

@@ -157,6 +157,7 @@ def train(
     step_seconds: list[float] = []
     for step in range(steps):
         batches = loader.step_batches(step)
+        # Loading batches and validation are not timed.
         started = time.process_time()
         engine.train_step(batches, recipe.schedule.factor(step, steps))
         step_seconds.append(time.process_time() - started)
@@ -172,6 +173,7 @@ def train(
 
 def loss_at(curve: list[Point], seconds: float) -> float:
     """The loss after ``seconds``, interpolated between the points of a curve."""
+    # Curves have points at equal steps, not at equal seconds.
     return float(
         numpy.interp(
             seconds, [point["seconds"] for point in curve], [point["loss"] for point in curve]
@@ -194,8 +196,10 @@ def sweep(steps: int, data: str, topology: Topology) -> dict[str, dict[float, fl
                     "curve"
                 ][-1]["loss"]
                 progress.update()
+                # The highest rate is the best so far: the optimum may be beyond it.
                 if not left and best_rate(found[kind]) == rate:
                     left.append(2 * rate)
+    # The same algorithm up to rounding.
     found["adamw_8bit"] = found["adamw"]
     return found
 
@@ -272,6 +276,7 @@ def plot(summary: Summary, path: Path) -> None:
     """Mean validation loss over tokens and over CPU seconds."""
     import matplotlib
 
+    # No display is needed to write a file.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -112,6 +112,7 @@ def train(
         "-",
     ]
     command += [word for setting in settings for word in ("--set", setting)]
+    # A separate process, so that its peak of memory is that of one training.
     process = subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -215,6 +216,7 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         1,
     )
     engine = Engine(recipe, ds_config, "fp32", topology)
+    # Memory before the first step: weights, without moments.
     built = held_bytes()
     times = []
     for step in range(steps + 2):
@@ -225,6 +227,7 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         )
         times.append(time.perf_counter() - started)
     assert engine.sparse_optimizer is not None
+    # Only rows that some token chose have optimizer state.
     used = max(int((state.steps > 0).sum()) for state in engine.sparse_optimizer.states.values())
     after = held_bytes()
     disconnect()
@@ -249,6 +252,7 @@ def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str,
         initialize(models[name], 1)
     speeds: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
+        # Models alternate, so that a change of the machine's speed affects all.
         for _ in range(5):
             for name, model in models.items():
                 cache = model.new_cache(1, behind + new, "cpu", torch.float32)

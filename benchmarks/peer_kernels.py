@@ -52,6 +52,7 @@ class Report(TypedDict):
 def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[Work, int]]:
     """What is timed by name, and the bytes of the rows that it reads."""
     generator = torch.Generator(device).manual_seed(0)
+    # 1,048,576 rows of 768 are 3.2 GB: one table exists at a time.
     table_ND = torch.rand(num_rows, HIDDEN_SIZE, generator=generator, device=device)
     x_TD = torch.randn(tokens, HIDDEN_SIZE, generator=generator, device=device)
     c_P = torch.randn(tokens * CHOSEN, generator=generator, device=device)
@@ -94,6 +95,7 @@ def compared(
     # Also the first call of each kernel, which compiles.
     for kernel in kernels.values():
         torch.testing.assert_close(work(kernel), wanted, rtol=1e-4, atol=1e-3)
+    # Freed, so that it takes no part in the memory traffic of the rounds.
     del wanted
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):

@@ -109,6 +109,7 @@ def measure(folder: Path, side: str, options: SideOptions | None = None) -> dict
         json.dumps(options or {}),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # The peak covers the side's worker processes too.
     with PeakMemory(process.pid) as memory:
         output, _ = process.communicate()
     if process.returncode:
@@ -152,6 +153,7 @@ def rounds(folder: Path, count: int) -> Sides:
     tokens: dict[str, float] = {}
     for _ in range(count):
         for side, megabytes in (("ours", whole), ("newest", whole), ("classic", part)):
+            # Every side starts without output of an earlier round.
             clear(folder)
             result = measure(folder, side)
             rates[side].append(megabytes / result["seconds"])
@@ -281,6 +283,7 @@ def main() -> None:
         "stages": measure(options.folder, "stages"),
         "costs": costs(options.folder),
     }
+    # Of no interest for stages of one process.
     report["stages"].pop("peak_bytes")
     print_report(report)
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ def texts() -> Iterator[str]:
     """The text files of the interpreter's library and installed packages, in a fixed order."""
     for root in (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")):
         for folder, subfolders, names in os.walk(root):
+            # In place: os.walk descends into what is left here, in this order.
             subfolders[:] = sorted(set(subfolders) - {"__pycache__", "site-packages"})
             for name in sorted(names):
                 path = Path(folder, name)
@@ -84,6 +85,7 @@ def ours(
         }
     )
     with local_pool(workers) as pool:
+        # Workers are started and have imported everything before the clock starts.
         _warm(pool)
         if touched:
             touch_memory()
@@ -141,6 +143,7 @@ def newest(folder: Path, touched: bool) -> dict[str, float]:
     lengths = awkward.to_numpy(awkward.num(ids))
     flat = awkward.to_numpy(awkward.flatten(ids))
     ends = np.cumsum(lengths)
+    # An end-of-document token after each document, as the other sides write it.
     with_ends = np.insert(flat, ends, 0).astype(np.uint16)
     builder = IndexedDatasetBuilder(str(folder / "newest.bin"), dtype=np.uint16)
     builder.add_document(torch.from_numpy(with_ends), (lengths + 1).tolist())
@@ -177,6 +180,7 @@ def classic(folder: Path) -> dict[str, float]:
     with multiprocessing.get_context("spawn").Pool(
         2, _classic_begin, (str(folder / "tokenizer.json"),)
     ) as pool:
+        # Both workers have loaded the tokenizer before the clock starts.
         pool.map(_classic_encode, ['{"text": "warm"}'] * 4)
         started = time.perf_counter()
         used = cpu_seconds()
@@ -195,6 +199,7 @@ def classic(folder: Path) -> dict[str, float]:
 
 def stages(folder: Path) -> dict[str, float]:
     """Seconds in each stage of the plain build, in one process and thread, over the whole file."""
+    # The tokenizer's Rust threads; read when it is imported.
     os.environ["RAYON_NUM_THREADS"] = "1"
     import hashlib
 

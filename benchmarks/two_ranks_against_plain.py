@@ -95,12 +95,14 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
         group["lr"] = peaks[group["role"]]
     model.to(DTYPES[precision])
     batches = micro_batches(recipe, 0, 1)
+    # Every token counts, so the divisor is constant.
     normalizer = float(recipe.train.micro_batch_size * recipe.train.sequence_length)
 
     def step() -> None:
         for batch in batches:
             (model(batch.input_ids_BS, batch.labels_BS, normalizer).loss / len(batches)).backward()
         for master, parameter in zip(masters, working, strict=True):
+            # The working weights have the gradients; clipping and update are in fp32.
             master.grad = parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(masters, recipe.train.grad_clip)
         optimizer.step()
@@ -120,9 +122,11 @@ def worker(kind: str) -> None:
         ["model.vocab_size=4096", f"parallel.ep_size={ep_size}", "logging.tensorboard=false"],
     )
     precision = resolve_precision("auto")
+    # Two cores for either side: two ranks of one thread, or one process of two.
     torch.set_num_threads(1 if kind == "engine" else 2)
     step = engine_step(recipe, precision) if kind == "engine" else plain_step(recipe, precision)
     is_main = os.environ.get("RANK", "0") == "0"
+    # Warm-up steps.
     for _ in range(2):
         step()
     if is_main:

@@ -138,6 +138,7 @@ def branched(
     starts = {length: decay_start(length) for length in lengths}
     # The parent run must have a checkpoint at every branching point.
     interval = f"checkpoint={{interval_steps: {math.gcd(*starts.values())}, keep_last: 99}}"
+    # The parent run ends at the last branching point: the rest of each length is its branch's.
     train(folder / "trunk", max(starts.values()), data, SEEDS[0], peak, [CONSTANT, interval])
     bar.update()
     losses = {}
@@ -165,8 +166,10 @@ def best_peak(
 
 def compare(steps_of_longest: int, data: Path, folder: Path) -> Comparison:
     """Train both schedules at all lengths."""
+    # Four, five and six sixths of the longest length.
     lengths = [steps_of_longest * 4 // 6, steps_of_longest * 5 // 6, steps_of_longest]
     with tqdm(total=1 + 2 * len(PEAKS) + len(lengths) * (1 + len(SEEDS)), unit="run") as bar:
+        # Each schedule gets its own best learning rate: a shared one would favour one of them.
         cosine_peak, cosine_tried = best_peak("cosine", [COSINE], lengths[1], data, folder, bar)
         peak, tried = best_peak(
             "decayed",

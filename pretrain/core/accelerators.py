@@ -84,6 +84,7 @@ def accelerator_of_device(device_name: str) -> Accelerator | None:
     other peaks and count as unknown.
     """
     words = set(re.split(r"[\s\-_/]+", device_name))
+    # An unknown peak gives no MFU, which is better than a wrong one.
     if words & OTHER_VARIANTS:
         return None
     return next((known for known in ACCELERATORS if known.key in words), None)

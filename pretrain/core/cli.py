@@ -30,6 +30,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose --help ends with examples; every command takes ``--plugin``."""
+    # Raw, because examples keep their line breaks.
     parser = CommandParser(
         description=description,
         epilog=f"examples:\n{examples}",

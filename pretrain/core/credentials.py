@@ -51,6 +51,7 @@ def refuse_credentials(content: Any, origin: str) -> None:
         ConfigError: with the credential's path, never its value.
     """
     for path, name, value in _texts(content, ""):
+        # Bare keys count only below a tracker's section: elsewhere they may be checksums.
         in_tracker = path.startswith(TRACKER_SECTIONS) and BARE_KEY.fullmatch(value)
         if value and (NAME.search(name) or VALUE.search(value) or in_tracker):
             raise ConfigError(

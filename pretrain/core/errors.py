@@ -117,6 +117,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             file=sys.stderr,
         )
         code = IO_FAILED
+    # leave() does not return: it skips destructors that may hang.
     except KeyboardInterrupt as error:
         leave(f"interrupted: {error}" if str(error) else "interrupted")
     sys.stdout.flush()

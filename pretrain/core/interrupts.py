@@ -52,6 +52,7 @@ def install() -> None:
     Commands call it before anything else. A process that was started to ignore Ctrl-C (``nohup``, a
     shell's background job) still ignores it.
     """
+    # Only Python's default is replaced: an ignored signal, or a handler of a host program, stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _CtrlC())
     sys.excepthook = _uncaught
@@ -94,6 +95,7 @@ def deferred() -> Iterator[None]:
         yield
         return
     seen: list[int] = []
+    # Python allows signal handlers in the main thread only.
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
         yield
@@ -128,5 +130,6 @@ def interruptible(function: Callable[[], Value]) -> Value:
         except BaseException as error:
             result.set_exception(error)
 
+    # A daemon thread: the process may end while the native call still runs.
     threading.Thread(target=run, daemon=True).start()
     return result.result()

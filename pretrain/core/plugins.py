@@ -35,6 +35,7 @@ def load_plugins(names: Iterable[str]) -> None:
     for name in names:
         if name in _Loaded.names:
             continue
+        # import_module would take "../x" for a relative import, with an error that helps nobody.
         if not MODULE_NAME.match(name):
             raise ConfigError(
                 f"the plugin '{name}' is not a module's name: write it as in 'import', such as "
@@ -44,6 +45,7 @@ def load_plugins(names: Iterable[str]) -> None:
             importlib.import_module(name)
         except PipelineError as error:
             raise ConfigError(f"the plugin '{name}': {error}") from None
+        # Foreign code: a module that calls sys.exit() must not end the command silently.
         except (Exception, SystemExit) as error:
             raise ConfigError(_why_not(name, error)) from error
         _Loaded.names.append(name)

@@ -97,6 +97,7 @@ class Stage:
             self._bar = self._open_bar() if self._is_terminal else None
             if self._bar is None:
                 self._print(self._size())
+            # A thread, so that a stage that blocks in native code still shows its time.
             self._thread = threading.Thread(target=self._keep_showing, daemon=True)
             self._thread.start()
         return self
@@ -128,6 +129,7 @@ class Stage:
 
     def rate(self) -> str:
         """The mean speed of this stage per second: documents and characters, or its unit."""
+        # The clock may not have advanced yet.
         seconds = self.seconds or 1.0
         if self._before is not None:
             documents, characters = (

@@ -44,6 +44,7 @@ def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
     Raises:
         ConfigError: if two of them have one name.
     """
+    # An inherited ``kind`` does not count: an intermediate class is no kind.
     found = tuple(kind for kind in _all_below(family) if "kind" in kind.__annotations__)
     owners: dict[str, type[Section]] = {}
     for kind in found:
@@ -101,6 +102,7 @@ def _same_name(family: type, name: str, *kinds: type) -> str:
     return f"two kinds of {family.__name__} are named '{name}': {places}; rename one of them"
 
 
+# Building a validator takes milliseconds, and a recipe has dozens of fields.
 @lru_cache(maxsize=128)
 def _union(kinds: tuple[type[Section], ...]) -> TypeAdapter[Any]:
     union: Any = reduce(or_, kinds)
@@ -143,6 +145,7 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> Any:
         def validate(value: Any) -> Any:
+            # Looked up now, not at class definition: a plugin may have added kinds since.
             kinds = kinds_of(family)
             if not kinds:
                 tag = value.get("kind") if isinstance(value, dict) else value

@@ -35,8 +35,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        # Fields may be named model_...: pydantic reserves that prefix for its own methods.
         protected_namespaces=(),
+        # pydantic does not check defaults by default.
         validate_default=True,
+        # YAML reads .inf and .nan as floats; a learning rate of NaN would only show in training.
         allow_inf_nan=False,
     )
 

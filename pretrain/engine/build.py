@@ -41,6 +41,7 @@ class ExpertShard:
 def expert_shard(recipe: Recipe, topology: Topology, zero_stage: int) -> ExpertShard:
     """This rank's part of the experts: neighbouring ranks hold different ones."""
     parts = expert_shards(recipe, topology.world_size, zero_stage)
+    # DeepSpeed's expert-parallel groups are neighbouring ranks: rank modulo group size is the part.
     return ExpertShard(topology.rank % parts, parts)
 
 

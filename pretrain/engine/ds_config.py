@@ -69,6 +69,7 @@ def resolve_ds_config(
         ConfigError: if the file sets a key that the recipe owns to another value; the sentence
             names both places.
     """
+    # A deep copy; the caller's object stays as the file has it.
     resolved = json.loads(json.dumps(ds_config))
     for name, owner in OWNED_SECTIONS.items():
         if resolved.pop(name, AUTO) != AUTO:
@@ -77,6 +78,7 @@ def resolve_ds_config(
                 'remove it from the file or write "auto"'
             )
     owned = _owned_by_recipe(recipe, precision, accumulation_steps, world_size)
+    # The last key of a path is the value's; sections above it are created if the file lacks them.
     for keys, (value, owner) in owned.items():
         section = resolved
         for key in keys[:-1]:

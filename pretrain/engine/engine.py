@@ -278,6 +278,7 @@ class Engine:
             self.veto.begin(None)
             return
 
+        # Runs between the last backward pass and the update, when the totals are complete.
         def refuses(norm: float) -> bool:
             return should_skip(*self._over_ranks(totals.losses.cross_entropy, norm))
 

@@ -42,6 +42,7 @@ def take_expert_tables(
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             layer.share_experts(neighbours, topology.device)
+    # torch's collectives need no group for a single process.
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
     config = recipe.optimizer.sparse_optimizer
     assert config is not None
@@ -97,6 +98,7 @@ class ExpertTablesStep(StepHook):
                 factor = 1.0 / max(1.0, (update.grad_norm + 1e-6) / self._max_norm)
             self._tables.step(self._peak_learning_rate * update.learning_rate_factor, factor)
         else:
+            # The collected gradients belong to the skipped step and must not leak into the next.
             self._tables.discard()
         for statistics in self._statistics:
             if update.applied:

@@ -43,6 +43,7 @@ def convert_linears(model: nn.Module, device: torch.device) -> None:
             f"train.precision is fp8, which needs the package torchao ({error}): "
             "install it, or use train.precision=bf16"
         ) from None
+    # A run without a single fp8 product would be a bf16 run under a wrong name.
     if not any(takes_fp8(module, name) for name, module in model.named_modules()):
         raise ConfigError(
             "train.precision is fp8, but no projection of this model has sides that are multiples "

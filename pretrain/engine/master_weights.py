@@ -44,5 +44,7 @@ class MasterWeights:
                 parameter, release_swap_buffers=False
             )[0]
             return part
+        # Stages 1 and 2: DeepSpeed links each bf16 parameter to its fragment of the flat fp32
+        # partition.
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else mapping.get_hp_fragment()

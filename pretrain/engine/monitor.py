@@ -106,6 +106,7 @@ class Monitor:
     def write_record(self, events: Sequence[tuple[str, float]], step: int) -> None:
         """Write the values of one step, by step if the backend can, else by samples."""
         for name, backend in self._but_tensorboard():
+            # These backends are shared with DeepSpeed's engine, which writes by samples.
             x = self._samples() if name in COUNT_SAMPLES else step
             placed = [(tag, value, x) for tag, value in events]
             self._try(name, partial(backend.write_events, placed))
@@ -124,6 +125,7 @@ class Monitor:
     def _open(self, name: str, section: Any) -> None:
         self._backends[name] = BACKENDS[name](section)
         if name == TENSORBOARD:
+            # The separate run for the validation loss, see TRAIN_LOSS.
             below = section.model_copy(update={"job_name": f"{section.job_name}/{VALIDATION}"})
             self._backends[VALIDATION] = TensorBoardMonitor(below)
 

@@ -25,6 +25,7 @@ def resolve_precision(asked: str) -> str:
     """
     accelerator = get_accelerator()
     name = accelerator.device_name()
+    # Emulated bf16 is slower than fp32 and less exact: only native support counts here.
     if asked == "auto":
         return "bf16" if _native_bf16(name) else "fp32"
     if asked == "bf16" and not accelerator.is_bf16_supported():

@@ -74,6 +74,7 @@ class TableState:
         """One optimizer step of the table's rows ``row_U``."""
         own_U = row_U - self.first
         self.steps[own_U] += 1
+        # Decoupled weight decay, as in AdamW, only in the steps that use the row.
         weight_UD = self.table_ND[row_U] * (1.0 - learning_rate * self.config.weight_decay)
         # Indexing copies: moments are changed in the copy and written back.
         moments_UD = {name: moment[own_U] for name, moment in self.moments.items()}
@@ -95,6 +96,7 @@ class TableState:
         Rows that it does not name were never used, and moments that it lacks start at zero.
         """
         (used_U,) = self.steps.nonzero(as_tuple=True)
+        # Only used rows are cleared: writing zeros to all would allocate the lazy pages.
         for state_of_rows in (self.steps, *self.moments.values()):
             state_of_rows[used_U] = 0
         own_U = state["row"].to(self.steps.device) - self.first
@@ -132,6 +134,7 @@ class SparseOptimizer:
         self.states: dict[str, TableState] = {}
         for name, table in tables.items():
             table.collect(device)
+            # A view: [experts, width, D] as rows [experts * width, D].
             table_ND = table.weight.flatten(0, 1)
             rows = table_ND.shape[0]
             self.states[name] = TableState(
@@ -152,6 +155,7 @@ class SparseOptimizer:
         Returns:
             [] fp32, the L2 norm over all rows of all tables on all ranks.
         """
+        # fp64 on the host: squares of millions of rows are added one chunk at a time.
         squares = torch.zeros((), dtype=torch.float64)
         world_size, _ = _size_and_rank(self.groups.everyone)
         for name, table in self.tables.items():
@@ -162,6 +166,8 @@ class SparseOptimizer:
             factors = _joined(table.collected, table.weight)
             table.collected = []
             if self.groups.replicas is not None:
+                # Pairs are exchanged, not gradients: the gathered size follows the tokens, not the
+                # table.
                 factors = _joined(_gathered(factors, self.groups.replicas), table.weight)
             state = self.states[name]
             # Each replica reduces and updates its own part of the rows, as in ZeRO stage 1.
@@ -177,6 +183,7 @@ class SparseOptimizer:
             for rows in _chunks(by_row.row_U.numel()):
                 squares += torch.linalg.vector_norm(by_row.gradient(rows)).double().square().cpu()
         squares = squares.to(next(iter(self.states.values())).table_ND.device)
+        # Each row is reduced by one replica, so no square is counted twice.
         if self.groups.everyone is not None:
             distributed.all_reduce(squares, group=self.groups.everyone)
         return squares.sqrt().float()
@@ -188,6 +195,7 @@ class SparseOptimizer:
             state = self.states[name]
             for rows in _chunks(by_row.row_U.numel()):
                 state.update(by_row.row_U[rows], by_row.gradient(rows) * factor, learning_rate)
+            # In the order of the tables, which is the same on all ranks: these are collectives.
             if self.groups.replicas is not None:
                 _share_rows(state.table_ND, by_row.row_U, self.groups.replicas)
         self.discard()
@@ -216,6 +224,7 @@ def _size_and_rank(group: distributed.ProcessGroup | None) -> tuple[int, int]:
 def _joined(parts: list[Factors], weight: torch.Tensor) -> Factors:
     """The factors of several batches as one, in order."""
     if not parts:
+        # No forward pass used this table: shapes and dtypes stay valid for the collectives.
         empty = torch.zeros(0, dtype=torch.int64, device=weight.device)
         return Factors(empty, empty, weight.new_zeros(0), weight.new_zeros(1, weight.shape[-1]))
     firsts = [0]

@@ -129,6 +129,7 @@ def reduce_steps(
         The losses of each step, averaged over the ranks; and the router's statistics over all steps
             and ranks: counts summed, everything else averaged over micro batches.
     """
+    # [steps, losses]: one collective for all steps.
     stacked = torch.stack([result.losses.packed() for result in results])
     means = (topology.all_reduce_sum(stacked) / topology.world_size).tolist()
     losses = [MeanLosses(*step) for step in means]

@@ -84,6 +84,7 @@ def _from_mpi() -> dict[str, str]:
     # On one machine the loopback always works; a host name may not resolve.
     on_one_machine = node.size == world.size
     own_address = "127.0.0.1" if on_one_machine else socket.gethostbyname(socket.gethostname())
+    # Rank 0 listens: its address and port are everyone's.
     address, port = world.bcast((own_address, free_port()), root=0)
     return {
         "RANK": str(world.rank),
@@ -147,7 +148,9 @@ def connect(ep_size: int) -> Topology:
     if accelerator.device_name() != "cpu":
         # Before any allocation: every rank of a node would otherwise start a context on GPU 0.
         accelerator.set_device(local_rank)
+    # Before init_distributed, which would compile the operation.
     avoid_shared_memory_all_reduce()
+    # discover() has set all variables, so DeepSpeed must not look for an MPI launcher itself.
     if not distributed.is_initialized():
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT

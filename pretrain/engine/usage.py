@@ -49,6 +49,7 @@ class UsageCounter(StepHook):
         """
         usage_LE = self._routed_LE
         self._routed_LE = None
+        # A model has either routers or layers that count themselves, never both.
         if counted := self._counted_by_layers():
             usage_LE = torch.stack(counted)
             for counts_E in counted:

@@ -59,6 +59,7 @@ class Block(nn.Module):
         ``cache`` is the layer's own key/value cache.
         """
         x_BSD = self.attend(x_BSD, positions, mask, cache)
+        # Post-norm applies the same norm after the residual instead, below.
         hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
         y_BSD, statistics = (
             self.feed_forward(hidden_BSD, record, fractions_E)

@@ -237,6 +237,7 @@ class ModelConfig(Section):
     multi_token_prediction: Annotated[MultiTokenPrediction | None, Effect.NONE] = None
     tie_word_embeddings: bool = False
     head_bias: bool = False
+    # Effects: a finished model never reads what initialises and trains it.
     initializer_range: Annotated[float, Field(gt=0), Effect.NONE] = Field(
         0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)"
     )
@@ -261,6 +262,7 @@ class ModelConfig(Section):
 
         With multi-token prediction its block, a copy of the last layer, is one more.
         """
+        # Its block is a copy of the last layer, so it routes if that one does.
         block_routes = self.multi_token_prediction is not None and self.layer_pattern.is_moe(
             self.num_hidden_layers - 1
         )
@@ -286,6 +288,7 @@ class ModelConfig(Section):
         """Rows of the embedding: ``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
+        # Rounded up.
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 

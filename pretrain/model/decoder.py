@@ -114,10 +114,15 @@ class DecoderLM(nn.Module):
         self.final_norm = (
             norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
         )
-        sizes = self.embedding.size, config.padded_vocab_size, config.vocab_size
         self.head = LanguageModelHead(
-            *sizes, config.loss_chunk_tokens, config.output_z_loss_weight, config.head_bias
+            self.embedding.size,
+            padded_vocab_size=config.padded_vocab_size,
+            vocab_size=config.vocab_size,
+            chunk_tokens=config.loss_chunk_tokens,
+            z_loss_weight=config.output_z_loss_weight,
+            has_bias=config.head_bias,
         )
+        # One Parameter object under two names: named_parameters() reports it once.
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -169,6 +174,7 @@ class DecoderLM(nn.Module):
         if not statistics:
             return TrainOutput(loss, nll, None, multi_token_nll)
         assert self.config.routing is not None
+        # A list of layers' statistics -> each statistic stacked over the layers.
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(
             loss_weights(self.config.routing).values(), stacked.losses_LJ.unbind(1), strict=True
@@ -176,6 +182,7 @@ class DecoderLM(nn.Module):
             # A weight of 0 must not enter the sum: 0 * inf would make the loss NaN.
             if weight:
                 loss = loss + weight * values_L.sum()
+        # Detached: kept statistics would keep the graph of the whole step in memory.
         return TrainOutput(
             loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll
         )
@@ -208,6 +215,7 @@ class DecoderLM(nn.Module):
         offset = 0 if cache is None else cache.length
         place = self._place(input_ids_BS, AttentionMask(offset, document_ids_BS), position_ids_BS)
         x_BSD, _ = self._trunk(input_ids_BS, place, cache, None)
+        # Only after the last layer: every layer writes its keys at the old length.
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
         return x_BSD
@@ -264,6 +272,7 @@ class DecoderLM(nn.Module):
     ) -> _Place:
         positions = position_ids_BS
         if positions is None:
+            # The tokens in the cache come first, so positions continue after them.
             positions = torch.arange(
                 mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
             )

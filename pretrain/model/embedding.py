@@ -18,6 +18,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.embedding_size or config.hidden_size
+        # A bare parameter, which a tied head can share; uninitialised until ``init`` fills it.
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, size))
         self.projection = (
             nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None

@@ -44,6 +44,7 @@ class FeedForward(nn.Module, ABC):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
         up = self.up_proj(x)
+        # Without a gate: the whole product and an empty tensor, which activate() concatenates.
         first, second = (self.gate_proj(x), up) if self.gate_proj is not None else (up, up[..., :0])
         hidden = self.activate(self.config, first, second)
         y = self.down_proj(functional.dropout(hidden, self.dropout, self.training))
@@ -82,6 +83,7 @@ class ClampedSwiGLU(FeedForward):
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        # The gate is clamped from above only: silu is bounded from below.
         gate = gate.clamp(max=config.limit)
         return (
             gate * torch.sigmoid(config.alpha * gate) * (up.clamp(-config.limit, config.limit) + 1)

@@ -88,6 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             ctx.save_for_backward(x_gradient_TD, weight_gradient_VD, bias_gradient_V)
             ctx.weight_dtype = weight_VD.dtype
+        # Only ``loss`` carries a gradient; without the mark autograd would ask for one of ``nll``.
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
@@ -113,6 +114,7 @@ class LanguageModelHead(nn.Module):
     def __init__(
         self,
         size: int,
+        *,
         padded_vocab_size: int,
         vocab_size: int,
         chunk_tokens: int,
@@ -141,6 +143,7 @@ class LanguageModelHead(nn.Module):
         x_TE = x_BSE.reshape(-1, x_BSE.shape[-1])
         # Inside an autograd function the gradient mode is always off, so it is asked for here.
         needs_gradient = torch.is_grad_enabled()
+        # The tokens of all sequences are one batch of T = B * S from here on.
         labels_T = labels_BS.reshape(-1)
         sizes = self.vocab_size, self.chunk_tokens, self.z_loss_weight
         return _ChunkedCrossEntropy.apply(

@@ -36,6 +36,7 @@ class MultiTokenBlock(nn.Module):
         self.hidden_norm = norm(size, config.norm.eps)
         self.embedding_norm = norm(size, config.norm.eps)
         self.projection = nn.Linear(2 * size, size, bias=False)
+        # The last layer's index: window and MoE pattern are those of the last block.
         self.block = Block(config, config.num_hidden_layers - 1, ep_size, ep_rank)
 
     def forward(

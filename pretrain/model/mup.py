@@ -77,12 +77,14 @@ def width_scales(config: ModelConfig) -> dict[str, WidthScale]:
     scales = {
         name: _of_shape(name, shape, base_shapes[name], config) for name, shape in shapes.items()
     }
+    # A tied head is an embedding too, and cannot be scaled: the norm before it takes its factor.
     if config.tie_word_embeddings or config.embedding_size is not None:
         scales |= {
             name: WidthScale(1 / width_ratio(config), 1 / width_ratio(config))
             for name in shapes
             if name.startswith("final_norm.")
         }
+    # The model divides scores by sqrt(head_dim); this factor makes that muP's 1 / head_dim.
     factor = (base.attention.query_width / config.attention.query_width) ** 0.5
     queries = tuple(f".attention.{name}" for name in config.attention.query_scales)
     scales |= {
@@ -101,6 +103,7 @@ def _of_shape(name: str, shape: torch.Size, base: torch.Size, config: ModelConfi
         or shape[-1] == base[-1]
     ):
         return UNCHANGED
+    # Weights are [out, in]: the last dimension is the fan-in.
     fan_in = shape[-1] / base[-1]
     return WidthScale(1 / fan_in if shape[-2] == base[-2] else fan_in**-0.5, 1 / fan_in)
 

@@ -25,6 +25,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        # The fast path of a step of generation on a CPU; everything else goes through torch's
+        # kernel.
         one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_NUMBERS
         if (
             one_token
@@ -67,4 +70,5 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

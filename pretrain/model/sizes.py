@@ -118,6 +118,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
             if not is_sharded and not (role is not None and role.is_gate):
                 matrices += count
             products += used * _products_per_token(name, config)
+    # Padding was counted with its tensors, and is taken off here.
     padding = _padding(model)
     for component, numbers in padding.items():
         components[component] -= numbers

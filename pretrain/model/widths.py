@@ -84,6 +84,7 @@ def scaled_widths(
 
 def width_ratio(model: ModelConfig) -> float:
     """hidden_size / that of muP's base; 1 with any other initialisation."""
+    # 1 without muP: nothing is scaled then.
     base = model.initialization.base_widths
     return 1.0 if base is None else model.hidden_size / base.hidden_size
 

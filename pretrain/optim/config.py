@@ -99,6 +99,7 @@ class AdamWConfig(SparseOptimizerConfig):
 
     @property
     def matrix_state_bytes(self) -> float:
+        # Two moments in fp32.
         return 8.0
 
     @property
@@ -142,6 +143,7 @@ class SGDConfig(SparseOptimizerConfig):
         """As torch's SGD: the first step of a row starts its momentum."""
         if not self.momentum:
             return gradient_UD
+        # As torch without dampening: momentum * buffer + gradient, in place.
         return moments_UD["momentum"].mul_(self.momentum).add_(gradient_UD)
 
 
@@ -162,6 +164,7 @@ class AdamW8bitConfig(Optimizer):
 
     @property
     def matrix_state_bytes(self) -> float:
+        # Two moments of one byte, and a 4-byte scale per block of 256.
         return 2.0 * (1.0 + 4.0 / 256.0)
 
 

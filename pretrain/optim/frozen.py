@@ -67,6 +67,7 @@ def frozen_parameters(
             name for name, part in parts.items() if part == pattern or fnmatchcase(name, pattern)
         }
         if not matched:
+            # Close matches are sought among parts and parameter names alike.
             have = sorted({part for part in parts.values() if part}) + list(parts)
             near = get_close_matches(pattern, have, n=2)
             hint = (

@@ -50,7 +50,7 @@ class ShardedMatrix(NamedTuple):
 
 
 def cut_matrices(
-    shape: torch.Size, start: int, partition_size: int, ranks: int, rank: int, offset: int
+    shape: torch.Size, *, start: int, partition_size: int, ranks: int, rank: int, offset: int
 ) -> list[ShardedMatrix]:
     """The matrices of a parameter [..., A, B] that starts at element ``start`` of a joined tensor.
 
@@ -61,6 +61,7 @@ def cut_matrices(
     """
     rows, columns = shape[-2:]
     found = []
+    # Stacked matrices [N, A, B] follow each other; each is cut at the partitions' ends on its own.
     for first in range(start, start + shape.numel(), rows * columns):
         bounds = tuple(
             min(max(number * partition_size - first, 0), rows * columns) for number in range(ranks)
@@ -78,6 +79,7 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
     """
     busy, owners = [0] * ranks, []
     for matrix in matrices:
+        # Only a rank with a part may own: others would receive the whole matrix for nothing.
         owner = min(
             (rank for rank in range(ranks) if matrix.held_by(rank)), key=lambda rank: busy[rank]
         )
@@ -155,13 +157,14 @@ class MatrixShards:
         """
         for by_owner in self.rounds:
             mine = by_owner[self.rank]
-            phases = [
+            places = [
                 matrix.place_in_partition(self.rank)
                 for matrices in by_owner
                 for matrix in matrices
                 if matrix.held_by(self.rank)
             ]
-            parts = [take(phase).to(self.device, dtype) for phase in phases]
+            # One round: parts to the owners, the owners' work, and the results back.
+            parts = [take(place).to(self.device, dtype) for place in places]
             sent = [sum(matrix.sent_by(self.rank) for matrix in matrices) for matrices in by_owner]
             received = [sum(matrix.sent_by(rank) for matrix in mine) for rank in range(self.ranks)]
             back = self._changed(
@@ -171,12 +174,12 @@ class MatrixShards:
             away = [sum(matrix.held_by(rank) for matrix in mine) for rank in range(self.ranks)]
             here = [sum(matrix.held_by(self.rank) for matrix in matrices) for matrices in by_owner]
             returned = self._exchange(back, away, here, dtype)
-            for phase, part in zip(
-                phases,
-                returned.split([phase.stop - phase.start for phase in phases]),
+            for place, part in zip(
+                places,
+                returned.split([place.stop - place.start for place in places]),
                 strict=True,
             ):
-                give(phase, part)
+                give(place, part)
 
     def _changed(
         self, mine: list[ShardedMatrix], by_rank: Sequence[torch.Tensor], change: Change
@@ -193,6 +196,7 @@ class MatrixShards:
             for rank, numbers in enumerate(by_rank)
         ]
         of_matrices = list(zip(*sent, strict=True))
+        # The last element of each part is its mark, not a weight.
         whole = torch.cat([part[:-1] for parts in of_matrices for part in parts])
         marks = torch.cat([part[-1:] for parts in of_matrices for part in parts])
         belongs_to = [
@@ -201,6 +205,7 @@ class MatrixShards:
             for rank in range(self.ranks)
             if matrix.held_by(rank)
         ]
+        # A matrix is untouched only if the gradients of all its parts are zero.
         marks_N = marks.new_zeros(len(mine)).index_add_(
             0, torch.tensor(belongs_to, device=self.device), marks
         )

@@ -86,9 +86,9 @@ class Muon(MatrixOptimizer):
         parameter.mul_(1.0 - rate * group["weight_decay"])
         if shards is not None:
             shards.transform(
-                take=lambda phase: self._marked_update(gradient[phase], momentum[phase]),
+                take=lambda place: self._marked_update(gradient[place], momentum[place]),
                 change=self._directions,
-                give=lambda phase, direction: parameter[phase].add_(
+                give=lambda place, direction: parameter[place].add_(
                     direction.to(parameter), alpha=-rate
                 ),
                 dtype=self._dtype(shards.device),

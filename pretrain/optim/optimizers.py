@@ -16,6 +16,7 @@ from pretrain.optim.param_groups import ParamGroup
 
 def adamw(groups: list[ParamGroup], config: AdamWConfig) -> torch.optim.Optimizer:
     """torch's AdamW, with its fused kernel on every device."""
+    # weight_decay is in every group: torch's default of 0.01 never applies.
     return torch.optim.AdamW(
         groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )

@@ -18,6 +18,7 @@ ParamGroup: TypeAlias = dict[str, Any]
 
 def parameter_role(name: str, parameter: torch.Tensor, model: ModelConfig) -> str:
     """``embedding``, ``router``, ``vector`` (norms, biases, attention sinks) or ``matrix``."""
+    # Not decayed: rows of rare tokens would shrink in the many steps without a gradient.
     if name.startswith(("embedding.", "position.")):
         return "embedding"
     role = model.moe_role(name)
@@ -82,6 +83,8 @@ def parameter_groups(
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
         rule = optimizer.rule_for(is_hidden_matrix(name, parameter, config))
         key = role, expert_group, scale, rule
+        # Dictionaries keep their order, so groups, and with them checkpoints, are in the model's
+        # order.
         if key not in groups:
             # Divided by the scale, so that learning rate times decay does not depend on it.
             decay = 0.0 if role in ("embedding", "vector") else optimizer.weight_decay / scale

@@ -53,7 +53,12 @@ def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.devic
             strict=True,
         ):
             matrices += cut_matrices(
-                parameter.shape, start, int(optimizer.partition_size[index]), ranks, rank, offset=0
+                parameter.shape,
+                start=start,
+                partition_size=int(optimizer.partition_size[index]),
+                ranks=ranks,
+                rank=rank,
+                offset=0,
             )
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)
 
@@ -75,7 +80,12 @@ def _from_partitioned_parameters(
         rank = distributed.get_rank(group)
         for parameter in parameters:
             matrices += cut_matrices(
-                parameter.ds_shape, 0, parameter.partition_numel(), ranks, rank, offset
+                parameter.ds_shape,
+                start=0,
+                partition_size=parameter.partition_numel(),
+                ranks=ranks,
+                rank=rank,
+                offset=offset,
             )
             offset += parameter.partition_numel()
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)

@@ -56,6 +56,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_n
     They are unchanged if the norm is not finite: a factor of 0 would make an infinite gradient NaN.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # No ``if``: reading the norm on the host would synchronise once more.
     factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
     for parameter in parameters:
         if parameter.grad is not None:

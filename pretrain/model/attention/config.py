@@ -49,6 +49,7 @@ class Attention(Component):
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
+        # Counted from 1, so that the last layer of each group of n sees everything.
         if self.full_attention_every is not None and (layer + 1) % self.full_attention_every == 0:
             return None
         return self.sliding_window
@@ -161,6 +162,7 @@ class GroupedQueryAttentionConfig(Attention):
     @property
     def query_scales(self) -> tuple[str, ...]:
         """A norm removes whatever scale the projection has, so the norm's own weight carries it."""
+        # Scores are bilinear: scaling the queries alone is enough.
         return ("q_proj.weight", "q_proj.bias") if self.qk_norm == "none" else ("q_norm.weight",)
 
     def check(self, path: str) -> None:
@@ -224,6 +226,7 @@ class MultiHeadLatentAttentionConfig(Attention):
 
     @property
     def trained_per_token(self) -> int:
+        # Training expands the latents: keys and values of all heads exist next to them.
         return self.score_dim + self.value_dim + self.cached_per_token
 
     @property
@@ -237,4 +240,5 @@ class MultiHeadLatentAttentionConfig(Attention):
     @property
     def widest_head(self) -> int:
         plain = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
+        # Absorbed, the latent with its shared key is one head.
         return max(plain, self.cached_per_token) if self.decode == "absorbed" else plain

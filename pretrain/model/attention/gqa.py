@@ -60,6 +60,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
+        # On the meta device a model is only counted: the kernel's package may be missing then.
         self.kernel = attention_kernel(config.kernel, self.q_proj.weight.device)
 
     def new_cache(
@@ -106,6 +107,7 @@ class GroupedQueryAttention(nn.Module):
         """[B, S, heads * H] -> [B, heads, S, H], normed over all heads together or over each."""
         B, S, _ = x_BSX.shape
         if norm is not None and self.config.qk_norm == "full":
+            # OLMoE: one norm over all heads together, before they are split.
             return norm(x_BSX).view(B, S, -1, self.config.head_dim).transpose(1, 2)
         heads = x_BSX.view(B, S, -1, self.config.head_dim)
         return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -26,6 +26,7 @@ class AttentionMask:
 
     offset: int = 0
     document_ids_BS: torch.Tensor | None = None
+    # A cache; the mask itself does not change.
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:

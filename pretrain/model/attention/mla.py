@@ -100,6 +100,7 @@ class MultiHeadLatentAttention(nn.Module):
         """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSX, latents_B1UX = self._queries(x_BSD, positions), self._latents(x_BSD, positions)
+        # In training there is no cache, and keys of full width are cheaper than latents.
         attend = self._plain
         if cache is not None:
             latents_B1UX = cache.append(latents_B1UX, mask.offset)
@@ -133,6 +134,7 @@ class MultiHeadLatentAttention(nn.Module):
         latents_BSC, shared_keys_BSR = self.kv_a_proj(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
+        # The shared key is not normed.
         return self._rotated(
             torch.cat((self.kv_a_norm(latents_BSC), shared_keys_BSR), dim=-1)[:, None], positions
         )

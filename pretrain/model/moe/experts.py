@@ -112,6 +112,7 @@ def experts_grouped_mm(
         return functional.grouped_mm(
             form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e
         )
+    # grouped_mm takes no bias: each row's own is looked up.
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
     return (

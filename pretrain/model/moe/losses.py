@@ -35,10 +35,12 @@ class RoutedBatch:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.routing.probs_TE.shape[1]
 
     @property
     def top_k(self) -> int:
+        """K."""
         return self.routing.topk_ids_TK.shape[1]
 
 
@@ -67,6 +69,7 @@ def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
     """
     ids_BX = batch.routing.topk_ids_TK.reshape(batch.sequences, -1)
     probs_BSE = batch.routing.probs_TE.unflatten(0, (batch.sequences, -1))
+    # Integer ids give counts without a gradient, as f in aux_loss.
     counts_BE = torch.zeros_like(probs_BSE[:, 0]).scatter_add(
         1, ids_BX, torch.ones_like(ids_BX, dtype=probs_BSE.dtype)
     )
@@ -85,6 +88,7 @@ def cv_loss(batch: RoutedBatch) -> torch.Tensor:
     importance_E = torch.zeros_like(batch.counts_E).scatter_add(
         0, ids_TK.reshape(-1), weights_TK.reshape(-1)
     )
+    # Population variance; the bound keeps an all-zero importance from dividing by zero.
     return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-20)
 
 

@@ -69,6 +69,8 @@ class PEERExperts(nn.Module):
         hidden_PF = functional.dropout(
             self.kind.activate(self.form, first_PX, second_PX), self.dropout, self.training
         )
+        # The router's weight enters as a factor of the hidden units: no output per expert is
+        # formed.
         return self.down.weighted(hidden_PF * weights_P[:, None], bags, kernel)
 
 
@@ -233,4 +235,5 @@ class _SumAndScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # The output was a sum over ranks, so every rank's share gets the same gradient.
         return _gather(gradient, ctx.group), None

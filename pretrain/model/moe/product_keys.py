@@ -134,9 +134,11 @@ class ProductKeys(nn.Module):
 
     def scores(self, x_TD: torch.Tensor, observe: bool = False) -> list[torch.Tensor]:
         """[T, D] -> the scores of each dimension's sub-keys, [T, heads, size] fp32."""
+        # [T, heads * query_dim] -> [T, heads, query_dim].
         query_Thq = self.query(x_TD).unflatten(-1, (self.num_heads, -1))
         if observe and isinstance(self.norm, RunningNorm):
             self.norm.statistics.observe(query_Thq)
+        # fp32: the sums of several parts' scores decide close choices.
         parts = self.norm(query_Thq).float().split(self.part, dim=-1)
         return [
             part @ getattr(self, f"keys_{dimension}").float().T

@@ -65,6 +65,7 @@ class TopKRouter(KeepsFp32):
         A filled ``record`` repeats its choice, an empty one is filled.
         """
         x_TD = x_TD.float()
+        # Switch Transformers, section 2.2: multiplicative noise on the input, in training only.
         if self.training and self.kind.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(
                 1.0 - self.kind.jitter, 1.0 + self.kind.jitter
@@ -92,6 +93,7 @@ class TopKRouter(KeepsFp32):
         """The ids of each token's experts, [T, K] int64, best first."""
         if self.balance_bias is not None:
             scores_TE = scores_TE + self.balance_bias
+        # Groups are chosen by biased scores too (DeepSeek-V3).
         if self.kind.groups is not None:
             scores_TE = scores_TE.masked_fill(
                 ~_in_best_groups(scores_TE, self.kind.groups), float("-inf")

@@ -22,6 +22,7 @@ class SharedExperts(nn.Module):
         moe = model.moe
         assert moe is not None
         kind = model.feed_forward.implementing_class()
+        # One wide feed-forward is the sum of several narrow ones, in a single product.
         self.feed_forward = kind(
             model.feed_forward, model.hidden_size, moe.shared_width, model.dropout.feed_forward
         )

@@ -89,6 +89,7 @@ class Yarn(RotaryBase):
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Yarn:
+        # Equal ends would make the ramp a step at an arbitrary pair.
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
                 f"beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})"
@@ -97,6 +98,7 @@ class Yarn(RotaryBase):
 
     @model_validator(mode="after")
     def _scale_is_said_once(self) -> Yarn:
+        # DeepSeek's attention factor is a quotient of both: one alone has no meaning.
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ValueError("mscale and mscale_all_dim go together: give both or none")
         if self.mscale is not None and self.attention_factor is not None:

@@ -74,6 +74,7 @@ class Reference(Kernel):
     kind: Literal["reference"]
 
 
+# It computes everything, which is why it is the default: masks become explicit if need be.
 class Sdpa(Kernel):
     """torch's fused scaled_dot_product_attention."""
 
@@ -101,6 +102,7 @@ class Flex(Kernel):
     kind: Literal["flex"]
 
 
+# No fp32, sinks, document masks, or values of another width: flash_attn has no arguments for them.
 class Flash(Kernel):
     """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
 

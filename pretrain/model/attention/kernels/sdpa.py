@@ -26,8 +26,10 @@ def sdpa_attention(
     if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):
         key = "sdpa", num_queries, num_keys, scores.window
         mask = scores.mask.once(key, lambda: _mask(scores, num_queries, num_keys, q_BNSH))
+    # A single query sees all keys; is_causal would align it with the first one.
     causal = mask is None and num_queries > 1
     if scores.sinks_N is not None:
+        # sdpa multiplies all scores by the scale, the sinks included: they are divided by it first.
         q_BNSH, k_BMUH, v_BMUV = _with_sinks(q_BNSH, k_BMUH, v_BMUV, scores.sinks_N / scores.scale)
         if causal:
             # The sink is key 0, so is_causal would hide each query's own key: one more query in
@@ -73,6 +75,7 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
         penalty_NSU = -scores.slopes_N.float()[:, None, None] * distance
         mask = penalty_NSU.to(q_BNSH.dtype)[None].masked_fill(~mask, float("-inf"))
     if scores.sinks_N is not None:
+        # The sink's column: visible (True), or a bias of 0.
         mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
     return mask
 

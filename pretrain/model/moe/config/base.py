@@ -319,6 +319,7 @@ class RoutedMoE(MoE):
 
     def router_tensors(self) -> list[str]:
         """The router's tensors whose first dimension is the experts, its matrix first."""
+        # Code that changes the number of experts (upcycling, merging) resizes all of these.
         names = [f"{self.router_matrix}.weight"]
         names += [f"{self.router_matrix}.bias"] if self.router.bias else []
         names += [f"{self.router_module}.noise.weight"] if self.router.learned_noise else []
@@ -358,6 +359,7 @@ class RoutedMoE(MoE):
             name for name in ("aux_loss_weight", "sequence_loss_weight") if getattr(self, name)
         ]
         asked += ["bias_balancing"] if self.bias_balancing is not None else []
+        # f_e is then 1 for every expert: the losses are constants without a gradient.
         if self.top_k == self.num_experts and asked:
             several = len(asked) > 1
             found.append(

@@ -39,6 +39,7 @@ class DeepSpeedMoEConfig(RoutedMoE):
         "mlp.": Role.RESIDUAL_EXPERT,
         "coefficient.": Role.RESIDUAL_GATE,
     }
+    # DeepSpeed's native layer does not support partitioned parameters (stage 3).
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2)
     kind: Literal["deepspeed"]
     gate: Literal["deepspeed", "router"] = Field(
@@ -127,6 +128,7 @@ class DeepSpeedMoEConfig(RoutedMoE):
 
     def expert_tensors(self, parameters: Sequence[str]) -> ExpertTensors:
         """Every expert is a feed-forward under its local index."""
+        # An ExpertTensors key is the parameter; the placeholder stands for the expert's index.
         return {name: (f"{_EXPERTS}{EXPERT_NUMBER}.{name}",) for name in parameters}
 
     def renumbered(self, name: str, number: Callable[[int], int]) -> str:
@@ -199,6 +201,7 @@ class DeepSpeedMoEConfig(RoutedMoE):
             )
 
     def _check_router_is_plain(self) -> None:
+        # DeepSpeed normalises the weights of two and more choices, and never those of one.
         plain = SoftmaxTopK(norm_topk_prob=self.top_k > 1)
         if self.router == plain and self.bias_balancing is None:
             return

@@ -10,7 +10,7 @@ from pydantic import Field
 from pretrain.core.section import Effect
 from pretrain.model.moe.config.base import ExpertTensors, Role, RoutedMoE
 
-# DeepSpeed's numbers: w1 and w3 are before the activation, w2 is after it.
+# DeepSpeed's numbering: w1 and w3 are before the activation, w2 is after it.
 _STACKS = {"gate_proj": 1, "down_proj": 2, "up_proj": 3}
 
 

@@ -66,6 +66,7 @@ class PEERConfig(MoE):
 
     @property
     def experts_per_token(self) -> int:
+        # Heads may choose the same expert, so this is an upper bound.
         return min(self.num_heads * self.top_k, self.total_experts)
 
     @property
@@ -77,6 +78,7 @@ class PEERConfig(MoE):
 
         No row of a table is copied.
         """
+        # Queries are kept before and after their norm.
         scores = self.num_heads * (2 * self.query_dim + sum(self.product_key_sizes))
         experts = self.experts_per_token * ((kept + 1) * self.moe_intermediate_size + 6)
         return kept * self.shared_width + 2 * hidden_size + scores + experts

@@ -81,6 +81,7 @@ class Router(Section):
 
     def weights(self, scores_TK: Tensor) -> Tensor:
         """The weights of the chosen experts' outputs, from their scores."""
+        # Sigmoid scores may all be tiny: the bound keeps their sum from dividing by zero.
         if self.norm_topk_prob:
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return scores_TK * self.routed_scaling_factor
@@ -102,6 +103,7 @@ class Router(Section):
             raise ValueError(
                 f"router.groups.top_k_groups is {kept}, but there are only {count} groups"
             )
+        # Experts outside of the chosen groups are masked: too few remain otherwise.
         if kept * (num_experts // count) < top_k:
             raise ValueError(
                 f"top_k is {top_k}, but {kept} of {count} groups hold only "

@@ -28,6 +28,7 @@ class Bags(NamedTuple):
         """The same choice in a table that has ``width`` neighbouring rows for each of these."""
         if width == 1:
             return self
+        # Expert n of a table with width X has the rows n * X to n * X + X - 1.
         row_PX = self.row_P[:, None] * width + torch.arange(width, device=self.row_P.device)
         return Bags(row_PX.reshape(-1), self.offsets_T1 * width)
 

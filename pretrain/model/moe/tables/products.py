@@ -54,6 +54,7 @@ def _bag_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
 
 
 def _bag_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
+    # include_last_offset: offsets are [T + 1], as in CSR.
     return functional.embedding_bag(
         bags.row_P,
         table_ND,
@@ -113,6 +114,7 @@ class SortedFactors:
     def gradient(self, rows: slice) -> torch.Tensor:
         """The gradients of ``row_U[rows]``, [rows, D]."""
         offsets = self._offsets_U1[rows.start : rows.stop + 1]
+        # One transfer to the host per chunk: slices need integers.
         first, last = (int(offset) for offset in offsets[[0, -1]])
         return self._kernel.weighted_rows(
             self._c_P[first:last], self._x_TD, Bags(self._owner_P[first:last], offsets - first)
@@ -171,6 +173,7 @@ class ExpertTable(KeepsFp32):
             if self.collected is not None:
                 self.collected.append(factors)
             return None
+        # row_U has no duplicates, so a plain assignment is enough.
         gradient = torch.zeros_like(self.weight)
         by_row = SortedFactors(factors, kernel)
         gradient.view(-1, gradient.shape[-1])[by_row.row_U] = by_row.gradient(
@@ -199,6 +202,7 @@ class _RowDots(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, weight_NXD, *bag = ctx.saved_tensors
+        # Autograd may pass an expanded gradient, and kernels index it flat.
         bags, grad_P = Bags(*bag), grad_P.contiguous()
         grad_x_TD = (
             ctx.kernel.weighted_rows(grad_P, weight_NXD.flatten(0, 1), bags)
@@ -235,6 +239,7 @@ class _WeightedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         c_P, weight_NXD, *bag = ctx.saved_tensors
+        # Autograd may pass an expanded gradient, and kernels index it flat.
         bags, grad_TD = Bags(*bag), grad_TD.contiguous()
         grad_c_P = (
             ctx.kernel.row_dots(grad_TD, weight_NXD.flatten(0, 1), bags)

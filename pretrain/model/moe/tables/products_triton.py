@@ -159,6 +159,7 @@ def _row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.T
     if dot_P.numel():
         pairs, columns = _tile(table_ND.shape[1])
         grid = (triton.cdiv(dot_P.numel(), pairs),)
+        # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(x_TD):
             _dot_kernel[grid](
                 dot_P,
@@ -190,6 +191,7 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     further_ED = table_ND.new_empty(most, D)
     pairs, columns = _tile(D)
     with torch.cuda.device_of(table_ND):
+        # The first pieces of all T bags, then the further ones.
         grid = (T + most, triton.cdiv(D, columns))
         _piece_kernel[grid](
             y_TD,
