@@ -10,7 +10,7 @@ from torch.nn import functional
 
 # Elements up to which the cost of rms_norm on a CPU is the number of kernels launched, not the
 # arithmetic.
-FEW_NUMBERS = 4096
+FEW_ELEMENTS = 4096
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         """[..., size] -> [..., size]."""
         # The fast path of a step of generation on a CPU; everything else goes through torch's
         # kernel.
-        one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_NUMBERS
+        one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_ELEMENTS
         if (
             one_token
             and x.is_cpu

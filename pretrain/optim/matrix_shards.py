@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 # Elements that are exchanged and changed at once; a step's peak memory is a few times this.
-NUMBERS_A_BATCH = 1 << 26
+ELEMENTS_A_BATCH = 1 << 26
 
 # (N matrices of one shape [N, A, B], the sum of each one's marks [N]) -> the changed matrices.
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -90,7 +90,7 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
 
 
 def same_shaped_batches(matrices: Iterable[ShardedMatrix]) -> list[list[ShardedMatrix]]:
-    """Batches of matrices of one shape, each of at most ``NUMBERS_A_BATCH`` elements.
+    """Batches of matrices of one shape, each of at most ``ELEMENTS_A_BATCH`` elements.
 
     A single matrix with more elements is a batch.
     """
@@ -99,7 +99,7 @@ def same_shaped_batches(matrices: Iterable[ShardedMatrix]) -> list[list[ShardedM
         by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix)
     batches = []
     for (rows, columns), alike in by_shape.items():
-        size = max(1, NUMBERS_A_BATCH // (rows * columns))
+        size = max(1, ELEMENTS_A_BATCH // (rows * columns))
         batches += [alike[first : first + size] for first in range(0, len(alike), size)]
     return batches
 

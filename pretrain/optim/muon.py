@@ -12,7 +12,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from pretrain.optim.config import MuonConfig
-from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixOptimizer
+from pretrain.optim.matrix_shards import ELEMENTS_A_BATCH, MatrixOptimizer
 from pretrain.optim.param_groups import ParamGroup
 
 # (a, b, c) of x -> a x + b x^3 + c x^5: the steepest slope at zero whose iteration still ends
@@ -96,7 +96,7 @@ class Muon(MatrixOptimizer):
             return
         # Stacked experts are independent matrices, transformed in batches to bound the memory.
         *_, rows, columns = parameter.shape
-        size = max(1, NUMBERS_A_BATCH // (rows * columns))
+        size = max(1, ELEMENTS_A_BATCH // (rows * columns))
         batches = [whole.reshape(-1, rows, columns).split(size) for whole in (gradient, momentum)]
         for moved, *looked_at in zip(
             parameter.view(-1, rows, columns).split(size), *batches, strict=True

@@ -240,7 +240,7 @@ def test_a_flat_partition_is_trained_as_its_matrices_are(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
-        monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+        monkeypatch.setattr(module, "ELEMENTS_A_BATCH", batch)
     start = random(2, 8, 12)
     whole, flat = (
         torch.nn.Parameter(start.clone()),
@@ -291,7 +291,7 @@ def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(
     numbers = {}
     for batch in (4 * 16, 1 << 26):
         for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
-            monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+            monkeypatch.setattr(module, "ELEMENTS_A_BATCH", batch)
         parameter = torch.nn.Parameter(random(100 * 16) if flat else random(100, 4, 4))
         optimizer = optimizer_of(parameter)
         optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
