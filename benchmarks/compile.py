@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""What ``train.compile=blocks`` costs and gains: forward and backward of the quickstart's model,
-compiled against eager, by turns.
+"""Cost and gain of ``train.compile=blocks``: the quickstart's model, compiled against eager.
 
-Dense blocks are compiled whole, blocks of dropless experts in their attention half. Wall seconds in
-one thread; the ratio is the median of pairs of neighbouring steps, which a change of the machine's
-speed meets alike.
+Dense blocks are compiled whole, blocks of dropless experts in their attention half. Wall seconds of
+forward and backward pass in one thread. Compiled and eager steps alternate, and the ratio is the
+median over pairs of neighbouring steps: a change of the machine's speed affects both alike.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 import torch
@@ -42,6 +40,7 @@ def timed_step(model: DecoderLM, seed: int, sequences: int) -> tuple[float, floa
     tokens = torch.randint(
         0, vocab_size, (sequences, 257), generator=torch.Generator().manual_seed(seed)
     )
+    # Random tokens: the loss does not matter for the time, but both models must agree on it.
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     loss = model(
@@ -51,7 +50,8 @@ def timed_step(model: DecoderLM, seed: int, sequences: int) -> tuple[float, floa
     return time.perf_counter() - started, loss.item()
 
 
-def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, Any]:
+def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, float]:
+    """Seconds of compiled and eager steps, and how far their losses differ."""
     config = load_recipe(
         "quickstart", [*overrides, "model.vocab_size=4096", "parallel.ep_size=1"]
     ).model
@@ -59,6 +59,7 @@ def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, Any]:
     for model in (eager, compiled):
         initialize(model, 1)
     compile_blocks(compiled)
+    # The first step compiles; its time is reported apart.
     first, _ = timed_step(compiled, 0, sequences)
     timed_step(eager, 0, sequences)
     pairs = [
@@ -75,6 +76,7 @@ def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the chosen blocks, print a table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,21 +94,22 @@ def main() -> None:
         dest="json_path",
     )
     options = parser.parse_args()
+    # One thread: the ratio then does not depend on how well either side is parallelised.
     torch.set_num_threads(1)
     path = Path(options.json_path)
-    results: dict[str, Any] = (
-        json.loads(path.read_text()) if path.is_file() else {}
-    )  # blocks that are not measured now stay
+    # Blocks that are not measured now keep their earlier results.
+    results: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
     results["date"] = date.today().isoformat()
     results["hardware"] = (
         f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
         f" {torch.__version__}, one thread"
     )
     for name in options.blocks:
-        results[name] = measure(BLOCKS[name], options.steps, options.sequences)
+        measured = measure(BLOCKS[name], options.steps, options.sequences)
+        results[name] = measured
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        table = Table(*results[name], title=f"{name} blocks")
-        table.add_row(*(f"{value:.3g}" for value in results[name].values()))
+        table = Table(*measured, title=f"{name} blocks")
+        table.add_row(*(f"{value:.3g}" for value in measured.values()))
         Console().print(table)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Converting a checkpoint of 2 GB of fp32 weights: this project's streams against DeepSpeed's
-``zero_to_fp32`` and ``ds_to_universal``.
+"""Conversion of a checkpoint with 2 GB of fp32 weights: ours against DeepSpeed's own tools.
 
-The checkpoint is a real one, of one rank at ZeRO stage 1 in bf16, so that DeepSpeed's tools have
-their files. Each measurement is a process of its own; its peak is the kernel's (VmHWM), with the
-interpreter and all imports. Ours is without the comparison of logits, which needs both models in
-memory, and with the comparison of every tensor with its source. ``zero_to_fp32`` refuses mixtures
-of experts; it is measured on a dense model of as many parameters as well.
+Those are ``zero_to_fp32`` and ``ds_to_universal``. The checkpoint is a real one, of one rank at
+ZeRO stage 1 in bf16, so that DeepSpeed's tools have their files. Each measurement is a separate
+process; its peak is held memory (benchmarks/held_memory.py), with the interpreter and all imports.
+Ours is without the comparison of logits, which needs both models in memory, and with the comparison
+of every tensor with its source. ``zero_to_fp32`` refuses mixtures of experts, so a dense model of
+about as many parameters is measured as well.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ SIDES = {
         " keep_temp_folder=False, strict=True, inject_missing_state=False))"
     ),
 }
+# Run by ``python -c``: imports are not timed, the side is.
 PROGRAM = """
 import sys, time, torch
 from pathlib import Path
@@ -92,7 +93,7 @@ MODELS = {
 
 
 def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
-    """A real checkpoint, from the training command itself."""
+    """The folder of a real checkpoint, written by the training command itself."""
     run = folder / name.replace(" ", "_")
     settings = [
         f"data.path={folder / 'data'}",
@@ -101,6 +102,7 @@ def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
         *COMMON,
         *overrides,
     ]
+    # A single step: the size of the files is all that matters.
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--recipe", "debug"]
     subprocess.run(
         [*command, *(part for setting in settings for part in ("--set", setting))],
@@ -112,7 +114,7 @@ def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
 
 
 def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
-    """Seconds and the most bytes held, or the error's last line."""
+    """Seconds and the peak of held bytes, or the error's last line."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     command = [
@@ -127,6 +129,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
+    # Sampled from outside, so that DeepSpeed's tools need no change.
     with PeakMemory(process.pid) as memory:
         printed, errors = process.communicate()
     shutil.rmtree(output, ignore_errors=True)
@@ -136,6 +139,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
 
 
 def main() -> None:
+    """Train both models, convert them by every side, print tables and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion.json"
@@ -165,6 +169,7 @@ def main() -> None:
         for name, overrides in MODELS.items():
             source = train_one_step(folder, name, overrides)
             weights = open_weights(source)
+            # Read from headers: no tensor is loaded here.
             sizes = [weights.form(tensor).bytes for tensor in weights.names]
             table = Table(
                 "side",
@@ -177,8 +182,9 @@ def main() -> None:
             )
             sides: dict[str, object] = {}
             for side in SIDES:
+                # No dense architecture of Hugging Face has the debug recipe's qk-norm.
                 if name == "dense" and side == "ours, hf, bf16":
-                    continue  # qk-norm of the debug recipe has no dense architecture
+                    continue
                 time.sleep(1)
                 measured = measure(side, source, folder)
                 if isinstance(measured, str):

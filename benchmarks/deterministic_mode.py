@@ -1,7 +1,5 @@
 #!/usr/bin/env python
-"""What train.deterministic costs: the same steps of one model in both modes by turns, in one
-process.
-"""
+"""Cost of train.deterministic: the same steps of one model in alternating modes, in one process."""
 
 from __future__ import annotations
 
@@ -29,10 +27,12 @@ from pretrain.run.build import resolve_recipe
 
 EXAMPLES = """\
   python benchmarks/deterministic_mode.py
-  python benchmarks/deterministic_mode.py --recipe quickstart --set parallel.ep_size=1 --steps 10 --json benchmarks/results/deterministic_mode.json"""
+  python benchmarks/deterministic_mode.py --recipe quickstart --set parallel.ep_size=1 \\
+    --steps 10 --json benchmarks/results/deterministic_mode.json"""
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser, default="debug")
     parser.add_argument(
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def random_batch(recipe: Recipe, seed: int) -> Batch:
-    """A micro batch of uniform tokens: their values do not matter for the time."""
+    """A micro batch of uniform tokens, whose values do not matter for the time."""
     vocab_size, train = recipe.model.vocab_size, recipe.train
     assert vocab_size is not None
     tokens_BS = torch.randint(
@@ -55,12 +55,14 @@ def random_batch(recipe: Recipe, seed: int) -> Batch:
 
 
 def timed_pairs(engine: Engine, batches: list[Batch], pairs: int) -> list[tuple[float, float]]:
-    """CPU seconds of the same batches in the plain and in the deterministic mode; which comes first
-    changes.
+    """CPU seconds of the same batches in the plain and in the deterministic mode.
+
+    Which of the two comes first alternates.
     """
     found = []
     for number in trange(pairs + 1, desc="pairs"):
         times = {}
+        # Process time, not wall time: other programs on the machine do not count.
         for deterministic in (False, True) if number % 2 else (True, False):
             if deterministic:
                 be_deterministic()
@@ -70,10 +72,12 @@ def timed_pairs(engine: Engine, batches: list[Batch], pairs: int) -> list[tuple[
             engine.train_step(batches, 0.0)
             times[deterministic] = time.process_time() - started
         found.append((times[False], times[True]))
-    return found[1:]  # the first pair also compiles and allocates
+    # The first pair also compiles and allocates.
+    return found[1:]
 
 
 def main() -> int:
+    """Time the pairs, print their median ratio and write the result."""
     options = parse_arguments()
     torch.set_num_threads(1)
     recipe = load_recipe(options.recipe, options.overrides)
@@ -83,6 +87,7 @@ def main() -> int:
     resolved = resolve_ds_config(
         {"zero_optimization": {"stage": 1}}, "ZeRO 1", recipe, precision, accumulation, 1
     )
+    # Nothing but the steps is timed.
     resolved["tensorboard"]["enabled"] = False
     engine = Engine(recipe, resolved, precision, connect(recipe.parallel.ep_size))
     pairs = timed_pairs(

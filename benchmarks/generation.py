@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""What the KV cache gains: greedy text of the quickstart's model with random weights, with the
-cache and by whole passes, token by token.
+"""Gain of the KV cache: greedy text with the cache against whole passes, token by token.
+
+The model is the quickstart's with random weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import platform
 import time
 from datetime import date
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -26,16 +27,28 @@ EXAMPLES = "  python benchmarks/generation.py --json benchmarks/results/generati
 DEVICE = torch.device("cpu")
 
 
+class Measured(TypedDict):
+    """Seconds of both ways after one prompt."""
+
+    prompt_tokens: int
+    new_tokens: int
+    cached_seconds: float
+    whole_seconds: float
+    times_faster: float
+    same_text: bool
+
+
 def random_model(recipe: str = "quickstart") -> DecoderLM:
-    """The recipe's model as training would begin with it."""
+    """The recipe's model with the weights that training would start from."""
     model = DecoderLM(load_recipe(recipe, ["model.vocab_size=4096", "parallel.ep_size=1"]).model)
     initialize(model, seed=0)
     return model.eval()
 
 
 def without_cache(model: DecoderLM) -> NextLogits:
-    """All tokens through the whole model for each new one; only the last token meets the head, as
-    with the cache.
+    """The next token's logits by a pass of all tokens through the model.
+
+    Only the last token goes through the head, as with the cache.
     """
     tokens_BS = torch.empty(1, 0, dtype=torch.int64)
 
@@ -50,17 +63,19 @@ def without_cache(model: DecoderLM) -> NextLogits:
 
 def timed(next_logits: NextLogits, prompt: list[int], new_tokens: int) -> tuple[list[int], float]:
     """The new tokens, and the seconds they took."""
+    # A generator: no token is computed before the clock starts.
     steps = continue_prompts(next_logits, [prompt], Sampling(greedy=True))
     started = time.perf_counter()
     tokens = [next(steps)[0] for _ in range(new_tokens)]
     return tokens, time.perf_counter() - started
 
 
-def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Seconds of both ways behind a prompt, one after the other, and whether they wrote the same."""
+def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> Measured:
+    """Time both ways after a prompt, and compare their texts."""
     prompt = torch.randint(
         4096, (prompt_tokens,), generator=torch.Generator().manual_seed(0)
     ).tolist()
+    # Warm-up: first calls allocate.
     timed(native_next_logits(model, prompt_tokens + 8, DEVICE), prompt, 8)
     cached, cached_seconds = timed(
         native_next_logits(model, prompt_tokens + new_tokens, DEVICE), prompt, new_tokens
@@ -77,6 +92,7 @@ def measure(model: DecoderLM, prompt_tokens: int, new_tokens: int) -> dict[str, 
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
@@ -93,13 +109,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure every prompt length, print the results and write them."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     model = random_model()
-    rows = [measure(model, tokens, arguments.new_tokens) for tokens in arguments.prompt_tokens]
+    runs = [measure(model, tokens, arguments.new_tokens) for tokens in arguments.prompt_tokens]
     if arguments.json_path != "-":
-        for row in rows:
-            print(", ".join(f"{name} {value}" for name, value in row.items()))
+        for run in runs:
+            print(", ".join(f"{name} {value}" for name, value in run.items()))
     machine = (
         f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"
         f" {platform.python_version()}"
@@ -109,7 +126,7 @@ def main() -> None:
         "machine": machine,
         "load": round(os.getloadavg()[0], 1),
         "threads": arguments.threads,
-        "runs": rows,
+        "runs": runs,
     }
     write_json(result, arguments.json_path)
 

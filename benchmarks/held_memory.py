@@ -1,10 +1,9 @@
-"""The one measure of memory in these benchmarks: what processes hold, by Linux's
-``/proc/PID/smaps_rollup``.
+"""The measure of memory in all benchmarks: what processes hold, by Linux's ``smaps_rollup``.
 
 Held are anonymous and shared-memory pages, in memory or swapped out. A page that several processes
-share counts once, divided among them (proportional set size). Pages of mapped files do not count:
-the system keeps them as a cache of the files, also after the process, and takes them back when it
-needs them. The resident set (RSS) counts both, and a shared page once for every process.
+share is divided among them (proportional set size). Pages of mapped files do not count: the system
+keeps them as a cache of the files, even after the process, and reclaims them when it needs memory.
+The resident set (RSS) counts both, and a shared page once for every process.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ MEASURE = (
     " SwapPss), without pages of mapped files"
 )
 COUNTED = ("Pss_Anon", "Pss_Shmem", "SwapPss")
+# Seconds between two samples; a shorter peak may be missed.
 SAMPLED_SECONDS = 0.05
 
 
 def held_bytes(pid: int | None = None) -> int:
-    """Bytes that a process holds at the moment, this one by default; 0 for one that is gone."""
+    """Bytes that a process (by default this one) holds now; 0 if it has ended."""
     try:
         with open(f"/proc/{pid or 'self'}/smaps_rollup", encoding="ascii") as stream:
+            # The first line is the address range, then "Name: value kB".
             fields = dict(line.split(":", 1) for line in stream.readlines()[1:])
     except (OSError, ValueError):
         return 0
@@ -34,7 +35,7 @@ def held_bytes(pid: int | None = None) -> int:
 
 
 class PeakMemory:
-    """The most that a process and all below it held together inside the block, by samples.
+    """The peak that a process and all its descendants held together in the block, by samples.
 
     Attributes:
         peak: in bytes.
@@ -42,7 +43,8 @@ class PeakMemory:
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
-        self._process, self._ended = psutil.Process(pid), threading.Event()
+        self._process = psutil.Process(pid)
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:

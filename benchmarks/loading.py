@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""From shards to batches: this loader against Megatron-Core's GPTDataset on the same shards, and at
-the size of a trillion tokens.
+"""From shards to batches: this loader against Megatron-Core's GPTDataset, and at a trillion tokens.
 
-The shards hold random tokens in documents of log-normal length. Both sides give sequences with
+The shards hold random tokens in documents of log-normal length. Both sides return sequences with
 document boundaries: ours document ids, Megatron's reset position ids and loss masks. Each
-measurement is a process of its own; its memory is what it holds (benchmarks/held_memory.py) beyond
-the imports. The corpus of a trillion tokens is 500 shards whose token files are sparse: they have
-their size, but take no room on the disk.
+measurement is a separate process; its memory is what it holds (benchmarks/held_memory.py) beyond
+the imports. The corpus of a trillion tokens is 500 shards with sparse token files: they have their
+full size, but use no disk space.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from held_memory import MEASURE, held_bytes
@@ -41,18 +40,31 @@ from data_pipeline.shards.manifest import (
 
 SEQUENCE_LENGTH, MICRO_BATCH = 2048, 8
 VOCAB_SIZE = 32_000
-TRILLION_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 500, 2_000_000_000, 2_000_000
+TRILLION_SHARDS = 500
+SHARD_TOKENS = 2_000_000_000
+SHARD_DOCUMENTS = 2_000_000
+
+
+class Report(TypedDict):
+    """The JSON result; measurements by name."""
+
+    date: str
+    machine: str
+    memory: str
+    tokens: int
+    sides: dict[str, dict[str, float]]
+    trillion: dict[str, float]
+    stalls: dict[str, float]
 
 
 # --- shards ---------------------------------------------------------------------------------------
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
+    """A manifest over ``shards``, without checksums: nothing verifies them here."""
     (folder / "tokenizer.json").write_text("{}")
-    documents, tokens = (
-        sum(shard.documents for shard in shards),
-        sum(shard.tokens for shard in shards),
-    )
+    documents = sum(shard.documents for shard in shards)
+    tokens = sum(shard.tokens for shard in shards)
     nothing = "0" * 64
     manifest = Manifest(
         created_by="benchmark",
@@ -83,7 +95,7 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
 
 
 def make_small(folder: Path, tokens: int) -> None:
-    """Real shards of random tokens, two of them."""
+    """Two real shards of random tokens."""
     folder.mkdir(parents=True)
     random, shards = np.random.default_rng(0), []
     for number in range(2):
@@ -91,6 +103,7 @@ def make_small(folder: Path, tokens: int) -> None:
             while writer.tokens < tokens // 2:
                 lengths = np.maximum(random.lognormal(6.0, 1.2, 1000).astype(np.int64), 2)
                 ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()))
+                # Every document ends with the end-of-document token.
                 ids[np.cumsum(lengths) - 1] = 0
                 writer.add(ids, lengths)
             written = writer.finish()
@@ -99,13 +112,15 @@ def make_small(folder: Path, tokens: int) -> None:
 
 
 def make_trillion(folder: Path) -> None:
-    """500 shards of two billion tokens; one index file under many names, and token files that are
-    holes.
+    """500 shards of two billion tokens.
+
+    They share one index file by hard links, and their token files are sparse.
     """
     folder.mkdir(parents=True)
     length = SHARD_TOKENS // SHARD_DOCUMENTS
     first = idx_path(folder / "train_00000")
     with first.open("wb") as stream:
+        # The index format of Megatron-LM: header, lengths, byte offsets, document starts.
         stream.write(HEADER.pack(MAGIC, VERSION, 8, SHARD_DOCUMENTS, SHARD_DOCUMENTS + 1))
         stream.write(np.full(SHARD_DOCUMENTS, length, "<i4").tobytes())
         stream.write((np.arange(SHARD_DOCUMENTS, dtype="<i8") * length * 2).tobytes())
@@ -115,6 +130,7 @@ def make_trillion(folder: Path) -> None:
         prefix = folder / f"train_{number:05}"
         if number:
             os.link(first, idx_path(prefix))
+        # A file of this length that is all hole; reading it returns zeros.
         with bin_path(prefix).open("wb") as stream:
             stream.truncate(SHARD_TOKENS * 2)
         sizes = {"bin_bytes": SHARD_TOKENS * 2, "idx_bytes": first.stat().st_size}
@@ -136,7 +152,7 @@ def make_trillion(folder: Path) -> None:
 
 
 def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
-    """Seconds of the slowest and the middle step, and tokens a second over all."""
+    """Milliseconds of a step (median, 99th percentile, maximum), and tokens per second overall."""
     seconds = np.empty(steps)
     for number in range(steps):
         started = time.perf_counter()
@@ -148,6 +164,7 @@ def timed_steps(step: Callable[[int], object], steps: int) -> dict[str, float]:
 
 
 def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
+    """This project's loader, with document ids."""
     from data_pipeline.config import DataConfig, Proportional
     from data_pipeline.loading.packing import prepare_packing, training_samples
     from data_pipeline.loading.plan import LoaderPhase
@@ -165,6 +182,7 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
             "padding_share": packed.padding_share,
             "truncated_share": packed.truncated_share,
         }
+    # Imports are done by now and do not count as memory.
     before, started = held_bytes(), time.perf_counter()
     parts = load_datasets({"": str(folder)}).training_shards()
     sources = {
@@ -187,8 +205,9 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
 
 
 def megatron(folder: Path, steps: int) -> dict[str, float]:
-    """Megatron-Core's GPTDataset, with its index built from nothing, in batches of the same size."""
-    with warnings.catch_warnings():  # it misses optional CUDA packages, aloud
+    """Megatron-Core's GPTDataset, with its index built anew, in batches of the same size."""
+    # It warns about every optional CUDA package that is missing.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
         from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -200,11 +219,14 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
     class Tokenizer(MegatronLegacyTokenizer):
         vocab: dict[str, int] = {}
         inv_vocab: dict[int, str] = {}
-        vocab_size, eod, pad = VOCAB_SIZE, 0, 0
+        vocab_size = VOCAB_SIZE
+        eod = 0
+        pad = 0
 
         def tokenize(self, text: str) -> np.ndarray:
             raise NotImplementedError("the shards hold tokens")
 
+    # GPTDataset asks for a rank even in a single process.
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
@@ -234,6 +256,7 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
             for name in ("tokens", "labels", "loss_mask", "position_ids")
         }
 
+    # The first batch includes building the index.
     step(0)
     result: dict[str, float] = {
         "first_batch_seconds": time.perf_counter() - started,
@@ -245,7 +268,7 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
 
 
 def trained_steps(folder: Path, steps: int) -> dict[str, float]:
-    """How long a training step of a millisecond waits for its batch, over many steps."""
+    """How long training steps of 10 milliseconds wait for their batches."""
     from data_pipeline.config import DataConfig, Proportional
     from data_pipeline.loading.packing import training_samples
     from data_pipeline.loading.plan import LoaderPhase
@@ -266,6 +289,7 @@ def trained_steps(folder: Path, steps: int) -> dict[str, float]:
     started = time.perf_counter()
     for number in range(1, steps + 1):
         loader.step_batches(number)
+        # The step itself: the loader prefetches meanwhile.
         time.sleep(0.010)
     return {
         "steps": steps,
@@ -275,6 +299,7 @@ def trained_steps(folder: Path, steps: int) -> dict[str, float]:
 
 
 def measure(folder: Path, side: str, steps: int) -> dict[str, float]:
+    """Run one side in a separate process and return its result."""
     command = [
         sys.executable,
         __file__,
@@ -285,12 +310,14 @@ def measure(folder: Path, side: str, steps: int) -> dict[str, float]:
         "--steps",
         str(steps),
     ]
+    # The last line is the result: libraries print before it.
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
 
 def run_side(folder: Path, side: str, steps: int) -> dict[str, float]:
+    """Run one side in this process."""
     match side:
         case "concatenate" | "best_fit":
             return ours(folder, steps, side)
@@ -300,7 +327,8 @@ def run_side(folder: Path, side: str, steps: int) -> dict[str, float]:
             return trained_steps(folder, steps)
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: Report) -> None:
+    """Print the report as a table and three sentences."""
     console = Console()
     table = Table(
         "side",
@@ -312,17 +340,19 @@ def print_report(report: dict[str, Any]) -> None:
         "max ms",
         title=f"{report['tokens'] / 1e6:.0f} M tokens",
     )
-    for side, row in report["sides"].items():
+    for side, measured in report["sides"].items():
         cells = [
-            f"{row['first_batch_seconds']:.2f}",
-            f"{row['bytes'] / 1e6:.0f}",
-            f"{row['tokens_per_second'] / 1e6:.1f} M",
+            f"{measured['first_batch_seconds']:.2f}",
+            f"{measured['bytes'] / 1e6:.0f}",
+            f"{measured['tokens_per_second'] / 1e6:.1f} M",
         ]
         table.add_row(
-            side, *cells, *(f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms"))
+            side, *cells, *(f"{measured[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms"))
         )
     console.print(table)
-    packed, trillion, stalls = report["sides"]["best_fit"], report["trillion"], report["stalls"]
+    packed = report["sides"]["best_fit"]
+    trillion = report["trillion"]
+    stalls = report["stalls"]
     console.print(
         f"best fit: {packed['padding_share']:.4%} padding, {packed['truncated_share']:.1%} of the"
         " documents cut"
@@ -342,6 +372,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Measure all sides, print the report and write it; or run one side for ``measure``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -351,6 +382,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loading.json"))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # A child process of measure().
     if options.side:
         print(json.dumps(run_side(options.folder, options.side, options.steps)))
         return
@@ -359,7 +391,7 @@ def main() -> None:
         make_small(small, options.megatokens * 1_000_000)
     if not (large / "manifest.json").exists():
         make_trillion(large)
-    report: dict[str, Any] = {
+    report: Report = {
         "date": date.today().isoformat(),
         "machine": (
             f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Does the best learning rate stay where it is when a model becomes wider? A grid of learning rates
-for each width, standard against muP.
+"""Whether the best learning rate stays when a model becomes wider: standard against muP.
 
-The models are mixtures of experts of one form (quickstart's, with fewer layers and experts) on the
-quickstart's data; depth, heads' size and the number of experts stay as they are, and at the
-smallest width, the base, both kinds are the same model. Every run sees the same tokens in the same
-order; its result is the mean loss of its last steps.
+A grid of learning rates for each width. The models are mixtures of experts of one form
+(quickstart's, with fewer layers and experts) on the quickstart's data; depth, head size and the
+number of experts are constant, and at the smallest width, the base, both kinds are the same model.
+Every run sees the same tokens in the same order; its result is the mean loss of its last steps.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import datetime
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from rich.console import Console
@@ -30,15 +29,28 @@ from pretrain.core.errors import ConfigError, run_command
 
 EXAMPLES = """\
   python benchmarks/mup.py --data data/quickstart --json benchmarks/results/mup.json
-  python benchmarks/mup.py --data data/quickstart --widths 32 64 --powers -9 -8 -7 --steps 20 --set model.initializer_range=0.06
+  python benchmarks/mup.py --data data/quickstart --widths 32 64 --powers -9 -8 -7 --steps 20 \\
+    --set model.initializer_range=0.06
 
-exit codes: 0 done, 2 widths that do not fit, 3 data that are not there, 5 a result that cannot be written"""
+exit codes: 0 done, 2 widths that do not fit, 3 data that are not there,
+            5 a result that cannot be written"""
 SETTINGS = (
-    "model.num_hidden_layers=2", "model.hidden_size=32", "model.attention.num_attention_heads=2", "model.attention.num_key_value_heads=1",
-    "model.attention.head_dim=16", "model.moe.num_experts=4", "model.moe.moe_intermediate_size=64",
-    "train.sequence_length=128", "train.micro_batch_size=4", "train.global_batch_size=4", "train.precision=fp32", "parallel.ep_size=1",
-    "optimizer.embedding_learning_rate=null", "schedule={kind: linear, warmup_steps: 10, min_learning_rate_ratio: 0.0}",
-)  # fmt: skip
+    "model.num_hidden_layers=2",
+    "model.hidden_size=32",
+    "model.attention.num_attention_heads=2",
+    "model.attention.num_key_value_heads=1",
+    "model.attention.head_dim=16",
+    "model.moe.num_experts=4",
+    "model.moe.moe_intermediate_size=64",
+    "train.sequence_length=128",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=4",
+    "train.precision=fp32",
+    "parallel.ep_size=1",
+    "optimizer.embedding_learning_rate=null",
+    "schedule={kind: linear, warmup_steps: 10, min_learning_rate_ratio: 0.0}",
+)
+# Share of a run's steps, at its end, whose mean loss is its result.
 LAST_SHARE = 0.2
 
 
@@ -50,8 +62,24 @@ class Job(NamedTuple):
     power: int
 
 
+class WidthResult(TypedDict):
+    """All losses of one kind at one width; None if a loss is not finite.
+
+    ``steps_from_base`` is in steps of the grid; ``loss_at_base_best`` is that of the base's best
+    learning rate.
+    """
+
+    width: int
+    losses: dict[str, float | None]
+    best: str
+    steps_from_base: int
+    loss: float
+    loss_at_base_best: float
+
+
 def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> float:
-    """The mean loss of the last fifth of a run's steps, nats a token."""
+    """The mean loss of the last fifth of a run's steps, nats per token."""
+    # Runs share the machine, one core each.
     torch.set_num_threads(1)
     rate = f"optimizer.learning_rate={2.0**job.power}"
     recipe = load_recipe(
@@ -71,7 +99,8 @@ def train(job: Job, data: str, base: int, steps: int, overrides: list[str]) -> f
 
 
 def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
-    """The longest ones first; at the base both kinds are one."""
+    """All runs, the longest ones first; at the base both kinds are the same model."""
+    # The longest first, so that no long run starts last on an otherwise idle machine.
     jobs = [Job(kind, width, power) for kind in KINDS for width in widths for power in powers]
     return sorted(
         (job for job in jobs if job.kind == "standard" or job.width != min(widths)),
@@ -79,22 +108,23 @@ def all_jobs(widths: list[int], powers: list[int]) -> list[Job]:
     )
 
 
-def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) -> dict[str, Any]:
-    """For each kind and width all losses, the best power, and what the base's best power costs
-    there.
-    """
+def conclusions(
+    losses: dict[Job, float], widths: list[int], powers: list[int]
+) -> dict[str, list[WidthResult]]:
+    """For each kind, the result at each width."""
     base = min(widths)
-    result: dict[str, Any] = {}
+    result: dict[str, list[WidthResult]] = {}
+    # muP claims that this power is best at every width.
     base_best = min(powers, key=lambda power: losses[Job("standard", base, power)])
     for kind in KINDS:
-        rows = []
+        results: list[WidthResult] = []
         for width in widths:
             found = {
                 power: losses[Job("standard" if width == base else kind, width, power)]
                 for power in powers
             }
             best = min(powers, key=lambda power: found[power])
-            rows.append(
+            results.append(
                 {
                     "width": width,
                     "losses": {
@@ -107,36 +137,38 @@ def conclusions(losses: dict[Job, float], widths: list[int], powers: list[int]) 
                     "loss_at_base_best": round(found[base_best], 4),
                 }
             )
-        result[kind] = rows
+        result[kind] = results
     return result
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(rates: list[str], found: dict[str, list[WidthResult]]) -> None:
+    """Print one table per kind, with a column per learning rate."""
     for kind in KINDS:
         table = Table(
             "width",
-            *result["rates"],
+            *rates,
             "best",
             "grid steps from the base",
             "cost of the base's best",
             title=kind,
         )
-        for row in result[kind]:
+        for of_width in found[kind]:
             cells = [
                 f"{loss:.3f}" if loss is not None else "not finite"
-                for loss in row["losses"].values()
+                for loss in of_width["losses"].values()
             ]
             table.add_row(
-                str(row["width"]),
+                str(of_width["width"]),
                 *cells,
-                row["best"],
-                f"{row['steps_from_base']:+d}",
-                f"{row['loss_at_base_best'] - row['loss']:.3f}",
+                of_width["best"],
+                f"{of_width['steps_from_base']:+d}",
+                f"{of_width['loss_at_base_best'] - of_width['loss']:.3f}",
             )
         Console().print(table)
 
 
 def main() -> None:
+    """Train the grid, print the tables and write the result."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="shards of the quickstart")
     parser.add_argument(
@@ -183,17 +215,19 @@ def main() -> None:
         }
         for done in tqdm(as_completed(running), total=len(jobs), desc="runs", unit="run"):
             losses[running[done]] = done.result()
+    rates = [f"2^{power}" for power in powers]
+    found = conclusions(losses, widths, powers)
     result = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "steps": options.steps,
         "settings": [*SETTINGS, *options.overrides],
         "tokens_a_step": 512,
-        "rates": [f"2^{power}" for power in powers],
-        **conclusions(losses, widths, powers),
+        "rates": rates,
+        **found,
     }
     if options.json_path != "-":
-        print_table(result)
+        print_table(rates, found)
     write_json(result, options.json_path)
 
 

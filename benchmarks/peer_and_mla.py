@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""What PEER and latent attention cost and gain on a small machine.
+"""Cost and gain of PEER and of latent attention on a small machine.
 
 * trainings: the quickstart's model on its corpus, three seeds each, with feed-forwards of equal
-  FLOPs a token: dense, dropless experts, PEER (all with grouped-query attention); and with latent
+  FLOPs per token: dense, dropless experts, PEER (all with grouped-query attention); and with latent
   attention (and dropless experts).
-* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden number at hidden size 768:
+* experts: a step with 4,096, 65,536 and 1,048,576 experts of one hidden unit at hidden size 768:
   its time and the memory that the process holds (benchmarks/held_memory.py).
-* decoding: what both kinds of attention keep of a token, and how fast they decode.
+* decoding: the cache of both kinds of attention per token, and how fast they decode.
 
-Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a process of
-its own with one thread.
+Needs data/quickstart (tools/preprocess_data.py --recipe quickstart). Every training is a separate
+process with one thread.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import torch
@@ -43,8 +43,8 @@ from pretrain.model.sizes import cache_bytes, model_size
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
-# 786,432 weights a token: 3 x 256 x 1024; 2 experts of 3 x 256 x 512; PEER's queries, sub-keys of 8
-# heads and 128 experts of 4 (0.5% less).
+# 786,432 weights per token: 3 x 256 x 1024; 2 experts of 3 x 256 x 512; PEER's queries, sub-keys of
+# 8 heads and 128 experts of 4 hidden units (0.5% less).
 FEED_FORWARDS = {
     "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"],
     "dropless": [],
@@ -53,7 +53,7 @@ FEED_FORWARDS = {
         " 152, moe_intermediate_size: 4}"
     ],
 }
-# 180,224 weights of attention a layer, where grouped queries have 196,608.
+# 180,224 weights of attention per layer; grouped queries have 196,608.
 MLA = [
     "model.attention={kind: mla, num_attention_heads: 4, kv_lora_rank: 64, qk_rope_head_dim: 16,"
     " qk_nope_head_dim: 48, v_head_dim: 64}"
@@ -61,18 +61,39 @@ MLA = [
 VARIANTS = FEED_FORWARDS | {"dropless, latent attention": MLA}
 ATTENTIONS = {"gqa": [], "mla": MLA}
 TRAINING = [
-    "parallel.ep_size=1", "train.precision=fp32", "train.micro_batch_size=8", "schedule.warmup_steps=10", "logging.interval_steps=5",
-    "logging.tensorboard=false", "checkpoint.interval_steps=1000000", "validation.interval_steps=1000000",
-]  # fmt: skip
+    "parallel.ep_size=1",
+    "train.precision=fp32",
+    "train.micro_batch_size=8",
+    "schedule.warmup_steps=10",
+    "logging.interval_steps=5",
+    "logging.tensorboard=false",
+    "checkpoint.interval_steps=1000000",
+    "validation.interval_steps=1000000",
+]
 EXPERTS = {"4,096": [64, 64], "65,536": [256, 256], "1,048,576": [1024, 1024]}
+
+
+class TrainingResult(TypedDict):
+    """One variant over all seeds; losses in nats per token."""
+
+    tokens: int
+    parameters: int
+    flops_per_token: float
+    losses: list[float]
+    loss_mean: float
+    loss_spread: float
+    tokens_per_second: float
+    peak_gb: float
+
+
+# What one part of the benchmark found, by variant.
+Results = Mapping[str, Mapping[str, object]]
 
 
 def train(
     name: str, overrides: list[str], seed: int, tokens: int, folder: Path
 ) -> dict[str, float]:
-    """One training in a process of its own: validation loss, median tokens a second, the most
-    memory held.
-    """
+    """Validation loss, median tokens per second and peak of held memory of one training."""
     run = folder / f"{name}-{seed}"
     settings = [
         *TRAINING,
@@ -91,6 +112,7 @@ def train(
         "-",
     ]
     command += [word for setting in settings for word in ("--set", setting)]
+    # A separate process, so that its peak of memory is that of one training.
     process = subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -102,8 +124,9 @@ def train(
         _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"{name} failed: {errors[-2000:]}")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"][1:]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The first record includes the warm-up.
+    speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"][1:]
     summary = json.loads((run / "summary.json").read_text())
     shutil.rmtree(run)
     return {
@@ -113,16 +136,18 @@ def train(
     }
 
 
-def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[str, Any]:
-    """All variants with one seed, then with the next: a change of the machine's speed meets all."""
+def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[str, TrainingResult]:
+    """Train all variants with one seed, then with the next.
+
+    So a change of the machine's speed affects all of them.
+    """
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for seed in tqdm(SEEDS, desc=" ".join(variants), unit="seed"):
         for name, overrides in variants.items():
             runs[name].append(train(name, overrides, seed, tokens, folder))
-            tqdm.write(
-                f"{name}, seed {seed}: {runs[name][-1]}"
-            )  # what is done is not lost where a later training fails
-    found = {}
+            # Printed at once, so that a later failure does not lose it.
+            tqdm.write(f"{name}, seed {seed}: {runs[name][-1]}")
+    found: dict[str, TrainingResult] = {}
     for name, overrides in variants.items():
         recipe = load_recipe("quickstart", [*TRAINING, *overrides, "model.vocab_size=4096"])
         size = model_size(recipe.model, recipe.train.sequence_length)
@@ -140,9 +165,9 @@ def compare(variants: dict[str, list[str]], tokens: int, folder: Path) -> dict[s
     return found
 
 
-def step_times(steps: int) -> dict[str, Any]:
-    """One process a size: this file with --experts."""
-    found = {}
+def step_times(steps: int) -> dict[str, dict[str, float]]:
+    """:func:`time_steps` for each number of experts, in a separate process (--experts)."""
+    found: dict[str, dict[str, float]] = {}
     for name, sizes in tqdm(EXPERTS.items(), desc="numbers of experts", unit="size"):
         command = [sys.executable, __file__, "--experts", json.dumps(sizes), "--steps", str(steps)]
         output = subprocess.run(
@@ -157,19 +182,30 @@ def step_times(steps: int) -> dict[str, Any]:
 
 
 def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
-    """A dense layer and one of PEER, 512 random tokens a step, ZeRO 0, AdamW."""
+    """A dense layer and one of PEER, 512 random tokens per step, ZeRO stage 0, AdamW."""
     from data_pipeline.loading.batch import Batch
     from pretrain.config.rules.sections import check_topology
     from pretrain.engine.ds_config import resolve_ds_config
     from pretrain.engine.engine import Engine
     from pretrain.engine.topology import connect, disconnect
 
-    recipe = load_recipe("debug", [
-        "logging.tensorboard=false", "model.vocab_size=4096", "model.hidden_size=768", "model.intermediate_size=3072",
-        "model.attention={kind: gqa, num_attention_heads: 12, num_key_value_heads: 12, head_dim: 64}", "model.feed_forward={kind: gelu}",
-        "model.layer_pattern={kind: first_k_dense, k: 1}", "train.sequence_length=256", "train.global_batch_size=2",
-        f"model.moe={{kind: peer, product_key_sizes: {sizes}, query_dim: 256, num_heads: 8, top_k: 16}}",
-    ])  # fmt: skip
+    recipe = load_recipe(
+        "debug",
+        [
+            "logging.tensorboard=false",
+            "model.vocab_size=4096",
+            "model.hidden_size=768",
+            "model.intermediate_size=3072",
+            "model.attention={kind: gqa, num_attention_heads: 12, num_key_value_heads: 12, "
+            "head_dim: 64}",
+            "model.feed_forward={kind: gelu}",
+            "model.layer_pattern={kind: first_k_dense, k: 1}",
+            "train.sequence_length=256",
+            "train.global_batch_size=2",
+            f"model.moe={{kind: peer, product_key_sizes: {sizes}, query_dim: 256, num_heads: 8, "
+            "top_k: 16}",
+        ],
+    )
     topology = connect(1)
     ds_config = resolve_ds_config(
         {"zero_optimization": {"stage": 0}},
@@ -180,6 +216,7 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         1,
     )
     engine = Engine(recipe, ds_config, "fp32", topology)
+    # Memory before the first step: weights, without moments.
     built = held_bytes()
     times = []
     for step in range(steps + 2):
@@ -190,6 +227,7 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
         )
         times.append(time.perf_counter() - started)
     assert engine.sparse_optimizer is not None
+    # Only rows that some token chose have optimizer state.
     used = max(int((state.steps > 0).sum()) for state in engine.sparse_optimizer.states.values())
     after = held_bytes()
     disconnect()
@@ -201,9 +239,10 @@ def time_steps(sizes: list[int], steps: int) -> dict[str, float]:
     }
 
 
-def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, Any]:
-    """Greedy tokens a second of one sequence behind a prompt, random weights, one thread; and the
-    cache's bytes a token in fp32.
+def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str, dict[str, float]]:
+    """Greedy tokens per second of one sequence, and the cache's bytes per token in fp32.
+
+    With random weights and one thread, after a prompt of ``behind`` tokens.
     """
     torch.set_num_threads(1)
     models = {}
@@ -213,6 +252,7 @@ def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str,
         initialize(models[name], 1)
     speeds: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
+        # Models alternate, so that a change of the machine's speed affects all.
         for _ in range(5):
             for name, model in models.items():
                 cache = model.new_cache(1, behind + new, "cpu", torch.float32)
@@ -232,21 +272,21 @@ def decoding(variants: dict[str, list[str]], behind: int, new: int) -> dict[str,
     }
 
 
-def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("", *(key for key in next(iter(rows.values())) if key != "losses"), title=title)
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            *(
-                f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-                for key, value in row.items()
-                if key != "losses"
-            ),
-        )
+def show(title: str, results: Results) -> None:
+    """Print one line per variant, without the losses of single seeds."""
+    columns = [key for key in next(iter(results.values())) if key != "losses"]
+    table = Table("", *columns, title=title)
+    for name, result in results.items():
+        table.add_row(name, *(_number(result[column]) for column in columns))
     Console().print(table)
 
 
+def _number(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+
+
 def main() -> None:
+    """Measure the chosen parts, print a table for each and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,9 +314,8 @@ def main() -> None:
         print(json.dumps(time_steps(json.loads(options.experts), options.steps)))
         return
     path = Path(options.json_path)
-    results: dict[str, Any] = (
-        json.loads(path.read_text()) if path.is_file() else {}
-    )  # parts that are not measured now stay
+    # Parts that are not measured now keep their earlier results.
+    results: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
     results["date"] = date.today().isoformat()
     results["memory"] = MEASURE
     results["hardware"] = (
@@ -284,14 +323,15 @@ def main() -> None:
         f" {torch.__version__}, one thread a process"
     )
     with tempfile.TemporaryDirectory() as folder:
-        measures: dict[str, Callable[[], dict[str, Any]]] = {
+        measures: dict[str, Callable[[], Results]] = {
             "trainings": lambda: compare(VARIANTS, options.tokens, Path(folder)),
             "experts": lambda: step_times(options.steps),
             "decoding": lambda: decoding(ATTENTIONS, 2048 - 64, 64),
         }
         for name in options.parts:
-            results[name] = measures[name]()
-            show(name, results[name])
+            found = measures[name]()
+            results[name] = found
+            show(name, found)
             path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

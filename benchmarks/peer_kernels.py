@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The products of PEER's tokens with their rows: the plain ones, torch's bags, and on CUDA Triton's
-kernels, at two sizes of the table.
+"""The products of PEER's tokens with their rows, by every kernel and at two table sizes.
 
-Every token chose 128 of the rows at random. Each round times all kernels, one after the other, so
-that a change of the machine's speed meets them all; the results are the medians of their seconds,
-of the rows' bytes a second, each read once, and of the rounds' ratios to plain.
+Kernels are the plain definition, torch's bags, and on CUDA Triton's. Every token chose 128 of the
+rows at random. Each round times all kernels, one after the other, so that a change of the machine's
+speed affects them all; the results are the medians of their seconds, of the rows' bytes per second
+(each row read once), and of the rounds' ratios to plain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import torch
@@ -25,20 +25,34 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import Factors, SortedFactors, kernel_named
 
 CHOSEN, HIDDEN_SIZE = 128, 768
 TABLES = (65_536, 1_048_576)
-# As many rows' gradients as an optimizer holds at once.
+# The number of rows whose gradients an optimizer holds at once.
 GRADIENT_ROWS = 16_384
 
-Work = Callable[[Kernel], torch.Tensor]
+Work = Callable[[TableKernel], torch.Tensor]
+
+
+class Report(TypedDict):
+    """The JSON result; ``tables`` is by rows of the table, product, kernel and measure."""
+
+    date: str
+    device: str
+    cores: int | None
+    threads: int
+    torch: str
+    sizes: dict[str, int]
+    rounds: int
+    tables: dict[str, dict[str, dict[str, dict[str, float]]]]
 
 
 def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[Work, int]]:
-    """What is timed, and the bytes of the rows that it reads."""
+    """What is timed by name, and the bytes of the rows that it reads."""
     generator = torch.Generator(device).manual_seed(0)
+    # 1,048,576 rows of 768 are 3.2 GB: one table exists at a time.
     table_ND = torch.rand(num_rows, HIDDEN_SIZE, generator=generator, device=device)
     x_TD = torch.randn(tokens, HIDDEN_SIZE, generator=generator, device=device)
     c_P = torch.randn(tokens * CHOSEN, generator=generator, device=device)
@@ -48,7 +62,7 @@ def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[W
     row_bytes = HIDDEN_SIZE * table_ND.element_size()
     row_U, pairs_U = row_P.unique(return_counts=True)
     rows = slice(0, min(GRADIENT_ROWS, row_U.numel()))
-    # Sorting is part of it, as in a step; the kernel's share is what differs.
+    # The gradient includes the sort, as in a step; the kernels differ in the rest.
     return {
         "row_dots": (lambda kernel: kernel.row_dots(x_TD, table_ND, bags), c_P.numel() * row_bytes),
         "weighted_rows": (
@@ -62,9 +76,11 @@ def works(num_rows: int, tokens: int, device: torch.device) -> dict[str, tuple[W
     }
 
 
-def seconds(work: Work, kernel: Kernel, device: torch.device) -> float:
+def seconds(work: Work, kernel: TableKernel, device: torch.device) -> float:
+    """Wall seconds of one call, the device's work included."""
     started = time.perf_counter()
     work(kernel)
+    # Kernels on CUDA run asynchronously.
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -73,13 +89,13 @@ def seconds(work: Work, kernel: Kernel, device: torch.device) -> float:
 def compared(
     work: Work, row_bytes: int, names: list[str], rounds: int, device: torch.device, bar: tqdm[Any]
 ) -> dict[str, dict[str, float]]:
-    """For each kernel its median seconds, bytes a second, and how many times as fast as plain it
-    was.
-    """
+    """Median seconds, bytes per second and speed relative to plain of each kernel."""
     kernels = {name: kernel_named(name, device) for name in names}
     wanted = work(kernels["plain"])
-    for kernel in kernels.values():  # also the first call, which compiles
+    # Also the first call of each kernel, which compiles.
+    for kernel in kernels.values():
         torch.testing.assert_close(work(kernel), wanted, rtol=1e-4, atol=1e-3)
+    # Freed, so that it takes no part in the memory traffic of the rounds.
     del wanted
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
@@ -98,7 +114,8 @@ def compared(
     }
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: Report) -> None:
+    """Print one line per table size, product and kernel."""
     table = Table(
         "rows",
         "product",
@@ -110,17 +127,18 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for num_rows, products in report["tables"].items():
         for product, kernels in products.items():
-            for kernel, row in kernels.items():
+            for kernel, measured in kernels.items():
                 cells = (
-                    f"{row['median_seconds'] * 1000:.2f}",
-                    f"{row['bytes_per_second'] / 1e9:.2f}",
-                    f"{row['times_as_fast_as_plain']:.2f}",
+                    f"{measured['median_seconds'] * 1000:.2f}",
+                    f"{measured['bytes_per_second'] / 1e9:.2f}",
+                    f"{measured['times_as_fast_as_plain']:.2f}",
                 )
                 table.add_row(num_rows, product, kernel, *cells)
     Console().print(table)
 
 
 def main() -> None:
+    """Time all products at both sizes, print the report and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,11 +149,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device.type == "cuda"
     names = ["plain", "bags", "triton"] if on_cuda else ["plain", "bags"]
-    report: dict[str, Any] = {
+    cpu_name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    report: Report = {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if on_cuda
-        else torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "device": torch.cuda.get_device_name() if on_cuda else cpu_name,
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -147,8 +164,8 @@ def main() -> None:
         for num_rows in TABLES:
             timed = works(num_rows, options.tokens, device)
             report["tables"][str(num_rows)] = {
-                name: compared(*given, names, options.rounds, device, bar)
-                for name, given in timed.items()
+                name: compared(work, row_bytes, names, options.rounds, device, bar)
+                for name, (work, row_bytes) in timed.items()
             }
             del timed
     print_report(report)

@@ -1,52 +1,43 @@
 #!/usr/bin/env python
-"""JSON lines to .bin/.idx: this pipeline against Megatron-LM's two ways, side by side on this
-machine; and what each stage of ours costs.
+"""JSON lines to .bin/.idx: this pipeline against Megatron-LM's two ways, and our stages' cost.
 
 The corpus is real code and text: the files of the interpreter's library and of all installed
 packages, as JSON lines. The tokenizer is a byte-level BPE of 32,768 entries trained on a tenth of
-it. Each measurement is a process of its own that reports its seconds without imports and start-up,
-and the most memory that all its processes held (benchmarks/held_memory.py). Rounds alternate, so
-that a change of the machine's speed meets all sides.
+it. Each measurement is a separate process that reports its seconds without imports and start-up,
+and the peak of memory that all its processes held (benchmarks/held_memory.py). Rounds alternate, so
+that a change of the machine's speed affects all sides.
 
-* newest: what Megatron-LM's preprocess_data_fast.py does: gigatoken's encode_files over the whole
-  file, then one call of the builder.
-* classic: what its preprocess_data.py does: a pool of 2 processes, one encode of the tokenizers
-  library a document (on a part of the file).
+* newest: as Megatron-LM's preprocess_data_fast.py: gigatoken's encode_files over the whole file,
+  then one call of the builder.
+* classic: as its preprocess_data.py: a pool of 2 processes, one encode of the tokenizers library
+  per document (on a part of the file).
 
-A virtual machine may get memory from its host only when it is first used, which took two seconds a
-gigabyte on the machine of the results: a price that the newest way pays for every token and that is
-not there elsewhere. So ours and newest are compared a second time with memory that was used right
-before the clock started.
+A virtual machine may get memory from its host only at first use, which took two seconds per
+gigabyte on the machine of the results: a price that the newest way pays for every token, and that
+other machines do not have. So ours and newest are compared a second time with memory that was used
+right before the clock started.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-import sysconfig
-import time
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
-import psutil
 from held_memory import MEASURE, PeakMemory
+from preprocessing_sides import classic, make_corpus, newest, ours, stages
 from rich.console import Console
 from rich.table import Table
 
-CLASSIC_BYTES = 10_000_000
-# More than any side needs, files included.
-TOUCHED_BYTES = 4_000_000_000
-ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cu", ".js", ".json")
-# What each line of the table of costs adds to the plain build, as settings of a recipe.
-COSTS: dict[str, dict[str, Any]] = {
+# Line of the table of costs -> what it adds to the plain build, as settings of a recipe.
+COSTS: dict[str, dict[str, object]] = {
     "normalize": {"normalize": {}},
     "gopher_quality": {"gopher_quality": {}},
     "gopher_repetition": {"gopher_repetition": {}},
@@ -59,234 +50,54 @@ COSTS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- the corpus -----------------------------------------------------------------------------------
+class SideOptions(TypedDict, total=False):
+    """Options of one side's process: see :mod:`preprocessing_sides`."""
+
+    workers: int
+    cleaning: dict[str, object]
+    engine: str | None
+    touched: bool
 
 
-def texts() -> Iterator[str]:
-    """The text files of the interpreter's library and of all installed packages, in a fixed order."""
-    for root in (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")):
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(set(subfolders) - {"__pycache__", "site-packages"})
-            for name in sorted(names):
-                path = Path(folder, name)
-                if name.endswith(ENDINGS) and path.stat().st_size < 2_000_000:
-                    try:
-                        text = path.read_text(encoding="utf-8")
-                    except (UnicodeDecodeError, OSError):
-                        continue
-                    if text.strip() and "\0" not in text:
-                        yield text
+class Sides(TypedDict):
+    """Paired rounds of the three sides, by side."""
+
+    corpus_megabytes: float
+    tokens: float
+    tokens_of_newest: float
+    megabytes_per_second: dict[str, float]
+    megabytes_per_processor_second: dict[str, float]
+    all_rounds: dict[str, list[float]]
+    peak_megabytes: dict[str, float]
+    ours_over_newest: float
+    ours_over_classic: float
 
 
-def make_corpus(folder: Path, size: int) -> None:
-    """corpus.jsonl of ``size`` bytes, part.jsonl of the first of them, tokenizer.json."""
-    from data_pipeline.config import TrainBPE
-    from data_pipeline.tokenizer.training import train_bpe
+class TouchedSides(TypedDict):
+    """Paired rounds of ours and newest in memory that was used right before."""
 
-    written, sample = 0, []
-    with (folder / "corpus.jsonl").open("wb") as stream, (folder / "part.jsonl").open("wb") as part:
-        for number, text in enumerate(texts()):
-            line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-            stream.write(line)
-            if written < CLASSIC_BYTES:
-                part.write(line)
-            written += len(line)
-            if number % 10 == 0:
-                sample.append(text)
-            if written >= size:
-                break
-    (folder / "tokenizer.json").write_bytes(train_bpe(sample, TrainBPE(vocab_size=32768)).content)
+    megabytes_per_second: dict[str, float]
+    all_rounds: dict[str, list[float]]
+    ours_over_newest: float
 
 
-# --- the sides, each in a process of its own ------------------------------------------------------
+class Report(TypedDict):
+    """The JSON result; ``stages`` and ``costs`` are in seconds."""
 
-
-def ours(
-    folder: Path, workers: int, cleaning: dict[str, Any], engine: str | None, touched: bool
-) -> dict[str, float]:
-    """This pipeline in Megatron's form: one .bin, no split, an end-of-document token after each
-    document.
-    """
-    from data_pipeline.config import DataConfig
-    from data_pipeline.preprocess.coordinator import build
-    from data_pipeline.preprocess.pool import local_pool
-    from data_pipeline.preprocess.workspace import Output
-
-    config = DataConfig.model_validate(
-        {
-            "source": {"kind": "jsonl", "input": [str(folder / "corpus.jsonl")]},
-            "tokenizer": {"kind": "file", "path": str(folder / "tokenizer.json")},
-            "cleaning": cleaning,
-            "validation_share": 0.0,
-            "max_shard_bytes": None,
-        }
-    )
-    with local_pool(workers) as pool:
-        _warm(pool)
-        if touched:
-            touch_memory()
-        started, used = time.perf_counter(), cpu_seconds()
-        result = build(config, Output(folder, "ours"), fresh=True, pool=pool, engine=engine)
-        return {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": cpu_seconds() - used,
-            "tokens": result.manifest.splits["train"].tokens,
-        }
-
-
-def touch_memory() -> None:
-    """Writes to memory and gives it back."""
-    import numpy as np
-
-    np.ones(min(TOUCHED_BYTES, psutil.virtual_memory().available // 2) // 8)
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process and its children so far."""
-    this = psutil.Process()
-    return sum(
-        times.user + times.system
-        for times in (process.cpu_times() for process in (this, *this.children(recursive=True)))
-    )
-
-
-def _warm(pool: Any) -> None:
-    """Has every worker import what it needs."""
-    if pool.executor is not None:
-        list(pool.executor.map(_imports, range(8 * pool.workers)))
-
-
-def _imports(number: int) -> None:
-    import data_pipeline.preprocess.worker  # noqa: F401
-
-    time.sleep(0.02)
-
-
-def newest(folder: Path, touched: bool) -> dict[str, float]:
-    """gigatoken over the whole file, then Megatron-Core's builder."""
-    import awkward
-    import gigatoken
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    if touched:
-        touch_memory()
-    started, used = time.perf_counter(), cpu_seconds()
-    tokenizer = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
-    ids = tokenizer.encode_files(gigatoken.JsonlFileSource([str(folder / "corpus.jsonl")]))
-    lengths = awkward.to_numpy(awkward.num(ids))
-    flat = awkward.to_numpy(awkward.flatten(ids))
-    ends = np.cumsum(lengths)
-    with_ends = np.insert(flat, ends, 0).astype(np.uint16)
-    builder = IndexedDatasetBuilder(str(folder / "newest.bin"), dtype=np.uint16)
-    builder.add_document(torch.from_numpy(with_ends), (lengths + 1).tolist())
-    builder.finalize(str(folder / "newest.idx"))
-    return {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": cpu_seconds() - used,
-        "tokens": len(with_ends),
-    }
-
-
-_classic_tokenizer: Any = None
-
-
-def _classic_begin(path: str) -> None:
-    import tokenizers
-
-    global _classic_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _classic_tokenizer = tokenizers.Tokenizer.from_file(path)
-
-
-def _classic_encode(line: str) -> list[int]:
-    return [*_classic_tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids, 0]
-
-
-def classic(folder: Path) -> dict[str, float]:
-    """A pool of two processes, document by document."""
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(folder / "classic.bin"), dtype=np.uint16)
-    with multiprocessing.get_context("spawn").Pool(
-        2, _classic_begin, (str(folder / "tokenizer.json"),)
-    ) as pool:
-        pool.map(_classic_encode, ['{"text": "warm"}'] * 4)
-        started, used, tokens = time.perf_counter(), cpu_seconds(), 0
-        with (folder / "part.jsonl").open(encoding="utf-8") as stream:
-            for ids in pool.imap(_classic_encode, stream, 32):
-                builder.add_document(torch.IntTensor(ids), [len(ids)])
-                tokens += len(ids)
-        builder.finalize(str(folder / "classic.idx"))
-        return {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": cpu_seconds() - used,
-            "tokens": tokens,
-        }
-
-
-def stages(folder: Path) -> dict[str, float]:
-    """Seconds of one process and one thread in each stage of the plain build, over the whole file."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    import hashlib
-
-    import numpy as np
-
-    from data_pipeline.config import JsonlSource
-    from data_pipeline.shards.split import text_digest
-    from data_pipeline.sources import Document, ReadContext, open_source
-    from data_pipeline.sources.files import open_stream, read_lines
-    from data_pipeline.tokenizer.engines import open_engine
-    from data_pipeline.tokenizer.tokenizer import load_tokenizer
-
-    path, clock, result = str(folder / "corpus.jsonl"), time.perf_counter, {}
-    started = clock()
-    with open_stream(path) as stream:
-        for _ in read_lines(stream, 0, None, 1 << 28):
-            pass
-    result["reading lines"] = clock() - started
-    source = open_source(JsonlSource(kind="jsonl", input=[path]), ReadContext("corpus"))
-    started = clock()
-    documents = [
-        found.text
-        for unit in source.units(1 << 40)
-        for found in source.read(unit)
-        if isinstance(found, Document)
-    ]
-    result["JSON and checks"] = clock() - started - result["reading lines"]
-    started = clock()
-    for text in documents:
-        text_digest(text)
-    result["digests"] = clock() - started
-    engine = open_engine("fastokens", load_tokenizer(folder / "tokenizer.json"))
-    engine.encode_flat(documents[:10])
-    started = clock()
-    encoded = [
-        engine.encode_flat(documents[start : start + 1000])[0]
-        for start in range(0, len(documents), 1000)
-    ]
-    result["BPE"] = clock() - started
-    started = clock()
-    with (folder / "stages.bin").open("wb") as stream:
-        checksum = hashlib.sha256()
-        for ids in encoded:
-            narrow = ids.astype(np.uint16)
-            checksum.update(narrow.data)
-            stream.write(narrow.data)
-    result["writing and SHA-256"] = clock() - started
-    return result
+    date: str
+    machine: str
+    memory: str
+    sides: Sides
+    touched: TouchedSides
+    stages: dict[str, float]
+    costs: dict[str, float]
 
 
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> dict[str, float]:
-    """Runs one side in a process of its own: its result, with the most that it and its children
-    held together, in bytes.
-    """
+def measure(folder: Path, side: str, options: SideOptions | None = None) -> dict[str, float]:
+    """The result of one side in a separate process, with its ``peak_bytes`` of held memory."""
     command = [
         sys.executable,
         __file__,
@@ -298,6 +109,7 @@ def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> d
         json.dumps(options or {}),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # The peak covers the side's worker processes too.
     with PeakMemory(process.pid) as memory:
         output, _ = process.communicate()
     if process.returncode:
@@ -305,7 +117,8 @@ def measure(folder: Path, side: str, options: dict[str, Any] | None = None) -> d
     return json.loads(output.splitlines()[-1]) | {"peak_bytes": memory.peak}
 
 
-def run_side(folder: Path, side: str, options: dict[str, Any]) -> dict[str, float]:
+def run_side(folder: Path, side: str, options: SideOptions) -> dict[str, float]:
+    """Run one side in this process."""
     match side:
         case "ours":
             return ours(
@@ -324,23 +137,23 @@ def run_side(folder: Path, side: str, options: dict[str, Any]) -> dict[str, floa
 
 
 def clear(folder: Path) -> None:
+    """Delete the output of all sides."""
     for pattern in ("ours*", "newest*", "classic*"):
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def rounds(folder: Path, count: int) -> dict[str, Any]:
-    """Paired rounds of the three sides: medians, and the medians of the ratios of each round."""
-    whole, part = (
-        (folder / "corpus.jsonl").stat().st_size / 1e6,
-        (folder / "part.jsonl").stat().st_size / 1e6,
-    )
+def rounds(folder: Path, count: int) -> Sides:
+    """Paired rounds of the three sides: medians, and the medians of each round's ratios."""
+    whole = (folder / "corpus.jsonl").stat().st_size / 1e6
+    part = (folder / "part.jsonl").stat().st_size / 1e6
     rates: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
     peaks: dict[str, list[int]] = {"ours": [], "newest": [], "classic": []}
     processor: dict[str, list[float]] = {"ours": [], "newest": [], "classic": []}
-    tokens = {}
+    tokens: dict[str, float] = {}
     for _ in range(count):
         for side, megabytes in (("ours", whole), ("newest", whole), ("classic", part)):
+            # Every side starts without output of an earlier round.
             clear(folder)
             result = measure(folder, side)
             rates[side].append(megabytes / result["seconds"])
@@ -349,7 +162,7 @@ def rounds(folder: Path, count: int) -> dict[str, Any]:
             tokens[side] = result["tokens"]
     return {
         "corpus_megabytes": whole,
-        # Ours are those of the tokenizers library; gigatoken knows another version of Unicode.
+        # Ours equal those of the tokenizers library; gigatoken has another version of Unicode.
         "tokens": tokens["ours"],
         "tokens_of_newest": tokens["newest"],
         "megabytes_per_second": {side: median(values) for side, values in rates.items()},
@@ -367,7 +180,7 @@ def rounds(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def touched_rounds(folder: Path, count: int) -> dict[str, Any]:
+def touched_rounds(folder: Path, count: int) -> TouchedSides:
     """Paired rounds of ours and newest in memory that was used right before."""
     megabytes = (folder / "corpus.jsonl").stat().st_size / 1e6
     rates: dict[str, list[float]] = {"ours": [], "newest": []}
@@ -395,8 +208,10 @@ def costs(folder: Path) -> dict[str, float]:
     return result
 
 
-def print_report(report: dict[str, Any]) -> None:
-    console, sides = Console(), report["sides"]
+def print_report(report: Report) -> None:
+    """Print the sides, their ratios, and the tables of stages and of cleaning."""
+    console = Console()
+    sides = report["sides"]
     table = Table(
         "side",
         "MB/s",
@@ -421,12 +236,12 @@ def print_report(report: dict[str, Any]) -> None:
         f" {touched['ours_over_newest']:.2f}"
     )
     console.print(f"tokens: ours {sides['tokens']:,}, newest {sides['tokens_of_newest']:,}")
-    for title, rows in (
+    for title, timed in (
         ("one process, one thread", report["stages"]),
         ("cleaning, two workers", report["costs"]),
     ):
         table = Table("stage", "seconds", "MB/s", title=title)
-        for name, seconds in rows.items():
+        for name, seconds in timed.items():
             table.add_row(
                 name, f"{seconds:.2f}", f"{sides['corpus_megabytes'] / max(seconds, 1e-3):.0f}"
             )
@@ -434,6 +249,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Build the corpus, measure all sides, print the report and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -455,7 +271,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "tokenizer.json").exists():
         make_corpus(options.folder, options.megabytes * 1_000_000)
-    report: dict[str, Any] = {
+    report: Report = {
         "date": date.today().isoformat(),
         "machine": (
             f"{os.cpu_count()} x {platform.processor() or platform.machine()}, Python"
@@ -467,6 +283,7 @@ def main() -> None:
         "stages": measure(options.folder, "stages"),
         "costs": costs(options.folder),
     }
+    # Of no interest for stages of one process.
     report["stages"].pop("peak_bytes")
     print_report(report)
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Tokens a second of two ranks on DeepSpeed's engine (ep_size 2, ZeRO 1) against the same model in
-one plain process with two threads.
+"""Two ranks on DeepSpeed's engine (ep_size 2, ZeRO 1) against one plain process with two threads.
 
 Both train the quickstart's model in the same precision on the same global batch. Each round times
-some steps of the one, then of the other, so that a change of the machine's speed meets both; the
+some steps of the one, then of the other, so that a change of the machine's speed affects both; the
 result is the median of the rounds' ratios. The tokens are random.
 """
 
@@ -41,6 +40,7 @@ STEPS_A_ROUND = 4
 
 
 def micro_batches(recipe: Recipe, rank: int, world_size: int) -> list[Batch]:
+    """This rank's part of a global batch of random tokens."""
     train = recipe.train
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(
@@ -54,6 +54,7 @@ def micro_batches(recipe: Recipe, rank: int, world_size: int) -> list[Batch]:
 
 
 def engine_step(recipe: Recipe, precision: str) -> Callable[[], None]:
+    """A function that takes one step on DeepSpeed's engine."""
     topology = connect(recipe.parallel.ep_size)
     accumulation = check_topology(recipe, topology.world_size, 1)
     ds_config = resolve_ds_config(
@@ -74,13 +75,15 @@ def engine_step(recipe: Recipe, precision: str) -> Callable[[], None]:
 
 
 def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
-    """The same arithmetic without DeepSpeed: low-precision weights, fp32 master weights, clipping,
-    AdamW.
+    """A function that takes one step of the same arithmetic without DeepSpeed.
+
+    Low-precision weights, fp32 master weights, clipping, AdamW.
     """
     model = DecoderLM(recipe.model)
     initialize(model, recipe.seed)
     groups = parameter_groups(model, recipe.model, recipe.optimizer)
     working = [parameter for group in groups for parameter in group["params"]]
+    # The optimizer updates fp32 copies, which are then rounded into the model's weights.
     masters = [parameter.detach().clone().requires_grad_() for parameter in working]
     remaining = iter(masters)
     peaks = peak_learning_rates(recipe.optimizer)
@@ -92,12 +95,14 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
         group["lr"] = peaks[group["role"]]
     model.to(DTYPES[precision])
     batches = micro_batches(recipe, 0, 1)
+    # Every token counts, so the divisor is constant.
     normalizer = float(recipe.train.micro_batch_size * recipe.train.sequence_length)
 
     def step() -> None:
         for batch in batches:
             (model(batch.input_ids_BS, batch.labels_BS, normalizer).loss / len(batches)).backward()
         for master, parameter in zip(masters, working, strict=True):
+            # The working weights have the gradients; clipping and update are in fp32.
             master.grad = parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(masters, recipe.train.grad_clip)
         optimizer.step()
@@ -110,21 +115,24 @@ def plain_step(recipe: Recipe, precision: str) -> Callable[[], None]:
 
 
 def worker(kind: str) -> None:
-    """Waits for a line on standard input before each round; prints the round's seconds."""
+    """Wait for a line on standard input before each round, and print the round's seconds."""
     ep_size = 2 if kind == "engine" else 1
     recipe = load_recipe(
         "quickstart",
         ["model.vocab_size=4096", f"parallel.ep_size={ep_size}", "logging.tensorboard=false"],
     )
     precision = resolve_precision("auto")
+    # Two cores for either side: two ranks of one thread, or one process of two.
     torch.set_num_threads(1 if kind == "engine" else 2)
     step = engine_step(recipe, precision) if kind == "engine" else plain_step(recipe, precision)
     is_main = os.environ.get("RANK", "0") == "0"
+    # Warm-up steps.
     for _ in range(2):
         step()
     if is_main:
         print("ready", flush=True)
     while True:
+        # Rank 0 alone has a standard input; the other ranks follow its decision.
         go = torch.tensor(1 if not is_main or sys.stdin.readline().strip() == "go" else 0)
         if kind == "engine":
             distributed.broadcast(go, 0)
@@ -167,6 +175,7 @@ class Contestant:
         self.read_line("ready")
 
     def read_line(self, wanted: str | None = None) -> str:
+        """The next line of rank 0, or the next one that equals ``wanted``."""
         output = self.processes[0].stdout
         assert output is not None
         for line in output:
@@ -175,10 +184,12 @@ class Contestant:
         raise RuntimeError("a benchmark process died: run it with --worker to see why")
 
     def round(self) -> float:
+        """Seconds of one round."""
         self._say("go")
         return float(self.read_line())
 
     def close(self) -> None:
+        """End the processes."""
         self._say("end")
         for process in self.processes:
             process.wait(timeout=60)
@@ -191,6 +202,7 @@ class Contestant:
 
 
 def main() -> None:
+    """Run the rounds, print the result and write it if asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,4 +20,4 @@ class DeepSpeedMonitor(Callback):
         self.monitor.begin_after(step)
 
     def on_row(self, row: Row) -> None:
-        self.monitor.write_row(events_of(row), row["step"])
+        self.monitor.write_record(events_of(row), row["step"])

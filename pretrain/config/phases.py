@@ -10,7 +10,7 @@ from data_pipeline.config import Mixture
 from pretrain.config.schedules import PhaseSchedule
 from pretrain.core.registry import OneOf
 from pretrain.core.section import Positive, Section
-from pretrain.model.config import Position
+from pretrain.model.positions.config import Position
 
 
 class PhaseConfig(Section):

@@ -1,3 +1,1 @@
-"""What everything else builds on: errors, files, the registry, sections of a recipe, the command
-line, signals.
-"""
+"""What every package needs: errors, files, the registry of kinds, and the command line."""

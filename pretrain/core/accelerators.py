@@ -1,4 +1,4 @@
-"""What GPUs can compute at most and how much memory they have, from their vendors' data sheets."""
+"""Peak throughput and memory of GPUs, from their vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Accelerator:
 
     Attributes:
         name: as a user gives it.
-        key: word of the device name that torch reports; None if that does not tell it apart.
+        key: word of the device name that torch reports; None if that does not identify it.
         bf16_flops: dense peak of bf16 and fp16 with sums in fp32, FLOP/s, without sparsity. Vendors
             often print twice as much, for sparse matrices.
         fp32_flops: peak of fp32 without TF32, which torch does not use unless asked.
@@ -33,7 +33,7 @@ class Accelerator:
     has_fp8: bool = True
 
     def peak_flops(self, precision: str) -> float:
-        """FLOP/s for a recipe's precision. MFU of fp8 is by convention of the bf16 peak."""
+        """FLOP/s for a recipe's precision; by convention the MFU of fp8 uses the bf16 peak."""
         return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
 
@@ -61,7 +61,7 @@ ACCELERATORS = (
 
 
 def accelerator(name: str) -> Accelerator:
-    """The GPU of a name that a user gives; case, blanks, hyphens and underscores do not matter.
+    """The GPU with this name; case, blanks, hyphens and underscores do not matter.
 
     Raises:
         ConfigError: if the name is not in the table.
@@ -80,10 +80,11 @@ def accelerator(name: str) -> Accelerator:
 def accelerator_of_device(device_name: str) -> Accelerator | None:
     """The GPU that torch calls ``device_name``, None if it is not in the table.
 
-    Names are compared by whole words (an L40 is no L4), and cut-down or shared variants of a GPU
-    have other peaks.
+    Names are compared by whole words (an L40 is no L4). Cut-down or shared variants of a GPU have
+    other peaks and count as unknown.
     """
     words = set(re.split(r"[\s\-_/]+", device_name))
+    # An unknown peak gives no MFU, which is better than a wrong one.
     if words & OTHER_VARIANTS:
         return None
     return next((known for known in ACCELERATORS if known.key in words), None)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from pretrain.core.shipped import recipe_names
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that also serves a shell that wants completions (argcomplete)."""
+    """A parser that also serves shell completions (argcomplete)."""
 
     def parse_args(self, *given: Any, **named: Any) -> Any:
         """As argparse's; a process that a shell started for completions ends here."""
         if "_ARGCOMPLETE" in os.environ:
-            import argcomplete  # needed on this path alone
+            # Imported on this path alone: no command pays for it.
+            import argcomplete
 
             argcomplete.autocomplete(self)
         return super().parse_args(*given, **named)
@@ -28,6 +30,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose --help ends with examples; every command takes ``--plugin``."""
+    # Raw, because examples keep their line breaks.
     parser = CommandParser(
         description=description,
         epilog=f"examples:\n{examples}",
@@ -38,13 +41,14 @@ def command_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def complete_recipe(prefix: str, **_: Any) -> list[str]:
-    """What a shell offers for ``--recipe``: shipped recipes, and the paths that begin so."""
+    """Completions of ``--recipe``: shipped recipes, and paths with this prefix."""
     from argcomplete.completers import FilesCompleter
 
     return [*recipe_names(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add ``--recipe`` and ``--set``."""
     recipe = parser.add_argument(
         "--recipe",
         default=default,
@@ -52,7 +56,8 @@ def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = No
         metavar="NAME|PATH",
         help="a file in pretrain/recipes/ without .yaml, or a path",
     )
-    recipe.completer = complete_recipe  # type: ignore[attr-defined]  # argcomplete looks for it there
+    # argcomplete looks for this attribute.
+    recipe.completer = complete_recipe  # type: ignore[attr-defined]
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -64,6 +69,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = No
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, see :func:`write_json`."""
     parser.add_argument(
         "--json",
         dest="json_path",
@@ -72,8 +78,12 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_json(result: dict[str, Any], path: str | None) -> None:
-    """Writes a command's machine-readable result if --json asked for it."""
+def write_json(result: Mapping[str, object], path: str | None) -> None:
+    """Write a command's machine-readable result if --json asked for it.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
     if path is None:
         return
     text = json.dumps(result, indent=2, sort_keys=False)

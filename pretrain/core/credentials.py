@@ -1,5 +1,6 @@
-"""Keeps credentials out of everything that a run writes: recipes and ds_configs that hold one are
-refused, and texts are redacted.
+"""Keeps credentials out of everything that a run writes.
+
+Recipes and ds_configs that hold one are refused, and texts are redacted.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ NAME = re.compile(
     r"|(auth|access|api)_token)$|^token$",
     re.I,
 )
-# What issuers document of their keys: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
-# Slack; and inside an address a password, which may hold a slash that no port holds, a token
-# in its place, and what signs a query.
+# Keys as their issuers document them: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
+# Slack. Inside a URL: a password (unlike a port, it may contain a slash), a token in its place, and
+# the signature of a query.
 VALUE = re.compile(
     r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
     r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
@@ -26,30 +27,31 @@ VALUE = re.compile(
     r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)"
     r"|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
 )
-# W&B's older keys are 40 hexadecimal digits, Comet's 25 letters and digits: nowhere but in these
-# sections would that be no name or checksum.
+# W&B's older keys are 40 hexadecimal digits, Comet's 25 letters and digits. Outside of these
+# sections such a text may be a name or a checksum.
 BARE_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{25,}")
 TRACKER_SECTIONS = ("trackers.", "wandb.", "comet.")
 REDACTED = "[redacted]"
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a credential."""
+    """The text with credentials replaced by ``[redacted]``."""
     return VALUE.sub(REDACTED, text)
 
 
 def is_credential_name(name: str) -> bool:
-    """Whether a variable of this name may hold a credential; rather once too often."""
+    """Whether a variable of this name may hold a credential; prefers false positives."""
     return re.search(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|JWT|COOKIE", name, re.I) is not None
 
 
 def refuse_credentials(content: Any, origin: str) -> None:
-    """Refuse a nested mapping that holds what looks like a credential.
+    """Refuse a nested mapping with a text that looks like a credential.
 
     Raises:
-        ConfigError: naming the credential's place and not its value.
+        ConfigError: with the credential's path, never its value.
     """
     for path, name, value in _texts(content, ""):
+        # Bare keys count only below a tracker's section: elsewhere they may be checksums.
         in_tracker = path.startswith(TRACKER_SECTIONS) and BARE_KEY.fullmatch(value)
         if value and (NAME.search(name) or VALUE.search(value) or in_tracker):
             raise ConfigError(
@@ -60,7 +62,7 @@ def refuse_credentials(content: Any, origin: str) -> None:
 
 
 def _texts(content: Any, path: str, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted path, last name, text) of every text in nested mappings and lists."""
+    """(dotted path, last key, text) of every text in nested mappings and lists."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from _texts(value, f"{path}.{key}" if path else str(key), str(key))

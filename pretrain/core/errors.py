@@ -1,7 +1,7 @@
-"""Errors a user can fix, each with the exit code that the README documents.
+"""Errors that a user can fix, each with the exit code that the README documents.
 
-Every command ends through :func:`run_command`, so that a user sees one sentence and a code, and a
-programming error still shows its traceback.
+Every command ends through :func:`run_command`: a known error prints one sentence and sets the exit
+code, and a programming error still shows its traceback.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PeerLostError(PipelineError):
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """True for the errors by which gloo, NCCL and MPI report that another process is gone."""
+    """Whether this is how gloo, NCCL or MPI report that another process is gone."""
     text = str(error)
     signs = (
         "Connection closed by peer",
@@ -100,6 +100,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         logger.error("%s", error)
         code = error.exit_code
     except OSError as error:
+        # Other errors of the operating system are bugs of ours: they keep their traceback.
         if error.errno not in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -116,6 +117,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             file=sys.stderr,
         )
         code = IO_FAILED
+    # leave() does not return: it skips destructors that may hang.
     except KeyboardInterrupt as error:
         leave(f"interrupted: {error}" if str(error) else "interrupted")
     sys.stdout.flush()

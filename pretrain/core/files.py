@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 
 from pretrain.core.errors import ConfigError, StorageError
 
-# A decoded JSON object of another project's format (config.json, a tokenizer, a record of a corpus),
+# A decoded JSON object of another project's format (config.json, a tokenizer, a corpus' record),
 # whose keys only its reader knows. What this project writes itself has a typed record instead.
 JsonObject: TypeAlias = dict[str, Any]
 
 
 def fsync_path(path: Path) -> None:
-    """Brings a file's content, or the names inside a folder, to disk."""
+    """Flush a file's content, or the names inside a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,29 +28,34 @@ def fsync_path(path: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, brings it to disk, and gives it its name."""
+    """Write a file under a temporary name, flush it to disk, and rename it.
+
+    A crash leaves the old file or the new one, never a part.
+    """
     temporary = path.with_name(path.name + ".partial")
     try:
         temporary.write_bytes(data)
+        # Content before name: after a power loss a rename may survive that data has not.
         fsync_path(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    # The rename itself is a change of the folder.
     fsync_path(path.parent)
 
 
 def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
+    """A file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def only_writer(folder: Path, remedy: str) -> Iterator[None]:
-    """Create ``folder`` and hold it against other writers until the block or the process ends.
+    """Create ``folder`` and lock it against other writers until the block or the process ends.
 
     Args:
-        remedy: how to choose another folder, for the error's sentence.
+        remedy: how to choose another folder, for the error sentence.
 
     Raises:
         StorageError: if the folder cannot be created.
@@ -62,6 +67,7 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
         raise StorageError(
             f"cannot create the folder {folder}: {error.strerror}; {remedy}"
         ) from None
+    # The kernel releases a flock when the process dies, so no stale lock file can remain.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -77,10 +83,10 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def appearing_folder(output: Path) -> Iterator[Path]:
-    """Give an empty folder next to ``output`` that takes its name, synced, if the block succeeds.
+    """Provide an empty folder that takes the name ``output``, synced, if the block succeeds.
 
-    What ``output`` held before is deleted only after the new folder has its name. If the block
-    fails, the new folder is removed; what a killed process left behind is removed by the next one.
+    The previous ``output`` is deleted only after the new folder has its name. If the block fails,
+    the new folder is removed; the remains of a killed process are removed by the next one.
 
     Raises:
         ConfigError: if another process writes to ``output``.
@@ -91,6 +97,7 @@ def appearing_folder(output: Path) -> Iterator[Path]:
         _clear(temporary)
         try:
             yield temporary
+            # In reverse order, so that a folder is flushed after its entries.
             for path in sorted(temporary.rglob("*"), reverse=True):
                 fsync_path(path)
             fsync_path(temporary)
@@ -105,6 +112,7 @@ def _clear(folder: Path) -> None:
 
 
 def _take_name(new: Path, output: Path) -> None:
+    """Rename ``new`` to ``output``; a crash in between leaves the previous one as ``.earlier``."""
     earlier = output.parent / f".{output.name}.earlier"
     shutil.rmtree(earlier, ignore_errors=True)
     if output.exists():

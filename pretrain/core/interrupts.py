@@ -20,11 +20,10 @@ RUN_AGAIN = "run the same command again to continue"
 
 
 class _CtrlC:
-    """The handler: the first Ctrl-C unwinds the program, a second one does not wait for what the
-    first one tidies up.
+    """The handler: the first Ctrl-C unwinds the program, a second one ends it at once.
 
-    While a module is imported nothing is unwound: libraries take an exception there for something
-    else (NumPy's import then fails, or crashes the process), and there is nothing yet to tidy up.
+    While a module is imported nothing is unwound: libraries mistake the exception for another one
+    (NumPy's import then fails, or crashes the process), and there is nothing to tidy up yet.
     """
 
     def __init__(self) -> None:
@@ -48,29 +47,30 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def install() -> None:
-    """From now on Ctrl-C ends this process without a traceback, also while modules are imported.
-    Commands call it before anything else.
+    """From now on Ctrl-C ends this process without a traceback, also during imports.
 
-    A process that was started to ignore Ctrl-C (``nohup``, a shell's background job) still does.
+    Commands call it before anything else. A process that was started to ignore Ctrl-C (``nohup``, a
+    shell's background job) still ignores it.
     """
+    # Only Python's default is replaced: an ignored signal, or a handler of a host program, stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _CtrlC())
-    sys.excepthook, sys.unraisablehook = _uncaught, _swallowed
+    sys.excepthook = _uncaught
+    sys.unraisablehook = _swallowed
 
 
 def leave(sentence: str) -> NoReturn:
-    """Prints a sentence and ends the process at once: threads of native libraries are not waited
-    for, worker processes end with it.
+    """Print a sentence and end the process at once.
+
+    Threads of native libraries are not joined; worker processes end with it.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ):  # it is closed, or was interrupted while it was written to
+        # The stream is closed, or was interrupted during a write.
+        except (OSError, RuntimeError, ValueError):
             continue
+    # Unbuffered: a lock of sys.stderr may be held by the code that was interrupted.
     os.write(2, f"\n{sentence}; {RUN_AGAIN}.\n".encode())
     os._exit(INTERRUPTED)
 
@@ -90,13 +90,12 @@ def _swallowed(found: Any) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block; outside the main thread the block changes
-    nothing.
-    """
+    """Ctrl-C takes effect at the end of the block; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     seen: list[int] = []
+    # Python allows signal handlers in the main thread only.
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
         yield
@@ -108,10 +107,12 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def not_for_children() -> Iterator[None]:
-    """Processes that are started inside the block never see a Ctrl-C, which a terminal sends to all
-    of its processes: their parent ends them.
+    """Processes started inside the block never see a Ctrl-C; their parent ends them.
+
+    A terminal sends it to all of its processes.
     """
     with deferred():
+        # Children inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield
@@ -120,9 +121,7 @@ def not_for_children() -> Iterator[None]:
 
 
 def interruptible(function: Callable[[], Value]) -> Value:
-    """Calls a function of a native library, which does not look for a Ctrl-C, in a thread that
-    Ctrl-C does not wait for.
-    """
+    """Call a native library's function in a thread, so that Ctrl-C need not wait for it."""
     result: Future[Value] = Future()
 
     def run() -> None:
@@ -131,5 +130,6 @@ def interruptible(function: Callable[[], Value]) -> Value:
         except BaseException as error:
             result.set_exception(error)
 
+    # A daemon thread: the process may end while the native call still runs.
     threading.Thread(target=run, daemon=True).start()
     return result.result()

@@ -1,8 +1,8 @@
-"""Modules of the user that define further kinds of parts.
+"""User modules that define further kinds of components.
 
 Only names that the user gave are imported: by ``--plugin``, or in a recipe that was passed to a
-command. A checkpoint, a run or an export also says which plugins it was made with, but naming code
-is no reason to execute it.
+command. A checkpoint, a run or an export also names the plugins it was made with, but a name in a
+file is no reason to execute code.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pretrain.core.errors import ConfigError, PipelineError
+from pretrain.core.files import JsonObject
 
 MODULE_NAME = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
 
 
 class _Loaded:
-    """The plugins of this process, in the order in which they were imported."""
+    """The plugins of this process, in the order of their import."""
 
     names: list[str] = []
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import the modules that are not imported yet, so that the kinds that they define count from
-    here on.
+    """Import the modules that are not imported yet; their kinds count from here on.
 
     Raises:
         ConfigError: if a name is not that of a module, or its module cannot be imported.
@@ -35,6 +35,7 @@ def load_plugins(names: Iterable[str]) -> None:
     for name in names:
         if name in _Loaded.names:
             continue
+        # import_module would take "../x" for a relative import, with an error that helps nobody.
         if not MODULE_NAME.match(name):
             raise ConfigError(
                 f"the plugin '{name}' is not a module's name: write it as in 'import', such as "
@@ -44,20 +45,21 @@ def load_plugins(names: Iterable[str]) -> None:
             importlib.import_module(name)
         except PipelineError as error:
             raise ConfigError(f"the plugin '{name}': {error}") from None
+        # Foreign code: a module that calls sys.exit() must not end the command silently.
         except (Exception, SystemExit) as error:
             raise ConfigError(_why_not(name, error)) from error
         _Loaded.names.append(name)
 
 
 def loaded_plugins() -> tuple[str, ...]:
-    """Return the plugins of this process; a process that it starts needs the same ones."""
+    """The plugins of this process, which a process that it starts needs too."""
     return tuple(_Loaded.names)
 
 
-def add_loaded_plugins(content: dict[str, Any]) -> None:
-    """Add the plugins of this process to a recipe's mapping, so that what is saved is complete.
+def add_loaded_plugins(content: JsonObject) -> None:
+    """Add the plugins of this process to a recipe's mapping, so that a saved recipe is complete.
 
-    What is not a list of names stays as it is, to be refused with the rest of the recipe.
+    A value that is not a list of names is kept, and refused with the rest of the recipe.
     """
     named = content.get("plugins")
     if named is None or (isinstance(named, list) and plugins_in(content) == named):
@@ -67,26 +69,26 @@ def add_loaded_plugins(content: dict[str, Any]) -> None:
 
 
 def plugin_arguments() -> list[str]:
-    """Return the options that give this process's plugins to a command that it starts."""
+    """The options that pass this process's plugins to a command that it starts."""
     return [part for name in _Loaded.names for part in ("--plugin", name)]
 
 
 def plugins_in(content: Any) -> list[str]:
-    """Return the plugins that a recipe's mapping names.
+    """The plugins that a recipe's mapping names.
 
-    What is not a list of names is passed over here, and refused with the rest of the recipe.
+    A value that is not a list of names is ignored here, and refused with the rest of the recipe.
     """
     named = content.get("plugins") if isinstance(content, dict) else None
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def untrusted_plugins(content: Any) -> list[str]:
-    """Return those plugins of a recipe's mapping that nobody has asked this process to import."""
+    """The plugins of a recipe's mapping that the user has not asked this process to import."""
     return [name for name in plugins_in(content) if name not in _Loaded.names]
 
 
 def trust_remedy(names: Sequence[str]) -> str:
-    """Return how the user gives plugins that a saved recipe names, as the end of a sentence."""
+    """The end of an error sentence: how the user allows plugins that a saved recipe names."""
     options = " ".join(f"--plugin {name}" for name in names)
     return f"give {options} if you trust {'it' if len(names) == 1 else 'them'}"
 
@@ -104,7 +106,7 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 
 
 class _Import(argparse.Action):
-    """Imports at once: what is read after this option may be of the plugin's kinds."""
+    """Imports at once: options after this one may name the plugin's kinds."""
 
     def __call__(
         self,
@@ -118,8 +120,9 @@ class _Import(argparse.Action):
 
 
 def _why_not(name: str, error: BaseException) -> str:
-    # A module of the plugin's own path that is missing is the user's search path; any other one is
-    # the plugin's matter.
+    """The error sentence for a plugin that cannot be imported."""
+    # If the missing module is on the plugin's own path, the search path is wrong; any other missing
+    # module is the plugin's error.
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None and (name == missing or name.startswith(f"{missing}.")):
         return (

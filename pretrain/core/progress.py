@@ -1,5 +1,6 @@
-"""How far a long stage is: a bar on a terminal, a line now and then elsewhere, both with the rate
-of this stage alone.
+"""Progress of a long stage: a bar on a terminal, a line now and then elsewhere.
+
+Both show the rate of this stage alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ JUST_A_TITLE = "{desc} [{elapsed}]"
 
 
 class Tally:
-    """Documents and characters that were read so far, by all processes that share it.
+    """Documents and characters read so far, by all processes that share it.
 
     Args:
         shared: an array of two counters of :mod:`multiprocessing`; without it they are this
@@ -32,11 +33,13 @@ class Tally:
         self._counts: Any = [0, 0] if shared is None else shared.get_obj()
 
     def add(self, documents: int, characters: int) -> None:
+        """Count documents and their characters."""
         with self._lock:
             self._counts[0] += documents
             self._counts[1] += characters
 
     def read(self) -> tuple[int, int]:
+        """(documents, characters) counted so far."""
         with self._lock:
             return int(self._counts[0]), int(self._counts[1])
 
@@ -48,21 +51,23 @@ class _Current:
 
 
 def current_tally() -> Tally:
+    """The tally of this process."""
     return _Current.tally
 
 
 def use_tally(tally: Tally) -> None:
+    """Count into ``tally`` from now on."""
     _Current.tally = tally
 
 
 class Stage:
-    """One stage of a command on standard error, from its first moment on.
+    """One stage of a command, shown on standard error.
 
     Args:
-        show: without it nothing is printed.
-        total: of what :meth:`advance` counts; None where it is not known.
-        unit: of it; empty for a stage without steps.
-        initial: what an earlier run has done of it, which is no speed of this one.
+        show: if false, nothing is printed.
+        total: of what :meth:`advance` counts; None if it is not known.
+        unit: of ``total``; empty for a stage without steps.
+        initial: the part that an earlier run has done, which does not count in the rate.
         counts_documents: the rate is that of the documents which :func:`current_tally` counts
             inside the stage.
     """
@@ -76,13 +81,11 @@ class Stage:
         initial: int = 0,
         counts_documents: bool = False,
     ) -> None:
-        self.title, self.show, self.total, self.unit, self.initial = (
-            title,
-            show,
-            total,
-            unit,
-            initial,
-        )
+        self.title = title
+        self.show = show
+        self.total = total
+        self.unit = unit
+        self.initial = initial
         self.done: float = initial
         self._before = current_tally().read() if counts_documents else None
         self._ended = threading.Event()
@@ -94,6 +97,7 @@ class Stage:
             self._bar = self._open_bar() if self._is_terminal else None
             if self._bar is None:
                 self._print(self._size())
+            # A thread, so that a stage that blocks in native code still shows its time.
             self._thread = threading.Thread(target=self._keep_showing, daemon=True)
             self._thread.start()
         return self
@@ -116,14 +120,16 @@ class Stage:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the stage began."""
         return time.perf_counter() - self._started
 
     def advance(self, amount: float) -> None:
-        """So much more is done."""
+        """Count ``amount`` more units as done."""
         self.done += amount
 
     def rate(self) -> str:
-        """Return the mean speed of this stage: documents and characters, or its unit, a second."""
+        """The mean speed of this stage per second: documents and characters, or its unit."""
+        # The clock may not have advanced yet.
         seconds = self.seconds or 1.0
         if self._before is not None:
             documents, characters = (
@@ -155,20 +161,23 @@ class Stage:
         )
 
     def _open_bar(self) -> Any:
-        layout = BAR if self.total else WITHOUT_TOTAL if self.unit else JUST_A_TITLE
-        # A terminal may not know its size.
-        size = (
-            {} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80, "nrows": 20}
-        )
+        layout = BAR if self.total else WITHOUT_TOTAL
+        if not self.total and not self.unit:
+            layout = JUST_A_TITLE
+        # A terminal may not know its size, and tqdm would then print no bar.
+        knows_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0
         # Without smoothing the remaining time follows the mean rate since the start of this stage.
-        options: dict[str, Any] = {
-            "unit_scale": True,
-            "smoothing": 0,
-            "miniters": 0,
-            "bar_format": layout,
-            **size,
-        }
-        return tqdm(total=self.total, desc=self.title, initial=self.initial, **options)
+        return tqdm(
+            total=self.total,
+            desc=self.title,
+            initial=self.initial,
+            unit_scale=True,
+            smoothing=0,
+            miniters=0,
+            bar_format=layout,
+            ncols=None if knows_size else 80,
+            nrows=None if knows_size else 20,
+        )
 
     def _refresh(self, bar: Any) -> None:
         if self.total and not bar.total:

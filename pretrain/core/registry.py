@@ -25,7 +25,7 @@ Named = TypeVar("Named")
 
 
 class Component(Section):
-    """A section that stands for a class: ``implementation`` is its ``module:name``."""
+    """A section that configures a class: ``implementation`` is its ``module:name``."""
 
     implementation: ClassVar[str]
     if TYPE_CHECKING:
@@ -34,16 +34,17 @@ class Component(Section):
 
     @classmethod
     def implementing_class(cls) -> Any:
-        """Import what this kind stands for; files that need DeepSpeed are imported only here."""
+        """Import the class of this kind; files that need DeepSpeed are imported only here."""
         return resolve_name(cls.implementation)
 
 
 def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
-    """Return every class below ``family`` that has a ``kind`` of its own, in order of definition.
+    """Every class below ``family`` with its own ``kind``, in order of definition.
 
     Raises:
         ConfigError: if two of them have one name.
     """
+    # An inherited ``kind`` does not count: an intermediate class is no kind.
     found = tuple(kind for kind in _all_below(family) if "kind" in kind.__annotations__)
     owners: dict[str, type[Section]] = {}
     for kind in found:
@@ -54,7 +55,7 @@ def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
 
 
 def kind_name(kind: type[Section]) -> str:
-    """Return what a recipe writes as ``kind`` to get this class."""
+    """The ``kind`` by which a recipe chooses this class."""
     return _names_of(kind)[0]
 
 
@@ -63,12 +64,12 @@ def _names_of(kind: type[Section]) -> tuple[str, ...]:
 
 
 def kinds_by_name(family: type[Family]) -> dict[str, type[Family]]:
-    """Return the kinds of a family by what a recipe calls them, in order of definition."""
+    """The kinds of a family by their name in a recipe, in order of definition."""
     return {name: kind for kind in kinds_of(family) for name in _names_of(kind)}
 
 
 def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
-    """Return the classes below ``family`` that give themselves a ``name``, by it.
+    """The classes below ``family`` that define a ``name``, by it.
 
     These are kinds without a section in a recipe, such as export targets.
 
@@ -86,7 +87,7 @@ def classes_by_name(family: type[Named]) -> dict[str, type[Named]]:
 
 
 def _all_below(family: type[Named]) -> Iterator[type[Named]]:
-    """Every class below a family once, also one that has two parents in it."""
+    """Every class below a family once, even if it has two parents in it."""
 
     def walk(parent: type[Named]) -> Iterator[type[Named]]:
         for child in parent.__subclasses__():
@@ -101,6 +102,7 @@ def _same_name(family: type, name: str, *kinds: type) -> str:
     return f"two kinds of {family.__name__} are named '{name}': {places}; rename one of them"
 
 
+# Building a validator takes milliseconds, and a recipe has dozens of fields.
 @lru_cache(maxsize=128)
 def _union(kinds: tuple[type[Section], ...]) -> TypeAdapter[Any]:
     union: Any = reduce(or_, kinds)
@@ -115,7 +117,7 @@ class NameOf:
 
     @property
     def names(self) -> list[str]:
-        """What a recipe may write at this moment."""
+        """The names that are known at this moment."""
         return list(kinds_by_name(self.family))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -129,7 +131,7 @@ class NameOf:
         return core_schema.no_info_after_validator_function(known, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
-        """The names that are known when the JSON schema is asked for."""
+        """The names that are known when the JSON schema is requested."""
         return handler(schema) | {"enum": self.names}
 
 
@@ -137,12 +139,13 @@ class OneOf:
     """Marks a field that takes any kind of a family, as in ``Annotated[Router, OneOf()]``.
 
     The kinds are looked up whenever a value is validated, not when the field's class is defined:
-    what a plugin defines later counts as well. If ``kind`` is left out, it is the one that its
-    class gives as a default.
+    what a plugin defines later counts as well. If ``kind`` is left out, the class with a default
+    for it is chosen.
     """
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> Any:
         def validate(value: Any) -> Any:
+            # Looked up now, not at class definition: a plugin may have added kinds since.
             kinds = kinds_of(family)
             if not kinds:
                 tag = value.get("kind") if isinstance(value, dict) else value
@@ -158,13 +161,13 @@ class OneOf:
         return core_schema.no_info_plain_validator_function(validate, metadata={"one_of": family})
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
-        """The union of the kinds that are known when the JSON schema is asked for."""
+        """The union of the kinds that are known when the JSON schema is requested."""
         kinds = kinds_of(schema["metadata"]["one_of"])
         return handler(_union(kinds).core_schema) if kinds else {"not": {}}
 
 
 def _default(kinds: tuple[type[Section], ...]) -> Any:
-    """The name of the kind that holds if a recipe leaves ``kind`` out; None if it may not.
+    """The kind to use if a recipe leaves ``kind`` out; None if it must not.
 
     Raises:
         ConfigError: if there are two, of which a plugin's would change what recipes mean.

@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of."""
+"""The base class of every section of a recipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Effect(Enum):
-    """What changing a field of the model does to a finished model; a mark in the field's type.
+    """The effect of changing a field of the model on a finished model; a mark in the field's type.
 
-    A field without a mark has that of the section it belongs to, and at the top ``MEANING``: a new
-    field is compared until it is named as an exception.
+    A field without a mark has that of its section, and at the top ``MEANING``: a new field is
+    compared until it is declared an exception.
     """
 
     NONE = (
@@ -35,11 +35,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        # Fields may be named model_...: pydantic reserves that prefix for its own methods.
         protected_namespaces=(),
+        # pydantic does not check defaults by default.
         validate_default=True,
+        # YAML reads .inf and .nan as floats; a learning rate of NaN would only show in training.
         allow_inf_nan=False,
     )
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """Whether weights trained with ``other`` in this kind's place keep their meaning."""
+        """Whether weights that were trained with ``other`` keep their meaning under this kind."""
         return False

@@ -1,6 +1,6 @@
-"""Where the files are that come with the code: recipes, ds_configs, tools and launchers.
+"""Paths of the files that come with the code: recipes, ds_configs, tools and launchers.
 
-A checkout has the last three as folders of its root, where a user looks for them. A wheel has them
+A checkout has the last three as folders of its root, where users look for them. A wheel has them
 inside the package (``setup.py``), because a top-level name such as ``tools`` belongs to no project.
 """
 
@@ -31,11 +31,11 @@ def ds_config_names() -> list[str]:
 
 
 def ds_config_path(name_or_path: str) -> Path:
-    """The shipped ds_config of that name (``zero1``), or else a file of the user's."""
+    """The shipped ds_config with this name (``zero1``), otherwise a file of the user's."""
     is_shipped = name_or_path in ds_config_names()
     return DS_CONFIGS / f"{name_or_path}.json" if is_shipped else Path(name_or_path)
 
 
 def shown(path: Path) -> str:
-    """A shipped script as a user of a checkout types it; its whole path if there is no checkout."""
+    """A shipped script as a user of a checkout types it; its whole path without a checkout."""
     return str(path if CHECKOUT is None else path.relative_to(CHECKOUT))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave."""
+"""Ctrl-C and SIGTERM as a request to finish the step, save, and exit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from types import FrameType
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGUSR1. A second Ctrl-C interrupts at once."""
+    """Set by SIGINT, SIGTERM or SIGUSR1; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def install(self) -> None:
+        """Handle the three signals from now on; only possible in the main thread."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 

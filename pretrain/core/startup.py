@@ -1,4 +1,4 @@
-"""The first thing that a command does, before its slow imports."""
+"""The first steps of a command, before its slow imports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pretrain.core.shipped import CHECKOUT
 
 
 def prepare() -> None:
-    """Make Ctrl-C end the process with one sentence, and leave standard output to the command's own
-    results.
+    """Make Ctrl-C end the process cleanly, and keep standard output for the command's results.
 
     A command calls it between its first import and the slow ones: torch and DeepSpeed take seconds
     to import, and DeepSpeed already writes to standard output meanwhile.
@@ -24,7 +23,7 @@ def prepare() -> None:
 
 
 def refuse_other_checkout() -> None:
-    """End a script of a checkout whose environment would run the code of another one.
+    """Exit if the environment would run the code of another checkout than the script's.
 
     An editable install knows one checkout. A second one with the same environment would otherwise
     silently run the first one's code.
@@ -41,8 +40,7 @@ def refuse_other_checkout() -> None:
 
 
 def quiet_libraries() -> None:
-    """Send what DeepSpeed, torch and others report to the root logger, which is a run's
-    ``log.txt``.
+    """Send library logs (DeepSpeed, torch) to the root logger, which is a run's ``log.txt``.
 
     A second call changes nothing.
     """
@@ -51,13 +49,14 @@ def quiet_libraries() -> None:
     # handler, so it works whether it is added before or after that import.
     logging.getLogger("DeepSpeed").addFilter(_to_root_logger)
     root = logging.getLogger()
-    if not root.handlers:  # without any handler, Python prints warnings to standard error
+    # Without any handler, Python prints warnings to standard error.
+    if not root.handlers:
         root.addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _to_root_logger(record: logging.LogRecord) -> bool:
-    # By another name than DeepSpeed's own: a logger below "DeepSpeed" would come back to this
+    # Under another name than DeepSpeed's own: a logger below "DeepSpeed" would come back to this
     # filter.
     logging.getLogger("deepspeed").handle(record)
     return False

@@ -1,1 +1,1 @@
-"""DeepSpeed's engine, driven step by step."""
+"""One optimizer step on DeepSpeed's engine, and what it needs around it."""

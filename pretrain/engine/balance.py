@@ -28,9 +28,10 @@ class BalanceBiases(StepHook):
         """Move the biases of every rank's copy alike; a skipped step moves none."""
         if update.router is None or not update.applied or update.balance_rate <= 0:
             return
-        # The reduction works in place, and these counts belong to the step's result, which is
-        # reduced later.
+        # Cloned: the reduction works in place, and these counts belong to the step's result, which
+        # is reduced later.
         loads_LE = self._topology.all_reduce_sum(update.router.counts_LE.clone())
+        # Modules in the order of their layers, as the statistics are stacked.
         for router, load_E in zip(self._routers, loads_LE, strict=True):
             if self._frozen is None or id(router.gate.weight) not in self._frozen.ids:
                 router.move_balance_bias(load_E, update.balance_rate)

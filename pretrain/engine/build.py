@@ -1,4 +1,4 @@
-"""The parts of an engine, each made by one function."""
+"""The parts of an engine, one function for each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import distributed, nn
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import expert_shards
+from pretrain.core.files import JsonObject
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
@@ -25,13 +26,13 @@ from pretrain.model.init import initialize
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.matrix_shards import MatrixOptimizer
 
-# Fills a model that has part i of n of the experts: model, i, n.
+# Fills a model that holds part i of n of the experts: (model, i, n).
 WeightLoader = Callable[[DecoderLM, int, int], None]
 
 
 @dataclass(frozen=True)
 class ExpertShard:
-    """Which part of all experts this rank holds, of how many."""
+    """The part of all experts that this rank holds: ``part`` (from 0) of ``parts``."""
 
     part: int
     parts: int
@@ -40,6 +41,7 @@ class ExpertShard:
 def expert_shard(recipe: Recipe, topology: Topology, zero_stage: int) -> ExpertShard:
     """This rank's part of the experts: neighbouring ranks hold different ones."""
     parts = expert_shards(recipe, topology.world_size, zero_stage)
+    # DeepSpeed's expert-parallel groups are neighbouring ranks: rank modulo group size is the part.
     return ExpertShard(topology.rank % parts, parts)
 
 
@@ -50,7 +52,7 @@ def build_model(
     device: torch.device,
     load_weights: WeightLoader | None,
 ) -> DecoderLM:
-    """The model with its first weights, in fp32 on the host.
+    """The model with its initial weights, in fp32 on the host.
 
     DeepSpeed casts it, keeps fp32 master weights, and moves it to the device.
 
@@ -61,6 +63,7 @@ def build_model(
     initialize(model, recipe.seed)
     if load_weights is not None:
         load_weights(model, shard.part, shard.parts)
+    # After the weights: converted layers keep their parameters and names.
     if precision == "fp8":
         convert_linears(model, device)
     return model
@@ -69,7 +72,7 @@ def build_model(
 def frozen_names(
     model: nn.Module, config: ModelConfig, phases: Sequence[PhaseConfig]
 ) -> dict[int, set[str]]:
-    """Names of the parameters that each phase freezes, by the number of the phase (from 1).
+    """Names of the parameters that each phase freezes, by the phase's number (from 1).
 
     Raises:
         ConfigError: if a phase freezes what the model does not have.
@@ -85,31 +88,33 @@ def frozen_names(
 def start_deepspeed(
     model: DecoderLM,
     optimizer: torch.optim.Optimizer,
-    ds_config: dict[str, Any],
+    ds_config: JsonObject,
     precision: str,
     device: torch.device,
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine around a model, and its optimizer around ours. Every rank must call it."""
+    """DeepSpeed's engine around a model, and its optimizer around ours.
+
+    Every rank must call it.
+    """
     zero_stage = stage_of(ds_config)
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )
+    # DeepSpeed has touched the optimizer's state by now, and has cut parameters into partitions.
     forget_first_step(wrapped, zero_stage, precision)
     if isinstance(optimizer, MatrixOptimizer):
         give_shards(wrapped, optimizer, zero_stage, device)
     return engine, wrapped
 
 
-def stage_of(ds_config: dict[str, Any]) -> int:
+def stage_of(ds_config: JsonObject) -> int:
     """The ZeRO stage of a resolved ds_config."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def expert_group(topology: Topology) -> distributed.ProcessGroup | None:
-    """The ranks that share one set of experts of DeepSpeed's layers.
-
-    None if each rank holds them all.
-    """
+    """The ranks that share one set of experts of DeepSpeed's layers; None if each rank has all."""
     if topology.ep_size == 1:
         return None
+    # Created by DeepSpeed when it met the first expert-parallel layer, under this name.
     return groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")

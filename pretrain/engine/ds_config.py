@@ -1,7 +1,4 @@
-"""DeepSpeed's configuration: the file's own policy plus what the recipe owns.
-
-A number has one owner.
-"""
+"""DeepSpeed's configuration: the file's policy, and what the recipe owns; one owner per value."""
 
 from __future__ import annotations
 
@@ -11,18 +8,19 @@ from typing import Any
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.core.shipped import ds_config_names, ds_config_path
 from pretrain.engine.workarounds.bf16_overflow_check import OVERFLOW_CHECK
 from pretrain.engine.workarounds.gradient_dtype import check_gradient_dtype
 from pretrain.engine.workarounds.untested_optimizers import ALLOW_ANY_OPTIMIZER
 
 AUTO = "auto"
-# Sections that would build what the recipe builds -> the recipe's section.
+# Section of the ds_config that would build what the recipe builds -> the recipe's section.
 OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule"}
 
 
-def read_ds_config(path: str) -> dict[str, Any]:
-    """The JSON object in ``path``, or in the shipped file of that name.
+def read_ds_config(path: str) -> JsonObject:
+    """The JSON object in the file ``path``, or in the shipped ds_config of that name.
 
     Raises:
         ConfigError: if the file is missing, is not a JSON object, or holds a credential.
@@ -42,7 +40,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     return content
 
 
-def zero_stage_of(ds_config: dict[str, Any], origin: str) -> int:
+def zero_stage_of(ds_config: JsonObject, origin: str) -> int:
     """The ZeRO stage that a ds_config asks for.
 
     Raises:
@@ -55,22 +53,23 @@ def zero_stage_of(ds_config: dict[str, Any], origin: str) -> int:
 
 
 def resolve_ds_config(
-    ds_config: dict[str, Any],
+    ds_config: JsonObject,
     origin: str,
     recipe: Recipe,
     precision: str,
     accumulation_steps: int,
     world_size: int,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Fill what the recipe owns into a copy of ``ds_config``.
 
     Args:
-        origin: of the ds_config, for sentences.
+        origin: of the ds_config, for error sentences.
 
     Raises:
-        ConfigError: if the file gives a value of its own to a key that the recipe owns; the
-            sentence names both places.
+        ConfigError: if the file sets a key that the recipe owns to another value; the sentence
+            names both places.
     """
+    # A deep copy; the caller's object stays as the file has it.
     resolved = json.loads(json.dumps(ds_config))
     for name, owner in OWNED_SECTIONS.items():
         if resolved.pop(name, AUTO) != AUTO:
@@ -79,21 +78,23 @@ def resolve_ds_config(
                 'remove it from the file or write "auto"'
             )
     owned = _owned_by_recipe(recipe, precision, accumulation_steps, world_size)
+    # The last key of a path is the value's; sections above it are created if the file lacks them.
     for keys, (value, owner) in owned.items():
         section = resolved
         for key in keys[:-1]:
             section = section.setdefault(key, {})
-        given = section.get(keys[-1], AUTO)
-        if given != AUTO and given != value:
+        in_file = section.get(keys[-1], AUTO)
+        if in_file != AUTO and in_file != value:
             raise ConfigError(
-                f"{origin}: '{'.'.join(keys)}' is {given!r}, but the recipe's {owner} says "
+                f"{origin}: '{'.'.join(keys)}' is {in_file!r}, but the recipe's {owner} says "
                 f'{value!r}: write "auto" in the file'
             )
         section[keys[-1]] = value
     _check_gradients(resolved, origin, precision)
     resolved |= ALLOW_ANY_OPTIMIZER
+    # DeepSpeed's own progress lines would interrupt ours.
     resolved.setdefault("steps_per_print", 10**9)
-    # Averages are formed after the sum: dividing first would round differently for each world size.
+    # Gradients are divided after the sum: dividing first rounds differently for each world size.
     resolved.setdefault("prescale_gradients", False)
     if zero_stage_of(resolved, origin) == 0:
         # We clip there ourselves, see pretrain/engine/workarounds/stage0_gradient_norm.py.
@@ -104,10 +105,11 @@ def resolve_ds_config(
 def _owned_by_recipe(
     recipe: Recipe, precision: str, accumulation_steps: int, world_size: int
 ) -> dict[tuple[str, ...], tuple[Any, str]]:
-    """Key in the ds_config -> (value, the recipe's field that owns it)."""
+    """Key in the ds_config, as a path -> (value, the recipe's field that owns it)."""
     train = recipe.train
     owned: dict[tuple[str, ...], tuple[Any, str]] = {}
-    if precision in ("bf16", "fp8"):  # DeepSpeed's bf16 mode is on for both
+    # In fp8 weights and gradients are bf16 too: only the products of linear layers are narrower.
+    if precision in ("bf16", "fp8"):
         owned[OVERFLOW_CHECK] = (True, "guards.non_finite")
     return owned | {
         ("train_batch_size",): (train.global_batch_size, "train.global_batch_size"),
@@ -125,8 +127,8 @@ def _owned_by_recipe(
     }
 
 
-def _check_gradients(ds_config: dict[str, Any], origin: str, precision: str) -> None:
-    """Refuse what would leave a step without the gradient norm that clipping and guards look at."""
+def _check_gradients(ds_config: JsonObject, origin: str, precision: str) -> None:
+    """Refuse settings without the gradient norm that clipping and guards need."""
     if ds_config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
         raise ConfigError(
             f"{origin}: zero_optimization.compute_grad_norm must stay true, "

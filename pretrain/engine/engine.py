@@ -1,15 +1,15 @@
-"""One training step on DeepSpeed's engine, right for every ZeRO stage, world size and ep_size."""
+"""One training step on DeepSpeed's engine, correct at every ZeRO stage, world size and ep_size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 
 from data_pipeline.loading.batch import Batch
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase
+from pretrain.core.files import JsonObject
 from pretrain.engine.balance import BalanceBiases
 from pretrain.engine.build import (
     WeightLoader,
@@ -64,7 +64,7 @@ class Engine:
     def __init__(
         self,
         recipe: Recipe,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         precision: str,
         topology: Topology,
         load_weights: WeightLoader | None = None,
@@ -75,14 +75,16 @@ class Engine:
         self.precision = precision
         self.zero_stage = stage_of(ds_config)
         set_matmul_precision(recipe.train.tf32)
+        # The order below matters: tables leave the model before DeepSpeed sees its parameters, and
+        # all hooks are attached after DeepSpeed has built its optimizer.
         shard = expert_shard(recipe, topology, self.zero_stage)
         self.expert_part = shard.part
         self.expert_parts = shard.parts
         self.model = build_model(recipe, precision, shard, topology.device, load_weights)
         self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
-        # What is drawn while training (dropout, router noise) differs between ranks; checkpoints
-        # carry the state.
+        # Weights are drawn from named streams, so only dropout and router noise use this seed. They
+        # must differ between ranks; checkpoints carry the generator's state.
         torch.manual_seed(recipe.seed + topology.rank)
         optimizer = build_optimizer(
             parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
@@ -106,11 +108,10 @@ class Engine:
         self._hooks = self._build_hooks()
 
     def _build_hooks(self) -> Sequence[StepHook]:
-        """What a step has beyond DeepSpeed's own.
-
-        The veto must wrap a norm that has the tables in it.
-        """
+        """The parts of a step that DeepSpeed does not have, in the order they run."""
         max_norm = self.recipe.train.grad_clip
+        # Every hook below patches DeepSpeed's gradient norm. The tables come first: the veto must
+        # see the norm of the whole model.
         tables: list[ExpertTablesStep] = []
         if self.sparse_optimizer is not None:
             peak = self._peak_learning_rates["matrix"]
@@ -129,6 +130,8 @@ class Engine:
         if self.zero_stage == 0:
             self._stage0 = Stage0Clipping(
                 model=self.model,
+                # PEER's experts are no parameters of the model any more, so none is counted as an
+                # expert here.
                 expert_group=None if tables else expert_group(self.topology),
                 max_norm=max_norm,
                 precision=self.precision,
@@ -141,7 +144,7 @@ class Engine:
         return [*tables, *stage0, self.usage, balance]
 
     def enter(self, phase: Phase) -> None:
-        """Make the following steps those of a phase: batch sizes, positions, frozen parameters.
+        """Start a phase: its batch sizes, positions and frozen parameters hold for the next steps.
 
         To be called between two steps, and again after a checkpoint was loaded.
         """
@@ -155,6 +158,8 @@ class Engine:
         )
         model = phase.recipe.model
         if model.position != before.model.position:
+            # A phase keeps the kind and changes its options; learned positions have none, so no
+            # trained tensor is replaced here.
             self.model.config = model
             self.model.position = model.position.implementing_class()(model)
         frozen = self._frozen_names.get(phase.number, set())
@@ -183,13 +188,15 @@ class Engine:
             balance_rate: how far the routers' balancing biases move after the step, if they have
                 any.
             should_skip: is asked before the update, on every rank alike, if the gradient is finite.
-                It costs one small all-reduce a step.
-            after_backward: is called with the number of each micro batch when its local gradients
-                are there.
+                It costs one small all-reduce per step.
+            after_backward: is called with the index of each micro batch when its local gradients
+                exist.
         """
         self._set_learning_rates(learning_rate_factor)
         self.deepspeed.train()
         batches = [batch.to(self.topology.device) for batch in micro_batches]
+        # One divisor for all micro batches: a mean per micro batch would weigh tokens by how many
+        # others theirs holds.
         normalizer = self._tokens_per_micro_batch(batches)
         fractions_LE = self._global_fractions(batches, normalizer)
         totals = StepTotals(self._num_losses(), len(batches), self.topology.device)
@@ -200,13 +207,14 @@ class Engine:
             if after_backward is not None:
                 after_backward(number)
             totals.add_losses(output, normalizer)
-            # DeepSpeed reduces gradients in the backward pass of the last micro batch and updates
-            # in its step.
+            # DeepSpeed counts micro batches: it reduces gradients in the backward pass of the last
+            # one and updates in its step(), which only advances the count before.
             if number == len(batches) - 1:
                 for hook in self._hooks:
                     hook.before_update()
             self.deepspeed.step()
             totals.add_router(output)
+        # At stage 0 in fp32 DeepSpeed reports a step on withheld gradients as applied.
         applied = self.deepspeed.was_step_applied() and not self.veto.withheld
         update = Update(
             self._grad_norm(), applied, learning_rate_factor, balance_rate, totals.router
@@ -225,11 +233,12 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed negative log-likelihood in nats and counted tokens over all ranks' batches.
+        """Summed negative log-likelihood in nats and counted tokens, over all ranks' batches.
 
-        Every rank must pass as many batches.
+        Every rank must pass equally many batches: experts are exchanged in each forward pass.
         """
         self.deepspeed.eval()
+        # fp64: a sum of millions of fp32 losses would lose digits.
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             output = self._forward(batch.to(self.topology.device), 1.0)
@@ -239,7 +248,7 @@ class Engine:
         return nll, int(tokens)
 
     def learning_rate(self) -> float:
-        """The learning rate of matrices in the last step, at their base widths."""
+        """The learning rate of matrices in the last step, at muP's base width."""
         return next(
             float(group["lr"]) / learning_rate_scale(group)
             for group in self.optimizer.param_groups
@@ -247,9 +256,9 @@ class Engine:
         )
 
     def weights_are_finite(self) -> bool:
-        """Whether all weights are finite, the same on every rank.
+        """Whether all weights are finite; the same result on every rank.
 
-        Of a weight that ZeRO 3 has partitioned, each rank looks at its own part.
+        Each rank checks its own part of a weight that ZeRO stage 3 has partitioned.
         """
         parts = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters()]
         finite = all(bool(part.isfinite().all()) for part in parts)
@@ -258,29 +267,35 @@ class Engine:
         return not self.topology.any_rank(not finite)
 
     def _set_learning_rates(self, factor: float) -> None:
+        """Set each group's rate: the schedule is ours, DeepSpeed has no scheduler."""
         for group in self.optimizer.param_groups:
             peak = self._peak_learning_rates[group["role"]]
             group["lr"] = peak * learning_rate_scale(group) * factor
 
     def _begin_veto(self, should_skip: ShouldSkip | None, totals: StepTotals) -> None:
+        """Give the veto of this step its question, over the means of all ranks."""
         if should_skip is None:
             self.veto.begin(None)
             return
 
+        # Runs between the last backward pass and the update, when the totals are complete.
         def refuses(norm: float) -> bool:
             return should_skip(*self._over_ranks(totals.losses.cross_entropy, norm))
 
         self.veto.begin(refuses)
 
     def _over_ranks(self, loss: torch.Tensor, norm: float) -> tuple[float, float]:
-        """The mean loss of all ranks, and the norm; to the last bit the same on every rank."""
+        """The mean loss of all ranks, and the norm; equal to the last bit on every rank.
+
+        A decision that differed between ranks would leave some of them waiting in a collective.
+        """
         values = torch.stack((loss, torch.full_like(loss, norm)))
         means = self.topology.all_reduce_sum(values) / self.topology.world_size
         loss_mean, norm_mean = means.tolist()
         return loss_mean, norm_mean
 
     def _grad_norm(self) -> float:
-        """The norm of the step that is done; DeepSpeed has none of a refused gradient."""
+        """The norm of the finished step before clipping; DeepSpeed has none if it was refused."""
         if self.veto.refused:
             return self.veto.norm
         if self._stage0 is not None and self._stage0.norm is not None:
@@ -288,6 +303,7 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
     def _num_losses(self) -> int:
+        """Losses per step: see ``StepLosses.packed``."""
         return 2 if self.recipe.model.multi_token_prediction is None else 3
 
     def _forward(
@@ -307,7 +323,7 @@ class Engine:
         return output
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
-        """Counted tokens of the global batch / its micro batches, the divisor of each of them."""
+        """Counted tokens of the global batch / its micro batches: the divisor of each of them."""
         sizes = self.phase_recipe.train
         if not self.recipe.data.leaves_out_labels:
             return float(sizes.micro_batch_size * sizes.sequence_length)
@@ -319,10 +335,10 @@ class Engine:
     def _global_fractions(
         self, batches: list[Batch], normalizer: torch.Tensor | float
     ) -> torch.Tensor | None:
-        """f_e over the whole global batch, [L, E], by a forward pass over all of it.
+        """f_e over the whole global batch, [L, E], by one more forward pass over all of it.
 
-        The loss is linear in f, so counting first makes it exact under accumulation (Qiu et al.
-        2025, "Demons in the Detail").
+        The loss is linear in f, so counting first makes it exact under gradient accumulation (Qiu
+        et al. 2025, "Demons in the Detail").
         """
         moe = self.recipe.model.routing
         if moe is None or moe.balance_scope == "micro_batch":

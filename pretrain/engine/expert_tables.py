@@ -1,6 +1,6 @@
-"""Tables of many small experts (PEER), trained in parallel with DeepSpeed's engine.
+"""Tables of many small experts (PEER), trained in parallel to DeepSpeed's engine.
 
-DeepSpeed would give the tables dense gradients and, in its checkpoints, a file an expert.
+DeepSpeed would give the tables dense gradients and, in its checkpoints, one file per expert.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import distributed
 
 from pretrain.config.recipe import Recipe
 from pretrain.engine.loss_scale import LossScale
-from pretrain.engine.sparse_optimizer import RowGroups, SparseOptimizer
+from pretrain.engine.sparse_optimizer import SparseOptimizer, TableGroups
 from pretrain.engine.step_hooks import StepHook, Update
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
@@ -26,9 +26,7 @@ def take_expert_tables(
 ) -> SparseOptimizer | None:
     """Take the tables of a PEER model out of its parameters, before DeepSpeed sees them.
 
-    None for other models.
-
-    Every rank must call it.
+    None for other models. Every rank must call it, because it makes process groups.
 
     Args:
         shards: parts that the experts are split into.
@@ -44,16 +42,17 @@ def take_expert_tables(
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             layer.share_experts(neighbours, topology.device)
+    # torch's collectives need no group for a single process.
     everyone = distributed.group.WORLD if topology.world_size > 1 else None
-    config = recipe.optimizer.row_optimizer
+    config = recipe.optimizer.sparse_optimizer
     assert config is not None
-    groups = RowGroups(replicas, everyone)
+    groups = TableGroups(replicas, everyone)
     kernel = recipe.model.moe.table_kernel
     return SparseOptimizer(tables, config, groups, kernel, topology.device)
 
 
 class ExpertTablesStep(StepHook):
-    """The tables' part of a step, with the norms by running statistics that move in the same steps.
+    """The tables' part of a step, and the running statistics that move in the same steps.
 
     Args:
         peak_learning_rate: of matrices.
@@ -83,7 +82,7 @@ class ExpertTablesStep(StepHook):
         self.norm = torch.zeros(())
 
     def before_update(self) -> None:
-        """Reduce the tables' gradients, whose norm counts in that of the whole model."""
+        """Reduce the tables' gradients, whose norm is part of the whole model's."""
         self.norm = self._tables.reduce(self._loss_scale.value())
 
     def after_update(self, update: Update) -> None:
@@ -94,9 +93,12 @@ class ExpertTablesStep(StepHook):
         if update.applied and math.isfinite(update.grad_norm):
             factor = 1.0
             if self._max_norm > 0:
+                # DeepSpeed's own formula, 1e-6 included: tables and dense weights must shrink
+                # alike.
                 factor = 1.0 / max(1.0, (update.grad_norm + 1e-6) / self._max_norm)
             self._tables.step(self._peak_learning_rate * update.learning_rate_factor, factor)
         else:
+            # The collected gradients belong to the skipped step and must not leak into the next.
             self._tables.discard()
         for statistics in self._statistics:
             if update.applied:
@@ -108,7 +110,7 @@ class ExpertTablesStep(StepHook):
 def _groups(
     topology: Topology, shards: int
 ) -> tuple[distributed.ProcessGroup | None, distributed.ProcessGroup | None]:
-    """This rank's groups: ranks that share one set of experts, and ranks with the same experts.
+    """This rank's two groups: ranks that share one set of experts, and ranks with the same experts.
 
     The former are neighbours, as in DeepSpeed's expert-parallel groups. A group of one rank is
     None.
@@ -120,9 +122,9 @@ def _groups(
 
 
 def _own_group(ranks_of: list[list[int]], rank: int) -> distributed.ProcessGroup | None:
-    """Make a group of each list of ranks, and return the one with ``rank`` in it."""
+    """Create a group per list of ranks, and return the one with ``rank`` in it."""
     if len(ranks_of[0]) == 1:
         return None
-    # torch requires that every rank makes every group, in the same order, also those it is not in.
+    # torch requires that every rank creates every group, in the same order, also those without it.
     groups = [distributed.new_group(ranks) for ranks in ranks_of]
     return next(group for group, ranks in zip(groups, ranks_of, strict=True) if rank in ranks)

@@ -1,4 +1,4 @@
-"""The factor of fp16 losses, by which small gradients survive (Micikevicius et al. 2018)."""
+"""The fp16 loss scale, which keeps small gradients from underflowing (Micikevicius et al. 2018)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.engine.workarounds.stage0_fp16 import loss_scaler_of, scales_loss_
 class LossScale:
     """Reads and applies the loss scale, wherever DeepSpeed keeps it.
 
-    In other precisions than fp16 it is 1.
+    It is 1 in all other precisions.
 
     Args:
         optimizer: the one that ``deepspeed.initialize`` returned.
@@ -30,11 +30,11 @@ class LossScale:
         return float(self._scaler.cur_scale) if self._is_fp16 else 1.0
 
     def for_backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """What is differentiated.
+        """The value to differentiate.
 
-        If a loss is not finite, no gradient is: multiplying by one plus zero times the loss spreads
-        its NaN, and every ZeRO stage sees it and skips the step. Without it an infinite loss may
-        have a finite gradient.
+        If a loss is not finite, neither is any gradient: multiplying by one plus zero times the
+        loss spreads its NaN, so every ZeRO stage sees it and skips the step. Otherwise an infinite
+        loss may have a finite gradient.
         """
         loss = loss * (1.0 + 0.0 * loss.detach())
         if self._is_fp16 and not scales_loss_itself(self._zero_stage):
@@ -43,7 +43,7 @@ class LossScale:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Set the scale to 1 for what runs inside."""
+        """Set the scale to 1 inside the block."""
         if not self._is_fp16:
             yield
             return
@@ -57,5 +57,5 @@ class LossScale:
 
     @property
     def _scaler(self) -> Any:
-        # Looked up each time: loading a checkpoint gives the optimizer another object.
+        # Looked up each time: loading a checkpoint replaces the object.
         return loss_scaler_of(self._optimizer, self._zero_stage)

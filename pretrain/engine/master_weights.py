@@ -24,9 +24,9 @@ class MasterWeights:
         self._precision = precision
 
     def whole(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The whole weight of one parameter (this rank's experts for an expert's).
+        """The whole weight of one parameter, fp32 (of an expert parameter, this rank's experts).
 
-        Every rank must call it for the same parameters in the same order.
+        Every rank must call it for the same parameters in the same order: ZeRO gathers them.
         """
         if self._zero_stage == 0:
             masters = stage0_masters(self._optimizer, self._precision)
@@ -36,7 +36,7 @@ class MasterWeights:
         return full.detach()
 
     def local_part(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """What this rank's optimizer holds of a parameter, as a view; None if it holds nothing."""
+        """The part of a parameter in this rank's optimizer, as a view; None if there is none."""
         if self._zero_stage == 0:
             return stage0_masters(self._optimizer, self._precision).get(id(parameter), parameter)
         if self._zero_stage == 3:
@@ -44,5 +44,7 @@ class MasterWeights:
                 parameter, release_swap_buffers=False
             )[0]
             return part
+        # Stages 1 and 2: DeepSpeed links each bf16 parameter to its fragment of the flat fp32
+        # partition.
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else mapping.get_hp_fragment()

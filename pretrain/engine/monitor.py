@@ -1,8 +1,8 @@
 """DeepSpeed's monitor: the sections tensorboard, csv_monitor, wandb and comet of a ds_config.
 
-DeepSpeed's own MonitorMaster is made inside its engine and raises there, and in every step, what a
-service without a network raises. This one takes its place and cannot stop a training. A backend
-is open only if its section is enabled; ours enable TensorBoard alone, if the recipe does.
+DeepSpeed's own MonitorMaster is created inside its engine and raises there, and in every step, what
+a service without a network raises. This one replaces it and cannot stop a training. A backend is
+open only if its section is enabled; ours enable TensorBoard alone, if the recipe does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from deepspeed.monitor.wandb import WandbMonitor
 from tqdm import tqdm
 
 from pretrain.core.credentials import redact
+from pretrain.core.files import JsonObject
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def ask_nothing() -> None:
-    """Make ``wandb.init`` fail if it would ask for a key on the terminal.
+    """Make ``wandb.init`` fail instead of asking for a key on the terminal.
 
-    Its question would be below the progress bar, with every rank waiting for the answer.
+    Its question would be below the progress bar, with every rank waiting for the reply.
     """
     import wandb
 
@@ -51,30 +52,29 @@ BACKENDS: dict[str, Callable[[Any], Backend]] = {
     "wandb": wandb_without_questions,
     "comet": CometMonitor,
 }
-# DeepSpeed's engine counts samples. W&B refuses a step below an earlier one, so our records must
-# count the same there.
+# DeepSpeed's engine reports by samples. W&B refuses a step below an earlier one, so our records
+# must count samples there too.
 COUNT_SAMPLES = ("wandb", "comet")
 TENSORBOARD, VALIDATION = "tensorboard", "validation"
-# TensorBoard draws equal tags of several runs into one chart: the validation loss is written into a
-# run of its own below the training's, under the training loss's tag.
+# TensorBoard draws equal tags of several runs into one chart: the validation loss is written to a
+# separate run below the training's, under the training loss's tag.
 TRAIN_LOSS, VALIDATION_LOSS = "at_a_glance/1_loss", "at_a_glance/1_loss_validation"
 
 
-def without_monitors(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The ds_config that DeepSpeed's engine is made from."""
+def without_monitors(ds_config: JsonObject) -> JsonObject:
+    """The ds_config that DeepSpeed's engine is created with."""
     return {name: section for name, section in ds_config.items() if name not in BACKENDS}
 
 
 class Monitor:
-    """Takes the place of ``DeepSpeedEngine.monitor``; a backend that fails is reported once,
-    closed.
+    """Replaces ``DeepSpeedEngine.monitor``; a backend that fails is reported once and closed.
 
     Args:
         writes: whether this process is rank 0; others have no backends.
         samples: how many samples the engine has seen.
     """
 
-    def __init__(self, ds_config: dict[str, Any], writes: bool, samples: Callable[[], int]) -> None:
+    def __init__(self, ds_config: JsonObject, writes: bool, samples: Callable[[], int]) -> None:
         self._samples = samples
         self._backends: dict[str, Backend] = {}
         if not writes:
@@ -91,11 +91,11 @@ class Monitor:
 
     @property
     def summary_writer(self) -> SummaryWriter | None:
-        """TensorBoard's, for what is no scalar; None without TensorBoard."""
+        """TensorBoard's writer, for images and histograms; None without TensorBoard."""
         return self._writer(TENSORBOARD)
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
-        """Write what DeepSpeed's engine reports by itself: (tag, value, samples).
+        """Write what DeepSpeed's engine reports on its own: (tag, value, samples).
 
         TensorBoard gets none of it: the learning rate and the loss scale are in our records, by
         step.
@@ -103,9 +103,10 @@ class Monitor:
         for name, backend in self._but_tensorboard():
             self._try(name, partial(backend.write_events, events))
 
-    def write_row(self, events: Sequence[tuple[str, float]], step: int) -> None:
-        """Write the values of one step: by step if the backend can, else by samples."""
+    def write_record(self, events: Sequence[tuple[str, float]], step: int) -> None:
+        """Write the values of one step, by step if the backend can, else by samples."""
         for name, backend in self._but_tensorboard():
+            # These backends are shared with DeepSpeed's engine, which writes by samples.
             x = self._samples() if name in COUNT_SAMPLES else step
             placed = [(tag, value, x) for tag, value in events]
             self._try(name, partial(backend.write_events, placed))
@@ -116,7 +117,7 @@ class Monitor:
                 self._try(name, partial(backend.write_events, placed))
 
     def begin_after(self, step: int) -> None:
-        """Hide what TensorBoard has of later steps, which are taken again. The others keep both."""
+        """Hide TensorBoard's events of later steps, which are repeated; the others keep both."""
         for name in (TENSORBOARD, VALIDATION):
             if (writer := self._writer(name)) is not None:
                 self._try(name, partial(_begin_session, writer, step + 1))
@@ -124,6 +125,7 @@ class Monitor:
     def _open(self, name: str, section: Any) -> None:
         self._backends[name] = BACKENDS[name](section)
         if name == TENSORBOARD:
+            # The separate run for the validation loss, see TRAIN_LOSS.
             below = section.model_copy(update={"job_name": f"{section.job_name}/{VALIDATION}"})
             self._backends[VALIDATION] = TensorBoardMonitor(below)
 
@@ -139,9 +141,11 @@ class Monitor:
         ]
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
+        """Run an action of a backend; if it fails, warn once and close the backend."""
         try:
             action()
-        except Exception as error:  # of any service, of any kind
+        # Any service may raise anything, and none of it is worth a training.
+        except Exception as error:
             self._backends.pop(name, None)
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             logger.warning("the ds_config's '%s' failed: %s", name, reason)
@@ -153,7 +157,7 @@ class Monitor:
 
 
 def _begin_session(writer: SummaryWriter, first: int) -> None:
-    """Write TensorBoard's mark of a restart: what the folder has from ``first`` on is hidden."""
+    """Write TensorBoard's mark of a restart: events from ``first`` on are hidden."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     writer._get_file_writer().add_event(

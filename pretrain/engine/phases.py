@@ -1,4 +1,4 @@
-"""Parameters that stay as they are during a phase of a run."""
+"""Parameters that a phase of a run keeps unchanged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FrozenParameters:
-    """Keeps some parameters as they are, at every ZeRO stage and under any optimizer.
+    """Keeps some parameters unchanged, at every ZeRO stage and under any optimizer.
 
-    Their gradients are zero before DeepSpeed sees them, so that the norm, and with it clipping, is
-    that of the others. An optimizer would still move them, by weight decay and by moments: each of
-    its steps puts the fp32 weights back, from which DeepSpeed makes its copies. The parameter
-    groups stay as they are, and with them what a checkpoint holds: the moments fade meanwhile and
-    continue when training does.
+    Their gradients are zeroed before DeepSpeed sees them, so the norm, and with it clipping, is
+    that of the other parameters. An optimizer would still move them, by weight decay and by
+    moments, so after each of its steps the fp32 weights, from which DeepSpeed makes its copies, are
+    restored. The parameter groups do not change, and neither does the layout of checkpoints: the
+    moments fade meanwhile and recover when training continues.
 
     Args:
         optimizer: torch's, which DeepSpeed drives.
@@ -42,16 +42,20 @@ class FrozenParameters:
         optimizer.register_step_post_hook(self._put_back)
 
     def freeze(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Freeze these parameters, and no others."""
+        """Freeze these parameters, and unfreeze all others."""
         for hook in self._hooks:
             hook.remove()
         self.ids = {id(parameter) for parameter in parameters}
+        # requires_grad=False would change what DeepSpeed reduces and expects; a zero gradient does
+        # not.
         self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
         masters = [self.masters_of(parameter) for parameter in parameters]
         self._masters = [master for master in masters if master is not None]
 
     def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # ZeRO steps through its groups one by one: only what this call updates is saved.
+        """Copy the frozen weights that this step of the optimizer is about to update."""
+        # ZeRO steps through its groups one by one, and masters are views of flat partitions: a
+        # shared storage says which of them this call updates.
         stepped = {
             parameter.untyped_storage().data_ptr()
             for group in optimizer.param_groups
@@ -65,6 +69,7 @@ class FrozenParameters:
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:
+        """Restore the copies, after the step."""
         for master, saved in self._saved:
             master.copy_(saved)
         self._saved = []

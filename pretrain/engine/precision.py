@@ -1,4 +1,4 @@
-"""Which number format a run computes in, and whether the hardware can."""
+"""The number format of a run, and whether the hardware supports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deepspeed.accelerator import get_accelerator
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import ConfigError
 
-# What weights and activations are; in fp8 only the products of linear layers are narrower.
+# The dtype of weights and activations; in fp8 only the products of linear layers are narrower.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -18,13 +18,14 @@ DTYPES = {
 
 
 def resolve_precision(asked: str) -> str:
-    """``fp32``, ``bf16``, ``fp16`` or ``fp8`` for this device.
+    """The precision for this device: ``fp32``, ``bf16``, ``fp16`` or ``fp8``.
 
     Raises:
-        ConfigError: if the device cannot compute in what the recipe asks for.
+        ConfigError: if the device cannot compute in the requested one.
     """
     accelerator = get_accelerator()
     name = accelerator.device_name()
+    # Emulated bf16 is slower than fp32 and less exact: only native support counts here.
     if asked == "auto":
         return "bf16" if _native_bf16(name) else "fp32"
     if asked == "bf16" and not accelerator.is_bf16_supported():
@@ -46,7 +47,7 @@ def resolve_precision(asked: str) -> str:
 
 
 def hardware_warnings(recipe: Recipe) -> list[str]:
-    """What a recipe asks for and this device does not have, a sentence each."""
+    """Sentences for what a recipe asks for and this device does not have."""
     if recipe.train.tf32 and not _has_tf32():
         return [
             "train.tf32 has no effect here: "
@@ -56,7 +57,7 @@ def hardware_warnings(recipe: Recipe) -> list[str]:
 
 
 def set_matmul_precision(tf32: bool) -> None:
-    """Compute fp32 products in TF32 (NVIDIA 2020), if the hardware has it and the recipe asks.
+    """Compute fp32 products in TF32 (NVIDIA 2020) if the recipe asks and the hardware has it.
 
     Otherwise they are computed in fp32.
     """
@@ -80,7 +81,8 @@ def _native_bf16(device_name: str) -> bool:
     if device_name == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     if device_name == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
+        # Older than torch 2.12.
+        if not hasattr(torch.cpu, "get_capabilities"):
             return bool(torch.cpu._is_avx512_bf16_supported())
         return any(
             torch.cpu.get_capabilities().get(name, False)

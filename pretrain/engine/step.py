@@ -1,4 +1,4 @@
-"""What one optimizer step returns, and how the results of several steps are joined over ranks."""
+"""The result of one optimizer step, and how those of several steps are reduced over ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import RouterTotals, TrainOutput
 
-# Returns True if a step must not be applied, from its cross-entropy per token (nats) and gradient
-# norm, both over all ranks.
+# (cross-entropy per token in nats, gradient norm), both over all ranks -> True to skip the update.
 ShouldSkip = Callable[[float, float], bool]
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses of a step on this rank, averaged over its micro batches: [] fp32 each, on the device.
+    """Losses of a step on this rank, averaged over its micro batches: [] fp32 on the device.
 
     Attributes:
         cross_entropy: of the next token, nats per counted token.
@@ -52,18 +51,16 @@ class MeanLosses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step as this rank saw it.
-
-    Tensors stay on the device until :func:`reduce_steps`.
+    """One optimizer step as this rank saw it; on the device until :func:`reduce_steps`.
 
     Attributes:
         losses: means over this rank's micro batches.
         router: sums over this rank's micro batches (None for a dense model).
-        micro_batches: how many those are.
+        micro_batches: number of them.
         grad_norm: L2 norm over the whole model before clipping, the same on every rank.
         applied: False if the update was skipped, because a gradient was not finite or the update
             was refused.
-        refused: True if it was refused by ``should_skip``.
+        refused: True if ``should_skip`` refused it.
         micro_losses: [] fp32 each, the minimised loss of every micro batch.
     """
 
@@ -91,7 +88,7 @@ class StepTotals:
 
     @property
     def losses(self) -> StepLosses:
-        """Means over the micro batches of the step; too small before the last of them was added."""
+        """Means over the step's micro batches; too small until the last one is added."""
         return StepLosses.unpacked(self._packed)
 
     def add_losses(self, output: TrainOutput, normalizer: torch.Tensor | float) -> None:
@@ -100,6 +97,8 @@ class StepTotals:
         Args:
             normalizer: counted tokens of a micro batch, see ``Engine.train_step``.
         """
+        # Everything stays on the device: reading a loss here would synchronise in every micro
+        # batch.
         loss = output.loss.detach()
         further = output.multi_token_nll
         losses = [output.nll / normalizer, loss]
@@ -113,7 +112,7 @@ class StepTotals:
 
 
 def add_totals(total: RouterTotals | None, more: RouterTotals | None) -> RouterTotals | None:
-    """The sum of two router statistics, of which the first may not exist yet."""
+    """The sum of two router statistics; ``total`` is None before the first one."""
     if total is None or more is None:
         return more
     return RouterTotals(*(a + b for a, b in zip(total, more, strict=True)))
@@ -122,15 +121,15 @@ def add_totals(total: RouterTotals | None, more: RouterTotals | None) -> RouterT
 def reduce_steps(
     results: Sequence[StepResult], topology: Topology
 ) -> tuple[list[MeanLosses], RouterTotals | None]:
-    """Join several steps over all ranks with two collectives and one transfer to the host.
+    """Reduce several steps over all ranks, with two collectives and one transfer to the host.
 
     Every rank must call it.
 
     Returns:
         The losses of each step, averaged over the ranks; and the router's statistics over all steps
-        and ranks:
-        counts summed, everything else averaged over micro batches.
+            and ranks: counts summed, everything else averaged over micro batches.
     """
+    # [steps, losses]: one collective for all steps.
     stacked = torch.stack([result.losses.packed() for result in results])
     means = (topology.all_reduce_sum(stacked) / topology.world_size).tolist()
     losses = [MeanLosses(*step) for step in means]
@@ -143,6 +142,7 @@ def reduce_steps(
     averaged = torch.cat(
         [router.losses_LJ, router.entropy_L[:, None], router.dropped_L[:, None]], dim=1
     )
+    # [L, E + J + 1 + 1]: one collective for all statistics.
     packed = torch.cat([router.counts_LE, averaged / micro_batches], dim=1)
     num_experts, num_losses = router.counts_LE.shape[1], router.losses_LJ.shape[1]
     counts_LE, losses_LJ, entropy_L1, dropped_L1 = (

@@ -1,4 +1,4 @@
-"""Where parts of a step that DeepSpeed does not know are hooked into it."""
+"""The interface by which parts that DeepSpeed does not know take part in a step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pretrain.model.decoder import RouterTotals
 
 @dataclass(frozen=True)
 class Update:
-    """How the update of a step went, the same on every rank except for ``router``.
+    """The outcome of a step's update, the same on every rank except for ``router``.
 
     Attributes:
         grad_norm: L2 norm over the whole model before clipping.
-        applied: whether weights were updated; a skipped step must leave everything as it was.
+        applied: whether weights were updated; a skipped step must change nothing.
         learning_rate_factor: share of the peak learning rates.
         balance_rate: how far balancing biases move.
         router: sums over this rank's micro batches; None for a dense model.
@@ -33,10 +33,10 @@ class StepHook:
     """
 
     def before_update(self) -> None:
-        """The last backward pass is done and DeepSpeed has reduced its gradients.
+        """Runs after the last backward pass, when DeepSpeed has reduced its gradients.
 
-        Its update comes next.
+        DeepSpeed's update comes next.
         """
 
     def after_update(self, update: Update) -> None:
-        """DeepSpeed has updated its parameters, or skipped them."""
+        """Runs after DeepSpeed has updated its parameters, or skipped them."""

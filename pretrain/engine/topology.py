@@ -1,6 +1,6 @@
-"""Who this process is among all, from the launcher's environment; one process group.
+"""This process among all: rank, world size and device, from whatever launcher started it.
 
-Understood are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through
+Supported are ``deepspeed`` and ``torchrun`` (RANK), ``srun`` (SLURM_PROCID), ``mpirun`` (through
 mpi4py), and no launcher at all.
 """
 
@@ -22,12 +22,13 @@ from pretrain.core.errors import ConfigError
 from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 
 Value = TypeVar("Value")
+# Nodes of a large job may start minutes apart.
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place.
+    """This process's rank, and collectives over all ranks.
 
     Expert-parallel groups are ``ep_size`` neighbouring ranks, as DeepSpeed builds them.
     """
@@ -43,19 +44,19 @@ class Topology:
         return self.rank == 0
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place, and return it."""
+        """Sum a tensor over all ranks, in place, and return it; callers clone what they keep."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank if it is true on any."""
+        """True on every rank if ``flag`` is true on any."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
 
     def all_gather(self, value: Value) -> list[Value]:
-        """The value of every rank, on every rank."""
+        """The value of every rank, on every rank, in rank order (pickled; not for tensors)."""
         values: list[Value] = [value] * self.world_size
         if self.world_size > 1:
             distributed.all_gather_object(values, value)
@@ -68,20 +69,22 @@ class Topology:
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on at the moment."""
+    """A loopback port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _from_mpi() -> dict[str, str]:
-    from mpi4py import MPI  # optional, and importing it starts MPI
+    # An optional package, and importing it starts MPI.
+    from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # On one machine the loopback always works; a host name may not resolve.
     on_one_machine = node.size == world.size
     own_address = "127.0.0.1" if on_one_machine else socket.gethostbyname(socket.gethostname())
+    # Rank 0 listens: its address and port are everyone's.
     address, port = world.bcast((own_address, free_port()), root=0)
     return {
         "RANK": str(world.rank),
@@ -104,7 +107,10 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def discover(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torch.distributed needs, from whatever launcher started this process."""
+    """The variables that torch.distributed needs, from the launcher's own.
+
+    Empty if they are set already.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return {}
     if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
@@ -126,7 +132,7 @@ def world_size_from_environment(environment: Mapping[str, str]) -> int:
 
 
 def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher made this process rank 0, also before the processes are connected.
+    """Whether the launcher made this process rank 0; usable before processes are connected.
 
     True without a launcher.
     """
@@ -135,13 +141,16 @@ def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
 
 
 def connect(ep_size: int) -> Topology:
-    """Join all processes into torch's default group, and pick this process's device."""
+    """Join all processes into torch's default group, and choose this process's device."""
     os.environ.update(discover(os.environ))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
+        # Before any allocation: every rank of a node would otherwise start a context on GPU 0.
         accelerator.set_device(local_rank)
+    # Before init_distributed, which would compile the operation.
     avoid_shared_memory_all_reduce()
+    # discover() has set all variables, so DeepSpeed must not look for an MPI launcher itself.
     if not distributed.is_initialized():
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
@@ -155,6 +164,6 @@ def connect(ep_size: int) -> Topology:
 
 
 def disconnect() -> None:
-    """Leave the process group, so that no process lingers."""
+    """Leave the process group, so that no process keeps waiting."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How often each expert was chosen in training, counted on the device and read once a window."""
+"""How often each expert was chosen in training, counted on the device and read once per window."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from pretrain.model.moe.base import MoELayer
 
 
 class UsageCounts(NamedTuple):
-    """A copy of the counters: of routed layers, int64 [L, E], and of each layer that
-    counts by itself, int64 [E].
-    """
+    """A copy of the counters: int64 [L, E] of routed layers, and [E] of each table layer."""
 
     routed_LE: torch.Tensor | None
     retrieved_E: list[torch.Tensor]
 
 
 class UsageCounter(StepHook):
-    """Counts choices before any drop, those of skipped steps too."""
+    """Counts choices before any drop, those of skipped steps included."""
 
     def __init__(self, model: nn.Module, topology: Topology) -> None:
         self._topology = topology
@@ -30,10 +28,10 @@ class UsageCounter(StepHook):
         self._routed_LE: torch.Tensor | None = None
 
     def after_update(self, update: Update) -> None:
-        """Add what the routers chose in the step. Some layers count in their own forward pass."""
+        """Add the routers' choices of the step; table layers count in their own forward pass."""
         if update.router is None:
             return
-        # fp32 counts exactly within a step, but not over many: beyond 2**24 adding one changes
+        # fp32 counts exactly within a step, but not over many: from 2**24 on, adding 1 changes
         # nothing.
         counts_LE = update.router.counts_LE.long()
         if self._routed_LE is None:
@@ -43,7 +41,7 @@ class UsageCounter(StepHook):
 
     @torch.no_grad()
     def take(self) -> torch.Tensor | None:
-        """Read the counters and start them anew: int64 [L, E] on the CPU, summed over all ranks.
+        """Read and reset the counters: int64 [L, E] on the CPU, summed over all ranks.
 
         Layers are those of ``ModelConfig.routed_layers``, in that order. None for a dense model,
         and if there was no step since the last call in this process. Every rank must call it,
@@ -51,6 +49,7 @@ class UsageCounter(StepHook):
         """
         usage_LE = self._routed_LE
         self._routed_LE = None
+        # A model has either routers or layers that count themselves, never both.
         if counted := self._counted_by_layers():
             usage_LE = torch.stack(counted)
             for counts_E in counted:
@@ -58,7 +57,7 @@ class UsageCounter(StepHook):
         return None if usage_LE is None else self._topology.all_reduce_sum(usage_LE).cpu()
 
     def copy(self) -> UsageCounts:
-        """The counters of this rank as they are now, for :meth:`restore`."""
+        """The current counters of this rank, for :meth:`restore`."""
         routed_LE = self._routed_LE
         return UsageCounts(
             None if routed_LE is None else routed_LE.clone(),
@@ -66,7 +65,7 @@ class UsageCounter(StepHook):
         )
 
     def restore(self, counts: UsageCounts) -> None:
-        """Set the counters of this rank back to a copy."""
+        """Set the counters of this rank to a copy."""
         self._routed_LE = counts.routed_LE
         for counts_E, saved_E in zip(self._counted_by_layers(), counts.retrieved_E, strict=True):
             counts_E.copy_(saved_E)

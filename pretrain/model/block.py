@@ -1,5 +1,6 @@
-"""One block: attention, then a dense feed-forward or a mixture of experts, each with its norm and
-its residual connection.
+"""One block: attention, then a dense feed-forward or a mixture of experts.
+
+Each half has its own norm and residual connection.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pretrain.model.positions.interface import PositionTerms
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020, fig. 1).
 
-    First f is attention, then the feed-forward.
+    f is attention in the first half and the feed-forward in the second.
     """
 
     def __init__(self, config: ModelConfig, layer: int, ep_size: int, ep_rank: int) -> None:
         super().__init__()
-        self.pre_norm, self.dropout = config.norm_position == "pre", config.dropout.residual
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = config.dropout.residual
         norm = config.norm.implementing_class()
         self.attention_norm = norm(config.hidden_size, config.norm.eps)
         self.attention = config.attention.implementing_class()(config, layer)
@@ -52,11 +54,12 @@ class Block(nn.Module):
         record: RoutingRecord | None = None,
         fractions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """[B, S, D] -> [B, S, D]; the statistics are those of the MoE layer, None in a dense block.
+        """[B, S, D] -> [B, S, D] and the statistics of the MoE layer (None in a dense block).
 
-        ``cache`` is the attention's own.
+        ``cache`` is the layer's own key/value cache.
         """
         x_BSD = self.attend(x_BSD, positions, mask, cache)
+        # Post-norm applies the same norm after the residual instead, below.
         hidden_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
         y_BSD, statistics = (
             self.feed_forward(hidden_BSD, record, fractions_E)
@@ -69,8 +72,9 @@ class Block(nn.Module):
     def attend(
         self, x_BSD: torch.Tensor, positions: PositionTerms, mask: AttentionMask, cache: Any = None
     ) -> torch.Tensor:
-        """The first half: attention with its norm and its residual connection, [B, S, D] -> [B, S,
-        D].
+        """The first half: attention with its norm and residual, [B, S, D] -> [B, S, D].
+
+        A method of its own, because ``torch.compile`` is applied to it alone in MoE blocks.
         """
         hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
         x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))

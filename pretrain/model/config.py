@@ -1,202 +1,55 @@
-"""The model section of a recipe: one class a kind of component, and the model that they make up."""
+"""The model section of a recipe: a class per kind of component, and the model of them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import Effect, NonNegative, Positive, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.init_config import Initialization, StandardInitialization
 from pretrain.model.moe.config import MoE, Role, RoutedMoE
+from pretrain.model.positions.config import Position, Rope
 
 Weight = Annotated[float, Field(ge=0)]
-Growth = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # --- norms ---
 
 
 class Norm(Component):
+    """What every kind of norm has."""
+
     eps: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1e-6
 
 
-class RMSNorm(Norm):
+class RMSNormConfig(Norm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
 
     implementation: ClassVar[str] = "pretrain.model.norm:RMSNorm"
     kind: Literal["rms_norm"] = "rms_norm"
 
 
-class LayerNorm(Norm):
+class LayerNormConfig(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.norm:LayerNorm"
     kind: Literal["layer_norm"]
 
 
-# --- positions ---
-
-
-class Position(Component):
-    rotary: ClassVar[bool] = False
-    alibi: ClassVar[bool] = False
-
-    def keeps_the_meaning_of(self, other: Section) -> bool:
-        """If both encode positions in the same way.
-
-        What else a kind has are tensors of its own.
-        """
-        return isinstance(other, Position) and (self.rotary, self.alibi) == (
-            other.rotary,
-            other.alibi,
-        )
-
-
-class RotaryBase(Position):
-    rotary: ClassVar[bool] = True
-    rope_theta: Annotated[float, Field(gt=1), Effect.FUNCTION] = 10000.0
-
-
-class Rope(RotaryBase):
-    """Rotary position embedding (Su et al. 2021), half-split layout as in Hugging Face's Llama."""
-
-    implementation: ClassVar[str] = "pretrain.model.positions.rope:RopePosition"
-    kind: Literal["rope"] = "rope"
-
-
-class Yarn(RotaryBase):
-    """YaRN (Peng et al. 2023): slow pairs are interpolated by ``factor``, fast ones kept, the rest
-    ramps between (NTK by parts).
-    """
-
-    implementation: ClassVar[str] = "pretrain.model.positions.yarn:YarnPosition"
-    kind: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1), Effect.FUNCTION] = Field(
-        description="longest sequence / original_max_position_embeddings"
-    )
-    original_max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(
-        description="tokens the frequencies were trained for"
-    )
-    beta_fast: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
-        32.0, description="pairs that rotate more often than this over the original length are kept"
-    )
-    beta_slow: Annotated[float, Field(gt=0), Effect.FUNCTION] = Field(
-        1.0, description="pairs that rotate less often than this are interpolated"
-    )
-    attention_factor: Annotated[Growth | None, Effect.FUNCTION] = Field(
-        None, description="scale of rotated queries and keys; 0.1 ln(factor) + 1 by default"
-    )
-    mscale: Annotated[Growth | None, Effect.FUNCTION] = Field(
-        None,
-        description="attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim "
-        "ln(factor) + 1)",
-    )
-    mscale_all_dim: Annotated[Growth | None, Effect.FUNCTION] = Field(
-        None,
-        description="all scores grow by (0.1 mscale_all_dim ln(factor) + 1)^2, rotated or not "
-        "(DeepSeek-V3's code)",
-    )
-    truncate: Annotated[bool, Effect.FUNCTION] = Field(
-        True,
-        description="round the ramp's ends outwards to whole pairs (Hugging Face's default; "
-        "gpt-oss does not)",
-    )
-
-    @model_validator(mode="after")
-    def _ramp_rises(self) -> Yarn:
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(
-                f"beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _scale_is_said_once(self) -> Yarn:
-        if (self.mscale is None) != (self.mscale_all_dim is None):
-            raise ValueError("mscale and mscale_all_dim go together: give both or none")
-        if self.mscale is not None and self.attention_factor is not None:
-            raise ValueError("attention_factor and mscale say the same: leave one out")
-        return self
-
-
-class Llama3(RotaryBase):
-    """Llama 3.1's stretched rotary embedding: slow pairs are interpolated by ``factor``, fast ones
-    kept, the rest blends between.
-    """
-
-    implementation: ClassVar[str] = "pretrain.model.positions.llama3:Llama3Position"
-    kind: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1)] = Field(
-        description="what the frequency of slow pairs is divided by"
-    )
-    original_max_position_embeddings: Positive = Field(
-        description="tokens the frequencies were trained for"
-    )
-    low_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0,
-        description="pairs that rotate less often than this over the original length are "
-        "interpolated",
-    )
-    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="pairs that rotate more often than this over the original length are kept"
-    )
-
-    @model_validator(mode="after")
-    def _blend_has_a_width(self) -> Llama3:
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor "
-                f"({self.low_freq_factor})"
-            )
-        return self
-
-
-class Alibi(Position):
-    """Attention with linear biases (Press et al. 2022): a key n tokens back gets -slope * n."""
-
-    implementation: ClassVar[str] = "pretrain.model.positions.alibi:AlibiPosition"
-    alibi: ClassVar[bool] = True
-    kind: Literal["alibi"]
-
-
-class RopeAlibi(RotaryBase):
-    """Both at once, as in H64LM: rotated queries and keys, and ALiBi's penalty on their scores."""
-
-    implementation: ClassVar[str] = "pretrain.model.positions.alibi:RopeAlibiPosition"
-    alibi: ClassVar[bool] = True
-    kind: Literal["rope_alibi"]
-
-
-class Learned(Position):
-    """A learned vector for each of ``max_position_embeddings`` positions, added to the embedding
-    (Vaswani et al. 2017, GPT-2).
-    """
-
-    implementation: ClassVar[str] = "pretrain.model.positions.learned:LearnedPosition"
-    kind: Literal["learned"]
-
-
-class NoPosition(Position):
-    """None: the order shows in the causal mask alone (NoPE, Kazemnejad et al. 2023)."""
-
-    implementation: ClassVar[str] = "pretrain.model.positions.none:NoPosition"
-    kind: Literal["none"]
-
-
 # --- feed-forwards: also the form of one expert ---
 
 
-class FeedForward(Component):
+class FeedForwardConfig(Component):
     """What every kind has.
 
     Attributes:
         gated: two matrices before the activation, ``gate_proj`` and ``up_proj``; else ``up_proj``
             only.
-        expansion: rows of each of these for one hidden unit.
+        expansion: rows of each of these per hidden unit.
     """
 
     gated: ClassVar[bool] = True
@@ -213,18 +66,18 @@ class FeedForward(Component):
 
     @property
     def kept_per_unit(self) -> int:
-        """Elements kept for the backward pass a hidden unit: products, activation, dropout."""
+        """Elements kept for the backward pass per hidden unit: products, activation, dropout."""
         return (2 if self.gated else 1) * self.expansion + 2
 
 
-class SwiGLU(FeedForward):
+class SwiGLUConfig(FeedForwardConfig):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SwiGLU"
     kind: Literal["swiglu"] = "swiglu"
 
 
-class GELU(FeedForward):
+class GELUConfig(FeedForwardConfig):
     """down(gelu(up(x))), exact or in the tanh approximation (Hendrycks & Gimpel 2016)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:GELU"
@@ -233,7 +86,7 @@ class GELU(FeedForward):
     approximate: Annotated[Literal["none", "tanh"], Effect.FUNCTION] = "none"
 
 
-class SiLU(FeedForward):
+class SiLUConfig(FeedForwardConfig):
     """down(silu(up(x))): no gate (Elfwing et al. 2017)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:SiLU"
@@ -241,24 +94,25 @@ class SiLU(FeedForward):
     kind: Literal["silu"]
 
 
-class Clamped(FeedForward):
+class Clamped(FeedForwardConfig):
+    """What the clamped kinds have: the limit of a product, and the slope inside the sigmoid."""
+
     limit: Annotated[float, Field(gt=0), Effect.FUNCTION] = 7.0
     alpha: Annotated[float, Field(gt=0), Effect.FUNCTION] = 1.702
 
 
-class ClampedSwiGLU(Clamped):
+class ClampedSwiGLUConfig(Clamped):
     """down(g * sigmoid(alpha * g) * (u + 1)) with g at most ``limit`` and u within it (gpt-oss)."""
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ClampedSwiGLU"
     kind: Literal["clamped_swiglu"]
 
 
-class ProductSwiGLU(Clamped):
-    """As :class:`ClampedSwiGLU`, of the interleaved halves of gate(x) * up(x), each twice as wide
-    (Project 828).
+class ProductSwiGLUConfig(Clamped):
+    """:class:`ClampedSwiGLUConfig` of the interleaved halves of gate(x) * up(x) (Project 828).
 
-    Before its clamp the product grows with the square of x: spikes of the gradient are to be
-    expected.
+    Both matrices are twice as wide. Before its clamp the product grows with the square of x: expect
+    spikes of the gradient.
     """
 
     implementation: ClassVar[str] = "pretrain.model.feed_forward:ProductSwiGLU"
@@ -270,12 +124,14 @@ class ProductSwiGLU(Clamped):
 
 
 class LayerPattern(Section):
+    """Which layers are mixtures of experts."""
+
     @abstractmethod
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is a mixture of experts."""
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """Always: dense layers and mixtures of experts have tensors of other names."""
+        """Always true: tensors of dense layers and of mixtures of experts have different names."""
         return True
 
 
@@ -298,9 +154,7 @@ class AllDense(LayerPattern):
 
 
 class EveryNth(LayerPattern):
-    """Layer i is a mixture of experts where (i + 1) % n == 0, Hugging Face's
-    ``decoder_sparse_step``.
-    """
+    """Layer i is a mixture of experts if (i + 1) % n == 0 (``decoder_sparse_step`` of HF)."""
 
     kind: Literal["every_nth"]
     n: Positive
@@ -310,9 +164,7 @@ class EveryNth(LayerPattern):
 
 
 class FirstKDense(LayerPattern):
-    """The first k layers are dense, the others mixtures of experts (DeepSeek's
-    ``first_k_dense_replace``).
-    """
+    """The first k layers are dense, the others mixtures (DeepSeek's ``first_k_dense_replace``)."""
 
     kind: Literal["first_k_dense"]
     k: NonNegative
@@ -325,9 +177,7 @@ class FirstKDense(LayerPattern):
 
 
 class Dropout(Section):
-    """Shares of elements that are zeroed in training, the others scaled up (Srivastava et al.
-    2014).
-    """
+    """Shares of elements that training zeroes, the others scaled up (Srivastava et al. 2014)."""
 
     embedding: Rate = Field(
         0.0, description="of what enters the first block, added positions included"
@@ -341,8 +191,9 @@ class Dropout(Section):
 
 
 class MultiTokenPrediction(Section):
-    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1),
-    with the model's embedding and head.
+    """One more block that predicts the token after the next (DeepSeek-V3, section 2.2, depth 1).
+
+    It shares the model's embedding and head.
     """
 
     loss_weight: Annotated[float, Field(gt=0)] = 0.3
@@ -374,18 +225,19 @@ class ModelConfig(Section):
     )
     attention: Annotated[Attention, OneOf()]
     position: Annotated[Position, OneOf()] = Rope()
-    norm: Annotated[Norm, OneOf()] = RMSNorm()
+    norm: Annotated[Norm, OneOf()] = RMSNormConfig()
     norm_position: Literal["pre", "post"] = Field(
         "pre", description="'pre': x + f(norm(x)); 'post': norm(x + f(x)) (Xiong et al. 2020)"
     )
     final_norm: bool = Field(True, description="a norm between the last block and the head")
-    feed_forward: Annotated[FeedForward, OneOf()] = SwiGLU()
+    feed_forward: Annotated[FeedForwardConfig, OneOf()] = SwiGLUConfig()
     layer_pattern: Annotated[LayerPattern, OneOf()] = AllMoE()
     moe: Annotated[MoE, OneOf()] | None = None
     dropout: Annotated[Dropout, Effect.NONE] = Dropout()
     multi_token_prediction: Annotated[MultiTokenPrediction | None, Effect.NONE] = None
     tie_word_embeddings: bool = False
     head_bias: bool = False
+    # Effects: a finished model never reads what initialises and trains it.
     initializer_range: Annotated[float, Field(gt=0), Effect.NONE] = Field(
         0.02, description="standard deviation; residual projections get it / sqrt(2 * layers)"
     )
@@ -399,19 +251,18 @@ class ModelConfig(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """The layers, from 0, that are mixtures of experts.
-
-        Without the block of multi-token prediction.
-        """
+        """The layers, from 0, that are mixtures of experts; multi-token prediction not included."""
         return [
             index for index in range(self.num_hidden_layers) if self.layer_pattern.is_moe(index)
         ]
 
     @property
     def routed_layers(self) -> list[int]:
-        """The layers that route in training: the block of multi-token prediction, a copy of the
-        last layer, is one more.
+        """The layers that route in training.
+
+        With multi-token prediction its block, a copy of the last layer, is one more.
         """
+        # Its block is a copy of the last layer, so it routes if that one does.
         block_routes = self.multi_token_prediction is not None and self.layer_pattern.is_moe(
             self.num_hidden_layers - 1
         )
@@ -419,26 +270,25 @@ class ModelConfig(Section):
 
     @property
     def routing(self) -> RoutedMoE | None:
-        """The MoE section if its layers have routers; None for a dense model, and for PEER."""
+        """The MoE section if its layers have routers; None for a dense model and for PEER."""
         return self.moe.routing if self.moe is not None and self.routed_layers else None
 
     @property
     def total_experts(self) -> int:
-        """Routed experts of one layer; 1 for a dense model, which any number of ranks divides."""
+        """Routed experts of one layer; 1 for a dense model: it divides any number of ranks."""
         return self.moe.total_experts if self.moe is not None and self.routed_layers else 1
 
     def moe_role(self, name: str) -> Role | None:
-        """What a parameter is for in an MoE layer, by its name in the model.
-
-        None for all others.
-        """
+        """What a parameter, by its name in the model, is for in an MoE layer; None for others."""
         inner = below_feed_forward(name)
         return None if inner is None or self.moe is None else self.moe.role_of(inner)
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: ``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
+        # Rounded up.
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 

@@ -1,4 +1,4 @@
-"""The whole model: embedding, blocks, final norm, head; its training loss and its cached logits."""
+"""The whole model: embedding, blocks, final norm and head, with its loss and its cached logits."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from pretrain.model.positions.interface import PositionTerms
 
 
 class RouterTotals(NamedTuple):
-    """The statistics of all MoE layers, stacked: ``losses_LJ`` [L, J], ``counts_LE`` [L, E], the
-    others [L]; fp32, without gradient.
+    """The statistics of all MoE layers, stacked; fp32, without gradient.
 
-    In training the block of multi-token prediction is one more layer, the last one, where it is a
-    mixture of experts.
+    ``losses_LJ`` is [L, J] and ``counts_LE`` is [L, E]; the others are [L]. In training the block
+    of multi-token prediction counts as one more layer, the last one, if it is a mixture of experts.
     """
 
     losses_LJ: torch.Tensor
@@ -35,15 +34,17 @@ class RouterTotals(NamedTuple):
 
 
 class TrainOutput(NamedTuple):
-    """Attributes:
-    loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted
-        router losses. Multi-token prediction adds its own summed cross-entropy and z-loss, times
-        its weight and by the same normalizer (DeepSeek-V3, eq. 24 and 25).
-    nll: [] plain negative log-likelihood of the next tokens summed over the counted ones, nats,
-        without gradient.
-    router: statistics of the MoE layers, None for a dense model.
-    multi_token_nll: [] as ``nll``, of the tokens after the next; None without multi-token
-        prediction, and outside training.
+    """What a forward pass in training returns.
+
+    Attributes:
+        loss: [] what is minimised: (summed cross-entropy + output z-loss) / normalizer + weighted
+            router losses. Multi-token prediction adds its own summed cross-entropy and z-loss,
+            times its weight and by the same normalizer (DeepSeek-V3, eq. 24 and 25).
+        nll: [] plain negative log-likelihood in nats, summed over the counted next tokens, without
+            gradient.
+        router: statistics of the MoE layers, None for a dense model.
+        multi_token_nll: [] as ``nll``, of the tokens after the next; None without multi-token
+            prediction, and outside training.
     """
 
     loss: torch.Tensor
@@ -53,12 +54,10 @@ class TrainOutput(NamedTuple):
 
 
 class KVCache:
-    """What attention keeps of every layer for generation, each in its own form.
+    """The caches of all attention layers for generation; each kind of attention has its own form.
 
-    ``length`` tokens are filled.
-
-    Setting ``length`` back forgets the tokens behind it: nothing reads them, and the next ones
-    overwrite them.
+    ``length`` tokens are filled. Setting ``length`` back drops the tokens after it: nothing reads
+    them, and the next ones overwrite them.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -67,8 +66,12 @@ class KVCache:
 
 
 class _Place(NamedTuple):
-    """Where the tokens of a call are: their positions, [S] or [B, S] int64, what attention needs
-    of these, and what each may see.
+    """Where the tokens of one call are in their sequences.
+
+    Attributes:
+        positions: [S] or [B, S] int64.
+        terms: what attention needs of the positions, computed once for all layers.
+        mask: which keys each token may see.
     """
 
     positions: torch.Tensor
@@ -111,10 +114,15 @@ class DecoderLM(nn.Module):
         self.final_norm = (
             norm(config.hidden_size, config.norm.eps) if config.final_norm else nn.Identity()
         )
-        sizes = self.embedding.size, config.padded_vocab_size, config.vocab_size
         self.head = LanguageModelHead(
-            *sizes, config.loss_chunk_tokens, config.output_z_loss_weight, config.head_bias
+            self.embedding.size,
+            padded_vocab_size=config.padded_vocab_size,
+            vocab_size=config.vocab_size,
+            chunk_tokens=config.loss_chunk_tokens,
+            z_loss_weight=config.output_z_loss_weight,
+            has_bias=config.head_bias,
         )
+        # One Parameter object under two names: named_parameters() reports it once.
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -127,18 +135,17 @@ class DecoderLM(nn.Module):
         fractions_LE: torch.Tensor | None = None,
         position_ids_BS: torch.Tensor | None = None,
     ) -> TrainOutput:
-        """One micro batch's loss.
+        """The loss of one micro batch.
 
         Args:
             input_ids_BS: int64 token ids.
-            labels_BS: int64 next tokens, -100 where no loss is taken.
-            normalizer: counted tokens a micro batch, averaged over the global batch: the summed
+            labels_BS: int64 next tokens, already shifted by the loader; -100 takes no loss.
+            normalizer: counted tokens per micro batch, averaged over the global batch; the summed
                 cross-entropy is divided by it.
             document_ids_BS: attention stays inside equal ids.
             fractions_LE: choices per token of each layer's experts over the global batch, for the
                 load-balance loss.
-            position_ids_BS: each token's place in its document; its place in the sequence by
-                default.
+            position_ids_BS: each token's position in its document; in the sequence by default.
         """
         place = self._place(
             input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS
@@ -146,8 +153,11 @@ class DecoderLM(nn.Module):
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)
         multi_token_nll: torch.Tensor | None = None
+        # Multi-token prediction reads the hidden states before the final norm: both heads norm
+        # their own.
         if self.multi_token is not None and self.training:
             fractions_E = (
+                # The block of multi-token prediction is the last routed layer.
                 fractions_LE[-1]
                 if fractions_LE is not None and self.multi_token.block.is_moe
                 else None
@@ -159,16 +169,20 @@ class DecoderLM(nn.Module):
             statistics += [] if block_statistics is None else [block_statistics]
             multi_token_loss, multi_token_nll = self.head(self._normed(x_BSD), labels_after_BS)
             loss = loss + self.multi_token.loss_weight * multi_token_loss
+        # Only the summed losses are divided: router losses are means over the micro batch already.
         loss = loss / normalizer
         if not statistics:
             return TrainOutput(loss, nll, None, multi_token_nll)
         assert self.config.routing is not None
+        # A list of layers' statistics -> each statistic stacked over the layers.
         stacked = RouterTotals(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         for weight, values_L in zip(
             loss_weights(self.config.routing).values(), stacked.losses_LJ.unbind(1), strict=True
         ):
+            # A weight of 0 must not enter the sum: 0 * inf would make the loss NaN.
             if weight:
                 loss = loss + weight * values_L.sum()
+        # Detached: kept statistics would keep the graph of the whole step in memory.
         return TrainOutput(
             loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll
         )
@@ -182,7 +196,7 @@ class DecoderLM(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, S, vocab_size] in fp32.
 
-        With a cache, of the S tokens that follow what it holds, which are added to it.
+        With a cache, the S tokens follow those it holds and are added to it.
         """
         return self.project(self.hidden(input_ids_BS, document_ids_BS, cache, position_ids_BS))
 
@@ -193,21 +207,23 @@ class DecoderLM(nn.Module):
         cache: KVCache | None = None,
         position_ids_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the last block returns, before the final norm: [B, S, D].
+        """The output of the last block, before the final norm: [B, S, D].
 
-        With a cache as :meth:`logits`, and the document ids are then [B, cache.length + S]: those
-        of the cached tokens too.
+        With a cache, as :meth:`logits`; the document ids are then [B, cache.length + S], those of
+        the cached tokens included.
         """
         offset = 0 if cache is None else cache.length
         place = self._place(input_ids_BS, AttentionMask(offset, document_ids_BS), position_ids_BS)
         x_BSD, _ = self._trunk(input_ids_BS, place, cache, None)
+        # Only after the last layer: every layer writes its keys at the old length.
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
         return x_BSD
 
     def project(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """:meth:`hidden` or what the block of multi-token prediction made of it [B, S, D] -> logits
-        [B, S, vocab_size] in fp32.
+        """Logits [B, S, vocab_size] in fp32 from hidden states [B, S, D].
+
+        ``x_BSD`` is what :meth:`hidden` or the block of multi-token prediction returns.
         """
         logits_BSV: torch.Tensor = self.head(self._normed(x_BSD))
         return logits_BSV
@@ -218,8 +234,8 @@ class DecoderLM(nn.Module):
         """Logits [B, S, vocab_size] of the tokens after the next, by multi-token prediction.
 
         Args:
-            x_BSD: :meth:`hidden` of the S tokens that follow what ``cache`` holds; they are added
-                to it.
+            x_BSD: :meth:`hidden` of the S tokens that follow those in ``cache``; they are added to
+                it.
             next_ids_BS: int64, the token that follows each of them.
             cache: from :meth:`new_draft_cache`.
         """
@@ -256,6 +272,7 @@ class DecoderLM(nn.Module):
     ) -> _Place:
         positions = position_ids_BS
         if positions is None:
+            # The tokens in the cache come first, so positions continue after them.
             positions = torch.arange(
                 mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
             )
@@ -273,6 +290,8 @@ class DecoderLM(nn.Module):
         statistics: list[RouterStatistics] = []
         for index, block in enumerate(self.layers):
             fractions_E = (
+                # Row l of the fractions belongs to the l-th routed layer, not to block l: dense
+                # blocks have none.
                 fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
             )
             x_BSD, layer_statistics = self._run(
@@ -290,7 +309,10 @@ class DecoderLM(nn.Module):
         layer_cache: Any,
         fractions_E: torch.Tensor | None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Run one block, recomputed in the backward pass if activations are checkpointed."""
         if self.activation_checkpointing and torch.is_grad_enabled():
+            # The record makes the recomputation repeat the first pass' choice of experts: a top-k
+            # that flips on a rounding error would change the shapes that autograd has saved.
             recomputed = checkpoint(
                 block,
                 *inputs,
@@ -299,6 +321,8 @@ class DecoderLM(nn.Module):
                 None,
                 RoutingRecord(),
                 fractions_E,
+                # The re-entrant form would not see the record's fresh choice, and loses the
+                # statistics' gradient.
                 use_reentrant=False,
             )
             return recomputed[0], recomputed[1]
@@ -306,5 +330,5 @@ class DecoderLM(nn.Module):
         return x_BSD, statistics
 
     def _normed(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """What the head multiplies with its rows."""
+        """Hidden states [B, S, D] as the head multiplies them: normed, reduced if factorised."""
         return self.embedding.reduce(self.final_norm(x_BSD))

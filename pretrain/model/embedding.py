@@ -1,7 +1,4 @@
-"""Token embedding, factorised where the recipe says so.
-
-The head uses the same projection backwards.
-"""
+"""Token embedding, optionally factorised; the head reuses its projection."""
 
 from __future__ import annotations
 
@@ -13,13 +10,15 @@ from pretrain.model.config import ModelConfig
 
 
 class TokenEmbedding(nn.Module):
-    """Rows of ``weight`` [padded vocabulary, e], projected to the hidden size where e is smaller
-    (Lan et al. 2020, ALBERT, section 3.1).
+    """Rows of ``weight`` [padded vocabulary, e], projected to the hidden size if e is smaller.
+
+    The factorisation is that of ALBERT (Lan et al. 2020, section 3.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.embedding_size or config.hidden_size
+        # A bare parameter, which a tied head can share; uninitialised until ``init`` fills it.
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, size))
         self.projection = (
             nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
@@ -27,7 +26,7 @@ class TokenEmbedding(nn.Module):
 
     @property
     def size(self) -> int:
-        """Numbers of a row."""
+        """Elements of one row, e."""
         return self.weight.shape[1]
 
     def forward(self, input_ids_BS: torch.Tensor) -> torch.Tensor:
@@ -36,5 +35,5 @@ class TokenEmbedding(nn.Module):
         return x if self.projection is None else functional.linear(x, self.projection)
 
     def reduce(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] -> [B, S, e]: what the head multiplies with its rows."""
+        """[B, S, D] -> [B, S, e] by the transposed projection: what the head multiplies."""
         return x_BSD if self.projection is None else x_BSD @ self.projection

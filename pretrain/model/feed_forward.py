@@ -1,4 +1,4 @@
-"""The dense feed-forward, one class a kind; also the form of one expert."""
+"""The dense feed-forward, one class per kind; routed and shared experts have the same form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.config import GELU as GELUConfig
-from pretrain.model.config import Clamped
-from pretrain.model.config import FeedForward as FeedForwardConfig
+from pretrain.model.config import Clamped, FeedForwardConfig, GELUConfig
 
 
 class FeedForward(nn.Module, ABC):
-    """down(dropout(activate(gate(x), up(x)))); a kind says what it makes of its first products."""
+    """down(dropout(activate(gate(x), up(x)))); each kind defines its activation."""
 
     def __init__(
         self,
@@ -27,7 +25,9 @@ class FeedForward(nn.Module, ABC):
     ) -> None:
         super().__init__()
         rows = config.expansion * intermediate_size
-        self.config, self.dropout, self.output_dropout = config, dropout, output_dropout
+        self.config = config
+        self.dropout = dropout
+        self.output_dropout = output_dropout
         self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(hidden_size, rows, bias=config.bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)
@@ -35,15 +35,16 @@ class FeedForward(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def activate(config: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the two products become, [..., expansion * F] each -> [..., F].
+        """Join the first two products, [..., expansion * F] each -> [..., F].
 
-        Kinds that are not gated get one product in two parts, which may be its halves or all of it
-        and nothing.
+        Kinds without a gate have one product, given in two parts to be concatenated: either its two
+        halves (stacked experts) or the whole product and an empty tensor (dense layers).
         """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
         up = self.up_proj(x)
+        # Without a gate: the whole product and an empty tensor, which activate() concatenates.
         first, second = (self.gate_proj(x), up) if self.gate_proj is not None else (up, up[..., :0])
         hidden = self.activate(self.config, first, second)
         y = self.down_proj(functional.dropout(hidden, self.dropout, self.training))
@@ -75,12 +76,14 @@ class SiLU(FeedForward):
 
 
 class ClampedSwiGLU(FeedForward):
-    """down(g * sigmoid(alpha * g) * (u + 1)) with g = min(gate(x), limit) and u = up(x) within
-    +-limit (gpt-oss).
+    """down(g * sigmoid(alpha * g) * (u + 1)), with both products clamped (gpt-oss).
+
+    g = min(gate(x), limit) and u = up(x) within +-limit.
     """
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        # The gate is clamped from above only: silu is bounded from below.
         gate = gate.clamp(max=config.limit)
         return (
             gate * torch.sigmoid(config.alpha * gate) * (up.clamp(-config.limit, config.limit) + 1)
@@ -88,7 +91,7 @@ class ClampedSwiGLU(FeedForward):
 
 
 class ProductSwiGLU(FeedForward):
-    """:class:`ClampedSwiGLU` of the even and the odd numbers of gate(x) * up(x) (Project 828)."""
+    """:class:`ClampedSwiGLU` of the even and the odd elements of gate(x) * up(x) (Project 828)."""
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

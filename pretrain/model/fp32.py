@@ -1,4 +1,4 @@
-"""Tensors that stay fp32 whatever a model is cast to."""
+"""Tensors that stay fp32 when a model is cast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import nn
 
 
 class KeepsFp32(nn.Module):
-    """A module whose own fp32 tensors move with it but are never cast: small updates would be lost
-    in fewer bits (0.001 to 0.5 in bf16).
+    """A module whose own fp32 tensors move with it but are never cast.
+
+    They take small updates that fewer bits would lose: in bf16, 0.5 + 0.001 is 0.5.
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # ``nn.Module._apply`` would cast children with this module's rule: each child applies its
+        # own.
         if recurse:
             for child in self.children():
                 child._apply(fn)

@@ -1,11 +1,11 @@
-"""Initialisation: each parameter from a random stream of its own, named by the parameter.
+"""Initialisation: each parameter has its own random stream, seeded by its name.
 
-An expert's stream is named by its global number. So a model does not depend on rank, world size,
+An expert's stream is named by its global index. So a model does not depend on rank, world size,
 ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
 ``initializer_range``; projections that write into the residual stream (attention output, expert and
 feed-forward down) get ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019);
-norms are one; biases, attention sinks and what the kind of MoE layer names are zero. Last, what
-:mod:`pretrain.model.mup` says of a model that is wider than its base.
+norms are one; biases, attention sinks and the tensors named by the MoE kind are zero. Last, the
+rules of :mod:`pretrain.model.mup` scale a model that is wider than its base.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.base import MoELayer
 from pretrain.model.mup import scale_by_width
 
+# Suffixes of parameter names.
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 ZERO = (".bias", ".sinks")
 
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    """Fills with N(0, std^2), drawn in fp32 on the CPU, so that every device gets the same
-    values.
-    """
+    """Fill with N(0, std^2), drawn in fp32 on the CPU: every device gets the same values."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # A hash that is the same in every process (Python's own is salted); manual_seed takes 63 bits.
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     tensor.copy_(
         torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -38,7 +38,7 @@ def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None
 
 @torch.no_grad()
 def initialize(model: DecoderLM, seed: int) -> None:
-    """Fills every parameter of ``model`` in place."""
+    """Fill every parameter of ``model`` in place."""
     config = model.config
     residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
@@ -54,6 +54,7 @@ def initialize(model: DecoderLM, seed: int) -> None:
             name = name.removesuffix(inner) + config.moe.common_name(inner)
         _fill_normal(parameter, std, seed, name)
 
+    # Experts first: a rank holds a part of them, under local indices that say nothing.
     done = {
         id(parameter)
         for name, module in model.named_modules()

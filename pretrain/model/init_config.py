@@ -1,6 +1,4 @@
-"""The initialization section of a recipe's model: how its random weights, and with them its
-learning rates, depend on its width.
-"""
+"""The initialization section: how random weights and learning rates depend on the width."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pretrain.core.section import Positive, Section
 
 
 class Initialization(Section):
-    """How weights start and learn: never read by a finished model."""
+    """How weights start and learn; a finished model never reads it."""
 
     @property
     def base_widths(self) -> BaseWidths | None:
@@ -21,7 +19,7 @@ class Initialization(Section):
 
 
 class StandardInitialization(Initialization):
-    """``initializer_range`` and the optimizer's learning rates, whatever the width."""
+    """``initializer_range`` and the optimizer's learning rates, independent of the width."""
 
     kind: Literal["standard"] = "standard"
 
@@ -29,7 +27,7 @@ class StandardInitialization(Initialization):
 class BaseWidths(Section):
     """Widths of the model that learning rates were chosen for.
 
-    What is left out is as wide there as here, and so does not grow.
+    A width that is left out is the same there as here, and so does not grow.
     """
 
     hidden_size: Positive
@@ -52,12 +50,11 @@ class BaseWidths(Section):
 
 
 class MaximalUpdate(Initialization):
-    """Maximal update parametrization (muP: Yang et al. 2022, "Tensor Programs V", table 3 in the
-    form for Adam; for mixtures of experts Małaśnicki et al. 2025): learning rates that are best at
-    the base widths are near the best at larger ones.
+    """Maximal update parametrization: learning rates transfer from the base widths to larger ones.
 
-    ``initializer_range`` and the optimizer's learning rates are those at the base widths;
-    :mod:`pretrain.model.mup` says what becomes of them.
+    muP: Yang et al. 2022, "Tensor Programs V", table 3 in the form for Adam; for mixtures of
+    experts Małaśnicki et al. 2025. ``initializer_range`` and the optimizer's learning rates are
+    those at the base widths; :mod:`pretrain.model.mup` has the factors at other widths.
     """
 
     kind: Literal["mup"]

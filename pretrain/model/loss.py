@@ -1,9 +1,9 @@
-"""Cross-entropy of the language-model head, in chunks over tokens, so that the full [T, V] logits
-are never in memory at once.
+"""Cross-entropy of the language-model head, in chunks over tokens.
 
-The gradients with respect to the hidden states and the head's weight are computed in the forward
-pass, chunk by chunk, while a chunk's logits are there; the backward pass only scales them. The idea
-is that of Hsu et al. 2024 (Liger Kernel), in plain PyTorch.
+The full [T, V] logits are never in memory at once. The gradients with respect to the hidden states
+and the head's weight are computed in the forward pass, chunk by chunk, while a chunk's logits
+exist; the backward pass only scales them. The idea is that of Hsu et al. 2024 (Liger Kernel), in
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,32 +12,39 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+# The value that torch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
 
 
 def _chunk_losses(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed negative log-likelihood and summed loss of a chunk of C tokens, and d loss / d logits
-    [C, V]. All fp32.
-    """
+    """Summed nll and loss of a chunk of C tokens, and d loss / d logits [C, V]; all fp32."""
     counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
+    # gather and scatter need a valid index for ignored tokens too; what it reads is masked out
+    # below.
     labels_C1 = labels_C.clamp_min(0)[:, None]
     log_probs_CV = logits_CV.log_softmax(dim=-1)
     label_log_probs_C1 = log_probs_CV.gather(1, labels_C1).masked_fill(~counted_C1, 0.0)
     nll = loss = -label_log_probs_C1.sum()
+    # d nll / d logits = softmax - one_hot(label). In place: [C, V] is the largest tensor here.
     gradient_CV = log_probs_CV.exp_()
     if z_loss_weight:
+        # logsumexp = logit - log_prob, taken at the label: no second reduction over V.
         logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(
             ~counted_C1, 0.0
         )
         loss = nll + z_loss_weight * logsumexp_C1.square().sum()
+        # d logsumexp^2 / d logits = 2 logsumexp * softmax, so it scales the softmax term alone and
+        # has to come before the one-hot is subtracted.
         gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C1)
     gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
     return nll, loss, gradient_CV.mul_(counted_C1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and nll of a whole micro batch; saves gradients instead of logits."""
+
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
@@ -50,11 +57,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss_weight,
         needs_gradient,
     ):
+        # Padding rows of the vocabulary take no part: they get no probability and no gradient.
         used_VD = weight_VD[:vocab_size]
         used_V = None if bias_V is None else bias_V[:vocab_size]
         nll = x_TD.new_zeros((), dtype=torch.float32)
         loss = torch.zeros_like(nll)
         if needs_gradient:
+            # The weight's gradient sums over all chunks, so it is accumulated in fp32. Hidden
+            # states are written once per chunk and stay in their own dtype.
             x_gradient_TD = torch.empty_like(x_TD)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             bias_gradient_V = (
@@ -69,6 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             nll += chunk_nll
             loss += chunk_loss
             if needs_gradient:
+                # The bias sums the gradient before it is rounded to the model's dtype.
                 if bias_gradient_V is not None:
                     bias_gradient_V[:vocab_size] += gradient_CV.sum(dim=0)
                 gradient_CV = gradient_CV.to(x_TD.dtype)
@@ -77,6 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             ctx.save_for_backward(x_gradient_TD, weight_gradient_VD, bias_gradient_V)
             ctx.weight_dtype = weight_VD.dtype
+        # Only ``loss`` carries a gradient; without the mark autograd would ask for one of ``nll``.
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
@@ -102,6 +114,7 @@ class LanguageModelHead(nn.Module):
     def __init__(
         self,
         size: int,
+        *,
         padded_vocab_size: int,
         vocab_size: int,
         chunk_tokens: int,
@@ -118,13 +131,11 @@ class LanguageModelHead(nn.Module):
     def forward(
         self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Without labels: logits [B, S, vocab_size] in fp32.
+        """Logits [B, S, vocab_size] in fp32 without labels; (loss, nll) with labels [B, S].
 
-        With labels [B, S] (-100: no loss): the pair (loss, nll).
-
-        Both are sums over the counted tokens in nats, fp32 scalars: ``nll`` is the plain negative
-        log-likelihood, without gradient; ``loss`` adds ``z_loss_weight * sum(logsumexp^2)`` (PaLM,
-        Chowdhery et al. 2022, section 5) and carries the gradient.
+        Both are fp32 scalars in nats, summed over the tokens whose label is not -100. ``nll`` is
+        the plain negative log-likelihood, without gradient; ``loss`` adds ``z_loss_weight *
+        sum(logsumexp^2)`` (PaLM, Chowdhery et al. 2022, section 5) and carries the gradient.
         """
         if labels_BS is None:
             bias = None if self.bias is None else self.bias[: self.vocab_size]
@@ -132,6 +143,7 @@ class LanguageModelHead(nn.Module):
         x_TE = x_BSE.reshape(-1, x_BSE.shape[-1])
         # Inside an autograd function the gradient mode is always off, so it is asked for here.
         needs_gradient = torch.is_grad_enabled()
+        # The tokens of all sequences are one batch of T = B * S from here on.
         labels_T = labels_BS.reshape(-1)
         sizes = self.vocab_size, self.chunk_tokens, self.z_loss_weight
         return _ChunkedCrossEntropy.apply(

@@ -1,28 +1,27 @@
-"""Maximal update parametrization: what random weights and learning rates are multiplied with in a
-model that is wider than its base.
+"""Maximal update parametrization (muP): how weights and learning rates scale with the width.
 
-muP can be said in many ways that train alike, because Adam's step does not change with the size of
-a gradient: a factor s in front of a weight may be left out where the weight starts s times as large
-and its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V", lemma J.1). Here
-every factor is left out, so that a model computes what it always does and exports have nothing to
-know. With r = width / width at the base, of a matrix r_in of what it multiplies and r_out of what
-it returns (table 3, Adam):
+muP has many forms that train alike, because Adam's step does not change with the size of a
+gradient: a factor s in front of a weight may be left out if the weight starts s times as large and
+its learning rate is multiplied by s (Yang et al. 2022, "Tensor Programs V", lemma J.1). Here every
+such factor is left out, so the forward pass stays the same and exports need to know nothing. With r
+= width / width at the base, r_in of a matrix's input dimension and r_out of its output dimension
+(table 3, Adam):
 
-=====================================================  ======================  ===============
-parameter                                              initial size            learning rate
-=====================================================  ======================  ===============
-hidden matrix, experts' included: both grow            1 / sqrt(r_in)          1 / r_in
-output, such as head and router: r_out = 1             1 / r_in                1 / r_in
-input: r_in = 1; embeddings, norms, biases, sinks      1                       1
-final norm of a tied or factorised head                1 / r of hidden_size    the same
-queries (their norm, where they have one)              times 1 / sqrt(r) of head_dim, both
-=====================================================  ======================  ===============
+ =====================================================  ======================  ===============
+ parameter                                              initial size            learning rate
+ =====================================================  ======================  ===============
+ hidden matrix, experts' included: both grow            1 / sqrt(r_in)          1 / r_in
+ output, such as head and router: r_out = 1             1 / r_in                1 / r_in
+ input: r_in = 1; embeddings, norms, biases, sinks      1                       1
+ final norm of a tied or factorised head                1 / r of hidden_size    the same
+ queries (or their norm, if they have one)              times 1 / sqrt(r) of head_dim, both
+ =====================================================  ======================  ===============
 
-The last two stand for logits times 1 / r and for scores times 1 / head_dim. A router is an output,
+The last two replace the factor 1 / r on logits and 1 / head_dim on scores. A router is an output,
 because the number of experts does not grow with the width (Małaśnicki et al. 2025,
 "mu-Parametrization for Mixture of Experts"); experts are hidden matrices of their own width. Weight
-decay is divided by what the learning rate is multiplied with, so that a weight shrinks as fast as
-at the base.
+decay is divided by the factor of the learning rate, so that a weight shrinks as fast as at the
+base.
 """
 
 from __future__ import annotations
@@ -36,11 +35,12 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import Role
 from pretrain.model.widths import base_model, width_ratio
 
+# Their input dimension is the vocabulary or the position, which does not grow.
 INPUTS = ("embedding.", "position.")
 
 
 class WidthScale(NamedTuple):
-    """What a parameter's initial numbers and its learning rate are multiplied with."""
+    """Factors of a parameter's initial values and of its learning rate."""
 
     size: float
     learning_rate: float
@@ -51,8 +51,9 @@ UNCHANGED = WidthScale(1.0, 1.0)
 
 @torch.no_grad()
 def scale_by_width(model: DecoderLM) -> None:
-    """Scales random weights in place, and writes ``learning_rate_scale`` on parameters where it is
-    not 1, for the optimizer's groups.
+    """Scale random weights in place, and mark parameters with their ``learning_rate_scale``.
+
+    The mark, which the optimizer's groups read, is left out if it is 1.
     """
     scales = width_scales(model.config)
     for name, parameter in model.named_parameters():
@@ -64,9 +65,9 @@ def scale_by_width(model: DecoderLM) -> None:
 
 
 def width_scales(config: ModelConfig) -> dict[str, WidthScale]:
-    """By parameter, without those that are as at the base.
+    """The scale of each parameter by name, without those that are as at the base.
 
-    Experts with tensors of their own all go by the name of the first one.
+    All experts with tensors of their own share the name of the first one.
     """
     widths = config.initialization.base_widths
     if widths is None:
@@ -76,12 +77,14 @@ def width_scales(config: ModelConfig) -> dict[str, WidthScale]:
     scales = {
         name: _of_shape(name, shape, base_shapes[name], config) for name, shape in shapes.items()
     }
+    # A tied head is an embedding too, and cannot be scaled: the norm before it takes its factor.
     if config.tie_word_embeddings or config.embedding_size is not None:
         scales |= {
             name: WidthScale(1 / width_ratio(config), 1 / width_ratio(config))
             for name in shapes
             if name.startswith("final_norm.")
         }
+    # The model divides scores by sqrt(head_dim); this factor makes that muP's 1 / head_dim.
     factor = (base.attention.query_width / config.attention.query_width) ** 0.5
     queries = tuple(f".attention.{name}" for name in config.attention.query_scales)
     scales |= {
@@ -100,12 +103,16 @@ def _of_shape(name: str, shape: torch.Size, base: torch.Size, config: ModelConfi
         or shape[-1] == base[-1]
     ):
         return UNCHANGED
+    # Weights are [out, in]: the last dimension is the fan-in.
     fan_in = shape[-1] / base[-1]
     return WidthScale(1 / fan_in if shape[-2] == base[-2] else fan_in**-0.5, 1 / fan_in)
 
 
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """With a single expert a layer: DeepSpeed's native layer would copy each one."""
+    """Parameter shapes of a model with a single expert per layer.
+
+    DeepSpeed's native layer would copy each expert, and all have one shape.
+    """
     with torch.device("meta"):
         model = DecoderLM(config, ep_size=config.total_experts)
     return {

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Up to so many numbers, what rms_norm costs on a CPU is the number of small operations that torch
-# makes of it.
-FEW_NUMBERS = 4096
+# Elements up to which the cost of rms_norm on a CPU is the number of kernels launched, not the
+# arithmetic.
+FEW_ELEMENTS = 4096
 
 
 class RMSNorm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    Sums in fp32.
+    The mean of squares is accumulated in fp32.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -25,7 +25,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_NUMBERS
+        """[..., size] -> [..., size]."""
+        # The fast path of a step of generation on a CPU; everything else goes through torch's
+        # kernel.
+        one_token = x.dim() > 2 and x.shape[1] == 1 and x.numel() <= FEW_ELEMENTS
         if (
             one_token
             and x.is_cpu
@@ -36,8 +39,10 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def _of_few(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of one token (or of one each of a few texts) in half as many operations: a step
-        of generation is made of them.
+        """The same for one token per sequence, in half as many operations.
+
+        A step of generation on a CPU consists mostly of such calls. Only in inference mode, because
+        the rounding differs in the last bit.
         """
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (
@@ -53,8 +58,9 @@ def _number(value: float) -> torch.Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm (Ba et al. 2016): (x - mean) / sqrt(variance + eps) * weight + bias over the last
-    dimension.
+    """LayerNorm (Ba et al. 2016), over the last dimension.
+
+    (x - mean) / sqrt(variance + eps) * weight + bias
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -64,4 +70,5 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

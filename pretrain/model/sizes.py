@@ -23,8 +23,8 @@ MOE_COMPONENTS = {
     Role.EXPERT_BIAS: "routed_experts",
     Role.ROUTER: "routers",
 }
-# What any other belongs to: the first pattern that its name has. All of multi-token prediction is
-# one.
+# Components of all other parameters, by prefix and then by pattern; the first match counts. The
+# whole block of multi-token prediction is one component.
 OUTSIDE_BLOCKS = ("embedding", "positions", "head")
 PREFIXES = {
     "embedding": "embedding.",
@@ -37,7 +37,7 @@ PATTERNS = {
     "dense_feed_forwards": re.compile(r"\.feed_forward\."),
     "norms": re.compile(r"norm\.(weight|bias)$"),
 }
-# In the order in which tables show them.
+# In the order of printed tables.
 COMPONENTS = (
     *PREFIXES,
     "attention",
@@ -51,23 +51,24 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Attributes:
-    parameters_total: weights and biases, without the rows that pad the vocabulary; a tied head is
-        counted once.
-    parameters_active: all but the routed experts, and top_k of those in each layer that routes.
-    parameters_padding: the rows that pad the vocabulary.
-    parameters_experts: routed experts, with their biases.
-    parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts stand
-        on every rank.
-    parameters_matrices: those that are on every rank and are hidden matrices: not experts,
-        embeddings, head, routers or vectors.
-    parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
-        (PEER).
-    components: ``parameters_total`` by what they belong to; the block of multi-token prediction is
-        one by itself.
-    components_active: ``parameters_active`` likewise.
-    flops_per_token: forward and backward: 6 a matrix weight that a token is multiplied with, and
-        attention's scores and values.
+    """Parameter counts and FLOPs of a model.
+
+    Attributes:
+        parameters_total: weights and biases, without the rows that pad the vocabulary; a tied head
+            is counted once.
+        parameters_active: all but the routed experts, and top_k of those in each layer that routes.
+        parameters_padding: the rows that pad the vocabulary.
+        parameters_experts: routed experts, with their biases.
+        parameters_sharded: those of them that ep_size ranks share; the biases of dropless experts
+            are on every rank.
+        parameters_matrices: hidden matrices that are on every rank: not experts, embeddings, head,
+            routers or vectors.
+        parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
+            (PEER).
+        components: ``parameters_total`` by component; the block of multi-token prediction is one.
+        components_active: ``parameters_active`` likewise.
+        flops_per_token: forward and backward: 6 per matrix weight that a token is multiplied with,
+            and attention's scores and values.
     """
 
     parameters_total: int
@@ -83,15 +84,15 @@ class ModelSize:
 
     @property
     def parameters_stored(self) -> int:
-        """What is held in memory: padding too."""
+        """Parameters in memory, padding included."""
         return self.parameters_total + self.parameters_padding
 
 
 def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
-    """Counts on the meta device: exact, and in seconds for any size.
+    """Count on the meta device: exact, and in seconds for any size.
 
-    The model is built as one rank of many sees it, with a single routed expert a layer: DeepSpeed's
-    native layer would copy each one.
+    The model is built as one rank of many sees it, with a single routed expert per layer:
+    DeepSpeed's native layer would copy each one.
     """
     num_experts = config.total_experts
     top_k = 1 if config.moe is None else config.moe.experts_per_token
@@ -102,6 +103,8 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
     for name, parameter in model.named_parameters():
         component, is_sharded = _component(name, config), not getattr(parameter, "allreduce", True)
         role = config.moe_role(name)
+        # allreduce=False is DeepSpeed's mark of expert parameters, of which this model has one in
+        # num_experts.
         count = parameter.numel() * (num_experts if is_sharded else 1)
         used = count
         sharded += count if is_sharded else 0
@@ -110,10 +113,12 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         components[component] += count
         active[component] += used
         is_vector = parameter.dim() == 1 or role is Role.EXPERT_BIAS
+        # Embedding and head are counted apart: looking up a row is no product.
         if not is_vector and component not in OUTSIDE_BLOCKS:
             if not is_sharded and not (role is not None and role.is_gate):
                 matrices += count
             products += used * _products_per_token(name, config)
+    # Padding was counted with its tensors, and is taken off here.
     padding = _padding(model)
     for component, numbers in padding.items():
         components[component] -= numbers
@@ -134,6 +139,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
 
 
 def _component(name: str, config: ModelConfig) -> str:
+    """The component a parameter belongs to, one of ``COMPONENTS``."""
     outside = next((one for one, start in PREFIXES.items() if name.startswith(start)), None)
     role = config.moe_role(name)
     if outside is not None or role is None:
@@ -148,7 +154,7 @@ def _products_per_token(name: str, config: ModelConfig) -> int:
 
 
 def _padding(model: DecoderLM) -> dict[str, int]:
-    """Numbers that pad the vocabulary, in the embedding and in a head of its own."""
+    """Elements that pad the vocabulary, in the embedding and in a head that is not tied to it."""
     rows = model.config.padded_vocab_size - (model.config.vocab_size or 0)
     of_head = [
         parameter
@@ -166,10 +172,10 @@ def _row_size(parameter: nn.Parameter) -> int:
 
 
 def _vocabulary_products(model: DecoderLM) -> int:
-    """Weights of embedding and head that a token is multiplied with: looking up a row is no
-    product, and padding rows are not multiplied.
+    """Weights of embedding and head that a token is multiplied with.
 
-    Multi-token prediction goes through both a second time.
+    Looking up a row is no product, and padding rows are not multiplied. Multi-token prediction uses
+    both a second time.
     """
     projection = 0 if model.embedding.projection is None else model.embedding.projection.numel()
     passes = 1 if model.multi_token is None else 2
@@ -177,9 +183,7 @@ def _vocabulary_products(model: DecoderLM) -> int:
 
 
 def attention_layers(config: ModelConfig) -> list[int]:
-    """The layer that each block of attention is made as, multi-token prediction's own block
-    included.
-    """
+    """The layer index that each attention block is built for, multi-token prediction's included."""
     layers = list(range(config.num_hidden_layers))
     return (
         layers if config.multi_token_prediction is None else [*layers, config.num_hidden_layers - 1]
@@ -187,9 +191,7 @@ def attention_layers(config: ModelConfig) -> list[int]:
 
 
 def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs a token of scores and of what they are multiplied with, forward and backward, averaged
-    over a full sequence.
-    """
+    """FLOPs per token of scores and values, forward and backward, averaged over a full sequence."""
     keys = 0.0
     for layer in attention_layers(config):
         width = min(config.attention.window(layer) or sequence_length, sequence_length)
@@ -199,9 +201,9 @@ def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
 
 
 def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
-    """What one sequence of ``tokens`` needs in the cache for generation, ``width`` bytes a number.
+    """Bytes of one sequence of ``tokens`` in the cache for generation, ``width`` bytes per element.
 
-    A window layer needs no more than its window.
+    A layer with a sliding window needs no more than its window.
     """
     windows = (config.attention.window(layer) for layer in range(config.num_hidden_layers))
     return (
@@ -212,7 +214,7 @@ def cache_bytes(config: ModelConfig, tokens: int, width: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's bf16/fp16 peak, FLOP/s, for fp8 too; None if no data sheet is known."""
+    """The device's bf16/fp16 peak in FLOP/s, also for fp8; None if no data sheet is known."""
     if device.type != "cuda" or precision == "fp32":
         return None
     known = accelerator_of_device(torch.cuda.get_device_name(device))

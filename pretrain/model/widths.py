@@ -1,6 +1,4 @@
-"""The widths of a model: what grows when it becomes wider, and the base that muP compares it
-with.
-"""
+"""The widths of a model: what grows as it becomes wider, and the base that muP compares with."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.init_config import BaseWidths
 
-# The part of the model section that has a width of :class:`BaseWidths`; None: the section itself.
+# Each width of :class:`BaseWidths` -> the section inside ``model`` that has it; None: model itself.
 SECTIONS = {
     "hidden_size": None,
     "intermediate_size": None,
@@ -24,14 +22,14 @@ SECTIONS = {
     "q_lora_rank": "attention",
     "kv_lora_rank": "attention",
 }
-# Of these the base may be left out: mostly they stay as they are when a model becomes wider.
+# Their base may be left out: most recipes keep them when a model becomes wider.
 OFTEN_FIXED = ("head_dim", "q_lora_rank", "kv_lora_rank")
 
 Growing = Literal["heads", "head_dim"]
 
 
 def widths(model: ModelConfig) -> dict[str, int]:
-    """Those of ``SECTIONS`` that the model has, in that order."""
+    """The widths of ``SECTIONS`` that the model has, in that order."""
     found: dict[str, int] = {}
     for name, section in SECTIONS.items():
         value = getattr(model if section is None else getattr(model, section), name, None)
@@ -62,12 +60,13 @@ def scaled_widths(
     """The widths of a model of the same proportions.
 
     Args:
-        growing: what attention grows by: more heads of the same size, or larger ones.
+        growing: whether attention gets more heads of the same size, or larger heads.
 
     Raises:
-        ConfigError: where a width would not be a whole number.
+        ConfigError: if a width would not be a whole number.
     """
     fixed = ("head_dim",) if growing == "heads" else ("num_attention_heads", "num_key_value_heads")
+    # Fractions, because a float would round 2/3 of 96 before it can be checked.
     found: dict[str, int] = {}
     for name, size in widths(model).items():
         scaled = (
@@ -85,6 +84,7 @@ def scaled_widths(
 
 def width_ratio(model: ModelConfig) -> float:
     """hidden_size / that of muP's base; 1 with any other initialisation."""
+    # 1 without muP: nothing is scaled then.
     base = model.initialization.base_widths
     return 1.0 if base is None else model.hidden_size / base.hidden_size
 

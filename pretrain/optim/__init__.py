@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups and learning-rate schedules."""
+"""Optimizers, their sections of a recipe, and parameter groups."""

@@ -1,4 +1,4 @@
-"""The optimizer section of a recipe: each kind with its numbers, and what its state costs."""
+"""The optimizer section of a recipe: the fields of each kind, and what its state costs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 class Optimizer(Component):
-    """What every kind has.
-
-    ``implementation`` builds the optimizer from parameter groups and this section.
+    """What every kind has; ``implementation`` builds it from parameter groups and this section.
 
     Attributes:
-        needs_whole_matrices: its update of a matrix is not that of the matrix' parts.
-        scales_with_width: muP has learning rates for it: like Adam's, its step does not grow with
-            the gradient, and every element moves about as far.
+        needs_whole_matrices: its update of a matrix differs from that of the matrix' parts.
+        scales_with_width: muP has learning rates for it: as in Adam, its step does not grow with
+            the gradient, and every element moves about equally far.
         has_universal_checkpoints: DeepSpeed's converter knows its state, which is Adam's two
             moments.
     """
@@ -46,41 +44,36 @@ class Optimizer(Component):
     @property
     @abstractmethod
     def matrix_state_bytes(self) -> float:
-        """Bytes of optimizer state for one parameter of a hidden matrix, experts included."""
+        """Bytes of optimizer state per parameter of a hidden matrix, experts included."""
 
     @property
     def other_state_bytes(self) -> float:
-        """Bytes of optimizer state for one parameter of anything else."""
+        """Bytes of optimizer state per parameter of anything else."""
         return self.matrix_state_bytes
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
-        """What trains tables of which a step uses few rows; None if this kind cannot."""
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
+        """The section that trains tables of which a step uses few rows; None if it cannot."""
         return None
 
     def rule_for(self, is_hidden_matrix: bool) -> str | None:
-        """The name of the rule that trains a parameter.
-
-        None for kinds that have one rule for all.
-        """
+        """The name of the rule that trains a parameter; None for kinds with one rule for all."""
         return None
 
 
-class RowOptimizer(Optimizer):
-    """A kind that can also train single rows of a table, each as if it were a parameter of its
-    own.
-    """
+class SparseOptimizerConfig(Optimizer):
+    """A kind that can also train single rows of a table, each as if it were a parameter."""
 
     @property
     @abstractmethod
     def row_moments(self) -> tuple[str, ...]:
-        """The fp32 tensors it keeps of each row, of the row's size, by name."""
+        """Names of the fp32 tensors that it keeps per row, each of the row's size."""
 
     @abstractmethod
     def row_direction(
         self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
     ) -> Tensor:
-        """What rows are moved by at a learning rate of 1, decay aside.
+        """The update of rows at a learning rate of 1, without weight decay.
 
         Args:
             gradient_UD: fp32 gradients of the rows.
@@ -89,11 +82,11 @@ class RowOptimizer(Optimizer):
         """
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
         return self
 
 
-class AdamW(RowOptimizer):
+class AdamWConfig(SparseOptimizerConfig):
     """AdamW (Loshchilov & Hutter 2019), torch's fused kernel."""
 
     scales_with_width: ClassVar[bool] = True
@@ -106,6 +99,7 @@ class AdamW(RowOptimizer):
 
     @property
     def matrix_state_bytes(self) -> float:
+        # Two moments in fp32.
         return 8.0
 
     @property
@@ -115,7 +109,7 @@ class AdamW(RowOptimizer):
     def row_direction(
         self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
     ) -> Tensor:
-        """Loshchilov & Hutter 2019, algorithm 2, with each row's own number of steps."""
+        """Loshchilov & Hutter 2019, algorithm 2, with each row's own step count."""
         first_UD, second_UD = moments_UD["exp_avg"], moments_UD["exp_avg_sq"]
         first_UD.lerp_(gradient_UD, 1.0 - self.beta1)
         second_UD.mul_(self.beta2).addcmul_(gradient_UD, gradient_UD, value=1.0 - self.beta2)
@@ -127,8 +121,8 @@ class AdamW(RowOptimizer):
         return first_UD.div(correction1_U1).div_(size_UD)
 
 
-class SGD(RowOptimizer):
-    """Plain stochastic gradient descent: for numerical comparisons."""
+class SGDConfig(SparseOptimizerConfig):
+    """Plain stochastic gradient descent, for numerical comparisons."""
 
     implementation: ClassVar[str] = "pretrain.optim.optimizers:sgd"
     kind: Literal["sgd"]
@@ -146,19 +140,19 @@ class SGD(RowOptimizer):
     def row_direction(
         self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
     ) -> Tensor:
-        """torch's SGD: the first step of a row starts its momentum."""
+        """As torch's SGD: the first step of a row starts its momentum."""
         if not self.momentum:
             return gradient_UD
+        # As torch without dampening: momentum * buffer + gradient, in place.
         return moments_UD["momentum"].mul_(self.momentum).add_(gradient_UD)
 
 
-class AdamW8bit(Optimizer):
-    """AdamW with both moments in 8 bits (Dettmers et al. 2022): blocks of 256 numbers, each with
-    its largest one in fp32. By bitsandbytes.
+class AdamW8bitConfig(Optimizer):
+    """AdamW with both moments in 8 bits (Dettmers et al. 2022), by bitsandbytes.
 
-    Tensors of fewer than 4,096 numbers keep fp32 moments. A ZeRO stage quantises its flat
-    partitions, whose blocks begin elsewhere: runs of different layouts agree to the error of 8
-    bits, not to that of fp32.
+    Blocks of 256 elements share a scale, their largest one in fp32. Tensors of fewer than 4,096
+    elements keep fp32 moments. A ZeRO stage quantises its flat partitions, whose blocks begin
+    elsewhere: runs of different layouts agree to the error of 8 bits, not to that of fp32.
     """
 
     scales_with_width: ClassVar[bool] = True
@@ -170,15 +164,17 @@ class AdamW8bit(Optimizer):
 
     @property
     def matrix_state_bytes(self) -> float:
+        # Two moments of one byte, and a 4-byte scale per block of 256.
         return 2.0 * (1.0 + 4.0 / 256.0)
 
 
-class Lion(Optimizer):
+class LionConfig(Optimizer):
     """Lion (Chen et al. 2023): the sign of an average of the momentum and the gradient.
 
-    Every weight moves by the learning rate, so that takes a third to a tenth of AdamW's, and as
-    much more weight decay. As published, also those whose gradient is zero: an expert that gets no
-    tokens any more continues by the sign of its momentum, step by step as far as before.
+    Every weight moves by the learning rate, which is therefore a third to a tenth of AdamW's, with
+    the weight decay larger by the same factor. As published, weights with a zero gradient move as
+    well: an expert that gets no more tokens continues by the sign of its momentum, step by step as
+    far as before.
     """
 
     scales_with_width: ClassVar[bool] = True
@@ -192,19 +188,18 @@ class Lion(Optimizer):
         return 4.0
 
 
-class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, every expert's by itself.
+class MuonConfig(Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, each expert's on its own; AdamW for the rest.
 
-    AdamW for embeddings, head, routers and vectors.
-
-    An update has the root mean square of AdamW's, 0.2, whatever a matrix's shape (Liu et al. 2025,
-    "Muon is scalable"): both share a learning rate and a decay. A matrix whose gradient is zero,
-    that of an expert without tokens, does not move but for its decay.
+    The rest are embeddings, head, routers and vectors. An update has AdamW's root mean square, 0.2,
+    for every shape of a matrix (Liu et al. 2025, "Muon is scalable"), so both share a learning rate
+    and a decay. A matrix with a zero gradient, that of an expert without tokens, moves by its decay
+    alone.
     """
 
     implementation: ClassVar[str] = "pretrain.optim.muon:muon"
     needs_whole_matrices: ClassVar[bool] = True
-    # An orthogonal update has rules of its own for how it changes with a matrix' shape.
+    # scales_with_width stays false: muP's table for Adam does not hold for orthogonal updates.
     kind: Literal["muon"]
     momentum: Beta = 0.95
     nesterov: bool = True
@@ -230,6 +225,7 @@ class Muon(Optimizer):
         return "muon" if is_hidden_matrix else "adamw"
 
     @property
-    def row_optimizer(self) -> RowOptimizer | None:
-        shared = set(AdamW.model_fields) & set(Muon.model_fields) - {"kind"}
-        return AdamW(**{name: getattr(self, name) for name in sorted(shared)})
+    def sparse_optimizer(self) -> SparseOptimizerConfig | None:
+        # Tables are no hidden matrices: Muon's AdamW trains them, with its own betas and eps.
+        shared = set(AdamWConfig.model_fields) & set(MuonConfig.model_fields) - {"kind"}
+        return AdamWConfig(**{name: getattr(self, name) for name in sorted(shared)})

@@ -1,4 +1,4 @@
-"""Which parameters a phase's ``frozen`` stands for."""
+"""The parameters that a phase's ``frozen`` names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import Role
 
-# The parts of MoE layers that have a name of their own; a residual expert is a feed-forward.
+# Roles of MoE tensors -> names that ``frozen`` may use; a residual expert is a feed-forward.
 MOE_PARTS = {
     Role.ROUTER: "router",
     Role.SHARED_EXPERT: "shared_experts",
@@ -18,7 +18,7 @@ MOE_PARTS = {
     Role.EXPERT: "experts",
     Role.EXPERT_BIAS: "experts",
 }
-# The other parts: patterns of their parameters' names. Later ones take what earlier ones leave.
+# The other parts, by patterns of parameter names; the first match counts.
 OTHER_PARTS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.*", "position.*"),
     "head": ("head.*",),
@@ -32,7 +32,7 @@ PARTS = {*MOE_PARTS.values(), *OTHER_PARTS}
 def part_of(name: str, model: ModelConfig) -> str | None:
     """The part of the model that a parameter belongs to.
 
-    None for the few that are in none, such as the projection of multi-token prediction.
+    None for the few in no part, such as the projection of multi-token prediction.
     """
     role = model.moe_role(name)
     if role in MOE_PARTS:
@@ -50,15 +50,15 @@ def part_of(name: str, model: ModelConfig) -> str | None:
 def frozen_parameters(
     names: Iterable[str], patterns: Sequence[str], model: ModelConfig, where: str
 ) -> set[str]:
-    """The parameters that ``patterns`` stand for.
+    """The names of the parameters that ``patterns`` match.
 
     Args:
         names: of all parameters of ``model``.
         patterns: names of ``PARTS``, or patterns of parameter names with ``*``, ``?`` and ``[]``.
-        where: the recipe's field, for sentences.
+        where: the recipe's field, for error sentences.
 
     Raises:
-        ConfigError: for a pattern that no parameter matches, with the nearest ones.
+        ConfigError: for a pattern that no parameter matches, with the nearest names.
     """
     parts = {name: part_of(name, model) for name in names}
     found: set[str] = set()
@@ -67,6 +67,7 @@ def frozen_parameters(
             name for name, part in parts.items() if part == pattern or fnmatchcase(name, pattern)
         }
         if not matched:
+            # Close matches are sought among parts and parameter names alike.
             have = sorted({part for part in parts.values() if part}) + list(parts)
             near = get_close_matches(pattern, have, n=2)
             hint = (

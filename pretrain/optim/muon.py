@@ -1,36 +1,40 @@
-"""Muon (Jordan et al. 2024): the momentum of a matrix, made orthogonal by Newton-Schulz iterations.
+"""Muon (Jordan et al. 2024): momentum, orthogonalised by Newton-Schulz iterations.
 
-AdamW for all that is no hidden matrix.
+AdamW trains all that is no hidden matrix.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.optim.adamw import adamw
 
-from pretrain.optim.config import Muon as MuonConfig
-from pretrain.optim.matrix_shards import NUMBERS_A_BATCH, MatrixOptimizer
+from pretrain.optim.config import MuonConfig
+from pretrain.optim.matrix_shards import ELEMENTS_A_BATCH, MatrixOptimizer
+from pretrain.optim.param_groups import ParamGroup
 
-# Of x -> a x + b x^3 + c x^5, with the steepest rise at zero that still ends between 0.7 and 1.2
-# (Jordan et al. 2024).
+# (a, b, c) of x -> a x + b x^3 + c x^5: the steepest slope at zero whose iteration still ends
+# between 0.7 and 1.2 (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Root mean square of an update, as AdamW's is in practice (Liu et al. 2025, section 2.2).
 UPDATE_RMS = 0.2
 
 
 def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
-    """U V^T of each matrix's singular value decomposition, nearly: singular values end between
-    about 0.7 and 1.2. Zeros stay zeros.
+    """Approximately U V^T of each matrix's singular value decomposition.
+
+    Singular values end between about 0.7 and 1.2. Zeros stay zeros.
 
     Args:
-        x_NAB: [N, A, B] in the precision of the iterations; each of the N matrices by itself.
+        x_NAB: [N, A, B] in the precision of the iterations; the N matrices are independent.
     """
     a, b, c = NEWTON_SCHULZ
+    # The Gram matrix is computed on the shorter side.
     tall = x_NAB.shape[-2] > x_NAB.shape[-1]
     x_NAB = x_NAB.mT if tall else x_NAB
+    # The iteration converges for singular values up to 1, which the Frobenius norm bounds.
     x_NAB = x_NAB / torch.linalg.vector_norm(x_NAB, dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram_NAA = x_NAB @ x_NAB.mT
@@ -42,23 +46,23 @@ def orthogonalize(x_NAB: torch.Tensor, steps: int) -> torch.Tensor:
 class Muon(MatrixOptimizer):
     """Groups whose ``rule`` is ``muon`` hold matrices [..., A, B]; those with ``adamw`` anything.
 
-    ZeRO trains flat partitions instead: ``shards`` then says, for each of them in a ``muon`` group,
-    where the matrices are. State: ``momentum`` of the parameter's shape, or AdamW's ``exp_avg``,
-    ``exp_avg_sq`` and ``step``.
+    ZeRO trains flat partitions instead: ``shards`` then gives, for each of them in a ``muon``
+    group, the places of its matrices. State: ``momentum`` of the parameter's shape, or AdamW's
+    ``exp_avg``, ``exp_avg_sq`` and ``step``.
     """
 
     matrix_rule: ClassVar[str] = "muon"
 
-    def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
+    def __init__(self, groups: list[ParamGroup], config: MuonConfig) -> None:
         self.config = config
         self.shards = {}
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
-        Where partitions are shared, all ranks of their group must call it alike.
+        If partitions are shared, all ranks of their group must call it alike.
         """
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -68,26 +72,31 @@ class Muon(MatrixOptimizer):
             for parameter in parameters:
                 self._step_muon(parameter, group)
 
-    def _step_muon(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _step_muon(self, parameter: torch.Tensor, group: ParamGroup) -> None:
+        """Update one parameter, or one flat partition of matrices."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum, rate, shards = state["momentum"], group["lr"], self.shards.get(parameter)
+        momentum = state["momentum"]
+        rate = group["lr"]
+        shards = self.shards.get(parameter)
         momentum.lerp_(gradient, 1.0 - self.config.momentum)
+        # Decoupled weight decay, before the update as in AdamW.
         parameter.mul_(1.0 - rate * group["weight_decay"])
         if shards is not None:
             shards.transform(
-                take=lambda phase: self._marked_update(gradient[phase], momentum[phase]),
+                take=lambda place: self._marked_update(gradient[place], momentum[place]),
                 change=self._directions,
-                give=lambda phase, direction: parameter[phase].add_(
+                give=lambda place, direction: parameter[place].add_(
                     direction.to(parameter), alpha=-rate
                 ),
                 dtype=self._dtype(shards.device),
             )
             return
+        # Stacked experts are independent matrices, transformed in batches to bound the memory.
         *_, rows, columns = parameter.shape
-        size = max(1, NUMBERS_A_BATCH // (rows * columns))
+        size = max(1, ELEMENTS_A_BATCH // (rows * columns))
         batches = [whole.reshape(-1, rows, columns).split(size) for whole in (gradient, momentum)]
         for moved, *looked_at in zip(
             parameter.view(-1, rows, columns).split(size), *batches, strict=True
@@ -107,7 +116,7 @@ class Muon(MatrixOptimizer):
         )
 
     def _update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
-        """The momentum after this step's gradient; looked ahead by Nesterov's rule."""
+        """The momentum after this step's gradient, with Nesterov's look-ahead if configured."""
         return (
             torch.lerp(gradient, momentum, self.config.momentum)
             if self.config.nesterov
@@ -115,18 +124,21 @@ class Muon(MatrixOptimizer):
         )
 
     def _marked_update(self, gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
-        """Of a part of a matrix, [P] -> [P + 1]: behind it 1, or 0 where its gradient is zero."""
+        """The update of a part of a matrix and its mark, [P] -> [P + 1].
+
+        The mark is 0 if the part's gradient is zero; the owner sums the marks of all parts.
+        """
         return torch.cat(
             (self._update(gradient, momentum), gradient.any()[None].to(gradient.dtype))
         )
 
     def _directions(self, matrices_NAB: torch.Tensor, touched_N: torch.Tensor) -> torch.Tensor:
-        """What each matrix is moved by at a learning rate of 1: nothing where ``touched_N`` is 0,
-        for its gradient is zero.
+        """The update of each matrix at a learning rate of 1; zero if its gradient is zero.
 
-        An update's size does not depend on the momentum's: an expert without tokens would move as
-        far a step until its momentum is rounded away.
+        An update's size does not depend on the momentum's: an expert without tokens would otherwise
+        move equally far each step until its momentum underflows.
         """
+        # An orthogonal [A, B] has root mean square 1 / sqrt(max(A, B)).
         scale = UPDATE_RMS * math.sqrt(max(matrices_NAB.shape[-2:]))
         return (
             orthogonalize(matrices_NAB, self.config.newton_schulz_steps)
@@ -134,8 +146,8 @@ class Muon(MatrixOptimizer):
             .mul_((touched_N > 0)[:, None, None])
         )
 
-    def _step_adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """As torch.optim.AdamW, by its own function."""
+    def _step_adamw(self, parameters: list[torch.Tensor], group: ParamGroup) -> None:
+        """As torch.optim.AdamW, by torch's own functional form."""
         config = self.config
         for parameter in parameters:
             if not self.state[parameter]:
@@ -163,5 +175,6 @@ class Muon(MatrixOptimizer):
         )
 
 
-def muon(groups: list[dict[str, Any]], config: MuonConfig) -> torch.optim.Optimizer:
+def muon(groups: list[ParamGroup], config: MuonConfig) -> torch.optim.Optimizer:
+    """The optimizer of a recipe with ``optimizer.kind=muon``."""
     return Muon(groups, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -11,9 +11,14 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import Role
 from pretrain.optim.config import Optimizer
 
+# A group of ``torch.optim``: ``params``, ``lr``, ``weight_decay``, and keys that an optimizer or
+# DeepSpeed adds (``betas``, ``moe``, ``name``, ``rule`` ...).
+ParamGroup: TypeAlias = dict[str, Any]
+
 
 def parameter_role(name: str, parameter: torch.Tensor, model: ModelConfig) -> str:
     """``embedding``, ``router``, ``vector`` (norms, biases, attention sinks) or ``matrix``."""
+    # Not decayed: rows of rare tokens would shrink in the many steps without a gradient.
     if name.startswith(("embedding.", "position.")):
         return "embedding"
     role = model.moe_role(name)
@@ -24,7 +29,7 @@ def parameter_role(name: str, parameter: torch.Tensor, model: ModelConfig) -> st
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor, model: ModelConfig) -> bool:
-    """Whether it is a matrix inside the blocks, or a stack of them: what Muon makes orthogonal."""
+    """Whether it is a matrix inside the blocks, or a stack of them, which Muon orthogonalises."""
     role = model.moe_role(name)
     return (
         parameter_role(name, parameter, model) == "matrix"
@@ -43,44 +48,47 @@ def peak_learning_rates(optimizer: Optimizer) -> dict[str, float]:
     }
 
 
-def learning_rate_scale(group: dict[str, Any]) -> float:
-    """What the peak learning rate of a group's role is multiplied with: 1 but for parameters that
-    are wider than at muP's base.
+def learning_rate_scale(group: ParamGroup) -> float:
+    """The factor of the peak learning rate of a group's role.
+
+    1 except for parameters that are wider than at muP's base.
     """
     return float(group.get("learning_rate_scale", 1.0))
 
 
 def parameter_groups(
     model: nn.Module, config: ModelConfig, optimizer: Optimizer
-) -> list[dict[str, Any]]:
-    """Optimizer groups by role, experts apart.
+) -> list[ParamGroup]:
+    """Optimizer groups by role, with experts in separate groups.
 
-    Parameters with a ``learning_rate_scale`` of their own (:mod:`pretrain.model.mup`) are apart
-    too, and so are those that the optimizer trains by another ``rule``.
-
-    DeepSpeed wants the groups of expert parameters marked with ``moe`` and named after their
-    expert-parallel group (the name that its layer wrote on the parameter); else it would average
-    the gradients of different experts. Vectors and embeddings are not decayed. The learning rate is
-    0 until the first step sets it by role and scale; learning rate times decay does not depend on
-    the scale.
+    Parameters with a ``learning_rate_scale`` (:mod:`pretrain.model.mup`) or another ``rule`` of the
+    optimizer are in separate groups too. DeepSpeed wants the groups of expert parameters marked
+    with ``moe`` and named after their expert-parallel group (the name that its layer wrote on the
+    parameter); otherwise it would average the gradients of different experts. Vectors and
+    embeddings are not decayed. The learning rate is 0 until the first step sets it by role and
+    scale.
 
     Args:
         config: of ``model``.
     """
-    groups: dict[tuple[str, str | None, float, str | None], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, float, str | None], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = parameter_role(name, parameter, config)
         expert_group: str | None = None
         if not getattr(parameter, "allreduce", True):
+            # DeepSpeed's attribute; mypy does not know it on a Parameter.
             expert_group = getattr(parameter, "group_name")  # noqa: B009
         scale: float = getattr(parameter, "learning_rate_scale", 1.0)
         rule = optimizer.rule_for(is_hidden_matrix(name, parameter, config))
         key = role, expert_group, scale, rule
+        # Dictionaries keep their order, so groups, and with them checkpoints, are in the model's
+        # order.
         if key not in groups:
+            # Divided by the scale, so that learning rate times decay does not depend on it.
             decay = 0.0 if role in ("embedding", "vector") else optimizer.weight_decay / scale
-            group: dict[str, Any] = {
+            group: ParamGroup = {
                 "params": [],
                 "role": role,
                 "name": expert_group or role,
@@ -95,7 +103,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[ParamGroup], config: Optimizer) -> torch.optim.Optimizer:
     """The recipe's optimizer over ``groups``."""
     optimizer: torch.optim.Optimizer = config.implementing_class()(groups, config)
     return optimizer

@@ -30,8 +30,8 @@ def state_bytes_per_rank(
         # that all ranks share at every stage.
         parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
         moments = (
-            optimizer.row_optimizer.matrix_state_bytes
-            if optimizer.row_optimizer is not None
+            optimizer.sparse_optimizer.matrix_state_bytes
+            if optimizer.sparse_optimizer is not None
             else 0.0
         )
         parts["optimizer"] += size.parameters_rows * moments / world_size

@@ -10,15 +10,16 @@ from typing import get_args
 from pretrain.core.registry import kinds_of
 from pretrain.core.section import Section
 from pretrain.model.attention.config import Attention
-from pretrain.model.config import FeedForward, LayerPattern, Norm, Position
+from pretrain.model.config import FeedForwardConfig, LayerPattern, Norm
 from pretrain.model.moe.config import MoE
 from pretrain.model.moe.routers import Router
+from pretrain.model.positions.config import Position
 
 FAMILIES: dict[str, type[Section]] = {
     "attention": Attention,
     "position": Position,
     "norm": Norm,
-    "feed_forward": FeedForward,
+    "feed_forward": FeedForwardConfig,
     "layer_pattern": LayerPattern,
     "moe": MoE,
     "moe.router": Router,

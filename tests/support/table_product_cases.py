@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import ExpertTable, Factors, SortedFactors
 
 # Lengths of the bags and rows to choose from: ordinary, empty, duplicates everywhere, nothing at
@@ -96,7 +96,7 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     )
 
 
-def computed(case: Case, kernel: Kernel) -> dict[str, torch.Tensor]:
+def computed(case: Case, kernel: TableKernel) -> dict[str, torch.Tensor]:
     """Both products by a table with ``kernel``, and the gradients of their loss; the table's also
     from collected factors.
     """
@@ -119,7 +119,7 @@ def computed(case: Case, kernel: Kernel) -> dict[str, torch.Tensor]:
     )
 
 
-def dense(factors: Factors, weight_NXD: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+def dense(factors: Factors, weight_NXD: torch.Tensor, kernel: TableKernel) -> torch.Tensor:
     """The gradient that factors stand for, computed in two chunks of rows, as an optimizer does."""
     gradient = torch.zeros_like(weight_NXD)
     by_row = SortedFactors(factors, kernel)

@@ -21,7 +21,12 @@ LAYERS: list[set[str]] = [
     {"data_pipeline.preprocess"},
     {"data_pipeline.loading"},
     {"pretrain.model.moe.routers", "pretrain.model.attention.kernels.config"},
-    {"pretrain.model.moe.config", "pretrain.model.attention.config", "pretrain.model.init_config"},
+    {
+        "pretrain.model.moe.config",
+        "pretrain.model.attention.config",
+        "pretrain.model.positions.config",
+        "pretrain.model.init_config",
+    },
     {"pretrain.model.config"},
     {"pretrain.model", "pretrain.optim"},
     {"pretrain.config"},

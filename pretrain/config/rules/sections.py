@@ -115,7 +115,7 @@ def optimizer_trains_tables(recipe: Recipe) -> None:
     moe, optimizer = recipe.model.moe, recipe.optimizer
     if moe is None or not recipe.model.moe_layers or not moe.has_tables:
         return
-    if optimizer.row_optimizer is None:
+    if optimizer.sparse_optimizer is None:
         raise ConfigError(
             f"optimizer.kind={optimizer.kind} does not go with model.moe.kind={moe.kind}, whose "
             "tables are trained row by row: use optimizer.kind=adamw, muon or sgd"

@@ -22,10 +22,11 @@ def set_batch_sizes(engine: Any, micro_batch_size: int, accumulation_steps: int)
 
     Args:
         engine: DeepSpeed's.
-        micro_batch_size: sequences a rank holds at once.
+        micro_batch_size: sequences per micro batch and rank.
     """
     engine.set_train_micro_batch_size(micro_batch_size)
     engine.set_train_batch_size(micro_batch_size * accumulation_steps * engine.dp_world_size)
+    # The engine takes this modulo the accumulation to find the end of a step: start counting anew.
     engine.micro_steps = 0
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):
         engine.optimizer.gradient_accumulation_steps = accumulation_steps

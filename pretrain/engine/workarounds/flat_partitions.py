@@ -27,7 +27,7 @@ from pretrain.optim.matrix_shards import (
 def give_shards(
     optimizer: Any, muon: MatrixOptimizer, zero_stage: int, device: torch.device
 ) -> None:
-    """Tell Muon where the matrices of each partition are; at stage 0 it has them whole.
+    """Set where the matrices of each partition are; at stage 0 Muon has them whole.
 
     Every rank must call it.
     """
@@ -38,7 +38,7 @@ def give_shards(
 
 
 def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.device) -> None:
-    """Stages 1 and 2 join the parameters of a group and cut the whole into equal partitions."""
+    """Stages 1 and 2 join a group's parameters and cut the whole into equal partitions."""
     for index, flat_N in enumerate(optimizer.single_partition_of_fp32_groups):
         if optimizer.optimizer.param_groups[index].get("rule") != muon.matrix_rule:
             continue
@@ -46,13 +46,19 @@ def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.devic
         ranks = distributed.get_world_size(group)
         rank = distributed.get_rank(group)
         matrices: list[ShardedMatrix] = []
+        # Offsets are those of the joined parameters, in the order in which ZeRO interleaved them.
         for parameter, start in zip(
             optimizer.round_robin_bit16_groups[index],
             optimizer.round_robin_bit16_offsets[index],
             strict=True,
         ):
             matrices += cut_matrices(
-                parameter.shape, start, int(optimizer.partition_size[index]), ranks, rank, offset=0
+                parameter.shape,
+                start=start,
+                partition_size=int(optimizer.partition_size[index]),
+                ranks=ranks,
+                rank=rank,
+                offset=0,
             )
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)
 
@@ -60,22 +66,26 @@ def _from_flat_groups(optimizer: Any, muon: MatrixOptimizer, device: torch.devic
 def _from_partitioned_parameters(
     optimizer: Any, muon: MatrixOptimizer, device: torch.device
 ) -> None:
-    """Stage 3 cuts each parameter into equal parts and joins a rank's parts of several parameters
-    to a sub-group.
-    """
+    """Stage 3 cuts each parameter into equal parts; a sub-group joins a rank's parts."""
     groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
     for index, (flat_N, parameters) in enumerate(groups):
         options = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[index]]
         if options.get("rule") != muon.matrix_rule:
             continue
         matrices: list[ShardedMatrix] = []
+        # This rank's parts of the sub-group's parameters follow each other in its flat tensor.
         offset = 0
         group = parameters[0].ds_process_group
         ranks = distributed.get_world_size(group)
         rank = distributed.get_rank(group)
         for parameter in parameters:
             matrices += cut_matrices(
-                parameter.ds_shape, 0, parameter.partition_numel(), ranks, rank, offset
+                parameter.ds_shape,
+                start=0,
+                partition_size=parameter.partition_numel(),
+                ranks=ranks,
+                rank=rank,
+                offset=offset,
             )
             offset += parameter.partition_numel()
         muon.shards[flat_N] = MatrixShards(matrices, group if ranks > 1 else None, device)

@@ -12,11 +12,10 @@ Test: tests/unit/config/test_ds_config_resolution.py shows the refusal; none sho
 
 from __future__ import annotations
 
-from typing import Any
-
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 
-# DeepSpeed's names of them.
+# DeepSpeed's names of the formats -> ours.
 GRADIENT_DTYPES = {
     "float32": "fp32",
     "float": "fp32",
@@ -30,30 +29,31 @@ GRADIENT_DTYPES = {
 
 
 def check_gradient_dtype(
-    ds_config: dict[str, Any], origin: str, precision: str, zero_stage: int
+    ds_config: JsonObject, origin: str, precision: str, zero_stage: int
 ) -> None:
     """Refuse a ``data_types.grad_accum_dtype`` that DeepSpeed cannot combine with the stage.
 
     Args:
-        origin: of the ds_config, for sentences.
+        origin: of the ds_config, for error sentences.
 
     Raises:
-        ConfigError: if it is none, or cannot be combined.
+        ConfigError: if it is not a known format, or cannot be combined.
     """
-    given = ds_config.get("data_types", {}).get("grad_accum_dtype")
-    if given is None:
+    in_file = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    if in_file is None:
         return
-    dtype = GRADIENT_DTYPES.get(str(given).removeprefix("torch."))
+    dtype = GRADIENT_DTYPES.get(str(in_file).removeprefix("torch."))
     if dtype is None:
         raise ConfigError(
-            f"{origin}: data_types.grad_accum_dtype is {given!r}; use fp32, bf16 or fp16"
+            f"{origin}: data_types.grad_accum_dtype is {in_file!r}; use fp32, bf16 or fp16"
         )
     model = "bf16" if precision == "fp8" else precision
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    # The combination in which DeepSpeed replaces its stage 1 optimizer by its BF16_Optimizer.
     other_optimizer = zero_stage == 1 and model == "bf16" and offload.get("device") != "cpu"
     if dtype != model and (zero_stage == 0 or other_optimizer):
         raise ConfigError(
-            f"{origin}: data_types.grad_accum_dtype is {given!r}, which DeepSpeed cannot do for "
+            f"{origin}: data_types.grad_accum_dtype is {in_file!r}, which DeepSpeed cannot do for "
             f"{model} weights at ZeRO stage {zero_stage}: "
             "use ds_configs/zero2.json or zero3.json with it"
         )

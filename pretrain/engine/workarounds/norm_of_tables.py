@@ -27,6 +27,8 @@ def count_in_norm(optimizer: Any, zero_stage: int, tables_norm: Callable[[], tor
     """
 
     def scaled() -> torch.Tensor:
+        # DeepSpeed divides the combined norm by the loss scale, so the tables' part is multiplied
+        # first.
         return tables_norm() * optimizer.loss_scale
 
     if zero_stage in (1, 2):

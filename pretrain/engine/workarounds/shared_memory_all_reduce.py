@@ -17,6 +17,6 @@ import deepspeed
 def avoid_shared_memory_all_reduce() -> None:
     """Make DeepSpeed believe that the operation cannot be built.
 
-    To be called before ``init_distributed``.
+    To be called before ``init_distributed``, which compiles it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

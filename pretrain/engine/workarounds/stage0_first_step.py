@@ -16,6 +16,6 @@ from typing import Any
 
 
 def forget_first_step(optimizer: Any, zero_stage: int, precision: str) -> None:
-    """Clear the state that DeepSpeed's own step has left in the optimizer that it returned."""
+    """Clear the state that DeepSpeed's own step left in the optimizer that it returned."""
     if zero_stage == 0 and precision != "fp32":
         optimizer.state.clear()

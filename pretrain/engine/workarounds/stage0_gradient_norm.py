@@ -31,12 +31,13 @@ def global_grad_norm(
 
     Args:
         parameters: with reduced gradients; experts are those marked ``allreduce = False``.
-        expert_group: the ranks that share one set of experts; None if this rank holds them all.
+        expert_group: the ranks that share one set of experts; None if this rank has them all.
     """
     dense: list[torch.Tensor] = []
     experts: list[torch.Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
+            # Summed in fp32: squares of fp16 gradients overflow, and those of small ones vanish.
             squared = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
             (dense if getattr(parameter, "allreduce", True) else experts).append(squared)
     dense_squared = torch.stack(dense).sum()
@@ -44,6 +45,7 @@ def global_grad_norm(
         return dense_squared.sqrt()
     experts_squared = torch.stack(experts).sum()
     if expert_group is not None:
+        # Squares add up over ranks, norms do not.
         distributed.all_reduce(experts_squared, group=expert_group)
     return (dense_squared + experts_squared).sqrt()
 
@@ -51,10 +53,10 @@ def global_grad_norm(
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), the factor that ZeRO uses.
 
-    They stay as they are if the norm is not finite: a factor of 0 would turn an infinite gradient
-    into NaN.
+    They are unchanged if the norm is not finite: a factor of 0 would make an infinite gradient NaN.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # No ``if``: reading the norm on the host would synchronise once more.
     factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
     for parameter in parameters:
         if parameter.grad is not None:
@@ -63,7 +65,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_n
 
 @dataclass
 class Stage0Clipping(StepHook):
-    """Clips by the true norm, and asks the veto, both between backward pass and update.
+    """Clips by the true norm, and asks the veto, between backward pass and update.
 
     Attributes:
         max_norm: of the gradient; 0 for no clipping.
@@ -81,8 +83,9 @@ class Stage0Clipping(StepHook):
     norm: torch.Tensor | None = None
 
     def before_update(self) -> None:
-        """Find the norm, clip, and withhold the gradient if the update is refused."""
+        """Compute the norm, clip, and withhold the gradient if the update is refused."""
         dense = global_grad_norm(self.model.parameters(), self.expert_group)
+        # Gradients still carry the loss scale, the tables' norm does not.
         self.norm = torch.hypot(
             dense / self.loss_scale.value(), self.tables_norm().to(dense.device)
         )

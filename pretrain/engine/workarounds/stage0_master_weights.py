@@ -18,7 +18,7 @@ import torch
 def stage0_masters(optimizer: Any, precision: str) -> dict[int, torch.Tensor]:
     """The fp32 copy of each parameter by the parameter's id.
 
-    Empty in fp32, whose parameters are their own.
+    Empty in fp32: parameters are their own masters.
     """
     if precision == "fp32":
         return {}

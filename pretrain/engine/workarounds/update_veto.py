@@ -21,20 +21,20 @@ import torch
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
 
-# Is asked with the global gradient norm of a step, a finite one, without loss scale; returns True
-# to refuse the update, the same on every rank.
+# A step's global gradient norm, finite and without loss scale -> True to refuse the update. Must
+# return the same on every rank.
 Question = Callable[[float], bool]
 
 
 class UpdateVeto:
-    """Comes between the gradient norm of a step and its update.
+    """Intervenes between the gradient norm of a step and its update.
 
     Args:
         optimizer: the one that ``deepspeed.initialize`` returned.
 
     Attributes:
         refused: whether the update of this step was refused.
-        withheld: whether the gradient was taken away from torch's optimizer, because the update was
+        withheld: whether the gradient was removed from torch's optimizer, because the update was
             refused or the gradient is not finite.
         norm: of this step before clipping, if the question was asked.
         keeps_loss_scale: True while fp16's loss scale must not move.
@@ -48,6 +48,8 @@ class UpdateVeto:
         self.norm = math.nan
         self._question: Question | None = None
         if zero_stage in (1, 2):
+            # The place at which each stage computes the norm that clipping and the overflow check
+            # read.
             norm_of = optimizer.scaled_global_norm
             optimizer.scaled_global_norm = lambda norm_type=2: self._asked([norm_of(norm_type)])[0]
         elif zero_stage == 3:
@@ -58,7 +60,7 @@ class UpdateVeto:
             optimizer._update_scale = self._scale_after
         scaler: Any = getattr(optimizer, "loss_scaler", None)
         if hasattr(scaler, "raise_error_at_min_scale"):
-            # Skipped steps in a row end a run in the guards, with a sentence that says what to do.
+            # The guards end a run of skipped steps, with a sentence that says what to do.
             scaler.raise_error_at_min_scale = False
 
     def begin(self, question: Question | None) -> None:
@@ -70,7 +72,7 @@ class UpdateVeto:
     def before_stage_0_step(
         self, parameters: list[nn.Parameter], norm: float, precision: str
     ) -> None:
-        """Ask at stage 0, where our own engine knows the norm.
+        """Ask at stage 0, whose norm our own engine computes.
 
         In fp32 a gradient that is not finite is withheld in any case: torch's optimizers would
         apply it.
@@ -83,10 +85,12 @@ class UpdateVeto:
                     parameter.grad = None
         elif self.refused:
             gradients = (parameter.grad for parameter in parameters)
+            # One infinite element is enough: DeepSpeed's low-precision optimizer skips the whole
+            # step.
             next(gradient for gradient in gradients if gradient is not None).fill_(math.inf)
 
     def _asked(self, scaled_norms: list[Any]) -> list[Any]:
-        """The norms as they are, or one that is not finite in place of refused ones."""
+        """The norms unchanged, or one that is not finite if the update is refused."""
         if self._question is None:
             return scaled_norms
         self._ask(float(combine_grad_norm_groups(scaled_norms)) / float(self.optimizer.loss_scale))
@@ -95,12 +99,12 @@ class UpdateVeto:
         return [torch.full_like(torch.as_tensor(scaled_norms[0]), math.inf)]
 
     def _ask(self, norm: float) -> None:
-        """A norm that is not finite needs no question: its step is skipped anyway."""
+        """Ask about a finite norm; without one, the step is skipped anyway."""
         if self._question is not None and math.isfinite(norm):
             self.norm = norm
             self.refused = self._question(norm)
 
     def _scale_after(self, overflow: bool = False) -> None:
-        """A gradient that was refused is no overflow: fp16's loss scale is not to blame for it."""
+        """Replaces ``_update_scale``: a refused gradient is no overflow, so fp16's scale stays."""
         if not self.keeps_loss_scale:
             self._update_scale(overflow and not self.refused)

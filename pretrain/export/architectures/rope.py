@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.core.errors import ConfigError
 from pretrain.export.features import ANY, Takes
-from pretrain.model.config import RotaryBase
+from pretrain.model.positions.config import RotaryBase
 
 # transformers' name of each kind, and the fields that both call alike.
 YARN_FIELDS = (

@@ -6,20 +6,24 @@ nothing speaks against the model.
 
 from __future__ import annotations
 
-from pretrain.model.attention.config import GroupedQueryAttention, MultiHeadLatentAttention
-from pretrain.model.config import Clamped, ModelConfig, RotaryBase
+from pretrain.model.attention.config import (
+    GroupedQueryAttentionConfig,
+    MultiHeadLatentAttentionConfig,
+)
+from pretrain.model.config import Clamped, ModelConfig
 from pretrain.model.moe.config import RoutedMoE
+from pretrain.model.positions.config import RotaryBase
 
 
-def grouped_query(model: ModelConfig) -> GroupedQueryAttention:
+def grouped_query(model: ModelConfig) -> GroupedQueryAttentionConfig:
     """The attention of an architecture that takes ``attention.kind=gqa`` only."""
-    assert isinstance(model.attention, GroupedQueryAttention)
+    assert isinstance(model.attention, GroupedQueryAttentionConfig)
     return model.attention
 
 
-def latent(model: ModelConfig) -> MultiHeadLatentAttention:
+def latent(model: ModelConfig) -> MultiHeadLatentAttentionConfig:
     """The attention of an architecture that takes ``attention.kind=mla`` only."""
-    assert isinstance(model.attention, MultiHeadLatentAttention)
+    assert isinstance(model.attention, MultiHeadLatentAttentionConfig)
     return model.attention
 
 

@@ -18,7 +18,13 @@ from pretrain.model.attention import config as attention_schema
 from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe import routers
-from pretrain.model.moe.config import EXPERT_NUMBER, PEER, DeepSpeedMoE, DroplessMoE
+from pretrain.model.moe.config import (
+    EXPERT_NUMBER,
+    DeepSpeedMoEConfig,
+    DroplessMoEConfig,
+    PEERConfig,
+)
+from pretrain.model.positions import config as position_schema
 
 # Copied into the export as they are.
 CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
@@ -56,36 +62,36 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
             "moe",
         ),
     ),
-    model_schema.RMSNorm: ("eps",),
-    model_schema.LayerNorm: ("eps",),
-    model_schema.Rope: ("rope_theta",),
-    model_schema.Yarn: (
+    model_schema.RMSNormConfig: ("eps",),
+    model_schema.LayerNormConfig: ("eps",),
+    position_schema.Rope: ("rope_theta",),
+    position_schema.Yarn: (
         *("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
-    model_schema.Llama3: (
+    position_schema.Llama3: (
         "rope_theta",
         "factor",
         "original_max_position_embeddings",
         "low_freq_factor",
         "high_freq_factor",
     ),
-    model_schema.Alibi: (),
-    model_schema.RopeAlibi: ("rope_theta",),
-    model_schema.Learned: (),
-    model_schema.NoPosition: (),
-    model_schema.SwiGLU: ("bias",),
-    model_schema.GELU: ("bias", "approximate"),
-    model_schema.SiLU: ("bias",),
-    model_schema.ClampedSwiGLU: ("bias", "limit", "alpha"),
-    model_schema.ProductSwiGLU: ("bias", "limit", "alpha"),
-    attention_schema.GroupedQueryAttention: (
+    position_schema.Alibi: (),
+    position_schema.RopeAlibi: ("rope_theta",),
+    position_schema.Learned: (),
+    position_schema.NoPositionConfig: (),
+    model_schema.SwiGLUConfig: ("bias",),
+    model_schema.GELUConfig: ("bias", "approximate"),
+    model_schema.SiLUConfig: ("bias",),
+    model_schema.ClampedSwiGLUConfig: ("bias", "limit", "alpha"),
+    model_schema.ProductSwiGLUConfig: ("bias", "limit", "alpha"),
+    attention_schema.GroupedQueryAttentionConfig: (
         *_SHARED_BY_ATTENTION,
         "num_key_value_heads",
         "head_dim",
         "qk_norm",
     ),
-    attention_schema.MultiHeadLatentAttention: (
+    attention_schema.MultiHeadLatentAttentionConfig: (
         *_SHARED_BY_ATTENTION,
         *(
             "q_lora_rank",
@@ -100,8 +106,8 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
     routers.SigmoidTopK: _SHARED_BY_ROUTERS,
     routers.NoisyTopK: _SHARED_BY_ROUTERS,
     routers.ExpertGroups: ("num_groups", "top_k_groups", "score"),
-    DroplessMoE: _SHARED_BY_ROUTED,
-    DeepSpeedMoE: (
+    DroplessMoEConfig: _SHARED_BY_ROUTED,
+    DeepSpeedMoEConfig: (
         *_SHARED_BY_ROUTED,
         "gate",
         "eval_capacity_factor",
@@ -109,7 +115,7 @@ COMPUTED: dict[type[Section], tuple[str, ...]] = {
         "drop_tokens",
         "use_residual",
     ),
-    PEER: (
+    PEERConfig: (
         *_SHARED_BY_MOE,
         "product_key_sizes",
         "num_heads",

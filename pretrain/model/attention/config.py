@@ -1,4 +1,4 @@
-"""The attention section of a recipe's model: one class a kind of attention."""
+"""The attention section of a recipe's model: one class per kind of attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pretrain.model.attention.kernels.config import Kernel
 class Attention(Component):
     """What every kind of attention has.
 
-    ``rotary_field`` names the field that says its ``rotary_dim``.
+    Attributes:
+        rotary_field: the field that gives its ``rotary_dim``.
     """
 
     rotary_field: ClassVar[str]
@@ -48,6 +49,7 @@ class Attention(Component):
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of ``layer`` (from 0) sees, or None for all before it."""
+        # Counted from 1, so that the last layer of each group of n sees everything.
         if self.full_attention_every is not None and (layer + 1) % self.full_attention_every == 0:
             return None
         return self.sliding_window
@@ -60,8 +62,9 @@ class Attention(Component):
     @property
     @abstractmethod
     def score_dim(self) -> int:
-        """Elements of all heads together that one score is the product of: what FLOPs are counted
-        by, with :attr:`value_dim`.
+        """Elements of all heads together that one score is the product of.
+
+        With :attr:`value_dim` it determines the FLOPs.
         """
 
     @property
@@ -72,7 +75,7 @@ class Attention(Component):
     @property
     @abstractmethod
     def cached_per_token(self) -> int:
-        """Elements that one layer's cache keeps of a token."""
+        """Elements per token in one layer's cache."""
 
     @property
     def trained_per_token(self) -> int:
@@ -82,38 +85,39 @@ class Attention(Component):
     @property
     @abstractmethod
     def widest_head(self) -> int:
-        """Elements of the widest head that a kernel is given, in training or with a cache."""
+        """Elements of the widest head that a kernel gets, in training or with a cache."""
 
     @property
     @abstractmethod
     def query_width(self) -> int:
-        """Elements of one head's query, whose square root its scores are divided by."""
+        """Elements of one head's query; scores are divided by its square root."""
 
     @property
     def query_scales(self) -> tuple[str, ...]:
-        """The tensors that scores grow with, for muP.
-
-        () for kinds whose heads never become wider.
-        """
+        """The tensors that scores grow with, for muP; () if the kind's heads never become wider."""
         return ()
 
     @property
     def has_latents(self) -> bool:
-        """Whether keys and values are made of latents, which have norms of their own."""
+        """Whether keys and values are computed from latents, which have norms of their own."""
         return False
 
     def check(self, path: str) -> None:
-        """Raises :class:`ConfigError` if sizes do not go together.
+        """Check that sizes can be combined.
 
-        ``path`` is that of the section.
+        Args:
+            path: of the section, for the error sentence.
+
+        Raises:
+            ConfigError: if they cannot.
         """
         return
 
 
-class GroupedQueryAttention(Attention):
+class GroupedQueryAttentionConfig(Attention):
     """Grouped-query attention (Ainslie et al. 2023).
 
-    Equal head counts make it multi-head, one key/value head multi-query attention.
+    Equal head counts make it multi-head, a single key/value head makes it multi-query attention.
     """
 
     implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
@@ -157,7 +161,8 @@ class GroupedQueryAttention(Attention):
 
     @property
     def query_scales(self) -> tuple[str, ...]:
-        """A norm takes away whatever scale the projection has, so that its weight has to do it."""
+        """A norm removes whatever scale the projection has, so the norm's own weight carries it."""
+        # Scores are bilinear: scaling the queries alone is enough.
         return ("q_proj.weight", "q_proj.bias") if self.qk_norm == "none" else ("q_norm.weight",)
 
     def check(self, path: str) -> None:
@@ -168,10 +173,11 @@ class GroupedQueryAttention(Attention):
             )
 
 
-class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): all heads' keys and
-    values are made of one latent of a token, and beside them each head sees one rotated key that
-    all heads share. The latent and that key are what the cache keeps.
+class MultiHeadLatentAttentionConfig(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    All heads' keys and values are computed from one latent per token; in addition, each head sees
+    one rotated key that all heads share. The cache keeps the latent and that key.
     """
 
     implementation: ClassVar[str] = "pretrain.model.attention.mla:MultiHeadLatentAttention"
@@ -220,6 +226,7 @@ class MultiHeadLatentAttention(Attention):
 
     @property
     def trained_per_token(self) -> int:
+        # Training expands the latents: keys and values of all heads exist next to them.
         return self.score_dim + self.value_dim + self.cached_per_token
 
     @property
@@ -233,4 +240,5 @@ class MultiHeadLatentAttention(Attention):
     @property
     def widest_head(self) -> int:
         plain = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
+        # Absorbed, the latent with its shared key is one head.
         return max(plain, self.cached_per_token) if self.decode == "absorbed" else plain

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from pretrain.model.attention.config import GroupedQueryAttention as GroupedQueryConfig
+from pretrain.model.attention.config import GroupedQueryAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
@@ -18,9 +18,7 @@ from pretrain.model.positions.rope import apply_rope_to_both
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the tokens seen so far: two [B, M, max_tokens, H] tensors,
-    filled from the left.
-    """
+    """Keys and values of one layer: two [B, M, max_tokens, H] tensors, filled from the left."""
 
     def __init__(
         self, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
@@ -31,9 +29,7 @@ class KeyValueCache:
     def append(
         self, k_BMSH: torch.Tensor, v_BMSH: torch.Tensor, offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new keys and values behind ``offset`` tokens and returns all of them, [B, M,
-        offset + S, H].
-        """
+        """Store new keys and values after ``offset`` tokens; all of them, [B, M, offset + S, H]."""
         added = k_BMSH.shape[2]
         self.keys.narrow(2, offset, added).copy_(k_BMSH)
         self.values.narrow(2, offset, added).copy_(v_BMSH)
@@ -43,21 +39,17 @@ class KeyValueCache:
 class GroupedQueryAttention(nn.Module):
     """N query heads share M key/value heads (Ainslie et al. 2023).
 
-    Optional RMSNorm of queries and keys before they are rotated.
+    Queries and keys may have an RMSNorm before their rotation.
     """
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = cast(GroupedQueryConfig, model.attention)
-        self.config, self.window, self.dropout = (
-            config,
-            config.window(layer),
-            model.dropout.attention,
-        )
-        queries, keys = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
+        config = cast(GroupedQueryAttentionConfig, model.attention)
+        self.config = config
+        self.window = config.window(layer)
+        self.dropout = model.dropout.attention
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(model.hidden_size, queries, bias=config.bias != "none")
         self.k_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
         self.v_proj = nn.Linear(model.hidden_size, keys, bias=config.bias != "none")
@@ -68,6 +60,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
+        # On the meta device a model is only counted: the kernel's package may be missing then.
         self.kernel = attention_kernel(config.kernel, self.q_proj.weight.device)
 
     def new_cache(
@@ -87,13 +80,14 @@ class GroupedQueryAttention(nn.Module):
         mask: AttentionMask,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
+        """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSH = self._heads(self.q_proj(x_BSD), self.q_norm)
         k_BMSH = self._heads(self.k_proj(x_BSD), self.k_norm)
         v_BMSH = self._heads(self.v_proj(x_BSD), None)
         if positions.rope is not None:
             q_BNSH, k_BMSH = apply_rope_to_both(q_BNSH, k_BMSH, positions.rope)
+        # Keys are cached rotated: their positions never change.
         if cache is not None:
             k_BMSH, v_BMSH = cache.append(k_BMSH, v_BMSH, mask.offset)
         dropout = self.dropout if self.training else 0.0
@@ -110,11 +104,10 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-        """[B, S, heads * H] -> [B, heads, S, H], normalised over all heads together or over
-        each.
-        """
+        """[B, S, heads * H] -> [B, heads, S, H], normed over all heads together or over each."""
         B, S, _ = x_BSX.shape
         if norm is not None and self.config.qk_norm == "full":
+            # OLMoE: one norm over all heads together, before they are split.
             return norm(x_BSX).view(B, S, -1, self.config.head_dim).transpose(1, 2)
         heads = x_BSX.view(B, S, -1, self.config.head_dim)
         return (heads if norm is None else norm(heads)).transpose(1, 2)

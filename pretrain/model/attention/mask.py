@@ -1,4 +1,4 @@
-"""Which keys a query may see: data, so that a kernel can choose the cheapest way to apply it."""
+"""Which keys a query may see, as data: each kernel chooses the cheapest way to apply it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Causal, and inside one document where ``document_ids_BS`` is given.
+    """Causal, and inside one document if ``document_ids_BS`` is given.
 
-    Every query sees its own token, so that no row is empty.
-
-    It lives for one forward pass, and so does what kernels make of it.
+    Every query sees its own token, so no row of the softmax is empty. A mask exists for one forward
+    pass, and so does what kernels derive from it.
 
     Attributes:
         offset: number of keys before the first query (tokens already in the cache).
@@ -27,20 +26,21 @@ class AttentionMask:
 
     offset: int = 0
     document_ids_BS: torch.Tensor | None = None
+    # A cache; the mask itself does not change.
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` returned at the first call with this key: layers that ask for the same
-        share it.
-        """
+        """The return value of the first ``make`` with this key, shared by all layers."""
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
         return made
 
     def is_trivial(self, num_queries: int, window: int | None) -> bool:
-        """Whether causality is all: no window that cuts, no documents, and no cached keys or a
-        single query, which sees them all.
+        """Whether the mask is plain causality, or none at all.
+
+        That is: no documents, no window that cuts, and either no cached keys or a single query,
+        which sees them all.
         """
         narrow = window is not None and window < self.offset + num_queries
         return (
@@ -48,17 +48,14 @@ class AttentionMask:
         )
 
     def distance(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-        """How many tokens a key is before a query, [num_queries, num_keys] int64.
-
-        Below 0 where it comes later.
-        """
+        """How many tokens a key is before a query, [num_queries, num_keys] int64; < 0 if later."""
         queries = torch.arange(self.offset, self.offset + num_queries, device=device)
         return queries[:, None] - torch.arange(num_keys, device=device)[None, :]
 
     def dense(
         self, num_queries: int, num_keys: int, device: torch.device, window: int | None = None
     ) -> torch.Tensor:
-        """True where a query may look: [B or 1, 1, num_queries, num_keys] bool."""
+        """True if a query may see a key: [B or 1, 1, num_queries, num_keys] bool."""
 
         def make() -> torch.Tensor:
             distance = self.distance(num_queries, num_keys, device)

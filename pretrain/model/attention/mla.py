@@ -1,5 +1,6 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv
-2412.19437, section 2.1.1) and its cache.
+"""Multi-head latent attention and its cache.
+
+DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, section 2.1.1.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from pretrain.model.attention.config import MultiHeadLatentAttention as LatentConfig
+from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
@@ -20,8 +21,9 @@ from pretrain.model.positions.rope import apply_rope
 
 
 class LatentCache:
-    """Latents and rotated keys of one layer for the tokens seen so far, side by side: one [B, 1,
-    max_tokens, C + R], filled from the left.
+    """Latents and rotated keys of one layer, concatenated: [B, 1, max_tokens, C + R].
+
+    Filled from the left.
     """
 
     def __init__(
@@ -30,46 +32,38 @@ class LatentCache:
         self.latents = torch.zeros(shape, device=device, dtype=dtype)
 
     def append(self, latents_B1SX: torch.Tensor, offset: int) -> torch.Tensor:
-        """Stores new ones behind ``offset`` tokens and returns all of them, [B, 1, offset + S, C +
-        R].
-        """
+        """Store new ones after ``offset`` tokens and return all, [B, 1, offset + S, C + R]."""
         end = offset + latents_B1SX.shape[2]
         self.latents[:, :, offset:end] = latents_B1SX
         return self.latents[:, :, :end]
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Keys and values of N heads are made of one latent of C elements a token.
+    """Keys and values of N heads are computed from one latent of C elements per token.
 
-    R more elements of a key are rotated and shared by all heads.
+    R more elements of a key are rotated and shared by all heads. A head of a query or a key has H =
+    qk_nope_head_dim elements of its own and these R; a value has V = v_head_dim. Scores are divided
+    by sqrt(H + R) in either form. With a cache there are two forms with the same result:
 
-    A head of a query and a key is H = qk_nope_head_dim elements of its own and these R, one of a
-    value V = v_head_dim. Scores are divided by sqrt(H + R) however they are computed. With a cache
-    there are two ways that give the same:
+    - plain, as in training: keys and values of all cached tokens are computed from their latents;
+    - absorbed: (W_UK c) q = c (W_UK^T q), so a query is mapped into the space of the latents,
+      attends to them as one key/value head of C + R elements, and its output is mapped back by
+      W_UV. Nothing with the size of all heads is computed per cached token.
 
-    - plain, as in training: keys and values of all cached tokens are made of their latents;
-    - absorbed: (W_UK c) q = c (W_UK^T q), so a query is brought into the space of the latents,
-      attends to them as one key/value head of C + R elements, and its output is brought back by
-      W_UV. Nothing of the size of all heads is made of a cached token.
-
-    W_UK and W_UV are read from ``kv_b_proj`` at each call: nothing is kept that a training step
-    could make stale.
+    W_UK and W_UV are read from ``kv_b_proj`` at each call: a stored product would become stale
+    after a training step.
     """
 
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        config = cast(LatentConfig, model.attention)
-        self.config, self.window, self.dropout = (
-            config,
-            config.window(layer),
-            model.dropout.attention,
-        )
+        config = cast(MultiHeadLatentAttentionConfig, model.attention)
+        self.config = config
+        self.window = config.window(layer)
+        self.dropout = model.dropout.attention
         latent_norm = RMSNorm if config.latent_norm == "rms_norm" else LayerNorm
-        hidden, biased, self.num_heads = (
-            model.hidden_size,
-            config.bias == "all",
-            config.num_attention_heads,
-        )
+        hidden = model.hidden_size
+        biased = config.bias == "all"
+        self.num_heads = config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, config.score_dim, bias=False)
         else:
@@ -103,9 +97,10 @@ class MultiHeadLatentAttention(nn.Module):
         mask: AttentionMask,
         cache: LatentCache | None = None,
     ) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]. ``positions`` are the terms of these S tokens."""
+        """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSX, latents_B1UX = self._queries(x_BSD, positions), self._latents(x_BSD, positions)
+        # In training there is no cache, and keys of full width are cheaper than latents.
         attend = self._plain
         if cache is not None:
             latents_B1UX = cache.append(latents_B1UX, mask.offset)
@@ -135,16 +130,17 @@ class MultiHeadLatentAttention(nn.Module):
         return self._rotated(q_BSX.unflatten(2, (self.num_heads, -1)).transpose(1, 2), positions)
 
     def _latents(self, x_BSD: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
-        """[B, S, D] -> [B, 1, S, C + R]: what the cache keeps."""
+        """[B, S, D] -> [B, 1, S, C + R]: normed latents and the rotated shared key, as cached."""
         latents_BSC, shared_keys_BSR = self.kv_a_proj(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
+        # The shared key is not normed.
         return self._rotated(
             torch.cat((self.kv_a_norm(latents_BSC), shared_keys_BSR), dim=-1)[:, None], positions
         )
 
     def _rotated(self, x: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
-        """With its last R elements rotated, if the kind of position rotates any."""
+        """``x`` with its last R elements rotated, if the kind of position rotates any."""
         if positions.rope is None:
             return x
         R = self.config.qk_rope_head_dim
@@ -154,10 +150,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """Queries and latents -> [B, N, S, V]."""
-        latents_BUC, shared_keys_B1UR = (
-            latents_B1UX[:, 0, :, : self.config.kv_lora_rank],
-            latents_B1UX[..., self.config.kv_lora_rank :],
-        )
+        latents_BUC = latents_B1UX[:, 0, :, : self.config.kv_lora_rank]
+        shared_keys_B1UR = latents_B1UX[..., self.config.kv_lora_rank :]
         keys_values_BNUX = (
             self.kv_b_proj(latents_BUC).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         )
@@ -170,11 +164,12 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        """The same, without keys and values.
+        """The same without keys and values, [B, N, S, V].
 
-        Latents serve as both with the shared key at their side, whose share of the result is cut
+        The latents with their shared key serve as both; the shared key's part of the result is cut
         off.
         """
+        # Rows of kv_b_proj are W_UK and W_UV of each head, one after the other.
         up_NXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         up_keys_NHC, up_values_NVC = up_NXC.split(
             (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1
@@ -189,7 +184,7 @@ class MultiHeadLatentAttention(nn.Module):
         return y_BNSC @ up_values_NVC.transpose(1, 2)
 
     def _absorbing_is_cheaper(self, S: int, U: int) -> bool:
-        """Whether S queries of U tokens multiply less in the absorbed form, by numbers a head.
+        """Whether S queries of U tokens multiply less in the absorbed form; counts are per head.
 
         W_UK and W_UV are multiplied with S queries instead of U latents, but scores and values are
         of wider vectors. So steps of one or a few tokens are absorbed, and long prompts are not.

@@ -1,6 +1,4 @@
-"""What enters the softmax beside q k^T: data, so that each kernel can apply it in its cheapest
-way.
-"""
+"""The terms of the softmax besides q k^T, as data: each kernel applies them in its cheapest way."""
 
 from __future__ import annotations
 

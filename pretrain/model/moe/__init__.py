@@ -1,1 +1,1 @@
-"""Mixtures of experts: for each kind a section of the recipe and a layer (``base.MoELayer``)."""
+"""Mixtures of experts: each kind has a section of the recipe and a layer (``base.MoELayer``)."""

@@ -1,4 +1,4 @@
-"""What every kind of MoE layer takes, returns, and does for whoever holds it."""
+"""The interface of every kind of MoE layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import distributed
 
 
 class RouterStatistics(NamedTuple):
-    """The routing of one micro batch by one layer; fp32, on the device, no host synchronisation.
+    """The routing of one micro batch by one layer; fp32, on the device, not synchronised.
 
     Attributes:
         losses_J: [J] the losses of ``losses.LOSSES`` in that order, unweighted, differentiable.
         counts_E: [E] tokens that chose each expert, over all top_k choices, before any drop.
         entropy: [] mean entropy of a token's probabilities, nats.
-        dropped: [] share of the choices that found no room.
+        dropped: [] share of the choices that were dropped because their expert was full.
     """
 
     losses_J: torch.Tensor
@@ -29,7 +29,7 @@ class RouterStatistics(NamedTuple):
 
 @dataclass
 class RoutingRecord:
-    """The routing decision of one layer and micro batch, kept over activation checkpointing.
+    """The routing decision of one layer and micro batch, kept for activation checkpointing.
 
     The first forward pass writes the chosen experts here; the recomputation in the backward pass
     reads them. So a recomputed block routes exactly as it did, even if a rounding difference would
@@ -39,22 +39,23 @@ class RoutingRecord:
     topk_ids_TK: torch.Tensor | None = None
 
 
-# Fills a tensor with the random values that belong to a name.
+# Fills a tensor in place with the random values of the stream that a name seeds.
 Fill = Callable[[torch.Tensor, str], None]
 
 
 class MoELayer:
-    """What every kind of layer is beside a module: its module class may be one of DeepSpeed's.
+    """What every MoE layer offers in addition to ``nn.Module``.
 
+    A mixin and no module, because the module's own class may be one of DeepSpeed's.
     ``forward(x_BSD, record, fractions_E)`` returns [B, S, D] and the router's statistics, or None.
     """
 
     @abstractmethod
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        """Fills the routed experts that this rank holds, and returns their parameters.
+        """Fill the routed experts that this rank holds, and return their parameters.
 
-        Each expert's values are named by its global number, ``{name}.expert.{number}.{parameter}``:
-        a model does not depend on the kind of layer or on how many ranks share it.
+        Each expert's values are named by its global index, ``{name}.expert.{index}.{parameter}``: a
+        model does not depend on the kind of layer or on how many ranks share it.
 
         Args:
             name: of this layer in the model.
@@ -62,14 +63,15 @@ class MoELayer:
 
     @property
     def counted_choices_E(self) -> torch.Tensor | None:
-        """How often tokens of this rank chose each expert in training, [E] int64.
+        """How often this rank's tokens chose each expert in training, [E] int64.
 
-        None for layers whose :class:`RouterStatistics` say it. Whoever reads it sets it to zero.
+        None for layers that report it in their :class:`RouterStatistics`. The reader resets it to
+        zero.
         """
         return None
 
     def share_experts(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
-        """Gives a layer of tables the ranks that share one set of its experts, and their device.
+        """Set the ranks that share a table layer's experts, and the device of its buffers.
 
         DeepSpeed does this for the other kinds.
         """

@@ -1,9 +1,9 @@
 """The dropless layer: our router, losses and exchange inside DeepSpeed's ``AutoEPMoELayer``.
 
-Being an ``AutoEPMoELayer`` is what makes DeepSpeed's engine create and bind the expert-parallel
-groups, reduce expert gradients over the expert-data-parallel group, shard experts under every ZeRO
-stage and write one file per global expert. Its own forward pass is not used: its router multiplies
-in the model's precision and it has no balancing losses.
+As an ``AutoEPMoELayer`` it makes DeepSpeed's engine create and bind the expert-parallel groups,
+reduce expert gradients over the expert-data-parallel group, shard experts under every ZeRO stage
+and write one file per global expert. Its own forward pass is not used: its router multiplies in the
+model's precision and it has no balancing losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
-from pretrain.model.moe.config import DroplessMoE as DroplessConfig
+from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.dispatch import (
     combine,
     gather_tokens,
@@ -39,8 +39,8 @@ from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
 
-def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayerSpec:
-    """What AutoEP would have found in a Hugging Face model.
+def _layer_spec(config: DroplessMoEConfig, hidden_size: int, rows: int) -> MoELayerSpec:
+    """The description that AutoEP would have detected in a Hugging Face model.
 
     Only the sizes matter here: the forward pass is ours.
     """
@@ -71,11 +71,12 @@ def _layer_spec(config: DroplessConfig, hidden_size: int, rows: int) -> MoELayer
 
 
 class _WeightShapes(nn.Module):
-    """The module AutoEP takes its weights from: shapes of all experts, but a single stored number,
-    so that no rank ever holds them all.
+    """The module that AutoEP copies its weights from, with the shapes of all experts.
+
+    Each weight is one stored element, expanded, so that no rank ever holds all experts.
     """
 
-    def __init__(self, config: DroplessConfig, hidden_size: int, rows: int) -> None:
+    def __init__(self, config: DroplessMoEConfig, hidden_size: int, rows: int) -> None:
         super().__init__()
         zero, num_experts = torch.zeros(()), config.num_experts
         self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
@@ -89,9 +90,9 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
 
     ``w1``, ``w2``, ``w3`` are uninitialised until ``model.init`` fills them.
 
-    The biases of all experts, which are small, are on every rank as dense parameters ``b1 b3``
-    [E, X] and ``b2`` [E, D]. A rank uses the rows of its own experts, and averaging the others'
-    zero gradients over all ranks gives what an expert's own group would have.
+    The biases of all experts, which are small, are on every rank as dense parameters ``b1 b3`` [E,
+    X] and ``b2`` [E, D]. A rank uses the rows of its own experts; the other rows have zero
+    gradients, so the average over all ranks is what the expert's own group would compute.
 
     Args:
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
@@ -99,7 +100,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        form, config = model.feed_forward, cast(DroplessConfig, model.moe)
+        form, config = model.feed_forward, cast(DroplessMoEConfig, model.moe)
         if not form.gated and config.moe_intermediate_size % 2:
             raise ConfigError(
                 f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: "
@@ -112,15 +113,14 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             else config.moe_intermediate_size // 2
         )
         layer_config = AutoEPConfig()
-        layer_config.use_grouped_mm = (
-            False  # decided by our Experts; True would refuse a torch without grouped_mm
-        )
+        # Our Experts choose the kernel; True would refuse a torch without grouped_mm.
+        layer_config.use_grouped_mm = False
         shapes = _WeightShapes(config, model.hidden_size, rows)
         super().__init__(
             _layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config
         )
-        # The parameters stay the ones that AutoEP tagged for the engine; only the modules around
-        # them are ours.
+        # The parameters stay the ones that AutoEP tagged for the engine (expert group, partition,
+        # checkpoint); only the modules around them are replaced.
         tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
         expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
@@ -136,7 +136,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             config.router, gate, config.top_k, config.bias_balancing is not None
         )
         self.shared = shared_experts(model)
-        self.config, self.dropout = config, model.dropout.expert
+        self.config = config
+        self.dropout = model.dropout.expert
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
         experts = self.experts
@@ -155,10 +156,12 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         return [experts.w1, experts.w2, experts.w3]
 
     def _with_width(self, tagged: nn.Parameter, width: int) -> nn.Parameter:
-        """w2 for as many hidden units as the activation leaves, with the tags of AutoEP's own."""
+        """w2 for the hidden units that the activation returns, tagged as AutoEP's own parameter."""
         if tagged.shape[-1] == width:
             return tagged
         parameter = nn.Parameter(tagged.new_empty(*tagged.shape[:-1], width))
+        # The tags are attributes of the parameter; two of them hold its shape and have to follow
+        # it.
         parameter.__dict__.update(tagged.__dict__)
         shape = [self.num_experts, *parameter.shape[1:]]
         affine_map = autoep_placement_to_affine_map(
@@ -179,12 +182,12 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """[B, S, D] -> [B, S, D] and the router's statistics.
 
-        None in inference mode, where a token's time counts and nobody reads them.
+        The statistics are None in inference mode, where latency counts and nobody reads them.
 
         Args:
-            record: routing decision to write or, where it is filled, to repeat (activation
+            record: routing decision to write or, if it is filled, to repeat (activation
                 checkpointing).
-            fractions_E: f_e of the load-balance loss where it is counted over the global batch.
+            fractions_E: f_e of the load-balance loss if it is counted over the global batch.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_TD, record)
@@ -195,6 +198,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             and not self.experts.uses_grouped_mm(x_TD)
         ):
             return self._one_token(x_TD, routing).view_as(x_BSD), None
+        # [T, K] choices, flattened, sorted by expert: each expert's rows become contiguous.
         order_R, inverse_R = sort_order(routing.topk_ids_TK.reshape(-1))
         counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
         rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
@@ -203,6 +207,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             if self.ep_size == 1
             else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
         )
+        # Before the weights, so that a dropped element is one of an expert's output.
         rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
         y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
         if self.shared is not None:
@@ -216,9 +221,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         return y_TD.view_as(x_BSD), statistics
 
     def _one_token(self, x_1D: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The same numbers for a single token, as generation has it at each step: nothing is
-        counted, sorted or moved.
-        """
+        """The same values for a single token, as in each step of generation: nothing is sorted."""
         rows_KD = self.experts(x_1D, None, self._local_biases(), routing.topk_ids_TK[0].tolist())
         rows_KD = functional.dropout(rows_KD, self.dropout, self.training)
         y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(
@@ -232,9 +235,9 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
     def _exchanged_experts(
         self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor
     ) -> torch.Tensor:
-        """Rows in the order of their global experts -> the same rows through their experts,
-        wherever those are.
-        """
+        """Rows sorted by global expert -> the same rows through their experts on whichever rank."""
+        # The plan costs one all-to-all of counts and a host synchronisation: the splits must be
+        # known on the CPU before rows are sent.
         plan = compute_split_plan(
             topk_ids_TK,
             self.num_experts,
@@ -245,10 +248,13 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         )
         arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
         order_R, inverse_R = group_by_expert(plan.local_counts_by_source, arrived_RD.shape[0])
+        # A rank that received no row runs its experts all the same, for a gradient of zeros: the
+        # reduction over the expert-data-parallel group expects one from each of its ranks.
         grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
         grouped_RD = self.experts(
             grouped_RD, plan.local_counts_by_source.sum(dim=0), self._local_biases()
         )
+        # The way back swaps the splits of the way there.
         return _AllToAllV.apply(
             self.ep_group,
             permute_rows(grouped_RD, inverse_R, order_R),

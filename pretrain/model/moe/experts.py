@@ -8,14 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pretrain.model.config import FeedForward as FeedForwardConfig
+from pretrain.model.config import FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 
 
 class ExpertBiases(NamedTuple):
-    """Biases of this rank's experts: of the two first products [e, rows] each, and of the output
-    [e, D].
-    """
+    """Biases of this rank's experts: first products [e, X] each, output [e, D]."""
 
     b1_eX: torch.Tensor
     b3_eX: torch.Tensor
@@ -23,8 +21,12 @@ class ExpertBiases(NamedTuple):
 
 
 class ExpertForm(NamedTuple):
-    """What an expert computes between its products: a kind of feed-forward, and the dropout of its
-    hidden units (0 outside training).
+    """What an expert computes between its products.
+
+    Attributes:
+        kind: the feed-forward whose activation it has.
+        config: the section of that kind.
+        dropout: of its hidden units; 0 outside training.
     """
 
     kind: type[FeedForward]
@@ -32,6 +34,7 @@ class ExpertForm(NamedTuple):
     dropout: float = 0.0
 
     def hidden(self, first: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+        """The hidden units [..., F] from the two first products [..., X] each."""
         return functional.dropout(self.kind.activate(self.config, first, third), self.dropout)
 
 
@@ -44,30 +47,30 @@ def experts_loop(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """One expert after the other.
+    """One expert after the other: the reference, and the fastest form on CPUs.
 
-    The reference, and the fastest form on CPUs; reads the counts on the host.
-
-    The weights are unbound, not indexed: indexing would build a full-size gradient for each expert.
+    Reads the counts on the host, which synchronises with a GPU.
     """
-    outputs = []
+    outputs: list[torch.Tensor] = []
     rows = x_RD.split(counts_e.tolist())
     b1, b3, b2 = (
         ([None] * len(rows),) * 3 if biases is None else (bias.unbind(0) for bias in biases)
     )
+    # Unbound, not indexed: the backward pass of an index would build a full-size gradient per
+    # expert.
     for expert, (w1_XD, w2_DF, w3_XD) in enumerate(
         zip(w1_eXD.unbind(0), w2_eDF.unbind(0), w3_eXD.unbind(0), strict=True)
     ):
         x_rD = rows[expert]
+        # In training an expert without rows runs all the same, to get a gradient of zeros.
         if not torch.is_grad_enabled() and not len(x_rD):
-            continue  # in training an expert without rows gets a gradient of zeros
+            continue
         hidden_rF = form.hidden(
             functional.linear(x_rD, w1_XD, b1[expert]), functional.linear(x_rD, w3_XD, b3[expert])
         )
         outputs.append(functional.linear(hidden_rF, w2_DF, b2[expert]))
-    return (
-        torch.cat(outputs) if outputs else x_RD
-    )  # no token of any rank may choose one of these experts
+    # There is no output at all if no token of any rank chose one of these experts.
+    return torch.cat(outputs) if outputs else x_RD
 
 
 def experts_of_one_token(
@@ -79,10 +82,7 @@ def experts_of_one_token(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """The outputs of the K chosen experts, [K, D], in the order of the choices.
-
-    Nothing is done for the other experts.
-    """
+    """The outputs of one token's K chosen experts, [K, D], in the order of the choices."""
     outputs = []
     for expert in chosen:
         b1, b3, b2 = (None, None, None) if biases is None else (bias[expert] for bias in biases)
@@ -103,6 +103,8 @@ def experts_grouped_mm(
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
+    # grouped_mm takes the end of each group, int32; the weights are [e, out, in], it multiplies
+    # [in, out].
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
     first_RX = functional.grouped_mm(x_RD, w1_eXD.transpose(-2, -1), offs=offsets_e)
     third_RX = functional.grouped_mm(x_RD, w3_eXD.transpose(-2, -1), offs=offsets_e)
@@ -110,6 +112,7 @@ def experts_grouped_mm(
         return functional.grouped_mm(
             form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e
         )
+    # grouped_mm takes no bias: each row's own is looked up.
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
     return (
@@ -119,14 +122,13 @@ def experts_grouped_mm(
 
 
 class Experts(nn.Module):
-    """This rank's experts: ``w1`` and ``w3`` [e, X, D], whose products the activation joins, and
-    ``w2`` [e, D, F] behind it.
+    """This rank's experts: ``w1`` and ``w3`` [e, X, D], the activation, then ``w2`` [e, D, F].
 
-    For gated kinds w1 is the gate's matrix and w3 the other; for the others they are the upper and
-    the lower half of one.
+    In gated kinds w1 is the gate's matrix and w3 the other one; in the others they are the upper
+    and the lower half of the single matrix.
 
-    Takes over the parameters that DeepSpeed's layer created and tagged; the module itself must own
-    the computation, because ZeRO-3 gathers a parameter when the module that holds it is called.
+    The module adopts the parameters that DeepSpeed's layer created and tagged. It must compute with
+    them itself, because ZeRO-3 gathers a parameter when the module that holds it is called.
     DeepSpeed's checkpoints know these three names and no other: a fourth parameter here could not
     be resumed at ZeRO stage 3.
     """
@@ -141,11 +143,15 @@ class Experts(nn.Module):
         first: int,
     ) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = w1, w2, w3
-        self.form, self.kernel, self.first = form, kernel, first
+        self.w1 = w1
+        self.w2 = w2
+        self.w3 = w3
+        self.form = form
+        self.kernel = kernel
+        self.first = first
 
     def uses_grouped_mm(self, x: torch.Tensor) -> bool:
-        """Whether rows like these take the grouped product: CUDA's takes bf16 only."""
+        """Whether rows like these use the grouped product: CUDA's computes in bf16 only."""
         return self.kernel == "grouped_mm" or (
             self.kernel == "auto" and x.is_cuda and x.dtype == torch.bfloat16
         )
@@ -157,11 +163,11 @@ class Experts(nn.Module):
         biases: ExpertBiases | None,
         chosen: list[int] | None = None,
     ) -> torch.Tensor:
-        """Rows grouped by local expert [R, D] and the number of rows of each [e] -> [R, D].
+        """Rows grouped by local expert [R, D] and the row count of each [e] -> [R, D].
 
         Args:
-            chosen: instead of the numbers, the K experts of a single token [1, D], whose outputs
-                are returned, [K, D].
+            chosen: instead of the counts, the K experts of a single token [1, D], whose outputs [K,
+                D] are returned.
         """
         form = self.form if self.training else self.form._replace(dropout=0.0)
         if chosen is not None:

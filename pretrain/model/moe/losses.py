@@ -1,6 +1,6 @@
 """Router losses and statistics, the same for every kind of MoE layer.
 
-Fp32 whatever the model's precision.
+Always in fp32: the differences that balance experts are lost in half precision.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pretrain.model.moe.router import Routing
 
 @dataclass(frozen=True)
 class RoutedBatch:
-    """What a router loss may look at.
+    """The routing of one micro batch, as router losses see it.
 
     Attributes:
         routing: the decision.
         counts_E: fp32 tokens that chose each expert.
-        fractions_E: choices of each expert per token, over the micro batch or the global batch:
+        fractions_E: choices of each expert per token, over the micro batch or the global batch;
             they sum to top_k.
-        sequences: B; tokens come sequence by sequence.
+        sequences: B; tokens are ordered sequence by sequence.
     """
 
     routing: Routing
@@ -35,16 +35,20 @@ class RoutedBatch:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.routing.probs_TE.shape[1]
 
     @property
     def top_k(self) -> int:
+        """K."""
         return self.routing.topk_ids_TK.shape[1]
 
 
 def aux_loss(batch: RoutedBatch) -> torch.Tensor:
-    """E / k * sum_e f_e p_e (Fedus et al. 2021, eq. 4, with f_e over all k choices as in Zoph et
-    al. 2022): 1 under perfect balance.
+    """E / k * sum_e f_e p_e: 1 under perfect balance.
+
+    Fedus et al. 2021, eq. 4, with f_e over all k choices as in Zoph et al. 2022. f is counted and
+    has no gradient; it flows through the mean probabilities p alone.
     """
     return (
         batch.num_experts
@@ -59,11 +63,13 @@ def z_loss(batch: RoutedBatch) -> torch.Tensor:
 
 
 def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
-    """The mean over sequences of E / k * sum_e f_e p_e, counted in each sequence by itself
-    (DeepSeek-V3, eq. 17 to 20): 1 when balanced.
+    """The mean over sequences of the aux loss counted in each sequence alone: 1 when balanced.
+
+    DeepSeek-V3, eq. 17 to 20.
     """
     ids_BX = batch.routing.topk_ids_TK.reshape(batch.sequences, -1)
     probs_BSE = batch.routing.probs_TE.unflatten(0, (batch.sequences, -1))
+    # Integer ids give counts without a gradient, as f in aux_loss.
     counts_BE = torch.zeros_like(probs_BSE[:, 0]).scatter_add(
         1, ids_BX, torch.ones_like(ids_BX, dtype=probs_BSE.dtype)
     )
@@ -74,26 +80,30 @@ def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
 
 
 def cv_loss(batch: RoutedBatch) -> torch.Tensor:
-    """variance / mean^2 over the experts of their importance, the sum of their weights (Shazeer et
-    al. 2017, eq. 6 and 7): 0 when balanced.
+    """variance / mean^2 of the experts' importance, the sum of their weights: 0 when balanced.
+
+    Shazeer et al. 2017, eq. 6 and 7.
     """
     weights_TK, ids_TK = batch.routing.topk_weights_TK, batch.routing.topk_ids_TK
     importance_E = torch.zeros_like(batch.counts_E).scatter_add(
         0, ids_TK.reshape(-1), weights_TK.reshape(-1)
     )
+    # Population variance; the bound keeps an all-zero importance from dividing by zero.
     return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-20)
 
 
 def entropy_loss(batch: RoutedBatch) -> torch.Tensor:
-    """ln E minus the entropy of the mean probabilities (Shen et al. 2023, ModuleFormer, eq. 5): 0
-    when all experts are used alike.
+    """ln E minus the entropy of the mean probabilities: 0 when all experts are used equally.
+
+    Shen et al. 2023, ModuleFormer, eq. 5.
     """
     mean_E = batch.routing.probs_TE.mean(dim=0)
+    # xlogy is 0 at 0, where p * log(p) would be NaN.
     return math.log(batch.num_experts) + torch.special.xlogy(mean_E, mean_E).sum()
 
 
-# Each has its weight in the recipe, ``model.moe.<name>_weight``. The first two are always computed:
-# curves of them are looked at.
+# By the name of their weight in the recipe, ``model.moe.<name>_weight``; the order is that of
+# RouterStatistics.losses_J. The first two are always computed, because their curves are logged.
 LOSSES: dict[str, Callable[[RoutedBatch], torch.Tensor]] = {
     "aux_loss": aux_loss,
     "z_loss": z_loss,
@@ -121,10 +131,10 @@ def router_statistics(
 
     Args:
         counts_E: fp32 tokens that chose each expert, over all k choices.
-        sequences: how many the tokens are from.
-        dropped: fp32 [] share of choices dropped, for the record.
-        fractions_E: choices per token of each expert counted elsewhere (over the global batch);
-            from ``counts_E`` when left out.
+        sequences: B of the micro batch.
+        dropped: fp32 [] share of choices dropped, passed through.
+        fractions_E: choices per token of each expert over the global batch; by default from
+            ``counts_E``.
     """
     if fractions_E is None:
         fractions_E = counts_E / routing.probs_TE.shape[0]

@@ -1,10 +1,9 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
-out of tables.
+"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few tiny experts from tables.
 
-With experts spread over ranks, nearly every token needs experts of every rank. So the tokens go to
-all ranks of the group, each computes its own experts' share of every answer, and the shares are
-added where the token came from: that moves 2 D numbers a token and rank, where sending a row for
-each choice would move 2 heads K D.
+With experts spread over ranks, nearly every token needs experts of every rank. So the tokens travel
+to all ranks of the group, each rank computes its own experts' share of every output, and the shares
+are summed on the token's rank: 2 D elements per token and rank, while sending a row for each choice
+would move 2 heads K D.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RoutingRecord
-from pretrain.model.moe.config import PEER as PEERConfig
+from pretrain.model.moe.config import PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
 from pretrain.model.moe.shared_experts import shared_experts
 from pretrain.model.moe.tables.interface import Bags
 from pretrain.model.moe.tables.products import ExpertTable, kernel_named
 
-# Values of a table that one random stream fills.
+# Values of a table that one random stream fills: seeding one per expert is slow for a million.
 VALUES_A_STREAM = 1 << 20
-# The tables by the matrices of a feed-forward that their rows are parts of, and so start like.
+# Each table -> the feed-forward matrix that its rows are parts of, whose initial size they have.
 TABLE_SUFFIXES = {
     "up.weight": ".up_proj.weight",
     "gate.weight": ".gate_proj.weight",
@@ -34,29 +33,34 @@ TABLE_SUFFIXES = {
 
 
 class PEERExperts(nn.Module):
-    """This rank's experts: ``up`` (and ``gate`` for gated kinds) [e, X, D] and ``down`` [e, F, D],
-    the rows that become their outputs.
+    """This rank's experts: ``up`` (and ``gate`` if gated) [e, X, D], and ``down`` [e, F, D].
 
-    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef. Parameters are in
-    :class:`ExpertTable`.
+    Expert e returns for x the sum over f of activate(gate_e x, up_e x)_f down_ef: rows of ``down``
+    become the output. Parameters are in :class:`ExpertTable`.
     """
 
     def __init__(self, model: ModelConfig, config: PEERConfig, num_local: int) -> None:
         super().__init__()
-        self.form, self.kind = model.feed_forward, model.feed_forward.implementing_class()
+        self.form = model.feed_forward
+        self.kind = model.feed_forward.implementing_class()
         rows = config.moe_intermediate_size * self.form.expansion
         self.up = ExpertTable(num_local, rows, model.hidden_size)
         self.gate = ExpertTable(num_local, rows, model.hidden_size) if self.form.gated else None
         self.down = ExpertTable(num_local, config.moe_intermediate_size, model.hidden_size)
-        self.dropout, self.kernel_name = model.dropout.feed_forward, config.expert_kernel
+        self.dropout = model.dropout.feed_forward
+        self.kernel_name = config.expert_kernel
 
     def forward(self, x_TD: torch.Tensor, bags: Bags, weights_P: torch.Tensor) -> torch.Tensor:
-        """fp32 tokens [T, D], their local experts and the weights of these -> the weighted sum of
-        outputs [T, D].
+        """The weighted sum of each token's expert outputs, [T, D] fp32.
+
+        Args:
+            x_TD: fp32 tokens.
+            bags: the local experts of each token.
+            weights_P: the weight of each pair of a token and an expert.
         """
         kernel = kernel_named(self.kernel_name, x_TD.device)
         up_PX = self.up.dots(x_TD, bags, kernel)
-        # Kinds without a gate take two halves of one product: all of it, and nothing.
+        # Kinds without a gate take one product in two parts: the whole, and an empty tensor.
         first_PX, second_PX = (
             (self.gate.dots(x_TD, bags, kernel), up_PX)
             if self.gate is not None
@@ -65,16 +69,16 @@ class PEERExperts(nn.Module):
         hidden_PF = functional.dropout(
             self.kind.activate(self.form, first_PX, second_PX), self.dropout, self.training
         )
+        # The router's weight enters as a factor of the hidden units: no output per expert is
+        # formed.
         return self.down.weighted(hidden_PF * weights_P[:, None], bags, kernel)
 
 
 class PEER(MoELayer, nn.Module):
-    """The layer: retrieval, experts, and shared experts beside them.
+    """The layer: retrieval and experts, with shared experts in parallel.
 
-    Interface of ``DroplessMoE``, without router statistics.
-
-    ``usage_E`` counts how often tokens of this rank chose each expert in training, until somebody
-    reads it and sets it to zero.
+    Same interface as ``DroplessMoE``, without router statistics. ``usage_E`` counts how often this
+    rank's tokens chose each expert in training, until its reader resets it to zero.
 
     Args:
         ep_size: ranks that share the experts; ``ep_rank`` holds experts [ep_rank * e, (ep_rank + 1)
@@ -86,7 +90,9 @@ class PEER(MoELayer, nn.Module):
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
         config = cast(PEERConfig, model.moe)
-        self.num_experts, self.ep_size, self.ep_rank = config.total_experts, ep_size, ep_rank
+        self.num_experts = config.total_experts
+        self.ep_size = ep_size
+        self.ep_rank = ep_rank
         self.num_local_experts = self.num_experts // ep_size
         self.retrieval = ProductKeys(config, model.hidden_size, model.norm.eps)
         self.experts = PEERExperts(model, config, self.num_local_experts)
@@ -101,11 +107,14 @@ class PEER(MoELayer, nn.Module):
         return self.usage_E
 
     def share_experts(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
-        self.group, self.usage_E = group, self.usage_E.to(device)
+        self.group = group
+        self.usage_E = self.usage_E.to(device)
 
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        """A stream for each million values or so of a table, drawn whole even if part of them is
-        held.
+        """Each block of about a million values of a table has its own random stream.
+
+        A block is drawn whole even if this rank holds a part of it, so that values do not depend on
+        ep_size.
         """
         done: list[torch.Tensor] = []
         first = self.ep_rank * self.num_local_experts
@@ -125,15 +134,13 @@ class PEER(MoELayer, nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None
     ) -> tuple[torch.Tensor, None]:
-        """[B, S, D] -> [B, S, D].
-
-        No statistics, because the scores of all experts are never formed.
+        """[B, S, D] -> [B, S, D] and no statistics: the scores of all experts are never formed.
 
         Args:
-            record: the choice to write or, where it is filled, to repeat (activation
-                checkpointing).
+            record: the choice to write or, if it is filled, to repeat (activation checkpointing).
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        # The recomputation of a checkpointed block must not count its choices a second time.
         repeated = record is not None and record.topk_ids_TK is not None
         retrieval = self.retrieval(x_TD, record)
         if self.training and not repeated:
@@ -150,6 +157,7 @@ class PEER(MoELayer, nn.Module):
         return y_TD.view_as(x_BSD), None
 
     def _local(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
+        """All experts are on this rank: [T, D] fp32 -> [T, D]."""
         ids_TR = retrieval.ids_ThK.flatten(1)
         offsets_T1 = torch.arange(0, ids_TR.numel() + 1, ids_TR.shape[1], device=ids_TR.device)
         return self.experts(
@@ -157,12 +165,15 @@ class PEER(MoELayer, nn.Module):
         )
 
     def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
-        """The tokens of all ranks of the group through this rank's experts, and the shares of this
-        rank's tokens back.
+        """The tokens of all ranks of the group through this rank's experts, and the shares back.
+
+        G is the number of tokens of the whole group.
         """
         ids_GR = _gather(retrieval.ids_ThK.flatten(1), self.group)
         x_GD = _Gather.apply(x_TD, self.group)
         weights_GR = _Gather.apply(retrieval.weights_ThK.flatten(1), self.group)
+        # Global to local ids; those outside of [0, e) belong to other ranks, which compute their
+        # share.
         local_GR = ids_GR - self.ep_rank * self.num_local_experts
         is_mine_GR = (local_GR >= 0) & (local_GR < self.num_local_experts)
         offsets_G1 = functional.pad(is_mine_GR.sum(dim=1).cumsum(0), (1, 0))
@@ -174,10 +185,11 @@ class PEER(MoELayer, nn.Module):
 
 
 def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """The rows of all ranks, in their order."""
+    """The rows of all ranks of the group, in rank order."""
     everything = local.new_empty(
         local.shape[0] * distributed.get_world_size(group), *local.shape[1:]
     )
+    # The collective reads memory as it is: a strided view would send the wrong elements.
     distributed.all_gather_into_tensor(everything, local.contiguous(), group=group)
     return everything
 
@@ -185,7 +197,7 @@ def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torc
 def _sum_and_scatter(
     everything: torch.Tensor, group: distributed.ProcessGroup | None
 ) -> torch.Tensor:
-    """The sum over all ranks of this rank's part of the rows."""
+    """This rank's part of the rows, summed over all ranks."""
     mine = everything.new_empty(
         everything.shape[0] // distributed.get_world_size(group), *everything.shape[1:]
     )
@@ -194,9 +206,9 @@ def _sum_and_scatter(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows.
+    """The rows of all ranks.
 
-    Each is a function of its own rank's, so the gradient is the sum of what all ranks made of it.
+    Each rank computes with every rank's rows, so a row's gradient is the sum over all ranks.
     """
 
     @staticmethod
@@ -223,4 +235,5 @@ class _SumAndScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # The output was a sum over ranks, so every rank's share gets the same gradient.
         return _gather(gradient, ctx.group), None

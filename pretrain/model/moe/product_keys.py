@@ -1,5 +1,6 @@
-"""Retrieval by product keys (Lample et al. 2019; He 2024, section 2): the exact best experts of
-very many, from a few scores a dimension.
+"""Retrieval by product keys: the exact best of very many experts, from few scores per dimension.
+
+Lample et al. 2019; He 2024, section 2.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from torch import nn
 
 from pretrain.model.fp32 import KeepsFp32
 from pretrain.model.moe.base import RoutingRecord
-from pretrain.model.moe.config import PEER as PEERConfig
+from pretrain.model.moe.config import PEERConfig
 from pretrain.model.norm import LayerNorm, RMSNorm
 
 
 class Retrieval(NamedTuple):
-    """Each head's experts and their weights, which sum to 1 a head: [T, heads, K] int64, [T, heads,
-    K] fp32 and differentiable.
+    """Each head's experts and their weights, both [T, heads, K].
+
+    The ids are int64; the weights are fp32, differentiable, and sum to 1 over each head's experts.
     """
 
     ids_ThK: torch.Tensor
@@ -26,8 +28,9 @@ class Retrieval(NamedTuple):
 
 
 class RunningStatistics(KeepsFp32):
-    """Mean and variance of all tokens so far, fading (Ioffe & Szegedy 2015), and what was seen
-    since they were last moved.
+    """Exponential averages of mean and variance over tokens (Ioffe & Szegedy 2015).
+
+    ``seen`` sums up what was observed since the averages were last moved.
     """
 
     momentum = 0.1
@@ -39,12 +42,12 @@ class RunningStatistics(KeepsFp32):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("variance", torch.ones(size))
-        self.register_buffer(
-            "seen", torch.zeros(3, size), persistent=False
-        )  # count, sum, sum of squares
+        # Rows: count, sum, sum of squares.
+        self.register_buffer("seen", torch.zeros(3, size), persistent=False)
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
+        """Add the tokens of one forward pass, [..., size], to ``seen``."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.seen += torch.stack(
             (torch.full_like(rows[0], rows.shape[0]), rows.sum(dim=0), rows.square().sum(dim=0))
@@ -52,28 +55,30 @@ class RunningStatistics(KeepsFp32):
 
     @torch.no_grad()
     def absorb(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Moves towards what all ranks have seen since the last time; the same on each of them."""
+        """Move towards what all ranks have seen since the last time; the same on each of them."""
+        # Cloned, because the reduction works in place.
         count, total, squares = sum_over_ranks(self.seen.clone()).unbind(0)
         if count[0] > 0:
             mean = total / count
             self.mean.lerp_(mean, self.momentum)
+            # Rounding can make E[x^2] - E[x]^2 negative.
             self.variance.lerp_((squares / count - mean.square()).clamp_min(0.0), self.momentum)
         self.forget()
 
     def forget(self) -> None:
-        """Leaves out what was seen since the last time: the step is skipped."""
+        """Drop what was seen since the last time, because the step is skipped."""
         self.seen.zero_()
 
 
 class RunningNorm(nn.Module):
-    """Batch norm with running statistics in training too: a batch's own would let a token see later
-    ones.
-    """
+    """Batch norm by running statistics in training too: a batch's own would leak later tokens."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
-        self.statistics, self.eps = RunningStatistics(size), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.statistics = RunningStatistics(size)
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., size]."""
@@ -90,17 +95,16 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 
 
 class ProductKeys(nn.Module):
-    """The queries' projection and norm, and the sub-keys of each dimension, [size, query_dim /
-    dimensions], which all heads share.
+    """The queries' projection and norm, and the sub-keys that all heads share.
+
+    ``keys_d`` are those of dimension d, [size, query_dim / dimensions].
     """
 
     def __init__(self, config: PEERConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.sizes, self.num_heads, self.top_k = (
-            config.product_key_sizes,
-            config.num_heads,
-            config.top_k,
-        )
+        self.sizes = config.product_key_sizes
+        self.num_heads = config.num_heads
+        self.top_k = config.top_k
         self.part = config.query_dim // len(self.sizes)
         self.query = nn.Linear(
             hidden_size, self.num_heads * config.query_dim, bias=config.query_bias
@@ -124,13 +128,17 @@ class ProductKeys(nn.Module):
         assert ids_ThK is not None
         if record is not None:
             record.topk_ids_TK = ids_ThK
+        # The choice has no gradient; keys and queries learn through the weights of the chosen
+        # experts.
         return Retrieval(ids_ThK, product_scores(scores, ids_ThK).softmax(dim=-1))
 
     def scores(self, x_TD: torch.Tensor, observe: bool = False) -> list[torch.Tensor]:
-        """[T, D] -> for each dimension the scores of its sub-keys, [T, heads, size] fp32."""
+        """[T, D] -> the scores of each dimension's sub-keys, [T, heads, size] fp32."""
+        # [T, heads * query_dim] -> [T, heads, query_dim].
         query_Thq = self.query(x_TD).unflatten(-1, (self.num_heads, -1))
         if observe and isinstance(self.norm, RunningNorm):
             self.norm.statistics.observe(query_Thq)
+        # fp32: the sums of several parts' scores decide close choices.
         parts = self.norm(query_Thq).float().split(self.part, dim=-1)
         return [
             part @ getattr(self, f"keys_{dimension}").float().T
@@ -139,18 +147,19 @@ class ProductKeys(nn.Module):
 
 
 def best_products(scores: list[torch.Tensor], top_k: int) -> torch.Tensor:
-    """The ``top_k`` products of sub-keys with the largest sums of scores, best first: [..., size] a
-    dimension -> [..., K] int64.
+    """The ``top_k`` products of sub-keys with the largest sums of scores, best first.
 
-    The number of a product counts in mixed radix, the last dimension fastest, so that every one is
-    reached: ((i * J + j) * L + l). It is exact: a product among the best k has its first dimensions
-    among the best k of these, else k others of them, each with the same last sub-key, would be
-    better.
+    [..., size] per dimension -> [..., K] int64. A product's id counts in mixed radix, the last
+    dimension fastest, so that every expert is reached: ((i * J + j) * L + l).
+
+    The result is exact: a product among the best k has its first dimensions among the best k of
+    these; otherwise k other prefixes, each with the same last sub-key, would be better.
     """
     best, ids = scores[0].topk(min(top_k, scores[0].shape[-1]), dim=-1)
     for scores_d in scores[1:]:
         size = scores_d.shape[-1]
         best_d, ids_d = scores_d.topk(min(top_k, size), dim=-1)
+        # k prefixes x k sub-keys: k^2 candidates, whatever the number of experts.
         sums = (best[..., :, None] + best_d[..., None, :]).flatten(-2)
         candidates = (ids[..., :, None] * size + ids_d[..., None, :]).flatten(-2)
         best, chosen = sums.topk(min(top_k, sums.shape[-1]), dim=-1)
@@ -159,8 +168,9 @@ def best_products(scores: list[torch.Tensor], top_k: int) -> torch.Tensor:
 
 
 def product_scores(scores: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """The scores of the products ``ids`` [..., K], differentiable."""
+    """The scores of the products ``ids`` [..., K], differentiable: sums over their dimensions."""
     total: torch.Tensor | float = 0.0
+    # The last dimension is the fastest digit of the mixed radix, so it is read first.
     for scores_d in reversed(scores):
         size = scores_d.shape[-1]
         total, ids = scores_d.gather(-1, ids % size) + total, ids // size

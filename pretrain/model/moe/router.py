@@ -1,6 +1,4 @@
-"""The module around every kind of router: its matrices, its balancing bias, and the choice of the
-experts.
-"""
+"""The module around every kind of router: matrices, balancing bias, and the choice of experts."""
 
 from __future__ import annotations
 
@@ -33,11 +31,12 @@ class Routing(NamedTuple):
 
 
 class TopKRouter(KeepsFp32):
-    """Everything in fp32 whatever the model's precision: a bf16 product moves logits enough to flip
-    close choices.
+    """A router in fp32, whatever the model's precision.
+
+    A bf16 product moves logits enough to flip close choices.
 
     Args:
-        gate: the matrix [E, D], and the bias where the kind has one.
+        gate: the matrix [E, D], and the bias if the kind has one.
         balanced_by_bias: whether there is a ``balance_bias`` [E], added to the scores when experts
             are chosen, never to their weights.
     """
@@ -46,13 +45,15 @@ class TopKRouter(KeepsFp32):
 
     def __init__(self, kind: Router, gate: nn.Linear, top_k: int, balanced_by_bias: bool) -> None:
         super().__init__()
-        self.kind, self.gate, self.top_k = kind, gate, top_k
+        self.kind = kind
+        self.gate = gate
+        self.top_k = top_k
         self.noise = (
             nn.Linear(gate.in_features, gate.out_features, bias=False)
             if kind.learned_noise
             else None
         )
-        # Not named after experts: DeepSpeed's native layer leaves such names out of its
+        # The name must not contain "expert": DeepSpeed's native layer leaves such names out of its
         # checkpoints.
         self.register_buffer(
             "balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None
@@ -64,10 +65,12 @@ class TopKRouter(KeepsFp32):
         A filled ``record`` repeats its choice, an empty one is filled.
         """
         x_TD = x_TD.float()
+        # Switch Transformers, section 2.2: multiplicative noise on the input, in training only.
         if self.training and self.kind.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(
                 1.0 - self.kind.jitter, 1.0 + self.kind.jitter
             )
+        # Autocast would multiply in bf16 in spite of fp32 inputs.
         with _no_autocast(x_TD.device.type):
             bias = None if self.gate.bias is None else self.gate.bias.float()
             logits_TE = functional.linear(x_TD, self.gate.weight.float(), bias)
@@ -82,12 +85,15 @@ class TopKRouter(KeepsFp32):
             topk_ids_TK = self._choose(scores_TE.detach())
             if record is not None:
                 record.topk_ids_TK = topk_ids_TK
+        # Weights come from the unbiased scores: the balancing bias chooses and never weighs.
         weights_TK = self.kind.weights(scores_TE.gather(1, topk_ids_TK))
         return Routing(logits_TE, self.kind.probabilities(scores_TE), topk_ids_TK, weights_TK)
 
     def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """The ids of each token's experts, [T, K] int64, best first."""
         if self.balance_bias is not None:
             scores_TE = scores_TE + self.balance_bias
+        # Groups are chosen by biased scores too (DeepSeek-V3).
         if self.kind.groups is not None:
             scores_TE = scores_TE.masked_fill(
                 ~_in_best_groups(scores_TE, self.kind.groups), float("-inf")
@@ -96,8 +102,9 @@ class TopKRouter(KeepsFp32):
 
     @torch.no_grad()
     def move_balance_bias(self, load_E: torch.Tensor, rate: float) -> None:
-        """One step of balancing by bias (Wang et al. 2024, algorithm 1), then its mean is taken
-        off: only differences choose.
+        """One step of balancing by bias (Wang et al. 2024, algorithm 1).
+
+        Then the mean is subtracted: only differences choose, and without it the bias would drift.
 
         Args:
             load_E: tokens that chose each expert over the whole global batch.
@@ -116,9 +123,10 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _in_best_groups(scores_TE: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
-    """[T, E] bool: whether an expert is in one of its token's best groups."""
+    """Whether an expert is in one of its token's best groups, [T, E] bool."""
     grouped_TGe = scores_TE.unflatten(-1, (groups.num_groups, -1))
     best = 1 if groups.score == "max" else 2
+    # A group's score is that of its best expert (DeepSeek-V2), or the sum of its two best (V3).
     kept_TG = (
         grouped_TGe.topk(best, dim=-1).values.sum(dim=-1).topk(groups.top_k_groups, dim=-1).indices
     )

@@ -1,5 +1,6 @@
-"""Experts that see every token (Rajbhandari et al. 2022; Dai et al. 2024, DeepSeekMoE), beside the
-routed ones.
+"""Experts that see every token, in parallel to the routed ones.
+
+Rajbhandari et al. 2022; Dai et al. 2024, DeepSeekMoE.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pretrain.model.config import ModelConfig
 class SharedExperts(nn.Module):
     """All shared experts as one feed-forward of their joint width.
 
-    Its answer is gated by sigmoid(w x) where the recipe says so.
+    Its output is multiplied by sigmoid(w x) if the recipe asks for the gate.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -21,6 +22,7 @@ class SharedExperts(nn.Module):
         moe = model.moe
         assert moe is not None
         kind = model.feed_forward.implementing_class()
+        # One wide feed-forward is the sum of several narrow ones, in a single product.
         self.feed_forward = kind(
             model.feed_forward, model.hidden_size, moe.shared_width, model.dropout.feed_forward
         )

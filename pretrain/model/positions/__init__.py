@@ -1,1 +1,1 @@
-"""Position encodings, one kind a file."""
+"""Position encodings, one kind per file."""

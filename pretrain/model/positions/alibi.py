@@ -1,4 +1,4 @@
-"""Attention with linear biases (Press et al. 2022), alone or beside a rotary embedding."""
+"""Attention with linear biases (Press et al. 2022), alone or with a rotary embedding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pretrain.model.positions.rope import RopePosition
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
-    """What a head takes off a score for each token of distance, fp32 [N], all above 0.
+    """The slope of each head, fp32 [N], all above 0: a score loses it per token of distance.
 
-    2^(-8/N), 2^(-16/N) ... 2^-8 for a power of two; any other number of heads has those of the next
-    lower power of two, then every second one of the next higher.
+    2^(-8/N), 2^(-16/N) ... 2^-8 for a power of two; any other number of heads has the slopes of the
+    next lower power of two, then every second one of the next higher.
     """
 
     def geometric(count: int) -> torch.Tensor:

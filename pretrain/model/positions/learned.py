@@ -11,9 +11,7 @@ from pretrain.model.positions.interface import PositionEncoding
 
 
 class LearnedPosition(PositionEncoding):
-    """Row p of ``weight`` [max_position_embeddings, D] is added to the embedding of the token at
-    position p.
-    """
+    """Row p of ``weight`` [max_position_embeddings, D] is added to the embedding at position p."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)

@@ -1,5 +1,6 @@
-"""Llama 3.1's rotary embedding for longer sequences (Meta's llama-models, ``apply_scaling`` of the
-reference implementation).
+"""Llama 3.1's rotary embedding for longer sequences.
+
+Meta's llama-models, ``apply_scaling`` of the reference implementation.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from typing import cast
 
 import torch
 
-from pretrain.model.config import Llama3, ModelConfig
+from pretrain.model.config import ModelConfig
+from pretrain.model.positions.config import Llama3
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 
 
 def llama3_frequencies(config: Llama3, rotary_dim: int, device: torch.device) -> torch.Tensor:
-    """What a step rotates each pair by, radians, fp32 [H/2].
+    """The angle of each pair per position, radians, fp32 [H/2].
 
     A pair that rotates more than ``high_freq_factor`` times over the original length keeps its
-    frequency, one that rotates less than ``low_freq_factor`` times has it divided by ``factor``;
-    between them the share that is kept rises linearly with how often the pair rotates.
+    frequency; one that rotates less than ``low_freq_factor`` times has it divided by ``factor``;
+    between them the share that is kept rises linearly with the number of rotations.
     """
     frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
     rotations = config.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -29,7 +31,7 @@ def llama3_frequencies(config: Llama3, rotary_dim: int, device: torch.device) ->
 
 
 class Llama3Position(PositionEncoding):
-    """Rotary tables of :func:`llama3_frequencies`; scores do not grow, other than with YaRN."""
+    """Rotary tables of :func:`llama3_frequencies`; unlike YaRN's, scores do not grow."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)

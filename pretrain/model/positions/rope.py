@@ -1,17 +1,16 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), half-split as in Hugging Face's
-Llama.
-"""
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), half-split as in HF's Llama."""
 
 from __future__ import annotations
 
 import torch
 
-from pretrain.model.config import ModelConfig, RotaryBase
+from pretrain.model.config import ModelConfig
+from pretrain.model.positions.config import RotaryBase
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """What a step rotates each pair by, radians: theta^(-2i/H), fp32 [H/2]."""
+    """The angle of each pair per position, radians: theta^(-2i/H), fp32 [H/2]."""
     return theta ** -(
         torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     )
@@ -20,20 +19,24 @@ def inverse_frequencies(rotary_dim: int, theta: float, device: torch.device) -> 
 def rope_tables(
     positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair times ``scale``, fp32: [S, H/2] for positions [S], [B,
-    1, S, H/2] for [B, S].
+    """cos and sin of every position and pair times ``scale``, fp32.
+
+    [S, H/2] for positions [S]; [B, 1, S, H/2] for positions [B, S].
     """
+    # One table for all heads of a sequence.
     if positions.dim() == 2:
-        positions = positions[:, None]  # one table for all heads of a sequence
+        positions = positions[:, None]
+    # fp32: in bf16 positions above 256 would be rounded.
     angles = positions.float()[..., None] * frequencies
     return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotates pair (x_i, x_{i+H/2}) of each head by its angle.
+    """Rotate pair (x_i, x_{i+H/2}) of each head by its angle.
 
     Computed in fp32, returned in the input's dtype.
     """
+    # Half-split, not interleaved: checkpoints of GPT-J's layout need their rows permuted.
     cos, sin = tables
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
@@ -46,7 +49,7 @@ def apply_rope_to_both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rope` of queries [B, N, S, H] and keys [B, M, S, H].
 
-    Those of a single token together, in half as many operations.
+    Those of a single token are rotated together, in half as many operations.
     """
     if q.shape[2] > 1 or q.requires_grad:
         return apply_rope(q, tables), apply_rope(k, tables)
@@ -62,7 +65,8 @@ class RopePosition(PositionEncoding):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
         assert isinstance(model.position, RotaryBase)
-        self.rotary_dim, self.theta = model.attention.rotary_dim, model.position.rope_theta
+        self.rotary_dim = model.attention.rotary_dim
+        self.theta = model.position.rope_theta
 
     def terms(self, positions: torch.Tensor) -> PositionTerms:
         return PositionTerms(

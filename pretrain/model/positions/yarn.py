@@ -1,6 +1,4 @@
-"""YaRN: a rotary embedding stretched to longer sequences (Peng et al. 2023, section 3.2 and
-3.4).
-"""
+"""YaRN: a rotary embedding stretched to longer sequences (Peng et al. 2023, sections 3.2, 3.4)."""
 
 from __future__ import annotations
 
@@ -9,17 +7,18 @@ from typing import cast
 
 import torch
 
-from pretrain.model.config import ModelConfig, Yarn
+from pretrain.model.config import ModelConfig
+from pretrain.model.positions.config import Yarn
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 from pretrain.model.positions.rope import inverse_frequencies, rope_tables
 
 
 def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> torch.Tensor:
-    """What a step rotates each pair by, radians, fp32 [H/2].
+    """The angle of each pair per position, radians, fp32 [H/2].
 
-    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency,
+    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency;
     one that rotates less than ``beta_slow`` times has it divided by ``factor``; between them the
-    share that is divided rises linearly with the pair's number.
+    share that is divided rises linearly with the pair's index.
     """
     frequencies = inverse_frequencies(rotary_dim, config.rope_theta, device)
 
@@ -35,7 +34,8 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
-    width = last - first or 0.001  # a step where both ends meet
+    # A step function if both ends meet.
+    width = last - first or 0.001
     divided = (
         (torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - first) / width
     ).clamp(0, 1)
@@ -45,10 +45,8 @@ def yarn_frequencies(config: Yarn, rotary_dim: int, device: torch.device) -> tor
 class YarnPosition(PositionEncoding):
     """Rotary tables of :func:`yarn_frequencies`.
 
-    Queries and keys both grow by the attention factor, so that scores grow by its square.
-
-    With ``mscale_all_dim`` all scores grow, also by the part of queries and keys that is not
-    rotated.
+    Queries and keys both grow by the attention factor, so scores grow by its square. With
+    ``mscale_all_dim`` all scores grow, also by the part of queries and keys that is not rotated.
     """
 
     def __init__(self, model: ModelConfig) -> None:

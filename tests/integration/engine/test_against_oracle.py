@@ -20,7 +20,7 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.optim.config import AdamW
+from pretrain.optim.config import AdamWConfig
 from tests.support.plain_moe import MicroBatch, PlainMoE, PlainSettings, PlainStep
 
 STEPS = 50
@@ -107,7 +107,7 @@ def micro_batch(tokens: Tensor, document_mask: bool) -> MicroBatch:
 
 def plain_settings(recipe: Recipe) -> PlainSettings:
     model, optimizer, moe = recipe.model, recipe.optimizer, recipe.model.moe
-    assert isinstance(optimizer, AdamW) and moe is not None and model.vocab_size is not None
+    assert isinstance(optimizer, AdamWConfig) and moe is not None and model.vocab_size is not None
     return PlainSettings(
         num_layers=model.num_hidden_layers,
         head_dim=model.attention.head_dim,

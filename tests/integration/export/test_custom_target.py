@@ -28,7 +28,7 @@ from pretrain.export.hf_folder import write_hf_folder
 from pretrain.export.name_map import to_theirs
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import INDEX
-from pretrain.model.config import RMSNorm
+from pretrain.model.config import RMSNormConfig
 from pretrain.model.decoder import DecoderLM
 from tests.support.custom_exports import LATENT, S, prompts_of, random_model, recipe_of, weights_of
 from tests.support.in_memory_tensors import InMemoryTensors
@@ -269,7 +269,7 @@ def test_a_kind_and_a_field_that_the_class_does_not_know_are_reasons(
     assert Custom().reasons_against(unheard) == [
         "model.feed_forward is of kind unheard, which the class does not have"
     ]
-    monkeypatch.setitem(custom_target.COMPUTED, RMSNorm, ())
+    monkeypatch.setitem(custom_target.COMPUTED, RMSNormConfig, ())
     assert Custom().reasons_against(recipe.model) == ["the class does not know model.norm.eps"]
     with pytest.raises(ConfigError, match=r"does not know model\.norm\.eps"):
         choose_target(recipe, "custom")

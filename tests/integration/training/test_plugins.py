@@ -196,7 +196,7 @@ BROKEN = {
             "from typing import Literal\nfrom pretrain.model.config import Norm\n"
             "class Mine(Norm):\n    kind: Literal['rms_norm']\n"
         ),
-        ["'rms_norm'", "pretrain.model.config.RMSNorm and broken.Mine", "rename one"],
+        ["'rms_norm'", "pretrain.model.config.RMSNormConfig and broken.Mine", "rename one"],
     ),
 }
 

@@ -18,7 +18,7 @@ from torch import nn
 from pretrain.config.load import load_recipe
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.tables import products_triton as row_products_triton
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import PLAIN
 from pretrain.model.moe.tables.products_triton import TRITON
 from tests.support.table_product_cases import CHOICES, assert_same, computed, random_case
@@ -163,6 +163,6 @@ def test_a_layer_whose_products_read_the_wrong_rows_is_noticed(
         return TRITON.weighted_rows(c_P, table_ND, Bags(bags.row_P.roll(1), bags.offsets_T1))
 
     plain = peer_gradients("plain", "swiglu")
-    monkeypatch.setattr(row_products_triton, "TRITON", Kernel(TRITON.row_dots, shifted))
+    monkeypatch.setattr(row_products_triton, "TRITON", TableKernel(TRITON.row_dots, shifted))
     with pytest.raises(AssertionError):
         assert_same(peer_gradients("triton", "swiglu"), plain)

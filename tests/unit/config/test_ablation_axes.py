@@ -7,7 +7,7 @@ import pytest
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import PEER, RoutedMoE
+from pretrain.model.moe.config import PEERConfig, RoutedMoE
 from pretrain.model.sizes import ModelSize, model_size
 from pretrain.sweeps.axes import AXES_FOLDER, Choice, parse_axis, read_axes_file
 
@@ -45,11 +45,11 @@ def along(name: str, axis: str) -> dict[str, Recipe]:
     }
 
 
-def peers(axis: str) -> dict[str, PEER]:
+def peers(axis: str) -> dict[str, PEERConfig]:
     return {
         label: recipe.model.moe
         for label, recipe in along("peer_mla", axis).items()
-        if isinstance(recipe.model.moe, PEER)
+        if isinstance(recipe.model.moe, PEERConfig)
     }
 
 

@@ -16,8 +16,8 @@ from pretrain.config.load import apply_override, load_recipe, parse_yaml, recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError
 from pretrain.core.shipped import recipe_names
-from pretrain.model.moe.config import DeepSpeedMoE
-from pretrain.optim.config import SGD, AdamW
+from pretrain.model.moe.config import DeepSpeedMoEConfig
+from pretrain.optim.config import AdamWConfig, SGDConfig
 from tests.support.paths import RECIPES, ROOT
 
 
@@ -72,8 +72,10 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
             "model.moe.drop_tokens=false",
         ],
     )
-    assert isinstance(recipe.optimizer, SGD) and isinstance(recipe.model.moe, DeepSpeedMoE)
-    assert isinstance(load_recipe("debug").optimizer, AdamW)
+    assert isinstance(recipe.optimizer, SGDConfig) and isinstance(
+        recipe.model.moe, DeepSpeedMoEConfig
+    )
+    assert isinstance(load_recipe("debug").optimizer, AdamWConfig)
 
 
 @pytest.mark.parametrize(

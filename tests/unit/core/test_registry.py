@@ -53,7 +53,7 @@ assert "'model.moe.router.kind' is 'latte'" in found and "'late'" in found, foun
 class Other(Norm):
     kind: Literal["rms_norm"] = "rms_norm"
 found = error_of()
-assert "'rms_norm'" in found and "pretrain.model.config.RMSNorm" in found, found
+assert "'rms_norm'" in found and "pretrain.model.config.RMSNormConfig" in found, found
 assert "__main__.Other" in found, found
 """
     ),
@@ -71,8 +71,8 @@ assert "sinks" in found, found
     ),
     "mup takes only optimizers that say they scale": (
         """
-from pretrain.optim.config import SGD
-class PlainSgd(SGD):
+from pretrain.optim.config import SGDConfig
+class PlainSgd(SGDConfig):
     kind: Literal["plain_sgd"]
 mup = "model.initialization={kind: mup, base: {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, moe_intermediate_size: 16}}"
 plain = "optimizer={kind: plain_sgd, learning_rate: 0.1, momentum: 0}"
@@ -82,8 +82,8 @@ assert "optimizer" in error_of(mup, plain)
     ),
     "a second default of a family is refused": (
         """
-from pretrain.optim.config import AdamW
-class Mine(AdamW):
+from pretrain.optim.config import AdamWConfig
+class Mine(AdamWConfig):
     kind: Literal["mine"] = "mine"
 found = error_of("optimizer.learning_rate=1e-3")
 assert "__main__.Mine" in found and "only one of a family" in found, found

@@ -55,7 +55,7 @@ def test_a_backend_that_fails_is_told_once_and_the_others_go_on(
     monitor = Monitor(csv_section(tmp_path) | broken, writes=True, samples=lambda: 0)
     assert monitor.enabled and monitor.summary_writer is None
     monitor.write_events([("Train/Samples/lr", 0.1, 8)])
-    monitor.write_row([("train/loss", 2.0)], 1)
+    monitor.write_record([("train/loss", 2.0)], 1)
     assert (tmp_path / "job" / "train_loss.csv").read_text().split() == ["step,loss", "1,2.0"]
     assert (tmp_path / "job" / "Train_Samples_lr.csv").read_text().split() == ["step,lr", "8,0.1"]
     (sentence,) = capsys.readouterr().err.strip().splitlines()

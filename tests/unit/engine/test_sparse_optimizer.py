@@ -8,25 +8,25 @@ import psutil
 import pytest
 import torch
 
-from pretrain.engine.sparse_optimizer import RowGroups, RowState, SparseOptimizer, _lazy_zeros
+from pretrain.engine.sparse_optimizer import SparseOptimizer, TableGroups, TableState, _lazy_zeros
 from pretrain.model.moe.tables.interface import Bags
 from pretrain.model.moe.tables.products import BAGS, PLAIN, ExpertTable, SortedFactors
-from pretrain.optim.config import SGD, AdamW
+from pretrain.optim.config import AdamWConfig, SGDConfig
 
-ADAMW = AdamW(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
-CONFIGS: dict[str, AdamW | SGD] = {
+ADAMW = AdamWConfig(learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
+CONFIGS: dict[str, AdamWConfig | SGDConfig] = {
     "adamw": ADAMW,
-    "sgd": SGD(kind="sgd", learning_rate=0.01),
-    "momentum": SGD(kind="sgd", learning_rate=0.01, momentum=0.9),
+    "sgd": SGDConfig(kind="sgd", learning_rate=0.01),
+    "momentum": SGDConfig(kind="sgd", learning_rate=0.01, momentum=0.9),
 }
-ALONE, CPU = RowGroups(None, None), torch.device("cpu")
+ALONE, CPU = TableGroups(None, None), torch.device("cpu")
 E, X, D, T = 12, 2, 5, 7
 
 
 def torch_optimizer(
-    parameters: list[torch.nn.Parameter], config: AdamW | SGD
+    parameters: list[torch.nn.Parameter], config: AdamWConfig | SGDConfig
 ) -> torch.optim.Optimizer:
-    if isinstance(config, AdamW):
+    if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(
             parameters,
             lr=config.learning_rate,
@@ -107,7 +107,9 @@ def test_where_every_step_uses_every_row_it_is_the_dense_optimizer() -> None:
 def test_collected_gradients_of_several_batches_are_the_dense_gradient() -> None:
     weight = torch.randn(E, X, D)
     table, dense = table_of(weight), table_of(weight)
-    rows = SparseOptimizer({"t": table}, SGD(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU)
+    rows = SparseOptimizer(
+        {"t": table}, SGDConfig(kind="sgd", learning_rate=1.0), ALONE, "bags", CPU
+    )
     for seed in range(3):
         bags, x_TD = choice(seed), torch.randn(T, D, requires_grad=True)
         for one in (table, dense):
@@ -149,7 +151,7 @@ def test_only_used_rows_move_and_are_saved() -> None:
         sorted({int(row) // X for row in state["row"]}) == used
         and state["exp_avg"].shape[0] == len(used) * X
     )
-    fresh = RowState(table.weight.flatten(0, 1), 0, E * X, ADAMW)
+    fresh = TableState(table.weight.flatten(0, 1), 0, E * X, ADAMW)
     fresh.load(state)
     assert all(
         torch.equal(fresh.moments[name], rows.states["t"].moments[name]) for name in fresh.moments
@@ -199,7 +201,7 @@ def test_a_rows_gradient_adds_its_pairs_in_their_order(kernel: object) -> None:
 
 
 def test_a_state_that_is_taken_back_forgets_what_was_used_since() -> None:
-    state = RowState(torch.randn(6, 4), 0, 6, ADAMW)
+    state = TableState(torch.randn(6, 4), 0, 6, ADAMW)
     state.update(torch.tensor([0, 2]), torch.ones(2, 4), 0.1)
     saved = {name: tensor.clone() for name, tensor in state.state().items()}
     state.update(torch.tensor([1, 2]), torch.ones(2, 4), 0.1)

@@ -28,18 +28,18 @@ from pretrain.core.section import Effect, Section
 from pretrain.model.attention.config import Attention
 from pretrain.model.config import (
     Dropout,
-    FeedForward,
+    FeedForwardConfig,
     LayerPattern,
     ModelConfig,
     MultiTokenPrediction,
     Norm,
-    Position,
 )
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.init_config import BaseWidths, Initialization
 from pretrain.model.moe.config import BiasBalancing, MoE
 from pretrain.model.moe.routers import ExpertGroups, Router
+from pretrain.model.positions.config import Position
 from tests.support.model_kinds import CASES, LATENT
 from tests.support.tiny_model import random_tokens, tiny_config
 
@@ -113,7 +113,16 @@ class Variation:
 
 
 def schema_fields() -> Fields:
-    families = (Attention, Position, Norm, FeedForward, LayerPattern, Initialization, MoE, Router)
+    families = (
+        Attention,
+        Position,
+        Norm,
+        FeedForwardConfig,
+        LayerPattern,
+        Initialization,
+        MoE,
+        Router,
+    )
     sections = [ModelConfig, Dropout, MultiTokenPrediction, ExpertGroups, BiasBalancing, BaseWidths]
     sections += [kind for family in families for kind in kinds_of(family)]
     return {

@@ -17,7 +17,13 @@ D, VOCAB, PADDED, TOKENS = 16, 50, 64, 37
 
 
 def head_of(chunk_tokens: int, z_loss_weight: float = 0.0) -> LanguageModelHead:
-    head = LanguageModelHead(D, PADDED, VOCAB, chunk_tokens, z_loss_weight)
+    head = LanguageModelHead(
+        D,
+        padded_vocab_size=PADDED,
+        vocab_size=VOCAB,
+        chunk_tokens=chunk_tokens,
+        z_loss_weight=z_loss_weight,
+    )
     head.weight.data = random_tensor(PADDED, D, seed=1).detach()
     return head
 
@@ -129,7 +135,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(chunk_tokens: int, tokens: int, vocab: int) -> int:
-    head = LanguageModelHead(D, vocab, vocab, chunk_tokens, 0.1)
+    head = LanguageModelHead(
+        D, padded_vocab_size=vocab, vocab_size=vocab, chunk_tokens=chunk_tokens, z_loss_weight=0.1
+    )
     head.weight.data = random_tensor(vocab, D, seed=1).detach()
     x_BSD, labels_BS = random_tensor(1, tokens, D), torch.zeros(1, tokens, dtype=torch.int64)
     with LargestTensor() as largest:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from pretrain.core.registry import kinds_of
-from pretrain.model.config import FeedForward as FeedForwardConfig
+from pretrain.model.config import FeedForwardConfig
 from pretrain.model.feed_forward import FeedForward
 from pretrain.model.moe.dropless import DroplessMoE
 from tests.support.tiny_model import random_tensor, tiny_config

@@ -13,13 +13,13 @@ from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
-from pretrain.optim.config import AdamW
+from pretrain.optim.config import AdamWConfig
 from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 from tests.support.paths import DS_CONFIGS
 from tests.support.tiny_model import KINDS, VOCAB_SIZE, tiny_config, tiny_model
 
 DS_CONFIG_FILES = sorted(DS_CONFIGS.glob("*.json"))
-ADAMW = AdamW(learning_rate=1e-3)
+ADAMW = AdamWConfig(learning_rate=1e-3)
 WIDE = "model.intermediate_size=48"
 PATTERNS = {
     "{kind: all_moe}": [0, 1, 2, 3],

@@ -10,7 +10,7 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.moe.router import Routing
-from pretrain.model.norm import FEW_NUMBERS, RMSNorm
+from pretrain.model.norm import FEW_ELEMENTS, RMSNorm
 from pretrain.model.positions.rope import (
     apply_rope,
     apply_rope_to_both,
@@ -72,7 +72,7 @@ def test_the_norm_of_few_numbers_is_the_norm_of_many(shape: tuple[int, ...], siz
     norm = RMSNorm(shape[-1], 1e-6)
     norm.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     few = size * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    many = few.repeat(FEW_NUMBERS // few.numel() + 1, *(1 for _ in shape[1:]))
+    many = few.repeat(FEW_ELEMENTS // few.numel() + 1, *(1 for _ in shape[1:]))
     with torch.inference_mode():
         torch.testing.assert_close(norm(few), norm(many)[:1], rtol=1e-6, atol=0)
         norm.eps = 1e-2 * size**2

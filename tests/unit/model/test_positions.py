@@ -19,9 +19,9 @@ from pretrain.model.attention.kernels.reference import reference_attention
 from pretrain.model.attention.kernels.sdpa import sdpa_attention
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
-from pretrain.model.config import Llama3, Yarn
 from pretrain.model.init import initialize
 from pretrain.model.positions.alibi import alibi_slopes
+from pretrain.model.positions.config import Llama3, Yarn
 from pretrain.model.positions.learned import LearnedPosition
 from pretrain.model.positions.llama3 import Llama3Position, llama3_frequencies
 from pretrain.model.positions.rope import apply_rope, inverse_frequencies, rope_tables

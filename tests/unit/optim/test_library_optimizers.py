@@ -16,15 +16,15 @@ from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import hardware_warnings
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import model_size
-from pretrain.optim.config import AdamW, AdamW8bit, Lion, Muon, Optimizer
+from pretrain.optim.config import AdamW8bitConfig, AdamWConfig, LionConfig, MuonConfig, Optimizer
 from pretrain.optim.param_groups import build_optimizer, is_hidden_matrix
 from pretrain.run.memory import state_bytes_per_rank
 
 RATE = 1e-3
 CONFIGS: dict[str, Optimizer] = {
-    "adamw": AdamW(learning_rate=RATE),
-    "adamw_8bit": AdamW8bit(kind="adamw_8bit", learning_rate=RATE),
-    "lion": Lion(kind="lion", learning_rate=RATE),
+    "adamw": AdamWConfig(learning_rate=RATE),
+    "adamw_8bit": AdamW8bitConfig(kind="adamw_8bit", learning_rate=RATE),
+    "lion": LionConfig(kind="lion", learning_rate=RATE),
 }
 
 
@@ -160,7 +160,7 @@ def test_the_plan_counts_the_matrices_that_muon_trains(overrides: list[str]) -> 
 
 def test_the_plans_memory_follows_the_optimizer() -> None:
     size = model_size(load_recipe("debug", ["model.vocab_size=128"]).model, 16)
-    muon = Muon(kind="muon", learning_rate=RATE)
+    muon = MuonConfig(kind="muon", learning_rate=RATE)
     held = {
         config.kind: (
             state_bytes_per_rank(size, "fp32", 0, 1, 1, config)["optimizer"]
@@ -188,8 +188,8 @@ def test_rows_of_tables_are_refused_by_kinds_that_cannot_train_them(kind: str) -
         load_recipe("debug", [peer, f"optimizer={{kind: {kind}, learning_rate: 1e-3}}"])
     rows = load_recipe(
         "debug", [peer, "optimizer={kind: muon, learning_rate: 1e-3, beta2: 0.9}"]
-    ).optimizer.row_optimizer
-    assert rows == AdamW(learning_rate=1e-3, beta2=0.9)
+    ).optimizer.sparse_optimizer
+    assert rows == AdamWConfig(learning_rate=1e-3, beta2=0.9)
 
 
 def test_compiled_blocks_are_refused_at_stage_3() -> None:

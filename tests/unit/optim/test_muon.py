@@ -16,7 +16,7 @@ import pretrain.optim.matrix_shards
 import pretrain.optim.muon
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
-from pretrain.optim.config import Muon as MuonConfig
+from pretrain.optim.config import MuonConfig
 from pretrain.optim.matrix_shards import MatrixShards, choose_owners, cut_matrices
 from pretrain.optim.muon import Muon, orthogonalize
 from pretrain.optim.param_groups import is_hidden_matrix, parameter_groups
@@ -116,7 +116,11 @@ def test_an_expert_that_gets_no_tokens_any_more_stays_but_for_its_decay(flat: bo
     optimizer = optimizer_of(stack)
     if flat:
         optimizer.shards[stack] = MatrixShards(
-            cut_matrices(torch.Size((3, 8, 8)), 0, 192, 1, 0, 0), None, CPU
+            cut_matrices(
+                torch.Size((3, 8, 8)), start=0, partition_size=192, ranks=1, rank=0, offset=0
+            ),
+            None,
+            CPU,
         )
     trained(stack.detach().clone(), optimizer, stack)
     before = stack.detach().clone().view(3, 8, 8)
@@ -200,7 +204,15 @@ def test_the_ranks_parts_of_cut_matrices_are_the_matrices(
     stack = random(2, 8, 9)
     numbers[start : start + 144] = stack.flatten()
     cut = [
-        cut_matrices(stack.shape, start, partition_size, ranks, rank, 0) for rank in range(ranks)
+        cut_matrices(
+            stack.shape,
+            start=start,
+            partition_size=partition_size,
+            ranks=ranks,
+            rank=rank,
+            offset=0,
+        )
+        for rank in range(ranks)
     ]
     for number in range(2):
         parts = []
@@ -216,7 +228,9 @@ def test_the_ranks_parts_of_cut_matrices_are_the_matrices(
 
 
 def test_a_matrix_that_all_ranks_share_has_one_owner_and_the_work_is_spread() -> None:
-    matrices = cut_matrices(torch.Size((8, 4, 4)), 0, 8, 16, 0, 0)
+    matrices = cut_matrices(
+        torch.Size((8, 4, 4)), start=0, partition_size=8, ranks=16, rank=0, offset=0
+    )
     shared = [matrix._replace(bounds=(0, 4, 8, 12, 16)) for matrix in matrices]
     assert choose_owners(shared, 4) == [0, 1, 2, 3, 0, 1, 2, 3]
 
@@ -226,7 +240,7 @@ def test_a_flat_partition_is_trained_as_its_matrices_are(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
-        monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+        monkeypatch.setattr(module, "ELEMENTS_A_BATCH", batch)
     start = random(2, 8, 12)
     whole, flat = (
         torch.nn.Parameter(start.clone()),
@@ -235,7 +249,9 @@ def test_a_flat_partition_is_trained_as_its_matrices_are(
     gradient = random(2, 8, 12, seed=1)
     whole.grad, flat.grad = gradient, torch.cat((gradient.flatten(), torch.zeros(5)))
     optimizer = optimizer_of(flat)
-    optimizer.shards[flat] = MatrixShards(cut_matrices(start.shape, 0, 197, 1, 0, 0), None, CPU)
+    optimizer.shards[flat] = MatrixShards(
+        cut_matrices(start.shape, start=0, partition_size=197, ranks=1, rank=0, offset=0), None, CPU
+    )
     optimizer_of(whole).step()
     optimizer.step()
     torch.testing.assert_close(flat[:192].view(2, 8, 12), whole, rtol=1e-6, atol=1e-7)
@@ -275,13 +291,17 @@ def test_a_step_adds_a_few_batches_to_memory_and_not_a_share_of_the_parameters(
     numbers = {}
     for batch in (4 * 16, 1 << 26):
         for module in (pretrain.optim.matrix_shards, pretrain.optim.muon):
-            monkeypatch.setattr(module, "NUMBERS_A_BATCH", batch)
+            monkeypatch.setattr(module, "ELEMENTS_A_BATCH", batch)
         parameter = torch.nn.Parameter(random(100 * 16) if flat else random(100, 4, 4))
         optimizer = optimizer_of(parameter)
         optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
         if flat:
             optimizer.shards[parameter] = MatrixShards(
-                cut_matrices(torch.Size((100, 4, 4)), 0, 1600, 1, 0, 0), None, CPU
+                cut_matrices(
+                    torch.Size((100, 4, 4)), start=0, partition_size=1600, ranks=1, rank=0, offset=0
+                ),
+                None,
+                CPU,
             )
         parameter.grad = random(*parameter.shape)
         with Allocations() as allocations:
@@ -297,7 +317,9 @@ def test_precision_follows_the_device_that_iterates_where_the_state_is_kept_on_t
     flat = torch.nn.Parameter(random(96))
     flat.grad, optimizer, asked = random(96), optimizer_of(flat), []
     optimizer.shards[flat] = MatrixShards(
-        cut_matrices(torch.Size((8, 12)), 0, 96, 1, 0, 0), None, torch.device(device)
+        cut_matrices(torch.Size((8, 12)), start=0, partition_size=96, ranks=1, rank=0, offset=0),
+        None,
+        torch.device(device),
     )
     monkeypatch.setattr(
         MatrixShards, "transform", lambda shards, **given: asked.append(given["dtype"])

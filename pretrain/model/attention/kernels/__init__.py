@@ -1,1 +1,1 @@
-"""Attention kernels, one a file."""
+"""Attention kernels, one per file."""

@@ -1,7 +1,4 @@
-"""Ways to compute softmax(q k^T / sqrt(H)) v, chosen by name.
-
-Their sections say what each supports.
-"""
+"""Ways to compute softmax(q k^T / sqrt(H)) v, by name; their sections state what they support."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], t
 
 
 def attention_kernel(name: str, device: torch.device) -> AttentionKernel:
-    """The kernel of that name.
+    """The kernel with this name.
 
-    Its file, and with it a package that only it needs, is imported here.
+    Its file, and with it a package that only this kernel needs, is imported here.
 
     Raises:
         ConfigError: if this machine lacks the package that the kernel needs.

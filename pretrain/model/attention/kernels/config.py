@@ -1,6 +1,4 @@
-"""What each attention kernel is and what it can compute, without importing it.
-
-A new kernel is a section here.
+"""What each attention kernel can compute, without importing it; a new kernel is a section here.
 
 ``model.attention.kernel`` names one by its ``kind`` alone: kernels have no fields.
 """
@@ -15,7 +13,7 @@ from pretrain.core.registry import Component, kinds_by_name
 
 @dataclass(frozen=True)
 class KernelDemands:
-    """What a recipe asks of a kernel beside plain causal attention in half precision.
+    """What a recipe needs of a kernel beyond plain causal attention in half precision.
 
     Attributes:
         widest_head: elements of the widest head, in training or with a cache.
@@ -35,10 +33,11 @@ class Kernel(Component):
     """A way to compute softmax(q k^T) v; ``implementation`` is an ``AttentionKernel``.
 
     Attributes:
-        package: what has to be installed beside torch.
+        package: what has to be installed in addition to torch.
         max_head_dim: elements of the widest head it takes; None for any.
-    The other attributes are the demands of the same name: a kernel has to state what it can
-    compute.
+
+    The other attributes are the demands of the same name. All default to false: a kernel has to
+    state what it can compute.
     """
 
     package: ClassVar[str | None] = None
@@ -75,6 +74,7 @@ class Reference(Kernel):
     kind: Literal["reference"]
 
 
+# It computes everything, which is why it is the default: masks become explicit if need be.
 class Sdpa(Kernel):
     """torch's fused scaled_dot_product_attention."""
 
@@ -102,6 +102,7 @@ class Flex(Kernel):
     kind: Literal["flex"]
 
 
+# No fp32, sinks, document masks, or values of another width: flash_attn has no arguments for them.
 class Flash(Kernel):
     """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
 

@@ -1,6 +1,6 @@
 """Attention by the package flash_attn (Dao 2023, FlashAttention-2).
 
-Imported only where a recipe chooses it.
+Imported only if a recipe chooses it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pretrain.model.attention.scores import Scores
 def flash_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUH: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """What its section says.
+    """An ``AttentionKernel``; without sinks and document masks.
 
-    The causal mask ends at the last key: cached keys come before the queries.
+    flash_attn aligns the causal mask with the last key: cached keys come before the queries.
 
     Raises:
-        ConfigError: on another device, or in another dtype.
+        ConfigError: on another device than CUDA, or in another dtype than fp16 or bf16.
     """
     half = q_BNSH.dtype in (torch.float16, torch.bfloat16)
     if q_BNSH.device.type != "cuda" or not half:
@@ -28,12 +28,14 @@ def flash_attention(
             f"model.attention.kernel=flash takes fp16 or bf16 on CUDA, not {q_BNSH.dtype} on "
             f"{q_BNSH.device.type}: use --set model.attention.kernel=sdpa"
         )
+    # flash_attn wants [B, S, N, H].
     heads_last = (x.transpose(1, 2) for x in (q_BNSH, k_BMUH, v_BMUH))
     y_BSNH = flash_attn_func(
         *heads_last,
         dropout_p=scores.dropout,
         softmax_scale=scores.scale,
         causal=True,
+        # Tokens before the query, without itself.
         window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
         alibi_slopes=scores.slopes_N,
     )

@@ -1,4 +1,4 @@
-"""Attention by its definition: what tests compare the other kernels with."""
+"""Attention by its definition; tests compare the other kernels with it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pretrain.model.attention.scores import Scores
 def reference_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """In fp32 with every score in memory. U is the number of keys, V of a value's numbers.
+    """In fp32 with every score in memory; [B, N, S, V] in the queries' dtype.
 
-    Returns [B, N, S, V] in the queries' dtype.
+    U is the number of keys, V the width of a value.
     """
     groups = q_BNSH.shape[1] // k_BMUH.shape[1]
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BMUH, v_BMUV))
-    num_queries, num_keys, device = q_BNSH.shape[2], k.shape[2], q_BNSH.device
+    num_queries = q_BNSH.shape[2]
+    num_keys = k.shape[2]
+    device = q_BNSH.device
     logits_BNSU = q_BNSH.float() @ k.transpose(-2, -1) * scores.scale
     if scores.slopes_N is not None:
         logits_BNSU = logits_BNSU - scores.slopes_N.float()[:, None, None] * scores.mask.distance(
@@ -27,6 +29,7 @@ def reference_attention(
     logits_BNSU = logits_BNSU.masked_fill(~visible, float("-inf"))
     if scores.sinks_N is not None:
         sinks = scores.sinks_N.float()[None, :, None, None].expand(*logits_BNSU.shape[:3], 1)
+        # The sink takes part in the softmax; its weight is cut off, so rows sum to less than 1.
         weights_BNSU = torch.cat((logits_BNSU, sinks), dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights_BNSU = logits_BNSU.softmax(dim=-1)

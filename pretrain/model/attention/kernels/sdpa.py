@@ -14,31 +14,33 @@ SINK_WIDTH = 8
 def sdpa_attention(
     q_BNSH: torch.Tensor, k_BMUH: torch.Tensor, v_BMUV: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """Exact.
+    """Exact attention; no mask is in memory without a window, documents or ALiBi.
 
-    Without a window, documents or ALiBi no mask is in memory; else one [S, U], with ALiBi one
-    of each head, for all layers.
+    Otherwise there is one mask [S, U] for all layers; with ALiBi, one per head.
     """
-    num_queries, num_keys, value_size = q_BNSH.shape[2], k_BMUH.shape[2], v_BMUV.shape[3]
+    num_queries = q_BNSH.shape[2]
+    num_keys = k_BMUH.shape[2]
+    value_size = v_BMUV.shape[3]
     num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
     mask = None
     if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):
         key = "sdpa", num_queries, num_keys, scores.window
         mask = scores.mask.once(key, lambda: _mask(scores, num_queries, num_keys, q_BNSH))
+    # A single query sees all keys; is_causal would align it with the first one.
     causal = mask is None and num_queries > 1
     if scores.sinks_N is not None:
+        # sdpa multiplies all scores by the scale, the sinks included: they are divided by it first.
         q_BNSH, k_BMUH, v_BMUV = _with_sinks(q_BNSH, k_BMUH, v_BMUV, scores.sinks_N / scores.scale)
         if causal:
-            q_BNSH = functional.pad(
-                q_BNSH, (0, 0, 1, 0)
-            )  # one more query, which sees the sink alone, keeps the others' keys causal
+            # The sink is key 0, so is_causal would hide each query's own key: one more query in
+            # front, which sees the sink alone, shifts them back.
+            q_BNSH = functional.pad(q_BNSH, (0, 0, 1, 0))
     # Fused kernels want values as wide as keys.
     width = max(q_BNSH.shape[3], value_size)
     q_BNSH, k_BMUH, v_BMUV = (_widened(x, width) for x in (q_BNSH, k_BMUH, v_BMUV))
     if num_queries == 1 and scores.slopes_N is None:
-        q_BNSH = q_BNSH.reshape(
-            -1, num_key_heads, num_heads // num_key_heads, width
-        )  # as queries of one head: no key is repeated for each
+        # The heads that share a key head become queries of it, so that no key is repeated.
+        q_BNSH = q_BNSH.reshape(-1, num_key_heads, num_heads // num_key_heads, width)
     grouped = q_BNSH.shape[1] != num_key_heads
     y_BNSV = functional.scaled_dot_product_attention(
         q_BNSH,
@@ -51,19 +53,21 @@ def sdpa_attention(
         enable_gqa=grouped,
     )
     y_BNSV = (
+        # Undo the reshape, or drop the extra query of the sinks.
         y_BNSV.reshape(-1, num_heads, 1, width) if num_queries == 1 else y_BNSV[:, :, -num_queries:]
     )
     return y_BNSV[..., :value_size]
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Each head with zeros behind its numbers; what is wide enough is not copied."""
+    """Each head padded with zeros to ``width`` elements; not copied if it is wide enough."""
     return x if x.shape[3] == width else functional.pad(x, (0, width - x.shape[3]))
 
 
 def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor) -> torch.Tensor:
-    """Where a query may look, or with ALiBi a bias in the queries' dtype: [B or 1, N or 1, S, U],
-    with sinks [..., 1 + U].
+    """Whether a query sees a key, or with ALiBi a bias in the queries' dtype.
+
+    [B or 1, N or 1, S, U]; with sinks [..., 1 + U].
     """
     mask = scores.mask.dense(num_queries, num_keys, q_BNSH.device, scores.window)
     if scores.slopes_N is not None:
@@ -71,6 +75,7 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
         penalty_NSU = -scores.slopes_N.float()[:, None, None] * distance
         mask = penalty_NSU.to(q_BNSH.dtype)[None].masked_fill(~mask, float("-inf"))
     if scores.sinks_N is not None:
+        # The sink's column: visible (True), or a bias of 0.
         mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
     return mask
 
@@ -78,11 +83,10 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
 def _with_sinks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One more key before the others, with a value of zero, whose product with each query is the
-    sink: the sinks then need no mask.
+    """One more key before the others, whose product with each query is the sink, and a zero value.
 
-    Every head grows by SINK_WIDTH numbers; of the first of them, queries hold their head's sink and
-    the new key holds 1.
+    So sinks need no mask. Every head grows by SINK_WIDTH elements, of which only the first is used:
+    queries have their head's sink there, the new key has 1, and all other keys have 0.
     """
     sinks = sinks_N.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
     q = functional.pad(torch.cat((q, sinks), dim=3), (0, SINK_WIDTH - 1))

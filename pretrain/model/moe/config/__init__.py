@@ -1,10 +1,9 @@
-"""The mixture-of-experts section of a recipe's model, one kind a file.
+"""The mixture-of-experts section of a recipe's model, one kind per file.
 
-The imports are the registry.
-
-Nothing here imports torch: recipes are made of these sections. A kind's file says everything that a
-program asks of it before a tensor exists: its tensors' names and roles, its sizes, and what it can
-be combined with. What it computes is the class that ``implementation`` names.
+The imports register the kinds. Nothing here imports torch, because recipes consist of these
+sections. A kind's file holds everything that a program asks of it before a tensor exists: names and
+roles of its tensors, sizes, and what it can be combined with. The layer itself is the class that
+``implementation`` names.
 """
 
 from pretrain.model.moe.config.base import (
@@ -14,17 +13,17 @@ from pretrain.model.moe.config.base import (
     Role,
     RoutedMoE,
 )
-from pretrain.model.moe.config.deepspeed_native import DeepSpeedMoE
-from pretrain.model.moe.config.dropless import DroplessMoE
-from pretrain.model.moe.config.peer import PEER
+from pretrain.model.moe.config.deepspeed_native import DeepSpeedMoEConfig
+from pretrain.model.moe.config.dropless import DroplessMoEConfig
+from pretrain.model.moe.config.peer import PEERConfig
 
 __all__ = [
     "EXPERT_NUMBER",
-    "PEER",
     "BiasBalancing",
-    "DeepSpeedMoE",
-    "DroplessMoE",
+    "DeepSpeedMoEConfig",
+    "DroplessMoEConfig",
     "MoE",
+    "PEERConfig",
     "Role",
     "RoutedMoE",
 ]

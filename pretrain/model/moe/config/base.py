@@ -1,4 +1,4 @@
-"""What the section of every kind of MoE layer has and says, and what all kinds with a router do."""
+"""The section that every kind of MoE layer extends, and the one of all kinds with a router."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from pretrain.model.moe.routers import Router, SoftmaxTopK
 
 Weight = Annotated[float, Field(ge=0)]
 
-# The tensors of one expert, as a dense feed-forward names its own, each with the tensors of a layer
-# that hold it: see :meth:`RoutedMoE.expert_tensors`.
+# Parameter of one expert, named as in a dense feed-forward -> the tensors of a layer that hold it:
+# see :meth:`RoutedMoE.expert_tensors`.
 ExpertTensors = dict[str, tuple[str, ...]]
 EXPERT_NUMBER = "{expert}"
 
 
 class Role(Enum):
-    """What a tensor of an MoE layer is for; whoever sorts parameters asks for it, not for names."""
+    """What a tensor of an MoE layer is for: code that sorts parameters asks for it, not a name."""
 
     ROUTER = "chooses experts, with a learning rate of its own; its matrices are no hidden ones"
     EXPERT = "a matrix or a vector of routed experts, or a stack of them"
     EXPERT_BIAS = "biases of all routed experts in rows: vectors, dense parameters of every rank"
     SHARED_EXPERT = "of the experts that see every token"
     SHARED_GATE = "the few rows that weigh the shared experts' output: no hidden matrix"
-    RESIDUAL_EXPERT = "of the dense expert beside the routed ones (PR-MoE)"
+    RESIDUAL_EXPERT = "of the dense expert in parallel to the routed ones (PR-MoE)"
     RESIDUAL_GATE = "the few rows that weigh the residual expert: no hidden matrix"
 
     @property
     def is_gate(self) -> bool:
-        """Whether each row of its matrices is a gate by itself, so that no two belong together."""
+        """Whether each row of its matrices is an independent gate, which Muon must not mix."""
         return self in (Role.ROUTER, Role.SHARED_GATE, Role.RESIDUAL_GATE)
 
 
 class BiasBalancing(Section):
     """Balancing without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2).
 
-    A bias on the scores that choose, never on the weights. After each optimizer step the bias of an
-    expert with less than the mean load of the whole global batch rises by the rate, that of one
-    with more falls by it; then the mean is taken off.
+    A bias on the scores that choose experts, never on their weights. After each optimizer step the
+    bias of an expert with less than the mean load of the whole global batch rises by the rate, and
+    that of one with more falls by it; then the mean is subtracted.
     """
 
     update_rate: Annotated[float, Field(gt=0), Effect.NONE] = 0.001
@@ -56,16 +56,13 @@ class BiasBalancing(Section):
 
 
 class MoE(Component):
-    """What every kind of layer with many experts has.
-
-    One expert has the form of ``model.feed_forward``.
+    """What every kind of layer with many experts has; an expert is a ``model.feed_forward``.
 
     Attributes:
         tensor_roles: the role of each tensor by the start of its name below the feed-forward.
         zero_stages: DeepSpeed's stages that train this kind.
         has_tables: whether experts are rows of fp32 tables, trained apart from DeepSpeed's engine.
-        forms_expert_outputs: whether the output of one expert exists, so that it can be dropped
-            out.
+        forms_expert_outputs: whether the output of one expert exists as a tensor, for its dropout.
         scales_with_width: whether muP has learning rates for it.
         has_universal_checkpoints: whether DeepSpeed saves what its converter needs of such a layer.
     """
@@ -109,25 +106,25 @@ class MoE(Component):
 
     @property
     def experts_field(self) -> str:
-        """The number of experts as a sentence names it, with the field that gives it."""
+        """The number of experts with the field that gives it, for error sentences."""
         return f"model.moe.num_experts ({self.total_experts})"
 
     @abstractmethod
     def kept_activations(self, hidden_size: int, kept: int) -> int:
-        """Elements that a layer keeps of one token for the backward pass.
+        """Elements per token that a layer keeps for the backward pass.
 
         Args:
-            kept: elements for each hidden unit of a feed-forward of this model.
+            kept: elements per hidden unit of a feed-forward of this model.
         """
 
     def products_per_token(self, name: str) -> int:
-        """How many vectors of a token the matrix ``name`` is multiplied with."""
+        """How many vectors per token the matrix ``name`` is multiplied with."""
         return 1
 
     # --- tensors, by their names below the layer's feed-forward
 
     def role_of(self, name: str) -> Role | None:
-        """The role of a tensor; None for one that no layer of this kind has."""
+        """The role of a tensor; None if no layer of this kind has it."""
         if name.startswith("shared."):
             return Role.SHARED_GATE if name.startswith("shared.gate.") else Role.SHARED_EXPERT
         return next(
@@ -135,42 +132,37 @@ class MoE(Component):
         )
 
     def renumbered(self, name: str, number: Callable[[int], int]) -> str:
-        """``name`` (whole or in part) with another number of its expert, if it says one."""
+        """``name`` (whole or in part) with its expert's index, if any, mapped by ``number``."""
         return name
 
     def common_name(self, name: str) -> str:
-        """``name`` as it would be in a dropless layer, for what all kinds have, such as a
-        router.
-        """
+        """``name`` as a dropless layer calls it, for parts that all kinds have (the router)."""
         return name
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether random initialisation leaves a tensor at zero, beside every ``bias``."""
+        """Whether initialisation sets a tensor to zero, in addition to every ``bias``."""
         return self.role_of(name) is Role.EXPERT_BIAS
 
     def initial_std(self, name: str, columns: int) -> float | None:
-        """The standard deviation a matrix starts with, if it is not the model's."""
+        """The initial standard deviation of a matrix, if it is not the model's."""
         return None
 
     @property
     def table_kernel(self) -> str:
-        """The kernel of products with tables: see :func:`kernel_named`."""
+        """The kernel of products with tables, see :func:`kernel_named`."""
         return "auto"
 
     # --- what it can be combined with
 
     @property
     def routing(self) -> RoutedMoE | None:
-        """This section if a router scores every expert.
-
-        None for kinds that never form all scores.
-        """
+        """This section if a router scores every expert; None if not all scores are formed."""
         return None
 
     @property
     @abstractmethod
     def router_learns(self) -> bool:
-        """Whether the language loss has a gradient for what chooses experts.
+        """Whether the language loss has a gradient for the choice of experts.
 
         It has none if the weights of a token's experts are constant.
         """
@@ -178,36 +170,31 @@ class MoE(Component):
     @property
     @abstractmethod
     def why_router_is_deaf(self) -> str:
-        """What to say if :attr:`router_learns` is false: the reason, and what to set."""
+        """The error sentence if :attr:`router_learns` is false: the reason, and what to set."""
 
     @property
     def call_dependence(self) -> str | None:
-        """Why a token's output in evaluation depends on more than the tokens before it, if it
-        does.
-        """
+        """Why a token's output in evaluation depends on more than the tokens before it, or None."""
         return None
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether an expert that is full computes nothing for further tokens."""
+        """Whether a full expert computes nothing for further tokens."""
         return False
 
     @property
     def has_residual_expert(self) -> bool:
-        """Whether a dense expert of the routed ones' width is beside them (PR-MoE)."""
+        """Whether a dense expert of the routed ones' width runs in parallel (PR-MoE)."""
         return False
 
     @property
     def draws_experts(self) -> bool:
-        """Whether experts are chosen at random to some degree, beside the router's own noise."""
+        """Whether experts are drawn at random to some degree, apart from the router's noise."""
         return False
 
     @property
     def random_at_inference(self) -> list[str]:
-        """Why a finished model computes something else each time, a clause each.
-
-        [] if it does not.
-        """
+        """Reasons why a finished model computes something else each time, one clause each."""
         return []
 
     def expert_shards(self, ep_size: int, world_size: int, zero_stage: int) -> int:
@@ -215,11 +202,15 @@ class MoE(Component):
         return ep_size
 
     def check(self) -> None:
-        """Raises :class:`ConfigError` if options of this section do not go together."""
+        """Check that options of this section can be combined.
+
+        Raises:
+            ConfigError: if they cannot.
+        """
         return
 
     def warnings(self) -> list[str]:
-        """What such a section may ask for and its user should know, a sentence each."""
+        """Sentences for a section that is allowed but probably not meant."""
         if self.shared_expert_gate and not self.shared_width:
             return [
                 "model.moe.shared_expert_gate=true does nothing without shared experts: "
@@ -229,7 +220,7 @@ class MoE(Component):
 
 
 def norm_is_by_default(router: Router) -> bool:
-    """Whether a recipe leaves it open if the chosen experts' weights are divided by their sum."""
+    """Whether the recipe does not set norm_topk_prob."""
     return "norm_topk_prob" not in router.model_fields_set
 
 
@@ -286,14 +277,12 @@ class RoutedMoE(MoE):
 
     @property
     def rows_per_choice(self) -> float:
-        """Rows that are computed for each choice of a token: more than one if experts are
-        padded.
-        """
+        """Rows computed per choice of a token; more than 1 if experts are padded."""
         return 1.0
 
     def kept_activations(self, hidden_size: int, kept: int) -> int:
         residual = self.moe_intermediate_size if self.has_residual_expert else 0
-        # A row is copied for each choice on its way to the experts and on its way back.
+        # Each choice copies its token's row on the way to the experts and on the way back.
         per_row = kept * self.moe_intermediate_size + 4 * hidden_size
         return kept * (self.shared_width + residual) + int(
             self.experts_per_token * self.rows_per_choice * per_row
@@ -310,8 +299,8 @@ class RoutedMoE(MoE):
 
         Returns:
             For each parameter the names of the tensors that hold it, below the feed-forward. A name
-            with ``{expert}`` has one expert, any other all of them along its first dimension. Two
-            names are the halves of the parameter's first dimension.
+                with ``{expert}`` is of one expert, any other holds all of them along its first
+                dimension. Two names are the halves of the parameter's first dimension.
         """
 
     def keeps_matrices_whole(self, parameters: Sequence[str]) -> bool:
@@ -325,11 +314,12 @@ class RoutedMoE(MoE):
 
     @property
     def router_matrix(self) -> str:
-        """The module that makes the router's logits."""
+        """The module that computes the router's logits."""
         return f"{self.router_module}.gate"
 
     def router_tensors(self) -> list[str]:
-        """The router's tensors whose first dimension counts experts, its matrix first."""
+        """The router's tensors whose first dimension is the experts, its matrix first."""
+        # Code that changes the number of experts (upcycling, merging) resizes all of these.
         names = [f"{self.router_matrix}.weight"]
         names += [f"{self.router_matrix}.bias"] if self.router.bias else []
         names += [f"{self.router_module}.noise.weight"] if self.router.learned_noise else []
@@ -369,6 +359,7 @@ class RoutedMoE(MoE):
             name for name in ("aux_loss_weight", "sequence_loss_weight") if getattr(self, name)
         ]
         asked += ["bias_balancing"] if self.bias_balancing is not None else []
+        # f_e is then 1 for every expert: the losses are constants without a gradient.
         if self.top_k == self.num_experts and asked:
             several = len(asked) > 1
             found.append(
@@ -380,11 +371,13 @@ class RoutedMoE(MoE):
 
     @model_validator(mode="after")
     def _one_choice_keeps_its_score(self) -> RoutedMoE:
-        """Makes norm_topk_prob false if there is one choice and the recipe leaves it open."""
+        """Set norm_topk_prob to false if top_k is 1 and the recipe leaves it open."""
         if self.top_k == 1 and norm_is_by_default(self.router):
             router = self.router.model_copy(update={"norm_topk_prob": False})
             # norm_is_by_default must still see that nobody has set it.
             router.model_fields_set.discard("norm_topk_prob")
+            # The section is frozen: a validator that runs after the fields is the one place to
+            # change it.
             self.__dict__["router"] = router
         return self
 

@@ -15,7 +15,7 @@ from pretrain.model.moe.routers import SoftmaxTopK
 
 _EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 _NUMBERED = re.compile(r"(deepspeed_experts\.)(\d+)(?=\.)")
-# What the two gates call the modules that a dropless layer has too.
+# Names of modules that a dropless layer has too, in each of the two gates.
 _COMMON_NAMES = {"deepspeed_moe.gate.wg.": "router.gate.", "deepspeed_moe.gate.router.": "router."}
 
 DROPS = (
@@ -29,7 +29,7 @@ DRAWS = (
 )
 
 
-class DeepSpeedMoE(RoutedMoE):
+class DeepSpeedMoEConfig(RoutedMoE):
     """DeepSpeed's native layer: capacity, drops or padding, noisy gates, residual experts."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.deepspeed_native:DeepSpeedMoE"
@@ -39,6 +39,7 @@ class DeepSpeedMoE(RoutedMoE):
         "mlp.": Role.RESIDUAL_EXPERT,
         "coefficient.": Role.RESIDUAL_GATE,
     }
+    # DeepSpeed's native layer does not support partitioned parameters (stage 3).
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2)
     kind: Literal["deepspeed"]
     gate: Literal["deepspeed", "router"] = Field(
@@ -126,7 +127,8 @@ class DeepSpeedMoE(RoutedMoE):
     # --- tensors
 
     def expert_tensors(self, parameters: Sequence[str]) -> ExpertTensors:
-        """Every expert is a feed-forward of its own, by its number."""
+        """Every expert is a feed-forward under its local index."""
+        # An ExpertTensors key is the parameter; the placeholder stands for the expert's index.
         return {name: (f"{_EXPERTS}{EXPERT_NUMBER}.{name}",) for name in parameters}
 
     def renumbered(self, name: str, number: Callable[[int], int]) -> str:
@@ -152,12 +154,14 @@ class DeepSpeedMoE(RoutedMoE):
     # --- rules
 
     def check(self) -> None:
-        """Raises :class:`ConfigError` for drops that are not causal, and for what the gate cannot
-        take.
+        """Refuse drops that are not causal, and options that the gate cannot have.
 
         DeepSpeed's own gate ranks tokens across the whole micro batch. With top_k 1 and more than 2
-        the tokens kept are chosen over all positions at once, with top_k 2 all second choices queue
-        behind all first choices: in each case a later token can push out an earlier one.
+        the kept tokens are chosen over all positions at once, with top_k 2 all second choices queue
+        after all first choices: in each case a later token can push out an earlier one.
+
+        Raises:
+            ConfigError: if options of this section cannot be combined.
         """
         if self.gate == "deepspeed" and self.drop_tokens and self.causal:
             raise ConfigError(
@@ -197,6 +201,7 @@ class DeepSpeedMoE(RoutedMoE):
             )
 
     def _check_router_is_plain(self) -> None:
+        # DeepSpeed normalises the weights of two and more choices, and never those of one.
         plain = SoftmaxTopK(norm_topk_prob=self.top_k > 1)
         if self.router == plain and self.bias_balancing is None:
             return
@@ -218,6 +223,6 @@ class DeepSpeedMoE(RoutedMoE):
 
 
 def _setting(section: Section, name: str) -> str:
-    """A field as a recipe would set it; of a section, only the name."""
+    """A field as a recipe would set it; for a nested section its name alone."""
     value = getattr(section, name)
     return name if isinstance(value, Section) else f"{name}={value}"

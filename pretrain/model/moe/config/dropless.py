@@ -10,15 +10,12 @@ from pydantic import Field
 from pretrain.core.section import Effect
 from pretrain.model.moe.config.base import ExpertTensors, Role, RoutedMoE
 
-# DeepSpeed's names of the matrix before the activation, the one after it and the other one before
-# it.
+# DeepSpeed's numbering: w1 and w3 are before the activation, w2 is after it.
 _STACKS = {"gate_proj": 1, "down_proj": 2, "up_proj": 3}
 
 
-class DroplessMoE(RoutedMoE):
-    """No token is dropped: rows travel by all-to-all to their experts, on DeepSpeed's AutoEP
-    layer.
-    """
+class DroplessMoEConfig(RoutedMoE):
+    """No token is dropped: rows travel to their experts by all-to-all, on DeepSpeed's AutoEP."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.dropless:DroplessMoE"
     tensor_roles: ClassVar[Mapping[str, Role]] = {
@@ -35,10 +32,7 @@ class DroplessMoE(RoutedMoE):
     )
 
     def expert_tensors(self, parameters: Sequence[str]) -> ExpertTensors:
-        """All experts are stacked.
-
-        Without a gate w1 and w3 are the halves of the one first matrix.
-        """
+        """All experts are stacked; without a gate w1 and w3 are the halves of the first matrix."""
         gated = any(name.startswith("gate_proj") for name in parameters)
         found: ExpertTensors = {}
         for parameter in parameters:

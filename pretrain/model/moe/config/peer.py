@@ -14,13 +14,13 @@ from pretrain.model.moe.config.base import MoE, Role
 _KEYS = "retrieval.keys_"
 
 
-class PEER(MoE):
+class PEERConfig(MoE):
     """Parameter-efficient expert retrieval (He 2024, "Mixture of a Million Experts").
 
-    Very many very small experts, found by product keys. Expert (i, j, ...) has the score of sub-key
-    i of the first dimension with the first part of a query, plus that of j with the second, and so
-    on. Each head takes its best ``top_k`` and weighs them by a softmax over these. The experts have
-    no biases.
+    A very large number of tiny experts, found by product keys. Expert (i, j, ...) has the score of
+    sub-key i of the first dimension with the first part of a query, plus that of sub-key j with the
+    second part, and so on. Each head takes its best ``top_k`` and weighs them by a softmax over
+    these. The experts have no biases.
     """
 
     implementation: ClassVar[str] = "pretrain.model.moe.peer:PEER"
@@ -66,6 +66,7 @@ class PEER(MoE):
 
     @property
     def experts_per_token(self) -> int:
+        # Heads may choose the same expert, so this is an upper bound.
         return min(self.num_heads * self.top_k, self.total_experts)
 
     @property
@@ -73,9 +74,11 @@ class PEER(MoE):
         return f"model.moe.product_key_sizes, whose product is ({self.total_experts})"
 
     def kept_activations(self, hidden_size: int, kept: int) -> int:
-        """No row is copied: a token, its queries and the scores of its sub-keys, then each expert's
-        few.
+        """A token, its queries and the scores of its sub-keys, then a few per expert.
+
+        No row of a table is copied.
         """
+        # Queries are kept before and after their norm.
         scores = self.num_heads * (2 * self.query_dim + sum(self.product_key_sizes))
         experts = self.experts_per_token * ((kept + 1) * self.moe_intermediate_size + 6)
         return kept * self.shared_width + 2 * hidden_size + scores + experts
@@ -85,7 +88,7 @@ class PEER(MoE):
         return self.num_heads if name.startswith(_KEYS) else 1
 
     def initial_std(self, name: str, columns: int) -> float | None:
-        """Of keys, so that the scores of normed queries are about 1 (Lample et al. 2019)."""
+        """Of keys: the scores of normed queries start at about 1 (Lample et al. 2019)."""
         return columns**-0.5 if name.startswith(_KEYS) else None
 
     @property
@@ -118,7 +121,7 @@ class PEER(MoE):
         return found
 
     @model_validator(mode="after")
-    def _keys_fit(self) -> PEER:
+    def _keys_fit(self) -> PEERConfig:
         if self.top_k > self.total_experts:
             raise ValueError(
                 f"top_k is {self.top_k}, but there are only {self.total_experts} experts"

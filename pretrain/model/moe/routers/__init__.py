@@ -1,6 +1,6 @@
-"""Routers: which experts a token goes to, one kind a file. The imports are the registry.
+"""Routers: which experts a token goes to, one kind per file. The imports register the kinds.
 
-Nothing here imports torch: recipes are made of it.
+Nothing here imports torch, because recipes consist of these sections.
 """
 
 from pretrain.model.moe.routers.interface import ExpertGroups, Router

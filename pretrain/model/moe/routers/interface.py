@@ -1,4 +1,4 @@
-"""What a router is: a section of the recipe that makes scores of logits, and weights of scores."""
+"""The interface of a router: a section of the recipe that computes scores and weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 
 class ExpertGroups(Section):
-    """A token first chooses groups of neighbouring experts, then experts inside them (DeepSeek-V2,
-    section 2.1.3).
+    """A token first chooses groups of neighbouring experts, then experts inside them.
 
-    Experts are on ranks in order: as many groups as nodes bound the nodes that a token's rows
-    travel to.
+    DeepSeek-V2, section 2.1.3. Experts are on ranks in order, so with as many groups as nodes a
+    token's rows travel to at most ``top_k_groups`` nodes.
     """
 
     num_groups: Positive
@@ -29,10 +28,10 @@ class ExpertGroups(Section):
 
 
 class Router(Section):
-    """A kind of router. What it computes is fp32, whatever the model's precision.
+    """A kind of router; it computes in fp32, whatever the model's precision.
 
     Attributes:
-        learned_noise: asks for a second matrix, whose product :meth:`noisy_logits` gets in
+        learned_noise: whether it has a second matrix, whose product :meth:`noisy_logits` gets in
             training.
         scores_add_up_to_one: over all experts of a token.
     """
@@ -55,20 +54,21 @@ class Router(Section):
     groups: Annotated[ExpertGroups | None, Effect.FUNCTION] = None
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
-        """Always: every kind scores an expert higher for a larger logit."""
+        """Always true: every kind scores an expert higher for a larger logit."""
         return True
 
     def weights_vary(self, num_experts: int, top_k: int) -> bool:
         """Whether the weights of a token's experts depend on its scores.
 
-        If not, the language loss gives the router no gradient.
+        If they do not, the language loss has no gradient for the router.
         """
         return not (self.norm_topk_prob and top_k == 1)
 
     @abstractmethod
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """What experts are chosen by and weights are made of, [T, E], not negative, larger for the
-        better.
+        """[T, E] -> [T, E]: what experts are chosen by and weights are computed from.
+
+        Not negative, larger for the better expert.
         """
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
@@ -76,19 +76,22 @@ class Router(Section):
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:
-        """The logits of a training step, from the clean ones and the product with the noise
-        matrix.
-        """
+        """The logits of a training step, from the clean ones and the noise matrix' product."""
         raise NotImplementedError
 
     def weights(self, scores_TK: Tensor) -> Tensor:
         """The weights of the chosen experts' outputs, from their scores."""
+        # Sigmoid scores may all be tiny: the bound keeps their sum from dividing by zero.
         if self.norm_topk_prob:
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return scores_TK * self.routed_scaling_factor
 
     def check(self, num_experts: int, top_k: int) -> None:
-        """Raises ValueError where this router cannot choose ``top_k`` of ``num_experts``."""
+        """Check that this router can choose ``top_k`` of ``num_experts``.
+
+        Raises:
+            ValueError: if it cannot.
+        """
         if self.groups is None:
             return
         count, kept = self.groups.num_groups, self.groups.top_k_groups
@@ -100,6 +103,7 @@ class Router(Section):
             raise ValueError(
                 f"router.groups.top_k_groups is {kept}, but there are only {count} groups"
             )
+        # Experts outside of the chosen groups are masked: too few remain otherwise.
         if kept * (num_experts // count) < top_k:
             raise ValueError(
                 f"top_k is {top_k}, but {kept} of {count} groups hold only "

@@ -1,6 +1,4 @@
-"""Noisy top-k (Shazeer et al. 2017, eq. 3 to 5): Gaussian noise of a learned size for each token
-and expert, in training only.
-"""
+"""Noisy top-k (Shazeer et al. 2017, eq. 3 to 5): learned Gaussian noise, in training only."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 class NoisyTopK(Router):
     """Softmax over noisy logits.
 
-    The noise's size is softplus of a second product, whose matrix starts at zero: noise of ln 2.
+    The noise's size is the softplus of a second product. Its matrix starts at zero: noise of ln 2.
     """
 
     learned_noise: ClassVar[bool] = True
@@ -23,6 +21,7 @@ class NoisyTopK(Router):
     kind: Literal["noisy_topk"]
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:
+        # softplus(x) = log(e^x + 1) without importing torch.
         softplus_TE = noise_TE.logaddexp(noise_TE.new_zeros(()))
         return logits_TE + logits_TE.new_empty(logits_TE.shape).normal_() * softplus_TE
 
@@ -33,5 +32,5 @@ class NoisyTopK(Router):
         return scores_TE
 
     def weights_vary(self, num_experts: int, top_k: int) -> bool:
-        """Not if all there is is one expert, either: its probability is 1."""
+        """Not for a single expert either: its probability is always 1."""
         return num_experts > 1 and super().weights_vary(num_experts, top_k)

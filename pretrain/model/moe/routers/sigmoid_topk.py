@@ -1,6 +1,4 @@
-"""Sigmoid scores, then the k largest (DeepSeek-V3, section 2.1.2, eq. 12 to 15; Llama 4,
-GLM-4.5).
-"""
+"""Sigmoid scores, then the k largest (DeepSeek-V3, eq. 12 to 15; Llama 4, GLM-4.5)."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class SigmoidTopK(Router):
-    """Each expert is scored by itself, so that a bias moves its choice and no other score: what
-    balancing by bias was made for.
+    """Each expert is scored independently of the others.
+
+    So a balancing bias moves the choice of its expert and no other score.
     """
 
     kind: Literal["sigmoid_topk"]

@@ -1,5 +1,6 @@
-"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE;
-renormalised it is also gpt-oss').
+"""Softmax, then the k largest probabilities (Shazeer et al. 2017; Mixtral, Qwen-MoE, OLMoE).
+
+With renormalised weights it is gpt-oss' router too.
 """
 
 from __future__ import annotations
@@ -31,5 +32,5 @@ class SoftmaxTopK(Router):
         return scores_TE
 
     def weights_vary(self, num_experts: int, top_k: int) -> bool:
-        """Not if all there is is one expert, either: its probability is 1."""
+        """Not for a single expert either: its probability is always 1."""
         return num_experts > 1 and super().weights_vary(num_experts, top_k)

@@ -1,13 +1,13 @@
-"""Products of tokens with the rows of a large table that each of them chose, forward and backward.
+"""Products of tokens with the table rows that each of them chose, forward and backward.
 
-Two products are each other's derivative, so that three ways to compute them serve every pass:
+Two products are each other's derivative, so one kernel with both serves every pass:
 
 * ``row_dots``: c_p = table[row_p] . x_t for each pair p of a token t and a row;
 * ``weighted_rows``: y_t = sum over the pairs p of t of c_p table[row_p].
 
 The gradient of a row is a weighted sum too, of the tokens that chose it. It is kept as
-:class:`Factors`, which are small, until somebody asks for rows. Everything here is fp32: rows are
-read, not multiplied with matrices, and memory is the limit.
+:class:`Factors`, which are small, until an optimizer asks for rows. Everything here is fp32: rows
+are read once and not reused as in a matrix product, so memory bandwidth is the limit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 
-# torch says so once a process of every sparse matrix in this format; two dense results are all that
-# is taken from it here.
+# torch warns once per process about its CSR format. Only a dense result is read from it here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
@@ -37,13 +36,12 @@ def _plain_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) 
 
 
 def _bag_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """By torch's product of dense matrices at the places of a sparse one: no row is copied."""
+    """By torch's sampled product of dense matrices, which copies no row."""
     if bags.row_P.numel() == 0:
         return x_TD.new_zeros(0)
     size = (x_TD.shape[0], table_ND.shape[0])
-    if (
-        bags.row_P.numel() > size[0] * size[1]
-    ):  # duplicates: more pairs than places in the matrix, which torch refuses
+    # Duplicates: torch refuses a sparse matrix with more entries than elements.
+    if bags.row_P.numel() > size[0] * size[1]:
         return (x_TD @ table_ND.t())[bags.owners(), bags.row_P]
     pattern = torch.sparse_csr_tensor(
         bags.offsets_T1,
@@ -56,6 +54,7 @@ def _bag_row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
 
 
 def _bag_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.Tensor:
+    # include_last_offset: offsets are [T + 1], as in CSR.
     return functional.embedding_bag(
         bags.row_P,
         table_ND,
@@ -66,13 +65,13 @@ def _bag_weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) ->
     )
 
 
-# The plain definition, which copies every chosen row; and torch's own products, which do not.
-PLAIN = Kernel(_plain_row_dots, _plain_weighted_rows)
-BAGS = Kernel(_bag_row_dots, _bag_weighted_rows)
+# The plain definition copies every chosen row; torch's own products do not.
+PLAIN = TableKernel(_plain_row_dots, _plain_weighted_rows)
+BAGS = TableKernel(_bag_row_dots, _bag_weighted_rows)
 
 
-def kernel_named(name: str, device: torch.device) -> Kernel:
-    """``plain``, ``bags``, ``triton``, or for ``auto`` the fastest on ``device``."""
+def kernel_named(name: str, device: torch.device) -> TableKernel:
+    """The kernel ``plain``, ``bags`` or ``triton``; for ``auto`` the fastest one on ``device``."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         # Triton is an optional package, which only CUDA has a use for.
         from pretrain.model.moe.tables.products_triton import TRITON
@@ -82,8 +81,9 @@ def kernel_named(name: str, device: torch.device) -> Kernel:
 
 
 class Factors(NamedTuple):
-    """A gradient of a table: row ``row_P[p]`` of it is the sum of ``c_P[p] * x_TD[owner_P[p]]``
-    over the pairs p with that row.
+    """The gradient of a table, as the pairs that it is the sum of.
+
+    Row ``row_P[p]`` of the gradient is the sum of ``c_P[p] * x_TD[owner_P[p]]`` over its pairs p.
     """
 
     row_P: torch.Tensor
@@ -93,27 +93,28 @@ class Factors(NamedTuple):
 
 
 class SortedFactors:
-    """Factors in the order of their rows: each row's gradient is one weighted sum, in the order of
-    the pairs, so it is deterministic.
+    """Factors sorted by row: each row's gradient is one weighted sum over neighbouring pairs.
+
+    The sort is stable, so the order of summation is that of the pairs, and the result
+    deterministic.
 
     Attributes:
         row_U: the different rows, ascending, [U] int64.
     """
 
-    def __init__(self, factors: Factors, kernel: Kernel) -> None:
+    def __init__(self, factors: Factors, kernel: TableKernel) -> None:
         row_P, order_P = factors.row_P.sort(stable=True)
         self.row_U, counts_U = row_P.unique_consecutive(return_counts=True)
-        self._owner_P, self._c_P, self._x_TD, self._kernel = (
-            factors.owner_P[order_P],
-            factors.c_P[order_P],
-            factors.x_TD,
-            kernel,
-        )
+        self._owner_P = factors.owner_P[order_P]
+        self._c_P = factors.c_P[order_P]
+        self._x_TD = factors.x_TD
+        self._kernel = kernel
         self._offsets_U1 = functional.pad(counts_U.cumsum(0), (1, 0))
 
     def gradient(self, rows: slice) -> torch.Tensor:
         """The gradients of ``row_U[rows]``, [rows, D]."""
         offsets = self._offsets_U1[rows.start : rows.stop + 1]
+        # One transfer to the host per chunk: slices need integers.
         first, last = (int(offset) for offset in offsets[[0, -1]])
         return self._kernel.weighted_rows(
             self._c_P[first:last], self._x_TD, Bags(self._owner_P[first:last], offsets - first)
@@ -121,49 +122,58 @@ class SortedFactors:
 
 
 class ExpertTable(KeepsFp32):
-    """A table of rows in fp32, [N, width, D] for N experts, whose gradient is dense or, where many
-    more rows are held than used, collected.
+    """A table of N experts in fp32, [N, width, D], whose gradient is dense or collected as factors.
 
     As built, ``weight`` is a parameter like any other and autograd gives it a dense gradient.
-    :meth:`collect` takes it out of the module's parameters: from then on each backward pass appends
-    its factors to ``collected``, for an optimizer that touches those rows alone.
+    :meth:`collect` removes it from the module's parameters, for tables of which a step uses few
+    rows: from then on each backward pass appends its factors to ``collected``, for a sparse
+    optimizer.
     """
 
     def __init__(self, num_experts: int, width: int, hidden_size: int) -> None:
         super().__init__()
         self.weight: torch.Tensor = nn.Parameter(torch.empty(num_experts, width, hidden_size))
-        # The mark of experts: each rank may hold others.
+        # DeepSpeed's mark of experts: ranks may hold different ones, so it must not average them.
         self.weight.allreduce = False  # type: ignore[attr-defined]
         self.width = width
         self.collected: list[Factors] | None = None
 
     def collect(self, device: torch.device) -> None:
+        """Remove ``weight`` from the parameters, and collect factors from now on.
+
+        The table moves to ``device`` here, because DeepSpeed no longer sees it.
+        """
         weight = self._parameters.pop("weight")
         assert weight is not None
-        self.weight, self.collected = weight.detach().to(device), []
+        self.weight = weight.detach().to(device)
+        self.collected = []
 
-    def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: Kernel) -> torch.Tensor:
-        """[T, D] -> the products of each pair's token with the rows of its expert, [P, width]."""
+    def dots(self, x_TD: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
+        """[T, D] -> the products of each pair's token with its expert's rows, [P, width]."""
         dots: torch.Tensor = _RowDots.apply(
             x_TD, self.weight, bags.widened(self.width), self, kernel
         )
         return dots.view(-1, self.width)
 
-    def weighted(self, c_PX: torch.Tensor, bags: Bags, kernel: Kernel) -> torch.Tensor:
-        """[P, width] -> for each token the sum of its experts' rows, weighted, [T, D]."""
+    def weighted(self, c_PX: torch.Tensor, bags: Bags, kernel: TableKernel) -> torch.Tensor:
+        """[P, width] -> each token's weighted sum of its experts' rows, [T, D]."""
         y_TD: torch.Tensor = _WeightedRows.apply(
             c_PX.reshape(-1), self.weight, bags.widened(self.width), self, kernel
         )
         return y_TD
 
-    def take_gradient(self, factors: Factors, wanted: bool, kernel: Kernel) -> torch.Tensor | None:
-        """What a backward pass returns for the weight: dense where autograd wants one, else
-        nothing, and the factors are kept.
+    def take_gradient(
+        self, factors: Factors, wanted: bool, kernel: TableKernel
+    ) -> torch.Tensor | None:
+        """The return value of a backward pass for the weight.
+
+        A dense gradient if autograd wants one; else None, and the factors are collected.
         """
         if not wanted:
             if self.collected is not None:
                 self.collected.append(factors)
             return None
+        # row_U has no duplicates, so a plain assignment is enough.
         gradient = torch.zeros_like(self.weight)
         by_row = SortedFactors(factors, kernel)
         gradient.view(-1, gradient.shape[-1])[by_row.row_U] = by_row.gradient(
@@ -173,6 +183,8 @@ class ExpertTable(KeepsFp32):
 
 
 class _RowDots(torch.autograd.Function):
+    """``row_dots`` with ``weighted_rows`` as its derivative by the tokens."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -180,15 +192,17 @@ class _RowDots(torch.autograd.Function):
         weight_NXD: torch.Tensor,
         bags: Bags,
         table: ExpertTable,
-        kernel: Kernel,
+        kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_NXD.detach(), *bags)
-        ctx.table, ctx.kernel = table, kernel
+        ctx.table = table
+        ctx.kernel = kernel
         return kernel.row_dots(x_TD, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod
     def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, weight_NXD, *bag = ctx.saved_tensors
+        # Autograd may pass an expanded gradient, and kernels index it flat.
         bags, grad_P = Bags(*bag), grad_P.contiguous()
         grad_x_TD = (
             ctx.kernel.weighted_rows(grad_P, weight_NXD.flatten(0, 1), bags)
@@ -206,6 +220,8 @@ class _RowDots(torch.autograd.Function):
 
 
 class _WeightedRows(torch.autograd.Function):
+    """``weighted_rows`` with ``row_dots`` as its derivative by the coefficients."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -213,15 +229,17 @@ class _WeightedRows(torch.autograd.Function):
         weight_NXD: torch.Tensor,
         bags: Bags,
         table: ExpertTable,
-        kernel: Kernel,
+        kernel: TableKernel,
     ) -> torch.Tensor:
         ctx.save_for_backward(c_P, weight_NXD.detach(), *bags)
-        ctx.table, ctx.kernel = table, kernel
+        ctx.table = table
+        ctx.kernel = kernel
         return kernel.weighted_rows(c_P, weight_NXD.flatten(0, 1), bags)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         c_P, weight_NXD, *bag = ctx.saved_tensors
+        # Autograd may pass an expanded gradient, and kernels index it flat.
         bags, grad_TD = Bags(*bag), grad_TD.contiguous()
         grad_c_P = (
             ctx.kernel.row_dots(grad_TD, weight_NXD.flatten(0, 1), bags)

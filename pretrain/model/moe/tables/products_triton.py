@@ -1,13 +1,13 @@
-"""The products of tokens with their rows, for CUDA, in Triton (Tillet et al. 2019): each chosen row
-is read once and never copied.
+"""The products of tokens with table rows for CUDA, in Triton (Tillet et al. 2019).
 
-Products are one program a few pairs, whatever bags they are of. Weighted sums are one program a
-bag; a bag of more than ``PIECE`` pairs is cut, and the sums of its further pieces are added to that
-of the first by a second kernel, in their order. Nothing is added atomically, so a result depends on
-its bag alone and is the same each time. Addresses are 64 bits wide.
+Each chosen row is read once and never copied. Products: one program per few pairs, whatever bags
+they belong to. Weighted sums: one program per bag; a bag of more than ``PIECE`` pairs is cut, and a
+second kernel adds the sums of its further pieces to that of the first, in order. Nothing is added
+atomically, so a result depends on its bag alone and is the same each time. Addresses are 64 bits
+wide: a table may have more than 2^31 elements.
 
 Raises:
-    ConfigError: where Triton is not installed.
+    ConfigError: if Triton is not installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 
 try:
     import triton
@@ -28,10 +28,9 @@ except ImportError:
     )
     raise ConfigError(message) from None
 
-# Pairs that one program sums, so that a row that very many tokens chose does not wait for one of
-# them.
+# Pairs that one program sums: a row that very many tokens chose is spread over several programs.
 PIECE = 256
-# Numbers of a table that a program reads at once, and at most how many of these are of one row.
+# Elements of a table that a program reads at once, and at most how many of them are of one row.
 TILE, MOST_COLUMNS = 4096, 512
 
 
@@ -47,6 +46,7 @@ def _dot_kernel(
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
+    """One program computes the dots of PAIRS pairs, COLUMNS elements at a time."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     is_pair = pair < num_pairs
     row = tl.load(row_P + pair, mask=is_pair, other=0)[:, None]
@@ -76,12 +76,15 @@ def _piece_kernel(
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The first pieces of all bags to ``y_TD``, then the further ones to ``further_ED``.
+    """Sum one piece of a bag: first pieces into ``y_TD``, further ones into ``further_ED``.
 
-    One that starts behind its bag's end is zero.
+    A piece that starts after its bag's end is zero.
     """
     piece = tl.program_id(0).to(tl.int64)
-    bag, number, target_D = piece, piece - piece, y_TD + piece * D
+    # piece - piece is a zero of piece's type: Triton requires one type on both paths of the if.
+    bag = piece
+    number = piece - piece
+    target_D = y_TD + piece * D
     if piece >= num_bags:
         further = piece - num_bags
         bag = tl.load(bag_E + further)
@@ -113,7 +116,7 @@ def _join_kernel(
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Adds its further pieces to a bag's first; the program of the first of them does it."""
+    """Add a bag's further pieces to its first; the program of the first further piece does it."""
     further = tl.program_id(0).to(tl.int64)
     bag = tl.load(bag_E + further)
     if further == tl.load(further_T1 + bag):
@@ -131,12 +134,17 @@ def _join_kernel(
 
 
 def _tile(D: int) -> tuple[int, int]:
-    """How many rows and columns a program reads at once: powers of two."""
+    """Rows and columns that a program reads at once, both powers of two."""
     columns = min(max(triton.next_power_of_2(D), 32), MOST_COLUMNS)
     return TILE // columns, columns
 
 
 def _ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors, contiguous as the kernels' addresses assume.
+
+    Raises:
+        ConfigError: on a device that Triton cannot compile for.
+    """
     if not tensors[0].is_cuda and not triton.knobs.runtime.interpret:
         raise ConfigError(
             "model.moe.expert_kernel=triton needs CUDA, but the model runs on "
@@ -151,6 +159,7 @@ def _row_dots(x_TD: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> torch.T
     if dot_P.numel():
         pairs, columns = _tile(table_ND.shape[1])
         grid = (triton.cdiv(dot_P.numel(), pairs),)
+        # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(x_TD):
             _dot_kernel[grid](
                 dot_P,
@@ -172,8 +181,8 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     y_TD = table_ND.new_empty(T, D)
     if T == 0:
         return y_TD
-    # There are at most as many further pieces as this, which is known without waiting for the
-    # device; those too many are empty.
+    # An upper bound of the further pieces that needs no synchronisation with the device; surplus
+    # programs sum nothing.
     most = row_P.numel() // PIECE
     further_T1 = functional.pad(((offsets_T1.diff() - 1).clamp_min(0) // PIECE).cumsum(0), (1, 0))
     bag_E = torch.searchsorted(
@@ -182,6 +191,7 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     further_ED = table_ND.new_empty(most, D)
     pairs, columns = _tile(D)
     with torch.cuda.device_of(table_ND):
+        # The first pieces of all T bags, then the further ones.
         grid = (T + most, triton.cdiv(D, columns))
         _piece_kernel[grid](
             y_TD,
@@ -205,4 +215,4 @@ def _weighted_rows(c_P: torch.Tensor, table_ND: torch.Tensor, bags: Bags) -> tor
     return y_TD
 
 
-TRITON = Kernel(_row_dots, _weighted_rows)
+TRITON = TableKernel(_row_dots, _weighted_rows)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pretrain.model.config import ClampedSwiGLU as ClampedConfig
-from pretrain.model.config import SwiGLU as SwiGLUConfig
+from pretrain.model.config import ClampedSwiGLUConfig, SwiGLUConfig
 from pretrain.model.feed_forward import ClampedSwiGLU, SwiGLU
 from pretrain.model.moe.dispatch import (
     combine,
@@ -129,7 +128,7 @@ def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
 FORMS = {
     "swiglu": ExpertForm(SwiGLU, SwiGLUConfig()),
     "biased clamped_swiglu": ExpertForm(
-        ClampedSwiGLU, ClampedConfig(kind="clamped_swiglu", bias=True)
+        ClampedSwiGLU, ClampedSwiGLUConfig(kind="clamped_swiglu", bias=True)
     ),
 }
 

@@ -22,7 +22,7 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe import peer as peer_layer
 from pretrain.model.moe.base import RoutingRecord
-from pretrain.model.moe.config import PEER as PEERConfig
+from pretrain.model.moe.config import PEERConfig
 from pretrain.model.moe.peer import PEER
 from pretrain.model.moe.product_keys import (
     ProductKeys,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pretrain.model.moe.base import RoutingRecord
-from pretrain.model.moe.config import DroplessMoE
+from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.losses import LOSSES, router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.routers import SoftmaxTopK
@@ -93,7 +93,7 @@ def statistics_of(
     """Losses by name, entropy and counts of the k largest probabilities of ``logits_TE`` in two
     sequences.
     """
-    config = DroplessMoE(
+    config = DroplessMoEConfig(
         num_experts=logits_TE.shape[1],
         top_k=top_k,
         moe_intermediate_size=1,

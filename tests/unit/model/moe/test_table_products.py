@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.moe.tables import products_triton as row_products_triton
-from pretrain.model.moe.tables.interface import Bags, Kernel
+from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import BAGS, PLAIN, kernel_named
 from pretrain.model.moe.tables.products_triton import TRITON
 from tests.support.paths import ROOT, WORKERS
@@ -71,7 +71,7 @@ def test_a_kernel_that_sums_other_rows_is_noticed(
 ) -> None:
     case = random_case(*CHOICES["duplicates"], D=6)
     with pytest.raises(AssertionError, match="weighted"):
-        assert_same(computed(case, Kernel(PLAIN.row_dots, broken)), expected(case))
+        assert_same(computed(case, TableKernel(PLAIN.row_dots, broken)), expected(case))
 
 
 def test_dots_with_the_tokens_of_other_bags_are_noticed() -> None:
@@ -80,7 +80,7 @@ def test_dots_with_the_tokens_of_other_bags_are_noticed() -> None:
 
     case = random_case(*CHOICES["ordinary"], D=6)
     with pytest.raises(AssertionError, match="dots"):
-        assert_same(computed(case, Kernel(neighbours, PLAIN.weighted_rows)), expected(case))
+        assert_same(computed(case, TableKernel(neighbours, PLAIN.weighted_rows)), expected(case))
 
 
 def test_triton_kernels_equal_the_plain_products() -> None:
