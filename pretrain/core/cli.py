@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_json(result: dict[str, Any], path: str | None) -> None:
+def write_json(result: Mapping[str, object], path: str | None) -> None:
     """Writes a command's machine-readable result if --json asked for it."""
     if path is None:
         return
