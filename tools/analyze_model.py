@@ -1,15 +1,13 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Says what a recipe's model is before anything is built: parameters by component, FLOPs, memory,
-cache.
-"""
+"""Sizes a recipe's model before anything is built: parameters by component, FLOPs, memory, cache."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -34,10 +32,42 @@ EXAMPLES = """\
   python tools/analyze_model.py --recipe olmoe_1b_7b --world-size 64 --set train.micro_batch_size=1
   python tools/analyze_model.py --recipe gpt_oss_20b --plot sizes.png --json -"""
 ZERO_STAGES = (0, 1, 2, 3)
-CACHE_WIDTH = 2  # bytes of a cached number: bf16
+CACHE_WIDTH = 2  # bytes of a cached element: bf16
+# Bytes a rank by ZeRO stage, then by ep_size, then by what they are for.
+MemoryByLayout = dict[str, dict[str, dict[str, int]]]
+
+
+class Analysis(TypedDict):
+    """The command's result as JSON: counts of parameters, bytes and FLOPs.
+
+    The memory of ``memory`` is for weights, gradients and optimizer; activations come on top.
+    """
+
+    recipe: str
+    parameters_total: int
+    parameters_active: int
+    active_share: float
+    parameters_padding: int
+    parameters_experts: int
+    components: dict[str, int]
+    components_active: dict[str, int]
+    sequence_length: int
+    flops_per_token: float
+    train_tokens: int
+    train_flops: float
+    precision: str
+    world_size: int
+    ep_size: int
+    optimizer: str
+    memory: MemoryByLayout
+    activation_bytes_per_rank: int
+    kv_cache_bytes_per_token: int
+    max_position_embeddings: int
+    kv_cache_bytes_full_context: int
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(f"{__doc__} Needs neither data nor a tokenizer.", EXAMPLES)
     add_recipe_options(parser)
     parser.add_argument(
@@ -57,11 +87,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sized_model(recipe: Recipe) -> ModelConfig:
-    """The model section with its vocabulary's size, from the tokenizer's section where the model's
-    has none.
+    """The model section with the size of its vocabulary, from the tokenizer's section if needed.
 
     Raises:
-        ConfigError: where neither gives it.
+        ConfigError: if neither section has it.
     """
     vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     if vocab_size is None:
@@ -74,10 +103,8 @@ def sized_model(recipe: Recipe) -> ModelConfig:
 
 def memory_by_layout(
     size: ModelSize, model: ModelConfig, precision: str, world_size: int, optimizer: Optimizer
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Bytes a rank of weights, gradients and optimizer, by ZeRO stage and then by every ep_size
-    that divides ranks and experts.
-    """
+) -> MemoryByLayout:
+    """Bytes a rank for every ZeRO stage, and for every ep_size that divides ranks and experts."""
     ep_sizes = [
         count
         for count in range(1, world_size + 1)
@@ -95,14 +122,15 @@ def memory_by_layout(
 
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
-    stages = (
-        (stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.stages
+    # Attention's FLOPs grow with the sequence, so that each phase is counted with its own.
+    phases = (
+        (phase, model_size(model, phase.recipe.train.sequence_length)) for phase in timeline.stages
     )
-    return sum(size.flops_per_token * stage.num_tokens for stage, size in stages)
+    return sum(size.flops_per_token * phase.num_tokens for phase, size in phases)
 
 
-def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Everything that the tables show, in numbers; bytes, parameters and FLOPs."""
+def analyze(recipe: Recipe, world_size: int) -> Analysis:
+    """All figures of a recipe's model on ``world_size`` ranks."""
     model, train, timeline = sized_model(recipe), recipe.train, Timeline(recipe)
     size = model_size(model, train.sequence_length)
     precision = "bf16" if train.precision == "auto" else train.precision
@@ -132,7 +160,8 @@ def analyze(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def print_tables(result: dict[str, Any]) -> None:
+def print_tables(result: Analysis) -> None:
+    """Prints parameters by component, costs, and memory by layout."""
     console = Console()
     parts = Table(
         "component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters"
@@ -163,7 +192,8 @@ def print_tables(result: dict[str, Any]) -> None:
         console.print(table)
 
 
-def cost_rows(result: dict[str, Any]) -> dict[str, str]:
+def cost_rows(result: Analysis) -> dict[str, str]:
+    """The rows of the table of costs."""
     per_token, full = result["kv_cache_bytes_per_token"], result["kv_cache_bytes_full_context"]
     return {
         "active share": f"{result['active_share']:.1%}",
@@ -196,14 +226,15 @@ def shipped_points() -> dict[str, tuple[int, int]]:
     return {name: (size.parameters_total, size.parameters_active) for name, size in sizes.items()}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Total against active parameters, both logarithmic.
+def plot(result: Analysis, path: Path) -> None:
+    """Plots total against active parameters of all shipped recipes, both logarithmic.
 
     Raises:
-        StorageError: where the picture cannot be written.
+        StorageError: if the plot cannot be written.
     """
     import matplotlib
 
+    # Draws into memory: the default backend may ask for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -213,8 +244,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
         raise StorageError(
             f"cannot make the folder of {path}: {error.strerror}; choose another --plot path"
         ) from None
-    points = shipped_points()
     figure, axes = pyplot.subplots(figsize=(9, 7), layout="constrained")
+    draw(axes, result, shipped_points())
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+def draw(axes: Any, result: Analysis, points: dict[str, tuple[int, int]]) -> None:
+    """Draws the shipped recipes, and marks the analyzed one.
+
+    Args:
+        axes: of matplotlib.
+        points: total and active parameters of each shipped recipe.
+    """
     axes.loglog(
         *zip(*points.values(), strict=True),
         "o",
@@ -222,10 +270,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         markersize=4,
         label="shipped recipes",
     )
-    own = (result["parameters_total"], result["parameters_active"])
-    axes.loglog(*own, "*", color="tab:red", markersize=15, label=result["recipe"])
-    # The small twins lie close together: only the real sizes are named, by turns below to the right
-    # and above to the left.
+    analyzed = (result["parameters_total"], result["parameters_active"])
+    axes.loglog(*analyzed, "*", color="tab:red", markersize=15, label=result["recipe"])
+    # The small copies for tests are close together: only the real sizes get a name, alternating
+    # between the lower right and the upper left of their point.
     named = sorted((point, name) for name, point in points.items() if not name.endswith("_mini"))
     for index, (point, name) in enumerate(named):
         offset, side = ((5, -9), "left") if index % 2 == 0 else ((-5, 5), "right")
@@ -238,17 +286,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="parameters in all", ylabel="active parameters a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
-        ) from None
-    finally:
-        pyplot.close(figure)
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = (

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Converts checkpoints: ours to Hugging Face, safetensors, DeepSpeed's universal format or GGUF,
-and others to ours.
+"""Converts checkpoints to Hugging Face, safetensors, universal or GGUF, and from other formats.
 
 Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the
 model computes; 3 the data for comparing logits; 4 a checkpoint or folder that is damaged,
-incomplete or holds foreign code, or numbers that differ; 5 disk full. Nothing is written under
+incomplete or holds foreign code, or values that differ; 5 disk full. Nothing is written under
 --output unless the code is 0.
 """
 
@@ -36,21 +35,42 @@ from pretrain.export.targets import AUTO, target_names
 from pretrain.export.writer import parse_bytes
 
 EXAMPLES = """\
-  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest --to hf --output exports/quickstart
-  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --to hf --target qwen3_moe --dtype bfloat16 --output exports/q3
-  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --to safetensors --max-shard-size 500MB --output exports/plain
-  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest --to universal --output exports/universal
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest \\
+      --to hf --output exports/quickstart
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 \\
+      --to hf --target qwen3_moe --dtype bfloat16 --output exports/q3
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 \\
+      --to safetensors --max-shard-size 500MB --output exports/plain
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest \\
+      --to universal --output exports/universal
   python tools/convert_checkpoint.py --from hf downloads/OLMoE-1B-7B --output checkpoints/olmoe
-  python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 --output exports/old_run"""
+  python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 \\
+      --output exports/old_run"""
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
+    _add_source(parser)
+    _add_target(parser)
+    add_json_option(parser)
+    arguments = parser.parse_args()
+    if (arguments.checkpoint is None) == (arguments.to is not None):
+        parser.error(
+            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from decides what is"
+            " written"
+        )
+    if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
+        parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
+    return arguments
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="a step_N folder of ours, or the file 'latest' that names one; goes with --to",
+        help="a run's step_N folder, or the file 'latest' that names one; goes with --to",
     )
     source.add_argument(
         "--from",
@@ -63,11 +83,17 @@ def parse_arguments() -> argparse.Namespace:
             " names"
         ),
     )
-    told = (
-        "hf: compared with the checkpoint before it is published; universal: of AdamW and dropless"
-        " experts at ZeRO 1 to 3"
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--to",
+        choices=("hf", "safetensors", "universal", "gguf"),
+        help=(
+            "hf: compared with the checkpoint before it is published; universal: of AdamW and"
+            " dropless experts at ZeRO 1 to 3"
+        ),
     )
-    parser.add_argument("--to", choices=("hf", "safetensors", "universal", "gguf"), help=told)
     parser.add_argument(
         "--target",
         default=AUTO,
@@ -98,19 +124,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --output"
     )
-    add_json_option(parser)
-    arguments = parser.parse_args()
-    if (arguments.checkpoint is None) == (arguments.to is not None):
-        parser.error(
-            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from says by itself"
-            " what is written"
-        )
-    if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
-        parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
-    return arguments
 
 
 def summary(conversion: Conversion, output: Path) -> str:
+    """What was written and how it compares with the checkpoint, for the terminal."""
     lines = [
         f"wrote {conversion.tensors} tensors, {conversion.bytes / 1e6:.1f} MB of"
         f" {conversion.dtype}, as {conversion.target} to {output}"
@@ -132,11 +149,9 @@ def summary(conversion: Conversion, output: Path) -> str:
 
 
 def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
-    output, overwrite, shard_bytes = (
-        arguments.output,
-        arguments.overwrite,
-        parse_bytes(arguments.max_shard_size),
-    )
+    """Runs the conversion that was asked for."""
+    output, overwrite = arguments.output, arguments.overwrite
+    shard_bytes = parse_bytes(arguments.max_shard_size)
     if arguments.origin is not None:
         form, folder = arguments.origin[0], Path(arguments.origin[1])
         if form == "hf":
@@ -151,6 +166,7 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
     if arguments.to == "universal":
         return export_universal(checkpoint, output, overwrite)
     datasets = load_matching_corpora(arguments.data, checkpoint)
+    # A small data set may have no validation split; any text shows whether logits are equal.
     compared = datasets.validation_stream() or datasets.stream("train")
     if arguments.to == "gguf":
         return export_gguf(checkpoint, output, compared, dtype, overwrite)
@@ -158,6 +174,7 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     if arguments.target != AUTO and arguments.to != "hf":
         raise ConfigError(f"--target {arguments.target} goes with --to hf only: leave it out")

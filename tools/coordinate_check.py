@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Checks muP on a recipe's model: after a few steps, does the size of its activations depend on its
-width? Standard and muP side by side.
+"""Checks muP on a recipe: does the size of activations depend on the width after a few steps?
+
+Standard initialization and muP are measured side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -19,7 +20,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from pretrain.analysis.coordinates import KINDS, batches_of, measure, recipe_at, summary
+from pretrain.analysis.coordinates import (
+    KINDS,
+    GrowthSummary,
+    Kind,
+    batches_of,
+    measure,
+    recipe_at,
+    summary,
+)
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_recipe
@@ -29,16 +38,45 @@ from pretrain.core.errors import ConfigError, StorageError, run_command
 EXAMPLES = """\
   python tools/coordinate_check.py --recipe quickstart --growing head_dim --plot coordinates.png
   python tools/coordinate_check.py --recipe debug --widths 32 64 128 --tokens random --json -
-  python tools/coordinate_check.py --recipe quickstart --widths 128 256 --growing head_dim --set train.global_batch_size=4
+  python tools/coordinate_check.py --recipe quickstart --widths 128 256 --growing head_dim \\
+      --set train.global_batch_size=4
 
-Every other width grows in proportion to hidden_size. A kind of layer is stable where its size grows with the width to a power of at most a
-quarter, up or down. Attention scores, router logits and logits are random sums first, which muP makes smaller in wider models, by a power of
--0.5 ("smaller start"); with more steps what is learned outweighs that. Memory is that of the widest model with its optimizer, in fp32.
+All other widths of the model grow in proportion to hidden_size. A kind of layer is stable if its
+size grows with the width to a power of at most a quarter, up or down. Attention scores, router
+logits and logits are random sums first, which muP makes smaller in wider models, by a power of -0.5
+("smaller start"); with more steps what is learned outweighs that. Memory is that of the widest
+model with its optimizer, in fp32.
 
-exit codes: 0 measured, 2 a recipe or widths that do not fit, 3 data that are missing or damaged, 5 a result that cannot be written"""
+exit codes: 0 measured, 2 a recipe or widths that do not fit, 3 data that are missing or damaged,
+5 a result that cannot be written"""
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """The command's result.
+
+    Attributes:
+        tokens: ``data`` or ``random``.
+        widths: hidden sizes, rising.
+        kinds: the growth with standard initialization and with muP.
+    """
+
+    recipe: str
+    base_width: int
+    growing: str
+    tokens: str
+    steps: int
+    widths: list[int]
+    kinds: dict[Kind, GrowthSummary]
+
+    def to_dict(self) -> dict[str, object]:
+        """The result as JSON has it, with each kind at the top level."""
+        fields = {name: value for name, value in vars(self).items() if name != "kinds"}
+        return fields | dict(self.kinds)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser)
     parser.add_argument(
@@ -80,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises :class:`ConfigError` for options that measure nothing, and for an existing plot."""
     if len(set(arguments.widths)) < 2 or min(arguments.widths) < 1:
         raise ConfigError(
             f"--widths {' '.join(map(str, arguments.widths))} say nothing about growth: give two or"
@@ -94,15 +133,17 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def base_width(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """The hidden size that muP scales from."""
     base = recipe.model.initialization.base_widths
     return arguments.base_width or (min(arguments.widths) if base is None else base.hidden_size)
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: CoordinateCheck) -> None:
+    """Prints a table for each kind of initialization, with a row for each kind of layer."""
     console = Console()
     for kind in KINDS:
         powers = [Column(name, no_wrap=True) for name in ("first", "last", "change")]
-        sizes = f"sizes at {', '.join(map(str, result['widths']))}"
+        sizes = f"sizes at {', '.join(map(str, result.widths))}"
         title = f"{kind}: growth with the width to the power of"
         table = Table(
             Column("layer", no_wrap=True),
@@ -111,38 +152,38 @@ def print_table(result: dict[str, Any]) -> None:
             Column("verdict", no_wrap=True),
             title=title,
         )
-        for name, row in result[kind]["layers"].items():
-            change = "" if row["change_slope"] is None else f"{row['change_slope']:+.2f}"
-            shown = ", ".join(f"{size:.3g}" for size in row["sizes"][-1])
+        for name, layer in result.kinds[kind]["layers"].items():
+            change = "" if layer["change_slope"] is None else f"{layer['change_slope']:+.2f}"
+            shown = ", ".join(f"{size:.3g}" for size in layer["sizes"][-1])
             table.add_row(
                 name,
-                f"{row['slopes'][0]:+.2f}",
-                f"{row['slopes'][-1]:+.2f}",
+                f"{layer['slopes'][0]:+.2f}",
+                f"{layer['slopes'][-1]:+.2f}",
                 change,
                 shown,
-                row["verdict"],
+                layer["verdict"],
             )
         console.print(table)
     console.print(
-        f"base width {result['base_width']}, {result['steps']} steps, tokens: {result['tokens']}."
-        " 'first' and 'last': the size before the first and behind the last step, 'change': the"
-        " difference between both; sizes are those behind the last step."
+        f"base width {result.base_width}, {result.steps} steps, tokens: {result.tokens}."
+        " 'first' and 'last': the size before the first and after the last step, 'change': the"
+        " difference between both; sizes are those after the last step."
     )
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """A row of panels for each kind: the size of a kind of layer against the width, a line for each
-    step.
+def plot(result: CoordinateCheck, path: Path) -> None:
+    """Plots the size of each kind of layer against the width, with a line for each step.
 
     Raises:
-        StorageError: where the picture cannot be written.
+        StorageError: if the plot cannot be written.
     """
     import matplotlib
 
+    # Draws into memory: the default backend may ask for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = list(result["mup"]["layers"])
+    layers = list(result.kinds["mup"]["layers"])
     figure, axes = pyplot.subplots(
         2,
         len(layers),
@@ -155,14 +196,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     colours = pyplot.get_cmap("viridis")
     for row, kind in zip(axes, KINDS, strict=True):
         for panel, name in zip(row, layers, strict=True):
-            measured = result[kind]["layers"][name]
+            measured = result.kinds[kind]["layers"][name]
             for step, sizes in enumerate(measured["sizes"]):
                 panel.plot(
-                    result["widths"],
+                    result.widths,
                     sizes,
                     marker="o",
                     markersize=3,
-                    color=colours(0.9 * step / result["steps"]),
+                    color=colours(0.9 * step / result.steps),
                     label=f"step {step}",
                 )
             panel.set_xscale("log", base=2)
@@ -186,6 +227,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -196,25 +238,25 @@ def main() -> None:
         for kind in KINDS
         for width in widths
     }
+    # All are checked first: the widest model may be the one that a rule refuses.
     for one in recipes.values():
         check_recipe(one)
     models = tqdm(recipes.items(), desc="measuring", unit="model")
     measured = [measure(one, kind, batches, arguments.steps) for (kind, _), one in models]
-    result: dict[str, Any] = {
-        "recipe": recipe.name,
-        "base_width": base,
-        "growing": arguments.growing,
-        "tokens": tokens,
-        "steps": arguments.steps,
-    }
-    result |= {"widths": widths} | {
-        kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS
-    }
+    result = CoordinateCheck(
+        recipe=recipe.name,
+        base_width=base,
+        growing=arguments.growing,
+        tokens=tokens,
+        steps=arguments.steps,
+        widths=widths,
+        kinds={kind: summary([one for one in measured if one.kind == kind]) for kind in KINDS},
+    )
     if arguments.json_path != "-":
         print_table(result)
     if arguments.plot is not None:
         plot(result, arguments.plot)
-    write_json(result, arguments.json_path)
+    write_json(result.to_dict(), arguments.json_path)
 
 
 command = partial(run_command, main)  # moe-coordinate-check

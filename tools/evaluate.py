@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Evaluates a checkpoint or a Hugging Face folder: held-out text, lm-evaluation-harness,
-references, code.
+"""Evaluates a checkpoint or a Hugging Face folder on held-out text, tasks, references or code.
 
-Without a choice, held-out text.
+Without a choice, on held-out text.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-# Python searches a script's own folder first, in which this very file hides the package "evaluate"
-# that tasks of lm-evaluation-harness import. With -P it does not.
+# Python searches a script's own folder first, in which this file hides the package "evaluate" that
+# tasks of lm-evaluation-harness import. With -P it does not.
 if __name__ == "__main__" and not sys.flags.safe_path:
     os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
@@ -32,26 +30,48 @@ from pretrain.core.errors import ConfigError, run_command
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
+from pretrain.evaluation.result import EvaluationResult
 from pretrain.evaluation.tasks.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
 from pretrain.evaluation.watch import Parent, watch
 from pretrain.export.hf_files import is_hf_folder
 
 EXAMPLES = """\
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest
-  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/step_300 --max-windows 64 --no-bigram --json -
-  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --window 1024 --stride 256 --baselines unigram bigram 5-gram exports/other
-  python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart --markdown report.md --tensorboard runs/quickstart/tensorboard
-  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --tasks hellaswag,lambada_openai --limit 200
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/step_300 --max-windows 64 \\
+      --no-bigram --json -
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --window 1024 \\
+      --stride 256 --baselines unigram bigram 5-gram exports/other
+  python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart \\
+      --markdown report.md --tensorboard runs/quickstart/tensorboard
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest \\
+      --tasks hellaswag,lambada_openai --limit 200
   python tools/evaluate.py --checkpoint exports/quickstart --tasks my_task --include-path my_tasks
-  python tools/evaluate.py --checkpoint exports/quickstart --references pairs.jsonl --max-new-tokens 128
-  python tools/evaluate.py --checkpoint exports/quickstart --code-problems HumanEval.jsonl --num-samples 20 --pass-at 1,10 \\
-      --temperature 0.8 --max-new-tokens 256 --allow-code-execution
-  python tools/evaluate.py --watch runs/quickstart --max-windows 64 --prompt "def main("     # each new checkpoint, until the last
+  python tools/evaluate.py --checkpoint exports/quickstart --references pairs.jsonl \\
+      --max-new-tokens 128
+  python tools/evaluate.py --checkpoint exports/quickstart --code-problems HumanEval.jsonl \\
+      --num-samples 20 --pass-at 1,10 --temperature 0.8 --max-new-tokens 256 \\
+      --allow-code-execution
+  # each new checkpoint of a run, until the last
+  python tools/evaluate.py --watch runs/quickstart --max-windows 64 --prompt "def main("
 
-exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 a file cannot be written, 6 the loss is not finite"""
+exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 a file cannot be written,
+6 the loss is not finite"""
+# Options that count something.
+COUNTS = (
+    "max_windows",
+    "batch_size",
+    "window",
+    "stride",
+    "limit",
+    "num_samples",
+    "max_new_tokens",
+    "interval_steps",
+    "program_memory",
+)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -73,29 +93,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="with --watch: steps that are a multiple of N, and the last one",
     )
-    parser.add_argument(
-        "--parent", type=int, nargs=3, help=argparse.SUPPRESS
-    )  # the training that started it: see Parent
+    # The training that started the command: see Parent.
+    parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)
     _add_heldout(parser)
-    tasks = parser.add_argument_group("lm-evaluation-harness")
-    tasks.add_argument(
-        "--tasks", metavar="A,B", help="its names, or those of the files in --include-path"
-    )
-    tasks.add_argument(
-        "--include-path",
-        type=Path,
-        metavar="FOLDER",
-        help="more tasks: YAML files, whose data may be local files",
-    )
-    tasks.add_argument(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="examples before each question; the task's own number by default",
-    )
-    tasks.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N documents of each task"
-    )
+    _add_tasks(parser)
     _add_texts(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
@@ -119,10 +120,32 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks", metavar="A,B", help="its names, or those of the files in --include-path"
+    )
+    tasks.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="FOLDER",
+        help="more tasks: YAML files, whose data may be local files",
+    )
+    tasks.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question; the task's own number by default",
+    )
+    tasks.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N documents of each task"
+    )
+
+
 def _add_heldout(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out text")
     group.add_argument(
-        "--heldout", action="store_true", help="score held-out text beside what else is asked for"
+        "--heldout", action="store_true", help="score held-out text in addition to what is chosen"
     )
     group.add_argument(
         "--data",
@@ -168,7 +191,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="prompts",
         metavar="TEXT",
-        help="show a text behind it; may be repeated",
+        help="show its continuation; may be repeated",
     )
     group.add_argument(
         "--references",
@@ -220,9 +243,11 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
 
 
-def tells_its_data(checkpoint: Path) -> bool:
-    """Not a Hugging Face folder, nor one of weights alone; raises CheckpointError where there is
-    neither.
+def knows_its_data(checkpoint: Path) -> bool:
+    """Whether a checkpoint records its training data, unlike a Hugging Face folder or weights alone.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
     """
     return not is_hf_folder(checkpoint) and not is_weights_alone(
         read_state(resolve_checkpoint(checkpoint))
@@ -230,22 +255,31 @@ def tells_its_data(checkpoint: Path) -> bool:
 
 
 def suite_of(arguments: argparse.Namespace) -> Suite:
-    """What the options ask for.
+    """The evaluations that the options ask for.
 
     Raises:
         ConfigError: for a number below 1, or for code that must not be executed.
     """
-    for option in (
-        "max_windows",
-        "batch_size",
-        "window",
-        "stride",
-        "limit",
-        "num_samples",
-        "max_new_tokens",
-        "interval_steps",
-        "program_memory",
-    ):
+    check_arguments(arguments)
+    chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
+    heldout = heldout_options(arguments)
+    return Suite(
+        device=choose_device(arguments.device),
+        heldout=heldout if arguments.heldout or not chosen else None,
+        tasks=task_options(arguments),
+        prompts=arguments.prompts,
+        references=arguments.references,
+        code=code_options(arguments),
+        sampling=sampling_options(arguments),
+        max_new_tokens=arguments.max_new_tokens,
+        stop=[string.replace("\\n", "\n") for string in arguments.stop],
+        batch_size=arguments.batch_size,
+    )
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises :class:`ConfigError` for a number below 1, or for code that must not be executed."""
+    for option in COUNTS:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
@@ -259,12 +293,14 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
             f"--pass-at is {arguments.pass_at}: give whole numbers with commas between them, such"
             " as 1,10"
         )
-    chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
-    # What does not tell the data that it has seen, and one checkpoint after the other of a run,
-    # have no n-gram unless it is asked for.
-    plain = arguments.no_bigram or arguments.watch or not tells_its_data(arguments.checkpoint)
+
+
+def heldout_options(arguments: argparse.Namespace) -> HeldoutOptions:
+    """How held-out text is scored; by default against a bigram model if it can be fitted."""
+    # An n-gram needs the training data, and would be fitted again for each checkpoint of a run.
+    plain = arguments.no_bigram or arguments.watch or not knows_its_data(arguments.checkpoint)
     baselines = tuple(arguments.baselines or (() if plain else ("bigram",)))
-    heldout = HeldoutOptions(
+    return HeldoutOptions(
         arguments.data,
         arguments.split,
         arguments.max_windows,
@@ -272,48 +308,46 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
         arguments.window,
         arguments.stride,
     )
-    tasks = None
-    if arguments.tasks:
-        tasks = TaskOptions(
-            arguments.tasks.split(","),
-            arguments.include_path,
-            arguments.num_fewshot,
-            arguments.limit,
-        )
-    code = None
-    if arguments.code_problems is not None:
-        pass_at = tuple(int(k) for k in arguments.pass_at.split(",") if k)
-        memory = arguments.program_memory << 20
-        code = CodeOptions(
-            arguments.code_problems,
-            arguments.num_samples,
-            pass_at,
-            arguments.program_seconds,
-            memory,
-        )
+
+
+def task_options(arguments: argparse.Namespace) -> TaskOptions | None:
+    """The tasks of lm-evaluation-harness."""
+    if not arguments.tasks:
+        return None
+    return TaskOptions(
+        arguments.tasks.split(","),
+        arguments.include_path,
+        arguments.num_fewshot,
+        arguments.limit,
+    )
+
+
+def code_options(arguments: argparse.Namespace) -> CodeOptions | None:
+    """The programming problems, and the limits of the programs."""
+    if arguments.code_problems is None:
+        return None
+    return CodeOptions(
+        arguments.code_problems,
+        arguments.num_samples,
+        pass_at=tuple(int(k) for k in arguments.pass_at.split(",") if k),
+        timeout_seconds=arguments.program_seconds,
+        memory_bytes=arguments.program_memory << 20,  # MiB on the command line
+    )
+
+
+def sampling_options(arguments: argparse.Namespace) -> Sampling:
+    """How texts are drawn: greedily unless a temperature is given."""
     greedy = arguments.temperature is None
-    sampling = Sampling(
+    return Sampling(
         1.0 if greedy else arguments.temperature,
         top_p=arguments.top_p,
         greedy=greedy,
         seed=arguments.seed,
     )
-    return Suite(
-        device=choose_device(arguments.device),
-        heldout=heldout if arguments.heldout or not chosen else None,
-        tasks=tasks,
-        prompts=arguments.prompts,
-        references=arguments.references,
-        code=code,
-        sampling=sampling,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=[string.replace("\\n", "\n") for string in arguments.stop],
-        batch_size=arguments.batch_size,
-    )
 
 
-def publish(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Prints the report, and writes what was asked for."""
+def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:
+    """Prints the report, and writes the files that were asked for."""
     if arguments.json_path != "-":
         print(markdown(result))
     if arguments.markdown is not None:
@@ -324,12 +358,13 @@ def publish(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     suite = suite_of(arguments)
     if arguments.watch is None:
         publish(suite.run(arguments.checkpoint), arguments)
         return
-    # Training beside it goes first.
+    # A training that runs in parallel has priority.
     os.nice(10 if arguments.parent is not None else 0)
     parent = None if arguments.parent is None else Parent(*arguments.parent)
     count = watch(arguments.watch, suite.run, arguments.interval_steps, parent)

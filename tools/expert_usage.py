@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows how evenly a run uses its experts: a table of the layers, the trend over the windows, and a
-picture.
-"""
+"""Shows how evenly a run uses its experts: a table of the layers, the trend over time, and a plot."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -22,6 +21,8 @@ from tqdm import tqdm
 
 from pretrain.analysis.expert_usage import (
     SCALARS,
+    UsageColumns,
+    UsageMeans,
     UsageWindow,
     binned,
     load_window,
@@ -41,13 +42,33 @@ EXAMPLES = """\
   python tools/expert_usage.py runs/quickstart --step 200 --layer 3 --plot usage.png
   python tools/expert_usage.py runs/million/usage/step_000100.npz --hot-factor 10 --json -
 
-exit codes: 0 done, 2 a run, window or layer that is not there, 3 a damaged file, 5 a result that cannot be written"""
+exit codes: 0 done, 2 a run, window or layer that is not there, 3 a damaged file,
+5 a result that cannot be written"""
 TREND_WINDOWS = 20
 # Beyond this many layers a legend hides the curves.
 NAMED_LAYERS = 10
 
 
+class TrendPoint(UsageMeans):
+    """The means over the layers of the window of ``steps`` steps that ends with ``step``."""
+
+    step: int
+    steps: int
+
+
+class UsageResult(UsageColumns):
+    """The command's result as JSON: one window, and the trend that it is part of."""
+
+    path: str
+    step: int
+    steps: int
+    experts: int
+    hot_factor: float
+    trend: list[TrendPoint]
+
+
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "path",
@@ -83,11 +104,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
-    """The window to show, and those that the trend is read from: at most ``TREND_WINDOWS``, evenly
-    chosen, none beside a single file.
+    """The window to show, and those of the trend.
+
+    The trend has at most ``TREND_WINDOWS`` windows, evenly chosen, and none if a file was given.
 
     Raises:
-        ConfigError: where there is no such run, file or window.
+        ConfigError: if there is no such run, file or window.
     """
     if path.is_file():
         if step is not None:
@@ -120,30 +142,32 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
     ]
 
 
-def trend(paths: list[Path], layers: list[int] | None, hot_factor: float) -> list[dict[str, Any]]:
+def trend(paths: list[Path], layers: list[int] | None, hot_factor: float) -> list[TrendPoint]:
     """The means over the layers of each window."""
-    rows = []
+    points = []
     for path in tqdm(paths, desc="reading windows", unit="window", delay=5):
         window = load_window(path, layers)
-        columns = usage_columns(window, hot_factor)
-        rows.append(
-            {"step": window.step, "steps": window.steps} | {name: columns[name] for name in SCALARS}
-        )
-    return rows
+        columns: Mapping[str, object] = usage_columns(window, hot_factor)
+        means = {name: columns[name] for name in SCALARS}
+        points.append(cast(TrendPoint, {"step": window.step, "steps": window.steps} | means))
+    return points
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    hot = row["hot_experts"]
+def cells(usage: Mapping[str, Any]) -> list[str]:
+    """The table cells of one layer, or of the means over all layers."""
+    # A count in one layer is a whole number, a mean over layers is not.
+    hot = usage["hot_experts"]
     return [
         f"{hot:,}" if isinstance(hot, int) else f"{hot:,.1f}",
-        f"{row['unused_share']:.2%}",
-        f"{row['gini']:.4f}",
-        f"{row['normalized_entropy']:.4f}",
-        f"{row['max_over_mean']:,.2f}",
+        f"{usage['unused_share']:.2%}",
+        f"{usage['gini']:.4f}",
+        f"{usage['normalized_entropy']:.4f}",
+        f"{usage['max_over_mean']:,.2f}",
     ]
 
 
-def print_tables(result: dict[str, Any]) -> None:
+def print_tables(result: UsageResult) -> None:
+    """Prints the layers of the window, and the trend if there is one."""
     console, factor = Console(), result["hot_factor"]
     names = (f"hot (> {factor:g}x)", "unused", "Gini", "entropy / ln E", "max / mean")
     title = (
@@ -151,89 +175,38 @@ def print_tables(result: dict[str, Any]) -> None:
         f" step {result['step']}"
     )
     table = Table("layer", *names, "hottest experts (load)", title=title)
-    for row in result["layers"]:
+    layers: list[Mapping[str, Any]] = [*result["layers"]]
+    for layer in layers:
         hottest = [
             f"{expert} ({load:,.1f}x)"
-            for expert, load in zip(row["hottest"], row["hottest_load"], strict=True)
+            for expert, load in zip(layer["hottest"], layer["hottest_load"], strict=True)
         ]
-        table.add_row(str(row["layer"]), *cells(row), ", ".join(hottest))
+        table.add_row(str(layer["layer"]), *cells(layer), ", ".join(hottest))
     console.print(table)
     if len(result["trend"]) > 1:
         table = Table("step", "steps", *names, title="means over these layers, window by window")
-        for row in result["trend"]:
-            table.add_row(f"{row['step']:,}", f"{row['steps']:,}", *cells(row))
+        for point in result["trend"]:
+            table.add_row(f"{point['step']:,}", f"{point['steps']:,}", *cells(point))
         console.print(table)
 
 
 def plot(window: UsageWindow, hot_factor: float, path: Path) -> None:
-    """Three panels: how many experts have which load, which share of the choices the least used
-    have, and the load of experts side by side.
+    """Plots a histogram of loads, Lorenz curves, and a heat map of the experts.
 
     Raises:
-        StorageError: where the picture cannot be written.
+        StorageError: if the plot cannot be written.
     """
     import matplotlib
 
+    # Draws into memory: the default backend may ask for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (histogram, lorenz, heat) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
-    edges = np.linspace(0.0, log_load(loads_LE.max(keepdims=True)).item(), 65)
     colours = pyplot.get_cmap("viridis")(np.linspace(0.0, 0.9, len(window.layers)))
-    for layer, colour, loads_E, counts_E in zip(
-        window.layers, colours, loads_LE, window.counts_LE, strict=True
-    ):
-        histogram.stairs(
-            np.histogram(log_load(loads_E), edges)[0],
-            2.0**edges - 1.0,
-            color=colour,
-            label=f"layer {layer}",
-        )
-        lorenz.plot(*lorenz_curve(counts_E), color=colour, linewidth=1.2)
-    histogram.axvline(hot_factor, color="tab:red", linestyle=":", label="hot")
-    histogram.set_xscale(
-        "function",
-        functions=(lambda load: np.log2(1.0 + np.maximum(load, 0.0)), lambda log: 2.0**log - 1.0),
-    )
-    ticks = [0, *(2**power for power in range(int(edges[-1]) + 1))]
-    histogram.set_xticks(ticks, [str(tick) for tick in ticks])
-    histogram.set(
-        xlabel="load, multiples of the mean",
-        ylabel="experts",
-        yscale="symlog",
-        title="experts by load",
-    )
-    if len(window.layers) <= NAMED_LAYERS:
-        histogram.legend()
-    lorenz.plot([0, 1], [0, 1], "--", color="tab:gray", linewidth=0.8)
-    lorenz.set(
-        xlabel="share of the experts, least used first",
-        ylabel="their share of all choices",
-        title="Lorenz curve",
-    )
-    if len(window.layers) == 1:
-        picture, places = (
-            square_grid(window.counts_LE[0]),
-            {"xlabel": "column", "ylabel": "row", "title": "experts, row by row"},
-        )
-    else:
-        picture = np.stack([binned(counts_E) for counts_E in window.counts_LE])
-        places = {
-            "xlabel": f"experts in {picture.shape[1]} bins",
-            "ylabel": "layer",
-            "title": "layers and experts",
-        }
-        heat.set_yticks(range(len(window.layers)), [str(layer) for layer in window.layers])
-    image = heat.imshow(
-        log_load(picture),
-        aspect="auto",
-        interpolation="nearest",
-        vmin=0.0,
-        vmax=float(np.log2(1.0 + hot_factor)),
-    )
-    heat.set(**places)
-    figure.colorbar(image, ax=heat, label="log2(1 + load)")
+    draw_histogram(histogram, window, hot_factor, colours)
+    draw_lorenz(lorenz, window, colours)
+    figure.colorbar(draw_heat_map(heat, window, hot_factor), ax=heat, label="log2(1 + load)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -245,7 +218,73 @@ def plot(window: UsageWindow, hot_factor: float, path: Path) -> None:
         pyplot.close(figure)
 
 
+def draw_histogram(panel: Any, window: UsageWindow, hot_factor: float, colours: Any) -> None:
+    """How many experts of each layer have which load."""
+    loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
+    edges = np.linspace(0.0, log_load(loads_LE.max(keepdims=True)).item(), 65)
+    for layer, colour, loads_E in zip(window.layers, colours, loads_LE, strict=True):
+        panel.stairs(
+            np.histogram(log_load(loads_E), edges)[0],
+            2.0**edges - 1.0,
+            color=colour,
+            label=f"layer {layer}",
+        )
+    panel.axvline(hot_factor, color="tab:red", linestyle=":", label="hot")
+    # log2(1 + load) keeps unused experts, whose load is 0, in the plot; matplotlib also asks for
+    # values left of the axis.
+    panel.set_xscale(
+        "function",
+        functions=(lambda load: np.log2(1.0 + np.maximum(load, 0.0)), lambda log: 2.0**log - 1.0),
+    )
+    ticks = [0, *(2**power for power in range(int(edges[-1]) + 1))]
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.set(
+        xlabel="load, multiples of the mean",
+        ylabel="experts",
+        yscale="symlog",
+        title="experts by load",
+    )
+    if len(window.layers) <= NAMED_LAYERS:
+        panel.legend()
+
+
+def draw_lorenz(panel: Any, window: UsageWindow, colours: Any) -> None:
+    """Which share of the choices the least used experts of each layer have."""
+    for colour, counts_E in zip(colours, window.counts_LE, strict=True):
+        panel.plot(*lorenz_curve(counts_E), color=colour, linewidth=1.2)
+    panel.plot([0, 1], [0, 1], "--", color="tab:gray", linewidth=0.8)
+    panel.set(
+        xlabel="share of the experts, least used first",
+        ylabel="their share of all choices",
+        title="Lorenz curve",
+    )
+
+
+def draw_heat_map(panel: Any, window: UsageWindow, hot_factor: float) -> Any:
+    """Loads of one layer as a square, or of several layers as rows; returns the image."""
+    if len(window.layers) == 1:
+        picture = square_grid(window.counts_LE[0])
+        places = {"xlabel": "column", "ylabel": "row", "title": "experts, row by row"}
+    else:
+        picture = np.stack([binned(counts_E) for counts_E in window.counts_LE])
+        places = {
+            "xlabel": f"experts in {picture.shape[1]} bins",
+            "ylabel": "layer",
+            "title": "layers and experts",
+        }
+        panel.set_yticks(range(len(window.layers)), [str(layer) for layer in window.layers])
+    panel.set(**places)
+    return panel.imshow(
+        log_load(picture),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0.0,
+        vmax=float(np.log2(1.0 + hot_factor)),
+    )
+
+
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     if not arguments.hot_factor > 0:
         raise ConfigError(f"--hot-factor is {arguments.hot_factor:g}: give a number above 0")
@@ -255,14 +294,15 @@ def main() -> None:
         )
     shown, others = find_windows(arguments.path, arguments.step)
     window = load_window(shown, arguments.layer)
-    result: dict[str, Any] = {
+    result: UsageResult = {
         "path": str(shown),
         "step": window.step,
         "steps": window.steps,
         "experts": window.counts_LE.shape[1],
+        "hot_factor": arguments.hot_factor,
+        **usage_columns(window, arguments.hot_factor),
+        "trend": trend(others, arguments.layer, arguments.hot_factor),
     }
-    result |= {"hot_factor": arguments.hot_factor} | usage_columns(window, arguments.hot_factor)
-    result["trend"] = trend(others, arguments.layer, arguments.hot_factor)
     if arguments.json_path != "-":
         print_tables(result)
     if arguments.plot is not None:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Find a learning rate by a range test (Smith 2017): a short training whose learning rate grows
-until it diverges.
+"""Finds a learning rate by a range test (Smith 2017).
 
-Started like a training, by Python or any launcher. It saves nothing but its picture, and leaves
-checkpoints as they are.
+The test is a short training whose learning rate grows until the loss diverges. It is started like a
+training, by Python or any launcher. It saves nothing but its plot, and leaves checkpoints as they
+are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -52,6 +52,20 @@ may want less.
 exit codes: 0 done, 2 usage or a picture that is there already, 3 data,
 4 the checkpoint of initial_weights, 5 disk"""
 PLOT = "learning_rate.png"
+
+
+class RangeTestResult(TypedDict):
+    """The command's result as JSON; a learning rate that was not found is None."""
+
+    recipe: str
+    learning_rate_in_recipe: float
+    suggestion: float | None
+    steepest: float | None
+    diverged: float | None
+    learning_rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    plot: str
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,10 +110,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace, recipe: Recipe) -> Path:
-    """The picture's path.
+    """The path of the plot.
 
     Raises:
-        ConfigError: if the range is none, or the picture is there already.
+        ConfigError: if the range is empty, or the plot is there already.
     """
     if not 0 < options.low < options.high:
         raise ConfigError(
@@ -116,7 +130,7 @@ def check(options: argparse.Namespace, recipe: Recipe) -> Path:
     return path
 
 
-def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> dict[str, Any]:
+def result_of(test: RangeTest, recipe: Recipe, plot: Path) -> RangeTestResult:
     """What ``--json`` writes."""
     return {
         "recipe": recipe.name,
@@ -166,7 +180,8 @@ def main() -> int:
     plot = check(options, recipe)
     ds_config = read_ds_config(options.ds_config)
     rates = learning_rates(options.low, options.high, options.steps)
-    # No log file: the run's folder is not ours to write to.
+    # No log file: the test must not write into the run's folder. Without any handler Python would
+    # print warnings to standard error.
     logging.getLogger().addHandler(logging.NullHandler())
     with prints_to_log():
         run = prepare(recipe, ds_config, options.ds_config, len(rates))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Continues prompts with one of our checkpoints or with a Hugging Face folder."""
+"""Continues prompts with a checkpoint of this project or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -22,18 +22,35 @@ from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.generators import open_generator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Continuation, Writer
+from pretrain.evaluation.result import WrittenText
 
 EXAMPLES = """\
   python tools/generate.py --model runs/quickstart/checkpoints/latest --prompt "def main("
-  python tools/generate.py --model exports/quickstart --prompt "import os" --greedy --max-new-tokens 128
-  python tools/generate.py --model runs/quickstart/checkpoints/latest --prompts-file prompts.jsonl --num-samples 4 --batch-size 16 --json texts.json
-  python tools/generate.py --model exports/quickstart --prompt "def f(x):" --top-p 0.95 --min-p 0.05 --repetition-penalty 1.1 --stop "\\n\\n"
+  python tools/generate.py --model exports/quickstart --prompt "import os" --greedy \\
+      --max-new-tokens 128
+  python tools/generate.py --model runs/quickstart/checkpoints/latest \\
+      --prompts-file prompts.jsonl --num-samples 4 --batch-size 16 --json texts.json
+  python tools/generate.py --model exports/quickstart --prompt "def f(x):" --top-p 0.95 \\
+      --min-p 0.05 --repetition-penalty 1.1 --stop "\\n\\n"
   python tools/generate.py --model runs/mtp/checkpoints/latest --prompt "import os" --draft
 
-exit codes: 0 done, 2 usage, 3 the prompts cannot be read, 4 no checkpoint or a damaged one, 5 a file cannot be written"""
+exit codes: 0 done, 2 usage, 3 the prompts cannot be read, 4 no checkpoint or a damaged one,
+5 a file cannot be written"""
+
+
+class GenerationResult(TypedDict):
+    """The command's result as JSON; the last two are there with ``--draft``."""
+
+    model: str
+    samples: list[WrittenText]
+    prefill_tokens_per_second: float
+    tokens_per_second: float
+    drafted_tokens: NotRequired[int]
+    accepted_share: NotRequired[float]
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "--model",
@@ -62,6 +79,22 @@ def parse_arguments() -> argparse.Namespace:
         "--batch-size", type=int, default=8, metavar="N", help="texts written at once (default: 8)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    _add_sampling(parser)
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help=(
+            "speculative decoding with the model's multi-token prediction: same text, fewer passes"
+        ),
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument(
@@ -97,26 +130,13 @@ def parse_arguments() -> argparse.Namespace:
         help="of the first text, each further one has the next number (default: 0)",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument(
-        "--draft",
-        action="store_true",
-        help=(
-            "speculative decoding with the model's multi-token prediction: same text, fewer passes"
-        ),
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    add_json_option(parser)
-    return parser.parse_args()
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of --prompts-file.
+    """The prompts in a file: a line each, or the field "prompt" of each line of a .jsonl.
 
     Raises:
-        DataError: where it cannot be read, holds no prompt, or a line of a .jsonl is no object with
-            a "prompt".
+        DataError: if it cannot be read, has no prompt, or a line of a .jsonl is no such object.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -128,7 +148,7 @@ def read_prompts(path: Path) -> list[str]:
     except (ValueError, KeyError, TypeError):
         raise DataError(
             f'--prompts-file {path} has a line that is no JSON object with a "prompt", or is not'
-            " UTF-8: mend it"
+            " UTF-8: correct it"
         ) from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(
@@ -138,7 +158,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def show(piece: str) -> None:
-    """A piece of text, at once; a terminal that cannot show a character shows a question mark."""
+    """Prints a piece of text at once; characters that the terminal cannot show become "?"."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(piece.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
@@ -147,11 +167,12 @@ def show(piece: str) -> None:
 def write_texts(
     arguments: argparse.Namespace, writer: Writer, prompts: list[str]
 ) -> list[Continuation]:
-    """A text behind each prompt; a single one is shown as it comes."""
+    """Continues each prompt; a single text is shown while it is written."""
     quiet = arguments.json_path == "-"
     if len(prompts) == 1:
         encoded = writer.prompt_ids(prompts[0])
-        pieces = [prompts[0]]  # shown with the first new piece: an error has a line of its own
+        # The prompt is shown with the first new piece, so that an error before it has its own line.
+        pieces = [prompts[0]]
 
         def piece(new: str) -> None:
             pieces.append(new)
@@ -183,40 +204,37 @@ def write_texts(
 
 def report(
     arguments: argparse.Namespace, writer: Writer, prompts: list[str], texts: list[Continuation]
-) -> dict[str, Any]:
+) -> GenerationResult:
     """Prints speeds to standard error; returns the whole result."""
     speed, drafts = writer.speed, writer.drafts
-    speeds = {
+    result: GenerationResult = {
+        "model": arguments.model,
+        "samples": [
+            cast(WrittenText, {"prompt": prompt, **asdict(text)})
+            for prompt, text in zip(prompts, texts, strict=True)
+        ],
         "prefill_tokens_per_second": round(speed.prefill_tokens_per_second, 2),
         "tokens_per_second": round(speed.decode_tokens_per_second, 2),
     }
     print(
-        f"prefill: {speed.prefill_tokens} tokens at {speeds['prefill_tokens_per_second']:,.0f}"
-        f" tokens/s; decode: {speed.decode_tokens} tokens at {speeds['tokens_per_second']:,.1f}"
+        f"prefill: {speed.prefill_tokens} tokens at {result['prefill_tokens_per_second']:,.0f}"
+        f" tokens/s; decode: {speed.decode_tokens} tokens at {result['tokens_per_second']:,.1f}"
         " tokens/s",
         file=sys.stderr,
     )
-    result = {
-        "model": arguments.model,
-        "samples": [
-            {"prompt": prompt, **asdict(text)} for prompt, text in zip(prompts, texts, strict=True)
-        ],
-        **speeds,
-    }
     if arguments.draft:
         print(
             f"{drafts.accepted} of {drafts.drafted} drafted tokens were accepted"
             f" ({drafts.accepted_share:.0%})",
             file=sys.stderr,
         )
-        result |= {
-            "drafted_tokens": drafts.drafted,
-            "accepted_share": round(drafts.accepted_share, 4),
-        }
+        result["drafted_tokens"] = drafts.drafted
+        result["accepted_share"] = round(drafts.accepted_share, 4)
     return result
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     for option in ("max_new_tokens", "num_samples", "batch_size"):
         if getattr(arguments, option) < 1:

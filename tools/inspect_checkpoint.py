@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Says what is inside a checkpoint: files, weights, topology, recipe, experts; or in what it
-differs from another one.
-"""
+"""Shows a checkpoint's files, weights, topology, recipe and experts, or compares two checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,16 @@ from pretrain.core.errors import CheckpointError, ConfigError, run_command
 
 EXAMPLES = """\
   python tools/inspect_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest
-  python tools/inspect_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --verify --tensors --recipe
-  python tools/inspect_checkpoint.py --checkpoint runs/a/checkpoints/latest --diff runs/b/checkpoints/latest --sort cosine --json -
-exit codes: 0 done, also where two checkpoints differ; 2 usage; 4 checkpoint missing, or not as it was saved"""
+  python tools/inspect_checkpoint.py --checkpoint runs/quickstart/checkpoints/step_300 --verify \\
+      --tensors --recipe
+  python tools/inspect_checkpoint.py --checkpoint runs/a/checkpoints/latest \\
+      --diff runs/b/checkpoints/latest --sort cosine --json -
+exit codes: 0 done, also if two checkpoints differ; 2 usage; 4 checkpoint missing, or not as it was
+saved"""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "--checkpoint",
@@ -67,11 +70,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def wide_console() -> Console:
-    """Names of tensors are long: only a terminal's own width cuts them."""
+    """A console that does not cut the long names of tensors, unless it is a narrow terminal."""
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
-def show_checkpoint(result: dict[str, Any], tensors: bool, recipe: bool) -> None:
+def show_checkpoint(result: Mapping[str, Any], tensors: bool, recipe: bool) -> None:
+    """Prints the result of :func:`pretrain.checkpoint.inspect.inspect_checkpoint`."""
     console = wide_console()
     table = Table("what", "value", title=result["checkpoint"])
     for name in STATE_FIELDS:
@@ -114,7 +118,8 @@ def show_checkpoint(result: dict[str, Any], tensors: bool, recipe: bool) -> None
         )
 
 
-def expert_rows(layers: list[dict[str, Any]]) -> Table:
+def expert_rows(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """A table with a row for each layer with experts."""
     names = list(layers[0]["norms"])
     table = Table(
         "layer",
@@ -138,13 +143,14 @@ def _span(values: list[float]) -> str:
     return f"{min(values):.3g} .. {max(values):.3g}"
 
 
-def _pair(pair: dict[str, Any] | None) -> str:
+def _pair(pair: Mapping[str, Any] | None) -> str:
     return (
         "-" if pair is None else f"{pair['experts'][0]}, {pair['experts'][1]}: {pair['cosine']:.4f}"
     )
 
 
-def show_differences(result: dict[str, Any], top: int) -> None:
+def show_differences(result: Mapping[str, Any], top: int) -> None:
+    """Prints the result of :func:`pretrain.checkpoint.inspect.compare_checkpoints`."""
     console = wide_console()
     rows = result["tensors"]
     table = Table(
@@ -171,15 +177,16 @@ def show_differences(result: dict[str, Any], top: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command."""
     options = parse_arguments(arguments)
     if options.top < 1:
         raise ConfigError(f"--top is {options.top}: give 1 or more")
     quiet, folder = options.json_path == "-", resolve_checkpoint(options.checkpoint)
     if options.diff is not None:
-        result = compare_checkpoints(folder, resolve_checkpoint(options.diff), options.sort)
+        compared = compare_checkpoints(folder, resolve_checkpoint(options.diff), options.sort)
         if not quiet:
-            show_differences(result, options.top)
-        write_json(result, options.json_path)
+            show_differences(compared, options.top)
+        write_json(compared, options.json_path)
         return
     result = inspect_checkpoint(folder, options.verify)
     if not quiet:

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Makes one checkpoint of several, or a smaller one of one: averages, soups, mixtures of dense
-models, fewer experts, joined shards.
-"""
+"""Merges checkpoints: averages, soups, mixtures of dense models, fewer experts, joined shards."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -26,42 +23,57 @@ from pretrain.merging.options import add_scoring_options, scoring_of
 
 EXAMPLES = """\
   python tools/merge_checkpoints.py average --run runs/quickstart --last 5 --output averaged
-  python tools/merge_checkpoints.py soup --checkpoints runs/a/checkpoints/latest runs/b/checkpoints/latest --weights 0.7 0.3 --output soup
+  python tools/merge_checkpoints.py soup --weights 0.7 0.3 --output soup \\
+      --checkpoints runs/a/checkpoints/latest runs/b/checkpoints/latest
   python tools/merge_checkpoints.py ema --run runs/quickstart --decay 0.8 --output ema
-  python tools/merge_checkpoints.py shards --checkpoint runs/quickstart/checkpoints/latest --max-shard-size 2GB --output joined
-  python tools/merge_checkpoints.py experts --checkpoints runs/math/checkpoints runs/code/checkpoints --top-k 2 --output mixed
-  python tools/merge_checkpoints.py prune --checkpoint runs/quickstart/checkpoints/latest --keep 6 --output pruned
-  python tools/merge_checkpoints.py fold --checkpoint runs/quickstart/checkpoints/latest --keep 4 --similarity outputs --output folded
-What all but 'shards' write is a checkpoint of weights: evaluate, generate, convert, or train on from it with
+  python tools/merge_checkpoints.py shards --checkpoint runs/quickstart/checkpoints/latest \\
+      --max-shard-size 2GB --output joined
+  python tools/merge_checkpoints.py experts --top-k 2 --output mixed \\
+      --checkpoints runs/math/checkpoints runs/code/checkpoints
+  python tools/merge_checkpoints.py prune --checkpoint runs/quickstart/checkpoints/latest \\
+      --keep 6 --output pruned
+  python tools/merge_checkpoints.py fold --checkpoint runs/quickstart/checkpoints/latest \\
+      --keep 4 --similarity outputs --output folded
+All jobs but 'shards' write a checkpoint of weights: evaluate, generate, convert, or train on with
   python launchers/pretrain.py --recipe OUTPUT/recipe.yaml --set initial_weights=OUTPUT
 exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 disk full"""
 SET_HELP = "any field of the new recipe, such as model.moe.kind; may be repeated"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_parser(f"{__doc__} Prints the held-out loss before and after.", EXAMPLES)
-    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+class JobParsers:
+    """The parsers of the jobs, with the options that several jobs share."""
 
-    def job(
-        name: str, explanation: str, many: bool, scored: bool | None = True
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+
+    def of_many(self, name: str, explanation: str) -> argparse.ArgumentParser:
+        """A job on several checkpoints."""
+        parser = self.jobs.add_parser(name, help=explanation, description=explanation)
+        parser.add_argument(
+            "--checkpoints",
+            nargs="+",
+            metavar="PATH",
+            help="step_N folders, folders of weights, or files 'latest', in order",
+        )
+        return self._finished(parser, scored=True)
+
+    def of_one(
+        self, name: str, explanation: str, scored: bool | None = None
     ) -> argparse.ArgumentParser:
-        """``scored``: whether it measures losses: yes, None for always, no."""
-        below = jobs.add_parser(name, help=explanation, description=explanation)
-        if many:
-            below.add_argument(
-                "--checkpoints",
-                nargs="+",
-                metavar="PATH",
-                help="step_N folders, folders of weights, or files 'latest', in order",
-            )
-        else:
-            below.add_argument(
-                "--checkpoint",
-                required=True,
-                metavar="PATH",
-                help="a step_N folder, a folder of weights, or the file 'latest'",
-            )
-        below.add_argument(
+        """A job on one checkpoint, that measures losses always (None) or never (False)."""
+        parser = self.jobs.add_parser(name, help=explanation, description=explanation)
+        parser.add_argument(
+            "--checkpoint",
+            required=True,
+            metavar="PATH",
+            help="a step_N folder, a folder of weights, or the file 'latest'",
+        )
+        return self._finished(parser, scored)
+
+    def _finished(
+        self, parser: argparse.ArgumentParser, scored: bool | None
+    ) -> argparse.ArgumentParser:
+        parser.add_argument(
             "--output",
             required=True,
             type=Path,
@@ -69,12 +81,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             help="must not exist, or be empty",
         )
         if scored is not False:
-            add_scoring_options(below, optional=scored is True)
-        add_json_option(below)
-        return below
+            add_scoring_options(parser, optional=scored is True)
+        add_json_option(parser)
+        return parser
 
-    average = job(
-        "average", "the uniform mean of checkpoints of one run, or of given ones", many=True
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command's options; each job has a parser."""
+    parser = command_parser(f"{__doc__} Prints the held-out loss before and after.", EXAMPLES)
+    jobs = JobParsers(parser)
+    _add_averages(jobs)
+    shards = jobs.of_one(
+        "shards",
+        "all weights, the experts of all ranks joined, as one safetensors file or as shards by"
+        " size",
+        scored=False,
+    )
+    shards.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; one file by default")
+    shards.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _add_mixture(jobs)
+    _add_reductions(jobs)
+    return parser.parse_args(arguments)
+
+
+def _add_averages(jobs: JobParsers) -> None:
+    average = jobs.of_many(
+        "average", "the uniform mean of checkpoints of one run, or of given ones"
     )
     average.add_argument(
         "--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints"
@@ -82,7 +114,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     average.add_argument(
         "--last", type=int, metavar="K", help="the run's K newest checkpoints (default: all)"
     )
-    soup = job("soup", "a mean with given weights", many=True)
+    soup = jobs.of_many("soup", "a mean with given weights")
     soup.add_argument(
         "--weights",
         nargs="+",
@@ -91,8 +123,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="W",
         help="one for each checkpoint; divided by their sum",
     )
-    ema = job(
-        "ema", "an exponential moving average over a run's checkpoints, oldest first", many=True
+    ema = jobs.of_many(
+        "ema", "an exponential moving average over a run's checkpoints, oldest first"
     )
     ema.add_argument(
         "--run", type=Path, metavar="FOLDER", help="a run's folder, instead of --checkpoints"
@@ -100,20 +132,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     ema.add_argument(
         "--decay", type=float, required=True, help="mean = decay * mean + (1 - decay) * next"
     )
-    shards = job(
-        "shards",
-        "all weights, the experts of all ranks joined, as one safetensors file or as shards by"
-        " size",
-        many=False,
-        scored=False,
-    )
-    shards.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; one file by default")
-    shards.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    experts = job(
+
+
+def _add_mixture(jobs: JobParsers) -> None:
+    experts = jobs.of_many(
         "experts",
         "branch-train-mix: the feed-forwards of dense models become experts, everything else is"
         " averaged",
-        many=True,
     )
     experts.add_argument("--top-k", type=int, default=2, metavar="K", help="(default: 2)")
     experts.add_argument(
@@ -123,40 +148,39 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the new routers (default: the recipe's initializer_range)",
     )
     experts.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
-    prune = job(
-        "prune",
-        "leaves out the experts of each layer that held-out text uses least",
-        many=False,
-        scored=None,
+    _add_overrides(experts)
+
+
+def _add_reductions(jobs: JobParsers) -> None:
+    prune = jobs.of_one(
+        "prune", "leaves out the experts of each layer that held-out text uses least"
     )
-    fold = job(
-        "fold",
-        "makes one of the experts of each layer that are most alike",
-        many=False,
-        scored=None,
-    )
+    fold = jobs.of_one("fold", "makes one of the experts of each layer that are most alike")
     fold.add_argument(
         "--similarity",
         choices=("weights", "outputs"),
         default="outputs",
         help="cosines of what (default: outputs)",
     )
-    for below in (prune, fold):
-        below.add_argument(
+    for parser in (prune, fold):
+        parser.add_argument(
             "--keep",
             type=int,
             required=True,
             metavar="N",
             help="experts that each layer has afterwards",
         )
-    for below in (experts, prune, fold):
-        below.add_argument(
-            "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=SET_HELP
-        )
-    return parser.parse_args(arguments)
+        _add_overrides(parser)
 
 
-def merge(options: argparse.Namespace) -> dict[str, Any]:
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=SET_HELP
+    )
+
+
+def merge(options: argparse.Namespace) -> commands.MergeResult:
+    """Runs the job that was asked for."""
     if options.job == "shards":
         return commands.shards(
             options.checkpoint, options.output, options.dtype, options.max_shard_size
@@ -187,7 +211,9 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
     return commands.blend(folders, options.output, f"-{options.job}", rates, scoring)
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: commands.MergeResult) -> None:
+    """Prints the losses before and after, the experts that were joined, and the notes."""
+    # Paths are long: only the width of a terminal may cut them.
     console = Console(width=None if sys.stdout.isatty() else 180)
     if "losses_before" in result:
         table = Table("checkpoint", "held-out loss, nats a token")
@@ -210,6 +236,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command."""
     options = parse_arguments(arguments)
     result = merge(options)
     if options.json_path != "-":

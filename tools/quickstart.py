@@ -2,7 +2,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """Runs the whole main job with the commands a user would type, and prints a summary.
 
-What is done already is reused or resumed.
+Stages that are done already are reused, and an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -33,6 +33,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core import interrupts
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import PipelineError, run_command
+from pretrain.core.files import JsonObject
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import CHECKOUT, DEFAULT_DS_CONFIG, LAUNCHERS, TOOLS, shown
 from pretrain.engine.topology import free_port
@@ -52,6 +53,42 @@ TITLES = {
 }
 STAGES = tuple(TITLES)
 LAUNCHER_PORT = 29500  # the default of the deepspeed launcher
+# Whether a stage's result is of work that had been done before.
+IsReuse = Callable[[JsonObject], bool]
+
+
+class StageSummary(TypedDict):
+    """What the stages add to the summary of the training.
+
+    Losses are in nats a token. ``seconds_by_stage`` counts all starts of a stage until it was done.
+    """
+
+    bad_records: int
+    validation_loss: float
+    perplexity: float
+    bits_per_byte: float
+    bigram_loss: float
+    better_than_bigram_by: float
+    export_max_logit_difference: float
+    export_logits_std: float
+    export: str
+    sample: str
+    wall_seconds: float
+    seconds_by_stage: dict[str, float]
+    reused: list[str]
+
+
+class QuickstartSummary(StageSummary):
+    """The run's summary.json: also what training reports of itself, of which these are printed."""
+
+    train_tokens: int
+    steps: int
+    tokens_per_second: float
+    parameters_total: int
+    parameters_active: int
+    skipped_steps: int
+    skipped_tokens: int
+    stopped_early: bool
 
 
 class StageFailed(PipelineError):
@@ -76,17 +113,17 @@ class Stages:
         self.reused: list[str] = []
 
     def result_path(self, name: str) -> Path:
-        """Where the result of a stage is kept."""
+        """The file with the result of a stage."""
         return self.results / f"{name}.json"
 
     def log_path(self, name: str) -> Path:
-        """Where the standard output of a stage is kept."""
+        """The file with the standard output of a stage."""
         return self.results / f"{name}.log"
 
-    def run(
-        self, name: str, command: list[str], is_reuse: Callable[[dict[str, Any]], bool]
-    ) -> dict[str, Any]:
-        """Run a command that writes its result as JSON. The time counts unless its work was done.
+    def run(self, name: str, command: list[str], is_reuse: IsReuse) -> JsonObject:
+        """Runs a command that writes its result as JSON.
+
+        Its time counts unless the work had been done before.
 
         Raises:
             StageFailed: with the command's own exit code.
@@ -114,7 +151,7 @@ class Stages:
             )
             failure.exit_code = finished.returncode if finished.returncode > 0 else 1
             raise failure
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: JsonObject = json.loads(path.read_text(encoding="utf-8"))
         if is_reuse(result):
             self.reused.append(name)
             self._record(name, self.seconds.get(name, elapsed))
@@ -128,12 +165,12 @@ class Stages:
     def _announce(self, name: str) -> None:
         print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {TITLES[name]}", flush=True)
 
-    def reuse(self, name: str, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    def reuse(self, name: str, matches: IsReuse) -> JsonObject | None:
         """The stored result of a stage, if it belongs to the checkpoint at hand."""
         path = self.result_path(name)
         if name not in self.seconds or not path.is_file():
             return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: JsonObject = json.loads(path.read_text(encoding="utf-8"))
         if not matches(result):
             return None
         self._announce(name)
@@ -147,22 +184,22 @@ class Stages:
 
 
 def default_ranks() -> int:
-    """Two processes on CPUs, the GPUs there are (at most two: the model is small) elsewhere."""
+    """Two processes on CPUs; on GPUs one for each, but at most two, as the model is small."""
+    # Imported here: the command line is checked without waiting for it.
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
 def other_port() -> list[str]:
-    """An option for the launcher where its default port is taken, by another run on this machine
-    for example.
-    """
+    """An option for the launcher if its default port is taken, by another run for example."""
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", LAUNCHER_PORT)) == 0
     return ["--master_port", str(free_port())] if taken else []
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     add_recipe_options(parser, default="quickstart")
     parser.add_argument(
@@ -179,23 +216,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_stages(
     options: argparse.Namespace, recipe: Recipe, stages: Stages
-) -> dict[str, dict[str, Any]]:
-    """The five commands of the main job, in order; their results by name."""
-    folder = Path(recipe.output_path)
-    chosen = [
-        "--recipe",
-        options.recipe,
-        *(part for override in options.overrides for part in ("--set", override)),
-    ]
-    latest, exported = str(folder / "checkpoints" / "latest"), folder / "hf"
-    results = {
-        "data": stages.run(
-            "data",
-            ["python", shown(TOOLS / "preprocess_data.py"), *chosen],
-            lambda result: bool(result["reused"]),
-        )
-    }
-    train = [
+) -> dict[str, JsonObject]:
+    """Runs the five commands of the main job in order; returns their results by name."""
+    settings = [part for override in options.overrides for part in ("--set", override)]
+    chosen = ["--recipe", options.recipe, *settings]
+    build = ["python", shown(TOOLS / "preprocess_data.py"), *chosen]
+    data = stages.run("data", build, lambda result: bool(result["reused"]))
+    launch = [
         "deepspeed",
         *other_port(),
         "--num_accelerators",
@@ -205,13 +232,23 @@ def run_stages(
         options.ds_config,
         *chosen,
     ]
-    results["train"] = stages.run("train", train, lambda result: bool(result["done_already"]))
+    train = stages.run("train", launch, lambda result: bool(result["done_already"]))
+    return {"data": data, "train": train} | run_checkpoint_stages(options.prompt, recipe, stages)
+
+
+def run_checkpoint_stages(prompt: str, recipe: Recipe, stages: Stages) -> dict[str, JsonObject]:
+    """Evaluates and exports the newest checkpoint, and continues the prompt with the export."""
+    latest = str(Path(recipe.output_path) / "checkpoints" / "latest")
+    exported = Path(recipe.output_path) / "hf"
     checkpoint = str(resolve_checkpoint(latest))
-    same = lambda result: result.get("checkpoint") == checkpoint and "train" in stages.reused  # noqa: E731
-    results["evaluate"] = stages.reuse("evaluate", same) or stages.run(
-        "evaluate",
-        ["python", shown(TOOLS / "evaluate.py"), "--checkpoint", latest],
-        lambda _: False,
+
+    def is_same_checkpoint(result: JsonObject) -> bool:
+        # A training that took steps may have written another checkpoint of the same name.
+        return result.get("checkpoint") == checkpoint and "train" in stages.reused
+
+    evaluate = ["python", shown(TOOLS / "evaluate.py"), "--checkpoint", latest]
+    scores = stages.reuse("evaluate", is_same_checkpoint) or stages.run(
+        "evaluate", evaluate, lambda _: False
     )
     convert = [
         "python",
@@ -224,8 +261,8 @@ def run_stages(
         str(exported),
         "--overwrite",
     ]
-    exported_there = (exported / "config.json").is_file()
-    results["convert"] = (stages.reuse("convert", same) if exported_there else None) or stages.run(
+    is_exported = (exported / "config.json").is_file()
+    export = (stages.reuse("convert", is_same_checkpoint) if is_exported else None) or stages.run(
         "convert", convert, lambda _: False
     )
     generate = [
@@ -234,25 +271,25 @@ def run_stages(
         "--model",
         str(exported),
         "--prompt",
-        options.prompt,
+        prompt,
     ]
 
-    def fresh_text(result: dict[str, Any]) -> bool:
+    def is_same_prompt(result: JsonObject) -> bool:
         prompts = [text["prompt"] for text in result.get("samples", [])]
-        return prompts == [options.prompt] and "convert" in stages.reused
+        return prompts == [prompt] and "convert" in stages.reused
 
-    results["generate"] = stages.reuse("generate", fresh_text) or stages.run(
+    text = stages.reuse("generate", is_same_prompt) or stages.run(
         "generate", generate, lambda _: False
     )
-    return results
+    return {"evaluate": scores, "convert": export, "generate": text}
 
 
-def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, Any]:
-    train, scores, export = results["train"], results["evaluate"], results["convert"]
+def summarize(results: dict[str, JsonObject], stages: Stages) -> JsonObject:
+    """The result of the training, with what the other stages add to it."""
+    scores, export = results["evaluate"], results["convert"]
     bigram, sample = scores["bigram"], results["generate"]["samples"][0]
     sources = results["data"]["sources"].values()
-    return {
-        **train,
+    added: StageSummary = {
         "bad_records": sum(sum(source["bad"].values()) for source in sources),
         "validation_loss": scores["loss"],
         "perplexity": scores["perplexity"],
@@ -267,10 +304,11 @@ def summarize(results: dict[str, dict[str, Any]], stages: Stages) -> dict[str, A
         "seconds_by_stage": stages.seconds,
         "reused": stages.reused,
     }
+    return {**results["train"], **added}
 
 
-def _notices(summary: dict[str, Any]) -> dict[str, str]:
-    """What a reader of the summary must not miss, by rows of the table."""
+def _notices(summary: QuickstartSummary) -> dict[str, str]:
+    """Rows of the table for what a reader of the summary must not miss."""
     rows = {}
     if summary["bad_records"]:
         rows["bad records"] = f"{summary['bad_records']:,}, see stages/data.log"
@@ -284,7 +322,8 @@ def _notices(summary: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
+def print_summary(summary: QuickstartSummary, recipe: Recipe) -> None:
+    """Prints the summary as a table, and the text that the model has written."""
     folder = recipe.output_path
     stage_times = ", ".join(
         f"{name} {seconds:.0f}" for name, seconds in summary["seconds_by_stage"].items()
@@ -330,6 +369,7 @@ def print_summary(summary: dict[str, Any], recipe: Recipe) -> None:
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     options = parse_arguments()
     options.num_accelerators = options.num_accelerators or default_ranks()
     recipe = load_recipe(options.recipe, options.overrides)
@@ -341,10 +381,10 @@ def main() -> int:
     # python and deepspeed are those of this environment, also if it is not active.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     stages = Stages(Path(recipe.output_path))
-    summary = summarize(run_stages(options, recipe, stages), stages)
-    summary = update_summary(Path(recipe.output_path), summary)
+    values = summarize(run_stages(options, recipe, stages), stages)
+    summary = update_summary(Path(recipe.output_path), values)
     if options.json_path != "-":
-        print_summary(summary, recipe)
+        print_summary(cast(QuickstartSummary, summary), recipe)
     write_json(summary, options.json_path)
     return 0
 

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Runs the ablations of a file of axes: the base recipe and each value of each axis by itself, or
-every combination; with a ranked report.
-"""
+"""Runs the ablations of a file of axes, one value at a time or every combination, and ranks them."""
 
 from __future__ import annotations
 
@@ -22,17 +20,23 @@ from pretrain.sweeps.study import Design
 
 EXAMPLES = f"""\
   python tools/run_ablations.py moe --set parallel.ep_size=1 --tokens 200000 --output ablations/moe
-  python tools/run_ablations.py moe --axes num_experts top_k --mode grid --skip-invalid --ranks 2 --output ablations/grid --slots 2
-  python tools/run_ablations.py peer_mla --axes product heads_by_top_k --tokens 5000000000 --ranks 8 --output ablations/peer --slurm
-  python tools/run_ablations.py my_axes.yaml --recipe my_recipe.yaml --seeds 1 2 3 --output ablations/mine
+  python tools/run_ablations.py moe --axes num_experts top_k --mode grid --skip-invalid \\
+      --ranks 2 --output ablations/grid --slots 2
+  python tools/run_ablations.py peer_mla --axes product heads_by_top_k --tokens 5000000000 \\
+      --ranks 8 --output ablations/peer --slurm
+  python tools/run_ablations.py my_axes.yaml --recipe my_recipe.yaml --seeds 1 2 3 \\
+      --output ablations/mine
   python tools/run_ablations.py --output ablations/moe
 
-An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a set of fields. Data mixtures are fields like others:
-  mixture: {{web: {{data.mixture: {{kind: weights, weights: {{web: 0.8, code: 0.2}}}}}}, code: {{data.mixture: ...}}}}
+An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a set of fields. Data
+mixtures are fields like others:
+  mixture: {{web: {{data.mixture: {{kind: weights, weights: {{web: 0.8, code: 0.2}}}}}},
+            code: {{data.mixture: ...}}}}
 {EXIT_CODES}"""
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "file",
@@ -54,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def design(options: argparse.Namespace) -> Design | None:
-    """What is asked for; None where only the folder is given."""
+    """The ablation that the options describe; None if only the folder is given."""
     if options.file is None:
         if options.recipe or options.axes:
             raise ConfigError(
@@ -78,6 +82,7 @@ def design(options: argparse.Namespace) -> Design | None:
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     options = parse_arguments()
     return run_sweep(options, design(options), Path(__file__).resolve())
 

@@ -1,15 +1,12 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Searches for good values of recipe fields: a grid, random points or a tpe search, each point a
-real run, with a ranked report.
-"""
+"""Searches for good values of recipe fields by a grid, random points or tpe, and ranks the runs."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -22,20 +19,25 @@ from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, 
 from pretrain.sweeps.study import Design
 
 EXAMPLES = f"""\
-  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --tokens 200000 --output sweeps/lr \\
-      --axis optimizer.learning_rate=log:5e-4:8e-3:5 --seeds 1 2 3
-  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --output sweeps/tpe --search tpe --trials 20 --prune --slots 2 \\
-      --axis optimizer.learning_rate=log:1e-4:1e-2 --axis model.moe.top_k=[1,2,4] --axis optimizer.beta2=linear:0.9:0.99
-  python tools/sweep.py --recipe moe_1b --ranks 8 --axes-file my_axes.yaml --output sweeps/wide --slurm && sbatch sweeps/wide/array.sbatch
+  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --tokens 200000 \\
+      --output sweeps/lr --axis optimizer.learning_rate=log:5e-4:8e-3:5 --seeds 1 2 3
+  python tools/sweep.py --recipe quickstart --set parallel.ep_size=1 --output sweeps/tpe \\
+      --search tpe --trials 20 --prune --slots 2 \\
+      --axis optimizer.learning_rate=log:1e-4:1e-2 --axis model.moe.top_k=[1,2,4] \\
+      --axis optimizer.beta2=linear:0.9:0.99
+  python tools/sweep.py --recipe moe_1b --ranks 8 --axes-file my_axes.yaml --output sweeps/wide \\
+      --slurm && sbatch sweeps/wide/array.sbatch
   python tools/sweep.py --output sweeps/lr
 
-axes: NAME=[A,B,C] lists values of a field; NAME=log:LOW:HIGH:COUNT, linear: and int: are ranges, whose COUNT only a grid needs.
-A file has 'axes:' with one axis a line, and may name sets of fields: see pretrain/recipes/axes/.
+axes: NAME=[A,B,C] lists values of a field; NAME=log:LOW:HIGH:COUNT, linear: and int: are ranges,
+whose COUNT only a grid needs. A file has 'axes:' with one axis a line, and may name sets of fields:
+see pretrain/recipes/axes/.
 {EXIT_CODES}"""
 SEARCHES = ("grid", "random", "tpe")
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "--recipe",
@@ -76,9 +78,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def design(options: argparse.Namespace) -> Design | None:
-    """What is asked for; None where only the folder is given."""
+    """The sweep that the options describe; None if only the folder is given."""
     base, listed = read_axes_file(options.axes_file) if options.axes_file else (None, {})
-    axes: dict[str, Any] = listed | dict(parse_axis_option(text) for text in options.axis)
+    axes = listed | dict(parse_axis_option(text) for text in options.axis)
     recipe = options.recipe or base
     if not axes and recipe is None:
         return None
@@ -86,13 +88,15 @@ def design(options: argparse.Namespace) -> Design | None:
         raise ConfigError(
             "a sweep needs a recipe and at least one axis: give --recipe and --axis, or --axes-file"
         )
-    search, trials = options.search or "grid", 16 if options.trials is None else options.trials
+    search = options.search or "grid"
+    trials = 16 if options.trials is None else options.trials
     if trials < 1:
         raise ConfigError(f"--trials {trials} must be at least 1")
     return design_from(options, "sweep", recipe, axes, search, 0 if search == "grid" else trials)
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     options = parse_arguments()
     return run_sweep(options, design(options), Path(__file__).resolve())
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Makes a mixture of experts of a dense checkpoint: its feed-forwards, whole or in shards, become
-the experts (sparse upcycling).
+"""Makes a mixture of experts of a dense checkpoint, whose feed-forwards become the experts.
+
+This is sparse upcycling (Komatsuzaki et al. 2023); feed-forwards may also be split into shards.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -32,17 +33,40 @@ from pretrain.merging.upcycle import Upcycling, check_sizes, upcycled_tensors
 from pretrain.model.sizes import model_size
 from pretrain.model.widths import initial_router_std
 
+# Nats a token: the losses differ by the order of the sums in the experts only.
 TOLERANCE = 1e-5
 EXAMPLES = """\
-  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled --num-experts 8 --top-k 2
-  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_fine --num-experts 32 --top-k 8 --granularity 4
-  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_drop --num-experts 8 --top-k 2 --reinit-share 0.5 \\
-      --set 'model.layer_pattern={kind: every_nth, n: 2}' --set model.moe.router.kind=sigmoid_topk
+  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled \\
+      --num-experts 8 --top-k 2
+  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_fine \\
+      --num-experts 32 --top-k 8 --granularity 4
+  python tools/upcycle.py --checkpoint runs/dense/checkpoints/latest --output upcycled_drop \\
+      --num-experts 8 --top-k 2 --reinit-share 0.5 \\
+      --set 'model.layer_pattern={kind: every_nth, n: 2}' \\
+      --set model.moe.router.kind=sigmoid_topk
 then  python launchers/pretrain.py --recipe upcycled/recipe.yaml --set initial_weights=upcycled
 exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 disk full"""
 
 
+class UpcyclingResult(TypedDict):
+    """The command's result as JSON.
+
+    ``layers`` has the indices of the new mixtures. Losses are in nats a token on held-out text,
+    None with ``--no-score``.
+    """
+
+    checkpoint: str
+    output: str
+    layers: list[int]
+    parameters_before: int
+    parameters_after: int
+    parameters_active: int
+    loss_before: float | None
+    loss_after: float | None
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = command_parser(
         f"{__doc__} The mixture's loss equals the dense model's, unless the experts are varied.",
         EXAMPLES,
@@ -93,7 +117,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of each expert's hidden numbers that is drawn anew",
+        help="share of each expert's hidden units that is drawn anew",
     )
     parser.add_argument("--seed", type=int, default=0, help="of routers and noise (default: 0)")
     parser.add_argument(
@@ -110,6 +134,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
+    """The options as numbers; raises :class:`ConfigError` for one that is out of range."""
     for name, low, high in (
         ("granularity", 1, None),
         ("noise_std", 0, None),
@@ -132,7 +157,13 @@ def options_of(arguments: argparse.Namespace, dense: Recipe) -> Upcycling:
     )
 
 
-def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
+def upcycle(arguments: argparse.Namespace) -> UpcyclingResult:
+    """Writes the mixture, and checks that its loss equals the dense model's if it must.
+
+    Raises:
+        ConfigError: for sizes that do not fit each other.
+        CheckpointError: if the checkpoint has no dense feed-forwards, or the loss is another one.
+    """
     checkpoint = whole_checkpoint(arguments.checkpoint)
     dense, scoring = read_recipe(checkpoint), scoring_of(arguments)
     options = options_of(arguments, dense)
@@ -157,6 +188,7 @@ def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
             before is not None
             and after is not None
             and options.is_exact
+            # Not "> TOLERANCE", which is false for NaN.
             and not abs(after - before) <= TOLERANCE
         ):
             raise CheckpointError(
@@ -178,6 +210,7 @@ def upcycle(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command."""
     options = parse_arguments(arguments)
     result = upcycle(options)
     if options.json_path != "-":

@@ -1,10 +1,9 @@
-"""The coordinate check: do numbers inside a model keep their size when it becomes wider? (Yang et
-al. 2022, "Tensor Programs V", appendix D.1)
+"""The coordinate check of muP: do activations keep their size when a model becomes wider?
 
-A model of each width takes a few optimizer steps in this process, without DeepSpeed's engine;
-before the first and behind each, the same text goes through it and every kind of layer is measured.
-Whatever grows or shrinks with the width trains otherwise in a wide model than in a narrow one at
-the same learning rate.
+Yang et al. 2022, "Tensor Programs V", appendix D.1. A model of each width takes a few optimizer
+steps in this process, without DeepSpeed's engine. Before the first step and after each one, every
+kind of layer is measured on the same text. If an activation grows or shrinks with the width, a
+learning rate that suits a narrow model does not suit a wide one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -43,11 +42,11 @@ Batches = Callable[[int], list[Batch]]
 
 KINDS: tuple[Kind, ...] = ("standard", "mup")
 RANDOM_VOCABULARY = 1024
-# A size that grows with the width to a larger power than this does not look stable; over three
-# doublings it is a factor of 1.7.
+# A power of the width above which a size does not count as stable: over three doublings of the
+# width it is a factor of 1.7.
 TOLERANCE = 0.25
-# These begin as sums of as many random terms as a model is wide, and muP means them to be smaller
-# in a wide one until it has learned something.
+# At first these are sums over random terms, one for each dimension, and muP wants them to be smaller
+# in a wide model until it has learned something.
 OUTPUTS = ("attention scores", "router logits", "logits")
 SMALLER_START = -0.6
 
@@ -253,17 +252,31 @@ def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
-    """Of the models of one kind, from narrow to wide: their last losses, and for each kind of layer
+class LayerGrowth(TypedDict):
+    """How a kind of layer's outputs grow with the width.
 
-    - ``sizes``: after each step, those of all widths;
-    - ``slopes``: the power of the width that they grow with, after each step;
-    - ``change_slope``: the power that the change from before the first step grows with at the end;
-      None where it cannot be said;
-    - ``verdict``: of the last slope, see :func:`verdict_on`.
+    ``sizes`` has a list for each step, with an element for each width; ``slopes`` has the power of
+    the width for each step. ``change_slope`` is the power for the change since the start, None if
+    it was not measured. ``verdict`` is that of the last slope, see :func:`verdict_on`.
     """
+
+    sizes: list[list[float]]
+    slopes: list[float]
+    change_slope: float | None
+    verdict: str
+
+
+class GrowthSummary(TypedDict):
+    """The last loss of each width, and the growth of each kind of layer."""
+
+    losses: list[float]
+    layers: dict[str, LayerGrowth]
+
+
+def summary(measured: Sequence[Coordinates]) -> GrowthSummary:
+    """The growth over models of one kind, given from narrow to wide."""
     widths = [one.width for one in measured]
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerGrowth] = {}
     for name in measured[0].steps[0]:
         sizes = [
             [one.steps[step][name].size for one in measured]
@@ -281,9 +294,9 @@ def summary(measured: Sequence[Coordinates]) -> dict[str, Any]:
 
 
 def verdict_on(layer: str, power: float) -> str:
-    """``stable``, ``grows`` or ``shrinks``.
+    """``stable``, ``grows``, ``shrinks`` or ``smaller start``.
 
-    ``smaller start`` for outputs that shrink with about the root of the width, as random ones do.
+    The last is for outputs that shrink with about the square root of the width, as random ones do.
     """
     if abs(power) <= TOLERANCE:
         return "stable"
@@ -295,14 +308,13 @@ def verdict_on(layer: str, power: float) -> str:
 def batches_of(
     recipe: Recipe, source: Literal["auto", "data", "random"]
 ) -> tuple[Recipe, str, Batches]:
-    """The recipe with the size of its vocabulary, where tokens come from (data or random), and the
-    micro batches of each step.
+    """The recipe with the size of its vocabulary, the source of tokens, and each step's batches.
 
     Args:
-        source: ``auto`` takes the recipe's data where they are built.
+        source: ``auto`` takes the recipe's data if they have been built, and random tokens if not.
 
     Raises:
-        DataError: where the data are asked for and not there.
+        DataError: if the data are asked for and have not been built.
     """
     folders = data_folders(recipe.data, recipe.data_path)
     built = all(manifest_path(folder).is_file() for folder in folders.values())
@@ -321,16 +333,17 @@ def batches_of(
 
 
 def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    """The recipe with another size of the vocabulary."""
     return recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})}
     )
 
 
 def random_batches(recipe: Recipe, step: int) -> list[Batch]:
-    """The micro batches of a step.
+    """Random micro batches of a step, always the same ones.
 
-    Token n is drawn 1 / (n + 1) as often as token 0, so that there is something to learn, as in
-    text.
+    Token n is drawn 1 / (n + 1) times as often as token 0, as in natural text: from uniform tokens
+    a model could learn nothing.
     """
     assert recipe.model.vocab_size is not None
     train, frequencies_V = recipe.train, 1.0 / torch.arange(1, recipe.model.vocab_size + 1)

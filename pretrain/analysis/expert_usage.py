@@ -1,7 +1,6 @@
-"""How evenly the experts of each layer are used: what a window of counts says, and the files that
-hold them.
+"""How evenly the experts of each layer are used, and the files that hold the counts.
 
-No torch, millions of experts.
+Without torch, and fast enough for millions of experts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +25,23 @@ Numbers = NDArray[np.float64]
 
 HOTTEST = 10
 MAX_COLUMNS = 1024
-# What of a layer becomes a curve; a row has the mean over the layers beside them.
+# The figures of a layer that become curves; a metrics record has their means over the layers.
 SCALARS = ("hot_experts", "unused_share", "gini", "normalized_entropy", "max_over_mean")
 
 
 @dataclass(frozen=True)
 class LayerUsage:
-    """One layer's window in numbers.
+    """How evenly one layer used its experts in a window. A load is a multiple of the mean count.
 
     Attributes:
         layer: index of the block; the number of blocks for that of multi-token prediction.
-        hot_experts: how many were chosen more often than ``hot_factor`` times the mean.
-        unused_share: experts that nobody chose / all.
-        gini: 0 where all are used alike, (E-1)/E where one does everything.
-        normalized_entropy: entropy of the shares / ln E: 1 where all are used alike, 0 where one
-            does everything.
-        max_over_mean: load of the hottest; loads are multiples of the mean.
-        hottest, hottest_load: ids of the ten hottest, and how much each of these has.
+        hot_experts: how many have a load above ``hot_factor``.
+        unused_share: share of the experts that no token chose.
+        gini: 0 if all are used alike, (E - 1) / E if one expert gets everything.
+        normalized_entropy: entropy of the shares / ln E; 1 if all are used alike, 0 if one expert
+            gets everything.
+        max_over_mean: load of the hottest expert.
+        hottest, hottest_load: ids and loads of the ten hottest experts.
     """
 
     layer: int
@@ -57,14 +56,34 @@ class LayerUsage:
 
 @dataclass(frozen=True)
 class UsageWindow:
-    """Choices over all ranks in ``steps`` steps up to ``step``: ``counts_LE`` int64 [L, E], one row
-    for each of ``layers``.
+    """How often each expert was chosen, over all ranks.
+
+    Attributes:
+        step, steps: the last step of the window, and how many steps it has.
+        layers: the index of each layer with experts.
+        counts_LE: int64 [L, E], a row for each of ``layers``.
     """
 
     step: int
     steps: int
     layers: list[int]
     counts_LE: Counts
+
+
+class UsageMeans(TypedDict):
+    """:data:`SCALARS`, each the mean over the layers."""
+
+    hot_experts: float
+    unused_share: float
+    gini: float
+    normalized_entropy: float
+    max_over_mean: float
+
+
+class UsageColumns(UsageMeans):
+    """A metrics record's part about experts; ``layers`` has the fields of each LayerUsage."""
+
+    layers: list[dict[str, object]]
 
 
 def gini(counts_E: Counts) -> float:
@@ -89,9 +108,11 @@ def normalized_entropy(counts_E: Counts) -> float:
 
 
 def hottest(counts_E: Counts, number: int = HOTTEST) -> Counts:
-    """Ids of the most chosen experts, the hottest first, and of equals the lower id first; all of
-    them where there are fewer.
+    """Ids of the most chosen experts, the hottest first, and of equals the lower id first.
+
+    Fewer than ``number`` if there are fewer experts.
     """
+    # partition is O(E), sorting all counts O(E log E): there may be millions of experts.
     number = min(number, len(counts_E))
     least = np.partition(counts_E, -number)[-number]
     above = np.flatnonzero(counts_E > least)
@@ -100,7 +121,7 @@ def hottest(counts_E: Counts, number: int = HOTTEST) -> Counts:
 
 
 def layer_usage(layer: int, counts_E: Counts, hot_factor: float) -> LayerUsage:
-    """All numbers of one layer, from counts [E] with at least one choice."""
+    """The usage of one layer, from counts [E] with at least one choice."""
     mean, ids = counts_E.mean(), hottest(counts_E)
     return LayerUsage(
         layer=layer,
@@ -114,26 +135,26 @@ def layer_usage(layer: int, counts_E: Counts, hot_factor: float) -> LayerUsage:
     )
 
 
-def usage_columns(window: UsageWindow, hot_factor: float) -> dict[str, Any]:
-    """A row of metrics: the means over the layers, and under ``layers`` what each says."""
+def usage_columns(window: UsageWindow, hot_factor: float) -> UsageColumns:
+    """The usage of a window: the means over the layers, and each layer's own figures."""
     layers = [
         layer_usage(layer, counts_E, hot_factor)
         for layer, counts_E in zip(window.layers, window.counts_LE, strict=True)
     ]
     means = {name: sum(getattr(layer, name) for layer in layers) / len(layers) for name in SCALARS}
-    return means | {"layers": [asdict(layer) for layer in layers]}
+    return cast(UsageColumns, means | {"layers": [asdict(layer) for layer in layers]})
 
 
 def log_load(loads: Numbers) -> Numbers:
-    """log2(1 + load): 0 unused, 1 the mean, about one more for each doubling; what histograms and
-    pictures show.
-    """
+    """log2(1 + load), the scale of plots: 0 for unused, 1 for the mean, about 1 more a doubling."""
     return np.log2(1.0 + loads)
 
 
 def lorenz_curve(counts_E: Counts, points: int = 512) -> tuple[Numbers, Numbers]:
-    """The share of all choices that the least used share of the experts has: two arrays of at most
-    ``points`` + 1 numbers from 0 to 1.
+    """The share of all choices that go to the least used share of the experts.
+
+    Returns:
+        Shares of the experts and of the choices, each with at most ``points`` + 1 elements.
     """
     sums = np.concatenate([[0], np.cumsum(np.sort(counts_E))])
     at = np.unique(
@@ -143,11 +164,10 @@ def lorenz_curve(counts_E: Counts, points: int = 512) -> tuple[Numbers, Numbers]
 
 
 def square_grid(counts_E: Counts, max_side: int = 64) -> Numbers:
-    """Loads folded row by row into a square, NaN behind the last expert; above ``max_side`` a cell
-    is the mean over a square block of experts.
+    """Loads as a square image, row by row, with NaN behind the last expert.
 
-    With two equally long product keys a row is a sub-key of the first dimension and a column one of
-    the second.
+    If the side is longer than ``max_side``, a cell is the mean over a square block of experts. With
+    two product keys of equal length, a row is a sub-key of the first and a column one of the second.
     """
     side = math.isqrt(len(counts_E) - 1) + 1
     block = -(-side // max_side)

@@ -1,12 +1,10 @@
-"""A result of :class:`pretrain.evaluation.tasks.suite.Suite` as Markdown, and as numbers for
-TensorBoard.
-"""
+"""The result of an evaluation as Markdown, and as scalars for TensorBoard."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,13 @@ UNITS = {"loss": "nats per token", "window": "tokens", "stride": "tokens", "targ
 HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accuracy", "bits_per_byte")
 GROUP = ("targets", "loss", "perplexity", "accuracy", "bits_per_byte")
 BASELINE = ("loss", "perplexity", "bits_per_byte", "targets", "windows")
+CODE = ("problems", "samples", "timed_out", "without_network")
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
@@ -35,82 +36,70 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The whole result as Markdown: a section for each evaluation."""
     lines = [f"# {result['checkpoint']}", ""]
     if result.get("depends_on_batch") is not None:
-        together = (
-            f" Held-out windows were computed {result['batch_size']} at once."
-            if "batch_size" in result
-            else ""
-        )
+        together = ""
+        if "batch_size" in result:
+            together = f" Held-out windows were computed {result['batch_size']} at once."
         lines += [f"Results depend on the batch: {result['depends_on_batch']}.{together}", ""]
     if "loss" in result:
-        lines += [f"## {result['split']} split of {result['data']}", ""]
-        rows = [
-            [name.replace("_", " "), f"{_shown(result[name])} {UNITS.get(name, '')}".strip()]
-            for name in HELDOUT
-        ]
-        if result["better_than_bigram_by"] is not None:
-            rows.append(
-                ["better than bigram by", f"{result['better_than_bigram_by']:.4f} nats per token"]
-            )
-        lines += [*_table(["what", "value"], rows), ""]
-        for kind in ("by_source", "by_length"):
-            label = "source" if kind == "by_source" else "tokens of the document"
-            rows = [
-                [name, *(group[column] for column in GROUP)] for name, group in result[kind].items()
-            ]
-            lines += [*_table([label, *(column.replace("_", " ") for column in GROUP)], rows), ""]
-        if result["baselines"]:
-            rows = [
-                [name, *(score[column] for column in BASELINE)]
-                for name, score in result["baselines"].items()
-            ]
-            lines += [
-                *_table(["baseline", *(column.replace("_", " ") for column in BASELINE)], rows),
-                "",
-            ]
+        lines += _heldout_section(result)
     if "tasks" in result:
-        rows = [
-            [task, name, value]
-            for task, metrics in result["tasks"].items()
-            for name, value in metrics.items()
-            if value is not None
-        ]
-        lines += [
-            "## Tasks (lm-evaluation-harness)",
-            "",
-            *_table(["task", "metric", "value"], rows),
-            "",
-        ]
+        lines += _section(
+            "Tasks (lm-evaluation-harness)",
+            ["task", "metric", "value"],
+            [
+                [task, name, value]
+                for task, metrics in result["tasks"].items()
+                for name, value in metrics.items()
+                if value is not None
+            ],
+        )
     if "references" in result:
-        lines += [
-            "## Against references",
-            "",
-            *_table(["what", "value"], [list(item) for item in result["references"].items()]),
-            "",
-        ]
+        rows = [list(item) for item in result["references"].items()]
+        lines += _section("Against references", ["what", "value"], rows)
     if "code" in result:
         code = result["code"]
         rows = [[f"pass@{k}", value] for k, value in code["pass_at"].items()]
-        rows += [
-            [name.replace("_", " "), code[name]]
-            for name in ("problems", "samples", "timed_out", "without_network")
-        ]
-        lines += ["## Code", "", *_table(["what", "value"], rows), ""]
+        rows += [[name.replace("_", " "), code[name]] for name in CODE]
+        lines += _section("Code", ["what", "value"], rows)
     if "texts" in result:
-        lines += [
-            "## Texts",
-            "",
-            *_table(
-                ["prompt", "text"], [[text["prompt"], text["text"]] for text in result["texts"]]
-            ),
-            "",
-        ]
+        rows = [[text["prompt"], text["text"]] for text in result["texts"]]
+        lines += _section("Texts", ["prompt", "text"], rows)
     return "\n".join(lines)
+
+
+def _section(title: str, columns: list[str], rows: list[list[Any]]) -> list[str]:
+    return [f"## {title}", "", *_table(columns, rows), ""]
+
+
+def _heldout_section(result: Mapping[str, Any]) -> list[str]:
+    """The score on held-out text: in total, by source, by length, and of the baselines."""
+    rows = [
+        [name.replace("_", " "), f"{_shown(result[name])} {UNITS.get(name, '')}".strip()]
+        for name in HELDOUT
+    ]
+    if result["better_than_bigram_by"] is not None:
+        rows.append(
+            ["better than bigram by", f"{result['better_than_bigram_by']:.4f} nats per token"]
+        )
+    lines = _section(f"{result['split']} split of {result['data']}", ["what", "value"], rows)
+    lines += _scores("source", result["by_source"], GROUP)
+    lines += _scores("tokens of the document", result["by_length"], GROUP)
+    if result["baselines"]:
+        lines += _scores("baseline", result["baselines"], BASELINE)
+    return lines
+
+
+def _scores(
+    label: str, scores: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
+) -> list[str]:
+    rows = [[name, *(score[column] for column in columns)] for name, score in scores.items()]
+    return [*_table([label, *(column.replace("_", " ") for column in columns)], rows), ""]
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every number of a nested result by its path, such as ``by_source/python/loss``."""
     for name, value in result.items():
-        # Spaces and commas are no part of a tag: the harness names metrics "acc,none".
+        # TensorBoard's tags have no spaces or commas; the harness names metrics "acc,none".
         path = f"{prefix}{str(name).removesuffix(',none').replace(',', '/').replace(' ', '_')}"
         if isinstance(value, Mapping):
             yield from numbers(value, f"{path}/")
@@ -119,7 +108,7 @@ def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_markdown(result: Mapping[str, Any], path: Path) -> None:
-    """Raises :class:`StorageError` where the file cannot be written."""
+    """Writes the report; raises :class:`StorageError` if the file cannot be written."""
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,19 +123,19 @@ def write_markdown(result: Mapping[str, Any], path: Path) -> None:
 def write_tensorboard(
     result: Mapping[str, Any], folder: Path, step: int, forget_later: bool = False
 ) -> None:
-    """Every number as ``evaluation/<path>``, and every text, at ``step``.
+    """Writes every number as ``evaluation/<path>``, and every text, at ``step``.
 
     Args:
-        forget_later: whether what the folder has of this step and later ones is no longer shown.
+        forget_later: hide what the folder has of this step and of later ones.
 
     Raises:
-        StorageError: where the folder cannot be written to.
+        StorageError: if the folder cannot be written to.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     try:
-        # TensorBoard reads files in the order of their names. Those of one second differ by a
-        # number, which it compares as text: 10 is before 9.
+        # TensorBoard reads files in the order of their names, which begin with the second. Two
+        # files of one second differ by a number that it compares as text: 10 is before 9.
         while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
             time.sleep(0.05)
         with SummaryWriter(str(folder), purge_step=step if forget_later else None) as writer:

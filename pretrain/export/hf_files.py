@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.tokenizer_files import MORE_TEMPLATES
 from pretrain.core.errors import CheckpointError
+from pretrain.core.files import JsonObject
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES
 from pretrain.export.writer import (
@@ -66,7 +67,7 @@ def is_hf_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The ``config.json`` of a folder without foreign code.
 
     Raises:
@@ -259,7 +260,7 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
         yield view
 
 
-def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+def _without_paths(config: JsonObject) -> JsonObject:
     """Without the fields by which a tokenizer's config names files elsewhere."""
     return {
         name: value

@@ -5,7 +5,6 @@ opens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from pretrain.checkpoint.tokenizer_files import (
     content_of,
     write_side_files,
 )
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
@@ -84,7 +84,7 @@ def write_hf_folder(
 
 def _write_configs(
     folder: Path,
-    config: dict[str, Any],
+    config: JsonObject,
     tokenizer: Tokenizer,
     max_tokens: int,
     side_files: SideFiles,

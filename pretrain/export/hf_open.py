@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pretrain.core.errors import CheckpointError
+from pretrain.core.files import JsonObject
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.hf_files import (
     CONFIG,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Shapes = Mapping[str, tuple[int, ...]]
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL: JsonObject = {"local_files_only": True, "trust_remote_code": False}
 FOREIGN_LOGGERS = (
     "transformers",
     "huggingface_hub",
@@ -338,7 +339,7 @@ def _load(
         )
     except Exception as error:  # a damaged or hostile file raises errors of many kinds
         raise _refusal(folder, "the weights in ", view, error) from None
-    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", opened)
+    model, report = cast("tuple[PreTrainedModel, JsonObject]", opened)
     clauses = [f"'{name}' is missing" for name in sorted(report["missing_keys"])]
     clauses += [
         f"'{name}' is {list(found)} instead of {list(wanted)}"

@@ -18,6 +18,7 @@ from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.config.load import validate_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.core.plugins import add_loaded_plugins
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
@@ -68,7 +69,7 @@ NEUTRAL = {
 }
 # Fields that code shared by all classes reads where a class does not declare them, and what changes
 # nothing.
-READ_ANYWHERE: dict[str, Any] = {
+READ_ANYWHERE: JsonObject = {
     "attention_chunk_size": None,
     "head_dim": None,
     "is_causal": True,
@@ -160,7 +161,7 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     return recipe
 
 
-def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> dict[str, Any]:
+def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> JsonObject:
     try:
         return target.model_section(_Fields(config))
     except (
@@ -212,9 +213,9 @@ def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) ->
         ) from None
 
 
-def _resolved(config: PreTrainedConfig) -> dict[str, Any]:
+def _resolved(config: PreTrainedConfig) -> JsonObject:
     """The fields with what transformers' class computes for those that are null or left out."""
-    fields: dict[str, Any] = config.to_dict()
+    fields: JsonObject = config.to_dict()
     declared = {field.name for field in dataclasses.fields(config)}
     if "rope_parameters" in fields:
         fields["rope_parameters"] = resolved(
@@ -236,7 +237,7 @@ def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
     return f"{field} = {value}", str(ours)
 
 
-def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, Any]:
+def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
     if not (source / TOKENIZER).is_file():
         return {"kind": "train_bpe"}
     try:

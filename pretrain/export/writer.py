@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
 from pretrain.core.errors import CheckpointError, ConfigError, StorageError
-from pretrain.core.files import appearing_folder
+from pretrain.core.files import JsonObject, appearing_folder
 
 WEIGHTS = "model.safetensors"
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
@@ -58,7 +58,7 @@ def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> JsonObject:
     """The object in a JSON file that anybody may have written.
 
     Raises:

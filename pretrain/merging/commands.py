@@ -1,13 +1,11 @@
-"""What ``tools/merge_checkpoints.py`` does, one function a job; each returns what the command
-prints and writes as JSON.
-"""
+"""The jobs of ``tools/merge_checkpoints.py``, a function each, which return the result as JSON."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -39,19 +37,48 @@ from pretrain.merging.publish import Scoring, checked_folder
 from pretrain.merging.usage import answers, measure
 from pretrain.model.widths import initial_router_std
 
-Result = dict[str, Any]
+
+class ReducedLayer(TypedDict):
+    """A layer with fewer experts.
+
+    ``experts`` has the old experts that each new one is made of; ``usage`` has the share of the
+    choices that each old expert got.
+    """
+
+    layer: int
+    experts: Clusters
+    usage: list[float]
+
+
+class MergeResult(TypedDict, total=False):
+    """What a job reports; each job has those keys that it knows.
+
+    Losses are in nats a token on held-out text, before by checkpoint.
+    """
+
+    checkpoint: str
+    checkpoints: list[str]
+    output: str
+    step: int
+    dtype: str
+    tensors: int
+    bytes: int
+    losses_before: dict[str, float]
+    loss_after: float | None
+    notes: list[str]
+    layers: list[ReducedLayer]
 
 
 def chosen_checkpoints(
-    given: Sequence[str] | None, run: Path | None, last: int | None
+    paths: Sequence[str] | None, run: Path | None, last: int | None
 ) -> list[Path]:
-    """The checkpoints that a command was given, or those of a run, oldest first; each is whole.
+    """The checkpoints to merge: those in ``paths``, or the ``last`` ones of a run, oldest first.
 
     Raises:
-        ConfigError: where both or neither are given, or the run has fewer than asked for.
-        CheckpointError: where one is missing or damaged, or has another tokenizer than the first.
+        ConfigError: if both or neither are given, or the run has fewer than asked for.
+        CheckpointError: if one is missing or damaged, or has another tokenizer than the first.
     """
-    if (given is None) == (run is None):
+    if (paths is None) == (run is None):
         raise ConfigError("give either --checkpoints or --run")
     if last is not None and (run is None or last < 1):
         raise ConfigError("--last takes a number from 1 up and belongs to --run")
@@ -62,8 +89,9 @@ def chosen_checkpoints(
                 f"{run} has {len(found)} complete checkpoints: train with a larger"
                 " checkpoint.keep_last, or lower --last"
             )
-        given = [str(folder) for folder in reversed(found[:last])]
-    folders = [whole_checkpoint(path) for path in given or []]
+        # Found newest first; a moving average needs the order of the training.
+        paths = [str(folder) for folder in reversed(found[:last])]
+    folders = [whole_checkpoint(path) for path in paths or []]
     tokenizers = [_tokenizer_of(folder) for folder in folders]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         if tokenizer != tokenizers[0]:
@@ -96,10 +124,10 @@ def _begin(sha256: str | None) -> str:
 
 
 def rates_of(count: int, weights: Sequence[float] | None, decay: float | None) -> list[float]:
-    """Rates for :func:`blend`: of the weights or of the decay, where one is given.
+    """Rates for :func:`blend`, of ``weights`` or of ``decay``; a uniform mean without both.
 
     Raises:
-        ConfigError: where there are not as many weights as checkpoints, or they cannot be.
+        ConfigError: if there is not one weight for each checkpoint, or a value is out of range.
     """
     if weights is not None and len(weights) != count:
         raise ConfigError(
@@ -116,7 +144,7 @@ def blend(
     suffix: str,
     rates: Sequence[float],
     scoring: Scoring | None,
-) -> Result:
+) -> MergeResult:
     """A weighted mean of checkpoints of one model; the recipe is the last one's."""
     recipes = [read_recipe(folder) for folder in folders]
     check_same_function([recipe.model for recipe in recipes], [str(folder) for folder in folders])
@@ -129,13 +157,14 @@ def blend(
         scoring,
     )
     others = zip(folders[:-1], recipes[:-1], strict=True)
-    notes = [
+    # Fields such as the dropout may differ between checkpoints of one function.
+    result["notes"] = [
         f"{one.path} is {one.values[0]} in {folder} and {one.values[1]} in {folders[-1]}, whose"
         " recipe the result has; no weight depends on it"
         for folder, recipe in others
         for one in differences(recipe.model, recipes[-1].model)
     ]
-    return result | {"notes": notes}
+    return result
 
 
 def mix(
@@ -146,9 +175,10 @@ def mix(
     seed: int,
     overrides: Sequence[str],
     scoring: Scoring | None,
-) -> Result:
-    """Dense models of one form as one mixture; the recipe is the first one's, with as many experts
-    as there are models.
+) -> MergeResult:
+    """Dense models of one shape as one mixture, with an expert for each; branch-train-mix.
+
+    The recipe is that of the first model.
     """
     if len(folders) < 2:
         raise ConfigError(
@@ -179,9 +209,13 @@ def reduce_experts(
     similarity: str | None,
     overrides: Sequence[str],
     scoring: Scoring,
-) -> Result:
-    """Fewer experts in each layer: by usage or, with ``similarity`` (weights or outputs), the most
-    alike as one.
+) -> MergeResult:
+    """Fewer experts in each layer.
+
+    Args:
+        keep: experts that each layer has afterwards.
+        similarity: None drops the least used experts; ``weights`` or ``outputs`` averages those
+            that are most alike in it.
     """
     folder = whole_checkpoint(checkpoint)
     before, stored = read_recipe(folder), StoredWeights(folder)
@@ -211,16 +245,15 @@ def reduce_experts(
         scoring,
     )
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
-    rows = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
-    return result | {
-        "layers": [
-            {"layer": layer, "experts": chosen, "usage": usage} for layer, chosen, usage in rows
-        ]
-    }
+    layers = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
+    result["layers"] = [
+        {"layer": layer, "experts": chosen, "usage": usage} for layer, chosen, usage in layers
+    ]
+    return result
 
 
-def shards(checkpoint: str, output: Path, dtype: str, max_shard_size: str | None) -> Result:
-    """Plain safetensors with all experts joined, beside recipe and tokenizer."""
+def shards(checkpoint: str, output: Path, dtype: str, max_shard_size: str | None) -> MergeResult:
+    """Plain safetensors with the experts of all ranks joined, next to recipe and tokenizer."""
     folder = whole_checkpoint(checkpoint)
     shard_bytes = sys.maxsize if max_shard_size is None else parse_bytes(max_shard_size)
     done = export_safetensors(
@@ -242,8 +275,8 @@ def _publish(
     recipe: Recipe,
     tensors: Iterable[tuple[str, Tensor]],
     scoring: Scoring | None,
-) -> Result:
-    """Scores the models that came, writes the new one, scores it, and lets it appear."""
+) -> MergeResult:
+    """Scores the source models, writes the new one, scores it, and publishes its folder."""
     if scoring is not None and scoring.data is None:
         _check_same_data(folders)
     with checked_folder(output) as unchecked:
@@ -259,18 +292,22 @@ def _publish(
         )
         after = scoring.loss(unchecked) if scoring is not None else None
         written = StoredWeights(unchecked)
+        # Folders of weights are always fp32: 4 bytes an element.
         sizes = [4 * torch.Size(shape).numel() for shape in written.shapes.values()]
-    losses = {} if scoring is None else {"losses_before": before, "loss_after": after}
-    return {
+    result: MergeResult = {
         "checkpoints": [str(folder) for folder in folders],
         "output": str(output),
         "tensors": len(sizes),
         "bytes": sum(sizes),
-    } | losses
+    }
+    if scoring is not None:
+        result["losses_before"] = before
+        result["loss_after"] = after
+    return result
 
 
 def _check_same_data(folders: Sequence[Path]) -> None:
-    """Losses on different texts say nothing beside each other."""
+    """Checks that the losses of the sources are on the same text, and so can be compared."""
     recipes = {folder: read_recipe(folder) for folder in folders}
     data = {
         folder: data_folders(recipe.data, recipe.data_path) for folder, recipe in recipes.items()

@@ -33,8 +33,12 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of an axis: how it is called, the overrides that set it, and its number where it is
-    one.
+    """One value of an axis.
+
+    Attributes:
+        label: how it is called in names and tables.
+        overrides: ``field=value`` settings of a recipe.
+        number: the value, if it is a number.
     """
 
     label: str
@@ -44,10 +48,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is varied.
+    """A recipe field that is varied, or a named set of fields.
 
     Attributes:
-        options: the values; of a range, those that a grid tries, none where it has no count.
+        options: the values; of a range, those that a grid tries, and none if it has no count.
         scale: ``log``, ``linear`` or ``int`` for a range, None for an axis of listed values.
         low, high: of a range, both included.
     """
@@ -65,9 +69,8 @@ class Axis:
         return self.scale == other.scale and self.low <= other.low and other.high <= self.high
 
     def at(self, value: float) -> Choice:
-        """A value of the range; four digits, so that the value that is shown is the one that is
-        used.
-        """
+        """A value of the range, rounded to four significant digits."""
+        # Rounded before it is used, so that the value in names and tables is the exact one.
         exact: float | int = round(value) if self.scale == "int" else float(f"{value:.4g}")
         return Choice(_label(exact), (f"{self.name}={json.dumps(exact)}",), float(exact))
 
@@ -79,10 +82,10 @@ class Point:
     Attributes:
         values: the label of each axis that is varied, by the axis's name.
         overrides: what sets them, in order, the seed last.
-        run: the name of the point whose run stands for this one: its own, but where an earlier
-            point is the same recipe.
-        measured_on: what its validation loss is taken over, by name; losses over different things
-            do not compare.
+        run: the name of the point whose run gives this one's result: an earlier point, if both
+            have the same recipe, or this one.
+        measured_on: what its validation loss depends on besides the model, such as the tokenizer;
+            losses compare only if all of it is equal.
     """
 
     name: str
@@ -95,15 +98,18 @@ class Point:
 
     @property
     def group(self) -> str:
-        """What points that differ in their seed alone have in common."""
+        """The point's name without its seed."""
         return self.name if self.seed is None else self.name.removesuffix(f",seed={self.seed}")
 
 
-def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, Any]]:
-    """The base recipe, if any, and the axes of a file: a shipped one by its name, or a path.
+def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, object]]:
+    """The base recipe, if any, and the specifications of the axes in a file.
+
+    Args:
+        name_or_path: a shipped file by its name, or a path.
 
     Raises:
-        ConfigError: where there is no such file, or it holds no axes.
+        ConfigError: if there is no such file, or it holds no axes.
     """
     shipped = AXES_FOLDER / f"{name_or_path}.yaml"
     path = shipped if shipped.is_file() else Path(name_or_path)
@@ -133,13 +139,13 @@ def read_axes_file(name_or_path: str) -> tuple[str | None, dict[str, Any]]:
     base = content.get("base")
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' is the name or the path of one recipe (got {base!r})")
-    # A path is meant as seen from the file.
-    beside = path.parent / base if base else None
-    return (str(beside) if beside is not None and beside.is_file() else base), content["axes"]
+    # The path of a base is relative to the file, not to the working folder.
+    nearby = path.parent / base if base else None
+    return (str(nearby) if nearby is not None and nearby.is_file() else base), content["axes"]
 
 
-def parse_axis_option(text: str) -> tuple[str, Any]:
-    """``NAME=SPEC`` of a command line; the specification is read as YAML."""
+def parse_axis_option(text: str) -> tuple[str, object]:
+    """The name and the specification in ``NAME=SPEC``, which is read as YAML."""
     name, separator, spec = text.partition("=")
     if not separator or not name.strip() or not spec.strip():
         raise ConfigError(
@@ -149,25 +155,20 @@ def parse_axis_option(text: str) -> tuple[str, Any]:
     return name.strip(), parse_yaml(spec, f"--axis {text}")
 
 
-def parse_axis(name: str, spec: Any) -> Axis:
-    """An axis from what a file or the command line says.
+def parse_axis(name: str, spec: object) -> Axis:
+    """The axis of a specification from a file or from the command line.
 
     Raises:
-        ConfigError: for what is none of the three forms.
+        ConfigError: if it has none of the three forms.
     """
+    name = str(name)  # YAML may have read a number
     if isinstance(spec, str):
-        return _parse_range(str(name), spec)
+        return _parse_range(name, spec)
     if isinstance(spec, list) and spec:
-        return Axis(
-            str(name),
-            _distinct(
-                str(name),
-                [
-                    Choice(_label(value), (_override(str(name), value),), _number(value))
-                    for value in spec
-                ],
-            ),
-        )
+        listed = [
+            Choice(_label(value), (_override(name, value),), _number(value)) for value in spec
+        ]
+        return Axis(name, _distinct(name, listed))
     if (
         isinstance(spec, dict)
         and spec
@@ -177,7 +178,7 @@ def parse_axis(name: str, spec: Any) -> Axis:
             Choice(_label(label), tuple(_override(key, value) for key, value in fields.items()))
             for label, fields in spec.items()
         ]
-        return Axis(str(name), _distinct(str(name), choices))
+        return Axis(name, _distinct(name, choices))
     raise ConfigError(
         f"axis {name}: {spec!r} is no list of values, no range and no mapping of names to fields:"
         " see `--help`"
@@ -205,7 +206,8 @@ def _parse_range(name: str, text: str) -> Axis:
         low * (high / low) ** share if scale == "log" else low + (high - low) * share
         for share in shares
     ]
-    options = {choice.label: choice for choice in map(axis.at, values)}  # rounded integers may meet
+    # By label: neighbours of an integer range may round to the same value.
+    options = {choice.label: choice for choice in map(axis.at, values)}
     return Axis(name, tuple(options.values()), scale, low, high)
 
 
@@ -214,16 +216,13 @@ def _override(name: str, value: Any) -> str:
 
 
 def _label(value: Any) -> str:
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _number(value: Any) -> float | None:
+    # bool is a subclass of int, and True is no number to plot.
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -232,12 +231,12 @@ def _distinct(name: str, choices: Sequence[Choice]) -> tuple[Choice, ...]:
         label for label, count in Counter(choice.label for choice in choices).items() if count > 1
     ]
     if twice:
-        raise ConfigError(f"axis {name}: the value {twice[0]} stands twice: leave one out")
+        raise ConfigError(f"axis {name}: the value {twice[0]} is there twice: leave one out")
     return tuple(choices)
 
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted name, or as many parts as tell the axes apart."""
+    """The last part of each dotted name, or more parts if several axes would be called alike."""
     for parts in range(1, 9):
         names = {axis: ".".join(axis.split(".")[-parts:]) for axis in axes}
         if len(set(names.values())) == len(axes):
@@ -246,7 +245,12 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
 
 
 def point_of(choices: dict[str, Choice], names: dict[str, str], prefix: str = "") -> Point:
-    """The point that has these values; ``names`` are the axes' short ones."""
+    """The point that has these values.
+
+    Args:
+        names: short names of the axes.
+        prefix: the point's name, if it is not made of its values.
+    """
     name = (
         prefix
         or ",".join(f"{names[axis]}={choice.label}" for axis, choice in choices.items())
@@ -265,10 +269,12 @@ def point_of(choices: dict[str, Choice], names: dict[str, str], prefix: str = ""
 
 
 def file_name(name: str) -> str:
-    """A folder's name that is close to ``name``."""
+    """A name like ``name`` that a folder can have."""
     safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name)
     if len(safe) > LONGEST_NAME or safe.startswith("."):
-        safe = f"{safe[: LONGEST_NAME - 9].lstrip('.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        # The hash keeps names apart that begin alike.
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        safe = f"{safe[: LONGEST_NAME - 9].lstrip('.')}-{digest}"
     return safe
 
 
@@ -282,7 +288,7 @@ def grid(axes: Sequence[Axis]) -> list[Point]:
 
 
 def one_at_a_time(axes: Sequence[Axis]) -> list[Point]:
-    """The base recipe, then each value of each axis by itself."""
+    """The base recipe, then each value of each axis alone."""
     names = short_names([axis.name for axis in axes])
     return [
         point_of({}, names),
@@ -300,12 +306,12 @@ def _listed(axis: Axis) -> tuple[Choice, ...]:
 
 
 def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
-    """Each point with each seed; the points themselves where no seed is given."""
+    """Each point with each seed; the points themselves if there are no seeds."""
     if not seeds:
         return list(points)
     if len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"--seeds {' '.join(map(str, seeds))}: a seed stands twice; leave one out"
+            f"--seeds {' '.join(map(str, seeds))}: a seed is there twice; leave one out"
         )
     return [
         Point(
@@ -322,7 +328,7 @@ def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
 
 
 def without_equal_names(points: Sequence[Point]) -> list[Point]:
-    """Points whose names became equal as folders get a number behind."""
+    """The points, with a number behind names that became equal as names of folders."""
     seen: Counter[str] = Counter()
     result = []
     for point in points:

@@ -1,6 +1,4 @@
-"""What ``tools/sweep.py`` and ``tools/run_ablations.py`` have in common: options, and the way from
-them to a report.
-"""
+"""Options and main program that ``tools/sweep.py`` and ``tools/run_ablations.py`` share."""
 
 from __future__ import annotations
 
@@ -9,9 +7,8 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +17,7 @@ from pretrain.config.load import apply_override
 from pretrain.core.cli import add_json_option, write_json
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
-from pretrain.core.files import only_writer
+from pretrain.core.files import JsonObject, only_writer
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import DEFAULT_DS_CONFIG, shown
 from pretrain.engine.ds_config import read_ds_config
@@ -28,19 +25,13 @@ from pretrain.sweeps.axes import Point, parse_axis
 from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
 from pretrain.sweeps.plan import REFUSALS_SHOWN, planned_study, searching
 from pretrain.sweeps.progress import SweepProgress
-from pretrain.sweeps.report import (
-    incomparable,
-    point_rows,
-    ranking,
-    states,
-    terminal_table,
-    write_report,
-)
+from pretrain.sweeps.report import terminal_table, write_report
+from pretrain.sweeps.results import GroupResult, incomparable, point_rows, ranking, states
 from pretrain.sweeps.runner import Runner, StopRequest, listed_points
 from pretrain.sweeps.slurm import write_array
 from pretrain.sweeps.study import SETTLED, Design, Study, base_mapping, open_study
 
-# What makes a sweep another one.
+# Options that define a sweep: with other values of them it is another sweep.
 DESIGN_OPTIONS = (
     "overrides",
     "tokens",
@@ -55,17 +46,18 @@ DESIGN_OPTIONS = (
     "mode",
 )
 EXIT_CODES = """
-The same command again, or --output alone, goes on: finished runs are not started again, interrupted ones go on from their checkpoints.
-The same command with more seeds, values of an axis or trials adds runs to those that are there.
+The same command again, or --output alone, resumes a sweep: finished runs are not started again,
+interrupted ones resume from their checkpoints. The same command with more seeds, values of an axis
+or trials adds runs to the existing ones.
 
-exit codes: 0 every run finished, 2 usage, a point that cannot run, or another sweep's folder, 3 data, 5 disk,
-75 interrupted and saved; where runs failed, the exit code of the first of them"""
+exit codes: 0 every run finished, 2 usage, a point that cannot run, or another sweep's folder,
+3 data, 5 disk, 75 interrupted and saved; if runs failed, the exit code of the first of them"""
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both commands take.
+    """Adds the options that both commands take.
 
-    Those of :data:`DESIGN_OPTIONS` are None where they are not given.
+    Those of :data:`DESIGN_OPTIONS` have the default None: whether one was given can be seen.
     """
     parser.add_argument(
         "--output",
@@ -73,8 +65,15 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="runs, records and report; alone: go on with it",
+        help="runs, records and report; alone: resume the sweep in it",
     )
+    _add_run_options(parser)
+    _add_execution_options(parser)
+    add_json_option(parser)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every run of the sweep has in common."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -106,6 +105,10 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
             " (default: zero1)"
         ),
     )
+
+
+def _add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """Options of how the runs are started; they may differ from one start to the next."""
     parser.add_argument(
         "--slots",
         type=int,
@@ -144,29 +147,28 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --output alone: report what has finished, and start nothing",
     )
-    add_json_option(parser)
 
 
 def design_from(
     options: argparse.Namespace,
     kind: str,
     recipe: str,
-    axes: dict[str, Any],
+    axes: Mapping[str, object],
     search: str,
     trials: int = 0,
 ) -> Design:
-    """What is asked for.
+    """The sweep that the options describe.
 
     Raises:
-        ConfigError: for sizes below 1, axes of no known form, and credentials, which would be
-            copied into the folder.
+        ConfigError: for sizes below 1, axes of no known form, and credentials.
     """
     for name in ("ranks", "tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value} must be at least 1")
     for name, spec in axes.items():
+        # Credentials are refused because the design is written into the folder in plain text.
         for choice in parse_axis(name, spec).options:
-            content: dict[str, Any] = {}
+            content: JsonObject = {}
             for override in choice.overrides:
                 apply_override(content, override)
             refuse_credentials(content, f"axis {name}")
@@ -187,13 +189,18 @@ def design_from(
     )
 
 
-def _plain(spec: Any) -> Any:
-    """As JSON gives it back: names of values are text."""
+def _plain(spec: object) -> object:
+    """The specification as JSON returns it, with the names of values as text."""
     return {str(key): value for key, value in spec.items()} if isinstance(spec, dict) else spec
 
 
 def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) -> int:
-    """From what is asked for, or what the folder holds, to a report."""
+    """Runs a sweep and reports it; returns the exit code.
+
+    Args:
+        design: None if only ``--output`` is given: the folder's own sweep is resumed.
+        tool: the command that was started, for job scripts and the hint how to continue.
+    """
     if options.slots is not None and options.slots < 1:
         raise ConfigError(f"--slots {options.slots} must be at least 1")
     output = options.output.resolve()
@@ -224,33 +231,32 @@ def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) ->
 
 
 def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
-    """What --output alone goes on with.
+    """The sweep that --output alone resumes.
 
     Raises:
-        ConfigError: where there is nothing, or options say what a sweep is, which would change
-            nothing of the one that is there.
+        ConfigError: if there is none, or an option would define a sweep: it would be ignored.
     """
     if found is None:
         raise ConfigError(
-            f"{options.output} holds no sweep to go on with: say what to vary, see --help"
+            f"{options.output} holds no sweep to resume: say what to vary, see --help"
         )
     for name in DESIGN_OPTIONS:
         if getattr(options, name, None) is not None:
             flag = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} says what a sweep is, and --output alone goes on with the one that is"
-                " there: give the whole command again"
+                f"{flag} defines a sweep, and --output alone resumes the one that is there: give"
+                " the whole command again"
             )
     return found
 
 
 @contextlib.contextmanager
 def _working_in(folder: str) -> Iterator[None]:
-    """Relative paths of a recipe are seen from where the sweep was made."""
+    """Changes to the folder that the sweep was made in, as a recipe's relative paths start there."""
     if not Path(folder).is_dir():
         raise ConfigError(
             f"the sweep was started in {folder}, which is not there: its recipe's relative paths"
-            " are seen from it; put it back"
+            " start from it; put it back"
         )
     with contextlib.chdir(folder):
         yield
@@ -273,9 +279,9 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
 
 
 def _run_one(options: argparse.Namespace, study: Study) -> int:
-    """One run of an array.
+    """Runs one point, as a job of an array does.
 
-    The report is left to the command without --point: several of these run at once.
+    It writes no report, as several jobs end at once; the command with --report does.
     """
     if study.design.search == "tpe" or not 0 <= options.point < len(study.runs):
         raise ConfigError(
@@ -307,10 +313,9 @@ def _work(
     runs: list[Point],
     settled: set[str],
 ) -> bool:
-    """Runs what is left of ``runs``, in the order of ``points``; false where it was interrupted."""
-    devices = slot_devices(
-        visible_gpus(), 1 if options.point is not None else options.slots, study.design.ranks
-    )
+    """Runs what is left of ``runs``, in the order of ``points``; false if it was interrupted."""
+    slots = 1 if options.point is not None else options.slots
+    devices = slot_devices(visible_gpus(), slots, study.design.ranks)
     steps = {point.run: study.num_steps(point) for point in runs}
     reached = {
         run: min(reached_step(study.run_folder(run)), count)
@@ -318,6 +323,7 @@ def _work(
         if run not in settled
     }
     if study.design.search == "tpe":
+        # The steps of trials that are not chosen yet are unknown: the mean of the others is shown.
         total_runs = study.design.trials
         total_steps = total_runs * (sum(steps.values()) // len(steps) if steps else 1)
     else:
@@ -339,69 +345,72 @@ def _work(
 
 
 def exit_code(study: Study, points: list[Point]) -> int:
-    """0 where all has finished or was pruned, the code of the first failed run, 2 where a search
-    found no point that can run, else 75.
+    """The exit code of a sweep.
+
+    0 if all runs have finished or were pruned, 2 if a search found no point that can run, the code
+    of the first failed run, or 75 if runs are left.
     """
     records = [study.record(point) for point in points]
     if records and all(record.state == "refused" for record in records):
         return USAGE
     for record in records:
         if record.state == "failed":
-            code: int = record.attempts[-1].get("exit_code") or 1 if record.attempts else 1
-            return code
+            # A run can fail with code 0, if its data has no validation split to compare.
+            return (record.attempts[-1].get("exit_code") or 1) if record.attempts else 1
     return DONE if all(record.state in SETTLED for record in records) else PREEMPTED
 
 
 def _report(
     options: argparse.Namespace, study: Study, interrupted: bool, again: Sequence[str] = ()
 ) -> int:
-    paths, ranked, counts = write_report(study), ranking(study), states(study)
+    """Writes and prints the report; ``again`` is the command that continues an interrupted sweep."""
+    paths, ranked = write_report(study), ranking(study)
     if options.json_path != "-":
-        console = Console()
-        if ranked:
-            console.print(terminal_table(study, ranked))
-        records = [study.record(point) for point in study.runs]
-        refused = [record for record in records if record.state == "refused"]
-        for record in [
-            *(record for record in records if record.state == "failed"),
-            *refused[:REFUSALS_SHOWN],
-        ]:
-            console.print(
-                f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False
-            )
-        if (note := incomparable(study)) is not None:
-            console.print(f"warning: {note}", markup=False, highlight=False, soft_wrap=True)
-        told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        console.print(
-            f"{told}; the report is {paths['markdown']}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _print_report(study, ranked, paths["markdown"])
         if interrupted:
-            console.print(
-                f"interrupted: python {shlex.join(again)} continues",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            _print_plain(f"interrupted: python {shlex.join(again)} continues")
     result = {
         "output": str(study.output),
         "search": study.design.search,
         "runs": len(study.runs),
-        "states": counts,
+        "states": states(study),
         "incomparable": incomparable(study),
-        "ranking": ranked,
-        "points": point_rows(study),
+        "ranking": [entry.to_dict() for entry in ranked],
+        "points": [row.to_dict() for row in point_rows(study)],
         "skipped": study.skipped,
         "files": {name: str(path) for name, path in paths.items()},
     }
     write_json(result, options.json_path)
-    return DONE if options.report else PREEMPTED if interrupted else exit_code(study, study.runs)
+    if options.report:
+        return DONE
+    return PREEMPTED if interrupted else exit_code(study, study.runs)
+
+
+def _print_report(study: Study, ranked: list[GroupResult], path: Path) -> None:
+    """The ranking, what failed, and where the whole report is, for the terminal."""
+    if ranked:
+        Console().print(terminal_table(study, ranked))
+    records = [study.record(point) for point in study.runs]
+    failed = [record for record in records if record.state == "failed"]
+    # A search may have hundreds of refused points; all failed runs are worth a line.
+    refused = [record for record in records if record.state == "refused"][:REFUSALS_SHOWN]
+    for record in [*failed, *refused]:
+        Console().print(
+            f"{record.state} {record.point.run}: {record.error}", markup=False, highlight=False
+        )
+    if (note := incomparable(study)) is not None:
+        _print_plain(f"warning: {note}")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(states(study).items()))
+    _print_plain(f"{counts}; the report is {path}")
+
+
+def _print_plain(text: str) -> None:
+    # Without wrapping: a path or a command that is cut into lines cannot be copied.
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _list_points(options: argparse.Namespace, study: Study) -> int:
-    """--dry-run: the points with what they set."""
+    """Prints the points and the fields that they set, for --dry-run."""
     points = study.points
     if options.json_path != "-":
         table = Table(

@@ -1,5 +1,6 @@
-"""One run of a sweep as a command: the same launchers that a user starts, below a supervisor that
-ends with the sweep.
+"""One run of a sweep as a command: the launcher that a user starts, below a supervisor.
+
+The supervisor ends the run if the sweep dies.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from pretrain.core.errors import ConfigError
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import LAUNCHERS
 from pretrain.sweeps.axes import Point
-from pretrain.sweeps.study import DS_CONFIG, Study
+from pretrain.sweeps.study import DS_CONFIG, RunResult, Study
 
-# What a launcher or a batch system tells its processes: a run of a sweep is none of them.
+# Set by launchers and batch systems for their own processes. A run of a sweep is not one of them:
+# inherited, they would make it wait for ranks that do not exist.
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -34,16 +36,16 @@ RANK_VARIABLES = (
     "SLURM_STEP_ID",
 )
 TAIL_BYTES = 1 << 14
-# The sentence that a run ends with; a progress bar that has not ended its line stands before it.
+# The sentence that a run ends with; an unfinished progress bar may come before it on the line.
 ERROR = re.compile(r"(?:^|\])error: (.+)$")
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that runs are spread over: those of CUDA_VISIBLE_DEVICES, or all that the driver
-    lists; none on a machine without.
-    """
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name and not name.startswith("-")]
+    """The GPUs that runs are spread over: those of CUDA_VISIBLE_DEVICES, or all of the machine."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        # "-1" hides all GPUs.
+        return [name for name in visible.split(",") if name and not name.startswith("-")]
+    # Asked of the driver: this process needs torch for nothing else.
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -57,12 +59,13 @@ def visible_gpus() -> list[str]:
 
 
 def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[list[str]]:
-    """The GPUs of each slot, as many as ranks; empty lists on CPUs.
+    """The GPUs of each slot, one for each rank; empty lists on CPUs.
 
-    Without ``slots`` as many as the GPUs allow, one on CPUs.
+    Args:
+        slots: runs at once; by default what the GPUs allow, and one on CPUs.
 
     Raises:
-        ConfigError: where the GPUs do not suffice.
+        ConfigError: if there are too few GPUs.
     """
     if not gpus:
         return [[] for _ in range(slots or 1)]
@@ -76,9 +79,7 @@ def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[lis
 
 
 def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[str]:
-    """The command line of a run: Python for one rank, the deepspeed launcher for more, below the
-    supervisor.
-    """
+    """The command line of a run: Python for one rank, the deepspeed launcher for more ranks."""
     settings = [*point.overrides, f"run_path={study.run_folder(point.run)}"]
     training = [
         str(LAUNCHERS / "pretrain.py"),
@@ -93,12 +94,13 @@ def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[s
     if ranks == 1:
         launcher = [sys.executable]
     else:
-        where = (
+        # The deepspeed launcher overrides CUDA_VISIBLE_DEVICES: it needs the devices as an option.
+        placement = (
             ["--include", f"localhost:{','.join(devices)}"]
             if devices
             else ["--num_accelerators", str(ranks)]
         )
-        launcher = ["deepspeed", *where, "--master_port", str(_free_port())]
+        launcher = ["deepspeed", *placement, "--master_port", str(_free_port())]
     return [
         sys.executable,
         str(LAUNCHERS / "supervise.py"),
@@ -110,12 +112,10 @@ def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[s
 
 
 def launch_environment(slots: int, ranks: int, devices: Sequence[str]) -> dict[str, str]:
-    """The environment of a run: its GPUs, its share of the cores, and nothing of a launcher above."""
+    """The environment of a run: its GPUs, and its share of the cores."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment["PATH"] = (
-        # deepspeed lies beside this Python
-        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    )
+    # The deepspeed command is next to this Python, whose environment may not be active.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (slots * ranks)))
     )
@@ -125,46 +125,50 @@ def launch_environment(slots: int, ranks: int, devices: Sequence[str]) -> dict[s
 
 
 def _free_port() -> int:
+    # Runs at the same time need different ports, and the launcher's default is always 29500.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def result_path(study: Study, point: Point) -> Path:
+    """The JSON that a run writes when it ends."""
     return study.point_folder(point.run) / "result.json"
 
 
 def output_path(study: Study, point: Point) -> Path:
+    """What all attempts of a run have printed."""
     return study.point_folder(point.run) / "output.txt"
 
 
-def read_result(study: Study, point: Point) -> dict[str, Any] | None:
-    """What a run says of itself that has all its steps, or that a guard ended early.
+def read_result(study: Study, point: Point) -> RunResult | None:
+    """The result of a run that has taken all its steps, or that a guard ended early.
 
-    None where it is not there or torn.
+    None if there is no such result, or its file is torn.
     """
     try:
-        result: dict[str, Any] = json.loads(result_path(study, point).read_text(encoding="utf-8"))
+        content = json.loads(result_path(study, point).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    done: bool = result["stopped_early"] or result["steps"] >= study.num_steps(point)
+    result = cast(RunResult, content)
+    done = result["stopped_early"] or result["steps"] >= study.num_steps(point)
     return result if done else None
 
 
 def error_sentence(printed: str, code: int) -> str:
-    """Why a run failed: its own sentence, else its exit code and the last line it printed."""
+    """Why a run failed: the sentence it printed, or its exit code and its last line."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    told = [match[1] for line in lines if (match := ERROR.search(line))]
-    return (
-        told[-1]
-        if told
-        else f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
-    )
+    sentences = [match[1] for line in lines if (match := ERROR.search(line))]
+    if sentences:
+        return sentences[-1]
+    return f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
 
 
 def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
-    """The rows of a run's training_log.csv, or those in its last bytes; a torn last line is left
-    out.
+    """The records of a run's training_log.csv; a torn last line is left out.
+
+    Args:
+        last_bytes: read only the records in this many bytes at the end of the file.
     """
     path = run / "training_log.csv"
     if not path.is_file():
@@ -174,7 +178,7 @@ def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
         size = os.fstat(file.fileno()).st_size
         cut = last_bytes is not None and size - last_bytes > file.tell()
         if cut and last_bytes is not None:
-            file.seek(size - last_bytes)
+            file.seek(size - last_bytes)  # may land inside a line, which is dropped below
         lines = file.read().decode(errors="replace").splitlines(keepends=True)
     return list(
         csv.DictReader([line for line in lines[1 if cut else 0 :] if line.endswith("\n")], columns)
@@ -182,15 +186,15 @@ def metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, str]]:
 
 
 def reached_step(run: Path) -> int:
-    """The step of the newest row, 0 where there is none."""
-    rows = metrics(run, TAIL_BYTES)
-    return int(rows[-1]["step"]) if rows else 0
+    """The step of the newest record, 0 if there is none."""
+    records = metrics(run, TAIL_BYTES)
+    return int(records[-1]["step"]) if records else 0
 
 
 def validations(run: Path) -> list[tuple[int, float]]:
     """The validation losses by step."""
     return [
-        (int(row["step"]), float(row["validation_loss"]))
-        for row in metrics(run)
-        if row["kind"] == "validation"
+        (int(record["step"]), float(record["validation_loss"]))
+        for record in metrics(run)
+        if record["kind"] == "validation"
     ]

@@ -17,19 +17,18 @@ from pretrain.core.errors import ConfigError, DataError, PipelineError
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
 from pretrain.sweeps.search import next_point, random_points
-from pretrain.sweeps.study import Design, Record, Study, same_design
+from pretrain.sweeps.study import Design, Record, SkippedPoint, Study, same_design
 
-# A search gives up after so many proposals a trial that no rule lets pass, or that are the same as
-# an earlier one.
+# A search gives up after this many proposals for each trial: rules may refuse all of them, or they
+# repeat earlier points.
 PROPOSALS_PER_TRIAL = 10
-# Before a search starts, the proposals of so many trials are looked through for one that can run.
+# Before a search starts, the proposals of this many trials are searched for one that can run.
 TRIALS_CHECKED = 5
 REFUSALS_SHOWN = 5
 
 
 def planned_points(design: Design) -> list[Point]:
-    """The points that are known from the start: all, or none yet for a search that chooses as it
-    goes.
+    """The points that are known from the start: none for a tpe search, all for the others.
 
     Raises:
         ConfigError: for axes that the search does not take.
@@ -50,14 +49,14 @@ def planned_points(design: Design) -> list[Point]:
 
 
 def planned_study(output: Path, design: Design, found: Study | None, skip_invalid: bool) -> Study:
-    """The sweep that is asked for, its points all checked; nothing is written yet.
+    """The sweep that is asked for, with every point checked; nothing is written yet.
 
     Args:
-        found: what the folder holds. It may be a part of what is asked for: its points stay the
-            first ones, with their names and runs.
+        found: the sweep in the folder. It may be a part of ``design``: its points then come first,
+            with their names and runs.
 
     Raises:
-        ConfigError: where the folder holds another sweep, or a point cannot run.
+        ConfigError: if the folder holds another sweep, or a point cannot run.
     """
     points = planned_points(design)
     if found is not None:
@@ -74,9 +73,7 @@ def planned_study(output: Path, design: Design, found: Study | None, skip_invali
 
 
 def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
-    """Whether a design, and the points that are known of it from the start, have all that the sweep
-    that was found has.
-    """
+    """Whether a design with these ``points`` includes all of the sweep that was found."""
     if design.search == "tpe":
         before, now = (
             {axis.name: axis for axis in one.parsed_axes()} for one in (found.design, design)
@@ -91,22 +88,25 @@ def _contains(points: Sequence[Point], design: Design, found: Study) -> bool:
 
 
 class PointCheck:
-    """Rules, ranks, data and mixture of a point, before a process is started; data folders are read
-    once.
+    """Checks rules, ranks, data and mixture of a point before a process is started.
+
+    Each data folder is read once.
     """
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.stage = zero_stage_of(study.design.ds_config, "the ds_config")
-        self._corpora: dict[str, Datasets] = {}
+        self.zero_stage = zero_stage_of(study.design.ds_config, "the ds_config")
+        self._datasets: dict[str, Datasets] = {}
 
     def __call__(self, point: Point) -> Recipe:
-        """Raises :class:`PipelineError` where the point cannot run, with the sentence that training
-        would end with.
+        """The point's recipe.
+
+        Raises:
+            PipelineError: if the point cannot run, with the sentence that training would end with.
         """
         recipe = self.study.recipe_of(point)
-        check_topology(recipe, self.study.design.ranks, self.stage)
-        datasets = self._corpora_of(recipe)
+        check_topology(recipe, self.study.design.ranks, self.zero_stage)
+        datasets = self._datasets_of(recipe)
         if not datasets.utf8_bytes("validation"):
             raise DataError(
                 f"the data in {datasets.place} has no validation split to compare runs by: build it"
@@ -117,10 +117,8 @@ class PointCheck:
         return recipe
 
     def measured_on(self, recipe: Recipe) -> dict[str, str]:
-        """What the validation loss of a run of this recipe is taken over: equal for runs whose
-        losses compare.
-        """
-        datasets = self._corpora_of(recipe)
+        """What the validation loss depends on besides the model; equal if two losses compare."""
+        datasets = self._datasets_of(recipe)
         held_out = [
             manifest.splits["validation"]
             for manifest in datasets.manifests.values()
@@ -141,20 +139,19 @@ class PointCheck:
             "document mask": str(recipe.data.document_mask),
         }
 
-    def _corpora_of(self, recipe: Recipe) -> Datasets:
+    def _datasets_of(self, recipe: Recipe) -> Datasets:
         folders = data_folders(recipe.data, recipe.data_path)
         key = json.dumps(folders, sort_keys=True)
-        if key not in self._corpora:
-            self._corpora[key] = load_datasets(folders)
-        return self._corpora[key]
+        if key not in self._datasets:
+            self._datasets[key] = load_datasets(folders)
+        return self._datasets[key]
 
 
 def check_search(study: Study) -> None:
-    """Looks for a point of a tpe search that can run, as the search itself will.
+    """Checks that a tpe search will find a point that can run.
 
     Raises:
-        ConfigError: where there is none among its first proposals, with their reasons; nothing has
-            been written then.
+        ConfigError: if none of its first proposals can run, with their reasons.
     """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
     records: list[Record] = []
@@ -174,7 +171,7 @@ def check_search(study: Study) -> None:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """The same for recipes that would train the same run."""
+    """A hash that is equal for recipes that train the same run: all fields but name and folder."""
     return canonical_sha256(
         {
             key: value
@@ -186,16 +183,18 @@ def fingerprint(recipe: Recipe) -> str:
 
 def checked_points(
     study: Study, points: Sequence[Point], skip_invalid: bool
-) -> tuple[list[Point], list[dict[str, str]]]:
-    """The points that can run, equal ones standing for one run; and those that cannot, with the
-    reason.
+) -> tuple[list[Point], list[SkippedPoint]]:
+    """The points that can run, and those that cannot, with the reason.
+
+    Points of equal recipes get the run of the first of them.
 
     Raises:
-        ConfigError: where a point cannot run and ``skip_invalid`` is false, with a sentence for
-            each; nothing has started then.
+        ConfigError: if a point cannot run and ``skip_invalid`` is false, with a sentence for each.
     """
-    check, kept, refused = PointCheck(study), [], []
-    runs: dict[str, str] = {}
+    check = PointCheck(study)
+    kept: list[Point] = []
+    refused: list[SkippedPoint] = []
+    runs: dict[str, str] = {}  # the first point of each recipe, by the recipe's fingerprint
     for point in points:
         try:
             recipe = check(point)
@@ -216,7 +215,7 @@ def checked_points(
         more = (
             f"; and {len(refused) - REFUSALS_SHOWN} more" if len(refused) > REFUSALS_SHOWN else ""
         )
-        remedy = "" if skip_invalid else "; mend them, or leave them out with --skip-invalid"
+        remedy = "" if skip_invalid else "; fix them, or leave them out with --skip-invalid"
         raise ConfigError(
             f"{len(refused)} of {len(points)} points cannot run, nothing was started:"
             f" {shown}{more}{remedy}"
@@ -225,10 +224,10 @@ def checked_points(
 
 
 def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]:
-    """Hands out the points of a tpe search: first those that are ``left`` of earlier starts, then
-    new ones until there are enough trials.
+    """A function that returns the next point of a tpe search at each call.
 
-    A run that failed is a trial as well.
+    First come the points that are ``left`` from earlier starts, then new ones until there are
+    enough trials. A run that failed counts as a trial.
     """
     axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
     remaining = iter(left)
@@ -255,6 +254,7 @@ def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]
                 record.point = replace(record.point, measured_on=check.measured_on(recipe))
             except PipelineError as error:
                 record.state, record.error = "refused", str(error)
+            # Refused proposals are recorded too: the sampler would propose them again.
             study.point_folder(record.point.run).mkdir(parents=True, exist_ok=True)
             study.write(record)
             study.points.append(record.point)

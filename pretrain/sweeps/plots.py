@@ -1,4 +1,4 @@
-"""Pictures of a sweep, as PNG in memory."""
+"""Plots of a sweep, as PNG in memory."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain.sweeps.axes import Axis
+from pretrain.sweeps.results import GroupResult
 
-# Beyond this many points names hide the picture.
+# Beyond this many points their names hide the plot.
 NAMED_POINTS = 24
 DPI = 120
 
 
-def _perplexity_error(entries: Sequence[dict[str, Any]]) -> list[list[float]]:
+def _perplexity_error(entries: Sequence[GroupResult]) -> list[list[float]]:
     """How far one standard deviation of the loss reaches below and above each perplexity."""
-    spreads = [entry["spread"] or 0.0 for entry in entries]
-    values = [entry["perplexity"] for entry in entries]
-    below = [
-        value * (1.0 - math.exp(-spread)) for value, spread in zip(values, spreads, strict=True)
-    ]
-    return [
-        below,
-        [value * (math.exp(spread) - 1.0) for value, spread in zip(values, spreads, strict=True)],
-    ]
+    pairs = [(entry.perplexity, entry.spread or 0.0) for entry in entries]
+    # Perplexity is exp(loss): an interval that is symmetric in the loss is not in the perplexity.
+    below = [value * (1.0 - math.exp(-spread)) for value, spread in pairs]
+    above = [value * (math.exp(spread) - 1.0) for value, spread in pairs]
+    return [below, above]
 
 
 def _saved(figure: Any) -> bytes:
@@ -39,19 +36,22 @@ def _saved(figure: Any) -> bytes:
 def _pyplot() -> Any:
     import matplotlib
 
+    # Draws into memory: the default backend may ask for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
 
 
-def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> bytes:
-    """Perplexity against a size of the model, and the line of points, all their seeds finished,
-    that no smaller one beats.
+def draw_sizes(ranked: Sequence[GroupResult], sizes: Sequence[float], label: str) -> bytes:
+    """Perplexity against a size of the model, with the line of points that no smaller one beats.
+
+    Args:
+        sizes: of each entry of ``ranked``; the x axis, called ``label``.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    sizes, values = [entry[column] for entry in ranked], [entry["perplexity"] for entry in ranked]
+    values = [entry.perplexity for entry in ranked]
     axes.errorbar(
         sizes,
         values,
@@ -61,10 +61,14 @@ def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> byt
         capsize=3,
         elinewidth=0.8,
     )
-    whole = [entry for entry in ranked if entry["seeds"] == entry["seeds_asked"]] or ranked
-    front = _front([entry[column] for entry in whole], [entry["perplexity"] for entry in whole])
+    # A mean over fewer seeds may be too good: the diverged ones are missing in it.
+    whole = [
+        (size, entry.perplexity)
+        for entry, size in zip(ranked, sizes, strict=True)
+        if entry.is_complete
+    ]
     axes.plot(
-        *zip(*front, strict=True),
+        *zip(*_front(whole or list(zip(sizes, values, strict=True))), strict=True),
         color="tab:gray",
         linewidth=0.8,
         linestyle="--",
@@ -74,7 +78,7 @@ def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> byt
     if len(ranked) <= NAMED_POINTS:
         for entry, size, value in zip(ranked, sizes, values, strict=True):
             axes.annotate(
-                entry["point"], (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7
+                entry.point, (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7
             )
     if max(sizes) > 1.5 * min(sizes):
         axes.set_xscale("log")
@@ -84,17 +88,20 @@ def draw_sizes(ranked: Sequence[dict[str, Any]], column: str, label: str) -> byt
     return _saved(figure)
 
 
-def _front(sizes: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (size, perplexity) pairs that are better than every smaller one, by size."""
     front: list[tuple[float, float]] = []
-    for size, value in sorted(zip(sizes, values, strict=True)):
+    for size, value in sorted(points):
         if not front or value < front[-1][1]:
             front.append((size, value))
     return front
 
 
-def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_base: bool) -> bytes:
-    """A panel an axis: perplexity by the axis's value; numbers on a scale, names side by side, the
-    base recipe as a line.
+def draw_axes(groups: Sequence[GroupResult], axes: Sequence[Axis], against_base: bool) -> bytes:
+    """Perplexity by the value of each axis, one panel an axis.
+
+    Args:
+        against_base: draw the base recipe's perplexity as a line.
     """
     pyplot = _pyplot()
     columns = min(3, len(axes))
@@ -104,14 +111,14 @@ def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_ba
     )
     base = next(
         (
-            entry["perplexity"]
+            entry.perplexity
             for entry in groups
-            if not any(value is not None for value in entry["values"].values())
+            if not any(value is not None for value in entry.values.values())
         ),
         None,
     )
     for axis, panel in zip(axes, panels.flat, strict=False):
-        entries = [entry for entry in groups if entry["values"].get(axis.name) is not None]
+        entries = [entry for entry in groups if entry.values.get(axis.name) is not None]
         if entries:
             _draw_axis(panel, axis, entries)
         if against_base and base is not None:
@@ -119,26 +126,29 @@ def draw_axes(groups: Sequence[dict[str, Any]], axes: Sequence[Axis], against_ba
             panel.legend()
         panel.set(xlabel=axis.name, ylabel="validation perplexity")
         panel.grid(alpha=0.3)
+    # The grid of panels may have more cells than there are axes.
     for panel in list(panels.flat)[len(axes) :]:
         panel.set_visible(False)
     return _saved(figure)
 
 
-def _draw_axis(panel: Any, axis: Axis, entries: Sequence[dict[str, Any]]) -> None:
-    numeric = all(axis.name in entry["numbers"] for entry in entries)
+def _draw_axis(panel: Any, axis: Axis, entries: Sequence[GroupResult]) -> None:
+    """Draws numbers on a scale, and named values at equal distances."""
+    numeric = all(axis.name in entry.numbers for entry in entries)
+    places: list[float]
     if numeric:
-        places = [entry["numbers"][axis.name] for entry in entries]
+        places = [entry.numbers[axis.name] for entry in entries]
         if axis.scale == "log":
             panel.set_xscale("log")
     else:
         labels = [option.label for option in axis.options]
-        places = [labels.index(entry["values"][axis.name]) for entry in entries]
+        places = [labels.index(entry.values[axis.name] or "") for entry in entries]
         panel.set_xticks(
             range(len(labels)), labels, rotation=30 if max(map(len, labels)) > 8 else 0
         )
     panel.errorbar(
         places,
-        [entry["perplexity"] for entry in entries],
+        [entry.perplexity for entry in entries],
         yerr=_perplexity_error(entries),
         fmt="o",
         markersize=5,

@@ -1,6 +1,4 @@
-"""What a sweep says while it runs: one bar over the steps of all runs with the time left, and a
-line when a run starts or ends.
-"""
+"""Progress of a sweep: one bar over the steps of all runs, and a line when a run starts or ends."""
 
 from __future__ import annotations
 
@@ -15,19 +13,21 @@ from pretrain.sweeps.study import Record
 
 
 class SweepProgress:
-    """On standard error; where that is no terminal, the bar is a line every half minute.
+    """The bar on standard error; if that is no terminal, the bar is a line every half minute.
 
     Args:
-        steps: of each run, by name; a search adds its runs as it chooses them.
         total_runs, total_steps: of the whole sweep.
-        reached: the step each run has already reached.
+        settled: the steps of each run that has ended, by name.
+        reached: the step that each other run has reached in earlier starts.
     """
 
     def __init__(
         self, total_runs: int, total_steps: int, settled: dict[str, int], reached: dict[str, int]
     ) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.total_runs, self.settled, self.reached = total_runs, dict(settled), dict(reached)
+        self.total_runs = total_runs
+        self.settled = dict(settled)
+        self.reached = dict(reached)
         self.bar = tqdm(
             total=total_steps,
             initial=sum(settled.values()) + sum(reached.values()),
@@ -40,13 +40,16 @@ class SweepProgress:
         self._waiting: set[str] = set()
 
     def say(self, text: str) -> None:
+        """Prints a line above the bar."""
         tqdm.write(text, file=sys.stderr)
 
     def started(self, point: Point) -> None:
+        """A run has started."""
         self._waiting.discard(point.run)
         self.say(f"started {point.run}")
 
     def waiting(self, point: Point, folder: Path) -> None:
+        """A run cannot start yet; said once for each run."""
         if point.run not in self._waiting:
             self._waiting.add(point.run)
             self.say(
@@ -55,7 +58,7 @@ class SweepProgress:
             )
 
     def ended(self, record: Record, steps: int) -> None:
-        """A run has ended in one way or another; ``steps`` are those it was to take."""
+        """A run has ended; ``steps`` is the number of steps that it was to take."""
         run, loss = record.point.run, record.loss
         if record.state != "interrupted":
             self.reached.pop(run, None)
@@ -71,15 +74,17 @@ class SweepProgress:
         self.say(f"{record.state} {run}{': ' + what if what else ''}")
 
     def stopping(self, running: int, again: bool) -> None:
+        """The sweep was asked to stop, for the first time or ``again``."""
         how = (
             "ending them without saving"
             if again
             else "waiting for them to save (Ctrl-C once more ends them at once)"
         )
-        self.say(f"stopping: {running} runs are going on, {how}")
+        self.say(f"stopping: {running} runs are active, {how}")
 
     def show(self, steps: dict[str, int]) -> None:
-        """``steps`` that the running ones have reached."""
+        """Moves the bar to the steps that the active runs have reached, by name."""
+        # A resumed run starts below the step it had reached: the bar must not move back.
         self.reached |= {
             run: max(step, self.reached.get(run, 0))
             for run, step in steps.items()
@@ -91,4 +96,5 @@ class SweepProgress:
         self.bar.update(sum(self.settled.values()) + sum(self.reached.values()) - self.bar.n)
 
     def close(self) -> None:
+        """Leaves the bar as it is, and ends its line."""
         self.bar.close()

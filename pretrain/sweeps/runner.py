@@ -1,5 +1,6 @@
-"""Runs side by side on one machine, each resumable: a killed sweep starts nothing twice and loses
-nothing that was saved.
+"""Runs in parallel on one machine, each resumable.
+
+A killed sweep starts no run twice, and loses nothing that was saved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Any
 
 from pretrain.core.errors import (
     BAD_CHECKPOINT,
@@ -36,20 +36,23 @@ from pretrain.sweeps.launch import (
 )
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.search import should_prune
-from pretrain.sweeps.study import SETTLED, Record, Study, is_written_to, try_lock
+from pretrain.sweeps.study import SETTLED, Record, RunResult, Study, is_written_to, try_lock
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
-# A run that is asked to end may end with any code before it listens to signals; with these it has
-# told an error of its own.
+# A run that is asked to stop before it has installed its signal handlers may exit with any code.
+# These codes still mean an error of the run itself.
 OWN_REASONS = (USAGE, BAD_DATA, BAD_CHECKPOINT, IO_FAILED, NON_FINITE)
 
 
 @dataclass
 class Active:
-    """A point that a slot is busy with.
+    """A point that occupies a slot.
 
-    ``lock`` and ``process`` are None while an earlier start of the run has not ended.
+    Attributes:
+        lock, process: None while a process of an earlier start of the run is still alive.
+        printed_before: bytes of the output file that earlier attempts have written.
+        pruning: whether the run was asked to end because it is worse than the others.
     """
 
     record: Record
@@ -67,20 +70,22 @@ class StopRequest:
         self.count = 0
 
     def install(self) -> None:
+        """Replaces this process's handlers of both signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Only counted: a handler runs between any two instructions, and the loop looks later.
         self.count += 1
 
 
 class Runner:
-    """Works through points with as many runs at once as there are slots.
+    """Works through points, one run at a time in each slot.
 
     Args:
         devices: the GPUs of each slot; one empty list a slot on CPUs.
-        points: the next point when a slot is free, None when there is none now or no more.
-        keep_going: go on with other points after a run has failed.
+        points: returns the next point when a slot is free, None when there are no more.
+        keep_going: start other points after a run has failed.
         retry_failed: start failed runs once more.
     """
 
@@ -94,14 +99,13 @@ class Runner:
         keep_going: bool = True,
         retry_failed: bool = False,
     ) -> None:
-        self.study, self.devices, self.points, self.stop, self.progress = (
-            study,
-            devices,
-            points,
-            stop,
-            progress,
-        )
-        self.keep_going, self.retry_failed = keep_going, retry_failed
+        self.study = study
+        self.devices = devices
+        self.points = points
+        self.stop = stop
+        self.progress = progress
+        self.keep_going = keep_going
+        self.retry_failed = retry_failed
         self.active: list[Active] = []
         self.failed = False
         self._exhausted = False
@@ -109,7 +113,7 @@ class Runner:
         self._shown = 0.0
 
     def run(self) -> bool:
-        """Until nothing is left to do: true, or false where it was told to stop before."""
+        """Returns true when nothing is left to do, false if it was asked to stop before."""
         while True:
             self._fill_slots()
             for active in list(self.active):
@@ -146,9 +150,7 @@ class Runner:
             self._prune(active)
 
     def _try_to_start(self, active: Active) -> None:
-        """Starts a run as soon as no process of an earlier start lives any more; leaves it as it is
-        where it is settled.
-        """
+        """Starts a run, unless it is settled or a process of an earlier start is still alive."""
         if self.stop.count:
             self._release(active)
             return
@@ -156,16 +158,17 @@ class Runner:
         folder = self.study.run_folder(point.run)
         if active.lock is None:
             active.lock = try_lock(self.study.point_folder(point.run))
+        # The supervisor of an earlier start holds the first lock, the training itself the second.
         if active.lock is None or is_written_to(folder):
             self.progress.waiting(point, folder)
             return
+        # Read again under the lock: another sweep of this folder may have settled it.
         active.record = self.study.record(point)
         retry = self.retry_failed and active.record.state == "failed"
         if active.record.state in SETTLED and not retry:
             self._release(active)
-        elif (
-            result := read_result(self.study, point)
-        ) is not None:  # the sweep was killed between the run's end and the record of it
+        # The sweep may have been killed between the end of the run and its record.
+        elif (result := read_result(self.study, point)) is not None:
             self._settle(active, result)
         else:
             self._start(active)
@@ -173,8 +176,10 @@ class Runner:
     def _start(self, active: Active) -> None:
         study, point, devices = self.study, active.record.point, self.devices[active.slot]
         assert active.lock is not None
+        # Otherwise the result of an earlier attempt could be taken for this one's.
         result_path(study, point).unlink(missing_ok=True)
-        active.record.state, active.record.error = "running", None
+        active.record.state = "running"
+        active.record.error = None
         active.record.attempts.append({"started": _now()})
         study.write(active.record)
         with output_path(study, point).open("ab") as output:
@@ -186,50 +191,50 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes to the run through this process alone
-                pass_fds=(
-                    active.lock,
-                ),  # the lock lasts as long as the supervisor, also when this process is killed
+                # Ctrl-C must reach the run through this process alone, so that a second one is
+                # known to be a second one.
+                start_new_session=True,
+                # The supervisor keeps the lock when this process is killed.
+                pass_fds=(active.lock,),
             )
         self.progress.started(point)
 
     def _finish(self, active: Active, code: int) -> None:
+        """Records how a process ended: finished, pruned, interrupted or failed."""
         record, study = active.record, self.study
-        record.attempts[-1] |= {"ended": _now(), "exit_code": code}
+        record.attempts[-1].update({"ended": _now(), "exit_code": code})
         result = read_result(study, record.point) if code == DONE else None
         if result is not None:
             self._settle(active, result)
             return
-        asked = self.stop.count > 0 or active.pruning
-        if code == PREEMPTED or (asked and code not in OWN_REASONS):
+        was_asked_to_end = self.stop.count > 0 or active.pruning
+        if code == PREEMPTED or (was_asked_to_end and code not in OWN_REASONS):
             record.state = "pruned" if active.pruning else "interrupted"
         else:
             with output_path(study, record.point).open("rb") as output:
                 output.seek(active.printed_before)
                 record.error = error_sentence(output.read().decode(errors="replace"), code)
-            record.state, self.failed = "failed", True
+            record.state = "failed"
+            self.failed = True
         if active.pruning:
             record.validation = validations(study.run_folder(record.point.run))
         study.write(record)
         self._release(active)
         self.progress.ended(record, study.num_steps(record.point))
 
-    def _settle(self, active: Active, result: dict[str, Any]) -> None:
+    def _settle(self, active: Active, result: RunResult) -> None:
+        """Records the result of a run that has taken all its steps."""
         record, study = active.record, self.study
         if record.attempts:
-            record.attempts[-1] |= {"resumed_from_step": result["resumed_from_step"]}
+            record.attempts[-1]["resumed_from_step"] = result["resumed_from_step"]
         if result["validation_loss_in_training"] is None:
-            record.state, record.error, self.failed = (
-                "failed",
-                "the data has no validation split to compare runs by",
-                True,
-            )
+            record.state = "failed"
+            record.error = "the data has no validation split to compare runs by"
+            self.failed = True
         else:
-            record.state, record.result, record.validation = (
-                "finished",
-                result,
-                validations(study.run_folder(record.point.run)),
-            )
+            record.state = "finished"
+            record.result = result
+            record.validation = validations(study.run_folder(record.point.run))
         study.write(record)
         self._release(active)
         self.progress.ended(record, study.num_steps(record.point))
@@ -250,15 +255,17 @@ class Runner:
                 active.process.send_signal(signal.SIGTERM)
 
     def _hand_on_signals(self) -> None:
-        """The first request lets the runs save; the second kills them with all that is below them."""
+        """The first request lets the runs save; the second kills them and their children."""
         while self._signals_sent < self.stop.count:
             self._signals_sent += 1
             self.progress.stopping(len(self.active), again=self._signals_sent > 1)
             for active in self.active:
-                if active.process is not None and active.process.poll() is None:
-                    active.process.send_signal(
-                        signal.SIGTERM
-                    ) if self._signals_sent == 1 else _kill_all(active.process.pid)
+                if active.process is None or active.process.poll() is not None:
+                    continue
+                if self._signals_sent == 1:
+                    active.process.send_signal(signal.SIGTERM)
+                else:
+                    _kill_all(active.process.pid)
 
     def _show(self) -> None:
         if time.monotonic() - self._shown >= PROGRESS_SECONDS:
@@ -277,6 +284,7 @@ def _kill_all(pid: int) -> None:
     import psutil
 
     root = psutil.Process(pid)
+    # Children first: a dead supervisor's children would have another parent, and be missed.
     for process in [*root.children(recursive=True), root]:
         process.kill()
 
@@ -286,6 +294,6 @@ def _now() -> str:
 
 
 def listed_points(points: list[Point]) -> Callable[[], Point | None]:
-    """Hands out points that are known from the start, one a call."""
+    """A function that returns the next of the given points at each call, None after the last."""
     remaining: Iterator[Point] = iter(points)
     return lambda: next(remaining, None)

@@ -1,10 +1,8 @@
 """Points that optuna chooses.
 
-The records of the runs are the only memory: a study of optuna's is made from them whenever one is
-needed.
-
-So an interrupted search goes on as it would have, and no second store can disagree with the runs'
-folders.
+The records of the runs are the only store: an optuna study is made from them whenever it is needed.
+So an interrupted search continues as if nothing had happened, and no second store can disagree with
+the runs' folders.
 """
 
 from __future__ import annotations
@@ -22,20 +20,19 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-# Runs that are compared before the first one may be pruned, and validations that a run has before
-# it may be.
+# No run is pruned before this many others have finished, or before it has validated more than once:
+# early losses depend more on the warm-up than on the point.
 PRUNING_STARTS_AFTER_RUNS = 4
 PRUNING_STARTS_AFTER_VALIDATIONS = 1
 
 
 def trial_name(number: int) -> str:
+    """The name of a search's point; zeros keep the names in order."""
     return f"{TRIAL}{number:04d}"
 
 
 def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
-    """``count`` points drawn independently and uniformly (on a log scale where the range is one)
-    from the axes.
-    """
+    """``count`` points drawn independently and uniformly; on a log scale for ``log:`` ranges."""
     from optuna.samplers import RandomSampler
 
     study = _study(RandomSampler(seed))
@@ -43,23 +40,29 @@ def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
 
 
 def next_point(axes: Sequence[Axis], records: Sequence[Record], seed: int) -> Point:
-    """The next trial of a search by the tree-structured Parzen estimator (Bergstra et al. 2011),
-    from what is known of the earlier ones.
+    """The next trial by the tree-structured Parzen estimator (TPE, Bergstra et al. 2011).
 
-    Runs that are going on count as bad ones, so that the next one is tried elsewhere. The sampler's
-    seed is that of the search and the trial's number: with one run at a time the search is the same
-    however often it was interrupted.
+    With one run at a time the search is the same however often it was interrupted.
+
+    Args:
+        records: all earlier trials, in order.
     """
     from optuna.samplers import TPESampler
 
+    # The seed differs for each trial because the sampler is new for each: with one seed it would
+    # draw the same point again. constant_liar counts active runs as bad ones, so that parallel
+    # trials are spread out.
     study = _study(TPESampler(seed=seed + len(records), multivariate=True, constant_liar=True))
     study.add_trials([_trial(record, axes) for record in records])
     return _ask(study, axes, len(records))
 
 
 def should_prune(records: Sequence[Record], validation: Sequence[tuple[int, float]]) -> bool:
-    """Whether a run's best validation loss so far is worse than the median of what finished runs
-    had at its last step.
+    """Whether a run is worse than the median of the finished runs at the same step.
+
+    Args:
+        records: of all runs.
+        validation: (step, loss) of the run; its best loss so far is compared.
     """
     from optuna.pruners import MedianPruner
     from optuna.samplers import RandomSampler
@@ -113,17 +116,15 @@ def _ask(study: Study, axes: Sequence[Axis], number: int) -> Point:
 
 
 def _choice(axis: Axis, value: float | str) -> Choice:
-    return (
-        next(option for option in axis.options if option.label == value)
-        if axis.scale is None
-        else axis.at(float(value))
-    )
+    if axis.scale is not None:
+        return axis.at(float(value))
+    return next(option for option in axis.options if option.label == value)
 
 
 def _trial(record: Record, axes: Sequence[Axis]) -> FrozenTrial:
-    """A run as optuna sees it.
+    """A run as a trial of optuna.
 
-    One that diverged or was pruned is worse than all that finished, one that failed says nothing.
+    A diverged or pruned run counts as worse than all finished ones; other failures are ignored.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -154,6 +155,6 @@ def _trial(record: Record, axes: Sequence[Axis]) -> FrozenTrial:
 
 
 def _within(axis: Axis, number: float) -> float | int:
-    """A value that rounding to four digits may have put just outside."""
+    """The value, moved into the range: rounding to four digits may have put it just outside."""
     inside = min(max(number, axis.low), axis.high)
     return round(inside) if axis.scale == "int" else inside

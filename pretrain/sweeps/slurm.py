@@ -1,4 +1,4 @@
-"""A sweep as an array of SLURM jobs: one task a run, each on a machine of its own choosing."""
+"""A sweep as an array of SLURM jobs, one task for each run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pretrain.sweeps.study import Study
 SCRIPT = "array.sbatch"
 TEXT = """\
 #!/usr/bin/env bash
-# {count} runs, at most {slots} at once. Give what your cluster wants on the command line: sbatch --gpus-per-node={ranks} --time=4:00:00 {script}
-# A preempted run saves, ends with code {preempted}, and is put back into the queue. What came out, at any time: {report}
+# {count} runs, at most {slots} at once. Give what your cluster wants on the command line:
+#   sbatch --gpus-per-node={ranks} --time=4:00:00 {script}
+# A preempted run saves, ends with code {preempted}, and is put back into the queue.
+# The report, at any time: {report}
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}%{slots}
 #SBATCH --ntasks=1
@@ -26,7 +28,8 @@ TEXT = """\
 set -euo pipefail
 cd {folder}
 
-# SLURM signals this shell, and a shell looks at signals only when its command has ended: so the command runs beside it.
+# SLURM signals this shell, and a shell handles signals only after its foreground command has ended:
+# so the command runs in the background.
 stopped=
 trap 'stopped=1; kill -TERM "$task" 2>/dev/null || true' TERM INT
 {python} {tool} --output {output} --point "$SLURM_ARRAY_TASK_ID" &
@@ -35,13 +38,18 @@ code=0
 wait "$task" || code=$?
 # The signal ended this wait, not the run, which saves now.
 if [[ -n "$stopped" ]]; then code=0; wait "$task" || code=$?; fi
-if [[ $code -eq {preempted} ]]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
+if [[ $code -eq {preempted} ]]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
 exit "$code"
 """
 
 
 def write_array(study: Study, tool: Path, slots: int) -> Path:
     """Writes the batch script and returns its path.
+
+    Args:
+        slots: jobs of the array that may run at once.
 
     Raises:
         ConfigError: for a search whose points are not known from the start.
@@ -51,7 +59,8 @@ def write_array(study: Study, tool: Path, slots: int) -> Path:
             "a tpe search chooses each point by the earlier ones and cannot be an array of jobs:"
             " use --search grid or random"
         )
-    output, script = study.output.resolve(), study.output.resolve() / SCRIPT
+    output = study.output.resolve()
+    script = output / SCRIPT
     text = TEXT.format(
         count=len(study.runs),
         last=len(study.runs) - 1,

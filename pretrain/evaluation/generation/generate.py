@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -166,17 +166,18 @@ def transformers_next_logits(
     check_length(max_tokens, model.config.max_position_embeddings)
     cache, alignment = DynamicCache(config=model.config), _Alignment(padding, device)
     parameters = inspect.signature(model.forward).parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # the older releases' name
+    # Older releases of transformers call it past_key_values.
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     @torch.inference_mode()
     def next_logits(added_BS: Tensor) -> Tensor:
         positions_BS, present_BU = alignment.extend(added_BS.shape[1])
         # Models with ALiBi take no positions: they count what the mask leaves.
-        given: dict[str, Any] = {cache_name: cache}
+        inputs: dict[str, object] = {cache_name: cache}
         if "position_ids" in parameters and positions_BS is not None:
-            given["position_ids"] = positions_BS
+            inputs["position_ids"] = positions_BS
         logits_BSV = model(
-            input_ids=added_BS.to(device), attention_mask=present_BU, use_cache=True, **given
+            input_ids=added_BS.to(device), attention_mask=present_BU, use_cache=True, **inputs
         ).logits
         return logits_BSV[:, -1]
 

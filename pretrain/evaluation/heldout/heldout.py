@@ -1,15 +1,13 @@
-"""A model's score on a held-out split, by source and by length, beside baselines that are scored on
-the same text.
-"""
+"""A model's score on a held-out split, by source and by length, and baselines on the same text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +39,7 @@ from pretrain.evaluation.heldout.perplexity import (
     transformers_logits,
 )
 from pretrain.evaluation.heldout.text import Groups, HeldoutText, SlidingWindows, read_split
+from pretrain.evaluation.result import EvaluationResult
 from pretrain.export.hf_files import is_hf_folder, read_config, stored_shapes
 
 NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
@@ -49,11 +48,12 @@ NAMED_ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a text is cut: windows of ``window`` inputs, ``stride`` apart.
+    """How a text is cut into windows.
 
-    ``max_windows`` of them spread over the split, or all.
-
-    ``batch_size`` windows stand in one batch. Where experts drop tokens, the loss depends on it.
+    Attributes:
+        window, stride: inputs of a window, and the distance from one to the next, in tokens.
+        batch_size: windows at once. If experts drop tokens, the loss depends on it.
+        max_windows: score only this many, spread over the split; all by default.
     """
 
     window: int
@@ -64,26 +64,31 @@ class WindowPlan:
     max_windows: int | None = None
 
     def windows(self, text: HeldoutText) -> SlidingWindows:
+        """The windows of a text."""
         return SlidingWindows(
             text.stream, self.window, self.stride, self.pad_id, self.document_mask, text.section
         )
 
     def is_complete(self, windows: SlidingWindows) -> bool:
+        """Whether every token of the split is scored, as bits per byte need."""
         return not windows.is_sample and (
             self.max_windows is None or self.max_windows >= windows.num_all
         )
 
     def batches(self, windows: SlidingWindows, title: str) -> Iterator[Batch]:
-        """Batches of fixed windows, with a progress bar."""
+        """Batches of the windows, the same ones in each call, with a progress bar."""
         count = min(windows.num_all, self.max_windows or windows.num_all)
         batches = validation_batches(windows, self.batch_size, 0, 1, self.max_windows)
         yield from tqdm(batches, total=-(-count // self.batch_size), desc=title, unit="batch")
 
     def places(self, windows: SlidingWindows) -> Iterator[np.ndarray]:
-        """For each batch, which token of the stream each of its targets is: int64 [b, S], without
-        the last batch's filling.
+        """For each batch, the position of each target in the stream.
+
+        Yields int64 [b, S]; b is smaller than the batch size in the last batch, whose padding has
+        no positions.
         """
         count = min(windows.num_all, self.max_windows or windows.num_all)
+        # The same windows as validation_batches chooses; labels are one token behind the inputs.
         starts = np.arange(count) * windows.num_all // count * windows.step
         for first in range(0, count, self.batch_size):
             yield starts[first : first + self.batch_size, None] + np.arange(1, self.window + 1)
@@ -91,10 +96,12 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """``loss`` in nats per token.
+    """The score of a group of targets.
 
-    ``accuracy`` is the share of targets that were the likeliest token; ``bits_per_byte`` needs all
-    windows.
+    Attributes:
+        loss: nats per token.
+        accuracy: share of the targets that were the likeliest token.
+        bits_per_byte: None unless all windows were scored.
     """
 
     targets: int
@@ -105,6 +112,7 @@ class GroupScore:
 
     @classmethod
     def of(cls, nats: float, targets: int, correct: int, utf8_bytes: int | None) -> GroupScore:
+        """The score from sums over the targets, and the size of their text in bytes if known."""
         evaluation = Evaluation(nats, targets, correct)
         bits = evaluation.bits_per_byte(utf8_bytes) if utf8_bytes else None
         return cls(targets, evaluation.loss, evaluation.perplexity, evaluation.accuracy, bits)
@@ -112,9 +120,12 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class BaselineScore:
-    """``loss`` in nats per token of the baseline's own tokenizer.
+    """The score of another model on the same text.
 
-    ``windows`` are the training samples that an n-gram was fitted on.
+    Attributes:
+        loss: nats per token of the baseline's own tokenizer; compare bits per byte instead if the
+            tokenizers differ.
+        windows: training samples that an n-gram was fitted on; None for other baselines.
     """
 
     loss: float
@@ -128,10 +139,11 @@ class BaselineScore:
 class HeldoutScore:
     """A model's result.
 
-    ``step`` is None for a Hugging Face folder; ``window`` and ``stride`` are in tokens.
-
-    ``batch_size`` windows were computed together, on which the result depends if
-    ``depends_on_batch`` says why.
+    Attributes:
+        step: None for a Hugging Face folder.
+        window, stride: in tokens.
+        batch_size: windows that were computed together.
+        depends_on_batch: why the result depends on the batch size; None if it does not.
     """
 
     data: str
@@ -152,16 +164,28 @@ class HeldoutScore:
 
     @property
     def bigram(self) -> BaselineScore | None:
+        """The score of the bigram model, if it was asked for."""
         return self.baselines.get("bigram")
 
     @property
     def better_by(self) -> float | None:
-        """Nats per token by which the model beats the bigram; negative where it does not."""
+        """Nats per token by which the model beats the bigram; negative if it does not."""
         return None if self.bigram is None else self.bigram.loss - self.loss
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EvaluationResult:
+        """The score as JSON has it."""
         bigram = None if self.bigram is None else asdict(self.bigram)
-        return {**asdict(self), "bigram": bigram, "better_than_bigram_by": self.better_by}
+        fields = {**asdict(self), "bigram": bigram, "better_than_bigram_by": self.better_by}
+        return cast(EvaluationResult, fields)
+
+
+@dataclass(frozen=True)
+class _ModelScore:
+    """The part of a :class:`HeldoutScore` that depends on the model's logits."""
+
+    total: GroupScore
+    by_source: dict[str, GroupScore]
+    by_length: dict[str, GroupScore]
 
 
 def score_checkpoint(
@@ -175,14 +199,14 @@ def score_checkpoint(
     window: int | None = None,
     stride: int | None = None,
 ) -> HeldoutScore:
-    """Scores every window of ``split``, or ``max_windows`` of them spread over it.
+    """Scores a checkpoint on every window of a split, or on ``max_windows`` of them.
 
     Args:
         data: a data folder; the run's own by default.
         batch_size: windows at once, the recipe's micro batch by default.
-        baselines: unigram, bigram, 3-gram and so on, for which ``data`` must be what the checkpoint
-            was trained on; or Hugging Face folders.
-        window, stride: tokens; the sequences of the training, and no overlap, by default.
+        baselines: Hugging Face folders, or unigram, bigram, 3-gram and so on; for these ``data``
+            must be what the checkpoint was trained on.
+        window, stride: in tokens; by default the training's sequence length, without overlap.
 
     Raises:
         DataError: when ``data`` does not belong to the checkpoint, or the split is too short.
@@ -208,12 +232,19 @@ def score_checkpoint(
     def fit(order: int) -> tuple[NGram, int]:
         return fit_on_seen_samples(datasets, read_run_recipe(checkpoint), state, order)
 
-    # Fitted first: where the data is not what the model was trained on, nobody waits for the rest.
+    # Fitted first, so that data that the model was not trained on is found before the long part.
     fitted = {name: fit(ngram_order(name)) for name in baselines if NGRAM_NAMES.match(name)}
     score = _score(native_logits(model), text, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, fitted, text, plan, device) for name in baselines}
-    how = (plan.window, plan.stride, plan.batch_size, call_dependence(model.config))
-    return HeldoutScore(datasets.place, state["step"], split, *how, **score, baselines=scores)
+    return _heldout_score(
+        score,
+        scores,
+        plan,
+        data=datasets.place,
+        step=state["step"],
+        split=split,
+        depends_on_batch=call_dependence(model.config),
+    )
 
 
 def score_transformers(
@@ -227,15 +258,13 @@ def score_transformers(
     window: int | None = None,
     stride: int | None = None,
 ) -> HeldoutScore:
-    """Scores a Hugging Face folder on the texts of ``data``, in its own tokens, each document with
-    the tokens around it that the model knows.
+    """Scores a Hugging Face folder on the texts of ``data``, in the tokens of its own tokenizer.
 
-    With ``max_windows`` and a tokenizer that is not that of the data, only those windows are
-    encoded: see :func:`pretrain.evaluation.heldout.other_tokens.in_tokens_of`.
+    If that is not the tokenizer of the data, only the windows that are scored are encoded: see
+    :func:`pretrain.evaluation.heldout.other_tokens.in_tokens_of`.
 
     Raises:
-        ConfigError: for a baseline that is no Hugging Face folder: what the model was trained on is
-            not known.
+        ConfigError: for an n-gram baseline: the training data of such a folder is not known.
         DataError, CheckpointError: as :func:`score_checkpoint`.
     """
     check_baselines(baselines)
@@ -252,8 +281,44 @@ def score_transformers(
     encoded = in_tokens_of(opened, text, window, max_windows)
     score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
-    how = (plan.window, plan.stride, plan.batch_size, opened.call_dependence)
-    return HeldoutScore(datasets.place, None, split, *how, **score, baselines=scores)
+    return _heldout_score(
+        score,
+        scores,
+        plan,
+        data=datasets.place,
+        step=None,
+        split=split,
+        depends_on_batch=opened.call_dependence,
+    )
+
+
+def _heldout_score(
+    score: _ModelScore,
+    baselines: dict[str, BaselineScore],
+    plan: WindowPlan,
+    *,
+    data: str,
+    step: int | None,
+    split: str,
+    depends_on_batch: str | None,
+) -> HeldoutScore:
+    return HeldoutScore(
+        data=data,
+        step=step,
+        split=split,
+        window=plan.window,
+        stride=plan.stride,
+        batch_size=plan.batch_size,
+        depends_on_batch=depends_on_batch,
+        targets=score.total.targets,
+        loss=score.total.loss,
+        perplexity=score.total.perplexity,
+        accuracy=score.total.accuracy,
+        bits_per_byte=score.total.bits_per_byte,
+        by_source=score.by_source,
+        by_length=score.by_length,
+        baselines=baselines,
+    )
 
 
 def _plan(
@@ -282,9 +347,10 @@ def _plan(
 
 def _score(
     logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: torch.device, title: str
-) -> dict[str, Any]:
-    """The fields of a :class:`HeldoutScore` that come from the model."""
+) -> _ModelScore:
+    """The model's scores over all windows, in total and by group."""
     windows, groups = plan.windows(text), Groups(text)
+    # The scores come without the batch that they are of: its labels say which targets count.
     seen: list[Batch] = []
 
     def remembered() -> Iterator[Batch]:
@@ -307,15 +373,15 @@ def _score(
     complete = plan.is_complete(windows)
     bytes_D = text.bytes_D() if complete else None
     total = GroupScore.of(nats, targets, correct, text.utf8_bytes if complete else None)
-    grouped = {
-        f"by_{kind}": {name: GroupScore.of(*row) for name, row in groups.by(kind, bytes_D).items()}
+    by_source, by_length = (
+        {name: GroupScore.of(*sums) for name, sums in groups.by(kind, bytes_D).items()}
         for kind in ("source", "length")
-    }
-    return {**asdict(total), **grouped}
+    )
+    return _ModelScore(total, by_source, by_length)
 
 
 def check_baselines(names: Sequence[str]) -> None:
-    """Before anybody waits for the model's own score.
+    """Checks the names of baselines, before the model is scored.
 
     Raises:
         ConfigError: for a name that is neither an n-gram nor a Hugging Face folder.
@@ -336,6 +402,7 @@ def check_baselines(names: Sequence[str]) -> None:
 
 
 def ngram_order(name: str) -> int:
+    """The order of an n-gram by its name: 2 for ``bigram``, 5 for ``5-gram``."""
     return NAMED_ORDERS[name] if name in NAMED_ORDERS else int(name[0])
 
 
@@ -356,8 +423,8 @@ def _score_baseline(
         )
     opened = open_transformers(Path(name), device)
     window = min(plan.window, opened.max_positions)
-    own = in_tokens_of(opened, text, window, plan.max_windows)
-    theirs = WindowPlan(
+    encoded = in_tokens_of(opened, text, window, plan.max_windows)
+    baseline_plan = WindowPlan(
         window,
         min(plan.stride, window),
         plan.batch_size,
@@ -365,28 +432,29 @@ def _score_baseline(
         plan.document_mask,
         plan.max_windows,
     )
-    score = _score(transformers_logits(opened.model), own, theirs, device, Path(name).name)
-    return BaselineScore(
-        score["loss"], score["perplexity"], score["bits_per_byte"], score["targets"]
-    )
+    logits_of = transformers_logits(opened.model)
+    total = _score(logits_of, encoded, baseline_plan, device, Path(name).name).total
+    return BaselineScore(total.loss, total.perplexity, total.bits_per_byte, total.targets)
 
 
 def fit_on_seen_samples(
-    datasets: Datasets, recipe: Recipe, state: dict[str, Any], order: int = 2
+    datasets: Datasets, recipe: Recipe, state: Mapping[str, Any], order: int = 2
 ) -> tuple[NGram, int]:
-    """An n-gram of every training sample that the run of a checkpoint with this ``state`` has seen,
-    each once, and the number of these samples.
+    """An n-gram fitted on the training samples that a checkpoint has seen, and their number.
+
+    A sample that was seen in several epochs counts once.
 
     Args:
         recipe: of the whole run.
+        state: of the checkpoint.
 
     Raises:
-        DataError: where ``datasets`` is not the data that the run has seen.
+        DataError: if ``datasets`` is not the data that the run has seen.
     """
     if is_weights_alone(state):
         raise DataError(
             "the n-gram is fitted on what the model has seen, which a checkpoint of weights alone"
-            " does not tell: leave the n-gram out"
+            " does not record: leave the n-gram out"
         )
     if "plans" not in state["data"]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (Gao et al. 2021) on our checkpoints and on Hugging Face folders."""
+"""Tasks of lm-evaluation-harness (Gao et al. 2021) on checkpoints and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tqdm
 from pretrain.checkpoint.tokenizer_files import ID_FIELDS
 from pretrain.core.errors import ConfigError, DataError, PipelineError
 from pretrain.evaluation.generation.generators import NativeGenerator, TransformersGenerator
+from pretrain.evaluation.result import TaskMetrics
 from pretrain.export.hf_open import quiet_libraries
 
 if TYPE_CHECKING:
@@ -30,23 +31,22 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> dict[str, dict[str, Any]]:
-    """Each metric of each task and group, as the harness names them ("acc,none"), with its standard
-    error.
+) -> dict[str, TaskMetrics]:
+    """Runs tasks; returns the metrics of each task and group.
 
-    A Hugging Face folder is run by the harness's own class. Texts are written as the task says,
-    whatever the folder's own sampling defaults are.
+    Metrics have the harness's names ("acc,none"), and their standard errors are among them. A
+    Hugging Face folder is run by the harness's own class. Texts are sampled as the task demands,
+    whatever the folder's own defaults are.
 
     Args:
-        include_path: folder of task files (YAML). Where they are all the tasks, the harness's own
-            list is not read.
+        include_path: folder of task files (YAML). If they define all of ``tasks``, the harness's
+            own list, which takes long to read, is left out.
         num_fewshot: examples before each question; the task's own number by default.
         limit: documents of each task, from its first one.
 
     Raises:
-        ConfigError: for a task that there is not.
-        DataError: where a task's data cannot be read: tasks of the harness's own list come from the
-            hub.
+        ConfigError: for an unknown task.
+        DataError: if a task's data cannot be read; the harness's own tasks download theirs.
     """
     quiet_libraries()
     import datasets
@@ -88,8 +88,9 @@ def run_tasks(
 
 
 def _forget_sampling_defaults(model: PreTrainedModel) -> None:
-    """The tokens that end a text are all that stays: a repetition penalty of
-    ``generation_config.json`` would change greedy texts too.
+    """Drops the sampling defaults of ``generation_config.json``, but the tokens that end a text.
+
+    A repetition penalty there would change greedy texts too.
     """
     from transformers import GenerationConfig
 
@@ -101,9 +102,9 @@ def _forget_sampling_defaults(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _without_asides() -> Iterator[None]:
-    """Silence what the harness prints to standard output, and its bars that have no name.
+    """Silences what the harness prints to standard output, and its progress bars without a name.
 
-    Standard output may be ours for JSON alone.
+    With ``--json -`` standard output must be JSON and nothing else.
     """
     import lm_eval.api.task
 
@@ -115,7 +116,7 @@ def _without_asides() -> Iterator[None]:
 
 @contextmanager
 def _silent_bars(*modules: ModuleType) -> Iterator[None]:
-    """Replace ``tqdm`` in each module by one that shows nothing: the harness has no option for it."""
+    """Replaces ``tqdm`` in each module by one that shows nothing; the harness has no option."""
     names = [vars(module) for module in modules]
     originals = [name["tqdm"] for name in names]
     silent = functools.partial(tqdm.tqdm, disable=True)
@@ -129,15 +130,17 @@ def _silent_bars(*modules: ModuleType) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON knows it; the harness writes "N/A" where there is no standard error."""
-    return None if value == "N/A" else value.item() if hasattr(value, "item") else value
+    """The value as a JSON number; "N/A", for a missing standard error, becomes None."""
+    if value == "N/A":
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 
 def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     class CheckedTaskManager(TaskManager):
-        """Its errors are of many packages: files, the hub, data sets."""
+        """A manager with one kind of error: data sets, files and the hub each raise their own."""
 
         def load(self, *arguments: Any, **named: Any) -> Any:
             try:

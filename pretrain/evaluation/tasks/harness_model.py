@@ -8,7 +8,7 @@ nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -152,27 +152,29 @@ class NativeHarnessModel(TemplateLM):
         bar.close()
         return texts
 
-    def _writer(self, given: dict[str, Any]) -> Writer:
-        max_new_tokens = int(given["max_gen_toks"])
+    def _writer(self, options: Mapping[str, Any]) -> Writer:
+        """A writer with the sampling that a task asks for."""
+        max_new_tokens = int(options["max_gen_toks"])
         if max_new_tokens >= self.max_length:
             raise ConfigError(
                 f"a task asks for {max_new_tokens} new tokens (max_gen_toks), the model has"
                 f" {self.max_length} positions: lower it"
             )
-        sampled = bool(given.get("do_sample"))
+        # Tasks write 0 or leave a field out where they mean "off".
+        sampled = bool(options.get("do_sample"))
         sampling = Sampling(
-            temperature=(given.get("temperature") or 1.0) if sampled else 1.0,
-            top_k=given.get("top_k") or None,
-            top_p=given.get("top_p") or None,
-            min_p=given.get("min_p"),
-            repetition_penalty=given.get("repetition_penalty") or 1.0,
+            temperature=(options.get("temperature") or 1.0) if sampled else 1.0,
+            top_k=options.get("top_k") or None,
+            top_p=options.get("top_p") or None,
+            min_p=options.get("min_p"),
+            repetition_penalty=options.get("repetition_penalty") or 1.0,
             greedy=not sampled,
         )
         return Writer(
             self.opened,
             sampling,
             max_new_tokens,
-            handle_stop_sequences(given.get("until"), eos=None),
+            handle_stop_sequences(options.get("until"), eos=None),
         )
 
     def _context(self, text: str, max_new_tokens: int) -> list[int]:

@@ -1,11 +1,11 @@
-"""Everything that can be asked of one model, in one result."""
+"""All evaluations of one model, in one result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -22,6 +22,7 @@ from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Writer
 from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint, score_transformers
 from pretrain.evaluation.heldout.references import read_references, score_references
+from pretrain.evaluation.result import CodeResult, EvaluationResult, WrittenText
 from pretrain.evaluation.tasks.code import STOP, read_problems, score_code
 from pretrain.evaluation.tasks.harness import run_tasks
 from pretrain.export.hf_files import is_hf_folder
@@ -54,7 +55,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class CodeOptions:
-    """Problems to solve; the programs are executed, see :mod:`pretrain.evaluation.tasks.sandbox`."""
+    """Problems to solve. The programs are run in :mod:`pretrain.evaluation.tasks.sandbox`."""
 
     problems: Path
     num_samples: int = 1
@@ -65,10 +66,10 @@ class CodeOptions:
 
 @dataclass(frozen=True)
 class Suite:
-    """What is evaluated; what is None or empty is left out.
+    """What is evaluated; parts that are None or empty are left out.
 
     Attributes:
-        prompts: texts are written behind these.
+        prompts: texts to continue.
         references: JSONL file of prompts and references.
         sampling: of all texts; code is sampled with it too.
         stop: strings that end a text.
@@ -86,32 +87,31 @@ class Suite:
     stop: Sequence[str] = ()
     batch_size: int | None = None
 
-    def run(self, path: Path) -> dict[str, Any]:
-        """The results for one of our checkpoints or for a Hugging Face folder, as JSON.
-
-        Those of the held-out split are not nested.
+    def run(self, path: Path) -> EvaluationResult:
+        """Evaluates a checkpoint of this project, or a Hugging Face folder.
 
         Raises:
-            PipelineError: where one of the evaluations cannot be done.
+            PipelineError: if one of the evaluations cannot be done.
         """
         folder = path if is_hf_folder(path) else whole_checkpoint(path)
         step = None if is_hf_folder(folder) else read_state(folder)["step"]
-        result: dict[str, Any] = {"checkpoint": str(folder), "step": step}
+        result: EvaluationResult = {"checkpoint": str(folder), "step": step}
         if self.heldout is not None:
-            result |= self._heldout(folder, self.heldout).to_dict()
-        if (
-            self.tasks is None
-            and not self.prompts
-            and self.references is None
-            and self.code is None
-        ):
-            return result
-        opened = open_generator(folder, self.device)
+            result.update(self._heldout(folder, self.heldout).to_dict())
+        # Opened only if needed: the score on held-out text has loaded the model once already.
+        if self.tasks or self.prompts or self.references or self.code:
+            self._run_generator(open_generator(folder, self.device), result)
+        return result
+
+    def _run_generator(
+        self, opened: NativeGenerator | TransformersGenerator, result: EvaluationResult
+    ) -> None:
+        """Adds to ``result`` what needs a model that writes texts."""
+        batch_size = self.batch_size or WRITING_BATCH
         result["depends_on_batch"] = opened.call_dependence
         writer = Writer(opened, self.sampling, self.max_new_tokens, self.stop)
         if self.tasks is not None:
             options = self.tasks
-            batch_size = self.batch_size or WRITING_BATCH
             result["tasks"] = run_tasks(
                 opened,
                 options.tasks,
@@ -121,20 +121,17 @@ class Suite:
                 batch_size,
             )
         if self.prompts:
-            texts = writer.write(self.prompts, self.batch_size or WRITING_BATCH)
+            texts = writer.write(self.prompts, batch_size)
             result["texts"] = [
-                {"prompt": prompt, **asdict(text)}
+                cast(WrittenText, {"prompt": prompt, **asdict(text)})
                 for prompt, text in zip(self.prompts, texts, strict=True)
             ]
         if self.references is not None:
             prompts, references = read_references(self.references)
-            written = writer.write(prompts, self.batch_size or WRITING_BATCH)
-            result["references"] = asdict(
-                score_references([text.text for text in written], references)
-            )
+            written = [text.text for text in writer.write(prompts, batch_size)]
+            result["references"] = asdict(score_references(written, references))
         if self.code is not None:
             result["code"] = self._code(opened, self.code)
-        return result
 
     def _heldout(self, folder: Path, options: HeldoutOptions) -> HeldoutScore:
         how = (options.max_windows, options.baselines, options.window, options.stride)
@@ -153,7 +150,7 @@ class Suite:
 
     def _code(
         self, opened: NativeGenerator | TransformersGenerator, options: CodeOptions
-    ) -> dict[str, Any]:
+    ) -> CodeResult:
         writer = Writer(opened, self.sampling, self.max_new_tokens, (*STOP, *self.stop))
         score = score_code(
             read_problems(options.problems),
@@ -164,4 +161,5 @@ class Suite:
             options.timeout_seconds,
             options.memory_bytes,
         )
-        return {**asdict(score), "pass_at": {str(k): value for k, value in score.pass_at.items()}}
+        pass_at = {str(k): value for k, value in score.pass_at.items()}
+        return cast(CodeResult, {**asdict(score), "pass_at": pass_at})

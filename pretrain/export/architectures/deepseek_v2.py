@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     EXPERTS,
     TRUNK,
@@ -94,7 +95,7 @@ class LatentDecoder(LlamaLike):
         )
         return [*super().moe_links(model), *shared]
 
-    def attention_config(self, model: ModelConfig) -> dict[str, Any]:
+    def attention_config(self, model: ModelConfig) -> JsonObject:
         attention = latent(model)
         sizes = (
             "q_lora_rank",
@@ -109,7 +110,7 @@ class LatentDecoder(LlamaLike):
             "attention_bias": attention.bias == "all",
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         sizes = (
             "num_attention_heads",
             "kv_lora_rank",
@@ -149,7 +150,7 @@ class DeepseekV2(LatentDecoder):
             reasons.append("model.hidden_size is no multiple of the heads, as deepseek_v2 asks for")
         return reasons
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         groups = routed(model).router.groups
         return {
             **super().config(model, eod_id),
@@ -170,7 +171,7 @@ class DeepseekV2(LatentDecoder):
             | ({"norm_topk_prob"} if not config.get("norm_topk_prob") else set())
         )
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         router = {
             "kind": "softmax_topk",
             "norm_topk_prob": False,
@@ -194,7 +195,7 @@ def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
     return []
 
 
-def prefix_config(model: ModelConfig) -> dict[str, Any]:
+def prefix_config(model: ModelConfig) -> JsonObject:
     """The fields about experts that all of DeepSeek's configs share."""
     moe = routed(model)
     return {
@@ -207,7 +208,7 @@ def prefix_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[str, Any]:
+def prefix_experts(config: Mapping[str, Any], router: JsonObject) -> JsonObject:
     """Layer pattern and MoE section of DeepSeek's configs."""
     moe = {
         "kind": "dropless",
@@ -223,7 +224,7 @@ def prefix_experts(config: Mapping[str, Any], router: dict[str, Any]) -> dict[st
     }
 
 
-def groups_of(count: int | None, kept: int | None, score: str) -> dict[str, Any] | None:
+def groups_of(count: int | None, kept: int | None, score: str) -> JsonObject | None:
     """A router's groups; one group is none."""
     return (
         None if count in (None, 1) else {"num_groups": count, "top_k_groups": kept, "score": score}

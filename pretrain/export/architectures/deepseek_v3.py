@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.deepseek_v2 import (
     LATENT,
     SHARED_EXPERTS,
@@ -54,10 +55,10 @@ class DeepseekV3(LatentDecoder):
     def moe_links(self, model: ModelConfig) -> Links:
         return [*super().moe_links(model), *bias_links(model)]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         return {**super().config(model, eod_id), **sigmoid_config(model), "rope_interleave": True}
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         return super().model_section(config) | sigmoid_experts(config)
 
 
@@ -97,7 +98,7 @@ def sigmoid_links(model: ModelConfig) -> Links:
     return [*shared, *bias_links(model)]
 
 
-def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
+def sigmoid_config(model: ModelConfig) -> JsonObject:
     router = routed(model).router
     groups = router.groups
     return {
@@ -113,7 +114,7 @@ def sigmoid_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def sigmoid_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+def sigmoid_experts(config: Mapping[str, Any]) -> JsonObject:
     router = {
         "kind": "sigmoid_topk",
         "norm_topk_prob": config["norm_topk_prob"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.deepseek_v3 import (
     SIGMOID,
     sigmoid_config,
@@ -45,7 +46,7 @@ class Glm4Moe(LlamaLike):
     def moe_links(self, model: ModelConfig) -> Links:
         return [*super().moe_links(model), *sigmoid_links(model)]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention = grouped_query(model)
         fields = super().config(model, eod_id)
         return {
@@ -57,7 +58,7 @@ class Glm4Moe(LlamaLike):
             "use_qk_norm": attention.qk_norm == "head",
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         section["attention"] |= {
             "qk_norm": "head" if config["use_qk_norm"] else "none",

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -78,7 +79,7 @@ class GptOss(LlamaLike):
             *stacked({down_bias: f"{THEIR_MLP}experts.down_proj_bias"}, *where),
         ]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention, moe, form = grouped_query(model), routed(model), clamped(model)
         return {
             **super().config(model, eod_id),
@@ -94,7 +95,7 @@ class GptOss(LlamaLike):
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config) | {"intermediate_size": None}
         _ = config[
             "sliding_window"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike
 from pretrain.export.architectures.sections import grouped_query
 from pretrain.export.features import Takes
@@ -35,14 +36,14 @@ class Llama(LlamaLike):
             ]
         return []
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         return {
             **super().config(model, eod_id),
             "attention_bias": grouped_query(model).bias == "all",
             "mlp_bias": model.feed_forward.bias,
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         section["attention"]["bias"] = "all" if config["attention_bias"] else "none"
         return section | {"feed_forward": {"kind": "swiglu", "bias": config["mlp_bias"]}}

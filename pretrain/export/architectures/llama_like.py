@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.rope import ROPE, position_section, rope_parameters
 from pretrain.export.architectures.sections import grouped_query, rotary, routed
 from pretrain.export.architectures.target import ExportTarget
@@ -150,7 +151,7 @@ class LlamaLike(ExportTarget):
         }
         return [*expand(templates, model.moe_layers, moe.num_experts)]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         """The architecture's own fields of ``config.json``."""
         attention, position = model.attention, rotary(model)
         rope = rope_parameters(position)
@@ -179,7 +180,7 @@ class LlamaLike(ExportTarget):
         }
         return fields | self.attention_config(model)
 
-    def attention_config(self, model: ModelConfig) -> dict[str, Any]:
+    def attention_config(self, model: ModelConfig) -> JsonObject:
         """The fields of ``config.json`` that this kind of attention has beside its number of heads."""
         attention = grouped_query(model)
         return {
@@ -198,7 +199,7 @@ class LlamaLike(ExportTarget):
             else set()
         )
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         """The way back: a recipe's model section from all fields of transformers' config, defaults
         included.
 
@@ -272,7 +273,7 @@ def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
     ]
 
 
-def windowed_layers(model: ModelConfig) -> dict[str, Any]:
+def windowed_layers(model: ModelConfig) -> JsonObject:
     """``sliding_window`` and ``layer_types`` of configs that say layer by layer which have a
     window.
     """
@@ -281,7 +282,7 @@ def windowed_layers(model: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": model.attention.sliding_window, "layer_types": types}
 
 
-def window_section(config: Mapping[str, Any]) -> dict[str, Any]:
+def window_section(config: Mapping[str, Any]) -> JsonObject:
     """The fields of a recipe's attention that ``layer_types`` mean.
 
     Raises:
@@ -351,7 +352,7 @@ def expert_layers(config: Mapping[str, Any]) -> int:
     return int(config["num_hidden_layers"]) - len(dense_layers(config))
 
 
-def sparse_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+def sparse_layers(config: Mapping[str, Any]) -> JsonObject:
     """The layer pattern that :func:`dense_layers` is."""
     count, dense = config["num_hidden_layers"], dense_layers(config)
     if not dense:

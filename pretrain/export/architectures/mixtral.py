@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -36,7 +37,7 @@ class Mixtral(LlamaLike):
         "attention.sliding_window": ANY,
     }
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         moe = routed(model)
         return {
             **super().config(model, eod_id),
@@ -47,7 +48,7 @@ class Mixtral(LlamaLike):
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"]["sliding_window"] = config.get("sliding_window")
         moe = {

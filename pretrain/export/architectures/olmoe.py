@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -44,7 +45,7 @@ class Olmoe(LlamaLike):
             ]
         return []
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention, moe = grouped_query(model), routed(model)
         fields = super().config(model, eod_id)
         del fields["head_dim"]
@@ -59,7 +60,7 @@ class Olmoe(LlamaLike):
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"] |= {
             "qk_norm": "full",

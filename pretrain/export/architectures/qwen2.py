@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     TRUNK,
@@ -29,16 +30,16 @@ class Qwen2(LlamaLike):
     moe_layers = "none"
     takes: ClassVar[Takes] = {**TRUNK, **GROUPED_QUERY, **WINDOWED, "attention.bias": ("qkv",)}
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         return {**super().config(model, eod_id), **window_fields(model)}
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         section["attention"] |= {"bias": "qkv", **window_section(config)}
         return section
 
 
-def window_fields(model: ModelConfig) -> dict[str, Any]:
+def window_fields(model: ModelConfig) -> JsonObject:
     """Qwen's fields about windows; a release without ``layer_types`` reads the first layer that has
     one.
     """

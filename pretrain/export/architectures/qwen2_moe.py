@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SHARED,
@@ -66,7 +67,7 @@ class Qwen2Moe(LlamaLike):
         )
         return [*super().moe_links(model), *shared, *gates]
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention, moe = grouped_query(model), routed(model)
         return {
             **super().config(model, eod_id),
@@ -84,7 +85,7 @@ class Qwen2Moe(LlamaLike):
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         section["attention"]["bias"] = "qkv" if config["qkv_bias"] else "none"
         width = config["shared_expert_intermediate_size"]

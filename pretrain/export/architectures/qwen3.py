@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import GROUPED_QUERY, TRUNK, LlamaLike, window_section
 from pretrain.export.architectures.qwen2 import WINDOWED, window_fields
 from pretrain.export.architectures.sections import grouped_query
@@ -29,11 +30,11 @@ class Qwen3(LlamaLike):
         "attention.bias": ("none", "all"),
     }
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         biased = grouped_query(model).bias == "all"
         return {**super().config(model, eod_id), **window_fields(model), "attention_bias": biased}
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         bias = "all" if config["attention_bias"] else "none"
         section["attention"] |= {"qk_norm": "head", "bias": bias, **window_section(config)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.architectures.llama_like import (
     GROUPED_QUERY,
     SOFTMAX,
@@ -39,7 +40,7 @@ class Qwen3Moe(LlamaLike):
         "attention.bias": ("none", "all"),
     }
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention, moe = grouped_query(model), routed(model)
         return {
             **super().config(model, eod_id),
@@ -57,7 +58,7 @@ class Qwen3Moe(LlamaLike):
             "router_aux_loss_coef": router_aux_loss_coef(model),
         }
 
-    def model_section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config)
         section["attention"] |= {
             "qk_norm": "head",
@@ -71,7 +72,7 @@ class Qwen3Moe(LlamaLike):
 
 def qwen_experts(
     config: Mapping[str, Any], moe_layers: int, width: str = "moe_intermediate_size"
-) -> dict[str, Any]:
+) -> JsonObject:
     """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share.
 
     ``moe_layers`` says how many have it.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.export.features import ANY, Takes
 from pretrain.model.positions.config import RotaryBase
 
@@ -38,7 +39,7 @@ ROPE: Takes = {
 }
 
 
-def rope_parameters(position: RotaryBase) -> dict[str, Any]:
+def rope_parameters(position: RotaryBase) -> JsonObject:
     """transformers' ``rope_parameters`` of a position section; a field that is None is left out."""
     kind, names = next(
         (theirs, names) for theirs, (ours, names) in KINDS.items() if ours == position.kind
@@ -48,7 +49,7 @@ def rope_parameters(position: RotaryBase) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": position.rope_theta, **given}
 
 
-def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
+def position_section(config: Mapping[str, Any]) -> JsonObject:
     """The way back, from a config that transformers has read.
 
     Raises:
@@ -77,7 +78,7 @@ def position_section(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": name, "rope_theta": rope["rope_theta"], **given}
 
 
-def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> dict[str, Any]:
+def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
     """What transformers computes with, whichever form the parameters were written in.
 
     The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``,

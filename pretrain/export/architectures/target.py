@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from pretrain.core.files import JsonObject
 from pretrain.export.name_map import Links
 from pretrain.model.config import ModelConfig
 
@@ -41,5 +42,5 @@ class ExportTarget:
         """Return a link for each tensor of the export; only asked if nothing speaks against it."""
 
     @abstractmethod
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         """Return the target's own fields of ``config.json``."""

@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# What a checkpoint's config.json gives; the smallest dense model stands here, because transformers
-# builds configurations without arguments too.
+# A part of config.json: its "kind", and the fields of that kind.
+Section = dict[str, Any]
+# Sections of the smallest dense model. They are only defaults, because transformers also builds
+# configurations without arguments; a checkpoint's config.json always has its own.
 ROPE = {"kind": "rope", "rope_theta": 10000.0}
 HEADS = {
     "kind": "gqa",
@@ -58,15 +60,15 @@ class MoePretrainConfig(PretrainedConfig):
         embedding_size: int | None = None,
         intermediate_size: int | None = 16,
         max_position_embeddings: int = 2048,
-        position: dict[str, Any] | None = None,
-        norm: dict[str, Any] | None = None,
+        position: Section | None = None,
+        norm: Section | None = None,
         norm_position: str = "pre",
         final_norm: bool = True,
-        attention: dict[str, Any] | None = None,
+        attention: Section | None = None,
         sliding_windows: list[int | None] | None = None,
-        feed_forward: dict[str, Any] | None = None,
+        feed_forward: Section | None = None,
         moe_layers: list[int] | None = None,
-        moe: dict[str, Any] | None = None,
+        moe: Section | None = None,
         head_bias: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,

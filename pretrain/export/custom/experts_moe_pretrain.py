@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .configuration_moe_pretrain import MoePretrainConfig
+from .configuration_moe_pretrain import MoePretrainConfig, Section
 
 # --- feed-forwards --------------------------------------------------------------------------------
 
 
-def clamped_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
+def clamped_swiglu(form: Section, gate: Tensor, up: Tensor) -> Tensor:
     """gpt-oss."""
     gate, up = gate.clamp(max=form["limit"]), up.clamp(-form["limit"], form["limit"])
     return gate * torch.sigmoid(form["alpha"] * gate) * (up + 1)
 
 
-def product_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
+def product_swiglu(form: Section, gate: Tensor, up: Tensor) -> Tensor:
     """Project 828: as gpt-oss, of the even and the odd numbers of the product, which is twice as
     wide.
     """
@@ -30,18 +29,18 @@ def product_swiglu(form: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
     return clamped_swiglu(form, product[..., 0::2], product[..., 1::2])
 
 
-GATED: dict[str, Callable[[dict[str, Any], Tensor, Tensor], Tensor]] = {
+GATED: dict[str, Callable[[Section, Tensor, Tensor], Tensor]] = {
     "swiglu": lambda form, gate, up: functional.silu(gate) * up,
     "clamped_swiglu": clamped_swiglu,
     "product_swiglu": product_swiglu,
 }
-UNGATED: dict[str, Callable[[dict[str, Any], Tensor], Tensor]] = {
+UNGATED: dict[str, Callable[[Section, Tensor], Tensor]] = {
     "gelu": lambda form, up: functional.gelu(up, approximate=form["approximate"]),
     "silu": lambda form, up: functional.silu(up),
 }
 
 
-def rows_before(form: dict[str, Any], width: int) -> int:
+def rows_before(form: Section, width: int) -> int:
     """Rows of the matrices before the activation, for ``width`` numbers behind it."""
     return 2 * width if form["kind"] == "product_swiglu" else width
 

@@ -100,25 +100,24 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits in fp32, and the cross-entropy of ``labels`` where they are given.
+        """Logits in fp32, and the cross-entropy of ``labels`` if they are given.
 
         Args:
             input_ids: [B, S] int64.
             attention_mask: [B, tokens in the cache + S], 0 for padding; all real by default.
-            position_ids: [B, S]; by default each token's number among the real ones of its
+            position_ids: [B, S]; by default each token's index among the real ones of its
                 sequence.
-            labels: [B, S] int64, the inputs themselves (they are shifted here), -100 where no loss
-                is taken.
+            labels: [B, S] int64, the inputs themselves (they are shifted here), -100 for tokens
+                without a loss.
             logits_to_keep: how many of the last tokens get logits, or which; 0 for all.
-            past_key_values, cache: what was computed before; older releases of transformers give it
-            by the first name, newer ones by the second.
-            others: what transformers may give to any model, without a meaning here.
+            past_key_values, cache: keys and values of earlier tokens; older releases of
+                transformers pass them by the first name, newer ones by the second.
+            others: what transformers may pass to any model, without a meaning here.
 
         Raises:
-            TypeError: for a cache under a name that is not known here: without it the text would go
-                on from nothing.
+            TypeError: for a cache under another name: ignoring it would drop the text so far.
             ValueError: for an attention_mask of another shape, and for padding in a model that
-                drops tokens: it would take the room of others.
+                drops tokens, because padding would use up the capacity of the experts.
         """
         if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
             raise TypeError(
@@ -128,25 +127,10 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
-        B, S = input_ids.shape
-        U = S + (0 if cache is None else cache.get_seq_length())
-        real_BU = (
-            torch.ones(B, U, dtype=torch.bool, device=input_ids.device)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        if real_BU.shape != (B, U):
-            raise ValueError(
-                f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in"
-                " the cache and of the new ones"
-            )
-        if self.config.drops_tokens and not real_BU.all():
-            raise ValueError(
-                "the experts of this model have limited room, which padding would take: give"
-                " sequences of one length, or one by one"
-            )
+        real_BU = self._real_tokens(input_ids, attention_mask, cache)
         if position_ids is None:
-            position_ids = (real_BU.cumsum(dim=1) - 1).clamp_min(0)[:, -S:]
+            # Left padding must not shift positions: real tokens count from 0.
+            position_ids = (real_BU.cumsum(dim=1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
         where = places(self.config, position_ids, real_BU)
         x_BSD = self.embedding(input_ids)
         if self.embedding_projection is not None:
@@ -169,6 +153,29 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         )
         kept_cache: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, **kept_cache)
+
+    def _real_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Which tokens are no padding: bool [B, U], U counting those in the cache too."""
+        B, S = input_ids.shape
+        U = S + (0 if cache is None else cache.get_seq_length())
+        real_BU = (
+            torch.ones(B, U, dtype=torch.bool, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        if real_BU.shape != (B, U):
+            raise ValueError(
+                f"attention_mask is {list(real_BU.shape)}, and must be [{B}, {U}]: of the tokens in"
+                " the cache and of the new ones"
+            )
+        if self.config.drops_tokens and not real_BU.all():
+            raise ValueError(
+                "the experts of this model have a limited capacity, which padding would use up:"
+                " give sequences of one length, or one by one"
+            )
+        return real_BU
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding

@@ -5,11 +5,12 @@ transformers represents.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from pretrain.config.differences import mark_of
+from pretrain.core.files import JsonObject
 from pretrain.core.section import Effect, Section
 from pretrain.export.architectures.target import ExportTarget
 from pretrain.export.name_map import Link, Links, is_left_out
@@ -169,7 +170,7 @@ class Custom(ExportTarget):
         reasons = _unknown(model, "model")
         return reasons + ([] if model.moe is None else model.moe.random_at_inference)
 
-    def config(self, model: ModelConfig, eod_id: int) -> dict[str, Any]:
+    def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         """``config.json``, but the weights' dtype."""
         config = _content(model) | {
             "model_type": "moe_pretrain",
@@ -281,7 +282,7 @@ def _unknown(section: Section, path: str) -> list[str]:
     return reasons
 
 
-def _content(section: Section) -> dict[str, Any]:
+def _content(section: Section) -> JsonObject:
     """The section as ``config.json`` has it: its kind, and what the class reads."""
     kind = ("kind",) if "kind" in type(section).model_fields else ()
     values = {name: getattr(section, name) for name in (*kind, *COMPUTED[type(section)])}

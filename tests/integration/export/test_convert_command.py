@@ -232,7 +232,7 @@ def test_an_export_whose_logits_differ_is_not_published(trained: Trained, tmp_pa
     "arguments,words",
     [
         (("--from", "gguf", "x", "--output", "y"), "the formats are hf and deepspeed"),
-        (("--from", "hf", "x", "--to", "hf", "--output", "y"), "--from says by itself"),
+        (("--from", "hf", "x", "--to", "hf", "--output", "y"), "--from decides what"),
         (("--checkpoint", "x", "--output", "y"), "--checkpoint goes with --to"),
         (
             ("--checkpoint", "x", "--to", "safetensors", "--target", "llama", "--output", "y"),

@@ -101,7 +101,7 @@ def test_a_cache_changes_nothing(case: str, opened: dict[str, Opened]) -> None:
 def test_padding_before_a_text_changes_nothing(case: str, opened: dict[str, Opened]) -> None:
     one = opened[case]
     if case in DROPPING:
-        assert "limited room" in one.said["padding refused"]
+        assert "limited capacity" in one.said["padding refused"]
         return
     for row, count in enumerate(PADDING):
         expected = one.computed["logits"][row, : one.prompts["ids"].shape[1] - count]

@@ -79,7 +79,7 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(
     "tool,arguments,told",
     [
         (sweep, ("--recipe", "debug"), "needs a recipe and at least one axis"),
-        (sweep, (), "holds no sweep to go on with"),
+        (sweep, (), "holds no sweep to resume"),
         (
             sweep,
             ("--recipe", "TINY", "--axis", "seed=[1]", "--slots", "0"),
@@ -157,7 +157,7 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
         ("--mode", "each"),
         ("--skip-invalid",),
     ):
-        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+        with pytest.raises(ConfigError, match=f"{given[0]} defines a sweep"):
             command(run_ablations, "--output", output, *given)
     for given in (
         ("--search", "tpe"),
@@ -166,7 +166,7 @@ def test_an_array_script_has_a_task_a_run_and_the_folder_goes_on_by_itself(
         ("--prune",),
         ("--ranks", "1"),
     ):
-        with pytest.raises(ConfigError, match=f"{given[0]} says what a sweep is"):
+        with pytest.raises(ConfigError, match=f"{given[0]} defines a sweep"):
             command(sweep, "--output", output, *given)
     with pytest.raises(ConfigError, match="--slots 0 must be"):
         command(run_ablations, "--output", output, "--slots", "0")

@@ -90,7 +90,7 @@ def test_what_is_shown_of_a_value_is_what_is_used() -> None:
         ("a.b=3", "no list of values, no range"),
         ("a.b=[]", "no list of values, no range"),
         ("a.b={x: 1}", "no mapping of names to fields"),
-        ("a.b=[1, 1]", "1 stands twice"),
+        ("a.b=[1, 1]", "1 is there twice"),
     ],
 )
 def test_what_is_no_axis_is_told_in_a_sentence(text: str, told: str) -> None:
@@ -139,7 +139,7 @@ def test_seeds_multiply_points_and_keep_their_group() -> None:
     assert [(point.name, point.group, point.overrides[-1]) for point in points] == [
         (f"top_k={k},seed={seed}", f"top_k={k}", f"seed={seed}") for k in (1, 2) for seed in (3, 4)
     ]
-    with pytest.raises(ConfigError, match="stands twice"):
+    with pytest.raises(ConfigError, match="is there twice"):
         with_seeds(points, [1, 1])
 
 

@@ -16,7 +16,8 @@ from pretrain.core.errors import ConfigError, StorageError
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.command import exit_code
 from pretrain.sweeps.plan import checked_points, planned_points, planned_study, searching
-from pretrain.sweeps.report import incomparable, markdown, point_rows
+from pretrain.sweeps.report import markdown
+from pretrain.sweeps.results import incomparable, point_rows
 from pretrain.sweeps.study import SETTLED, Design, Record, Study, base_mapping, open_study
 from tests.support.tiny_run import Tiny
 

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
-from pretrain.sweeps.report import (
-    finished_groups,
-    markdown,
-    point_rows,
-    ranking,
-    states,
-    write_report,
-)
+from pretrain.sweeps.report import markdown, write_report
+from pretrain.sweeps.results import finished_groups, point_rows, ranking, states
 from pretrain.sweeps.search import random_points
 from pretrain.sweeps.study import Design, Record, Study
 
@@ -88,24 +82,24 @@ def test_seeds_are_one_entry_with_mean_and_spread_behind_those_of_which_every_se
     seeded: Study,
 ) -> None:
     whole, partial = ranking(seeded)
-    assert (whole["rank"], whole["point"], whole["seeds"], whole["seeds_asked"]) == (
+    assert (whole.rank, whole.point, whole.seeds, whole.seeds_asked) == (
         1,
         "learning_rate=0.001",
         3,
         3,
     )
-    assert (partial["rank"], partial["point"], partial["seeds"], partial["seeds_asked"]) == (
+    assert (partial.rank, partial.point, partial.seeds, partial.seeds_asked) == (
         2,
         "learning_rate=0.01",
         2,
         3,
     )
-    assert partial["validation_loss"] == pytest.approx(2.05) and partial["spread"] == pytest.approx(
+    assert partial.validation_loss == pytest.approx(2.05) and partial.spread == pytest.approx(
         math.sqrt(0.005)
     )
-    assert whole["validation_loss"] == pytest.approx(2.2) and whole["spread"] == pytest.approx(0.2)
-    assert whole["perplexity"] == pytest.approx(math.exp(2.2)) and whole["active_share"] == 0.25
-    assert whole["overrides"] == [f"{RATE}=0.001"]
+    assert whole.validation_loss == pytest.approx(2.2) and whole.spread == pytest.approx(0.2)
+    assert whole.perplexity == pytest.approx(math.exp(2.2)) and whole.active_share == 0.25
+    assert whole.overrides == [f"{RATE}=0.001"]
     assert states(seeded) == {"finished": 5, "failed": 1}
 
 
@@ -171,7 +165,7 @@ def test_equal_recipes_are_ranked_once_and_stand_beside_the_base_on_each_axis(
         ("top_k=2", 1.75, 8000),
     ):
         settle(study, name, "finished", [{"exit_code": 0}], None, result(loss, total))
-    assert [(entry["point"], entry["also"]) for entry in ranking(study)] == [
+    assert [(entry.point, entry.also) for entry in ranking(study)] == [
         ("top_k=2", []),
         ("base", ["experts=8"]),
         ("top_k=1", []),

@@ -1,0 +1,60 @@
+"""The result of an evaluation, as ``tools/evaluate.py --json`` writes it."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+# A metric that the harness could not compute is None.
+TaskMetrics = dict[str, float | str | None]
+ScoreFields = dict[str, float | None]
+
+
+class WrittenText(TypedDict):
+    """A prompt and its continuation; see :class:`pretrain.evaluation.generation.writing`."""
+
+    prompt: str
+    text: str
+    new_tokens: int
+    ended: str
+
+
+class CodeResult(TypedDict):
+    """:class:`pretrain.evaluation.tasks.code.CodeScore`; JSON has no integer keys."""
+
+    problems: int
+    samples: int
+    pass_at: dict[str, float]
+    passed: dict[str, int]
+    timed_out: int
+    without_network: bool
+
+
+class EvaluationResult(TypedDict, total=False):
+    """All that was measured of one model; what was not asked for is missing.
+
+    The score on held-out text is not nested: its keys are those of
+    :class:`pretrain.evaluation.heldout.heldout.HeldoutScore`.
+    """
+
+    checkpoint: str
+    step: int | None
+    data: str
+    split: str
+    window: int
+    stride: int
+    batch_size: int
+    depends_on_batch: str | None
+    targets: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    bits_per_byte: float | None
+    by_source: dict[str, ScoreFields]
+    by_length: dict[str, ScoreFields]
+    baselines: dict[str, ScoreFields]
+    bigram: ScoreFields | None
+    better_than_bigram_by: float | None
+    tasks: dict[str, TaskMetrics]
+    texts: list[WrittenText]
+    references: dict[str, float]
+    code: CodeResult
