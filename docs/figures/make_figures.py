@@ -133,7 +133,7 @@ class Box:
 FLOW = (
     Box("corpus", ("text, JSON, Parquet,", "CSV, code, HF data sets"), "your files"),
     Box("shards", ("clean, deduplicate, split,", "tokenize to .bin/.idx"), "preprocess_data.py"),
-    Box("training", ("data and expert parallel,", "ZeRO 0 to 3, phases, guards"), "pretrain.py"),
+    Box("training", ("data and expert parallel,", "ZeRO 0-3, phases, guards"), "pretrain.py"),
     Box("checkpoint", ("atomic, verified, resumes", "bit for bit, safetensors"), "inspect, merge"),
     Box("evaluation, export", ("held-out loss, tasks, text;", "HF, GGUF"), "evaluate, convert"),
 )
