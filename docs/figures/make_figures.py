@@ -58,7 +58,13 @@ def read_run(run: Path) -> dict[str, object]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     training = [[r["tokens"], round(r["loss"], 4)] for r in records if r["kind"] == "train"]
-    validation = [[r["tokens"], round(r["loss"], 4)] for r in records if r["kind"] == "validation"]
+    # The end of a run also reads the whole split; the curve has the sample of all validations.
+    validations = [r for r in records if r["kind"] == "validation"]
+    validation = [
+        [r["tokens"], round(r["validation_loss"], 4)]
+        for r in validations
+        if r["targets"] == validations[0]["targets"]
+    ]
     kept = (
         "train_tokens",
         "steps",
@@ -68,8 +74,6 @@ def read_run(run: Path) -> dict[str, object]:
         "bigram_loss",
         "bits_per_byte",
         "export_max_logit_difference",
-        "wall_seconds",
-        "seconds_by_stage",
     )
     return {
         "recipe": summary["recipe"],
@@ -98,9 +102,18 @@ def draw_loss(points: dict[str, object], path: Path) -> None:
             color=colour,
             marker=marker,
             linewidth=width,
-            label=name,
+            label=name if name == "training" else "validation, a sample",
         )
     results = points["results"]
+    axes.plot(
+        results["train_tokens"] / 1000,
+        results["validation_loss"],
+        color="#c0392b",
+        marker="*",
+        markersize=12,
+        linestyle="",
+        label=f"validation, all of it: {results['validation_loss']:.2f}",
+    )
     axes.axhline(
         results["bigram_loss"],
         color="#555555",
