@@ -96,7 +96,7 @@ def memory_by_layout(
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
     stages = (
-        (stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.stages
+        (stage, model_size(model, stage.recipe.train.sequence_length)) for stage in timeline.phases
     )
     return sum(size.flops_per_token * stage.num_tokens for stage, size in stages)
 

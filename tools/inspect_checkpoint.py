@@ -176,10 +176,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"--top is {options.top}: give 1 or more")
     quiet, folder = options.json_path == "-", resolve_checkpoint(options.checkpoint)
     if options.diff is not None:
-        result = compare_checkpoints(folder, resolve_checkpoint(options.diff), options.sort)
+        other = resolve_checkpoint(options.diff)
+        differences = {**compare_checkpoints(folder, other, options.sort)}
         if not quiet:
-            show_differences(result, options.top)
-        write_json(result, options.json_path)
+            show_differences(differences, options.top)
+        write_json(differences, options.json_path)
         return
     result = inspect_checkpoint(folder, options.verify)
     if not quiet:

@@ -1,11 +1,11 @@
-"""Where a run continues: at its newest checkpoint, or at that of its parent run."""
+"""Where a run continues: at its newest checkpoint, or at one of its parent run."""
 
 from __future__ import annotations
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
 from pretrain.run.build import ResolvedRun
-from pretrain.run.folder import check_branch, check_same_run
+from pretrain.run.same_run import check_branch, check_same_run
 from pretrain.training.trainer import Trainer
 
 

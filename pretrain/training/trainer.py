@@ -46,11 +46,12 @@ class Trainer:
     timer: StepTimer
     callbacks: Sequence[Callback]
     progress: Progress = field(default_factory=Progress)
-    _phase: Phase | None = None  # the one that the engine is in
+    # The phase that the engine is in.
+    _phase: Phase | None = None
 
     @property
     def num_steps(self) -> int:
-        """Steps of the run; fewer than planned once early stopping has ended it."""
+        """Steps of the run: fewer than planned once early stopping has ended it."""
         return self.progress.step if self.progress.stopped_early else self.timeline.num_steps
 
     @property
@@ -59,18 +60,20 @@ class Trainer:
         return self.progress.step >= self.num_steps
 
     def fit(self) -> bool:
-        """Train until the last step, or until any rank is to stop: then save, return False."""
+        """Train until the last step: True; or until any rank is asked to stop: save, and False."""
         for callback in self.callbacks:
             callback.on_start(self.progress.step, self.num_steps)
         self.metrics.start(self.progress.step)
         self.timer.start()
-        self.stopping.raise_data_faults()  # in what was read before the first step
+        # Damage in what the loader has read before the first step.
+        self.stopping.raise_data_faults()
         while not self.is_done:
             if not self._step():
-                continue  # the run went back to a checkpoint
+                continue
             self._record()
             ends_part = self.checkpoints.ended.note_step(self.progress.step)
             is_best = self._validate(ends_part)
+            # Asked after the last step too: it ends the run if data are damaged.
             stopped = self.stopping.requested() and not self.is_done
             if self.is_done or stopped or self.checkpoints.is_due(self.progress, is_best):
                 self.checkpoints.save(self.progress)
@@ -79,11 +82,12 @@ class Trainer:
         return True
 
     def _step(self) -> bool:
-        """One optimizer step; False if the run went back instead."""
+        """Take one optimizer step; False if the run went back to a checkpoint instead."""
         step = self.progress.step
         with self.timer.step(self.progress):
             self._enter_phase(step)
             batches = self.loader.step_batches(step)
+            # Guards and records count steps from 1, the engine and the data from 0.
             self.guards.begin_step(step + 1)
             factor, balance_rate = self.schedules.at(step)
             result = self.engine.train_step(batches, factor, balance_rate, self.guards.should_skip)
@@ -95,18 +99,19 @@ class Trainer:
         return violation is None
 
     def _record(self) -> None:
+        """Report the step, and make the records that are due."""
         step = self.progress.step
         for callback in self.callbacks:
             callback.on_step(step)
         self.metrics.record(self.progress, self.is_done or self.timeline.ends_phase(step))
 
     def _validate(self, ends_part: bool) -> bool:
-        """Validate if it is due, and end the run if the loss falls no more.
+        """Validate if it is due, and return whether the loss is the best so far.
 
-        True for the best loss so far.
+        Early stopping ends the run here.
 
         Args:
-            ends_part: whether an epoch that is kept, or a phase, ends with the step.
+            ends_part: whether a kept epoch or a phase ends with the step.
         """
         validator = self.validator
         if validator is None:
@@ -124,7 +129,7 @@ class Trainer:
         return is_best
 
     def _end_early(self) -> None:
-        """Make the step that was just taken the last one, with the record that a last one has."""
+        """Make the step that was just taken the last one, and write its record."""
         self.progress.stopped_early = True
         for callback in self.callbacks:
             callback.on_early_end(self.progress.step)
@@ -145,21 +150,20 @@ class Trainer:
         if step == phase.first_step:
             self.guards.forget()
         if phase.name:
-            first = phase.first_step + 1
-            logger.info(
-                "phase %d, '%s': steps %d to %d", phase.number, phase.name, first, phase.end_step
-            )
+            logger.info("%s", phase)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a whole checkpoint of this run, or of the one that it branches from."""
         self.progress = self.checkpoints.load(checkpoint)
-        self._phase = None  # DeepSpeed's counters are the checkpoint's now: it is entered anew
+        # DeepSpeed's counters are the checkpoint's now, so the phase has to be entered again.
+        self._phase = None
 
     def _roll_back(self, violation: Violation) -> None:
-        """Go back to the newest checkpoint before the incident, and on to data after it."""
+        """Go back to the newest checkpoint before the incident, and continue with later data."""
         before = self.progress
         skipped = self.guards.config.rollback.skip_steps
         checkpoint = self.checkpoints.go_back(violation)
+        # Before the loader is set back: the data up to here, and a little more, are passed over.
         consumed = self.loader.consumed(before.step + skipped)
         self.resume(checkpoint)
         self.progress.take_over_counts(before)

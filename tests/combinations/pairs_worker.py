@@ -159,7 +159,7 @@ def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     resumed = Run(recipe, row["zero"], topology, folder)
     if "sabotage" in row:
         sabotage(resumed, row["sabotage"])
-    state = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
+    loaded = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
     result = {
         "name": row["name"],
         "validation": validation,
@@ -167,7 +167,7 @@ def run_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     result |= {
         "curve": curve,
-        "resumed_at": state["step"],
+        "resumed_at": loaded.state["step"],
         "resumed": resumed.train(STEPS - SAVED_AT),
         "damage": damage(checkpoint),
     }

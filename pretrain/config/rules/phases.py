@@ -1,4 +1,4 @@
-"""Rules about a recipe's phases, one small function each."""
+"""Rules about a recipe's phases, one small function each, which raises ConfigError."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pretrain.core.errors import ConfigError
 
 
 def phases_have_names_of_their_own(recipe: Recipe) -> None:
+    """Two phases must not have one name."""
     names = [phase.name for phase in recipe.phases]
     for name in names:
         if names.count(name) > 1:
@@ -17,6 +18,7 @@ def phases_have_names_of_their_own(recipe: Recipe) -> None:
 
 
 def phases_fill_the_run(recipe: Recipe) -> None:
+    """Together the phases must take the tokens of the run."""
     phases, total = recipe.phases, recipe.train.train_tokens
     if not phases:
         return
@@ -39,6 +41,7 @@ def phases_fill_the_run(recipe: Recipe) -> None:
 
 
 def phase_lengths_divide(recipe: Recipe) -> None:
+    """The longest sequence must be a multiple of all others: they share blocks of its length."""
     lengths = {
         phase.name: phase.sequence_length or recipe.train.sequence_length for phase in recipe.phases
     }
@@ -52,12 +55,11 @@ def phase_lengths_divide(recipe: Recipe) -> None:
 
 
 def phase_positions_need_no_training(recipe: Recipe) -> None:
-    """Only what a rotary embedding is computed from may change: no parameter, and no distance
-    penalty.
-    """
+    """Phases may change how a rotary embedding is computed, but no parameter or penalty."""
     before = recipe.model.position
     for phase in recipe.phases:
-        if (now := phase.position) is None or now == before:
+        now = phase.position
+        if now is None or now == before:
             continue
         names = [position.kind for position in (before, now)]
         if not (before.rotary and now.rotary) or before.alibi != now.alibi:
@@ -74,6 +76,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
 
 
 def phase_mixtures_are_shares(recipe: Recipe) -> None:
+    """A mixture of token counts is for a whole run."""
     changed = [phase for phase in recipe.phases if phase.mixture is not None]
     for phase in changed:
         if phase.mixture is not None and phase.mixture.total_tokens is not None:
@@ -89,6 +92,7 @@ def phase_mixtures_are_shares(recipe: Recipe) -> None:
 
 
 def phases_fit_a_stream(recipe: Recipe) -> None:
+    """A stream has one mixture and one shape of batches."""
     if not recipe.data.streaming:
         return
     for phase in recipe.phases:
@@ -101,10 +105,11 @@ def phases_fit_a_stream(recipe: Recipe) -> None:
 
 
 def weights_come_from_one_place(recipe: Recipe) -> None:
+    """A branch has weights already."""
     if recipe.branch_from is not None and recipe.initial_weights is not None:
         raise ConfigError(
-            "branch_from goes on with a whole run, initial_weights starts a new one: leave one of "
-            "them out"
+            "branch_from continues a whole run, initial_weights starts a new one: "
+            "leave one of them out"
         )
 
 
@@ -120,9 +125,9 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
 
 
 def phase_warnings(recipe: Recipe) -> list[str]:
-    """What phases may ask for and should know, a sentence each."""
+    """Return sentences about phases that can run, but may not do what their author expects."""
     if recipe.data.packing.is_planned and any(
-        stage.slices > 1 for stage in Timeline(recipe).stages
+        stage.slices > 1 for stage in Timeline(recipe).phases
     ):
         return [
             "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter "
