@@ -44,7 +44,7 @@ class RecipeLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", node.start_mark
+                    None, None, f"the key '{key}' is there twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -61,7 +61,7 @@ RecipeLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Return the value that a YAML text stands for.
+    """Return the value of a YAML text.
 
     Raises:
         ConfigError: if it is not valid.

@@ -74,7 +74,7 @@ BROKEN = {
         ["unknown field 'phases.1.sequnce_length'", "did you mean 'sequence_length'"],
         ["phases.1={name: b}"],
     ),
-    "the schema/entry": ([TWO, "phases.2.name=c"], ["'2' stands for an entry of a list", "from 0 to 1"], None),
+    "the schema/entry": ([TWO, "phases.2.name=c"], ["'2' is an entry of a list", "from 0 to 1"], None),
 }  # fmt: skip
 
 
