@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -9,6 +11,8 @@ from typing import TypeAlias
 from pretrain.analysis.expert_usage import UsageWindow
 from pretrain.config.recipe import Recipe
 from pretrain.core.files import JsonObject
+
+logger = logging.getLogger(__name__)
 
 # A line of metrics.jsonl. It is written from a typed record (pretrain/training/records.py), but a
 # resumed run also reads lines of earlier versions, in which columns may be missing.
@@ -72,3 +76,56 @@ class Callback:
 
     def on_failure(self, error: Exception) -> None:
         """Training ends by an error; no other method is called afterwards."""
+
+
+class CallbackList(Callback):
+    """Passes every call to several callbacks, in their order; empty on every rank except 0."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_start(step, num_steps)
+
+    def on_step(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_step(step)
+
+    def on_record(self, record: MetricsRecord) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_record(record)
+
+    def on_usage(self, window: UsageWindow) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_usage(window)
+
+    def on_rollback(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_rollback(step)
+
+    def on_early_end(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_early_end(step)
+
+    def on_end(self, summary: Summary) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_end(summary)
+
+    def on_failure(self, error: Exception) -> None:
+        """Pass it on; what goes wrong in a callback does not take the error's place."""
+        for callback in self._callbacks:
+            try:
+                callback.on_failure(error)
+            except Exception:
+                logger.exception("%s failed after the run had", type(callback).__name__)

@@ -13,7 +13,7 @@ from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows, prepare_packing
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.verification import BackgroundCheck
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import CallbackList
 from pretrain.callbacks.build import make_callbacks
 from pretrain.checkpoint.initialize_from import starting_weights
 from pretrain.checkpoint.state import CardFacts, Fingerprint
@@ -246,12 +246,12 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     )
 
 
-def _callbacks(run: Run) -> list[Callback]:
+def _callbacks(run: Run) -> CallbackList:
     """Return the callbacks of this rank: all of them on rank 0, none on any other."""
     resolved = run.resolved
     if not resolved.topology.is_main:
-        return []
-    return make_callbacks(
+        return CallbackList([])
+    callbacks = make_callbacks(
         resolved.recipe,
         resolved.timeline,
         resolved.ds_config,
@@ -260,6 +260,7 @@ def _callbacks(run: Run) -> list[Callback]:
         checkpoints=resolved.checkpoints,
         usage=resolved.folder / USAGE,
     )
+    return CallbackList(callbacks)
 
 
 def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> Fingerprint:

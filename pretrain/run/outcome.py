@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from pretrain.guards.incidents import INCIDENTS
 from pretrain.model.sizes import model_size
 from pretrain.run.folder import CHECKPOINTS, ENDED, read_summary, update_summary
 from pretrain.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,19 +112,14 @@ class Outcome:
     def complete(self, summary: RunSummary, finished: bool) -> None:
         """Write the summary, and call the callbacks of the end."""
         whole = update_summary(self._folder, summary.to_dict())
-        for callback in self._trainer.callbacks:
-            callback.on_end(whole)
+        self._trainer.callbacks.on_end(whole)
         # Callbacks may wait for a service, and be killed meanwhile: the next start repeats them then.
         if finished:
             update_summary(self._folder, {ENDED: self._trainer.progress.step})
 
     def fail(self, error: Exception) -> None:
         """Report the error that ends the run to the callbacks; their own errors are only logged."""
-        for callback in self._trainer.callbacks:
-            try:
-                callback.on_failure(error)
-            except Exception:
-                logger.exception("%s failed after the run had", type(callback).__name__)
+        self._trainer.callbacks.on_failure(error)
 
     def announce(self) -> None:
         """Print what the run is about to do, if it resumes."""

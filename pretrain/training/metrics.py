@@ -134,8 +134,7 @@ class MetricsRecorder:
                 return
             window = UsageWindow(step, steps, self.model.routed_layers, counts_LE.numpy())
             columns = usage_columns(window, self.config.hot_expert_factor)
-            for callback in self.writer.callbacks:
-                callback.on_usage(window)
+            self.writer.callbacks.on_usage(window)
             self.writer.write(UsageRecord(self.writer.position(step), steps, columns))
 
 

@@ -5,12 +5,12 @@ The order of the keys in ``to_dict`` is that of the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data_pipeline.loading.interface import Loader
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Timeline
 from pretrain.core.files import JsonObject
 from pretrain.engine.step import MeanLosses
@@ -228,13 +228,9 @@ class ValidationRecord:
 
 
 class RecordWriter:
-    """Hands records to the callbacks, which write them.
+    """Passes records to the callbacks, which write them."""
 
-    Args:
-        callbacks: empty on every rank except 0.
-    """
-
-    def __init__(self, timeline: Timeline, loader: Loader, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, timeline: Timeline, loader: Loader, callbacks: CallbackList) -> None:
         self.timeline = timeline
         self.loader = loader
         self.callbacks = callbacks
@@ -247,6 +243,5 @@ class RecordWriter:
         return Position(step, tokens, self.loader.epochs(step), phase.name, phase.number)
 
     def write(self, record: Record) -> None:
-        """Hand over one record."""
-        for callback in self.callbacks:
-            callback.on_record(record.to_dict())
+        """Pass one record to the callbacks."""
+        self.callbacks.on_record(record.to_dict())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.loading.interface import Loader
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.engine import Engine
 from pretrain.guards.detect import Violation
@@ -31,7 +30,6 @@ class Trainer:
     Attributes:
         validator: None without held-out data; the run then has no validation loss and no best
             checkpoint.
-        callbacks: empty on every rank but 0.
     """
 
     timeline: Timeline
@@ -44,7 +42,7 @@ class Trainer:
     checkpoints: Checkpoints
     stopping: Stopping
     timer: StepTimer
-    callbacks: Sequence[Callback]
+    callbacks: CallbackList
     progress: Progress = field(default_factory=Progress)
     # The phase that the engine is in.
     _phase: Phase | None = None
@@ -61,12 +59,12 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train until the last step: True; or until any rank is asked to stop: save, and False."""
-        for callback in self.callbacks:
-            callback.on_start(self.progress.step, self.num_steps)
+        self.callbacks.on_start(self.progress.step, self.num_steps)
         self.metrics.start(self.progress.step)
         self.timer.start()
         # Damage in what the loader has read before the first step.
         self.stopping.raise_data_faults()
+        # Every rank takes the same branches: most of these calls hold collectives.
         while not self.is_done:
             if not self._step():
                 continue
@@ -91,6 +89,7 @@ class Trainer:
             self.guards.begin_step(step + 1)
             factor, balance_rate = self.schedules.at(step)
             result = self.engine.train_step(batches, factor, balance_rate, self.guards.should_skip)
+            # A skipped step counts too: schedule and data follow the step's number.
             self.progress.step += 1
         self.metrics.add(result)
         violation = self.guards.after_step(self.progress, batches, result)
@@ -101,8 +100,7 @@ class Trainer:
     def _record(self) -> None:
         """Report the step, and make the records that are due."""
         step = self.progress.step
-        for callback in self.callbacks:
-            callback.on_step(step)
+        self.callbacks.on_step(step)
         self.metrics.record(self.progress, self.is_done or self.timeline.ends_phase(step))
 
     def _validate(self, ends_part: bool) -> bool:
@@ -124,6 +122,7 @@ class Trainer:
         is_best = self.progress.note_best(loss)
         if not self.is_done and self.guards.ends_early(self.progress):
             self._end_early()
+        # Early stopping may have made this the last step.
         if self.is_done:
             validator.rest(self.progress)
         return is_best
@@ -131,8 +130,7 @@ class Trainer:
     def _end_early(self) -> None:
         """Make the step that was just taken the last one, and write its record."""
         self.progress.stopped_early = True
-        for callback in self.callbacks:
-            callback.on_early_end(self.progress.step)
+        self.callbacks.on_early_end(self.progress.step)
         self.metrics.record_training(self.progress)
 
     def _enter_phase(self, step: int) -> None:
@@ -145,6 +143,7 @@ class Trainer:
         self.metrics.enter(phase)
         if self.validator is not None:
             self.validator.enter(phase)
+        # Losses over windows of two lengths do not compare: long contexts help a prediction.
         if self.timeline.changes_length(step):
             self.progress.forget_other_lengths()
         if step == phase.first_step:
@@ -171,5 +170,4 @@ class Trainer:
         self.loader.require(self.num_steps)
         self.metrics.restart(self.progress.step)
         self.timer.start()
-        for callback in self.callbacks:
-            callback.on_rollback(self.progress.step)
+        self.callbacks.on_rollback(self.progress.step)
