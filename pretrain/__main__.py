@@ -1,7 +1,7 @@
 """One rank of a training, as a module.
 
-That is ``deepspeed --module pretrain``, ``torchrun --module pretrain`` or ``python -m pretrain``. The
-command ``moe-pretrain`` and ``launchers/pretrain.py`` are the same.
+That is ``deepspeed --module pretrain``, ``torchrun --module pretrain`` or ``python -m pretrain``.
+The command ``moe-pretrain`` and ``launchers/pretrain.py`` are the same.
 """
 # PYTHON_ARGCOMPLETE_OK
 

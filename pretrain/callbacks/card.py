@@ -18,6 +18,7 @@ COUNTS = ("step", "targets", "window", "windows", "stride")
 def newest_evaluation(run: Path, step: int) -> dict[str, float]:
     """Return what was measured of the last evaluated checkpoint up to ``step``, by name."""
     evaluations = [record for record in read_evaluations(run) if record["step"] <= step]
+    # An evaluation of a later step is of a checkpoint that a rollback has removed.
     newest = max(evaluations, key=lambda record: record["step"], default={})
     measured = {
         name: value

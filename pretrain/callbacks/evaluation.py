@@ -126,6 +126,7 @@ class ContinuousEvaluation(Callback):
         with (self.run / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 command,
+                # It must not read the terminal of the training.
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -98,6 +98,7 @@ class History:
         if record["kind"] != ("validation" if self.validates else "train"):
             return False
         again = bool(self.entries) and self.entries[-1].step == record["step"]
+        # The last step is validated on a sample, then on the whole split: one entry for both.
         if again:
             self.entries.pop()
             self._gathered += self._entered

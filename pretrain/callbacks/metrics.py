@@ -81,6 +81,7 @@ class MetricsFiles(Callback):
 
     def on_record(self, record: MetricsRecord) -> None:
         """Append a record."""
+        # Opened and closed for each record, so that a killed run loses none.
         with self.jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if record["kind"] not in CSV_KINDS:

@@ -144,6 +144,7 @@ def _shows_in_shapes(
         for name in shapes[0].keys() | shapes[1].keys()
         if shapes[0].get(name) != shapes[1].get(name)
     }
+    # A field that no shape depends on cannot be seen in shapes: it counts as a difference.
     return bool(decided) and decided.isdisjoint(loaded)
 
 

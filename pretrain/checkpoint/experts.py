@@ -80,6 +80,7 @@ def read_expert(
     found: Expert = {}
     places = routed_moe(model).expert_tensors(model.feed_forward.parameter_names)
     for parameter, names in places.items():
+        # Native experts are numbered in the name; stacked ones are an index of the first dimension.
         parts = [
             tensors[f"{prefix}.{name.replace(EXPERT_NUMBER, str(expert))}"]
             if EXPERT_NUMBER in name
@@ -129,6 +130,7 @@ def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) ->
 def cosines(rows: Sequence[Tensor]) -> Tensor:
     """Return cosines between tensors of one shape, [E, E] fp32; 0 for one that is zero."""
     flat = torch.stack([row.flatten() for row in rows])
+    # clamp_min: the cosine of a zero tensor is 0, not NaN.
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return flat @ flat.T
 

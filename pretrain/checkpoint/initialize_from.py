@@ -83,6 +83,7 @@ def starting_point(
     """
     if recipe.initial_weights is None:
         return None
+    # A resumed run has weights already, and need not have the old ones at hand.
     if checkpoints is not None and complete_checkpoints(checkpoints):
         return None
     path = Path(recipe.initial_weights)
@@ -99,6 +100,7 @@ def starting_point(
         stored = StoredWeights(folder)
         model = read_recipe(folder).model
     found = compare(stored.shapes, recipe.model)
+    # First the meaning: weights that fit by shape and compute something else are the worse mistake.
     if model is not None:
         _check_meaning(model, recipe.model, found, where)
     if not found.loaded or not (found.is_whole or recipe.initial_weights_partial):
@@ -112,8 +114,10 @@ def _check_checkpoint(folder: Path, tokenizer_sha256: str | None) -> None:
         raise CheckpointError(
             f"initial_weights: {folder} is damaged: {fault}; choose another checkpoint"
         )
-    saved_sha256 = read_state(folder).get("tokenizer_sha256")
-    if None not in (tokenizer_sha256, saved_sha256) and tokenizer_sha256 != saved_sha256:
+    if tokenizer_sha256 is None:
+        return
+    # Weights that were converted without a tokenizer name none.
+    if read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
         raise CheckpointError(
             f"initial_weights: {folder} was trained with another tokenizer than that of the data: "
             "build the data with the checkpoint's tokenizer"
@@ -171,6 +175,7 @@ def starting_weights(
             logger.info("%s", note)
         if not start.found.is_whole:
             _report(start.found, start.where, checkpoints and checkpoints.parent / REPORT)
+    # Read later, tensor by tensor, when each rank has built its part of the model.
     return lambda model, part, parts: fill(
         model, start.stored, part, parts, set(start.found.loaded)
     )

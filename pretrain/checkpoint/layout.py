@@ -100,6 +100,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: if there is none, or it is not complete.
     """
     path = Path(path)
+    # The folder of all checkpoints of a run.
     if path.is_dir() and not (path / MANIFEST).is_file() and (path / LATEST).is_file():
         path = path / LATEST
     if path.is_file():
@@ -200,6 +201,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1, with_hashes: bool = True
         files = _read_json(folder / MANIFEST)["files"]
     except (CheckpointError, KeyError):
         return f"{MANIFEST} is no manifest"
+    # Sorted, so that the ranks share the files evenly and without gaps.
     for index, (name, entry) in enumerate(sorted(files.items())):
         path = folder / name
         # A checkpoint of somebody else may name any file of this machine.

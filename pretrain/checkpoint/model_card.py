@@ -64,6 +64,7 @@ def _front_matter(recipe: Recipe) -> list[str]:
         "pipeline_tag": "text-generation",
         "tags": ["pretraining", *moe],
     }
+    # What the recipe does not say is left out: null would be an entry.
     known = {name: value for name, value in fields.items() if value is not None}
     return ["---", yaml.safe_dump(known, sort_keys=False).rstrip("\n"), "---", ""]
 

@@ -88,6 +88,7 @@ class CheckpointFolder:
         """
         topology = self.topology
         entries: dict[str, layout.FileEntry] = {}
+        # Every rank lists the same files in the same order, and takes each world_size-th of them.
         for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
             fsync_path(path)
             entries[path.relative_to(temporary).as_posix()] = layout.file_entry(path)
@@ -101,6 +102,8 @@ class CheckpointFolder:
         folders = [child for child in temporary.iterdir() if child.is_dir()]
         for path in (manifest, *folders, temporary):
             fsync_path(path)
+        # A folder that is not empty cannot be replaced. It is there if the run began before a damaged
+        # checkpoint of the same step.
         if target.exists():
             self._set_aside(target)
         os.replace(temporary, target)

@@ -92,6 +92,8 @@ class CheckpointStore:
         temporary = self._checkpoints.prepare(target)
         try:
             self._write_rank(temporary, rank_state or {})
+            # Collective. save_latest=False: DeepSpeed's "latest" would be written before the
+            # checkpoint is whole; layout.LATEST moves after the rename.
             self.engine.deepspeed.save_checkpoint(
                 str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False
             )
@@ -121,6 +123,7 @@ class CheckpointStore:
         """Write this rank's random state, weights and optimizer state of tables."""
         engine = self.engine
         rank = engine.topology.rank
+        # exist_ok: every rank makes the folder.
         (folder / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
         torch.save(
             {**random_state(), "own": rank_state},
@@ -221,6 +224,7 @@ class CheckpointStore:
         """
         optimizer = self.engine.optimizer
         options = group_options(optimizer.param_groups)
+        # The schedule is a function of the step here, so DeepSpeed has no state of one.
         loaded, _ = self.engine.deepspeed.load_checkpoint(
             str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False
         )
@@ -238,6 +242,7 @@ class CheckpointStore:
         # Last, because everything above may draw random values.
         rank = self.engine.topology.rank
         path = layout.rank_file(folder / layout.RANDOM_FOLDER, rank, "pt")
+        # weights_only: a checkpoint may come from somebody else, and a pickle may run anything.
         content = torch.load(path, weights_only=True)
         restore_random_state(content)
         return LoadedState(layout.read_state(folder), content.get("own", {}))
@@ -267,6 +272,7 @@ class CheckpointStore:
         weights = read_experts_part(folder, engine.expert_part, engine.expert_parts)
         rank = engine.topology.rank
         state = load_file(layout.rank_file(folder / layout.ROWS_FOLDER, rank, "safetensors"))
+        # In place: the optimizer and the layer hold the same tensor.
         for name, table in sparse.tables.items():
             table.weight.copy_(weights[name])
             prefix = f"{name}/"

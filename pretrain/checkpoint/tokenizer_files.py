@@ -64,6 +64,7 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
 
 def write_side_files(files: SideFiles, folder: Path) -> None:
     """Write what :func:`read_side_files` read."""
+    # Every name is one of those that read_side_files knows, so it cannot leave the folder.
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

@@ -81,6 +81,7 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
         CheckpointError: if the converter fails, or a weight is missing or differs from the
             checkpoint's.
     """
+    # Importing it takes seconds.
     from deepspeed.checkpoint import ds_to_universal
 
     check_universal(checkpoint)
@@ -88,6 +89,7 @@ def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
     options = Namespace(
         input_folder=str(checkpoint / DEEPSPEED_TAG),
         output_folder=str(target),
+        # With more workers the converter starts processes, which each import torch.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -178,6 +180,7 @@ def _compare(checkpoint: Path, zero: Path) -> int:
             raise CheckpointError(f"DeepSpeed's converter left '{name}' out: nothing was published")
         # Not weights_only: DeepSpeed has just written it, with instances of its classes.
         content = torch.load(path, weights_only=False, map_location="cpu")
+        # The file of a weight is a tensor or, with its concatenation dimension, a dictionary.
         found = content["param"] if isinstance(content, dict) else content
         expected = weights.read(name)
         if found.numel() != expected.numel() or not torch.equal(

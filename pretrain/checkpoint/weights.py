@@ -73,6 +73,7 @@ def write_weights(
             experts[stored_name] = weight.to("cpu", torch.float32).contiguous()
         elif not is_expert(parameter) and rank == 0:
             dense[name] = weight.to("cpu", torch.float32).contiguous()
+    # Tables belong to the optimizer during training, so they are no parameters.
     if rank < ep_size:
         experts |= {name: table.cpu() for name, table in (tables or {}).items()}
     # Buffers such as the routers' balancing biases.
@@ -102,6 +103,7 @@ def open_weights(folder: Path) -> TensorReader:
     numbers = [
         match for path in sorted(folder.iterdir()) if (match := _EXPERTS_NAME.match(path.name))
     ]
+    # Files of two numbers of ranks: somebody has copied one checkpoint over another.
     counts = sorted({int(match[2]) for match in numbers})
     if len(counts) > 1:
         strays = ", ".join(match[0] for match in numbers if int(match[2]) == counts[0])
@@ -151,6 +153,7 @@ def load_model(
     attention = recipe.model.attention.model_copy(update={"kernel": "sdpa"})
     model = DecoderLM(recipe.model.model_copy(update={"attention": attention}))
     weights = load_state_dict(folder)
+    # named_parameters() lists a shared tensor once, under the embedding's name.
     if recipe.model.tie_word_embeddings:
         weights.setdefault("head.weight", weights["embedding.weight"])
     try:

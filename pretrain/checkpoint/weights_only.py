@@ -40,6 +40,7 @@ def tensor_shapes(model: ModelConfig) -> tuple[Shapes, Shapes]:
     with torch.device("meta"):
         built = DecoderLM(model)
     parameters = dict(built.named_parameters())
+    # Buffers that can be computed anew, such as rotary angles, are in no file.
     persistent = built.state_dict(keep_vars=True).keys()
     buffers = {
         name: tuple(buffer.shape) for name, buffer in built.named_buffers() if name in persistent
@@ -124,6 +125,7 @@ def fill_weights_folder(
 
 def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
     dense, experts = tensor_shapes(model)
+    # Both files are open at once, because the tensors come in any order.
     with ExitStack() as files:
         writers: dict[str, TensorFileWriter] = {}
         for file, shapes in ((DENSE_FILE, dense), (EXPERTS_FILE.format(part=0, parts=1), experts)):

@@ -45,6 +45,7 @@ def differences(first: ModelConfig, second: ModelConfig) -> list[Difference]:
     """
     models = (first, second)
     changed: dict[str, object] = {}
+    # Take the fields out that a model does not read: their values mean nothing.
     if not all(model.routed_layers for model in models):
         changed["moe"] = None
     if any(len(model.moe_layers) == model.num_hidden_layers for model in models):
@@ -70,6 +71,7 @@ def _differences(
 ) -> Iterator[Difference]:
     if type(first) is not type(second):
         kinds = (_shown(first), _shown(second))
+        # Such as rope and yarn, which rotate by other angles, or two kinds of routers.
         if effect is Effect.MEANING and second.keeps_the_meaning_of(first):
             effect = Effect.FUNCTION
         yield Difference(f"{path}.kind", kinds, effect, is_kind=True)

@@ -43,6 +43,7 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
     dotted: list[str] = []
     legal: list[str] = []
     for part in location:
+        # The part may be the chosen kind of a union, which is no level of the file.
         tagged = [
             model
             for model in models
@@ -53,6 +54,7 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
             annotation = None
             models = tagged
             continue
+        # A level of the file: go down into the field's type.
         dotted.append(str(part))
         if isinstance(part, int):  # an entry of a list
             continue
@@ -119,12 +121,14 @@ def sentence(detail: ErrorDetails, origin: str, not_imported: list[str]) -> str:
                 "name the module that defines it under 'plugins'"
             )
         return f"{kind}, but it is one of {expected}"
+    # Any other error has a message of its own; pydantic puts this before those of validators.
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "literal_error" and not_imported:
         message += (
             f", or of the plugin {plugins}, which the checkpoint names: "
             f"{trust_remedy(not_imported)}"
         )
+    # A whole section would be too long for a sentence.
     value = detail.get("input")
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
     return f"{origin}: '{dotted}': {message}{shown}"

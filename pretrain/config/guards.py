@@ -145,6 +145,7 @@ class GuardConfig(Section):
 
     @model_validator(mode="after")
     def _each_kind_once(self) -> GuardConfig:
+        # Checkpoints and incidents name a guard by its kind.
         kinds = [guard.kind for guard in self.more]
         if len(set(kinds)) < len(kinds):
             raise ValueError("guards.more has a kind twice, whose states would have one name")

@@ -120,6 +120,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...], is_record: bool) -> tup
         above: the files that led here, by ``base``.
         is_record: whether one of them is a record: its author also chose what it leads to.
     """
+    # A base that a record leads to is no more trustworthy than the record.
     is_record = is_record or _is_record(path)
     content = _read_mapping(path)
     if path.resolve() in above:
@@ -194,6 +195,7 @@ def merge(lower: JsonObject, upper: JsonObject) -> JsonObject:
     merged = dict(lower)
     for key, value in upper.items():
         below = lower.get(key)
+        # Null at the first level that sets a key stays: it may be the field's value.
         if value is None and key in lower:
             del merged[key]
         elif (
@@ -220,6 +222,7 @@ def apply_override(content: JsonObject, override: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         place = _entry(section, key, override)
         below = section.setdefault(place, {}) if isinstance(section, dict) else section[place]
+        # "section: null" in a recipe, such as for an optional section.
         if below is None:
             below = section[place] = {}
         if not isinstance(below, dict | list):
@@ -248,6 +251,7 @@ def validate_recipe(content: JsonObject, origin: str) -> Recipe:
     Raises:
         ConfigError: with a sentence for each wrong field.
     """
+    # Recipes are printed, saved and exported.
     refuse_credentials(content, origin)
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
@@ -267,6 +271,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             each other.
     """
     content, origin = read_recipe_file(name_or_path)
+    # Before validation: an override may correct what would be refused.
     for override in overrides or []:
         apply_override(content, override)
     import_plugins(content)

@@ -16,6 +16,7 @@ def loader_plan(recipe: Recipe, timeline: Timeline | None = None) -> LoaderPlan:
     timeline = timeline or Timeline(recipe)
     phases = []
     for phase in timeline.phases:
+        # For sentences: the field of the recipe that the mixture comes from.
         has_own_mixture = phase.recipe.data.mixture != recipe.data.mixture
         phases.append(
             LoaderPhase(

@@ -173,6 +173,7 @@ class Recipe(Section):
             "read; see docs/extending.md"
         ),
     )
+    # Of weights and data order; of dropout and router noise with the rank added to it.
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(

@@ -40,6 +40,7 @@ class ScheduleConfig(Section):
 
         The warm-up rises linearly from 1 / (w + 1) to w / (w + 1).
         """
+        # Neither 0 nor 1 is a step of the warm-up: the first step trains, and the peak comes after.
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self.after_warmup(step, num_steps)
@@ -54,6 +55,7 @@ class ScheduleConfig(Section):
 
     def _progress(self, step: int, num_steps: int) -> float:
         """Return the share of the steps after the warm-up that is done."""
+        # max: a run may consist of its warm-up.
         progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
         return min(1.0, max(0.0, progress))
 

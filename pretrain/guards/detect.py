@@ -71,6 +71,7 @@ class RobustWindow:
 
         None while there is too little to compare with.
         """
+        # A deviation of fewer values would take the first noise for a spike.
         if len(self.values) < max(16, self.size // 4):
             return None
         middle = _middle(self._sorted)
@@ -82,6 +83,7 @@ class RobustWindow:
         self.values.append(value)
         insort(self._sorted, value)
         if len(self.values) > self.size:
+            # By value: which of several equal ones goes makes no difference.
             del self._sorted[bisect_left(self._sorted, self.values.pop(0))]
 
     def replace(self, values: list[float]) -> None:
@@ -235,6 +237,7 @@ class Guards:
 
     @staticmethod
     def _spike(guard: SpikeGuard, window: RobustWindow, loss: float) -> str | None:
+        # A NaN in the window would spoil every median after it.
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         # Compare before the value is in the window. A spike enters it too: a loss that stays high

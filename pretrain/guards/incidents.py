@@ -121,6 +121,7 @@ class IncidentLog:
             result: of that step, on this rank.
             found: what is not finite, if that was searched for.
         """
+        # Collective: every rank has the losses of its micro batches only.
         losses = self.topology.all_gather([finite(float(loss)) for loss in result.micro_losses])
         if not self.topology.is_main:
             return

@@ -48,6 +48,7 @@ def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinit
         too large or the hardware erred.
     """
     watch = _Watch(engine)
+    # A learning rate of 0 and a refused update: nothing of the repetition may stay.
     with _as_before(engine), watch:
         result = engine.train_step(
             micro_batches, 0.0, should_skip=lambda loss, norm: True, after_backward=watch.next
@@ -134,5 +135,6 @@ class _Watch:
             handle.remove()
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
+        # The first one in the backward pass is nearest to the cause; the others follow from it.
         if self._number not in self.found and not bool(gradient.isfinite().all()):
             self.found[self._number] = name

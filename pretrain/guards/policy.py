@@ -30,6 +30,7 @@ class GuardPolicy:
         self.engine = engine
         self.incidents = incidents
         self.guards = Guards(config)
+        # Without a guard that may skip, the engine need not reduce losses before the update.
         self.should_skip: ShouldSkip | None = self._refuses if self.guards.may_skip else None
         self._step = 0
         self._loss_scale = 1.0
@@ -61,10 +62,12 @@ class GuardPolicy:
             NonFiniteError: if the run has to stop because a value is not finite.
             GuardError: if it has to stop for another reason.
         """
+        # None: nobody searched. Empty: the repeated step was finite.
         found: list[NonFinite] | None = None
         if not result.applied:
             progress.skipped_steps += 1
             progress.skipped_tokens += self.engine.phase_recipe.train.tokens_per_step
+        # Skipped by the optimizer, not by a guard: a loss or gradient is not finite.
         if not result.applied and not result.refused:
             found = find_non_finite(self.engine, batches)
             # Without the scale everything is finite: fp16's loss scale was too large.
@@ -89,6 +92,7 @@ class GuardPolicy:
         """
         if self.should_skip is not None:
             return
+        # Skipped steps have a number and no mean.
         first = last_step - len(results) + 1
         applied = [
             (first + place, result) for place, result in enumerate(results) if result.applied
@@ -138,6 +142,7 @@ class GuardPolicy:
         logger.info(
             "step %d overflowed and was skipped; fp16's loss scale is now %g", progress.step, scale
         )
+        # A bool counts as 0 or 1.
         progress.skipped_in_a_row += scale == self._loss_scale
         if progress.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise NonFiniteError(
@@ -160,6 +165,7 @@ class GuardPolicy:
                 worst, f"step {worst.step}: {worst.reason}, and guards.{field}.action is stop"
             )
         if worst.action == "rollback":
+            # A run that comes back to the same incident again and again would never end.
             if progress.rollbacks < self.config.rollback.max_times:
                 return worst
             raise self._error(
@@ -167,6 +173,7 @@ class GuardPolicy:
                 f"step {worst.step}: {worst.reason}, "
                 f"and the run went back {progress.rollbacks} times already",
             )
+        # What is left is "skip", which has happened already.
         if progress.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise self._error(
                 worst,

@@ -76,6 +76,7 @@ class Progress:
 
         While steps are being skipped nothing is saved, and so nothing is the best.
         """
+        # keep_best would otherwise name a step that has no checkpoint.
         is_best = not self.skipped_in_a_row and (
             self.best_validation is None or loss < self.best_validation
         )
@@ -86,6 +87,7 @@ class Progress:
 
     def note_patience(self, loss: float, min_delta: float) -> None:
         """Count a validation for early stopping."""
+        # Not ``best_validation``: a best by less than min_delta is saved, and no reason to wait.
         if self.patience_loss is None or loss < self.patience_loss - min_delta:
             self.patience_loss = loss
             self.stale_validations = 0

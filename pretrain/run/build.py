@@ -93,6 +93,7 @@ class Run:
 
 def share_cores() -> None:
     """On a CPU without OMP_NUM_THREADS, let ranks of one machine share its cores evenly."""
+    # Without this every rank starts a thread for each core, and they wait for each other.
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -108,6 +109,8 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
         DataError: if the data are missing or damaged.
     """
+    # All that can be checked without other ranks comes before they are connected: a rank that fails
+    # later makes the others wait for a timeout.
     zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
@@ -130,6 +133,7 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
 
 def pack_data(resolved: ResolvedRun) -> None:
     """Let rank 0 pack documents into sequences, unless that is done or not asked for."""
+    # The result is a file next to the data: one writer, and all others wait for it.
     if resolved.topology.is_main:
         length = resolved.timeline.block_tokens
         prepare_packing(resolved.datasets, resolved.recipe.data, length, progress=True)
@@ -173,11 +177,13 @@ def build_run(
     recipe = resolved.recipe
     datasets = resolved.datasets
     topology = resolved.topology
+    # Data first: they fail in a second, and an engine of many billion parameters takes minutes.
     plan = loader_plan(recipe, resolved.timeline)
     loader = open_loader(recipe.data, datasets, plan, topology.rank, topology.world_size)
     stream = datasets.validation_stream()
     held_out: Windows | None = None
     if stream:
+        # The validator changes the length when a phase does.
         length = recipe.train.sequence_length
         held_out = Windows(stream, length, datasets.pad_id, recipe.data.document_mask)
     if num_steps is not None:
@@ -210,6 +216,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     )
     callbacks = _callbacks(run)
     incidents = IncidentLog(resolved.folder, run.loader, topology)
+    # On every rank: each waits for its own batches.
     if (guard := recipe.guards.stalled_data) is not None:
         wait = run.loader.prefetch_wait
         wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)

@@ -55,6 +55,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
     first_step = planned_start(recipe)
     tokenizer_sha256 = datasets.tokenizer.sha256 if datasets else None
     notes = planned_weights(config.recipe, tokenizer_sha256)
+    # A dry run may be started by a launcher too: only one rank prints.
     if starts_as_first_rank(os.environ):
         plan = make_plan(config, first_step, notes, hardware)
         if options.json_path != "-":
@@ -72,6 +73,7 @@ def _datasets_if_built(recipe: Recipe) -> Datasets | None:
         return None
     datasets = load_datasets(folders)
     if not recipe.data.streaming:
+        # A wrong name in a late phase would end a training after hours.
         for phase in loader_plan(recipe).phases:
             check_names(phase.mixture, list(datasets.training_shards()), phase.mixture_key)
     return datasets

@@ -138,6 +138,7 @@ def update_summary(folder: Path, values: Mapping[str, object]) -> JsonObject:
     """Merge ``values`` into the run's summary.json, atomically, and return the whole."""
     path = folder / SUMMARY
     summary = {**read_summary(folder), **values}
+    # A reader, such as a sweep, must never see half of it.
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -166,10 +166,12 @@ def run_range_test(
     losses: list[float] = []
     phase: Phase | None = None
     for step, rate in enumerate(rates):
+        # As Trainer._enter_phase does.
         if timeline.at(step) is not phase:
             phase = timeline.at(step)
             engine.enter(phase)
         batches = run.loader.step_batches(step)
+        # The engine takes a factor of the recipe's peak.
         result = engine.train_step(batches, rate / peak, schedules.balance_rate(step))
         (means,), _ = reduce_steps([result], engine.topology)
         loss = means.cross_entropy
@@ -207,6 +209,7 @@ def prepare(recipe: Recipe, ds_config: JsonObject, origin: str, steps: int) -> R
             "a range test cannot continue with the optimizer of branch_from: for its weights alone "
             f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
         )
+    # The monitor would open TensorBoard's file in the run's folder.
     logging = recipe.logging.model_copy(update={"tensorboard": False})
     resolved = resolve_run(recipe.model_copy(update={"logging": logging}), ds_config, origin)
     pack_data(resolved)

@@ -56,6 +56,7 @@ def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) ->
     """
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
+    # Elements that attention keeps of a token: scores' inputs, values, and what some kinds add.
     attention = (
         config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
     )

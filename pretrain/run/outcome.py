@@ -73,6 +73,7 @@ class Outcome:
         self._recipe = recipe
         self._folder = Path(recipe.output_path)
         self.resumed_from = trainer.progress.step
+        # Now, because training changes both.
         self.was_done = trainer.is_done
         self.has_ended = (
             self.was_done and read_summary(self._folder).get(ENDED) == self.resumed_from
@@ -113,7 +114,7 @@ class Outcome:
         """Write the summary, and call the callbacks of the end."""
         whole = update_summary(self._folder, summary.to_dict())
         self._trainer.callbacks.on_end(whole)
-        # Callbacks may wait for a service, and be killed meanwhile: the next start repeats them then.
+        # Callbacks may wait for a service and be killed meanwhile: the next start repeats them then.
         if finished:
             update_summary(self._folder, {ENDED: self._trainer.progress.step})
 

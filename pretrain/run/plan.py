@@ -120,6 +120,7 @@ def make_plan(
         recipe.parallel.ep_size,
         recipe.optimizer,
     )
+    # A phase of longer sequences may need more than the recipe outside of phases.
     activations = max(
         activation_bytes(recipe.model, phase.recipe.train, precision) for phase in timeline.phases
     )
@@ -171,6 +172,7 @@ def plan_phases(recipe: Recipe, timeline: Timeline, world_size: int) -> list[Pha
     plans = []
     for phase in timeline.phases:
         frozen_field = f"phases.{phase.name}.frozen"
+        # Only for its errors: a training would meet them hours after its start.
         frozen_parameters([*dense, *experts], phase.frozen, recipe.model, frozen_field)
         first, last = (
             run_learning_rate_factor(step, timeline, recipe.schedule)

@@ -68,6 +68,7 @@ def _memory_line(plan: Plan) -> str:
     if gpu is None:
         return line
     zero = plan.config.ds_config.get("zero_optimization", {})
+    # How much of it is offloaded, DeepSpeed decides.
     if zero.get("offload_optimizer") or zero.get("offload_param"):
         return f"{line}; a part of it is offloaded to the host"
     # Buffers of ZeRO, of communication and of the allocator are in no estimate.

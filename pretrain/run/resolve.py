@@ -80,6 +80,7 @@ def resolve_recipe(recipe: Recipe, precision: str, datasets: Datasets | None) ->
             f"model.vocab_size is {vocab_size}, but the tokenizer of {datasets.place} has "
             f"{datasets.tokenizer.vocab_size} entries: leave model.vocab_size out"
         )
+    # model_copy does not validate: both values were checked where they come from.
     model = recipe.model.model_copy(update={"vocab_size": vocab_size})
     train = recipe.train.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"model": model, "train": train})

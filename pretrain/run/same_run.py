@@ -109,6 +109,7 @@ def check_branch(
 
 def fingerprint_difference(now: Fingerprint, saved: CheckpointState) -> str | None:
     """Return what of tokenizer and topology differs, in words; None if nothing does."""
+    # ZeRO and expert parallelism shard by rank, so DeepSpeed's files fit one topology only.
     for key, value in now.items():
         if saved.get(key) == value:
             continue

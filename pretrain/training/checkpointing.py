@@ -132,6 +132,7 @@ class Checkpoints:
         """
         parts = self._parts
         with parts.timer.paused():
+            # Both are collective, and end the run on every rank before a file is written.
             self._stopping.finish_data_check()
             if not parts.metrics.engine.weights_are_finite():
                 raise NonFiniteError(
@@ -155,12 +156,14 @@ class Checkpoints:
         state = loaded.state
         rank_state = loaded.rank_state
         progress = Progress(**state["progress"])
+        # A checkpoint elsewhere is the parent run's, which this run branches from.
         if checkpoint.parent != self.store.folder:
             self._parent = checkpoint
             progress.leave_parent_run()
         if self._config.keep_best and not self._has(progress.best_step):
             # A rollback may have removed the best checkpoint, and a run without keep_best has none.
             progress.forget_best()
+        # The loader refuses data that are not the checkpoint's.
         parts.loader.resume(state["data"], progress.step)
         device = parts.metrics.engine.topology.device
         parts.metrics.pending = from_state(rank_state.get("pending", []), device)
@@ -202,6 +205,7 @@ class Checkpoints:
             "validation_loss": progress.last_validation,
             "validation_step": progress.validation_step,
             "validation_targets": progress.validation_targets,
+            # The phase of the last step: index step - 1, because steps count from 0 there.
             "phase": parts.timeline.at(progress.step - 1).name or None,
             "progress": asdict(progress),
             "data": parts.loader.state(progress.step),

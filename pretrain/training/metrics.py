@@ -55,6 +55,7 @@ class MetricsRecorder:
 
     def restart(self, step: int) -> None:
         """Begin again after a rollback to step ``step``, without what was counted since."""
+        # Taking the counts resets them.
         self.engine.usage.take()
         self._usage_started = step
 
@@ -86,6 +87,7 @@ class MetricsRecorder:
         """
         results = self.pending
         applied = [result for result in results if result.applied]
+        # The skipped ones stay pending: their tokens and seconds count in the next record.
         if not applied:
             return
         self.pending = []
@@ -96,6 +98,7 @@ class MetricsRecorder:
         means = _mean(losses)
         self.training_loss = means.cross_entropy
         position = self.writer.position(progress.step)
+        # The speed is of all pending steps, because skipped ones take their time too.
         before = self.writer.timeline.tokens_after(progress.step - len(results))
         tokens_per_second = (position.tokens - before) / self.timer.next_window()
         mfu: float | None = None

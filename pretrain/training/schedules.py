@@ -47,6 +47,7 @@ def run_learning_rate_factor(step: int, timeline: Timeline, config: ScheduleConf
     It follows the phase's schedule, if that has one, or the recipe's over the whole run.
     """
     phase = timeline.at(step)
+    # The recipe's schedule counts steps of the run, a phase's schedule those of the phase.
     if phase.schedule is None:
         return config.factor(step, timeline.num_steps)
     return phase.schedule.factor(step - phase.first_step, phase.num_steps)
@@ -57,6 +58,7 @@ def balance_update_rate(step: int, num_steps: int, config: BiasBalancing) -> flo
 
     It is 0 in the frozen end of the run.
     """
+    # DeepSeek-V3 freezes the biases at the end, so that the routing no longer changes.
     moving_steps = num_steps - round(config.frozen_share * num_steps)
     if step >= moving_steps:
         return 0.0

@@ -28,12 +28,14 @@ class StepTimer:
 
     def window_seconds(self) -> float:
         """Return how long the window is so far."""
+        # perf_counter never goes back, as the time of day may.
         now = time.perf_counter() if self._paused_at is None else self._paused_at
         return now - self._window_started
 
     def next_window(self) -> float:
         """End the window, and return how long it was."""
         seconds = self.window_seconds()
+        # Not "now": no time is lost between two windows.
         self._window_started += seconds
         return seconds
 

@@ -63,10 +63,12 @@ class Validator:
     def _measure(self, progress: Progress, max_windows: int | None) -> float:
         with self._timer.paused():
             loader = self._loader
+            # The micro batch of the phase: a longer sequence may need a smaller one.
             size = self._engine.phase_recipe.train.micro_batch_size
             nll, targets = self._engine.evaluate(
                 validation_batches(self._windows, size, loader.dp_rank, loader.dp_size, max_windows)
             )
+            # Sums over all ranks: shards of unequal size have no mean of means.
             loss = nll / targets
             if not math.isfinite(loss):
                 raise NonFiniteError(

@@ -83,6 +83,7 @@ class MLflowTracker(Tracker):
         """Send the values of one step."""
         from mlflow.entities import Metric
 
+        # MLflow counts milliseconds.
         now = int(time.time() * 1000)
         metrics = [Metric(tag, value, now, step) for tag, value in events]
         for first in range(0, len(metrics), MAX_METRICS):

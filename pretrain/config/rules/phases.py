@@ -27,16 +27,17 @@ def phases_fill_the_run(recipe: Recipe) -> None:
             raise ConfigError(
                 f"phases.{phase.name}.tokens is missing: only the last phase may leave it out"
             )
-    given = sum(phase.tokens or 0 for phase in phases)
-    if phases[-1].tokens is None and given >= total:
+    # The last phase takes the rest of the run, which must not be empty.
+    phase_tokens = sum(phase.tokens or 0 for phase in phases)
+    if phases[-1].tokens is None and phase_tokens >= total:
         raise ConfigError(
-            f"phases before '{phases[-1].name}' take {given} tokens, and train.train_tokens is "
-            f"{total}: raise train.train_tokens, or shorten a phase"
+            f"phases before '{phases[-1].name}' take {phase_tokens} tokens, and "
+            f"train.train_tokens is {total}: raise train.train_tokens, or shorten a phase"
         )
-    if phases[-1].tokens is not None and given != total:
+    if phases[-1].tokens is not None and phase_tokens != total:
         raise ConfigError(
-            f"phases take {given} tokens together, but train.train_tokens is {total}: make them "
-            "equal, or leave the last one's out"
+            f"phases take {phase_tokens} tokens together, but train.train_tokens is {total}: "
+            "make them equal, or leave the last one's out"
         )
 
 
@@ -68,6 +69,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
                 "only the base of a rotary embedding can change in a run, and rope can become "
                 "yarn or llama3"
             )
+        # The weights were trained with scaled angles, and plain RoPE would undo the scaling.
         if names[0] in ("yarn", "llama3") and names[1] != names[0]:
             raise ConfigError(
                 f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: "
@@ -126,6 +128,7 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
 
 def phase_warnings(recipe: Recipe) -> list[str]:
     """Return sentences about phases that can run, but may not do what their author expects."""
+    # slices > 1: the phase reads parts of packs that were made for a longer sequence.
     if recipe.data.packing.is_planned and any(
         stage.slices > 1 for stage in Timeline(recipe).phases
     ):

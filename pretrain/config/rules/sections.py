@@ -59,6 +59,7 @@ def layers_have_their_sections(recipe: Recipe) -> None:
     """Each kind of layer must have its section."""
     model = recipe.model
     moe_layers = model.moe_layers
+    # layer_pattern decides which layers are MoE, so only with it a section is missing.
     if moe_layers and model.moe is None:
         raise ConfigError(
             "model.layer_pattern asks for MoE layers, but there is no model.moe: add it, or use "
@@ -84,6 +85,7 @@ def sequence_fits_positions(recipe: Recipe) -> None:
 def micro_batch_divides(recipe: Recipe) -> None:
     """A step must consist of whole micro batches."""
     train = recipe.train
+    # Whether the ranks divide it too is known at the launch: see check_topology.
     if train.global_batch_size % train.micro_batch_size:
         raise ConfigError(
             f"train.global_batch_size ({train.global_batch_size}) is no multiple of "
@@ -136,6 +138,7 @@ def optimizer_trains_tables(recipe: Recipe) -> None:
 def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
     """An optimizer like Muon, whose update depends on the whole matrix, must not get halves."""
     model, routing = recipe.model, recipe.model.routing
+    # Newton-Schulz of two halves is not that of the whole; elementwise optimizers do not care.
     if routing is None or not recipe.optimizer.needs_whole_matrices:
         return
     if not routing.keeps_matrices_whole(model.feed_forward.parameter_names):
@@ -191,6 +194,7 @@ def streams_are_read_once(recipe: Recipe) -> None:
     if not data.streaming:
         return
     cleaning = data.cleaning
+    # What needs a count of documents, a second pass, or a document's position in a finished file.
     refused = {
         "data.corpora": data.corpora is not None,
         "data.packing.kind=best_fit": data.packing.is_planned,
@@ -209,6 +213,7 @@ def streams_are_read_once(recipe: Recipe) -> None:
                 f"data.streaming reads documents one by one and does not go with {what}: leave it "
                 "out, or build shards"
             )
+    # Shards know how many tokens each source has; a stream learns it at its end.
     if len(data.named_sources) > 1 and not data.mixture.shares_are_given:
         raise ConfigError(
             "data.streaming does not know how large its sources are: give their shares with "
@@ -232,6 +237,7 @@ def phases_can_run(recipe: Recipe) -> None:
                 raise ConfigError(f"phases.{phase.name}: {error}") from None
 
 
+# In this order: a later rule may rely on the earlier ones, such as on whole phases.
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_fit,
     rotary_dim_is_even,
@@ -284,6 +290,7 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"start a multiple of {ep_size} ranks, or pass --set "
             f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
+    # ZeRO 3 shards experts over all ranks, not only over those of one expert-parallel group.
     moe = recipe.model.moe
     if moe is not None and recipe.model.moe_layers:
         shards = expert_shards(recipe, world_size, zero_stage)

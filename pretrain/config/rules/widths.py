@@ -17,6 +17,7 @@ def base_fits_the_model(recipe: Recipe) -> None:
         return
     sizes = widths(model)
     base = base_widths.model_dump(exclude_none=True)
+    # The dense width of a model whose layers are all MoE is read by no layer.
     used = dict(sizes)
     if len(model.moe_layers) == model.num_hidden_layers:
         used.pop("intermediate_size", None)
@@ -56,6 +57,7 @@ def mup_knows_the_parts(recipe: Recipe) -> None:
             f"optimizer.kind={optimizer.kind}: use {' or '.join(able)}, or "
             "model.initialization.kind=standard"
         )
+    # A head that is shared or factorised has no scale, so the final norm has to scale the logits.
     shared = "tie_word_embeddings" if model.tie_word_embeddings else None
     if shared is None and model.embedding_size:
         shared = "embedding_size"
