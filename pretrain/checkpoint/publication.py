@@ -102,8 +102,8 @@ class CheckpointFolder:
         folders = [child for child in temporary.iterdir() if child.is_dir()]
         for path in (manifest, *folders, temporary):
             fsync_path(path)
-        # A folder that is not empty cannot be replaced. It is there if the run began before a damaged
-        # checkpoint of the same step.
+        # A folder that is not empty cannot be replaced. It is there if the run began before a
+        # damaged checkpoint of the same step.
         if target.exists():
             self._set_aside(target)
         os.replace(temporary, target)

@@ -114,7 +114,7 @@ class Outcome:
         """Write the summary, and call the callbacks of the end."""
         whole = update_summary(self._folder, summary.to_dict())
         self._trainer.callbacks.on_end(whole)
-        # Callbacks may wait for a service and be killed meanwhile: the next start repeats them then.
+        # Callbacks may wait for a service and be killed meanwhile: then the next start repeats it.
         if finished:
             update_summary(self._folder, {ENDED: self._trainer.progress.step})
 
