@@ -20,7 +20,9 @@ from pretrain.model.moe.config import EXPERT_NUMBER, RoutedMoE
 Expert = dict[str, Tensor]
 # The name of an MoE layer's feed-forward below its block.
 FEED_FORWARD = "feed_forward"
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE = "gate_proj"
+UP = "up_proj"
+DOWN = "down_proj"
 
 
 def routed_moe(model: ModelConfig) -> RoutedMoE:

@@ -134,10 +134,9 @@ class FileWeights(Mapping[str, Tensor]):
 
         Two different matrices do not fit a tied model: then the head stays, and is reported.
         """
-        if {"head.weight", "embedding.weight"} <= self.shapes.keys():
-            head, embedding = self["head.weight"], self["embedding.weight"]
-            if torch.equal(head, embedding):
-                del self.shapes["head.weight"]
+        has_both = {"head.weight", "embedding.weight"} <= self.shapes.keys()
+        if has_both and torch.equal(self["head.weight"], self["embedding.weight"]):
+            del self.shapes["head.weight"]
 
     def _stack(self, path: Path, name: str, shares: dict[int, tuple[Shape, Read]]) -> None:
         """Make one tensor of the experts' parts."""

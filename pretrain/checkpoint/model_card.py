@@ -117,7 +117,7 @@ def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
 def _training(recipe: Recipe, state: CheckpointState) -> list[str]:
     optimizer = recipe.optimizer
     schedule = recipe.schedule
-    # A saved recipe comes without its run, as do those of exports: hence a timeline of its own.
+    # Exports make a card of a recipe alone, so there is no run to take the timeline from.
     timeline = Timeline(recipe)
     rows: list[list[Cell]] = []
     if state.get("step"):

@@ -79,7 +79,7 @@ class CheckpointState(TypedDict):
 
 
 class RankState(TypedDict, total=False):
-    """What one rank saves of its own, of plain types and tensors.
+    """What one rank saves for itself, of plain types and tensors.
 
     Attributes:
         pending: steps that are in no metrics record yet.

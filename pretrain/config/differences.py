@@ -77,7 +77,8 @@ def _differences(
         yield Difference(f"{path}.kind", kinds, effect, is_kind=True)
         return
     for name, field in type(first).model_fields.items():
-        values, mark = (getattr(first, name), getattr(second, name)), mark_of(field, effect)
+        values = (getattr(first, name), getattr(second, name))
+        mark = mark_of(field, effect)
         if all(isinstance(value, Section) for value in values):
             yield from _differences(*values, f"{path}.{name}", mark)
         elif values[0] != values[1]:

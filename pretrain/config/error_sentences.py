@@ -121,7 +121,7 @@ def sentence(detail: ErrorDetails, origin: str, not_imported: list[str]) -> str:
                 "name the module that defines it under 'plugins'"
             )
         return f"{kind}, but it is one of {expected}"
-    # Any other error has a message of its own; pydantic puts this before those of validators.
+    # Any other error comes with a message; pydantic puts this before those of validators.
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "literal_error" and not_imported:
         message += (

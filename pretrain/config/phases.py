@@ -1,4 +1,4 @@
-"""Phases of a run, each with its own sizes, positions, data, learning rate and trainable parts."""
+"""Phases of a run: sizes, positions, data, learning rate and frozen parts of each."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class NonFinite:
 
 
 def find_non_finite(engine: Engine, micro_batches: list[Batch]) -> list[NonFinite]:
-    """Find the micro batches of all ranks whose own loss or gradient is not finite.
+    """Find the micro batches of all ranks whose loss or gradient is not finite.
 
     Weights, optimizer, random state, usage counters and DeepSpeed's counters are unchanged
     afterwards. In fp16 the repetition has no loss scale, so that what is found is not due to the

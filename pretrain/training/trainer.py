@@ -58,7 +58,7 @@ class Trainer:
         return self.progress.step >= self.num_steps
 
     def fit(self) -> bool:
-        """Train until the last step: True; or until any rank is asked to stop: save, and False."""
+        """Train, and return whether the last step was taken; a request to stop saves first."""
         self.callbacks.on_start(self.progress.step, self.num_steps)
         self.metrics.start(self.progress.step)
         self.timer.start()

@@ -19,7 +19,8 @@ def phases_have_names_of_their_own(recipe: Recipe) -> None:
 
 def phases_fill_the_run(recipe: Recipe) -> None:
     """Together the phases must take the tokens of the run."""
-    phases, total = recipe.phases, recipe.train.train_tokens
+    phases = recipe.phases
+    total = recipe.train.train_tokens
     if not phases:
         return
     for phase in phases[:-1]:

@@ -37,7 +37,7 @@ def rotary_dim_is_even(recipe: Recipe) -> None:
 def kernel_computes_the_recipe(recipe: Recipe) -> None:
     """The attention kernel must support all that the recipe asks for."""
     attention = recipe.model.attention
-    asked = KernelDemands(
+    demands = KernelDemands(
         sliding_window=attention.sliding_window is not None,
         sinks=attention.sinks,
         alibi=recipe.model.position.alibi,
@@ -47,8 +47,8 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         values_of_another_width=attention.value_dim != attention.score_dim,
         widest_head=attention.widest_head,
     )
-    if missing := kernel_section(attention.kernel).lacks(asked):
-        able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(asked))
+    if missing := kernel_section(attention.kernel).lacks(demands):
+        able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(demands))
         raise ConfigError(
             f"model.attention.kernel={attention.kernel} cannot compute {', '.join(missing)}: use "
             f"{able}"
@@ -101,7 +101,8 @@ def options_of_experts_fit(recipe: Recipe) -> None:
 
 def experts_divide(recipe: Recipe) -> None:
     """Each of the ep_size ranks must have as many experts as the others."""
-    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    moe = recipe.model.moe
+    ep_size = recipe.parallel.ep_size
     if ep_size > 1 and not recipe.model.moe_layers:
         raise ConfigError(
             f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1"
@@ -114,7 +115,8 @@ def experts_divide(recipe: Recipe) -> None:
 
 def experts_go_with_dropout(recipe: Recipe) -> None:
     """Dropout on expert outputs needs experts that form them."""
-    moe, dropout = recipe.model.moe, recipe.model.dropout
+    moe = recipe.model.moe
+    dropout = recipe.model.dropout
     if moe is not None and dropout.expert and not moe.forms_expert_outputs:
         raise ConfigError(
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, "
@@ -125,7 +127,8 @@ def experts_go_with_dropout(recipe: Recipe) -> None:
 
 def optimizer_trains_tables(recipe: Recipe) -> None:
     """Tables of experts need an optimizer that updates single rows."""
-    moe, optimizer = recipe.model.moe, recipe.optimizer
+    moe = recipe.model.moe
+    optimizer = recipe.optimizer
     if moe is None or not recipe.model.moe_layers or not moe.has_tables:
         return
     if optimizer.row_optimizer is None:
@@ -137,7 +140,8 @@ def optimizer_trains_tables(recipe: Recipe) -> None:
 
 def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
     """An optimizer like Muon, whose update depends on the whole matrix, must not get halves."""
-    model, routing = recipe.model, recipe.model.routing
+    model = recipe.model
+    routing = recipe.model.routing
     # Newton-Schulz of two halves is not that of the whole; elementwise optimizers do not care.
     if routing is None or not recipe.optimizer.needs_whole_matrices:
         return
@@ -162,7 +166,8 @@ def warmup_fits(recipe: Recipe) -> None:
 
 def evaluations_meet_checkpoints(recipe: Recipe) -> None:
     """An evaluation needs a checkpoint at its step, and something to do."""
-    evaluation, saved = recipe.evaluation, recipe.checkpoint.interval_steps
+    evaluation = recipe.evaluation
+    saved = recipe.checkpoint.interval_steps
     if evaluation is None:
         return
     if evaluation.interval_steps is not None and evaluation.interval_steps % saved:
@@ -328,7 +333,8 @@ def _accumulation(train: TrainConfig, world_size: int, where: str = "") -> int:
 
 def expert_shards(recipe: Recipe, world_size: int, zero_stage: int) -> int:
     """Return the ranks that share one set of experts."""
-    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    moe = recipe.model.moe
+    ep_size = recipe.parallel.ep_size
     return ep_size if moe is None else moe.expert_shards(ep_size, world_size, zero_stage)
 
 
