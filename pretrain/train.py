@@ -47,6 +47,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
         outcome.announce()
+        # Errors before this line are of the configuration: callbacks have not started yet.
         try:
             finished = outcome.has_ended or trainer.fit()
             summary = outcome.summary()

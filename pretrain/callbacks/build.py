@@ -68,6 +68,7 @@ def make_callbacks(
         # The end of an evaluation may take long, so a card is there before it, and one with its
         # results after it.
         callbacks += [ContinuousEvaluation(folder, recipe.evaluation), card]
+    # Those of plugins come after the files, which they may read.
     run = CallbackRun(folder, recipe, world_size)
     added = [section.implementing_class()(section, run) for section in recipe.callbacks]
     return [*callbacks, *added, *make_trackers(recipe)]

@@ -73,6 +73,7 @@ def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
         for panel in PANELS
         if panel.column == "loss" or any(panel.column in record for record in train)
     ]
+    # Two columns, and as many lines as that takes.
     columns = 2 if len(panels) > 1 else 1
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(6.5 * columns, 0.6 + 3.2 * height))
@@ -93,6 +94,7 @@ def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
         for record in records
         if record["kind"] == "validation"
     ]
+    # The validation loss joins the panel of the training loss, whose unit it has.
     if validation:
         grid[0, 0].plot(
             *zip(*validation, strict=True),
@@ -104,6 +106,7 @@ def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
         )
     if train or validation:
         grid[0, 0].legend(loc="upper right")
+    # An odd number of panels leaves one place empty.
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     figure.suptitle(title)

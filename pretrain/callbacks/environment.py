@@ -153,6 +153,7 @@ def git_state(file: Path) -> GitState | None:
         return subprocess.run(command, check=True, capture_output=True, timeout=GIT_SECONDS).stdout
 
     try:
+        # Fails for a file that git does not track, such as a package inside another checkout.
         git("ls-files", "--error-unmatch", "--", file.name)
         commit = git("rev-parse", "HEAD").decode().strip()
         branch = git("rev-parse", "--abbrev-ref", "HEAD").decode().strip()
@@ -250,6 +251,7 @@ class RunRecord(Callback):
             starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             starts = []
+        # Every start stays, because a run may be resumed by another version of the code.
         starts.append(environment_of(step, self.world_size))
         write_synced(path, (json.dumps({"starts": starts}, indent=1) + "\n").encode())
         write_synced(self.folder / RECIPE, recipe_to_yaml(self.recipe).encode())

@@ -82,6 +82,7 @@ class ExpertUsage(Callback):
         save_window(self.folder, window)
         if self.writer is None:
             return
+        # Multiples of the layer's mean, which compare between models of any number of experts.
         loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
         self.writer.add_histogram(
             "usage/log2_1_plus_load", log_load(loads_LE), window.step, bins=HISTOGRAM_BINS

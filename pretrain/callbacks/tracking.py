@@ -149,6 +149,7 @@ class Tracking(Callback):
             return
         paths = [self.run.folder / name for name in self.files]
         files = [path for path in paths if path.is_file()]
+        # Behind all records that still wait.
         self._actions.put(lambda: self.tracker.finish(status, summary, files))
         self._actions.put(None)
         seconds = STOP_SECONDS if status == "stopped" else FINISH_SECONDS

@@ -118,6 +118,7 @@ class FileWeights(Mapping[str, Tensor]):
             else:
                 self.shapes[name] = shape
                 self._readers[name] = [read]
+        # Only now all experts of a layer are known.
         for name, shares in experts.items():
             self._stack(path, name, shares)
         if HUGGING_FACE.match(next(iter(self.shapes), "")):
@@ -247,6 +248,7 @@ def model_of_config(config: JsonObject, model: ModelConfig) -> ModelConfig | Non
             return saved
         return saved.model_copy(update={"vocab_size": model.vocab_size})
     named: JsonObject = {}
+    # The outermost mention of a name holds.
     for section in _sections(config, NESTED):
         for name, value in section.items():
             named.setdefault(ALIASES.get(str(name), str(name)), value)

@@ -184,6 +184,7 @@ def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[LayerReport]
         names = router_names(prefix, routing)
         bias = next((stored[name] for name in names if name.endswith("balance_bias")), None)
         similarity_EE = weight_similarity(experts)
+        # Sorted by cosine, so the extremes are the ends.
         pairs = sorted(
             (float(similarity_EE[first, second]), first, second)
             for first, second in combinations(range(len(experts)), 2)
@@ -219,6 +220,7 @@ def compare_checkpoints(first: Path, second: Path, order: Order = "absolute") ->
     tensors = [_compared(*stores, name) for name in tqdm(names, desc="comparing", unit="tensor")]
     # The largest difference is the highest of the first two measures, and the lowest cosine.
     sign = 1 if order == "cosine" else -1
+    # Tensors with a fault first, equal values in the order of their names.
     tensors.sort(
         key=lambda tensor: (
             tensor["fault"] is None,

@@ -159,6 +159,7 @@ class TensorReader:
                             f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: "
                             "convert it to a floating type first"
                         )
+                    # A slice object reads no values: shapes of any model are known in milliseconds.
                     self._holders.setdefault(name, []).append(
                         (path, TensorForm(dtype, tuple(part.get_shape())))
                     )
@@ -186,6 +187,7 @@ class TensorReader:
         if index is None:
             shares = [self._share(path, name) for path, _ in holders]
             return shares[0] if len(shares) == 1 else torch.cat(shares)
+        # Count the index down to the share that it is in.
         for path, form in holders:
             if index < form.shape[0]:
                 return self._share(path, name, index)

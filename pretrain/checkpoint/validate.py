@@ -51,12 +51,14 @@ def _check_shape(weights: TensorReader, name: str, shape: tuple[int, ...], is_ex
         raise CheckpointError(
             f"the tensor '{name}' is in {files}, and belongs into one of them: {REMEDY}"
         )
+    # Shares may differ in their first dimension only.
     if any(share[1:] != shape[1:] for share in shares):
         wrong = next(path for path, form in holders if form.shape[1:] != shape[1:])
         raise CheckpointError(
             f"the tensor '{name}' in {wrong} has rows of {list(shares[0][1:])} instead of "
             f"{list(shape[1:])}: {REMEDY}"
         )
+    # A scalar has no first dimension, and nothing left to compare.
     found = sum(share[0] for share in shares) if shape else 0
     if shape and found != shape[0]:
         what = "experts" if is_expert and len(shape) == 3 else "rows"

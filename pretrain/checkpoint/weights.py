@@ -62,8 +62,10 @@ def write_weights(
         tables: this rank's part of expert tables, which are no parameters of the model while it is
             trained.
     """
+    # contiguous(): safetensors stores memory as it is, and refuses strides.
     dense: dict[str, torch.Tensor] = {}
     experts: dict[str, torch.Tensor] = {}
+    # Expert-parallel groups are neighbouring ranks: rank % ep_size is the place in the group.
     first_expert = rank % ep_size * (num_experts // ep_size)
     for name, parameter in model.named_parameters():
         # Collective at ZeRO 3: also for weights that this rank does not write.

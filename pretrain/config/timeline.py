@@ -24,6 +24,7 @@ SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 
 def recipe_in_phase(recipe: Recipe, phase: PhaseConfig) -> Recipe:
     """Return the recipe as it is in one of its phases: without phases, with its changes."""
+    # "phases": [] makes the result a recipe without phases, whose timeline is one phase.
     sizes = {name: value for name in SIZES if (value := getattr(phase, name)) is not None}
     changed: dict[str, object] = {"phases": [], "train": recipe.train.model_copy(update=sizes)}
     if phase.position is not None:

@@ -160,6 +160,7 @@ class Guards:
     @property
     def may_skip(self) -> bool:
         """Whether a guard may refuse an update, so that it has to see losses before the update."""
+        # Not the guard of finite values: the optimizer itself skips a gradient that is not finite.
         return any(
             guard is not None and guard.action != "warn"
             for guard in (self.config.spike, self.config.grad_norm, *self.config.more)
@@ -277,6 +278,7 @@ class Guards:
 
         It has the guard's action if there are enough in a row, and is a warning before.
         """
+        # One good step ends a series.
         if reason is None:
             self._in_a_row.pop(name, None)
             self._first.pop(name, None)
@@ -289,4 +291,5 @@ class Guards:
 
 def severest(violations: list[Violation]) -> Violation | None:
     """Return the violation with the severest action; None if there is none."""
+    # Of equals, max returns the first one, in the guards' order.
     return max(violations, key=lambda violation: SEVERITY.index(violation.action), default=None)

@@ -180,6 +180,7 @@ class IncidentLog:
 
     def _warn(self, violation: Violation, where: str) -> None:
         """Print a line on the terminal, unless it would repeat the one of the step before."""
+        # A loss that stays high would print a line for every step; the file has all of them.
         if violation.in_a_row > 1 and violation.action == "warn":
             return
         tqdm.write(

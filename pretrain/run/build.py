@@ -186,6 +186,7 @@ def build_run(
         # The validator changes the length when a phase does.
         length = recipe.train.sequence_length
         held_out = Windows(stream, length, datasets.pad_id, recipe.data.document_mask)
+    # A training checks this after its resume, which may pass over data.
     if num_steps is not None:
         loader.require(num_steps)
     engine = Engine(recipe, resolved.ds_config, resolved.precision, topology, load_weights)
@@ -215,12 +216,14 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         resolved.checkpoints, engine, resolved.ds_config, resolved.datasets.tokenizer_path
     )
     callbacks = _callbacks(run)
+    # Guards, and what they report.
     incidents = IncidentLog(resolved.folder, run.loader, topology)
     # On every rank: each waits for its own batches.
     if (guard := recipe.guards.stalled_data) is not None:
         wait = run.loader.prefetch_wait
         wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)
     guards = GuardPolicy(recipe.guards, engine, incidents)
+    # Measurements share one clock, which does not run during validation and saving.
     timer = StepTimer()
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)
     peak = peak_flops(topology.device, resolved.precision)
@@ -230,6 +233,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     validator: Validator | None = None
     if run.held_out is not None:
         validator = Validator(run.held_out, engine, run.loader, recipe.validation, writer, timer)
+    # Shared by the loop, which asks it, and by checkpoints, which wait for the data check.
     stopping = Stopping(stop, data_check, topology)
     return Trainer(
         timeline=resolved.timeline,
@@ -280,6 +284,7 @@ def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> Fingerprint:
 
 
 def _card_facts(resolved: ResolvedRun) -> CardFacts:
+    # Parameters do not depend on the length, FLOPs do.
     size = model_size(resolved.recipe.model, resolved.recipe.train.sequence_length)
     sources = resolved.datasets.training_sources()
     return {

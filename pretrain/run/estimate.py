@@ -109,6 +109,7 @@ def estimate_time(
         if record["kind"] == "train"
     ]
     if rates and hardware.gpu is None:
+        # The median: validation, evaluation or another job may have slowed some records down.
         median = sorted(rates)[len(rates) // 2]
         return Estimate(tokens / median, "from the speed of this run so far")
     gpu = hardware.gpu or _gpu_of_this_machine()

@@ -67,6 +67,7 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         raise ConfigError(
             f"--fresh would delete {what} in {folder}: add --overwrite, or {OTHER_FOLDER}"
         )
+    # A recipe may start from a checkpoint of the very folder that is to be emptied.
     for field in ("initial_weights", "branch_from"):
         start = getattr(recipe, field)
         if start is not None and Path(start).resolve().is_relative_to(
@@ -97,6 +98,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     # In place of the handlers that libraries have added, which would write to the terminal.
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    # Python's warnings, such as torch's deprecations, become log records too.
     logging.captureWarnings(True)
     for library in CHATTY_LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)

@@ -88,6 +88,7 @@ class Outcome:
         tokens = trainer.timeline.tokens_after(progress.step)
         seconds = progress.train_seconds
         checkpoints = self._folder / CHECKPOINTS
+        # The order of the fields is that of the file.
         return RunSummary(
             recipe=recipe.name,
             train_tokens=tokens,
@@ -133,6 +134,7 @@ class Outcome:
             print("\n".join(self._sentences(summary, finished)))
 
     def _sentences(self, summary: RunSummary, finished: bool) -> list[str]:
+        # Nothing was trained by this start.
         if self.was_done:
             return [self._done_already()]
         progress = self._trainer.progress

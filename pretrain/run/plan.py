@@ -124,6 +124,7 @@ def make_plan(
     activations = max(
         activation_bytes(recipe.model, phase.recipe.train, precision) for phase in timeline.phases
     )
+    # Only the steps ahead take time; a branch has the others from its parent run.
     tokens = timeline.num_tokens - timeline.tokens_after(first_step)
     estimate = estimate_time(
         recipe,

@@ -40,6 +40,7 @@ class Position:
     def to_dict(self, kind: str) -> JsonObject:
         """Return what a record of a kind begins with."""
         head: JsonObject = {"kind": kind, "step": self.step, "tokens": self.tokens}
+        # Keys without a value are left out, so that a chart has no gap of nulls.
         if self.epoch is not None:
             head["epoch"] = self.epoch
         if self.phase:
@@ -105,6 +106,7 @@ class RouterRecord:
         # Each layer's counts sum to tokens x top_k: shares of choices, 1/E if balanced.
         shares_LE = totals.counts_LE / totals.counts_LE.sum(dim=1, keepdim=True)
         weights = loss_weights(model.routing)
+        # A loss without a weight is not computed, unless it is cheap and worth watching.
         losses = {
             name: values_L
             for name, values_L in zip(LOSSES, totals.losses_LJ.unbind(1), strict=True)
@@ -115,6 +117,7 @@ class RouterRecord:
         loads = shares_LE.tolist()
         entropies = totals.entropy_L.tolist()
         dropped = totals.dropped_L.tolist()
+        # Busiest expert / mean - 1: 0 if balanced, E - 1 if one expert gets everything.
         violations_L = shares_LE.max(dim=1).values * shares_LE.shape[1] - 1
         return cls(
             losses={name: values_L.mean().item() for name, values_L in losses.items()},

@@ -116,6 +116,7 @@ class Trainer:
             return False
         if not (self.is_done or ends_part or validator.is_due(self.progress.step)):
             return False
+        # A sample first: it is what all validations of the run have in common.
         loss = validator.sample(self.progress)
         if not self.is_done:
             self.guards.after_validation(self.progress, loss, self.metrics.training_loss)

@@ -41,6 +41,7 @@ class CometTracker(Tracker):
         comet_logger = logging.getLogger("comet_ml")
         comet_logger.handlers = []
         comet_logger.propagate = True
+        # uuid4 reads the system's randomness, not the generators that a resume restores.
         folder = run.folder / OFFLINE / uuid.uuid4().hex[:8]
         folder.mkdir(parents=True)
         self._experiment = comet_ml.start(

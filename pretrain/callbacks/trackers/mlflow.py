@@ -41,6 +41,7 @@ class MLflowTracker(Tracker):
         """Begin a run, or continue the one with this id."""
         from mlflow.tracking import MlflowClient
 
+        # At INFO they report each migration of a new database.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         address = os.environ.get("MLFLOW_TRACKING_URI")
@@ -60,6 +61,7 @@ class MLflowTracker(Tracker):
         found = self._client.get_experiment_by_name(run.project)
         if found is not None:
             return str(found.experiment_id)
+        # A server chooses the place of artifacts itself.
         place = (run.folder / ARTIFACTS).resolve().as_uri() if local else None
         return str(self._client.create_experiment(run.project, artifact_location=place))
 

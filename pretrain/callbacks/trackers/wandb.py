@@ -96,6 +96,7 @@ class WandbTracker(Tracker):
         farewell = threading.Thread(target=_tear_down, daemon=True)
         farewell.start()
         farewell.join(FAREWELL_SECONDS)
+        # The tear-down may hang in the same request; then the process has to be killed.
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name().startswith("wandb"):
