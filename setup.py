@@ -1,5 +1,6 @@
-"""What pyproject.toml cannot say: requirements from the sections of one file, and folders of the
-root that become packages.
+"""The dynamic part of pyproject.toml.
+
+Requirements come from the sections of one file, and folders of the root become packages.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ INSIDE_THE_PACKAGE = ("tools", "launchers", "ds_configs")
 
 
 def requirements() -> dict[str, list[str]]:
-    """The lines of requirements.txt by extra: a comment `# [name] ...` begins one, and what is
-    above the first is always needed.
+    """Return the lines of requirements.txt by extra; those under "" are always needed.
+
+    A comment `# [name] ...` begins an extra.
     """
     sections: dict[str, list[str]] = {"": []}
     name = ""
@@ -30,15 +32,15 @@ def requirements() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Hand over what is dynamic in pyproject.toml."""
+    """Pass setuptools what pyproject.toml calls dynamic."""
     extras = requirements()
     needed = extras.pop("")
     extras["all"] = [line for name, lines in extras.items() if name != "dev" for line in lines]
-    own = find_packages(include=["pretrain", "pretrain.*", "data_pipeline", "data_pipeline.*"])
+    packages = find_packages(include=["pretrain", "pretrain.*", "data_pipeline", "data_pipeline.*"])
     setup(
         install_requires=needed,
         extras_require=extras,
-        packages=[*own, *(f"pretrain.{name}" for name in INSIDE_THE_PACKAGE)],
+        packages=[*packages, *(f"pretrain.{name}" for name in INSIDE_THE_PACKAGE)],
         package_dir={f"pretrain.{name}": name for name in INSIDE_THE_PACKAGE},
     )
 

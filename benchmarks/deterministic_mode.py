@@ -23,7 +23,7 @@ from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import connect, disconnect
-from pretrain.run.build import resolve_recipe
+from pretrain.run.resolve import resolve_recipe
 
 EXAMPLES = """\
   python benchmarks/deterministic_mode.py

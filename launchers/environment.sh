@@ -1,7 +1,8 @@
-# Sourced by the launchers: finds Python and this folder, counts ranks, shares the cores. Sets: launchers, RANKS, OMP_NUM_THREADS.
+# Sourced by the launchers: finds Python and this folder, counts ranks, shares the cores.
+# Sets: launchers, RANKS, OMP_NUM_THREADS.
 launchers="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# The project's own environment if none is active, so that the scripts run straight after `make install`.
+# The project's environment if none is active, so that the scripts run right after `make install`.
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$launchers/../.venv/bin/python" ]]; then
     PATH="$(cd "$launchers/../.venv/bin" && pwd):$PATH"
 fi

@@ -3,9 +3,9 @@
 import os
 import sys
 
-# Python searches a script's own folder first, in which this very file hides the package of the same
-# name. With -P it does not, so the script replaces itself by that: the process, its arguments,
-# environment and open files stay the same.
+# Python searches a script's folder first, in which this file hides the package of the same name.
+# With -P it does not, so the script replaces itself by a Python with -P: the process, its
+# arguments, environment and open files stay the same.
 if __name__ == "__main__" and not sys.flags.safe_path:
     os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts a run with the deepspeed launcher: [RANKS=N] [HOSTFILE=PATH] [MASTER_PORT=N] launchers/run_deepspeed.sh --recipe NAME ...
+# Starts a run with the deepspeed launcher:
+#   [RANKS=N] [HOSTFILE=PATH] [MASTER_PORT=N] launchers/run_deepspeed.sh --recipe NAME ...
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -7,4 +8,5 @@ source "$(dirname "$0")/environment.sh"
 hosts=(--num_accelerators "$RANKS")
 if [[ -n "${HOSTFILE:-}" ]]; then hosts=(--hostfile "$HOSTFILE"); fi
 
-exec python "$launchers/supervise.py" deepspeed "${hosts[@]}" --master_port "${MASTER_PORT:-29500}" "$launchers/pretrain.py" "$@"
+exec python "$launchers/supervise.py" deepspeed "${hosts[@]}" \
+    --master_port "${MASTER_PORT:-29500}" "$launchers/pretrain.py" "$@"

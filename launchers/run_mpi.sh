@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts a run with mpirun: [RANKS=N] [HOSTFILE=PATH] launchers/run_mpi.sh --recipe NAME ...
-# RANKS counts those of all machines here. mpirun itself hands SIGTERM to the ranks and ends with their exit code.
+# RANKS counts those of all machines here. mpirun forwards SIGTERM to the ranks and ends with their
+# exit code, so it needs no supervise.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

@@ -1,9 +1,9 @@
-"""Run a launcher, hand signals to the ranks below it, and end with the launcher's exit code.
+"""Runs a launcher, forwards signals to its ranks, and ends with the launcher's exit code.
 
 The ranks save at SIGTERM, SIGINT and SIGUSR1 and end with code 75. The launchers alone lose that:
-``deepspeed`` dies of SIGTERM and leaves its ranks running, and ``torchrun`` hands the signal on but
+``deepspeed`` dies of SIGTERM and leaves its ranks running, and ``torchrun`` forwards the signal but
 ends with code 1 and a traceback. With ``--parent PID`` before the command, the end of the process
-that started this is a SIGTERM too.
+that started this one counts as a SIGTERM too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from types import FrameType
 import psutil
 
 SCRIPT = "pretrain.py"
-PARENT_SECONDS = 0.5  # between two looks at the parent
+# Between two looks at the parent.
+PARENT_SECONDS = 0.5
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -37,7 +38,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to every rank or, before there are any, to all that the launcher started."""
+    """Send a signal to every rank or, before there are any, to the launcher and its children."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(launcher.pid)
         started = root.children(recursive=True)
@@ -47,7 +48,11 @@ def forward(launcher: subprocess.Popen[bytes], number: int) -> None:
 
 
 def wait(launcher: subprocess.Popen[bytes], parent: int | None) -> int:
-    """The launcher's exit code. Ranks whose ``parent`` is gone are asked to save and end, once."""
+    """Wait for the launcher, and return its exit code.
+
+    If ``parent`` is gone, the ranks are asked to save and end, once.
+    """
+    # The kernel gives a process whose parent has ended another one.
     while parent is not None and launcher.poll() is None:
         if os.getppid() != parent:
             forward(launcher, signal.SIGTERM)
@@ -63,7 +68,8 @@ def main(command: list[str]) -> int:
     if command[:1] == ["--parent"]:
         parent = int(command[1])
         command = command[2:]
-    # A session of its own: Ctrl-C in a terminal would otherwise reach the launcher directly too.
+    # In another session, because Ctrl-C in a terminal would otherwise reach the launcher and the
+    # ranks too: a second Ctrl-C interrupts a rank before it has saved.
     launcher = subprocess.Popen(command, start_new_session=True)
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -72,6 +78,7 @@ def main(command: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, handle)
     code = wait(launcher, parent)
+    # Popen reports the end by signal N as -N, a shell as 128 + N.
     return code if code >= 0 else 128 - code
 
 

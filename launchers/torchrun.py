@@ -1,4 +1,4 @@
-"""``torchrun`` that ends with the exit code of the rank that failed first, not with 1."""
+"""Runs ``torchrun``, and ends with the exit code of the rank that failed first, not with 1."""
 
 from __future__ import annotations
 
@@ -12,4 +12,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+        # The end by signal N is reported as -N; a shell has 128 + N.
         sys.exit(code if code > 0 else 128 - code)

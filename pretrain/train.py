@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from typing import Any
 
 from pretrain.callbacks.build import missing_packages
 from pretrain.config.load import load_recipe
@@ -15,24 +14,26 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import warnings_about
 from pretrain.core.cli import write_json
 from pretrain.core.errors import DONE, PREEMPTED, PeerLostError, PipelineError, is_peer_loss
+from pretrain.core.files import JsonObject
 from pretrain.core.signals import StopRequest
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.engine.precision import hardware_warnings
 from pretrain.engine.topology import disconnect, starts_as_first_rank
 from pretrain.run import build
 from pretrain.run.arguments import parse_arguments
+from pretrain.run.dry_run import plan_run
 from pretrain.run.folder import log_configuration, log_to_file, owned_folder, prints_to_log
 from pretrain.run.outcome import Outcome
-from pretrain.run.planning import plan_run
 from pretrain.run.resume import resume_if_possible
 
 logger = logging.getLogger(__name__)
 
 
-def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]) -> int:
+def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) -> int:
     """Train a recipe to its end, or until a signal asks to stop, and return the exit code."""
     resolved = build.resolve_run(recipe, ds_config, options.ds_config)
     topology = resolved.topology
+    # --fresh deletes here, before anything of the new run is written.
     with owned_folder(resolved.recipe, topology.is_main, options.fresh, options.overwrite):
         build.pack_data(resolved)
         log_to_file(resolved.folder, topology.rank)
@@ -46,6 +47,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
         outcome.announce()
+        # Errors before this line are of the configuration: callbacks have not started yet.
         try:
             finished = outcome.has_ended or trainer.fit()
             summary = outcome.summary()
@@ -56,12 +58,12 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: dict[str, Any]
             raise
         outcome.explain(summary, finished)
         if topology.is_main:
-            write_json(summary, options.json_path)
+            write_json(summary.to_dict(), options.json_path)
     return DONE if finished else PREEMPTED
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load what the options name, warn, and train or plan."""
+    """Load recipe and ds_config, print warnings, and train or plan; return the exit code."""
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = read_ds_config(options.ds_config)
     if starts_as_first_rank(os.environ):
@@ -86,13 +88,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command, and return its exit code."""
     options = parse_arguments(arguments)
     try:
         return run(options)
     except PipelineError:
-        # Every rank meets the same error: rank 0 reports it, and its launcher ends the others
-        # before they repeat it.
+        # Every rank meets the same error. Rank 0 reports it, and its launcher ends the others
+        # before they repeat the sentence.
         if not starts_as_first_rank(os.environ):
             sys.stdout.flush()
             time.sleep(3.0)

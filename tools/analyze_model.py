@@ -124,7 +124,7 @@ def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
     # Attention's FLOPs grow with the sequence, so that each phase is counted with its own.
     phases = (
-        (phase, model_size(model, phase.recipe.train.sequence_length)) for phase in timeline.stages
+        (phase, model_size(model, phase.recipe.train.sequence_length)) for phase in timeline.phases
     )
     return sum(size.flops_per_token * phase.num_tokens for phase, size in phases)
 

@@ -1,4 +1,4 @@
-"""What happens beside training: files, TensorBoard, progress bar.
+"""What happens next to training: files, TensorBoard, trackers, the progress bar.
 
-Each is small and sees the same rows.
+Each callback is small, and all of them see the same records.
 """

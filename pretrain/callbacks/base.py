@@ -1,23 +1,32 @@
-"""What a callback is given, and when it is called."""
+"""What a callback gets, and when each of its methods is called."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from pretrain.analysis.expert_usage import UsageWindow
 from pretrain.config.recipe import Recipe
+from pretrain.core.files import JsonObject
 
-Row = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+# A line of metrics.jsonl. It is written from a typed record (pretrain/training/records.py), but a
+# resumed run also reads lines of earlier versions, in which columns may be missing.
+MetricsRecord: TypeAlias = JsonObject
+# What summary.json says of a run; an earlier start may have written further keys.
+Summary: TypeAlias = JsonObject
 
 
 @dataclass(frozen=True)
 class CallbackRun:
-    """What the callback of a recipe's ``callbacks`` is made from, beside its own section.
+    """What a callback of a recipe's ``callbacks`` is made from, in addition to its own section.
 
     Attributes:
-        folder: of the run; what the callback writes belongs into it.
+        folder: of the run; whatever the callback writes belongs there.
         recipe: resolved.
         world_size: ranks of the run.
     """
@@ -28,7 +37,11 @@ class CallbackRun:
 
 
 class Callback:
-    """Only rank 0 has callbacks; none may communicate with other ranks."""
+    """Base of all callbacks, whose methods do nothing.
+
+    Only rank 0 has callbacks, so none of them may communicate with other ranks: a collective that
+    one rank alone enters never returns.
+    """
 
     def on_start(self, step: int, num_steps: int) -> None:
         """Training starts after ``step`` finished steps (0, or those of the checkpoint)."""
@@ -36,30 +49,83 @@ class Callback:
     def on_step(self, step: int) -> None:
         """Step ``step`` (from 1) is done."""
 
-    def on_row(self, row: Row) -> None:
-        """A row of metrics, after its step's ``on_step``: ``kind`` is "train", "validation" or
-        "usage" (of experts, after its ``on_usage``).
+    def on_record(self, record: MetricsRecord) -> None:
+        """A record of metrics was made, after the ``on_step`` of its step.
+
+        Its ``kind`` is "train", "validation" or "usage" (of experts, after ``on_usage``).
         """
 
     def on_usage(self, window: UsageWindow) -> None:
-        """A window of expert usage is over, with the counts of all experts."""
+        """A window of expert usage is over; it has the counts of all experts."""
 
     def on_rollback(self, step: int) -> None:
-        """Training goes back to the checkpoint of step ``step``: the steps behind it are taken
-        again.
-        """
+        """Training went back to the checkpoint of step ``step``; later steps are taken again."""
 
     def on_early_end(self, step: int) -> None:
-        """Step ``step``, which is done, is the last one, though more were planned."""
+        """Step ``step``, which is done, is the last one, although more were planned."""
 
-    def on_end(self, summary: Row) -> None:
-        """Training ends: all steps done, or interrupted and saved.
+    def on_end(self, summary: Summary) -> None:
+        """Training ends: all steps are done, or it was interrupted and has saved.
 
-        ``summary`` is what summary.json says of the run.
+        A finished run that is killed inside this method calls ``on_start`` and ``on_end`` once more
+        when it is started again.
 
-        A finished run that is killed in here is told of its start and its end once more when it is
-        started again.
+        Args:
+            summary: what summary.json says of the run.
         """
 
     def on_failure(self, error: Exception) -> None:
-        """Training ends by an error, and nothing else is called."""
+        """Training ends by an error; no other method is called afterwards."""
+
+
+class CallbackList(Callback):
+    """Passes every call to several callbacks, in their order; empty on every rank except 0."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_start(step, num_steps)
+
+    def on_step(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_step(step)
+
+    def on_record(self, record: MetricsRecord) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_record(record)
+
+    def on_usage(self, window: UsageWindow) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_usage(window)
+
+    def on_rollback(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_rollback(step)
+
+    def on_early_end(self, step: int) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_early_end(step)
+
+    def on_end(self, summary: Summary) -> None:
+        """Pass it on."""
+        for callback in self._callbacks:
+            callback.on_end(summary)
+
+    def on_failure(self, error: Exception) -> None:
+        """Pass it on; what goes wrong in a callback does not take the error's place."""
+        for callback in self._callbacks:
+            try:
+                callback.on_failure(error)
+            except Exception:
+                logger.exception("%s failed after the run had", type(callback).__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from pretrain.callbacks.base import Callback, CallbackRun
 from pretrain.callbacks.card import ModelCard
@@ -23,6 +22,7 @@ from pretrain.checkpoint.layout import CARD
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.config.trackers import TrackerKind
+from pretrain.core.files import JsonObject
 from pretrain.core.registry import kinds_by_name
 from pretrain.engine.engine import Engine
 
@@ -34,76 +34,84 @@ TRACKER_FOLDERS = ("wandb", ARTIFACTS, OFFLINE)
 
 def make_callbacks(
     recipe: Recipe,
-    ds_config: dict[str, Any],
+    timeline: Timeline,
+    ds_config: JsonObject,
     engine: Engine,
+    *,
     validates: bool,
     checkpoints: Path,
     usage: Path,
 ) -> list[Callback]:
-    """Those of rank 0. Files are written before the trackers that keep them.
+    """Make the callbacks of rank 0.
 
     Args:
+        timeline: of the recipe.
         validates: whether there is a validation split.
+        checkpoints, usage: folders of the run.
     """
-    folder, monitor = Path(recipe.output_path), engine.monitor
+    folder = Path(recipe.output_path)
+    monitor = engine.monitor
+    world_size = engine.topology.world_size
+    card = ModelCard(folder, checkpoints, recipe)
+    # Files come before the trackers that keep them.
     callbacks: list[Callback] = [
-        RunRecord(folder, recipe, ds_config, engine.topology.world_size),
+        RunRecord(folder, recipe, ds_config, world_size),
         MetricsFiles(folder),
-        TrainingHistory(folder, validates, Timeline(recipe)),
+        TrainingHistory(folder, validates, timeline),
         ExpertUsage(usage, monitor.summary_writer, recipe.logging.hot_expert_factor),
         DeepSpeedMonitor(monitor),
         ProgressBar(),
         TrainingCurves(folder),
-        card := ModelCard(folder, checkpoints, recipe),
+        card,
     ]
-    if (
-        recipe.evaluation is not None
-    ):  # whose end may take long, and gives the card its last numbers
+    if recipe.evaluation is not None:
+        # The end of an evaluation may take long, so a card is there before it, and one with its
+        # results after it.
         callbacks += [ContinuousEvaluation(folder, recipe.evaluation), card]
-    run = CallbackRun(folder, recipe, engine.topology.world_size)
-    added = [each.implementing_class()(each, run) for each in recipe.callbacks]
+    # Those of plugins come after the files, which they may read.
+    run = CallbackRun(folder, recipe, world_size)
+    added = [section.implementing_class()(section, run) for section in recipe.callbacks]
     return [*callbacks, *added, *make_trackers(recipe)]
 
 
 def make_trackers(recipe: Recipe) -> list[Callback]:
-    """One for each of the recipe's trackers whose package is installed."""
-    chosen, folder = recipe.trackers, Path(recipe.output_path)
-    if chosen is None:
+    """Make one callback for each of the recipe's trackers whose package is installed."""
+    section = recipe.trackers
+    if section is None:
         return []
+    folder = Path(recipe.output_path)
     run = TrackedRun(
         folder=folder,
-        project=chosen.project or recipe.name,
-        name=chosen.name or folder.resolve().name,
-        group=chosen.group,
-        tags=chosen.tags,
+        project=section.project or recipe.name,
+        name=section.name or folder.resolve().name,
+        group=section.group,
+        tags=section.tags,
         config=recipe.model_dump(mode="json"),
     )
     kinds = kinds_by_name(TrackerKind)
     return [
         Tracking(kinds[kind].implementing_class()(), run, KEPT_FILES)
-        for kind in dict.fromkeys(chosen.kinds)
+        for kind in dict.fromkeys(section.kinds)
         if _is_installed(kinds[kind].module)
     ]
 
 
-def missing_packages(recipe: Recipe, ds_config: dict[str, Any]) -> list[str]:
-    """Return a sentence for each tracker whose package is not installed; training continues without
-    it.
-    """
+def missing_packages(recipe: Recipe, ds_config: JsonObject) -> list[str]:
+    """Return a sentence for each tracker whose package is missing; the run continues without it."""
     kinds = kinds_by_name(TrackerKind)
-    asked: dict[str, str] = {
+    wanted = {
         f"trackers.kinds: {kind}": kind
         for kind in (recipe.trackers.kinds if recipe.trackers else ())
     }
-    asked |= {
+    wanted |= {
         f"the ds_config's '{kind}'": kind
         for kind in kinds
         if isinstance(ds_config.get(kind), dict) and ds_config[kind].get("enabled")
     }
     return [
-        f"{place} needs a package that is not installed, so this run goes without it: pip install"
-        f" {kinds[kind].packages}"
-        for place, kind in asked.items()
+        f"{place} needs a package that is not installed, so this run goes without it: "
+        f"pip install {kinds[kind].packages}"
+        for place, kind in wanted.items()
         if not _is_installed(kinds[kind].module)
     ]
 

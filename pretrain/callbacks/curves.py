@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pretrain.callbacks.base import Callback, Row
-from pretrain.callbacks.metrics import METRICS, read_rows
+from pretrain.callbacks.base import Callback, MetricsRecord, Summary
+from pretrain.callbacks.metrics import METRICS, read_records
 from pretrain.core.files import write_synced
 
 if TYPE_CHECKING:
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "training_curves.png"
-# The smoothed curve weighs a row by half as much as one that is a fiftieth of the run newer.
+# Half-life of a record's weight in a smoothed curve, as a share of the run.
 HALF_LIFE_SHARE = 0.02
 
 
 class Panel(NamedTuple):
-    """One plot: the column of the rows of training, how its axis is called, and whether it is noisy
-    enough to be smoothed.
+    """One plot.
+
+    Attributes:
+        column: of the training records.
+        label: of the vertical axis.
+        smoothed: whether the values are noisy enough to be smoothed.
     """
 
     column: str
@@ -41,35 +45,40 @@ PANELS = (
 
 
 def moving_average(values: Sequence[float], half_life: float) -> list[float]:
-    """Exponential moving average in which a value's weight halves every ``half_life`` values;
-    without a bias towards a start at zero.
+    """Average exponentially: the weight of a value halves every ``half_life`` values.
+
+    Dividing by the sum of the weights avoids a bias towards a start at zero.
     """
     decay = 0.5 ** (1.0 / half_life)
-    total = weight = 0.0
+    total = 0.0
+    weight = 0.0
     averages = []
     for value in values:
-        total, weight = decay * total + value, decay * weight + 1.0
+        total = decay * total + value
+        weight = decay * weight + 1.0
         averages.append(total / weight)
     return averages
 
 
-def figure_of(rows: Sequence[Row], title: str) -> Figure:
-    """Raw and smoothed values over tokens, and the validation loss beside that of training.
+def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
+    """Draw raw and smoothed values over tokens, and the validation loss next to that of training.
 
-    What no row has is left out.
+    Columns that no record has are left out.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and only rank 0 draws
 
-    train = [row for row in rows if row["kind"] == "train"]
+    train = [record for record in records if record["kind"] == "train"]
     panels = [
         panel
         for panel in PANELS
-        if panel.column == "loss" or any(panel.column in row for row in train)
+        if panel.column == "loss" or any(panel.column in record for record in train)
     ]
+    # Two columns, and as many lines as that takes.
     columns = 2 if len(panels) > 1 else 1
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(6.5 * columns, 0.6 + 3.2 * height))
     grid = figure.subplots(height, columns, squeeze=False)
+    # Margins in inches, whatever the number of plots.
     figure.subplots_adjust(
         left=0.14 / columns,
         right=1 - 0.03 / columns,
@@ -81,8 +90,11 @@ def figure_of(rows: Sequence[Row], title: str) -> Figure:
     for axes, panel in zip(grid.flat, panels):
         _draw(axes, panel, train)
     validation = [
-        (row["tokens"], row["validation_loss"]) for row in rows if row["kind"] == "validation"
+        (record["tokens"], record["validation_loss"])
+        for record in records
+        if record["kind"] == "validation"
     ]
+    # The validation loss joins the panel of the training loss, whose unit it has.
     if validation:
         grid[0, 0].plot(
             *zip(*validation, strict=True),
@@ -94,17 +106,17 @@ def figure_of(rows: Sequence[Row], title: str) -> Figure:
         )
     if train or validation:
         grid[0, 0].legend(loc="upper right")
+    # An odd number of panels leaves one place empty.
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     figure.suptitle(title)
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, train: Sequence[Row]) -> None:
-    points: list[tuple[Any, Any]] = [
-        (row["tokens"], row[panel.column]) for row in train if panel.column in row
-    ]
-    tokens, values = [point[0] for point in points], [point[1] for point in points]
+def _draw(axes: Axes, panel: Panel, train: Sequence[MetricsRecord]) -> None:
+    points = [record for record in train if panel.column in record]
+    tokens = [record["tokens"] for record in points]
+    values = [record[panel.column] for record in points]
     axes.plot(
         tokens,
         values,
@@ -121,20 +133,21 @@ def _draw(axes: Axes, panel: Panel, train: Sequence[Row]) -> None:
 
 
 class TrainingCurves(Callback):
-    """Draws the rows of metrics.jsonl when training ends, also by an error."""
+    """Draws the records of metrics.jsonl when training ends, also by an error."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_end(self, summary: Row) -> None:
+    def on_end(self, summary: Summary) -> None:
+        """Draw."""
         self._draw()
 
     def on_failure(self, error: Exception) -> None:
+        """Draw what there is."""
         self._draw()
 
     def _draw(self) -> None:
         content = io.BytesIO()
-        figure_of(read_rows(self.folder / METRICS), self.folder.name).savefig(
-            content, dpi=100, format="png"
-        )
+        figure = figure_of(read_records(self.folder / METRICS), self.folder.name)
+        figure.savefig(content, dpi=100, format="png")
         write_synced(self.folder / CURVES, content.getvalue())

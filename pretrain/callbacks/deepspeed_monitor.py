@@ -1,8 +1,8 @@
-"""TensorBoard, and what else of DeepSpeed's monitor the ds_config enables: CSV, W&B, Comet."""
+"""TensorBoard, and whatever else of DeepSpeed's monitor the ds_config enables: CSV, W&B, Comet."""
 
 from __future__ import annotations
 
-from pretrain.callbacks.base import Callback, Row
+from pretrain.callbacks.base import Callback, MetricsRecord
 from pretrain.callbacks.events import events_of
 from pretrain.engine.monitor import Monitor
 
@@ -14,10 +14,13 @@ class DeepSpeedMonitor(Callback):
         self.monitor = monitor
 
     def on_start(self, step: int, num_steps: int) -> None:
+        """Write what follows step ``step``."""
         self.monitor.begin_after(step)
 
     def on_rollback(self, step: int) -> None:
+        """Write what follows step ``step`` anew."""
         self.monitor.begin_after(step)
 
-    def on_row(self, row: Row) -> None:
-        self.monitor.write_record(events_of(row), row["step"])
+    def on_record(self, record: MetricsRecord) -> None:
+        """Write a record's values."""
+        self.monitor.write_record(events_of(record), record["step"])

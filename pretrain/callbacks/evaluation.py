@@ -1,8 +1,8 @@
-"""Evaluates saved checkpoints while training goes on.
+"""Evaluates saved checkpoints while training continues.
 
-Callbacks live on rank 0, and a sharded model needs all ranks: so what is evaluated are the whole
-fp32 weights of each checkpoint, in one more process. Training neither waits for it nor gives it
-memory or collectives, and what is seen is what was saved.
+Callbacks exist on rank 0 only, and a sharded model needs all ranks. So one more process evaluates
+the whole fp32 weights of each checkpoint: training neither waits for it nor gives it memory or
+collectives, and what is evaluated is what was saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.callbacks.base import Callback, Row
+from pretrain.callbacks.base import Callback, Summary
 from pretrain.config.recipe import EvaluationConfig
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import TOOLS
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 TOOL = TOOLS / "evaluate.py"
 LOG = "evaluation.log"
-# What launchers tell ranks, and must not tell a process that is none.
+# What launchers set for ranks. A process that is not a rank must not see it: it would wait for
+# the others.
 RANK_PREFIXES = (
     "RANK",
     "LOCAL_",
@@ -41,85 +42,79 @@ RANK_PREFIXES = (
 
 
 def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int) -> list[str]:
-    """The command line that evaluates each new checkpoint of the run, which goes on from ``step``,
-    as the recipe's section says.
-    """
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--watch",
-        str(run),
-        "--parent",
-        str(os.getpid()),
-        str(step),
-        str(last_step),
-        "--device",
-        config.device,
-    ]
+    """Return the command line that evaluates each new checkpoint of a run after ``step``."""
+    command = [sys.executable, str(TOOL), "--watch", str(run)]
+    command += ["--parent", str(os.getpid()), str(step), str(last_step)]
+    command += ["--device", config.device]
     command += ["--max-new-tokens", str(config.max_new_tokens)]
     options: dict[str, int | str | None] = {
         "--interval-steps": config.interval_steps,
         "--max-windows": config.max_windows,
         "--limit": config.limit,
+        "--tasks": ",".join(config.tasks) or None,
+        "--include-path": config.include_path,
     }
-    options |= {"--tasks": ",".join(config.tasks) or None, "--include-path": config.include_path}
     for name, value in options.items():
-        command += [] if value is None else [name, str(value)]
+        if value is not None:
+            command += [name, str(value)]
     command += plugin_arguments()
-    # As one argument each: a prompt may begin with a dash.
-    return [
-        *command,
-        *(f"--prompt={prompt}" for prompt in config.prompts),
-        *(["--heldout"] if config.heldout else []),
-    ]
+    # "--prompt=..." as one argument: a prompt may begin with a dash.
+    command += [f"--prompt={prompt}" for prompt in config.prompts]
+    return [*command, "--heldout"] if config.heldout else command
 
 
 class ContinuousEvaluation(Callback):
-    """Starts the process with the training, and ends it with it: finished, after the last
-    checkpoint is evaluated; interrupted, at once.
+    """Starts the evaluating process with the training, and ends it at the training's end.
 
-    What was not evaluated when a run was interrupted is evaluated when it goes on.
+    After the last step it waits until the last checkpoint is evaluated; if training was
+    interrupted, it ends the process at once. The next start then evaluates what is left.
     """
 
     def __init__(self, run: Path, config: EvaluationConfig) -> None:
-        self.run, self.config = run, config
+        self.run = run
+        self.config = config
         self.process: subprocess.Popen[bytes] | None = None
-        self.step = self.num_steps = 0
+        self.step = 0
+        self.num_steps = 0
 
     def on_start(self, step: int, num_steps: int) -> None:
+        """Start the process."""
         self.num_steps = num_steps
         self._watch_from(step)
 
     def on_rollback(self, step: int) -> None:
+        """Start the process anew: what it knows of later checkpoints is no longer true."""
         self._stop()
         self._watch_from(step)
 
     def on_step(self, step: int) -> None:
+        """Remember the step."""
         self.step = step
 
     def on_early_end(self, step: int) -> None:
+        """Take ``step`` for the last one."""
         self.num_steps = step
 
-    def on_end(self, summary: Row) -> None:
+    def on_end(self, summary: Summary) -> None:
+        """Wait for the evaluation of the last checkpoint, if the run is finished."""
         if self.process is None:
             return
+        seconds = self.config.finish_seconds if self.step == self.num_steps else 0
         try:
-            code = self.process.wait(
-                timeout=self.config.finish_seconds if self.step == self.num_steps else 0
-            )
-            if code:
-                logger.warning(
-                    "the evaluation of checkpoints ended with exit code %d: see %s",
-                    code,
-                    self.run / LOG,
-                )
+            code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             logger.warning(
-                "the evaluation of checkpoints is not at its end: tools/evaluate.py --watch %s"
-                " goes on",
+                "the evaluation of checkpoints is not at its end: "
+                "tools/evaluate.py --watch %s continues it",
                 self.run,
             )
             self._stop()
+            return
+        if code:
+            log = self.run / LOG
+            logger.warning(
+                "the evaluation of checkpoints ended with exit code %d: see %s", code, log
+            )
 
     def _watch_from(self, step: int) -> None:
         self.step = step
@@ -131,6 +126,7 @@ class ContinuousEvaluation(Callback):
         with (self.run / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 command,
+                # It must not read the terminal of the training.
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,5 +1,4 @@
-"""A record of metrics as (tag, value) pairs, the same for every tracker and for DeepSpeed's
-monitor.
+"""A record of metrics as (tag, value) pairs, for every tracker and for DeepSpeed's monitor.
 
 A dashboard shows a card for each tag and sorts them by name, so tags decide what a user sees first.
 Their number depends on neither the experts nor the layers of the model: of what layers and experts
@@ -11,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from pretrain.analysis.expert_usage import SCALARS
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import MetricsRecord
+from pretrain.core.files import JsonObject
 from pretrain.engine.monitor import TRAIN_LOSS, VALIDATION_LOSS
 
 Events = list[tuple[str, float]]
@@ -25,24 +25,24 @@ AT_A_GLANCE = {
     ("train", "grad_norm"): "at_a_glance/3_gradient_norm",
     ("train", "tokens_per_second"): "at_a_glance/4_tokens_per_second",
 }
-# What a record says of itself. Of these, cards of the training's records are enough.
+# Where a record is in the run. Cards of these for training records are enough.
 NO_CARD = ("step", "steps", "tokens", "epoch", "phase_number")
-# Which of the layers' values is the worst one: of all others it is the highest.
+# Columns whose lowest value is the worst one; of all others it is the highest.
 LOW_IS_WORSE = ("entropy", "normalized_entropy")
 NO_STATISTICS = ("layer", "expert_load", "hottest", "hottest_load")
 
 
-def events_of(row: Row) -> Events:
-    """Every number of a record as ``<kind>/<name>``, and summaries over its layers."""
-    kind = row["kind"]
+def events_of(record: MetricsRecord) -> Events:
+    """Return every scalar of a record as ``<kind>/<name>``, and summaries over its layers."""
+    kind = record["kind"]
     events = [
         (AT_A_GLANCE.get((kind, name), f"{kind}/{name}"), float(value))
-        for name, value in row.items()
+        for name, value in record.items()
         if isinstance(value, int | float)
         and name != "step"
         and (kind == "train" or name not in NO_CARD)
     ]
-    layers = row.get("layers", [])
+    layers: list[JsonObject] = record.get("layers", [])
     if not layers:
         return events
     if kind == "usage":
@@ -52,18 +52,19 @@ def events_of(row: Row) -> Events:
 
 
 def _worst_layer(
-    group: str, layers: list[Row], names: Iterable[str]
+    group: str, layers: list[JsonObject], names: Iterable[str]
 ) -> Iterator[tuple[str, float]]:
-    """The value of the worst layer, because a mean over 60 layers hides a collapsed one."""
+    """Yield the value of the worst layer: a mean over 60 layers hides a collapsed one."""
     for name in names:
         worst: Callable[..., float] = min if name in LOW_IS_WORSE else max
         yield f"{group}/{name}_of_worst_layer", float(worst(layer[name] for layer in layers))
 
 
-def _loads(layers: list[Row]) -> Iterator[tuple[str, float]]:
-    """Loads of all experts in multiples of their layer's mean, and how many experts had no token.
+def _loads(layers: list[JsonObject]) -> Iterator[tuple[str, float]]:
+    """Yield the extreme loads of all experts, and how many experts had no token.
 
-    Shares would not compare: with 256 experts the mean is 1/256, and extremes look like zeros.
+    Loads are in multiples of their layer's mean. Shares would not compare: with 256 experts the
+    mean is 1/256, and extremes look like zeros.
     """
     loads = [layer["expert_load"] for layer in layers]
     yield "moe/load_max", max(max(load) * len(load) for load in loads)

@@ -32,7 +32,7 @@ HISTOGRAM_BINS = 64
 
 
 def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
-    """Loads [rows, columns] as a picture [height, width, RGB].
+    """Draw loads [rows, columns] as a picture [height, width, RGB].
 
     Dark blue is unused, yellow hot, black no expert. The scale never changes, so that pictures of
     different steps compare.
@@ -41,6 +41,7 @@ def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
 
     shades = np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor))
     colours = colormaps["viridis"](shades, bytes=True)[..., :3]
+    # How often a load is repeated in each direction, so that one expert is more than one pixel.
     rows, columns = (max(1, -(-PICTURE_SIDE // size)) for size in loads.shape)
     pixels: NDArray[np.uint8] = colours.repeat(rows, axis=0).repeat(columns, axis=1)
     return pixels
@@ -52,10 +53,11 @@ class ExpertUsage(Callback):
     On a resume or rollback, windows beyond the checkpoint are removed: those steps run again.
 
     Args:
-        writer: the one of DeepSpeed's monitor, None without TensorBoard. A second one in its folder
-            would write a second file, and TensorBoard stops reading the first as soon as it has
-            started with the second.
-        hot_factor: what is brightest in a heat map, in multiples of the mean.
+        folder: for the files.
+        writer: the one of DeepSpeed's monitor; None without TensorBoard. A second writer in its
+            folder would write a second file, and TensorBoard stops reading the first as soon as it
+            has started with the second.
+        hot_factor: the load that is brightest in a heat map, in multiples of the mean.
     """
 
     def __init__(self, folder: Path, writer: SummaryWriter | None, hot_factor: float) -> None:
@@ -64,9 +66,11 @@ class ExpertUsage(Callback):
         self.hot_factor = hot_factor
 
     def on_start(self, step: int, num_steps: int) -> None:
+        """Remove windows beyond step ``step``."""
         self.on_rollback(step)
 
     def on_rollback(self, step: int) -> None:
+        """Remove windows beyond step ``step``, and files that a kill has torn."""
         for last in window_steps(self.folder):
             if last > step:
                 window_path(self.folder, last).unlink()
@@ -74,9 +78,11 @@ class ExpertUsage(Callback):
             torn.unlink()
 
     def on_usage(self, window: UsageWindow) -> None:
+        """Save the window, and draw it if there is TensorBoard."""
         save_window(self.folder, window)
         if self.writer is None:
             return
+        # Multiples of the layer's mean, which compare between models of any number of experts.
         loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
         self.writer.add_histogram(
             "usage/log2_1_plus_load", log_load(loads_LE), window.step, bins=HISTOGRAM_BINS

@@ -1,5 +1,6 @@
-"""training_history.json: one entry for each validation, in columns, and the best of them; what
-notebooks and plots of a run start from.
+"""training_history.json: what notebooks and plots of a run start from.
+
+It has one entry for each validation, in columns, and the best of them.
 """
 
 from __future__ import annotations
@@ -7,151 +8,189 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from pretrain.callbacks.base import Callback, Row
-from pretrain.callbacks.metrics import METRICS, read_rows
+from pretrain.callbacks.base import Callback, MetricsRecord
+from pretrain.callbacks.metrics import METRICS, read_records
 from pretrain.config.timeline import Timeline
-from pretrain.core.files import write_synced
+from pretrain.core.files import JsonObject, write_synced
 
 HISTORY = "training_history.json"
-# From the last row of training before a validation, by the name that it has there.
-LAST_OF = {
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "tokens_per_second": "tokens_per_second",
-    "seconds": "seconds",
+# exp() of more overflows a double.
+LARGEST_EXPONENT = 700.0
+UNITS = {
+    "train_loss": "nats a token, mean since the last entry",
+    "val_loss": "nats a token",
+    "seconds": "of training, without validation",
 }
-COLUMNS = (
-    "step",
-    "tokens",
-    "epoch",
-    "train_loss",
-    "val_loss",
-    "val_targets",
-    "perplexity",
-    *LAST_OF,
-)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One entry; its fields are the columns of the file.
+
+    ``learning_rate`` and what follows are those of the last training record before the entry.
+    """
+
+    step: int
+    tokens: int
+    epoch: float | None
+    train_loss: float | None
+    val_loss: float | None
+    val_targets: int | None
+    perplexity: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+
+
+COLUMNS = tuple(field.name for field in fields(HistoryEntry))
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Training losses that are gathered for an entry."""
+
+    losses: float = 0.0
+    steps: int = 0
+
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(self.losses + other.losses, self.steps + other.steps)
+
+    @property
+    def mean(self) -> float | None:
+        """Nats a token; None without a step."""
+        return self.losses / self.steps if self.steps else None
 
 
 class History:
-    """Gathers rows into entries.
+    """Gathers records into entries.
 
-    A run without a validation split gets an entry for each row of training.
+    A run without a validation split gets an entry for each training record.
 
     Attributes:
-        best: the entry with the lowest validation loss among those that compare: over as many
-            targets, in sequences of the same length. Of the two validations of a last step the one
-            of the whole split is the step's entry, and the other one takes part.
+        entries: from the oldest to the newest.
+        best: the entry with the lowest validation loss among those that compare: over equally many
+            targets, in sequences of the same length. The last step of a run may be validated twice,
+            on a sample and on the whole split: the second one is the step's entry, and the first
+            one takes part in the comparison.
     """
 
     def __init__(self, validates: bool, timeline: Timeline) -> None:
-        self.validates, self.timeline = validates, timeline
-        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        self.best: dict[str, Any] | None = None
-        self._sums = self._entered = (
-            0.0,
-            0,
-        )  # losses over steps, and steps: since the last entry, and of that entry
-        self._last_step = 0
-        self._last: Row = {}
+        self.validates = validates
+        self.timeline = timeline
+        self.entries: list[HistoryEntry] = []
+        self.best: HistoryEntry | None = None
+        self._gathered = LossSum()  # since the last entry
+        self._entered = LossSum()  # of the last entry
+        self._last_train: MetricsRecord = {"step": 0}
 
-    def add(self, row: Row) -> bool:
-        """Whether the row made a new entry, or replaced that of the same step."""
-        if row["kind"] == "train":
-            # Entries are means over steps, whatever their rows are. A row without its number of
-            # steps is the mean since the one before.
-            steps = row.get("steps", row["step"] - self._last_step)
-            self._sums = (self._sums[0] + steps * row["loss"], self._sums[1] + steps)
-            self._last_step, self._last = row["step"], row
-        if row["kind"] != ("validation" if self.validates else "train"):
+    def add(self, record: MetricsRecord) -> bool:
+        """Return whether the record made a new entry, or replaced that of the same step."""
+        if record["kind"] == "train":
+            # Entries are means over steps, however many of them a record has. An earlier version
+            # did not write the number: then it is the mean since the record before.
+            steps = record.get("steps", record["step"] - self._last_train["step"])
+            self._gathered += LossSum(steps * record["loss"], steps)
+            self._last_train = record
+        if record["kind"] != ("validation" if self.validates else "train"):
             return False
-        again = self.columns["step"][-1:] == [row["step"]]
+        again = bool(self.entries) and self.entries[-1].step == record["step"]
+        # The last step is validated on a sample, then on the whole split: one entry for both.
         if again:
-            self._sums = (self._sums[0] + self._entered[0], self._sums[1] + self._entered[1])
-            for values in self.columns.values():
-                values.pop()
-        loss = row.get("validation_loss")
-        entry = {
-            "step": row["step"],
-            "tokens": row["tokens"],
-            "epoch": row.get("epoch"),
-            "train_loss": self._sums[0] / self._sums[1] if self._sums[1] else None,
-            "val_loss": loss,
-            "val_targets": row.get("targets"),
-            "perplexity": None if loss is None else _exp(loss),
-            **{name: self._last.get(source) for name, source in LAST_OF.items()},
-        }
-        for name, value in entry.items():
-            self.columns[name].append(value)
-        self._sums, self._entered = (0.0, 0), self._sums
-        if (
-            loss is not None
-            and not again
-            and (
-                self.best is None
-                or not self._compare(self.best, entry)
-                or loss < self.best["val_loss"]
-            )
-        ):
+            self.entries.pop()
+            self._gathered += self._entered
+        entry = self._entry(record)
+        self.entries.append(entry)
+        self._entered = self._gathered
+        self._gathered = LossSum()
+        if not again and self._is_best(entry):
             self.best = entry
         return True
 
-    def _compare(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        """Whether the validation losses of two entries are of the same data."""
-        lengths = [
-            self.timeline.at(entry["step"] - 1).recipe.train.sequence_length
-            for entry in (one, other)
-        ]
-        return lengths[0] == lengths[1] and one["val_targets"] == other["val_targets"]
+    def _entry(self, record: MetricsRecord) -> HistoryEntry:
+        loss = record.get("validation_loss")
+        last = self._last_train
+        return HistoryEntry(
+            step=record["step"],
+            tokens=record["tokens"],
+            epoch=record.get("epoch"),
+            train_loss=self._gathered.mean,
+            val_loss=loss,
+            val_targets=record.get("targets"),
+            perplexity=None if loss is None else _exp(loss),
+            learning_rate=last.get("learning_rate"),
+            grad_norm=last.get("grad_norm"),
+            tokens_per_second=last.get("tokens_per_second"),
+            seconds=last.get("seconds"),
+        )
 
-    def content(self) -> dict[str, Any]:
-        """Columns of one length, ``best`` (None without validation) and ``units``."""
-        units = {
-            "train_loss": "nats a token, mean since the last entry",
-            "val_loss": "nats a token",
-            "seconds": "of training, without validation",
+    def _is_best(self, entry: HistoryEntry) -> bool:
+        if entry.val_loss is None:
+            return False
+        best = self.best
+        if best is None or best.val_loss is None or not self._compares(best, entry):
+            return True
+        return entry.val_loss < best.val_loss
+
+    def _compares(self, one: HistoryEntry, other: HistoryEntry) -> bool:
+        """Whether the validation losses of two entries are of the same data."""
+        lengths = {
+            self.timeline.at(entry.step - 1).recipe.train.sequence_length for entry in (one, other)
         }
-        return {**self.columns, "best": self.best, "units": units}
+        return len(lengths) == 1 and one.val_targets == other.val_targets
+
+    def content(self) -> JsonObject:
+        """Return columns of one length, ``best`` (None without validation) and ``units``."""
+        columns = {name: [getattr(entry, name) for entry in self.entries] for name in COLUMNS}
+        best = None if self.best is None else asdict(self.best)
+        return {**columns, "best": best, "units": UNITS}
 
 
 def _exp(loss: float) -> float | None:
-    """JSON has no infinity."""
-    value = math.exp(min(loss, 700.0))
-    return value if loss < 700.0 else None
+    """Return the perplexity, or None instead of an infinity, which JSON does not have."""
+    return math.exp(loss) if loss < LARGEST_EXPONENT else None
 
 
-def history_of(rows: Iterable[Row], validates: bool, timeline: Timeline) -> History:
+def history_of(records: Iterable[MetricsRecord], validates: bool, timeline: Timeline) -> History:
+    """Gather all records of a run."""
     history = History(validates, timeline)
-    for row in rows:
-        history.add(row)
+    for record in records:
+        history.add(record)
     return history
 
 
 class TrainingHistory(Callback):
-    """Writes the file at each entry, whole; on a resume or rollback it is made again from the rows
-    up to the checkpoint.
+    """Writes the whole file at each entry.
+
+    On a resume or rollback it is made again from the records up to the checkpoint.
     """
 
     def __init__(self, folder: Path, validates: bool, timeline: Timeline) -> None:
-        self.folder, self.validates, self.timeline = folder, validates, timeline
+        self.folder = folder
+        self.validates = validates
+        self.timeline = timeline
         self.history = History(validates, timeline)
 
     def on_start(self, step: int, num_steps: int) -> None:
+        """Gather the records up to step ``step``."""
         self.on_rollback(step)
 
     def on_rollback(self, step: int) -> None:
-        rows = [row for row in read_rows(self.folder / METRICS) if row["step"] <= step]
-        self.history = history_of(rows, self.validates, self.timeline)
+        """Gather the records up to step ``step``, and forget the later ones."""
+        records = read_records(self.folder / METRICS)
+        kept = [record for record in records if record["step"] <= step]
+        self.history = history_of(kept, self.validates, self.timeline)
         if (self.folder / HISTORY).is_file():
             self._write()
 
-    def on_row(self, row: Row) -> None:
-        if self.history.add(row):
+    def on_record(self, record: MetricsRecord) -> None:
+        """Write the file if the record makes an entry."""
+        if self.history.add(record):
             self._write()
 
     def _write(self) -> None:
-        write_synced(
-            self.folder / HISTORY, (json.dumps(self.history.content(), indent=1) + "\n").encode()
-        )
+        text = json.dumps(self.history.content(), indent=1) + "\n"
+        write_synced(self.folder / HISTORY, text.encode())

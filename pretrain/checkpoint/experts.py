@@ -1,9 +1,9 @@
 """The routed experts of one layer of a state dict, in one form for every kind of layer.
 
-What surgery on weights and inspection work on. An expert is the state of a dense feed-forward:
+Merging, upcycling and inspection work on this form. An expert is the state of a dense feed-forward:
 ``gate_proj.weight`` [X, D] if the kind is gated, ``up_proj.weight`` [X, D], ``down_proj.weight``
-[D, F], and their biases. A router's tensors have one row, or one element, for each expert. Which
-tensors of a layer these are is what the layer's section says (:meth:`RoutedMoE.expert_tensors`).
+[D, F], and their biases. A router's tensors have one row, or one element, for each expert. The
+layer's section says which tensors of a layer these are (:meth:`RoutedMoE.expert_tensors`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pretrain.model.moe.config import EXPERT_NUMBER, RoutedMoE
 Expert = dict[str, Tensor]
 # The name of an MoE layer's feed-forward below its block.
 FEED_FORWARD = "feed_forward"
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE = "gate_proj"
+UP = "up_proj"
+DOWN = "down_proj"
 
 
 def routed_moe(model: ModelConfig) -> RoutedMoE:
-    """The section of a model whose experts are feed-forwards chosen by a router.
+    """Return the section of a model whose experts are feed-forwards chosen by a router.
 
     Raises:
         ConfigError: for a dense model, and for one whose experts are rows of tables (PEER).
@@ -40,7 +42,7 @@ def routed_moe(model: ModelConfig) -> RoutedMoE:
 
 
 def moe_prefixes(model: ModelConfig) -> list[str]:
-    """The feed-forwards that are mixtures of experts, such as ``layers.3.feed_forward``.
+    """Return the feed-forwards that are mixtures of experts, such as ``layers.3.feed_forward``.
 
     In the order of :attr:`ModelConfig.routed_layers`.
     """
@@ -56,12 +58,12 @@ def _prefix(model: ModelConfig, layer: int) -> str:
 
 
 def router_names(prefix: str, moe: RoutedMoE) -> list[str]:
-    """The tensors of a layer's router whose first dimension counts experts, its matrix first."""
+    """Return the router's tensors whose first dimension counts experts, its matrix first."""
     return [f"{prefix}.{name}" for name in moe.router_tensors()]
 
 
 def expert_names(prefix: str, model: ModelConfig) -> list[str]:
-    """The tensors of a layer that hold its routed experts, whole or stacked."""
+    """Return the tensors of a layer that hold its routed experts, whole or stacked."""
     moe = routed_moe(model)
     templates = moe.expert_tensors(model.feed_forward.parameter_names).values()
     return [
@@ -76,10 +78,11 @@ def expert_names(prefix: str, model: ModelConfig) -> list[str]:
 def read_expert(
     tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig, expert: int
 ) -> Expert:
-    """One expert of a layer, by its global number; its tensors may be views of ``tensors``."""
+    """Return one expert of a layer by its global number; its tensors may be views."""
     found: Expert = {}
     places = routed_moe(model).expert_tensors(model.feed_forward.parameter_names)
     for parameter, names in places.items():
+        # Native experts are numbered in the name; stacked ones are an index of the first dimension.
         parts = [
             tensors[f"{prefix}.{name.replace(EXPERT_NUMBER, str(expert))}"]
             if EXPERT_NUMBER in name
@@ -91,7 +94,8 @@ def read_expert(
 
 
 def read_experts(tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig) -> list[Expert]:
-    """All experts of a layer; each tensor is read once."""
+    """Return all experts of a layer; each tensor is read once."""
+    # ``tensors`` may read a file at every access.
     held = {name: tensors[name] for name in expert_names(prefix, model)}
     return [
         read_expert(held, prefix, model, expert) for expert in range(routed_moe(model).num_experts)
@@ -99,7 +103,7 @@ def read_experts(tensors: Mapping[str, Tensor], prefix: str, model: ModelConfig)
 
 
 def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) -> dict[str, Tensor]:
-    """The way back: the layer's tensors under their names, as copies.
+    """Return the layer's tensors under their names, as copies: the inverse of reading.
 
     Raises:
         ConfigError: if the kind of layer cannot hold experts of this width.
@@ -126,14 +130,15 @@ def write_experts(experts: Sequence[Expert], prefix: str, model: ModelConfig) ->
 
 
 def cosines(rows: Sequence[Tensor]) -> Tensor:
-    """Cosines between tensors of one shape, [E, E] fp32; 0 for one that is zero."""
+    """Return cosines between tensors of one shape, [E, E] fp32; 0 for one that is zero."""
     flat = torch.stack([row.flatten() for row in rows])
+    # clamp_min: the cosine of a zero tensor is 0, not NaN.
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return flat @ flat.T
 
 
 def weight_similarity(experts: Sequence[Expert]) -> Tensor:
-    """Cosines between all weights of the experts, [E, E]."""
+    """Return cosines between all weights of the experts, [E, E]."""
     return cosines(
         [torch.cat([tensor.flatten() for tensor in expert.values()]) for expert in experts]
     )

@@ -1,15 +1,15 @@
-"""Weights in a single file, as other training loops save them: a state dict by ``torch.save``, or
-safetensors.
+"""Weights in a single file, as other training loops save them.
+
+That is a state dict by ``torch.save``, or safetensors.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,27 +18,28 @@ from torch import Tensor
 from pretrain.checkpoint.pickled import load_pickled
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.core.errors import CheckpointError
+from pretrain.core.files import JsonObject
 from pretrain.core.section import Section
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import EXPERT_NUMBER
 
-# Where a dictionary keeps the model's state beside optimizers and counters.
+# Keys under which a dictionary keeps the model's state, next to optimizers and counters.
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
 # What wrappers of modules (DistributedDataParallel and DeepSpeed, torch.compile, FSDP,
 # checkpointing) put into names.
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HUGGING_FACE = re.compile(r"^(model\.embed_tokens|model\.layers\.\d+|transformer\.(wte|h\.\d+))\.")
-# An expert's share of a tensor that dropless layers stack: DeepSpeed's AutoEP names it w1.3, a list
-# of feed-forwards 3.gate_proj.weight.
+# One expert's part of a tensor that dropless layers stack: w1.3 in DeepSpeed's AutoEP,
+# 3.gate_proj.weight in a list of feed-forwards.
 NUMBERED = re.compile(r"^(?P<stem>.*\.)experts\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 LISTED = re.compile(
     r"^(?P<stem>.*\.)experts\.(?P<expert>\d+)\.(?P<parameter>(gate|up|down)_proj\.weight)$"
 )
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
-# Where a training loop keeps what its model is, next to the weights.
+# Keys under which a training loop keeps its model's configuration, next to the weights.
 CONFIGS = ("config", "model_config", "model_args", "hyper_parameters", "hparams", "args", "recipe")
-# Other loops' names of our fields.
+# Other loops' names of this project's fields.
 ALIASES = {
     "n_embd": "hidden_size",
     "d_model": "hidden_size",
@@ -52,7 +53,7 @@ ALIASES = {
     "norm_eps": "norm.eps",
     "num_experts_per_tok": "top_k",
 }
-# Names that say nothing without their section, and numbers that the tensors' names and shapes show.
+# Names that mean nothing without their section, and counts that the tensors' names and shapes show.
 VAGUE = {
     "kind",
     "bias",
@@ -69,27 +70,30 @@ VAGUE = {
     "num_hidden_layers",
     "num_experts",
 }
-# Mappings inside each other that a configuration may have.
+# How deep the sections of a configuration are looked through.
 NESTED = 4
+SCALARS = bool | int | float | str
 
+Shape = tuple[int, ...]
 Read = Callable[[], Tensor]
+# Name, shape, and how to read it.
+Entry = tuple[str, Shape, Read]
 
 
 def is_weights_file(path: Path) -> bool:
-    """Whether ``initial_weights`` names a file of another training loop, and no folder of ours."""
+    """Whether ``initial_weights`` names a file of another training loop, not a checkpoint."""
     return path.suffix in FILES and not path.is_dir()
 
 
 class FileWeights(Mapping[str, Tensor]):
     """The tensors of a file under this project's names, each read when it is asked for.
 
-    Prefixes of wrapped modules are taken off wherever they stand, and a tied head's copy of the
-    embedding is left out. Where the model stacks its experts, experts that the file has one by one
-    are stacked.
+    Prefixes of wrapped modules are removed at every level, and a tied head's copy of the embedding
+    is left out. If the model stacks its experts, experts that the file has one by one are stacked.
 
     Attributes:
         shapes: of every tensor, by name; known without reading one.
-        config: what the training loop saved of its model's configuration; empty without any.
+        config: the model's configuration as the training loop saved it; empty if it did not.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, dangerous or without tensors, and for
@@ -97,48 +101,59 @@ class FileWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, Shape] = {}
         self._readers: dict[str, list[Read]] = {}
-        experts: dict[str, dict[int, tuple[tuple[int, ...], Read]]] = {}
+        experts: dict[str, dict[int, tuple[Shape, Read]]] = {}
         tensors, self.config = _content(path)
         for stored_name, shape, read in tensors:
             name = ".".join(part for part in stored_name.split(".") if part not in WRAPPED)
             if (place := _stacked_place(name, model)) is not None:
-                experts.setdefault(place[0], {})[place[1]] = (shape, read)
+                stack, number = place
+                experts.setdefault(stack, {})[number] = (shape, read)
             elif name in self.shapes:
                 raise CheckpointError(
-                    f"{path} has the tensor '{name}' twice, once as '{stored_name}': save the"
-                    " model's state alone"
+                    f"{path} has the tensor '{name}' twice, once as '{stored_name}': "
+                    "save the model's state alone"
                 )
             else:
-                self.shapes[name], self._readers[name] = shape, [read]
+                self.shapes[name] = shape
+                self._readers[name] = [read]
+        # Only now all experts of a layer are known.
         for name, shares in experts.items():
-            found = [shares[number] for number in sorted(shares)]
-            if sorted(shares) != list(range(len(shares))) or len({shape for shape, _ in found}) > 1:
-                raise CheckpointError(
-                    f"{path} has the experts {sorted(shares)} of '{name}', not all of them in one"
-                    " shape: it is incomplete"
-                )
-            self.shapes[name], self._readers[name] = (
-                (len(found), *found[0][0]),
-                [read for _, read in found],
-            )
+            self._stack(path, name, shares)
         if HUGGING_FACE.match(next(iter(self.shapes), "")):
             raise CheckpointError(
-                f"{path} has the names of a Hugging Face model: convert its folder with"
-                " tools/convert_checkpoint.py --from hf FOLDER --output CHECKPOINT, and start from"
-                " that"
+                f"{path} has the names of a Hugging Face model: convert its folder with "
+                "tools/convert_checkpoint.py --from hf FOLDER --output CHECKPOINT, "
+                "and start from that"
             )
-        tied = {"head.weight", "embedding.weight"} if model.tie_word_embeddings else set()
-        if (
-            tied
-            and tied <= self.shapes.keys()
-            and torch.equal(self["head.weight"], self["embedding.weight"])
-        ):
+        if model.tie_word_embeddings:
+            self._drop_tied_head()
+
+    def _drop_tied_head(self) -> None:
+        """Leave the head out if it is a copy of the embedding.
+
+        Two different matrices do not fit a tied model: then the head stays, and is reported.
+        """
+        has_both = {"head.weight", "embedding.weight"} <= self.shapes.keys()
+        if has_both and torch.equal(self["head.weight"], self["embedding.weight"]):
             del self.shapes["head.weight"]
+
+    def _stack(self, path: Path, name: str, shares: dict[int, tuple[Shape, Read]]) -> None:
+        """Make one tensor of the experts' parts."""
+        numbers = sorted(shares)
+        shapes = {shape for shape, _ in shares.values()}
+        if numbers != list(range(len(shares))) or len(shapes) > 1:
+            raise CheckpointError(
+                f"{path} has the experts {numbers} of '{name}', not all of them in one shape: "
+                "it is incomplete"
+            )
+        self.shapes[name] = (len(shares), *shapes.pop())
+        self._readers[name] = [shares[number][1] for number in numbers]
 
     def __getitem__(self, name: str) -> Tensor:
         shares = [read() for read in self._readers[name]]
+        # A stack of one expert has one reader too, but another shape.
         return shares[0] if self.shapes[name] == tuple(shares[0].shape) else torch.stack(shares)
 
     def __iter__(self) -> Iterator[str]:
@@ -149,7 +164,10 @@ class FileWeights(Mapping[str, Tensor]):
 
 
 def _stacked_place(name: str, model: ModelConfig) -> tuple[str, int] | None:
-    """The stacked tensor that a tensor of one expert belongs to, and the expert's number."""
+    """Return the stacked tensor that a tensor of one expert belongs to, and the expert's number.
+
+    None for any other tensor, and if the model does not stack its experts.
+    """
     if model.routing is None:
         return None
     parameters = model.feed_forward.parameter_names
@@ -158,55 +176,55 @@ def _stacked_place(name: str, model: ModelConfig) -> tuple[str, int] | None:
         return None
     if match := NUMBERED.match(name):
         return f"{match['stem']}experts.{match['matrix']}", int(match["expert"])
-    # A half of a matrix is no tensor that other loops have.
+    # A model may keep a matrix in two halves, which no tensor of other loops is.
     if (match := LISTED.match(name)) and model.routing.keeps_matrices_whole(parameters):
         (stack,) = tensors.get(match["parameter"], ("",))
         return (f"{match['stem']}{stack}", int(match["expert"])) if stack else None
     return None
 
 
-def _content(path: Path) -> tuple[list[tuple[str, tuple[int, ...], Read]], Mapping[str, Any]]:
-    """The tensors of a file, name, shape and how to read them, and the configuration next to them."""
+def _content(path: Path) -> tuple[list[Entry], JsonObject]:
+    """Return an entry for each tensor of a file, and the configuration next to them."""
     if not path.is_file():
         raise CheckpointError(
             f"there is no file {path}: give a checkpoint's folder, or a file of weights"
         )
     if path.suffix == ".safetensors":
         reader = TensorReader([path])
-        return [
+        stored: list[Entry] = [
             (name, reader.form(name).shape, partial(reader.read, name)) for name in reader.names
-        ], _parsed(reader.metadata)
-    content: object = load_pickled(path)
-    config: Mapping[str, Any] = {}
-    while isinstance(content, dict):
-        config = config or next(
-            (content[name] for name in CONFIGS if isinstance(content.get(name), dict)), {}
-        )
-        inside = next(
-            (content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None
-        )
+        ]
+        return stored, _parsed(reader.metadata)
+    content = load_pickled(path)
+    config: JsonObject = {}
+    # Follow the wrappers inwards; the outermost configuration holds.
+    while True:
+        config = config or _first_dictionary(content, CONFIGS) or {}
+        inside = _first_dictionary(content, WRAPPERS)
         if inside is None:
             break
         content = inside
-    tensors = (
-        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(
-            f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}:"
-            " save the model's state_dict"
+            f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}: "
+            "save the model's state_dict"
         )
-    return [
+    pickled: list[Entry] = [
         (name, tuple(value.shape), partial(tensors.__getitem__, name))
         for name, value in tensors.items()
-    ], config
+    ]
+    return pickled, config
 
 
-def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """A safetensors file's texts, those that are JSON as what they say."""
-    parsed: dict[str, Any] = {}
+def _first_dictionary(content: JsonObject, names: Sequence[str]) -> JsonObject | None:
+    """Return the first dictionary under one of the names; None if there is none."""
+    return next((content[name] for name in names if isinstance(content.get(name), dict)), None)
+
+
+def _parsed(metadata: Mapping[str, str]) -> JsonObject:
+    """Return the strings of a safetensors file, those that are JSON decoded."""
+    parsed: JsonObject = {}
     for name, text in metadata.items():
         try:
             parsed[name] = json.loads(text)
@@ -215,21 +233,22 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
     return parsed
 
 
-def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfig | None:
-    """``model`` with every field as a training loop's configuration has it, as far as it names
-    them.
+def model_of_config(config: JsonObject, model: ModelConfig) -> ModelConfig | None:
+    """Return ``model`` with every field that a training loop's configuration names.
 
-    None if it names none.
-
-    The names are Hugging Face's, which are ours, or those in ``ALIASES``; a recipe of ours names
-    all of them.
+    None if it names none. The names are those of this project, which are Hugging Face's, or those
+    in ``ALIASES``. A recipe of this project names all fields.
     """
     try:
-        ours = ModelConfig.model_validate(config.get("model", config))
-        return ours if ours.vocab_size else ours.model_copy(update={"vocab_size": model.vocab_size})
+        saved = ModelConfig.model_validate(config.get("model", config))
     except ValidationError:
         pass  # another project's configuration
-    named: dict[str, Any] = {}
+    else:
+        if saved.vocab_size:
+            return saved
+        return saved.model_copy(update={"vocab_size": model.vocab_size})
+    named: JsonObject = {}
+    # The outermost mention of a name holds.
     for section in _sections(config, NESTED):
         for name, value in section.items():
             named.setdefault(ALIASES.get(str(name), str(name)), value)
@@ -237,21 +256,23 @@ def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfi
 
     def as_named(section: Section, path: str) -> Section:
         nonlocal known
-        changed: dict[str, Any] = {}
-        numbers = 0
+        content: JsonObject = {}
+        count = 0
         for name in type(section).model_fields:
-            value, full = getattr(section, name), f"{path}{name}"
-            given = named.get(full, None if name in VAGUE else named.get(name))
+            value = getattr(section, name)
+            full_name = f"{path}{name}"
+            saved_value = named.get(full_name, None if name in VAGUE else named.get(name))
+            content[name] = value
             if isinstance(value, Section):
-                changed[name] = as_named(value, f"{full}.")
-            elif isinstance(given, bool | int | float | str) and _alike(given, value):
-                changed[name], numbers = given, numbers + 1
-        content = {name: getattr(section, name) for name in type(section).model_fields} | changed
+                content[name] = as_named(value, f"{full_name}.")
+            elif isinstance(saved_value, SCALARS) and _alike(saved_value, value):
+                content[name] = saved_value
+                count += 1
         try:
             named_section = type(section).model_validate(content)
         except ValidationError:
-            return section  # nothing that could be a model
-        known += numbers
+            return section  # together, these values are no model
+        known += count
         return named_section
 
     found = as_named(model, "")
@@ -259,22 +280,24 @@ def model_of_config(config: Mapping[str, Any], model: ModelConfig) -> ModelConfi
     return found if known else None
 
 
-def _sections(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:
-    """The mapping and the mappings inside it to ``depth``, from the outside in."""
+def _sections(config: JsonObject, depth: int) -> Iterator[JsonObject]:
+    """Yield the mapping and the mappings inside it to ``depth``, from the outside in."""
     yield config
     for value in config.values():
-        if isinstance(value, Mapping) and depth:
+        if isinstance(value, dict) and depth:
             yield from _sections(value, depth - 1)
 
 
-def _alike(given: bool | int | float | str, value: Any) -> bool:
-    """Whether two values are of one type; whole numbers are numbers, and so is what a recipe leaves
-    open.
+def _alike(saved: bool | int | float | str, value: object) -> bool:
+    """Whether a saved value is of the type of a recipe's value.
+
+    int and float are one type here. A value that a recipe leaves open (None) is a number.
     """
     if value is None:
-        return isinstance(given, int | float) and not isinstance(given, bool)
-    if isinstance(given, bool) or isinstance(value, bool):
-        return isinstance(given, bool) and isinstance(value, bool)
-    return isinstance(given, type(value)) or (
-        isinstance(given, int | float) and isinstance(value, int | float)
+        return isinstance(saved, int | float) and not isinstance(saved, bool)
+    # bool is an int in Python, and must not pass for one.
+    if isinstance(saved, bool) or isinstance(value, bool):
+        return isinstance(saved, bool) and isinstance(value, bool)
+    return isinstance(saved, type(value)) or (
+        isinstance(saved, int | float) and isinstance(value, int | float)
     )

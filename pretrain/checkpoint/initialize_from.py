@@ -1,5 +1,6 @@
-"""Training that starts from the weights of a checkpoint, with a fresh optimizer and schedule
-(``initial_weights`` in a recipe).
+"""Starts a training from given weights, with a fresh optimizer and schedule.
+
+A recipe names them as ``initial_weights``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pretrain.checkpoint.layout import (
     resolve_checkpoint,
 )
 from pretrain.checkpoint.lazy_weights import StoredWeights
+from pretrain.checkpoint.publication import first_fault
 from pretrain.checkpoint.weights import global_name
 from pretrain.config.differences import differences
 from pretrain.config.recipe import Recipe
@@ -44,15 +46,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The weights that a new run starts from, looked at and not read yet.
+    """The weights that a new run starts from; they are compared, and not read yet.
 
     Attributes:
         where: for sentences: ``initial_weights`` and its value.
         folder: the checkpoint that it names; None for a file.
         stored: its weights.
         found: which of them fit.
-        notes: a sentence about each field in which the two models differ, or about why that is not
-            known.
+        notes: a sentence about each field in which the two models differ, or about why nothing is
+            known of that.
     """
 
     where: str
@@ -65,26 +67,27 @@ class StartingPoint:
 def starting_point(
     recipe: Recipe, tokenizer_sha256: str | None, checkpoints: Path | None
 ) -> StartingPoint | None:
-    """What ``recipe.initial_weights`` names.
+    """Open what ``recipe.initial_weights`` names, and compare it with the recipe's model.
 
-    None without it, and in a run that has a checkpoint of its own.
-
-    A folder is a checkpoint, which says what its model computes and which tokenizer it knows; a
-    file says so if its training loop saved its configuration.
+    None without it, and in a run that has a checkpoint already. A folder is a checkpoint, whose
+    recipe says what its model computes and which tokenizer it has; a file says so if its training
+    loop saved its configuration.
 
     Args:
         tokenizer_sha256: of the data's tokenizer; None before there are data.
-        checkpoints: the run's own; None for a run without a folder.
+        checkpoints: the folder of the run's checkpoints; None for a run without a folder.
 
     Raises:
         CheckpointError: if the weights are missing, belong to another tokenizer, or mean something
-            else in the recipe's model, and if a tensor does not fit, unless the recipe allows that.
+            else in the recipe's model; and if a tensor does not fit, unless the recipe allows that.
     """
     if recipe.initial_weights is None:
         return None
+    # A resumed run has weights already, and need not have the old ones at hand.
     if checkpoints is not None and complete_checkpoints(checkpoints):
         return None
-    path, where = Path(recipe.initial_weights), f"initial_weights: {recipe.initial_weights}"
+    path = Path(recipe.initial_weights)
+    where = f"initial_weights: {recipe.initial_weights}"
     folder: Path | None = None
     stored: FileWeights | StoredWeights
     model: ModelConfig | None
@@ -93,25 +96,32 @@ def starting_point(
         model = model_of_config(stored.config, recipe.model)
     else:
         folder = resolve_checkpoint(path)
-        if fault := damage(folder, with_hashes=False):
-            raise CheckpointError(
-                f"initial_weights: {folder} is damaged: {fault}; choose another checkpoint"
-            )
-        if tokenizer_sha256 is not None and read_state(folder).get("tokenizer_sha256") not in (
-            None,
-            tokenizer_sha256,
-        ):
-            raise CheckpointError(
-                f"initial_weights: {folder} was trained with another tokenizer than that of the"
-                " data: build the data with its own"
-            )
-        stored, model = StoredWeights(folder), read_recipe(folder).model
+        _check_checkpoint(folder, tokenizer_sha256)
+        stored = StoredWeights(folder)
+        model = read_recipe(folder).model
     found = compare(stored.shapes, recipe.model)
+    # First the meaning: weights that fit by shape and compute something else are the worse mistake.
     if model is not None:
         _check_meaning(model, recipe.model, found, where)
     if not found.loaded or not (found.is_whole or recipe.initial_weights_partial):
         raise CheckpointError(found.first_fault(where))
     return StartingPoint(where, folder, stored, found, _notes(model, recipe.model, where))
+
+
+def _check_checkpoint(folder: Path, tokenizer_sha256: str | None) -> None:
+    # Sizes only: starting_weights hashes the files, shared among the ranks.
+    if fault := damage(folder, with_hashes=False):
+        raise CheckpointError(
+            f"initial_weights: {folder} is damaged: {fault}; choose another checkpoint"
+        )
+    if tokenizer_sha256 is None:
+        return
+    # Weights that were converted without a tokenizer name none.
+    if read_state(folder).get("tokenizer_sha256") not in (None, tokenizer_sha256):
+        raise CheckpointError(
+            f"initial_weights: {folder} was trained with another tokenizer than that of the data: "
+            "build the data with the checkpoint's tokenizer"
+        )
 
 
 def _check_meaning(stored: ModelConfig, wanted: ModelConfig, found: Comparison, where: str) -> None:
@@ -127,14 +137,14 @@ def _check_meaning(stored: ModelConfig, wanted: ModelConfig, found: Comparison, 
 def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[str]:
     if stored is None:
         return [
-            f"{where} has tensors alone: names and shapes were compared, and nothing says if the"
-            " recipe's model computes with them what theirs did (heads, rotary base, activation,"
-            " norms, top_k)"
+            f"{where} has tensors alone: names and shapes were compared, and nothing says if the "
+            "recipe's model computes with them what theirs did (heads, rotary base, activation, "
+            "norms, top_k)"
         ]
-    training = {Effect.NONE: " (no finished model depends on it)"}
+    in_training_only = {Effect.NONE: " (no finished model depends on it)"}
     return [
-        f"{where} has {one.path}={one.values[0]}, and the recipe"
-        f" {one.values[1]}{training.get(one.effect, '')}"
+        f"{where} has {one.path}={one.values[0]}, "
+        f"and the recipe {one.values[1]}{in_training_only.get(one.effect, '')}"
         for one in differences(stored, wanted)
     ]
 
@@ -142,12 +152,11 @@ def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[
 def starting_weights(
     recipe: Recipe, tokenizer_sha256: str, checkpoints: Path | None, topology: Topology
 ) -> WeightLoader | None:
-    """What fills a fresh model for ``recipe.initial_weights``.
+    """Return a function that fills a fresh model from ``recipe.initial_weights``.
 
-    None as :func:`starting_point`. Every rank must call it.
-
-    In what the two models differ is reported on standard error and in the log; what does not fit a
-    partial start there and in ``initial_weights.json`` of the run's folder, if it has one.
+    None if :func:`starting_point` is. Differences between the two models are reported on standard
+    error and in the log. For a partial start, what does not fit is reported there and in
+    ``initial_weights.json`` of the run's folder, if it has one. Every rank must call it.
 
     Raises:
         CheckpointError: as :func:`starting_point`, and if a file is damaged.
@@ -156,15 +165,9 @@ def starting_weights(
     if start is None:
         return None
     folder = start.folder
-    if folder is not None and (
-        faults := [
-            fault
-            for fault in topology.all_gather(damage(folder, topology.rank, topology.world_size))
-            if fault
-        ]
-    ):
+    if folder is not None and (fault := first_fault(folder, topology)):
         raise CheckpointError(
-            f"initial_weights: {folder} is damaged: {faults[0]}; choose another checkpoint"
+            f"initial_weights: {folder} is damaged: {fault}; choose another checkpoint"
         )
     if topology.is_main:
         for note in start.notes:
@@ -172,13 +175,14 @@ def starting_weights(
             logger.info("%s", note)
         if not start.found.is_whole:
             _report(start.found, start.where, checkpoints and checkpoints.parent / REPORT)
+    # Read later, tensor by tensor, when each rank has built its part of the model.
     return lambda model, part, parts: fill(
         model, start.stored, part, parts, set(start.found.loaded)
     )
 
 
 def _report(found: Comparison, where: str, path: Path | None) -> None:
-    """The whole list goes into the file, if there is to be one, the beginning of it to the user."""
+    """Write the whole list to the file, if there is a path, and show its beginning to the user."""
     place = ""
     if path is not None:
         write_synced(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
@@ -198,8 +202,11 @@ def fill(
     parts: int,
     names: Collection[str],
 ) -> None:
-    """Copies the weights called ``names`` into a model on the host that has part ``part`` of
-    ``parts`` of the experts; a tensor at a time.
+    """Copy weights into a model, one tensor at a time.
+
+    Args:
+        model: on the host, with part ``part`` of ``parts`` of the experts.
+        names: of the stored tensors that are copied.
     """
     total = model.config.total_experts
     persistent = model.state_dict(keep_vars=True).keys()
@@ -207,5 +214,6 @@ def fill(
         stored_name = global_name(name, part * (total // parts), model.config)
         if name in persistent and stored_name in names:
             whole = stored[stored_name]
-            # A native expert is a tensor of its own; stacked ones lie in order of their rank.
+            # A native expert is one tensor. Stacked ones are in the order of their ranks, along the
+            # first dimension.
             tensor.copy_(whole if whole.shape == tensor.shape else whole.chunk(parts)[part])

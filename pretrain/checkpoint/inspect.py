@@ -1,5 +1,6 @@
-"""What is inside a checkpoint, and in what two checkpoints differ; read a tensor, or a layer's
-experts, at a time.
+"""What is inside a checkpoint, and in what two checkpoints differ.
+
+One tensor, or the experts of one layer, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pretrain.checkpoint.layout import MANIFEST, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
-from pretrain.core.files import file_sha256
+from pretrain.core.files import JsonObject, file_sha256
 
 Order = Literal["absolute", "relative", "cosine"]
 # What of state.json a summary shows.
@@ -35,33 +36,110 @@ STATE_FIELDS = (
 )
 
 
-def inspect_checkpoint(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """Everything that can be said of one checkpoint, as JSON would hold it.
+class FileReport(TypedDict):
+    """A file that the manifest names.
+
+    Attributes:
+        bytes: that were found; None if it is missing.
+        sha256: as it was saved.
+        fault: None if everything is as it was saved.
+    """
+
+    name: str
+    bytes: int | None
+    sha256: str
+    fault: str | None
+
+
+class PairReport(TypedDict):
+    """Two experts of a layer, and the cosine between all their weights."""
+
+    experts: list[int]
+    cosine: float
+
+
+class LayerReport(TypedDict):
+    """The experts of one MoE layer.
+
+    Attributes:
+        norms: Frobenius norms of each expert's tensors, by the tensor's name.
+        router_norms: of each expert's part of the router matrix.
+        balance_bias: of each expert; None without balancing by bias.
+        most_alike, least_alike: pairs; None for a layer of one expert.
+    """
+
+    layer: int
+    num_experts: int
+    norms: dict[str, list[float]]
+    router_norms: list[float]
+    balance_bias: list[float] | None
+    most_alike: PairReport | None
+    least_alike: PairReport | None
+
+
+class TensorDifference(TypedDict):
+    """One tensor of two checkpoints: a ``fault``, or how far the two are apart, in fp32.
+
+    Attributes:
+        fault: missing in one, or of another shape; None if the tensors were compared.
+        absolute: max |a - b|.
+        relative: max |a - b| / max(|a|, |b|), element by element.
+        cosine: 1 for equal tensors of zeros.
+    """
+
+    name: str
+    fault: str | None
+    absolute: NotRequired[float]
+    relative: NotRequired[float]
+    cosine: NotRequired[float]
+
+
+class ComparisonReport(TypedDict):
+    """Two checkpoints.
+
+    Attributes:
+        equal: how many tensors are equal.
+        tensors: the largest differences first.
+        recipe: dotted fields in which the recipes differ, with both values.
+    """
+
+    checkpoint: str
+    other: str
+    equal: int
+    tensors: list[TensorDifference]
+    recipe: dict[str, list[object]]
+
+
+def inspect_checkpoint(folder: Path, verify: bool = False) -> JsonObject:
+    """Return all that can be said of one checkpoint, as JSON has it.
 
     Args:
         verify: hash every file and compare with the manifest; else only sizes are compared.
 
     Raises:
-        CheckpointError: where recipe, state, manifest or weights cannot be read.
+        CheckpointError: if recipe, state, manifest or weights cannot be read.
     """
-    recipe, state, files = read_recipe(folder), read_state(folder), file_table(folder, verify)
+    recipe = read_recipe(folder)
+    state = read_state(folder)
+    files = file_table(folder, verify)
     stored = StoredWeights(folder)
-    tensors = {name: list(shape) for name, shape in stored.shapes.items()}
     return {
         "checkpoint": str(folder),
         **{name: state.get(name) for name in STATE_FIELDS},
         "parameters": sum(torch.Size(shape).numel() for shape in stored.shapes.values()),
         "bytes": sum(file["bytes"] or 0 for file in files),
         "files": files,
-        "tensors": tensors,
+        "tensors": {name: list(shape) for name, shape in stored.shapes.items()},
         "recipe": recipe.model_dump(mode="json"),
         "experts": list(expert_table(stored, recipe)),
     }
 
 
-def file_table(folder: Path, verify: bool) -> list[dict[str, Any]]:
-    """Each file that the manifest names: ``bytes`` found, ``sha256`` as it was saved, and
-    ``fault``, None where all is as it was saved.
+def file_table(folder: Path, verify: bool) -> list[FileReport]:
+    """Return a report on each file that the manifest names.
+
+    Raises:
+        CheckpointError: if there is no manifest.
     """
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -72,38 +150,41 @@ def file_table(folder: Path, verify: bool) -> list[dict[str, Any]]:
         raise CheckpointError(
             f"{folder / MANIFEST} is no manifest: the checkpoint is damaged, choose another"
         ) from None
-    rows = []
+    reports: list[FileReport] = []
     for name, (size, sha256) in tqdm(
         sorted(expected.items()), desc="hashing", unit="file", disable=not verify
     ):
-        path, fault = folder / name, None
+        path = folder / name
         found = path.stat().st_size if path.is_file() else None
+        fault = None
         if found is None:
             fault = "is missing"
         elif found != size:
             fault = f"has {found} bytes instead of {size}"
         elif verify and file_sha256(path) != sha256:
             fault = "does not have the content that was saved"
-        rows.append({"name": name, "bytes": found, "sha256": sha256, "fault": fault})
-    return rows
+        reports.append({"name": name, "bytes": found, "sha256": sha256, "fault": fault})
+    return reports
 
 
-def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """For each MoE layer: Frobenius norms of each expert's tensors and of its router row, balancing
-    biases, and the most and the least alike pair.
+def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[LayerReport]:
+    """Yield a report on the experts of each MoE layer.
 
-    Models whose experts are rows of tables (PEER) have none. Alike are experts whose weights, taken
-    as one vector, have a large cosine; hidden numbers are not aligned.
+    Models whose experts are rows of tables (PEER) have none. Two experts are alike if their
+    weights, taken as one vector, have a large cosine. Hidden units are not aligned, so experts that
+    compute the same in another order are not alike.
     """
-    model, moe = recipe.model, recipe.model.routing
-    if moe is None:
+    model = recipe.model
+    routing = model.routing
+    if routing is None:
         return
     layers = list(zip(model.routed_layers, moe_prefixes(model), strict=True))
     for layer, prefix in tqdm(layers, desc="reading experts", unit="layer"):
         experts = read_experts(stored, prefix, model)
-        names = router_names(prefix, moe)
+        names = router_names(prefix, routing)
         bias = next((stored[name] for name in names if name.endswith("balance_bias")), None)
         similarity_EE = weight_similarity(experts)
+        # Sorted by cosine, so the extremes are the ends.
         pairs = sorted(
             (float(similarity_EE[first, second]), first, second)
             for first, second in combinations(range(len(experts)), 2)
@@ -116,81 +197,86 @@ def expert_table(stored: StoredWeights, recipe: Recipe) -> Iterator[dict[str, An
             },
             "router_norms": stored[names[0]].norm(dim=1).tolist(),
             "balance_bias": None if bias is None else bias.tolist(),
-            "most_alike": _pair(pairs[-1]) if pairs else None,
-            "least_alike": _pair(pairs[0]) if pairs else None,
+            "most_alike": _pair(*pairs[-1]) if pairs else None,
+            "least_alike": _pair(*pairs[0]) if pairs else None,
         }
 
 
-def _pair(pair: tuple[float, int, int]) -> dict[str, Any]:
-    return {"experts": [pair[1], pair[2]], "cosine": pair[0]}
+def _pair(cosine: float, first: int, second: int) -> PairReport:
+    return {"experts": [first, second], "cosine": cosine}
 
 
-def compare_checkpoints(first: Path, second: Path, order: Order = "absolute") -> dict[str, Any]:
-    """Tensor by tensor, the largest differences first, and the fields in which the recipes differ.
+def compare_checkpoints(first: Path, second: Path, order: Order = "absolute") -> ComparisonReport:
+    """Compare tensor by tensor, and the recipes field by field.
 
-    A row has ``name`` and either ``fault`` (missing in one, or of another shape) or, in fp32,
-    ``absolute``: max |a - b|; ``relative``: max |a - b| / max(|a|, |b|), number by number; and
-    ``cosine``, which is 1 for equal tensors of zeros.
+    Args:
+        order: the measure by which the largest differences come first.
 
     Raises:
-        CheckpointError: where either cannot be read.
+        CheckpointError: if either checkpoint cannot be read.
     """
     stores = StoredWeights(first), StoredWeights(second)
     names = sorted(stores[0].keys() | stores[1].keys())
-    rows = [_compared(*stores, name) for name in tqdm(names, desc="comparing", unit="tensor")]
-    signs = {"absolute": -1, "relative": -1, "cosine": 1}
-    rows.sort(
-        key=lambda row: (
-            row["fault"] is None,
-            signs[order] * row[order] if row["fault"] is None else 0,
-            row["name"],
+    tensors = [_compared(*stores, name) for name in tqdm(names, desc="comparing", unit="tensor")]
+    # The largest difference is the highest of the first two measures, and the lowest cosine.
+    sign = 1 if order == "cosine" else -1
+    # Tensors with a fault first, equal values in the order of their names.
+    tensors.sort(
+        key=lambda tensor: (
+            tensor["fault"] is None,
+            sign * tensor[order] if tensor["fault"] is None else 0,
+            tensor["name"],
         )
     )
-    recipes = [_flat(read_recipe(folder).model_dump(mode="json")) for folder in (first, second)]
-    fields = {
-        name: [recipe.get(name) for recipe in recipes]
-        for name in sorted(recipes[0].keys() | recipes[1].keys())
-    }
+    one, other = (_flat(read_recipe(folder).model_dump(mode="json")) for folder in (first, second))
+    fields = sorted(one.keys() | other.keys())
     return {
         "checkpoint": str(first),
         "other": str(second),
-        "equal": sum(row["fault"] is None and row["absolute"] == 0 for row in rows),
-        "tensors": rows,
-        "recipe": {name: values for name, values in fields.items() if values[0] != values[1]},
+        "equal": sum(tensor["fault"] is None and tensor["absolute"] == 0 for tensor in tensors),
+        "tensors": tensors,
+        "recipe": {
+            name: [one.get(name), other.get(name)]
+            for name in fields
+            if one.get(name) != other.get(name)
+        },
     }
 
 
-def _compared(first: StoredWeights, second: StoredWeights, name: str) -> dict[str, Any]:
+def _compared(first: StoredWeights, second: StoredWeights, name: str) -> TensorDifference:
     for store in (first, second):
         if name not in store:
             return {"name": name, "fault": f"missing in {store.folder}"}
     if first.shapes[name] != second.shapes[name]:
-        return {
-            "name": name,
-            "fault": f"{list(first.shapes[name])} and {list(second.shapes[name])}",
-        }
-    return {"name": name, "fault": None, **_differences(first[name], second[name])}
+        shapes = f"{list(first.shapes[name])} and {list(second.shapes[name])}"
+        return {"name": name, "fault": shapes}
+    return _difference(name, first[name], second[name])
 
 
-def _differences(a: Tensor, b: Tensor) -> dict[str, float]:
+def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
+    """Measure how far two fp32 tensors of one shape are apart."""
     difference = (a - b).abs()
+    # tiny: two zeros are equal, and 0 / 0 is not.
     relative = difference / torch.maximum(a.abs(), b.abs()).clamp_min(torch.finfo(a.dtype).tiny)
+    # fp64: a cosine of large tensors near 1 is all rounding in fp32.
     a, b = a.flatten().double(), b.flatten().double()
     norms = float(a.norm() * b.norm())
     cosine = float(a @ b) / norms if norms else float(torch.equal(a, b))
     return {
+        "name": name,
+        "fault": None,
         "absolute": float(difference.max()),
         "relative": float(relative.max()),
         "cosine": cosine,
     }
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(section: JsonObject, prefix: str = "") -> JsonObject:
+    """Return the values of nested sections by their dotted names."""
+    found: JsonObject = {}
     for key, value in section.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
     return found

@@ -11,19 +11,21 @@ from pretrain.checkpoint.weights import open_weights
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """All weights of a checkpoint, the experts of all ranks joined: the state of the ep_size 1
-    model.
+    """All weights of a checkpoint, with the experts of all ranks joined.
+
+    That is the state of a model at ep_size 1, in fp32.
 
     Attributes:
-        folder: where they lie.
+        folder: of the checkpoint.
         shapes: of every tensor, by name; known without reading one.
 
     Raises:
-        CheckpointError: where a file is missing or cannot be read.
+        CheckpointError: if a file is missing or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._reader = folder, open_weights(folder)
+        self.folder = folder
+        self._reader = open_weights(folder)
         self.shapes = {name: self._reader.form(name).shape for name in self._reader.names}
 
     def __getitem__(self, name: str) -> Tensor:

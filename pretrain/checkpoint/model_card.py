@@ -1,42 +1,45 @@
-"""The model card (Mitchell et al. 2019) of a run, a checkpoint or an export: README.md, in the form
-that the Hugging Face hub reads.
+"""The model card (Mitchell et al. 2019) of a run, a checkpoint or an export.
+
+It is README.md in the form that the Hugging Face hub reads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
+from pretrain.checkpoint.state import CheckpointState
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 
 INTENDED_USE = (
-    "Research on the pretraining of language models. It is a base model: it continues a text, and"
-    " follows no instructions."
+    "Research on the pretraining of language models. It is a base model: it continues a text, and "
+    "follows no instructions."
 )
 LIMITS = (
-    "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not"
-    " tested for safety."
+    "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not "
+    "tested for safety."
 )
 NO_LICENSE = (
-    "Not stated. Set `card.license` in the recipe before you share the weights, and heed the"
-    " licences of the data."
+    "Not stated. Set `card.license` in the recipe before you share the weights, and heed the "
+    "licences of the data."
 )
+# exp() of more overflows a double.
+LARGEST_EXPONENT = 700.0
+
+Cell = str | int | float | None
 
 
 def model_card(
-    recipe: Recipe, state: Mapping[str, Any], results: Mapping[str, float] | None = None
+    recipe: Recipe, state: CheckpointState, results: Mapping[str, float] | None = None
 ) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
-        state: of a checkpoint: ``step``, ``consumed_tokens``, ``validation_loss`` with its
-            ``validation_step`` and ``validation_targets``, ``progress``, ``parameters`` and
-            ``sources``; what is missing is left out of the card.
-        results: other measured numbers by name, such as those of tasks.
+        state: of a checkpoint; what it does not say is left out of the card.
+        results: further measured values by name, such as those of tasks.
     """
     card = recipe.card
     sections = {
@@ -61,51 +64,44 @@ def _front_matter(recipe: Recipe) -> list[str]:
         "pipeline_tag": "text-generation",
         "tags": ["pretraining", *moe],
     }
-    given = {name: value for name, value in fields.items() if value is not None}
-    return ["---", yaml.safe_dump(given, sort_keys=False).rstrip("\n"), "---", ""]
+    # What the recipe does not say is left out: null would be an entry.
+    known = {name: value for name, value in fields.items() if value is not None}
+    return ["---", yaml.safe_dump(known, sort_keys=False).rstrip("\n"), "---", ""]
 
 
-def _summary(recipe: Recipe, state: Mapping[str, Any]) -> str:
-    parameters, model, moe = state.get("parameters"), recipe.model, recipe.model.moe
-    size = (
-        f" with {parameters['total']:,} parameters, of which a token uses {parameters['active']:,}"
-        if parameters
-        else ""
-    )
-    experts = (
-        f", {len(model.moe_layers)} of them with {moe.total_experts:,} experts each"
-        if moe is not None and model.moe_layers
-        else ""
-    )
-    tokens = (
-        f", pretrained on {state['consumed_tokens']:,} tokens"
-        if state.get("consumed_tokens")
-        else ""
-    )
+def _summary(recipe: Recipe, state: CheckpointState) -> str:
+    model = recipe.model
+    size = ""
+    if parameters := state.get("parameters"):
+        size = (
+            f" with {parameters['total']:,} parameters, "
+            f"of which a token uses {parameters['active']:,}"
+        )
+    experts = ""
+    if model.moe is not None and model.moe_layers:
+        experts = f", {len(model.moe_layers)} of them with {model.moe.total_experts:,} experts each"
+    tokens = ""
+    if state.get("consumed_tokens"):
+        tokens = f", pretrained on {state['consumed_tokens']:,} tokens"
     return (
-        f"A decoder language model{size}: {model.num_hidden_layers} layers{experts}{tokens}. Every"
-        " setting is in `recipe.yaml` of the run."
+        f"A decoder language model{size}: {model.num_hidden_layers} layers{experts}{tokens}. "
+        "Every setting is in `recipe.yaml` of the run."
     )
 
 
-def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
-    sources, origins = state.get("sources", {}), recipe.card.data_origin
+def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
+    sources = state.get("sources")
     if not sources:
-        return [
-            (
-                "Read from its sources while training went on; `data` in the recipe names them."
-                if recipe.data.streaming
-                else "Not recorded."
-            )
-        ]
-    rows = [
+        streamed = "Read from its sources during training; `data` in the recipe names them."
+        return [streamed if recipe.data.streaming else "Not recorded."]
+    rows: list[list[Cell]] = [
         [
             name,
             source["kind"],
             source["documents"],
             source["tokens"],
             source["share"],
-            origins.get(name),
+            recipe.card.data_origin.get(name),
         ]
         for name, source in sources.items()
     ]
@@ -118,50 +114,45 @@ def _data(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _training(recipe: Recipe, state: Mapping[str, Any]) -> list[str]:
-    train, optimizer, schedule, timeline = (
-        recipe.train,
-        recipe.optimizer,
-        recipe.schedule,
-        Timeline(recipe),
-    )
-    sizes = [(stage.name, stage.recipe.train) for stage in timeline.stages]
-    rows: list[list[Any]] = [
-        ["steps", f"{state['step']:,} of {timeline.num_steps:,}" if state.get("step") else None],
-        *(
-            [
-                f"batch {name}".strip(),
-                f"{now.global_batch_size} sequences of {now.sequence_length} tokens",
-            ]
-            for name, now in sizes
-        ),
+def _training(recipe: Recipe, state: CheckpointState) -> list[str]:
+    optimizer = recipe.optimizer
+    schedule = recipe.schedule
+    # Exports make a card of a recipe alone, so there is no run to take the timeline from.
+    timeline = Timeline(recipe)
+    rows: list[list[Cell]] = []
+    if state.get("step"):
+        rows.append(["steps", f"{state['step']:,} of {timeline.num_steps:,}"])
+    for phase in timeline.phases:
+        train = phase.recipe.train
+        batch = f"{train.global_batch_size} sequences of {train.sequence_length} tokens"
+        rows.append([f"batch {phase.name}".strip(), batch])
+    rows += [
         [
             "optimizer",
-            (
-                f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {schedule.kind}"
-                f" schedule, {schedule.warmup_steps} warm-up steps"
-            ),
+            f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, "
+            f"{schedule.kind} schedule, {schedule.warmup_steps} warm-up steps",
         ],
-        ["precision", train.precision],
+        ["precision", recipe.train.precision],
         ["seed", str(recipe.seed)],
-        ["goes on from", recipe.branch_from],
-        [
-            "initial weights",
-            recipe.initial_weights
-            and f"{recipe.initial_weights}{' (in part)' if recipe.initial_weights_partial else ''}",
-        ],
     ]
-    return table(["what", "value"], [row for row in rows if row[1] is not None])
+    if recipe.branch_from is not None:
+        rows.append(["continues from", recipe.branch_from])
+    if recipe.initial_weights is not None:
+        partial = " (in part)" if recipe.initial_weights_partial else ""
+        rows.append(["initial weights", f"{recipe.initial_weights}{partial}"])
+    return table(["what", "value"], rows)
 
 
-def _results(state: Mapping[str, Any], results: Mapping[str, float]) -> list[str]:
-    progress, rows = state.get("progress", {}), []
+def _results(state: CheckpointState, results: Mapping[str, float]) -> list[str]:
+    progress = state.get("progress", {})
+    rows: list[list[Cell]] = []
     if (loss := state.get("validation_loss")) is not None:
-        step, targets = state.get("validation_step"), state.get("validation_targets")
+        step = state.get("validation_step")
+        targets = state.get("validation_targets")
         when = "" if step is None else f", at step {step:,}"
-        of = "" if targets is None else f", over {targets:,} tokens"
+        over = "" if targets is None else f", over {targets:,} tokens"
         rows += [
-            [f"validation loss, nats a token{when}{of}", loss],
+            [f"validation loss, nats a token{when}{over}", loss],
             [f"validation perplexity{when}", _perplexity(loss)],
         ]
     if (best := progress.get("best_validation")) is not None:
@@ -171,23 +162,23 @@ def _results(state: Mapping[str, Any], results: Mapping[str, float]) -> list[str
 
 
 def _perplexity(loss: float) -> float | None:
-    return math.exp(loss) if loss < 700 else None
+    return math.exp(loss) if loss < LARGEST_EXPONENT else None
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """The lines of a Markdown table."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *([_shown(cell) for cell in row] for row in rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Cell) -> str:
     if value is None:
         return "-"
-    text = (
-        f"{value:.4f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    if isinstance(value, float):
+        text = f"{value:.4f}"
+    elif isinstance(value, int):
+        text = f"{value:,}"
+    else:
+        text = value
+    # A bar would end the cell, a line break the row.
     return text.replace("|", "\\|").replace("\n", " ")

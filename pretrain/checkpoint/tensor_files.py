@@ -1,6 +1,4 @@
-"""Tensors in safetensors files, one at a time: what is written or read never stands in memory as a
-whole.
-"""
+"""Reads and writes safetensors files one tensor at a time, so that no file is whole in memory."""
 
 from __future__ import annotations
 
@@ -39,39 +37,43 @@ class TensorForm(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes of the values."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFileWriter:
-    """A safetensors file whose header is written first and whose tensors follow in any order, each
-    at its place.
+    """Writes a safetensors file: first its header, then the tensors in any order.
 
     The format (https://github.com/huggingface/safetensors#format) is the header's length in 8
-    bytes, the header in JSON, the numbers.
+    bytes, the header in JSON, the values.
 
     Args:
-        forms: of every tensor that will come.
+        forms: of every tensor that will be written.
 
     Raises:
         CheckpointError: for a tensor that is unknown, comes twice or has another form, and on
-            leaving where one never came.
-        OSError: where the disk has no room for all of them.
+            leaving if one never came.
+        OSError: if the disk has no space for all of them.
     """
 
     def __init__(self, path: Path, forms: Mapping[str, TensorForm]) -> None:
-        self.path, self.missing, self._forms = path, set(forms), dict(forms)
+        self.path = path
+        self.missing = set(forms)
+        self._forms = dict(forms)
         self._starts: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
-        # The widest numbers come first, so that each tensor starts at a multiple of its own width.
+        # The widest dtypes come first, so that each tensor starts at a multiple of its item size.
         for name, form in sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize):
-            self._starts[name], end = end, end + form.bytes
+            self._starts[name] = end
+            end += form.bytes
             header[name] = {
                 "dtype": FORMAT_NAMES[form.dtype],
                 "shape": list(form.shape),
                 "data_offsets": [self._starts[name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
+        # Spaces align the values to 8 bytes.
         text += b" " * (-len(text) % 8)
         self._first = 8 + len(text)
         self._file = path.open("wb")
@@ -79,6 +81,7 @@ class TensorFileWriter:
             self._file.write(len(text).to_bytes(8, "little") + text)
             self._file.flush()
             if end:
+                # A full disk is an error here, before anything was computed.
                 os.posix_fallocate(self._file.fileno(), self._first, end)
         except OSError:
             self._file.close()
@@ -96,16 +99,16 @@ class TensorFileWriter:
         self._file.close()
         if error is None and self.missing:
             raise CheckpointError(
-                f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing):"
-                f" {self.path.name} would be incomplete"
+                f"the tensor '{min(self.missing)}' is missing ({len(self.missing)} missing): "
+                f"{self.path.name} would be incomplete"
             )
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor, of any strides."""
+        """Write one tensor, of any strides."""
         if name not in self._forms:
             raise CheckpointError(
-                f"there is no place for the tensor '{name}' in {self.path.name}: it does not belong"
-                " to the model"
+                f"there is no place for the tensor '{name}' in {self.path.name}: "
+                "it does not belong to the model"
             )
         if name not in self.missing:
             raise CheckpointError(
@@ -115,28 +118,28 @@ class TensorFileWriter:
         if form != self._forms[name]:
             wanted = self._forms[name]
             raise CheckpointError(
-                f"the tensor '{name}' is {form.dtype} {list(form.shape)}, and should be"
-                f" {wanted.dtype} {list(wanted.shape)}"
+                f"the tensor '{name}' is {form.dtype} {list(form.shape)}, "
+                f"and should be {wanted.dtype} {list(wanted.shape)}"
             )
+        # As bytes, because numpy has no bfloat16; a view as uint8 needs contiguous memory.
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.seek(self._first + self._starts[name])
-        self._file.write(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        )
+        self._file.write(values.numpy().data)
         self.missing.remove(name)
 
 
 class TensorReader:
-    """The tensors of several safetensors files, read one by one; a name that several files have is
-    joined along its first dimension.
+    """The tensors of several safetensors files, read one by one.
 
-    A file is opened for each reading and closed behind it: its pages would count as this process'
-    memory for as long as it is open.
+    A tensor that several files have a share of is joined along its first dimension. A file is
+    opened for each reading and closed afterwards: while it is open, its pages count as this
+    process' memory.
 
     Args:
         paths: in the order in which shares of a tensor are joined.
 
     Attributes:
-        metadata: the texts that the files' headers hold beside the tensors.
+        metadata: the strings in the files' headers.
 
     Raises:
         CheckpointError: for a file that is missing, cut off or not safetensors.
@@ -153,37 +156,38 @@ class TensorReader:
                     dtype = _DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise CheckpointError(
-                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}:"
-                            " convert it to a floating type first"
+                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: "
+                            "convert it to a floating type first"
                         )
+                    # A slice object reads no values: shapes of any model are known in milliseconds.
                     self._holders.setdefault(name, []).append(
                         (path, TensorForm(dtype, tuple(part.get_shape())))
                     )
 
     @property
     def names(self) -> list[str]:
-        """In the files' order."""
+        """Of all tensors, in the files' order."""
         return list(self._holders)
 
     def holders(self, name: str) -> list[tuple[Path, TensorForm]]:
-        """The files that have a share of a tensor, with its form."""
+        """Return the files that have a share of a tensor, with the share's form."""
         return self._holders[name]
 
     def form(self, name: str) -> TensorForm:
-        """Of the joined tensor."""
+        """Return the form of the joined tensor."""
         forms = [form for _, form in self._holders[name]]
         if len(forms) == 1:
             return forms[0]
-        return TensorForm(
-            forms[0].dtype, (sum(form.shape[0] for form in forms), *forms[0].shape[1:])
-        )
+        joined = sum(form.shape[0] for form in forms)
+        return TensorForm(forms[0].dtype, (joined, *forms[0].shape[1:]))
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A whole tensor, or what stands at ``index`` of its first dimension."""
+        """Return a whole tensor, or what is at ``index`` of its first dimension."""
         holders = self._holders[name]
         if index is None:
             shares = [self._share(path, name) for path, _ in holders]
             return shares[0] if len(shares) == 1 else torch.cat(shares)
+        # Count the index down to the share that it is in.
         for path, form in holders:
             if index < form.shape[0]:
                 return self._share(path, name, index)

@@ -1,10 +1,8 @@
-"""What travels with a tokenizer.json of others: special tokens, chat templates, sampling defaults.
+"""Files that belong to an imported tokenizer: special tokens, chat templates, sampling defaults.
 
-Data alone, never code.
-
-A model that came from Hugging Face brings these files in, every checkpoint trained, merged or
-upcycled from it keeps them, and an export writes them again. ``config_token_ids.json`` is ours: the
-ids of special tokens that were in ``config.json``.
+They are data, never code. A model from Hugging Face comes with these files, every checkpoint
+trained, merged or upcycled from it keeps them, and an export writes them again.
+``config_token_ids.json`` is this project's: the ids of special tokens that were in ``config.json``.
 """
 
 from __future__ import annotations
@@ -13,18 +11,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pretrain.checkpoint.foreign_state_dict import is_weights_file
 from pretrain.checkpoint.layout import resolve_checkpoint
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
+from pretrain.core.files import JsonObject
 
-TOKENIZER_CONFIG, GENERATION_CONFIG, TOKEN_IDS = (
-    "tokenizer_config.json",
-    "generation_config.json",
-    "config_token_ids.json",
-)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKEN_IDS = "config_token_ids.json"
 JSON_FILES = (
     TOKENIZER_CONFIG,
     GENERATION_CONFIG,
@@ -32,22 +28,24 @@ JSON_FILES = (
     "added_tokens.json",
     TOKEN_IDS,
 )
-CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja")
 ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LARGEST_BYTES = 64_000_000
-# Code to be run, and paths of files elsewhere that would be read in place of those in the folder.
+# Fields that name code to run, which must not enter an export.
 CODE = ("auto_map", "trust_remote_code", "custom_generate")
 
 SideFiles = Mapping[str, bytes]
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """The files of a Hugging Face folder or of a checkpoint, by their path in it; those that are
-    not there are left out.
+    """Return the files of a Hugging Face folder or of a checkpoint, by their path in it.
+
+    Those that are not there are left out.
 
     Raises:
-        CheckpointError: where one is larger than 64 MB, no JSON object or no UTF-8.
+        CheckpointError: if one is larger than 64 MB, no JSON object or no UTF-8.
     """
     files = {
         name: _json_bytes(_without_code(_read_json(folder / name)))
@@ -65,67 +63,67 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_side_files(files: SideFiles, folder: Path) -> None:
-    """Writes what :func:`read_side_files` read."""
+    """Write what :func:`read_side_files` read."""
+    # Every name is one of those that read_side_files knows, so it cannot leave the folder.
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
 
 
-def content_of(files: SideFiles, name: str) -> dict[str, Any] | None:
-    """One of the JSON files; None where it is not there."""
-    content: dict[str, Any] | None = json.loads(files[name]) if name in files else None
+def content_of(files: SideFiles, name: str) -> JsonObject | None:
+    """Return one of the JSON files; None if it is not there."""
+    content: JsonObject | None = json.loads(files[name]) if name in files else None
     return content
 
 
 def end_ids(files: SideFiles) -> frozenset[int]:
-    """All tokens that end a text; empty where the files do not say. transformers too prefers
-    ``generation_config.json``.
-    """
+    """Return all tokens that end a text; none if the files do not say."""
+    # transformers too prefers generation_config.json.
     for name in (GENERATION_CONFIG, TOKEN_IDS):
         if ids := token_ids((content_of(files, name) or {}).get("eos_token_id")):
             return ids
     return frozenset()
 
 
-def token_ids(value: Any) -> frozenset[int]:
-    """``eos_token_id`` as transformers writes it: an id, several, or null."""
+def token_ids(value: object) -> frozenset[int]:
+    """Return the ids in an ``eos_token_id`` of transformers: one, several, or null."""
     listed = value if isinstance(value, list) else [value]
+    # true is an int in Python.
     return frozenset(
         each for each in listed if isinstance(each, int) and not isinstance(each, bool)
     )
 
 
 def origin_of(recipe: Recipe, newest: Path | None) -> Path | None:
-    """The checkpoint whose files a run carries on: its own newest one, or what it begins from.
+    """Return the checkpoint whose files a run keeps: its newest one, or what it begins from.
 
-    None where it begins from nothing.
+    None if it begins from nothing, or from a file.
     """
-    given = recipe.branch_from or recipe.initial_weights
-    if newest is not None or given is None:
+    start = recipe.branch_from or recipe.initial_weights
+    if newest is not None or start is None:
         return newest
-    return None if is_weights_file(Path(given)) else resolve_checkpoint(given)
+    return None if is_weights_file(Path(start)) else resolve_checkpoint(start)
 
 
-def _without_code(content: dict[str, Any]) -> dict[str, Any]:
+def _without_code(content: JsonObject) -> JsonObject:
+    # A field that ends in _file is a path, which would be read in place of the file in the folder.
     kept = {
         name: value
         for name, value in content.items()
         if name not in CODE and not name.endswith("_file")
     }
-    # The class that the code was for is in no release of transformers.
-    return kept | (
-        {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if "auto_map" in content and "tokenizer_class" in content
-        else {}
-    )
+    if "auto_map" in content and "tokenizer_class" in content:
+        # The class that the code defined is in no release of transformers.
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return kept
 
 
 def _read(path: Path) -> str:
     if path.stat().st_size > LARGEST_BYTES:
         raise CheckpointError(
-            f"{path} has {path.stat().st_size:,} bytes, and such a file has less than"
-            f" {LARGEST_BYTES:,}: take it out"
+            f"{path} has {path.stat().st_size:,} bytes, and such a file has less than "
+            f"{LARGEST_BYTES:,}: take it out"
         )
     try:
         return path.read_bytes().decode("utf-8")
@@ -135,7 +133,7 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         content = json.loads(_read(path))
     except (ValueError, RecursionError):
@@ -145,5 +143,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
+def _json_bytes(content: JsonObject) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()

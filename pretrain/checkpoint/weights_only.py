@@ -1,21 +1,22 @@
-"""A checkpoint of weights alone, without optimizer state: what evaluation, generation, export and a
-new training read like any other.
+"""A checkpoint of weights alone, without optimizer state.
+
+Evaluation, generation, export and a new training read it like any other.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
 from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
 from pretrain.checkpoint.weights import DENSE_FILE, EXPERTS_FILE, is_expert
@@ -26,32 +27,29 @@ from pretrain.core.files import appearing_folder, file_sha256
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 
+Shapes = dict[str, tuple[int, ...]]
 
-def tensor_shapes(
-    model: ModelConfig,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Names and shapes of what a checkpoint of ``model`` holds: first the dense tensors, then those
-    of all routed experts.
 
-    A tied head is not among them; the vocabulary is padded.
+def tensor_shapes(model: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Return names and shapes of what a checkpoint of ``model`` holds.
+
+    First the dense tensors, then those of all routed experts. A tied head is not among them; the
+    vocabulary is padded.
     """
+    # On the meta device a model of any size takes no memory.
     with torch.device("meta"):
         built = DecoderLM(model)
     parameters = dict(built.named_parameters())
+    # Buffers that can be computed anew, such as rotary angles, are in no file.
     persistent = built.state_dict(keep_vars=True).keys()
     buffers = {
         name: tuple(buffer.shape) for name, buffer in built.named_buffers() if name in persistent
     }
-    dense = {
-        name: tuple(parameter.shape)
-        for name, parameter in parameters.items()
-        if not is_expert(parameter)
-    }
-    return dense | buffers, {
-        name: tuple(parameter.shape)
-        for name, parameter in parameters.items()
-        if is_expert(parameter)
-    }
+    dense: Shapes = {}
+    experts: Shapes = {}
+    for name, parameter in parameters.items():
+        (experts if is_expert(parameter) else dense)[name] = tuple(parameter.shape)
+    return dense | buffers, experts
 
 
 def write_weights_folder(
@@ -61,28 +59,31 @@ def write_weights_folder(
     tokenizer: Path | None,
     step: int = 0,
 ) -> None:
-    """Writes ``recipe.yaml``, ``tokenizer.json``, ``weights-*.safetensors``, ``state.json`` and
-    ``manifest.json``: all of them, or nothing.
+    """Write a checkpoint of weights: all of its files, or nothing.
+
+    They are ``recipe.yaml``, ``tokenizer.json``, ``weights-*.safetensors``, ``state.json`` and
+    ``manifest.json``.
 
     Args:
-        folder: missing or empty; any name.
+        folder: missing or empty; it may have any name.
         recipe: with ``model.vocab_size`` set.
-        tensors: name and tensor, as :func:`load_state_dict` gives them, in any order and of any
+        tensors: name and tensor, as :func:`load_state_dict` returns them, in any order and of any
             floating dtype; written in fp32. They are taken one by one, so that a generator's peak
             memory is that of its largest tensor.
         tokenizer: a ``tokenizer.json`` to copy, with the files in its folder that belong to it;
             without one the weights can only be trained on or converted.
+        step: optimizer steps behind the weights.
 
     Raises:
-        ConfigError: where ``folder`` is not empty, or the vocabulary is unknown.
+        ConfigError: if ``folder`` is not empty, or the vocabulary is unknown.
         CheckpointError: for a tensor that is missing, comes twice, is unknown or has another shape
-            than the recipe says.
-        OSError: where the disk is full.
+            than in the recipe.
+        OSError: if the disk is full.
     """
     if recipe.model.vocab_size is None:
         raise ConfigError(
-            f"the recipe '{recipe.name}' does not say model.vocab_size: set it to the tokenizer's"
-            " number of tokens"
+            f"the recipe '{recipe.name}' does not say model.vocab_size: "
+            "set it to the tokenizer's number of tokens"
         )
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -98,7 +99,7 @@ def fill_weights_folder(
     tokenizer: Path | None,
     step: int = 0,
 ) -> None:
-    """As :func:`write_weights_folder`, for a caller who gives an empty folder and publishes it."""
+    """Do the same in an empty folder that the caller publishes."""
     _write_tensors(folder, recipe.model, tensors)
     (folder / layout.RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
     if tokenizer is not None:
@@ -107,7 +108,8 @@ def fill_weights_folder(
         shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
         write_side_files(read_side_files(tokenizer.parent), folder)
     sha256 = None if tokenizer is None else file_sha256(tokenizer)
-    state: dict[str, object] = {
+    # Empty data mark weights without a run: see is_weights_alone.
+    state: CheckpointState = {
         "step": step,
         "consumed_tokens": 0,
         "tokenizer_sha256": sha256,
@@ -115,19 +117,15 @@ def fill_weights_folder(
     }
     (folder / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
+        path.relative_to(folder).as_posix(): layout.file_entry(path)
         for path in layout.payload_files(folder)
     }
-    (folder / layout.MANIFEST).write_text(
-        json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8"
-    )
+    layout.write_manifest(folder, files)
 
 
 def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
     dense, experts = tensor_shapes(model)
+    # Both files are open at once, because the tensors come in any order.
     with ExitStack() as files:
         writers: dict[str, TensorFileWriter] = {}
         for file, shapes in ((DENSE_FILE, dense), (EXPERTS_FILE.format(part=0, parts=1), experts)):
@@ -145,8 +143,6 @@ def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str
             writers[name].write(name, tensor.to(torch.float32))
 
 
-def is_weights_alone(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this ``state.json`` was written here, so that no run's data belong
-    to it.
-    """
+def is_weights_alone(state: CheckpointState) -> bool:
+    """Whether a checkpoint with this state was written here, and so has no run and no data."""
     return state["data"] == {}

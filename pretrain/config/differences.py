@@ -1,6 +1,4 @@
-"""In what two models differ, field by field, and what each difference means for weights that are
-taken from one to the other.
-"""
+"""In what two models differ, and what that means for the weights of one in the other."""
 
 from __future__ import annotations
 
@@ -18,14 +16,14 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 @dataclass(frozen=True)
 class Difference:
-    """A field that two models have with other values.
+    """A field whose values differ in two models.
 
     Attributes:
-        path: in a recipe, such as ``model.position.rope_theta``; of two kinds of a part,
+        path: in a recipe, such as ``model.position.rope_theta``; if the kinds differ,
             ``model.position.kind``.
         values: of the first and of the second model, as shown to a user.
         effect: what the second value does to the weights of the first.
-        is_kind: whether the two are of other kinds, so that what is inside cannot be compared.
+        is_kind: whether the kinds differ, so that their fields cannot be compared.
     """
 
     path: str
@@ -35,18 +33,19 @@ class Difference:
 
 
 def mark_of(field: FieldInfo, inherited: Effect) -> Effect:
-    """The effect that a field's type is marked with, or else that of its section."""
+    """Return the effect that a field's type is marked with, or else that of its section."""
     return next((mark for mark in field.metadata if isinstance(mark, Effect)), inherited)
 
 
 def differences(first: ModelConfig, second: ModelConfig) -> list[Difference]:
-    """Every field of the schema in which two models differ, in its order.
+    """Return every field in which two models differ, in the order of the schema.
 
-    What no layer reads does not count, and what only one of them has layers for is shown by
-    ``model.layer_pattern``.
+    Fields that no layer of a model reads do not count. If only one model has layers for a section,
+    the difference is that of ``model.layer_pattern``.
     """
     models = (first, second)
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
+    # Take the fields out that a model does not read: their values mean nothing.
     if not all(model.routed_layers for model in models):
         changed["moe"] = None
     if any(len(model.moe_layers) == model.num_hidden_layers for model in models):
@@ -58,7 +57,7 @@ def differences(first: ModelConfig, second: ModelConfig) -> list[Difference]:
 
 
 def _with_joined_shared_experts(model: ModelConfig) -> ModelConfig:
-    """The model with its shared experts as the one feed-forward that they are."""
+    """Return the model with its shared experts joined: together they are one feed-forward."""
     if model.moe is None:
         return model
     width = model.moe.shared_width
@@ -72,12 +71,14 @@ def _differences(
 ) -> Iterator[Difference]:
     if type(first) is not type(second):
         kinds = (_shown(first), _shown(second))
+        # Such as rope and yarn, which rotate by other angles, or two kinds of routers.
         if effect is Effect.MEANING and second.keeps_the_meaning_of(first):
             effect = Effect.FUNCTION
         yield Difference(f"{path}.kind", kinds, effect, is_kind=True)
         return
     for name, field in type(first).model_fields.items():
-        values, mark = (getattr(first, name), getattr(second, name)), mark_of(field, effect)
+        values = (getattr(first, name), getattr(second, name))
+        mark = mark_of(field, effect)
         if all(isinstance(value, Section) for value in values):
             yield from _differences(*values, f"{path}.{name}", mark)
         elif values[0] != values[1]:
@@ -85,18 +86,19 @@ def _differences(
 
 
 def _shown(value: Any) -> str:
-    """A value as a recipe says it; of a section, its kind."""
+    """Return a value as a recipe has it; of a section, its kind."""
     if isinstance(value, Section):
         return str(getattr(value, "kind", "set"))
-    return (
-        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
 
 
 def with_field(model: ModelConfig, source: ModelConfig, path: str) -> ModelConfig:
-    """``model`` with the one field at ``path`` (as :class:`Difference` has it) as in ``source``.
+    """Return ``model`` with one field as in ``source``; nothing is checked.
 
-    Nothing is checked.
+    Args:
+        path: of the field, as :class:`Difference` has it.
     """
     return _with_field(model, source, path.removeprefix("model.").removesuffix(".kind").split("."))
 

@@ -1,4 +1,4 @@
-"""The ``guards`` section: what a run does when something goes wrong with its numbers or its data.
+"""The ``guards`` section: what a run does when its losses, gradients or data go wrong.
 
 Each guard names the step, the batch and the documents in the log, on the terminal and in
 ``incidents.jsonl``, and then does what ``action`` says, on every rank alike:
@@ -27,18 +27,20 @@ Action = Literal["warn", "skip", "rollback", "stop"]
 
 
 class NonFiniteGuard(Section):
-    """A loss or a gradient that is no number. Its update never happens, whatever the action."""
+    """A loss or a gradient that is not finite. Its update never happens, whatever the action."""
 
     action: Literal["skip", "rollback", "stop"] = "skip"
 
 
 class SpikeGuard(Section):
-    """A loss far above those of the last steps: more than ``deviations`` robust standard deviations
-    (1.4826 times the median absolute deviation) above their median, and more than ``min_rise``.
-    While the loss still falls steeply, its fall counts as deviation.
+    """A loss far above those of the last steps.
 
-    Without need to refuse an update (``warn``) it looks at the losses that are logged anyway; else
-    one small all-reduce a step is added.
+    That is: more than ``deviations`` robust standard deviations (1.4826 times the median absolute
+    deviation) above their median, and more than ``min_rise``. While the loss still falls steeply,
+    its fall counts as deviation.
+
+    If it never refuses an update (``warn``), it looks at the losses that are logged anyway; else it
+    costs one small all-reduce a step.
     """
 
     action: Action = "warn"
@@ -53,9 +55,7 @@ class SpikeGuard(Section):
 
 
 class GradNormGuard(Section):
-    """A gradient norm above ``max``, or far above those of the last steps, by their
-    logarithms.
-    """
+    """A gradient norm above ``max``, or far above those of the last steps, by their logarithms."""
 
     action: Action = "warn"
     max: Above | None = Field(None, description="of the norm before clipping")
@@ -77,8 +77,9 @@ class GradNormGuard(Section):
 
 
 class ValidationGapGuard(Section):
-    """A validation loss far above the training loss logged last: the data is repeated too often, or
-    the splits differ.
+    """A validation loss far above the last training loss.
+
+    The data is repeated too often then, or the splits differ.
     """
 
     action: Literal["warn", "stop"] = "warn"
@@ -86,17 +87,18 @@ class ValidationGapGuard(Section):
 
 
 class StalledDataGuard(Section):
-    """A batch that does not come. It is reported by the rank that waits, while it waits."""
+    """A batch that does not come. The rank that waits reports it, while it waits."""
 
     warn_seconds: Above = 60.0
     stop_seconds: Above | None = Field(
-        None, description="ends the run with exit code 3; it waits for ever by default"
+        None, description="ends the run with exit code 3; by default it waits for ever"
     )
 
 
 class EarlyStopping(Section):
-    """Ends a run with exit code 0 once the validation loss no longer falls; its end is that of any
-    run: whole validation, last checkpoint.
+    """Ends a run with exit code 0 once the validation loss no longer falls.
+
+    The end is that of any run: validation over the whole split, and a last checkpoint.
     """
 
     patience: Positive = Field(description="validations in a row without a new best")
@@ -115,9 +117,9 @@ class Rollback(Section):
 
 
 class StepGuardConfig(Component):
-    """A guard of a plugin, asked about each step.
+    """A guard of a plugin, which sees each step.
 
-    ``implementation`` is called with this section and gives a ``StepGuard``.
+    ``implementation`` is called with this section and returns a ``StepGuard``.
     """
 
     action: Action = "warn"
@@ -138,11 +140,12 @@ class GuardConfig(Section):
     )
     rollback: Rollback = Rollback()
     max_skipped_in_a_row: Positive = Field(
-        10, description="for whatever reason but a loss scale of fp16 that falls; then it stops"
+        10, description="for any reason but a loss scale of fp16 that falls; then the run stops"
     )
 
     @model_validator(mode="after")
     def _each_kind_once(self) -> GuardConfig:
+        # Checkpoints and incidents name a guard by its kind.
         kinds = [guard.kind for guard in self.more]
         if len(set(kinds)) < len(kinds):
             raise ValueError("guards.more has a kind twice, whose states would have one name")

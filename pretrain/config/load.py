@@ -1,22 +1,21 @@
-"""From a recipe's name or path and dotted overrides to a checked :class:`Recipe`, with errors that
-name the path and the nearest key.
-"""
+"""Loads a recipe: from its name or path and dotted overrides to a checked :class:`Recipe`."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from pretrain.config.error_sentences import sentence
 from pretrain.config.recipe import Recipe
+from pretrain.config.rules.sections import check_recipe
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.core.plugins import (
     add_loaded_plugins,
     load_plugins,
@@ -24,31 +23,33 @@ from pretrain.core.plugins import (
     trust_remedy,
     untrusted_plugins,
 )
-from pretrain.core.registry import OneOf, kinds_of
 from pretrain.core.shipped import RECIPES, recipe_names
 
-# What runs, checkpoints and exports call the recipe that they are saved with, and what a sweep's
-# folder has next to its own.
+# The name of the recipe that runs, checkpoints and exports are saved with, and of a file in the
+# folder of every sweep.
 RECORD = "recipe.yaml"
 STUDY = "study.json"
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 reads ``2e-3`` as text; recipes mean a number.
+    """Reads YAML as recipes mean it.
 
-    Duplicate keys are refused, not silently merged.
+    YAML 1.1 takes ``2e-3`` for a string; here it is a number. A key that is there twice is an
+    error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping whose keys differ."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", node.start_mark
+                    None, None, f"the key '{key}' is there twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
 
+# A copy: the resolvers of SafeLoader are shared by every loader of the process.
 RecipeLoader.yaml_implicit_resolvers = {
     key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -60,15 +61,19 @@ RecipeLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        ConfigError: if it is not valid.
+    """
     try:
         return yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """Read a shipped recipe or a YAML file, laid over its base if it names one, and import its
-    plugins.
+def read_recipe_file(name_or_path: str) -> tuple[JsonObject, str]:
+    """Read a shipped recipe or a YAML file over its base, and import its plugins.
 
     Returns:
         The mapping, with every plugin of this process under ``plugins``, and where it came from.
@@ -82,44 +87,40 @@ def read_recipe_file(name_or_path: str) -> tuple[dict[str, Any], str]:
     return content, origin
 
 
-def import_plugins(content: dict[str, Any]) -> None:
-    """Import what a user's recipe names, and add what ``--plugin`` gave, so that the saved recipe
-    is complete.
+def import_plugins(content: JsonObject) -> None:
+    """Import the plugins that a user's recipe names, and add those of ``--plugin`` to it.
 
-    Never for a mapping that comes from the folder of a checkpoint, a run, a sweep or an export: see
-    :mod:`pretrain.core.plugins`. After overrides it is to be called again: they may name plugins
-    too.
+    So the saved recipe is complete. It must be called again after overrides, which may name plugins
+    too, and never for a mapping from the folder of a checkpoint, a run, a sweep or an export: see
+    :mod:`pretrain.core.plugins`.
     """
     load_plugins(plugins_in(content))
     add_loaded_plugins(content)
 
 
 def _recipe_path(name_or_path: str, folder: Path) -> Path:
-    """A shipped recipe's file, or a path as seen from ``folder``."""
+    """Return a shipped recipe's file, or a path relative to ``folder``."""
     shipped = RECIPES / f"{name_or_path}.yaml"
     path = shipped if shipped.is_file() else folder / name_or_path
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
-        hint = (
-            f"did you mean '{near[0]}'?"
-            if near
-            else "shipped recipes are " + ", ".join(recipe_names())
-        )
+        hint = "shipped recipes are " + ", ".join(recipe_names())
+        if near:
+            hint = f"did you mean '{near[0]}'?"
         raise ConfigError(
             f"there is no recipe '{name_or_path}', neither in {RECIPES} nor as a file: {hint}"
         )
     return path
 
 
-def _read_with_base(
-    path: Path, above: tuple[Path, ...], is_record: bool
-) -> tuple[dict[str, Any], str]:
-    """A recipe's file laid over its base.
+def _read_with_base(path: Path, above: tuple[Path, ...], is_record: bool) -> tuple[JsonObject, str]:
+    """Read a recipe's file over its base.
 
     Args:
         above: the files that led here, by ``base``.
-        is_record: whether one of them is a record, whose author also chose what it leads to.
+        is_record: whether one of them is a record: its author also chose what it leads to.
     """
+    # A base that a record leads to is no more trustworthy than the record.
     is_record = is_record or _is_record(path)
     content = _read_mapping(path)
     if path.resolve() in above:
@@ -141,24 +142,25 @@ def _read_with_base(
     lower, origin = _read_with_base(below, (*above, path.resolve()), is_record)
     merged = merge(lower, content)
     if plugins := dict.fromkeys([*plugins_in(lower), *plugins_in(content)]):
-        merged["plugins"] = list(plugins)  # a base's kinds are used above it, too
+        # The kinds of a base's plugins may be used above it too.
+        merged["plugins"] = list(plugins)
     return merged, f"{path} on {origin}"
 
 
 def _is_record(path: Path) -> bool:
     """Whether a file is the recipe that a run, a checkpoint, an export or a sweep was saved with.
 
-    It may come from anybody. What lies next to it does not matter: its author chose that as well.
+    It may come from anybody, and so may whatever is next to it.
     """
     return path.name == RECORD or (path.parent / STUDY).is_file()
 
 
-def _refuse_code(path: Path, content: dict[str, Any]) -> None:
-    """Refuse what a record names and reading or training it would execute."""
-    if strange := untrusted_plugins(content):
+def _refuse_code(path: Path, content: JsonObject) -> None:
+    """Refuse a record that names code which would run when it is read or trained."""
+    if untrusted := untrusted_plugins(content):
         raise ConfigError(
             f"{path} is what a finished or running training has saved, and it names the plugin "
-            f"{', '.join(strange)}: {trust_remedy(strange)}"
+            f"{', '.join(untrusted)}: {trust_remedy(untrusted)}"
         )
     evaluation = content.get("evaluation")
     if (
@@ -172,7 +174,7 @@ def _refuse_code(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> JsonObject:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
@@ -184,16 +186,16 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """``upper`` laid over ``lower``, key by key; neither is changed.
+def merge(lower: JsonObject, upper: JsonObject) -> JsonObject:
+    """Return ``upper`` over ``lower``, merged key by key; neither is changed.
 
     A mapping with another ``kind`` than the lower one replaces it whole, because the fields of one
-    kind mean nothing to the other. A null removes what the lower one says, so that the default
-    holds again.
+    kind mean nothing to the other. A null removes the lower value, so that the default holds again.
     """
     merged = dict(lower)
     for key, value in upper.items():
         below = lower.get(key)
+        # Null at the first level that sets a key stays: it may be the field's value.
         if value is None and key in lower:
             del merged[key]
         elif (
@@ -207,10 +209,10 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(content: dict[str, Any], override: str) -> None:
-    """Applies one ``a.b=c`` to a mapping in place; the value is read as YAML.
+def apply_override(content: JsonObject, override: str) -> None:
+    """Apply one ``a.b=c`` to a mapping in place; the value is read as YAML.
 
-    An entry of a list is called by its number, from 0.
+    The key of an entry of a list is its index, from 0.
     """
     path, separator, value = override.partition("=")
     if not separator or not path.strip():
@@ -220,6 +222,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         place = _entry(section, key, override)
         below = section.setdefault(place, {}) if isinstance(section, dict) else section[place]
+        # "section: null" in a recipe, such as for an optional section.
         if below is None:
             below = section[place] = {}
         if not isinstance(below, dict | list):
@@ -230,160 +233,45 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     section[_entry(section, keys[-1], override)] = parse_yaml(value, f"--set {override}")
 
 
-def _entry(section: dict[str, Any] | list[Any], key: str, override: str) -> Any:
-    """What a key of an override indexes: a mapping's key, or the number of an entry that a list
-    has.
-    """
+def _entry(section: JsonObject | list[Any], key: str, override: str) -> Any:
+    """Return what a key of an override indexes: a mapping's key, or the index of a list."""
     if isinstance(section, dict):
         return key
     if not key.isdigit() or int(key) >= len(section):
         raise ConfigError(
-            f"--set {override}: '{key}' stands for an entry of a list, which has numbers from 0 "
+            f"--set {override}: '{key}' is an entry of a list, whose indices go from 0 "
             f"to {len(section) - 1}"
         )
     return int(key)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if _is_family(annotation):
-        return list(kinds_of(annotation.__origin__))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (
-        typing.Union,
-        types.UnionType,
-        typing.Annotated,
-        dict,
-        list,
-    ):
-        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
-    return []
-
-
-def _walk(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
-    """The dotted path of a pydantic error's location in the user's file, and the field names that
-    are legal there.
-
-    A discriminated union puts the chosen ``kind`` into the location; the file has no such level.
-    """
-    models: list[type[BaseModel]] = [Recipe]
-    annotation: Any = Recipe
-    dotted: list[str] = []
-    legal: list[str] = []
-    for part in location:
-        tagged = [
-            model
-            for model in models
-            if "kind" in model.model_fields
-            and part in typing.get_args(model.model_fields["kind"].annotation)
-        ]
-        if tagged and (len(models) > 1 or _is_family(annotation)) and not _is_mapping(annotation):
-            annotation = None
-            models = tagged
-            continue
-        dotted.append(str(part))
-        if isinstance(part, int):  # an entry of a list
-            continue
-        if _is_mapping(annotation):  # the part is a key of the user's own choice
-            annotation = None
-            continue
-        legal = sorted({name for model in models for name in model.model_fields})
-        annotation = next(
-            (_annotation(model, str(part)) for model in models if part in model.model_fields), None
-        )
-        models = _models_in(annotation)
-    return ".".join(dotted) or "the recipe", legal
-
-
-def _is_family(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is typing.Annotated and any(
-        isinstance(mark, OneOf) for mark in annotation.__metadata__
-    )
-
-
-def _annotation(model: type[BaseModel], name: str) -> Any:
-    """A field's type; pydantic keeps what it was annotated with apart from it."""
-    field = model.model_fields[name]
-    marks = [mark for mark in field.metadata if isinstance(mark, OneOf)]
-    return Annotated[field.annotation, marks[0]] if marks else field.annotation
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is dict or any(
-        typing.get_origin(part) is dict for part in typing.get_args(annotation)
-    )
-
-
-def _sentence(detail: Any, origin: str, strange: list[str]) -> str:
-    """One error of pydantic's as a sentence; ``strange`` are the plugins that were not imported."""
-    location = detail["loc"]
-    dotted, fields = _walk(location)
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), fields, n=2)
-        hint = (
-            "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
-            if near
-            else f"it takes {', '.join(fields)}"
-        )
-        return f"{origin}: unknown field '{dotted}': {hint}"
-    if detail["type"] == "missing":
-        return f"{origin}: '{dotted}' is missing"
-    if detail["type"] == "union_tag_invalid" and strange:
-        return (
-            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', which is a part of the plugin "
-            f"{' or '.join(strange)}, which the checkpoint names: {trust_remedy(strange)}"
-        )
-    if detail["type"] == "union_tag_invalid" and not detail["ctx"]["expected_tags"]:
-        return (
-            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', and there is no such kind: "
-            "name "
-            "the module that defines it under 'plugins'"
-        )
-    if detail["type"] == "union_tag_invalid":
-        return (
-            f"{origin}: '{dotted}.kind' is '{detail['ctx']['tag']}', but it is one of "
-            f"{detail['ctx']['expected_tags']}"
-        )
-    message = detail["msg"].removeprefix("Value error, ")
-    given = detail.get("input")
-    if detail["type"] == "literal_error" and strange:
-        message += (
-            f", or of the plugin {' or '.join(strange)}, which the checkpoint names: "
-            f"{trust_remedy(strange)}"
-        )
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{origin}: '{dotted}': {message}{shown}"
-
-
-def validate_recipe(content: dict[str, Any], origin: str) -> Recipe:
+def validate_recipe(content: JsonObject, origin: str) -> Recipe:
     """Return a checked recipe; the plugins that it names are not imported.
 
     Raises:
         ConfigError: with a sentence for each wrong field.
     """
-    from pretrain.config.rules.sections import check_recipe
-
+    # Recipes are printed, saved and exported.
     refuse_credentials(content, origin)
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
-        raise ConfigError(
-            "; ".join(
-                _sentence(detail, origin, untrusted_plugins(content)) for detail in error.errors()
-            )
-        ) from None
+        not_imported = untrusted_plugins(content)
+        sentences = [sentence(detail, origin, not_imported) for detail in error.errors()]
+        raise ConfigError("; ".join(sentences)) from None
     check_recipe(recipe)
     return recipe
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
-    """Loads a recipe by name or path and applies ``a.b=c`` overrides in order.
+    """Load a recipe by name or path, and apply ``a.b=c`` overrides in order.
 
     Raises:
         ConfigError: for an unknown recipe, an unknown or wrong field, or sections that contradict
             each other.
     """
     content, origin = read_recipe_file(name_or_path)
+    # Before validation: an override may correct what would be refused.
     for override in overrides or []:
         apply_override(content, override)
     import_plugins(content)
@@ -391,5 +279,5 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+    """Return the resolved recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)

@@ -8,14 +8,15 @@ from pretrain.config.timeline import Timeline
 
 
 def loader_plan(recipe: Recipe, timeline: Timeline | None = None) -> LoaderPlan:
-    """The recipe's phases, sample length and seed as the data loader takes them.
+    """Return the recipe's phases, sample length and seed as the data loader takes them.
 
     Args:
         timeline: of this recipe, if the caller has it already.
     """
     timeline = timeline or Timeline(recipe)
     phases = []
-    for phase in timeline.stages:
+    for phase in timeline.phases:
+        # For sentences: the field of the recipe that the mixture comes from.
         has_own_mixture = phase.recipe.data.mixture != recipe.data.mixture
         phases.append(
             LoaderPhase(

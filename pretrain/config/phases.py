@@ -1,4 +1,4 @@
-"""Phases of a run, each with its own sizes, positions, data, learning rate and trainable parts."""
+"""Phases of a run: sizes, positions, data, learning rate and frozen parts of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.model.positions.config import Position
 
 
 class PhaseConfig(Section):
-    """One phase. What it leaves out is as the recipe says outside of its phases."""
+    """One phase. What it leaves out is as in the other sections of the recipe."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     tokens: Positive | None = Field(

@@ -22,11 +22,9 @@ from pretrain.core.section import NonNegative, Positive, Section
 from pretrain.model.config import ModelConfig
 from pretrain.optim.config import Optimizer
 
-# --- training -------------------------------------------------------------------------------------
-
 
 class TrainConfig(Section):
-    """Sizes of one run.
+    """Sizes and number format of one run.
 
     The number of steps (:class:`pretrain.config.timeline.Timeline`) and the gradient accumulation
     are derived, never given.
@@ -37,7 +35,7 @@ class TrainConfig(Section):
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
     train_tokens: Positive = Field(
         description=(
-            "tokens of the whole run, rounded up to whole steps; phases round up by themselves"
+            "tokens of the whole run, rounded up to whole steps; each phase is rounded up too"
         )
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
@@ -74,14 +72,19 @@ class TrainConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
         return self.global_batch_size * self.sequence_length
 
 
 class ParallelConfig(Section):
+    """How the ranks share the model. ZeRO is in the ds_config."""
+
     ep_size: Positive = Field(1, description="ranks that share one set of experts")
 
 
 class CheckpointConfig(Section):
+    """When a run saves, and which checkpoints it keeps."""
+
     interval_steps: Positive = 1000
     keep_last: Positive = Field(2, description="newest checkpoints that are kept")
     keep_best: bool = Field(
@@ -98,6 +101,8 @@ class CheckpointConfig(Section):
 
 
 class ValidationConfig(Section):
+    """When the loss over held-out data is measured."""
+
     interval_steps: Positive = 500
     max_windows: Positive | None = Field(
         None,
@@ -111,10 +116,8 @@ class ValidationConfig(Section):
 class EvaluationConfig(Section):
     """What is evaluated of saved checkpoints during the run, by ``tools/evaluate.py --watch``.
 
-    That is one more process, on the machine of rank 0.
-
-    It opens the whole model in fp32 on ``device``. Results are in evaluations.jsonl and
-    TensorBoard.
+    That is one more process, on the machine of rank 0, which opens the whole model in fp32 on
+    ``device``. Results are in evaluations.jsonl and TensorBoard.
     """
 
     interval_steps: Positive | None = Field(
@@ -131,22 +134,24 @@ class EvaluationConfig(Section):
     max_windows: Positive | None = Field(
         None, description="sequences of the validation split; all of them by default"
     )
-    prompts: list[str] = Field(
-        [], description="a text is written behind each, the likeliest token after the other"
-    )
-    max_new_tokens: Positive = Field(64, description="tokens of such a text")
+    prompts: list[str] = Field([], description="each is continued, always with the likeliest token")
+    max_new_tokens: Positive = Field(64, description="tokens of such a continuation")
     tasks: list[str] = Field([], description="of lm-evaluation-harness")
     include_path: str | None = Field(None, description="folder of task files")
     limit: Positive | None = Field(
         None, description="documents of each task; all of them by default"
     )
-    device: str = Field("cpu", description="cpu, cuda or cuda:N: one that training leaves room on")
+    device: str = Field(
+        "cpu", description="cpu, cuda or cuda:N, with memory that training leaves free"
+    )
     finish_seconds: NonNegative = Field(
         600, description="how long the end of the training waits for the last evaluation"
     )
 
 
 class LoggingConfig(Section):
+    """When records of metrics are made."""
+
     interval_steps: Positive = 10
     usage_interval_steps: Positive = Field(
         100, description="window over which the choices of every expert are counted"
@@ -168,6 +173,7 @@ class Recipe(Section):
             "read; see docs/extending.md"
         ),
     )
+    # Of weights and data order; of dropout and router noise with the rank added to it.
     seed: NonNegative = 1234
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(
@@ -216,8 +222,10 @@ class Recipe(Section):
 
     @property
     def data_path(self) -> str:
+        """The folder of the data."""
         return self.data.path or f"data/{self.name}"
 
     @property
     def output_path(self) -> str:
+        """The folder of the run."""
         return self.run_path or f"runs/{self.name}"

@@ -1,6 +1,6 @@
 """Schedules of the learning rate: of a whole run, and of one phase.
 
-A class is a kind, and computes its own shape.
+Each class is a kind, and computes its shape.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ScheduleConfig(Section):
     kind: str
     warmup_steps: NonNegative = 0
     min_learning_rate_ratio: Share = Field(0.1, description="last learning rate / peak")
-    # In every kind, so that --set schedule.kind=cosine works on a recipe that gives it.
+    # In every kind, so that --set schedule.kind=cosine works on a recipe that sets it.
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="share of all steps that 'wsd' decays over"
     )
@@ -40,20 +40,22 @@ class ScheduleConfig(Section):
 
         The warm-up rises linearly from 1 / (w + 1) to w / (w + 1).
         """
+        # Neither 0 nor 1 is a step of the warm-up: the first step trains, and the peak comes after.
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self.after_warmup(step, num_steps)
 
     @abstractmethod
     def after_warmup(self, step: int, num_steps: int) -> float:
-        """Return the factor for a step behind the warm-up."""
+        """Return the factor for a step after the warm-up."""
 
     def _above_floor(self, shape: float) -> float:
         """Scale a shape from [0, 1] to [``min_learning_rate_ratio``, 1]."""
         return self.min_learning_rate_ratio + (1.0 - self.min_learning_rate_ratio) * shape
 
     def _progress(self, step: int, num_steps: int) -> float:
-        """Return the share of the steps behind the warm-up that is done."""
+        """Return the share of the steps after the warm-up that is done."""
+        # max: a run may consist of its warm-up.
         progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
         return min(1.0, max(0.0, progress))
 
@@ -74,7 +76,7 @@ class LinearSchedule(ScheduleConfig):
     kind: Literal["linear"]
 
     def after_warmup(self, step: int, num_steps: int) -> float:
-        """Fall linearly over the steps behind the warm-up."""
+        """Fall linearly over the steps after the warm-up."""
         return self._above_floor(1.0 - self._progress(step, num_steps))
 
 
@@ -84,7 +86,7 @@ class CosineSchedule(ScheduleConfig):
     kind: Literal["cosine"] = "cosine"
 
     def after_warmup(self, step: int, num_steps: int) -> float:
-        """Fall along half a cosine over the steps behind the warm-up."""
+        """Fall along half a cosine over the steps after the warm-up."""
         return self._above_floor(half_cosine(self._progress(step, num_steps)))
 
 
@@ -119,7 +121,7 @@ class PhaseSchedule(Section):
     def factor(self, step: int, num_steps: int) -> float:
         """Return the factor for step ``step`` (from 0) of a phase of ``num_steps``.
 
-        ``end_ratio`` is reached behind the last step.
+        ``end_ratio`` would be the factor of the step after the last one.
         """
         return self.end_ratio + (self.start_ratio - self.end_ratio) * self.shape(step / num_steps)
 

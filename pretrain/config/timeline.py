@@ -1,15 +1,13 @@
-"""Which phase each step of a run belongs to, and what was consumed before it: pure functions of the
-recipe and the step.
+"""Which phase each step of a run belongs to, and what was consumed before it.
 
-Steps, tokens and samples are counted here and nowhere else. A run without phases is one stage of
-the whole recipe.
+All of it is a pure function of the recipe and the step. Steps, tokens and samples are counted here
+and nowhere else. A run without phases is one phase of the whole recipe.
 
-Sequences of several lengths share one order: it goes over blocks of the run's longest sequence. A
-step of B shorter ones reads one window of each of B blocks, and the following steps read the next
-windows of the same blocks until they are used up. So a phase takes whole blocks: its tokens are
-rounded up to as many steps as read them, longest / own length steps at a time. No token comes twice
-before its source's epoch ends, whatever the lengths, if the longest is the same from the first step
-on.
+Sequences of several lengths share one order, which goes over blocks of the run's longest sequence.
+A step of B shorter sequences reads one window of each of B blocks, and the following steps read the
+next windows of the same blocks until they are used up. So a phase takes whole blocks: its steps are
+a multiple of longest / own length, and its tokens are rounded up to that. No token comes twice
+before its source's epoch ends, whatever the lengths, as long as the longest one does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 
 
 def recipe_in_phase(recipe: Recipe, phase: PhaseConfig) -> Recipe:
-    """The recipe as it is during one of its phases: without phases, with what this one changes."""
+    """Return the recipe as it is in one of its phases: without phases, with its changes."""
+    # "phases": [] makes the result a recipe without phases, whose timeline is one phase.
     sizes = {name: value for name in SIZES if (value := getattr(phase, name)) is not None}
     changed: dict[str, object] = {"phases": [], "train": recipe.train.model_copy(update=sizes)}
     if phase.position is not None:
@@ -44,9 +43,9 @@ class Phase:
         number: from 1.
         recipe: as it is in this phase, see :func:`recipe_in_phase`.
         schedule: the phase's own; None if the recipe's holds.
-        frozen: patterns of what is not trained.
+        frozen: names and patterns of what is not trained.
         first_step, first_tokens, first_block: steps, tokens and blocks before it.
-        slices: sequences in a block, and so the steps that read one group of blocks.
+        slices: sequences in a block, which is also how many steps read one group of blocks.
     """
 
     name: str
@@ -62,72 +61,84 @@ class Phase:
 
     @property
     def end_step(self) -> int:
-        """The first step behind it."""
+        """The first step after it, from 0; its last step, from 1."""
         return self.first_step + self.num_steps
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all its steps."""
         return self.num_steps * self.recipe.train.tokens_per_step
+
+    def __str__(self) -> str:
+        steps = f"steps {self.first_step + 1} to {self.end_step}"
+        return f"phase {self.number}, '{self.name}': {steps}"
 
 
 class Timeline:
-    """The stages of a run, one after the other.
+    """The phases of a run, one after the other.
 
     Attributes:
         block_tokens: the longest sequence of the run.
+        phases: in their order; at least one.
+        num_steps, num_tokens: of the whole run.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.block_tokens = (
-            max(recipe_in_phase(recipe, phase).train.sequence_length for phase in recipe.phases)
-            if recipe.phases
-            else 0
-        )
-        self.block_tokens = self.block_tokens or recipe.train.sequence_length
-        self.stages: list[Phase] = []
-        step = tokens = block = 0
-        rest = recipe.train.train_tokens - sum(phase.tokens or 0 for phase in recipe.phases)
-        for number, phase in enumerate(recipe.phases or [None], start=1):
-            now = recipe if phase is None else recipe_in_phase(recipe, phase)
+        lengths = [
+            recipe_in_phase(recipe, section).train.sequence_length for section in recipe.phases
+        ]
+        self.block_tokens = max(lengths, default=recipe.train.sequence_length)
+        self.phases: list[Phase] = []
+        # The last phase may leave its tokens out, and takes the rest of the run.
+        rest = recipe.train.train_tokens - sum(section.tokens or 0 for section in recipe.phases)
+        step = 0
+        tokens = 0
+        block = 0
+        for number, section in enumerate(recipe.phases or [None], start=1):
+            now = recipe if section is None else recipe_in_phase(recipe, section)
             slices = self.block_tokens // now.train.sequence_length
-            wanted = rest if phase is None or phase.tokens is None else phase.tokens
+            wanted = rest if section is None or section.tokens is None else section.tokens
+            # Groups of global_batch_size blocks, rounded up: each is read in ``slices`` steps.
             groups = -(-wanted // (now.train.tokens_per_step * slices))
-            name, schedule, frozen = (
-                ("", None, ())
-                if phase is None
-                else (phase.name, phase.schedule, tuple(phase.frozen))
+            phase = Phase(
+                name="" if section is None else section.name,
+                number=number,
+                recipe=now,
+                schedule=None if section is None else section.schedule,
+                frozen=() if section is None else tuple(section.frozen),
+                first_step=step,
+                num_steps=groups * slices,
+                first_tokens=tokens,
+                first_block=block,
+                slices=slices,
             )
-            stage = Phase(
-                name, number, now, schedule, frozen, step, groups * slices, tokens, block, slices
-            )
-            self.stages.append(stage)
-            step, tokens, block = (
-                stage.end_step,
-                tokens + stage.num_tokens,
-                block + groups * now.train.global_batch_size,
-            )
-        self.num_steps, self.num_tokens = step, tokens
-        self._starts = [stage.first_step for stage in self.stages]
+            self.phases.append(phase)
+            step = phase.end_step
+            tokens += phase.num_tokens
+            block += groups * now.train.global_batch_size
+        self.num_steps = step
+        self.num_tokens = tokens
+        self._starts = [phase.first_step for phase in self.phases]
 
     def at(self, step: int) -> Phase:
-        """The stage of step ``step`` (from 0); behind the last one, that one."""
-        return self.stages[max(bisect_right(self._starts, step), 1) - 1]
+        """Return the phase of step ``step`` (from 0); after the run's end, the last one."""
+        return self.phases[max(bisect_right(self._starts, step), 1) - 1]
 
     def tokens_after(self, step: int) -> int:
-        """Tokens of the first ``step`` steps."""
-        stage = self.at(step)
-        return stage.first_tokens + (step - stage.first_step) * stage.recipe.train.tokens_per_step
+        """Return the tokens of the first ``step`` steps."""
+        phase = self.at(step)
+        return phase.first_tokens + (step - phase.first_step) * phase.recipe.train.tokens_per_step
 
     def ends_phase(self, step: int) -> bool:
         """Whether a phase, but not the run, is at its end after ``step`` steps."""
-        return any(step == stage.end_step for stage in self.stages[:-1])
+        return any(step == phase.end_step for phase in self.phases[:-1])
 
     def changes_length(self, step: int) -> bool:
         """Whether step ``step`` (from 0) has another sequence length than the one before it."""
-        stages = self.at(step), self.at(max(step - 1, 0))
-        return stages[0].recipe.train.sequence_length != stages[1].recipe.train.sequence_length
+        now, before = self.at(step), self.at(max(step - 1, 0))
+        return now.recipe.train.sequence_length != before.recipe.train.sequence_length
 
 
 def recipe_at(recipe: Recipe, step: int) -> Recipe:
-    """Return the recipe of the last of ``step`` steps: what a checkpoint was trained with."""
+    """Return the recipe of the last of ``step`` steps, which a checkpoint was trained with."""
     return Timeline(recipe).at(max(step - 1, 0)).recipe

@@ -11,12 +11,13 @@ from pretrain.core.section import Section
 
 
 class TrackerKind(Component):
-    """A service for experiments. A recipe names it and gives no fields: servers and keys are the
-    environment's.
+    """A service for experiments.
+
+    A recipe only names it: servers and keys come from the environment.
 
     Attributes:
-        module: what it is imported as.
-        packages: what pip installs for it.
+        module: that is imported for it.
+        packages: that pip installs for it.
     """
 
     module: ClassVar[str]
@@ -51,10 +52,11 @@ class Comet(TrackerKind):
 
 
 class TrackersConfig(Section):
-    """Trackers that get every row, the resolved recipe, the summary and the curves; TensorBoard is
-    ``logging.tensorboard``.
+    """Trackers that get every record, the resolved recipe, the summary and the curves.
 
-    Credentials and servers come from the environment only, by the trackers' own variables:
+    TensorBoard is not among them: see ``logging.tensorboard``.
+
+    Credentials and servers come from the environment only, by the variables of each tracker:
     WANDB_API_KEY, WANDB_MODE, COMET_API_KEY, COMET_START_ONLINE, MLFLOW_TRACKING_URI ... Without a
     MLFLOW_TRACKING_URI, MLflow writes to mlflow.db in the run's folder.
     """
@@ -70,7 +72,7 @@ class TrackersConfig(Section):
 
 
 class CardConfig(Section):
-    """What the model card says that nothing else in the recipe does.
+    """What the model card says in addition to the rest of the recipe.
 
     A card is the README.md of a run, of its checkpoints and of its exports.
     """
@@ -88,7 +90,5 @@ class CardConfig(Section):
     limits: str | None = Field(None, description="those of any base model, by default")
     data_origin: dict[str, str] = Field(
         {},
-        description=(
-            "where a source of the data comes from, and under which licence, by the source's name"
-        ),
+        description=("origin and licence of each source of the data, by the source's name"),
     )

@@ -1,6 +1,6 @@
 """Decisions about steps that went wrong, from plain values, without communication.
 
-Every rank is given the same values, so every rank decides the same.
+Every rank gets the same values, so every rank decides the same.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard, StepGuardConfig
+from pretrain.core.files import JsonObject
 
 # The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_SCALE = 1.4826
-# The least deviation of a gradient norm's logarithm that is compared with: norms that hardly vary
-# would be violations by a rounding otherwise.
+# The smallest deviation of a gradient norm's logarithm that a rise is divided by: otherwise norms
+# that hardly vary would be violations by a rounding error.
 LEAST_LOG_DEVIATION = 0.01
 SEVERITY: tuple[Action, ...] = ("warn", "skip", "rollback", "stop")
 
@@ -30,9 +31,9 @@ class Violation:
         action: what is done about it.
         step: from 1.
         reason: what it is, as the end of a sentence about the step.
-        in_a_row: how many steps in a row the same guard has found something, this one included;
-            steps that were skipped before it was asked are passed over.
-        first: the first of these; None if it is this one.
+        in_a_row: steps in a row in which the same guard has found something, this one included;
+            steps that were skipped before the guard saw them do not count.
+        first: the first of these steps; None if it is this one.
     """
 
     guard: str
@@ -51,24 +52,26 @@ class Violation:
 class RobustWindow:
     """The last values of something that drifts, and how far a new one is above them.
 
-    Median and median absolute deviation: of the values in the window almost half may be outliers,
-    and a level that stays is the new normal once it fills half of it.
+    It uses median and median absolute deviation: almost half of the values in the window may be
+    outliers, and a new level that stays is normal once it fills half of the window.
 
     Args:
-        least_deviation: what the robust standard deviation is at least.
+        least_deviation: lower bound of the robust standard deviation.
     """
 
     def __init__(self, size: int, least_deviation: float = 1e-12) -> None:
         self.size = size
         self.least_deviation = least_deviation
-        self.values: list[float] = []  # from the oldest to the newest
+        # From the oldest to the newest, and sorted: a median is needed at every step.
+        self.values: list[float] = []
         self._sorted: list[float] = []
 
     def rise(self, value: float) -> tuple[float, float] | None:
-        """How far ``value`` is above the median, and how many robust standard deviations that is.
+        """Return how far ``value`` is above the median, and that in robust standard deviations.
 
         None while there is too little to compare with.
         """
+        # A deviation of fewer values would take the first noise for a spike.
         if len(self.values) < max(16, self.size // 4):
             return None
         middle = _middle(self._sorted)
@@ -80,10 +83,11 @@ class RobustWindow:
         self.values.append(value)
         insort(self._sorted, value)
         if len(self.values) > self.size:
+            # By value: which of several equal ones goes makes no difference.
             del self._sorted[bisect_left(self._sorted, self.values.pop(0))]
 
     def replace(self, values: list[float]) -> None:
-        """Forget all values, and take these."""
+        """Forget all values, and use these."""
         self.values = list(values[-self.size :])
         self._sorted = sorted(self.values)
 
@@ -96,7 +100,8 @@ def _middle(ordered: list[float]) -> float:
 class StepGuard(ABC):
     """A guard of a plugin.
 
-    Every rank asks its own with the same values, so it must depend on nothing else.
+    Every rank has one and calls it with the same values, so it must depend on nothing else: ranks
+    that decide differently hang in their next collective.
     """
 
     @abstractmethod
@@ -108,15 +113,32 @@ class StepGuard(ABC):
             grad_norm: before clipping.
         """
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Return what a checkpoint has to carry, as JSON."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - it may have no memory
-        """Continue from what :meth:`state` gave.
+    def restore(self, state: JsonObject) -> None:  # noqa: B027 - it may have no memory
+        """Continue from what :meth:`state` returned.
 
-        An empty one means to start anew: a phase begins, or the checkpoint did not have this guard.
+        An empty state means to start anew: a phase begins, or the checkpoint did not have this
+        guard.
         """
+
+
+class GuardState(TypedDict, total=False):
+    """What the guards remember, as a checkpoint carries it; empty at the start.
+
+    Attributes:
+        losses, log_norms: windows, from the oldest to the newest.
+        more: states of the guards of plugins, by their kind.
+        in_a_row, first: see :class:`Violation`, by the guard's name.
+    """
+
+    losses: list[float]
+    log_norms: list[float]
+    more: dict[str, JsonObject]
+    in_a_row: dict[str, int]
+    first: dict[str, int]
 
 
 class Guards:
@@ -125,11 +147,10 @@ class Guards:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._losses = RobustWindow(config.spike.window_steps) if config.spike else None
-        self._log_norms = (
-            RobustWindow(config.grad_norm.window_steps, LEAST_LOG_DEVIATION)
-            if config.grad_norm
-            else None
-        )
+        self._log_norms: RobustWindow | None = None
+        if config.grad_norm:
+            window_steps = config.grad_norm.window_steps
+            self._log_norms = RobustWindow(window_steps, LEAST_LOG_DEVIATION)
         self._more: list[tuple[StepGuardConfig, StepGuard]] = [
             (section, section.implementing_class()(section)) for section in config.more
         ]
@@ -138,16 +159,18 @@ class Guards:
 
     @property
     def may_skip(self) -> bool:
-        """Whether a guard may have to refuse an update, so that it has to be asked before it."""
+        """Whether a guard may refuse an update, so that it has to see losses before the update."""
+        # Not the guard of finite values: the optimizer itself skips a gradient that is not finite.
         return any(
             guard is not None and guard.action != "warn"
             for guard in (self.config.spike, self.config.grad_norm, *self.config.more)
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
-        """What the guards of single steps find: spike, gradient norm, and those of plugins.
+        """Return what the guards of single steps find: spike, gradient norm, those of plugins.
 
-        Every step is to be shown once, in order; those whose gradient is not finite are left out.
+        It must be called once for each step, in order, but not for steps whose gradient is not
+        finite.
 
         Args:
             loss: mean cross-entropy of the step, nats a token.
@@ -168,7 +191,7 @@ class Guards:
         return [violation for violation in found if violation is not None]
 
     def non_finite(self, step: int) -> Violation:
-        """A loss or gradient that is not finite, for a reason other than fp16's loss scale."""
+        """Return the violation of a loss or gradient that is not finite."""
         return Violation(
             "non_finite", self.config.non_finite.action, step, "its loss or gradient is not finite"
         )
@@ -176,7 +199,7 @@ class Guards:
     def validation_gap(
         self, step: int, validation_loss: float, training_loss: float | None
     ) -> Violation | None:
-        """A validation loss that is too far above the training loss.
+        """Return a violation if the validation loss is too far above the training loss.
 
         None if it is not, or there is no guard.
         """
@@ -189,35 +212,37 @@ class Guards:
         )
         return Violation("validation_gap", guard.action, step, reason)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint carries, as JSON: a resumed run decides as the uninterrupted one."""
-        state: dict[str, Any] = {
-            name: list(window.values)
-            for name, window in self._windows().items()
-            if window is not None
-        }
+    def state(self) -> GuardState:
+        """Return what a checkpoint carries: a resumed run decides as the uninterrupted one."""
+        state: GuardState = {}
+        if self._losses is not None:
+            state["losses"] = list(self._losses.values)
+        if self._log_norms is not None:
+            state["log_norms"] = list(self._log_norms.values)
         if self._more:
             state["more"] = {section.kind: guard.state() for section, guard in self._more}
-        return state | {"in_a_row": self._in_a_row, "first": self._first}
+        state["in_a_row"] = self._in_a_row
+        state["first"] = self._first
+        return state
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state; one that was not in it starts anew."""
-        for name, window in self._windows().items():
-            if window is not None:
-                window.replace(state.get(name, []))
+    def restore(self, state: GuardState) -> None:
+        """Continue from a checkpoint's state; a guard that is not in it starts anew."""
+        if self._losses is not None:
+            self._losses.replace(state.get("losses", []))
+        if self._log_norms is not None:
+            self._log_norms.replace(state.get("log_norms", []))
         for section, guard in self._more:
             guard.restore(state.get("more", {}).get(section.kind, {}))
         self._in_a_row = dict(state.get("in_a_row", {}))
         self._first = dict(state.get("first", {}))
 
-    def _windows(self) -> dict[str, RobustWindow | None]:
-        """By their names in a checkpoint."""
-        return {"losses": self._losses, "log_norms": self._log_norms}
-
     @staticmethod
     def _spike(guard: SpikeGuard, window: RobustWindow, loss: float) -> str | None:
+        # A NaN in the window would spoil every median after it.
         if not math.isfinite(loss):
             return f"its loss is {loss}"
+        # Compare before the value is in the window. A spike enters it too: a loss that stays high
+        # must become normal at some time.
         rise = window.rise(loss)
         window.add(loss)
         if rise is None or rise[0] <= guard.min_rise or rise[1] <= guard.deviations:
@@ -229,6 +254,7 @@ class Guards:
 
     @staticmethod
     def _high_norm(guard: GradNormGuard, window: RobustWindow, norm: float) -> str | None:
+        # Norms vary by factors, not by amounts.
         log_norm = math.log(max(norm, 1e-30))
         rise = window.rise(log_norm)
         window.add(log_norm)
@@ -248,9 +274,11 @@ class Guards:
         step: int,
         reason: str | None,
     ) -> Violation | None:
-        """What a reason amounts to: the guard's action once there are enough in a row, a warning
-        before.
+        """Return the violation that a reason makes; None without one.
+
+        It has the guard's action if there are enough in a row, and is a warning before.
         """
+        # One good step ends a series.
         if reason is None:
             self._in_a_row.pop(name, None)
             self._first.pop(name, None)
@@ -262,5 +290,6 @@ class Guards:
 
 
 def severest(violations: list[Violation]) -> Violation | None:
-    """The violation whose action goes furthest; None if there is none."""
+    """Return the violation with the severest action; None if there is none."""
+    # Of equals, max returns the first one, in the guards' order.
     return max(violations, key=lambda violation: SEVERITY.index(violation.action), default=None)

@@ -1,4 +1,4 @@
-"""What went wrong in a run: ``incidents.jsonl``, the log, and a line on the terminal."""
+"""Reports what went wrong in a run: ``incidents.jsonl``, the log, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import Origin
 from data_pipeline.loading.interface import Loader
+from pretrain.config.guards import Action
+from pretrain.core.files import JsonObject
 from pretrain.engine.step import StepResult
 from pretrain.engine.topology import Topology
 from pretrain.guards.detect import Violation
@@ -24,9 +25,9 @@ from pretrain.guards.locate import NonFinite
 logger = logging.getLogger(__name__)
 
 INCIDENTS = "incidents.jsonl"
-# Of a step with many micro batches only so many are reported, the worst ones.
+# Of a step with more micro batches only the worst ones are reported.
 MAX_MICRO_BATCHES = 8
-CONSEQUENCES = {
+CONSEQUENCES: dict[Action, str] = {
     "warn": "training continues",
     "skip": "the step is skipped",
     "rollback": "the run goes back",
@@ -35,14 +36,42 @@ CONSEQUENCES = {
 
 
 @dataclass(frozen=True)
+class Incident:
+    """One line of ``incidents.jsonl``.
+
+    Attributes:
+        guard: its field in ``guards`` of the recipe.
+        step: from 1; None if it is not of one step.
+        details: further keys, which depend on the guard.
+    """
+
+    guard: str
+    action: Action
+    step: int | None
+    reason: str
+    details: JsonObject
+
+    def to_dict(self) -> JsonObject:
+        """Return it as the file has it, with the time of now."""
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "guard": self.guard,
+            "action": self.action,
+            "step": self.step,
+            "reason": self.reason,
+            **self.details,
+        }
+
+
+@dataclass(frozen=True)
 class SuspectMicroBatch:
     """One micro batch of a step that went wrong.
 
     Attributes:
         micro_batch: of its rank in the step, from 0.
-        loss: what was minimised; None if it is not finite, or was not looked at.
-        not_finite: ``loss``, or the weight whose gradient is not finite; "" if that was not looked
-            for.
+        loss: what was minimised; None if it is not finite or not known.
+        not_finite: ``loss``, or the weight whose gradient is not finite; "" if nobody looked for
+            it.
         sequences: source and documents of each sequence; empty if they are no longer known.
     """
 
@@ -52,9 +81,11 @@ class SuspectMicroBatch:
     not_finite: str = ""
     sequences: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As ``incidents.jsonl`` has it."""
-        what = {"not_finite": self.not_finite} if self.not_finite else {"loss": self.loss}
+    def to_dict(self) -> JsonObject:
+        """Return it as ``incidents.jsonl`` has it."""
+        what: JsonObject = (
+            {"not_finite": self.not_finite} if self.not_finite else {"loss": self.loss}
+        )
         place = {"rank": self.rank, "micro_batch": self.micro_batch}
         return place | what | {"sequences": list(self.sequences)}
 
@@ -68,7 +99,7 @@ class SuspectMicroBatch:
 class IncidentLog:
     """Reports incidents.
 
-    Those of a step are reported by rank 0, a stalled reader by the rank that waits.
+    Rank 0 reports those of a step, and any rank that it waits for data.
 
     Args:
         folder: of the run.
@@ -88,8 +119,9 @@ class IncidentLog:
 
         Args:
             result: of that step, on this rank.
-            found: what is not finite, if that was looked for.
+            found: what is not finite, if that was searched for.
         """
+        # Collective: every rank has the losses of its micro batches only.
         losses = self.topology.all_gather([finite(float(loss)) for loss in result.micro_losses])
         if not self.topology.is_main:
             return
@@ -100,7 +132,7 @@ class IncidentLog:
             "grad_norm": finite(result.grad_norm),
             "micro_batches": [suspect.to_dict() for suspect in suspects],
         }
-        self._write(violation.guard, violation.action, violation.step, violation.reason, details)
+        self._write(_incident(violation, details))
         where = ""
         if found == []:
             where = "; it did not happen again when the step was repeated: suspect the hardware"
@@ -109,27 +141,25 @@ class IncidentLog:
             where = f"; {suspects[0]}{others}"
         self._warn(violation, where)
 
-    def report(self, violation: Violation, **details: Any) -> None:
+    def report(self, violation: Violation, **details: float | None) -> None:
         """Report an incident that is not of one batch; rank 0 does."""
         if self.topology.is_main:
-            self._write(
-                violation.guard, violation.action, violation.step, violation.reason, details
-            )
+            self._write(_incident(violation, details))
             self._warn(violation, "")
 
     def report_stall(self, seconds: float, reading: str) -> None:
-        """Report a batch that has not come on this rank."""
+        """Report that this rank waits for a batch; a thread of the loader calls it."""
         rank = self.topology.rank
         reason = f"rank {rank} has waited {seconds:.0f} seconds for a batch while {reading} is read"
         details = {"rank": rank, "seconds": seconds, "reading": reading}
-        self._write("stalled_data", "warn", None, reason, details)
+        self._write(Incident("stalled_data", "warn", None, reason, details))
         logger.warning("%s", reason)
         tqdm.write(f"warning: {reason}; training waits", file=sys.stderr)
 
     def _with_documents(
         self, suspects: Sequence[SuspectMicroBatch], step: int, accumulation_steps: int
     ) -> list[SuspectMicroBatch]:
-        """Look up what the micro batches of a step (from 0) were made of."""
+        """Look up the documents of micro batches of a step (from 0)."""
         ranks = self.loader.dp_size
         origins = self.loader.origins(step)
         size = len(origins) // (ranks * accumulation_steps)
@@ -138,30 +168,19 @@ class IncidentLog:
             # Number k of rank r is micro batch r + k * ranks of the step.
             first = (suspect.rank + suspect.micro_batch * ranks) * size
             sequences = tuple(describe(origin) for origin in origins[first : first + size])
-            found.append(
-                SuspectMicroBatch(
-                    suspect.rank, suspect.micro_batch, suspect.loss, suspect.not_finite, sequences
-                )
-            )
+            found.append(replace(suspect, sequences=sequences))
         return found
 
-    def _write(
-        self, guard: str, action: str, step: int | None, reason: str, details: dict[str, Any]
-    ) -> None:
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "guard": guard,
-            "action": action,
-            "step": step,
-            "reason": reason,
-        } | details
-        logger.warning("incident: %s", json.dumps(entry))
+    def _write(self, incident: Incident) -> None:
+        line = json.dumps(incident.to_dict())
+        logger.warning("incident: %s", line)
         # One write of a whole line: several ranks may append to the file.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(line + "\n")
 
     def _warn(self, violation: Violation, where: str) -> None:
-        """A line on the terminal, unless it would repeat the one of the step before."""
+        """Print a line on the terminal, unless it would repeat the one of the step before."""
+        # A loss that stays high would print a line for every step; the file has all of them.
         if violation.in_a_row > 1 and violation.action == "warn":
             return
         tqdm.write(
@@ -171,15 +190,22 @@ class IncidentLog:
         )
 
 
+def _incident(violation: Violation, details: JsonObject) -> Incident:
+    return Incident(violation.guard, violation.action, violation.step, violation.reason, details)
+
+
 def _worst(losses: list[list[float | None]]) -> list[SuspectMicroBatch]:
-    """The micro batches of the highest loss, from the losses of each rank.
+    """Return the micro batches of the highest losses.
 
     One that is not finite comes first.
+
+    Args:
+        losses: of each rank's micro batches.
     """
     everything = [
         SuspectMicroBatch(rank, number, loss=loss)
-        for rank, own in enumerate(losses)
-        for number, loss in enumerate(own)
+        for rank, rank_losses in enumerate(losses)
+        for number, loss in enumerate(rank_losses)
     ]
     everything.sort(key=lambda entry: -math.inf if entry.loss is None else -entry.loss)
     return everything[:MAX_MICRO_BATCHES]
@@ -193,7 +219,7 @@ def _not_finite(found: list[NonFinite]) -> list[SuspectMicroBatch]:
 
 
 def describe(origin: Origin) -> str:
-    """A sequence's source and documents in one line."""
+    """Return a sequence's source and documents in one line."""
     parts = []
     for place, first, last in origin.documents:
         if first == last:
@@ -205,5 +231,6 @@ def describe(origin: Origin) -> str:
 
 
 def finite(value: float) -> float | None:
-    """A value as JSON has it, which knows no NaN; ZeRO reports a norm that is not finite as -1."""
+    """Return a value, or None if it is not finite: JSON has no NaN."""
+    # ZeRO reports a norm that is not finite as -1.
     return value if math.isfinite(value) and value >= 0 else None

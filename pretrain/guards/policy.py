@@ -1,17 +1,16 @@
-"""Where guards meet a run: what they find is reported and acted on, the same on every rank."""
+"""Connects guards to a run: what they find is reported and acted on, the same on every rank."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from data_pipeline.loading.batch import Batch
 from pretrain.config.guards import GuardConfig
 from pretrain.core.errors import GuardError, NonFiniteError, PipelineError
 from pretrain.engine.engine import Engine
 from pretrain.engine.step import MeanLosses, ShouldSkip, StepResult
-from pretrain.guards.detect import Guards, Violation, severest
+from pretrain.guards.detect import Guards, GuardState, Violation, severest
 from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.locate import NonFinite, find_non_finite
 from pretrain.guards.progress import Progress
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuardPolicy:
-    """Asks the guards about each step, reports what they find, and stops the run if they say so.
+    """Shows each step to the guards, reports what they find, and acts on it.
 
     Attributes:
         should_skip: for :meth:`Engine.train_step`; None if no guard may refuse an update.
@@ -31,18 +30,20 @@ class GuardPolicy:
         self.engine = engine
         self.incidents = incidents
         self.guards = Guards(config)
+        # Without a guard that may skip, the engine need not reduce losses before the update.
         self.should_skip: ShouldSkip | None = self._refuses if self.guards.may_skip else None
         self._step = 0
         self._loss_scale = 1.0
         self._violations: list[Violation] = []
 
     def begin_step(self, step: int) -> None:
-        """Step ``step`` (from 1) starts."""
+        """Begin step ``step`` (from 1)."""
         self._step = step
         self._violations = []
         self._loss_scale = self.engine.loss_scale.value()
 
     def _refuses(self, loss: float, grad_norm: float) -> bool:
+        """Whether an update must not happen; the engine calls it with means over all ranks."""
         self._violations = self.guards.look(self._step, loss, grad_norm)
         worst = severest(self._violations)
         return worst is not None and worst.action != "warn"
@@ -50,23 +51,26 @@ class GuardPolicy:
     def after_step(
         self, progress: Progress, batches: list[Batch], result: StepResult
     ) -> Violation | None:
-        """Count a step that was skipped, and report and do what the guards say.
+        """Count a step that was skipped, report what the guards have found, and act on it.
 
         Every rank must call it.
 
         Returns:
-            What the run has to go back for, if anything.
+            The violation that the run has to go back for; None if there is none.
 
         Raises:
             NonFiniteError: if the run has to stop because a value is not finite.
             GuardError: if it has to stop for another reason.
         """
+        # None: nobody searched. Empty: the repeated step was finite.
         found: list[NonFinite] | None = None
         if not result.applied:
             progress.skipped_steps += 1
             progress.skipped_tokens += self.engine.phase_recipe.train.tokens_per_step
+        # Skipped by the optimizer, not by a guard: a loss or gradient is not finite.
         if not result.applied and not result.refused:
             found = find_non_finite(self.engine, batches)
+            # Without the scale everything is finite: fp16's loss scale was too large.
             if not found and self.engine.precision == "fp16":
                 self._overflowed(progress)
                 return None
@@ -80,14 +84,15 @@ class GuardPolicy:
     def after_losses(
         self, last_step: int, results: Sequence[StepResult], losses: Sequence[MeanLosses]
     ) -> None:
-        """Look at the steps up to ``last_step``, if no guard looked at them before their update.
+        """Show the steps up to ``last_step`` to the guards, unless they saw them before the update.
 
         Args:
             results: of these steps.
-            losses: of those that were applied, over all ranks.
+            losses: of those that were applied, means over all ranks.
         """
         if self.should_skip is not None:
             return
+        # Skipped steps have a number and no mean.
         first = last_step - len(results) + 1
         applied = [
             (first + place, result) for place, result in enumerate(results) if result.applied
@@ -116,11 +121,11 @@ class GuardPolicy:
         stopping = self.config.early_stopping
         return stopping is not None and progress.stale_validations >= stopping.patience
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint carries, as JSON."""
+    def state(self) -> GuardState:
+        """Return what a checkpoint carries, as JSON."""
         return self.guards.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: GuardState) -> None:
         """Continue from what a checkpoint carries."""
         self.guards.restore(state)
 
@@ -129,14 +134,15 @@ class GuardPolicy:
         self.guards.restore({})
 
     def _overflowed(self, progress: Progress) -> None:
-        """fp16's loss scale was too high for the step, and should have fallen for it.
+        """Note a step for which fp16's loss scale was too high, and should have fallen.
 
-        It falls only so far: if it did not, the step counts as skipped like any other.
+        The scale has a lower bound. If it did not fall, the step counts as skipped like any other.
         """
         scale = self.engine.loss_scale.value()
         logger.info(
             "step %d overflowed and was skipped; fp16's loss scale is now %g", progress.step, scale
         )
+        # A bool counts as 0 or 1.
         progress.skipped_in_a_row += scale == self._loss_scale
         if progress.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise NonFiniteError(
@@ -159,6 +165,7 @@ class GuardPolicy:
                 worst, f"step {worst.step}: {worst.reason}, and guards.{field}.action is stop"
             )
         if worst.action == "rollback":
+            # A run that comes back to the same incident again and again would never end.
             if progress.rollbacks < self.config.rollback.max_times:
                 return worst
             raise self._error(
@@ -166,6 +173,7 @@ class GuardPolicy:
                 f"step {worst.step}: {worst.reason}, "
                 f"and the run went back {progress.rollbacks} times already",
             )
+        # What is left is "skip", which has happened already.
         if progress.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise self._error(
                 worst,
@@ -175,10 +183,7 @@ class GuardPolicy:
         return None
 
     def _error(self, violation: Violation, what: str) -> PipelineError:
-        """Where to look, and what to do.
-
-        A run that is started again resumes from a checkpoint that is intact.
-        """
+        """Return the error that ends the run: it says where to look and what to do."""
         kind = NonFiniteError if violation.guard == "non_finite" else GuardError
         return kind(
             f"{what}: lower optimizer.learning_rate, or look at the data that "

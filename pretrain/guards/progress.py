@@ -1,4 +1,4 @@
-"""What a run is at: counted by the training loop and the guards, saved in each checkpoint."""
+"""How far a run is: counted by the training loop and the guards, saved in each checkpoint."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """What a run is at; a checkpoint holds all of it, as JSON, and restores it.
+    """How far a run is; a checkpoint holds all of it, as JSON, and restores it.
 
     Attributes:
         step: optimizer steps that are done, skipped ones too.
-        skipped_steps: all that left the weights as they were, those of fp16's loss scale too.
+        skipped_steps: all that left the weights unchanged, also those of fp16's loss scale.
         skipped_tokens: of the ``skipped_steps``.
-        skipped_in_a_row: since a step was applied, without those after which fp16's loss scale
-            fell.
+        skipped_in_a_row: since the last step that was applied, without those after which fp16's
+            loss scale fell.
         train_seconds: spent in steps, without validation and saving.
         last_validation, validation_step, validation_targets: the newest validation loss (nats a
             token), and the step and the number of targets that it is of.
-        best_validation, best_step: of the validations that read what ``validation.max_windows``
-            allows.
+        best_validation, best_step: of the validations over ``validation.max_windows``.
         rollbacks: how often the run went back to a checkpoint.
         patience_loss: the lowest validation loss that counted as a new best for early stopping.
         stale_validations: since ``patience_loss``.
@@ -56,27 +55,28 @@ class Progress:
         self.stopped_early = False
 
     def forget_other_lengths(self) -> None:
-        """Forget what was compared by losses that are over windows of another length now."""
+        """Forget comparisons of losses that are over windows of another length from now on."""
         self.forget_best()
         self.forget_patience()
 
     def leave_parent_run(self) -> None:
-        """Forget what is the parent run's alone: its best checkpoint, its epochs, its end."""
+        """Forget what belongs to the parent run: its best checkpoint, its epochs, its end."""
         self.forget_best()
         self.forget_patience()
         self.epoch_steps.clear()
 
     def note_validation(self, loss: float, targets: int) -> None:
-        """The newest validation loss is that of the step that is done."""
+        """Note the newest validation loss, of the step that is done."""
         self.last_validation = loss
         self.validation_step = self.step
         self.validation_targets = targets
 
     def note_best(self, loss: float) -> bool:
-        """Whether a validation loss is the best so far, and remember it if it is.
+        """Return whether a validation loss is the best so far, and remember it if it is.
 
         While steps are being skipped nothing is saved, and so nothing is the best.
         """
+        # keep_best would otherwise name a step that has no checkpoint.
         is_best = not self.skipped_in_a_row and (
             self.best_validation is None or loss < self.best_validation
         )
@@ -87,6 +87,7 @@ class Progress:
 
     def note_patience(self, loss: float, min_delta: float) -> None:
         """Count a validation for early stopping."""
+        # Not ``best_validation``: a best by less than min_delta is saved, and no reason to wait.
         if self.patience_loss is None or loss < self.patience_loss - min_delta:
             self.patience_loss = loss
             self.stale_validations = 0
@@ -94,7 +95,7 @@ class Progress:
             self.stale_validations += 1
 
     def take_over_counts(self, before: Progress) -> None:
-        """After going back to a checkpoint: what the run has spent in between stays spent."""
+        """After a rollback, keep the counts of what the undone steps have spent."""
         self.rollbacks = before.rollbacks + 1
         self.train_seconds = before.train_seconds
         self.skipped_steps = before.skipped_steps

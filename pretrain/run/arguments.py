@@ -6,7 +6,7 @@ import argparse
 
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser
 from pretrain.core.shipped import DEFAULT_DS_CONFIG
-from pretrain.run.dry_run import add_estimate_options
+from pretrain.run.estimate import add_estimate_options
 
 EXAMPLES = """\
   deepspeed --num_accelerators 2 launchers/pretrain.py \\
@@ -17,7 +17,7 @@ EXAMPLES = """\
 
 
 def add_launcher_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that a launcher starts."""
+    """Add the options of every command that a launcher starts."""
     parser.add_argument(
         "--ds_config",
         "--ds-config",
@@ -25,12 +25,12 @@ def add_launcher_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="DeepSpeed's JSON: a file in ds_configs/ without .json, or a path (default: zero1)",
     )
-    # The deepspeed launcher passes it; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher passes it. It is not read: LOCAL_RANK in the environment is the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The trainer's options, from ``sys.argv`` by default."""
+    """Return the trainer's options, from ``sys.argv`` by default."""
     parser = command_parser(
         "Pretrains a model from a recipe. The same command again resumes; a finished run says so.",
         EXAMPLES,

@@ -1,11 +1,10 @@
-"""What a run is made of: for training, the LR finder, benchmarks and tests."""
+"""Builds a run from its parts: for training, the LR finder, benchmarks and tests."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,18 +13,20 @@ from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows, prepare_packing
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.verification import BackgroundCheck
+from pretrain.callbacks.base import CallbackList
 from pretrain.callbacks.build import make_callbacks
 from pretrain.checkpoint.initialize_from import starting_weights
+from pretrain.checkpoint.state import CardFacts, Fingerprint
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
-from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.core.signals import StopRequest
 from pretrain.engine.build import WeightLoader
 from pretrain.engine.determinism import be_deterministic
-from pretrain.engine.ds_config import resolve_ds_config, zero_stage_of
+from pretrain.engine.ds_config import zero_stage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
 from pretrain.engine.topology import Topology, connect, world_size_from_environment
@@ -33,6 +34,7 @@ from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.policy import GuardPolicy
 from pretrain.model.sizes import model_size, peak_flops
 from pretrain.run.folder import CHECKPOINTS, USAGE
+from pretrain.run.resolve import resolve_config
 from pretrain.training.checkpointing import Checkpoints, RunParts
 from pretrain.training.metrics import MetricsRecorder
 from pretrain.training.records import RecordWriter
@@ -45,7 +47,7 @@ from pretrain.training.validation import Validator
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run before it has a model: what was left open is resolved, the ranks are connected.
+    """A run before it has a model: its configuration is resolved, its ranks are connected.
 
     Attributes:
         recipe: with the vocabulary's size and the precision that are used.
@@ -57,7 +59,7 @@ class ResolvedRun:
     timeline: Timeline
     datasets: Datasets
     topology: Topology
-    ds_config: dict[str, Any]
+    ds_config: JsonObject
 
     @property
     def precision(self) -> str:
@@ -89,39 +91,15 @@ class Run:
     held_out: Windows | None
 
 
-def resolve_recipe(recipe: Recipe, precision: str, datasets: Datasets | None) -> Recipe:
-    """Fill in what is left open: the number format, and the vocabulary's size.
-
-    That is the data's or, before there is any, that of its plan.
-
-    Raises:
-        DataError: if the recipe's vocabulary is smaller than the tokenizer's.
-    """
-    planned = datasets.tokenizer.vocab_size if datasets else recipe.data.tokenizer.vocab_size
-    vocab_size = recipe.model.vocab_size or planned
-    if vocab_size is None:
-        raise DataError(
-            "the vocabulary's size is not known before there is data in "
-            f"{recipe.data_path}: build it, or set model.vocab_size"
-        )
-    if datasets and vocab_size < datasets.tokenizer.vocab_size:
-        raise DataError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer of {datasets.place} has "
-            f"{datasets.tokenizer.vocab_size} entries: leave model.vocab_size out"
-        )
-    model = recipe.model.model_copy(update={"vocab_size": vocab_size})
-    train = recipe.train.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"model": model, "train": train})
-
-
 def share_cores() -> None:
     """On a CPU without OMP_NUM_THREADS, let ranks of one machine share its cores evenly."""
+    # Without this every rank starts a thread for each core, and they wait for each other.
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def resolve_run(recipe: Recipe, ds_config: dict[str, Any], origin: str) -> ResolvedRun:
+def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedRun:
     """Resolve what the recipe leaves open, and connect the ranks. Every rank must call it.
 
     Args:
@@ -131,25 +109,31 @@ def resolve_run(recipe: Recipe, ds_config: dict[str, Any], origin: str) -> Resol
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
         DataError: if the data are missing or damaged.
     """
+    # All that can be checked without other ranks comes before they are connected: a rank that fails
+    # later makes the others wait for a timeout.
     zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
-    world_size = world_size_from_environment(os.environ)
-    accumulation = check_topology(recipe, world_size, zero_stage)
-    precision = resolve_precision(recipe.train.precision)
-    recipe = resolve_recipe(recipe, precision, datasets)
+    config = resolve_config(
+        recipe,
+        ds_config,
+        origin=origin,
+        zero_stage=zero_stage,
+        world_size=world_size_from_environment(os.environ),
+        choose_precision=resolve_precision,
+        datasets=datasets,
+    )
     share_cores()
     if recipe.train.deterministic:
-        be_deterministic()  # before the first CUDA kernel
+        # Before the first CUDA kernel: cuBLAS reads its workspace size once.
+        be_deterministic()
     topology = connect(recipe.parallel.ep_size)
-    resolved = resolve_ds_config(
-        ds_config, origin, recipe, precision, accumulation, topology.world_size
-    )
-    return ResolvedRun(recipe, Timeline(recipe), datasets, topology, resolved)
+    return ResolvedRun(config.recipe, config.timeline, datasets, topology, config.ds_config)
 
 
 def pack_data(resolved: ResolvedRun) -> None:
-    """Let rank 0 pack documents into sequences, if the recipe asks for it and it is not done."""
+    """Let rank 0 pack documents into sequences, unless that is done or not asked for."""
+    # The result is a file next to the data: one writer, and all others wait for it.
     if resolved.topology.is_main:
         length = resolved.timeline.block_tokens
         prepare_packing(resolved.datasets, resolved.recipe.data, length, progress=True)
@@ -164,10 +148,10 @@ def check_data(resolved: ResolvedRun) -> BackgroundCheck:
 
 
 def initial_weights(resolved: ResolvedRun, checkpoints: Path | None) -> WeightLoader | None:
-    """What a new run starts from instead of random weights; None if there is nothing of the kind.
+    """Return what a new run starts from instead of random weights; None for random ones.
 
     Args:
-        checkpoints: if there is one in this folder, the run is not new. None for a run without a
+        checkpoints: a folder; a run with a checkpoint in it is not new. None for a run without a
             folder, which is always new and writes no report.
 
     Raises:
@@ -184,22 +168,25 @@ def build_run(
 
     Args:
         load_weights: overwrites the random weights.
-        num_steps: steps that there must be data for, if not those of the recipe.
+        num_steps: the data must last for these steps; None if that is checked later.
 
     Raises:
         ConfigError: if batch sizes or mixture do not fit the data.
-        DataError: if there are too few.
+        DataError: if the data do not last.
     """
     recipe = resolved.recipe
     datasets = resolved.datasets
     topology = resolved.topology
+    # Data first: they fail in a second, and an engine of many billion parameters takes minutes.
     plan = loader_plan(recipe, resolved.timeline)
     loader = open_loader(recipe.data, datasets, plan, topology.rank, topology.world_size)
     stream = datasets.validation_stream()
     held_out: Windows | None = None
     if stream:
+        # The validator changes the length when a phase does.
         length = recipe.train.sequence_length
         held_out = Windows(stream, length, datasets.pad_id, recipe.data.document_mask)
+    # A training checks this after its resume, which may pass over data.
     if num_steps is not None:
         loader.require(num_steps)
     engine = Engine(recipe, resolved.ds_config, resolved.precision, topology, load_weights)
@@ -211,7 +198,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
 
     Args:
         stop: set by a signal.
-        data_check: what this rank still compares of the data with its manifest.
+        data_check: this rank's comparison of the data with its manifest, in the background.
 
     Raises:
         ConfigError: if a guard needs a validation split that the data does not have.
@@ -225,25 +212,18 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         )
     engine = run.engine
     topology = resolved.topology
-    folder = resolved.folder
     store = CheckpointStore(
         resolved.checkpoints, engine, resolved.ds_config, resolved.datasets.tokenizer_path
     )
-    callbacks = []
-    if topology.is_main:
-        callbacks = make_callbacks(
-            recipe,
-            resolved.ds_config,
-            engine,
-            run.held_out is not None,
-            resolved.checkpoints,
-            folder / USAGE,
-        )
-    incidents = IncidentLog(folder, run.loader, topology)
+    callbacks = _callbacks(run)
+    # Guards, and what they report.
+    incidents = IncidentLog(resolved.folder, run.loader, topology)
+    # On every rank: each waits for its own batches.
     if (guard := recipe.guards.stalled_data) is not None:
         wait = run.loader.prefetch_wait
         wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)
     guards = GuardPolicy(recipe.guards, engine, incidents)
+    # Measurements share one clock, which does not run during validation and saving.
     timer = StepTimer()
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)
     peak = peak_flops(topology.device, resolved.precision)
@@ -253,6 +233,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     validator: Validator | None = None
     if run.held_out is not None:
         validator = Validator(run.held_out, engine, run.loader, recipe.validation, writer, timer)
+    # Shared by the loop, which asks it, and by checkpoints, which wait for the data check.
     stopping = Stopping(stop, data_check, topology)
     return Trainer(
         timeline=resolved.timeline,
@@ -276,8 +257,24 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     )
 
 
-def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be resumed; the loader looks at the data itself."""
+def _callbacks(run: Run) -> CallbackList:
+    """Return the callbacks of this rank: all of them on rank 0, none on any other."""
+    resolved = run.resolved
+    if not resolved.topology.is_main:
+        return CallbackList([])
+    callbacks = make_callbacks(
+        resolved.recipe,
+        resolved.timeline,
+        resolved.ds_config,
+        run.engine,
+        validates=run.held_out is not None,
+        checkpoints=resolved.checkpoints,
+        usage=resolved.folder / USAGE,
+    )
+    return CallbackList(callbacks)
+
+
+def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> Fingerprint:
     return {
         "tokenizer_sha256": resolved.datasets.tokenizer.sha256,
         "world_size": resolved.topology.world_size,
@@ -286,11 +283,19 @@ def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> dict[str, Any]:
     }
 
 
-def _card_facts(resolved: ResolvedRun) -> dict[str, Any]:
-    """What a model card says besides recipe and progress."""
+def _card_facts(resolved: ResolvedRun) -> CardFacts:
+    # Parameters do not depend on the length, FLOPs do.
     size = model_size(resolved.recipe.model, resolved.recipe.train.sequence_length)
     sources = resolved.datasets.training_sources()
     return {
         "parameters": {"total": size.parameters_total, "active": size.parameters_active},
-        "sources": {name: asdict(source) for name, source in sources.items()},
+        "sources": {
+            name: {
+                "kind": source.kind,
+                "documents": source.documents,
+                "tokens": source.tokens,
+                "share": source.share,
+            }
+            for name, source in sources.items()
+        },
     }

@@ -10,40 +10,40 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase
 from pretrain.core.errors import ConfigError
+from pretrain.core.files import JsonObject
 from pretrain.engine.step import StepResult, reduce_steps
 from pretrain.run.build import Run, build_run, initial_weights, pack_data, resolve_run
 from pretrain.training.schedules import schedules_of
 
-# Weight of the past in the running mean that ends the test, and how far above its lowest it may
-# rise before.
+# Weight of the past in the running mean that ends the test, and the ratio to its lowest value at
+# which it does.
 RUNNING_SMOOTHING = 0.9
 DIVERGED_ABOVE = 1.3
-# Steps before that mean is compared with its lowest: it is of few losses until then.
+# Steps before that mean is compared: until then it is a mean of few losses.
 SETTLING_STEPS = 5
-# The share of a decade of learning rates that a slope is taken over, and the steps that these are
-# at least: a slope over few steps among many is that of noise.
+# The decades of learning rates that a slope is taken over, and the fewest steps: a slope over few
+# steps is one of noise.
 SLOPE_DECADES = 0.6
 SLOPE_STEPS = 10
 FEWEST_STEPS = 2 * SLOPE_STEPS
-# What is left of the learning rate that diverges.
+# Suggested learning rate / the one at which the loss diverges, at most.
 SAFETY = 0.1
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What the test saw.
+    """The result of a test.
 
     Attributes:
         learning_rates, losses: of each step, peak learning rate of matrices and cross-entropy in
             nats a token.
         smoothed: the losses by :func:`smooth`.
-        steepest: the learning rate at which the smoothed loss falls fastest with the logarithm of
-            it; None if it never falls.
+        steepest: the learning rate at which the smoothed loss falls fastest over the logarithm of
+            the learning rate; None if it never falls.
         diverged: the learning rate at which the smoothed loss has risen to ``DIVERGED_ABOVE`` times
             its lowest, or a gradient was not finite; None if neither happened.
     """
@@ -56,7 +56,7 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The lower one of the steepest descent and a tenth of where it diverges.
+        """The steepest descent or a tenth of where the loss diverges, whichever is lower.
 
         None without a descent.
         """
@@ -66,13 +66,14 @@ class RangeTest:
 
 
 def learning_rates(low: float, high: float, steps: int) -> list[float]:
-    """``steps`` learning rates from ``low`` to ``high``, each by one factor above the last."""
+    """Return ``steps`` learning rates from ``low`` to ``high`` in equal ratios."""
     return [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
 
 
 def running_mean(losses: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean with the bias correction of Adam (Kingma & Ba 2015)."""
-    mean, result = 0.0, []
+    """Return exponential means with the bias correction of Adam (Kingma & Ba 2015)."""
+    mean = 0.0
+    result = []
     for count, loss in enumerate(losses, 1):
         mean = weight * mean + (1.0 - weight) * loss
         result.append(mean / (1.0 - weight**count))
@@ -80,15 +81,15 @@ def running_mean(losses: Sequence[float], weight: float) -> list[float]:
 
 
 def slope_steps(rates: Sequence[float]) -> int:
-    """Steps that a slope is taken over: half of those of the test at most."""
+    """Return the steps that a slope is taken over: at most half of those of the test."""
     of_decades = SLOPE_DECADES / math.log10(rates[1] / rates[0])
     return max(SLOPE_STEPS, min(round(of_decades), len(rates) // 2))
 
 
 def smooth(losses: Sequence[float], steps: int) -> list[float]:
-    """The mean of running means forwards and backwards, each over half of the ``steps`` of a slope.
+    """Average running means forwards and backwards, each over half of the ``steps`` of a slope.
 
-    One of them alone lags, and would show every learning rate too high.
+    A forward mean alone lags, and would show every learning rate too high.
     """
     weight = 1.0 - 2.0 / steps
     forwards = running_mean(losses, weight)
@@ -103,20 +104,19 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The first learning rate with ``DIVERGED_ABOVE`` times the lowest loss, after that."""
+    """Return the first learning rate after the lowest loss with ``DIVERGED_ABOVE`` times that loss.
+
+    None if there is none.
+    """
     lowest = min(range(len(smoothed)), key=lambda step: smoothed[step])
-    return next(
-        (
-            rates[step]
-            for step in range(lowest, len(smoothed))
-            if smoothed[step] > DIVERGED_ABOVE * smoothed[lowest]
-        ),
-        None,
-    )
+    for step in range(lowest, len(smoothed)):
+        if smoothed[step] > DIVERGED_ABOVE * smoothed[lowest]:
+            return rates[step]
+    return None
 
 
 def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: int) -> float | None:
-    """The learning rate in the middle of the ``steps`` over which the smoothed loss falls most.
+    """Return the learning rate in the middle of the ``steps`` over which the loss falls most.
 
     None if it falls nowhere.
     """
@@ -132,11 +132,11 @@ def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: i
 
 
 def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> RangeTest:
-    """What a test saw.
+    """Return the result of a test.
 
     Args:
         losses: may be fewer than ``rates``.
-        stopped: whether the last one ended the test, by its height or a gradient.
+        stopped: whether the last loss or its gradient ended the test.
     """
     steps = slope_steps(rates)
     used = list(rates[: len(losses)])
@@ -150,12 +150,14 @@ def evaluate(rates: Sequence[float], losses: Sequence[float], stopped: bool) -> 
 def run_range_test(
     run: Run, rates: Sequence[float], on_step: Callable[[float, float], None]
 ) -> RangeTest:
-    """Train a step with each learning rate until the loss diverges.
+    """Train one step with each learning rate until the loss diverges.
 
-    Every rank must call it; all see the same.
+    Other groups of parameters keep the ratio of their learning rate to that of matrices. Everything
+    else is as in the run: its data in their order, its phases, and how its balancing biases move.
+    Every rank must call it, and gets the same result.
 
-    The other groups of parameters keep their learning rates' ratio to that of matrices. All else is
-    the run's own: its data in their order, its phases, and how its balancing biases move.
+    Args:
+        on_step: called with learning rate and loss of each step.
     """
     engine = run.engine
     timeline = run.resolved.timeline
@@ -164,10 +166,12 @@ def run_range_test(
     losses: list[float] = []
     phase: Phase | None = None
     for step, rate in enumerate(rates):
+        # As Trainer._enter_phase does.
         if timeline.at(step) is not phase:
             phase = timeline.at(step)
             engine.enter(phase)
         batches = run.loader.step_batches(step)
+        # The engine takes a factor of the recipe's peak.
         result = engine.train_step(batches, rate / peak, schedules.balance_rate(step))
         (means,), _ = reduce_steps([result], engine.topology)
         loss = means.cross_entropy
@@ -181,9 +185,9 @@ def run_range_test(
 
 
 def _gradient_is_finite(result: StepResult, precision: str) -> bool:
-    """Whether a step's gradient says nothing against it.
+    """Whether a step's gradient is finite.
 
-    In fp16 the loss scale may be to blame for one that does.
+    In fp16 one that is not may be due to the loss scale, so it does not count.
     """
     if precision == "fp16":
         return True
@@ -191,8 +195,8 @@ def _gradient_is_finite(result: StepResult, precision: str) -> bool:
     return result.applied and math.isfinite(result.grad_norm) and result.grad_norm >= 0
 
 
-def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, steps: int) -> Run:
-    """A training of ``recipe`` without its folder: no log, no TensorBoard, no checkpoints.
+def prepare(recipe: Recipe, ds_config: JsonObject, origin: str, steps: int) -> Run:
+    """Build a training of ``recipe`` without its folder: no log, no TensorBoard, no checkpoints.
 
     Args:
         origin: of the ds_config, for sentences.
@@ -205,17 +209,19 @@ def prepare(recipe: Recipe, ds_config: dict[str, Any], origin: str, steps: int) 
             "a range test cannot continue with the optimizer of branch_from: for its weights alone "
             f"use --set branch_from=null --set initial_weights={recipe.branch_from}"
         )
+    # The monitor would open TensorBoard's file in the run's folder.
     logging = recipe.logging.model_copy(update={"tensorboard": False})
     resolved = resolve_run(recipe.model_copy(update={"logging": logging}), ds_config, origin)
     pack_data(resolved)
-    # As of a new run, even if there is one already.
+    # The weights of a new run, even if the run has checkpoints already.
     return build_run(resolved, initial_weights(resolved, None), steps)
 
 
 def draw(test: RangeTest, title: str) -> bytes:
-    """The raw and the smoothed loss over the learning rate, with what is suggested, as PNG."""
+    """Draw raw and smoothed loss over the learning rate, with the suggestion, as PNG."""
     import matplotlib  # slow to import, and only this needs it
 
+    # Without a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -16,27 +16,28 @@ def state_bytes_per_rank(
     ep_size: int,
     optimizer: Optimizer,
 ) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state on one rank; activations come on top.
+    """Return bytes of weights, gradients and optimizer state on one rank, without activations.
 
     ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer state over the ranks that hold the
     same weights, stage 2 also gradients, stage 3 also weights. Experts are replicated on world_size
     / ep_size ranks only.
     """
+    # Bytes an element of weights and gradients, and of the fp32 master weights, which ZeRO keeps
+    # in fp32 training too.
     width = 4 if precision == "fp32" else 2
     master = 0 if precision == "fp32" and zero_stage == 0 else 4
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if size.parameters_rows:
-        # fp32 weights, which all ranks share at stage 3; gradients of the rows used alone; moments
-        # that all ranks share at every stage.
+        # Tables of experts: fp32 weights, sharded over all ranks at stage 3; gradients of the rows
+        # that a step uses only; moments sharded over all ranks at every stage.
         parts["weights"] += size.parameters_rows * 4 / (world_size if zero_stage == 3 else ep_size)
-        moments = (
-            optimizer.sparse_optimizer.matrix_state_bytes
-            if optimizer.sparse_optimizer is not None
-            else 0.0
-        )
+        moments = 0.0
+        if optimizer.sparse_optimizer is not None:
+            moments = optimizer.sparse_optimizer.matrix_state_bytes
         parts["optimizer"] += size.parameters_rows * moments / world_size
     others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
     sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
+    # Parameters, the ranks that hold the same ones, and bytes of optimizer state an element.
     for count, replicas, state in (
         (others, world_size, optimizer.other_state_bytes),
         (size.parameters_matrices, world_size, optimizer.matrix_state_bytes),
@@ -49,12 +50,13 @@ def state_bytes_per_rank(
 
 
 def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) -> int:
-    """A rough count of what one micro batch keeps for the backward pass.
+    """Return roughly the bytes that one micro batch keeps for the backward pass.
 
     With activation checkpointing: the input of each block, and the working set of one block.
     """
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
+    # Elements that attention keeps of a token: scores' inputs, values, and what some kinds add.
     attention = (
         config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
     )
@@ -64,17 +66,17 @@ def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) ->
         * (6 * config.hidden_size + 2 * attention + _kept_by_feed_forward(config, layer))
         for layer in attention_layers(config)
     ]
-    blocks = (
-        max(per_layer) + len(per_layer) * tokens * width * config.hidden_size
-        if train.activation_checkpointing
-        else sum(per_layer)
-    )
+    if train.activation_checkpointing:
+        blocks = max(per_layer) + len(per_layer) * tokens * width * config.hidden_size
+    else:
+        blocks = sum(per_layer)
+    # fp32 logits, their softmax and their gradient, of one chunk of tokens.
     logits = 3 * 4 * min(tokens, config.loss_chunk_tokens) * config.padded_vocab_size
     return blocks + logits
 
 
 def _kept_by_feed_forward(config: ModelConfig, layer: int) -> int:
-    """Elements that a layer's feed-forward keeps of a token for the backward pass."""
+    """Return elements that a layer's feed-forward keeps of a token for the backward pass."""
     kept = config.feed_forward.kept_per_unit
     if config.moe is None or not config.layer_pattern.is_moe(layer):
         return kept * (config.intermediate_size or 0)

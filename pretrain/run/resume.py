@@ -1,11 +1,11 @@
-"""Where a run continues: at its newest checkpoint, or at that of its parent run."""
+"""Where a run continues: at its newest checkpoint, or at one of its parent run."""
 
 from __future__ import annotations
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
 from pretrain.run.build import ResolvedRun
-from pretrain.run.folder import check_branch, check_same_run
+from pretrain.run.same_run import check_branch, check_same_run
 from pretrain.training.trainer import Trainer
 
 
@@ -23,6 +23,7 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
     recipe = resolved.recipe
     store = trainer.checkpoints.store
     fingerprint = trainer.checkpoints.fingerprint
+    # Collective, and all ranks must agree: a rank may see damage that the others do not.
     newest = store.newest()
     origin = origin_of(recipe, newest)
     store.side_files = {} if origin is None else read_side_files(origin)
@@ -35,4 +36,5 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
         saved = layout.read_run_recipe(parent)
         check_branch(recipe, saved, fingerprint, layout.read_state(parent), parent)
         trainer.resume(parent)
+    # After the resume: a run that has passed over data needs more of them.
     trainer.loader.require(trainer.num_steps)

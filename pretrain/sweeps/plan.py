@@ -135,7 +135,7 @@ class PointCheck:
                     ]
                 }
             ),
-            "sequence length": str(Timeline(recipe).stages[-1].recipe.train.sequence_length),
+            "sequence length": str(Timeline(recipe).phases[-1].recipe.train.sequence_length),
             "document mask": str(recipe.data.document_mask),
         }
 

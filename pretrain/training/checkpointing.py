@@ -1,21 +1,21 @@
-"""When a run saves, what it saves beyond weights and optimizer, and how it continues."""
+"""When a run saves, what it saves in addition to weights and optimizer, and how it continues."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from data_pipeline.loading.interface import Loader
 from pretrain.checkpoint.layout import BEST, EPOCH, step_folder
+from pretrain.checkpoint.state import CardFacts, CheckpointState, Fingerprint, RankState
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.recipe import CheckpointConfig
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import GuardError, NonFiniteError
 from pretrain.engine.pending import from_state, to_state
-from pretrain.guards.detect import Violation
+from pretrain.guards.detect import GuardState, Violation
 from pretrain.guards.policy import GuardPolicy
 from pretrain.guards.progress import Progress
 from pretrain.training.metrics import MetricsRecorder
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunParts:
-    """What has state of its own that a checkpoint carries."""
+    """The parts of a run whose state a checkpoint carries."""
 
     timeline: Timeline
     loader: Loader
@@ -39,27 +39,31 @@ class RunParts:
 class EndedParts:
     """Epochs and phases that have ended and are in no checkpoint yet.
 
-    They may wait: while steps are being skipped nothing is saved.
+    They may wait, because nothing is saved while steps are being skipped.
+
+    Attributes:
+        is_due: whether there are any.
     """
 
     def __init__(self, timeline: Timeline, loader: Loader, keep_epochs: bool) -> None:
         self._timeline = timeline
         self._loader = loader
         self._keep_epochs = keep_epochs
-        self._epoch = 0  # passes over the training split that are done
+        # Passes over the training split that are done.
+        self._epoch = 0
         self._epoch_is_due = False
         self.is_due = False
 
     def resume(self, step: int) -> None:
-        """The run is after ``step`` steps, which are saved."""
+        """Begin after ``step`` steps, which are saved."""
         self._epoch = int(self._loader.epochs(step) or 0)
         self._epoch_is_due = False
         self.is_due = False
 
     def note_step(self, step: int) -> bool:
-        """Note what ends with a step: a phase, or an epoch that is kept; True if anything does.
+        """Note which phase or kept epoch ends with a step, and return whether any does.
 
-        An epoch that was passed over counts as well.
+        An epoch that a rollback passed over counts as well.
         """
         ends = self._timeline.ends_phase(step)
         if self._keep_epochs:
@@ -71,7 +75,7 @@ class EndedParts:
         return ends
 
     def saved(self, progress: Progress) -> None:
-        """A checkpoint is being written, which is that of the epoch that has ended."""
+        """Note that a checkpoint is being written; it is that of an epoch that has ended."""
         if self._epoch_is_due:
             progress.epoch_steps[str(self._epoch)] = progress.step
         self._epoch_is_due = False
@@ -83,7 +87,7 @@ class Checkpoints:
 
     Args:
         fingerprint: what must be the same for a checkpoint to be resumed.
-        card_facts: what a model card says besides: ``parameters`` and ``sources``.
+        card_facts: what a model card says in addition to recipe and progress.
     """
 
     def __init__(
@@ -92,8 +96,8 @@ class Checkpoints:
         config: CheckpointConfig,
         parts: RunParts,
         stopping: Stopping,
-        fingerprint: Mapping[str, Any],
-        card_facts: Mapping[str, Any],
+        fingerprint: Fingerprint,
+        card_facts: CardFacts,
     ) -> None:
         self.store = store
         self.fingerprint = fingerprint
@@ -102,13 +106,14 @@ class Checkpoints:
         self._parts = parts
         self._stopping = stopping
         self._card_facts = card_facts
-        self._parent: Path | None = None  # another run's checkpoint that this run began with
+        # The checkpoint of another run that this run began with.
+        self._parent: Path | None = None
 
     def is_due(self, progress: Progress, is_best: bool) -> bool:
         """Whether a step that is not the last one is to be saved.
 
-        While steps are skipped one after the other nothing new is, and older checkpoints may soon
-        be needed.
+        While steps are being skipped nothing is: the weights are those of an earlier step, and a
+        rollback may soon need the older checkpoints.
         """
         due = (
             self.ended.is_due
@@ -121,20 +126,22 @@ class Checkpoints:
         """Write a checkpoint of the step that is done.
 
         Raises:
-            DataError: if the data that it has learned from are damaged.
+            DataError: if the data that the weights were trained on are damaged.
             NonFiniteError: if its weights are not finite.
             StorageError: if it cannot be written.
         """
         parts = self._parts
         with parts.timer.paused():
+            # Both are collective, and end the run on every rank before a file is written.
             self._stopping.finish_data_check()
             if not parts.metrics.engine.weights_are_finite():
                 raise NonFiniteError(
                     f"the weights after step {progress.step} are not finite: "
                     "lower optimizer.learning_rate; the last checkpoint is intact"
                 )
+            # Before the state is made: the progress names the step of each kept epoch.
             self.ended.saved(progress)
-            rank_state = {
+            rank_state: RankState = {
                 "pending": to_state(parts.metrics.pending),
                 "row_seconds": parts.timer.window_seconds(),
             }
@@ -145,23 +152,26 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> Progress:
         """Continue from a whole checkpoint of this run, or of the one that it branches from."""
         parts = self._parts
-        state = self.store.load(checkpoint)
+        loaded = self.store.load(checkpoint)
+        state = loaded.state
+        rank_state = loaded.rank_state
         progress = Progress(**state["progress"])
+        # A checkpoint elsewhere is the parent run's, which this run branches from.
         if checkpoint.parent != self.store.folder:
             self._parent = checkpoint
             progress.leave_parent_run()
         if self._config.keep_best and not self._has(progress.best_step):
-            # A run that went back has lost its best, and one that did not keep it never had it.
+            # A rollback may have removed the best checkpoint, and a run without keep_best has none.
             progress.forget_best()
+        # The loader refuses data that are not the checkpoint's.
         parts.loader.resume(state["data"], progress.step)
-        rank_state = state["own"]
         device = parts.metrics.engine.topology.device
         parts.metrics.pending = from_state(rank_state.get("pending", []), device)
         parts.timer.resume(rank_state.get("row_seconds", 0.0))
         self.ended.resume(progress.step)
-        parts.guards.restore(state.get("guards", {}))
+        parts.guards.restore(cast(GuardState, state.get("guards", {})))
         if progress.stopped_early:
-            # The recipe may have more patience now.
+            # The recipe may allow more patience now.
             progress.stopped_early = parts.guards.ends_early(progress)
         logger.info("resumed from %s", checkpoint)
         return progress
@@ -183,8 +193,8 @@ class Checkpoints:
     def _has(self, step: int | None) -> bool:
         return step is not None and step_folder(self.store.folder, step).is_dir()
 
-    def _state(self, progress: Progress) -> dict[str, Any]:
-        """What ``state.json`` of a checkpoint says."""
+    def _state(self, progress: Progress) -> CheckpointState:
+        """Return the content of ``state.json``."""
         parts = self._parts
         return {
             **self.fingerprint,
@@ -195,14 +205,15 @@ class Checkpoints:
             "validation_loss": progress.last_validation,
             "validation_step": progress.validation_step,
             "validation_targets": progress.validation_targets,
+            # The phase of the last step: index step - 1, because steps count from 0 there.
             "phase": parts.timeline.at(progress.step - 1).name or None,
             "progress": asdict(progress),
             "data": parts.loader.state(progress.step),
-            "guards": parts.guards.state(),
+            "guards": {**parts.guards.state()},
         }
 
     def _pointers(self, progress: Progress) -> dict[str, int]:
-        """Names of checkpoints that are kept, and their steps."""
+        """Return the steps of the checkpoints that are kept, by the names of their pointers."""
         pointers: dict[str, int] = {}
         if self._config.keep_epochs:
             pointers = {f"{EPOCH}{epoch}": step for epoch, step in progress.epoch_steps.items()}

@@ -1,4 +1,7 @@
-"""Training metrics: steps gather on the device, and are read once for each record."""
+"""Training metrics: step results stay on the device, and are read once for each record.
+
+Reading a value from a GPU waits for all work that was queued before it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class MetricsRecorder:
     """Makes the records of training steps and of expert usage. Every rank must call it alike.
 
     Attributes:
-        guards: those that only warn look at losses here, where these come to the host.
+        guards: those that only warn look at losses here, when these come to the host.
         peak_flops: FLOP/s of the device; None if it is not known.
         pending: steps that are in no record yet.
         training_loss: of the last record; None before there is one.
@@ -43,19 +46,21 @@ class MetricsRecorder:
     def __post_init__(self) -> None:
         self.pending: list[StepResult] = []
         self._flops_per_token = 0.0
-        self._usage_started = 0  # the step after which the window of expert usage began
+        # The step after which the window of expert usage began.
+        self._usage_started = 0
 
     def start(self, step: int) -> None:
-        """Training starts after ``step`` steps."""
+        """Begin after ``step`` steps."""
         self._usage_started = step
 
     def restart(self, step: int) -> None:
-        """Training goes back to step ``step``: what was counted since is of no use."""
+        """Begin again after a rollback to step ``step``, without what was counted since."""
+        # Taking the counts resets them.
         self.engine.usage.take()
         self._usage_started = step
 
     def enter(self, phase: Phase) -> None:
-        """The following steps are those of a phase."""
+        """Begin a phase."""
         if self.peak_flops is not None:
             length = phase.recipe.train.sequence_length
             self._flops_per_token = model_size(phase.recipe.model, length).flops_per_token
@@ -65,10 +70,10 @@ class MetricsRecorder:
         self.pending.append(result)
 
     def record(self, progress: Progress, is_due: bool) -> None:
-        """Make what records are due after a step.
+        """Make the records that are due after a step.
 
         Args:
-            is_due: whether a training record is, besides at the interval's multiples.
+            is_due: whether a training record is due, also between multiples of the interval.
         """
         if is_due or progress.step % self.config.interval_steps == 0:
             self.record_training(progress)
@@ -76,21 +81,24 @@ class MetricsRecorder:
             self._record_usage(progress.step)
 
     def record_training(self, progress: Progress) -> None:
-        """A record of the pending steps.
+        """Make a record of the pending steps.
 
-        Skipped ones take part in no mean, and make no record alone.
+        Skipped ones are in no mean, and make no record alone.
         """
         results = self.pending
         applied = [result for result in results if result.applied]
+        # The skipped ones stay pending: their tokens and seconds count in the next record.
         if not applied:
             return
         self.pending = []
         topology = self.engine.topology
+        # One all-reduce and one transfer for all pending steps.
         losses, router = reduce_steps(applied, topology)
         self.guards.after_losses(progress.step, results, losses)
         means = _mean(losses)
         self.training_loss = means.cross_entropy
         position = self.writer.position(progress.step)
+        # The speed is of all pending steps, because skipped ones take their time too.
         before = self.writer.timeline.tokens_after(progress.step - len(results))
         tokens_per_second = (position.tokens - before) / self.timer.next_window()
         mfu: float | None = None
@@ -121,6 +129,7 @@ class MetricsRecorder:
         without the interruption.
         """
         with self.timer.paused():
+            # Collective: before rank 0 alone continues.
             counts_LE = self.engine.usage.take()
             steps = step - self._usage_started
             self._usage_started = step
@@ -128,8 +137,7 @@ class MetricsRecorder:
                 return
             window = UsageWindow(step, steps, self.model.routed_layers, counts_LE.numpy())
             columns = usage_columns(window, self.config.hot_expert_factor)
-            for callback in self.writer.callbacks:
-                callback.on_usage(window)
+            self.writer.callbacks.on_usage(window)
             self.writer.write(UsageRecord(self.writer.position(step), steps, columns))
 
 

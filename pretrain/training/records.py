@@ -1,14 +1,18 @@
-"""Records of metrics: typed here, JSON lines in ``metrics.jsonl``."""
+"""Records of metrics: typed here, JSON lines in ``metrics.jsonl``.
+
+The order of the keys in ``to_dict`` is that of the file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data_pipeline.loading.interface import Loader
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Timeline
+from pretrain.core.files import JsonObject
 from pretrain.engine.step import MeanLosses
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import RouterTotals
@@ -33,9 +37,10 @@ class Position:
     phase: str
     phase_number: int
 
-    def to_dict(self, kind: str) -> dict[str, Any]:
-        """What a record of a kind begins with."""
-        head: dict[str, Any] = {"kind": kind, "step": self.step, "tokens": self.tokens}
+    def to_dict(self, kind: str) -> JsonObject:
+        """Return what a record of a kind begins with."""
+        head: JsonObject = {"kind": kind, "step": self.step, "tokens": self.tokens}
+        # Keys without a value are left out, so that a chart has no gap of nulls.
         if self.epoch is not None:
             head["epoch"] = self.epoch
         if self.phase:
@@ -46,8 +51,8 @@ class Position:
 class Record(Protocol):
     """One line of metrics."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As ``metrics.jsonl`` has it."""
+    def to_dict(self) -> JsonObject:
+        """Return it as ``metrics.jsonl`` has it."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class LayerRecord:
     entropy: float
     dropped_share: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As an entry of ``layers``."""
+    def to_dict(self) -> JsonObject:
+        """Return it as an entry of ``layers``."""
         return {
             "layer": self.layer,
             "expert_load": self.expert_load,
@@ -95,20 +100,24 @@ class RouterRecord:
 
     @classmethod
     def of(cls, totals: RouterTotals | None, model: ModelConfig) -> RouterRecord | None:
-        """From statistics over all ranks; None for a model without routers."""
+        """Make it from sums over all ranks; None for a model without routers."""
         if totals is None or model.routing is None:
             return None
+        # Each layer's counts sum to tokens x top_k: shares of choices, 1/E if balanced.
         shares_LE = totals.counts_LE / totals.counts_LE.sum(dim=1, keepdim=True)
         weights = loss_weights(model.routing)
+        # A loss without a weight is not computed, unless it is cheap and worth watching.
         losses = {
             name: values_L
             for name, values_L in zip(LOSSES, totals.losses_LJ.unbind(1), strict=True)
             if weights[name] or name in ALWAYS_COMPUTED
         }
+        # One transfer from the device for each column, not one for each layer.
         per_layer = {name: values_L.tolist() for name, values_L in losses.items()}
         loads = shares_LE.tolist()
         entropies = totals.entropy_L.tolist()
         dropped = totals.dropped_L.tolist()
+        # Busiest expert / mean - 1: 0 if balanced, E - 1 if one expert gets everything.
         violations_L = shares_LE.max(dim=1).values * shares_LE.shape[1] - 1
         return cls(
             losses={name: values_L.mean().item() for name, values_L in losses.items()},
@@ -127,8 +136,8 @@ class RouterRecord:
             ],
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """As part of a training record."""
+    def to_dict(self) -> JsonObject:
+        """Return it as part of a training record."""
         return {
             **self.losses,
             "router_entropy": self.entropy,
@@ -165,8 +174,8 @@ class TrainRecord:
     mfu: float | None
     router: RouterRecord | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As ``metrics.jsonl`` has it."""
+    def to_dict(self) -> JsonObject:
+        """Return it as ``metrics.jsonl`` has it."""
         record = self.position.to_dict("train") | {
             "steps": self.steps,
             "loss": self.losses.cross_entropy,
@@ -200,8 +209,8 @@ class UsageRecord:
     steps: int
     columns: Mapping[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As ``metrics.jsonl`` has it."""
+    def to_dict(self) -> JsonObject:
+        """Return it as ``metrics.jsonl`` has it."""
         return self.position.to_dict("usage") | {"steps": self.steps} | dict(self.columns)
 
 
@@ -213,8 +222,8 @@ class ValidationRecord:
     validation_loss: float
     targets: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """As ``metrics.jsonl`` has it."""
+    def to_dict(self) -> JsonObject:
+        """Return it as ``metrics.jsonl`` has it."""
         return self.position.to_dict("validation") | {
             "validation_loss": self.validation_loss,
             "targets": self.targets,
@@ -222,24 +231,20 @@ class ValidationRecord:
 
 
 class RecordWriter:
-    """Hands records to the callbacks, which write them.
+    """Passes records to the callbacks, which write them."""
 
-    Args:
-        callbacks: empty on every rank but 0.
-    """
-
-    def __init__(self, timeline: Timeline, loader: Loader, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, timeline: Timeline, loader: Loader, callbacks: CallbackList) -> None:
         self.timeline = timeline
         self.loader = loader
         self.callbacks = callbacks
 
     def position(self, step: int) -> Position:
-        """Where a record after ``step`` steps is."""
+        """Return where a record after ``step`` steps is."""
+        # The step that was just taken has the index step - 1.
         phase = self.timeline.at(step - 1)
         tokens = self.timeline.tokens_after(step)
         return Position(step, tokens, self.loader.epochs(step), phase.name, phase.number)
 
     def write(self, record: Record) -> None:
-        """Hand over one record."""
-        for callback in self.callbacks:
-            callback.on_row(record.to_dict())
+        """Pass one record to the callbacks."""
+        self.callbacks.on_record(record.to_dict())

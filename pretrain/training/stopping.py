@@ -12,11 +12,11 @@ from pretrain.engine.topology import Topology
 
 
 class Stopping:
-    """Has the ranks agree. Every rank must call each method alike.
+    """Makes the ranks agree. Every rank must call each method alike.
 
     Args:
-        request: set by a signal, in any rank.
-        data_check: what this rank still compares of the data with its manifest.
+        request: set by a signal, on any rank.
+        data_check: this rank's comparison of the data with its manifest, in the background.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Stopping:
             DataError: as :meth:`raise_data_faults`.
         """
         faulty = self._data_check.fault is not None
+        # Every step: a signal may reach one rank only, and all must leave the loop together.
         if not self._topology.any_rank(self._request.requested or faulty):
             return False
         self.raise_data_faults()
@@ -52,7 +53,7 @@ class Stopping:
             raise DataError(f"{faults[0]}{others}; no checkpoint was written since this start")
 
     def finish_data_check(self) -> None:
-        """Wait for the data check: no checkpoint may have learned from damaged data in silence.
+        """Wait for the data check: no checkpoint may hold what was learned from damaged data.
 
         Raises:
             DataError: as :meth:`raise_data_faults`.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.loading.interface import Loader
-from pretrain.callbacks.base import Callback
+from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.engine.engine import Engine
 from pretrain.guards.detect import Violation
@@ -31,7 +30,6 @@ class Trainer:
     Attributes:
         validator: None without held-out data; the run then has no validation loss and no best
             checkpoint.
-        callbacks: empty on every rank but 0.
     """
 
     timeline: Timeline
@@ -44,13 +42,14 @@ class Trainer:
     checkpoints: Checkpoints
     stopping: Stopping
     timer: StepTimer
-    callbacks: Sequence[Callback]
+    callbacks: CallbackList
     progress: Progress = field(default_factory=Progress)
-    _phase: Phase | None = None  # the one that the engine is in
+    # The phase that the engine is in.
+    _phase: Phase | None = None
 
     @property
     def num_steps(self) -> int:
-        """Steps of the run; fewer than planned once early stopping has ended it."""
+        """Steps of the run: fewer than planned once early stopping has ended it."""
         return self.progress.step if self.progress.stopped_early else self.timeline.num_steps
 
     @property
@@ -59,18 +58,20 @@ class Trainer:
         return self.progress.step >= self.num_steps
 
     def fit(self) -> bool:
-        """Train until the last step, or until any rank is to stop: then save, return False."""
-        for callback in self.callbacks:
-            callback.on_start(self.progress.step, self.num_steps)
+        """Train, and return whether the last step was taken; a request to stop saves first."""
+        self.callbacks.on_start(self.progress.step, self.num_steps)
         self.metrics.start(self.progress.step)
         self.timer.start()
-        self.stopping.raise_data_faults()  # in what was read before the first step
+        # Damage in what the loader has read before the first step.
+        self.stopping.raise_data_faults()
+        # Every rank takes the same branches: most of these calls hold collectives.
         while not self.is_done:
             if not self._step():
-                continue  # the run went back to a checkpoint
+                continue
             self._record()
             ends_part = self.checkpoints.ended.note_step(self.progress.step)
             is_best = self._validate(ends_part)
+            # Asked after the last step too: it ends the run if data are damaged.
             stopped = self.stopping.requested() and not self.is_done
             if self.is_done or stopped or self.checkpoints.is_due(self.progress, is_best):
                 self.checkpoints.save(self.progress)
@@ -79,14 +80,16 @@ class Trainer:
         return True
 
     def _step(self) -> bool:
-        """One optimizer step; False if the run went back instead."""
+        """Take one optimizer step; False if the run went back to a checkpoint instead."""
         step = self.progress.step
         with self.timer.step(self.progress):
             self._enter_phase(step)
             batches = self.loader.step_batches(step)
+            # Guards and records count steps from 1, the engine and the data from 0.
             self.guards.begin_step(step + 1)
             factor, balance_rate = self.schedules.at(step)
             result = self.engine.train_step(batches, factor, balance_rate, self.guards.should_skip)
+            # A skipped step counts too: schedule and data follow the step's number.
             self.progress.step += 1
         self.metrics.add(result)
         violation = self.guards.after_step(self.progress, batches, result)
@@ -95,39 +98,40 @@ class Trainer:
         return violation is None
 
     def _record(self) -> None:
+        """Report the step, and make the records that are due."""
         step = self.progress.step
-        for callback in self.callbacks:
-            callback.on_step(step)
+        self.callbacks.on_step(step)
         self.metrics.record(self.progress, self.is_done or self.timeline.ends_phase(step))
 
     def _validate(self, ends_part: bool) -> bool:
-        """Validate if it is due, and end the run if the loss falls no more.
+        """Validate if it is due, and return whether the loss is the best so far.
 
-        True for the best loss so far.
+        Early stopping ends the run here.
 
         Args:
-            ends_part: whether an epoch that is kept, or a phase, ends with the step.
+            ends_part: whether a kept epoch or a phase ends with the step.
         """
         validator = self.validator
         if validator is None:
             return False
         if not (self.is_done or ends_part or validator.is_due(self.progress.step)):
             return False
+        # A sample first: it is what all validations of the run have in common.
         loss = validator.sample(self.progress)
         if not self.is_done:
             self.guards.after_validation(self.progress, loss, self.metrics.training_loss)
         is_best = self.progress.note_best(loss)
         if not self.is_done and self.guards.ends_early(self.progress):
             self._end_early()
+        # Early stopping may have made this the last step.
         if self.is_done:
             validator.rest(self.progress)
         return is_best
 
     def _end_early(self) -> None:
-        """Make the step that was just taken the last one, with the record that a last one has."""
+        """Make the step that was just taken the last one, and write its record."""
         self.progress.stopped_early = True
-        for callback in self.callbacks:
-            callback.on_early_end(self.progress.step)
+        self.callbacks.on_early_end(self.progress.step)
         self.metrics.record_training(self.progress)
 
     def _enter_phase(self, step: int) -> None:
@@ -140,26 +144,26 @@ class Trainer:
         self.metrics.enter(phase)
         if self.validator is not None:
             self.validator.enter(phase)
+        # Losses over windows of two lengths do not compare: long contexts help a prediction.
         if self.timeline.changes_length(step):
             self.progress.forget_other_lengths()
         if step == phase.first_step:
             self.guards.forget()
         if phase.name:
-            first = phase.first_step + 1
-            logger.info(
-                "phase %d, '%s': steps %d to %d", phase.number, phase.name, first, phase.end_step
-            )
+            logger.info("%s", phase)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a whole checkpoint of this run, or of the one that it branches from."""
         self.progress = self.checkpoints.load(checkpoint)
-        self._phase = None  # DeepSpeed's counters are the checkpoint's now: it is entered anew
+        # DeepSpeed's counters are the checkpoint's now, so the phase has to be entered again.
+        self._phase = None
 
     def _roll_back(self, violation: Violation) -> None:
-        """Go back to the newest checkpoint before the incident, and on to data after it."""
+        """Go back to the newest checkpoint before the incident, and continue with later data."""
         before = self.progress
         skipped = self.guards.config.rollback.skip_steps
         checkpoint = self.checkpoints.go_back(violation)
+        # Before the loader is set back: the data up to here, and a little more, are passed over.
         consumed = self.loader.consumed(before.step + skipped)
         self.resume(checkpoint)
         self.progress.take_over_counts(before)
@@ -167,5 +171,4 @@ class Trainer:
         self.loader.require(self.num_steps)
         self.metrics.restart(self.progress.step)
         self.timer.start()
-        for callback in self.callbacks:
-            callback.on_rollback(self.progress.step)
+        self.callbacks.on_rollback(self.progress.step)

@@ -20,8 +20,8 @@ class Validator:
     """Measures the validation loss. Every rank must call it alike.
 
     Args:
-        windows: what is held out.
-        loader: whose ranks share the windows.
+        windows: of the held-out data.
+        loader: its data-parallel ranks share the windows.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class Validator:
         self._timer = timer
 
     def enter(self, phase: Phase) -> None:
-        """Read windows as long as the sequences of a phase."""
+        """Use windows as long as the sequences of a phase."""
         length = phase.recipe.train.sequence_length
         if self._windows.sequence_length != length:
             self._windows = self._windows.of_length(length)
 
     def is_due(self, step: int) -> bool:
-        """Whether the interval says so; the ends of epochs, phases and runs are validated too."""
+        """Whether the interval ends; the ends of epochs, phases and runs are validated too."""
         return step % self._config.interval_steps == 0
 
     def sample(self, progress: Progress) -> float:
-        """Loss over what ``validation.max_windows`` allows, always the same: nats a target."""
+        """Return the loss (nats a target) over ``validation.max_windows``, always the same ones."""
         return self._measure(progress, self._config.max_windows)
 
     def rest(self, progress: Progress) -> None:
-        """At the end of a run: the loss over the whole split, if a sample is only a part."""
+        """At the end of a run, measure over the whole split too, if the sample is only a part."""
         limit = self._config.max_windows
         if limit is not None and limit < self._windows.num_all:
             self._measure(progress, None)
@@ -63,10 +63,12 @@ class Validator:
     def _measure(self, progress: Progress, max_windows: int | None) -> float:
         with self._timer.paused():
             loader = self._loader
+            # The micro batch of the phase: a longer sequence may need a smaller one.
             size = self._engine.phase_recipe.train.micro_batch_size
             nll, targets = self._engine.evaluate(
                 validation_batches(self._windows, size, loader.dp_rank, loader.dp_size, max_windows)
             )
+            # Sums over all ranks: shards of unequal size have no mean of means.
             loss = nll / targets
             if not math.isfinite(loss):
                 raise NonFiniteError(

@@ -1,1 +1,1 @@
-"""One experiment tracker a file; their packages are imported where a recipe asks for them."""
+"""One experiment tracker a file; their packages are imported if a recipe asks for them."""

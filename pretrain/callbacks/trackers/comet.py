@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
 
@@ -23,21 +23,25 @@ OFFLINE = "comet"
 
 
 class CometTracker(Tracker):
-    """An offline experiment is an archive in ``comet/`` of the run's folder, one for each start,
-    which ``comet upload`` joins.
+    """Online, or offline into archives in ``comet/`` of the run's folder.
 
-    Each start has a folder of its own: Comet tells archives apart by letters from ``random``, whose
-    state a resumed run takes from its checkpoint.
+    Each start makes one archive; ``comet upload`` joins them. Each start also has its own folder:
+    Comet distinguishes archives by letters from ``random``, whose state a resumed run restores from
+    its checkpoint, so that the letters would repeat.
     """
 
     kind = "comet"
     _experiment: CometExperiment
 
     def start(self, run: TrackedRun, run_id: str | None) -> str:
+        """Begin an experiment, or continue the one with this key."""
         import comet_ml
 
-        own = logging.getLogger("comet_ml")
-        own.handlers, own.propagate = [], True  # to log.txt, as every library's
+        # To log.txt, as the records of every library, and not to the terminal.
+        comet_logger = logging.getLogger("comet_ml")
+        comet_logger.handlers = []
+        comet_logger.propagate = True
+        # uuid4 reads the system's randomness, not the generators that a resume restores.
         folder = run.folder / OFFLINE / uuid.uuid4().hex[:8]
         folder.mkdir(parents=True)
         self._experiment = comet_ml.start(
@@ -48,7 +52,7 @@ class CometTracker(Tracker):
                 name=run.name,
                 tags=[*run.tags, *([run.group] if run.group else [])],
                 offline_directory=str(folder),
-                # environment.json says all this, without what may be private.
+                # environment.json has all this, without what may be private.
                 log_code=False,
                 log_graph=False,
                 parse_args=False,
@@ -66,9 +70,11 @@ class CometTracker(Tracker):
         return str(self._experiment.get_key())
 
     def log(self, events: Events, step: int) -> None:
+        """Send the values of one step."""
         self._experiment.log_metrics(dict(events), step=step)
 
-    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+    def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
+        """Send summary and files, and end."""
         self._experiment.log_others({**summary, "status": status})
         for path in files:
             if path.suffix == ".png":

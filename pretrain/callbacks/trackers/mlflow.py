@@ -11,31 +11,37 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
+from pretrain.core.files import JsonObject
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-DATABASE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlflow_artifacts"
 STATES: dict[Status, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-# MLflow's own limits of one request, and of a parameter's value.
-MAX_METRICS, MAX_PARAMETERS, MAX_CHARACTERS = 1000, 100, 6000
+# MLflow's limits: entries of one request, and characters of a parameter's value.
+MAX_METRICS = 1000
+MAX_PARAMETERS = 100
+MAX_CHARACTERS = 6000
 
 
 class MLflowTracker(Tracker):
-    """An experiment is a project, a run a run; files go to the run's artifacts."""
+    """A project is an experiment of MLflow, a run is a run; files become its artifacts."""
 
     kind = "mlflow"
     _client: MlflowClient
     _id: str
 
     def start(self, run: TrackedRun, run_id: str | None) -> str:
+        """Begin a run, or continue the one with this id."""
         from mlflow.tracking import MlflowClient
 
+        # At INFO they report each migration of a new database.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         address = os.environ.get("MLFLOW_TRACKING_URI")
@@ -55,12 +61,14 @@ class MLflowTracker(Tracker):
         found = self._client.get_experiment_by_name(run.project)
         if found is not None:
             return str(found.experiment_id)
+        # A server chooses the place of artifacts itself.
         place = (run.folder / ARTIFACTS).resolve().as_uri() if local else None
         return str(self._client.create_experiment(run.project, artifact_location=place))
 
-    def _log_parameters(self, config: dict[str, Any]) -> None:
-        """A parameter of MLflow never changes: a resumed run adds only those that it does not have.
-        recipe.yaml has them as they are now.
+    def _log_parameters(self, config: JsonObject) -> None:
+        """Log the parameters that the run does not have yet.
+
+        MLflow refuses to change a parameter; recipe.yaml has them as they are now.
         """
         from mlflow.entities import Param
 
@@ -74,14 +82,17 @@ class MLflowTracker(Tracker):
             self._client.log_batch(self._id, params=new[first : first + MAX_PARAMETERS])
 
     def log(self, events: Events, step: int) -> None:
+        """Send the values of one step."""
         from mlflow.entities import Metric
 
+        # MLflow counts milliseconds.
         now = int(time.time() * 1000)
         metrics = [Metric(tag, value, now, step) for tag, value in events]
         for first in range(0, len(metrics), MAX_METRICS):
             self._client.log_batch(self._id, metrics=metrics[first : first + MAX_METRICS])
 
-    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+    def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
+        """Send summary and files, and end."""
         if summary:
             self._client.log_dict(self._id, summary, "summary.json")
         for path in files:
@@ -89,7 +100,8 @@ class MLflowTracker(Tracker):
         self._client.set_terminated(self._id, STATES[status])
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(section: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield dotted names, in the characters that MLflow allows, and values."""
     for key, value in section.items():
         name = "".join(
             letter if letter.isalnum() or letter in "_-./ " else "_" for letter in f"{prefix}{key}"

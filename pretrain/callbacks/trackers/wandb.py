@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
 from pretrain.engine.monitor import ask_nothing
@@ -22,19 +22,22 @@ from pretrain.engine.monitor import ask_nothing
 if TYPE_CHECKING:
     from wandb import Run
 
-START_SECONDS, FAREWELL_SECONDS = 60.0, 2.0
+START_SECONDS = 60.0
+FAREWELL_SECONDS = 2.0
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 0, "failed": 1}
 
 
 class WandbTracker(Tracker):
-    """Files of its own lie in ``wandb/`` of the run's folder; it copies no code and no output of
-    the terminal.
+    """Keeps its files in ``wandb/`` of the run's folder.
+
+    It copies no code and no output of the terminal.
     """
 
     kind = "wandb"
     _run: Run
 
     def start(self, run: TrackedRun, run_id: str | None) -> str:
+        """Begin a run, or continue the one with this id."""
         import wandb
 
         ask_nothing()
@@ -47,7 +50,8 @@ class WandbTracker(Tracker):
             dir=str(run.folder),
             id=run_id,
             resume="allow",
-            reinit="create_new",  # another one of the process may belong to DeepSpeed's monitor
+            # Another run of this process may belong to DeepSpeed's monitor.
+            reinit="create_new",
             allow_val_change=True,
             settings=wandb.Settings(
                 silent=True,
@@ -59,16 +63,18 @@ class WandbTracker(Tracker):
                 init_timeout=START_SECONDS,
             ),
         )
-        # W&B's own step may not go back, as it must where a run resumes from a checkpoint: ours is
-        # a value like others, and the axis of all.
+        # W&B's step may not go back, but it must when a run resumes from a checkpoint. So the step
+        # is a value like others, and the axis of all.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         return self._run.id
 
     def log(self, events: Events, step: int) -> None:
+        """Send the values of one step."""
         self._run.log({"step": step, **dict(events)})
 
-    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+    def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
+        """Send summary and files, and end."""
         import wandb
 
         self._run.summary.update({**summary, "status": status})
@@ -82,14 +88,15 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=EXIT_CODES[status])
 
     def abandon(self) -> None:
-        """Ends W&B's own process: Python's end would wait for it while it tries to send. What is
-        left lies in ``wandb/``, for ``wandb sync``.
+        """End W&B's process: Python's end would wait for it while it tries to send.
+
+        What it has not sent is in ``wandb/``, for ``wandb sync``.
         """
-        farewell = threading.Thread(
-            target=_tear_down, daemon=True
-        )  # so that nothing of it is left for Python's end
+        # A tear-down here leaves nothing to do for W&B's hook at Python's end.
+        farewell = threading.Thread(target=_tear_down, daemon=True)
         farewell.start()
         farewell.join(FAREWELL_SECONDS)
+        # The tear-down may hang in the same request; then the process has to be killed.
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name().startswith("wandb"):

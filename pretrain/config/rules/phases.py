@@ -1,4 +1,4 @@
-"""Rules about a recipe's phases, one small function each."""
+"""Rules about a recipe's phases, one small function each, which raises ConfigError."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pretrain.core.errors import ConfigError
 
 
 def phases_have_names_of_their_own(recipe: Recipe) -> None:
+    """Two phases must not have one name."""
     names = [phase.name for phase in recipe.phases]
     for name in names:
         if names.count(name) > 1:
@@ -17,7 +18,9 @@ def phases_have_names_of_their_own(recipe: Recipe) -> None:
 
 
 def phases_fill_the_run(recipe: Recipe) -> None:
-    phases, total = recipe.phases, recipe.train.train_tokens
+    """Together the phases must take the tokens of the run."""
+    phases = recipe.phases
+    total = recipe.train.train_tokens
     if not phases:
         return
     for phase in phases[:-1]:
@@ -25,20 +28,22 @@ def phases_fill_the_run(recipe: Recipe) -> None:
             raise ConfigError(
                 f"phases.{phase.name}.tokens is missing: only the last phase may leave it out"
             )
-    given = sum(phase.tokens or 0 for phase in phases)
-    if phases[-1].tokens is None and given >= total:
+    # The last phase takes the rest of the run, which must not be empty.
+    phase_tokens = sum(phase.tokens or 0 for phase in phases)
+    if phases[-1].tokens is None and phase_tokens >= total:
         raise ConfigError(
-            f"phases before '{phases[-1].name}' take {given} tokens, and train.train_tokens is "
-            f"{total}: raise train.train_tokens, or shorten a phase"
+            f"phases before '{phases[-1].name}' take {phase_tokens} tokens, and "
+            f"train.train_tokens is {total}: raise train.train_tokens, or shorten a phase"
         )
-    if phases[-1].tokens is not None and given != total:
+    if phases[-1].tokens is not None and phase_tokens != total:
         raise ConfigError(
-            f"phases take {given} tokens together, but train.train_tokens is {total}: make them "
-            "equal, or leave the last one's out"
+            f"phases take {phase_tokens} tokens together, but train.train_tokens is {total}: "
+            "make them equal, or leave the last one's out"
         )
 
 
 def phase_lengths_divide(recipe: Recipe) -> None:
+    """The longest sequence must be a multiple of all others: they share blocks of its length."""
     lengths = {
         phase.name: phase.sequence_length or recipe.train.sequence_length for phase in recipe.phases
     }
@@ -52,12 +57,11 @@ def phase_lengths_divide(recipe: Recipe) -> None:
 
 
 def phase_positions_need_no_training(recipe: Recipe) -> None:
-    """Only what a rotary embedding is computed from may change: no parameter, and no distance
-    penalty.
-    """
+    """Phases may change how a rotary embedding is computed, but no parameter or penalty."""
     before = recipe.model.position
     for phase in recipe.phases:
-        if (now := phase.position) is None or now == before:
+        now = phase.position
+        if now is None or now == before:
             continue
         names = [position.kind for position in (before, now)]
         if not (before.rotary and now.rotary) or before.alibi != now.alibi:
@@ -66,6 +70,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
                 "only the base of a rotary embedding can change in a run, and rope can become "
                 "yarn or llama3"
             )
+        # The weights were trained with scaled angles, and plain RoPE would undo the scaling.
         if names[0] in ("yarn", "llama3") and names[1] != names[0]:
             raise ConfigError(
                 f"phases.{phase.name}.position takes {names[0]} away from the model: write kind: "
@@ -74,6 +79,7 @@ def phase_positions_need_no_training(recipe: Recipe) -> None:
 
 
 def phase_mixtures_are_shares(recipe: Recipe) -> None:
+    """A mixture of token counts is for a whole run."""
     changed = [phase for phase in recipe.phases if phase.mixture is not None]
     for phase in changed:
         if phase.mixture is not None and phase.mixture.total_tokens is not None:
@@ -89,6 +95,7 @@ def phase_mixtures_are_shares(recipe: Recipe) -> None:
 
 
 def phases_fit_a_stream(recipe: Recipe) -> None:
+    """A stream has one mixture and one shape of batches."""
     if not recipe.data.streaming:
         return
     for phase in recipe.phases:
@@ -101,10 +108,11 @@ def phases_fit_a_stream(recipe: Recipe) -> None:
 
 
 def weights_come_from_one_place(recipe: Recipe) -> None:
+    """A branch has weights already."""
     if recipe.branch_from is not None and recipe.initial_weights is not None:
         raise ConfigError(
-            "branch_from goes on with a whole run, initial_weights starts a new one: leave one of "
-            "them out"
+            "branch_from continues a whole run, initial_weights starts a new one: "
+            "leave one of them out"
         )
 
 
@@ -120,9 +128,10 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
 
 
 def phase_warnings(recipe: Recipe) -> list[str]:
-    """What phases may ask for and should know, a sentence each."""
+    """Return sentences about phases that can run, but may not do what their author expects."""
+    # slices > 1: the phase reads parts of packs that were made for a longer sequence.
     if recipe.data.packing.is_planned and any(
-        stage.slices > 1 for stage in Timeline(recipe).stages
+        stage.slices > 1 for stage in Timeline(recipe).phases
     ):
         return [
             "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter "

@@ -1,4 +1,4 @@
-"""Mixtures of experts that compute what they say, and learn less than one might think."""
+"""Warnings about mixtures of experts that run, and learn less than one might expect."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pretrain.model.config import ModelConfig
 
 
 def deaf_router(model: ModelConfig) -> str | None:
-    """Why the language loss has no gradient for what chooses the experts, and what to do.
+    """Return why the language loss has no gradient for the router, and what to do about it.
 
     None if it has one, or if there is one expert.
     """
@@ -17,7 +17,7 @@ def deaf_router(model: ModelConfig) -> str | None:
 
 
 def router_warnings(model: ModelConfig) -> list[str]:
-    """What is worth knowing before a mixture of experts is trained, a sentence each."""
+    """Return what is worth knowing before a mixture of experts is trained, a sentence each."""
     if model.moe is None or not model.routed_layers:
         return []
     deaf = deaf_router(model)

@@ -1,5 +1,6 @@
-"""Rules that cross a recipe's sections, one small function each, checked when a recipe is
-loaded.
+"""Rules that cross a recipe's sections, one small function each, which raises ConfigError.
+
+They are checked when a recipe is loaded. A rule that a section can check alone is in its schema.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pretrain.model.config import ModelConfig
 
 
 def heads_fit(recipe: Recipe) -> None:
+    """Sizes of heads must fit together."""
     recipe.model.attention.check("model.attention")
 
 
 def rotary_dim_is_even(recipe: Recipe) -> None:
+    """A rotary embedding must have pairs to rotate."""
     attention = recipe.model.attention
     size = attention.rotary_dim
     if recipe.model.position.rotary and size % 2:
@@ -32,8 +35,9 @@ def rotary_dim_is_even(recipe: Recipe) -> None:
 
 
 def kernel_computes_the_recipe(recipe: Recipe) -> None:
+    """The attention kernel must support all that the recipe asks for."""
     attention = recipe.model.attention
-    asked = KernelDemands(
+    demands = KernelDemands(
         sliding_window=attention.sliding_window is not None,
         sinks=attention.sinks,
         alibi=recipe.model.position.alibi,
@@ -43,8 +47,8 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         values_of_another_width=attention.value_dim != attention.score_dim,
         widest_head=attention.widest_head,
     )
-    if missing := kernel_section(attention.kernel).lacks(asked):
-        able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(asked))
+    if missing := kernel_section(attention.kernel).lacks(demands):
+        able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(demands))
         raise ConfigError(
             f"model.attention.kernel={attention.kernel} cannot compute {', '.join(missing)}: use "
             f"{able}"
@@ -52,8 +56,10 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
 
 
 def layers_have_their_sections(recipe: Recipe) -> None:
+    """Each kind of layer must have its section."""
     model = recipe.model
     moe_layers = model.moe_layers
+    # layer_pattern decides which layers are MoE, so only with it a section is missing.
     if moe_layers and model.moe is None:
         raise ConfigError(
             "model.layer_pattern asks for MoE layers, but there is no model.moe: add it, or use "
@@ -67,6 +73,7 @@ def layers_have_their_sections(recipe: Recipe) -> None:
 
 
 def sequence_fits_positions(recipe: Recipe) -> None:
+    """Sequences must not be longer than the model's positions."""
     if recipe.train.sequence_length > recipe.model.max_position_embeddings:
         raise ConfigError(
             f"train.sequence_length ({recipe.train.sequence_length}) is longer than "
@@ -76,7 +83,9 @@ def sequence_fits_positions(recipe: Recipe) -> None:
 
 
 def micro_batch_divides(recipe: Recipe) -> None:
+    """A step must consist of whole micro batches."""
     train = recipe.train
+    # Whether the ranks divide it too is known at the launch: see check_topology.
     if train.global_batch_size % train.micro_batch_size:
         raise ConfigError(
             f"train.global_batch_size ({train.global_batch_size}) is no multiple of "
@@ -85,12 +94,15 @@ def micro_batch_divides(recipe: Recipe) -> None:
 
 
 def options_of_experts_fit(recipe: Recipe) -> None:
+    """The fields of the MoE section must fit together."""
     if recipe.model.moe is not None:
         recipe.model.moe.check()
 
 
 def experts_divide(recipe: Recipe) -> None:
-    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    """Each of the ep_size ranks must have as many experts as the others."""
+    moe = recipe.model.moe
+    ep_size = recipe.parallel.ep_size
     if ep_size > 1 and not recipe.model.moe_layers:
         raise ConfigError(
             f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1"
@@ -102,7 +114,9 @@ def experts_divide(recipe: Recipe) -> None:
 
 
 def experts_go_with_dropout(recipe: Recipe) -> None:
-    moe, dropout = recipe.model.moe, recipe.model.dropout
+    """Dropout on expert outputs needs experts that form them."""
+    moe = recipe.model.moe
+    dropout = recipe.model.dropout
     if moe is not None and dropout.expert and not moe.forms_expert_outputs:
         raise ConfigError(
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, "
@@ -112,7 +126,9 @@ def experts_go_with_dropout(recipe: Recipe) -> None:
 
 
 def optimizer_trains_tables(recipe: Recipe) -> None:
-    moe, optimizer = recipe.model.moe, recipe.optimizer
+    """Tables of experts need an optimizer that updates single rows."""
+    moe = recipe.model.moe
+    optimizer = recipe.optimizer
     if moe is None or not recipe.model.moe_layers or not moe.has_tables:
         return
     if optimizer.sparse_optimizer is None:
@@ -123,10 +139,10 @@ def optimizer_trains_tables(recipe: Recipe) -> None:
 
 
 def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
-    """An update of two halves is not that of the whole, if it depends on the matrix and not on
-    elements.
-    """
-    model, routing = recipe.model, recipe.model.routing
+    """An optimizer like Muon, whose update depends on the whole matrix, must not get halves."""
+    model = recipe.model
+    routing = recipe.model.routing
+    # Newton-Schulz of two halves is not that of the whole; elementwise optimizers do not care.
     if routing is None or not recipe.optimizer.needs_whole_matrices:
         return
     if not routing.keeps_matrices_whole(model.feed_forward.parameter_names):
@@ -139,6 +155,7 @@ def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
 
 
 def warmup_fits(recipe: Recipe) -> None:
+    """The warm-up must end within the run."""
     num_steps = Timeline(recipe).num_steps
     if recipe.schedule.warmup_steps > num_steps:
         raise ConfigError(
@@ -148,7 +165,9 @@ def warmup_fits(recipe: Recipe) -> None:
 
 
 def evaluations_meet_checkpoints(recipe: Recipe) -> None:
-    evaluation, saved = recipe.evaluation, recipe.checkpoint.interval_steps
+    """An evaluation needs a checkpoint at its step, and something to do."""
+    evaluation = recipe.evaluation
+    saved = recipe.checkpoint.interval_steps
     if evaluation is None:
         return
     if evaluation.interval_steps is not None and evaluation.interval_steps % saved:
@@ -165,6 +184,7 @@ def evaluations_meet_checkpoints(recipe: Recipe) -> None:
 
 
 def token_budget_fills_the_run(recipe: Recipe) -> None:
+    """The tokens of a mixture must be those of the run."""
     total = recipe.data.mixture.total_tokens
     if total is not None and total != recipe.train.train_tokens:
         raise ConfigError(
@@ -174,10 +194,12 @@ def token_budget_fills_the_run(recipe: Recipe) -> None:
 
 
 def streams_are_read_once(recipe: Recipe) -> None:
+    """A stream must not need what only shards can do, such as reading twice."""
     data = recipe.data
     if not data.streaming:
         return
     cleaning = data.cleaning
+    # What needs a count of documents, a second pass, or a document's position in a finished file.
     refused = {
         "data.corpora": data.corpora is not None,
         "data.packing.kind=best_fit": data.packing.is_planned,
@@ -190,12 +212,13 @@ def streams_are_read_once(recipe: Recipe) -> None:
             not source.can_be_read_again for source in data.named_sources.values()
         ),
     }
-    for what, given in refused.items():
-        if given:
+    for what, is_used in refused.items():
+        if is_used:
             raise ConfigError(
                 f"data.streaming reads documents one by one and does not go with {what}: leave it "
                 "out, or build shards"
             )
+    # Shards know how many tokens each source has; a stream learns it at its end.
     if len(data.named_sources) > 1 and not data.mixture.shares_are_given:
         raise ConfigError(
             "data.streaming does not know how large its sources are: give their shares with "
@@ -204,6 +227,7 @@ def streams_are_read_once(recipe: Recipe) -> None:
 
 
 def phases_can_run(recipe: Recipe) -> None:
+    """The rules about sizes must hold in each phase too."""
     for phase in recipe.phases:
         now = recipe_in_phase(recipe, phase)
         for rule in (
@@ -218,6 +242,7 @@ def phases_can_run(recipe: Recipe) -> None:
                 raise ConfigError(f"phases.{phase.name}: {error}") from None
 
 
+# In this order: a later rule may rely on the earlier ones, such as on whole phases.
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_fit,
     rotary_dim_is_even,
@@ -242,31 +267,35 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises :class:`ConfigError` with one sentence for the first rule that does not hold."""
+    """Raise :class:`ConfigError` with one sentence for the first rule that does not hold."""
     for rule in RULES:
         rule(recipe)
 
 
 def warnings_about(recipe: Recipe) -> list[str]:
-    """What a recipe may ask for and should know, a sentence each."""
+    """Return sentences about a recipe that can run, but may not do what its author expects."""
     return phase_warnings(recipe) + router_warnings(recipe.model)
 
 
 def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
-    """Checks what depends on the launch, in every phase, and returns the gradient accumulation
-    steps outside of phases.
+    """Check what depends on the launch, in every phase.
+
+    Returns:
+        The gradient accumulation steps outside of phases.
 
     Raises:
-        ConfigError: where this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the
+        ConfigError: if this recipe cannot run on ``world_size`` ranks with ``zero_stage``; the
             sentence says what to change.
     """
-    ep_size, train = recipe.parallel.ep_size, recipe.train
+    ep_size = recipe.parallel.ep_size
+    train = recipe.train
     if world_size % ep_size:
         raise ConfigError(
             f"parallel.ep_size ({ep_size}) does not divide the number of ranks ({world_size}): "
             f"start a multiple of {ep_size} ranks, or pass --set "
             f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
+    # ZeRO 3 shards experts over all ranks, not only over those of one expert-parallel group.
     moe = recipe.model.moe
     if moe is not None and recipe.model.moe_layers:
         shards = expert_shards(recipe, world_size, zero_stage)
@@ -303,12 +332,14 @@ def _accumulation(train: TrainConfig, world_size: int, where: str = "") -> int:
 
 
 def expert_shards(recipe: Recipe, world_size: int, zero_stage: int) -> int:
-    """Ranks that share one set of experts."""
-    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    """Return the ranks that share one set of experts."""
+    moe = recipe.model.moe
+    ep_size = recipe.parallel.ep_size
     return ep_size if moe is None else moe.expert_shards(ep_size, world_size, zero_stage)
 
 
 def _largest_divisor(world_size: int, model: ModelConfig) -> int:
+    """Return the largest ep_size that divides ranks and experts."""
     return max(
         size
         for size in range(1, world_size + 1)

@@ -1,4 +1,4 @@
-"""Rules about muP: its base widths, and what it has learning rates for."""
+"""Rules about muP (Yang et al. 2022): its base widths, and what it has learning rates for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pretrain.optim.config import Optimizer
 
 
 def base_fits_the_model(recipe: Recipe) -> None:
-    """Checks that the base has the model's widths and no others, and that its sizes go together."""
-    model, given = recipe.model, recipe.model.initialization.base_widths
-    if given is None:
+    """The base must have the model's widths and no others, and its sizes must fit together."""
+    model = recipe.model
+    base_widths = model.initialization.base_widths
+    if base_widths is None:
         return
-    sizes, base = widths(model), given.model_dump(exclude_none=True)
+    sizes = widths(model)
+    base = base_widths.model_dump(exclude_none=True)
+    # The dense width of a model whose layers are all MoE is read by no layer.
     used = dict(sizes)
     if len(model.moe_layers) == model.num_hidden_layers:
         used.pop("intermediate_size", None)
@@ -28,14 +31,13 @@ def base_fits_the_model(recipe: Recipe) -> None:
             f"model.initialization.base.{unknown[0]} is given, but the model has no {unknown[0]}: "
             "leave it out"
         )
-    base_model(model, given).attention.check("model.initialization.base")
+    base_model(model, base_widths).attention.check("model.initialization.base")
 
 
 def mup_knows_the_parts(recipe: Recipe) -> None:
-    """Checks that muP has learning rates for the experts and the optimizer, and a norm to scale
-    logits.
-    """
-    model, optimizer = recipe.model, recipe.optimizer
+    """MuP needs learning rates for experts and optimizer, and a norm that scales logits."""
+    model = recipe.model
+    optimizer = recipe.optimizer
     if model.initialization.base_widths is None:
         return
     if model.moe is not None and model.moe_layers and not model.moe.scales_with_width:
@@ -55,6 +57,7 @@ def mup_knows_the_parts(recipe: Recipe) -> None:
             f"optimizer.kind={optimizer.kind}: use {' or '.join(able)}, or "
             "model.initialization.kind=standard"
         )
+    # A head that is shared or factorised has no scale, so the final norm has to scale the logits.
     shared = "tie_word_embeddings" if model.tie_word_embeddings else None
     if shared is None and model.embedding_size:
         shared = "embedding_size"

@@ -20,6 +20,7 @@ from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.split import SplitName
 from pretrain.checkpoint.layout import read_run_recipe, read_state
+from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.weights import load_model
 from pretrain.checkpoint.weights_only import is_weights_alone
 from pretrain.config.loader_plan import loader_plan
@@ -438,7 +439,7 @@ def _score_baseline(
 
 
 def fit_on_seen_samples(
-    datasets: Datasets, recipe: Recipe, state: Mapping[str, Any], order: int = 2
+    datasets: Datasets, recipe: Recipe, state: CheckpointState, order: int = 2
 ) -> tuple[NGram, int]:
     """An n-gram fitted on the training samples that a checkpoint has seen, and their number.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.callbacks import evaluation
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import Summary
 from pretrain.callbacks.evaluation import ContinuousEvaluation
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import only_writer
@@ -53,7 +53,7 @@ def test_a_run_that_is_killed_at_its_end_has_its_summary_and_makes_up_for_the_re
 ) -> None:
     class Killed(BaseException): ...
 
-    def kill(self: ContinuousEvaluation, summary: Row) -> None:
+    def kill(self: ContinuousEvaluation, summary: Summary) -> None:
         raise Killed
 
     (tool := finished / "tool.py").write_text("print('evaluated')")

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.analysis.expert_usage import UsageWindow, load_map, usage_columns
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import MetricsRecord
 from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
 from pretrain.callbacks.events import events_of
 from pretrain.callbacks.expert_usage import ExpertUsage
@@ -111,7 +111,9 @@ def test_metrics_jsonl_still_has_the_load_of_every_expert(run: Path) -> None:
             assert [len(layer["expert_load"]) for layer in row["layers"]] == [4, 4]
 
 
-def synthetic(num_layers: int, num_experts: int) -> tuple[Row, Row, UsageWindow]:
+def synthetic(
+    num_layers: int, num_experts: int
+) -> tuple[MetricsRecord, MetricsRecord, UsageWindow]:
     """A record of training, one of usage and their window, for a model of any size."""
     counts_LE = np.random.default_rng(0).integers(1, 1000, (num_layers, num_experts))
     counts_LE[-1, :2] = 0
@@ -137,9 +139,9 @@ def shown(folder: Path, num_layers: int, num_experts: int) -> dict[str, Any]:
     )
     for callback in callbacks:
         callback.on_start(0, 100)
-        callback.on_row(train)
+        callback.on_record(train)
         callback.on_usage(window)
-        callback.on_row(usage)
+        callback.on_record(usage)
     assert monitor.summary_writer is not None
     monitor.summary_writer.flush()
     tags: dict[str, Any] = read(folder / "tensorboard").Tags()

@@ -151,7 +151,7 @@ def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
     resumed = Run(recipe, case["zero"], folder)
     if "sabotage" in case:
         sabotage(resumed, case["sabotage"])
-    state = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
+    loaded = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
     result = {
         "name": case["name"],
         "validation": validation,
@@ -159,7 +159,7 @@ def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
     }
     result |= {
         "curve": curve,
-        "resumed_at": state["step"],
+        "resumed_at": loaded.state["step"],
         "resumed": resumed.train(STEPS - SAVED_AT),
         "damage": damage(checkpoint),
     }

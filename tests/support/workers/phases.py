@@ -60,7 +60,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         assert engine._frozen is not None
         engine._frozen.masters_of = lambda _: None
     results, moved, validations, norms = [], {}, [], []
-    for stage in Timeline(recipe).stages:
+    for stage in Timeline(recipe).phases:
         engine.enter(stage)
         if case.get("sabotage") == "gradients_kept":
             assert isinstance(engine._frozen, FrozenParameters)

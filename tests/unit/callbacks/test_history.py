@@ -124,7 +124,7 @@ def test_the_best_starts_anew_where_losses_do_not_compare() -> None:
         validation(step, loss)
         for step, loss in ((5, 3.0), (20, 1.0), (21, 2.0), (22, 1.5), (23, 1.75))
     ]
-    assert lengths.stages[0].end_step == 20
+    assert lengths.phases[0].end_step == 20
     assert history_of(losses, validates=True, timeline=lengths).content()["best"]["step"] == 22
     assert history_of(losses, validates=True, timeline=PLAIN).content()["best"]["step"] == 20
     fewer = [validation(5, 1.0), validation(10, 2.0, targets=32), validation(15, 1.5, targets=32)]
@@ -140,7 +140,7 @@ def test_a_rollback_leaves_no_entry_of_a_step_that_is_taken_again(tmp_path: Path
     def tell(*rows: dict[str, Any]) -> dict[str, Any]:
         for row in rows:
             for callback in files:
-                callback.on_row(row)
+                callback.on_record(row)
         content: dict[str, Any] = json.loads((tmp_path / HISTORY).read_text())
         return content
 
@@ -184,7 +184,7 @@ def test_a_resumed_run_writes_the_history_of_one_that_never_stopped(
     callback = TrainingHistory(tmp_path, validates=True, timeline=PLAIN)
     callback.on_start(step, 5)
     for row in ROWS[len(kept) :]:
-        callback.on_row(row)
+        callback.on_record(row)
     if len(kept) < len(ROWS):
         assert (
             json.loads((tmp_path / HISTORY).read_text())

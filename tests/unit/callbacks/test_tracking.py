@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.callbacks import tracking
-from pretrain.callbacks.base import Row
+from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
 from pretrain.callbacks.trackers.comet import CometTracker
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker, Tracking
@@ -34,7 +34,7 @@ class Remembering(Tracker):
 
     def log(self, events: Events, step: int) -> None: ...
 
-    def finish(self, status: Status, summary: Row, files: Sequence[Path]) -> None:
+    def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
         self.statuses.append(status)
         self.may_end.wait(30)
 

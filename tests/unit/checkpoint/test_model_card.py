@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from pretrain.checkpoint.model_card import LIMITS, NO_LICENSE, model_card
+from pretrain.checkpoint.state import CheckpointState
 from pretrain.config.load import load_recipe
 
-STATE: dict[str, Any] = {
+STATE: CheckpointState = {
     "step": 30,
     "consumed_tokens": 7680,
     "epoch": 0.31,
@@ -75,13 +76,13 @@ def test_it_says_what_the_weights_started_from() -> None:
         front_matter(card)["base_model"] == "allenai/OLMoE-1B-7B-0924"
         and "\n| initial weights | /models/olmoe |\n" in card
     )
-    assert "\n| goes on from | runs/trunk/checkpoints/step_9 |\n" in model_card(
+    assert "\n| continues from | runs/trunk/checkpoints/step_9 |\n" in model_card(
         load_recipe("debug", ["branch_from=runs/trunk/checkpoints/step_9"]), STATE
     )
     card = model_card(load_recipe("debug"), STATE)
     assert (
         "base_model" not in front_matter(card)
-        and "goes on from" not in card
+        and "continues from" not in card
         and "initial weights" not in card
     )
 

@@ -168,7 +168,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "a file of another topology lies beside": (
         (),
         with_a_file_of_one_rank,
-        "expert files of 1 and of 2 ranks beside each other .weights-experts-00000-of-00001",
+        "expert files of 1 and of 2 ranks .weights-experts-00000-of-00001",
     ),
     "a share is short": (
         (),
@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
             lambda tensors: tensors.update({EXPERT_2: load_file(folder / SHARD)[EXPERT_2]}),
         ),
         (
-            f"'{EXPERT_2}' stands in weights-dense.safetensors,"
+            f"'{EXPERT_2}' is in weights-dense.safetensors,"
             " weights-experts-00000-of-00001.safetensors, and belongs into one"
         ),
     ),

@@ -127,7 +127,7 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
         ("=3", ["--set =3", "section.field=value"]),
         (
             "model.moe={kind: dropless, kind: deepspeed}",
-            ["--set model.moe=", "'kind' stands twice"],
+            ["--set model.moe=", "'kind' is there twice"],
         ),
         ("model.moe=[1", ["--set model.moe=[1", "not valid YAML"]),
     ],
@@ -148,7 +148,8 @@ def test_duplicate_keys_in_a_file_are_refused_at_any_depth(tmp_path: Path) -> No
         .replace("  hidden_size: 32\n", "  hidden_size: 32\n  hidden_size: 64\n")
     )
     with pytest.raises(
-        ConfigError, match=r"mine\.yaml is not valid YAML: the key 'hidden_size' stands twice.*line"
+        ConfigError,
+        match=r"mine\.yaml is not valid YAML: the key 'hidden_size' is there twice.*line",
     ):
         load_recipe(recipe_file(tmp_path, text))
 

@@ -118,7 +118,7 @@ BROKEN = {
     ),
     "the schema/entry": (
         [TWO, "phases.2.name=c"],
-        ["'2' stands for an entry of a list", "from 0 to 1"],
+        ["'2' is an entry of a list", "from 0 to 1"],
         None,
     ),
 }
@@ -168,7 +168,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def test_stages_follow_each_other_and_hold_what_their_phase_asks_for(recipe: Recipe) -> None:
     timeline = Timeline(recipe)
     step = tokens = block = 0
-    for stage, phase in zip(timeline.stages, recipe.phases, strict=True):
+    for stage, phase in zip(timeline.phases, recipe.phases, strict=True):
         train = stage.recipe.train
         assert (stage.first_step, stage.first_tokens, stage.first_block) == (step, tokens, block)
         assert (train.sequence_length, train.global_batch_size) == (
@@ -191,7 +191,7 @@ def test_stages_follow_each_other_and_hold_what_their_phase_asks_for(recipe: Rec
         timeline.at(step).recipe.train.tokens_per_step for step in range(timeline.num_steps)
     ]
     assert [step for step in range(timeline.num_steps + 1) if timeline.ends_phase(step)] == [
-        stage.end_step for stage in timeline.stages[:-1]
+        stage.end_step for stage in timeline.phases[:-1]
     ]
 
 
@@ -209,8 +209,8 @@ def test_a_run_without_phases_and_one_phase_of_everything_are_the_same_steps(
         plain.num_tokens
     ] * 2
     assert (
-        plain.stages[0].recipe.phases == []
-        and plain.stages[0].name == ""
+        plain.phases[0].recipe.phases == []
+        and plain.phases[0].name == ""
         and plain.block_tokens == 64
     )
 

@@ -72,8 +72,8 @@ def test_tensorboard_shows_each_step_once_behind_a_rollback_and_a_resume(tmp_pat
         callback.on_rollback(start)
         for step in range(start + 10, stop + 1, 10):
             monitor.write_events([("Train/Samples/lr", value, 8 * step)])
-            callback.on_row({"kind": "train", "step": step, "loss": value})
-            callback.on_row({"kind": "validation", "step": step, "validation_loss": value})
+            callback.on_record({"kind": "train", "step": step, "loss": value})
+            callback.on_record({"kind": "validation", "step": step, "validation_loss": value})
 
     first = Monitor(section, writes=True, samples=lambda: 0)
     train(first, 0, 50, 1.0)

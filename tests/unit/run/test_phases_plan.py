@@ -15,7 +15,7 @@ from pretrain.config.load import load_recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError
-from pretrain.run.folder import past_difference
+from pretrain.run.same_run import past_difference
 from pretrain.train import main
 
 
@@ -83,7 +83,7 @@ def test_a_plain_run_has_no_phases(plan: Any) -> None:
 
 def test_the_shipped_branch_starts_at_a_checkpoint_that_its_trunk_keeps() -> None:
     trunk, branch = load_recipe("quickstart_wsd"), load_recipe("quickstart_wsd_decay")
-    start, decay = Timeline(branch).stages
+    start, decay = Timeline(branch).phases
     step = int((branch.branch_from or "").rpartition("step_")[2])
     assert branch.branch_from == f"{trunk.output_path}/checkpoints/step_{step}"
     assert (
@@ -117,7 +117,7 @@ def test_every_phase_has_to_fit_the_ranks() -> None:
 def test_the_progress_bar_names_the_phase() -> None:
     bar = ProgressBar()
     bar.on_start(0, 2)
-    bar.on_row(
+    bar.on_record(
         {
             "kind": "train",
             "step": 1,

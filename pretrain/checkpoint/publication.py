@@ -1,0 +1,180 @@
+"""How a checkpoint appears whole, and how an old one goes: temporary names, fsync, one rename.
+
+A process may be killed, or a machine lose power, between any two statements here. What has its
+final name is complete at all times.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pretrain.checkpoint import layout
+from pretrain.core.errors import StorageError
+from pretrain.core.files import fsync_path
+from pretrain.engine.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+# A new checkpoint needs as much space as the newest one, and a little for what has grown.
+SPACE_MARGIN = 1.1
+
+
+def first_fault(folder: Path, topology: Topology) -> str | None:
+    """Return what is wrong with a checkpoint, the same on every rank; None if it is whole.
+
+    The ranks share the hashing. Every rank must call it.
+    """
+    found = topology.all_gather(layout.damage(folder, topology.rank, topology.world_size))
+    return next((fault for fault in found if fault), None)
+
+
+class CheckpointFolder:
+    """The folder of a run's checkpoints, on storage that all ranks share."""
+
+    def __init__(self, path: Path, topology: Topology) -> None:
+        self.path = path
+        self.topology = topology
+
+    def prepare(self, target: Path) -> Path:
+        """Make an empty temporary folder for ``target``, after a look at the free space.
+
+        Every rank must call it, and gets the folder.
+
+        Raises:
+            StorageError: if it cannot be made or the disk is too full; on every rank.
+        """
+        temporary = target.with_name(f".{target.name}.tmp")
+        problem = ""
+        if self.topology.is_main:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                problem = self._shortage()
+            except OSError as error:
+                problem = f"cannot make {temporary}: {error.strerror}"
+        # Also the barrier behind which the others may write into the folder.
+        problem = self.topology.all_gather(problem)[0]
+        if problem:
+            if self.topology.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise StorageError(
+                f"{problem}; free space or set another run_path, then run the same command"
+            )
+        return temporary
+
+    def _shortage(self) -> str:
+        """Return a sentence if the disk is too full for a checkpoint like the newest one."""
+        existing = layout.complete_checkpoints(self.path)
+        if not existing:
+            return ""
+        newest_bytes = sum(path.stat().st_size for path in layout.payload_files(existing[0]))
+        needed = int(SPACE_MARGIN * newest_bytes)
+        free = shutil.disk_usage(self.path).free
+        if free >= needed:
+            return ""
+        return (
+            f"disk full: a checkpoint needs {needed / 1e6:.0f} MB, "
+            f"{self.path} has {free / 1e6:.0f} MB"
+        )
+
+    def publish(self, temporary: Path, target: Path) -> None:
+        """Sync all files, write the manifest, give the folder its name, move ``latest``.
+
+        The ranks share hashing and syncing. Every rank must call it.
+        """
+        topology = self.topology
+        entries: dict[str, layout.FileEntry] = {}
+        # Every rank lists the same files in the same order, and takes each world_size-th of them.
+        for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
+            fsync_path(path)
+            entries[path.relative_to(temporary).as_posix()] = layout.file_entry(path)
+        shares = topology.all_gather(entries)
+        if not topology.is_main:
+            return
+        files = {name: entry for share in shares for name, entry in sorted(share.items())}
+        manifest = layout.write_manifest(temporary, files)
+        # The content and the names inside every folder must be on disk before the rename is: a
+        # file system may write the rename first.
+        folders = [child for child in temporary.iterdir() if child.is_dir()]
+        for path in (manifest, *folders, temporary):
+            fsync_path(path)
+        # A folder that is not empty cannot be replaced. It is there if the run began before a
+        # damaged checkpoint of the same step.
+        if target.exists():
+            self._set_aside(target)
+        os.replace(temporary, target)
+        layout.write_pointer(self.path, target.name)
+
+    def point(self, steps: Mapping[str, int]) -> None:
+        """Write the pointers to checkpoints that are there, and remove all others but ``latest``.
+
+        Args:
+            steps: by the pointer's name.
+        """
+        wanted = {
+            name: layout.step_folder(self.path, step).name
+            for name, step in steps.items()
+            if layout.step_folder(self.path, step).is_dir()
+        }
+        for name, target in layout.pointers(self.path).items():
+            if name != layout.LATEST and name not in wanted:
+                (self.path / name).unlink()
+            elif wanted.get(name) == target:
+                del wanted[name]
+        for name, target in wanted.items():
+            layout.write_pointer(self.path, target, name)
+
+    def remove_old(self, step: int, keep_last: int, protected: Collection[int]) -> None:
+        """Remove what need not be kept after a save at ``step``.
+
+        Checkpoints of later steps were damaged when the run began: they are removed too, and do not
+        count among the ``keep_last`` newest ones.
+
+        Args:
+            protected: steps whose checkpoints stay.
+        """
+        folders = layout.complete_checkpoints(self.path)
+        later = [folder for folder in folders if layout.step_of(folder) > step]
+        for folder in later:
+            logger.warning(
+                "removed %s: the run began before it, and has saved step %d", folder, step
+            )
+        old = folders[len(later) + keep_last :]
+        for folder in [*later, *old]:
+            if folder in later or layout.step_of(folder) not in protected:
+                self._set_aside(folder)
+        self._clear()
+
+    def remove_from(self, step: int, kept: Path) -> None:
+        """Remove the checkpoints of ``step`` and later ones, because the run goes back to ``kept``.
+
+        ``latest`` moves first, so that it names a complete checkpoint at all times.
+        """
+        if kept.parent == self.path:
+            layout.write_pointer(self.path, kept.name)
+        for folder in layout.complete_checkpoints(self.path):
+            if layout.step_of(folder) >= step:
+                logger.warning("removed %s: the run goes back to %s", folder, kept)
+                self._set_aside(folder)
+        for name, target in layout.pointers(self.path).items():
+            if not (self.path / target).is_dir():
+                (self.path / name).unlink()
+        self._clear()
+
+    def _set_aside(self, folder: Path) -> None:
+        """Give a checkpoint that goes a temporary name.
+
+        A kill while its files are removed then leaves no torn folder under a final name.
+        """
+        aside = folder.with_name(f".{folder.name}.removed.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+
+    def _clear(self) -> None:
+        """Remove what has a temporary name, also what an earlier process left behind."""
+        for torn in self.path.glob(".step_*.tmp"):
+            shutil.rmtree(torn, ignore_errors=True)

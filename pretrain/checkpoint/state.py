@@ -1,0 +1,90 @@
+"""What a checkpoint says of its run: ``state.json``, and each rank's part of ``random/``.
+
+The classes are the files' shape and decode to plain dictionaries. A file of an earlier version, or
+one of weights without a run, lacks keys: so none but ``step`` may be taken for granted.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from pretrain.core.files import JsonObject
+
+
+class Fingerprint(TypedDict):
+    """What must be the same for a checkpoint to be resumed; the loader compares the data itself."""
+
+    tokenizer_sha256: str
+    world_size: int
+    ep_size: int
+    zero_stage: int
+
+
+class ParameterCounts(TypedDict):
+    """Parameters of the model, and those that one token uses."""
+
+    total: int
+    active: int
+
+
+class SourceFacts(TypedDict):
+    """A source of the training split; ``share`` is of its tokens."""
+
+    kind: str
+    documents: int
+    tokens: int
+    share: float
+
+
+class CardFacts(TypedDict):
+    """What a model card says in addition to recipe and progress."""
+
+    parameters: ParameterCounts
+    sources: dict[str, SourceFacts]
+
+
+class CheckpointState(TypedDict):
+    """The content of ``state.json``.
+
+    Attributes:
+        step: optimizer steps that are done.
+        consumed_tokens: of these steps.
+        epoch: passes over the training split; None if that is not known.
+        validation_loss: the newest one, nats a token, which was measured after
+            ``validation_step`` over ``validation_targets`` tokens.
+        phase: the name of the last step's phase; None in a run without phases.
+        progress: :class:`pretrain.guards.progress.Progress`.
+        data: where the loader is; empty for weights without a run.
+        guards: what the guards remember.
+    """
+
+    step: int
+    consumed_tokens: NotRequired[int]
+    epoch: NotRequired[float | None]
+    validation_loss: NotRequired[float | None]
+    validation_step: NotRequired[int | None]
+    validation_targets: NotRequired[int | None]
+    phase: NotRequired[str | None]
+    progress: NotRequired[JsonObject]
+    data: NotRequired[JsonObject]
+    guards: NotRequired[JsonObject]
+    # Fingerprint
+    tokenizer_sha256: NotRequired[str | None]
+    world_size: NotRequired[int]
+    ep_size: NotRequired[int]
+    zero_stage: NotRequired[int]
+    # CardFacts
+    parameters: NotRequired[ParameterCounts]
+    sources: NotRequired[dict[str, SourceFacts]]
+
+
+class RankState(TypedDict, total=False):
+    """What one rank saves for itself, of plain types and tensors.
+
+    Attributes:
+        pending: steps that are in no metrics record yet.
+        row_seconds: the training time of these steps.
+    """
+
+    pending: list[JsonObject]
+    row_seconds: float
