@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict
 
 from pretrain.core.files import JsonObject
+from pretrain.engine.pending import SavedStep
 
 
 class Fingerprint(TypedDict):
@@ -86,5 +87,5 @@ class RankState(TypedDict, total=False):
         row_seconds: the training time of these steps.
     """
 
-    pending: list[JsonObject]
+    pending: list[SavedStep]
     row_seconds: float
