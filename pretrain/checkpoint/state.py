@@ -68,12 +68,12 @@ class CheckpointState(TypedDict):
     progress: NotRequired[JsonObject]
     data: NotRequired[JsonObject]
     guards: NotRequired[JsonObject]
-    # Fingerprint
+    # Of the fingerprint; a TypedDict cannot inherit keys as optional ones.
     tokenizer_sha256: NotRequired[str | None]
     world_size: NotRequired[int]
     ep_size: NotRequired[int]
     zero_stage: NotRequired[int]
-    # CardFacts
+    # Of the card's facts.
     parameters: NotRequired[ParameterCounts]
     sources: NotRequired[dict[str, SourceFacts]]
 
@@ -87,4 +87,5 @@ class RankState(TypedDict, total=False):
     """
 
     pending: list[JsonObject]
+    # The name in the files; a record was once called a row.
     row_seconds: float
