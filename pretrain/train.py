@@ -33,7 +33,6 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
     """Train a recipe to its end, or until a signal asks to stop, and return the exit code."""
     resolved = build.resolve_run(recipe, ds_config, options.ds_config)
     topology = resolved.topology
-    # --fresh deletes here, before anything of the new run is written.
     with owned_folder(resolved.recipe, topology.is_main, options.fresh, options.overwrite):
         build.pack_data(resolved)
         log_to_file(resolved.folder, topology.rank)

@@ -39,6 +39,7 @@ class ModelCard(Callback):
     def on_end(self, summary: Summary) -> None:
         """Write README.md."""
         steps = pointers(self.checkpoints)
+        # Of the newest checkpoint, which is the one that a user would share.
         state = read_state(self.checkpoints / steps[LATEST])
         card = model_card(self.recipe, state, newest_evaluation(self.folder, state["step"]))
         lines = table(

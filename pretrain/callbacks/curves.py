@@ -125,6 +125,7 @@ def _draw(axes: Axes, panel: Panel, train: Sequence[MetricsRecord]) -> None:
         alpha=0.35 if panel.smoothed else 1.0,
         label="train" if panel.smoothed else None,
     )
+    # The raw values stay visible behind the smoothed ones: a spike must not be averaged away.
     if panel.smoothed and points:
         smooth = moving_average(values, max(1.0, HALF_LIFE_SHARE * len(values)))
         axes.plot(tokens, smooth, color="tab:blue", linewidth=1.4, label="train, smoothed")

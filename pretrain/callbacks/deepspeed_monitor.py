@@ -23,4 +23,5 @@ class DeepSpeedMonitor(Callback):
 
     def on_record(self, record: MetricsRecord) -> None:
         """Write a record's values."""
+        # The monitor translates the step: some of its services count samples.
         self.monitor.write_record(events_of(record), record["step"])

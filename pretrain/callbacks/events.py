@@ -42,6 +42,7 @@ def events_of(record: MetricsRecord) -> Events:
         and name != "step"
         and (kind == "train" or name not in NO_CARD)
     ]
+    # Per-layer values would be a card for each layer of each column.
     layers: list[JsonObject] = record.get("layers", [])
     if not layers:
         return events

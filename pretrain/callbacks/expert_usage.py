@@ -39,6 +39,7 @@ def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
     """
     from matplotlib import colormaps  # slow to import, and only rank 0 draws
 
+    # NaN marks a place without an expert, such as a dense layer.
     shades = np.ma.masked_invalid(log_load(loads) / math.log2(1.0 + hot_factor))
     colours = colormaps["viridis"](shades, bytes=True)[..., :3]
     # How often a load is repeated in each direction, so that one expert is more than one pixel.

@@ -137,6 +137,7 @@ class History:
 
     def _compares(self, one: HistoryEntry, other: HistoryEntry) -> bool:
         """Whether the validation losses of two entries are of the same data."""
+        # Longer windows have more context for each token, and so a lower loss.
         lengths = {
             self.timeline.at(entry.step - 1).recipe.train.sequence_length for entry in (one, other)
         }

@@ -54,6 +54,7 @@ class ProgressBar(Callback):
     def on_rollback(self, step: int) -> None:
         """Move back to ``step``."""
         assert self.bar is not None
+        # tqdm has no way back, except to set its count.
         self.bar.n = step
         self.bar.refresh()
 

@@ -89,6 +89,7 @@ class Comparison:
 
 def compare(stored: Mapping[str, Shape], model: ModelConfig) -> Comparison:
     """Compare the shapes of a checkpoint's tensors with those of ``model``; names are sorted."""
+    # Shapes of the whole model, with the experts of all ranks.
     dense, experts = tensor_shapes(model)
     shapes = dense | experts
     shared = sorted(shapes.keys() & stored.keys())
@@ -158,6 +159,7 @@ def check_same_function(models: Sequence[ModelConfig], places: Sequence[str]) ->
         CheckpointError: naming every field in which another one differs from the first, both
             values, and both places.
     """
+    # Fields that only training reads may differ: a mean of dropout 0 and 0.1 is a model.
     for model, place in zip(models[1:], places[1:], strict=True):
         found = [one for one in differences(models[0], model) if one.effect is not Effect.NONE]
         if found:

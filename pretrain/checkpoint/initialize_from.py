@@ -103,6 +103,7 @@ def starting_point(
     # First the meaning: weights that fit by shape and compute something else are the worse mistake.
     if model is not None:
         _check_meaning(model, recipe.model, found, where)
+    # A start from nothing that fits would be a start from random weights in silence.
     if not found.loaded or not (found.is_whole or recipe.initial_weights_partial):
         raise CheckpointError(found.first_fault(where))
     return StartingPoint(where, folder, stored, found, _notes(model, recipe.model, where))
@@ -209,6 +210,7 @@ def fill(
         names: of the stored tensors that are copied.
     """
     total = model.config.total_experts
+    # Balancing biases are buffers, and belong to the weights; rotary angles do not.
     persistent = model.state_dict(keep_vars=True).keys()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         stored_name = global_name(name, part * (total // parts), model.config)

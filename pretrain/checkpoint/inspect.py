@@ -122,6 +122,7 @@ def inspect_checkpoint(folder: Path, verify: bool = False) -> JsonObject:
     recipe = read_recipe(folder)
     state = read_state(folder)
     files = file_table(folder, verify)
+    # Only headers; expert_table reads tensors, one layer at a time.
     stored = StoredWeights(folder)
     return {
         "checkpoint": str(folder),

@@ -123,6 +123,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def _pointed(pointer: Path) -> Path:
     """Return the folder that a pointer names."""
+    # Any file may be given for a pointer: neither its size nor its encoding is certain.
     name = ""
     if pointer.stat().st_size < LARGEST_POINTER_BYTES:
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -184,6 +185,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def write_manifest(folder: Path, files: Mapping[str, FileEntry]) -> Path:
     """Write the manifest, which makes a folder a complete checkpoint; return its path."""
+    # Not synced here: the caller syncs the folder before it publishes.
     path = folder / MANIFEST
     path.write_text(json.dumps({"version": 1, "files": dict(files)}, indent=2), encoding="utf-8")
     return path

@@ -26,6 +26,7 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = open_weights(folder)
+        # From the headers: a layer's experts can be planned for before one of them is read.
         self.shapes = {name: self._reader.form(name).shape for name in self._reader.names}
 
     def __getitem__(self, name: str) -> Tensor:

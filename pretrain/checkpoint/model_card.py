@@ -71,6 +71,7 @@ def _front_matter(recipe: Recipe) -> list[str]:
 
 def _summary(recipe: Recipe, state: CheckpointState) -> str:
     model = recipe.model
+    # A checkpoint of converted weights knows neither parameters nor tokens.
     size = ""
     if parameters := state.get("parameters"):
         size = (
@@ -155,6 +156,7 @@ def _results(state: CheckpointState, results: Mapping[str, float]) -> list[str]:
             [f"validation loss, nats a token{when}{over}", loss],
             [f"validation perplexity{when}", _perplexity(loss)],
         ]
+    # Of samples of the split, so it need not be below the loss of the whole split.
     if (best := progress.get("best_validation")) is not None:
         rows.append([f"best validation loss, at step {progress['best_step']:,}", best])
     rows += [[name, value] for name, value in results.items()]

@@ -34,6 +34,7 @@ def load_pickled(path: Path) -> JsonObject:
             f"{path} cannot be read without running code that it holds, or is damaged ({reason}): "
             "take another checkpoint"
         ) from None
+    # Somebody may have saved a whole module, or a single tensor.
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no tensors by name: take another checkpoint")
     return content

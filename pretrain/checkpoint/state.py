@@ -6,10 +6,13 @@ one of weights without a run, lacks keys: so none but ``step`` may be taken for 
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from pretrain.core.files import JsonObject
-from pretrain.engine.pending import SavedStep
+
+if TYPE_CHECKING:
+    # Reading a checkpoint imports no engine.
+    from pretrain.engine.pending import SavedStep
 
 
 class Fingerprint(TypedDict):
@@ -69,12 +72,12 @@ class CheckpointState(TypedDict):
     progress: NotRequired[JsonObject]
     data: NotRequired[JsonObject]
     guards: NotRequired[JsonObject]
-    # Fingerprint
+    # Of the fingerprint; a TypedDict cannot inherit keys as optional ones.
     tokenizer_sha256: NotRequired[str | None]
     world_size: NotRequired[int]
     ep_size: NotRequired[int]
     zero_stage: NotRequired[int]
-    # CardFacts
+    # Of the card's facts.
     parameters: NotRequired[ParameterCounts]
     sources: NotRequired[dict[str, SourceFacts]]
 
@@ -88,4 +91,5 @@ class RankState(TypedDict, total=False):
     """
 
     pending: list[SavedStep]
+    # The name in the files; a record was once called a row.
     row_seconds: float

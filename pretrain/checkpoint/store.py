@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.group_options import group_options, restore_group_options
 from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.publication import CheckpointFolder, first_fault
 from pretrain.checkpoint.random_state import random_state, restore_random_state
@@ -283,17 +284,6 @@ class CheckpointStore:
                     if key.startswith(prefix)
                 }
             )
-
-
-def group_options(groups: list[JsonObject]) -> list[JsonObject]:
-    """Return the options of an optimizer's parameter groups, such as weight decay and betas."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
-
-
-def restore_group_options(groups: list[JsonObject], options: list[JsonObject]) -> None:
-    """Set what :func:`group_options` returned, after a checkpoint has overwritten it."""
-    for group, values in zip(groups, options, strict=True):
-        group.update(values)
 
 
 def _reason(error: Exception) -> str:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pretrain.checkpoint.group_options import group_options, restore_group_options
 from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
-from pretrain.checkpoint.store import group_options, restore_group_options
 from pretrain.checkpoint.weights import open_weights
 from pretrain.core.errors import CheckpointError, ConfigError
 

@@ -86,6 +86,7 @@ def write_weights_folder(
             "set it to the tokenizer's number of tokens"
         )
     folder = folder.resolve()
+    # An empty folder may be one that the user has made for it.
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: choose another folder")
     with appearing_folder(folder) as temporary:

@@ -129,6 +129,7 @@ class StepGuardConfig(Component):
 class GuardConfig(Section):
     """What watches over a run; ``null`` switches a guard off."""
 
+    # Never null: an update of NaN would end the run for good.
     non_finite: NonFiniteGuard = NonFiniteGuard()
     spike: SpikeGuard | None = SpikeGuard()
     grad_norm: GradNormGuard | None = None

@@ -23,6 +23,7 @@ class PhaseConfig(Section):
         "(longest / own length steps each); "
         "the last phase may leave it out and takes the rest of the run",
     )
+    # Null: as in the recipe's train section.
     global_batch_size: Positive | None = Field(None, description="sequences a step, over all ranks")
     micro_batch_size: Positive | None = Field(None, description="sequences a rank holds at once")
     sequence_length: Positive | None = Field(

@@ -30,6 +30,7 @@ class TrainConfig(Section):
     are derived, never given.
     """
 
+    # Sizes. One owner each: the ds_config's batch sizes and accumulation are filled in from these.
     sequence_length: Positive = Field(description="tokens")
     micro_batch_size: Positive = Field(description="sequences a rank holds at once")
     global_batch_size: Positive = Field(description="sequences a step, over all ranks")
@@ -38,6 +39,7 @@ class TrainConfig(Section):
             "tokens of the whole run, rounded up to whole steps; each phase is rounded up too"
         )
     )
+    # Number formats.
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description=(
@@ -51,6 +53,7 @@ class TrainConfig(Section):
             "GPUs multiply fp32 matrices with 10 bits of mantissa; CPUs have no such products"
         ),
     )
+    # Speed and memory: none of these changes what is learned, except by rounding.
     compile: Literal["none", "blocks"] = Field(
         "none",
         description="'blocks': torch.compile of attention and of dense blocks, once at the start",
@@ -59,6 +62,7 @@ class TrainConfig(Section):
         False,
         description="recompute each block in the backward pass instead of keeping its activations",
     )
+    # Of the norm over all parameters and ranks, which DeepSpeed computes.
     grad_clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest global gradient norm; 0 switches clipping off"
     )
@@ -175,13 +179,15 @@ class Recipe(Section):
     )
     # Of weights and data order; of dropout and router noise with the rank added to it.
     seed: NonNegative = 1234
+    # Where the run is, and what it starts from.
     run_path: str | None = Field(None, description="folder of the run; runs/<name> by default")
     initial_weights: str | None = Field(
         None,
-        description="weights that a new run starts from, with a fresh optimizer and schedule; a "
-        "resumed run ignores it. A checkpoint's folder, or a "
-        "file of tensors by our names: .safetensors, or a state dict by torch.save (.pt, .pth, "
-        ".bin, .ckpt)",
+        description=(
+            "weights that a new run starts from, with a fresh optimizer and schedule; a resumed "
+            "run ignores it. A checkpoint's folder, or a file of tensors by this project's names: "
+            ".safetensors, or a state dict by torch.save (.pt, .pth, .bin, .ckpt)"
+        ),
     )
     initial_weights_partial: bool = Field(
         False,
@@ -194,16 +200,18 @@ class Recipe(Section):
             "order included; a resumed run ignores it"
         ),
     )
+    # What is trained, on what, and how.
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig
     phases: list[PhaseConfig] = Field(
         [],
-        description="one after the other; without any the whole run is as the other sections say",
+        description="one after the other; without any the other sections hold for the whole run",
     )
     optimizer: Annotated[Optimizer, OneOf()]
     schedule: Annotated[ScheduleConfig, OneOf()] = CosineSchedule()
     parallel: ParallelConfig = ParallelConfig()
+    # What happens around the steps.
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()

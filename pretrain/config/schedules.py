@@ -100,6 +100,7 @@ class WarmupStableDecay(ScheduleConfig):
 
     def after_warmup(self, step: int, num_steps: int) -> float:
         """Return 1 until the decay begins, then fall linearly."""
+        # At least one step, or a short run would never decay.
         decay_steps = max(1, round(self.decay_share * num_steps))
         progress = (step - (num_steps - decay_steps)) / decay_steps
         return self._above_floor(1.0 - min(1.0, max(0.0, progress)))
@@ -143,6 +144,7 @@ class ConstantPhase(PhaseSchedule):
 
     @model_validator(mode="after")
     def _a_constant_has_no_end(self) -> ConstantPhase:
+        # The field is in every kind, so that --set can change the kind alone.
         if self.end_ratio:
             raise ValueError(
                 "kind=constant keeps start_ratio: leave end_ratio out, or use kind=linear"

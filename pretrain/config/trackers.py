@@ -61,6 +61,7 @@ class TrackersConfig(Section):
     MLFLOW_TRACKING_URI, MLflow writes to mlflow.db in the run's folder.
     """
 
+    # Names, checked against the registry: also those of plugins.
     kinds: Annotated[list[Annotated[str, NameOf(TrackerKind)]], Field(min_length=1)]
     project: str | None = Field(
         None,

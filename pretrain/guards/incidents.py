@@ -148,7 +148,7 @@ class IncidentLog:
             self._warn(violation, "")
 
     def report_stall(self, seconds: float, reading: str) -> None:
-        """Report that this rank waits for a batch; a thread of the loader calls it."""
+        """Report that this rank waits for a batch; it is called again when the wait has doubled."""
         rank = self.topology.rank
         reason = f"rank {rank} has waited {seconds:.0f} seconds for a batch while {reading} is read"
         details = {"rank": rank, "seconds": seconds, "reading": reading}

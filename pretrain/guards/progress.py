@@ -96,6 +96,7 @@ class Progress:
 
     def take_over_counts(self, before: Progress) -> None:
         """After a rollback, keep the counts of what the undone steps have spent."""
+        # Otherwise a run could go back for ever, each time from the checkpoint's count.
         self.rollbacks = before.rollbacks + 1
         self.train_seconds = before.train_seconds
         self.skipped_steps = before.skipped_steps

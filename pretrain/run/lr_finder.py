@@ -72,6 +72,7 @@ def learning_rates(low: float, high: float, steps: int) -> list[float]:
 
 def running_mean(losses: Sequence[float], weight: float) -> list[float]:
     """Return exponential means with the bias correction of Adam (Kingma & Ba 2015)."""
+    # Without the correction the mean of the first losses would be far too low.
     mean = 0.0
     result = []
     for count, loss in enumerate(losses, 1):
@@ -108,6 +109,7 @@ def divergence(rates: Sequence[float], smoothed: Sequence[float]) -> float | Non
 
     None if there is none.
     """
+    # Only what follows the lowest loss: before it the loss is high because nothing is learned yet.
     lowest = min(range(len(smoothed)), key=lambda step: smoothed[step])
     for step in range(lowest, len(smoothed)):
         if smoothed[step] > DIVERGED_ABOVE * smoothed[lowest]:
@@ -120,6 +122,7 @@ def steepest_descent(rates: Sequence[float], smoothed: Sequence[float], steps: i
 
     None if it falls nowhere.
     """
+    # Central differences: the slope belongs to the middle of its steps.
     half = steps // 2
     slopes = {
         middle: smoothed[middle + half] - smoothed[middle - half]
@@ -249,6 +252,7 @@ def draw(test: RangeTest, title: str) -> bytes:
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    # Closed at once: pyplot keeps every figure alive.
     memory = io.BytesIO()
     figure.savefig(memory, dpi=120, format="png")
     pyplot.close(figure)

@@ -112,6 +112,7 @@ def make_plan(
     timeline = config.timeline
     precision = recipe.train.precision
     size = model_size(recipe.model, recipe.train.sequence_length)
+    # Phases do not change it: no parameter depends on batch or length.
     state_bytes = state_bytes_per_rank(
         size,
         precision,

@@ -53,6 +53,7 @@ def resolve_config(
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
         DataError: if the vocabulary's size is not known, or too small.
     """
+    # Batch sizes need the ranks, the ds_config needs both and the number format.
     accumulation = check_topology(recipe, world_size, zero_stage)
     precision = choose_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, datasets)

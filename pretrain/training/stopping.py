@@ -46,6 +46,7 @@ class Stopping:
         Raises:
             DataError: naming the first fault.
         """
+        # Every rank checks its share of the files, so each one knows other faults.
         found = self._topology.all_gather(self._data_check.fault)
         faults = [fault for fault in found if fault is not None]
         if faults:
@@ -60,6 +61,7 @@ class Stopping:
         """
         if self._data_is_checked:
             return
+        # A preempted run must save within a minute or two, and cannot wait for all files.
         self._data_check.finish(give_up=self._request.requested)
         self.raise_data_faults()
         self._data_is_checked = True

@@ -10,6 +10,7 @@ def deaf_router(model: ModelConfig) -> str | None:
 
     None if it has one, or if there is one expert.
     """
+    # With one expert there is nothing to choose, and so nothing to learn.
     moe = model.moe
     if moe is None or not model.routed_layers or moe.router_learns or moe.total_experts == 1:
         return None

@@ -37,6 +37,7 @@ def rotary_dim_is_even(recipe: Recipe) -> None:
 def kernel_computes_the_recipe(recipe: Recipe) -> None:
     """The attention kernel must support all that the recipe asks for."""
     attention = recipe.model.attention
+    # Each kernel's section declares what it lacks, so a new kernel needs no change here.
     demands = KernelDemands(
         sliding_window=attention.sliding_window is not None,
         sinks=attention.sinks,
@@ -74,6 +75,7 @@ def layers_have_their_sections(recipe: Recipe) -> None:
 
 def sequence_fits_positions(recipe: Recipe) -> None:
     """Sequences must not be longer than the model's positions."""
+    # Also for rotary embeddings, which need no such limit: exports declare it to their users.
     if recipe.train.sequence_length > recipe.model.max_position_embeddings:
         raise ConfigError(
             f"train.sequence_length ({recipe.train.sequence_length}) is longer than "
@@ -103,6 +105,7 @@ def experts_divide(recipe: Recipe) -> None:
     """Each of the ep_size ranks must have as many experts as the others."""
     moe = recipe.model.moe
     ep_size = recipe.parallel.ep_size
+    # With ep_size > 1 DeepSpeed builds groups that a dense model would never use.
     if ep_size > 1 and not recipe.model.moe_layers:
         raise ConfigError(
             f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1"
@@ -117,6 +120,7 @@ def experts_go_with_dropout(recipe: Recipe) -> None:
     """Dropout on expert outputs needs experts that form them."""
     moe = recipe.model.moe
     dropout = recipe.model.dropout
+    # Dropout of whole expert outputs needs a tensor of each expert's output.
     if moe is not None and dropout.expert and not moe.forms_expert_outputs:
         raise ConfigError(
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, "
@@ -185,6 +189,7 @@ def evaluations_meet_checkpoints(recipe: Recipe) -> None:
 
 def token_budget_fills_the_run(recipe: Recipe) -> None:
     """The tokens of a mixture must be those of the run."""
+    # Two owners of one number: they must agree.
     total = recipe.data.mixture.total_tokens
     if total is not None and total != recipe.train.train_tokens:
         raise ConfigError(
@@ -340,6 +345,7 @@ def expert_shards(recipe: Recipe, world_size: int, zero_stage: int) -> int:
 
 def _largest_divisor(world_size: int, model: ModelConfig) -> int:
     """Return the largest ep_size that divides ranks and experts."""
+    # 1 divides everything, so there is always one.
     return max(
         size
         for size in range(1, world_size + 1)
