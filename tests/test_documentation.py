@@ -443,13 +443,13 @@ def test_the_facts_about_deepspeed_are_on_their_page() -> None:
 def test_the_pictures_are_those_of_the_script() -> None:
     figures = load_figures()
     assert figures.FLOW_PICTURE.read_text("utf-8") == figures.flow_svg()
-    points = json.loads(figures.RUN_POINTS.read_text("utf-8"))
+    points = figures.stored_points()
     assert figures.RUN_POINTS.stat().st_size < 100_000
-    assert points["training"][-1][0] == points["results"]["train_tokens"]
-    readme, results = (ROOT / "README.md").read_text("utf-8"), points["results"]
-    for name in ("validation_loss", "bigram_loss"):
-        assert f"{results[name]:.4f}" in readme
-    assert f"{results['bigram_loss']:.2f}" in figures.LOSS_PICTURE.read_text("utf-8")
+    assert points.training[-1][0] == points.train_tokens
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"{points.validation_loss:.4f}" in readme and f"{points.bigram_loss:.4f}" in readme
+    picture = figures.LOSS_PICTURE.read_text("utf-8")
+    assert f"{points.validation_loss:.2f}" in picture and f"{points.bigram_loss:.2f}" in picture
 
 
 def source_strings() -> list[str]:
