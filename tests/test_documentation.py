@@ -389,6 +389,8 @@ def plans() -> list[object]:
     """The commands that plan or analyse and need no data; one of each is a short test."""
     found = {}
     for command in COMMANDS:
+        if any(word.endswith(".yaml") for word in command.words):
+            continue  # a file of the reader's
         if "--dry-run" in command.words and command.words[0] == "python":
             found[command.words] = "--recipe debug" in shlex.join(command.words)
         elif "tools/analyze_model.py" in command.words and "--plot" not in command.words:
