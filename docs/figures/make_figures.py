@@ -14,7 +14,7 @@ import ast
 import json
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -53,37 +53,52 @@ PAGE_TAIL = """\
 # --- the curve ------------------------------------------------------------------------------------
 
 
-def read_run(run: Path) -> dict[str, object]:
-    """The points of a finished quickstart and its results, from the run's own files."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+@dataclass(frozen=True)
+class RunPoints:
+    """What the curve shows of a run; losses are in nats per token.
+
+    Attributes:
+        training: tokens and the mean loss since the record before.
+        validation: tokens and the loss on the sample that all validations share.
+        validation_loss: of the whole validation split, after the run.
+    """
+
+    recipe: str
+    train_tokens: int
+    parameters_total: int
+    parameters_active: int
+    validation_loss: float
+    bigram_loss: float
+    training: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+
+
+def read_run(run: Path) -> RunPoints:
+    """The points of a finished quickstart, from the run's own files."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
-    training = [[r["tokens"], round(r["loss"], 4)] for r in records if r["kind"] == "train"]
-    # The end of a run also reads the whole split; the curve has the sample of all validations.
-    validations = [r for r in records if r["kind"] == "validation"]
-    validation = [
-        [r["tokens"], round(r["validation_loss"], 4)]
-        for r in validations
-        if r["targets"] == validations[0]["targets"]
-    ]
-    kept = (
-        "train_tokens",
-        "steps",
-        "parameters_total",
-        "parameters_active",
-        "validation_loss",
-        "bigram_loss",
-        "bits_per_byte",
-        "export_max_logit_difference",
+    validations = [record for record in records if record["kind"] == "validation"]
+    # The end of a run also reads the whole split, which does not compare with the samples.
+    sampled = [record for record in validations if record["targets"] == validations[0]["targets"]]
+    return RunPoints(
+        recipe=summary["recipe"],
+        train_tokens=summary["train_tokens"],
+        parameters_total=summary["parameters_total"],
+        parameters_active=summary["parameters_active"],
+        validation_loss=summary["validation_loss"],
+        bigram_loss=summary["bigram_loss"],
+        training=[(r["tokens"], round(r["loss"], 4)) for r in records if r["kind"] == "train"],
+        validation=[(r["tokens"], round(r["validation_loss"], 4)) for r in sampled],
     )
-    return {
-        "recipe": summary["recipe"],
-        "results": {name: summary[name] for name in kept},
-        "training": training,
-        "validation": validation,
-    }
 
 
-def draw_loss(points: dict[str, object], path: Path) -> None:
+def stored_points() -> RunPoints:
+    """The points that the checkout has."""
+    return RunPoints(**json.loads(RUN_POINTS.read_text("utf-8")))
+
+
+def draw_loss(points: RunPoints, path: Path) -> None:
     """Draw loss over tokens, with the bigram model that the trained one has to beat."""
     import matplotlib
 
@@ -93,33 +108,29 @@ def draw_loss(points: dict[str, object], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 3.4))
-    series = (("training", "#7aa6d8", "", 1.2), ("validation", "#c0392b", "o", 1.8))
-    for name, colour, marker, width in series:
-        tokens, losses = zip(*points[name], strict=True)
-        axes.plot(
-            [count / 1000 for count in tokens],
-            losses,
-            color=colour,
-            marker=marker,
-            linewidth=width,
-            label=name if name == "training" else "validation, a sample",
-        )
-    results = points["results"]
+    axes.plot(*_curve(points.training), color="#7aa6d8", linewidth=1.2, label="training")
     axes.plot(
-        results["train_tokens"] / 1000,
-        results["validation_loss"],
+        *_curve(points.validation),
+        color="#c0392b",
+        marker="o",
+        linewidth=1.8,
+        label="validation, a sample",
+    )
+    axes.plot(
+        points.train_tokens / 1000,
+        points.validation_loss,
         color="#c0392b",
         marker="*",
         markersize=12,
         linestyle="",
-        label=f"validation, all of it: {results['validation_loss']:.2f}",
+        label=f"validation, all of it: {points.validation_loss:.2f}",
     )
     axes.axhline(
-        results["bigram_loss"],
+        points.bigram_loss,
         color="#555555",
         linestyle="--",
         linewidth=1.2,
-        label=f"Kneser-Ney bigram, {results['bigram_loss']:.2f}",
+        label=f"Kneser-Ney bigram, {points.bigram_loss:.2f}",
     )
     axes.set_xlabel("thousand tokens")
     axes.set_ylabel("loss, nats a token")
@@ -129,6 +140,11 @@ def draw_loss(points: dict[str, object], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _curve(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Thousands of tokens, and losses."""
+    return [tokens / 1000 for tokens, _ in points], [loss for _, loss in points]
 
 
 # --- the flow -------------------------------------------------------------------------------------
@@ -233,10 +249,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.run is not None:
-        RUN_POINTS.write_text(json.dumps(read_run(options.run)) + "\n", encoding="utf-8")
+        points = json.dumps(asdict(read_run(options.run)))
+        RUN_POINTS.write_text(points + "\n", encoding="utf-8")
     FLOW_PICTURE.write_text(flow_svg(), encoding="utf-8")
     WORKAROUNDS_PAGE.write_text(workarounds_page(), encoding="utf-8")
-    draw_loss(json.loads(RUN_POINTS.read_text("utf-8")), LOSS_PICTURE)
+    draw_loss(stored_points(), LOSS_PICTURE)
 
 
 if __name__ == "__main__":
