@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # a layer of its own.
 LAYERS: list[set[str]] = [
     {"pretrain.core"},
-    {"data_pipeline.cleaning.config"},
+    {
+        "data_pipeline.cleaning.config",
+        "data_pipeline.sources.config",
+        "data_pipeline.tokenizer.config",
+    },
     {"data_pipeline.config"},
     {"data_pipeline.sources", "data_pipeline.tokenizer"},
     {"data_pipeline.cleaning", "data_pipeline.shards"},
