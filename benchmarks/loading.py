@@ -29,7 +29,8 @@ from held_memory import MEASURE, held_bytes
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.shards.indexed import HEADER, MAGIC, VERSION, IndexedWriter, bin_path, idx_path
+from data_pipeline.shards.index_header import HEADER, MAGIC, VERSION
+from data_pipeline.shards.indexed import IndexedWriter, bin_path, idx_path
 from data_pipeline.shards.manifest import (
     Manifest,
     ShardEntry,

@@ -45,7 +45,7 @@ def texts() -> Iterator[str]:
 
 def make_corpus(folder: Path, size: int) -> None:
     """Write corpus.jsonl of ``size`` bytes, part.jsonl with its beginning, and tokenizer.json."""
-    from data_pipeline.config import TrainBPE
+    from data_pipeline.tokenizer.config import TrainBPE
     from data_pipeline.tokenizer.training import train_bpe
 
     written, sample = 0, []
@@ -205,10 +205,10 @@ def stages(folder: Path) -> dict[str, float]:
 
     import numpy as np
 
-    from data_pipeline.config import JsonlSource
     from data_pipeline.shards.split import text_digest
-    from data_pipeline.sources import Document, ReadContext, open_source
+    from data_pipeline.sources.config import JsonlSource
     from data_pipeline.sources.files import open_stream, read_lines
+    from data_pipeline.sources.interface import Document, ReadContext, open_source
     from data_pipeline.tokenizer.engines import open_engine
     from data_pipeline.tokenizer.tokenizer import load_tokenizer
 

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows what built data holds: tables by source, documents as text, how long they are, and which
-repeat.
-"""
+"""Shows built data: tables by source, documents as text, lengths and duplicates."""
 
 from __future__ import annotations
 

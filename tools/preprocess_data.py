@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Turns any text into training data: tokenizer, .bin/.idx shards and manifest.
+"""Convert any text to training data: tokenizer, .bin/.idx shards and manifest.
 
-The same command again goes on where it stopped.
+After an interruption, the same command continues from its finished parts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
@@ -25,9 +24,8 @@ from data_pipeline.config import BestFit
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.import_shards import ImportResult, import_shards
 from data_pipeline.preprocess.pool import Pool, mpi_pool, mpi_size
+from data_pipeline.preprocess.result_table import print_result
 from data_pipeline.preprocess.workspace import Output
-from data_pipeline.shards.manifest import TokenizerEntry
-from data_pipeline.sources import NOTES
 from data_pipeline.sources.guess import sources_of
 from pretrain.config.load import (
     apply_override,
@@ -39,27 +37,32 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.files import JsonObject
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import DEFAULT_DS_CONFIG, LAUNCHERS, shown
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
   python tools/preprocess_data.py --recipe quickstart
-      the data of a recipe, where the recipe looks for it
+      the data of a recipe, at the place where the recipe looks for it
   python tools/preprocess_data.py --input "my/*.txt" --output data/my
       your own text files, one document a file, with a tokenizer trained on them
-  python tools/preprocess_data.py --input "corpus/*.jsonl.zst" --text-field text --tokenizer tokenizer.json \\
-      --output-prefix data/corpus --workers 2 --append-eod
+  python tools/preprocess_data.py --input "corpus/*.jsonl.zst" --text-field text \\
+      --tokenizer tokenizer.json --output-prefix data/corpus --workers 2 --append-eod
       Megatron's form: data/corpus.bin and .idx, one document a record, nothing held out
-  python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix --workers 16
-      several kinds at once; a folder is what its files are
+  python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix
+      several kinds at once; the kind of a folder is that of its files
   python tools/preprocess_data.py --input my/hub_clone --output data/clone
-      the train split of a clone or download from the hub; --dataset-config and --dataset-split choose others
+      the train split of a clone or download from the hub; --dataset-config and
+      --dataset-split choose others
   zstdcat dump.jsonl.zst | python tools/preprocess_data.py --input - --output data/dump
-  python tools/preprocess_data.py --import-shards old/part_*.bin --tokenizer tokenizer.json --output data/old
-      shards that are there: Megatron's and GPT-NeoX's .bin/.idx, nanotron's .ds, nanoGPT's and llm.c's .bin; linked, not copied, if they can be
+  python tools/preprocess_data.py --import-shards old/part_*.bin --tokenizer tokenizer.json \\
+      --output data/old
+      existing shards: Megatron's and GPT-NeoX's .bin/.idx, nanotron's .ds, nanoGPT's and
+      llm.c's .bin; linked instead of copied if possible
   mpirun -n 64 python tools/preprocess_data.py --recipe big
-      over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all nodes share
+      over the nodes of a cluster; rank 0 hands out the work, the folder is on storage that all
+      nodes share
 The same command again finds finished data and does nothing; --fresh builds it again."""
 # Options that are fields of a source's section, and the kinds of source that have them.
 SOURCE_OPTIONS = {
@@ -78,6 +81,23 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME|PATH",
         help="build the data section of this recipe (default: the defaults of every field)",
     )
+    _add_input_options(parser)
+    _add_import_options(parser)
+    _add_tokenizer_options(parser)
+    _add_output_options(parser)
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override any recipe field; may be repeated",
+    )
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("input")
     source.add_argument(
         "--input",
@@ -130,7 +150,10 @@ def parse_arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)',
     )
-    ready = parser.add_argument_group("shards that are there")
+
+
+def _add_import_options(parser: argparse.ArgumentParser) -> None:
+    ready = parser.add_argument_group("existing shards")
     ready.add_argument(
         "--import-shards",
         nargs="+",
@@ -149,6 +172,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PREFIX",
         help="shards that are held out (default: nothing is)",
     )
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument(
         "--tokenizer",
@@ -169,6 +195,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=["fastokens", "gigatoken", "tiktoken", "tokenizers"],
         help="library that encodes (default: the fastest with equal ids)",
     )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", metavar="FOLDER", help="folder of the data (default: the recipe's data.path)"
@@ -194,30 +223,19 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument(
         "--fresh",
         action="store_true",
-        help="build also where there is data, and replace it at the end",
+        help="build even if there is data, and replace it at the end",
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override any recipe field; may be repeated",
-    )
-    add_json_option(parser)
-    return parser.parse_args()
 
 
 def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
-    """The recipe whose data section is what the options describe, and where to build it.
+    """Return the recipe with the data section that the options describe, and the output's place.
 
     Raises:
-        ConfigError: for options that do not go together, and where no folder is named.
+        ConfigError: for options that do not go together, and if no folder is named.
     """
     content, origin = read_recipe_file(arguments.recipe or EXAMPLE_RECIPE)
     if not arguments.recipe:
-        # The example's other sections only stand around the data section, so that it is checked as
-        # in any recipe.
+        # Only a complete recipe can be validated: the example gives the other sections.
         content["data"], origin = {}, "the command line"
     content["data"] = data = dict(content.get("data") or {})
     if arguments.output_prefix:
@@ -227,9 +245,9 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         data["validation_share"] = 0.0  # unless the command says more
     if arguments.input:
         _set_sources(data, arguments)
-    elif given := [name for name in OF_INPUT if getattr(arguments, name) is not None]:
+    elif unused := [name for name in OF_INPUT if getattr(arguments, name) is not None]:
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} says how to read --input: give that too, or set the"
+            f"--{unused[0].replace('_', '-')} says how to read --input: give that too, or set the"
             " field of the recipe's source with --set"
         )
     _set_tokenizer(data, arguments)
@@ -262,22 +280,18 @@ def _check_import(arguments: argparse.Namespace) -> None:
             )
 
 
-def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _set_sources(data: JsonObject, arguments: argparse.Namespace) -> None:
     sources = sources_of(
         arguments.input, arguments.format, arguments.dataset_config, arguments.dataset_split
     )
     for name, kinds in SOURCE_OPTIONS.items():
-        value, sections = (
-            getattr(arguments, name),
-            [section for section in sources.values() if section["kind"] in kinds],
-        )
+        value = getattr(arguments, name)
+        sections = [section for section in sources.values() if section["kind"] in kinds]
         if value is None:
             continue
         if not sections:
-            option, kinds_read = (
-                f"--{name.replace('_', '-')}",
-                ", ".join(sorted({section["kind"] for section in sources.values()})),
-            )
+            option = f"--{name.replace('_', '-')}"
+            kinds_read = ", ".join(sorted({section["kind"] for section in sources.values()}))
             raise ConfigError(
                 f"{option} is for {', '.join(kinds)}, and --input is read as {kinds_read}: leave it"
                 " out, or say what it is with --format"
@@ -289,7 +303,7 @@ def _set_sources(data: dict[str, Any], arguments: argparse.Namespace) -> None:
     data |= {"source": next(iter(sources.values()))} if len(sources) == 1 else {"sources": sources}
 
 
-def _set_tokenizer(data: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _set_tokenizer(data: JsonObject, arguments: argparse.Namespace) -> None:
     section = dict(data.get("tokenizer") or {})
     path = arguments.tokenizer
     if path and path.endswith(".model"):
@@ -330,7 +344,7 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
 
 
 def next_command(recipe: str | None, path: Path) -> str:
-    """The command that trains on the data."""
+    """Return the command that trains on the data."""
     content, origin = read_recipe_file(recipe or EXAMPLE_RECIPE)
     elsewhere = Path(validate_recipe(content, origin).data_path) != path
     place = f" --set {shlex.quote(f'data.path={path}')}" if elsewhere else ""
@@ -341,8 +355,9 @@ def next_command(recipe: str | None, path: Path) -> str:
 
 
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
-    """Packs the shards for the recipe's sequence length where it asks for that; training would do
-    it at its start.
+    """Pack the shards for the recipe's sequence length if its packing is planned.
+
+    Training would do it at its start. Returns the shares of padding and of cut documents.
     """
     if not isinstance(recipe.data.packing, BestFit):
         return None
@@ -363,75 +378,8 @@ def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     )
 
 
-def print_table(
-    result: BuildResult, packing: dict[str, float] | None, seconds: float, command: str
-) -> None:
-    manifest = result.manifest
-    print(f"{'split':<12}{'documents':>12}{'tokens':>18}{'text bytes':>18}{'shards':>8}")
-    for side, split in manifest.splits.items():
-        print(
-            f"{side:<12}{split.documents:>12,}{split.tokens:>18,}{split.utf8_bytes:>18,}{len(split.shards):>8}"
-        )
-    print(
-        f"\n{'source':<12}{'records':>12}{'documents':>12}{'share':>8}  what is not in the shards"
-    )
-    for name, source in manifest.sources.items():
-        losses = [
-            f"{count:,} {reason}"
-            for counts in (source.bad, source.left_out, source.dropped)
-            for reason, count in counts.items()
-        ]
-        print(
-            f"{name:<12}{source.records:>12,}{source.documents:>12,}{source.share:>8.1%} "
-            f" {', '.join(losses) or '-'}"
-        )
-        for note, count in source.notes.items():
-            print(f"{'':<12}look at     {count:,} {note}: {NOTES[note]}")
-    tokenizer = manifest.tokenizer
-    print(
-        f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"
-        + (f"; encoded with {result.engine}" if result.engine else "")
-    )
-    if isinstance(result, ImportResult) and result.how is not None:
-        how = ", ".join(f"{count:,} {what}" for what, count in result.how.items())
-        print(
-            f"imported    {how}; the largest token id is {result.largest_id:,}; documents"
-            f" {_ends(tokenizer)}"
-        )
-    read = sum(source.utf8_bytes for source in manifest.sources.values())
-    speed = f"built in {seconds:.1f} s, {read / seconds / 1e6:.1f} MB of text/s"
-    print(
-        f"data        {result.output.path}"
-        f" ({'reused: it was built before' if result.reused else speed})"
-    )
-    if packing:
-        print(
-            f"packing     {packing['padding_share']:.4%} of the tokens are padding,"
-            f" {packing['truncated_share']:.1%} of the documents are cut"
-        )
-    reports = [
-        path
-        for name in ("bad_records.jsonl", "dropped_documents.jsonl")
-        if (path := result.output.folder / result.output.name(name)).exists()
-    ]
-    if reports:
-        print(f"reports     {', '.join(map(str, reports))}")
-    print(f"\nnext: {command}")
-
-
-def _ends(tokenizer: TokenizerEntry) -> str:
-    """What stands around the documents, as the import has found it."""
-    begin = f"begin with the token {tokenizer.bos_id} and " if tokenizer.prepend_bos else ""
-    return (
-        f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token"
-        f" {tokenizer.eod_id}"
-    )
-
-
 def show_warnings() -> None:
-    """What the pipeline warns about goes to standard error: the user has to know of it, and there
-    is no log file.
-    """
+    """Send the pipeline's warnings to standard error, since there is no log file."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("note: %(message)s"))
@@ -467,7 +415,7 @@ def run(pool: Pool | None) -> None:
     packing = pack(recipe, output)
     command = next_command(arguments.recipe, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
-    fixed: dict[str, Any] = {
+    facts: JsonObject = {
         "folder": str(output.path),
         "reused": result.reused,
         "engine": result.engine,
@@ -476,12 +424,12 @@ def run(pool: Pool | None) -> None:
         "fingerprint": result.manifest.fingerprint,
     }
     if isinstance(result, ImportResult):
-        fixed |= {"imported": result.how, "largest_id": result.largest_id, "notes": result.notes}
+        facts |= {"imported": result.how, "largest_id": result.largest_id, "notes": result.notes}
         for note in result.notes:
             print(f"warning: {note}", file=sys.stderr)
-    write_json({**fixed, **summary, "next": command}, arguments.json_path)
+    write_json({**facts, **summary, "next": command}, arguments.json_path)
     if arguments.json_path != "-":
-        print_table(result, packing, seconds, command)
+        print_result(result, packing, seconds, command)
 
 
 def main() -> None:

@@ -54,10 +54,8 @@ class C4Filter:
         # An empty line separates paragraphs: it is neither a line to judge nor worth a count.
         kept = [line for line in lines if not line.strip() or self._keeps(line)]
         if len(kept) < len(lines):
-            text, edits["c4_removed_lines"] = (
-                BLANK_LINES.sub("\n\n", "\n".join(kept)).strip("\n"),
-                len(lines) - len(kept),
-            )
+            text = BLANK_LINES.sub("\n\n", "\n".join(kept)).strip("\n")
+            edits["c4_removed_lines"] = len(lines) - len(kept)
         sentences = len(SENTENCE_END.findall(text)) if config.min_sentences else 0
         if sentences < config.min_sentences:
             return Cleaned(

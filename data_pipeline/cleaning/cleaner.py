@@ -16,11 +16,10 @@ from data_pipeline.cleaning.stage import Cleaned, Stage
 
 
 class Cleaner:
-    """Takes a document through the stages that a recipe asks for, in the order of
-    :class:`Cleaning`.
+    """Takes a document through a recipe's stages, in the order of :class:`Cleaning`.
 
     Raises:
-        ConfigError: for an unknown language, or an evaluation file that is not there.
+        ConfigError: for an unknown language, or an evaluation file that does not exist.
         DataError: for an evaluation file that cannot be read.
     """
 
@@ -38,6 +37,7 @@ class Cleaner:
             self.stages.append(C4Filter(config.c4_quality))
         if config.code_quality:
             self.stages.append(CodeFilter(config.code_quality))
+        self.stages += [rule.implementing_class()(rule) for rule in config.rules]
         if config.decontaminate:
             self.stages.append(Decontaminator(config.decontaminate))
         if config.redact:
@@ -52,8 +52,9 @@ class Cleaner:
         return bool(self.stages)
 
     def clean(self, text: str) -> Cleaned:
-        """The document after all stages, or after the one that dropped it; edits are summed over
-        the stages that it went through.
+        """Return the document after all stages, or after the one that dropped it.
+
+        Edits are summed over the stages that it went through.
         """
         edits: Counter[str] = Counter()
         for stage in self.stages:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import NonNegative, Positive, Section, Share
 
 
@@ -43,8 +44,9 @@ class GopherQuality(Section):
 
 
 class GopherRepetition(Section):
-    """Repetition limits of Gopher (Rae et al. 2021, table A1): shares of duplicate lines,
-    paragraphs and n-grams.
+    """Repetition limits of Gopher (Rae et al. 2021, table A1).
+
+    They are shares of duplicate lines, paragraphs and n-grams.
     """
 
     max_duplicate_lines: Share = 0.30
@@ -63,8 +65,9 @@ class GopherRepetition(Section):
 
 
 class C4Quality(Section):
-    """Rules of C4 (Raffel et al. 2020, section 2.2), for prose: they drop whatever holds a curly
-    bracket.
+    """Rules of C4 (Raffel et al. 2020, section 2.2), for prose.
+
+    They drop every text with a curly bracket, and with it most source code.
     """
 
     min_sentences: NonNegative = 5
@@ -100,9 +103,9 @@ class Redact(Section):
 
 
 class NearDuplicates(Section):
-    """MinHash with locality-sensitive hashing (Broder 1997.
+    """MinHash with locality-sensitive hashing (Broder 1997; Lee et al. 2022).
 
-    Lee et al. 2022): of each group of near duplicates the first document stays.
+    The first document of each group of near duplicates stays.
     """
 
     threshold: Annotated[
@@ -113,8 +116,9 @@ class NearDuplicates(Section):
 
 
 class Decontaminate(Section):
-    """Drops documents that share a long n-gram with an evaluation set (Brown et al. 2020, appendix
-    C).
+    """Drops documents that share a long n-gram with an evaluation set.
+
+    Brown et al. 2020, appendix C.
     """
 
     against: Annotated[
@@ -128,6 +132,14 @@ class Decontaminate(Section):
     ngram_words: Positive = 13
 
 
+class CleaningRule(Component):
+    """A cleaning rule of a plugin.
+
+    ``implementation`` is called with the section and returns a ``Stage``
+    (``data_pipeline.cleaning.stage``): a callable from a text to a ``Cleaned``.
+    """
+
+
 class Cleaning(Section):
     """Stages between a source and the tokenizer, in this order; each is off unless it is given."""
 
@@ -137,6 +149,12 @@ class Cleaning(Section):
     gopher_repetition: GopherRepetition | None = None
     c4_quality: C4Quality | None = None
     code_quality: CodeQuality | None = None
+    # They run before decontamination and redaction, so that no text that they write escapes these.
+    # Left out of a dump if there are none: data that was built before rules existed is still
+    # recognised by its checksum.
+    rules: list[Annotated[CleaningRule, OneOf()]] = Field(
+        [], exclude_if=lambda value: not value, description="rules of plugins, in this order"
+    )
     decontaminate: Decontaminate | None = None
     redact: Redact | None = None
     exact_duplicates: bool = Field(False, description="of equal texts the first one stays")
@@ -144,8 +162,9 @@ class Cleaning(Section):
 
 
 class FillInTheMiddle(Section):
-    """Rearranges training documents into prefix, suffix and middle (Bavarian et al. 2022), cut at
-    random characters.
+    """Rearranges training documents into prefix, suffix and middle (Bavarian et al. 2022).
+
+    Documents are cut at random characters.
     """
 
     rate: Share = Field(0.5, description="share of the training documents")

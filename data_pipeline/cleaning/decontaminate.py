@@ -1,5 +1,6 @@
-"""Drops training documents that share a long n-gram with an evaluation set (Brown et al. 2020,
-appendix C).
+"""Drops training documents that share a long n-gram with an evaluation set.
+
+Brown et al. 2020, appendix C.
 
 There as here words are in lower case and without punctuation. GPT-3 cut out the passage around a
 match and kept the rest of the document; here the document goes as a whole.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from data_pipeline.cleaning.config import Decontaminate
 from data_pipeline.cleaning.ngrams import hash_ngrams, hash_words, words_of
 from data_pipeline.cleaning.stage import Cleaned
-from data_pipeline.config import JsonlSource, TextSource
+from data_pipeline.sources.config import JsonlSource, TextSource
 from data_pipeline.sources.interface import LeftOut, ReadContext
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.text import Text
@@ -46,8 +47,9 @@ class EvaluationNgrams(NamedTuple):
 
 
 class Decontaminator:
-    """Looks for the n-grams of ``against``: a .txt file is one text, a .jsonl file one a line;
-    either may be .gz or .zst.
+    """Looks for the n-grams of the evaluation sets in ``against``.
+
+    A .txt file is one text, a .jsonl file one text a line; either may be .gz or .zst.
 
     The files are read once a process. Texts shorter than an n-gram cannot be found; a warning
     counts them.
@@ -144,6 +146,6 @@ def _texts(path: str, text_field: str) -> Iterator[str]:
                 place = f"{path}, line {document.line}" if document.line else path
                 raise DataError(
                     f"{place}: {document.reason} {document.detail}".rstrip()
-                    + ": mend the evaluation file, so that nothing of it is missed"
+                    + ": fix the evaluation file, so that nothing of it is missed"
                 )
             yield document.text

@@ -2,7 +2,7 @@
 
 Gopher", appendix A.1.1 and table A1).
 
-A word is what stands between white space, so the rules suit languages that write spaces.
+A word is the text between white space, so the rules suit languages that write spaces.
 """
 
 from __future__ import annotations
@@ -89,16 +89,14 @@ class GopherRepetitionFilter:
 
     Of equal lines, paragraphs and n-grams those after the first count as duplicates.
 
-    Characters of n-grams are those of their words, each counted once however many n-grams it lies
+    Characters of n-grams are those of their words, each counted once however many n-grams it is
     in.
     """
 
     def __init__(self, config: GopherRepetition) -> None:
         self.config = config
-        self.top, self.duplicate = (
-            config.max_top_ngram_characters,
-            config.max_duplicate_ngram_characters,
-        )
+        self.top = config.max_top_ngram_characters
+        self.duplicate = config.max_duplicate_ngram_characters
         self.longest = max([*self.top, *self.duplicate], default=0)
 
     def __call__(self, text: str) -> Cleaned:
@@ -149,7 +147,7 @@ class GopherRepetitionFilter:
 
 
 def duplicate_shares(parts: list[str]) -> tuple[float, float]:
-    """The share of parts that stand further up already, and the share of their characters."""
+    """Return the share of parts that occur earlier already, and the share of their characters."""
     unique = set(parts)
     if len(unique) == len(parts):
         return 0.0, 0.0
@@ -158,8 +156,9 @@ def duplicate_shares(parts: list[str]) -> tuple[float, float]:
 
 
 class RepeatedNgrams(NamedTuple):
-    """The n-grams of one length that occur more than once: equal ones side by side, each group in
-    the order of the text.
+    """The n-grams of one length that occur more than once, equal ones next to each other.
+
+    Each group is in the order of the text.
 
     Attributes:
         starts: int64 [n], the first word.
@@ -173,8 +172,9 @@ class RepeatedNgrams(NamedTuple):
 
     @classmethod
     def of(cls, starts: NDArray[np.int64], keys: NDArray[np.int64]) -> RepeatedNgrams:
-        """From where n-grams start, and keys that are the same for equal n-grams; those come in the
-        order of the text.
+        """Group n-grams by their keys, which are the same for equal n-grams.
+
+        ``starts`` and ``keys`` come in the order of the text.
         """
         order = keys.argsort(kind="stable")
         in_order = keys[order]
@@ -185,9 +185,7 @@ class RepeatedNgrams(NamedTuple):
         return cls(starts[order[repeated]], is_first.cumsum() - 1, is_first)
 
     def commonest(self) -> NDArray[np.int64]:
-        """Where the n-gram starts that occurs most often; of several, the one that is first in the
-        text.
-        """
+        """Return the start of the commonest n-gram; on a tie, of the first one in the text."""
         counts = np.bincount(self.groups)
         often = np.flatnonzero(counts == counts.max())
         return self.starts[self.groups == often[self.starts[self.is_first][often].argmin()]]
@@ -213,8 +211,9 @@ class Words(NamedTuple):
         return cls(np.fromiter(map(numbers.__getitem__, words), np.int64, len(words)), offsets)
 
     def repeated_ngrams(self, longest: int) -> Iterator[tuple[int, RepeatedNgrams]]:
-        """The repeated n-grams for n = 2 up to ``longest``; ends where there are none, because then
-        no longer one is repeated.
+        """Yield the repeated n-grams for n = 2 up to ``longest``.
+
+        It ends at the first length without any, because no longer n-gram is repeated then.
         """
         count = len(self.ids)
         found = RepeatedNgrams(np.arange(count), self.ids, np.ones(count, bool))
@@ -231,8 +230,9 @@ class Words(NamedTuple):
             yield size, found
 
     def share(self, starts: NDArray[np.int64], size: int) -> float:
-        """The share of all characters that lies in the n-grams with these starts, each character
-        counted once.
+        """Return the share of all characters that the n-grams with these starts cover.
+
+        Each character counts once.
         """
         if not starts.size:
             return 0.0

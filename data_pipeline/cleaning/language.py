@@ -25,8 +25,9 @@ def _identifier() -> LanguageIdentifier:
 
 
 def sample_of(text: str) -> str:
-    """A text of at most 1,000 characters as it is; of a longer one four parts of 250, from its
-    start to its end.
+    """Return a short text as it is, and four parts of a long one, from its start to its end.
+
+    A text is long above 1,000 characters; a part has 250.
     """
     if len(text) <= SAMPLE_PARTS * PART_CHARACTERS:
         return text

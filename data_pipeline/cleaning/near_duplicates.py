@@ -23,8 +23,9 @@ SEED = 1
 
 
 def algorithm() -> str:
-    """Names what the bands depend on beside the text and the section: bands of different algorithms
-    must not be compared.
+    """Return what the bands depend on in addition to the text and the section.
+
+    Bands of different algorithms must not be compared.
     """
     from rensa import RMinHash
 
@@ -38,8 +39,9 @@ def chance_of_match(similarity: float, bands: int, rows: int) -> float:
 
 @lru_cache
 def bands_and_rows(threshold: float, num_permutations: int) -> tuple[int, int]:
-    """Bands and rows a band: those that use the whole signature and find pairs at the threshold
-    with a chance nearest to one half.
+    """Return the number of bands, and of rows in each.
+
+    They use the whole signature and find pairs at the threshold with a chance nearest to one half.
 
     For 0.8 and 128 values they are 10 bands of 12 rows, which find 1 % of the pairs at 0.57, 51 %
     at 0.8 and 96 % at 0.9.
@@ -60,7 +62,7 @@ def shingles(text: str, size: int) -> NDArray[np.uint64]:
     """Hashes of each ``size`` words in a row, [n >= 1].
 
     A text of fewer words is one shingle of all of them, and one without any word is a shingle by
-    itself: such short texts are near duplicates only where their words are equal.
+    itself: such short texts are near duplicates only if their words are equal.
     """
     words = words_of(text)
     if not words:
@@ -76,7 +78,7 @@ def minhash_bands(text: str, config: NearDuplicates) -> NDArray[np.uint64]:
 def minhash_bands_batch(texts: Sequence[str], config: NearDuplicates) -> NDArray[np.uint64]:
     """The hash of each band of each text's signature, uint64 [texts, bands].
 
-    A hash tells bands apart, so equal ones are of the same band.
+    The hash includes the number of the band, so equal hashes are of the same band.
 
     A pure function of the text, the section and :func:`algorithm`. All shingles of the texts are
     held at once, about 1.5 bytes a byte of text.

@@ -1,6 +1,4 @@
-"""Words of a text and hashes of its n-grams, for what compares texts: decontamination and near
-duplicates.
-"""
+"""Words of a text and hashes of its n-grams, for decontamination and near duplicates."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-# White space and punctuation of ASCII separate words; other bytes of UTF-8 are told apart before.
+# White space and punctuation of ASCII separate words; other bytes of UTF-8 are handled before.
 SEPARATORS = bytes(byte if byte >= 128 or re.match(r"\w", chr(byte)) else 32 for byte in range(256))
 OTHER_SEPARATORS = re.compile(r"[^\w\x00-\x7f]+")
 # Kana and Han, which are written without spaces: each character counts as a word.
@@ -19,8 +17,9 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words_of(text: str) -> list[bytes]:
-    """The runs of letters, digits and '_' in lower case, in UTF-8; punctuation and white space
-    separate them.
+    """Return the runs of letters, digits and '_' in lower case, as UTF-8.
+
+    Punctuation and white space separate them.
     """
     text = text.lower()
     if not text.isascii():
@@ -34,8 +33,9 @@ def hash_words(words: list[bytes]) -> NDArray[np.uint64]:
 
 
 def hash_ngrams(word_hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each ``size`` words in a row, [words - size + 1] or [0]: a polynomial of the
-    words' hashes modulo 2^64.
+    """Return a 64-bit hash of each ``size`` consecutive words: [words - size + 1], or [0].
+
+    It is a polynomial of the words' hashes modulo 2^64.
     """
     count = max(len(word_hashes) - size + 1, 0)
     hashes = np.zeros(count, np.uint64)

@@ -15,7 +15,9 @@ LINE_ENDS = re.compile("\r\n?")
 
 
 class Normalizer:
-    """Edits: ``line_ends`` and ``control_characters`` (runs that were replaced), ``normalized`` (1:
+    """Normalizes Unicode, line ends and control characters.
+
+    Edits: ``line_ends`` and ``control_characters`` (runs that were replaced), ``normalized`` (1 if
     the Unicode form changed).
     """
 

@@ -15,13 +15,11 @@ from data_pipeline.cleaning.config import Redact
 from data_pipeline.cleaning.secret_patterns import SECRETS, SecretPattern
 from data_pipeline.cleaning.stage import Cleaned
 
-EMAIL, IP_ADDRESS, SECRET, PHONE_NUMBER, CREDIT_CARD = (
-    "<EMAIL>",
-    "<IP_ADDRESS>",
-    "<SECRET>",
-    "<PHONE_NUMBER>",
-    "<CREDIT_CARD>",
-)
+EMAIL = "<EMAIL>"
+IP_ADDRESS = "<IP_ADDRESS>"
+SECRET = "<SECRET>"
+PHONE_NUMBER = "<PHONE_NUMBER>"
+CREDIT_CARD = "<CREDIT_CARD>"
 
 # The part before the @ (RFC 5321: up to 64 octets) is looked for backwards, since a search for it
 # would begin at every letter.
@@ -83,7 +81,7 @@ class Rule(NamedTuple):
 
     Attributes:
         kind: counted as ``redacted_<kind>``.
-        literal: a text without it has no match; empty where there is none.
+        literal: a text without it has no match; empty if there is none.
         is_real: whether a match is what it looks like.
     """
 
@@ -95,7 +93,9 @@ class Rule(NamedTuple):
 
 
 class Redactor:
-    """Edits: ``redacted_secret``, ``redacted_email``, ``redacted_ip_address``,
+    """Replaces secrets and personal data by placeholders.
+
+    Edits: ``redacted_secret``, ``redacted_email``, ``redacted_ip_address``,
     ``redacted_phone_number``, ``redacted_credit_card``.
     """
 
@@ -160,7 +160,7 @@ def _replace(
 
 
 def email_spans(text: str) -> list[tuple[int, int]]:
-    """Where e-mail addresses stand, from the first on; those that belong to no one are left out."""
+    """Yield the spans of e-mail addresses in order, without those that belong to no one."""
     spans, end = [], 0
     for match in EMAIL_DOMAIN.finditer(text):
         window = text[max(end, match.start() - 64) : match.start()]
@@ -177,8 +177,9 @@ def email_spans(text: str) -> list[tuple[int, int]]:
 
 
 def is_public_address(match: re.Match[str]) -> bool:
-    """An address on the public internet that stands alone and is no version or section number as
-    far as one can tell.
+    """Whether a match is an address on the public internet, as far as its context shows.
+
+    Version and section numbers look the same.
 
     Four numbers below 10 are a version or a section, as is what follows a word such as 'version', a
     comparison or a program's name.

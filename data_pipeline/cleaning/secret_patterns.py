@@ -1,5 +1,4 @@
-"""What secrets look like: the documented formats of issuers, and passwords that are assigned to a
-telling name.
+"""What secrets look like: formats that issuers document, and assignments of passwords.
 
 Every pattern needs a literal, which keeps the search fast, and repeats only a bounded number of
 times, which keeps it linear.
@@ -36,8 +35,7 @@ PLACEHOLDERS = (
 
 
 def looks_random(value: str) -> bool:
-    """Whether a quoted value is a generated secret rather than a word, a name, a path or a
-    placeholder.
+    """Whether a quoted value is a generated secret, not a word, a name, a path or a placeholder.
 
     It goes from letters to digits or back at least twice, has no placeholder's word, and more than
     3.2 bits of Shannon entropy a character.
@@ -51,7 +49,7 @@ def looks_random(value: str) -> bool:
 
 
 def _holds_key(value: str) -> bool:
-    """Whether base64 stands between the delimiters, which code often names for their own sake."""
+    """Whether base64 is between the delimiters, which code often names without a key."""
     return re.search(r"[A-Za-z0-9+/]{40}", value) is not None
 
 
@@ -60,7 +58,7 @@ class SecretPattern(NamedTuple):
 
     Attributes:
         literal: every match holds it; a text without it is not searched.
-        is_real: judges the value where the pattern alone proves nothing.
+        is_real: judges the value if the pattern alone proves nothing.
     """
 
     literal: str
@@ -69,8 +67,9 @@ class SecretPattern(NamedTuple):
 
 
 def _issued(prefix: str, rest: str, literal: str | None = None) -> SecretPattern:
-    """A token that its prefix (of one length, so that a look-behind can hold it) gives away; it
-    must not stand inside a longer word.
+    """A token that its prefix gives away; it must not be inside a longer word.
+
+    The prefix has one length, so that a look-behind can hold it.
     """
     return SecretPattern(
         literal or prefix, re.compile(f"{prefix}(?<![{WORD}]{prefix}){rest}(?![{WORD}])")
@@ -78,8 +77,9 @@ def _issued(prefix: str, rest: str, literal: str | None = None) -> SecretPattern
 
 
 def _assigned(ending: str, after: str = "") -> SecretPattern:
-    """A quoted value after a name with this part in it, such as ``db_password = "..."`` or
-    ``"apiKey": "..."``.
+    """A quoted value after a name with this part in it.
+
+    Such as ``db_password = "..."`` or ``"apiKey": "..."``.
     """
     value = r"""["'](?P<secret>[^\s"'<>{}()\[\]$%\\]{12,256})["']"""
     return SecretPattern(

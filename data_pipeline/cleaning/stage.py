@@ -1,4 +1,4 @@
-"""What every stage of cleaning gives back, and the reasons for which one drops a document."""
+"""The result of a cleaning stage, and the reasons for which one drops a document."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Cleaned(NamedTuple):
 
     Attributes:
         text: as changed so far.
-        dropped: a key of ``REASONS``; None where the document stays.
+        dropped: a key of ``REASONS``, or a plugin's own word; None if the document stays.
         detail: of a dropped document, what was measured and the limit.
         edits: how often each kind of change was made; None for none.
     """

@@ -47,8 +47,9 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """One sequence: inputs, labels and, with a document mask, the documents' numbers, each int64
-    [S].
+    """One sequence: inputs, labels and, with a document mask, the documents' numbers.
+
+    Each is int64 [S].
     """
 
     inputs_S: np.ndarray
@@ -56,7 +57,7 @@ class Sample(NamedTuple):
     documents_S: np.ndarray | None
 
     def part(self, number: int, parts: int) -> Sample:
-        """One of so many equal parts: a shorter sequence, whose labels are still the next tokens."""
+        """Return one of several equal parts; its labels are the next tokens of the whole."""
         length = len(self.inputs_S) // parts
         here = slice(number * length, (number + 1) * length)
         return Sample(

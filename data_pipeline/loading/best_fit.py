@@ -1,9 +1,10 @@
-"""Best-fit-decreasing packing of a shard's documents into sequences (Ding et al. 2024, "Fewer
-Truncations Improve Language Modeling").
+"""Best-fit-decreasing packing of a shard's documents into sequences (Ding et al. 2024).
+
+The paper is "Fewer Truncations Improve Language Modeling".
 
 Documents longer than a sequence are cut into pieces of S tokens and a rest. The pieces go into
-sequences from the longest to the shortest, each into the fullest sequence that still has room for
-it. The result lies beside the shard, as ``PREFIX.pack-S.safetensors``.
+sequences from the longest to the shortest, each into the fullest sequence that it still fits
+into. The result is next to the shard, as ``PREFIX.pack-S.safetensors``.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class PackingStatistics:
 
     @property
     def truncated_share(self) -> float:
-        """Of the documents, those that were cut: no packing can avoid it for one longer than a
-        sequence.
+        """Share of the documents that were cut.
+
+        No packing can avoid that for a document longer than a sequence.
         """
         return self.truncated_documents / self.documents if self.documents else 0.0
 
@@ -63,8 +65,9 @@ class PackingStatistics:
 def cut_documents(
     starts: np.ndarray, lengths: np.ndarray, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of at most ``sequence_length`` tokens, in the documents' order: where each begins and
-    how long it is, both int64.
+    """Return pieces of at most ``sequence_length`` tokens, in the documents' order.
+
+    The two arrays are the pieces' starts and lengths, both int64.
     """
     pieces = -(-lengths // sequence_length)
     ends = np.cumsum(pieces)
@@ -78,8 +81,8 @@ def cut_documents(
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """The sequence of each piece, and how many there are.
 
-    Pieces of one length are alike, and so are sequences with the same room, so whole groups are
-    placed at once: the steps that this takes grow with ``capacity``, not with the number of pieces.
+    Pieces of one length are alike, and so are sequences with the same free space, so whole groups
+    are placed at once: the number of steps grows with ``capacity``, not with that of the pieces.
 
     Args:
         lengths: int64 [pieces], from 1 to ``capacity``.
@@ -91,8 +94,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     by_length = np.argsort(-lengths, kind="stable")
     sequence_of = np.empty(len(lengths), dtype=np.int64)
     counts = np.bincount(lengths, minlength=capacity + 1)
-    # The sequences by the room that they have left, and a bit for each room that some sequence has.
-    rooms: list[deque[np.ndarray]] = [deque() for _ in range(capacity + 1)]
+    # The sequences by their free space, and a bit for each free space that some sequence has.
+    by_free: list[deque[np.ndarray]] = [deque() for _ in range(capacity + 1)]
     nonempty = 0
     opened = placed = 0
     for length in range(capacity, 0, -1):
@@ -100,36 +103,36 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
         while left:
             fitting = nonempty >> length
             if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                group = rooms[room].popleft()
+                space = length + (fitting & -fitting).bit_length() - 1
+                group = by_free[space].popleft()
             else:
-                room = capacity
+                space = capacity
                 group = np.arange(opened, opened - (-left // (capacity // length)))
                 opened += len(group)
-            # A sequence that takes one such piece has less room than before, so it is the best fit
-            # for the next one too.
-            each = room // length
+            # A sequence that takes one such piece has less free space than before: it is the best
+            # fit for the next one too.
+            each = space // length
             whole = min(left // each, len(group))
             filled = np.repeat(group[:whole], each)
-            leftovers = [(room - each * length, group[:whole])]
+            leftovers = [(space - each * length, group[:whole])]
             rest = min(left - whole * each, each - 1) if whole < len(group) else 0
             if rest:
                 filled = np.concatenate([filled, np.repeat(group[whole : whole + 1], rest)])
-                leftovers.append((room - rest * length, group[whole : whole + 1]))
-            leftovers.append((room, group[whole + (rest > 0) :]))
+                leftovers.append((space - rest * length, group[whole : whole + 1]))
+            leftovers.append((space, group[whole + (rest > 0) :]))
             sequence_of[by_length[placed : placed + len(filled)]] = filled
             placed += len(filled)
             left -= len(filled)
             for free, sequences in leftovers:
                 if len(sequences):
                     (
-                        rooms[free].appendleft(sequences)
-                        if free == room
-                        else rooms[free].append(sequences)
+                        by_free[free].appendleft(sequences)
+                        if free == space
+                        else by_free[free].append(sequences)
                     )
                     nonempty |= 1 << free
-            if not rooms[room]:
-                nonempty &= ~(1 << room)
+            if not by_free[space]:
+                nonempty &= ~(1 << space)
     return sequence_of, opened
 
 
@@ -166,10 +169,10 @@ def pack_shard(reader: IndexedReader, sequence_length: int) -> Packing:
 
 
 class PackedShard:
-    """A shard with the packing that lies beside it, of which only the needed entries are read.
+    """A shard with the packing next to it, of which only the needed entries are read.
 
     Raises:
-        DataError: where there is none, or it is not that of the shard as it is now.
+        DataError: if there is none, or it is not that of the shard as it is now.
     """
 
     def __init__(self, shard: Shard, sequence_length: int) -> None:
@@ -214,9 +217,9 @@ class PackedShard:
 
 
 def read_statistics(shard: Shard, sequence_length: int) -> PackingStatistics | None:
-    """The statistics of the packing that lies beside a shard.
+    """Return the statistics of the packing next to a shard.
 
-    None where there is none, or it is another shard's.
+    None if there is none, or it is another shard's.
     """
     try:
         with safe_open(pack_path(shard.prefix, sequence_length), framework="numpy") as file:
@@ -234,11 +237,12 @@ def read_statistics(shard: Shard, sequence_length: int) -> PackingStatistics | N
 def pack_stream(
     stream: TokenStream, sequence_length: int, progress: bool = False
 ) -> PackingStatistics:
-    """Packs each shard that is not packed yet, shard by shard: a killed one begins again with the
-    shard it was at.
+    """Pack each shard that is not packed yet, one after the other.
+
+    After a killed run, only the shard that it was packing is packed again.
 
     Raises:
-        StorageError: where the folder cannot be written to.
+        StorageError: if the folder cannot be written to.
     """
     total = PackingStatistics(sequence_length, 0, 0, 0, 0)
     for shard in tqdm(stream.shards, desc="packing", unit="shard", disable=not progress):
@@ -268,6 +272,6 @@ def _save(packing: Packing, shard: Shard) -> None:
     except OSError as error:
         raise StorageError(
             f"cannot write {path} ({error.strerror}): data.packing.kind=best_fit keeps its index"
-            " beside the shards; make the folder writable once, or use"
+            " next to the shards; make the folder writable once, or use"
             " data.packing.kind=concatenate"
         ) from None

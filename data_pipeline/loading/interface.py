@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from data_pipeline.loading.batch import Batch, Origin
 from data_pipeline.loading.prefetch import PrefetchWait
+from pretrain.core.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Loader(Protocol):
         It is 1.0 once as many samples as the split has were taken from it.
         """
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> JsonObject:
         """What a checkpoint after ``step`` steps must store, as JSON."""
 
-    def resume(self, state: dict[str, Any], step: int) -> None:
+    def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps from a checkpoint's state."""
 
     def position(self, step: int) -> int:

@@ -78,8 +78,9 @@ class Interleaving:
         self._table = lru_cache(maxsize=2)(self._make_table)
 
     def slots(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source and the running number in it of slots first .. first + count - 1: two int64
-        [count].
+        """Return the source of ``count`` slots from ``first`` on, and their numbers in it.
+
+        Both arrays are int64 [count].
         """
         sources, numbers = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         filled = 0
@@ -88,10 +89,8 @@ class Interleaving:
             owners, places = self._table(block)
             here = slice(inside, inside + count - filled)
             taken = len(owners[here])
-            sources[filled : filled + taken], numbers[filled : filled + taken] = (
-                owners[here],
-                places[here],
-            )
+            sources[filled : filled + taken] = owners[here]
+            numbers[filled : filled + taken] = places[here]
             filled += taken
         return sources, numbers
 
@@ -197,8 +196,9 @@ class Interleaving:
 
 
 def floors(fraction: Fraction, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """floor(fraction n) of n = first .. first + count - 1, int64 [count], and whether fraction n is
-    above it, bool [count].
+    """Return floor(fraction n) for ``count`` n from ``first`` on, and whether it rounds down.
+
+    The arrays are int64 [count] and bool [count].
 
     Exact.
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter
 from data_pipeline.config import Mixture, Proportional, Temperature, TokenBudget, Weights
 from data_pipeline.loading.interleaving import Interleaving
 from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.files import JsonObject
 
 # Version of the interleaving of samples: a checkpoint's plans count samples by it.
 VERSION = 2
@@ -58,7 +58,7 @@ class MixtureEntry:
     sources: dict[str, SourceState]
     sequence_length: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The entry as JSON."""
         return {
             "version": VERSION,
@@ -69,7 +69,7 @@ class MixtureEntry:
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> MixtureEntry:
+    def from_dict(cls, content: JsonObject) -> MixtureEntry:
         """The entry that :meth:`to_dict` wrote.
 
         Raises:

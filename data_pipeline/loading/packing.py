@@ -1,6 +1,4 @@
-"""From a stream of tokens to samples of S tokens: windows of it, or whole documents packed
-together.
-"""
+"""From a stream of tokens to samples of S tokens: windows of it, or packed documents."""
 
 from __future__ import annotations
 
@@ -18,10 +16,11 @@ PADDING_WINDOW = -1
 
 
 class Windows:
-    """Fixed windows of S tokens with one target each: window i has inputs i*S .. i*S + S - 1, and
-    labels one token further.
+    """Fixed windows of S tokens with one target each.
 
-    A document goes on in the next window, and a token that ends a document belongs to it. With
+    Window i has the inputs i*S .. i*S + S - 1, and as labels the same range one token further.
+
+    A document continues in the next window, and a token that ends a document belongs to it. With
     ``document_mask`` no loss is taken on the first token of the next document.
 
     Attributes:
@@ -32,12 +31,10 @@ class Windows:
     def __init__(
         self, stream: TokenStream, sequence_length: int, pad_id: int, document_mask: bool = False
     ) -> None:
-        self.stream, self.sequence_length, self.pad_id, self.document_mask = (
-            stream,
-            sequence_length,
-            pad_id,
-            document_mask,
-        )
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.pad_id = pad_id
+        self.document_mask = document_mask
         self._targets = max(stream.num_tokens - 1, 0)
         self.num_all = -(-self._targets // sequence_length)
 
@@ -55,10 +52,8 @@ class Windows:
         """
         length = self.sequence_length
         if number == PADDING_WINDOW:
-            inputs, labels = (
-                np.full(length, self.pad_id, dtype=np.int64),
-                np.full(length, NO_LOSS, dtype=np.int64),
-            )
+            inputs = np.full(length, self.pad_id, dtype=np.int64)
+            labels = np.full(length, NO_LOSS, dtype=np.int64)
             return Sample(
                 inputs, labels, np.zeros(length, dtype=np.int64) if self.document_mask else None
             )
@@ -74,14 +69,13 @@ class Windows:
         )
 
     def read_at(self, start: int) -> Sample:
-        """The window whose first input is token ``start`` of the stream; at its end a shorter one,
-        filled up.
+        """Return the window whose first input is token ``start`` of the stream.
+
+        At the end of the stream it is shorter, and padded.
         """
         length = self.sequence_length
-        inputs, labels = (
-            np.full(length, self.pad_id, dtype=np.int64),
-            np.full(length, NO_LOSS, dtype=np.int64),
-        )
+        inputs = np.full(length, self.pad_id, dtype=np.int64)
+        labels = np.full(length, NO_LOSS, dtype=np.int64)
         targets = min(length, self._targets - start)
         tokens = self.stream.read(start, targets + 1)
         inputs[:targets], labels[:targets] = tokens[:-1], tokens[1:]
@@ -96,26 +90,25 @@ class Windows:
 
 
 class PackedSamples:
-    """Documents packed by best fit; every token of every document is an input exactly once an
-    epoch.
+    """Documents packed by best fit.
 
-    A label is the next token of the same document, also where the document is cut. What is left at
+    Every token of every document is an input exactly once an epoch.
+
+    A label is the next token of the same document, also if the document is cut. What is left at
     the end is ``pad_id``, without loss and in a document of its own.
 
     Raises:
-        DataError: where a shard of the stream is not packed yet, see
+        DataError: if a shard of the stream is not packed yet, see
             :func:`data_pipeline.loading.best_fit.pack_stream`.
     """
 
     def __init__(
         self, stream: TokenStream, sequence_length: int, pad_id: int, document_mask: bool = False
     ) -> None:
-        self.stream, self.sequence_length, self.pad_id, self.document_mask = (
-            stream,
-            sequence_length,
-            pad_id,
-            document_mask,
-        )
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.pad_id = pad_id
+        self.document_mask = document_mask
         self._shards = [PackedShard(shard, sequence_length) for shard in stream.shards]
         self._starts = np.cumsum([0, *map(len, self._shards)], dtype=np.int64)
 
@@ -128,10 +121,8 @@ class PackedSamples:
             raise IndexError(f"sequence {number} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         length, offset = self.sequence_length, self.stream.start_of(shard)
-        inputs, labels = (
-            np.full(length, self.pad_id, dtype=np.int64),
-            np.full(length, NO_LOSS, dtype=np.int64),
-        )
+        inputs = np.full(length, self.pad_id, dtype=np.int64)
+        labels = np.full(length, NO_LOSS, dtype=np.int64)
         documents = np.zeros(length, dtype=np.int64)
         filled = 0
         for document, (start, count) in enumerate(
@@ -151,10 +142,8 @@ class PackedSamples:
     def documents(self, number: int) -> list[Documents]:
         """Those that are packed in the sequence, piece by piece."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        offset, pieces = (
-            self.stream.start_of(shard),
-            self._shards[shard].pieces(number - int(self._starts[shard])),
-        )
+        offset = self.stream.start_of(shard)
+        pieces = self._shards[shard].pieces(number - int(self._starts[shard]))
         return [
             documents
             for start, count in pieces
@@ -212,10 +201,10 @@ def prepare_packing(
 ) -> PackingStatistics | None:
     """Packs what is not packed yet, on one process.
 
-    None where the recipe's packing needs nothing prepared.
+    None if the recipe's packing needs nothing prepared.
 
     Raises:
-        StorageError: where a data folder cannot be written to.
+        StorageError: if a data folder cannot be written to.
     """
     return (
         packing_statistics(datasets, sequence_length, progress)
@@ -227,8 +216,9 @@ def prepare_packing(
 def packing_statistics(
     datasets: Datasets, sequence_length: int, progress: bool = False
 ) -> PackingStatistics:
-    """What best-fit packing makes of the training split; shards that are packed already are not
-    packed again.
+    """Return the padding and the cuts that best-fit packing has on the training split.
+
+    Shards that are packed already are not packed again.
     """
     streams = [part.stream for parts in datasets.training_shards().values() for part in parts]
     return pack_stream(

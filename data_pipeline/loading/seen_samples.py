@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from data_pipeline.loading.mixture import MixtureEntry, MixtureSchedule
 from data_pipeline.loading.shuffle import shuffled
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 
 def seen_samples(
-    plans: list[dict[str, Any]], consumed_samples: int, seed: int
+    plans: list[JsonObject], consumed_samples: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Each sample of each source that a run has seen, once, in the order of their first use: int64.
 

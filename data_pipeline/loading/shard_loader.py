@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from data_pipeline.config import DataConfig, Mixture
 from data_pipeline.loading.batch import Batch, Origin, Sample, Samples, to_batch
@@ -21,6 +20,7 @@ from data_pipeline.loading.shuffle import shuffled
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class ShardLoader:
         passes, since = self._passes
         return passes + (self._blocks(step) - since) / self._num_samples()
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> JsonObject:
         """The mixtures of the run so far, from which the consumed samples follow."""
         samples = self.position(step)
         plans = [
@@ -162,7 +162,7 @@ class ShardLoader:
         ]
         return {"plans": plans, "samples": samples, "offset": self._offset, "passes": self._passes}
 
-    def resume(self, state: dict[str, Any], step: int) -> None:
+    def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps.
 
         If the mixture or its sources have changed, the new ones apply from here on, and every

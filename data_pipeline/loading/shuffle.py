@@ -1,5 +1,6 @@
-"""The order of training samples as a pure function of (seed, position): nothing to store, nothing
-to replay on resume.
+"""The order of training samples, as a pure function of (seed, position).
+
+There is nothing to store, and nothing to replay when a run resumes.
 
 Each epoch is a permutation of all samples by a keyed Feistel network (Luby & Rackoff 1988),
 restricted to the samples by cycle walking (Black & Rogaway 2002). It takes constant memory whatever
@@ -34,7 +35,7 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
     """
     values = np.asarray(indices)
     if values.size and (values.min() < 0 or values.max() >= num_samples):
-        raise ValueError(f"indices must lie in [0, {num_samples})")
+        raise ValueError(f"indices must be in [0, {num_samples})")
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
     flat = _feistel(values.astype(np.uint64).ravel(), half_bits, keys)
@@ -48,8 +49,9 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
 
 
 def shuffled(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """The samples at these positions of the endless sequence of epochs, each freshly permuted:
-    int64, of the shape of ``positions``.
+    """Return the samples at these positions of the endless sequence of epochs.
+
+    Each epoch is a new permutation. The result is int64, of the shape of ``positions``.
     """
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     result = np.empty_like(places)

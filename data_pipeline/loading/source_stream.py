@@ -1,5 +1,4 @@
-"""One source as an endless stream of windows: its documents are cleaned and encoded as they are
-read.
+"""One source as an endless stream of windows, cleaned and encoded while it is read.
 
 The documents come in their order, without those that are held out, again and again.
 """
@@ -19,7 +18,7 @@ from data_pipeline.preprocess.reader import Reader, Task
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
 from data_pipeline.shards.split import SplitPlan
-from data_pipeline.sources import ReadContext, Unit, open_source
+from data_pipeline.sources.interface import ReadContext, Unit, open_source
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
@@ -203,7 +202,7 @@ class SourceStream:
     def _segments(self, text: Text) -> list[str | int]:
         """A document as texts to encode, and literal token ids around and between them.
 
-        Texts are cut where the tokenizer allows it, so that a long one is encoded on all cores.
+        Texts are cut if the tokenizer allows it, so that a long one is encoded on all cores.
         """
         tokenizer = self.tokenizer
         segments: list[str | int] = []

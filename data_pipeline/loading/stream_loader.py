@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_pipeline.config import DataConfig, Weights
 from data_pipeline.loading.batch import Batch, Origin, to_batch
@@ -21,6 +21,7 @@ from data_pipeline.loading.prefetch import PrefetchWait
 from data_pipeline.loading.source_stream import Place, SourceStream
 from data_pipeline.shards.datasets import Datasets
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 STEPS_AHEAD = 16
 
@@ -71,7 +72,7 @@ class StreamState:
     samples_passed_over: int = 0
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> StreamState:
+    def from_dict(cls, content: JsonObject) -> StreamState:
         """The state that ``dataclasses.asdict`` made."""
         sources = {name: SavedSource(**source) for name, source in content["sources"].items()}
         return cls(**content | {"sources": sources})
@@ -165,7 +166,7 @@ class StreamLoader:
     def epochs(self, step: int) -> None:
         """None: how much a stream holds is unknown."""
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> JsonObject:
         """The places after ``step`` steps, which must be the last ones asked for.
 
         Raises:
@@ -185,7 +186,7 @@ class StreamLoader:
             )
         )
 
-    def resume(self, state: dict[str, Any], step: int) -> None:
+    def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps; changed weights or sources apply from here on.
 
         Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
-from data_pipeline.sources.interface import REASONS
+from data_pipeline.preprocess.unit_record import UnitRecord
+from data_pipeline.sources.interface import meaning_of_reasons
 from pretrain.core.errors import DataError
 
 # A text of nothing but white space is left out, and nothing is lost with it.
@@ -44,26 +44,27 @@ class BadShares:
         self.reasons: dict[str, Counter[str]] = {name: Counter() for name in sizes}
         self.examples: dict[tuple[str, str], str] = {}
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: UnitRecord) -> None:
         """Counts a unit's record, as :meth:`Reader.record` makes it.
 
         Raises:
-            DataError: as soon as so many bytes are lost that nothing to come can change it.
+            DataError: as soon as the lost bytes exceed the allowed share of the whole source.
         """
-        name = record["source"]
-        self.records[name] += record["records"]
-        self.bytes[name] += record["bad_bytes"]
+        name = record.source
+        self.records[name] += record.records
+        self.bytes[name] += record.bad_bytes
         self.reasons[name].update(
-            {reason: count for reason, count in record["bad"].items() if reason not in NO_LOSS}
+            {reason: count for reason, count in record.bad.items() if reason not in NO_LOSS}
         )
-        for reason, example in record["bad_examples"].items():
+        for reason, example in record.bad_examples.items():
             self.examples.setdefault((name, reason), example)
         self._check(name, self.bytes[name] > self.allowed * self.sizes[name])
 
     def check(self) -> None:
-        """
+        """Check all sources once everything is read.
+
         Raises:
-            DataError: for a source of which more is bad than allowed, once all of it is read.
+            DataError: for a source of which more is bad than allowed.
         """
         for name, reasons in self.reasons.items():
             self._check(
@@ -86,7 +87,9 @@ class BadShares:
             return
         reason, count = reasons.most_common(1)[0]
         example = self.examples.get((name, reason))
-        what = f"{count:,}: {REASONS[reason]}" + (f"; the first: {example}" if example else "")
+        # A plugin may leave records out for a reason that it has not described.
+        meaning = meaning_of_reasons().get(reason, reason)
+        what = f"{count:,}: {meaning}" + (f"; the first: {example}" if example else "")
         raise DataError(
             f"source '{name}': {reasons.total():,} of {self.records[name]:,} records are bad, with"
             f" {share:.1%} of its bytes; most often {reason} ({what}). --max-bad-share"

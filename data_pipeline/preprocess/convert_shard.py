@@ -1,5 +1,6 @@
-"""One shard of another program as shards of ours: checked token by token, and not copied if its
-bytes are what training reads.
+"""Imports one shard of another program.
+
+Every token is checked, and the file is not copied if its bytes are what training reads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import xxhash
@@ -51,13 +52,22 @@ class ImportRecord:
     """
 
     number: int
-    shards: dict[SplitName, dict[str, Any]] = field(default_factory=dict)
+    shards: dict[SplitName, WrittenShard] = field(default_factory=dict)
     utf8_bytes: dict[SplitName, int] = field(default_factory=dict)
     empty: int = 0
     end_with_eod: int = 0
     begin_with_bos: int = 0
     largest_id: int = -1
     how: str = "converted"
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read the record of a finished shard; None if there is no complete one."""
+        content = read_json(path)
+        if content is None:
+            return None
+        shards = {split: WrittenShard(**part) for split, part in content.pop("shards").items()}
+        return cls(shards=shards, **content)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class ImportJob:
 
     Attributes:
         names: of the shard in each split that it may have documents of.
-        share: of its documents that is held out, where it has both splits.
+        share: of its documents that is held out, if it has both splits.
         folder: that the results are written into.
     """
 
@@ -93,15 +103,15 @@ def import_shard(job: ImportJob, advance: Callable[[int], object]) -> ImportReco
 
     Raises:
         DataError: for a token id that the tokenizer does not have, or a document that is too long.
-        StorageError: where the disk is full.
+        StorageError: if the disk is full.
     """
     place = job.folder / f"import-{job.number:05}.json"
-    found = read_json(place)
+    found = ImportRecord.read(place)
     if found is not None and all(
         path.exists() for name in job.names.values() for path in _files(job.folder / name)
     ):
         advance(job.shard.num_tokens)
-        return ImportRecord(**found)
+        return found
     for name in job.names.values():
         for path in _files(job.folder / name):
             path.unlink(missing_ok=True)
@@ -146,14 +156,15 @@ class _Importer:
             for first, last in self._batches():
                 self._take(first, last, sinks)
             for split, sink in sinks.items():
-                self.record.shards[split] = asdict(sink.finish())
+                self.record.shards[split] = sink.finish()
             if linked is not None:
                 self.record.how = linked.how
         return self.record
 
     def _reads_as_it_is(self) -> bool:
-        """Whether the file of the tokens can be the .bin; unsigned ids of four bytes are the same
-        bytes as signed ones below 2^31.
+        """Whether the file of the tokens can be the .bin.
+
+        Unsigned ids of four bytes have the same bytes as signed ones below 2^31.
         """
         types = (
             {self.job.dtype, np.dtype("<u4")}
@@ -169,8 +180,9 @@ class _Importer:
         )
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        """Documents first .. last - 1 that are read at once: as many as ``READ_TOKENS`` hold, and
-        one at least.
+        """Yield ranges first .. last - 1 of documents that are read at once.
+
+        A range has at most ``READ_TOKENS`` tokens, or one longer document.
         """
         first = 0
         while first < len(self.ends):
@@ -183,11 +195,9 @@ class _Importer:
 
     def _take(self, first: int, last: int, sinks: dict[SplitName, _Sink]) -> None:
         """Checks documents and passes them on to their splits."""
-        begin, end, lengths = (
-            int(self.ends[first] - self.sizes[first]),
-            int(self.ends[last - 1]),
-            self.sizes[first:last],
-        )
+        begin = int(self.ends[first] - self.sizes[first])
+        end = int(self.ends[last - 1])
+        lengths = self.sizes[first:last]
         if end - begin > READ_TOKENS:
             self._take_long(begin, end, sinks)
             return
@@ -281,13 +291,11 @@ class _LinkedShard:
         lengths: np.ndarray,
         advance: Callable[[int], object],
     ) -> None:
-        self.prefix, self.source, self.dtype, self.lengths, self._advance = (
-            prefix,
-            source,
-            dtype,
-            lengths,
-            advance,
-        )
+        self.prefix = prefix
+        self.source = source
+        self.dtype = dtype
+        self.lengths = lengths
+        self._advance = advance
         self.how = "linked"
         self._checksums = FileChecksums()
 
@@ -313,11 +321,9 @@ class _LinkedShard:
                 " rest"
             )
         fsync_path(path)
-        index, index_bytes, temporary = (
-            FileChecksums(),
-            0,
-            idx_path(self.prefix).with_suffix(".partial"),
-        )
+        index = FileChecksums()
+        index_bytes = 0
+        temporary = idx_path(self.prefix).with_suffix(".partial")
         with temporary.open("wb") as stream:
             for block in index_content(self.dtype, len(self.lengths), self._read_lengths):
                 index.update(block)

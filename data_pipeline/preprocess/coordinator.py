@@ -1,34 +1,36 @@
-"""From sources to a data folder: sample -> tokenizer -> encode every unit -> remove duplicates ->
-merge into shards -> manifest.
+"""Builds a data folder from sources.
+
+The phases: sample -> tokenizer -> encode every unit -> remove duplicates -> merge into shards ->
+manifest.
 
 All work is done on units, in any order and by any number of workers, and put together in the order
 of the input: the same bytes come out. Finished units survive a killed run, and the same command
-goes on from them. Files take their names at the end, the manifest last: a folder with a manifest is
-complete.
+continues from them. Files take their names at the end, the manifest last: a folder with a manifest
+is complete.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import orjson
-
 from data_pipeline.cleaning.cleaner import Cleaner
-from data_pipeline.config import DataConfig, TrainBPE
-from data_pipeline.preprocess import manifest_writer as finish
+from data_pipeline.config import DataConfig
+from data_pipeline.preprocess import manifest_writer
 from data_pipeline.preprocess.bad_share import BadShares
 from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.preprocess.engine import fit_engine
 from data_pipeline.preprocess.incremental_merge import GrowingShards
-from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, write_shard
+from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, ShardRecord, write_shard
 from data_pipeline.preprocess.plan import BuildPlan, open_sources, plan_build, request_sha256
 from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
 from data_pipeline.preprocess.reader import Task
+from data_pipeline.preprocess.tokenizer_sample import sample_shares, training_texts
+from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.units import collect, followed, is_usable, judged
 from data_pipeline.preprocess.worker import (
     BANDS,
@@ -36,7 +38,6 @@ from data_pipeline.preprocess.worker import (
     MARKS,
     SAMPLE,
     Job,
-    Record,
     encode_unit,
     looks_for_duplicates,
     sample_unit,
@@ -58,20 +59,15 @@ from data_pipeline.preprocess.workspace import (
 from data_pipeline.shards.indexed import token_dtype
 from data_pipeline.shards.manifest import Manifest, load_manifest, verify
 from data_pipeline.shards.split import SPLITS, SplitPlan, plan_split
+from data_pipeline.tokenizer.config import ExistingTokenizer, TrainedTokenizer
 from data_pipeline.tokenizer.configured import load_configured
-from data_pipeline.tokenizer.patterns import cut_before_white_space
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import ConfigError, DataError
 from pretrain.core.files import only_writer, write_synced
 from pretrain.core.interrupts import interruptible
 from pretrain.core.progress import Stage
 
 logger = logging.getLogger(__name__)
-
-# A source is read in full for its sample where that is small; of a large one, units that hold this
-# many times the sample suffice.
-SAMPLE_MARGIN = 4
 
 
 @dataclass(frozen=True)
@@ -102,24 +98,25 @@ def build(
     Args:
         config: sources, tokenizer, cleaning, split; ``path`` and what training does with the shards
             do not change the files.
-        fresh: build also where there is data, and replace it once the new data is complete.
+        fresh: build even if there is data, and replace it once the new data is complete.
         progress: show progress bars on standard error.
-        workers: processes; by default every core, or only this process where the input is small.
+        workers: processes; by default every core, or only this process if the input is small.
         pool: workers that are there already, such as the ranks of an MPI job.
         engine: the tokenizer library that encodes; by default the first, in the order of usual
             speed, whose ids are right on a sample.
 
     Raises:
-        ConfigError: where other data is there and ``fresh`` is false.
+        ConfigError: if other data is there and ``fresh`` is false.
         DataError: for a source or a tokenizer that cannot be used, and for too many bad records.
-        StorageError: where the disk is full.
-        PeerLostError: where a worker was killed.
+        StorageError: if the disk is full.
+        PeerLostError: if a worker was killed.
     """
     given = None
-    if not isinstance(config.tokenizer, TrainBPE):
+    if isinstance(config.tokenizer, ExistingTokenizer):
         with Stage("loading the tokenizer", progress):
             given = load_configured(config.tokenizer)
-    Cleaner(config.cleaning)  # what is wrong with it is told before any work
+    # Made for its checks: what is wrong with the section is reported before any work.
+    Cleaner(config.cleaning)
     is_new = not output.folder.exists()
     with (
         only_writer(output.folder, "choose another --output"),
@@ -168,7 +165,9 @@ def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bo
         task = Task(plan.config, str(output.staging), SplitPlan(plan.config.validation_share))
         jobs = [(task, number, unit) for number, unit in enumerate(plan.units)]
         records = collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
-        found = {name: finish.source_sha256(records, name) for name in plan.config.named_sources}
+        found = {
+            name: manifest_writer.source_sha256(records, name) for name in plan.config.named_sources
+        }
         if found != {name: source.sha256 for name, source in manifest.sources.items()}:
             raise other
     verify(manifest)
@@ -176,18 +175,13 @@ def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bo
 
 
 class Build:
-    """One build, stage by stage."""
+    """One build, phase by phase."""
 
     def __init__(
         self, plan: BuildPlan, output: Output, workspace: Path, pool: Pool, progress: bool
     ) -> None:
-        self.plan, self.output, self.workspace, self.pool, self.progress = (
-            plan,
-            output,
-            workspace,
-            pool,
-            progress,
-        )
+        self.plan, self.output, self.workspace = plan, output, workspace
+        self.pool, self.progress = pool, progress
         self.config = plan.config
         self.task = Task(plan.config, str(workspace), SplitPlan(plan.config.validation_share))
 
@@ -210,7 +204,7 @@ class Build:
             if looks_for_duplicates(self.config.cleaning):
                 self._mark_duplicates(records)
             shards = self._merge(records, growing)
-        manifest, names = finish.describe(
+        manifest, names = manifest_writer.describe(
             self.plan, self.output, self.workspace, records, shards, tokenizer
         )
         write_synced(self.workspace / "shards" / self.output.tokenizer, tokenizer.content)
@@ -221,84 +215,50 @@ class Build:
         )
 
     def _trained_tokenizer(self) -> Tokenizer:
-        """Samples the training split and trains on it; a tokenizer that an earlier run has trained
-        is found again.
-        """
-        assert isinstance(self.config.tokenizer, TrainBPE)
+        """Sample the training split and train on it, or find what an earlier run has trained."""
+        config = self.config.tokenizer
+        assert isinstance(config, TrainedTokenizer)
         if self.config.streaming:
             raise ConfigError(
                 "data.streaming reads the source only once: train the tokenizer before, and name it"
                 " with data.tokenizer.kind=file"
             )
-        shares, numbers = self._sample_shares(self.config.tokenizer)
+        shares, numbers = sample_shares(self.plan, config)
         task = replace(self.task, sample_shares=shares)
         records = self._run(sample_unit, "samples", task, numbers, "sampling")
         if len(numbers) == len(self.plan.units):
             self.task = replace(self.task, split=self._split_plan(records))
         trained = self.workspace / "trained.json"
         if trained.exists():
-            return Tokenizer(trained.read_bytes(), "the trained tokenizer", self.config.tokenizer)
-        config = self.config.tokenizer
+            return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)
+        train = config.implementing_class()
         size = sum(
             (unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size
             for number in numbers
         )
-        with Stage(
-            "training the tokenizer", self.progress, size, "B"
-        ) as stage:  # it is read first, and then pairs are merged
-            tokenizer = interruptible(
-                lambda: train_bpe(self._training_texts(numbers, stage), config)
+        # The bar counts the bytes that are read; the merging of pairs comes after its end.
+        with Stage("training the tokenizer", self.progress, size, "B") as stage:
+            tokenizer: Tokenizer = interruptible(
+                lambda: train(
+                    training_texts(self.workspace, numbers, self.task.split, stage), config
+                )
             )
-        if tokenizer.vocab_size < self.config.tokenizer.vocab_size:
+        if tokenizer.vocab_size < config.vocab_size:
             logger.warning(
                 "the corpus gives a vocabulary of %d entries, not %d: it is too small for more",
                 tokenizer.vocab_size,
-                self.config.tokenizer.vocab_size,
+                config.vocab_size,
             )
         write_synced(trained, tokenizer.content)
         return tokenizer
 
-    def _sample_shares(self, config: TrainBPE) -> tuple[dict[str, float], list[int]]:
-        """The share of each source's documents that is sampled, and the units that are read for it."""
-        sizes: dict[str, int] = {}
-        for unit in self.plan.units:
-            sizes[unit.source] = sizes.get(unit.source, 0) + unit.size
-        weights: dict[str, float] = dict(config.sample_weights or sizes)
-        if unknown := set(weights) - set(sizes):
-            raise ConfigError(
-                f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources"
-                f" are {', '.join(sizes)}"
-            )
-        total = sum(weights.values()) or 1.0
-        shares, numbers = {}, []
-        for name, size in sizes.items():
-            wanted = config.sample_bytes * weights.get(name, 0.0) / total
-            mine = [number for number, unit in enumerate(self.plan.units) if unit.source == name]
-            # Every stride-th unit, so that a source in many files is sampled all over.
-            stride = max(1, int(size / max(wanted * SAMPLE_MARGIN, 1.0)))
-            chosen = mine[::stride] if wanted else []
-            read = sum(self.plan.units[number].size for number in chosen)
-            shares[name] = min(1.0, wanted / read) if read else 0.0
-            numbers += chosen
-        return shares, numbers
-
-    def _training_texts(self, numbers: list[int], stage: Stage) -> Iterator[str]:
-        for number in numbers:
-            with (unit_folder(self.workspace, "samples", number) / SAMPLE).open("rb") as stream:
-                for line in stream:
-                    place, text = orjson.loads(line)
-                    for split, part in self.task.split.assign(text, place):
-                        if split == "train":
-                            yield from cut_before_white_space(part)
-                    stage.advance(len(line))
-
-    def _encode(self, growing: GrowingShards) -> list[Record]:
-        """The records of all units, encoded so that no split is empty."""
+    def _encode(self, growing: GrowingShards) -> list[UnitRecord]:
+        """Encode all units so that no split is empty, and return their records."""
         numbers = list(range(len(self.plan.units)))
         if self.config.streaming:
             return self._encode_held_out(numbers)
         # What is a duplicate is known when all units are. Over nodes, one may not see at once what
-        # another has renamed. And where merging had begun, what it has finished stays.
+        # another has renamed. And if merging had begun, what it has finished stays.
         has_merged = any((self.workspace / "shards").glob("*.json"))
         follow = (
             growing.add
@@ -313,28 +273,21 @@ class Build:
             growing.discard()
             self.task = replace(self.task, split=split)
             records = self._run(encode_unit, "units", self.task, numbers, "encoding")
-        if sum(record["documents"] for record in records) == 0:
+        if sum(record.documents for record in records) == 0:
             reasons = (
-                finish.total(records, "bad")
-                | finish.total(records, "left_out")
-                | finish.total(records, "dropped")
+                manifest_writer.total(record.bad for record in records)
+                | manifest_writer.total(record.left_out for record in records)
+                | manifest_writer.total(record.dropped for record in records)
             )
-            why = (
-                ": "
-                + ", ".join(
-                    f"{count} {reason}"
-                    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
-                )
-                if reasons
-                else ""
-            )
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            why = f": {counts}" if reasons else ""
             raise DataError(
                 f"the source holds no document that is not empty{why}: give files with text in them"
             )
         return records
 
-    def _encode_held_out(self, numbers: list[int]) -> list[Record]:
-        """The first documents of the stream that are held out, unit by unit until there are enough."""
+    def _encode_held_out(self, numbers: list[int]) -> list[UnitRecord]:
+        """Encode the stream unit by unit until enough documents are held out."""
         records, wanted = [], self.config.streaming_validation_documents
         shares = BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
         for number in numbers:
@@ -343,19 +296,20 @@ class Build:
                 encode_unit, "units", task, [number], "reading the stream", shares=shares
             )
             records.append(record)
-            wanted -= record["splits"]["validation"]["documents"]
+            wanted -= record.splits["validation"].documents
             if wanted <= 0:
                 break
         shares.check()
-        if not sum(record["splits"]["validation"]["documents"] for record in records):
+        if not sum(record.splits["validation"].documents for record in records):
             raise DataError(
                 "no document of the stream is held out for validation: raise data.validation_share"
             )
         return records
 
     def _check_at_rest(self) -> None:
-        """Units that were read from files as they are now, and not as they were at the start, would
-        not fit together.
+        """Raise if an input file has changed since the start.
+
+        Units of the old and of the new content would not fit together.
         """
         if (
             plan_build(self.config, None, open_sources(self.config, self.workspace)).inputs_sha256
@@ -366,11 +320,14 @@ class Build:
                 " they are at rest"
             )
 
-    def _split_plan(self, records: list[Record]) -> SplitPlan:
+    def _split_plan(self, records: list[UnitRecord]) -> SplitPlan:
         config = self.config
-        hashed = sum(record["hashed"] for record in records)
+        hashed = sum(record.hashed for record in records)
         places = (
-            record[side] for record in records if record["hashed"] for side in ("lowest", "highest")
+            place
+            for record in records
+            for place in (record.lowest, record.highest)
+            if place is not None
         )
         fixed = any(source.split == "validation" for source in config.named_sources.values())
         split = (
@@ -385,16 +342,15 @@ class Build:
 
     def _run(
         self,
-        function: Callable[[Job], Record],
+        function: Callable[[Job], UnitRecord],
         stage: str,
         task: Task,
         numbers: list[int],
         title: str,
-        follow: Callable[[Record], None] | None = None,
+        follow: Callable[[UnitRecord], None] | None = None,
         shares: BadShares | None = None,
-    ) -> list[Record]:
-        """Runs a stage over units; those that an earlier run has finished with the same split are
-        taken as they are.
+    ) -> list[UnitRecord]:
+        """Run a phase over units, except those that an earlier run has finished alike.
 
         ``follow`` is called with the record of each unit as soon as those of all units before it
         are there, unless all were there already. ``shares`` of a stage in several calls are checked
@@ -406,10 +362,10 @@ class Build:
         counted = shares or BadShares(
             self.config.max_bad_share, self.plan.bytes_of_sources(numbers)
         )
-        records: dict[int, Record] = {}
+        records: dict[int, UnitRecord] = {}
         for number in numbers:
             folder = unit_folder(self.workspace, stage, number)
-            found = read_json(folder / RECORD)
+            found = UnitRecord.read(folder / RECORD)
             if found is not None and is_usable(found, folder, task):
                 records[number] = found
             else:
@@ -425,17 +381,17 @@ class Build:
         if follow is not None and jobs:
             results = followed(results, numbers, dict(records), follow)
         for record in collect(results, self.plan, title, self.progress, list(records.values())):
-            records[record["unit"]] = record
+            records[record.unit] = record
         if shares is None:
             counted.check()
         return [records[number] for number in numbers]
 
-    def _mark_duplicates(self, records: list[Record]) -> None:
+    def _mark_duplicates(self, records: list[UnitRecord]) -> None:
         cleaning = self.config.cleaning
         near = cleaning.near_duplicates is not None
         keys = []
         for record in records:
-            folder = unit_folder(self.workspace, "units", record["unit"])
+            folder = unit_folder(self.workspace, "units", record.unit)
             keys.append(
                 UnitKeys(folder / DIGESTS, folder / BANDS if near else None, folder / MARKS)
             )
@@ -448,16 +404,16 @@ class Build:
 
             mark_duplicates(keys, scratch, cleaning.exact_duplicates, near, progress=advance)
 
-    def _merge(self, records: list[Record], growing: GrowingShards) -> list[Record]:
-        """Writes all shards that have not grown already, and returns the records of all in order."""
+    def _merge(self, records: list[UnitRecord], growing: GrowingShards) -> list[ShardRecord]:
+        """Write all shards that are not written yet, and return the records of all in order."""
         names = list(self.config.named_sources)
         plans, taken = [], {}
         for split in SPLITS:
             for name in names:
                 cutter = ShardCutter(self.workspace, split, growing.max_tokens)
                 for record in records:
-                    if record["source"] == name:
-                        cutter.add(record["unit"], record["splits"][split]["tokens"])
+                    if record.source == name:
+                        cutter.add(record.unit, record.splits[split].tokens)
                 for number, pieces in enumerate(cutter.shards):
                     shard = self.output.shard(
                         split, name, number, len(cutter.shards), len(names) == 1
@@ -469,12 +425,12 @@ class Build:
                     )
                     if number == 0 and not growing.is_empty:
                         taken[shard] = growing.take(plans[-1])
-        written: dict[str, Record] = {}
+        written: dict[str, ShardRecord] = {}
         with Stage("merging", self.progress, len(plans), "shard") as stage:
 
             def write(missing: list[ShardPlan]) -> None:
                 for record in self.pool.run(write_shard, missing):
-                    written[record["prefix"]] = record
+                    written[record.entry.prefix] = record
                     stage.advance(1)
 
             write(

@@ -5,7 +5,7 @@ band hash are linked, and the first of each connected component stays. Corpus or
 the units, and of the rows inside each.
 
 Equal keys are found in two steps: inside chunks of rows, and then, among the first of each kind in
-its chunk, inside partitions of the key's range that lie on disk. The result depends on neither.
+its chunk, inside partitions of the key's range that are on disk. The result depends on neither.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def mark_duplicates(
     """Writes the marks of every unit, each file at once or not at all.
 
     Memory stays near ``memory_bytes`` however many documents there are. Scratch takes 9 bytes a
-    document, and where the keys of one kind do not fit into the memory, 24 bytes a digest or 16
+    document, and if the keys of one kind do not fit into the memory, 24 bytes a digest or 16
     bytes a band.
 
     Args:
@@ -145,8 +145,9 @@ def _link_near(
 def _read_chunks(
     paths: Sequence[Path], keys_per_row: int, memory_bytes: int, advance: Callable[[int], object]
 ) -> Iterator[tuple[NDArray[np.uint64], Rows]]:
-    """The rows of all files with their numbers, as many at a time as the memory allows, also across
-    the ends of files.
+    """Yield the rows of all files with their numbers, in chunks that the memory allows.
+
+    A chunk may reach across the ends of files.
     """
     limit = max(memory_bytes // (BYTES_PER_KEY * keys_per_row), 1)
     pieces: list[NDArray[np.uint64]] = []
@@ -175,8 +176,9 @@ def _join_equal(
     memory_bytes: int,
     join: Join,
 ) -> None:
-    """Calls ``join`` with rows that have a key first and rows that have it again, so that all rows
-    of a key become connected.
+    """Call ``join`` so that all rows of a key become connected.
+
+    Its arguments are the first rows with a key, and later rows with the same key.
 
     Args:
         chunks: keys [n, columns] and the row of each, ascending over all chunks.
@@ -199,8 +201,9 @@ def _join_equal(
 
 
 def _join_within(keys: NDArray[np.uint64], rows: Rows, join: Join) -> NDArray[np.intp]:
-    """Joins the rows of equal keys, and gives back the places of the first row of each key, in the
-    order of the keys' first column.
+    """Join the rows of equal keys within a chunk.
+
+    Returns the places of the first row of each key, in the order of the keys' first column.
     """
     order = keys[:, 0].argsort()
     first_column = keys[order, 0]

@@ -1,5 +1,6 @@
-"""Which engine encodes a corpus: found out by one worker while the others begin with what most
-likely comes out.
+"""Chooses the engine that encodes a corpus.
+
+One worker measures while the others begin with the most likely choice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from data_pipeline.preprocess.plan import BuildPlan, open_sources
 from data_pipeline.preprocess.pool import Pool
 from data_pipeline.preprocess.reader import Task
 from data_pipeline.preprocess.worker import choose, encode_ahead, unit_folder
-from data_pipeline.sources import Document
+from data_pipeline.sources.interface import Document
 from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE, REFERENCE
 
 SAMPLE_CHARACTERS = 1 << 16

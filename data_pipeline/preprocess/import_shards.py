@@ -1,5 +1,4 @@
-"""From shards of other programs to a data folder: the tokens, what training and the tools need with
-them, and the proof that they are whole.
+"""Makes a data folder of shards of other programs, and checks that they are whole.
 
 Finished shards survive a killed run, and the same command resumes. Files take their names at the
 end, the manifest last: a folder with a manifest is complete.
@@ -10,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.convert_shard import ImportJob, ImportRecord, import_shard
 from data_pipeline.preprocess.coordinator import BuildResult
 from data_pipeline.preprocess.manifest_writer import tokenizer_entry
@@ -35,7 +34,7 @@ from data_pipeline.preprocess.workspace import (
     remove_unused,
 )
 from data_pipeline.shards.foreign import ForeignShard, open_foreign
-from data_pipeline.shards.indexed import WrittenShard, token_dtype
+from data_pipeline.shards.indexed import token_dtype
 from data_pipeline.shards.manifest import (
     Manifest,
     ShardEntry,
@@ -46,6 +45,7 @@ from data_pipeline.shards.manifest import (
     verify,
 )
 from data_pipeline.shards.split import SPLITS, SplitName
+from data_pipeline.tokenizer.config import ExistingTokenizer
 from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ class ImportResult(BuildResult):
 
     Attributes:
         how: how many shards were linked, copied and converted.
-        largest_id: of all tokens; None where the folder was there already.
+        largest_id: of all tokens; None if the folder existed already.
         notes: what a user should know of, one sentence each.
     """
 
@@ -83,40 +83,28 @@ def import_shards(
     progress: bool = False,
     workers: int | None = None,
 ) -> ImportResult:
-    """Makes a data folder of shards that are there, or finds it there.
+    """Make a data folder of existing shards, or find it complete.
 
     Args:
         prefixes, validation: shards of the training and of the validation split, see
-        :func:`data_pipeline.shards.foreign.open_foreign`.
+            :func:`data_pipeline.shards.foreign.open_foreign`.
         config: ``tokenizer``, an existing one, and ``validation_share``: of the documents in
             ``prefixes``, by a hash of their token ids.
         fresh, progress: as of :func:`data_pipeline.preprocess.coordinator.build`.
         workers: shards that are read at the same time.
 
     Raises:
-        ConfigError: for options that do not go together, and where other data is there and
+        ConfigError: for options that do not go together, and if the folder holds other data and
             ``fresh`` is false.
         DataError: for a shard that is damaged, of an unknown form, or not of this tokenizer.
-        StorageError: where the disk is full.
+        StorageError: if the disk is full.
     """
-    if isinstance(config.tokenizer, TrainBPE):
-        raise ConfigError(
-            "--import-shards needs the tokenizer that the shards were made with: name it with"
-            " --tokenizer PATH"
-        )
-    if validation and config.validation_share:
-        raise ConfigError(
-            "--validation-share and --import-validation both say what is held out: give one of them"
-        )
-    # Whether documents end with the token is found out; a tokenizer without one will do.
-    tokenizer = load_configured(
-        config.tokenizer.model_copy(update={"append_eod": False, "prepend_bos": False})
-    )
-    given: dict[SplitName, list[ForeignShard]] = {
-        "train": [open_foreign(prefix) for prefix in prefixes]
+    tokenizer = _tokenizer_of(config, bool(validation))
+    shards: dict[SplitName, list[ForeignShard]] = {
+        "train": [open_foreign(prefix) for prefix in prefixes],
+        "validation": [open_foreign(prefix) for prefix in validation],
     }
-    given["validation"] = [open_foreign(prefix) for prefix in validation]
-    _check_files(given, output)
+    _check_files(shards, output)
     is_new = not output.folder.exists()
     request = canonical_sha256(
         {
@@ -126,7 +114,7 @@ def import_shards(
             "share": config.validation_share,
         }
     )
-    identity = {"request_sha256": request, "inputs_sha256": _stamp(given)}
+    identity = {"request_sha256": request, "inputs_sha256": _stamp(shards)}
     with (
         only_writer(output.folder, "choose another --output"),
         no_space_is_told(output.folder),
@@ -135,35 +123,58 @@ def import_shards(
         stack.callback(remove_unused, output, is_new)
         stack.enter_context(interruption_is_reported(output))
         begin_staging(output.staging, request)
+        # A run that was killed while it moved the files to their names has to do only that.
         if read_json(output.staging / "identity.json") == identity and finish_publishing(
             output.staging, output
         ):
             return ImportResult(output, load_manifest(output.path), reused=False)
         if output.manifest.exists() and not fresh:
-            manifest = load_manifest(output.path)
-            if {
-                "request_sha256": manifest.request_sha256,
-                "inputs_sha256": manifest.inputs_sha256,
-            } != identity:
-                raise ConfigError(
-                    f"{output.path} holds other data: choose another folder, or pass --fresh to"
-                    " replace it"
-                )
-            verify(manifest)
-            return ImportResult(output, manifest, reused=True)
+            return ImportResult(output, _existing_manifest(output, identity), reused=True)
         workspace = Workspace(output.staging, identity)
-        jobs = _jobs(given, config.validation_share, tokenizer, output, workspace.folder / "shards")
+        jobs = _jobs(
+            shards, config.validation_share, tokenizer, output, workspace.folder / "shards"
+        )
         records = _run(jobs, min(workers or 4, len(jobs)), progress)
-        if _stamp(given) != identity["inputs_sha256"]:
+        if _stamp(shards) != identity["inputs_sha256"]:
             raise DataError(
                 "the shards changed while they were read: run the same command again once they are"
                 " at rest"
             )
-        return _publish(jobs, records, tokenizer, output, workspace, identity)
+        return _Import(jobs, records, tokenizer, output).publish(workspace, identity)
 
 
-def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> None:
-    files = Counter(shard.path.resolve() for shards in given.values() for shard in shards)
+def _tokenizer_of(config: DataConfig, has_validation: bool) -> Tokenizer:
+    if not isinstance(config.tokenizer, ExistingTokenizer):
+        raise ConfigError(
+            "--import-shards needs the tokenizer that the shards were made with: name it with"
+            " --tokenizer PATH"
+        )
+    if has_validation and config.validation_share:
+        raise ConfigError(
+            "--validation-share and --import-validation both say what is held out: give one of them"
+        )
+    # Whether documents end with the end-of-document token is measured on the shards, so a
+    # tokenizer without such a token must load as well.
+    policy = {"append_eod": False, "prepend_bos": False}
+    return load_configured(config.tokenizer.model_copy(update=policy))
+
+
+def _existing_manifest(output: Output, identity: dict[str, str]) -> Manifest:
+    manifest = load_manifest(output.path)
+    found = {
+        "request_sha256": manifest.request_sha256,
+        "inputs_sha256": manifest.inputs_sha256,
+    }
+    if found != identity:
+        raise ConfigError(
+            f"{output.path} holds other data: choose another folder, or pass --fresh to replace it"
+        )
+    verify(manifest)
+    return manifest
+
+
+def _check_files(shards: dict[SplitName, list[ForeignShard]], output: Output) -> None:
+    files = Counter(shard.path.resolve() for group in shards.values() for shard in group)
     if twice := next((path for path, count in files.items() if count > 1), None):
         raise ConfigError(
             f"{twice} is named twice: each shard is imported once; data.mixture can repeat a source"
@@ -173,25 +184,28 @@ def _check_files(given: dict[SplitName, list[ForeignShard]], output: Output) -> 
             f"{inside} is in the folder that is to be written: choose another --output, so that"
             " nothing of yours is replaced"
         )
-    if not sum(shard.num_tokens for shard in given["train"]):
+    if not sum(shard.num_tokens for shard in shards["train"]):
         raise DataError("the shards of --import-shards hold no token: name others")
 
 
-def _stamp(given: dict[SplitName, list[ForeignShard]]) -> str:
-    stamps: dict[str, Any] = {
-        split: [
-            [str(path.resolve()), (found := path.stat()).st_size, found.st_mtime_ns]
-            for shard in shards
-            for path in shard.files
-        ]
-        for split, shards in given.items()
-    }
-    return canonical_sha256(stamps)
+def _stamp(shards: dict[SplitName, list[ForeignShard]]) -> str:
+    """Return a checksum of the files' paths, sizes and times, as a change of any would show."""
+    return canonical_sha256(
+        {
+            split: [
+                [str(path.resolve()), (found := path.stat()).st_size, found.st_mtime_ns]
+                for shard in group
+                for path in shard.files
+            ]
+            for split, group in shards.items()
+        }
+    )
 
 
 def _token_type(shards: list[ForeignShard], vocab_size: int) -> np.dtype[Any]:
-    """Of the types that training reads and that hold every id, the one that most bytes are of
-    already, so that little is to be converted.
+    """Return the type that training reads and that most of the input already has.
+
+    It must hold every id of the vocabulary; the less has to be converted, the better.
     """
     short, long = MANIFEST_TYPES
     sizes = {short: 0, long: 0}
@@ -252,90 +266,100 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
     return [future.result() for future in futures]
 
 
-def _publish(
-    jobs: list[ImportJob],
-    records: list[ImportRecord],
-    tokenizer: Tokenizer,
-    output: Output,
-    workspace: Workspace,
-    identity: dict[str, str],
-) -> ImportResult:
-    splits: dict[SplitName, SplitEntry] = {}
-    for split in SPLITS:
+class _Import:
+    """Finished jobs with their records, of which the data folder is made."""
+
+    def __init__(
+        self,
+        jobs: list[ImportJob],
+        records: list[ImportRecord],
+        tokenizer: Tokenizer,
+        output: Output,
+    ) -> None:
+        self.jobs, self.records = jobs, records
+        self.tokenizer, self.output = tokenizer, output
+        self.splits = {split: entry for split in SPLITS if (entry := self._split_entry(split))}
+        self.documents = sum(split.documents for split in self.splits.values())
+        self.with_eod = sum(record.end_with_eod for record in records)
+        self.with_bos = sum(record.begin_with_bos for record in records)
+
+    def publish(self, workspace: Workspace, identity: dict[str, str]) -> ImportResult:
+        """Write the manifest and move all files to their names."""
+        manifest = self._manifest(identity)
+        write_synced(workspace.folder / "shards" / self.output.tokenizer, self.tokenizer.content)
+        names = [
+            f"{entry.prefix}{ending}"
+            for split in self.splits.values()
+            for entry in split.shards
+            for ending in (".bin", ".idx")
+        ]
+        publish(
+            workspace.folder,
+            self.output,
+            [self.output.tokenizer, *names],
+            (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),
+        )
+        return ImportResult(
+            self.output,
+            manifest.at(self.output.folder),
+            reused=False,
+            how=dict(Counter(record.how for record in self.records)),
+            largest_id=max(record.largest_id for record in self.records),
+            notes=tuple(self._notes()),
+        )
+
+    def _split_entry(self, split: SplitName) -> SplitEntry | None:
         written = [
-            ShardEntry.of(WrittenShard(**record.shards[split]), job.names[split], SOURCE)
-            for job, record in zip(jobs, records, strict=True)
+            ShardEntry.of(record.shards[split], job.names[split], SOURCE)
+            for job, record in zip(self.jobs, self.records, strict=True)
             if split in record.shards
         ]
         entries = [entry for entry in written if entry.tokens]
-        size = sum(record.utf8_bytes.get(split, 0) for record in records)
         if written and not entries:
             raise DataError(
                 f"no document falls into the {split} split: give another --validation-share, or"
                 " name its shards with --import-validation"
             )
-        if entries:
-            documents, tokens = (
-                sum(entry.documents for entry in entries),
-                sum(entry.tokens for entry in entries),
-            )
-            splits[split] = SplitEntry(
-                documents=documents, tokens=tokens, utf8_bytes=size, shards=entries
-            )
-    documents = sum(split.documents for split in splits.values())
-    with_eod, with_bos = (
-        sum(record.end_with_eod for record in records),
-        sum(record.begin_with_bos for record in records),
-    )
-    around = {
-        "append_eod": with_eod == documents,
-        "prepend_bos": with_bos == documents and tokenizer.bos_id is not None,
-    }
-    manifest = Manifest(
-        created_by="tools/preprocess_data.py --import-shards",
-        **identity,
-        dtype=MANIFEST_TYPES[jobs[0].dtype],
-        tokenizer=tokenizer_entry(tokenizer, output).model_copy(update=around),
-        sources={SOURCE: _source(splits, sum(record.empty for record in records))},
-        splits=splits,
-    )
-    folder = workspace.folder / "shards"
-    write_synced(folder / output.tokenizer, tokenizer.content)
-    names = [
-        f"{entry.prefix}{ending}"
-        for split in splits.values()
-        for entry in split.shards
-        for ending in (".bin", ".idx")
-    ]
-    publish(
-        workspace.folder,
-        output,
-        [output.tokenizer, *names],
-        (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),
-    )
-    notes = [note for job in jobs for note in job.shard.notes]
-    for job, record in zip(jobs, records, strict=True):
-        if job.shard.ends is None:
-            count = sum(shard["documents"] for shard in record.shards.values())
-            notes.append(
-                f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s, {count:,}"
-                f" documents, cut at the token {tokenizer.eod_id}"
-            )
-    if with_eod != documents:
-        notes.append(
-            f"{with_eod:,} of {documents:,} documents end with the end-of-document token"
-            f" {tokenizer.eod_id}: the others run into the next one in training, unless"
-            " data.document_mask is on"
+        if not entries:
+            return None
+        return SplitEntry(
+            documents=sum(entry.documents for entry in entries),
+            tokens=sum(entry.tokens for entry in entries),
+            utf8_bytes=sum(record.utf8_bytes.get(split, 0) for record in self.records),
+            shards=entries,
         )
-    result = ImportResult(
-        output,
-        manifest.at(output.folder),
-        reused=False,
-        how=dict(Counter(record.how for record in records)),
-    )
-    return replace(
-        result, largest_id=max(record.largest_id for record in records), notes=tuple(notes)
-    )
+
+    def _manifest(self, identity: dict[str, str]) -> Manifest:
+        around = {
+            "append_eod": self.with_eod == self.documents,
+            "prepend_bos": self.with_bos == self.documents and self.tokenizer.bos_id is not None,
+        }
+        return Manifest(
+            created_by="tools/preprocess_data.py --import-shards",
+            **identity,
+            dtype=MANIFEST_TYPES[self.jobs[0].dtype],
+            tokenizer=tokenizer_entry(self.tokenizer, self.output).model_copy(update=around),
+            sources={SOURCE: _source(self.splits, sum(record.empty for record in self.records))},
+            splits=self.splits,
+        )
+
+    def _notes(self) -> Iterator[str]:
+        """What a user should know of, one sentence each."""
+        for job in self.jobs:
+            yield from job.shard.notes
+        for job, record in zip(self.jobs, self.records, strict=True):
+            if job.shard.ends is None:
+                count = sum(shard.documents for shard in record.shards.values())
+                yield (
+                    f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s,"
+                    f" {count:,} documents, cut at the token {self.tokenizer.eod_id}"
+                )
+        if self.with_eod != self.documents:
+            yield (
+                f"{self.with_eod:,} of {self.documents:,} documents end with the end-of-document"
+                f" token {self.tokenizer.eod_id}: the others run into the next one in training,"
+                " unless data.document_mask is on"
+            )
 
 
 def _source(splits: dict[SplitName, SplitEntry], empty: int) -> SourceEntry:

@@ -1,5 +1,6 @@
-"""Shards that grow while later units are still being encoded: what is left to do after the last
-unit is little.
+"""Shards that are written while later units are still being encoded.
+
+Little is left to do after the last unit.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_pipeline.preprocess.merge import Piece, ShardCutter, ShardPlan, append_piece, keep_record
+from data_pipeline.preprocess.merge import (
+    Piece,
+    ShardCutter,
+    ShardPlan,
+    ShardRecord,
+    append_piece,
+    keep_record,
+)
+from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.shards.indexed import IndexedWriter, WrittenShard, bin_path, idx_path
 from data_pipeline.shards.split import SPLITS, SplitName
 
 
 class GrowingShards:
-    """Writes the first shard of every source and split in a thread of the coordinator, unit by unit
-    in their order.
+    """Writes the first shard of every source and split in a thread, unit by unit in order.
+
+    The thread is the coordinator's.
 
     The first alone: a corpus that has many is written by all workers at the end, faster than by one
     thread. Parts stay where they are, so that a killed build merges them again.
@@ -48,7 +58,7 @@ class GrowingShards:
         trace: TracebackType | None,
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
-        # On a full disk closing fails as writing did, which is what has to be told.
+        # On a full disk closing fails as writing did: the first error is the one to report.
         with suppress(*(OSError,) if kind is not None else ()):
             self._forget()
 
@@ -57,7 +67,7 @@ class GrowingShards:
         """Whether no unit was added since the beginning, or since all was discarded."""
         return not self._added and not self._shards
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: UnitRecord) -> None:
         """Takes the next unit in order; those of one source follow each other.
 
         Raises:
@@ -67,16 +77,16 @@ class GrowingShards:
             self._added.popleft().result()
         self._added.append(self._thread.submit(self._append, record))
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: UnitRecord) -> None:
         for (_, source), shard in self._shards.items():
-            if source != record["source"]:
+            if source != record.source:
                 shard.finish()  # no unit of that source comes any more
         for split in SPLITS:
-            if tokens := record["splits"][split]["tokens"]:
-                key = split, record["source"]
+            if tokens := record.splits[split].tokens:
+                key = split, record.source
                 if key not in self._shards:
                     self._shards[key] = _GrowingShard(self, split, len(self._shards))
-                self._shards[key].add(record["unit"], tokens)
+                self._shards[key].add(record.unit, tokens)
 
     def discard(self) -> None:
         """Forgets all that has grown: the units are encoded anew."""
@@ -91,15 +101,16 @@ class GrowingShards:
                 stack.callback(shard.close)
         self._shards.clear()
 
-    def take(self, plan: ShardPlan) -> Future[dict[str, Any] | None]:
-        """Gives a shard its place once all units are in it: its record, or None where it is none of
-        those that have grown here.
+    def take(self, plan: ShardPlan) -> Future[ShardRecord | None]:
+        """Rename a complete shard to its place and return its record.
+
+        The record is None if the shard is not one of those that were written here.
 
         The result raises what writing it met.
         """
         return self._thread.submit(self._take, plan)
 
-    def _take(self, plan: ShardPlan) -> dict[str, Any] | None:
+    def _take(self, plan: ShardPlan) -> ShardRecord | None:
         for added in self._added:
             added.result()
         shard = self._shards.get((plan.split, plan.source))

@@ -1,70 +1,63 @@
-"""The account of a build: totals over units, reports of what is not in the shards, and the
-manifest.
-"""
+"""The account of a build: totals over units, reports of what is left out, and the manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 import tokenizers
 
-from data_pipeline.preprocess.merge import kept_documents
+from data_pipeline.preprocess.merge import ShardRecord, kept_documents
 from data_pipeline.preprocess.plan import BuildPlan
+from data_pipeline.preprocess.unit_record import SplitCounts, UnitRecord
 from data_pipeline.preprocess.worker import (
     LEFT_OUT,
     MARKS,
     NAMES,
     SIDES,
     TEXT_BYTES,
-    Record,
     unit_folder,
 )
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.indexed import IndexedReader, token_dtype
 from data_pipeline.shards.manifest import (
     Manifest,
-    ShardEntry,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
 )
 from data_pipeline.shards.split import SPLITS, SplitName
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core.files import JsonObject
 
 BAD_RECORDS, DROPPED_DOCUMENTS = "bad_records.jsonl", "dropped_documents.jsonl"
 DUPLICATES = {1: "exact_duplicate", 2: "near_duplicate"}
 
 
-def total(records: Iterable[Record], name: str) -> Counter[str]:
-    """The sum of one of the records' counters."""
+def total(counters: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Return the sum of counters, such as those of several units."""
     result: Counter[str] = Counter()
-    for record in records:
-        result.update(record[name])
+    for counter in counters:
+        result.update(counter)
     return result
 
 
-def source_sha256(records: list[Record], source: str) -> str:
+def source_sha256(records: list[UnitRecord], source: str) -> str:
     """SHA-256 over the checksums of a source's units, in order."""
     return hashlib.sha256(
-        "".join(record["checksum"] for record in records if record["source"] == source).encode(
-            "ascii"
-        )
+        "".join(record.checksum for record in records if record.source == source).encode("ascii")
     ).hexdigest()
 
 
 class Account:
-    """Documents, tokens and bytes that stay, by split and source; what deduplication removed, by
-    source.
-    """
+    """Documents, tokens and bytes that stay, by split and source, and removed duplicates."""
 
-    def __init__(self, workspace: Path, records: list[Record]) -> None:
+    def __init__(self, workspace: Path, records: list[UnitRecord]) -> None:
         self.documents: Counter[tuple[SplitName, str]] = Counter()
         self.tokens: Counter[tuple[SplitName, str]] = Counter()
         self.utf8_bytes: Counter[tuple[SplitName, str]] = Counter()
@@ -72,8 +65,8 @@ class Account:
         for record in records:
             self._add(workspace, record)
 
-    def _add(self, workspace: Path, record: Record) -> None:
-        folder, source = unit_folder(workspace, "units", record["unit"]), record["source"]
+    def _add(self, workspace: Path, record: UnitRecord) -> None:
+        folder, source = unit_folder(workspace, "units", record.unit), record.source
         marks = np.load(folder / MARKS) if (folder / MARKS).exists() else np.zeros(0, np.uint8)
         removed = self.duplicates.setdefault(source, Counter())
         removed.update(
@@ -84,37 +77,35 @@ class Account:
             }
         )
         for side, split in enumerate(SPLITS):
-            counts = record["splits"][split]
+            counts = record.splits[split]
             if marks.any():
-                kept = kept_documents(workspace, record["unit"], split)
+                kept = kept_documents(workspace, record.unit, split)
                 assert kept is not None
-                lengths, sizes = (
-                    IndexedReader(folder / split).sequence_lengths,
-                    np.load(folder / TEXT_BYTES)[np.load(folder / SIDES) == side],
+                lengths = IndexedReader(folder / split).sequence_lengths
+                sizes = np.load(folder / TEXT_BYTES)[np.load(folder / SIDES) == side]
+                # numpy integers would not become JSON.
+                counts = SplitCounts(
+                    int(kept.sum()), int(lengths[kept].sum()), int(sizes[kept].sum())
                 )
-                counts = {
-                    "documents": kept.sum(),
-                    "tokens": lengths[kept].sum(),
-                    "utf8_bytes": sizes[kept].sum(),
-                }
-            self.documents[split, source] += int(counts["documents"])
-            self.tokens[split, source] += int(counts["tokens"])
-            self.utf8_bytes[split, source] += int(counts["utf8_bytes"])
+            self.documents[split, source] += counts.documents
+            self.tokens[split, source] += counts.tokens
+            self.utf8_bytes[split, source] += counts.utf8_bytes
 
 
 def describe(
     plan: BuildPlan,
     output: Output,
     workspace: Path,
-    records: list[Record],
-    shards: list[dict[str, Any]],
+    records: list[UnitRecord],
+    shards: list[ShardRecord],
     tokenizer: Tokenizer,
 ) -> tuple[Manifest, list[str]]:
-    """The manifest of a finished build, and the names of the files to publish: shards, and reports
-    where there is something to report.
+    """Return the manifest of a finished build, and the names of the files to publish.
+
+    These are the shards, and reports if there is something to report.
     """
     account = Account(workspace, records)
-    names = [shard["prefix"] + ending for shard in shards for ending in (".bin", ".idx")]
+    names = [shard.entry.prefix + ending for shard in shards for ending in (".bin", ".idx")]
     for name, rows in (
         (BAD_RECORDS, _numbered_rows(plan, workspace, records)),
         (DROPPED_DOCUMENTS, _dropped_rows(workspace, records)),
@@ -134,7 +125,7 @@ def describe(
         splits={
             split: _split_entry(split, shards, account)
             for split in SPLITS
-            if any(shard["split"] == split for shard in shards)
+            if any(shard.split == split for shard in shards)
         },
         streamed=plan.config.streaming,
     )
@@ -155,15 +146,11 @@ def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
     )
 
 
-def _split_entry(split: SplitName, shards: list[dict[str, Any]], account: Account) -> SplitEntry:
+def _split_entry(split: SplitName, shards: list[ShardRecord], account: Account) -> SplitEntry:
     def of_split(counter: Counter[tuple[SplitName, str]]) -> int:
         return sum(count for (where, _), count in counter.items() if where == split)
 
-    entries = [
-        ShardEntry(**{key: value for key, value in shard.items() if key != "split"})
-        for shard in shards
-        if shard["split"] == split
-    ]
+    entries = [shard.entry for shard in shards if shard.split == split]
     return SplitEntry(
         documents=of_split(account.documents),
         tokens=of_split(account.tokens),
@@ -173,9 +160,9 @@ def _split_entry(split: SplitName, shards: list[dict[str, Any]], account: Accoun
 
 
 def _source_entry(
-    plan: BuildPlan, name: str, records: list[Record], account: Account
+    plan: BuildPlan, name: str, records: list[UnitRecord], account: Account
 ) -> SourceEntry:
-    mine = [record for record in records if record["source"] == name]
+    mine = [record for record in records if record.source == name]
     section = plan.config.named_sources[name]
     train_tokens = sum(count for (split, _), count in account.tokens.items() if split == "train")
 
@@ -186,16 +173,18 @@ def _source_entry(
         kind=section.kind,
         python_version=platform.python_version() if section.kind == "python_stdlib" else None,
         sha256=source_sha256(records, name),
-        records=sum(record["records"] for record in mine),
+        records=sum(record.records for record in mine),
         documents=of_source(account.documents),
         tokens=of_source(account.tokens),
         utf8_bytes=of_source(account.utf8_bytes),
         share=round(account.tokens["train", name] / train_tokens, 6) if train_tokens else 0.0,
-        bad=_sorted(total(mine, "bad")),
-        left_out=_sorted(total(mine, "left_out")),
-        dropped=_sorted(total(mine, "dropped") + account.duplicates.get(name, Counter())),
-        edits=_sorted(total(mine, "edits")),
-        notes=_sorted(total(mine, "notes")),
+        bad=_sorted(total(record.bad for record in mine)),
+        left_out=_sorted(total(record.left_out for record in mine)),
+        dropped=_sorted(
+            total(record.dropped for record in mine) + account.duplicates.get(name, Counter())
+        ),
+        edits=_sorted(total(record.edits for record in mine)),
+        notes=_sorted(total(record.notes for record in mine)),
     )
 
 
@@ -204,30 +193,31 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _numbered_rows(
-    plan: BuildPlan, workspace: Path, records: list[Record]
-) -> Iterator[dict[str, Any]]:
-    """The bad records of all units; their lines, counted from the start of each unit, are numbered
-    from the start of the file.
+    plan: BuildPlan, workspace: Path, records: list[UnitRecord]
+) -> Iterator[JsonObject]:
+    """Yield the bad records of all units, their lines numbered from the start of the file.
+
+    A unit counts its lines from its own start.
     """
     lines_before: Counter[tuple[str, str]] = Counter()
     for record in records:
-        unit = plan.units[record["unit"]]
+        unit = plan.units[record.unit]
         file = (unit.source, unit.files[0])
-        for row in _rows(unit_folder(workspace, "units", record["unit"]) / LEFT_OUT):
+        for row in _rows(unit_folder(workspace, "units", record.unit) / LEFT_OUT):
             if row.get("bad"):
                 del row["bad"]
                 if row["line"] is not None and unit.start:
                     row["line"] += lines_before[file]
                 yield {"source": unit.source, **row}
-        lines_before[file] += record["lines"]
+        lines_before[file] += record.lines
 
 
-def _dropped_rows(workspace: Path, records: list[Record]) -> Iterator[dict[str, Any]]:
+def _dropped_rows(workspace: Path, records: list[UnitRecord]) -> Iterator[JsonObject]:
     """The documents that the source itself, cleaning and deduplication left out."""
     for record in records:
-        folder = unit_folder(workspace, "units", record["unit"])
+        folder = unit_folder(workspace, "units", record.unit)
         yield from (
-            {"source": record["source"], **row}
+            {"source": record.source, **row}
             for row in _rows(folder / LEFT_OUT)
             if not row.get("bad")
         )
@@ -237,20 +227,20 @@ def _dropped_rows(workspace: Path, records: list[Record]) -> Iterator[dict[str, 
                 for mark, name in zip(marks, names, strict=True):
                     if mark:
                         yield {
-                            "source": record["source"],
+                            "source": record.source,
                             "document": orjson.loads(name),
                             "reason": DUPLICATES[int(mark)],
                             "detail": "",
                         }
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[JsonObject]:
     with path.open("rb") as stream:
         for line in stream:
             yield orjson.loads(line)
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+def _write_rows(path: Path, rows: Iterator[JsonObject]) -> int:
     """Writes rows as JSON lines; no rows leave no file."""
     count = 0
     with path.open("wb") as stream:

@@ -1,6 +1,4 @@
-"""From the parts of all units to the shards, in the order of the input, without what deduplication
-removed.
-"""
+"""Merges the parts of all units to shards, in the order of the input, without duplicates."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -47,7 +45,7 @@ class ShardPlan:
 
 
 def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray | None:
-    """bool [documents of the part]: which ones stay; None where all do."""
+    """bool [documents of the part]: which ones stay; None if all do."""
     folder = unit_folder(workspace, "units", unit)
     if not (folder / MARKS).exists():
         return None
@@ -56,8 +54,9 @@ def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray |
 
 
 class ShardCutter:
-    """Cuts the units of one source and split into shards: as many documents as fit into
-    ``max_tokens``, and one at least.
+    """Cuts the units of one source and split into shards.
+
+    A shard has as many documents as fit into ``max_tokens``, and at least one.
 
     Attributes:
         shards: the pieces of each shard so far; all but the last one are complete.
@@ -69,8 +68,9 @@ class ShardCutter:
         self._room = max_tokens
 
     def add(self, unit: int, tokens: int) -> None:
-        """Takes the next unit in order, with its tokens before deduplication; one without any is in
-        no shard.
+        """Add the next unit in order, with its tokens before deduplication.
+
+        A unit without tokens is in no shard.
         """
         if not tokens:
             return
@@ -99,12 +99,33 @@ class ShardCutter:
             first = last
 
 
-def write_shard(plan: ShardPlan) -> dict[str, Any]:
-    """Writes one shard and the record of it; a finished one is found again."""
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its split, and its entry in the manifest."""
+
+    split: SplitName
+    entry: ShardEntry
+
+    def to_json(self) -> str:
+        """Return the JSON of the record's file: the entry's fields behind the split."""
+        return json.dumps({"split": self.split, **self.entry.model_dump()})
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read the record of a finished shard; None if there is no complete one."""
+        content = read_json(path)
+        if content is None:
+            return None
+        split = content.pop("split")
+        return cls(split, ShardEntry(**content))
+
+
+def write_shard(plan: ShardPlan) -> ShardRecord:
+    """Write one shard and its record; a finished one is found again."""
     workspace = Path(plan.workspace)
     prefix = workspace / "shards" / plan.name
     record = prefix.with_name(plan.name + ".json")
-    found = read_json(record)
+    found = ShardRecord.read(record)
     if found is not None and bin_path(prefix).exists() and idx_path(prefix).exists():
         return found
     for path in (bin_path(prefix), idx_path(prefix)):
@@ -123,13 +144,12 @@ def append_piece(writer: IndexedWriter, workspace: Path, split: SplitName, piece
         writer.copy(reader, first, last)
 
 
-def keep_record(plan: ShardPlan, written: WrittenShard) -> dict[str, Any]:
-    """The record of a finished shard; where it is on disk, the shard is never written again."""
-    result = {"split": plan.split, **ShardEntry.of(written, plan.name, plan.source).model_dump()}
-    (Path(plan.workspace) / "shards" / f"{plan.name}.json").write_text(
-        json.dumps(result), encoding="utf-8"
-    )
-    return result
+def keep_record(plan: ShardPlan, written: WrittenShard) -> ShardRecord:
+    """Write the record of a finished shard: once it is on disk, the shard is not written again."""
+    record = ShardRecord(plan.split, ShardEntry.of(written, plan.name, plan.source))
+    path = Path(plan.workspace) / "shards" / f"{plan.name}.json"
+    path.write_text(record.to_json(), encoding="utf-8")
+    return record
 
 
 def _runs(kept: np.ndarray | None, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
-"""What a build has to do, before any text is read: sources, units, and the checksums by which a
-later run knows the same job.
+"""Plans a build before any text is read: sources, units and checksums.
+
+By the checksums a later run recognises the same job.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from pathlib import Path
 from data_pipeline.cleaning import near_duplicates
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.manifest import canonical_sha256
-from data_pipeline.sources import ReadContext, Source, Unit, open_source
 from data_pipeline.sources.files import identity_of, list_files, stamp_of
+from data_pipeline.sources.interface import ReadContext, Source, Unit, open_source
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError
 
 SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
 UNITS_WANTED = 4096
 
-# These say where data lies and how training uses it; the shards do not depend on them.
+# These say where data is and how training uses it; the shards do not depend on them.
 NOT_IN_SHARDS = {
     "path",
     "corpora",
@@ -69,7 +70,7 @@ def open_sources(config: DataConfig, spool_folder: Path) -> dict[str, Source]:
 
 
 def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
-    """Checksum of what was asked for; an existing tokenizer counts by its content, not by its path."""
+    """Return a checksum of what was asked for; an existing tokenizer counts by its content."""
     tokenizer = config.tokenizer.model_dump(
         mode="json", exclude={"path", "name", "vocab_size"} if given else set()
     )
@@ -94,7 +95,7 @@ def plan_build(
 
     Raises:
         ConfigError: if two sources name the same file.
-        DataError: where a source has nothing to read.
+        DataError: if a source has nothing to read.
     """
     units = [
         unit

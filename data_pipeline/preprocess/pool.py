@@ -32,7 +32,7 @@ WORTH_STARTING_FOR = 64 << 20
 THREAD_VARIABLES = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS")
 WORKER_ENVIRONMENT = {
     # glibc gives every large text back to the system and asks for it again, page by page, unless it
-    # is told to keep some memory.
+    # is set to keep some memory.
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
@@ -63,8 +63,9 @@ class Pool:
         self.executor, self.workers, self.is_local = executor, workers, is_local
 
     def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
-        """Starts one job ahead of all that come later; it is done already where this process does
-        the work.
+        """Start one job ahead of all that come later.
+
+        Without other processes it is done when this returns.
         """
         if self.executor is not None:
             return self.executor.submit(function, job)
@@ -97,7 +98,7 @@ class Pool:
 
 
 class _Executor(ProcessPoolExecutor):
-    """Starts its processes where work is handed to it."""
+    """An executor whose processes ignore the interrupts of the terminal."""
 
     def submit(
         self, function: Callable[..., ResultT], /, *arguments: Any, **named: Any
@@ -111,7 +112,7 @@ def local_pool(workers: int) -> Iterator[Pool]:
     """Processes of this machine; one worker is this process itself.
 
     Raises:
-        PeerLostError: at the end of the block, where a worker was killed inside it.
+        PeerLostError: at the end of the block, if a worker was killed inside it.
     """
     if workers < 1:
         raise ConfigError(f"--workers {workers}: give 1 or more")
@@ -137,7 +138,7 @@ def local_pool(workers: int) -> Iterator[Pool]:
         if isinstance(error, BrokenProcessPool):
             raise PeerLostError(
                 "a worker process was killed, perhaps for want of memory: run the same command,"
-                " which goes on where it stopped, or lower --workers"
+                " which continues from where it stopped, or lower --workers"
             ) from None
         raise
     finally:
@@ -149,14 +150,12 @@ def local_pool(workers: int) -> Iterator[Pool]:
 
 
 def default_workers(input_bytes: int) -> int:
-    """Every core, or one process where starting others would take longer than the work."""
+    """Every core, or one process if starting others would take longer than the work."""
     return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
 
 
 def _begin_worker(counts: Any, plugins: tuple[str, ...]) -> None:
-    """Ties a worker's life to its parent's, counts what it reads for the parent's progress bar, and
-    imports its plugins.
-    """
+    """Start a worker: it loads the plugins, counts what it reads, and ends with its parent."""
     load_plugins(plugins)
     use_tally(Tally(counts))
     # Documents make no cycles: looking for some after every 700 new objects takes a tenth of the
@@ -186,8 +185,9 @@ def mpi_size(environment: Mapping[str, str]) -> int:
 
 @contextmanager
 def mpi_pool() -> Iterator[Pool | None]:
-    """Rank 0 gets a pool of all other ranks; they serve it inside this call and get None when it is
-    over.
+    """Give rank 0 a pool of all other ranks.
+
+    They serve it inside this call, and get None when it is over.
     """
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor

@@ -5,21 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import TextIO
 
 from pydantic import TypeAdapter
 
 from data_pipeline.cleaning.cleaner import Cleaner
 from data_pipeline.cleaning.config import Cleaning
-from data_pipeline.config import DataConfig
-from data_pipeline.config import Source as SourceSection
+from data_pipeline.config import AnySource, DataConfig
 from data_pipeline.preprocess.bad_share import NO_LOSS
+from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.shards.split import SplitPlan, position, text_digest
-from data_pipeline.sources import Document, LeftOut, ReadContext, Source, Unit, open_source
 from data_pipeline.sources.files import one_line
+from data_pipeline.sources.interface import (
+    Document,
+    LeftOut,
+    ReadContext,
+    Source,
+    Unit,
+    open_source,
+)
 from pretrain.core.errors import DataError
 from pretrain.core.progress import current_tally
 
@@ -87,15 +94,14 @@ class Reader:
         self.highest: float | None = None
 
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
-        """Each clean document, the digest of its text, and its place in [0, 1) for the split; a
-        fixed split is at an end of it.
+        """Yield each clean document, the digest of its text, and its place in [0, 1) for the split.
+
+        A document of a fixed split is at an end of the range.
         """
-        counters, checksum, cleaner, fixed_place = (
-            self.counters,
-            self.checksum,
-            self.cleaner,
-            self.fixed_place,
-        )
+        counters = self.counters
+        checksum = self.checksum
+        cleaner = self.cleaner
+        fixed_place = self.fixed_place
         tally, documents, characters = current_tally(), 0, 0
         for result in self.source.read(self.unit):
             counters.records += 1
@@ -169,7 +175,7 @@ class Reader:
             | ({"metadata": document.metadata} if document.metadata else {})
         )
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Mapping[str, object]) -> None:
         if self.report is not None:
             self.report.write(
                 json.dumps(row, ensure_ascii=False, default=str)
@@ -178,36 +184,37 @@ class Reader:
                 + "\n"
             )
 
-    def record(self) -> dict[str, Any]:
-        """The counts of this unit, as JSON."""
+    def record(self) -> UnitRecord:
+        """Return the counts of this unit, without what is only known of an encoded one."""
         counters = self.counters
         of_average_size = self._bad_without_size * self.unit.size // max(counters.records, 1)
-        return {
-            "unit": self.number,
-            "source": self.unit.source,
-            "lines": self.source.lines_read,
-            "records": counters.records,
-            "documents": self.documents,
-            "hashed": self.hashed,
-            "checksum": self.checksum.hexdigest(),
-            "lowest": self.lowest,
-            "highest": self.highest,
-            "bad": dict(counters.bad),
-            "left_out": dict(counters.left_out),
-            "dropped": dict(counters.dropped),
-            "edits": dict(counters.edits),
-            "notes": {note: count for note, count in self.source.notes.items() if count},
-            "bad_bytes": self._bad_bytes + of_average_size,
-            "bad_examples": self._bad_examples,
-        }
+        return UnitRecord(
+            unit=self.number,
+            source=self.unit.source,
+            lines=self.source.lines_read,
+            records=counters.records,
+            documents=self.documents,
+            hashed=self.hashed,
+            checksum=self.checksum.hexdigest(),
+            lowest=self.lowest,
+            highest=self.highest,
+            bad=dict(counters.bad),
+            left_out=dict(counters.left_out),
+            dropped=dict(counters.dropped),
+            edits=dict(counters.edits),
+            notes={note: count for note, count in self.source.notes.items() if count},
+            bad_bytes=self._bad_bytes + of_average_size,
+            bad_examples=self._bad_examples,
+        )
 
 
 @lru_cache(maxsize=16)
 def _source(section: str, context: ReadContext) -> Source:
-    """One object for all units of a source that this process reads: some keep what was slow to
-    open.
+    """Return one object for all units of a source that this process reads.
+
+    Some sources keep what was slow to open.
     """
-    return open_source(TypeAdapter(SourceSection).validate_json(section), context)
+    return open_source(TypeAdapter(AnySource).validate_json(section), context)
 
 
 def _cleaner(config: Cleaning) -> Cleaner | None:

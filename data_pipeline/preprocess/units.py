@@ -1,6 +1,4 @@
-"""The records of units as workers hand them in: passed on in order, added up for the progress bar,
-and trusted by a later run or not.
-"""
+"""The records of units as workers return them: ordered, counted, and reused by a later run."""
 
 from __future__ import annotations
 
@@ -13,24 +11,26 @@ import xxhash
 from data_pipeline.preprocess.bad_share import BadShares
 from data_pipeline.preprocess.plan import BuildPlan
 from data_pipeline.preprocess.reader import Task
-from data_pipeline.preprocess.worker import Record, boot_id, unit_plan
+from data_pipeline.preprocess.unit_record import UnitRecord
+from data_pipeline.preprocess.worker import boot_id, unit_plan
 from pretrain.core.progress import Stage
 
 
 def followed(
-    results: Iterator[Record],
+    results: Iterator[UnitRecord],
     numbers: list[int],
-    known: dict[int, Record],
-    follow: Callable[[Record], None],
-) -> Iterator[Record]:
-    """Passes results on as they come, and calls ``follow`` with the known ones and with them in the
-    order of ``numbers``.
+    known: dict[int, UnitRecord],
+    follow: Callable[[UnitRecord], None],
+) -> Iterator[UnitRecord]:
+    """Pass results on as they come, and call ``follow`` with all records in order.
+
+    The order is that of ``numbers``; ``known`` has the records that are not among the results.
     """
     waiting = iter(numbers)
     number = next(waiting, None)
     for result in itertools.chain([None], results):
         if result is not None:
-            known[result["unit"]] = result
+            known[result.unit] = result
             yield result
         while number in known:
             follow(known[number])
@@ -38,24 +38,24 @@ def followed(
 
 
 def collect(
-    results: Iterator[Record],
+    results: Iterator[UnitRecord],
     plan: BuildPlan,
     title: str,
     progress: bool,
-    earlier: Sequence[Record] = (),
-) -> list[Record]:
+    earlier: Sequence[UnitRecord] = (),
+) -> list[UnitRecord]:
     """The records of units as they come, with a progress bar."""
-    records: list[Record] = []
-    done = sum(plan.units[record["unit"]].size for record in earlier)
+    records: list[UnitRecord] = []
+    done = sum(plan.units[record.unit].size for record in earlier)
     with Stage(title, progress, plan.input_bytes, "B", done, counts_documents=True) as stage:
         for number, record in enumerate(itertools.chain(earlier, results)):
             records.append(record)
             if number >= len(earlier):
-                stage.advance(plan.units[record["unit"]].size)
+                stage.advance(plan.units[record.unit].size)
     return records
 
 
-def judged(results: Iterator[Record], shares: BadShares) -> Iterator[Record]:
+def judged(results: Iterator[UnitRecord], shares: BadShares) -> Iterator[UnitRecord]:
     """Passes results on as they come.
 
     Raises:
@@ -66,19 +66,20 @@ def judged(results: Iterator[Record], shares: BadShares) -> Iterator[Record]:
         yield record
 
 
-def is_usable(record: Record, folder: Path, task: Task) -> bool:
-    """Whether a unit that an earlier run has finished can stay: encoded with the same split, and
-    surely on disk.
+def is_usable(record: UnitRecord, folder: Path, task: Task) -> bool:
+    """Whether a unit that an earlier run has finished can stay.
+
+    It must be encoded for the same plan, and surely be on disk.
     """
-    if record["plan"] != unit_plan(task):
+    if record.plan != unit_plan(task):
         return False
-    if record["boot"] == boot_id():
+    if record.boot == boot_id():
         return True
     # What a process has written survives its end, but not a power cut: after a restart of the
     # machine the parts are read.
     return all(
         (folder / name).is_file() and _fast_checksum(folder / name) == checksum
-        for name, checksum in record["checksums"].items()
+        for name, checksum in record.checksums.items()
     )
 
 

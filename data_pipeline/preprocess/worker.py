@@ -1,11 +1,9 @@
-"""What a worker process does with one unit: sample it for the tokenizer's training, or encode it
-into a part of the corpus.
-"""
+"""What a worker process does with a unit: sample it for a tokenizer, or encode it."""
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,13 @@ import orjson
 
 from data_pipeline.cleaning.config import Cleaning
 from data_pipeline.cleaning.near_duplicates import minhash_bands_batch, num_bands
-from data_pipeline.config import TokenizerBase
 from data_pipeline.preprocess.reader import Reader, Task
+from data_pipeline.preprocess.unit_record import SplitCounts, UnitRecord
 from data_pipeline.preprocess.workspace import RECORD, attempt, no_space_is_told
 from data_pipeline.shards.indexed import IndexedWriter, token_dtype
-from data_pipeline.shards.split import SPLITS, text_digest
-from data_pipeline.sources import Unit
+from data_pipeline.shards.split import SPLITS, SplitName, text_digest
+from data_pipeline.sources.interface import Unit
+from data_pipeline.tokenizer.config import TokenPolicy
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import EngineUnavailableError
 from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
@@ -32,18 +31,15 @@ BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
 MINHASH_CHARACTERS = 1 << 22
 CHECK_EVERY = 1000
-LEFT_OUT, SAMPLE, DIGESTS, BANDS, MARKS, SIDES, TEXT_BYTES, NAMES = (
-    "left_out.jsonl",
-    "sample.jsonl",
-    "digests.npy",
-    "bands.npy",
-    "marks.npy",
-    "sides.npy",
-    "text_bytes.npy",
-    "names.jsonl",
-)
+LEFT_OUT = "left_out.jsonl"
+SAMPLE = "sample.jsonl"
+DIGESTS = "digests.npy"
+BANDS = "bands.npy"
+MARKS = "marks.npy"
+SIDES = "sides.npy"
+TEXT_BYTES = "text_bytes.npy"
+NAMES = "names.jsonl"
 
-Record = dict[str, Any]
 Job = tuple[Task, int, Unit]
 
 
@@ -51,10 +47,8 @@ def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
     return Path(workspace) / stage / f"{number:07}"
 
 
-def scan_unit(job: Job) -> Record:
-    """Counts a unit's documents and checksums them, without cleaning: what :func:`encode_unit`
-    would read.
-    """
+def scan_unit(job: Job) -> UnitRecord:
+    """Read a unit as :func:`encode_unit` would, for its checksum alone."""
     task, number, unit = job
     reader = Reader(task, number, unit, None)
     for _ in reader.documents_with_split():
@@ -62,10 +56,8 @@ def scan_unit(job: Job) -> Record:
     return reader.record()
 
 
-def sample_unit(job: Job) -> Record:
-    """Writes the documents of a unit that the tokenizer is trained on: each with its place for the
-    split.
-    """
+def sample_unit(job: Job) -> UnitRecord:
+    """Write the documents that the tokenizer is trained on, with their place in the split."""
     task, number, unit = job
     place = unit_folder(task.workspace, "samples", number)
     share = task.sample_shares[unit.source]
@@ -78,10 +70,8 @@ def sample_unit(job: Job) -> Record:
         return _finish(folder, job, reader.record())
 
 
-def encode_unit(job: Job) -> Record:
-    """Writes a unit's part of each split, what deduplication needs to know, and the record of it
-    all.
-    """
+def encode_unit(job: Job) -> UnitRecord:
+    """Write a unit's part of each split, the keys for deduplication, and the unit's record."""
     task, number, unit = job
     place = unit_folder(task.workspace, "units", number)
     with (
@@ -105,15 +95,16 @@ def encode_unit(job: Job) -> Record:
                     )
             if wanted is not None and part.documents[1] >= wanted:
                 break
-        splits = part.finish()
+        splits, checksums = part.finish()
+        # The record says that the unit is complete, so the report must be on its way before.
         report.flush()
-        return _finish(folder, job, reader.record() | {"splits": splits})
+        return _finish(folder, job, replace(reader.record(), splits=splits, checksums=checksums))
 
 
 def encode_ahead(job: Job) -> None:
     """Encodes a unit while its engine is still being tried.
 
-    What is wrong is told when the unit is encoded in earnest.
+    Errors are reported when the unit is encoded again with the chosen engine.
     """
     with suppress(ConfigError, DataError):
         encode_unit(job)
@@ -130,20 +121,16 @@ def choose(job: tuple[Task, list[str]]) -> str:
     return choose_engine(_tokenizer(task), sample).name
 
 
-def _finish(folder: Path, job: Job, record: Record) -> Record:
-    """Completes a unit's record, and writes it."""
-    task = job[0]
-    # Merging trusts a part as it is, unless the machine has been restarted since.
-    checksums = {
-        f"{split}.bin": part.pop("checksum") for split, part in record.get("splits", {}).items()
-    }
-    record |= {"plan": unit_plan(task), "boot": boot_id(), "checksums": checksums}
-    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+def _finish(folder: Path, job: Job, record: UnitRecord) -> UnitRecord:
+    """Complete a unit's record, and write it."""
+    # Merging trusts a part as it is, unless the machine has been restarted since: see is_usable.
+    record = replace(record, plan=unit_plan(job[0]), boot=boot_id())
+    (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
 
 
-def unit_plan(task: Task) -> list[Any]:
-    """The split's plan and the engine, as JSON: units of another one are encoded again."""
+def unit_plan(task: Task) -> list[object]:
+    """Return the split's plan and the engine, as JSON: units of another one are encoded again."""
     return [
         task.split.validation_share,
         task.split.moved,
@@ -155,8 +142,9 @@ def unit_plan(task: Task) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """Changes when the machine is restarted; empty where the system does not tell, which counts as
-    no restart.
+    """Return an id that changes when the machine is restarted.
+
+    It is empty if the system has none, which counts as no restart.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -167,7 +155,7 @@ def boot_id() -> str:
 class PartWriter:
     """Encodes documents in batches and appends each to the part of its split.
 
-    Beside the tokens it keeps, where duplicates are looked for, one row a document: digest, bands,
+    If duplicates are looked for, it also keeps a row for each document: digest, bands,
     split, bytes of text, name.
     """
 
@@ -242,26 +230,26 @@ class PartWriter:
             elif mine.any():
                 writer.add(tokens[np.repeat(mine, lengths)], lengths[mine])
 
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """Completes the parts; documents, tokens, bytes of text and checksum of each split."""
+    def finish(self) -> tuple[dict[SplitName, SplitCounts], dict[str, str]]:
+        """Complete the parts; return the counts by split, and the checksums by file name."""
         self.flush()
         if self.keys is not None:
             self.keys.finish()
         written = [writer.finish() for writer in self.writers]
-        return {
-            split: {
-                "documents": part.documents,
-                "tokens": part.tokens,
-                "utf8_bytes": size,
-                "checksum": part.bin_checksum,
-            }
+        counts = {
+            split: SplitCounts(part.documents, part.tokens, size)
             for split, part, size in zip(SPLITS, written, self.text_bytes, strict=True)
         }
+        checksums = {
+            f"{split}.bin": part.bin_checksum for split, part in zip(SPLITS, written, strict=True)
+        }
+        return counts, checksums
 
 
 class Batch:
-    """Documents on their way to the engine, as segments: texts, and literal token ids around and
-    between them.
+    """Documents on their way to the engine, as segments.
+
+    A segment is a text, or a literal token id around or between texts.
     """
 
     def __init__(self) -> None:
@@ -296,10 +284,8 @@ class Batch:
         counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
         if (counts != 1).any():
             owners = np.repeat(np.arange(len(counts)), counts).tolist()
-            digests, names = (
-                [digests[owner] for owner in owners],
-                [names[owner] for owner in owners],
-            )
+            digests = [digests[owner] for owner in owners]
+            names = [names[owner] for owner in owners]
         ids, offsets = encoder.encode_flat(texts, digests, names)
         if ids.size and ids.max() > np.iinfo(dtype).max:
             raise DataError(
@@ -324,7 +310,7 @@ def looks_for_duplicates(cleaning: Cleaning) -> bool:
 
 
 class DuplicateKeys:
-    """What tells duplicates, one row a document, in memory-mappable files beside the part.
+    """The keys that find duplicates, one row a document, in files that can be memory-mapped.
 
     Rows go to disk in batches: memory stays flat.
     """
@@ -389,7 +375,7 @@ def _tokenizer(task: Task) -> Tokenizer:
     return _cached_tokenizer(
         task.workspace,
         task.tokenizer_sha256,
-        task.config.tokenizer.model_dump_json(include=set(TokenizerBase.model_fields)),
+        task.config.tokenizer.model_dump_json(include=set(TokenPolicy.model_fields)),
     )
 
 
@@ -401,7 +387,7 @@ def _encoder(task: Task) -> CheckedEncoder:
 def _cached_tokenizer(workspace: str, sha256: str, policy: str) -> Tokenizer:
     content = (Path(workspace) / "tokenizer.json").read_bytes()
     return Tokenizer(
-        content, "the tokenizer of this build", TokenizerBase.model_validate_json(policy)
+        content, "the tokenizer of this build", TokenPolicy.model_validate_json(policy)
     )
 
 

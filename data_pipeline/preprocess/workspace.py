@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from pretrain.core.errors import StorageError
-from pretrain.core.files import fsync_path, write_synced
+from pretrain.core.files import JsonObject, fsync_path, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ RECORD = "record.json"
 
 @dataclass(frozen=True)
 class Output:
-    """Where a build's files go: into a folder of their own, or beside others under a common prefix.
+    """Where a build's files go: to a folder, or next to other files under a common prefix.
 
     Attributes:
         folder: of all files.
@@ -46,12 +46,14 @@ class Output:
         return self.folder / self.prefix if self.prefix else self.folder
 
     def name(self, name: str) -> str:
-        """The name of a file beside the shards, such as the manifest."""
+        """Return the name of a file next to the shards, such as the manifest."""
         return f"{self.prefix}.{name}" if self.prefix else name
 
     def shard(self, split: str, source: str, number: int, of: int, only_source: bool) -> str:
-        """A shard's name without ending: ``train``, ``train_code``, ``train_00003``; under a prefix
-        ``corpus``, ``corpus_validation``.
+        """Return a shard's name without ending.
+
+        Such as ``train``, ``train_code``, ``train_00003``; under a prefix ``corpus``,
+        ``corpus_validation``.
         """
         parts = [self.prefix or split]
         if self.prefix and split != "train":
@@ -82,9 +84,7 @@ def begin_staging(folder: Path, request_sha256: str) -> None:
 
 
 def remove_unused(output: Output, is_new: bool) -> None:
-    """Removes a staging folder in which no build has begun, and with it an output folder that was
-    made for nothing.
-    """
+    """Remove a staging folder in which no build has begun, and an output folder made for it."""
     if not (output.staging / "identity.json").exists():
         shutil.rmtree(output.staging, ignore_errors=True)
     if is_new and not any(output.folder.iterdir()):
@@ -120,8 +120,9 @@ class Workspace:
 
 @contextmanager
 def attempt(workspace: Path, place: Path) -> Iterator[Path]:
-    """A folder to work in, which becomes ``place`` at the end of the block; another process may
-    have been faster with the same content.
+    """Yield a folder to work in, which becomes ``place`` at the end of the block.
+
+    Another process may have been faster with the same content.
     """
     folder = workspace / "attempts" / uuid.uuid4().hex
     folder.mkdir()
@@ -141,7 +142,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
     """A full disk inside the block becomes one sentence.
 
     Raises:
-        StorageError: where the disk is full.
+        StorageError: if the disk is full.
     """
     try:
         yield
@@ -150,7 +151,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"{error.strerror} while writing data into {folder}: free some space, then run the same"
-            " command, which goes on where it stopped"
+            " command, which continues from where it stopped"
         ) from None
 
 
@@ -168,8 +169,8 @@ def interruption_is_reported(output: Output) -> Iterator[None]:
         raise KeyboardInterrupt(f"{kept}, and the data in {output.path} is as it was") from None
 
 
-def read_json(path: Path) -> dict | None:
-    """A JSON object, or None where there is no whole one."""
+def read_json(path: Path) -> JsonObject | None:
+    """Return a JSON object, or None if there is no complete one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -190,7 +191,7 @@ def publish(workspace: Path, output: Output, names: list[str], manifest: bytes) 
 
 
 def finish_publishing(workspace: Path, output: Output) -> bool:
-    """Brings a begun publication to its end; false where none has begun."""
+    """Brings a begun publication to its end; false if none has begun."""
     found = read_json(workspace / "publishing.json")
     if found is None:
         return False
@@ -212,8 +213,9 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
 
 
 def _files_of(manifest: dict | None) -> set[str]:
-    """The files that an earlier manifest names, none of which may stay when its successor does not
-    have them.
+    """Return the files that an earlier manifest names.
+
+    None of them may stay if the next manifest does not name it.
     """
     if manifest is None:
         return set()

@@ -1,5 +1,6 @@
-"""Checksums of a file in blocks: a part of a file of any size can be compared with its manifest,
-and damage has a place.
+"""Checksums of a file in blocks.
+
+Part of a file of any size can be compared with its manifest, and damage has a position.
 """
 
 from __future__ import annotations

@@ -73,11 +73,12 @@ class Datasets:
         return ", ".join(str(manifest.folder) for manifest in self.manifests.values())
 
     def training_shards(self) -> dict[str, list[SourceShards]]:
-        """What the mixture calls a source: the sources of a single folder, or each of several
-        folders as a whole.
+        """Return the training shards by what the mixture calls a source.
+
+        That is a source of a single folder, or each of several folders as a whole.
 
         Raises:
-            DataError: where a folder has nothing to train on.
+            DataError: if a folder has nothing to train on.
         """
         found: dict[str, list[SourceShards]] = {}
         for corpus, manifest in self.manifests.items():
@@ -96,8 +97,9 @@ class Datasets:
         return found
 
     def training_sources(self) -> dict[str, TrainingShare]:
-        """The sources of all folders, ``corpus/source`` where a folder has a name; empty where
-        training reads the sources itself.
+        """Return the sources of all folders: ``corpus/source`` if a folder has a name.
+
+        It is empty if training reads the sources itself.
         """
         counts: dict[str, tuple[str, int, int]] = {}
         for corpus, manifest in self.manifests.items():
@@ -116,7 +118,7 @@ class Datasets:
     def validation_stream(self) -> TokenStream | None:
         """The held-out documents of all folders, one after the other.
 
-        None where nothing is held out.
+        None if nothing is held out.
         """
         return self.stream("validation") if self.utf8_bytes("validation") else None
 
@@ -124,7 +126,7 @@ class Datasets:
         """A split of all folders that have it.
 
         Raises:
-            DataError: where none has.
+            DataError: if none has.
         """
         streams = [
             open_split(manifest, split)
@@ -156,8 +158,9 @@ class Datasets:
     def check_blocks(
         self, how: Literal["sizes", "sample", "full"], rank: int, world_size: int
     ) -> BackgroundCheck:
-        """Compares this rank's part of the files' blocks with the manifests, beyond the sizes that
-        :meth:`verify` looks at.
+        """Compare this rank's part of the files' blocks with the manifests.
+
+        :meth:`verify` looks at the sizes only.
 
         Returns:
             What is still being read in the background; of ``full`` nothing is left to read.
@@ -192,7 +195,7 @@ def load_datasets(folders: dict[str, str]) -> Datasets:
     """Reads the manifests of :func:`data_folders`.
 
     Raises:
-        DataError: where a folder holds no data, or the folders do not have the same tokenizer.
+        DataError: if a folder holds no data, or the folders do not have the same tokenizer.
     """
     datasets = Datasets({name: load_manifest(folder) for name, folder in folders.items()})
     for manifest in datasets.manifests.values():

@@ -45,7 +45,7 @@ class ForeignShard:
     Attributes:
         prefix: as it was given.
         path, offset: the file of the tokens, and the bytes before the first one.
-        ends: tokens before the end of each document, int64, sorted; None where only the tokens say
+        ends: tokens before the end of each document, int64, sorted; None if only the tokens say
             it.
         files: all that are read.
         notes: what is in the files and not taken over, one sentence each.
@@ -73,8 +73,10 @@ class ForeignShard:
             yield self.read(start, min(start + READ_TOKENS, end))
 
     def document_ends(self, eod_id: int) -> np.ndarray:
-        """``ends``, or where the end-of-document tokens put them: before each of them if the first
-        token is one, else behind each.
+        """Return ``ends``, or the ends that the end-of-document tokens imply.
+
+        A document begins at each such token if the first token is one; otherwise it ends behind
+        each.
         """
         if self.ends is not None:
             return self.ends
@@ -94,7 +96,7 @@ def open_foreign(prefix: str) -> ForeignShard:
     """The shard of a prefix, or of the name of one of its files.
 
     Raises:
-        DataError: where there is none, or it is damaged or of a form that is not known; it names
+        DataError: if there is none, or it is damaged or of a form that is not known; it names
             the file.
     """
     path = Path(prefix)
@@ -190,8 +192,10 @@ def _nanotron(prefix: str, path: Path) -> ForeignShard:
 
 
 def _check_metadata(path: Path, tokens: int, width: int) -> None:
-    """Compares the lines of a ``.metadata``: the tokenizer's name (newer ones: and bytes a token),
-    the number of tokens, the same in short.
+    """Compare the lines of a ``.metadata`` file with the index.
+
+    They are the tokenizer's name (in newer files also the bytes of a token), the number of tokens,
+    and the same number abbreviated.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     said_width = lines[0].rpartition("|")[2] if lines and "|" in lines[0] else str(width)

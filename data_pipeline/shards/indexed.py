@@ -1,5 +1,6 @@
-"""Megatron's indexed token format: ``PREFIX.bin`` holds the tokens of all documents back to back,
-``PREFIX.idx`` says where each one lies.
+"""Megatron's indexed token format, read and written.
+
+``PREFIX.bin`` holds the tokens of all documents back to back, ``PREFIX.idx`` their positions.
 
 The index, little-endian: magic ``MMIDIDX\\0\\0``; u64 version 1; u8 code of the token type; u64
 number of sequences; u64 number of document marks; int32 lengths in tokens; int64 byte offsets into
@@ -11,7 +12,6 @@ read and write it. We write one sequence per document.
 from __future__ import annotations
 
 import os
-import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,22 +24,10 @@ import numpy as np
 import xxhash
 
 from data_pipeline.shards.block_checksums import FileChecksums
+from data_pipeline.shards.index_header import HEADER, MAGIC, TOKEN_TYPES, VERSION, read_header
 from pretrain.core.errors import DataError, StorageError
 from pretrain.core.files import fsync_path
 
-MAGIC = b"MMIDIDX\x00\x00"
-OLDER_MAGIC = b"TNTIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-TOKEN_TYPES: dict[int, np.dtype[Any]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-FLOAT_CODES = {6: "float64", 7: "float32"}
 BUILD_AGAIN = "build the shards again with tools/preprocess_data.py --fresh"
 LONGEST_DOCUMENT = 2**31 - 1
 BLOCK_TOKENS = 1 << 21
@@ -55,18 +43,20 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def bin_path(prefix: Path) -> Path:
+    """Return the path of a shard's tokens."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
+    """Return the path of a shard's index."""
     return prefix.with_name(prefix.name + ".idx")
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer put on disk; sizes in bytes, checksums hexadecimal: SHA-256, of a
-    shard that is not durable XXH3.
+    """What a finished writer has put on disk; sizes are in bytes.
 
+    Checksums are hexadecimal: SHA-256, or XXH3 for a shard that is not durable.
     ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see
     :mod:`data_pipeline.shards.block_checksums`.
     """
@@ -82,10 +72,9 @@ class WrittenShard:
 
 
 class IndexedWriter:
-    """Streams documents to ``prefix``.bin and .idx, which appear under these names only once they
-    are complete.
+    """Streams documents to ``prefix``.bin and .idx, in constant memory.
 
-    Memory does not grow.
+    The files appear under these names only when they are complete.
 
     Use it as a context manager and call :meth:`finish` inside; leaving without it, or by an
     exception, removes what was written.
@@ -95,7 +84,7 @@ class IndexedWriter:
             killed process, but not a power cut, and their checksums are of the fast kind.
 
     Raises:
-        StorageError: where a file of that name is there already.
+        StorageError: if a file of that name exists already.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], durable: bool = True) -> None:
@@ -140,8 +129,11 @@ class IndexedWriter:
                 path.unlink(missing_ok=True)
 
     def add(self, tokens: Tokens, lengths: np.ndarray) -> None:
-        """Appends documents: their token ids back to back [n], of any integer type, and how many
-        each one has [num_documents].
+        """Append documents.
+
+        Args:
+            tokens: token ids of all documents back to back [n], of any integer type.
+            lengths: number of tokens of each document [num_documents].
 
         Raises:
             DataError: for an id that the shard's type cannot hold, or a document of 2^31 tokens.
@@ -150,10 +142,11 @@ class IndexedWriter:
             raise ValueError(f"{tokens.size} tokens for documents of {lengths.sum()} in all")
         self.add_part(tokens)
         self.end_documents(lengths)
-        self._wait_for_hash()  # the array is the caller's, who may change it now
+        # The array is the caller's, who may change it from here on.
+        self._wait_for_hash()
 
     def copy(self, reader: IndexedReader, first: int, last: int) -> None:
-        """Appends sequences first .. last - 1 of another shard of the same token type, in blocks."""
+        """Append sequences first .. last - 1 of another shard of the same token type, in blocks."""
         if reader.dtype != self.dtype:
             raise ValueError(f"{reader.prefix} holds {reader.dtype}, {self.prefix} {self.dtype}")
         begin, end = reader.start_of(first), reader.start_of(last)
@@ -163,9 +156,9 @@ class IndexedWriter:
             self.end_documents(reader.sequence_lengths[start : min(start + BLOCK_TOKENS, last)])
 
     def add_part(self, tokens: Tokens) -> None:
-        """Appends tokens, of any integer type, whose documents :meth:`end_documents` ends later.
+        """Append tokens, of any integer type, whose documents :meth:`end_documents` ends later.
 
-        The array must not change.
+        The array must not change until the next call: a thread is still hashing it.
 
         Raises:
             DataError: for an id that the shard's type cannot hold.
@@ -173,7 +166,7 @@ class IndexedWriter:
         self._append(self._converted(tokens), np.zeros(0, "<i4"))
 
     def end_documents(self, lengths: np.ndarray) -> None:
-        """The lengths in tokens of the next documents [num_documents]."""
+        """Append the lengths in tokens of the next documents [num_documents]."""
         if lengths.size and lengths.max() > LONGEST_DOCUMENT:
             raise DataError(
                 f"a document of {self.prefix} is longer than {LONGEST_DOCUMENT} tokens: split it"
@@ -210,9 +203,7 @@ class IndexedWriter:
             self._hashing.result()
 
     def finish(self) -> WrittenShard:
-        """Completes both files and gives them their names, the .bin first: an .idx never stands for
-        tokens that are not there.
-        """
+        """Complete both files and give them their names."""
         self._wait_for_hash()
         self._complete(self._bin)
         index_hash, index_bytes = self._hash(), 0
@@ -222,6 +213,7 @@ class IndexedWriter:
                 stream.write(block)
                 index_bytes += len(block)
             self._complete(stream)
+        # The .bin comes first: an .idx must never name tokens that do not exist yet.
         os.replace(self._temporary["bin"], bin_path(self.prefix))
         os.replace(self._temporary["idx"], idx_path(self.prefix))
         if self.durable:
@@ -250,7 +242,7 @@ class IndexedWriter:
 def index_content(
     dtype: np.dtype[Any], documents: int, read_lengths: Callable[[], Iterator[bytes]]
 ) -> Iterator[bytes]:
-    """An index file of one sequence a document, in blocks.
+    """Yield an index file of one sequence a document, in blocks.
 
     Args:
         dtype: of a token.
@@ -301,11 +293,11 @@ class IndexedReader:
         for path in (index_path, token_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing: {remedy}")
-        self.dtype, sequences, marks = _read_header(index_path, remedy)
-        index, end = (
-            np.memmap(index_path, mode="r", dtype=np.uint8),
-            HEADER.size + 12 * sequences + 8 * marks,
-        )
+        self.dtype, sequences, marks = read_header(index_path, remedy)
+        index = np.memmap(index_path, mode="r", dtype=np.uint8)
+        # The header has 34 bytes, so these views are not aligned: frombuffer allows that, and numpy
+        # copes with it at little cost.
+        end = HEADER.size + 12 * sequences + 8 * marks
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self._offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.document_marks = np.frombuffer(index, "<i8", marks, HEADER.size + 12 * sequences)
@@ -313,6 +305,7 @@ class IndexedReader:
             np.frombuffer(index, "<i1", sequences, end) if len(index) > end else None
         )
         self._check_ends()
+        # An empty file cannot be mapped.
         self.tokens: Tokens = (
             np.memmap(token_path, mode="r", dtype=self.dtype)
             if token_path.stat().st_size
@@ -323,10 +316,12 @@ class IndexedReader:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all sequences."""
         return len(self.tokens)
 
     @property
     def num_documents(self) -> int:
+        """Documents, which may have several sequences each in shards of other programs."""
         return len(self.document_marks) - 1
 
     def __len__(self) -> int:
@@ -339,13 +334,13 @@ class IndexedReader:
         return self.tokens[self.start_of(sequence) : self.start_of(sequence + 1)]
 
     def start_of(self, sequence: int) -> int:
-        """The first token of a sequence; of the sequence after the last one: the number of tokens."""
+        """Return the first token of a sequence; after the last one, the number of tokens."""
         if sequence == len(self):
             return self.num_tokens
         return int(self._offsets[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """Where documents begin in tokens begin .. end - 1: int64, sorted.
+        """Return where documents begin in tokens begin .. end - 1: int64, sorted.
 
         Costs two binary searches in the mapped index.
         """
@@ -354,20 +349,20 @@ class IndexedReader:
         )
         starts = np.array(self._offsets[first:last], dtype=np.int64) // self.dtype.itemsize
         if self.num_documents == len(self):
-            return np.unique(starts)  # a document without a token begins where the next one does
+            # A document without a token begins at the same place as the next one.
+            return np.unique(starts)
         marks = bisect_left(self.document_marks, first), bisect_left(self.document_marks, last)
         return np.unique(starts[self.document_marks[marks[0] : marks[1]] - first])
 
     def document_ends(self) -> np.ndarray:
-        """Where each document ends: tokens before its end, int64 [num_documents]."""
+        """Return the number of tokens before the end of each document: int64 [num_documents]."""
         starts = np.append(
             np.asarray(self._offsets, dtype=np.int64) // self.dtype.itemsize, self.num_tokens
         )
         return starts[self.document_marks[1:]]
 
     def check(self) -> None:
-        """Reads the whole index: lengths, offsets and document marks must agree with each other,
-        block by block.
+        """Read the whole index, in blocks: lengths, offsets and document marks must agree.
 
         Raises:
             DataError: for the first entry that does not.
@@ -427,49 +422,3 @@ class IndexedReader:
 
     def _damaged(self, path: Path, reason: str) -> DataError:
         return DataError(f"{path} is damaged: {reason}; {self._remedy}")
-
-
-def _read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
-    """Token type, number of sequences and number of document marks; the counts are checked against
-    the file's size before any use.
-    """
-    with path.open("rb") as stream:
-        head = stream.read(HEADER.size)
-    if head.startswith(OLDER_MAGIC):
-        raise DataError(
-            f"{path} is an index of the older kind TNTIDX (--dataset-impl lazy or cached), which"
-            " cannot be mapped: write the shards again with --dataset-impl mmap, or tokenize the"
-            " text with tools/preprocess_data.py"
-        )
-    if head[: len(MAGIC)] != MAGIC:
-        raise DataError(
-            f"{path} is not an index in Megatron's format (it does not begin with MMIDIDX): give"
-            " the prefix of a .bin/.idx pair"
-        )
-    if len(head) < HEADER.size:
-        raise DataError(
-            f"{path} is damaged: it ends after {len(head)} bytes, inside its header; {remedy}"
-        )
-    _, version, code, sequences, marks = HEADER.unpack(head)
-    if version != VERSION:
-        raise DataError(
-            f"{path} has index version {version}, this reader knows version {VERSION}: write it"
-            " again with tools/preprocess_data.py"
-        )
-    if code not in TOKEN_TYPES:
-        what = (
-            f"{FLOAT_CODES[code]} numbers, not token ids"
-            if code in FLOAT_CODES
-            else f"an unknown token type (code {code})"
-        )
-        raise DataError(f"{path} announces {what}: write it again with tools/preprocess_data.py")
-    # Of a multimodal data set, one byte a sequence follows.
-    expected, found = HEADER.size + 12 * sequences + 8 * marks, path.stat().st_size
-    if found not in (expected, expected + sequences):
-        raise DataError(
-            f"{path} is damaged: it has {found} bytes, but {sequences} sequences and {marks}"
-            f" document marks need {expected}, or {expected + sequences} with modes; {remedy}"
-        )
-    if marks == 0:
-        raise DataError(f"{path} is damaged: it has no document marks; {remedy}")
-    return TOKEN_TYPES[code], sequences, marks

@@ -1,6 +1,4 @@
-"""Looking into built data: documents, lengths, duplicates, and whether everything is as the
-manifest says.
-"""
+"""Looks into built data: documents, lengths, duplicates, and agreement with the manifest."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ def open_shards(manifest: Manifest, split: SplitName) -> Iterator[tuple[ShardEnt
     """The shards of a split, in order.
 
     Raises:
-        DataError: where the data has no such split, or a shard is damaged.
+        DataError: if the data has no such split, or a shard is damaged.
     """
     if split not in manifest.splits:
         raise DataError(
@@ -73,8 +71,9 @@ def lengths(manifest: Manifest, split: SplitName) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """``edges`` [bins + 1] are powers of two in tokens, ``counts`` [bins] documents between them;
-    percentiles are of the documents.
+    """Lengths of documents in tokens, as a histogram and percentiles.
+
+    ``edges`` [bins + 1] are powers of two, ``counts`` [bins] the documents between them.
     """
 
     documents: int
@@ -98,11 +97,9 @@ def length_statistics(manifest: Manifest, split: SplitName) -> LengthStatistics:
     for block in lengths(manifest, split):
         by_length += np.bincount(np.minimum(block, len(by_length) - 1), minlength=len(by_length))
         counts += np.bincount(np.ceil(np.log2(np.maximum(block, 1))).astype(np.int64), minlength=33)
-        total, tokens, longest = (
-            total + len(block),
-            tokens + int(block.sum(dtype=np.int64)),
-            max(longest, int(block.max(initial=0))),
-        )
+        total = total + len(block)
+        tokens = tokens + int(block.sum(dtype=np.int64))
+        longest = max(longest, int(block.max(initial=0)))
     cumulative = np.cumsum(by_length)
     at = (
         {
@@ -142,7 +139,7 @@ def find_duplicates(
 
     Args:
         most: how many of the most repeated documents to name.
-        advance: is told the number of tokens read.
+        advance: is called with the number of tokens read.
     """
     digests, sizes = [], []
     for _, reader in open_shards(manifest, split):
@@ -152,10 +149,8 @@ def find_duplicates(
             advance(int(reader.sequence_lengths[index]))
         digests.append(block)
         sizes.append(np.array(reader.sequence_lengths, dtype=np.int64))
-    every, size = (
-        np.concatenate([np.zeros(0, np.uint64), *digests]),
-        np.concatenate([np.zeros(0, np.int64), *sizes]),
-    )
+    every = np.concatenate([np.zeros(0, np.uint64), *digests])
+    size = np.concatenate([np.zeros(0, np.int64), *sizes])
     _, first, copies = np.unique(every, return_index=True, return_counts=True)
     top = np.argsort(-copies, kind="stable")[:most]
     return Duplicates(
@@ -167,7 +162,7 @@ def find_duplicates(
 
 
 def check_everything(manifest: Manifest, advance: Advance) -> list[str]:
-    """Everything that is wrong with a data folder, one sentence each; empty where it is whole.
+    """Everything that is wrong with a data folder, one sentence each; empty if it is whole.
 
     Checks every checksum and size, those of blocks too, each index against its tokens, every token
     id against the vocabulary, the end-of-document tokens, and the manifest's totals.

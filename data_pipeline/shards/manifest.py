@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,9 +146,9 @@ class Manifest(ManifestPart):
     """The content of ``manifest.json``.
 
     Attributes:
-        request_sha256: stands for the configuration that was asked for.
-        inputs_sha256: stands for the sizes and times of the input files, so that an unchanged input
-            is known without reading it.
+        request_sha256: checksum of the configuration that was asked for.
+        inputs_sha256: checksum of the sizes and times of the input files, so that an unchanged
+            input is recognised without reading it.
         streamed: training reads the source itself; there is no training split here.
     """
 
@@ -203,12 +204,12 @@ class Manifest(ManifestPart):
         )
 
     def at(self, folder: Path) -> Manifest:
-        """This manifest as it lies in ``folder``."""
+        """Return this manifest as it is in ``folder``."""
         self._folder = folder
         return self
 
 
-def canonical_sha256(content: dict[str, Any]) -> str:
+def canonical_sha256(content: Mapping[str, object]) -> str:
     """SHA-256 of a mapping's canonical JSON: sorted keys, no spaces, ASCII."""
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
@@ -216,8 +217,9 @@ def canonical_sha256(content: dict[str, Any]) -> str:
 
 
 def manifest_path(data: Path | str) -> Path:
-    """The manifest of a data folder, or of the shards with a common prefix (``data/corpus``:
-    ``data/corpus.manifest.json``).
+    """Return the manifest of a data folder, or of the shards with a common prefix.
+
+    The manifest of the prefix ``data/corpus`` is ``data/corpus.manifest.json``.
     """
     data = Path(data)
     return data / MANIFEST_NAME if data.is_dir() else data.with_name(f"{data.name}.{MANIFEST_NAME}")
@@ -227,7 +229,7 @@ def load_manifest(data: Path | str) -> Manifest:
     """Reads the manifest of a data folder or prefix.
 
     Raises:
-        DataError: where it is missing, damaged, or of a version that this code does not know.
+        DataError: if it is missing, damaged, or of a version that this code does not know.
     """
     path = manifest_path(data)
     try:
@@ -261,8 +263,9 @@ def load_manifest(data: Path | str) -> Manifest:
 
 
 def verify(manifest: Manifest, deep: bool = False) -> None:
-    """Checks that the files of a manifest are there: sizes and the tokenizer's checksum, and every
-    checksum when ``deep``.
+    """Check that the files of a manifest exist, with their sizes and the tokenizer's checksum.
+
+    With ``deep``, every checksum is compared.
 
     Raises:
         DataError: for the first file that is missing or differs; it names the file.
@@ -288,7 +291,7 @@ def check_file(path: Path, size: int | None, checksum: str | None, remedy: str) 
     """Compares a file with what is known of it.
 
     Raises:
-        DataError: where it is missing or differs; the sentence ends with ``remedy``.
+        DataError: if it is missing or differs; the sentence ends with ``remedy``.
     """
     try:
         found = path.stat().st_size

@@ -1,5 +1,6 @@
-"""Which documents are held out: a hash decides, of the text as the shards hold it, of its file's
-path or of its id.
+"""Decides by a hash which documents are held out.
+
+The hash is of the text as the shards hold it, of its file's path, or of its id.
 
 Adding documents moves none.
 """
@@ -13,7 +14,7 @@ from typing import Literal
 
 import xxhash
 
-from data_pipeline.config import SplitBy
+from data_pipeline.sources.config import SplitBy
 from pretrain.core.errors import DataError
 
 SplitName = Literal["train", "validation"]
@@ -21,13 +22,14 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 
 
 def text_digest(text: str) -> int:
-    """128-bit XXH3 of a document's UTF-8 text: equal texts are told by it."""
+    """Return the 128-bit XXH3 of a document's UTF-8 text, which identifies equal texts."""
     return xxhash.xxh3_128_intdigest(text.encode("utf-8"))
 
 
 def position(digest: int, name: str | None = None) -> float:
-    """A document's place in [0, 1), uniform over texts or names; those below the validation share
-    are held out.
+    """Return a document's place in [0, 1), uniform over texts or names.
+
+    Places below the validation share are held out.
 
     Args:
         digest: of its text, which decides if there is no name.
@@ -114,8 +116,9 @@ def plan_split(
 
 
 def cut_at_line_end(text: str, share: float) -> tuple[str, str]:
-    """Cuts a text in two after about ``share`` of its characters, at the nearest line end; neither
-    part is empty.
+    """Cut a text in two after about ``share`` of its characters, at the nearest line end.
+
+    Neither part is empty.
 
     A line end that would halve either part is too far away (a title above one long line): then the
     cut is inside a line.

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards.indexed import HEADER, IndexedReader, bin_path, idx_path
+from data_pipeline.shards.index_header import HEADER
+from data_pipeline.shards.indexed import IndexedReader, bin_path, idx_path
 from data_pipeline.shards.manifest import Manifest, ShardEntry, canonical_sha256
 from data_pipeline.shards.split import SplitName
 from pretrain.core.errors import DataError
@@ -30,7 +31,7 @@ class ReadFile:
     """A file of which parts are read, by any thread.
 
     Raises:
-        DataError: where it cannot be read, or ends too early.
+        DataError: if it cannot be read, or ends too early.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +44,7 @@ class ReadFile:
             content = os.pread(_opened(self).number, size, start)
         except OSError as error:
             raise DataError(
-                f"{self.path} cannot be read: {error.strerror}; mend it, then run the same command"
+                f"{self.path} cannot be read: {error.strerror}; fix that, then run the same command"
                 " again"
             ) from None
         if len(content) < size:
@@ -98,12 +99,10 @@ class Shard:
     def __init__(
         self, folder: Path, entry: ShardEntry, dtype: str, first_document: int = 0
     ) -> None:
-        self.prefix, self.entry, self.dtype, self.first_document = (
-            folder / entry.prefix,
-            entry,
-            np.dtype(dtype),
-            first_document,
-        )
+        self.prefix = folder / entry.prefix
+        self.entry = entry
+        self.dtype = np.dtype(dtype)
+        self.first_document = first_document
         self._bin = ReadFile(bin_path(self.prefix))
         self._offsets: _Offsets | None = None
 
@@ -144,9 +143,7 @@ class Shard:
         )  # a document without a token begins where the next one does
 
     def documents(self, begin: int, end: int) -> tuple[int, int]:
-        """The documents that hold tokens begin .. end - 1: the numbers of the first and of the last
-        one in the split.
-        """
+        """Return the numbers in the split of the documents with the tokens begin and end - 1."""
         offsets, size = self._check_once(), self.dtype.itemsize
         return (
             self.first_document + bisect_right(offsets, begin * size) - 1,
@@ -184,7 +181,7 @@ class TokenStream:
         """Tokens start .. start + count - 1: int64 [count].
 
         Raises:
-            IndexError: where the stream does not have them.
+            IndexError: if the stream does not have them.
             DataError: for a token id that the vocabulary does not have; it names the shard.
         """
         result = np.empty(count, dtype=np.int64)
@@ -195,8 +192,9 @@ class TokenStream:
         return result
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Which of the tokens start .. start + count - 1 begin a document, as the shards' indexes
-        say: int64 in [0, count), sorted.
+        """Return which of the tokens start .. start + count - 1 begin a document.
+
+        They are int64 in [0, count), sorted, by the shards' indexes.
         """
         found = [
             shard.document_starts(begin, end) + (filled - begin)
@@ -205,12 +203,13 @@ class TokenStream:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def ranges(self, start: int, count: int) -> list[tuple[Shard, int, int]]:
-        """Where tokens start .. start + count - 1 lie: (shard, first and last + 1 token in it)."""
+        """Return the places of ``count`` tokens: (shard, first and last + 1 token in it)."""
         return [(shard, begin, end) for shard, begin, end, _ in self._pieces(start, count)]
 
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:
-        """The shards that hold these tokens: (shard, first and last + 1 token in it, number of
-        tokens before them).
+        """Yield the shards that hold these tokens.
+
+        Each as (shard, first and last + 1 token in it, number of tokens before them).
         """
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens {start} to {start + count} of a stream of {self.num_tokens}")
@@ -238,7 +237,7 @@ def open_split(manifest: Manifest, split: SplitName, source: str | None = None) 
     """The token stream of a data folder's split, or of one source of it.
 
     Raises:
-        DataError: where the folder has no such split.
+        DataError: if the folder has no such split.
     """
     if split not in manifest.splits:
         raise DataError(
@@ -256,8 +255,9 @@ def open_split(manifest: Manifest, split: SplitName, source: str | None = None) 
 
 
 def source_fingerprint(manifest: Manifest, source: str) -> str:
-    """SHA-256 of what training reads of one source, whatever other sources lie beside it: its
-    tokenizer and its training shards.
+    """Return the SHA-256 of what training reads of one source: its tokenizer and training shards.
+
+    Other sources of the same folder have no influence on it.
     """
     shards = [
         [entry.tokens, entry.bin_sha256, entry.idx_sha256]

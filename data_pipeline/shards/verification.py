@@ -1,5 +1,4 @@
-"""Whether shards are still what was written: blocks of their files are compared with the manifest
-when training starts.
+"""Compares blocks of the shards' files with the manifest when training starts.
 
 ``sample`` reads one block of every file, other ones at each start, in the background of the first
 steps; ``full`` reads everything before them. The work is split over the ranks, so each may find
@@ -35,8 +34,9 @@ SHA256_DIGITS = 64
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes start .. start + size - 1 of a file, and the checksum that they have in its manifest:
-    XXH3, or SHA-256 of a file that has no other.
+    """Bytes start .. start + size - 1 of a file, and their checksum in the manifest.
+
+    It is XXH3, or SHA-256 for a file that has no other.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Block:
         advance: Callable[[int], object] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> str | None:
-        """What is wrong with the block as it is on disk, in a sentence; None where nothing is.
+        """What is wrong with the block as it is on disk, in a sentence; None if nothing is.
 
         Args:
             advance: is called with the number of bytes that were read.
@@ -88,7 +88,7 @@ class Block:
 
     @property
     def is_whole_file(self) -> bool:
-        """Whether the manifest has no checksums of blocks: SHA-256 stands for the file."""
+        """Whether the manifest has no checksums of blocks, but the file's SHA-256."""
         return len(self.checksum) == SHA256_DIGITS
 
     @property
@@ -101,8 +101,9 @@ class Block:
 
 
 def every_block(manifests: Iterable[Manifest]) -> list[Block]:
-    """All blocks of all files; a file without checksums of blocks is one block, which SHA-256
-    stands for.
+    """Return all blocks of all files.
+
+    A file without checksums of blocks is one block, with its SHA-256.
     """
     return [block for files in _files(manifests) for block in files]
 
@@ -129,8 +130,9 @@ def _shards(manifest: Manifest) -> list[ShardEntry]:
 
 
 def _files(manifests: Iterable[Manifest]) -> list[list[Block]]:
-    """The blocks of each file that is not empty: of all .bin first, so that ranks that share them
-    have as much to read.
+    """Return the blocks of each file that is not empty, those of all .bin files first.
+
+    So ranks that share them have the same amount to read.
     """
     shards = [
         (manifest.folder / shard.prefix, shard)

@@ -1,5 +1,6 @@
-"""Arrow IPC: files and streams, as pyarrow, polars, Feather (version 2) and the package
-``datasets`` write them.
+"""Reads Arrow IPC: files and streams.
+
+pyarrow, polars, Feather (version 2) and the package ``datasets`` write them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from operator import length_hint
 from typing import TYPE_CHECKING
 
-from data_pipeline.config import ArrowSource
 from data_pipeline.sources.arrow_rows import (
     BATCH_ROWS,
     check_columns,
@@ -18,6 +18,7 @@ from data_pipeline.sources.arrow_rows import (
     rows_of,
     top_columns,
 )
+from data_pipeline.sources.config import ArrowSource
 from data_pipeline.sources.files import one_line, stamp_of, unreadable
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
@@ -134,10 +135,11 @@ def _open(
 
 
 def _check_offsets(batch: pyarrow.RecordBatch) -> None:
-    """
+    """Check that a batch's columns point inside their own bytes.
+
     Raises:
-        pyarrow.ArrowInvalid: for a column that points outside its own bytes. What is not UTF-8 is
-            found row by row.
+        pyarrow.ArrowInvalid: if one does not. Bytes that are not UTF-8 are found later, row by
+            row.
     """
     import pyarrow
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from data_pipeline.config import RecordsBase
+from data_pipeline.sources.config import RecordsBase
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.interface import Document, LeftOut
 from data_pipeline.sources.records import NAME_DEPTH, RecordReader, listed, suggestion
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,7 +24,7 @@ class Row(NamedTuple):
 
     number: int
     text: str | None
-    record: dict[str, Any]
+    record: JsonObject
 
 
 def columns_of(config: RecordsBase) -> list[str]:
@@ -44,8 +45,9 @@ def _other_columns(config: RecordsBase) -> list[str]:
 
 
 def _path_of(fields: list[pyarrow.Field], name: str) -> list[str]:
-    """Names of the columns from the outermost in, by the rule of :class:`RecordReader`; empty if
-    there is none.
+    """Return the names of the columns from the outermost in, by the rule of :class:`RecordReader`.
+
+    It is empty if there is no such column.
 
     Raises:
         LookupError: if two columns have the name.
@@ -76,10 +78,10 @@ def _storage(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def check_columns(schema: pyarrow.Schema, config: RecordsBase, place: str) -> None:
-    """
+    """Check that a table has the wanted columns.
+
     Raises:
-        DataError: for a column that is not there or there twice, or a text column that holds no
-            text.
+        DataError: for a column that is missing or there twice, or a text column without texts.
     """
     for name in columns_of(config):
         try:
@@ -173,8 +175,9 @@ def _advice(kind: pyarrow.DataType, name: str) -> str:
 def rows_of(
     batch: pyarrow.RecordBatch, config: RecordsBase, name: str, first: int, longest: int
 ) -> Iterator[Row | LeftOut]:
-    """The rows of a batch, one at a time; a text of more than ``longest`` bytes is never made a
-    Python object.
+    """Yield the rows of a batch, one at a time.
+
+    A text of more than ``longest`` bytes never becomes a Python object.
 
     Args:
         first: number of the batch's first row in its file or data set.
@@ -234,8 +237,9 @@ def _unwrapped(column: pyarrow.Array) -> pyarrow.Array:
 
 
 def _as_text(column: pyarrow.Array) -> pyarrow.Array:
-    """The column as strings that nobody has checked yet: reading one that is not UTF-8 raises
-    UnicodeDecodeError.
+    """Return the column as strings whose bytes are not checked yet.
+
+    Reading one that is not UTF-8 raises UnicodeDecodeError.
     """
     import pyarrow
     from pyarrow import types

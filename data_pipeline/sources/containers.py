@@ -1,5 +1,6 @@
-"""What a file is, which its first bytes decide and not its name: plain, compressed, in UTF-16 or
-UTF-32, or nothing that holds lines.
+"""Finds out what a file is by its first bytes, not by its name.
+
+It may be plain, compressed, in UTF-16 or UTF-32, or nothing that holds lines.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def checked_encoding(name: str) -> str:
 def compression_of(head: bytes, path: str) -> str | None:
     """The usual ending of a compressed stream's name; None for one that is not compressed.
 
-    The name counts only if there are too few bytes to tell.
+    The name counts only if there are too few bytes to decide.
     """
     for ending, magic in MAGIC.items():
         if head.startswith(magic) or (path.endswith(ending) and magic.startswith(head)):
@@ -126,9 +127,10 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def refuse_other_kinds(head: bytes, path: str) -> None:
-    """
+    """Refuse files without lines of text.
+
     Raises:
-        DataError: for an archive, and for a format that holds no lines of text.
+        DataError: for an archive, or another format that holds no lines of text.
     """
     kind = next(
         ((kind, advice) for magic, kind, advice in OTHER_KINDS if head.startswith(magic)), None
@@ -142,8 +144,9 @@ def refuse_other_kinds(head: bytes, path: str) -> None:
 
 
 class Described(NamedTuple):
-    """A file by its first bytes: its compression and its encoding, None for none and for UTF-8 or
-    one without a mark.
+    """A file's compression and encoding, by its first bytes.
+
+    None is no compression, and UTF-8 or no byte order mark.
     """
 
     compression: str | None
@@ -210,8 +213,9 @@ class Peekable:
         self._damage: DamagedStream | None = None
 
     def peek(self, size: int) -> bytes:
-        """The next ``size`` bytes, fewer at the end; damage behind them is reported by
-        :meth:`read`.
+        """Return the next ``size`` bytes without consuming them, fewer at the end.
+
+        Damage behind them is reported by :meth:`read`.
         """
         try:
             while len(self._ahead) < size and (block := self._stream.read(size)):
@@ -237,7 +241,7 @@ def has_lone_returns(head: bytes) -> bool:
 
 
 def with_line_feeds(stream: Peekable) -> Stream:
-    """The stream itself, or with line feeds for carriage returns that stand alone."""
+    """The stream itself, or with line feeds for lone carriage returns."""
     return _LineFeeds(stream) if has_lone_returns(stream.peek(HEAD_BYTES)) else stream
 
 
@@ -276,8 +280,9 @@ class Utf8:
 
 
 class Decompressed:
-    """What a compressed file holds: all that can be had before damage, byte for byte, and then the
-    damage.
+    """The content of a compressed file, up to damage if there is any.
+
+    All that can be had before the damage comes first, byte for byte, and then the error.
     """
 
     def __init__(self, raw: BinaryIO, kind: str) -> None:
@@ -287,9 +292,10 @@ class Decompressed:
         self._damage: DamagedStream | None = None
 
     def read(self, size: int, /) -> bytes:
-        """
+        """Return the next bytes.
+
         Raises:
-            DamagedStream: once everything before the damage has been given.
+            DamagedStream: once everything before the damage has been returned.
         """
         if self._damage is not None:
             raise self._damage
@@ -306,8 +312,9 @@ class Decompressed:
         return block
 
     def _slowly(self) -> bytes:
-        """Reads the file again, and its end in small steps: a library keeps for itself what it had
-        decompressed when it met the damage.
+        """Read the file again, and its end in small steps.
+
+        A library does not return what it had decompressed when it met the damage.
         """
         fast = max(self._raw.tell() - INPUT_BYTES, 0)
         size = self._raw.seek(0, 2)

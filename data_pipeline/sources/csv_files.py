@@ -6,7 +6,7 @@ import csv
 from collections import deque
 from collections.abc import Iterator
 
-from data_pipeline.config import CsvSource
+from data_pipeline.sources.config import CsvSource
 from data_pipeline.sources.containers import (
     HEAD_BYTES,
     DamagedStream,
@@ -69,8 +69,9 @@ class Csv(Source[CsvSource]):
                 self.lines_read = feed.number
 
     def _delimiter(self, head: bytes) -> str:
-        """The delimiter that is named, or the first that cuts the header into the wanted columns,
-        else the one that cuts it most often.
+        """Return the named delimiter, or the first that cuts the header into the wanted columns.
+
+        Without either, it is the one that cuts the header most often.
         """
         if self.config.delimiter is not None or self.config.columns is not None:
             return self.config.delimiter or ","
@@ -180,8 +181,9 @@ class Csv(Source[CsvSource]):
         return header
 
     def _of_bytes(self, fault: tuple[str, str]) -> tuple[str, str]:
-        """The same fault; of surrogates, which only bytes outside the encoding become when a line
-        is decoded, the bytes are the fault.
+        """Return the same fault, or that of the bytes if the value has surrogates.
+
+        Only bytes outside the encoding become surrogates when a line is decoded.
         """
         if fault[0] != "lone_surrogate":
             return fault
@@ -199,8 +201,9 @@ class _TooLong(Exception):
 
 
 class _Feed:
-    """Lines for csv.reader, which remembers those of the record at hand and refuses to let it grow
-    without bound.
+    """Lines for csv.reader, with a limit on the size of a record.
+
+    It remembers the lines of the current record.
 
     Attributes:
         number: lines given so far.
@@ -233,8 +236,9 @@ class _Feed:
         return line.content.decode("utf-8", "surrogateescape") + "\n"
 
     def read_again(self) -> str | None:
-        """Takes all lines of the record at hand back but its first; what is wrong with it then,
-        None if it has only one.
+        """Put all lines of the current record back but its first.
+
+        Returns what is wrong with the record then; None if it has only one line.
         """
         first, *others = self._held
         self._again.extendleft(reversed(others))
@@ -242,9 +246,7 @@ class _Feed:
         return "a quote that is not closed, or not before a delimiter" if others else None
 
     def looks_like_rows(self, delimiter: str, width: int) -> bool:
-        """Whether the record at hand has so many lines, or such lines, that a stray quote may have
-        joined rows.
-        """
+        """Whether the current record looks like several rows that a stray quote has joined."""
         if not FEW_LINES <= len(self._held) < MANY_LINES:
             return len(self._held) >= MANY_LINES
         inside = self._held[1:-1]
@@ -253,13 +255,14 @@ class _Feed:
         )
 
     def skip_record(self) -> None:
-        """Passes over the rest of a record that is too long: where it is inside quotes, up to the
-        line that closes them.
+        """Skip the rest of a record that is too long.
+
+        Inside quotes, that is up to the line that closes them.
         """
         if len(self._held) < 2:
             return
         content = self._held[-1].content
-        # Doubled quotes stand for one inside a value, so an odd number of them on a line closes the
+        # Doubled quotes are one quote inside a value, so an odd number of them on a line closes the
         # value.
         while content is not None and content.count(b'"') % 2 == 0:
             line = self._again.popleft() if self._again else next(self._lines, None)

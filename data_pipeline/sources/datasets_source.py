@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or local copies of them, read with the package ``datasets``."""
+"""Data sets of the Hugging Face hub or local copies, read with the package ``datasets``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from data_pipeline.config import DatasetsSource, RecordsBase
 from data_pipeline.sources.arrow_rows import (
     BATCH_ROWS,
     Row,
@@ -21,6 +20,7 @@ from data_pipeline.sources.arrow_rows import (
     rows_of,
     top_columns,
 )
+from data_pipeline.sources.config import DatasetsSource, RecordsBase
 from data_pipeline.sources.file_kinds import DATA, class_of
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
@@ -29,6 +29,7 @@ from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Sour
 from data_pipeline.sources.presets import fill_in
 from data_pipeline.sources.records import RecordReader, listed, text_fault
 from pretrain.core.errors import ConfigError, DataError, PipelineError
+from pretrain.core.files import JsonObject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +44,14 @@ HEADING_SCAN_ROWS = 10_000
 
 
 class HubDatasets(Source[DatasetsSource]):
-    """Rows of the memory-mapped table are read in parallel; the package keeps that table in its
-    cache (``HF_HOME``).
+    """A data set of the package ``datasets``.
+
+    Rows of the memory-mapped table are read in parallel; the package keeps that table in its cache
+    (``HF_HOME``).
 
     ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or
     what ``save_to_disk`` wrote. With ``streaming`` nothing is kept, and the whole stream is one
-    unit: where a row lies in it is known only by reading what stands before. ``max_documents``
+    unit: the position of a row is known only by reading what comes before. ``max_documents``
     counts rows, or articles with ``group``, from the start.
     """
 
@@ -157,8 +160,9 @@ class HubDatasets(Source[DatasetsSource]):
             yield from table.select(top_columns(table.schema, self._fields)).to_batches()
 
     def _articles(self, rows: Iterator[Row | LeftOut]) -> Iterator[Document | LeftOut]:
-        """Rows joined from one heading to the next, each with its line end; blank rows before the
-        first text are dropped.
+        """Yield articles: rows joined from one heading to the next, each with its line end.
+
+        Blank rows before the first text are dropped.
         """
         longest = self.context.max_record_bytes
         first = size = 0
@@ -201,7 +205,7 @@ class HubDatasets(Source[DatasetsSource]):
         return Document("".join(lines), f"{self.name}:{first}")
 
     def _article_starts(self) -> np.ndarray:
-        """Numbers of the rows that are headings; what stands before the first one goes with it."""
+        """Return the numbers of the heading rows; rows before the first one belong to it."""
         import numpy as np
         import pyarrow.compute
 
@@ -310,7 +314,7 @@ class HubDatasets(Source[DatasetsSource]):
             raise library_error(self.name, error) from None
 
     @property
-    def _choice(self) -> dict[str, Any]:
+    def _choice(self) -> JsonObject:
         return {"data_files": self.config.data_files, "revision": self.config.revision}
 
     @property
@@ -390,8 +394,9 @@ ADVICE = (
 
 
 def library_error(name: str, error: Exception) -> DataError:
-    """One sentence for what the package raises; it has no error of its own for most cases, only
-    texts.
+    """Return one sentence for an error of the package.
+
+    It has no class for most cases, only texts.
     """
     cause = error.__cause__ or error
     text = f"{type(cause).__name__}: {one_line(str(cause))}"

@@ -7,16 +7,14 @@ import re
 
 from data_pipeline.sources.containers import COMPRESSED
 
-JSONL, JSON, PARQUET, CSV, TSV, ARROW, TEXT, CODE = (
-    "jsonl",
-    "json",
-    "parquet",
-    "csv",
-    "tsv",
-    "arrow",
-    "text",
-    "code",
-)
+JSONL = "jsonl"
+JSON = "json"
+PARQUET = "parquet"
+CSV = "csv"
+TSV = "tsv"
+ARROW = "arrow"
+TEXT = "text"
+CODE = "code"
 SIDE, ARCHIVE, OTHER = "side", "archive", "other"
 # Records, as nobody writes source code.
 RECORDS = (JSONL, PARQUET, CSV, TSV, ARROW)
@@ -36,10 +34,11 @@ LABELS = {
     OTHER: "other kinds",
 }
 CODE_ENDINGS = """
-    .ada .asm .bash .bat .c .cc .cfg .clj .cljs .cmake .coffee .cpp .cs .css .cu .cuh .cxx .d .dart .el .elm .erl .ex .exs .f .f90 .fs .go .gradle
-    .graphql .groovy .h .hh .hpp .hs .html .hxx .ini .ipynb .java .jl .js .jsx .kt .kts .less .lisp .lua .m .mjs .ml .mli .mm .nim .php .pl .pm .proto
-    .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scm .scss .sh .sol .sql .sv .svelte .swift .tcl .tf .toml .ts .tsx .v .vb .vhd .vim .vue .xml .yaml .yml
-    .zig .zsh
+    .ada .asm .bash .bat .c .cc .cfg .clj .cljs .cmake .coffee .cpp .cs .css .cu .cuh .cxx .d .dart
+    .el .elm .erl .ex .exs .f .f90 .fs .go .gradle .graphql .groovy .h .hh .hpp .hs .html .hxx .ini
+    .ipynb .java .jl .js .jsx .kt .kts .less .lisp .lua .m .mjs .ml .mli .mm .nim .php .pl .pm
+    .proto .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scm .scss .sh .sol .sql .sv .svelte .swift .tcl
+    .tf .toml .ts .tsx .v .vb .vhd .vim .vue .xml .yaml .yml .zig .zsh
 """.split()
 CLASS_OF_ENDING = {
     ".jsonl": JSONL,
@@ -76,11 +75,13 @@ CLASS_OF_ENDING = {
     ),
     **dict.fromkeys(CODE_ENDINGS, CODE),
 }
-# What is put beside data, or beside anything.
+# Files that accompany data, or any other files.
 SIDE_NAME = re.compile(
     r"(readme([-_.]\w\w([-_]\w+)?)?|licen[cs]e([-_.](mit|apache|bsd|cc|gpl|data|code)[\w.-]*)?"
-    r"|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors|data_?card|dataset_?card)(\.(md|txt|rst|html))?"
-    r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|manifest)\.json"
+    r"|copying|notice|citation|contributing|changelog|code_of_conduct|security|authors"
+    r"|data_?card|dataset_?card)(\.(md|txt|rst|html))?"
+    r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock"
+    r"|manifest)\.json"
     r"|(sha\d*sums?|md5sums?|checksums?)(\.txt)?|requirements[\w-]*\.txt|makefile|dockerfile"
     # results that the package datasets keeps among the files of a data set
     r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"

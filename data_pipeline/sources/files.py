@@ -50,8 +50,9 @@ def list_files(patterns: list[str]) -> list[str]:
 
 
 def distinct(paths: list[str]) -> list[str]:
-    """The paths without those of a file that an earlier one names, by another spelling, a link or
-    another pattern; that is said.
+    """Return the paths without further names of the same file.
+
+    A link, another spelling or another pattern may name a file again; that is reported.
 
     Raises:
         DataError: for a file that is gone or forbidden.
@@ -138,7 +139,7 @@ def unreadable(path: str, error: OSError) -> DataError:
     problem = error.strerror or error
     return DataError(
         f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same"
-        " command, which goes on where it stopped"
+        " command, which continues from where it stopped"
     )
 
 
@@ -219,10 +220,11 @@ def open_stream(path: str, encoding: str | None = "utf-8") -> Iterator[Stream]:
 
 
 def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> Iterator[Line]:
-    """The lines that begin in [start, end) of a stream; a byte order mark at its very start is no
-    part of the first one.
+    """Yield the lines that begin in [start, end) of a stream.
 
-    A line belongs to the range that its first byte lies in, so ranges that follow each other give
+    A byte order mark at the start of the stream is not part of the first line.
+
+    A line belongs to the range that its first byte is in, so ranges that follow each other give
     each line once.
     """
     # A range may begin inside a line, which belongs to the range before; the byte before it shows

@@ -1,5 +1,6 @@
-"""The files of a folder: without hidden ones, through links, in the hub's cache and in unfinished
-downloads.
+"""Lists the files of a folder.
+
+Hidden files, files in the hub's cache and unfinished downloads are left out; links are followed.
 """
 
 from __future__ import annotations
@@ -137,9 +138,10 @@ def is_pointer(content: bytes) -> bool:
 
 
 def refuse_pointers(paths: Iterable[str]) -> None:
-    """
+    """Refuse a clone whose large files were not fetched.
+
     Raises:
-        DataError: for a file of a clone whose large files were not fetched.
+        DataError: for such a file, which holds only a pointer.
     """
     for path in paths:
         try:

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 
-from data_pipeline.config import CsvSource, FoldersBase, TextSource
+from data_pipeline.sources.config import CsvSource, FoldersBase, TextSource
 from data_pipeline.sources.file_kinds import (
     ARCHIVE,
     CODE,
@@ -41,8 +41,9 @@ SHARD = re.compile(r"(.*?)(\d{5,})-of-(\d{5,})(.*)")
 
 
 def files_of(config: FoldersBase) -> list[str]:
-    """The files that ``input`` means; a folder stands for those of the section's kind in it,
-    sorted.
+    """Return the files that ``input`` means.
+
+    A folder stands for the files of the section's kind in it, sorted.
 
     Raises:
         DataError: for a folder that holds none, or several configs or splits of which none was
@@ -58,8 +59,9 @@ def files_of(config: FoldersBase) -> list[str]:
 
 
 def kind_of_folder(folder: str, config: str | None) -> str:
-    """What a folder is, by its files: a class of records or text, "source_code", or "datasets" for
-    what save_to_disk wrote.
+    """Return what a folder is, by its files.
+
+    A class of records, text, "source_code", or "datasets" for what save_to_disk wrote.
 
     Raises:
         ConfigError: for a folder that mixes kinds, or holds only unknown ones.
@@ -104,9 +106,7 @@ def _format_of(name: str) -> str:
 
 
 def _without_scripts(root: str, files: list[str], counts: Counter[str]) -> Counter[str]:
-    """The counts without what .gitignore names, and without the scripts that made a data set or
-    load it.
-    """
+    """Return the counts without ignored files, and without the scripts of a data set."""
     from data_pipeline.sources.source_code import walk as walk_code
 
     ignored = set(walk_code(root, respect_gitignore=False)) - set(
@@ -155,10 +155,8 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
     configs, description = declared_configs(root), ""
     if configs:
         config = choose_config(configs, section.config, root)
-        splits, description = (
-            _declared(root, found, config, has_titles).only(kind),
-            f"config {config.name}",
-        )
+        splits = _declared(root, found, config, has_titles).only(kind)
+        description = f"config {config.name}"
     elif section.config is not None:
         raise DataError(
             f"{root} declares no configs in its README.md: leave out --dataset-config, or give the"
@@ -191,7 +189,7 @@ def _class_read_by(section: FoldersBase, found: list[str]) -> str:
             if section.delimiter == "\t" and any(class_of(path) == TSV for path in found)
             else CSV
         )
-    return str(getattr(section, "kind"))  # noqa: B009 - each kind of section has one, the base has not
+    return section.kind
 
 
 def _declared(root: str, found: list[str], config: Config, has_titles: bool) -> Splits:

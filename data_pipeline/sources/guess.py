@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
 
 from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, RECORDS, TSV, class_of, ending_of
 from data_pipeline.sources.files import list_files
 from data_pipeline.sources.folder_walk import snapshot_of, walk
 from data_pipeline.sources.folders import kind_of_folder
 from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.files import JsonObject
 
 STANDARD_INPUT = "-"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATASETS = "datasets"
 # Sections by the name of what they read; for all others the name is the kind.
-SECTIONS: dict[str, dict[str, Any]] = {
+SECTIONS: dict[str, JsonObject] = {
     "line": {"kind": "text", "document": "line"},
     TSV: {"kind": CSV, "delimiter": "\t"},
 }
@@ -28,9 +28,10 @@ NO_CHOICE = (
 
 def sources_of(
     inputs: list[str], kind: str | None, config: str | None = None, split: str | None = None
-) -> dict[str, dict[str, Any]]:
-    """The source sections that ``--input`` means, by name; patterns of one kind are one source, and
-    each data set is one.
+) -> dict[str, JsonObject]:
+    """Return the source sections that ``--input`` means, by name.
+
+    Patterns of one kind are one source; each data set is one.
 
     Args:
         kind: of all inputs; None: by the ending of each name, and by the files of a folder.
@@ -49,7 +50,7 @@ def sources_of(
     if STANDARD_INPUT in inputs:
         if len(inputs) > 1:
             raise ConfigError(
-                "--input - reads standard input, and nothing beside it: give files, or pipe them"
+                "--input - reads standard input, and nothing else with it: give files, or pipe them"
                 " all in"
             )
         forms = {None: "jsonl", "jsonl": "jsonl", "text": "text", "line": "line"}
@@ -60,7 +61,7 @@ def sources_of(
         if choice:
             raise ConfigError(NO_CHOICE)
         return {"stdin": {"kind": "stdin", "format": forms[kind]}}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     was_chosen = not choice
     for pattern in inputs:
         place = os.path.expanduser(pattern)
@@ -113,6 +114,6 @@ def _kind_of(pattern: str) -> str:
 
 
 def _kind_by_name(path: str) -> str:
-    # A name that was given is meant, even if it is one that stands beside data as a rule.
+    # A name that was given is meant, even if a file of this name usually only accompanies data.
     found = class_of(f"x{ending_of(path)}")
     return JSONL if found == JSON else found if found in RECORDS else "text"

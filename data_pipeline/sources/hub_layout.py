@@ -16,6 +16,7 @@ from data_pipeline.sources.file_kinds import files_of_kind
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.records import listed
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 CARD = "README.md"
 LARGEST_CARD_BYTES = 16 << 20
@@ -61,9 +62,10 @@ class Splits(NamedTuple):
 
 
 def declared_configs(root: str) -> list[Config]:
-    """
+    """Return the configs that a folder's README.md declares.
+
     Raises:
-        DataError: for a README.md whose declarations cannot be understood.
+        DataError: if the declarations cannot be understood.
     """
     import yaml
 
@@ -106,7 +108,7 @@ def _front_matter(card: str) -> str:
     return found[1] if found else ""
 
 
-def _config(entry: dict[str, Any]) -> Config:
+def _config(entry: JsonObject) -> Config:
     files: dict[str, list[str]] | None = None
     declared = entry.get("data_files")
     if declared is not None:
@@ -137,9 +139,10 @@ def _inside(path: Any) -> str:
 
 
 def choose_config(configs: list[Config], wanted: str | None, root: str) -> Config:
-    """
+    """Return the config that is wanted, or the only one.
+
     Raises:
-        DataError: if it is not clear which one is meant, or the wanted one is not there.
+        DataError: if it is not clear which one is meant, or if there is no such config.
     """
     names = listed(config.name for config in configs)
     if wanted is not None:
@@ -233,8 +236,9 @@ def _split_of(path: str, only_plain: bool) -> str | None:
 
 
 def choose_split(splits: Splits, wanted: str | None, root: str) -> tuple[list[str], str]:
-    """The files to read, and a description of the choice: the split's name, or nothing if there are
-    no splits.
+    """Return the files to read, and the name of their split.
+
+    The name is empty if there are no splits.
 
     Raises:
         DataError: if it is not clear which files are meant.

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
-from data_pipeline.config import DataConfig, SourceBase, SplitBy
+from data_pipeline.config import DataConfig
+from data_pipeline.sources.config import SourceConfig, SplitBy
 from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.files import JsonObject
+from pretrain.core.registry import kinds_of
 
-ConfigT = TypeVar("ConfigT", bound=SourceBase)
+ConfigT = TypeVar("ConfigT", bound=SourceConfig)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -69,7 +72,7 @@ class Document(NamedTuple):
     text: str
     id: str
     key: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     file: str | None = None
 
 
@@ -79,13 +82,13 @@ class LeftOut(NamedTuple):
     Attributes:
         path: its file.
         reason: a key of ``REASONS``.
-        line: from 1, counted from the start of the unit; None where a file has no lines.
-        offset: of its first byte in the (decompressed) file; None where that means nothing.
+        line: from 1, counted from the start of the unit; None if a file has no lines.
+        offset: of its first byte in the (decompressed) file; None if that means nothing.
         detail: what exactly is wrong, for bad_records.jsonl.
         is_bad: false for what a rule of the source leaves out on purpose, such as a binary file
             among source code.
-        size: about how many bytes of the file are lost with it; None: as many as a record of its
-            unit has.
+        size: about how many bytes of the file are lost with it; None: the average size of a
+            record of its unit.
     """
 
     path: str
@@ -99,8 +102,9 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that one worker reads in one go: a byte range, a range of rows, a whole
-    file or several small ones.
+    """A part of a source that one worker reads in one go.
+
+    It is a byte range, a range of rows, a whole file or several small ones.
 
     Attributes:
         source: the source's name in the recipe.
@@ -120,7 +124,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What a source needs to know beside its own section.
+    """What a source needs to know in addition to its own section.
 
     Attributes:
         name: the source's name in the recipe.
@@ -172,11 +176,12 @@ class Source(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def units(self, unit_bytes: int) -> list[Unit]:
-        """All units in the order of the output, a function of the input alone; each of about
-        ``unit_bytes`` where the format can be cut.
+        """Return all units in the order of the output, as a function of the input alone.
+
+        Each has about ``unit_bytes`` if the format can be cut.
 
         Raises:
-            DataError: where there is nothing to read.
+            DataError: if there is nothing to read.
         """
 
     @abstractmethod
@@ -206,10 +211,8 @@ class Source(ABC, Generic[ConfigT]):
         return real_path(file, self.context.split_root)
 
     def _check_split(self) -> None:
-        place, by = (
-            f"data.split_by is {self.context.split_by}, and the source '{self.context.name}'",
-            self.context.split_by,
-        )
+        place = f"data.split_by is {self.context.split_by}, and the source '{self.context.name}'"
+        by = self.context.split_by
         if by == "path" and not self.has_files:
             raise ConfigError(f"{place} has no files with paths: split by content, or by id")
         if by == "id" and getattr(self.config, "id_field", None) is None:
@@ -219,10 +222,31 @@ class Source(ABC, Generic[ConfigT]):
             )
 
 
+def open_source(config: SourceConfig, context: ReadContext) -> Source:
+    """Return the source that a section of the recipe describes; nothing is read yet."""
+    source: Source = config.implementing_class()(config, context)
+    return source
+
+
+def meaning_of_reasons() -> dict[str, str]:
+    """Return what each reason for a left-out record means, those of plugins' sources included."""
+    return REASONS | {
+        key: text for kind in kinds_of(SourceConfig) for key, text in kind.reasons.items()
+    }
+
+
+def meaning_of_notes() -> dict[str, str]:
+    """Return what each remark about documents means, those of plugins' sources included."""
+    return NOTES | {
+        key: text for kind in kinds_of(SourceConfig) for key, text in kind.notes.items()
+    }
+
+
 @lru_cache(maxsize=4096)
 def real_path(file: str, root: str | None) -> str:
-    """A file's path from ``root`` on, or from the root of the disk, without links, ``.`` and
-    ``..``.
+    """Return a file's path from ``root`` on, or from the root of the disk.
+
+    Links, ``.`` and ``..`` are resolved.
 
     Raises:
         DataError: for a file outside the root.

@@ -160,8 +160,9 @@ class ValueReader:
                 return at
 
     def _end_on_its_line(self) -> int | None:
-        """Where a value ends that has its line to itself, which is seen faster by parsing it than
-        by looking for its brackets.
+        """Return the end of a value that has its line to itself.
+
+        Parsing such a line is faster than looking for its brackets.
         """
         end = self._data.find(b"\n", self._at, self._at + LINE_BYTES)
         content = self._data[self._at : max(end, self._at)].rstrip(SPACE + b",")
@@ -198,7 +199,9 @@ class ValueReader:
                     return at
 
     def _check_before(self, at: int, inside: int) -> None:
-        """A bracket stands behind a colon in an object, and behind a comma or first in an array.
+        """Whether a bracket can begin a value here.
+
+        It is behind a colon in an object, and behind a comma or first in an array.
 
         It shows early that one is not closed.
         """
@@ -258,7 +261,7 @@ class ValueReader:
     def _skip_space(self) -> bytes | None:
         """Goes to the next value.
 
-        What stands before it on its line, if that is nothing but space.
+        What is before it on its line, if that is nothing but space.
         """
         gap = b"\n" if self._offset + self._at in (0, len(BYTE_ORDER_MARK)) else b""
         while True:
@@ -271,9 +274,11 @@ class ValueReader:
                 return indent if end and b"," not in indent else None
 
     def _find_next(self, start: int, indent: bytes | None) -> None:
-        """Goes to the next place behind a broken value that looks like the beginning of another: on
-        a line with the same indentation, or
-        behind a comma between braces; where neither comes, to the end."""
+        """Skip a broken value, to the next place that looks like the beginning of another.
+
+        That is on a line with the same indentation, or behind a comma between braces; if neither
+        comes, it is the end.
+        """
         border = re.compile(
             rb"\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{)"
             if indent is None

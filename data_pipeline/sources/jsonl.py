@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from data_pipeline.config import JsonlSource
+from data_pipeline.sources.config import JsonlSource
 from data_pipeline.sources.containers import (
     HEAD_BYTES,
     DamagedStream,
@@ -39,7 +39,9 @@ Parsed = tuple[Line | Value, Any, Fault | None]
 
 
 class Jsonl(Source[JsonlSource]):
-    """Byte ranges of plain files with a value a line are read in parallel; every other file is one
+    """Files of JSON values.
+
+    Byte ranges of plain files with a value a line are read in parallel; every other file is one
     unit, read as a stream.
     """
 
@@ -60,7 +62,8 @@ class Jsonl(Source[JsonlSource]):
         return units
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
-        """
+        """Yield the documents of a unit.
+
         Raises:
             DataError: for a file that is one object around its records.
         """
@@ -132,8 +135,9 @@ def _holds_lines(stream: Peekable) -> bool:
 
 
 def values_of_line(line: Line, content: bytes) -> list[Parsed]:
-    """What a line holds that is not one JSON value: several of them, or one with a comma behind it;
-    else what is wrong with it.
+    """Return what a line holds that is not one JSON value.
+
+    That is several values, or one with a comma behind it; for anything else, what is wrong with it.
     """
     record, fault = parse_object(content)
     if fault is None or fault[0] != "invalid_json":
@@ -164,7 +168,7 @@ def parse_object(content: bytes) -> tuple[Any, Fault | None]:
     try:
         return orjson.loads(content), None
     except orjson.JSONDecodeError as strict:
-        # NaN, as Python writes it, is no JSON, but what it stands beside may be a good text.
+        # NaN, as Python writes it, is no JSON, but the text of the same record may be good.
         try:
             return json.loads(content.decode("utf-8")), None
         except UnicodeDecodeError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from data_pipeline.config import ParquetSource
 from data_pipeline.sources.arrow_rows import (
     BATCH_ROWS,
     Row,
@@ -14,6 +13,7 @@ from data_pipeline.sources.arrow_rows import (
     document_of,
     rows_of,
 )
+from data_pipeline.sources.config import ParquetSource
 from data_pipeline.sources.files import one_line, stamp_of, unreadable
 from data_pipeline.sources.folders import files_of
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
@@ -23,7 +23,7 @@ from pretrain.core.errors import DataError
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
 
-# About so many bytes are decoded together if rows are known to be long.
+# About this many bytes are decoded together if rows are known to be long.
 BATCH_BYTES = 8 << 20
 
 
@@ -35,8 +35,9 @@ class RowGroup(NamedTuple):
 
 
 class Parquet(Source[ParquetSource]):
-    """Row groups are read in parallel, small ones together, and only the columns that are asked
-    for.
+    """Parquet files.
+
+    Row groups are read in parallel, small ones together, and only the columns that are asked for.
 
     A file's footer says where everything in it lies, so a file without a good one is an error
     before any work is done. Where a page inside cannot be read, the rest of its row group is left
@@ -124,7 +125,7 @@ class Parquet(Source[ParquetSource]):
 
 
 def _row_groups(metadata: FileMetaData) -> list[RowGroup]:
-    # Sizes of single columns are not asked for: pyarrow ends the process where a damaged footer
+    # Sizes of single columns are not asked for: pyarrow ends the process if a damaged footer
     # holds odd statistics of one.
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if any(min(group.num_rows, group.total_byte_size) < 0 for group in groups):

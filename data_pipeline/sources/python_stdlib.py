@@ -8,7 +8,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.config import PythonStdlibSource
+from data_pipeline.sources.config import PythonStdlibSource
 from data_pipeline.sources.files import grouped_units, unreadable
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.records import text_fault

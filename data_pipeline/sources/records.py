@@ -7,10 +7,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from data_pipeline.config import RecordsBase
+from data_pipeline.sources.config import RecordsBase
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from pretrain.core.errors import DataError
+from pretrain.core.files import JsonObject
 
 ABSENT: Any = object()
 
@@ -28,7 +29,7 @@ USUAL_TEXT_FIELDS = (
 )
 NAMES_SHOWN = 12
 NAME_DEPTH = 3
-# Of so many records at least one has to have a text.
+# At least one of this many records must have a text.
 FIRST_RECORDS = 10_000
 
 
@@ -41,11 +42,9 @@ class RecordReader:
     """
 
     def __init__(self, config: RecordsBase) -> None:
-        self.text_field, self.id_field, self.metadata_fields = (
-            config.text_field,
-            config.id_field,
-            config.metadata_fields,
-        )
+        self.text_field = config.text_field
+        self.id_field = config.id_field
+        self.metadata_fields = config.metadata_fields
         self._is_plain = not self.id_field and not self.metadata_fields
 
     def __call__(self, record: Any, place: str) -> Document | tuple[str, str]:
@@ -60,8 +59,8 @@ class RecordReader:
                 )
         return self.document(text, record, place)
 
-    def document(self, text: Any, record: dict[str, Any], place: str) -> Document | tuple[str, str]:
-        """The document of a text whose other fields lie in ``record``."""
+    def document(self, text: Any, record: JsonObject, place: str) -> Document | tuple[str, str]:
+        """Return the document of a text whose other fields are in ``record``."""
         fault = text_fault(text, self.text_field)
         if fault:
             return fault
@@ -143,12 +142,12 @@ def _kind_of(value: Any) -> str:
     )
 
 
-def field_names(record: dict[str, Any], only_texts: bool = False) -> list[str]:
+def field_names(record: JsonObject, only_texts: bool = False) -> list[str]:
     """Names of a record's fields, those inside others as a.b."""
     found: list[str] = []
     level = [("", record)]
     for _ in range(NAME_DEPTH):
-        inner: list[tuple[str, dict[str, Any]]] = []
+        inner: list[tuple[str, JsonObject]] = []
         for prefix, fields in level:
             for name, value in fields.items():
                 if isinstance(value, str) or not only_texts:
@@ -169,9 +168,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def suggestion(wanted: str, names: list[str]) -> str | None:
-    """The name among those of texts that was probably meant: a close one, else one that is usual
-    for texts.
-    """
+    """Return the text field that was probably meant: a close name, or else a usual one."""
     by_lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(wanted.lower(), by_lower, 1, 0.7)
     if close:
@@ -197,8 +194,7 @@ def missing(wanted: str, names: list[str], texts: list[str]) -> str:
 
 
 def check_first_file(source: Source[Any], units: list[Unit]) -> None:
-    """Reads on until a record shows that the text field is right, which the first one does as a
-    rule.
+    """Read until a record shows that the text field is right; usually that is the first one.
 
     Raises:
         DataError: if none of the first file's records, or of the first ``FIRST_RECORDS``, has a

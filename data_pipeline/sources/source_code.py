@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.config import SourceCodeSource
+from data_pipeline.sources.config import SourceCodeSource
 from data_pipeline.sources.files import check_names, distinct, grouped_units, unreadable
 from data_pipeline.sources.folder_walk import is_pointer
 from data_pipeline.sources.interface import BYTE_ORDER_MARK, Document, LeftOut, Source, Unit
@@ -25,7 +25,7 @@ class SourceCode(Source[SourceCodeSource]):
 
     The .gitignore files of the folder and of those inside it hold, with git's rules; those above it
     do not. ``.git`` is never entered. Symbolic links are not followed: what they reach inside the
-    folder is read at its own place, and what lies outside is not asked for.
+    folder is read at its own place, and what is outside is not asked for.
     """
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -98,8 +98,9 @@ class SourceCode(Source[SourceCodeSource]):
 
 
 def walk(root: str, respect_gitignore: bool) -> Iterator[str]:
-    """Files below a folder as ``root/...``, sorted by name in each folder, without those that
-    .gitignore names.
+    """Yield files below a folder as ``root/...``, sorted by name in each folder.
+
+    Files that .gitignore names are left out.
 
     Raises:
         DataError: for a folder that cannot be listed.
@@ -110,7 +111,7 @@ def walk(root: str, respect_gitignore: bool) -> Iterator[str]:
 def _walk(folder: str, rules: list[tuple[str, GitIgnoreSpec]] | None) -> Iterator[str]:
     """``rules`` are those of the folders above with their paths, the nearest last.
 
-    None where .gitignore files do not count.
+    None if .gitignore files do not count.
     """
     try:
         with os.scandir(folder) as found:
@@ -147,14 +148,15 @@ def _read_rules(path: str) -> GitIgnoreSpec:
         return GitIgnoreSpec.from_lines(lines)
     except ValueError as error:
         raise DataError(
-            f"{path} holds a rule that git would not know ({error}): mend it, or set"
+            f"{path} holds a rule that git would not know ({error}): fix it, or set"
             " respect_gitignore: false"
         ) from None
 
 
 def _is_ignored(path: str, is_folder: bool, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """The last rule of the nearest .gitignore that names the path decides; what lies in an ignored
-    folder is never asked about.
+    """Whether the last matching rule of the nearest .gitignore excludes a path.
+
+    It is never called for paths inside an ignored folder.
     """
     for folder, spec in reversed(rules):
         inside = path.removeprefix(folder).lstrip("/") + ("/" if is_folder else "")
@@ -166,8 +168,10 @@ def _is_ignored(path: str, is_folder: bool, rules: list[tuple[str, GitIgnoreSpec
 
 
 def _names(found: re.Match[str], path: str) -> bool:
-    """Whether a rule names the path itself, not a folder above it, as ``a`` does for a/b, and not
-    what is inside it, as ``a/**`` does for a.
+    """Whether a rule names the path itself.
+
+    It does not name a/b as ``a`` does, by a folder above it, nor as ``a/**`` does for a, by its
+    content.
     """
     if (
         found.lastindex is not None

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-from data_pipeline.config import JsonlSource, StandardInputSource, TextSource
+from data_pipeline.sources.config import JsonlSource, StandardInputSource, TextSource
 from data_pipeline.sources.files import BLOCK_BYTES
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit
 from data_pipeline.sources.jsonl import Jsonl
@@ -28,10 +28,11 @@ class StandardInput(Source[StandardInputSource]):
     has_files = False
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        """
+        """Copy what comes through the pipe, and return it as one unit.
+
         Raises:
-            ConfigError: where standard input is a terminal or closed.
-            DataError: where nothing came through the pipe.
+            ConfigError: if standard input is a terminal or closed.
+            DataError: if nothing came through the pipe.
         """
         spool = self._spool
         if os.path.exists(spool):
@@ -105,8 +106,9 @@ def _copy_standard_input(spool: str) -> None:
 
 
 def _compare_standard_input(spool: str) -> None:
-    """Replaces the copy if something else comes through the pipe; nothing is written as long as it
-    is the same.
+    """Replace the copy if the pipe holds something else.
+
+    Nothing is written as long as the content is the same.
     """
     if not _is_open():
         return

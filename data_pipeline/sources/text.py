@@ -1,11 +1,11 @@
-"""Text files: a document is a file, a line, or what stands between two separator lines."""
+"""Text files: a document is a file, a line, or the text between two separator lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from data_pipeline.config import TextSource
+from data_pipeline.sources.config import TextSource
 from data_pipeline.sources.containers import (
     HEAD_BYTES,
     DamagedStream,
@@ -41,8 +41,9 @@ from pretrain.core.errors import ConfigError
 
 
 class Text(Source[TextSource]):
-    """A file's own line ends are kept, so that bits per byte are counted over the bytes that are
-    there.
+    """Text files.
+
+    A file's own line ends are kept, so that bits per byte are counted over the bytes of the file.
     """
 
     def __init__(self, config: TextSource, context: ReadContext) -> None:
@@ -50,7 +51,7 @@ class Text(Source[TextSource]):
         self._encoding = checked_encoding(config.encoding)
         if config.document != "file" and "\n".encode(config.encoding) != b"\n":
             raise ConfigError(
-                f"data.source.encoding: lines of {config.encoding} text cannot be told apart by"
+                f"data.source.encoding: lines of {config.encoding} text cannot be distinguished by"
                 " bytes: use document=file, or convert it"
             )
 
@@ -117,10 +118,8 @@ class Text(Source[TextSource]):
 
     def _by_separator(self, path: str, stream: Stream) -> Iterator[Document | LeftOut]:
         assert self.config.separator is not None
-        separator, longest = (
-            self.config.separator.encode(self.config.encoding),
-            self.context.max_record_bytes,
-        )
+        separator = self.config.separator.encode(self.config.encoding)
+        longest = self.context.max_record_bytes
         part: list[bytes] = []
         size, first = 0, (1, 0)
         stream = with_line_feeds(Peekable(stream))

@@ -32,8 +32,9 @@ _ALPHABETS = (
 
 
 def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
-    """About 100 KB of text in which tokenizers are known to go apart; more would take longer than
-    encoding a small corpus.
+    """Return about 100 KB of text on which tokenizers are known to disagree.
+
+    More would take longer than encoding a small corpus.
 
     Every code point of two bytes, one in 41 of the first two planes and one in 257 of the others,
     runs of blanks, line ends and digits, marks without a base, joined emoji, scripts from the
@@ -69,11 +70,12 @@ def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
 
 
 def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
-    """Texts in which it shows whether a code point is taken for a letter, by the tokens of a
-    byte-level vocabulary.
+    """Return texts whose tokens show whether a code point is taken for a letter.
+
+    The vocabulary must be a byte-level one.
 
     Regular expression engines know different versions of Unicode. That one of them takes a new
-    letter for a sign changes tokens only where one reaches from the letter's last byte into the
+    letter for a sign changes tokens only if one reaches from the letter's last byte into the
     text after it, or from the text before it to its first byte.
     """
     bytes_of = str.maketrans(
@@ -106,7 +108,7 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
 def first_difference(expected: np.ndarray, found: np.ndarray) -> int | None:
     """The index of the first token that differs or that only one side has.
 
-    None where both are equal.
+    None if both are equal.
     """
     shorter = min(len(expected), len(found))
     differ = np.flatnonzero(expected[:shorter] != found[:shorter])

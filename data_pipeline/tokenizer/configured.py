@@ -1,49 +1,33 @@
-"""The tokenizer that a recipe's ``data.tokenizer`` names."""
+"""Loads the tokenizer that a recipe's ``data.tokenizer`` names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.config import MistralFile, SentencePieceFile, TiktokenFile, TokenizerFile
+from data_pipeline.tokenizer.config import (
+    ExistingTokenizer,
+    MistralFile,
+    SentencePieceFile,
+    TiktokenFile,
+    TokenizerFile,
+)
+from data_pipeline.tokenizer.mistral import convert_mistral
+from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
+from data_pipeline.tokenizer.tiktoken_ranks import convert_tiktoken
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_file
 from pretrain.core.errors import ConfigError
 
 
-def load_configured(
-    config: TokenizerFile | SentencePieceFile | TiktokenFile | MistralFile,
-) -> Tokenizer:
-    """Reads a tokenizer of any kind and turns it into an equal ``tokenizer.json``.
+def load_configured(config: ExistingTokenizer) -> Tokenizer:
+    """Read a tokenizer of any kind as an equal ``tokenizer.json``.
 
     Raises:
-        ConfigError: where ``vocab_size`` is not that of the tokenizer, or a package that the kind
+        ConfigError: if ``vocab_size`` is not that of the tokenizer, or a package that the kind
             needs is missing.
-        DataError: where the file is missing or damaged, gives other ids than its own library as a
-            ``tokenizer.json``, or lacks a token that the recipe names or needs.
+        DataError: if the file is missing or damaged, if it has other ids as a ``tokenizer.json``
+            than in its own library, or if it lacks a token that the recipe names or needs.
     """
-    match config:
-        case TokenizerFile():
-            content, origin = read_file(Path(config.path), "a tokenizer.json"), config.path
-        case SentencePieceFile():
-            from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
-
-            content, origin = (
-                convert_sentencepiece(
-                    read_file(Path(config.path), "a SentencePiece .model"), config.path
-                ),
-                config.path,
-            )
-        case TiktokenFile():
-            from data_pipeline.tokenizer.tiktoken_ranks import convert_tiktoken
-
-            ranks = read_file(Path(config.path), "a tiktoken vocabulary")
-            content, origin = (
-                convert_tiktoken(ranks, config.path, config.pattern, config.special_tokens),
-                config.path,
-            )
-        case MistralFile():
-            from data_pipeline.tokenizer.mistral import convert_mistral
-
-            content, origin = convert_mistral(config.name), f"mistral-common's {config.name}"
+    content, origin = config.implementing_class()(config)
     tokenizer = Tokenizer(content, origin, config)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
@@ -51,3 +35,26 @@ def load_configured(
             f" {tokenizer.vocab_size} entries: leave it out or say {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def read_tokenizer_json(config: TokenizerFile) -> tuple[bytes, str]:
+    """Return the content and the path of an existing ``tokenizer.json``."""
+    return read_file(Path(config.path), "a tokenizer.json"), config.path
+
+
+def read_sentencepiece(config: SentencePieceFile) -> tuple[bytes, str]:
+    """Return a SentencePiece model as a ``tokenizer.json``, and its path."""
+    content = read_file(Path(config.path), "a SentencePiece .model")
+    return convert_sentencepiece(content, config.path), config.path
+
+
+def read_tiktoken(config: TiktokenFile) -> tuple[bytes, str]:
+    """Return a tiktoken vocabulary as a ``tokenizer.json``, and its path."""
+    content = read_file(Path(config.path), "a tiktoken vocabulary")
+    converted = convert_tiktoken(content, config.path, config.pattern, config.special_tokens)
+    return converted, config.path
+
+
+def read_mistral(config: MistralFile) -> tuple[bytes, str]:
+    """Return a tokenizer of mistral-common as a ``tokenizer.json``, and its name for errors."""
+    return convert_mistral(config.name), f"mistral-common's {config.name}"

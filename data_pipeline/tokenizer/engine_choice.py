@@ -1,6 +1,4 @@
-"""Takes the fastest engine whose ids are those of the tokenizers library, and goes on checking it
-while it runs.
-"""
+"""Chooses the fastest engine with the ids of the tokenizers library, and checks it all along."""
 
 from __future__ import annotations
 
@@ -53,8 +51,9 @@ class EngineChoice:
 def choose_engine(
     tokenizer: Tokenizer, sample: Sequence[str], opened: Mapping[str, Engine] | None = None
 ) -> EngineChoice:
-    """Encodes a sample of the corpus and :func:`~data_pipeline.tokenizer.agreement.torture_texts`
-    with engines.
+    """Encode a sample of the corpus and hard texts with engines, and choose one.
+
+    The hard texts are those of :func:`~data_pipeline.tokenizer.agreement.torture_texts`.
 
     An engine is fit if all its ids are equal to those of the tokenizers library, which is itself
     always fit. They are tried in the order of their usual speed, and the first fit one is taken if
@@ -112,7 +111,7 @@ class CheckedEncoder:
     Args:
         tokenizer: the tokenizer.
         engine_name: one of :data:`~data_pipeline.tokenizer.engines.ENGINE_NAMES`.
-        check_every: a document is compared where its digest is a multiple of this, so that it is
+        check_every: a document is compared if its digest is a multiple of this, so that it is
             the same ones in every run.
 
     Attributes:
@@ -136,7 +135,7 @@ class CheckedEncoder:
             names: what each is called in errors.
 
         Raises:
-            DataError: where the engine fails, or gives other ids than the tokenizers library.
+            DataError: if the engine fails, or gives other ids than the tokenizers library.
         """
         try:
             ids, offsets = self.engine.encode_flat(texts)

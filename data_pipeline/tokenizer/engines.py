@@ -84,7 +84,7 @@ class _Gigatoken:
 
 
 class _Tiktoken:
-    """Merges in their order are ranks, which a table turns back into ids."""
+    """Merges in their order are ranks, which a table maps back to ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tiktoken import Encoding
@@ -130,7 +130,7 @@ def open_engine(name: str, tokenizer: Tokenizer) -> Engine:
     That their ids are equal is for :mod:`~data_pipeline.tokenizer.engine_choice` to find out.
 
     Raises:
-        EngineUnavailableError: where its package is missing or cannot read the tokenizer.
+        EngineUnavailableError: if its package is missing or cannot read the tokenizer.
         ConfigError: for a name that is no engine's.
     """
     if name not in _ENGINES:

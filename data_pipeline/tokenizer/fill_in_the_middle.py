@@ -1,5 +1,6 @@
-"""Fill in the middle (Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the
-Middle").
+"""Fill in the middle (Bavarian et al. 2022).
+
+The paper is "Efficient Training of Language Models to Fill in the Middle".
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ MIN_CHARACTERS = 3
 
 
 class FillInTheMiddleTransform:
-    """Cuts documents into prefix, middle and suffix at two random characters (section 3), and puts
-    the middle last.
+    """Cuts documents at two random characters and puts the middle part last (section 3).
 
     Args:
         token_id: the id of a special token, None for one that the tokenizer lacks.
@@ -39,7 +39,7 @@ class FillInTheMiddleTransform:
     def split(self, text: str, digest: int, seed: int) -> list[str | int] | None:
         """The pieces of text, some perhaps empty, and the token ids between them.
 
-        None where the document stays as it is.
+        None if the document stays as it is.
 
         A pure function of its arguments. Both cuts are uniform over the places between characters,
         the text's ends among them (section 3). Texts of less than three characters stay.

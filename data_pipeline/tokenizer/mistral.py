@@ -14,12 +14,14 @@ from pretrain.core.errors import ConfigError, DataError
 
 
 def convert_mistral(name: str) -> bytes:
-    """A ``tokenizer.json`` of a file in mistral_common/data: tekken (ranks as tiktoken has them,
-    after the special tokens) or SentencePiece.
+    """Return a ``tokenizer.json`` of a file in mistral_common/data.
+
+    A tekken file has ranks as tiktoken's, after the special tokens; the others are SentencePiece
+    models.
 
     Raises:
-        ConfigError: where mistral-common is missing, or has no such file.
-        DataError: where the file is damaged, or no equal ``tokenizer.json`` is known.
+        ConfigError: if mistral-common is missing, or has no such file.
+        DataError: if the file is damaged, or no equal ``tokenizer.json`` is known.
     """
     try:
         folder = files("mistral_common") / "data"

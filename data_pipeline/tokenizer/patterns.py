@@ -1,5 +1,6 @@
-"""The regular expressions that cut text into words before byte-level BPE, and where a long text may
-be cut without changing a word.
+"""The regular expressions that cut text into words before byte-level BPE.
+
+They also decide at which places a long text may be cut without changing a word.
 """
 
 from __future__ import annotations
@@ -7,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import tokenizers
 from tokenizers import pre_tokenizers
+
+from pretrain.core.files import JsonObject
 
 PIECE_CHARACTERS = 1 << 17
 
@@ -83,8 +86,9 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in a ``tokenizer.json`` (Radford et al. 2019): itself
-    where it is visible.
+    """Return the character for each byte in a ``tokenizer.json`` (Radford et al. 2019).
+
+    It is the byte's own character if that is visible.
     """
     visible = [
         *range(ord("!"), ord("~") + 1),
@@ -104,7 +108,7 @@ def pattern_of(pre: pre_tokenizers.PreTokenizer | None) -> str | None:
 
     None for any other pre-tokenizer.
     """
-    state: dict[str, Any] = json.loads(pre.__getstate__()) if pre is not None else {}
+    state: JsonObject = json.loads(pre.__getstate__()) if pre is not None else {}
     if state.get("type") == "ByteLevel" and state["use_regex"] and not state["add_prefix_space"]:
         return word_pattern("as_words", "gpt2")
     match state.get("pretokenizers"):
@@ -122,7 +126,7 @@ def pattern_of(pre: pre_tokenizers.PreTokenizer | None) -> str | None:
 
 
 def may_be_cut(library: tokenizers.Tokenizer) -> bool:
-    """Whether the parts of :func:`cut_before_white_space` encode to the same tokens as the whole."""
+    """Whether parts of :func:`cut_before_white_space` encode to the tokens of the whole."""
     return (
         library.normalizer is None
         and pattern_of(library.pre_tokenizer) in _CUTTABLE
@@ -132,8 +136,9 @@ def may_be_cut(library: tokenizers.Tokenizer) -> bool:
 
 
 def cut_before_white_space(text: str) -> Iterator[str]:
-    """Parts of about ``PIECE_CHARACTERS`` characters in which every pattern of this module finds
-    the same words as in the whole.
+    """Yield parts of about ``PIECE_CHARACTERS`` characters with the same words as the whole.
+
+    That holds for every pattern of this module.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS and (

@@ -19,8 +19,9 @@ SCORE_TOLERANCE = 1e-5
 
 
 def convert_sentencepiece(content: bytes, origin: str) -> bytes:
-    """A ``tokenizer.json`` that gives the ids of a SentencePiece model (Kudo & Richardson 2018), of
-    the kinds BPE and unigram.
+    """Return a ``tokenizer.json`` with the ids of a SentencePiece model (Kudo & Richardson 2018).
+
+    The model's kind is BPE or unigram.
 
     Both libraries encode the texts of :func:`~data_pipeline.tokenizer.agreement.torture_texts`, and
     a model on which they differ is refused. Two differences are known and accepted. Control symbols
@@ -29,8 +30,8 @@ def convert_sentencepiece(content: bytes, origin: str) -> bytes:
     score, up to rounding, the libraries may take different ones.
 
     Raises:
-        ConfigError: where the package sentencepiece is missing.
-        DataError: where the model is damaged, or has no equal ``tokenizer.json``.
+        ConfigError: if the package sentencepiece is missing.
+        DataError: if the model is damaged, or has no equal ``tokenizer.json``.
     """
     try:
         import sentencepiece
@@ -158,7 +159,9 @@ def _convert(proto: Any) -> tokenizers.Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """SentencePiece joins the neighbours whose union has the best score; here every pair of pieces
+    """Return a BPE model that joins what SentencePiece joins.
+
+    SentencePiece joins the neighbours whose union has the best score; here every pair of pieces
     that makes up a piece is a merge.
     """
     joinable = {
@@ -181,7 +184,9 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """The tokenizers library would find any entry in a text: those that SentencePiece does not look
+    """Return a unigram model with SentencePiece's segmentations.
+
+    The tokenizers library would find any entry in a text: those that SentencePiece does not look
     for get a score that never wins.
     """
     lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL)

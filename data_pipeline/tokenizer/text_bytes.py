@@ -14,9 +14,9 @@ DECODED_AT_ONCE = 1 << 20
 
 
 class TextBytes:
-    """Counts the UTF-8 bytes of documents. Special tokens stand for no text.
+    """Counts the UTF-8 bytes of documents. Special tokens have no text.
 
-    Tokens of a byte-level tokenizer stand for a fixed number of bytes each, so that a table is
+    Tokens of a byte-level tokenizer have a fixed number of bytes each, so that a table is
     exact; documents of any other are decoded.
     """
 
@@ -26,8 +26,10 @@ class TextBytes:
         self._table = _table(tokenizer) if decoder.get("type") == "ByteLevel" else None
 
     def count(self, tokens: np.ndarray, lengths: Sequence[int]) -> int:
-        """Bytes of whole documents: their token ids back to back [n], each below the vocabulary's
-        size, and the length of each.
+        """Return the bytes of whole documents.
+
+        They are given as token ids back to back [n], each below the vocabulary's size, and the
+        length of each document.
         """
         if self._table is not None:
             return int(self._table[tokens].sum(dtype=np.int64))
@@ -44,8 +46,9 @@ class TextBytes:
 
 
 def _table(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of each token id [vocab_size], int32: a byte-level vocabulary spells each byte as one
-    character.
+    """Return the bytes of each token id: int32 [vocab_size].
+
+    A byte-level vocabulary spells each byte as one character.
     """
     table = np.zeros(tokenizer.vocab_size, dtype=np.int32)
     for token, number in tokenizer.reference.get_vocab(with_added_tokens=True).items():

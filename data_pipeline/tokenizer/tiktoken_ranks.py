@@ -18,8 +18,9 @@ from pretrain.core.errors import ConfigError, DataError
 def convert_tiktoken(
     content: bytes, origin: str, pattern: str, special_tokens: Mapping[str, int]
 ) -> bytes:
-    """A ``tokenizer.json`` of a vocabulary file: lines of a base64 token and its rank, which is its
-    id.
+    """Return a ``tokenizer.json`` of a tiktoken vocabulary file.
+
+    Its lines are a base64 token and the token's rank, which is its id.
 
     Args:
         content: the file.
@@ -29,8 +30,8 @@ def convert_tiktoken(
         special_tokens: their ids.
 
     Raises:
-        ConfigError: where the package tiktoken is missing.
-        DataError: where the file is damaged, or no equal ``tokenizer.json`` is known.
+        ConfigError: if the package tiktoken is missing.
+        DataError: if the file is damaged, or no equal ``tokenizer.json`` is known.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
@@ -62,8 +63,8 @@ def convert_ranks(
     is refused.
 
     Raises:
-        ConfigError: where the package tiktoken is missing.
-        DataError: where the ranks are no vocabulary, or no equal ``tokenizer.json`` is known.
+        ConfigError: if the package tiktoken is missing.
+        DataError: if the ranks are no vocabulary, or no equal ``tokenizer.json`` is known.
     """
     try:
         import tiktoken
@@ -103,9 +104,7 @@ def convert_ranks(
 def _check_vocabulary(
     ranks: Mapping[bytes, int], origin: str, special_tokens: Mapping[str, int], first_id: int
 ) -> dict[bytes, str]:
-    """How a ``tokenizer.json`` spells each token, once it is sure that every token has an id of its
-    own.
-    """
+    """Return how a ``tokenizer.json`` spells each token, after a check that all ids differ."""
     if missing := [value for value in range(256) if bytes([value]) not in ranks]:
         raise DataError(
             f"{origin} has no token for the byte {missing[0]}: give a complete tiktoken vocabulary"

@@ -1,4 +1,4 @@
-"""A tokenizer: a ``tokenizer.json``, and which of its tokens stand around a document."""
+"""A tokenizer: a ``tokenizer.json``, and which of its tokens begin and end a document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from data_pipeline.config import TokenizerBase
+from data_pipeline.tokenizer.config import TokenPolicy
 from data_pipeline.tokenizer.patterns import cut_before_white_space, may_be_cut
 from pretrain.core.errors import DataError
 
@@ -28,13 +28,14 @@ LARGEST_ID = (1 << 31) - 1
 
 
 class Tokenizer:
-    """A loaded ``tokenizer.json``; its :meth:`encode`, by the tokenizers library, is what every
-    engine is measured against.
+    """A loaded ``tokenizer.json``.
+
+    Every engine is measured against its :meth:`encode`, which is the tokenizers library's.
 
     Args:
         content: the bytes of the file.
         origin: where it came from, for errors.
-        policy: which tokens stand around a document. Tokens that it leaves out are searched among
+        policy: which tokens begin and end a document. Tokens that it leaves out are searched among
             well-known names.
 
     Attributes:
@@ -44,17 +45,17 @@ class Tokenizer:
         vocab_size: the largest id + 1.
         eod_id: id of the token that ends a document. A tokenizer without one has its bos_id or else
             its pad_id here, unless the policy appends the end-of-document token.
-        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None where
+        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None if
         there is none. append_eod, prepend_bos: whether those tokens are written around each
         document.
 
     Raises:
-        DataError: where the bytes are no tokenizer, or it lacks a token that the policy names or
+        DataError: if the bytes are no tokenizer, or it lacks a token that the policy names or
             needs.
     """
 
-    def __init__(self, content: bytes, origin: str, policy: TokenizerBase | None = None) -> None:
-        policy = policy or TokenizerBase()
+    def __init__(self, content: bytes, origin: str, policy: TokenPolicy | None = None) -> None:
+        policy = policy or TokenPolicy()
         self.content, self.origin = content, origin
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.reference = _read(content, origin)
@@ -85,7 +86,7 @@ class Tokenizer:
         self._may_be_cut = may_be_cut(self.reference)
 
     def _find(self, field: str, wanted: str | None, known: Sequence[str]) -> int | None:
-        """The id of the token that the policy names, or of the first well-known one that is there."""
+        """Return the id of the token that the policy names, or of the first well-known one."""
         if wanted is None:
             return next(
                 (found for token in known if (found := self.token_id(token)) is not None), None
@@ -100,13 +101,14 @@ class Tokenizer:
         return found
 
     def token_id(self, token: str) -> int | None:
-        """The id of a vocabulary entry; None where there is no such entry."""
+        """The id of a vocabulary entry; None if there is no such entry."""
         found: int | None = self.reference.token_to_id(token)
         return found
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Parts of a long text that encode to the same tokens as the whole, for parallelism and
-        bounded memory.
+        """Yield parts of a long text that encode to the same tokens as the whole.
+
+        They allow parallel work in bounded memory.
         """
         return cut_before_white_space(text) if self._may_be_cut else iter([text])
 
@@ -128,11 +130,11 @@ class Tokenizer:
         return str(self.reference.decode(list(ids), skip_special_tokens=False))
 
 
-def load_tokenizer(path: Path, policy: TokenizerBase | None = None) -> Tokenizer:
+def load_tokenizer(path: Path, policy: TokenPolicy | None = None) -> Tokenizer:
     """Reads a ``tokenizer.json``.
 
     Raises:
-        DataError: where it is missing, unreadable, or lacks a token that the policy names or needs.
+        DataError: if it is missing, unreadable, or lacks a token that the policy names or needs.
     """
     return Tokenizer(read_file(path, "a tokenizer.json"), str(path), policy)
 
@@ -148,8 +150,9 @@ def read_file(path: Path, expected: str) -> bytes:
 
 
 def failure(error: BaseException) -> str:
-    """What a native library reports, on one line; a panic of Rust code counts, and what is no
-    failure of the library is raised again.
+    """Return the report of a native library on one line; a panic of Rust code counts.
+
+    What is not the library's failure, such as an interrupt, is raised again.
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.patterns import pre_tokenizer, word_pattern
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 

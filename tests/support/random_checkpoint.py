@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.checkpoint.weights_only import write_weights_folder

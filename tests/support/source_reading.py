@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_pipeline.config import Source as AnySource
-from data_pipeline.sources import Document, LeftOut, ReadContext, Unit, open_source
+from data_pipeline.config import AnySource
+from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Unit, open_source
 
 SECTION: TypeAdapter[Any] = TypeAdapter(AnySource)
 

@@ -14,7 +14,11 @@ from tests.support.paths import ROOT
 # a layer of its own.
 LAYERS: list[set[str]] = [
     {"pretrain.core"},
-    {"data_pipeline.cleaning.config"},
+    {
+        "data_pipeline.cleaning.config",
+        "data_pipeline.sources.config",
+        "data_pipeline.tokenizer.config",
+    },
     {"data_pipeline.config"},
     {"data_pipeline.sources", "data_pipeline.tokenizer"},
     {"data_pipeline.cleaning", "data_pipeline.shards"},

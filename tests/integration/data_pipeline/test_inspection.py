@@ -15,7 +15,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.block_checksums import FileChecksums
-from data_pipeline.shards.indexed import HEADER, IndexedWriter
+from data_pipeline.shards.index_header import HEADER
+from data_pipeline.shards.indexed import IndexedWriter
 from data_pipeline.shards.inspection import (
     check_everything,
     documents,

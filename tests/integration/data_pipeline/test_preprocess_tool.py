@@ -151,7 +151,7 @@ def test_a_full_disk_ends_with_code_5_and_the_next_run_goes_on(
     assert result.returncode == 5
     assert (
         "data/my" in result.stderr
-        and "goes on where it stopped" in result.stderr
+        and "continues from where it stopped" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert files_in(work / "data" / "my") == {".building"}

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from data_pipeline.config import DatasetsSource
-from data_pipeline.sources import ReadContext, open_source
+from data_pipeline.sources.config import DatasetsSource
+from data_pipeline.sources.interface import ReadContext, open_source
 from data_pipeline.sources.presets import PRESETS, fill_in
 from pretrain.core.errors import ConfigError
 from tests.support.source_reading import SECTION
@@ -28,7 +28,7 @@ from tests.support.source_reading import SECTION
 SCRIPT = """if True:
     import json, sys
     from tests.support.source_reading import SECTION
-    from data_pipeline.sources import ReadContext, open_source
+    from data_pipeline.sources.interface import ReadContext, open_source
     from pretrain.core.errors import PipelineError
     import logging
     outcomes, said = [], []

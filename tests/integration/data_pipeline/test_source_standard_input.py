@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.sources import Document
+from data_pipeline.sources.interface import Document
 from pretrain.core.errors import ConfigError, DataError
 from tests.support.source_reading import left_out, list_units, read_all, texts, write
 

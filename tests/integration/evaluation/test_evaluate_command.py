@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig, TextSource, TokenizerFile
+from data_pipeline.config import DataConfig
 from data_pipeline.loading.batch import Batch, to_batch
 from data_pipeline.preprocess.coordinator import build
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.datasets import load_datasets
 from data_pipeline.shards.token_stream import open_split
+from data_pipeline.sources.config import TextSource
+from data_pipeline.tokenizer.config import TokenizerFile
 from pretrain.checkpoint.layout import read_recipe, read_state
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.checkpoint.weights_only import write_weights_folder

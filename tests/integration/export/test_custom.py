@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
 from tests.support.custom_exports import CASES, PADDING, SMALL_RECIPES, Opened, open_elsewhere

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.config.load import load_recipe

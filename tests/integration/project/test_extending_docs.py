@@ -60,6 +60,7 @@ def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> N
 
 def test_every_kind_of_part_has_an_example() -> None:
     assert {name for name, _, _ in examples()} == {
-        *("router", "norm", "optimizer", "schedule", "callback", "guard", "tracker", "target")
+        *("router", "norm", "optimizer", "schedule", "callback", "guard", "tracker", "target"),
+        *("source", "tokenizer", "cleaning"),
     }
     assert all(len(page.read_text().splitlines()) <= 120 for page in PAGES)

@@ -1,7 +1,7 @@
 """Parts from a package outside of the tree, through every command of a run; and code that a
 checkpoint names is not run.
 
-The package is tests/config/parts/my_parts, copied away so that only PYTHONPATH finds it.
+The package is tests/support/plugin_package/my_parts, copied away so that only PYTHONPATH finds it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ run_path: {folder}/run
 plugins: [my_parts]
 data:
   path: {folder}/data
-  source: {{kind: text, input: ["{folder}/texts/*.txt"]}}
+  source: {{kind: chapters, input: ["{folder}/texts/*.txt"]}}
+  cleaning: {{rules: [{{kind: min_words, words: 3}}]}}
   tokenizer: {{kind: train_bpe, vocab_size: 300}}
   validation_share: 0.2
 model:
@@ -97,7 +98,9 @@ def outside(tmp_path: Path) -> Outside:
     for name in ("texts", "canary"):
         (tmp_path / name).mkdir()
     for number in range(30):
-        (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=500)))
+        chapter = " ".join(source.choices(WORDS, k=500))
+        text = f"preface {number}\n\n{chapter}\n\nthe end"
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
     shutil.copytree(PARTS, tmp_path / "site")
     text = RECIPE.format(folder=tmp_path, tokens=STEPS * STEP_TOKENS)
     (tmp_path / "outside.yaml").write_text(text)
@@ -105,8 +108,10 @@ def outside(tmp_path: Path) -> Outside:
 
 
 def test_parts_of_a_package_outside_of_the_tree_go_through_a_whole_run(outside: Outside) -> None:
-    """A source of the package, due when sources and tokenizers are kinds of the registry."""
     outside.tool("preprocess_data.py", "--recipe", outside.recipe, "--workers", "2")
+    manifest = json.loads((outside.folder / "data" / "manifest.json").read_text())
+    source = manifest["sources"]["all"]
+    assert source["left_out"] == {"preface": 30} and source["dropped"] == {"min_words": 30}
     assert outside.imports() >= 2  # the command, and a worker that had something to do
     outside.train()
     steps = (outside.folder / "run" / "steps.txt").read_text().split("\n")

@@ -1,6 +1,4 @@
-"""A user's package outside of the tree: a router, a schedule, a callback, a guard and an export
-target.
-"""
+"""A user's package outside of the tree, with parts of several families."""
 
 import os
 from pathlib import Path
@@ -9,4 +7,4 @@ from pathlib import Path
 if folder := os.environ.get("MY_PARTS_CANARY"):
     (Path(folder) / str(os.getpid())).touch()
 
-from my_parts import callback, guard, router, schedule, target  # noqa: F401
+from my_parts import callback, guard, router, schedule, source, target  # noqa: F401

@@ -17,7 +17,8 @@ from data_pipeline.loading.plan import LoaderPhase
 from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource, open_shard_loader
 from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import load_datasets
-from data_pipeline.shards.indexed import HEADER, MAGIC, bin_path
+from data_pipeline.shards.index_header import HEADER, MAGIC
+from data_pipeline.shards.indexed import bin_path
 from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.shards.token_stream import OPEN_FILES, Shard, TokenStream, open_split
 from pretrain.config.load import load_recipe

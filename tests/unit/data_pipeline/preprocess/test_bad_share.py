@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.bad_share import BadShares
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.workspace import Output
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import DataError
 from tests.support.source_reading import write

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 
-from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.config import DataConfig
 from data_pipeline.preprocess import convert_shard as shard_import
 from data_pipeline.preprocess.import_shards import ImportResult, import_shards
 from data_pipeline.preprocess.workspace import Output
@@ -25,6 +25,7 @@ from data_pipeline.shards.foreign import open_foreign
 from data_pipeline.shards.inspection import check_everything
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.token_stream import open_split
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import ConfigError, DataError, StorageError
 

@@ -19,7 +19,8 @@ from data_pipeline.preprocess import coordinator, merge
 from data_pipeline.preprocess import incremental_merge as growing
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.incremental_merge import GrowingShards
-from data_pipeline.preprocess.merge import Piece, ShardPlan
+from data_pipeline.preprocess.merge import Piece, ShardPlan, ShardRecord
+from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.units import followed
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.indexed import IndexedWriter
@@ -138,7 +139,9 @@ def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(growing, "append_piece", fails_later)
-        with pytest.raises(StorageError, match="No space left on device.*goes on where it stopped"):
+        with pytest.raises(
+            StorageError, match="No space left on device.*continues from where it stopped"
+        ):
             build(config, Output(tmp_path / "data"))
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".building"}
     build(config, Output(tmp_path / "data"))
@@ -147,21 +150,21 @@ def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(
 
 def test_units_are_followed_in_their_order_as_soon_as_all_before_them_are_there() -> None:
     seen: list[int] = []
-    results = iter([{"unit": unit} for unit in (4, 2, 6, 3)])
-    follow = followed(
-        results, [1, 2, 3, 4, 6], {1: {"unit": 1}}, lambda record: seen.append(record["unit"])
-    )
-    passed = [(record["unit"], seen.copy()) for record in follow]
+    none: dict[str, int] = {}
+    first = UnitRecord(1, "all", 0, 0, 0, 0, "", None, None, none, none, none, none, none, 0, {})
+    results = iter([replace(first, unit=unit) for unit in (4, 2, 6, 3)])
+    follow = followed(results, [1, 2, 3, 4, 6], {1: first}, lambda record: seen.append(record.unit))
+    passed = [(record.unit, seen.copy()) for record in follow]
     assert passed == [(4, [1]), (2, [1]), (6, [1, 2]), (3, [1, 2])]
     assert seen == [1, 2, 3, 4, 6]
 
 
 def test_a_shard_of_other_pieces_is_not_taken(tmp_path: Path) -> None:
     config = two_sources(tmp_path)
-    seen: list[dict[str, Any] | None] = []
+    seen: list[ShardRecord | None] = []
     take = GrowingShards._take
 
-    def take_other(shards: GrowingShards, plan: ShardPlan) -> dict[str, Any] | None:
+    def take_other(shards: GrowingShards, plan: ShardPlan) -> ShardRecord | None:
         seen.append(take(shards, replace(plan, pieces=[*plan.pieces, Piece(99)])))
         return seen[-1]
 
@@ -182,7 +185,7 @@ def test_a_build_that_goes_on_where_merging_had_begun_appends_nothing_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(coordinator.finish, "describe", stop)
+        patch.setattr(coordinator.manifest_writer, "describe", stop)
         build(config, Output(tmp_path / "data"))
     monkeypatch.setattr(growing, "append_piece", stop)
     monkeypatch.setattr(merge, "append_piece", stop)

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.shards.indexed import (
-    HEADER,
-    IndexedReader,
-    IndexedWriter,
-    WrittenShard,
-    token_dtype,
-)
+from data_pipeline.shards.index_header import HEADER
+from data_pipeline.shards.indexed import IndexedReader, IndexedWriter, WrittenShard, token_dtype
 from pretrain.core.errors import DataError, StorageError
 from pretrain.core.files import file_sha256
 

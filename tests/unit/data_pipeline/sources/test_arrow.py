@@ -10,8 +10,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.sources import Document
 from data_pipeline.sources.guess import sources_of
+from data_pipeline.sources.interface import Document
 from pretrain.core.errors import DataError, PipelineError
 from tests.support.source_reading import left_out, list_units, read_all, read_units, texts
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from data_pipeline.sources import REASONS, LeftOut
+from data_pipeline.sources.interface import REASONS, LeftOut
 from pretrain.core.errors import DataError, PipelineError
 from tests.support.source_reading import (
     left_out,
@@ -177,7 +177,7 @@ def read_apart(kind: str, path: Path, unit_bytes: int) -> tuple[int, int]:
     script = """if True:
         import sys
         from tests.support.source_reading import SECTION, peak_megabytes
-        from data_pipeline.sources import ReadContext, open_source
+        from data_pipeline.sources.interface import ReadContext, open_source
         source = open_source(SECTION.validate_python({"kind": sys.argv[1], "input": [sys.argv[2]]}), ReadContext("all", 64 << 20))
         results = [result.reason for unit in source.units(int(sys.argv[3])) for result in source.read(unit)]
         assert set(results) <= {"too_long"}, results

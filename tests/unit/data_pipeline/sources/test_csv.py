@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.sources import Document, ReadContext, open_source
+from data_pipeline.sources.interface import Document, ReadContext, open_source
 from pretrain.core.errors import DataError
 from tests.support.source_reading import SECTION, left_out, read_all, reasons, texts, write
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig, TrainBPE
+from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.coordinator import build
 from data_pipeline.preprocess.workspace import Output
-from data_pipeline.sources import REASONS, Document, LeftOut, ReadContext, open_source
+from data_pipeline.sources.interface import REASONS, Document, LeftOut, ReadContext, open_source
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import DataError, PipelineError
 from tests.support.generated_inputs import HARMLESS, Case, cases, has_tools

@@ -224,7 +224,7 @@ def test_any_bytes_come_to_an_end_and_every_byte_is_accounted_for(
 SCRIPT = """if True:
     import sys
     from tests.support.source_reading import peak_megabytes, SECTION
-    from data_pipeline.sources import ReadContext, open_source
+    from data_pipeline.sources.interface import ReadContext, open_source
     source = open_source(SECTION.validate_python({"kind": "jsonl", "input": [sys.argv[1]]}), ReadContext("all"))
     print(sum(1 for unit in source.units(1 << 24) for _ in source.read(unit)), peak_megabytes())
 """

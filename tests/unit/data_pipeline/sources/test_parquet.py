@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.sources import Document, LeftOut
+from data_pipeline.sources.interface import Document, LeftOut
 from pretrain.core.errors import DataError, PipelineError
 from tests.support.source_reading import left_out, list_units, read_all, read_units, texts
 
@@ -181,7 +181,7 @@ def test_a_large_row_group_is_never_held_whole(tmp_path: Path) -> None:
     script = """if True:
         import sys, pyarrow.parquet, pyarrow.compute
         from tests.support.source_reading import SECTION, peak_megabytes
-        from data_pipeline.sources import ReadContext, open_source
+        from data_pipeline.sources.interface import ReadContext, open_source
         before = peak_megabytes()
         source = open_source(SECTION.validate_python({"kind": "parquet", "input": [sys.argv[1]]}), ReadContext("all"))
         count = sum(len(result.text) == 1 << 20 for unit in source.units(1 << 20) for result in source.read(unit))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.sources import Document, LeftOut
+from data_pipeline.sources.interface import Document, LeftOut
 from data_pipeline.sources.source_code import walk
 from pretrain.core.errors import DataError
 from tests.support.source_reading import (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.config import TrainBPE
 from data_pipeline.tokenizer import engine_choice, engines
 from data_pipeline.tokenizer.agreement import first_difference, newer_unicode_texts, torture_texts
+from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import ENGINE_NAMES, EngineUnavailableError, open_engine
 from data_pipeline.tokenizer.tokenizer import Tokenizer

@@ -18,9 +18,9 @@ import sentencepiece
 import tiktoken
 from sentencepiece import sentencepiece_model_pb2
 
-from data_pipeline.config import MistralFile, SentencePieceFile, TiktokenFile, TrainBPE
 from data_pipeline.tokenizer import sentencepiece_model, tiktoken_ranks
 from data_pipeline.tokenizer.agreement import disagreement, torture_texts
+from data_pipeline.tokenizer.config import MistralFile, SentencePieceFile, TiktokenFile, TrainBPE
 from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.patterns import TEKKEN_PATTERN, TIKTOKEN_PATTERNS, byte_characters
 from data_pipeline.tokenizer.tokenizer import Tokenizer

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import models, pre_tokenizers
 
-from data_pipeline.config import TokenizerBase, TokenizerFile, TrainBPE
 from data_pipeline.tokenizer import patterns
 from data_pipeline.tokenizer.agreement import torture_texts
+from data_pipeline.tokenizer.config import TokenizerFile, TokenPolicy, TrainBPE
 from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.patterns import cut_before_white_space
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +34,7 @@ TEXTS = [f"def f{number}(x):\n    return x + {number}  # größer\n" * 3 for num
 TRAIN = """
 import sys
 from data_pipeline.tokenizer.training import train_bpe
-from data_pipeline.config import TrainBPE
+from data_pipeline.tokenizer.config import TrainBPE
 texts = [f"def f{number}(x):\\n    return x + {number}  # größer\\n" * 3 for number in range(50)]
 sys.stdout.buffer.write(train_bpe(texts, TrainBPE(vocab_size=320)).content)
 """
@@ -356,7 +356,7 @@ def test_tokens_that_the_recipe_names_are_taken_before_well_known_ones() -> None
     named = Tokenizer(
         content,
         "t",
-        TokenizerBase(
+        TokenPolicy(
             eod_token="<|turn|>", bos_token="<|start|>", pad_token="</s>", prepend_bos=True
         ),
     )
@@ -372,7 +372,7 @@ def test_a_named_token_that_is_not_there_is_refused_with_near_ones() -> None:
             ),
         ):
             Tokenizer(
-                foreign("</s>", "<|turn|>"), "t", TokenizerBase.model_validate({field: "<|trun|>"})
+                foreign("</s>", "<|turn|>"), "t", TokenPolicy.model_validate({field: "<|trun|>"})
             )
 
 
@@ -380,14 +380,14 @@ def test_a_tokenizer_needs_only_the_tokens_that_are_written() -> None:
     with pytest.raises(DataError, match="no end-of-document token"):
         Tokenizer(foreign("<s>"), "t")
     without_eod = Tokenizer(
-        foreign("<pad>", "<s>"), "t", TokenizerBase(append_eod=False, prepend_bos=True)
+        foreign("<pad>", "<s>"), "t", TokenPolicy(append_eod=False, prepend_bos=True)
     )
     assert (without_eod.eod_id, without_eod.bos_id) == (3, 3)
-    assert Tokenizer(foreign("<pad>"), "t", TokenizerBase(append_eod=False)).eod_id == 2
+    assert Tokenizer(foreign("<pad>"), "t", TokenPolicy(append_eod=False)).eod_id == 2
     with pytest.raises(DataError, match="no end-of-document token"):
-        Tokenizer(foreign(), "t", TokenizerBase(append_eod=False))
+        Tokenizer(foreign(), "t", TokenPolicy(append_eod=False))
     with pytest.raises(DataError, match="name the one that begins a document with bos_token"):
-        Tokenizer(foreign("</s>"), "t", TokenizerBase(prepend_bos=True))
+        Tokenizer(foreign("</s>"), "t", TokenPolicy(prepend_bos=True))
 
 
 def test_a_configured_file_has_the_vocabulary_size_that_was_said(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The sample of the training split that a tokenizer is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+
+from data_pipeline.preprocess.plan import BuildPlan
+from data_pipeline.preprocess.worker import SAMPLE, unit_folder
+from data_pipeline.shards.split import SplitPlan
+from data_pipeline.tokenizer.config import TrainedTokenizer
+from data_pipeline.tokenizer.patterns import cut_before_white_space
+from pretrain.core.errors import ConfigError
+from pretrain.core.progress import Stage
+
+# A small source is read in full for its sample; of a large one, units that hold this many times
+# the sample suffice.
+SAMPLE_MARGIN = 4
+
+
+def sample_shares(plan: BuildPlan, config: TrainedTokenizer) -> tuple[dict[str, float], list[int]]:
+    """Return the share of documents to sample by source, and the units to read for it."""
+    sizes: dict[str, int] = {}
+    for unit in plan.units:
+        sizes[unit.source] = sizes.get(unit.source, 0) + unit.size
+    weights: dict[str, float] = dict(config.sample_weights or sizes)
+    if unknown := set(weights) - set(sizes):
+        raise ConfigError(
+            f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources"
+            f" are {', '.join(sizes)}"
+        )
+    total = sum(weights.values()) or 1.0
+    shares: dict[str, float] = {}
+    numbers: list[int] = []
+    for name, size in sizes.items():
+        wanted = config.sample_bytes * weights.get(name, 0.0) / total
+        mine = [number for number, unit in enumerate(plan.units) if unit.source == name]
+        # Every stride-th unit, so that a source of many files is sampled all over.
+        stride = max(1, int(size / max(wanted * SAMPLE_MARGIN, 1.0)))
+        chosen = mine[::stride] if wanted else []
+        read = sum(plan.units[number].size for number in chosen)
+        shares[name] = min(1.0, wanted / read) if read else 0.0
+        numbers += chosen
+    return shares, numbers
+
+
+def training_texts(
+    workspace: Path, numbers: list[int], split: SplitPlan, stage: Stage
+) -> Iterator[str]:
+    """Yield the sampled texts of the training split, long ones in pieces.
+
+    Held-out documents are skipped: a vocabulary that was learned on them would flatter the
+    validation loss.
+    """
+    for number in numbers:
+        with (unit_folder(workspace, "samples", number) / SAMPLE).open("rb") as stream:
+            for line in stream:
+                place, text = orjson.loads(line)
+                for side, part in split.assign(text, place):
+                    if side == "train":
+                        yield from cut_before_white_space(part)
+                stage.advance(len(line))

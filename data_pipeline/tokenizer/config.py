@@ -1,0 +1,141 @@
+"""The tokenizers of a recipe: a section for each kind, without what loads or trains it."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.core.registry import Component
+from pretrain.core.section import Positive, Section
+
+
+class TokenPolicy(Section):
+    """Which tokens begin and end a document.
+
+    Names are looked up in the vocabulary; left out, well-known ones are searched.
+    """
+
+    eod_token: str | None = Field(None, description="the token that ends a document")
+    bos_token: str | None = None
+    pad_token: str | None = None
+    append_eod: bool = True
+    prepend_bos: bool = False
+
+
+class TokenizerConfig(TokenPolicy, Component):
+    """The fields that every kind of tokenizer has."""
+
+    vocab_size: Positive | None = Field(
+        None,
+        description="entries; checked against the file, and used for planning before it is there",
+    )
+
+
+class ExistingTokenizer(TokenizerConfig):
+    """A tokenizer that is loaded.
+
+    ``implementation`` is called with the section and returns the bytes of a ``tokenizer.json``
+    and a name for their origin, which error messages quote.
+    """
+
+
+class TrainedTokenizer(TokenizerConfig):
+    """A tokenizer that is trained on a sample of the training split.
+
+    ``implementation`` is called with an iterator over texts and the section and returns a
+    ``Tokenizer`` (``data_pipeline.tokenizer.tokenizer``). It must be deterministic: the same texts
+    have to give the same bytes, or data that was built before is not recognised.
+    """
+
+    vocab_size: Positive = Field(description="entries, special tokens included")
+    sample_bytes: Positive = Field(
+        1 << 30, description="of text that the training looks at, chosen by a hash of each document"
+    )
+    sample_weights: dict[str, float] | None = Field(
+        None, description="share of the sample for each source; by size when left out"
+    )
+
+
+class TrainBPE(TrainedTokenizer):
+    """A byte-level BPE tokenizer trained on a sample of the training split."""
+
+    implementation: ClassVar[str] = "data_pipeline.tokenizer.training:train_bpe"
+    kind: Literal["train_bpe"] = "train_bpe"
+    vocab_size: Annotated[int, Field(ge=258, description="entries, special tokens included")] = 4096
+    min_frequency: Positive = 2
+    digits: Literal["as_words", "single", "triples"] = Field(
+        "as_words", description="'single': every digit a token; 'triples': up to three"
+    )
+    whitespace: Literal["gpt2", "runs"] = Field(
+        "gpt2", description="'runs' keeps indentation in tokens of its own, for code"
+    )
+    eod_token: str = "<|endoftext|>"
+    reserved_tokens: list[str] = Field(
+        [], description="special tokens that get an id, such as those of fill-in-the-middle"
+    )
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """All special tokens in the order of their ids, from 0."""
+        named = [self.eod_token, *self.reserved_tokens, self.bos_token, self.pad_token]
+        return list(dict.fromkeys(token for token in named if token is not None))
+
+    @model_validator(mode="after")
+    def _special_tokens_have_room(self) -> TrainBPE:
+        if len(set(self.reserved_tokens)) < len(self.reserved_tokens):
+            raise ValueError("'reserved_tokens' names a token twice")
+        if short := [token for token in self.special_tokens if len(token) < 2]:
+            raise ValueError(
+                f"the special token '{short[0]}' is too short: single characters stand for bytes"
+            )
+        if self.prepend_bos and self.bos_token is None:
+            raise ValueError("prepend_bos needs a name for the token: give bos_token")
+        if self.vocab_size <= 256 + len(self.special_tokens):
+            raise ValueError(
+                f"vocab_size must be larger than {256 + len(self.special_tokens)}: 256 bytes and"
+                " the special tokens come first"
+            )
+        return self
+
+
+class TokenizerFile(ExistingTokenizer):
+    """An existing ``tokenizer.json``."""
+
+    implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_tokenizer_json"
+    kind: Literal["file"]
+    path: str
+
+
+class SentencePieceFile(ExistingTokenizer):
+    """A SentencePiece ``.model``, converted to an equal ``tokenizer.json``."""
+
+    implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_sentencepiece"
+    kind: Literal["sentencepiece"]
+    path: str
+
+
+class TiktokenFile(ExistingTokenizer):
+    """A tiktoken vocabulary (base64 tokens and ranks), converted to an equal ``tokenizer.json``."""
+
+    implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_tiktoken"
+    kind: Literal["tiktoken"]
+    path: str
+    pattern: str = Field(
+        description=(
+            "the regular expression that cuts text into words, or the name of a tiktoken encoding"
+            " that has it"
+        )
+    )
+    special_tokens: dict[str, int] = {}
+
+
+class MistralFile(ExistingTokenizer):
+    """A tokenizer of the package mistral-common, such as tekken_240911.json.
+
+    SentencePiece models such as tokenizer.model.v3 are in it too.
+    """
+
+    implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_mistral"
+    kind: Literal["mistral"]
+    name: str
