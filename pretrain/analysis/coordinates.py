@@ -54,8 +54,7 @@ SMALLER_START = -0.6
 def recipe_at(
     recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing
 ) -> Recipe:
-    """The recipe with a model of another width and the same proportions, which muP compares with
-    one of ``base_size``.
+    """The recipe with a model of another width and the same proportions; muP scales from ``base_size``.
 
     Raises:
         ConfigError: where a width would not be a whole number.
@@ -71,8 +70,7 @@ def recipe_at(
 
 
 class PlainTraining:
-    """A model trained as the engine would train it in one process in fp32: the same weights,
-    losses, groups, learning rates and clipping.
+    """Trains a model as the engine would in one process in fp32, with the same losses and groups.
 
     Args:
         recipe: with ``model.vocab_size`` set, and no data that leave out labels.
@@ -89,8 +87,9 @@ class PlainTraining:
         torch.manual_seed(recipe.seed)
 
     def step(self, micro_batches: Sequence[Batch], factor: float = 1.0) -> float:
-        """One optimizer step at ``factor`` times the peak learning rates; the cross-entropy before
-        it, nats a token.
+        """Takes one optimizer step at ``factor`` times the peak learning rates.
+
+        Returns the cross-entropy before the step, in nats a token.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.peaks[group["role"]] * learning_rate_scale(group) * factor
@@ -119,9 +118,9 @@ class Measured(NamedTuple):
     """One kind of layer after a step.
 
     Attributes:
-        size: root mean square over all numbers of all such layers.
-        change: the same of the difference from before the first step; None where rows stand in
-            another order after each step.
+        size: root mean square over all elements of all such layers.
+        change: root mean square of the difference from before the first step; None if the rows
+            have another order after each step.
     """
 
     size: float
@@ -130,8 +129,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What one model's layers were like: ``steps[t][layer]`` after t optimizer steps, and the loss
-    before each step.
+    """The measurements of one model.
+
+    ``steps[t][layer]`` is after t optimizer steps; ``losses`` are before each step.
     """
 
     kind: Kind
@@ -141,9 +141,7 @@ class Coordinates:
 
 
 def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coordinates:
-    """Trains the recipe's model for a few steps; what is measured is its answer to the first micro
-    batch of the first step.
-    """
+    """Trains the recipe's model for a few steps, and measures it on the first micro batch after each."""
     training = PlainTraining(recipe)
     probe = batches(0)[0]
     first = activations(training.model, probe)
@@ -175,8 +173,9 @@ def _root_mean_square(tensors: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def activations(model: DecoderLM, batch: Batch) -> dict[str, list[torch.Tensor]]:
-    """What each layer answers in evaluation, by kind of layer; scores [B, N, S, S] are those of
-    visible keys, the others zero.
+    """The outputs of each kind of layer in evaluation mode.
+
+    Scores [B, N, S, S] are those of visible keys, the others are zero.
     """
     model.eval()
     found: dict[str, list[torch.Tensor]] = {}
@@ -190,7 +189,7 @@ def activations(model: DecoderLM, batch: Batch) -> dict[str, list[torch.Tensor]]
 
 @contextmanager
 def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Writes what layers answer into ``found`` while the block runs."""
+    """Stores the outputs of layers in ``found`` while the block runs."""
 
     def keep(
         name: str, pick: Callable[[Any], torch.Tensor] = lambda answer: answer

@@ -1,6 +1,4 @@
-"""GGUF through llama.cpp's own converter, from a Hugging Face export that was compared with the
-checkpoint.
-"""
+"""Writes GGUF with llama.cpp's converter, from a Hugging Face export."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def find_converter() -> Path:
 def export_gguf(
     checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool
 ) -> Conversion:
-    """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as
-    :func:`export_hf` does.
+    """Writes ``model.gguf`` and a record, after comparing logits as :func:`export_hf` does.
 
     Raises:
         ConfigError: without llama.cpp's converter, or where :func:`export_hf` raises it.

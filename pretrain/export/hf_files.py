@@ -1,5 +1,6 @@
-"""What a Hugging Face folder may hold before anything of it is opened: plain data, weights in
-safetensors, and no code but ours.
+"""Checks the files of a Hugging Face folder before anything of it is opened.
+
+It may hold plain data and weights in safetensors, and no code but this project's model class.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ def read_config(folder: Path) -> JsonObject:
 
 
 def unset_fields(fields: Mapping[str, Any]) -> str:
-    """A clause with the fields of a config that have no value, for errors of transformers, which
-    rarely name the field.
-    """
+    """A clause with the config's fields without a value; transformers' own errors rarely name them."""
     unset = [field for field, value in _entries(fields) if value is None]
     return f"; without a value are {', '.join(unset)}" if unset else ""
 
@@ -115,9 +114,7 @@ def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_code_files(folder: Path, own: bool) -> None:
-    """Raises :class:`CheckpointError` for code anywhere below ``folder`` that is not a file of our
-    class, byte for byte.
-    """
+    """Raises :class:`CheckpointError` for code that is not a file of this project's class, byte for byte."""
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
     for place, folders, files in os.walk(folder):
         for name in folders:
@@ -270,9 +267,7 @@ def _without_paths(config: JsonObject) -> JsonObject:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises :class:`CheckpointError` unless there is a vocabulary, and a tokenizer class that is
-    one by its name.
-    """
+    """Raises :class:`CheckpointError` unless there is a vocabulary, and the class has a tokenizer's name."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer.json: copy the tokenizer of the model there"

@@ -1,4 +1,4 @@
-"""The way back: a Hugging Face folder as a recipe and a checkpoint of weights alone."""
+"""Imports a Hugging Face folder as a recipe and a checkpoint of weights alone."""
 
 from __future__ import annotations
 
@@ -40,22 +40,24 @@ from pretrain.export.writer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# Random tokens that logits are compared on; a folder of others has no text to take them from.
 WINDOWS, WINDOW_TOKENS = 4, 256
 
 
 def import_hf(
     source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None
 ) -> Conversion:
-    """Writes a folder that evaluation, generation, export and training read like any other
-    checkpoint, and compares its logits with transformers'.
+    """Writes a Hugging Face model as a checkpoint, and compares its logits with transformers'.
+
+    Evaluation, generation, export and training read the folder like any other checkpoint.
 
     Args:
         source: with ``config.json``, safetensors and, if it has one, ``tokenizer.json``.
         memory_bytes: as in :func:`pretrain.export.convert.export_hf`.
 
     Raises:
-        ConfigError: when a recipe cannot say what the model computes, or ``output`` is taken.
-        CheckpointError: when weights are missing, superfluous or damaged, or numbers differ;
+        ConfigError: if no recipe can express the model, or ``output`` is taken.
+        CheckpointError: if weights are missing, superfluous or damaged, or values differ;
             ``output`` is then left as it was.
     """
     target, config = architecture_of(source)
@@ -117,8 +119,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:
-    """Tensors that no next token depends on: blocks of multi-token prediction, shared experts of
-    width zero, a tied head's copy.
+    """Tensors without effect on logits: multi-token prediction, shared experts of width 0, a tied head.
 
     Raises:
         CheckpointError: for any other that no link names.

@@ -31,8 +31,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @contextmanager
 def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its name when the block ends, and is removed when
-    the block fails.
+    """A new folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
         ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something
@@ -55,6 +54,7 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON with an indent of two, as Hugging Face does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,9 +81,8 @@ def read_json_object(path: Path) -> JsonObject:
 
 
 def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every field of objects and every item of lists (of the name ""), each with its depth; without
-    recursion, as nesting may be hostile.
-    """
+    """Yields the name, value and depth of every field, and of every list item, whose name is ""."""
+    # Without recursion: a hostile file may be nested more deeply than Python's stack.
     waiting = [("", content, 0)]
     while waiting:
         name, value, depth = waiting.pop()
@@ -112,8 +111,7 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes ``model.safetensors``, or shards with an index where all tensors together are larger
-    than ``shard_bytes``.
+    """Writes ``model.safetensors``, or shards with an index if the tensors exceed ``shard_bytes``.
 
     Args:
         forms: of all tensors.
@@ -158,7 +156,7 @@ def write_weights(
 
 
 def _shards(forms: Mapping[str, TensorForm], shard_bytes: int) -> list[list[str]]:
-    """Names in order, as many to a shard as fit; one that is larger than a shard has its own."""
+    """The names of each shard, in order; a tensor larger than a shard gets one alone."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, form in forms.items():
@@ -197,8 +195,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are
-    safetensors files beside it.
+    """The file of each tensor, from an index.
+
+    Raises:
+        CheckpointError: if an entry is not the name of a safetensors file in the same folder.
     """
     names = read_json_object(index).get("weight_map")
     if (
@@ -217,7 +217,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def open_exported_weights(folder: Path) -> TensorReader:
-    """All tensors of a Hugging Face folder, ours or not, to be read one by one.
+    """The tensors of any Hugging Face folder, to be read one by one.
 
     Raises:
         CheckpointError: when a file is missing or damaged.

@@ -34,7 +34,7 @@ from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, 
 from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
 from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
 from pretrain.merging.publish import Scoring, checked_folder
-from pretrain.merging.usage import answers, measure
+from pretrain.merging.usage import expert_outputs, measure
 from pretrain.model.widths import initial_router_std
 
 
@@ -232,7 +232,7 @@ def reduce_experts(
         alike = (
             weight_similarity(experts)
             if similarity == "weights"
-            else cosines(list(answers(experts, before.model, inputs[index])))
+            else cosines(list(expert_outputs(experts, before.model, inputs[index])))
         )
         clusters.append(folded(alike, keep, moe))
     after = derived_recipe(before, suffix, overrides, moe=smaller)

@@ -19,7 +19,10 @@ from pretrain.evaluation.heldout.heldout import score_checkpoint
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which held-out windows are scored, and where; ``data`` is the checkpoint's own by default."""
+    """Which held-out windows are scored, and on which device.
+
+    ``data`` is the checkpoint's own by default.
+    """
 
     data: str | None
     split: SplitName
@@ -39,15 +42,14 @@ class Scoring:
 
 
 def check_empty(output: Path) -> None:
-    """Raises :class:`ConfigError` where ``output`` holds something."""
+    """Raises :class:`ConfigError` if ``output`` holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not empty: choose another --output")
 
 
 @contextmanager
 def checked_folder(output: Path) -> Iterator[Path]:
-    """A path beside ``output`` to write a folder at; it takes the name ``output`` when the block
-    ends, and is removed when the block fails.
+    """A folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
         ConfigError: where ``output`` holds something.

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``deepseek_v3``: latent attention, sigmoid routing with groups,
-balancing by bias.
-"""
+"""The architecture ``deepseek_v3``: latent attention, sigmoid routing with groups, balancing by bias."""
 
 from __future__ import annotations
 
@@ -63,6 +61,7 @@ class DeepseekV3(LatentDecoder):
 
 
 def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
+    """What DeepSeek-V3's router cannot compute."""
     reasons = shared_width_reasons(model, name)
     moe = model.routing
     if moe is None:
@@ -79,6 +78,7 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
 
 
 def bias_links(model: ModelConfig) -> Links:
+    """The balancing biases; zeros for a model that is balanced by a loss."""
     moe = routed(model)
     if moe.bias_balancing is None:
         return [
@@ -99,6 +99,7 @@ def sigmoid_links(model: ModelConfig) -> Links:
 
 
 def sigmoid_config(model: ModelConfig) -> JsonObject:
+    """The fields about experts of configs with DeepSeek-V3's router."""
     router = routed(model).router
     groups = router.groups
     return {
@@ -115,6 +116,7 @@ def sigmoid_config(model: ModelConfig) -> JsonObject:
 
 
 def sigmoid_experts(config: Mapping[str, Any]) -> JsonObject:
+    """Layer pattern and MoE section of such a config."""
     router = {
         "kind": "sigmoid_topk",
         "norm_topk_prob": config["norm_topk_prob"],

@@ -1,5 +1,6 @@
-"""Our decoder as transformers' ``gpt_oss``: sinks, windows in some layers, clamped biased experts
-that are stacked and interleaved.
+"""The architecture ``gpt_oss``: sinks, windows in some layers, clamped experts with biases.
+
+Its experts are stacked, with gate and up projections interleaved.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ THEIR_MLP = "model.layers.{layer}.mlp."
 
 
 class GptOss(LlamaLike):
-    """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised
-    softmax of all.
+    """The target ``GptOssForCausalLM``.
+
+    It takes the softmax over the chosen logits, which equals the renormalised softmax over all.
     """
 
     name = "gpt_oss"
@@ -86,7 +88,7 @@ class GptOss(LlamaLike):
             "intermediate_size": moe.moe_intermediate_size,
             "attention_bias": attention.bias == "all",
             **windowed_layers(model),
-            # transformers asks for a width also where no layer has a window.
+            # transformers asks for a width even if no layer has a window.
             "sliding_window": attention.sliding_window or model.max_position_embeddings,
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``mixtral``: every layer a mixture of experts, softmax top-k
-renormalised.
-"""
+"""The architecture ``mixtral``: experts in every layer, renormalised softmax routing."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from pretrain.model.config import ModelConfig
 
 
 class Mixtral(LlamaLike):
-    """The target ``MixtralForCausalLM``; a sliding window stands in every layer or in none."""
+    """The target ``MixtralForCausalLM``; every layer has a sliding window, or none has."""
 
     name = "mixtral"
     architecture = "MixtralForCausalLM"

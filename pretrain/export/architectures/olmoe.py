@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``olmoe``: every layer a mixture of experts, queries and keys
-normalised over all heads together.
-"""
+"""The architecture ``olmoe``: experts in every layer, queries and keys normalised over all heads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Rotary embeddings in ``config.json``: transformers' ``rope_parameters`` and our position section,
-both ways.
-"""
+"""Converts between transformers' ``rope_parameters`` and a recipe's position section."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pretrain.core.files import JsonObject
 from pretrain.export.features import ANY, Takes
 from pretrain.model.config import RotaryBase
 
-# transformers' name of each kind, and the fields that both call alike.
+# The fields of each kind that both call by the same name.
 YARN_FIELDS = (
     *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -50,7 +48,7 @@ def rope_parameters(position: RotaryBase) -> JsonObject:
 
 
 def position_section(config: Mapping[str, Any]) -> JsonObject:
-    """The way back, from a config that transformers has read.
+    """A recipe's position section, from a config that transformers has read.
 
     Raises:
         ConfigError: for a type of scaling that recipes do not have.
@@ -79,7 +77,7 @@ def position_section(config: Mapping[str, Any]) -> JsonObject:
 
 
 def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
-    """What transformers computes with, whichever form the parameters were written in.
+    """The parameters that transformers computes with, whichever form they were written in.
 
     The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``,
     which takes 0 and null for a missing value too, but a null ``truncate`` for false. ``type`` is
