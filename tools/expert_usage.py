@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows how evenly a run uses its experts: a table of the layers, the trend over time, and a plot."""
+"""Shows how evenly a run uses its experts: a table of layers, the trend over time, a plot."""
 
 from __future__ import annotations
 

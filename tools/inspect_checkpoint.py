@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows a checkpoint's files, weights, topology, recipe and experts, or compares two checkpoints."""
+"""Shows a checkpoint's files, weights, topology, recipe and experts, or compares two."""
 
 from __future__ import annotations
 

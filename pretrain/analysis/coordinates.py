@@ -45,7 +45,7 @@ RANDOM_VOCABULARY = 1024
 # A power of the width above which a size does not count as stable: over three doublings of the
 # width it is a factor of 1.7.
 TOLERANCE = 0.25
-# At first these are sums over random terms, one for each dimension, and muP wants them to be smaller
+# At first these are sums over random terms, one a dimension, and muP wants them to be smaller
 # in a wide model until it has learned something.
 OUTPUTS = ("attention scores", "router logits", "logits")
 SMALLER_START = -0.6
@@ -54,10 +54,10 @@ SMALLER_START = -0.6
 def recipe_at(
     recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing
 ) -> Recipe:
-    """The recipe with a model of another width and the same proportions; muP scales from ``base_size``.
+    """The recipe with a model of another width and the same proportions, scaled from a base width.
 
     Raises:
-        ConfigError: where a width would not be a whole number.
+        ConfigError: if a width would not be a whole number.
     """
     model = with_widths(recipe.model, scaled_widths(recipe.model, hidden_size, growing))
     base = BaseWidths(**scaled_widths(recipe.model, base_size, growing))
@@ -141,7 +141,7 @@ class Coordinates:
 
 
 def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coordinates:
-    """Trains the recipe's model for a few steps, and measures it on the first micro batch after each."""
+    """Trains a model for a few steps, measuring it on one micro batch before and after each."""
     training = PlainTraining(recipe)
     probe = batches(0)[0]
     first = activations(training.model, probe)

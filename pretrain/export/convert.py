@@ -95,9 +95,9 @@ def export_hf(
             fit, logits are not compared.
 
     Raises:
-        ConfigError: when the architecture does not compute what the model computes, or ``output``
+        ConfigError: if the architecture does not compute what the model computes, or ``output``
             is taken.
-        CheckpointError: when weights are missing or doubled, or logits or tensors differ;
+        CheckpointError: if weights are missing or doubled, or logits or tensors differ;
             ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
@@ -160,11 +160,11 @@ def export_safetensors(
     overwrite: bool,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Writes all weights as safetensors, with the experts of all ranks joined and names as in training.
+    """Writes all weights as safetensors under their own names, the experts of all ranks joined.
 
     Raises:
-        ConfigError: when ``output`` is taken.
-        CheckpointError: when weights are missing or doubled, or do not read back as they were
+        ConfigError: if ``output`` is taken.
+        CheckpointError: if weights are missing or doubled, or do not read back as they were
             written; ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
@@ -191,7 +191,7 @@ def export_safetensors(
 
 
 def _same_name(name: str, shape: tuple[int, ...]) -> list[Link]:
-    """Links of a tensor to itself, one for each expert, so that stacked experts are not read at once."""
+    """Links of a tensor to itself, one an expert, so that stacked experts are never read whole."""
     if len(shape) < 3:
         return [Link(name, name, exact=name.endswith("balance_bias"))]
     return [Link(name, name, expert, their_expert=expert) for expert in range(shape[0])]
@@ -201,8 +201,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
     """Writes DeepSpeed's universal format, which includes the states of the optimizer.
 
     Raises:
-        ConfigError: where DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
-        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as
+        ConfigError: if DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
+        CheckpointError: if its converter fails or changes a weight; ``output`` is then left as
             it was.
     """
     check_universal(checkpoint)

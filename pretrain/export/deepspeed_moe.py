@@ -89,7 +89,7 @@ class PickledTensors:
 def import_deepspeed(
     source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES
 ) -> Conversion:
-    """Writes all weights of a DeepSpeed MoE checkpoint as safetensors, the experts of all ranks joined.
+    """Writes all weights of a DeepSpeed MoE checkpoint as safetensors, with all experts joined.
 
     Args:
         source: the folder of a tag, such as ``global_step300``, or the one above it with the file
@@ -99,7 +99,7 @@ def import_deepspeed(
 
     Raises:
         ConfigError: for a layout that does not hold whole weights (ZeRO stage 3, tensor
-            parallelism), or where ``output`` is taken.
+            parallelism), or if ``output`` is taken.
         CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for
             pickles that do more than hold tensors.
     """

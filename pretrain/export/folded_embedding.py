@@ -16,7 +16,7 @@ FOLDED = ("embedding.weight", "head.weight")
 
 
 class FoldedEmbedding:
-    """The tensors of a model, with W P^T for each matrix W [V, e], and without the projection P [D, e].
+    """The tensors of a model with W P^T for each matrix W [V, e], without the projection P [D, e].
 
     An embedding is P w, and a logit w (P^T x): both are the row P w of W P^T.
     """

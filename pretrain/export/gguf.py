@@ -24,7 +24,7 @@ def find_converter() -> Path:
     """llama.cpp's script on the PATH.
 
     Raises:
-        ConfigError: where it is not there: no package on PyPI installs it as a wheel.
+        ConfigError: if it is not there: no package on PyPI installs it as a wheel.
     """
     found = shutil.which(SCRIPT)
     if found is None:
@@ -42,8 +42,8 @@ def export_gguf(
     """Writes ``model.gguf`` and a record, after comparing logits as :func:`export_hf` does.
 
     Raises:
-        ConfigError: without llama.cpp's converter, or where :func:`export_hf` raises it.
-        CheckpointError: where the converter does not take the export, with its own last words.
+        ConfigError: without llama.cpp's converter, or as :func:`export_hf`.
+        CheckpointError: if the converter does not take the export, with its own last words.
     """
     converter = find_converter()
     with published_folder(output, overwrite) as folder:

@@ -72,7 +72,7 @@ def read_config(folder: Path) -> JsonObject:
     """The ``config.json`` of a folder without foreign code.
 
     Raises:
-        CheckpointError: when it is no JSON object with a ``model_type``, and when the folder holds
+        CheckpointError: if it is no JSON object with a ``model_type``, and when the folder holds
             or names code that is not this project's.
     """
     config = read_json_object(folder / CONFIG)
@@ -98,7 +98,7 @@ def read_config(folder: Path) -> JsonObject:
 
 
 def unset_fields(fields: Mapping[str, Any]) -> str:
-    """A clause with the config's fields without a value; transformers' own errors rarely name them."""
+    """A clause with the fields that have no value; transformers' own errors rarely name them."""
     unset = [field for field, value in _entries(fields) if value is None]
     return f"; without a value are {', '.join(unset)}" if unset else ""
 
@@ -114,7 +114,7 @@ def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_code_files(folder: Path, own: bool) -> None:
-    """Raises :class:`CheckpointError` for code that is not a file of this project's class, byte for byte."""
+    """Raises :class:`CheckpointError` for code that is not a file of this project's class."""
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
     for place, folders, files in os.walk(folder):
         for name in folders:
@@ -177,7 +177,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a folder, from the headers of its files.
 
     Raises:
-        CheckpointError: when a file is missing, cut off or not what the index says, or holds a
+        CheckpointError: if a file is missing, cut off or not what the index says, or holds a
             tensor of packed numbers or one that another file holds too.
     """
     shapes: dict[str, tuple[int, ...]] = {}
@@ -267,7 +267,7 @@ def _without_paths(config: JsonObject) -> JsonObject:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises :class:`CheckpointError` unless there is a vocabulary, and the class has a tokenizer's name."""
+    """Raises :class:`CheckpointError` without a vocabulary, or if the class is no tokenizer's."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer.json: copy the tokenizer of the model there"

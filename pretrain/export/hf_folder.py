@@ -44,21 +44,22 @@ def write_hf_folder(
     """Writes the whole folder, reads the weights back, and compares them bit for bit.
 
     Experts have one key each, if that is how transformers itself writes them: transformers 4 and 5,
-    vLLM and converters to other formats all read such keys. The end-of-document token starts and ends
-    a text, unless ``side_files`` have other ids.
+    vLLM and converters to other formats all read such keys. The end-of-document token starts and
+    ends a text, unless ``side_files`` have other ids.
 
     Args:
         model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
-        side_files: files that an imported model had next to its ``tokenizer.json``, written unchanged.
+        side_files: files that an imported model had next to its ``tokenizer.json``, written
+            unchanged.
 
     Returns:
         The number of tensors, their bytes, and the names of those that only training reads and that
         are left out.
 
     Raises:
-        CheckpointError: if ``ours`` does not belong to ``model``, or a tensor does not read back as it
-            was written.
+        CheckpointError: if ``ours`` does not belong to ``model``, or a tensor does not read back as
+            it was written.
     """
     links = target.links(model)
     linked = {link.ours for link in links if isinstance(link, Link)}

@@ -57,7 +57,7 @@ SHOWN = 3
 
 
 def quiet_libraries() -> None:
-    """Silences warnings, notes and progress bars of other libraries; our errors say what matters."""
+    """Silences warnings, notes and progress bars of other libraries."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for name in FOREIGN_LOGGERS:
@@ -72,7 +72,7 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """The config with transformers' defaults.
 
     Raises:
-        CheckpointError: when the folder holds foreign code, or transformers does not take its
+        CheckpointError: if the folder holds foreign code, or transformers does not take its
             config.
     """
     content = read_config(folder)
@@ -106,7 +106,7 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
 
 
 def check_stored(folder: Path) -> None:
-    """Checks that every tensor is stored in its shape, without loading one; more tensors may be there.
+    """Checks that every tensor is stored in its shape, without loading one; more may be there.
 
     Raises:
         CheckpointError: as :func:`open_model`, when a tensor is missing or has another shape.
@@ -123,7 +123,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer.
 
     Raises:
-        CheckpointError: when there is none, transformers cannot open it, or it has no
+        CheckpointError: if there is none, transformers cannot open it, or it has no
             end-of-document token.
     """
     quiet_libraries()
@@ -265,7 +265,7 @@ def _without_copies(folder: Path, outline: Outline, stored: Shapes) -> tuple[Sha
     """The expected and the stored shapes, with one name for each tensor, without ignored tensors.
 
     Raises:
-        CheckpointError: when copies of one tensor differ.
+        CheckpointError: if copies of one tensor differ.
     """
     expected = dict(outline.shapes)
     found = {name: shape for name, shape in stored.items() if not outline.leaves_out(name)}

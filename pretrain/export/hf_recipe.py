@@ -113,7 +113,7 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
 
     Args:
         source: the folder of ``config``, for the recipe's name, the tokenizer and errors.
-        output: where the tokenizer will be.
+        output: the folder that will have the tokenizer.
 
     Raises:
         ConfigError: for a field of ``config`` that no recipe can express, or that transformers' own
@@ -214,7 +214,7 @@ def _resolved(config: PreTrainedConfig) -> JsonObject:
 
 
 def _difference(field: str, value: Any, exported: Any) -> tuple[str, str]:
-    """A field and its other value, as ``config.json`` writes them; of dictionaries the first difference."""
+    """A field with each of two values, as ``config.json`` writes them; the first that differs."""
     if isinstance(value, dict) and isinstance(exported, dict):
         for name in (*value, *exported):
             if value.get(name) != exported.get(name):

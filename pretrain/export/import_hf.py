@@ -100,7 +100,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
 
     Raises:
         ConfigError: for an architecture that no recipe can say, and for quantised weights.
-        CheckpointError: when the config is damaged, or the folder holds foreign code.
+        CheckpointError: if the config is damaged, or the folder holds foreign code.
     """
     path, content = source / CONFIG, read_config(source)
     name = content["model_type"]
@@ -119,7 +119,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:
-    """Tensors without effect on logits: multi-token prediction, shared experts of width 0, a tied head.
+    """Tensors without effect on logits, such as those of multi-token prediction or a tied head.
 
     Raises:
         CheckpointError: for any other that no link names.

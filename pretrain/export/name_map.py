@@ -1,4 +1,4 @@
-"""A declarative map between this project's parameter names and another project's, for both directions.
+"""A declarative map between this project's parameter names and another one's, for both directions.
 
 "Ours" is a tensor of this project, "theirs" is one of the other. A target lists templates such as
 ``"layers.{layer}.attention_norm.weight" -> "model.layers.{layer}.input_layernorm.weight"``. If only
@@ -35,9 +35,9 @@ class Tensors(Protocol):
 class RotaryRows:
     """The order of the rows of rotary queries or keys.
 
-    The last ``turned`` of each head's ``plain + turned`` rows are rotated in pairs: (i, i + turned / 2)
-    in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders, as long as queries and
-    keys have the same one.
+    The last ``turned`` of each head's ``plain + turned`` rows are rotated in pairs: (i, i + turned
+    / 2) in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders, as long as
+    queries and keys have the same one.
     """
 
     heads: int
@@ -65,7 +65,8 @@ class RotaryRows:
 class Link:
     """A tensor of ours, or a part of it, and its place in a tensor of theirs.
 
-    ``theirs[their_expert][..., column::2] = scale * ours[expert][:rows]``; what is None is left out.
+    ``theirs[their_expert][..., column::2] = scale * ours[expert][:rows]``; what is None is left
+    out.
 
     Attributes:
         rows: cuts off the padding of the vocabulary.
@@ -249,7 +250,7 @@ def to_ours(
     Padding of the vocabulary is zero.
 
     Raises:
-        CheckpointError: where a tensor that a link names is missing, or does not fit.
+        CheckpointError: if a tensor that a link names is missing, or does not fit.
     """
     groups: dict[str, list[Link]] = {}
     for link in links:

@@ -32,8 +32,8 @@ TOLERANCE = 1e-4
 class Parity:
     """The result of a comparison of logits.
 
-    ``max_difference`` is the largest absolute difference; ``logits_std`` is the standard deviation of
-    the logits, to judge it by.
+    ``max_difference`` is the largest absolute difference; ``logits_std`` is the standard deviation
+    of the logits, to judge it by.
     """
 
     windows: int
@@ -45,7 +45,7 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     """Up to ``count`` full windows [W, S] int64, spread evenly over the stream.
 
     Raises:
-        DataError: when the stream is shorter than one window.
+        DataError: if the stream is shorter than one window.
     """
     full = stream.num_tokens // sequence_length
     if full == 0:
@@ -63,7 +63,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """The exported model in fp32 on the CPU.
 
     Raises:
-        CheckpointError: when transformers cannot open it, or misses a tensor, has one too many or
+        CheckpointError: if transformers cannot open it, or misses a tensor, has one too many or
             one of another shape.
     """
     try:
@@ -74,7 +74,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tensor) -> Parity:
-    """Runs both models over each window, one at a time to save memory, and compares their logits."""
+    """Runs both models over each window, one window at a time, and compares their logits."""
     model.eval()
     largest, total, squares, numbers = torch.zeros(()), 0.0, 0.0, 0
     for window_S in tqdm(windows_WS, desc="comparing logits", unit="window"):
@@ -148,7 +148,7 @@ def free_memory() -> int:
 
 @torch.no_grad()
 def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
-    """This project's model in fp32, with weights rounded to ``dtype``; balancing biases stay exact."""
+    """This project's model in fp32, with weights rounded to ``dtype``."""
     # The attention kernel does not change the function, and the one of the training may need a
     # package or a device that is missing here.
     built = DecoderLM(

@@ -34,7 +34,7 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
-        ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something
+        ConfigError: if ``output`` is not empty and ``overwrite`` is false, or holds something
             else than an earlier export.
     """
     output = output.resolve()
@@ -62,7 +62,7 @@ def read_json_object(path: Path) -> JsonObject:
     """The object in a JSON file that anybody may have written.
 
     Raises:
-        CheckpointError: when there is none, or it is nested so deeply that Python cannot walk it.
+        CheckpointError: if there is none, or it is nested so deeply that Python cannot walk it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def write_weights(
             memory.
 
     Raises:
-        StorageError: when a file cannot be written.
+        StorageError: if a file cannot be written.
     """
     shards = _shards(forms, shard_bytes)
     names = (
@@ -172,7 +172,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: ``model.safetensors``, or the shards that the index names.
 
     Raises:
-        CheckpointError: when there are none, or both, or the index is damaged.
+        CheckpointError: if there are none, or both, or the index is damaged.
     """
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
@@ -220,7 +220,7 @@ def open_exported_weights(folder: Path) -> TensorReader:
     """The tensors of any Hugging Face folder, to be read one by one.
 
     Raises:
-        CheckpointError: when a file is missing or damaged.
+        CheckpointError: if a file is missing or damaged.
     """
     return TensorReader(weight_files(folder))
 

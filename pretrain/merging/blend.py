@@ -23,7 +23,7 @@ def weighted_rates(weights: Sequence[float]) -> list[float]:
     """Rates for given weights, divided by their sum (model soups, Wortsman et al. 2022).
 
     Raises:
-        ConfigError: for a negative weight, or where all are zero.
+        ConfigError: for a negative weight, or if all are zero.
     """
     if any(weight < 0 for weight in weights) or not sum(weights) > 0:
         raise ConfigError(
@@ -46,7 +46,7 @@ def decay_rates(count: int, decay: float) -> list[float]:
 
 
 def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
-    """Raises :class:`CheckpointError` unless all checkpoints have the same tensors in the same shapes."""
+    """Raises :class:`CheckpointError` unless all checkpoints have the same tensors and shapes."""
     first = stores[0]
     for other in stores[1:]:
         for name in sorted(first.keys() | other.keys()):

@@ -36,7 +36,7 @@ Clusters = list[list[int]]
 
 
 def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """The ``keep`` most used experts, each alone, in their order; the same number of every group."""
+    """The ``keep`` most used experts, each alone, in order; the same number of every group."""
     return _in_groups(
         moe,
         keep,
@@ -47,7 +47,7 @@ def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
 
 
 def folded(similarity_EE: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """Joins the most alike experts until ``keep`` clusters are left; the same number of every group."""
+    """Joins the most alike experts until ``keep`` clusters are left, evenly over groups."""
     return _in_groups(
         moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count)
     )

@@ -33,8 +33,8 @@ class Scoring:
         """Nats per token.
 
         Raises:
-            DataError: where the data are missing, or do not belong to the checkpoint.
-            CheckpointError: where the checkpoint is damaged.
+            DataError: if the data are missing, or do not belong to the checkpoint.
+            CheckpointError: if the checkpoint is damaged.
         """
         return score_checkpoint(
             checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()
@@ -52,7 +52,7 @@ def checked_folder(output: Path) -> Iterator[Path]:
     """A folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
-        ConfigError: where ``output`` holds something.
+        ConfigError: if ``output`` holds something.
     """
     output = output.resolve()
     check_empty(output)

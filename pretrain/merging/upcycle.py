@@ -7,9 +7,9 @@ experts of a virtual group have the same router row: a token chooses whole group
 shard once.
 
 If the weights w of a token's experts add up to s, and they have each shard equally often, then
-sum w_i f_i(x) is s / g times the output of the dense feed-forward, except for its output bias, which
-comes s times. So the last matrix is multiplied by g / s and that bias by 1 / s. This needs the same
-s for every token: :func:`weight_sum` checks it.
+sum w_i f_i(x) is s / g times the output of the dense feed-forward, except for its output bias,
+which comes s times. So the last matrix is multiplied by g / s and that bias by 1 / s. This needs
+the same s for every token: :func:`weight_sum` checks it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
     """The sum of the weights of a token's experts, which must be the same for every token.
 
     Raises:
-        ConfigError: if it depends on the token, or if the chosen shards are not computed equally often.
+        ConfigError: if it depends on the token, or if the chosen shards are not computed equally
+            often.
     """
     router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
     if moe.drops_tokens:

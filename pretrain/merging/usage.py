@@ -41,8 +41,8 @@ def measure(
         D], from all windows, or nothing.
 
     Raises:
-        ConfigError: where no layer has a router.
-        DataError: where the data are missing or do not belong to the checkpoint.
+        ConfigError: if no layer has a router.
+        DataError: if the data are missing or do not belong to the checkpoint.
     """
     datasets = load_matching_corpora(scoring.data, checkpoint)
     model, recipe = load_model(checkpoint, scoring.device)

@@ -1,7 +1,6 @@
-"""Tokens from a model with its cache, one a step, of one text or of several at once: the same for
-our models and for Hugging Face's.
+"""Generates tokens with a cache, one a step, for one text or for several at once.
 
-Texts of one batch stand right-aligned. What fills a shorter prompt at its left is masked like
+Texts of one batch are right-aligned. The padding to the left of a shorter prompt is masked like
 another document, and does not count in positions.
 """
 
@@ -29,7 +28,7 @@ ONE_TEXT = (0,)
 
 
 def right_aligned(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    """Prompts as int64 [B, S], and how many zeros stand before each."""
+    """Prompts as int64 [B, S], padded with zeros at the left, and the padding of each."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     return (
@@ -47,15 +46,14 @@ def generate(
     eod_id: int,
     steps: Iterable[int],
 ) -> list[int]:
-    """Continues ``prompt_ids`` by one token a step, until a document ends; returns the new tokens,
-    the end-of-document token included.
+    """Continues a prompt until a document ends; returns the new tokens, the last one included.
 
     Args:
         next_logits: a model with its cache.
         steps: one item a token; ``range(max_new_tokens)``.
 
     Raises:
-        ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document
+        ConfigError: if the prompt is empty; a text from nothing starts with the end-of-document
             token.
     """
     return take_until_end(
@@ -66,9 +64,9 @@ def generate(
 def continue_prompts(
     next_logits: NextLogits, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Iterator[list[int]]:
-    """The next token of each text, without end.
+    """Yields the next token of each text, without end.
 
-    Text i draws with seed + i: what it becomes does not depend on the texts beside it.
+    Text i draws with seed + i, so that it does not depend on the other texts of its batch.
 
     Raises:
         ConfigError: for an empty prompt.
@@ -120,10 +118,9 @@ class _Alignment:
         self.padded, self.length = any(padding), 0
 
     def extend(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """For ``count`` more tokens: their positions [B, count], and 1 for each token so far [B,
-        length] but 0 for padding.
+        """Positions [B, count] of ``count`` more tokens, and the mask [B, length] of all so far.
 
-        None without any.
+        The mask is 0 for padding. Both are None if there is no padding.
         """
         first, self.length = self.length, self.length + count
         if not self.padded:
@@ -142,7 +139,7 @@ def native_next_logits(
     ``padding`` of each text's first call.
 
     Raises:
-        ConfigError: when they are more than the model's longest sequence.
+        ConfigError: if they are more than the model's longest sequence.
     """
     check_length(max_tokens, model.config.max_position_embeddings)
     cache = model.new_cache(len(padding), max_tokens, device, next(model.parameters()).dtype)
@@ -185,9 +182,7 @@ def transformers_next_logits(
 
 
 def check_length(max_tokens: int, longest: int) -> None:
-    """Raises :class:`ConfigError` where a text would be longer than the longest sequence of the
-    model.
-    """
+    """Raises :class:`ConfigError` if a text would be longer than the model's longest sequence."""
     if max_tokens > longest:
         raise ConfigError(
             f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions:"

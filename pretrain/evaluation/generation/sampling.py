@@ -1,7 +1,6 @@
-"""How the next token is drawn: small pure functions on logits, each over the last dimension, and
-their order.
+"""Sampling of the next token, as pure functions on logits over the last dimension.
 
-What is taken out has the logit -inf. The order is that of transformers' ``generate``: repetition
+Excluded tokens get the logit -inf. The order is that of transformers' ``generate``: repetition
 penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -26,10 +25,10 @@ class Sampling:
         top_p: keeps the fewest tokens that hold this probability together (Holtzman et al. 2020).
         min_p: keeps tokens with at least this share of the likeliest one's probability (Nguyen et
             al. 2024).
-        repetition_penalty: of tokens that stand in the prompt or the text already (Keskar et al.
-            2019); 1 is none.
+        repetition_penalty: of tokens that the prompt or the text already has (Keskar et al. 2019);
+            1 is none.
         greedy: always the likeliest token; only the repetition penalty still counts.
-        seed: of the first text; each further one has the next number.
+        seed: of the first text; each further one has the next seed.
     """
 
     temperature: float = 1.0
@@ -59,8 +58,9 @@ class Sampling:
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Logits of the tokens where ``seen_V`` (bool) is true: divided by the penalty above 0,
-    multiplied with it below (Keskar et al. 2019).
+    """Logits with a penalty on the tokens in ``seen_V`` (bool) (Keskar et al. 2019).
+
+    Positive ones are divided by it, negative ones multiplied: both become less likely.
     """
     return torch.where(
         seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V
@@ -132,8 +132,7 @@ def draw_all(
     seen_BV: Tensor | None,
     generators: Sequence[torch.Generator],
 ) -> list[int]:
-    """The next token of each of B texts, each with its own generator; greedy ones are read off and
-    draw nothing.
+    """The next token of each of B texts, which draws from its own generator, or nothing if greedy.
 
     Args:
         seen_BV: as in :func:`sampling_probabilities`.

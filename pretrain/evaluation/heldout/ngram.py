@@ -4,13 +4,13 @@ Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modelin
 interpolated Kneser-Ney with one discount an order. Of order n with the context c of n - 1 tokens,
 and c' without its oldest token,
 
-    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)  +  D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w |
-    c')
+    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)
+                 + D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w | c')
 
 N is a count at the highest order. Below it is the number of distinct tokens that were seen before
 (c, w). Each discount D is n1 / (n1 + 2 n2), where n1 and n2 are how many of the order's counts are
-one and two. p_0 is uniform, so that every token has a probability above zero. A context that was
-never seen has nothing of its own to say: then p_n is p_{n-1}.
+one and two. p_0 is uniform, so that every token has a probability above zero. For a context that
+was never seen, p_n is p_{n-1}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.core.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# Contexts [P, n - 1], the nearest token first and -1 where there is none, and targets [P].
+# Contexts [P, n - 1], the nearest token first and -1 for a missing one, and targets [P].
 Pairs = tuple[Ints, Ints]
 
 # The estimate n1 / (n1 + 2 n2) is zero where no count is one, and would leave nothing for what was
@@ -64,12 +64,11 @@ class NGram:
 
     @property
     def order(self) -> int:
+        """n, the tokens of an n-gram."""
         return len(self.levels)
 
     def probabilities(self, contexts: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
-        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]; what broadcasts
-        to these shapes is broadcast.
-        """
+        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]."""
         targets_P = np.asarray(targets, dtype=np.int64)
         contexts_Pn = np.asarray(contexts, dtype=np.int64)
         size = np.broadcast_shapes(contexts_Pn.shape[:-1], targets_P.shape)
@@ -107,7 +106,7 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
     Memory grows with distinct n-grams.
 
     Raises:
-        DataError: when the chunks hold no pair at all.
+        DataError: if the chunks hold no pair at all.
     """
     rows, counts = np.empty((0, order), np.int64), np.empty(0, np.int64)
     for contexts, targets in chunks:
@@ -185,8 +184,10 @@ def _packed(columns: Ints, vocab_size: int) -> Ints:
 
 
 def batch_pairs(batch: Batch, order: int) -> Pairs:
-    """Every target of a batch (a label of -100 is none) and up to n - 1 tokens before it, of the
-    same sample and the same document.
+    """Pairs of contexts and targets in a batch.
+
+    A target is every label but -100; its context has up to n - 1 tokens before it, of the same
+    document.
     """
     inputs_BS, labels_BS = batch.input_ids_BS.numpy(), batch.labels_BS.numpy()
     documents_BS = None if batch.document_ids_BS is None else batch.document_ids_BS.numpy()
@@ -215,9 +216,7 @@ def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]
 
 
 def ngram_nll(ngram: NGram, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Summed nats and number of the targets in ``batches``: the same ones that a model is scored
-    on.
-    """
+    """The summed nats and the number of the targets in ``batches``."""
     nats, count = 0.0, 0
     for batch in batches:
         contexts, targets = batch_pairs(batch, ngram.order)

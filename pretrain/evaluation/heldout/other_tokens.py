@@ -22,8 +22,7 @@ AROUND_TEXT = ("post_processor", "truncation", "padding")
 def in_tokens_of(
     model: TransformersGenerator, text: HeldoutText, window: int, max_windows: int | None
 ) -> HeldoutText:
-    """The text as ``model`` reads it, each document ended by its end-of-document token, and begun
-    by the one its tokenizer puts before a text.
+    """The text in the tokens of ``model``, each document with its own start and end tokens.
 
     With the tokenizer of the data it is ``text`` itself. With another one, ``max_windows`` are
     taken out of the split before they are encoded, from places spread evenly over it; without that
@@ -119,10 +118,9 @@ class _SectionEncoder:
         self.text, self.model, self.decode = text, model, document_decoder(text.datasets)
 
     def section(self, place: int, wanted: int, room: int) -> list[tuple[int, np.ndarray]] | None:
-        """``wanted`` tokens of the model from token ``place`` of the data on, with the document
-        that each part of them is of.
+        """``wanted`` tokens of the model, from a ``place`` of the data, and each part's document.
 
-        None if ``room`` tokens of the data are not enough.
+        None if ``room`` tokens of the data are too few for that.
         """
         taken = min(wanted + MARGIN, room)
         while True:
@@ -140,9 +138,7 @@ class _SectionEncoder:
         return cut
 
     def _encoded(self, place: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """The parts of documents that ``count`` tokens of the data from ``place`` on belong to;
-        what ends in them has its end.
-        """
+        """The parts of documents in ``count`` tokens of the data; complete ones have an end."""
         stream, starts_D = self.text.stream, self.text.starts_D
         first = int(np.searchsorted(starts_D, place, side="right")) - 1
         last = int(np.searchsorted(starts_D, place + count, side="left"))

@@ -1,6 +1,4 @@
-"""A held-out split as a model reads it: sliding windows of its tokens, and the document that each
-target belongs to.
-"""
+"""A held-out split as a model reads it: sliding windows, and the document of each target."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ LENGTH_EDGES = (128, 512, 2048, 8192)
 
 
 class SlidingWindows(Windows):
-    """Windows of S inputs, ``stride`` tokens apart: each scores the targets that no window before
-    it has scored.
+    """Windows of S inputs, ``stride`` tokens apart; each scores only targets of no earlier one.
 
     So every target but those of the first window has at least S - stride tokens of context. With
     ``stride`` = S they are plain windows.
@@ -35,7 +32,7 @@ class SlidingWindows(Windows):
             with a window at the beginning of each.
 
     Raises:
-        ConfigError: where the stride is not from 1 to S: targets would be left out.
+        ConfigError: if the stride is not from 1 to S, because targets would be left out.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class SlidingWindows(Windows):
 
 
 class TokensInMemory(TokenStream):
-    """Tokens of documents that stand in memory, as a stream."""
+    """A stream over the tokens of documents in memory."""
 
     def __init__(self, documents: Sequence[np.ndarray], vocab_size: int) -> None:
         super().__init__([], vocab_size)
@@ -97,14 +94,13 @@ class HeldoutText:
     """A split's tokens and its D documents.
 
     Attributes:
-        starts_D: where each document's tokens begin, int64.
-        sources: names; ``source_D`` are their numbers.
-        utf8_bytes: of all texts, as the data's manifest says.
+        starts_D: the first token of each document, int64.
+        sources: names; ``source_D`` has an index into them for each document.
+        utf8_bytes: of all texts, from the data's manifest.
         texts: reads the documents' texts, in order.
         corpora: the data folders whose tokens these are; None for tokens of another model.
         section: see :class:`SlidingWindows`; None for the whole text.
-        whole_lengths_D: tokens of each document in the data folders, where ``stream`` has only
-            parts of them.
+        whole_lengths_D: tokens of each whole document, if ``stream`` has only parts of them.
     """
 
     stream: TokenStream
@@ -132,7 +128,7 @@ def read_split(datasets: Datasets, split: SplitName) -> HeldoutText:
     """A split of the data folders.
 
     Raises:
-        DataError: where no folder has it.
+        DataError: if no folder has it.
     """
     stream = datasets.stream(split)
     labels = [
@@ -171,9 +167,7 @@ def _decoded(stream: TokenStream, starts_D: np.ndarray, datasets: Datasets) -> I
 
 
 def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
-    """Makes text of a document's tokens, or of a part of them, without the tokens around a
-    document.
-    """
+    """Decodes a document's tokens, or a part of them, without the tokens around a document."""
     library = tokenizers.Tokenizer.from_file(str(datasets.tokenizer_path))
     policy = datasets.tokenizer
 
@@ -188,9 +182,7 @@ def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
 
 
 class Groups:
-    """Sums by source and by length over the targets of a text; a target belongs to the document
-    that it stands in.
-    """
+    """Sums over targets, by source and by length of the document that a target is in."""
 
     def __init__(self, text: HeldoutText) -> None:
         self.text, self._lengths_D = text, text.lengths_D()

@@ -1,1 +1,1 @@
-"""Architectures of transformers, one a file: which recipes they support, tensor names, config fields."""
+"""Architectures of transformers, one a file: supported recipes, tensor names, config fields."""

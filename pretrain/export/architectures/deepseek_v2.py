@@ -47,7 +47,8 @@ LATENT_NORM_EPS = 1e-6
 class LatentDecoder(LlamaLike):
     """A decoder with latent attention.
 
-    The rotary rows of queries and keys are in adjacent pairs, as all readers of DeepSeek's files expect.
+    The rotary rows of queries and keys are in adjacent pairs, as all readers of DeepSeek's files
+    expect.
     """
 
     def further_reasons(self, model: ModelConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""The architecture ``deepseek_v3``: latent attention, sigmoid routing with groups, balancing by bias."""
+"""The architecture ``deepseek_v3``: latent attention, sigmoid routing, balancing by bias."""
 
 from __future__ import annotations
 

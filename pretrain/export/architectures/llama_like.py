@@ -1,4 +1,4 @@
-"""What most architectures of transformers share: Llama's tensor names and fields of ``config.json``."""
+"""What most architectures of transformers share: Llama's tensor names and config fields."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class LlamaLike(ExportTarget):
     expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """The reasons why this architecture cannot compute ``model``, a clause each; empty if it can."""
+        """The reasons why this architecture cannot compute ``model``; empty if it can."""
         reasons = reasons_against(model, self.takes, self.name)
         count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
         if self.moe_layers == "none" and count:
@@ -201,9 +201,9 @@ class LlamaLike(ExportTarget):
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         """A recipe's model section, from all fields of transformers' config with its defaults.
 
-        ``config[name]`` refuses a null, ``config.get(name)`` returns it, for fields in which it means
-        something. What a recipe cannot express is found afterwards, by comparing :meth:`config` of the
-        result with ``config``.
+        ``config[name]`` refuses a null, ``config.get(name)`` returns it, for fields in which it
+        means something. What a recipe cannot express is found afterwards, by comparing
+        :meth:`config` of the result with ``config``.
         """
         heads = config["num_attention_heads"]
         return {
@@ -255,7 +255,7 @@ def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> li
 
 
 def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
-    """Empty matrices of shared experts: transformers' class misses them in files if they are left out."""
+    """Empty matrices of shared experts, as transformers' class misses them in files otherwise."""
     shapes = {
         "gate_proj": (0, model.hidden_size),
         "up_proj": (0, model.hidden_size),
@@ -306,9 +306,9 @@ def router_aux_loss_coef(model: ModelConfig) -> float:
     """transformers' coefficient of the load-balancing loss, for this project's ``aux_loss_weight``.
 
     Here the loss is the sum over L layers of E/k sum_e f_e p_e, which is 1 a layer when balanced.
-    transformers' ``load_balancing_loss_func`` is E sum_e f_e p_e with f and p over the tokens of all
-    layers together, which is k when balanced. With one layer both are equal after this conversion;
-    with several they are if the experts of one index have the same share in all layers.
+    transformers' ``load_balancing_loss_func`` is E sum_e f_e p_e with f and p over the tokens of
+    all layers together, which is k when balanced. With one layer both are equal after this
+    conversion; with several they are if the experts of one index have the same share in all layers.
     """
     moe = routed(model)
     return rounded(moe.aux_loss_weight * len(model.moe_layers) / moe.top_k)
@@ -322,12 +322,12 @@ def aux_loss_weight(config: Mapping[str, Any], moe_layers: int) -> float:
 
 
 def rounded(weight: float) -> float:
-    """The weight with twelve digits, so that converting it there and back returns the same value."""
+    """The weight with twelve digits, so that there and back again is the same value."""
     return float(f"{weight:.12g}")
 
 
 def dense_layers(config: Mapping[str, Any]) -> list[int]:
-    """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs."""
+    """Layers without experts, by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen."""
     if (step := config["decoder_sparse_step"]) < 1:
         raise ConfigError(
             f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that:"

@@ -1,4 +1,4 @@
-"""The architecture ``olmoe``: experts in every layer, queries and keys normalised over all heads."""
+"""The architecture ``olmoe``: experts in every layer, QK-norm over all heads together."""
 
 from __future__ import annotations
 

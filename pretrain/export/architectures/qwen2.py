@@ -1,4 +1,4 @@
-"""The architecture ``qwen2``: dense, with biases of queries, keys and values, windows in any layers."""
+"""The architecture ``qwen2``: dense, with biases of queries, keys and values."""
 
 from __future__ import annotations
 

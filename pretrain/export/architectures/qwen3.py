@@ -1,4 +1,4 @@
-"""The architecture ``qwen3``: dense, with norms of each head's queries and keys, windows in any layers."""
+"""The architecture ``qwen3``: dense, with norms of each head's queries and keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architecture ``qwen3_moe``: softmax routing, QK-norm, no shared experts, dense layers anywhere."""
+"""The architecture ``qwen3_moe``: softmax routing, QK-norm, no shared experts."""
 
 from __future__ import annotations
 

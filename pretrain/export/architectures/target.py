@@ -33,11 +33,11 @@ class ExportTarget:
 
     @abstractmethod
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Return the reasons why the target cannot compute ``model``, a clause each; empty if it can."""
+        """Return the reasons why the target cannot compute ``model``; empty if it can."""
 
     @abstractmethod
     def links(self, model: ModelConfig) -> Links:
-        """Return a link for each tensor of the export; only called if there are no reasons against it."""
+        """Return a link for each tensor of the export; only called if the target can."""
 
     @abstractmethod
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:

@@ -45,8 +45,8 @@ class Places(NamedTuple):
         rotations: cos and sin for each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None for
             other kinds of positions.
         scale: a factor of all scores, besides 1 / sqrt(H).
-        biases: for each window size of the model's layers, what is added to scores: -inf for keys that
-            a query may not see; fp32 [B, 1 or N, S, U].
+        biases: for each window size of the model's layers, what is added to scores: -inf for keys
+            that a query may not see; fp32 [B, 1 or N, S, U].
     """
 
     rotations: tuple[Tensor, Tensor] | None
@@ -90,7 +90,8 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """The slopes of ALiBi, fp32 [N]: 2^(-8/N), 2^(-16/N) ... 2^-8.
 
-    If N is no power of two: those of the next lower power, then every second of the next higher one.
+    If N is no power of two, those of the next lower power, then every second of the next higher
+    one.
     """
     lower = 2 ** math.floor(math.log2(num_heads))
     exponents = [8 * (head + 1) / lower for head in range(lower)] + [
@@ -123,9 +124,9 @@ def rotary_angles(
 def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Tensor, float, float]:
     """NTK by parts (Peng et al. 2023).
 
-    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency, one
-    that rotates less than ``beta_slow`` times has it divided by ``factor``; between them the divided
-    share rises linearly.
+    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency,
+    one that rotates less than ``beta_slow`` times has it divided by ``factor``; between them the
+    divided share rises linearly.
 
     Returns:
         The new frequencies, a factor of rotated queries and keys, and one of all scores.
@@ -275,7 +276,8 @@ class MultiHeadLatentAttention(nn.Module):
     """Keys and values of all heads come from one latent vector a token (DeepSeek-V2, section 2.1).
 
     Besides it, all heads share one rotated key (arXiv 2405.04434). The cache has the latent in the
-    place of keys, and the rotated key in that of values. C is the latent's size, R the rotated key's.
+    place of keys, and the rotated key in that of values. C is the latent's size, R the rotated
+    key's.
     """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
@@ -310,7 +312,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = head**-0.5
 
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
-        """[B, S, D] -> [B, S, D]; adds new latents and rotated keys to transformers' ``cache``, if any."""
+        """[B, S, D] -> [B, S, D]; adds latents and rotated keys to the ``cache``, if any."""
         form = self.form
         q_BSX = (
             self.q_proj(x_BSD)

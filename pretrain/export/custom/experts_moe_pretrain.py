@@ -165,7 +165,7 @@ class Router(nn.Module):
     def _in_best_groups(
         scores_TE: Tensor, num_groups: int, top_k_groups: int, score: str
     ) -> Tensor:
-        """Scores with -inf for experts outside of a token's best groups (DeepSeek-V2, section 2.1.3)."""
+        """Scores, -inf for experts outside of the best groups (DeepSeek-V2, section 2.1.3)."""
         scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
         group_scores_TG = (
             scores_TGe.amax(dim=-1)
@@ -179,7 +179,7 @@ class Router(nn.Module):
 
 
 class LimitedRouter(Router):
-    """A router whose experts take at most ``capacity`` tokens of a batch; later tokens are dropped."""
+    """A router whose experts take at most ``capacity`` tokens; later tokens are dropped."""
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__(config)
@@ -208,9 +208,9 @@ class LimitedRouter(Router):
 class DeepSpeedRouter(LimitedRouter):
     """DeepSpeed 0.19's own gate in evaluation.
 
-    Which tokens a full expert drops depends on K. K = 1 keeps the tokens that torch.topk finds first;
-    K = 2 serves all first choices before all second ones; a larger K keeps the most probable. For K > 1
-    the weights of the kept choices are renormalised.
+    Which tokens a full expert drops depends on K. K = 1 keeps the tokens that torch.topk finds
+    first; K = 2 serves all first choices before all second ones; a larger K keeps the most
+    probable. For K > 1 the weights of the kept choices are renormalised.
     """
 
     def capacity(self, T: int) -> int:
@@ -323,8 +323,8 @@ class DroplessMoE(nn.Module):
 class DeepSpeedMoE(DroplessMoE):
     """DeepSpeed's layer: experts with a capacity, and a residual expert (PR-MoE).
 
-    Rajbhandari et al. 2022. The capacity is for all tokens of a batch, so that with ``drop_tokens`` a
-    token's output depends on its neighbours: one by one with a cache, fewer tokens are dropped.
+    Rajbhandari et al. 2022. The capacity is for all tokens of a batch, so that with ``drop_tokens``
+    a token's output depends on its neighbours: one by one with a cache, fewer tokens are dropped.
     """
 
     def __init__(self, config: MoePretrainConfig) -> None:

@@ -38,8 +38,8 @@ class RunningNorm(nn.Module):
 class ProductKeys(nn.Module):
     """Chooses the experts of each head by product keys.
 
-    Expert i * J + j has the score of sub-key i with the query's first part plus that of sub-key j with
-    its second part, so that the best K of I * J experts are found among I + J scores.
+    Expert i * J + j has the score of sub-key i with the query's first part plus that of sub-key j
+    with its second part, so that the best K of I * J experts are found among I + J scores.
     """
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
@@ -58,7 +58,7 @@ class ProductKeys(nn.Module):
         self.keys = nn.ParameterList(torch.empty(size, part) for size in form.product_key_sizes)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> weights, fp32, which sum to 1 a head, and indices of experts; both [T, h, K]."""
+        """[T, D] -> weights, fp32, which sum to 1 a head, and expert indices; both [T, h, K]."""
         query_ThP = self.norm(self.query(x_TD).unflatten(1, (self.num_heads, -1))).float()
         best_ThK, experts_ThK = (
             query_ThP.new_zeros(*query_ThP.shape[:2], 1),

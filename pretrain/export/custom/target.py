@@ -1,4 +1,4 @@
-"""The target ``custom``: a model class next to the weights, for all recipes without an architecture."""
+"""The target ``custom``: a model class next to the weights, for recipes without an architecture."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Custom(ExportTarget):
     order = 1000  # behind everything that opens without trust_remote_code
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""
+        """The reasons why the class cannot compute ``model``, a clause each; empty if it can."""
         reasons = _unknown(model, "model")
         return reasons + ([] if model.moe is None else model.moe.random_at_inference)
 
@@ -194,7 +194,7 @@ class Custom(ExportTarget):
 
 
 def _links_of(theirs: str, ours: list[str], model: ModelConfig) -> list[Link]:
-    """The links of one tensor: from one of ours, from one for each expert, or from parts in a row."""
+    """Links of one tensor: to one of ours, to one for each expert, or to parts in a row."""
     place = _place_in_expert(ours[0], model)
     if place is not None and EXPERT_NUMBER in place.tensor:
         return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
