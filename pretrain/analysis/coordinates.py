@@ -84,6 +84,7 @@ class PlainTraining:
         self.optimizer = build_optimizer(
             parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
         )
+        # Dropout and router noise draw from the global stream.
         torch.manual_seed(recipe.seed)
 
     def step(self, micro_batches: Sequence[Batch], factor: float = 1.0) -> float:
@@ -92,6 +93,7 @@ class PlainTraining:
         Returns the cross-entropy before the step, in nats a token.
         """
         for group in self.optimizer.param_groups:
+            # Set in each step: there is no schedule, and muP scales each group by its width.
             group["lr"] = self.peaks[group["role"]] * learning_rate_scale(group) * factor
         self.model.train()
         self.optimizer.zero_grad()
@@ -109,6 +111,7 @@ class PlainTraining:
             (output.loss / len(micro_batches)).backward()
             total += float(output.nll) / tokens / len(micro_batches)
         if self.recipe.train.grad_clip > 0:
+            # Over all parameters, as the engine clips.
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
         self.optimizer.step()
         return total
@@ -143,6 +146,7 @@ class Coordinates:
 def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coordinates:
     """Trains a model for a few steps, measuring it on one micro batch before and after each."""
     training = PlainTraining(recipe)
+    # Always the same text, so that a change comes from the weights alone.
     probe = batches(0)[0]
     first = activations(training.model, probe)
     steps = [{name: _measured(name, tensors, tensors) for name, tensors in first.items()}]
@@ -158,6 +162,7 @@ def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coo
 
 def _measured(name: str, tensors: list[torch.Tensor], first: list[torch.Tensor]) -> Measured:
     size = _root_mean_square(tensors)
+    # Rows are sorted by expert, and routing changes: the difference of two steps would mix tokens.
     if name == "experts":
         return Measured(size, None)
     return Measured(
@@ -167,6 +172,7 @@ def _measured(name: str, tensors: list[torch.Tensor], first: list[torch.Tensor])
 
 
 def _root_mean_square(tensors: list[torch.Tensor]) -> float:
+    # fp64: the sum over millions of squares would lose digits in fp32.
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
     return math.sqrt(squares / sum(tensor.numel() for tensor in tensors))
 

@@ -135,6 +135,7 @@ def _links(tensors: PickledTensors) -> Links:
         experts.setdefault(match["stem"], []).append(int(match["expert"]))
         links.append(Link(name, match["stem"], their_expert=int(match["expert"])))
     for stem, found in experts.items():
+        # A gap is a lost file: DeepSpeed numbers the experts of a layer from 0 over all ranks.
         if sorted(found) != list(range(len(found))):
             raise CheckpointError(
                 f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is"
@@ -158,6 +159,7 @@ def _tag_folder(source: Path) -> Path:
 
 def _model_file(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
+    # ZeRO 3 writes a part of each weight per rank, under these names.
     if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
         raise ConfigError(
             f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's"

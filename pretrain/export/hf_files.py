@@ -118,6 +118,7 @@ def _check_code_files(folder: Path, own: bool) -> None:
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
     for place, folders, files in os.walk(folder):
         for name in folders:
+            # os.walk does not follow links, but an import does.
             if (Path(place) / name).is_symlink():
                 raise CheckpointError(
                     f"{Path(place) / name} is a link to another folder, which may hold code: put a"
@@ -142,6 +143,7 @@ def _check_code_files(folder: Path, own: bool) -> None:
 
 def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises :class:`CheckpointError` for a config that makes transformers fetch code."""
+    # auto_map may also name a repository on the hub ("owner/name--module.Class").
     expected = AUTO_MAP if config["model_type"] == OWN_TYPE else {}
     named = config.get("auto_map")
     if named and named != expected:
@@ -162,6 +164,7 @@ def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
                     f"{path} has an auto_map, and code of a folder is never run: remove it, or take"
                     " another folder"
                 )
+            # attn_implementation = "owner/kernel" makes transformers download and import it.
             if field.endswith("_implementation") and any("/" in text for text in _texts(value)):
                 raise CheckpointError(
                     f"{path} names a kernel from the hub as {field}, which is code: remove the"
@@ -185,6 +188,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
+                # get_slice reads the header only: no tensor comes into memory.
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 found = {name: tuple(part.get_shape()) for name, part in parts.items()}
                 packed = {
@@ -206,6 +210,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32"
                 " first"
             )
+        # Which of two copies transformers loads depends on the order of the files.
         if twice := sorted(found.keys() & shapes.keys()):
             raise CheckpointError(
                 f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not"
@@ -236,6 +241,7 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
         config: what :func:`read_config` gave. The view has it without the names of classes.
         weights: with the weights; otherwise only config and tokenizer.
     """
+    # The config is written, not linked: what was checked is what transformers reads.
     with tempfile.TemporaryDirectory(prefix="hf-folder-") as name:
         view = Path(name)
         (view / CONFIG).write_text(

@@ -64,6 +64,7 @@ def write_hf_folder(
     links = target.links(model)
     linked = {link.ours for link in links if isinstance(link, Link)}
     left_out = tuple(name for name in ours.names if is_left_out(name) and name not in linked)
+    # Before the first byte is written: a tensor without a link would be missing in the export.
     check_names(links, ours, left_out)
     forms = their_forms(links, ours, dtype)
     write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
@@ -90,6 +91,7 @@ def _write_configs(
     eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
     if ids is not None:
+        # A chat model may end a text with several tokens; our tokenizer knows a single one.
         config = {name: value for name, value in config.items() if name not in ID_FIELDS} | ids
     write_json_file(folder / "config.json", config)
     generation = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
@@ -101,6 +103,7 @@ def _write_configs(
         "eos_token": eod_token,
         "bos_token": eod_token,
         "model_max_length": max_tokens,
+        # Otherwise decoding removes spaces before punctuation, and does not return the text.
         "clean_up_tokenization_spaces": False,
     }
     write_json_file(folder / TOKENIZER_CONFIG, tokens)

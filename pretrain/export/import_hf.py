@@ -62,6 +62,7 @@ def import_hf(
     """
     target, config = architecture_of(source)
     recipe = recipe_of(source, output, target, config)
+    # Names and shapes first: reading the weights may take long.
     check_stored(source)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
@@ -76,6 +77,7 @@ def import_hf(
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             shape = (WINDOWS, min(WINDOW_TOKENS, recipe.model.max_position_embeddings))
+            # A fixed seed: the same folder always gives the same result.
             windows_WS = torch.randint(
                 config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
             )

@@ -88,6 +88,7 @@ def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tens
         # torch.maximum keeps a NaN, Python's max may lose it.
         largest = torch.maximum(largest, (ours_SV - theirs_SV).abs().max())
         total += float(ours_SV.double().sum())
+        # fp64: the variance is a difference of two large sums.
         squares += float(ours_SV.double().square().sum())
         numbers += ours_SV.numel()
     mean = total / numbers

@@ -55,6 +55,7 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON with an indent of two, as Hugging Face does."""
+    # Not synced here: the whole folder is, before it gets its name.
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -138,6 +139,7 @@ def write_weights(
             for tensor_name, tensor in tensors:
                 path = folder / places[tensor_name]
                 if file is None or file.path != path:
+                    # Closes the shard before: tensors come in the order of the shards.
                     opened.close()
                     file = opened.enter_context(
                         TensorFileWriter(

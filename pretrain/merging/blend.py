@@ -30,6 +30,7 @@ def weighted_rates(weights: Sequence[float]) -> list[float]:
             f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers"
             " from 0 up, and one above 0"
         )
+    # Step i moves the mean by its weight's share of all weights so far.
     totals = [sum(weights[: index + 1]) for index in range(len(weights))]
     return [weight / total if total else 1.0 for weight, total in zip(weights, totals, strict=True)]
 
@@ -65,6 +66,7 @@ def blended(stores: Sequence[Mapping[str, Tensor]], rates: Sequence[float], name
     mean = stores[0][name].clone()
     for store, rate in zip(stores[1:], rates[1:], strict=True):
         if rate:
+            # lerp of two equal values is exact, unlike a * (1 - rate) + b * rate.
             mean.lerp_(store[name], rate)
     return mean
 

@@ -73,6 +73,7 @@ def _agglomerated(similarity_EE: Tensor, numbers: list[int], keep: int) -> Clust
             combinations(range(len(clusters)), 2),
             key=lambda pair: _linkage(similarity_EE, clusters[pair[0]], clusters[pair[1]]),
         )
+        # first < second, so that popping does not move the cluster that grows.
         clusters[first] += clusters.pop(second)
     return [sorted(cluster) for cluster in clusters]
 
@@ -112,6 +113,7 @@ def regrouped_tensors(
         ]
         yield from write_experts(merged, prefix, after).items()
         for name in router_names(prefix, moe):
+            # The router's row of an expert is merged like the expert, with the same weights.
             rows = [{name: row} for row in stored[name]]
             yield (
                 name,
@@ -128,4 +130,5 @@ def regrouped_tensors(
 
 def _rates(usage: list[float]) -> list[float]:
     """Experts that were never chosen weigh the same."""
+    # Weights of zero have no sum to divide by.
     return weighted_rates(usage if sum(usage) else [1.0] * len(usage))

@@ -173,6 +173,7 @@ def split(dense: Expert, granularity: int, share: float) -> list[Expert]:
     shards: list[Expert] = [{} for _ in range(granularity)]
     for name, tensor in dense.items():
         if name == f"{DOWN}.bias":
+            # The output bias is added once by each expert, weighted like its output.
             parts = [tensor / share] * granularity
         elif name.startswith(DOWN):
             parts = [part * (granularity / share) for part in tensor.chunk(granularity, dim=1)]

@@ -79,6 +79,7 @@ def continue_prompts(
     seen_BV: Tensor | None = None
     added_BS, _ = right_aligned(prompts)
     while True:
+        # Sampled on the CPU: generators of different devices draw different numbers.
         logits_BV = next_logits(added_BS).cpu()
         if sampling.repetition_penalty != 1.0:
             if seen_BV is None:
@@ -86,6 +87,7 @@ def continue_prompts(
                 for row, prompt in enumerate(prompts):
                     seen_BV[row, list(prompt)] = True
             else:
+                # Padding is never in added_BS here: only the first call has any.
                 seen_BV.scatter_(1, added_BS, True)
         tokens = draw_all(logits_BV, sampling, seen_BV, generators)
         yield tokens
@@ -126,6 +128,7 @@ class _Alignment:
         if not self.padded:
             return None, None
         places_1U = torch.arange(self.length, device=self.padding_B1.device)[None]
+        # Positions of padding are arbitrary, as it is masked; negative ones would not be allowed.
         return (places_1U[:, first:] - self.padding_B1).clamp_min(0), (
             places_1U >= self.padding_B1
         ).long()
@@ -142,6 +145,7 @@ def native_next_logits(
         ConfigError: if they are more than the model's longest sequence.
     """
     check_length(max_tokens, model.config.max_position_embeddings)
+    # Allocated once for the longest text, so that no step copies the cache.
     cache = model.new_cache(len(padding), max_tokens, device, next(model.parameters()).dtype)
     alignment = _Alignment(padding, device)
 
@@ -149,6 +153,7 @@ def native_next_logits(
     def next_logits(added_BS: Tensor) -> Tensor:
         positions_BS, present_BU = alignment.extend(added_BS.shape[1])
         x_BSD = model.hidden(added_BS.to(device), present_BU, cache, positions_BS)
+        # Only the last token's logits: those of a long prompt would take [B, S, V] of memory.
         return model.project(x_BSD[:, -1:])[:, 0]
 
     return next_logits

@@ -69,6 +69,7 @@ def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Ten
 
 def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
     """The ``top_k`` largest."""
+    # Exactly k tokens, even if several are equal at the border; a threshold would keep more.
     kept = logits_V.topk(min(top_k, logits_V.shape[-1]), dim=-1)
     return torch.full_like(logits_V, -torch.inf).scatter(-1, kept.indices, kept.values)
 
@@ -100,6 +101,7 @@ def sampling_probabilities(
     Args:
         seen_V: bool [..., V], the tokens that a repetition penalty is for.
     """
+    # The order matters: min-p and top-p depend on the temperature and on what top-k has left.
     scaled_V = _penalized(logits_V, sampling, seen_V)
     if sampling.greedy:
         return torch.zeros_like(scaled_V).scatter(-1, scaled_V.argmax(dim=-1, keepdim=True), 1.0)
@@ -123,6 +125,7 @@ def _penalized(logits_V: Tensor, sampling: Sampling, seen_V: Tensor | None) -> T
 
 def draw(probs_V: Tensor, generator: torch.Generator) -> int:
     """A token from a distribution [V], up to a factor."""
+    # multinomial normalises: weights need not add up to 1.
     return int(torch.multinomial(probs_V, 1, generator=generator))
 
 
@@ -138,6 +141,7 @@ def draw_all(
         seen_BV: as in :func:`sampling_probabilities`.
     """
     if sampling.greedy:
+        # The temperature and the cuts never change which token is the likeliest.
         return _penalized(logits_BV, sampling, seen_BV).argmax(dim=-1).tolist()
     probs_BV = sampling_probabilities(logits_BV, sampling, seen_BV)
     return [

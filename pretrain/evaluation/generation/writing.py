@@ -79,6 +79,7 @@ class Writer:
             ConfigError: if a prompt and its continuation are longer than the model's longest
                 sequence.
         """
+        # Checked before the first text is written, which may take long.
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         check_length(max(map(len, encoded)) + self.max_new_tokens, self.generator.max_positions)
         written: list[Continuation] = []
@@ -94,6 +95,7 @@ class Writer:
         """Texts behind encoded prompts; ``show`` gets each new piece of the first."""
         _, padding = right_aligned(prompts)
         next_logits = self.generator.start(max(map(len, prompts)) + self.max_new_tokens, padding)
+        # By the index of the text over all batches, not within this one.
         seeded = Sampling(**(vars(self.sampling) | {"seed": self.sampling.seed + first_seed}))
         return self._consume(continue_prompts(next_logits, prompts, seeded), prompts, show)
 
@@ -121,9 +123,11 @@ class Writer:
                 self.speed.prefill_seconds += time.perf_counter() - started
                 started = time.perf_counter()
             else:
+                # Texts that have ended are still computed, but their tokens are thrown away.
                 self.speed.decode_tokens += len(open_texts)
             for row in sorted(open_texts):
                 texts[row].new_tokens += 1
+                # A chat model may have several tokens that end a text.
                 if tokens[row] in self.generator.end_ids:
                     texts[row].ended = "end of document"
                     open_texts.discard(row)
@@ -138,6 +142,7 @@ class Writer:
                 break
         self.speed.decode_seconds += time.perf_counter() - started
         for row, stream in enumerate(streams):
+            # What was held back because it could have been the beginning of a stop string.
             piece = stream.finish()
             if row == 0:
                 show(piece)

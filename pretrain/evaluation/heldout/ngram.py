@@ -74,7 +74,9 @@ class NGram:
         size = np.broadcast_shapes(contexts_Pn.shape[:-1], targets_P.shape)
         targets_P = np.broadcast_to(targets_P, size)
         contexts_Pn = np.broadcast_to(contexts_Pn, (*size, self.order - 1))
+        # p_0, from which each order is interpolated upwards.
         probs_P = np.full(size, 1.0 / self.vocab_size)
+        # A node is the index of a context among those of its order; order 1 has only the empty one.
         nodes_P, known_P = np.zeros(size, np.int64), np.ones(size, bool)
         for number, level in enumerate(self.levels):
             if number:
@@ -162,11 +164,13 @@ def _unique_rows(rows: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, Ints]
 
     As many tokens as fit are compared as one number.
     """
+    # As many tokens as fit into a signed 64-bit integer.
     per_word = int(63 / np.log2(max(vocab_size, 2)))
     words = [
         _packed(rows[:, start : start + per_word], vocab_size)
         for start in range(0, rows.shape[1], per_word)
     ]
+    # Sorting packed words is several times faster than np.unique(axis=0), which compares bytes.
     sorting = np.lexsort(words) if len(words) > 1 else np.argsort(words[0], kind="stable")
     begins = np.ones(len(rows), bool)
     begins[1:] = np.logical_or.reduce([np.diff(word[sorting]) != 0 for word in words])
@@ -207,6 +211,7 @@ def batch_pairs(batch: Batch, order: int) -> Pairs:
 def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]:
     """The pairs of these samples: what training took a loss on."""
     group = max(CHUNK_PAIRS // samples.sequence_length, 1)
+    # In the order of the files, which makes reading sequential.
     ordered = np.sort(numbers)
     for first in range(0, len(ordered), group):
         yield batch_pairs(

@@ -83,6 +83,7 @@ def sampled_again(
 
     Lengths of documents are those in the data's tokens.
     """
+    # Evenly spread, without random numbers: two models are scored at the same places.
     places = np.arange(max_windows) * text.stream.num_tokens // max_windows
     room = text.stream.num_tokens // max_windows
     parts: list[np.ndarray] = []
@@ -129,7 +130,9 @@ class _SectionEncoder:
                 break
             if taken == room:
                 return None
+            # How many tokens of the data make ``wanted`` of the model is known only afterwards.
             taken = min(2 * taken, room)
+        # The margin is dropped again: its last tokens depend on where the text was cut.
         cut: list[tuple[int, np.ndarray]] = []
         for document, part in parts:
             kept = part[: wanted - sum(len(earlier) for _, earlier in cut)]

@@ -76,8 +76,12 @@ def transformers_logits(model: PreTrainedModel) -> BatchLogits:
     def logits(batch: Batch) -> Tensor:
         positions = {} if batch.document_ids_BS is None else {"position_ids": batch.position_ids_BS}
         logits_BSV: Tensor = model(
-            input_ids=batch.input_ids_BS, use_cache=False, **positions
+            # A cache would only take memory: every window is one call.
+            input_ids=batch.input_ids_BS,
+            use_cache=False,
+            **positions,
         ).logits
+        # A model in bf16 gives bf16 logits, whose log-softmax would be off in the second digit.
         return logits_BSV.float()
 
     return logits
@@ -99,6 +103,8 @@ def score_batches(
         losses_T = F.cross_entropy(
             logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=NO_LOSS, reduction="none"
         )
+        # Labels are shifted already: logits at position s are compared with labels at s. No
+        # prediction equals -100: labels that are no targets count as wrong, and have the loss 0.
         yield losses_T.double().view_as(labels_BS), logits_BSV.argmax(dim=-1) == labels_BS
 
 
@@ -109,6 +115,7 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
         DataError: if no label is a target.
         NonFiniteError: if the sum is not a finite number.
     """
+    # Dropout off; router noise and capacity as in evaluation.
     was_training = model.training
     model.eval()
     # Sums stay on the device until the end, so that no batch waits for a copy.

@@ -53,6 +53,7 @@ class SlidingWindows(Windows):
         self.stride, self.is_sample = stride, section is not None
         # Tokens from the beginning of a window to that of the next one.
         self.step = section or stride
+        # Negative floor division rounds up: the last window may be partly empty.
         self.num_all = (
             1 + max(0, -(-(self._targets - sequence_length) // self.step)) if self._targets else 0
         )
@@ -65,6 +66,7 @@ class SlidingWindows(Windows):
             raise IndexError(f"window {number} of {self.num_all}")
         sample = self.read_at(number * self.step)
         if number:
+            # The overlap with the window before: it has scored these targets already.
             sample.labels_S[: self.sequence_length - self.stride] = NO_LOSS
         return sample
 
@@ -117,6 +119,7 @@ class HeldoutText:
         """Tokens of each document."""
         if self.whole_lengths_D is not None:
             return self.whole_lengths_D
+        # Documents follow each other without gaps.
         return np.diff(self.starts_D, append=self.stream.num_tokens)
 
     def bytes_D(self) -> np.ndarray:
@@ -141,6 +144,7 @@ def read_split(datasets: Datasets, split: SplitName) -> HeldoutText:
     begins = np.array([stream.start_of(number) for number in range(len(labels))])
     # Shards without tokens begin where the next one does: the last of those that begin there holds
     # the document.
+    # side="right": a document that begins with its shard belongs to that shard.
     shard_D = np.searchsorted(begins, starts_D, side="right") - 1
     sources = list(dict.fromkeys(labels))
     source_D = np.array([sources.index(label) for label in labels])[shard_D]

@@ -62,6 +62,7 @@ def run_program(
     A program that leaves early, with whatever exit code, has not passed: its last line has to print
     a number that it cannot know.
     """
+    # A program that calls sys.exit(0) before its tests must not pass.
     mark = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
         program = Path(folder) / "program.py"
@@ -97,6 +98,7 @@ def _run(
     }
     try:
         process = subprocess.Popen(
+            # -I ignores the user's environment and site-packages, -S the installed ones.
             [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *arguments],
             cwd=program.parent,
             env=environment,
@@ -107,6 +109,7 @@ def _run(
             start_new_session=True,
         )
     finally:
+        # Otherwise reading the pipe would never end, as this process could still write.
         os.close(writing)
     try:
         code, timed_out = process.wait(timeout=timeout_seconds), False
@@ -114,6 +117,7 @@ def _run(
         code, timed_out = -signal.SIGKILL, True
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
+            # The program may have started others, which are in its group.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         isolated = os.read(reading, 1) == b"1"

@@ -90,8 +90,10 @@ def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
         return fields
     if fields.get("factor") is None and fields.get("original_max_position_embeddings"):
         fields["factor"] = max_positions / fields["original_max_position_embeddings"]
+    # "or": transformers takes 0 for a missing value here.
     fields["beta_fast"] = fields.get("beta_fast") or 32.0
     fields["beta_slow"] = fields.get("beta_slow") or 1.0
+    # Not "or": here a null means false, and only a missing value means true.
     fields["truncate"] = bool(fields.get("truncate", True))
     if not fields.get("mscale_all_dim"):
         fields["mscale"] = fields["mscale_all_dim"] = None

@@ -28,6 +28,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # In fp32 also for bf16 weights, as in training.
         normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
         return (normed * self.weight.float()).to(x.dtype)
 
@@ -76,6 +77,7 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
     U, device = real_BU.shape[1], real_BU.device
     distance_SU = torch.arange(U - S, U, device=device)[:, None] - torch.arange(U, device=device)
     seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
+    # "&" binds tighter than "|": the own token is always visible.
     seen_BSU = seen_SU & real_BU[:, None] | (distance_SU == 0)
     bias = torch.zeros(1, 1, 1, 1, device=device)
     # ALiBi (Press et al. 2022): a key d tokens back loses slope * d.
@@ -117,6 +119,7 @@ def rotary_angles(
         frequencies, growth, scale = yarn(position, frequencies, size)
     elif position.kind == "llama3":
         frequencies = llama3(position, frequencies)
+    # fp32: bf16 has too few digits for positions above 256.
     angles = position_ids_BS[:, None, :, None].float() * frequencies
     return (angles.cos() * growth, angles.sin() * growth), scale
 
@@ -185,6 +188,7 @@ def rotated(x_BNSH: Tensor, rotations: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotations is None:
         return x_BNSH
     cos, sin = rotations
+    # Halves, not neighbours: exports to DeepSeek's classes reorder the rows.
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
         x_BNSH.dtype
@@ -214,6 +218,7 @@ def attend(
         weights_BNSU = scores_BNSU.softmax(dim=-1)
     else:
         sinks = sinks_N.float()[:, None, None].expand(*scores_BNSU.shape[:3], 1)
+        # The sink takes its share of the softmax, and its value of zero adds nothing.
         weights_BNSU = torch.cat((scores_BNSU, sinks), dim=-1).softmax(dim=-1)[..., :-1]
     return (weights_BNSU @ v_BNUV).to(q_BNSH.dtype)
 
@@ -337,6 +342,7 @@ class MultiHeadLatentAttention(nn.Module):
         )
         k_BNUH, v_BNUV = kv_BNUX.split((form.qk_nope_head_dim, form.v_head_dim), dim=-1)
         q_BNSX = torch.cat((q_BNSH, rotated(q_BNSR, where.rotations)), dim=-1)
+        # The rotated key is one for all heads.
         k_BNUX = torch.cat((k_BNUH, key_B1UR.expand(-1, form.num_attention_heads, -1, -1)), dim=-1)
         y_BNSV = attend(
             q_BNSX, k_BNUX, v_BNUV, where.scale * self.scale, where.biases[self.window], self.sinks

@@ -105,6 +105,7 @@ class Experts(nn.Module):
 
         The index -1 is a choice that exceeded the expert's capacity.
         """
+        # index_add_ in bf16 would round after each expert.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert in experts_TK[experts_TK >= 0].unique().tolist():
             tokens, choices = (experts_TK == expert).nonzero(as_tuple=True)
@@ -156,8 +157,10 @@ class Router(nn.Module):
         if self.form.groups is not None:
             chosen_by_TE = self._in_best_groups(chosen_by_TE, **self.form.groups)
         experts_TK = chosen_by_TE.topk(self.top_k, dim=-1).indices
+        # Weights come from the scores without the balancing bias, which only chooses.
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.form.norm_topk_prob:
+            # Sigmoid scores may all be 0 in fp32; softmax scores never add up to so little.
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return weights_TK * self.form.routed_scaling_factor, experts_TK
 
@@ -200,6 +203,7 @@ class LimitedRouter(Router):
             chosen_TE = torch.zeros(
                 len(x_TD), self.moe.num_experts, dtype=torch.int64, device=x_TD.device
             ).scatter_(1, experts_TK, 1)
+            # How many earlier tokens of the batch have chosen the same expert.
             before_TK = (chosen_TE.cumsum(dim=0) - chosen_TE).gather(1, experts_TK)
             experts_TK = experts_TK.masked_fill(before_TK >= self.capacity(len(x_TD)), -1)
         return weights_TK, experts_TK
