@@ -134,6 +134,7 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
             f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the"
             f" newest {steps[-1]}"
         )
+    # unique: few windows may round to the same index.
     chosen = np.unique(
         np.linspace(0, len(steps) - 1, min(len(steps), TREND_WINDOWS)).round().astype(int)
     )

@@ -42,6 +42,7 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
             if allowed is not None and value not in allowed:
                 only = " or ".join(_shown(one) for one in allowed)
                 reasons.append(f"model.{path} is {_shown(value)}, and {name} has only {only}")
+        # A new field of the schema has a default, and only other values are refused.
         elif field.is_required() or value != field.get_default():
             reasons.append(f"model.{path} is {_shown(value)}, and {name} has nothing for it")
     return reasons

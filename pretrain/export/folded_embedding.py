@@ -40,6 +40,7 @@ class FoldedEmbedding:
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor, multiplied out if it is factorised."""
         tensor = self._tensors.read(name, index)
+        # Multiplied in fp32, and rounded only when it is written.
         return tensor @ self._tensors.read(PROJECTION).T if name in FOLDED else tensor
 
 

@@ -47,6 +47,7 @@ def export_gguf(
     """
     converter = find_converter()
     with published_folder(output, overwrite) as folder:
+        # Inside of the folder that is published, so that it is removed with it after an error.
         between = folder / "hf"
         conversion = export_hf(checkpoint, between, heldout, dtype, overwrite=False)
         file = folder / GGUF_FILE
@@ -61,6 +62,7 @@ def export_gguf(
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not file.is_file():
+            # The last line of a Python traceback names the error.
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise CheckpointError(
                 f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was"

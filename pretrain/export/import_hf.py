@@ -73,6 +73,7 @@ def import_hf(
         tensors = to_ours(links, theirs, dense | experts)
         fill_weights_folder(folder, recipe, tensors, tokenizer if tokenizer.is_file() else None)
         ours = open_weights(folder)
+        # Tensors that must be zero have no counterpart; _left_out has listed those that are not.
         check_same_numbers([link for link in links if not isinstance(link, Zeros)], ours, theirs)
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
@@ -134,10 +135,12 @@ def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, 
         if name in linked or COMPUTED.search(name):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
+        # A tied head may be stored once more; a different one would be an untied model.
         if name == "lm_head.weight" and same_bits(
             theirs.read(name), theirs.read("model.embed_tokens.weight")
         ):
             continue
+        # DeepSeek stores the blocks of multi-token prediction as layers behind the last one.
         if name not in empty and not (layer and int(layer[1]) >= layers):
             raise CheckpointError(
                 f"the tensor '{name}' has no place in the recipe's model: config.json and weights"

@@ -147,6 +147,7 @@ def expand(
     for ours, theirs in templates.items():
         for layer in layers:
             for expert in range(num_experts if "{expert}" in theirs else 1):
+                # Ours has one tensor for all experts: each link reads one slice of it.
                 stacked = "{expert}" in theirs and "{expert}" not in ours
                 link = Link(
                     ours.format(layer=layer, expert=expert),

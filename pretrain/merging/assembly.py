@@ -61,6 +61,7 @@ def derived_recipe(
     Raises:
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
+    # All fields, defaults included: a later change of a default must not change this model.
     content = recipe.model_dump(mode="json")
     content |= {
         "name": recipe.name + suffix,
@@ -141,6 +142,7 @@ def moe_layer(
         if below.startswith("mlp."):
             yield name, residual[below.removeprefix("mlp.")]
         elif name == router_matrix:
+            # Experts of one group start with one row, so that a token chooses all of them or none.
             rows = (
                 random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
             )

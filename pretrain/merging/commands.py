@@ -111,6 +111,7 @@ def _tokenizer_of(folder: Path) -> str | None:
     """
     path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
     found = file_sha256(path) if path.is_file() else None
+    # A folder of weights may have no tokenizer.json; then only the name in its state is known.
     if named is not None and found not in (None, named):
         raise CheckpointError(
             f"{path} is another tokenizer than the one that the checkpoint was trained with"
@@ -222,6 +223,7 @@ def reduce_experts(
     moe = routed_moe(before.model)
     suffix = "-pruned" if similarity is None else "-folded"
     smaller = moe.model_dump(mode="json") | {"num_experts": keep}
+    # One pass over the held-out text measures the usage of all layers at once.
     usage_LE, inputs = measure(folder, scoring, keep_inputs=similarity == "outputs")
     clusters: list[Clusters] = []
     for index, prefix in enumerate(moe_prefixes(before.model)):
@@ -244,6 +246,7 @@ def reduce_experts(
         regrouped_tensors(stored, before.model, after.model, clusters, usage_LE),
         scoring,
     )
+    # Every layer with a router has chosen experts for each token: no sum is zero.
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
     layers = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
     result["layers"] = [

@@ -57,10 +57,12 @@ def checked_folder(output: Path) -> Iterator[Path]:
     output = output.resolve()
     check_empty(output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the output: os.replace is atomic only within one file system.
     unchecked = output.parent / f".{output.name}.unchecked-{os.getpid()}"
     try:
         yield unchecked
         os.replace(unchecked, output)
+        # Otherwise the new name may be lost in a power failure.
         fsync_path(output.parent)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)

@@ -187,6 +187,7 @@ def score_transformers(
     datasets = load_corpora_of(data)
     text = read_split(datasets, split)
     opened = open_transformers(folder, device)
+    # Foreign models have contexts of 100,000 tokens and more, in which few windows fit.
     window = window or min(1024, opened.max_positions)
     plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
     encoded = in_tokens_of(opened, text, window, max_windows)
@@ -272,6 +273,7 @@ def _score(
     for (nats_BS, correct_BS), places_bS in zip(
         score_batches(logits_of, remembered(), device), plan.places(windows), strict=True
     ):
+        # The last batch is filled up with empty windows, which have no places.
         rows = len(places_bS)
         scored_bS = seen[0].labels_BS[:rows].numpy() != NO_LOSS
         groups.add(
@@ -282,6 +284,7 @@ def _score(
     nats, targets, correct = groups.totals()
     checked(Evaluation(nats, targets, correct))
     complete = plan.is_complete(windows)
+    # Decoding all documents takes long, and is needed for bits per byte only.
     bytes_D = text.bytes_D() if complete else None
     total = GroupScore.of(nats, targets, correct, text.utf8_bytes if complete else None)
     by_source, by_length = (

@@ -37,7 +37,7 @@ def read_references(path: Path) -> tuple[list[str], list[str]]:
     for number, row in enumerate(read_jsonl(path), start=1):
         prompt, reference = row.get("prompt"), row.get("reference")
         if not isinstance(prompt, str) or not isinstance(reference, str):
-            raise DataError(f'{path}, line {number} has no text "prompt" and "reference": mend it')
+            raise DataError(f'{path}, line {number} has no text "prompt" and "reference": correct it')
         prompts.append(prompt)
         references.append(reference)
     return prompts, references
@@ -64,7 +64,7 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object: mend it")
+            raise DataError(f"{path}, line {number} is no JSON object: correct it")
         rows.append(row)
     if not rows:
         raise DataError(f"{path} has no line: give a JSON object a line")

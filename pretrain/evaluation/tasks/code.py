@@ -65,7 +65,7 @@ def read_problems(path: Path) -> list[Problem]:
         if not all(isinstance(row.get(name), str) for name in ("task_id", "prompt", "test")):
             raise DataError(
                 f'{path}, problem {number} has no "task_id", "prompt" and "test" that are texts:'
-                " mend it"
+                " correct it"
             )
         entry_point = row.get("entry_point")
         problems.append(
@@ -92,6 +92,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
             f"pass@{k} needs at least {k} samples of each problem, not {samples}: raise"
             " --num-samples, or lower --pass-at"
         )
+    # Exact integers: the product form in floats overflows for many samples.
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
@@ -109,6 +110,7 @@ def score_code(
     Raises:
         ConfigError: for a k that needs more samples.
     """
+    # Before texts are written, which takes long.
     for k in pass_at:
         pass_at_k(samples, 0, k)
     prompts = [problem.prompt for problem in problems for _ in range(samples)]
@@ -143,6 +145,8 @@ def run_programs(
     def run(program: str) -> ProgramRun:
         return run_program(program, timeout_seconds, memory_bytes)
 
+    # Threads only wait for the programs, which are processes. sched_getaffinity respects the cores
+    # of a container, unlike os.cpu_count.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(
             tqdm(

@@ -65,6 +65,7 @@ class LatentDecoder(LlamaLike):
         queries = RotaryRows(
             attention.num_attention_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim
         )
+        # One matrix makes the latent and the shared key, of which only the key is rotated.
         keys = RotaryRows(1, attention.kv_lora_rank, attention.qk_rope_head_dim)
         kinds = ("weight", "bias")[: 1 + (attention.bias == "all")]
         plain = {
@@ -108,6 +109,7 @@ class LatentDecoder(LlamaLike):
             "v_head_dim",
         )
         return {
+            # Latent attention has no groups, but readers of the config expect the field.
             "num_key_value_heads": attention.num_attention_heads,
             **{size: getattr(attention, size) for size in sizes},
             "attention_bias": attention.bias == "all",
@@ -205,6 +207,7 @@ def prefix_config(model: ModelConfig) -> JsonObject:
     return {
         "first_k_dense_replace": model.num_hidden_layers - len(model.moe_layers),
         "n_routed_experts": moe.num_experts,
+        # A count, from which transformers computes the width of the joint expert.
         "n_shared_experts": moe.shared_width // moe.moe_intermediate_size,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.moe_intermediate_size,

@@ -104,6 +104,7 @@ def sigmoid_config(model: ModelConfig) -> JsonObject:
     groups = router.groups
     return {
         **prefix_config(model),
+        # One group of all experts is the same as none; the class cannot take null.
         "n_group": 1 if groups is None else groups.num_groups,
         "topk_group": 1 if groups is None else groups.top_k_groups,
         "norm_topk_prob": router.norm_topk_prob,
@@ -124,5 +125,6 @@ def sigmoid_experts(config: Mapping[str, Any]) -> JsonObject:
         "groups": groups_of(config.get("n_group"), config.get("topk_group"), "top2_sum"),
     }
     section = prefix_experts(config, router)
+    # Always: the class has the bias, even if it is zero.
     section["moe"]["bias_balancing"] = {}
     return section

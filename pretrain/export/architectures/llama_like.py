@@ -87,6 +87,7 @@ class LlamaLike(ExportTarget):
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
         """The reasons why this architecture cannot compute ``model``; empty if it can."""
+        # Fields alone do not show a pattern of layers: it is checked in addition.
         reasons = reasons_against(model, self.takes, self.name)
         count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
         if self.moe_layers == "none" and count:
@@ -215,6 +216,7 @@ class LlamaLike(ExportTarget):
             "attention": {
                 "kind": "gqa",
                 "num_attention_heads": heads,
+                # Null means multi-head attention, as in transformers.
                 "num_key_value_heads": config.get("num_key_value_heads") or heads,
                 "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
             },

@@ -26,6 +26,7 @@ class Mixtral(LlamaLike):
     architecture = "MixtralForCausalLM"
     order = 5
     moe_layers = "all"
+    # w3 is the up projection, w2 the down projection.
     moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
     takes: ClassVar[Takes] = {
         **TRUNK,
@@ -47,6 +48,7 @@ class Mixtral(LlamaLike):
         }
 
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
+        # Mixtral calls the experts' width intermediate_size; there are no dense layers.
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"]["sliding_window"] = config.get("sliding_window")
         moe = {
