@@ -198,10 +198,10 @@ def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterat
     """Stores the outputs of layers in ``found`` while the block runs."""
 
     def keep(
-        name: str, pick: Callable[[Any], torch.Tensor] = lambda answer: answer
+        name: str, pick: Callable[[Any], torch.Tensor] = lambda output: output
     ) -> Callable[..., None]:
-        return lambda _module, _inputs, answer: found.setdefault(name, []).append(
-            pick(answer).detach().float()
+        return lambda _module, _inputs, output: found.setdefault(name, []).append(
+            pick(output).detach().float()
         )
 
     def scored(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -227,17 +227,17 @@ def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterat
             block.feed_forward.register_forward_hook(
                 keep(
                     "feed-forward",
-                    lambda answer: answer[0] if isinstance(answer, tuple) else answer,
+                    lambda output: output[0] if isinstance(output, tuple) else output,
                 )
             )
         )
         handles.append(
-            block.register_forward_hook(keep("residual stream", lambda answer: answer[0]))
+            block.register_forward_hook(keep("residual stream", lambda output: output[0]))
         )
     for module in model.modules():
         if isinstance(module, TopKRouter):
             handles.append(
-                module.register_forward_hook(keep("router logits", lambda answer: answer.logits_TE))
+                module.register_forward_hook(keep("router logits", lambda output: output.logits_TE))
             )
         elif isinstance(module, Experts):
             handles.append(module.register_forward_hook(keep("experts")))

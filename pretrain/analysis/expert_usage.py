@@ -214,6 +214,7 @@ def _means(cells: Numbers) -> Numbers:
 
 
 def window_path(folder: Path, step: int) -> Path:
+    """The file of the window that ends with ``step``."""
     return folder / f"step_{step:06d}.npz"
 
 
@@ -224,9 +225,7 @@ def window_steps(folder: Path) -> list[int]:
 
 
 def save_window(folder: Path, window: UsageWindow) -> Path:
-    """Writes ``step_000100.npz``, compressed, in the smallest integers that hold the counts; it is
-    there whole or not at all.
-    """
+    """Writes ``step_000100.npz`` atomically, in the smallest integers that hold the counts."""
     stored = window.counts_LE.astype(np.min_scalar_type(int(window.counts_LE.max())))
     arrays = {
         "step": np.array(window.step),

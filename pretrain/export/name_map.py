@@ -35,29 +35,29 @@ class Tensors(Protocol):
 class RotaryRows:
     """The order of the rows of rotary queries or keys.
 
-    The last ``turned`` of each head's ``plain + turned`` rows are rotated in pairs: (i, i + turned
+    The last ``rotated`` of each head's ``plain + rotated`` rows are rotated in pairs: (i, i + rotated
     / 2) in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders, as long as
     queries and keys have the same one.
     """
 
     heads: int
     plain: int
-    turned: int
+    rotated: int
 
     def to_theirs(self, tensor: Tensor) -> Tensor:
         """The rows of a weight or bias in their order."""
-        return self._ordered(tensor, (2, self.turned // 2))
+        return self._ordered(tensor, (2, self.rotated // 2))
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """The rows of a weight or bias in our order."""
-        return self._ordered(tensor, (self.turned // 2, 2))
+        return self._ordered(tensor, (self.rotated // 2, 2))
 
     def _ordered(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
-        plain, turned = tensor.unflatten(0, (self.heads, self.plain + self.turned)).split(
-            (self.plain, self.turned), dim=1
+        plain, rotated = tensor.unflatten(0, (self.heads, self.plain + self.rotated)).split(
+            (self.plain, self.rotated), dim=1
         )
         return torch.cat(
-            (plain, turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1
+            (plain, rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1
         ).flatten(0, 1)
 
 

@@ -37,7 +37,9 @@ def read_references(path: Path) -> tuple[list[str], list[str]]:
     for number, row in enumerate(read_jsonl(path), start=1):
         prompt, reference = row.get("prompt"), row.get("reference")
         if not isinstance(prompt, str) or not isinstance(reference, str):
-            raise DataError(f'{path}, line {number} has no text "prompt" and "reference": correct it')
+            raise DataError(
+                f'{path}, line {number} has no text "prompt" and "reference": correct it'
+            )
         prompts.append(prompt)
         references.append(reference)
     return prompts, references

@@ -89,7 +89,9 @@ class NativeHarnessModel(TemplateLM):
 
         What is too long loses tokens at its left.
         """
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        # Longest first: texts of a batch are about equally long, and if memory is short, the first
+        # batch shows it.
         longest_first = sorted(
             range(len(requests)), key=lambda number: -len(requests[number][1] + requests[number][2])
         )
@@ -109,16 +111,18 @@ class NativeHarnessModel(TemplateLM):
             )
             logits_BSV = self.opened.model.logits(ids_BS)
             for number, ids, logits_SV in zip(chosen, inputs, logits_BSV, strict=True):
+                # Logits at the token before the continuation predict its first one: the inputs lack
+                # the last token, so that the slice ends with the inputs.
                 continuation_C = torch.tensor(requests[number][2], device=self.opened.device)
                 logits_CV = logits_SV[len(ids) - len(continuation_C) : len(ids)]
                 log_probs_C1 = logits_CV.log_softmax(dim=-1).gather(1, continuation_C[:, None])
-                answers[number] = (
+                scores[number] = (
                     float(log_probs_C1.sum()),
                     bool((logits_CV.argmax(dim=-1) == continuation_C).all()),
                 )
             bar.update(len(chosen))
         bar.close()
-        return answers
+        return scores
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of contexts; requests with the same settings are written together."""
@@ -128,8 +132,8 @@ class NativeHarnessModel(TemplateLM):
             settings.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         bar = tqdm(total=len(requests), desc="texts", unit="request", disable=disable_tqdm)
         for numbers in settings.values():
-            given = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            writer = self._writer(dict(given))
+            options = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+            writer = self._writer(dict(options))
             encoded = {
                 number: self._context(requests[number].args[0], writer.max_new_tokens)
                 for number in numbers

@@ -43,8 +43,8 @@ def rope_parameters(position: RotaryBase) -> JsonObject:
         (theirs, names) for theirs, (ours, names) in KINDS.items() if ours == position.kind
     )
     fields = {field: getattr(position, field) for field in names}
-    given = {field: value for field, value in fields.items() if value is not None}
-    return {"rope_type": kind, "rope_theta": position.rope_theta, **given}
+    set_fields = {field: value for field, value in fields.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": position.rope_theta, **set_fields}
 
 
 def position_section(config: Mapping[str, Any]) -> JsonObject:
@@ -72,8 +72,8 @@ def position_section(config: Mapping[str, Any]) -> JsonObject:
             f"config.json's rope_parameters has {', '.join(unknown)}, which rope_type '{kind}' has"
             " no meaning for: correct rope_type, or take it out"
         )
-    given = {field: rope[field] for field in fields if rope.get(field) is not None}
-    return {"kind": name, "rope_theta": rope["rope_theta"], **given}
+    set_fields = {field: rope[field] for field in fields if rope.get(field) is not None}
+    return {"kind": name, "rope_theta": rope["rope_theta"], **set_fields}
 
 
 def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
