@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Sizes a recipe's model before anything is built: parameters by component, FLOPs, memory, cache."""
+"""Sizes a recipe's model before it is built: parameters by component, FLOPs, memory, cache."""
 
 from __future__ import annotations
 

@@ -156,6 +156,7 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
         form, folder = arguments.origin[0], Path(arguments.origin[1])
         if form == "hf":
             conversion = import_hf(folder, output, overwrite)
+            # If the model is trained on, it may need a loss or a bias that balances its experts.
             for warning in router_warnings(read_recipe(output).model):
                 print(f"warning: {warning}", file=sys.stderr)
             return conversion

@@ -244,7 +244,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 
 def knows_its_data(checkpoint: Path) -> bool:
-    """Whether a checkpoint records its training data, unlike a Hugging Face folder or weights alone.
+    """Whether a checkpoint records its training data; Hugging Face folders do not.
 
     Raises:
         CheckpointError: if there is no checkpoint.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows how evenly a run uses its experts: a table of the layers, the trend over time, and a plot."""
+"""Shows how evenly a run uses its experts: a table of layers, the trend over time, a plot."""
 
 from __future__ import annotations
 
@@ -134,6 +134,7 @@ def find_windows(path: Path, step: int | None) -> tuple[Path, list[Path]]:
             f"{path} has no window that ends with step {step}: the nearest is --step {nearest}, the"
             f" newest {steps[-1]}"
         )
+    # unique: few windows may round to the same index.
     chosen = np.unique(
         np.linspace(0, len(steps) - 1, min(len(steps), TREND_WINDOWS)).round().astype(int)
     )

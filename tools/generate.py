@@ -246,7 +246,9 @@ def main() -> None:
     prompts = (
         arguments.prompts if arguments.prompts is not None else read_prompts(arguments.prompts_file)
     )
+    # Samples of a prompt are next to each other, each with its own seed.
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    # A shell passes "\n" as two characters.
     stop = [string.replace("\\n", "\n").replace("\\t", "\t") for string in arguments.stop]
     generator = open_generator(Path(arguments.model), choose_device(arguments.device))
     if generator.call_dependence is not None:

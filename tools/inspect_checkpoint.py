@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Shows a checkpoint's files, weights, topology, recipe and experts, or compares two checkpoints."""
+"""Shows a checkpoint's files, weights, topology, recipe and experts, or compares two."""
 
 from __future__ import annotations
 
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not quiet:
         show_checkpoint(result, options.tensors, options.recipe)
     write_json(result, options.json_path)
+    # After the report: what is damaged can be seen in it.
     if faults := [file for file in result["files"] if file["fault"]]:
         raise CheckpointError(
             f"{folder} is damaged: {faults[0]['name']} {faults[0]['fault']}; choose another"

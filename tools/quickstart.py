@@ -96,8 +96,7 @@ class StageFailed(PipelineError):
 
 
 class Stages:
-    """Runs commands one after the other and keeps their results and times in the run's
-    summary.json.
+    """Runs commands one after the other, and keeps their results and times in summary.json.
 
     A command's standard error stays on the terminal: progress with the time left, warnings, errors.
     Its standard output goes to ``stages/<name>.log``: tables and DeepSpeed's launcher lines.

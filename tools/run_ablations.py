@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Runs the ablations of a file of axes, one value at a time or every combination, and ranks them."""
+"""Runs the ablations of a file of axes, one value at a time or every combination."""
 
 from __future__ import annotations
 

@@ -183,6 +183,7 @@ def upcycle(arguments: argparse.Namespace) -> UpcyclingResult:
         write_weights_folder(
             folder, recipe, tensors, checkpoint / TOKENIZER, read_state(checkpoint)["step"]
         )
+        # The folder is not published yet: checked_folder removes it if an error is raised below.
         after = scoring.loss(folder) if scoring is not None else None
         if (
             before is not None

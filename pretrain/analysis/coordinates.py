@@ -45,7 +45,7 @@ RANDOM_VOCABULARY = 1024
 # A power of the width above which a size does not count as stable: over three doublings of the
 # width it is a factor of 1.7.
 TOLERANCE = 0.25
-# At first these are sums over random terms, one for each dimension, and muP wants them to be smaller
+# At first these are sums over random terms, one a dimension, and muP wants them to be smaller
 # in a wide model until it has learned something.
 OUTPUTS = ("attention scores", "router logits", "logits")
 SMALLER_START = -0.6
@@ -54,11 +54,10 @@ SMALLER_START = -0.6
 def recipe_at(
     recipe: Recipe, hidden_size: int, base_size: int, kind: Kind, growing: Growing
 ) -> Recipe:
-    """The recipe with a model of another width and the same proportions, which muP compares with
-    one of ``base_size``.
+    """The recipe with a model of another width and the same proportions, scaled from a base width.
 
     Raises:
-        ConfigError: where a width would not be a whole number.
+        ConfigError: if a width would not be a whole number.
     """
     model = with_widths(recipe.model, scaled_widths(recipe.model, hidden_size, growing))
     base = BaseWidths(**scaled_widths(recipe.model, base_size, growing))
@@ -71,8 +70,7 @@ def recipe_at(
 
 
 class PlainTraining:
-    """A model trained as the engine would train it in one process in fp32: the same weights,
-    losses, groups, learning rates and clipping.
+    """Trains a model as the engine would in one process in fp32, with the same losses and groups.
 
     Args:
         recipe: with ``model.vocab_size`` set, and no data that leave out labels.
@@ -86,13 +84,16 @@ class PlainTraining:
         self.optimizer = build_optimizer(
             parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
         )
+        # Dropout and router noise draw from the global stream.
         torch.manual_seed(recipe.seed)
 
     def step(self, micro_batches: Sequence[Batch], factor: float = 1.0) -> float:
-        """One optimizer step at ``factor`` times the peak learning rates; the cross-entropy before
-        it, nats a token.
+        """Takes one optimizer step at ``factor`` times the peak learning rates.
+
+        Returns the cross-entropy before the step, in nats a token.
         """
         for group in self.optimizer.param_groups:
+            # Set in each step: there is no schedule, and muP scales each group by its width.
             group["lr"] = self.peaks[group["role"]] * learning_rate_scale(group) * factor
         self.model.train()
         self.optimizer.zero_grad()
@@ -110,6 +111,7 @@ class PlainTraining:
             (output.loss / len(micro_batches)).backward()
             total += float(output.nll) / tokens / len(micro_batches)
         if self.recipe.train.grad_clip > 0:
+            # Over all parameters, as the engine clips.
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
         self.optimizer.step()
         return total
@@ -119,9 +121,9 @@ class Measured(NamedTuple):
     """One kind of layer after a step.
 
     Attributes:
-        size: root mean square over all numbers of all such layers.
-        change: the same of the difference from before the first step; None where rows stand in
-            another order after each step.
+        size: root mean square over all elements of all such layers.
+        change: root mean square of the difference from before the first step; None if the rows
+            have another order after each step.
     """
 
     size: float
@@ -130,8 +132,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What one model's layers were like: ``steps[t][layer]`` after t optimizer steps, and the loss
-    before each step.
+    """The measurements of one model.
+
+    ``steps[t][layer]`` is after t optimizer steps; ``losses`` are before each step.
     """
 
     kind: Kind
@@ -141,10 +144,9 @@ class Coordinates:
 
 
 def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coordinates:
-    """Trains the recipe's model for a few steps; what is measured is its answer to the first micro
-    batch of the first step.
-    """
+    """Trains a model for a few steps, measuring it on one micro batch before and after each."""
     training = PlainTraining(recipe)
+    # Always the same text, so that a change comes from the weights alone.
     probe = batches(0)[0]
     first = activations(training.model, probe)
     steps = [{name: _measured(name, tensors, tensors) for name, tensors in first.items()}]
@@ -160,6 +162,7 @@ def measure(recipe: Recipe, kind: Kind, batches: Batches, num_steps: int) -> Coo
 
 def _measured(name: str, tensors: list[torch.Tensor], first: list[torch.Tensor]) -> Measured:
     size = _root_mean_square(tensors)
+    # Rows are sorted by expert, and routing changes: the difference of two steps would mix tokens.
     if name == "experts":
         return Measured(size, None)
     return Measured(
@@ -169,14 +172,16 @@ def _measured(name: str, tensors: list[torch.Tensor], first: list[torch.Tensor])
 
 
 def _root_mean_square(tensors: list[torch.Tensor]) -> float:
+    # fp64: the sum over millions of squares would lose digits in fp32.
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
     return math.sqrt(squares / sum(tensor.numel() for tensor in tensors))
 
 
 @torch.no_grad()
 def activations(model: DecoderLM, batch: Batch) -> dict[str, list[torch.Tensor]]:
-    """What each layer answers in evaluation, by kind of layer; scores [B, N, S, S] are those of
-    visible keys, the others zero.
+    """The outputs of each kind of layer in evaluation mode.
+
+    Scores [B, N, S, S] are those of visible keys, the others are zero.
     """
     model.eval()
     found: dict[str, list[torch.Tensor]] = {}
@@ -190,13 +195,13 @@ def activations(model: DecoderLM, batch: Batch) -> dict[str, list[torch.Tensor]]
 
 @contextmanager
 def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Writes what layers answer into ``found`` while the block runs."""
+    """Stores the outputs of layers in ``found`` while the block runs."""
 
     def keep(
-        name: str, pick: Callable[[Any], torch.Tensor] = lambda answer: answer
+        name: str, pick: Callable[[Any], torch.Tensor] = lambda output: output
     ) -> Callable[..., None]:
-        return lambda _module, _inputs, answer: found.setdefault(name, []).append(
-            pick(answer).detach().float()
+        return lambda _module, _inputs, output: found.setdefault(name, []).append(
+            pick(output).detach().float()
         )
 
     def scored(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -222,17 +227,17 @@ def _recording(model: DecoderLM, found: dict[str, list[torch.Tensor]]) -> Iterat
             block.feed_forward.register_forward_hook(
                 keep(
                     "feed-forward",
-                    lambda answer: answer[0] if isinstance(answer, tuple) else answer,
+                    lambda output: output[0] if isinstance(output, tuple) else output,
                 )
             )
         )
         handles.append(
-            block.register_forward_hook(keep("residual stream", lambda answer: answer[0]))
+            block.register_forward_hook(keep("residual stream", lambda output: output[0]))
         )
     for module in model.modules():
         if isinstance(module, TopKRouter):
             handles.append(
-                module.register_forward_hook(keep("router logits", lambda answer: answer.logits_TE))
+                module.register_forward_hook(keep("router logits", lambda output: output.logits_TE))
             )
         elif isinstance(module, Experts):
             handles.append(module.register_forward_hook(keep("experts")))

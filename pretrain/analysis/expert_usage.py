@@ -167,7 +167,8 @@ def square_grid(counts_E: Counts, max_side: int = 64) -> Numbers:
     """Loads as a square image, row by row, with NaN behind the last expert.
 
     If the side is longer than ``max_side``, a cell is the mean over a square block of experts. With
-    two product keys of equal length, a row is a sub-key of the first and a column one of the second.
+    two product keys of equal length, a row is a sub-key of the first and a column one of the
+    second.
     """
     side = math.isqrt(len(counts_E) - 1) + 1
     block = -(-side // max_side)
@@ -206,26 +207,25 @@ def binned(counts_E: Counts, max_bins: int = 256) -> Numbers:
 
 
 def _means(cells: Numbers) -> Numbers:
-    """Means over the last axis of what is a number there; NaN where nothing is."""
+    """Means over the last axis, without NaN; NaN if all elements are."""
     present = np.isfinite(cells)
     numbers = present.sum(axis=-1)
     return np.where(numbers, np.nansum(cells, axis=-1) / np.maximum(numbers, 1), np.nan)
 
 
 def window_path(folder: Path, step: int) -> Path:
+    """The file of the window that ends with ``step``."""
     return folder / f"step_{step:06d}.npz"
 
 
 def window_steps(folder: Path) -> list[int]:
-    """The last steps of all windows in a folder, in their order; none where there is no folder."""
+    """The last steps of all windows in a folder, in order; empty if there is no folder."""
     names = (path.stem.removeprefix("step_") for path in folder.glob("step_*.npz"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def save_window(folder: Path, window: UsageWindow) -> Path:
-    """Writes ``step_000100.npz``, compressed, in the smallest integers that hold the counts; it is
-    there whole or not at all.
-    """
+    """Writes ``step_000100.npz`` atomically, in the smallest integers that hold the counts."""
     stored = window.counts_LE.astype(np.min_scalar_type(int(window.counts_LE.max())))
     arrays = {
         "step": np.array(window.step),
@@ -250,7 +250,7 @@ def load_window(path: Path, layers: Sequence[int] | None = None) -> UsageWindow:
     """What :func:`save_window` wrote, all layers or those named.
 
     Raises:
-        DataError: where the file is no such file, is damaged, or a layer has no choices or is not
+        DataError: if the file is no such file, is damaged, or a layer has no choices or is not
             there.
     """
     remedy = "take another window, or a file that a run wrote into its usage/ folder"

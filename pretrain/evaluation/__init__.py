@@ -1,3 +1,1 @@
-"""What a trained model is worth: perplexity on held-out text, a bigram to compare with, and
-generated text.
-"""
+"""Evaluation of trained models: perplexity on held-out text, baselines, tasks, generated text."""

@@ -1,6 +1,4 @@
-"""Models in which a token's logits depend on more than the tokens before it: on all that one call
-computes together.
-"""
+"""Models in which a token's logits depend on all tokens of a call, not only on earlier ones."""
 
 from __future__ import annotations
 
@@ -23,8 +21,6 @@ def call_dependence(model: ModelConfig) -> str | None:
 
 
 def call_dependence_of_export(config: PreTrainedConfig) -> str | None:
-    """As :func:`call_dependence`, of a Hugging Face folder's configuration: only our own class can
-    drop tokens.
-    """
+    """As :func:`call_dependence`, for a Hugging Face config, of which only ours can drop tokens."""
     moe = getattr(config, "moe", None)
     return DROPS if isinstance(moe, dict) and moe.get("drop_tokens") else None

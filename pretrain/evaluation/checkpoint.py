@@ -13,7 +13,7 @@ def whole_checkpoint(path: str | Path) -> Path:
     """The ``step_N`` folder that ``path`` names, with every file as it was saved.
 
     Raises:
-        CheckpointError: where there is none, or a file of it is missing or has changed.
+        CheckpointError: if there is none, or a file of it is missing or has changed.
     """
     folder = resolve_checkpoint(path)
     if fault := damage(folder):
@@ -24,11 +24,10 @@ def whole_checkpoint(path: str | Path) -> Path:
 
 
 def load_matching_corpora(data: str | Path | None, checkpoint: Path) -> Datasets:
-    """The data folder ``data``, by default those of the run, which holds tokens of the checkpoint's
-    own tokenizer.
+    """The data to evaluate on, by default the run's own, checked for the checkpoint's tokenizer.
 
     Raises:
-        DataError: where the shards are missing or damaged, or were made with another tokenizer.
+        DataError: if the shards are missing or damaged, or were made with another tokenizer.
     """
     datasets = load_corpora_of(data) if data is not None else _own_corpora(checkpoint)
     if datasets.tokenizer.sha256 != read_state(checkpoint)["tokenizer_sha256"]:
@@ -53,7 +52,7 @@ def load_corpora_of(data: str | Path) -> Datasets:
     """One data folder, its files checked.
 
     Raises:
-        DataError: where it holds no data, or files are missing or damaged.
+        DataError: if it holds no data, or files are missing or damaged.
     """
     return _verified(load_datasets({"": str(data)}))
 

@@ -1,4 +1,4 @@
-"""Where a trained model runs."""
+"""The device that a trained model runs on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pretrain.core.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU, else the CPU; everything else is torch's own name.
+    """The device by its name in torch; ``auto`` is CUDA if there is a GPU, else the CPU.
 
     Raises:
         ConfigError: for a device that torch does not know or that this machine does not have.

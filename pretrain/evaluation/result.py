@@ -33,7 +33,7 @@ class EvaluationResult(TypedDict, total=False):
     """All that was measured of one model; what was not asked for is missing.
 
     The score on held-out text is not nested: its keys are those of
-    :class:`pretrain.evaluation.heldout.heldout.HeldoutScore`.
+    :class:`pretrain.evaluation.heldout.scores.HeldoutScore`.
     """
 
     checkpoint: str

@@ -1,6 +1,4 @@
-"""From a checkpoint to a folder of another format: written, read back, compared, and only then
-published.
-"""
+"""Writes a checkpoint as a folder of another format, compares it, and only then publishes it."""
 
 from __future__ import annotations
 
@@ -52,14 +50,14 @@ from pretrain.export.writer import (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: also the content of ``export.json`` beside it.
+    """What was written, also the content of ``export.json`` in the folder.
 
     Attributes:
         bytes: of the weights.
-        parity: of the logits.
-        unchecked: why logits were not compared, in a sentence; every tensor was compared with its
+        parity: how far the logits differ; None if they were not compared.
+        unchecked: why logits were not compared, in a sentence. Every tensor was compared with its
             source bit for bit in any case.
-        left_out: tensors that only training reads: multi-token prediction's, and router noise.
+        left_out: tensors that only training reads, of multi-token prediction and router noise.
     """
 
     target: str
@@ -86,21 +84,20 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     memory_bytes: int | None = None,
 ) -> Conversion:
-    """Writes a folder that transformers opens without code of ours, and compares its logits with
-    the checkpoint's.
+    """Writes a folder that transformers opens, and compares its logits with the checkpoint's.
 
     Args:
         checkpoint: a ``step_N`` folder.
         heldout: tokens of the checkpoint's own tokenizer; full windows of them are compared.
         dtype: of the written weights. Below fp32, logits are compared with those of the equally
             rounded checkpoint, all computed in fp32.
-        memory_bytes: what both models in fp32 may take; free memory by default. Where they do not
+        memory_bytes: what both models in fp32 may take; free memory by default. If they do not
             fit, logits are not compared.
 
     Raises:
-        ConfigError: when the architecture does not compute what the model computes, or ``output``
+        ConfigError: if the architecture does not compute what the model computes, or ``output``
             is taken.
-        CheckpointError: when weights are missing or doubled, or logits or tensors differ;
+        CheckpointError: if weights are missing or doubled, or logits or tensors differ;
             ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
@@ -108,22 +105,23 @@ def export_hf(
     tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     weights = open_whole_weights(checkpoint, recipe.model)
-    model, ours = (
+    model, tensors_in = (
         (recipe.model, weights) if target.keeps_factors else without_factors(recipe.model, weights)
     )
     with published_folder(output, overwrite) as folder:
-        brought = read_side_files(checkpoint)
+        side_files = read_side_files(checkpoint)
         tensors, size, left_out = write_hf_folder(
-            folder, target, model, ours, tokenizer, dtype, shard_bytes, brought
+            folder, target, model, tensors_in, tokenizer, dtype, shard_bytes, side_files
         )
-        parity, unchecked = None, shortage(ours, memory_bytes)
+        parity = None
+        unchecked = shortage(tensors_in, memory_bytes)
         if unchecked is None:
-            # In fp32 the factors of an embedding are multiplied out in the export only; rounded,
-            # they are another model than their product.
+            # Below fp32 the reference is rounded like the export. A product of rounded factors is
+            # not the rounded product, so that the reference then has the product too.
             reference = (
                 reference_model(recipe.model, weights, dtype)
                 if dtype == torch.float32
-                else reference_model(model, ours, dtype)
+                else reference_model(model, tensors_in, dtype)
             )
             parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
@@ -143,7 +141,7 @@ def _write_card(checkpoint: Path, folder: Path) -> int:
 
 
 def shortage(ours: Tensors, memory_bytes: int | None) -> str | None:
-    """Why two models in fp32 cannot stand in memory beside each other, in a sentence."""
+    """Why two fp32 models do not fit into memory at once, in a sentence; None if they do."""
     needed = 2 * sum(ours.form(name).bytes for name in ours.names)
     free = free_memory() if memory_bytes is None else memory_bytes
     if needed <= free:
@@ -162,12 +160,11 @@ def export_safetensors(
     overwrite: bool,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Writes all weights, with the experts of all ranks joined and under our names, beside the
-    recipe and the tokenizer.
+    """Writes all weights as safetensors under their own names, the experts of all ranks joined.
 
     Raises:
-        ConfigError: when ``output`` is taken.
-        CheckpointError: when weights are missing or doubled, or do not read back as they were
+        ConfigError: if ``output`` is taken.
+        CheckpointError: if weights are missing or doubled, or do not read back as they were
             written; ``output`` is then left as it was.
     """
     recipe = read_recipe(checkpoint)
@@ -194,20 +191,18 @@ def export_safetensors(
 
 
 def _same_name(name: str, shape: tuple[int, ...]) -> list[Link]:
-    """Stacked experts are read, rounded and compared one by one, so that only what is written
-    stands in memory whole.
-    """
+    """Links of a tensor to itself, one an expert, so that stacked experts are never read whole."""
     if len(shape) < 3:
         return [Link(name, name, exact=name.endswith("balance_bias"))]
     return [Link(name, name, expert, their_expert=expert) for expert in range(shape[0])]
 
 
 def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Conversion:
-    """DeepSpeed's universal format, with optimizer states, beside the recipe and the tokenizer.
+    """Writes DeepSpeed's universal format, which includes the states of the optimizer.
 
     Raises:
-        ConfigError: where DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
-        CheckpointError: where its converter fails or changes a weight; ``output`` is then left as
+        ConfigError: if DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
+        CheckpointError: if its converter fails or changes a weight; ``output`` is then left as
             it was.
     """
     check_universal(checkpoint)

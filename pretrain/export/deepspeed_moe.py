@@ -1,14 +1,13 @@
-"""Checkpoints of plain DeepSpeed MoE models, whatever trained them, as safetensors under their own
-names.
+"""Converts checkpoints of any DeepSpeed MoE model to safetensors with their own names.
 
-DeepSpeed writes the dense part of a model to ``mp_rank_00_model_states.pt`` and each expert to a
-file of its own:
+DeepSpeed writes the dense part of a model to ``mp_rank_00_model_states.pt``, and each expert to a
+separate file:
 
-- ``layer_L_expert_E_mp_rank_00_model_states.pt``, where a native layer names E's tensors
+- ``layer_L_expert_E_mp_rank_00_model_states.pt``: in a native layer E's tensors are called
   ``...deepspeed_experts.E...``;
-- the same file, where an AutoEP layer (DeepSpeed 0.19.5 and later) has ``...experts.w1.E``: these
-  are stacked again to ``...experts.w1``;
-- ``expert_E_mp_rank_00_model_states.pt`` with the experts E of all layers (before 0.5).
+- the same file of an AutoEP layer (DeepSpeed 0.19.5 and later): they are called
+  ``...experts.w1.E``, and are stacked again to ``...experts.w1``;
+- ``expert_E_mp_rank_00_model_states.pt`` with expert E of all layers (before 0.5).
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>\d+)$")
 
 
 class PickledTensors:
-    """Tensors of several files that ``torch.save`` wrote, read one by one without running what a
-    pickle could call.
+    """Tensors of several files that ``torch.save`` wrote, read one at a time.
+
+    Pickles are read by an unpickler that runs no code of theirs.
     """
 
     def __init__(self) -> None:
@@ -54,10 +54,14 @@ class PickledTensors:
 
     @property
     def names(self) -> list[str]:
+        """All names, in the order of the files."""
         return list(self._forms)
 
     def add(self, path: Path, section: str | None) -> None:
-        """Takes in a file's tensors, those of its ``section`` where they do not lie at the top.
+        """Adds the tensors of a file.
+
+        Args:
+            section: the key that they are under; None if they are at the top.
 
         Raises:
             CheckpointError: for a tensor that another file has too.
@@ -65,27 +69,27 @@ class PickledTensors:
         for name, tensor in _tensors(path, section).items():
             if name in self._forms:
                 raise CheckpointError(
-                    f"the tensor '{name}' stands in {self._places[name][0].name} and in"
-                    f" {path.name}: remove the one that is not its"
+                    f"the tensor '{name}' is both in {self._places[name][0].name} and in"
+                    f" {path.name}: remove the file that does not belong there"
                 )
-            self._places[name], self._forms[name] = (
-                (path, section),
-                TensorForm(tensor.dtype, tuple(tensor.shape)),
-            )
+            self._places[name] = (path, section)
+            self._forms[name] = TensorForm(tensor.dtype, tuple(tensor.shape))
 
     def form(self, name: str) -> TensorForm:
+        """A tensor's dtype and shape."""
         return self._forms[name]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or one of its slices along the first dimension."""
         tensor = _tensors(*self._places[name])[name]
+        # A copy: a view would keep the whole file in memory.
         return tensor.clone() if index is None else tensor[index].clone()
 
 
 def import_deepspeed(
     source: Path, output: Path, dtype: torch.dtype, overwrite: bool, shard_bytes: int = SHARD_BYTES
 ) -> Conversion:
-    """Writes all weights of a plain DeepSpeed MoE checkpoint, the experts of all ranks together, as
-    safetensors.
+    """Writes all weights of a DeepSpeed MoE checkpoint as safetensors, with all experts joined.
 
     Args:
         source: the folder of a tag, such as ``global_step300``, or the one above it with the file
@@ -95,7 +99,7 @@ def import_deepspeed(
 
     Raises:
         ConfigError: for a layout that does not hold whole weights (ZeRO stage 3, tensor
-            parallelism), or where ``output`` is taken.
+            parallelism), or if ``output`` is taken.
         CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for
             pickles that do more than hold tensors.
     """
@@ -131,6 +135,7 @@ def _links(tensors: PickledTensors) -> Links:
         experts.setdefault(match["stem"], []).append(int(match["expert"]))
         links.append(Link(name, match["stem"], their_expert=int(match["expert"])))
     for stem, found in experts.items():
+        # A gap is a lost file: DeepSpeed numbers the experts of a layer from 0 over all ranks.
         if sorted(found) != list(range(len(found))):
             raise CheckpointError(
                 f"'{stem}' has the experts {sorted(found)}: some are missing, the checkpoint is"
@@ -154,6 +159,7 @@ def _tag_folder(source: Path) -> Path:
 
 def _model_file(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
+    # ZeRO 3 writes a part of each weight per rank, under these names.
     if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
         raise ConfigError(
             f"{folder} is of ZeRO stage 3, whose model files hold no whole weights: run DeepSpeed's"
@@ -176,7 +182,7 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
     """The files of all experts: each layer's from 0 on, none missing.
 
     Args:
-        counts: experts of each MoE layer as the checkpoint says; none where it does not.
+        counts: experts of each MoE layer as the checkpoint has it; empty if it does not.
     """
     files: dict[tuple[int, int], Path] = {}
     layered = set()

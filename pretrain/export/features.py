@@ -1,5 +1,6 @@
-"""What an architecture takes of a recipe's model: a white list of fields, so that a feature nobody
-thought of speaks against it.
+"""What an architecture supports, as a white list of the fields of a recipe's model.
+
+A feature that nobody thought of is thereby a reason against the export, and not lost in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pretrain.model.config import ModelConfig
 ANY = None
 """In a white list: whatever the field says."""
 
-# Fields of room in an expert, which matters if tokens are dropped: every architecture refuses that.
+# Fields of an expert's capacity, which matters only if tokens are dropped, and every architecture
+# refuses models that drop tokens.
 # The two gates differ in their names alone.
 WITHOUT_DROPS = frozenset(
     {"moe.eval_capacity_factor", "moe.min_capacity", "moe.use_rts", "moe.gate"}
@@ -26,11 +28,10 @@ Takes = Mapping[str, Collection[Any] | None]
 
 
 def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
-    """A clause for each field of ``model`` that the architecture ``name`` cannot follow; empty
-    where there is none.
+    """A clause for each field of ``model`` that the architecture ``name`` cannot follow.
 
     A field that ``takes`` does not name must be at its default, and one that it names must be among
-    its values. The sections of mixtures of experts do not count where no layer is one.
+    its values. The section of experts does not count if no layer has any.
     """
     reasons = []
     for path, value, field in _fields(model, "", Effect.MEANING):
@@ -41,6 +42,7 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
             if allowed is not None and value not in allowed:
                 only = " or ".join(_shown(one) for one in allowed)
                 reasons.append(f"model.{path} is {_shown(value)}, and {name} has only {only}")
+        # A new field of the schema has a default, and only other values are refused.
         elif field.is_required() or value != field.get_default():
             reasons.append(f"model.{path} is {_shown(value)}, and {name} has nothing for it")
     return reasons
@@ -49,7 +51,7 @@ def reasons_against(model: ModelConfig, takes: Takes, name: str) -> list[str]:
 def _fields(section: Section, prefix: str, effect: Effect) -> Iterator[tuple[str, Any, FieldInfo]]:
     """Path, value and declaration of each field that a finished model depends on.
 
-    A section stands for its own fields, but one that is there or not counts as one value.
+    A section is replaced by its fields; an optional one also counts as a value itself.
     """
     for name, field in type(section).model_fields.items():
         value, mark = getattr(section, name), mark_of(field, effect)

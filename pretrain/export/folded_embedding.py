@@ -1,5 +1,6 @@
-"""A factorised embedding multiplied out: for architectures that have none, at the price of
-vocabulary x hidden size numbers.
+"""Multiplies out a factorised embedding, for architectures that have none.
+
+The export is then larger: vocabulary x hidden size elements.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ FOLDED = ("embedding.weight", "head.weight")
 
 
 class FoldedEmbedding:
-    """The same tensors, but W P^T in place of each matrix W [V, e] of the vocabulary, and no
-    projection P [D, e].
+    """The tensors of a model with W P^T for each matrix W [V, e], without the projection P [D, e].
 
     An embedding is P w, and a logit w (P^T x): both are the row P w of W P^T.
     """
@@ -27,16 +27,20 @@ class FoldedEmbedding:
 
     @property
     def names(self) -> list[str]:
+        """All names but the projection's."""
         return [name for name in self._tensors.names if name != PROJECTION]
 
     def form(self, name: str) -> TensorForm:
+        """A tensor's dtype and shape."""
         form = self._tensors.form(name)
         return (
             TensorForm(form.dtype, (form.shape[0], self._hidden_size)) if name in FOLDED else form
         )
 
     def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, multiplied out if it is factorised."""
         tensor = self._tensors.read(name, index)
+        # Multiplied in fp32, and rounded only when it is written.
         return tensor @ self._tensors.read(PROJECTION).T if name in FOLDED else tensor
 
 

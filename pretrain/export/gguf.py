@@ -1,6 +1,4 @@
-"""GGUF through llama.cpp's own converter, from a Hugging Face export that was compared with the
-checkpoint.
-"""
+"""Writes GGUF with llama.cpp's converter, from a Hugging Face export."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ def find_converter() -> Path:
     """llama.cpp's script on the PATH.
 
     Raises:
-        ConfigError: where it is not there: no package on PyPI installs it as a wheel.
+        ConfigError: if it is not there: no package on PyPI installs it as a wheel.
     """
     found = shutil.which(SCRIPT)
     if found is None:
@@ -41,15 +39,15 @@ def find_converter() -> Path:
 def export_gguf(
     checkpoint: Path, output: Path, heldout: TokenStream, dtype: torch.dtype, overwrite: bool
 ) -> Conversion:
-    """Writes ``model.gguf`` beside a record; the Hugging Face folder in between is compared as
-    :func:`export_hf` does.
+    """Writes ``model.gguf`` and a record, after comparing logits as :func:`export_hf` does.
 
     Raises:
-        ConfigError: without llama.cpp's converter, or where :func:`export_hf` raises it.
-        CheckpointError: where the converter does not take the export, with its own last words.
+        ConfigError: without llama.cpp's converter, or as :func:`export_hf`.
+        CheckpointError: if the converter does not take the export, with its own last words.
     """
     converter = find_converter()
     with published_folder(output, overwrite) as folder:
+        # Inside of the folder that is published, so that it is removed with it after an error.
         between = folder / "hf"
         conversion = export_hf(checkpoint, between, heldout, dtype, overwrite=False)
         file = folder / GGUF_FILE
@@ -64,6 +62,7 @@ def export_gguf(
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not file.is_file():
+            # The last line of a Python traceback names the error.
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise CheckpointError(
                 f"llama.cpp's {SCRIPT} does not take the export ({last[:300]}): nothing was"

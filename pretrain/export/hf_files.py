@@ -1,5 +1,6 @@
-"""What a Hugging Face folder may hold before anything of it is opened: plain data, weights in
-safetensors, and no code but ours.
+"""Checks the files of a Hugging Face folder before anything of it is opened.
+
+It may hold plain data and weights in safetensors, and no code but this project's model class.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def read_config(folder: Path) -> JsonObject:
     """The ``config.json`` of a folder without foreign code.
 
     Raises:
-        CheckpointError: when it is no JSON object with a ``model_type``, and when the folder holds
+        CheckpointError: if it is no JSON object with a ``model_type``, and when the folder holds
             or names code that is not this project's.
     """
     config = read_json_object(folder / CONFIG)
@@ -97,9 +98,7 @@ def read_config(folder: Path) -> JsonObject:
 
 
 def unset_fields(fields: Mapping[str, Any]) -> str:
-    """A clause with the fields of a config that have no value, for errors of transformers, which
-    rarely name the field.
-    """
+    """A clause with the fields that have no value; transformers' own errors rarely name them."""
     unset = [field for field, value in _entries(fields) if value is None]
     return f"; without a value are {', '.join(unset)}" if unset else ""
 
@@ -115,12 +114,11 @@ def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_code_files(folder: Path, own: bool) -> None:
-    """Raises :class:`CheckpointError` for code anywhere below ``folder`` that is not a file of our
-    class, byte for byte.
-    """
+    """Raises :class:`CheckpointError` for code that is not a file of this project's class."""
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
     for place, folders, files in os.walk(folder):
         for name in folders:
+            # os.walk does not follow links, but an import does.
             if (Path(place) / name).is_symlink():
                 raise CheckpointError(
                     f"{Path(place) / name} is a link to another folder, which may hold code: put a"
@@ -145,6 +143,7 @@ def _check_code_files(folder: Path, own: bool) -> None:
 
 def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises :class:`CheckpointError` for a config that makes transformers fetch code."""
+    # auto_map may also name a repository on the hub ("owner/name--module.Class").
     expected = AUTO_MAP if config["model_type"] == OWN_TYPE else {}
     named = config.get("auto_map")
     if named and named != expected:
@@ -165,6 +164,7 @@ def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
                     f"{path} has an auto_map, and code of a folder is never run: remove it, or take"
                     " another folder"
                 )
+            # attn_implementation = "owner/kernel" makes transformers download and import it.
             if field.endswith("_implementation") and any("/" in text for text in _texts(value)):
                 raise CheckpointError(
                     f"{path} names a kernel from the hub as {field}, which is code: remove the"
@@ -180,7 +180,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a folder, from the headers of its files.
 
     Raises:
-        CheckpointError: when a file is missing, cut off or not what the index says, or holds a
+        CheckpointError: if a file is missing, cut off or not what the index says, or holds a
             tensor of packed numbers or one that another file holds too.
     """
     shapes: dict[str, tuple[int, ...]] = {}
@@ -188,6 +188,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
+                # get_slice reads the header only: no tensor comes into memory.
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 found = {name: tuple(part.get_shape()) for name, part in parts.items()}
                 packed = {
@@ -209,6 +210,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 f"the tensor '{name}' in {path} is stored as {kind}: convert it to bf16 or fp32"
                 " first"
             )
+        # Which of two copies transformers loads depends on the order of the files.
         if twice := sorted(found.keys() & shapes.keys()):
             raise CheckpointError(
                 f"'{twice[0]}' is in {places[twice[0]]} and in {path.name}: the weights do not"
@@ -239,6 +241,7 @@ def checked_view(folder: Path, config: Mapping[str, Any], weights: bool) -> Iter
         config: what :func:`read_config` gave. The view has it without the names of classes.
         weights: with the weights; otherwise only config and tokenizer.
     """
+    # The config is written, not linked: what was checked is what transformers reads.
     with tempfile.TemporaryDirectory(prefix="hf-folder-") as name:
         view = Path(name)
         (view / CONFIG).write_text(
@@ -270,9 +273,7 @@ def _without_paths(config: JsonObject) -> JsonObject:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises :class:`CheckpointError` unless there is a vocabulary, and a tokenizer class that is
-    one by its name.
-    """
+    """Raises :class:`CheckpointError` without a vocabulary, or if the class is no tokenizer's."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer.json: copy the tokenizer of the model there"

@@ -1,6 +1,4 @@
-"""A Hugging Face model folder: per-expert safetensors, configs, and a tokenizer that AutoTokenizer
-opens.
-"""
+"""Writes a Hugging Face folder: safetensors, configs, and a tokenizer that AutoTokenizer opens."""
 
 from __future__ import annotations
 
@@ -43,30 +41,30 @@ def write_hf_folder(
     shard_bytes: int = SHARD_BYTES,
     side_files: SideFiles | None = None,
 ) -> tuple[int, int, tuple[str, ...]]:
-    """Writes the whole folder tensor by tensor, reads the weights back and compares them bit for
-    bit.
+    """Writes the whole folder, reads the weights back, and compares them bit for bit.
 
-    The keys are one per expert, where transformers itself writes such: transformers 4 and 5, vLLM
-    and converters to other formats all read these. The end-of-document token starts and ends a
-    text, unless ``side_files`` say otherwise.
+    Experts have one key each, if that is how transformers itself writes them: transformers 4 and 5,
+    vLLM and converters to other formats all read such keys. The end-of-document token starts and
+    ends a text, unless ``side_files`` have other ids.
 
     Args:
         model: with a plain embedding, unless the target keeps its factors.
         ours: its tensors in fp32.
-        side_files: what a model of others brought along next to its ``tokenizer.json``; written
-            again as it was.
+        side_files: files that an imported model had next to its ``tokenizer.json``, written
+            unchanged.
 
     Returns:
-        the number of tensors, their bytes, and the names of tensors that only training reads, which
+        The number of tensors, their bytes, and the names of those that only training reads and that
         are left out.
 
     Raises:
-        CheckpointError: when ``ours`` does not belong to ``model``, or a tensor does not read back
-            as it was written.
+        CheckpointError: if ``ours`` does not belong to ``model``, or a tensor does not read back as
+            it was written.
     """
     links = target.links(model)
     linked = {link.ours for link in links if isinstance(link, Link)}
     left_out = tuple(name for name in ours.names if is_left_out(name) and name not in linked)
+    # Before the first byte is written: a tensor without a link would be missing in the export.
     check_names(links, ours, left_out)
     forms = their_forms(links, ours, dtype)
     write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
@@ -89,12 +87,11 @@ def _write_configs(
     max_tokens: int,
     side_files: SideFiles,
 ) -> None:
-    """Writes everything but the weights: ``config.json``, how texts start and end, and the
-    tokenizer.
-    """
+    """Writes all files but the weights: ``config.json``, generation settings, and the tokenizer."""
     eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
     if ids is not None:
+        # A chat model may end a text with several tokens; our tokenizer knows a single one.
         config = {name: value for name, value in config.items() if name not in ID_FIELDS} | ids
     write_json_file(folder / "config.json", config)
     generation = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
@@ -106,6 +103,7 @@ def _write_configs(
         "eos_token": eod_token,
         "bos_token": eod_token,
         "model_max_length": max_tokens,
+        # Otherwise decoding removes spaces before punctuation, and does not return the text.
         "clean_up_tokenization_spaces": False,
     }
     write_json_file(folder / TOKENIZER_CONFIG, tokens)

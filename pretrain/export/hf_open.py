@@ -1,7 +1,7 @@
-"""The only place that opens a Hugging Face folder: no code of the folder is run, and what is
-missing in it is named.
+"""Opens Hugging Face folders, for the whole project: no code of a folder is run.
 
-Our own class is registered with transformers, so that ``trust_remote_code`` is never needed here.
+What is missing in a folder is named. This project's model class is registered with transformers, so
+that ``trust_remote_code`` is never needed.
 """
 
 from __future__ import annotations
@@ -51,15 +51,13 @@ FOREIGN_LOGGERS = (
     "accelerate",
     "filelock",
 )
-# Buffers of old files that every model computes itself.
+# Buffers in files of older releases, which every model computes itself.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 SHOWN = 3
 
 
 def quiet_libraries() -> None:
-    """No warnings, notes and loading bars of other libraries: what a user has to know is in our own
-    errors.
-    """
+    """Silences warnings, notes and progress bars of other libraries."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for name in FOREIGN_LOGGERS:
@@ -74,7 +72,7 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """The config with transformers' defaults.
 
     Raises:
-        CheckpointError: when the folder holds foreign code, or transformers does not take its
+        CheckpointError: if the folder holds foreign code, or transformers does not take its
             config.
     """
     content = read_config(folder)
@@ -89,8 +87,8 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         dtype: of the weights; "auto" is the folder's own.
 
     Raises:
-        CheckpointError: when the folder holds foreign code or pickles, or misses a tensor, has one
-            too many, one of another shape or one whose numbers are not finite.
+        CheckpointError: if the folder holds foreign code or pickles, or a tensor is missing,
+            superfluous, of another shape or not finite.
     """
     content = read_config(folder)
     if content.get("quantization_config"):
@@ -108,8 +106,7 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
 
 
 def check_stored(folder: Path) -> None:
-    """Without loading a weight, for a reader of its own that expects the names which transformers
-    writes; tensors that are too many are its matter.
+    """Checks that every tensor is stored in its shape, without loading one; more may be there.
 
     Raises:
         CheckpointError: as :func:`open_model`, when a tensor is missing or has another shape.
@@ -126,7 +123,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer.
 
     Raises:
-        CheckpointError: when there is none, transformers cannot open it, or it has no
+        CheckpointError: if there is none, transformers cannot open it, or it has no
             end-of-document token.
     """
     quiet_libraries()
@@ -154,8 +151,10 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_fit(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises :class:`CheckpointError` when the tokenizer has ids that the model has no embedding
-    for, or the model no longest text.
+    """Checks that a model and a tokenizer belong together.
+
+    Raises:
+        CheckpointError: if an id has no row in the embedding, or the config has no longest text.
     """
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -181,9 +180,8 @@ def _config(folder: Path, view: Path) -> PreTrainedConfig:
     AutoModelForCausalLM.register(MoePretrainConfig, MoePretrainForCausalLM, exist_ok=True)
     try:
         return cast("PreTrainedConfig", AutoConfig.from_pretrained(view, **LOCAL))
-    except (
-        Exception
-    ) as error:  # a field of the wrong type raises whatever the class's constructor comes upon
+    # A field of a wrong type makes the class's constructor raise errors of any kind.
+    except Exception as error:
         raise _refusal(
             folder,
             "the config.json of ",
@@ -220,6 +218,7 @@ class Outline:
     ignored: list[re.Pattern[str]]
 
     def leaves_out(self, name: str) -> bool:
+        """Whether the class ignores a tensor of this name in a file."""
         return name not in self.shapes and any(pattern.search(name) for pattern in self.ignored)
 
 
@@ -263,11 +262,10 @@ def _check_shapes(folder: Path, outline: Outline, stored: Shapes) -> None:
 
 
 def _without_copies(folder: Path, outline: Outline, stored: Shapes) -> tuple[Shapes, Shapes]:
-    """What the model expects and what is stored, with one name for each tensor, and without what
-    the class leaves out.
+    """The expected and the stored shapes, with one name for each tensor, without ignored tensors.
 
     Raises:
-        CheckpointError: when copies of one tensor differ.
+        CheckpointError: if copies of one tensor differ.
     """
     expected = dict(outline.shapes)
     found = {name: shape for name, shape in stored.items() if not outline.leaves_out(name)}
@@ -323,15 +321,16 @@ def _incomplete(folder: Path, clauses: Iterable[str]) -> CheckpointError:
 def _load(
     folder: Path, view: Path, config: PreTrainedConfig, dtype: torch.dtype | str
 ) -> PreTrainedModel:
-    """What transformers makes of the weights, if it says that it needed all of them and no others."""
+    """The model that transformers loads; it must have used every tensor, and missed none."""
     from transformers import AutoModelForCausalLM
 
     options = {
         **LOCAL,
         "use_safetensors": True,
         "output_loading_info": True,
+        # Otherwise transformers raises for the first mismatch; the report lists all of them.
         "ignore_mismatched_sizes": True,
-    }  # mismatches are in the report
+    }
     try:
         # transformers' annotations leave out that output_loading_info makes it a pair.
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -353,10 +352,9 @@ def _load(
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raises :class:`CheckpointError` for a weight with NaN or infinity: its largest and smallest
-    number show it without a copy.
-    """
+    """Raises :class:`CheckpointError` for a weight with NaN or infinity."""
     for name, tensor in model.state_dict().items():
+        # aminmax propagates NaN, and unlike isfinite(tensor) needs no mask of the tensor's size.
         if (
             tensor.is_floating_point()
             and tensor.numel()

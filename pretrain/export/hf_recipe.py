@@ -1,6 +1,4 @@
-"""A Hugging Face ``config.json`` as a recipe: what transformers reads in it, and a refusal of what
-no recipe can say.
-"""
+"""Converts a Hugging Face ``config.json`` to a recipe, and refuses what no recipe can express."""
 
 from __future__ import annotations
 
@@ -41,8 +39,8 @@ REFUSALS = (
     AssertionError,
     RuntimeError,
 )
-# Fields of config.json that change nothing of what the model computes, or that a recipe says in its
-# own way.
+# Fields of config.json that do not change what the model computes, or that a recipe expresses in
+# another way.
 NEUTRAL = {
     "architectures",
     "attention_dropout",
@@ -62,13 +60,13 @@ NEUTRAL = {
     # Qwen's, without use_sliding_window, which is compared.
     "max_window_layers",
     "sliding_window_pattern",
-    # One pattern of dense layers can be said in two ways; sparse_layers reads both and refuses what
-    # recipes cannot say.
+    # Two ways to write a pattern of dense layers; sparse_layers reads both, and refuses patterns
+    # that recipes do not have.
     "decoder_sparse_step",
     "mlp_only_layers",
 }
-# Fields that code shared by all classes reads where a class does not declare them, and what changes
-# nothing.
+# Fields that transformers' shared code reads even if a class does not declare them, with the value
+# that changes nothing.
 READ_ANYWHERE: JsonObject = {
     "attention_chunk_size": None,
     "head_dim": None,
@@ -81,10 +79,9 @@ READ_ANYWHERE: JsonObject = {
 
 
 class _Fields(Mapping[str, Any]):
-    """A config's fields with transformers' defaults, under every name that transformers knows them
-    by.
+    """A config's fields with transformers' defaults, under every name that transformers accepts.
 
-    ``fields[name]`` raises :class:`ConfigError` for a null, ``fields.get(name)`` gives it.
+    ``fields[name]`` raises :class:`ConfigError` for a null, ``fields.get(name)`` returns it.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -101,6 +98,7 @@ class _Fields(Mapping[str, Any]):
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value, which may be None."""
         return getattr(self.config, name, default)
 
     def __iter__(self) -> Iterator[str]:
@@ -111,15 +109,14 @@ class _Fields(Mapping[str, Any]):
 
 
 def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedConfig) -> Recipe:
-    """A recipe whose model is that of ``config``; what it says of training is a beginning to be
-    changed.
+    """A recipe with the model of ``config``; its training section is only a start, to be changed.
 
     Args:
         source: the folder of ``config``, for the recipe's name, the tokenizer and errors.
-        output: where the tokenizer will be.
+        output: the folder that will have the tokenizer.
 
     Raises:
-        ConfigError: naming a field of ``config`` that no recipe can say, or that transformers' own
+        ConfigError: for a field of ``config`` that no recipe can express, or that transformers' own
             class cannot compute with.
     """
     path = source / "config.json"
@@ -141,20 +138,19 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     recipe = validate_recipe(content, str(path))
     if reasons := target.reasons_against(recipe.model):
         raise ConfigError(f"{path} describes what {target.name} is not: {'; '.join(reasons)}")
-    ours, theirs = (
-        _resolved(each) for each in (type(config)(**target.config(recipe.model, 0)), config)
-    )
+    # The check of the whole conversion: exported again, the recipe must give the same config.
+    exported = _resolved(type(config)(**target.config(recipe.model, 0)))
     unread = NEUTRAL | target.unread(_Fields(config))
-    for field, value in theirs.items():
+    for field, value in _resolved(config).items():
         if (
             field not in unread
             and not field.startswith("_")
-            and field in ours
-            and ours[field] != value
+            and field in exported
+            and exported[field] != value
         ):
-            said, nearest = _difference(field, value, ours[field])
+            setting, nearest = _difference(field, value, exported[field])
             raise ConfigError(
-                f"{path} says {said}, and the nearest recipe would be {nearest}: it cannot be"
+                f"{path} says {setting}, and the nearest recipe would be {nearest}: it cannot be"
                 " converted exactly"
             )
     _check_buildable(path, target, config)
@@ -164,13 +160,8 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
 def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> JsonObject:
     try:
         return target.model_section(_Fields(config))
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # fields of the wrong type, or none
+    # Fields that are missing or of a wrong type.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} is no config of {target.name} ({type(error).__name__}: {reason}): take another"
@@ -179,9 +170,7 @@ def _model_section(path: Path, target: LlamaLike, config: PreTrainedConfig) -> J
 
 
 def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
-    """A field that the class does not declare is passed over by most readers, but not by all of
-    transformers' code.
-    """
+    """Refuses fields that the class does not declare, but that transformers' shared code reads."""
     declared = {field.name for field in dataclasses.fields(config)}
     written = config.to_dict()
     for field, harmless in READ_ANYWHERE.items():
@@ -198,9 +187,7 @@ def _check_undeclared(path: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_buildable(path: Path, target: LlamaLike, config: PreTrainedConfig) -> None:
-    """transformers' own class takes the config: without memory for its weights, and before ours are
-    written.
-    """
+    """Checks that transformers' own class takes the config, without memory for weights."""
     import transformers
 
     try:
@@ -226,15 +213,13 @@ def _resolved(config: PreTrainedConfig) -> JsonObject:
     return fields
 
 
-def _difference(field: str, value: Any, ours: Any) -> tuple[str, str]:
-    """Two values that differ, in the words of ``config.json``; of dictionaries the first entry that
-    does.
-    """
-    if isinstance(value, dict) and isinstance(ours, dict):
-        for name in (*value, *ours):
-            if value.get(name) != ours.get(name):
-                return f"{field}.{name} = {value.get(name)}", str(ours.get(name))
-    return f"{field} = {value}", str(ours)
+def _difference(field: str, value: Any, exported: Any) -> tuple[str, str]:
+    """A field with each of two values, as ``config.json`` writes them; the first that differs."""
+    if isinstance(value, dict) and isinstance(exported, dict):
+        for name in (*value, *exported):
+            if value.get(name) != exported.get(name):
+                return f"{field}.{name} = {value.get(name)}", str(exported.get(name))
+    return f"{field} = {value}", str(exported)
 
 
 def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
@@ -253,8 +238,8 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
             f"{source / TOKENIZER} has ids up to {largest}, and the model a vocab_size of"
             f" {config.vocab_size}: copy its own there"
         )
-    # Where config.json leaves these ids out, its class names some that may be any word of the
-    # vocabulary.
+    # If config.json leaves these ids out, the class has defaults that may be any word of the
+    # vocabulary: only special tokens count.
     special = {
         number: token.content
         for number, token in library.get_added_tokens_decoder().items()
@@ -278,8 +263,9 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
 def _document_end(
     source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig
 ) -> str | None:
-    """The first end that ``config.json`` names if it is no word, else the one of
-    ``tokenizer_config.json``, if there is one.
+    """The end-of-document token: the first that ``config.json`` names, if it is no ordinary word.
+
+    Otherwise that of ``tokenizer_config.json``, if there is one.
     """
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}

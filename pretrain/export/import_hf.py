@@ -1,4 +1,4 @@
-"""The way back: a Hugging Face folder as a recipe and a checkpoint of weights alone."""
+"""Imports a Hugging Face folder as a recipe and a checkpoint of weights alone."""
 
 from __future__ import annotations
 
@@ -40,26 +40,29 @@ from pretrain.export.writer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# Random tokens that logits are compared on; a folder of others has no text to take them from.
 WINDOWS, WINDOW_TOKENS = 4, 256
 
 
 def import_hf(
     source: Path, output: Path, overwrite: bool, memory_bytes: int | None = None
 ) -> Conversion:
-    """Writes a folder that evaluation, generation, export and training read like any other
-    checkpoint, and compares its logits with transformers'.
+    """Writes a Hugging Face model as a checkpoint, and compares its logits with transformers'.
+
+    Evaluation, generation, export and training read the folder like any other checkpoint.
 
     Args:
         source: with ``config.json``, safetensors and, if it has one, ``tokenizer.json``.
         memory_bytes: as in :func:`pretrain.export.convert.export_hf`.
 
     Raises:
-        ConfigError: when a recipe cannot say what the model computes, or ``output`` is taken.
-        CheckpointError: when weights are missing, superfluous or damaged, or numbers differ;
+        ConfigError: if no recipe can express the model, or ``output`` is taken.
+        CheckpointError: if weights are missing, superfluous or damaged, or values differ;
             ``output`` is then left as it was.
     """
     target, config = architecture_of(source)
     recipe = recipe_of(source, output, target, config)
+    # Names and shapes first: reading the weights may take long.
     check_stored(source)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
@@ -70,10 +73,12 @@ def import_hf(
         tensors = to_ours(links, theirs, dense | experts)
         fill_weights_folder(folder, recipe, tensors, tokenizer if tokenizer.is_file() else None)
         ours = open_weights(folder)
+        # Tensors that must be zero have no counterpart; _left_out has listed those that are not.
         check_same_numbers([link for link in links if not isinstance(link, Zeros)], ours, theirs)
         parity, unchecked = None, shortage(ours, memory_bytes)
         if unchecked is None:
             shape = (WINDOWS, min(WINDOW_TOKENS, recipe.model.max_position_embeddings))
+            # A fixed seed: the same folder always gives the same result.
             windows_WS = torch.randint(
                 config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
             )
@@ -98,7 +103,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
 
     Raises:
         ConfigError: for an architecture that no recipe can say, and for quantised weights.
-        CheckpointError: when the config is damaged, or the folder holds foreign code.
+        CheckpointError: if the config is damaged, or the folder holds foreign code.
     """
     path, content = source / CONFIG, read_config(source)
     name = content["model_type"]
@@ -117,8 +122,7 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
 
 
 def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, ...]:
-    """Tensors that no next token depends on: blocks of multi-token prediction, shared experts of
-    width zero, a tied head's copy.
+    """Tensors without effect on logits, such as those of multi-token prediction or a tied head.
 
     Raises:
         CheckpointError: for any other that no link names.
@@ -131,10 +135,12 @@ def _left_out(theirs: TensorReader, links: Links, recipe: Recipe) -> tuple[str, 
         if name in linked or COMPUTED.search(name):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
+        # A tied head may be stored once more; a different one would be an untied model.
         if name == "lm_head.weight" and same_bits(
             theirs.read(name), theirs.read("model.embed_tokens.weight")
         ):
             continue
+        # DeepSeek stores the blocks of multi-token prediction as layers behind the last one.
         if name not in empty and not (layer and int(layer[1]) >= layers):
             raise CheckpointError(
                 f"the tensor '{name}' has no place in the recipe's model: config.json and weights"

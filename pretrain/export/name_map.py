@@ -1,10 +1,10 @@
-"""A declarative map between our parameter names and another project's, used in both directions.
+"""A declarative map between this project's parameter names and another one's, for both directions.
 
-A target lists templates such as ``"layers.{layer}.attention_norm.weight" ->
-"model.layers.{layer}.input_layernorm.weight"``. Where only the other name has ``{expert}``, ours
-stacks all experts along its first dimension. Expanded over layers and experts, templates become
-links. Tensors are made one by one in either direction, so that neither model ever stands in memory
-as a whole.
+"Ours" is a tensor of this project, "theirs" is one of the other. A target lists templates such as
+``"layers.{layer}.attention_norm.weight" -> "model.layers.{layer}.input_layernorm.weight"``. If only
+the other name has ``{expert}``, ours stacks all experts along its first dimension. Expanded over
+layers and experts, templates become links. Tensors are made one by one in either direction, so that
+neither model is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from pretrain.core.errors import CheckpointError
 
 
 class Tensors(Protocol):
-    """Named tensors that are read one by one:
-    :class:`pretrain.checkpoint.tensor_files.TensorReader`.
-    """
+    """Named tensors that are read one by one, such as those of a TensorReader."""
 
     @property
     def names(self) -> list[str]: ...
@@ -35,45 +33,50 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class RotaryRows:
-    """Rows of ``heads`` heads, of which the last ``turned`` of each are turned in pairs: ours (i, i
-    + turned / 2), theirs (2 i, 2 i + 1).
+    """The order of the rows of rotary queries or keys.
 
-    A head's scores are the same in both orders, as long as queries and keys have the same one.
+    The last ``rotated`` of each head's ``plain + rotated`` rows are rotated in pairs: (i, i + rotated
+    / 2) in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders, as long as
+    queries and keys have the same one.
     """
 
     heads: int
     plain: int
-    turned: int
+    rotated: int
 
     def to_theirs(self, tensor: Tensor) -> Tensor:
-        return self._ordered(tensor, (2, self.turned // 2))
+        """The rows of a weight or bias in their order."""
+        return self._ordered(tensor, (2, self.rotated // 2))
 
     def to_ours(self, tensor: Tensor) -> Tensor:
-        return self._ordered(tensor, (self.turned // 2, 2))
+        """The rows of a weight or bias in our order."""
+        return self._ordered(tensor, (self.rotated // 2, 2))
 
     def _ordered(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
-        plain, turned = tensor.unflatten(0, (self.heads, self.plain + self.turned)).split(
-            (self.plain, self.turned), dim=1
+        plain, rotated = tensor.unflatten(0, (self.heads, self.plain + self.rotated)).split(
+            (self.plain, self.rotated), dim=1
         )
         return torch.cat(
-            (plain, turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1
+            (plain, rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)), dim=1
         ).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Link:
-    """theirs[their_expert][..., column::2], or a part of it, = scale * ours[expert][:rows], each
-    part only where it is given.
+    """A tensor of ours, or a part of it, and its place in a tensor of theirs.
+
+    ``theirs[their_expert][..., column::2] = scale * ours[expert][:rows]``; what is None is left
+    out.
 
     Attributes:
-        rows: cuts the padding of the vocabulary.
-        column: theirs interleaves two tensors of ours along its last dimension; 0 or 1.
-        transposed: theirs multiplies from the other side.
+        rows: cuts off the padding of the vocabulary.
+        column: 0 or 1, if theirs interleaves two tensors of ours along its last dimension.
+        transposed: whether theirs is multiplied from the other side.
         scale: a power of two, so that nothing is rounded.
-        heads: theirs has the rows of turned numbers in another order.
-        part: theirs has ``part[1]`` tensors of ours one after the other along its second dimension,
-            of which this is number ``part[0]``.
-        exact: theirs is fp32 whatever the others are.
+        heads: the order of rotary rows, if theirs has another one.
+        part: (index, count), if theirs has ``count`` tensors of ours in a row along its second
+            dimension.
+        exact: whether theirs is fp32 whatever dtype is written.
     """
 
     ours: str
@@ -89,30 +92,30 @@ class Link:
     exact: bool = False
 
     def of_ours(self, ours: Tensors) -> Tensor:
-        """Our share as theirs has it, in our dtype; a view of what was read where it can be."""
+        """Our part in the layout of theirs, in our dtype; a view of what was read if possible."""
         tensor = ours.read(self.ours, self.expert)[: self.rows]
         tensor = tensor if self.heads is None else self.heads.to_theirs(tensor)
         tensor = tensor if self.scale == 1.0 else tensor * self.scale
         return tensor.transpose(0, 1) if self.transposed else tensor
 
     def of_theirs(self, theirs: Tensors) -> Tensor:
-        """Their share in their dtype, which :meth:`of_ours` should equal."""
+        """Their part in their dtype; equal to :meth:`of_ours` if both models are."""
         return self.place(theirs.read(self.theirs, self.their_expert))
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Where our share stands in their tensor, or in that of one expert; a view."""
+        """The part of their tensor, or of one expert of it, that is ours; a view."""
         tensor = tensor if self.part is None else tensor.chunk(self.part[1], dim=1)[self.part[0]]
         return tensor if self.column is None else tensor[..., self.column :: 2]
 
     def back(self, theirs: Tensors) -> Tensor:
-        """Their share as ours has it."""
+        """Their part in the layout of ours."""
         tensor = self.of_theirs(theirs)
         tensor = tensor.transpose(0, 1) if self.transposed else tensor
         tensor = tensor if self.scale == 1.0 else tensor / self.scale
         return tensor if self.heads is None else self.heads.to_ours(tensor)
 
     def form(self, ours: Tensors, dtype: torch.dtype) -> TensorForm:
-        """Of :meth:`of_ours` in a file of ``dtype``."""
+        """Dtype and shape of :meth:`of_ours` in a file of ``dtype``."""
         shape = ours.form(self.ours).shape[0 if self.expert is None else 1 :]
         shape = shape if self.rows is None else (self.rows, *shape[1:])
         return TensorForm(
@@ -122,9 +125,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A tensor of theirs that ours has no counterpart of, and that changes nothing where it is
-    zero.
-    """
+    """A tensor of theirs without a counterpart in ours, which has no effect if it is zero."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -141,13 +142,12 @@ def expand(
     rows: int | None = None,
     **options: Any,
 ) -> list[Link]:
-    """The links of ``templates`` (ours to theirs) for the given layers; the experts of stacked
-    tensors are taken apart.
-    """
+    """The links of templates (ours to theirs) for the given layers, one for each stacked expert."""
     links = []
     for ours, theirs in templates.items():
         for layer in layers:
             for expert in range(num_experts if "{expert}" in theirs else 1):
+                # Ours has one tensor for all experts: each link reads one slice of it.
                 stacked = "{expert}" in theirs and "{expert}" not in ours
                 link = Link(
                     ours.format(layer=layer, expert=expert),
@@ -162,7 +162,7 @@ def expand(
 def stacked(
     templates: Mapping[str, str], layers: Iterable[int], num_experts: int, **options: Any
 ) -> list[Link]:
-    """As :func:`expand` where theirs stacks the experts, and ours may or may not."""
+    """As :func:`expand`, for tensors of theirs that stack all experts; ours may or may not."""
     return [
         Link(
             ours.format(layer=layer, expert=expert),
@@ -178,7 +178,7 @@ def stacked(
 
 
 def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable[str] = ()) -> None:
-    """Every tensor of ours has a link, but those that are left out, and every link a tensor.
+    """Checks that every tensor of ours has a link, unless it is left out, and every link a tensor.
 
     Raises:
         CheckpointError: for the first that has not.
@@ -197,16 +197,14 @@ def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable
 
 
 def is_left_out(name: str) -> bool:
-    """Whether one of our tensors is read in training alone: multi-token prediction's, and the
-    matrix of router noise.
-    """
+    """Whether only training reads a tensor of ours: multi-token prediction and router noise."""
     return name.startswith("multi_token.") or name.endswith(".router.noise.weight")
 
 
 def their_forms(
     links: Iterable[Link | Zeros], ours: Tensors, dtype: torch.dtype
 ) -> dict[str, TensorForm]:
-    """Names and forms of all tensors of theirs, in order."""
+    """Names, dtypes and shapes of all tensors of theirs, in order."""
     forms: dict[str, TensorForm] = {}
     experts: dict[str, int] = {}
     for link in links:
@@ -235,6 +233,7 @@ def to_theirs(
         if isinstance(first, Link) and len(groups[theirs]) == 1 and first.their_expert is None:
             yield theirs, first.of_ours(ours).to(form.dtype)
             continue
+        # Several tensors of ours become one of theirs: each is copied into its place.
         tensor = torch.zeros(form.shape, dtype=form.dtype)
         for link in groups[theirs]:
             if isinstance(link, Link):
@@ -247,12 +246,12 @@ def to_theirs(
 def to_ours(
     links: Iterable[Link | Zeros], theirs: Tensors, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The way back, in fp32: one by one, in the order of ``shapes``, which are ours.
+    """All tensors of ours in fp32, one by one, in the order of ``shapes``.
 
     Padding of the vocabulary is zero.
 
     Raises:
-        CheckpointError: where a tensor that a link names is missing, or does not fit.
+        CheckpointError: if a tensor that a link names is missing, or does not fit.
     """
     groups: dict[str, list[Link]] = {}
     for link in links:
@@ -266,10 +265,8 @@ def to_ours(
                 raise CheckpointError(
                     f"there is no tensor '{link.theirs}': the files are incomplete"
                 )
-            place, share = (
-                (tensor if link.expert is None else tensor[link.expert])[: link.rows],
-                link.back(theirs),
-            )
+            place = (tensor if link.expert is None else tensor[link.expert])[: link.rows]
+            share = link.back(theirs)
             if place.shape != share.shape:
                 raise CheckpointError(
                     f"the tensor '{link.theirs}' has the shape {list(share.shape)} instead of"

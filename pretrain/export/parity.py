@@ -30,8 +30,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Parity:
-    """What a comparison saw: the largest |difference| between two logits, beside the standard
-    deviation of the logits themselves.
+    """The result of a comparison of logits.
+
+    ``max_difference`` is the largest absolute difference; ``logits_std`` is the standard deviation
+    of the logits, to judge it by.
     """
 
     windows: int
@@ -43,7 +45,7 @@ def parity_windows(stream: TokenStream, sequence_length: int, count: int = WINDO
     """Up to ``count`` full windows [W, S] int64, spread evenly over the stream.
 
     Raises:
-        DataError: when the stream is shorter than one window.
+        DataError: if the stream is shorter than one window.
     """
     full = stream.num_tokens // sequence_length
     if full == 0:
@@ -61,7 +63,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """The exported model in fp32 on the CPU.
 
     Raises:
-        CheckpointError: when transformers cannot open it, or misses a tensor, has one too many or
+        CheckpointError: if transformers cannot open it, or misses a tensor, has one too many or
             one of another shape.
     """
     try:
@@ -72,7 +74,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tensor) -> Parity:
-    """Runs both models over each window, one at a time so that one window's logits stand in memory."""
+    """Runs both models over each window, one window at a time, and compares their logits."""
     model.eval()
     largest, total, squares, numbers = torch.zeros(()), 0.0, 0.0, 0
     for window_S in tqdm(windows_WS, desc="comparing logits", unit="window"):
@@ -86,6 +88,7 @@ def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tens
         # torch.maximum keeps a NaN, Python's max may lose it.
         largest = torch.maximum(largest, (ours_SV - theirs_SV).abs().max())
         total += float(ours_SV.double().sum())
+        # fp64: the variance is a difference of two large sums.
         squares += float(ours_SV.double().square().sum())
         numbers += ours_SV.numel()
     mean = total / numbers
@@ -103,8 +106,9 @@ def check_parity(parity: Parity, tolerance: float = TOLERANCE) -> None:
 
 
 def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Tensors) -> None:
-    """Each written number against its source, bit for bit: the logits of a few windows say nothing
-    of an expert that no token was routed to.
+    """Compares each written tensor with its source, bit for bit.
+
+    A few windows of logits do not show an error in an expert that no token was routed to.
 
     Raises:
         CheckpointError: for the first tensor that is not the same.
@@ -124,9 +128,10 @@ def check_same_numbers(links: Iterable[Link | Zeros], ours: Tensors, theirs: Ten
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are the same numbers, NaN included."""
+    """Whether two tensors are equal bit for bit, NaN included."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
+    # Compared as bytes: NaN differs from itself, and -0.0 equals 0.0. view() needs contiguous data.
     return torch.equal(
         first.contiguous().reshape(-1).view(torch.uint8),
         second.contiguous().reshape(-1).view(torch.uint8),
@@ -144,11 +149,9 @@ def free_memory() -> int:
 
 @torch.no_grad()
 def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
-    """Our own model in fp32, each weight rounded to what ``dtype`` can hold; balancing biases are
-    never rounded.
-    """
-    # The kernel is no part of a model: the one it was trained with may need a package or a device
-    # that is not here.
+    """This project's model in fp32, with weights rounded to ``dtype``."""
+    # The attention kernel does not change the function, and the one of the training may need a
+    # package or a device that is missing here.
     built = DecoderLM(
         model.model_copy(
             update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}

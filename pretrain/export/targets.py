@@ -1,6 +1,4 @@
-"""The targets that a checkpoint can be exported to, and which of them can compute what a recipe
-describes.
-"""
+"""The targets of an export, and which of them can compute the model of a recipe."""
 
 from __future__ import annotations
 
@@ -40,15 +38,12 @@ def target_names() -> list[str]:
 
 
 def representable(recipe: Recipe) -> dict[str, list[str]]:
-    """Return why each target cannot compute what the recipe's model computes, a clause each; empty
-    if it can.
-    """
+    """Return the reasons against each target, a clause each; none if it can compute the model."""
     return {target.name: target.reasons_against(recipe.model) for target in targets()}
 
 
 def choose_target(recipe: Recipe, name: str = AUTO) -> ExportTarget:
-    """Return the target of that name, or the first one, that computes exactly what the recipe's
-    model computes.
+    """Return the target of that name, or the first one, that computes exactly the recipe's model.
 
     Raises:
         ConfigError: with every reason, if there is none.

@@ -31,11 +31,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @contextmanager
 def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its name when the block ends, and is removed when
-    the block fails.
+    """A new folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
-        ConfigError: when ``output`` is not empty and ``overwrite`` is false, or holds something
+        ConfigError: if ``output`` is not empty and ``overwrite`` is false, or holds something
             else than an earlier export.
     """
     output = output.resolve()
@@ -55,6 +54,8 @@ def published_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON with an indent of two, as Hugging Face does."""
+    # Not synced here: the whole folder is, before it gets its name.
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -62,7 +63,7 @@ def read_json_object(path: Path) -> JsonObject:
     """The object in a JSON file that anybody may have written.
 
     Raises:
-        CheckpointError: when there is none, or it is nested so deeply that Python cannot walk it.
+        CheckpointError: if there is none, or it is nested so deeply that Python cannot walk it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -81,9 +82,8 @@ def read_json_object(path: Path) -> JsonObject:
 
 
 def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every field of objects and every item of lists (of the name ""), each with its depth; without
-    recursion, as nesting may be hostile.
-    """
+    """Yields the name, value and depth of every field, and of every list item, whose name is ""."""
+    # Without recursion: a hostile file may be nested more deeply than Python's stack.
     waiting = [("", content, 0)]
     while waiting:
         name, value, depth = waiting.pop()
@@ -112,8 +112,7 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes ``model.safetensors``, or shards with an index where all tensors together are larger
-    than ``shard_bytes``.
+    """Writes ``model.safetensors``, or shards with an index if the tensors exceed ``shard_bytes``.
 
     Args:
         forms: of all tensors.
@@ -121,7 +120,7 @@ def write_weights(
             memory.
 
     Raises:
-        StorageError: when a file cannot be written.
+        StorageError: if a file cannot be written.
     """
     shards = _shards(forms, shard_bytes)
     names = (
@@ -140,6 +139,7 @@ def write_weights(
             for tensor_name, tensor in tensors:
                 path = folder / places[tensor_name]
                 if file is None or file.path != path:
+                    # Closes the shard before: tensors come in the order of the shards.
                     opened.close()
                     file = opened.enter_context(
                         TensorFileWriter(
@@ -158,7 +158,7 @@ def write_weights(
 
 
 def _shards(forms: Mapping[str, TensorForm], shard_bytes: int) -> list[list[str]]:
-    """Names in order, as many to a shard as fit; one that is larger than a shard has its own."""
+    """The names of each shard, in order; a tensor larger than a shard gets one alone."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, form in forms.items():
@@ -174,7 +174,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: ``model.safetensors``, or the shards that the index names.
 
     Raises:
-        CheckpointError: when there are none, or both, or the index is damaged.
+        CheckpointError: if there are none, or both, or the index is damaged.
     """
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
@@ -197,8 +197,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says it; raises :class:`CheckpointError` unless all are
-    safetensors files beside it.
+    """The file of each tensor, from an index.
+
+    Raises:
+        CheckpointError: if an entry is not the name of a safetensors file in the same folder.
     """
     names = read_json_object(index).get("weight_map")
     if (
@@ -217,10 +219,10 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def open_exported_weights(folder: Path) -> TensorReader:
-    """All tensors of a Hugging Face folder, ours or not, to be read one by one.
+    """The tensors of any Hugging Face folder, to be read one by one.
 
     Raises:
-        CheckpointError: when a file is missing or damaged.
+        CheckpointError: if a file is missing or damaged.
     """
     return TensorReader(weight_files(folder))
 

@@ -1,6 +1,4 @@
-"""MoE layers put together from dense feed-forwards: the routed experts are given, everything around
-them is made here.
-"""
+"""Builds MoE layers from dense feed-forwards, with new routers and shared experts."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from pretrain.model.widths import width_ratio
 
 @dataclass(frozen=True)
 class RouterStart:
-    """What a new router's rows are.
+    """How a new router is initialized.
 
     Attributes:
         std: of the normal distribution they are drawn from; 0 makes them zero.
@@ -41,27 +39,29 @@ class RouterStart:
 
 
 def random_normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    """N(0, 1) from the stream of its own that ``name`` has."""
+    """Draws from N(0, 1) in fp32, from a random stream that only this ``name`` has."""
     return torch.empty(*shape).normal_(generator=random_stream(seed, name))
 
 
 def random_stream(seed: int, name: str) -> torch.Generator:
+    """A generator for one name, so that what one tensor draws does not depend on the others."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # manual_seed takes a signed 64-bit number: 63 bits are always in range.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def derived_recipe(
     recipe: Recipe, suffix: str, overrides: Sequence[str] = (), **model: object
 ) -> Recipe:
-    """A recipe for what was made of the weights of ``recipe``: other sections of its model, then
-    ``overrides`` (``a.b=c``) applied.
+    """A recipe for weights that were made from those of ``recipe``.
 
-    Its name has ``suffix`` behind it, so that its run gets a folder of its own; its data stay where
-    they are.
+    Sections of its model are replaced by ``model``, then ``overrides`` (``a.b=c``) are applied. The
+    name gets ``suffix``, so that the new run has another folder; the data stay the same.
 
     Raises:
         ConfigError: for an override that is wrong, or sections that contradict each other.
     """
+    # All fields, defaults included: a later change of a default must not change this model.
     content = recipe.model_dump(mode="json")
     content |= {
         "name": recipe.name + suffix,
@@ -94,7 +94,7 @@ def moe_recipe(
 
 
 def check_overrides(before: ModelConfig, after: ModelConfig) -> None:
-    """Whether the weights that are taken over compute in the new recipe what they did.
+    """Checks that the weights that are kept compute the same with the new recipe as before.
 
     The mixture of experts is put together anew, so that its section may say anything.
 
@@ -121,14 +121,14 @@ def moe_layer(
     model: ModelConfig,
     router: RouterStart,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one MoE layer.
+    """Yields every tensor of one MoE layer.
 
     Shared experts start with an output of zero. Router biases, noise and balancing biases start at
-    zero, and the coefficient of a residual expert where both sides weigh the same.
+    zero, and so does the coefficient of a residual expert, which gives both sides the same weight.
 
     Args:
-        experts: the routed ones, all of them.
-        residual: the dense expert beside the routed ones, where the model has one (PR-MoE).
+        experts: all routed experts.
+        residual: the dense expert in parallel with the routed ones, if the model has one (PR-MoE).
         prefix: of the layer's feed-forward, such as ``layers.3.feed_forward``.
     """
     routed = write_experts(experts, prefix, model)
@@ -142,6 +142,7 @@ def moe_layer(
         if below.startswith("mlp."):
             yield name, residual[below.removeprefix("mlp.")]
         elif name == router_matrix:
+            # Experts of one group start with one row, so that a token chooses all of them or none.
             rows = (
                 random_normal((shape[0] // router.group, shape[1]), router.seed, name) * router.std
             )

@@ -1,8 +1,7 @@
-"""Weighted means of the weights of several checkpoints of one model: uniform averages, soups,
-exponential moving averages.
+"""Weighted means of checkpoints of one model: averages, soups, exponential moving averages.
 
 Each is a chain of steps towards the next checkpoint, mean += rate * (weight - mean), so that equal
-weights stay as they are, bit for bit, and two tensors stand in memory at a time.
+weights stay the same bit for bit, and only two tensors are in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from pretrain.core.errors import CheckpointError, ConfigError
 
 
 def uniform_rates(count: int) -> list[float]:
-    """Rates that give every one of ``count`` checkpoints the same weight (LAWA, Kaddour 2022.
-
-    SWA, Izmailov et al. 2018).
-    """
+    """Rates of a uniform mean (SWA, Izmailov et al. 2018; LAWA, Kaddour 2022)."""
     return [1.0 / (index + 1) for index in range(count)]
 
 
@@ -27,20 +23,20 @@ def weighted_rates(weights: Sequence[float]) -> list[float]:
     """Rates for given weights, divided by their sum (model soups, Wortsman et al. 2022).
 
     Raises:
-        ConfigError: for a negative weight, or where all are zero.
+        ConfigError: for a negative weight, or if all are zero.
     """
     if any(weight < 0 for weight in weights) or not sum(weights) > 0:
         raise ConfigError(
             f"the weights {', '.join(f'{weight:g}' for weight in weights)} cannot be: give numbers"
             " from 0 up, and one above 0"
         )
+    # Step i moves the mean by its weight's share of all weights so far.
     totals = [sum(weights[: index + 1]) for index in range(len(weights))]
     return [weight / total if total else 1.0 for weight, total in zip(weights, totals, strict=True)]
 
 
 def decay_rates(count: int, decay: float) -> list[float]:
-    """Rates of mean = decay * mean + (1 - decay) * weight from the first checkpoint on (Polyak &
-    Juditsky 1992).
+    """Rates of mean = decay * mean + (1 - decay) * weight (Polyak & Juditsky 1992).
 
     Raises:
         ConfigError: for a decay outside of [0, 1).
@@ -51,9 +47,7 @@ def decay_rates(count: int, decay: float) -> list[float]:
 
 
 def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
-    """Raises :class:`CheckpointError` for the first tensor that not all checkpoints have in one
-    shape.
-    """
+    """Raises :class:`CheckpointError` unless all checkpoints have the same tensors and shapes."""
     first = stores[0]
     for other in stores[1:]:
         for name in sorted(first.keys() | other.keys()):
@@ -68,13 +62,11 @@ def check_same_tensors(stores: Sequence[StoredWeights]) -> None:
 
 
 def blended(stores: Sequence[Mapping[str, Tensor]], rates: Sequence[float], name: str) -> Tensor:
-    """One tensor's mean, fp32.
-
-    The first rate is 1, whatever it says: there is nothing before it.
-    """
+    """The mean of one tensor, fp32; the first rate counts as 1, as there is no mean before it."""
     mean = stores[0][name].clone()
     for store, rate in zip(stores[1:], rates[1:], strict=True):
         if rate:
+            # lerp of two equal values is exact, unlike a * (1 - rate) + b * rate.
             mean.lerp_(store[name], rate)
     return mean
 
@@ -82,10 +74,10 @@ def blended(stores: Sequence[Mapping[str, Tensor]], rates: Sequence[float], name
 def blended_tensors(
     stores: Sequence[StoredWeights], rates: Sequence[float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors' means, one at a time.
+    """Yields the mean of every tensor, one at a time.
 
     Raises:
-        CheckpointError: where the checkpoints are not of one model.
+        CheckpointError: if the checkpoints are not of one model.
     """
     check_same_tensors(stores)
     yield from ((name, blended(stores, rates, name)) for name in stores[0])

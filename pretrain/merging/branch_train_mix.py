@@ -1,6 +1,4 @@
-"""Branch-Train-MiX (Sukhbaatar et al. 2024): several dense models of one origin become one mixture
-of experts.
-"""
+"""Branch-Train-MiX (Sukhbaatar et al. 2024): dense models become one mixture of experts."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from pretrain.model.config import ModelConfig
 
 
 def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None:
-    """Raises where the models are not dense ones of one form, or do not fit the new recipe."""
+    """Raises an error if the models are not dense ones of one shape, or do not fit the recipe."""
     models = [read_recipe(store.folder).model for store in stores]
     for store, model in zip(stores, models, strict=True):
         if model.routed_layers:
@@ -47,8 +45,10 @@ def check_branches(stores: Sequence[StoredWeights], target: ModelConfig) -> None
 def mixed_tensors(
     stores: Sequence[StoredWeights], target: ModelConfig, router: RouterStart
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the mixture: expert e of a layer is the feed-forward of model e % n;
-    everything else is averaged, routers are new.
+    """Yields every tensor of the mixture.
+
+    Expert e of a layer is the feed-forward of model e % n; routers are new, and all other tensors
+    are averaged.
     """
     check_branches(stores, target)
     rates, taken = uniform_rates(len(stores)), set()

@@ -34,7 +34,7 @@ from pretrain.merging.blend import blended_tensors, decay_rates, uniform_rates, 
 from pretrain.merging.branch_train_mix import check_branches, mixed_tensors
 from pretrain.merging.fewer_experts import Clusters, folded, pruned, regrouped_tensors
 from pretrain.merging.publish import Scoring, checked_folder
-from pretrain.merging.usage import answers, measure
+from pretrain.merging.usage import expert_outputs, measure
 from pretrain.model.widths import initial_router_std
 
 
@@ -111,6 +111,7 @@ def _tokenizer_of(folder: Path) -> str | None:
     """
     path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
     found = file_sha256(path) if path.is_file() else None
+    # A folder of weights may have no tokenizer.json; then only the name in its state is known.
     if named is not None and found not in (None, named):
         raise CheckpointError(
             f"{path} is another tokenizer than the one that the checkpoint was trained with"
@@ -222,6 +223,7 @@ def reduce_experts(
     moe = routed_moe(before.model)
     suffix = "-pruned" if similarity is None else "-folded"
     smaller = moe.model_dump(mode="json") | {"num_experts": keep}
+    # One pass over the held-out text measures the usage of all layers at once.
     usage_LE, inputs = measure(folder, scoring, keep_inputs=similarity == "outputs")
     clusters: list[Clusters] = []
     for index, prefix in enumerate(moe_prefixes(before.model)):
@@ -232,7 +234,7 @@ def reduce_experts(
         alike = (
             weight_similarity(experts)
             if similarity == "weights"
-            else cosines(list(answers(experts, before.model, inputs[index])))
+            else cosines(list(expert_outputs(experts, before.model, inputs[index])))
         )
         clusters.append(folded(alike, keep, moe))
     after = derived_recipe(before, suffix, overrides, moe=smaller)
@@ -244,6 +246,7 @@ def reduce_experts(
         regrouped_tensors(stored, before.model, after.model, clusters, usage_LE),
         scoring,
     )
+    # Every layer with a router has chosen experts for each token: no sum is zero.
     shares_LE = usage_LE / usage_LE.sum(dim=1, keepdim=True)
     layers = zip(before.model.routed_layers, clusters, shares_LE.tolist(), strict=True)
     result["layers"] = [

@@ -2,12 +2,12 @@
 
 Folding is hierarchical clustering with average linkage (Chen et al. 2024, "Retraining-free merging
 of sparse MoE via hierarchical clustering"), and what a cluster becomes is the mean of its experts,
-weighted by how often each was chosen (Li et al. 2024, "Merge, then compress"). Hidden numbers are
-not aligned, so that experts which differ only in their order count as different. Pruning goes by
-usage (Muzio et al. 2024, "SEER-MoE").
+weighted by how often each was chosen (Li et al. 2024, "Merge, then compress"). Hidden units are not
+aligned, so that experts that differ only in the order of their units count as different. Pruning
+goes by usage (Muzio et al. 2024, "SEER-MoE").
 
-Softmax weights that are not renormalised grow where an expert goes, used or not: what it got is
-shared among the others.
+Softmax weights that are not renormalised grow if an expert is removed, even an unused one: its
+probability is shared among the others.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ Clusters = list[list[int]]
 
 
 def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """The ``keep`` most used experts, each by itself, in their order; of every group of experts as
-    many.
-    """
+    """The ``keep`` most used experts, each alone, in order; the same number of every group."""
     return _in_groups(
         moe,
         keep,
@@ -49,9 +47,7 @@ def pruned(usage_E: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
 
 
 def folded(similarity_EE: Tensor, keep: int, moe: RoutedMoE) -> Clusters:
-    """The most alike experts together, until ``keep`` clusters are left; of every group of experts
-    as many.
-    """
+    """Joins the most alike experts until ``keep`` clusters are left, evenly over groups."""
     return _in_groups(
         moe, keep, lambda numbers, count: _agglomerated(similarity_EE, numbers, count)
     )
@@ -77,6 +73,7 @@ def _agglomerated(similarity_EE: Tensor, numbers: list[int], keep: int) -> Clust
             combinations(range(len(clusters)), 2),
             key=lambda pair: _linkage(similarity_EE, clusters[pair[0]], clusters[pair[1]]),
         )
+        # first < second, so that popping does not move the cluster that grows.
         clusters[first] += clusters.pop(second)
     return [sorted(cluster) for cluster in clusters]
 
@@ -92,8 +89,7 @@ def regrouped_tensors(
     clusters: Sequence[Clusters],
     usage_LE: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the smaller model, a layer at a time: experts and router rows of a cluster
-    become their mean, weighted by usage.
+    """Yields every tensor of the smaller model; clusters become means, weighted by usage.
 
     Args:
         clusters: for each layer of ``before.routed_layers``.
@@ -117,6 +113,7 @@ def regrouped_tensors(
         ]
         yield from write_experts(merged, prefix, after).items()
         for name in router_names(prefix, moe):
+            # The router's row of an expert is merged like the expert, with the same weights.
             rows = [{name: row} for row in stored[name]]
             yield (
                 name,
@@ -133,4 +130,5 @@ def regrouped_tensors(
 
 def _rates(usage: list[float]) -> list[float]:
     """Experts that were never chosen weigh the same."""
+    # Weights of zero have no sum to divide by.
     return weighted_rates(usage if sum(usage) else [1.0] * len(usage))

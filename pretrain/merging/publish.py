@@ -19,7 +19,10 @@ from pretrain.evaluation.heldout.heldout import score_checkpoint
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which held-out windows are scored, and where; ``data`` is the checkpoint's own by default."""
+    """Which held-out windows are scored, and on which device.
+
+    ``data`` is the checkpoint's own by default.
+    """
 
     data: str | None
     split: SplitName
@@ -30,8 +33,8 @@ class Scoring:
         """Nats per token.
 
         Raises:
-            DataError: where the data are missing, or do not belong to the checkpoint.
-            CheckpointError: where the checkpoint is damaged.
+            DataError: if the data are missing, or do not belong to the checkpoint.
+            CheckpointError: if the checkpoint is damaged.
         """
         return score_checkpoint(
             checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()
@@ -39,26 +42,27 @@ class Scoring:
 
 
 def check_empty(output: Path) -> None:
-    """Raises :class:`ConfigError` where ``output`` holds something."""
+    """Raises :class:`ConfigError` if ``output`` holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not empty: choose another --output")
 
 
 @contextmanager
 def checked_folder(output: Path) -> Iterator[Path]:
-    """A path beside ``output`` to write a folder at; it takes the name ``output`` when the block
-    ends, and is removed when the block fails.
+    """A folder that gets the name ``output`` when the block ends, and is removed if it fails.
 
     Raises:
-        ConfigError: where ``output`` holds something.
+        ConfigError: if ``output`` holds something.
     """
     output = output.resolve()
     check_empty(output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the output: os.replace is atomic only within one file system.
     unchecked = output.parent / f".{output.name}.unchecked-{os.getpid()}"
     try:
         yield unchecked
         os.replace(unchecked, output)
+        # Otherwise the new name may be lost in a power failure.
         fsync_path(output.parent)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)

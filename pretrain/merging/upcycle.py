@@ -1,16 +1,15 @@
-"""Sparse upcycling: a dense model's feed-forwards become experts, and the mixture computes what the
-dense model did.
+"""Sparse upcycling: a dense model's feed-forwards become experts of an equal mixture.
 
-Whole copies (Komatsuzaki et al. 2022, "Sparse upcycling") or, with a granularity g, copies of each
-of g shards of the feed-forward's hidden numbers (He et al. 2024, "Upcycling large language models
-into mixture of experts", section 3.2). There expert e holds shard e % g, and the g experts of a
-virtual group have the same router row: a token chooses whole groups, in which each shard is there
-once.
+Experts are whole copies (Komatsuzaki et al. 2022, "Sparse upcycling") or, with a granularity g,
+copies of each of g shards of the feed-forward's hidden units (He et al. 2024, "Upcycling large
+language models into mixture of experts", section 3.2). There expert e holds shard e % g, and the g
+experts of a virtual group have the same router row: a token chooses whole groups, which have each
+shard once.
 
-Where the weights w of a token's experts add up to s, and each shard is among them as often as every
-other, sum w_i f_i(x) is s / g times what the dense feed-forward answers, but for its output bias,
-which comes s times. So the last matrix is multiplied by g / s and that bias by 1 / s. s has to be
-the same number for every token: :func:`weight_sum` says when it is.
+If the weights w of a token's experts add up to s, and they have each shard equally often, then
+sum w_i f_i(x) is s / g times the output of the dense feed-forward, except for its output bias,
+which comes s times. So the last matrix is multiplied by g / s and that bias by 1 / s. This needs
+the same s for every token: :func:`weight_sum` checks it.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Upcycling:
             score the same.
         noise_std: normal noise on every matrix of every expert, as a share of the matrix' own
             standard deviation.
-        reinit_share: share of each expert's hidden numbers whose rows and columns are drawn anew,
-            with mean and standard deviation of the matrix they stand in (Nakamura et al. 2025,
+        reinit_share: share of each expert's hidden units whose rows and columns are drawn anew,
+            with mean and standard deviation of their matrix (Nakamura et al. 2025,
             "Drop-upcycling").
         seed: of router, noise and drawing.
     """
@@ -65,16 +64,16 @@ class Upcycling:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the mixture is meant to compute what the dense model does."""
+        """Whether the mixture should compute the same as the dense model."""
         return self.noise_std == 0 and self.reinit_share == 0
 
 
 def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
-    """What the weights of a token's experts add up to, whatever the token.
+    """The sum of the weights of a token's experts, which must be the same for every token.
 
     Raises:
-        ConfigError: where it depends on the token, or where not every chosen shard is computed
-            equally often, with the reason.
+        ConfigError: if it depends on the token, or if the chosen shards are not computed equally
+            often.
     """
     router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
     if moe.drops_tokens:
@@ -93,20 +92,22 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
         _check_whole_groups(moe, options)
     if all_chosen:
         return router.routed_scaling_factor
+    # The sum is the same for all logits here, so that zeros are as good as any.
     scores_1K = router.scores(torch.zeros(1, moe.num_experts))[:, : moe.top_k]
     return float(router.weights(scores_1K.double()).sum())
 
 
 def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
     """A token must choose every shard equally often."""
-    g, reason = options.granularity, ""
+    g = options.granularity
+    reason = ""
     if moe.num_experts % g or moe.top_k % g:
         raise ConfigError(
             f"num_experts ({moe.num_experts}) and top_k ({moe.top_k}) must be multiples of"
             f" --granularity ({g}): change one of them"
         )
     if moe.has_residual_expert:
-        reason = "the residual expert has room for one shard only (model.moe.use_residual)"
+        reason = "the residual expert can hold one shard only (model.moe.use_residual)"
     elif moe.top_k == moe.num_experts:
         return
     elif options.router_std == 0:
@@ -125,9 +126,7 @@ def _check_whole_groups(moe: RoutedMoE, options: Upcycling) -> None:
 
 
 def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> None:
-    """Raises :class:`ConfigError` or :class:`CheckpointError` where the experts of ``target``
-    cannot hold the feed-forwards of ``dense``.
-    """
+    """Raises an error if the experts of ``target`` cannot hold the feed-forwards of ``dense``."""
     if dense.routed_layers:
         raise CheckpointError(
             f"layer {dense.routed_layers[0]} of the checkpoint is a mixture of experts already:"
@@ -151,12 +150,10 @@ def upcycled_tensors(
         ConfigError: as :func:`weight_sum`.
     """
     moe = routed_moe(target)
-    share, router = (
-        weight_sum(moe, options),
-        RouterStart(options.router_std, options.granularity, options.seed),
-    )
-    sparse, taken = moe_prefixes(target), set()
-    for prefix in sparse:
+    share = weight_sum(moe, options)
+    router = RouterStart(options.router_std, options.granularity, options.seed)
+    taken: set[str] = set()
+    for prefix in moe_prefixes(target):
         dense = {name: stored[f"{prefix}.{name}"] for name in target.feed_forward.parameter_names}
         taken |= {f"{prefix}.{name}" for name in dense}
         shards = split(dense, options.granularity, share)
@@ -169,12 +166,14 @@ def upcycled_tensors(
 
 
 def split(dense: Expert, granularity: int, share: float) -> list[Expert]:
-    """The shards of a feed-forward: neighbouring hidden numbers each, scaled so that experts whose
-    weights add up to ``share`` give its answer.
+    """Splits a feed-forward into shards of neighbouring hidden units.
+
+    They are scaled so that experts whose weights add up to ``share`` give the dense output.
     """
     shards: list[Expert] = [{} for _ in range(granularity)]
     for name, tensor in dense.items():
         if name == f"{DOWN}.bias":
+            # The output bias is added once by each expert, weighted like its output.
             parts = [tensor / share] * granularity
         elif name.startswith(DOWN):
             parts = [part * (granularity / share) for part in tensor.chunk(granularity, dim=1)]
@@ -186,7 +185,7 @@ def split(dense: Expert, granularity: int, share: float) -> list[Expert]:
 
 
 def _varied(shard: Expert, model: ModelConfig, options: Upcycling, name: str) -> Expert:
-    """A copy that is not like the others, where the options ask for it; biases stay as they are."""
+    """The shard with noise and redrawn units, as the options ask; biases stay the same."""
     if options.is_exact:
         return shard
     expert = dict(shard)
@@ -197,12 +196,11 @@ def _varied(shard: Expert, model: ModelConfig, options: Upcycling, name: str) ->
                     matrix.shape, options.seed, f"{name}.{key}.noise"
                 )
     if options.reinit_share:
-        width, expansion = (
-            shard[f"{DOWN}.weight"].shape[1],
-            model.feed_forward.expansion,
-        )
+        width = shard[f"{DOWN}.weight"].shape[1]
+        expansion = model.feed_forward.expansion
         order = torch.randperm(width, generator=random_stream(options.seed, f"{name}.units"))
         units = order[: round(options.reinit_share * width)]
+        # Some activations take several rows of the first matrices for one hidden unit.
         rows = (units[:, None] * expansion + torch.arange(expansion)).flatten()
         for key, indices, dimension in (
             (f"{GATE}.weight", rows, 0),

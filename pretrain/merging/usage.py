@@ -1,4 +1,4 @@
-"""What experts do on held-out text: how often each is chosen, and what they would answer."""
+"""Measures experts on held-out text: how often each is chosen, and what they would output."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from pretrain.merging.publish import Scoring
 from pretrain.model.config import Dropout, ModelConfig
 from pretrain.model.decoder import DecoderLM
 
-# Inputs of a layer whose answers are compared.
+# Inputs of a layer on which its experts' outputs are compared.
 KEPT_TOKENS = 1024
 
 
-@torch.no_grad()  # not inference mode, in which dropless layers say nothing of their routing
+# Not inference mode, in which dropless layers do not report their routing.
+@torch.no_grad()
 def measure(
     checkpoint: Path, scoring: Scoring, keep_inputs: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs the held-out windows through a checkpoint's model, as in evaluation.
 
     Args:
-        keep_inputs: also return what each MoE layer was given.
+        keep_inputs: also return inputs of each MoE layer.
 
     Returns:
         How many tokens chose each expert, [L, E] fp64, in the order of
@@ -40,8 +41,8 @@ def measure(
         D], from all windows, or nothing.
 
     Raises:
-        ConfigError: where no layer has a router.
-        DataError: where the data are missing or do not belong to the checkpoint.
+        ConfigError: if no layer has a router.
+        DataError: if the data are missing or do not belong to the checkpoint.
     """
     datasets = load_matching_corpora(scoring.data, checkpoint)
     model, recipe = load_model(checkpoint, scoring.device)
@@ -81,8 +82,8 @@ def moe_layers(model: DecoderLM) -> list[nn.Module]:
 
 
 def _counts(model: DecoderLM, batch: Batch) -> Tensor:
-    # Only in training does the block of multi-token prediction run. The modules below stay as in
-    # evaluation: without noise.
+    # The block of multi-token prediction runs in training only. The flag is set on the model alone:
+    # the modules below stay in evaluation mode, without noise.
     model.training = model.multi_token is not None
     output = model(
         batch.input_ids_BS,
@@ -99,14 +100,14 @@ def _counts(model: DecoderLM, batch: Batch) -> Tensor:
 def _keep(
     kept: list[Tensor], share: int, layer: nn.Module, arguments: tuple[Any, ...], output: Any
 ) -> None:
-    """A hook: takes ``share`` inputs spread over the window."""
+    """A hook that keeps ``share`` inputs spread over the window."""
     x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
     kept.append(x_TD[:: max(1, len(x_TD) // share)][:share].float().cpu())
 
 
 @torch.no_grad()
-def answers(experts: list[Expert], model: ModelConfig, x_TD: Tensor) -> Tensor:
-    """What each expert makes of every input, [E, T, D] fp32."""
+def expert_outputs(experts: list[Expert], model: ModelConfig, x_TD: Tensor) -> Tensor:
+    """The output of each expert for every input, [E, T, D] fp32."""
     return torch.stack([_expert_function(expert, model)(x_TD) for expert in experts])
 
 

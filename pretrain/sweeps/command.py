@@ -252,7 +252,7 @@ def _found_alone(options: argparse.Namespace, found: Study | None) -> Study:
 
 @contextlib.contextmanager
 def _working_in(folder: str) -> Iterator[None]:
-    """Changes to the folder that the sweep was made in, as a recipe's relative paths start there."""
+    """Changes to the folder that the sweep was made in; a recipe's paths are relative to it."""
     if not Path(folder).is_dir():
         raise ConfigError(
             f"the sweep was started in {folder}, which is not there: its recipe's relative paths"
@@ -363,7 +363,7 @@ def exit_code(study: Study, points: list[Point]) -> int:
 def _report(
     options: argparse.Namespace, study: Study, interrupted: bool, again: Sequence[str] = ()
 ) -> int:
-    """Writes and prints the report; ``again`` is the command that continues an interrupted sweep."""
+    """Writes and prints the report; ``again`` is the command that continues the sweep."""
     paths, ranked = write_report(study), ranking(study)
     if options.json_path != "-":
         _print_report(study, ranked, paths["markdown"])

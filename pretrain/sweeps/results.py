@@ -1,4 +1,4 @@
-"""What came out of a sweep, as records: a row for each point, and the mean over each point's seeds."""
+"""Results of a sweep as records: a row for each point, and the mean over each point's seeds."""
 
 from __future__ import annotations
 

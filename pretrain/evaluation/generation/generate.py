@@ -1,7 +1,6 @@
-"""Tokens from a model with its cache, one a step, of one text or of several at once: the same for
-our models and for Hugging Face's.
+"""Generates tokens with a cache, one a step, for one text or for several at once.
 
-Texts of one batch stand right-aligned. What fills a shorter prompt at its left is masked like
+Texts of one batch are right-aligned. The padding to the left of a shorter prompt is masked like
 another document, and does not count in positions.
 """
 
@@ -29,7 +28,7 @@ ONE_TEXT = (0,)
 
 
 def right_aligned(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    """Prompts as int64 [B, S], and how many zeros stand before each."""
+    """Prompts as int64 [B, S], padded with zeros at the left, and the padding of each."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     return (
@@ -47,15 +46,14 @@ def generate(
     eod_id: int,
     steps: Iterable[int],
 ) -> list[int]:
-    """Continues ``prompt_ids`` by one token a step, until a document ends; returns the new tokens,
-    the end-of-document token included.
+    """Continues a prompt until a document ends; returns the new tokens, the last one included.
 
     Args:
         next_logits: a model with its cache.
         steps: one item a token; ``range(max_new_tokens)``.
 
     Raises:
-        ConfigError: when the prompt is empty; a text from nothing starts with the end-of-document
+        ConfigError: if the prompt is empty; a text from nothing starts with the end-of-document
             token.
     """
     return take_until_end(
@@ -66,9 +64,9 @@ def generate(
 def continue_prompts(
     next_logits: NextLogits, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Iterator[list[int]]:
-    """The next token of each text, without end.
+    """Yields the next token of each text, without end.
 
-    Text i draws with seed + i: what it becomes does not depend on the texts beside it.
+    Text i draws with seed + i, so that it does not depend on the other texts of its batch.
 
     Raises:
         ConfigError: for an empty prompt.
@@ -81,6 +79,7 @@ def continue_prompts(
     seen_BV: Tensor | None = None
     added_BS, _ = right_aligned(prompts)
     while True:
+        # Sampled on the CPU: generators of different devices draw different numbers.
         logits_BV = next_logits(added_BS).cpu()
         if sampling.repetition_penalty != 1.0:
             if seen_BV is None:
@@ -88,6 +87,7 @@ def continue_prompts(
                 for row, prompt in enumerate(prompts):
                     seen_BV[row, list(prompt)] = True
             else:
+                # Padding is never in added_BS here: only the first call has any.
                 seen_BV.scatter_(1, added_BS, True)
         tokens = draw_all(logits_BV, sampling, seen_BV, generators)
         yield tokens
@@ -120,15 +120,15 @@ class _Alignment:
         self.padded, self.length = any(padding), 0
 
     def extend(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """For ``count`` more tokens: their positions [B, count], and 1 for each token so far [B,
-        length] but 0 for padding.
+        """Positions [B, count] of ``count`` more tokens, and the mask [B, length] of all so far.
 
-        None without any.
+        The mask is 0 for padding. Both are None if there is no padding.
         """
         first, self.length = self.length, self.length + count
         if not self.padded:
             return None, None
         places_1U = torch.arange(self.length, device=self.padding_B1.device)[None]
+        # Positions of padding are arbitrary, as it is masked; negative ones would not be allowed.
         return (places_1U[:, first:] - self.padding_B1).clamp_min(0), (
             places_1U >= self.padding_B1
         ).long()
@@ -142,9 +142,10 @@ def native_next_logits(
     ``padding`` of each text's first call.
 
     Raises:
-        ConfigError: when they are more than the model's longest sequence.
+        ConfigError: if they are more than the model's longest sequence.
     """
     check_length(max_tokens, model.config.max_position_embeddings)
+    # Allocated once for the longest text, so that no step copies the cache.
     cache = model.new_cache(len(padding), max_tokens, device, next(model.parameters()).dtype)
     alignment = _Alignment(padding, device)
 
@@ -152,6 +153,7 @@ def native_next_logits(
     def next_logits(added_BS: Tensor) -> Tensor:
         positions_BS, present_BU = alignment.extend(added_BS.shape[1])
         x_BSD = model.hidden(added_BS.to(device), present_BU, cache, positions_BS)
+        # Only the last token's logits: those of a long prompt would take [B, S, V] of memory.
         return model.project(x_BSD[:, -1:])[:, 0]
 
     return next_logits
@@ -185,9 +187,7 @@ def transformers_next_logits(
 
 
 def check_length(max_tokens: int, longest: int) -> None:
-    """Raises :class:`ConfigError` where a text would be longer than the longest sequence of the
-    model.
-    """
+    """Raises :class:`ConfigError` if a text would be longer than the model's longest sequence."""
     if max_tokens > longest:
         raise ConfigError(
             f"prompt and continuation take {max_tokens} tokens, the model has {longest} positions:"

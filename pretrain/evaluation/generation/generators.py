@@ -1,6 +1,4 @@
-"""A model and its tokenizer behind one small interface, whether it is one of our checkpoints or a
-Hugging Face folder.
-"""
+"""A model with its tokenizer, either from a checkpoint or from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ class TextGenerator(Protocol):
         """
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
-        """As :meth:`start`, for speculative decoding; raises :class:`ConfigError` where the model
-        has nothing that drafts.
-        """
+        """As :meth:`start`, for speculative decoding; :class:`ConfigError` if nothing can draft."""
 
 
 class NativeGenerator:
@@ -140,8 +136,9 @@ class TransformersGenerator:
 
 
 def document_end(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first end that ``config.json`` names, as an import takes it: a chat model's tokenizer
-    names the end of a turn.
+    """The end-of-document token: the first that ``config.json`` names.
+
+    A chat model's tokenizer names the end of a message instead.
     """
     named = (
         config.eos_token_id[:1] if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -154,10 +151,10 @@ def document_end(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def open_generator(path: Path, device: torch.device) -> NativeGenerator | TransformersGenerator:
-    """Opens a Hugging Face folder where there is a ``config.json``, else one of our checkpoints.
+    """Opens a Hugging Face folder if there is a ``config.json``, else a checkpoint of this project.
 
     Raises:
-        CheckpointError: where it is neither, or incomplete, or its tokenizer has no end-of-document
+        CheckpointError: if it is neither, or incomplete, or its tokenizer has no end-of-document
             token.
     """
     if is_hf_folder(path):
@@ -172,7 +169,7 @@ def open_transformers(path: Path, device: torch.device) -> TransformersGenerator
     """Opens a Hugging Face model folder, without the network. No code in it is run.
 
     Raises:
-        CheckpointError: when the folder is incomplete or damaged, holds foreign code, or its
+        CheckpointError: if the folder is incomplete or damaged, holds foreign code, or its
             tokenizer has no end-of-document token.
     """
     tokenizer, model = open_tokenizer(path), open_model(path)

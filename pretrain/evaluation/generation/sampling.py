@@ -1,7 +1,6 @@
-"""How the next token is drawn: small pure functions on logits, each over the last dimension, and
-their order.
+"""Sampling of the next token, as pure functions on logits over the last dimension.
 
-What is taken out has the logit -inf. The order is that of transformers' ``generate``: repetition
+Excluded tokens get the logit -inf. The order is that of transformers' ``generate``: repetition
 penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -26,10 +25,10 @@ class Sampling:
         top_p: keeps the fewest tokens that hold this probability together (Holtzman et al. 2020).
         min_p: keeps tokens with at least this share of the likeliest one's probability (Nguyen et
             al. 2024).
-        repetition_penalty: of tokens that stand in the prompt or the text already (Keskar et al.
-            2019); 1 is none.
+        repetition_penalty: of tokens that the prompt or the text already has (Keskar et al. 2019);
+            1 is none.
         greedy: always the likeliest token; only the repetition penalty still counts.
-        seed: of the first text; each further one has the next number.
+        seed: of the first text; each further one has the next seed.
     """
 
     temperature: float = 1.0
@@ -59,8 +58,9 @@ class Sampling:
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Logits of the tokens where ``seen_V`` (bool) is true: divided by the penalty above 0,
-    multiplied with it below (Keskar et al. 2019).
+    """Logits with a penalty on the tokens in ``seen_V`` (bool) (Keskar et al. 2019).
+
+    Positive ones are divided by it, negative ones multiplied: both become less likely.
     """
     return torch.where(
         seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V
@@ -69,6 +69,7 @@ def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Ten
 
 def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
     """The ``top_k`` largest."""
+    # Exactly k tokens, even if several are equal at the border; a threshold would keep more.
     kept = logits_V.topk(min(top_k, logits_V.shape[-1]), dim=-1)
     return torch.full_like(logits_V, -torch.inf).scatter(-1, kept.indices, kept.values)
 
@@ -100,6 +101,7 @@ def sampling_probabilities(
     Args:
         seen_V: bool [..., V], the tokens that a repetition penalty is for.
     """
+    # The order matters: min-p and top-p depend on the temperature and on what top-k has left.
     scaled_V = _penalized(logits_V, sampling, seen_V)
     if sampling.greedy:
         return torch.zeros_like(scaled_V).scatter(-1, scaled_V.argmax(dim=-1, keepdim=True), 1.0)
@@ -123,6 +125,7 @@ def _penalized(logits_V: Tensor, sampling: Sampling, seen_V: Tensor | None) -> T
 
 def draw(probs_V: Tensor, generator: torch.Generator) -> int:
     """A token from a distribution [V], up to a factor."""
+    # multinomial normalises: weights need not add up to 1.
     return int(torch.multinomial(probs_V, 1, generator=generator))
 
 
@@ -132,13 +135,13 @@ def draw_all(
     seen_BV: Tensor | None,
     generators: Sequence[torch.Generator],
 ) -> list[int]:
-    """The next token of each of B texts, each with its own generator; greedy ones are read off and
-    draw nothing.
+    """The next token of each of B texts, which draws from its own generator, or nothing if greedy.
 
     Args:
         seen_BV: as in :func:`sampling_probabilities`.
     """
     if sampling.greedy:
+        # The temperature and the cuts never change which token is the likeliest.
         return _penalized(logits_BV, sampling, seen_BV).argmax(dim=-1).tolist()
     probs_BV = sampling_probabilities(logits_BV, sampling, seen_BV)
     return [

@@ -1,8 +1,7 @@
-"""Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with the block of multi-token
-prediction as the draft.
+"""Speculative decoding with multi-token prediction as the draft (Leviathan et al. 2023).
 
-Each pass of the model checks one drafted token and gives the next one: one or two new tokens a
-pass, from exactly the model's distribution.
+arXiv 2211.17192. Each pass of the model checks one drafted token and returns the next one: one or
+two new tokens a pass, from exactly the model's distribution.
 """
 
 from __future__ import annotations
@@ -24,16 +23,15 @@ class DraftingModel(Protocol):
     """A model that also guesses the token after the next."""
 
     def extend(self, ids: list[int]) -> Tensor:
-        """The logits [S, V] behind each of the S tokens ``ids``, which follow all tokens seen so
-        far.
-        """
+        """The logits [S, V] after each of the S tokens ``ids``, which follow all tokens so far."""
 
     def forget_last(self) -> None:
         """The last token of the last :meth:`extend` was not the right one."""
 
     def draft(self, next_ids: list[int]) -> Tensor:
-        """The logits [V] of a guess at the token after ``next_ids``, the tokens that follow each of
-        those that the last :meth:`extend` left.
+        """The draft's logits [V] for the token after ``next_ids``.
+
+        ``next_ids`` are the tokens that follow each of those of the last :meth:`extend`.
         """
 
 
@@ -55,7 +53,7 @@ class NativeDrafting:
     The draft's cache holds tokens that are certain only, so that nothing in it is ever taken back.
 
     Raises:
-        ConfigError: when they are more than the model's longest sequence.
+        ConfigError: if they are more than the model's longest sequence.
     """
 
     def __init__(self, model: DecoderLM, max_tokens: int, device: torch.device) -> None:
@@ -85,9 +83,7 @@ class NativeDrafting:
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What a token is drawn from when a draft from q was rejected, up to a factor: the positive
-    part of p - q (section 2.3).
-    """
+    """The distribution after a rejected draft, not normalised: the positive part of p - q."""
     positive_V = (p_V - q_V).clamp_min(0)
     # Where p and q are equal but for rounding there may be none: then a draft is as good as a draw
     # from p.
@@ -97,8 +93,9 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
 def speculate(
     model: DraftingModel, prompt_ids: list[int], sampling: Sampling, counts: DraftCounts
 ) -> Iterator[int]:
-    """New tokens without end, each distributed as ``sampling`` says of the model's own logits; adds
-    to ``counts`` as it goes.
+    """Yields new tokens without end, from the distribution of ``sampling`` on the model's logits.
+
+    Adds to ``counts`` meanwhile.
 
     Raises:
         ConfigError: for an empty prompt, or with a repetition penalty: what it is for would change
@@ -123,12 +120,14 @@ def speculate(
         logits_2V = model.extend([token, drafted])
         p_V = distribution(logits_2V[0])
         counts.drafted += 1
+        # Accepted with the probability min(1, p / q), without dividing by q.
         if float(torch.rand((), generator=generator)) * q_V[drafted] < p_V[drafted]:
             counts.accepted += 1
             yield drafted
             token = draw(distribution(logits_2V[1]), generator)
             following = [drafted, token]
         else:
+            # The model has already read the rejected token: it must leave the cache.
             model.forget_last()
             token = draw(residual(p_V, q_V), generator)
             following = [token]

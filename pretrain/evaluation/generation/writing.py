@@ -1,4 +1,4 @@
-"""Texts behind prompts: several at once, each with its own end, piece by piece as they come."""
+"""Continues prompts, several at once, and shows a text while it is written."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ Show = Callable[[str], None]
 
 @dataclass
 class Continuation:
-    """What was written behind a prompt: ``text`` without the stop string or the end-of-document
-    token, which are among ``new_tokens``.
+    """The continuation of a prompt.
+
+    ``text`` is without the stop string or the end-of-document token, which ``new_tokens`` counts.
     """
 
     text: str = ""
@@ -31,8 +32,9 @@ class Continuation:
 
 @dataclass
 class Speed:
-    """Tokens and seconds: of prompts, with the first new token of each text; and of all further new
-    tokens.
+    """Tokens and seconds.
+
+    Prefill is for prompts with the first new token of each text, decode for all further new tokens.
     """
 
     prefill_tokens: int = 0
@@ -42,10 +44,12 @@ class Speed:
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Speed on prompts; 0 if nothing was measured."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
+        """Speed of new tokens; 0 if nothing was measured."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -67,13 +71,15 @@ class Writer:
     def write(
         self, prompts: Sequence[str], batch_size: int, progress: bool = True
     ) -> list[Continuation]:
-        """A text behind each prompt, ``batch_size`` at once; text i draws with seed + i, whatever
-        the batches are.
+        """A continuation of each prompt, ``batch_size`` at once; text i draws with seed + i.
+
+        Texts do not depend on the batches that they are written in.
 
         Raises:
-            ConfigError: where a prompt and its continuation are longer than the model's longest
+            ConfigError: if a prompt and its continuation are longer than the model's longest
                 sequence.
         """
+        # Checked before the first text is written, which may take long.
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         check_length(max(map(len, encoded)) + self.max_new_tokens, self.generator.max_positions)
         written: list[Continuation] = []
@@ -89,6 +95,7 @@ class Writer:
         """Texts behind encoded prompts; ``show`` gets each new piece of the first."""
         _, padding = right_aligned(prompts)
         next_logits = self.generator.start(max(map(len, prompts)) + self.max_new_tokens, padding)
+        # By the index of the text over all batches, not within this one.
         seeded = Sampling(**(vars(self.sampling) | {"seed": self.sampling.seed + first_seed}))
         return self._consume(continue_prompts(next_logits, prompts, seeded), prompts, show)
 
@@ -96,7 +103,7 @@ class Writer:
         """One text by speculative decoding: the same distribution, in fewer passes.
 
         Raises:
-            ConfigError: where the model has nothing that drafts.
+            ConfigError: if the model has nothing that drafts.
         """
         model = self.generator.start_drafting(len(prompt) + self.max_new_tokens)
         steps = ([token] for token in speculate(model, prompt, self.sampling, self.drafts))
@@ -116,9 +123,11 @@ class Writer:
                 self.speed.prefill_seconds += time.perf_counter() - started
                 started = time.perf_counter()
             else:
+                # Texts that have ended are still computed, but their tokens are thrown away.
                 self.speed.decode_tokens += len(open_texts)
             for row in sorted(open_texts):
                 texts[row].new_tokens += 1
+                # A chat model may have several tokens that end a text.
                 if tokens[row] in self.generator.end_ids:
                     texts[row].ended = "end of document"
                     open_texts.discard(row)
@@ -133,6 +142,7 @@ class Writer:
                 break
         self.speed.decode_seconds += time.perf_counter() - started
         for row, stream in enumerate(streams):
+            # What was held back because it could have been the beginning of a stop string.
             piece = stream.finish()
             if row == 0:
                 show(piece)

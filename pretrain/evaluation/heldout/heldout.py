@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -39,8 +38,13 @@ from pretrain.evaluation.heldout.perplexity import (
     score_batches,
     transformers_logits,
 )
+from pretrain.evaluation.heldout.scores import (
+    BaselineScore,
+    GroupScore,
+    HeldoutScore,
+    ModelScore,
+)
 from pretrain.evaluation.heldout.text import Groups, HeldoutText, SlidingWindows, read_split
-from pretrain.evaluation.result import EvaluationResult
 from pretrain.export.hf_files import is_hf_folder, read_config, stored_shapes
 
 NGRAM_NAMES = re.compile(r"^(unigram|bigram|trigram|([1-9])-gram)$")
@@ -95,100 +99,6 @@ class WindowPlan:
             yield starts[first : first + self.batch_size, None] + np.arange(1, self.window + 1)
 
 
-@dataclass(frozen=True)
-class GroupScore:
-    """The score of a group of targets.
-
-    Attributes:
-        loss: nats per token.
-        accuracy: share of the targets that were the likeliest token.
-        bits_per_byte: None unless all windows were scored.
-    """
-
-    targets: int
-    loss: float
-    perplexity: float
-    accuracy: float
-    bits_per_byte: float | None
-
-    @classmethod
-    def of(cls, nats: float, targets: int, correct: int, utf8_bytes: int | None) -> GroupScore:
-        """The score from sums over the targets, and the size of their text in bytes if known."""
-        evaluation = Evaluation(nats, targets, correct)
-        bits = evaluation.bits_per_byte(utf8_bytes) if utf8_bytes else None
-        return cls(targets, evaluation.loss, evaluation.perplexity, evaluation.accuracy, bits)
-
-
-@dataclass(frozen=True)
-class BaselineScore:
-    """The score of another model on the same text.
-
-    Attributes:
-        loss: nats per token of the baseline's own tokenizer; compare bits per byte instead if the
-            tokenizers differ.
-        windows: training samples that an n-gram was fitted on; None for other baselines.
-    """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    targets: int
-    windows: int | None = None
-
-
-@dataclass(frozen=True)
-class HeldoutScore:
-    """A model's result.
-
-    Attributes:
-        step: None for a Hugging Face folder.
-        window, stride: in tokens.
-        batch_size: windows that were computed together.
-        depends_on_batch: why the result depends on the batch size; None if it does not.
-    """
-
-    data: str
-    step: int | None
-    split: str
-    window: int
-    stride: int
-    batch_size: int
-    depends_on_batch: str | None
-    targets: int
-    loss: float
-    perplexity: float
-    accuracy: float
-    bits_per_byte: float | None
-    by_source: dict[str, GroupScore]
-    by_length: dict[str, GroupScore]
-    baselines: dict[str, BaselineScore] = field(default_factory=dict)
-
-    @property
-    def bigram(self) -> BaselineScore | None:
-        """The score of the bigram model, if it was asked for."""
-        return self.baselines.get("bigram")
-
-    @property
-    def better_by(self) -> float | None:
-        """Nats per token by which the model beats the bigram; negative if it does not."""
-        return None if self.bigram is None else self.bigram.loss - self.loss
-
-    def to_dict(self) -> EvaluationResult:
-        """The score as JSON has it."""
-        bigram = None if self.bigram is None else asdict(self.bigram)
-        fields = {**asdict(self), "bigram": bigram, "better_than_bigram_by": self.better_by}
-        return cast(EvaluationResult, fields)
-
-
-@dataclass(frozen=True)
-class _ModelScore:
-    """The part of a :class:`HeldoutScore` that depends on the model's logits."""
-
-    total: GroupScore
-    by_source: dict[str, GroupScore]
-    by_length: dict[str, GroupScore]
-
-
 def score_checkpoint(
     checkpoint: Path,
     data: str | Path | None,
@@ -210,8 +120,8 @@ def score_checkpoint(
         window, stride: in tokens; by default the training's sequence length, without overlap.
 
     Raises:
-        DataError: when ``data`` does not belong to the checkpoint, or the split is too short.
-        CheckpointError: when the checkpoint is incomplete or damaged.
+        DataError: if ``data`` does not belong to the checkpoint, or the split is too short.
+        CheckpointError: if the checkpoint is incomplete or damaged.
         ConfigError: for a baseline that is neither, or windows that the model cannot read.
     """
     check_baselines(baselines)
@@ -277,6 +187,7 @@ def score_transformers(
     datasets = load_corpora_of(data)
     text = read_split(datasets, split)
     opened = open_transformers(folder, device)
+    # Foreign models have contexts of 100,000 tokens and more, in which few windows fit.
     window = window or min(1024, opened.max_positions)
     plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
     encoded = in_tokens_of(opened, text, window, max_windows)
@@ -294,7 +205,7 @@ def score_transformers(
 
 
 def _heldout_score(
-    score: _ModelScore,
+    score: ModelScore,
     baselines: dict[str, BaselineScore],
     plan: WindowPlan,
     *,
@@ -348,7 +259,7 @@ def _plan(
 
 def _score(
     logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: torch.device, title: str
-) -> _ModelScore:
+) -> ModelScore:
     """The model's scores over all windows, in total and by group."""
     windows, groups = plan.windows(text), Groups(text)
     # The scores come without the batch that they are of: its labels say which targets count.
@@ -362,6 +273,7 @@ def _score(
     for (nats_BS, correct_BS), places_bS in zip(
         score_batches(logits_of, remembered(), device), plan.places(windows), strict=True
     ):
+        # The last batch is filled up with empty windows, which have no places.
         rows = len(places_bS)
         scored_bS = seen[0].labels_BS[:rows].numpy() != NO_LOSS
         groups.add(
@@ -372,13 +284,14 @@ def _score(
     nats, targets, correct = groups.totals()
     checked(Evaluation(nats, targets, correct))
     complete = plan.is_complete(windows)
+    # Decoding all documents takes long, and is needed for bits per byte only.
     bytes_D = text.bytes_D() if complete else None
     total = GroupScore.of(nats, targets, correct, text.utf8_bytes if complete else None)
     by_source, by_length = (
         {name: GroupScore.of(*sums) for name, sums in groups.by(kind, bytes_D).items()}
         for kind in ("source", "length")
     )
-    return _ModelScore(total, by_source, by_length)
+    return ModelScore(total, by_source, by_length)
 
 
 def check_baselines(names: Sequence[str]) -> None:

@@ -4,13 +4,13 @@ Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modelin
 interpolated Kneser-Ney with one discount an order. Of order n with the context c of n - 1 tokens,
 and c' without its oldest token,
 
-    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)  +  D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w |
-    c')
+    p_n(w | c) = max(N(c, w) - D, 0) / N(c, .)
+                 + D * |{w: N(c, w) > 0}| / N(c, .) * p_{n-1}(w | c')
 
 N is a count at the highest order. Below it is the number of distinct tokens that were seen before
 (c, w). Each discount D is n1 / (n1 + 2 n2), where n1 and n2 are how many of the order's counts are
-one and two. p_0 is uniform, so that every token has a probability above zero. A context that was
-never seen has nothing of its own to say: then p_n is p_{n-1}.
+one and two. p_0 is uniform, so that every token has a probability above zero. For a context that
+was never seen, p_n is p_{n-1}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.core.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# Contexts [P, n - 1], the nearest token first and -1 where there is none, and targets [P].
+# Contexts [P, n - 1], the nearest token first and -1 for a missing one, and targets [P].
 Pairs = tuple[Ints, Ints]
 
 # The estimate n1 / (n1 + 2 n2) is zero where no count is one, and would leave nothing for what was
@@ -64,18 +64,19 @@ class NGram:
 
     @property
     def order(self) -> int:
+        """n, the tokens of an n-gram."""
         return len(self.levels)
 
     def probabilities(self, contexts: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
-        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]; what broadcasts
-        to these shapes is broadcast.
-        """
+        """p(target | context), float64 [P], of contexts [P, n - 1] and targets [P]."""
         targets_P = np.asarray(targets, dtype=np.int64)
         contexts_Pn = np.asarray(contexts, dtype=np.int64)
         size = np.broadcast_shapes(contexts_Pn.shape[:-1], targets_P.shape)
         targets_P = np.broadcast_to(targets_P, size)
         contexts_Pn = np.broadcast_to(contexts_Pn, (*size, self.order - 1))
+        # p_0, from which each order is interpolated upwards.
         probs_P = np.full(size, 1.0 / self.vocab_size)
+        # A node is the index of a context among those of its order; order 1 has only the empty one.
         nodes_P, known_P = np.zeros(size, np.int64), np.ones(size, bool)
         for number, level in enumerate(self.levels):
             if number:
@@ -107,7 +108,7 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
     Memory grows with distinct n-grams.
 
     Raises:
-        DataError: when the chunks hold no pair at all.
+        DataError: if the chunks hold no pair at all.
     """
     rows, counts = np.empty((0, order), np.int64), np.empty(0, np.int64)
     for contexts, targets in chunks:
@@ -163,11 +164,13 @@ def _unique_rows(rows: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, Ints]
 
     As many tokens as fit are compared as one number.
     """
+    # As many tokens as fit into a signed 64-bit integer.
     per_word = int(63 / np.log2(max(vocab_size, 2)))
     words = [
         _packed(rows[:, start : start + per_word], vocab_size)
         for start in range(0, rows.shape[1], per_word)
     ]
+    # Sorting packed words is several times faster than np.unique(axis=0), which compares bytes.
     sorting = np.lexsort(words) if len(words) > 1 else np.argsort(words[0], kind="stable")
     begins = np.ones(len(rows), bool)
     begins[1:] = np.logical_or.reduce([np.diff(word[sorting]) != 0 for word in words])
@@ -185,8 +188,10 @@ def _packed(columns: Ints, vocab_size: int) -> Ints:
 
 
 def batch_pairs(batch: Batch, order: int) -> Pairs:
-    """Every target of a batch (a label of -100 is none) and up to n - 1 tokens before it, of the
-    same sample and the same document.
+    """Pairs of contexts and targets in a batch.
+
+    A target is every label but -100; its context has up to n - 1 tokens before it, of the same
+    document.
     """
     inputs_BS, labels_BS = batch.input_ids_BS.numpy(), batch.labels_BS.numpy()
     documents_BS = None if batch.document_ids_BS is None else batch.document_ids_BS.numpy()
@@ -206,6 +211,7 @@ def batch_pairs(batch: Batch, order: int) -> Pairs:
 def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]:
     """The pairs of these samples: what training took a loss on."""
     group = max(CHUNK_PAIRS // samples.sequence_length, 1)
+    # In the order of the files, which makes reading sequential.
     ordered = np.sort(numbers)
     for first in range(0, len(ordered), group):
         yield batch_pairs(
@@ -215,9 +221,7 @@ def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]
 
 
 def ngram_nll(ngram: NGram, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Summed nats and number of the targets in ``batches``: the same ones that a model is scored
-    on.
-    """
+    """The summed nats and the number of the targets in ``batches``."""
     nats, count = 0.0, 0
     for batch in batches:
         contexts, targets = batch_pairs(batch, ngram.order)

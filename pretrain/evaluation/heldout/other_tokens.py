@@ -22,8 +22,7 @@ AROUND_TEXT = ("post_processor", "truncation", "padding")
 def in_tokens_of(
     model: TransformersGenerator, text: HeldoutText, window: int, max_windows: int | None
 ) -> HeldoutText:
-    """The text as ``model`` reads it, each document ended by its end-of-document token, and begun
-    by the one its tokenizer puts before a text.
+    """The text in the tokens of ``model``, each document with its own start and end tokens.
 
     With the tokenizer of the data it is ``text`` itself. With another one, ``max_windows`` are
     taken out of the split before they are encoded, from places spread evenly over it; without that
@@ -84,6 +83,7 @@ def sampled_again(
 
     Lengths of documents are those in the data's tokens.
     """
+    # Evenly spread, without random numbers: two models are scored at the same places.
     places = np.arange(max_windows) * text.stream.num_tokens // max_windows
     room = text.stream.num_tokens // max_windows
     parts: list[np.ndarray] = []
@@ -119,10 +119,9 @@ class _SectionEncoder:
         self.text, self.model, self.decode = text, model, document_decoder(text.datasets)
 
     def section(self, place: int, wanted: int, room: int) -> list[tuple[int, np.ndarray]] | None:
-        """``wanted`` tokens of the model from token ``place`` of the data on, with the document
-        that each part of them is of.
+        """``wanted`` tokens of the model, from a ``place`` of the data, and each part's document.
 
-        None if ``room`` tokens of the data are not enough.
+        None if ``room`` tokens of the data are too few for that.
         """
         taken = min(wanted + MARGIN, room)
         while True:
@@ -131,7 +130,9 @@ class _SectionEncoder:
                 break
             if taken == room:
                 return None
+            # How many tokens of the data make ``wanted`` of the model is known only afterwards.
             taken = min(2 * taken, room)
+        # The margin is dropped again: its last tokens depend on where the text was cut.
         cut: list[tuple[int, np.ndarray]] = []
         for document, part in parts:
             kept = part[: wanted - sum(len(earlier) for _, earlier in cut)]
@@ -140,9 +141,7 @@ class _SectionEncoder:
         return cut
 
     def _encoded(self, place: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """The parts of documents that ``count`` tokens of the data from ``place`` on belong to;
-        what ends in them has its end.
-        """
+        """The parts of documents in ``count`` tokens of the data; complete ones have an end."""
         stream, starts_D = self.text.stream, self.text.starts_D
         first = int(np.searchsorted(starts_D, place, side="right")) - 1
         last = int(np.searchsorted(starts_D, place + count, side="left"))

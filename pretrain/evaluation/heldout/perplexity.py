@@ -51,12 +51,11 @@ class Evaluation:
         return self.correct / self.targets
 
     def bits_per_byte(self, utf8_bytes: int) -> float:
-        """Summed bits over the UTF-8 bytes of the documents: comparable between tokenizers (Gao et
-        al. 2020, "The Pile", section 3.1).
+        """Summed bits over the UTF-8 bytes of the documents (Gao et al. 2020, section 3.1).
 
-        ``nats`` must cover the whole split. The very first token of a split has no context and is
-        not scored, and where documents are masked from each other neither is the first token of
-        any; their bytes are in ``utf8_bytes`` all the same.
+        It is comparable between tokenizers. ``nats`` must cover the whole split. The first token of
+        a split has no context and is not scored; if documents are masked from each other, neither
+        is the first token of any. Their bytes count in ``utf8_bytes`` all the same.
         """
         return self.nats / math.log(2) / utf8_bytes
 
@@ -71,14 +70,18 @@ def native_logits(model: DecoderLM) -> BatchLogits:
 def transformers_logits(model: PreTrainedModel) -> BatchLogits:
     """A Hugging Face model.
 
-    From positions that begin again transformers makes the document mask by itself.
+    transformers derives the document mask from positions that start again at 0.
     """
 
     def logits(batch: Batch) -> Tensor:
         positions = {} if batch.document_ids_BS is None else {"position_ids": batch.position_ids_BS}
         logits_BSV: Tensor = model(
-            input_ids=batch.input_ids_BS, use_cache=False, **positions
+            # A cache would only take memory: every window is one call.
+            input_ids=batch.input_ids_BS,
+            use_cache=False,
+            **positions,
         ).logits
+        # A model in bf16 gives bf16 logits, whose log-softmax would be off in the second digit.
         return logits_BSV.float()
 
     return logits
@@ -88,8 +91,10 @@ def transformers_logits(model: PreTrainedModel) -> BatchLogits:
 def score_batches(
     logits_of: BatchLogits, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch, on ``device``: -log p of each target in nats, fp64 [B, S], and whether it was
-    the likeliest token; 0 where there is none.
+    """Scores each target of each batch.
+
+    Yields -log p in nats, fp64 [B, S], and whether the target was the likeliest token; both are 0
+    for labels that are no targets.
     """
     for batch in batches:
         moved = batch.to(device)
@@ -98,17 +103,19 @@ def score_batches(
         losses_T = F.cross_entropy(
             logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=NO_LOSS, reduction="none"
         )
+        # Labels are shifted already: logits at position s are compared with labels at s. No
+        # prediction equals -100: labels that are no targets count as wrong, and have the loss 0.
         yield losses_T.double().view_as(labels_BS), logits_BSV.argmax(dim=-1) == labels_BS
 
 
 def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -> Evaluation:
-    """Scores every target of ``batches`` (a label of -100 is none); per-token losses are fp32,
-    their sum fp64.
+    """Scores every target of ``batches``, which is every label but -100.
 
     Raises:
-        DataError: when no label is a target.
-        NonFiniteError: when the sum is not a finite number.
+        DataError: if no label is a target.
+        NonFiniteError: if the sum is not a finite number.
     """
+    # Dropout off; router noise and capacity as in evaluation.
     was_training = model.training
     model.eval()
     # Sums stay on the device until the end, so that no batch waits for a copy.
@@ -132,9 +139,7 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
 
 
 def checked(evaluation: Evaluation) -> Evaluation:
-    """Raises :class:`DataError` where nothing was scored, :class:`NonFiniteError` where the sum is
-    not a finite number.
-    """
+    """Raises :class:`DataError` without any target, :class:`NonFiniteError` for NaN or inf."""
     if evaluation.targets == 0:
         raise DataError(
             "there is nothing to evaluate: the windows hold no target; choose a longer split"

@@ -30,14 +30,16 @@ def read_references(path: Path) -> tuple[list[str], list[str]]:
     """Prompts and references of a JSONL file with a "prompt" and a "reference" a line.
 
     Raises:
-        DataError: where it cannot be read, or a line lacks either.
+        DataError: if it cannot be read, or a line lacks either.
     """
     prompts: list[str] = []
     references: list[str] = []
     for number, row in enumerate(read_jsonl(path), start=1):
         prompt, reference = row.get("prompt"), row.get("reference")
         if not isinstance(prompt, str) or not isinstance(reference, str):
-            raise DataError(f'{path}, line {number} has no text "prompt" and "reference": mend it')
+            raise DataError(
+                f'{path}, line {number} has no text "prompt" and "reference": correct it'
+            )
         prompts.append(prompt)
         references.append(reference)
     return prompts, references
@@ -47,7 +49,7 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
     """The objects of a JSONL file.
 
     Raises:
-        DataError: where it cannot be read, is empty, or a line is no JSON object.
+        DataError: if it cannot be read, is empty, or a line is no JSON object.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -64,7 +66,7 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object: mend it")
+            raise DataError(f"{path}, line {number} is no JSON object: correct it")
         rows.append(row)
     if not rows:
         raise DataError(f"{path} has no line: give a JSON object a line")
@@ -72,8 +74,9 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
 
 
 def score_references(texts: Sequence[str], references: Sequence[str]) -> ReferenceScores:
-    """Compares each text with its reference: BLEU (Papineni et al. 2002; Post 2018), ROUGE-1, -2
-    and -L (Lin 2004).
+    """Compares texts with references by BLEU (Papineni et al. 2002) and ROUGE-1, -2, -L (Lin 2004).
+
+    BLEU is that of sacrebleu (Post 2018).
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU

@@ -1,6 +1,4 @@
-"""A held-out split as a model reads it: sliding windows of its tokens, and the document that each
-target belongs to.
-"""
+"""A held-out split as a model reads it: sliding windows, and the document of each target."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ LENGTH_EDGES = (128, 512, 2048, 8192)
 
 
 class SlidingWindows(Windows):
-    """Windows of S inputs, ``stride`` tokens apart: each scores the targets that no window before
-    it has scored.
+    """Windows of S inputs, ``stride`` tokens apart; each scores only targets of no earlier one.
 
     So every target but those of the first window has at least S - stride tokens of context. With
     ``stride`` = S they are plain windows.
@@ -35,7 +32,7 @@ class SlidingWindows(Windows):
             with a window at the beginning of each.
 
     Raises:
-        ConfigError: where the stride is not from 1 to S: targets would be left out.
+        ConfigError: if the stride is not from 1 to S, because targets would be left out.
     """
 
     def __init__(
@@ -56,6 +53,7 @@ class SlidingWindows(Windows):
         self.stride, self.is_sample = stride, section is not None
         # Tokens from the beginning of a window to that of the next one.
         self.step = section or stride
+        # Negative floor division rounds up: the last window may be partly empty.
         self.num_all = (
             1 + max(0, -(-(self._targets - sequence_length) // self.step)) if self._targets else 0
         )
@@ -68,12 +66,13 @@ class SlidingWindows(Windows):
             raise IndexError(f"window {number} of {self.num_all}")
         sample = self.read_at(number * self.step)
         if number:
+            # The overlap with the window before: it has scored these targets already.
             sample.labels_S[: self.sequence_length - self.stride] = NO_LOSS
         return sample
 
 
 class TokensInMemory(TokenStream):
-    """Tokens of documents that stand in memory, as a stream."""
+    """A stream over the tokens of documents in memory."""
 
     def __init__(self, documents: Sequence[np.ndarray], vocab_size: int) -> None:
         super().__init__([], vocab_size)
@@ -97,14 +96,13 @@ class HeldoutText:
     """A split's tokens and its D documents.
 
     Attributes:
-        starts_D: where each document's tokens begin, int64.
-        sources: names; ``source_D`` are their numbers.
-        utf8_bytes: of all texts, as the data's manifest says.
+        starts_D: the first token of each document, int64.
+        sources: names; ``source_D`` has an index into them for each document.
+        utf8_bytes: of all texts, from the data's manifest.
         texts: reads the documents' texts, in order.
         corpora: the data folders whose tokens these are; None for tokens of another model.
         section: see :class:`SlidingWindows`; None for the whole text.
-        whole_lengths_D: tokens of each document in the data folders, where ``stream`` has only
-            parts of them.
+        whole_lengths_D: tokens of each whole document, if ``stream`` has only parts of them.
     """
 
     stream: TokenStream
@@ -121,6 +119,7 @@ class HeldoutText:
         """Tokens of each document."""
         if self.whole_lengths_D is not None:
             return self.whole_lengths_D
+        # Documents follow each other without gaps.
         return np.diff(self.starts_D, append=self.stream.num_tokens)
 
     def bytes_D(self) -> np.ndarray:
@@ -132,7 +131,7 @@ def read_split(datasets: Datasets, split: SplitName) -> HeldoutText:
     """A split of the data folders.
 
     Raises:
-        DataError: where no folder has it.
+        DataError: if no folder has it.
     """
     stream = datasets.stream(split)
     labels = [
@@ -145,6 +144,7 @@ def read_split(datasets: Datasets, split: SplitName) -> HeldoutText:
     begins = np.array([stream.start_of(number) for number in range(len(labels))])
     # Shards without tokens begin where the next one does: the last of those that begin there holds
     # the document.
+    # side="right": a document that begins with its shard belongs to that shard.
     shard_D = np.searchsorted(begins, starts_D, side="right") - 1
     sources = list(dict.fromkeys(labels))
     source_D = np.array([sources.index(label) for label in labels])[shard_D]
@@ -171,9 +171,7 @@ def _decoded(stream: TokenStream, starts_D: np.ndarray, datasets: Datasets) -> I
 
 
 def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
-    """Makes text of a document's tokens, or of a part of them, without the tokens around a
-    document.
-    """
+    """Decodes a document's tokens, or a part of them, without the tokens around a document."""
     library = tokenizers.Tokenizer.from_file(str(datasets.tokenizer_path))
     policy = datasets.tokenizer
 
@@ -188,9 +186,7 @@ def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
 
 
 class Groups:
-    """Sums by source and by length over the targets of a text; a target belongs to the document
-    that it stands in.
-    """
+    """Sums over targets, by source and by length of the document that a target is in."""
 
     def __init__(self, text: HeldoutText) -> None:
         self.text, self._lengths_D = text, text.lengths_D()

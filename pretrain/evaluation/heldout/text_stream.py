@@ -1,6 +1,4 @@
-"""Text from tokens as they come: only whole characters, and nothing that may turn out to begin a
-stop string.
-"""
+"""Text from tokens as they come: only whole characters, and no beginning of a stop string."""
 
 from __future__ import annotations
 

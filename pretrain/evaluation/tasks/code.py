@@ -1,6 +1,4 @@
-"""pass@k of programs that a model writes (Chen et al. 2021, "Evaluating Large Language Models
-Trained on Code").
-"""
+"""pass@k of programs that a model writes (Chen et al. 2021, arXiv 2107.03374)."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from pretrain.evaluation.generation.writing import Writer
 from pretrain.evaluation.heldout.references import read_jsonl
 from pretrain.evaluation.tasks.sandbox import ProgramRun, run_program
 
-# Where HumanEval's solutions end (Chen et al. 2021, section 2.1).
+# Strings that end a solution of HumanEval (Chen et al. 2021, section 2.1).
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
@@ -57,18 +55,17 @@ class CodeScore:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Problems of a JSONL file with "task_id", "prompt" and "test", and HumanEval's "entry_point"
-    where tests need it.
+    """Problems of a JSONL file with "task_id", "prompt", "test" and, for HumanEval, "entry_point".
 
     Raises:
-        DataError: where it cannot be read, or a line lacks one of them.
+        DataError: if it cannot be read, or a line lacks one of them.
     """
     problems = []
     for number, row in enumerate(read_jsonl(path), start=1):
         if not all(isinstance(row.get(name), str) for name in ("task_id", "prompt", "test")):
             raise DataError(
                 f'{path}, problem {number} has no "task_id", "prompt" and "test" that are texts:'
-                " mend it"
+                " correct it"
             )
         entry_point = row.get("entry_point")
         problems.append(
@@ -83,17 +80,19 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k solutions passes, from ``passed`` of ``samples``: 1 - C(n - c, k) /
-    C(n, k), unbiased (eq. 1).
+    """An unbiased estimate of the chance that one of k solutions passes (eq. 1).
+
+    1 - C(n - c, k) / C(n, k) for c = ``passed`` of n = ``samples``.
 
     Raises:
-        ConfigError: where k is not from 1 to ``samples``.
+        ConfigError: if k is not from 1 to ``samples``.
     """
     if not 1 <= k <= samples:
         raise ConfigError(
             f"pass@{k} needs at least {k} samples of each problem, not {samples}: raise"
             " --num-samples, or lower --pass-at"
         )
+    # Exact integers: the product form in floats overflows for many samples.
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
@@ -106,12 +105,12 @@ def score_code(
     timeout_seconds: float,
     memory_bytes: int,
 ) -> CodeScore:
-    """Writes ``samples`` solutions of each problem and runs each with its tests: this executes what
-    the model writes.
+    """Writes ``samples`` solutions of each problem, and executes each with the problem's tests.
 
     Raises:
         ConfigError: for a k that needs more samples.
     """
+    # Before texts are written, which takes long.
     for k in pass_at:
         pass_at_k(samples, 0, k)
     prompts = [problem.prompt for problem in problems for _ in range(samples)]
@@ -146,6 +145,8 @@ def run_programs(
     def run(program: str) -> ProgramRun:
         return run_program(program, timeout_seconds, memory_bytes)
 
+    # Threads only wait for the programs, which are processes. sched_getaffinity respects the cores
+    # of a container, unlike os.cpu_count.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(
             tqdm(

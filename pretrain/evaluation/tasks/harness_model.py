@@ -1,9 +1,7 @@
-"""One of our models as lm-evaluation-harness sees models.
+"""A checkpoint of this project as a model of lm-evaluation-harness.
 
-It gives the numbers that the harness's own class gives for the model's export.
-
-Needs the package lm_eval, whose import takes long: this file is imported where tasks are run, and
-nowhere else.
+It returns the same values as the harness's own class does for the model's export. Importing lm_eval
+takes long: this file is imported only if tasks are run.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pretrain.evaluation.generation.generators import NativeGenerator
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Writer
 
-# The texts it stands for, the context's tokens and those of the continuation.
+# The texts themselves, the context's tokens, and those of the continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 MAX_NEW_TOKENS = 256
 
@@ -53,8 +51,9 @@ class NativeHarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; behind the token that begins a document where training had one, unless
-        ``add_special_tokens`` is false.
+        """Token ids, after the token that began documents in training, if there was one.
+
+        Without it if ``add_special_tokens`` is false.
         """
         starts_document = self.opened.tokenizer.prepend_bos and add_special_tokens is not False
         return [self.prefix_token_id] * starts_document + self.opened.encode(string)
@@ -62,9 +61,7 @@ class NativeHarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """log p of whole texts, in disjoint windows of the model's longest sequence; the first
-        begins with :attr:`prefix_token_id`.
-        """
+        """log p of whole texts in disjoint windows; the first starts with a prefix token."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -92,7 +89,9 @@ class NativeHarnessModel(TemplateLM):
 
         What is too long loses tokens at its left.
         """
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        # Longest first: texts of a batch are about equally long, and if memory is short, the first
+        # batch shows it.
         longest_first = sorted(
             range(len(requests)), key=lambda number: -len(requests[number][1] + requests[number][2])
         )
@@ -105,36 +104,36 @@ class NativeHarnessModel(TemplateLM):
                 (requests[number][1] + requests[number][2])[-(self.max_length + 1) :][:-1]
                 for number in chosen
             ]
-            # Filled at the right, where no token before it looks.
+            # Padded at the right: with causal attention no earlier token sees it.
             longest = max(map(len, inputs))
             ids_BS = torch.tensor(
                 [ids + [0] * (longest - len(ids)) for ids in inputs], device=self.opened.device
             )
             logits_BSV = self.opened.model.logits(ids_BS)
             for number, ids, logits_SV in zip(chosen, inputs, logits_BSV, strict=True):
+                # Logits at the token before the continuation predict its first one: the inputs lack
+                # the last token, so that the slice ends with the inputs.
                 continuation_C = torch.tensor(requests[number][2], device=self.opened.device)
                 logits_CV = logits_SV[len(ids) - len(continuation_C) : len(ids)]
                 log_probs_C1 = logits_CV.log_softmax(dim=-1).gather(1, continuation_C[:, None])
-                answers[number] = (
+                scores[number] = (
                     float(log_probs_C1.sum()),
                     bool((logits_CV.argmax(dim=-1) == continuation_C).all()),
                 )
             bar.update(len(chosen))
         bar.close()
-        return answers
+        return scores
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts behind contexts, up to a stop string or the end of a document; requests with the
-        same settings are written together.
-        """
+        """Continuations of contexts; requests with the same settings are written together."""
         texts = [""] * len(requests)
         settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             settings.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         bar = tqdm(total=len(requests), desc="texts", unit="request", disable=disable_tqdm)
         for numbers in settings.values():
-            given = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            writer = self._writer(dict(given))
+            options = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+            writer = self._writer(dict(options))
             encoded = {
                 number: self._context(requests[number].args[0], writer.max_new_tokens)
                 for number in numbers
@@ -160,7 +159,7 @@ class NativeHarnessModel(TemplateLM):
                 f"a task asks for {max_new_tokens} new tokens (max_gen_toks), the model has"
                 f" {self.max_length} positions: lower it"
             )
-        # Tasks write 0 or leave a field out where they mean "off".
+        # Tasks write 0, or leave a field out, to mean "off".
         sampled = bool(options.get("do_sample"))
         sampling = Sampling(
             temperature=(options.get("temperature") or 1.0) if sampled else 1.0,

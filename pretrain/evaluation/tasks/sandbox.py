@@ -1,9 +1,10 @@
-"""Runs a program that a model wrote in a process of its own, with limits.
+"""Runs a program that a model wrote in a separate process, with limits.
 
-Time, processor time, memory, size of files, number of open files and processes are limited; the
-program stands in an empty folder that is deleted, sees no variables of ours and, where the system
-lets us, no network. This keeps mistakes in; it is no defence against malice: it can read files that
-we can read. For programs of an unknown model use a container or a virtual machine around all of it.
+Time, processor time, memory, size of files, number of open files and processes are limited. The
+program runs in an empty folder that is deleted afterwards, without this process's environment
+variables and, if the system allows it, without a network. This protects against mistakes, not
+against malice: the program can read all files that this process can. For programs of an unknown
+model use a container or a virtual machine around everything.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ except (OSError, AttributeError):
     isolated = False
 os.write(report, b"1" if isolated else b"0")
 os.close(report)
-for limit, value in (("CPU", seconds), ("AS", memory), ("FSIZE", 1 << 20), ("NOFILE", 64), ("NPROC", 64), ("CORE", 0)):
+for limit, value in (
+    ("CPU", seconds), ("AS", memory), ("FSIZE", 1 << 20), ("NOFILE", 64), ("NPROC", 64), ("CORE", 0)
+):
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
 os.execv(sys.executable, [sys.executable, "-I", "-S", program])
 """
@@ -40,9 +43,10 @@ ERROR_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """``outcome`` is "passed" only where the program ran to its very end.
+    """How a program ended.
 
-    ``error`` is the end of what it printed to standard error.
+    ``outcome`` is "passed" only if the program ran to its very end; ``error`` is the end of what it
+    printed to standard error.
     """
 
     outcome: Literal["passed", "failed", "timed out"]
@@ -58,6 +62,7 @@ def run_program(
     A program that leaves early, with whatever exit code, has not passed: its last line has to print
     a number that it cannot know.
     """
+    # A program that calls sys.exit(0) before its tests must not pass.
     mark = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
         program = Path(folder) / "program.py"
@@ -93,6 +98,7 @@ def _run(
     }
     try:
         process = subprocess.Popen(
+            # -I ignores the user's environment and site-packages, -S the installed ones.
             [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *arguments],
             cwd=program.parent,
             env=environment,
@@ -103,6 +109,7 @@ def _run(
             start_new_session=True,
         )
     finally:
+        # Otherwise reading the pipe would never end, as this process could still write.
         os.close(writing)
     try:
         code, timed_out = process.wait(timeout=timeout_seconds), False
@@ -110,6 +117,7 @@ def _run(
         code, timed_out = -signal.SIGKILL, True
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
+            # The program may have started others, which are in its group.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         isolated = os.read(reading, 1) == b"1"

@@ -20,8 +20,9 @@ from pretrain.evaluation.generation.generators import (
 )
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Writer
-from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint, score_transformers
+from pretrain.evaluation.heldout.heldout import score_checkpoint, score_transformers
 from pretrain.evaluation.heldout.references import read_references, score_references
+from pretrain.evaluation.heldout.scores import HeldoutScore
 from pretrain.evaluation.result import CodeResult, EvaluationResult, WrittenText
 from pretrain.evaluation.tasks.code import STOP, read_problems, score_code
 from pretrain.evaluation.tasks.harness import run_tasks

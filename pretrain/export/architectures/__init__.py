@@ -1,3 +1,1 @@
-"""Architectures of transformers, one a file: what they take of a recipe, how their tensors are
-named, what stands in their config.
-"""
+"""Architectures of transformers, one a file: supported recipes, tensor names, config fields."""

@@ -1,5 +1,6 @@
-"""Our decoder as transformers' ``deepseek_v2``: latent attention, softmax routing without
-renormalisation, and what V3 shares with it.
+"""The architecture ``deepseek_v2``: latent attention, softmax routing without renormalisation.
+
+V3 shares much of it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentDecoder(LlamaLike):
-    """DeepSeek's trunk: the rows of turned numbers stand in pairs, as in DeepSeek's files and as
-    every other reader of these expects them.
+    """A decoder with latent attention.
+
+    The rotary rows of queries and keys are in adjacent pairs, as all readers of DeepSeek's files
+    expect.
     """
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
@@ -62,22 +65,23 @@ class LatentDecoder(LlamaLike):
         queries = RotaryRows(
             attention.num_attention_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim
         )
+        # One matrix makes the latent and the shared key, of which only the key is rotated.
         keys = RotaryRows(1, attention.kv_lora_rank, attention.qk_rope_head_dim)
         kinds = ("weight", "bias")[: 1 + (attention.bias == "all")]
         plain = {
             "kv_a_norm.weight": "kv_a_layernorm.weight",
             "kv_b_proj.weight": "kv_b_proj.weight",
         } | {f"o_proj.{kind}": f"o_proj.{kind}" for kind in kinds}
-        turned_queries = "q_proj.weight"
+        rotated_queries = "q_proj.weight"
         if attention.q_lora_rank is not None:
-            turned_queries = "q_b_proj.weight"
+            rotated_queries = "q_b_proj.weight"
             plain |= {"q_a_norm.weight": "q_a_layernorm.weight"} | {
                 f"q_a_proj.{kind}": f"q_a_proj.{kind}" for kind in kinds
             }
         layers = range(model.num_hidden_layers)
         return [
             *expand(_in_attention(plain), layers),
-            *expand(_in_attention({turned_queries: turned_queries}), layers, heads=queries),
+            *expand(_in_attention({rotated_queries: rotated_queries}), layers, heads=queries),
             *expand(
                 _in_attention(
                     {f"kv_a_proj.{kind}": f"kv_a_proj_with_mqa.{kind}" for kind in kinds}
@@ -105,6 +109,7 @@ class LatentDecoder(LlamaLike):
             "v_head_dim",
         )
         return {
+            # Latent attention has no groups, but readers of the config expect the field.
             "num_key_value_heads": attention.num_attention_heads,
             **{size: getattr(attention, size) for size in sizes},
             "attention_bias": attention.bias == "all",
@@ -118,8 +123,8 @@ class LatentDecoder(LlamaLike):
             "qk_nope_head_dim",
             "v_head_dim",
         )
-        given = {size: config[size] for size in sizes} | {"q_lora_rank": config.get("q_lora_rank")}
-        attention = {"kind": "mla", **given, "bias": "all" if config["attention_bias"] else "none"}
+        ranks = {size: config[size] for size in sizes} | {"q_lora_rank": config.get("q_lora_rank")}
+        attention = {"kind": "mla", **ranks, "bias": "all" if config["attention_bias"] else "none"}
         return super().model_section(config) | {"attention": attention}
 
 
@@ -164,7 +169,7 @@ class DeepseekV2(LatentDecoder):
 
     def unread(self, config: Mapping[str, Any]) -> set[str]:
         of_groups = {"n_group", "topk_group"} if config.get("topk_method") == "greedy" else set()
-        # Its class never renormalises; only what says that it should is refused.
+        # The class never renormalises, so that only a config that asks for it is refused.
         return (
             super().unread(config)
             | of_groups
@@ -187,6 +192,7 @@ class DeepseekV2(LatentDecoder):
 
 
 def shared_width_reasons(model: ModelConfig, name: str) -> list[str]:
+    """A reason if the shared experts have a width that no number of DeepSeek's has."""
     if model.moe is not None and model.moe.shared_width % model.moe.moe_intermediate_size:
         return [
             f"the shared experts are {model.moe.shared_width} wide, and {name}'s a multiple of"
@@ -201,6 +207,7 @@ def prefix_config(model: ModelConfig) -> JsonObject:
     return {
         "first_k_dense_replace": model.num_hidden_layers - len(model.moe_layers),
         "n_routed_experts": moe.num_experts,
+        # A count, from which transformers computes the width of the joint expert.
         "n_shared_experts": moe.shared_width // moe.moe_intermediate_size,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.moe_intermediate_size,
@@ -225,7 +232,7 @@ def prefix_experts(config: Mapping[str, Any], router: JsonObject) -> JsonObject:
 
 
 def groups_of(count: int | None, kept: int | None, score: str) -> JsonObject | None:
-    """A router's groups; one group is none."""
+    """A router's groups of experts; a single group is the same as no groups."""
     return (
         None if count in (None, 1) else {"num_groups": count, "top_k_groups": kept, "score": score}
     )

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``deepseek_v3``: latent attention, sigmoid routing with groups,
-balancing by bias.
-"""
+"""The architecture ``deepseek_v3``: latent attention, sigmoid routing, balancing by bias."""
 
 from __future__ import annotations
 
@@ -63,6 +61,7 @@ class DeepseekV3(LatentDecoder):
 
 
 def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
+    """What DeepSeek-V3's router cannot compute."""
     reasons = shared_width_reasons(model, name)
     moe = model.routing
     if moe is None:
@@ -79,6 +78,7 @@ def sigmoid_reasons(model: ModelConfig, name: str) -> list[str]:
 
 
 def bias_links(model: ModelConfig) -> Links:
+    """The balancing biases; zeros for a model that is balanced by a loss."""
     moe = routed(model)
     if moe.bias_balancing is None:
         return [
@@ -99,10 +99,12 @@ def sigmoid_links(model: ModelConfig) -> Links:
 
 
 def sigmoid_config(model: ModelConfig) -> JsonObject:
+    """The fields about experts of configs with DeepSeek-V3's router."""
     router = routed(model).router
     groups = router.groups
     return {
         **prefix_config(model),
+        # One group of all experts is the same as none; the class cannot take null.
         "n_group": 1 if groups is None else groups.num_groups,
         "topk_group": 1 if groups is None else groups.top_k_groups,
         "norm_topk_prob": router.norm_topk_prob,
@@ -115,6 +117,7 @@ def sigmoid_config(model: ModelConfig) -> JsonObject:
 
 
 def sigmoid_experts(config: Mapping[str, Any]) -> JsonObject:
+    """Layer pattern and MoE section of such a config."""
     router = {
         "kind": "sigmoid_topk",
         "norm_topk_prob": config["norm_topk_prob"],
@@ -122,5 +125,6 @@ def sigmoid_experts(config: Mapping[str, Any]) -> JsonObject:
         "groups": groups_of(config.get("n_group"), config.get("topk_group"), "top2_sum"),
     }
     section = prefix_experts(config, router)
+    # Always: the class has the bias, even if it is zero.
     section["moe"]["bias_balancing"] = {}
     return section

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``glm4_moe``: DeepSeek-V3's router and shared experts with
-grouped-query attention.
-"""
+"""The architecture ``glm4_moe``: DeepSeek-V3's experts with grouped-query attention."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from pretrain.model.config import ModelConfig
 class Glm4Moe(LlamaLike):
     """The target ``Glm4MoeForCausalLM``.
 
-    Published GLM-4.5 turns half of a head's numbers only, which recipes do not have.
+    Published GLM-4.5 rotates only half of a head's dimensions, which recipes do not have.
     """
 
     name = "glm4_moe"

@@ -1,5 +1,6 @@
-"""Our decoder as transformers' ``gpt_oss``: sinks, windows in some layers, clamped biased experts
-that are stacked and interleaved.
+"""The architecture ``gpt_oss``: sinks, windows in some layers, clamped experts with biases.
+
+Its experts are stacked, with gate and up projections interleaved.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ THEIR_MLP = "model.layers.{layer}.mlp."
 
 
 class GptOss(LlamaLike):
-    """The target ``GptOssForCausalLM``: the softmax of the chosen logits is the renormalised
-    softmax of all.
+    """The target ``GptOssForCausalLM``.
+
+    It takes the softmax over the chosen logits, which equals the renormalised softmax over all.
     """
 
     name = "gpt_oss"
@@ -59,24 +61,23 @@ class GptOss(LlamaLike):
 
     def moe_links(self, model: ModelConfig) -> Links:
         moe = routed(model)
-        where = (model.moe_layers, moe.num_experts)
+        layers_and_experts = (model.moe_layers, moe.num_experts)
         gate, up, down = expert_names(model)
         gate_bias, up_bias, down_bias = expert_names(model, "bias")
         router = {
             f"{router_name(moe)}.{kind}": f"{THEIR_MLP}router.{kind}" for kind in ("weight", "bias")
         }
-        fused, fused_bias = (
-            f"{THEIR_MLP}experts.gate_up_proj",
-            f"{THEIR_MLP}experts.gate_up_proj_bias",
-        )
+        # Gate and up projections alternate along the last dimension of one tensor.
+        fused = f"{THEIR_MLP}experts.gate_up_proj"
+        fused_bias = f"{THEIR_MLP}experts.gate_up_proj_bias"
         return [
             *expand(router, model.moe_layers),
-            *stacked({gate: fused}, *where, column=0, transposed=True),
-            *stacked({up: fused}, *where, column=1, transposed=True),
-            *stacked({gate_bias: fused_bias}, *where, column=0),
-            *stacked({up_bias: fused_bias}, *where, column=1),
-            *stacked({down: f"{THEIR_MLP}experts.down_proj"}, *where, transposed=True),
-            *stacked({down_bias: f"{THEIR_MLP}experts.down_proj_bias"}, *where),
+            *stacked({gate: fused}, *layers_and_experts, column=0, transposed=True),
+            *stacked({up: fused}, *layers_and_experts, column=1, transposed=True),
+            *stacked({gate_bias: fused_bias}, *layers_and_experts, column=0),
+            *stacked({up_bias: fused_bias}, *layers_and_experts, column=1),
+            *stacked({down: f"{THEIR_MLP}experts.down_proj"}, *layers_and_experts, transposed=True),
+            *stacked({down_bias: f"{THEIR_MLP}experts.down_proj_bias"}, *layers_and_experts),
         ]
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
@@ -86,7 +87,7 @@ class GptOss(LlamaLike):
             "intermediate_size": moe.moe_intermediate_size,
             "attention_bias": attention.bias == "all",
             **windowed_layers(model),
-            # transformers asks for a width also where no layer has a window.
+            # transformers asks for a width even if no layer has a window.
             "sliding_window": attention.sliding_window or model.max_position_embeddings,
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
@@ -97,9 +98,8 @@ class GptOss(LlamaLike):
 
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
         section = super().model_section(config) | {"intermediate_size": None}
-        _ = config[
-            "sliding_window"
-        ]  # a null is refused: transformers asks for a width whatever the layers are
+        # Raises for a null: transformers asks for a width whatever the layers are.
+        _ = config["sliding_window"]
         section["attention"] |= {
             "sinks": True,
             "bias": "all" if config["attention_bias"] else "none",

@@ -13,8 +13,9 @@ from pretrain.model.config import ModelConfig
 
 
 class Llama(LlamaLike):
-    """The target ``LlamaForCausalLM``: every layer dense, biases in all of attention or all of the
-    feed-forwards, or none.
+    """The target ``LlamaForCausalLM``: dense layers only.
+
+    Biases are in all of attention or in all of the feed-forwards, or nowhere.
     """
 
     name = "llama"

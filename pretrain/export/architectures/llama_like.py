@@ -1,6 +1,4 @@
-"""What most architectures of transformers share: Llama's names around attention and feed-forwards,
-and its fields of ``config.json``.
-"""
+"""What most architectures of transformers share: Llama's tensor names and config fields."""
 
 from __future__ import annotations
 
@@ -73,8 +71,13 @@ SOFTMAX: Takes = {**EXPERTS, "moe.router.kind": ("softmax_topk",), "moe.router.n
 
 
 class LlamaLike(ExportTarget):
-    """A decoder with Llama's trunk; each architecture says what it takes, and which layers may be
-    mixtures of experts.
+    """A decoder with Llama's names for everything but the experts.
+
+    Attributes:
+        takes: the fields of a recipe's model that the architecture supports, with their values.
+        moe_layers: which layers may be mixtures of experts.
+        moe: the name of a layer's mixture of experts.
+        expert: the names of an expert's gate, up and down projections.
     """
 
     takes: ClassVar[Takes]
@@ -83,9 +86,8 @@ class LlamaLike(ExportTarget):
     expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Why this architecture cannot compute what ``model`` computes, a clause each; empty when
-        it can.
-        """
+        """The reasons why this architecture cannot compute ``model``; empty if it can."""
+        # Fields alone do not show a pattern of layers: it is checked in addition.
         reasons = reasons_against(model, self.takes, self.name)
         count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
         if self.moe_layers == "none" and count:
@@ -100,17 +102,16 @@ class LlamaLike(ExportTarget):
             range(dense, model.num_hidden_layers)
         ):
             reasons.append(
-                f"dense layers stand between mixtures of experts, and {self.name}'s stand before"
-                " them"
+                f"dense layers are between mixtures of experts, and {self.name}'s come before them"
             )
         return reasons + self.further_reasons(model)
 
     def further_reasons(self, model: ModelConfig) -> list[str]:
-        """What a list of fields and values cannot say."""
+        """Reasons that a list of fields and values cannot express."""
         return []
 
     def links(self, model: ModelConfig) -> Links:
-        """A link for each tensor of the export; only asked where nothing speaks against it."""
+        """A link for each tensor of the export; only called if there are no reasons against it."""
         layers = range(model.num_hidden_layers)
         dense = [layer for layer in layers if layer not in model.moe_layers]
         return [
@@ -124,6 +125,7 @@ class LlamaLike(ExportTarget):
         ]
 
     def attention_links(self, model: ModelConfig) -> list[Link]:
+        """The projections of attention, with their biases and norms."""
         attention = grouped_query(model)
         biased = {
             "none": (),
@@ -169,8 +171,8 @@ class LlamaLike(ExportTarget):
             "initializer_range": model.initializer_range,
             "rms_norm_eps": model.norm.eps,
             "tie_word_embeddings": model.tie_word_embeddings,
-            # Readers from before transformers 5 look for rope_theta and rope_scaling, and fall back
-            # to defaults where they are missing.
+            # Readers from before transformers 5 look for rope_theta and rope_scaling, and silently
+            # use defaults if they are missing.
             "rope_parameters": rope,
             "rope_theta": position.rope_theta,
             **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),
@@ -181,7 +183,7 @@ class LlamaLike(ExportTarget):
         return fields | self.attention_config(model)
 
     def attention_config(self, model: ModelConfig) -> JsonObject:
-        """The fields of ``config.json`` that this kind of attention has beside its number of heads."""
+        """The attention's fields of ``config.json``, besides the number of query heads."""
         attention = grouped_query(model)
         return {
             "num_key_value_heads": attention.num_key_value_heads,
@@ -189,9 +191,7 @@ class LlamaLike(ExportTarget):
         }
 
     def unread(self, config: Mapping[str, Any]) -> set[str]:
-        """Fields that change nothing of what transformers computes for this ``config``, whatever
-        they say.
-        """
+        """Fields without an effect on what transformers computes for this ``config``."""
         types = config.get("layer_types")
         return (
             {"sliding_window", "use_sliding_window"}
@@ -200,13 +200,11 @@ class LlamaLike(ExportTarget):
         )
 
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
-        """The way back: a recipe's model section from all fields of transformers' config, defaults
-        included.
+        """A recipe's model section, from all fields of transformers' config with its defaults.
 
-        ``config[name]`` refuses a null, and ``config.get(name)`` takes it: for fields in which it
-        says something.
-
-        What it cannot say is found by comparing :meth:`config` of the result with ``config``.
+        ``config[name]`` refuses a null, ``config.get(name)`` returns it, for fields in which it
+        means something. What a recipe cannot express is found afterwards, by comparing
+        :meth:`config` of the result with ``config``.
         """
         heads = config["num_attention_heads"]
         return {
@@ -218,6 +216,7 @@ class LlamaLike(ExportTarget):
             "attention": {
                 "kind": "gqa",
                 "num_attention_heads": heads,
+                # Null means multi-head attention, as in transformers.
                 "num_key_value_heads": config.get("num_key_value_heads") or heads,
                 "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
             },
@@ -242,13 +241,13 @@ def balance_bias_name(moe: RoutedMoE) -> str:
 def expert_names(model: ModelConfig, parameter: str = "weight") -> list[str]:
     """Templates of the experts' gate, up and down projections, or of their biases."""
     places = routed(model).expert_tensors(model.feed_forward.parameter_names)
-    # The architectures here take gated experts alone, none of whose matrices is kept in halves.
+    # These architectures take only gated experts, whose matrices are single tensors.
     names = [places[f"{matrix}_proj.{parameter}"] for matrix in ("gate", "up", "down")]
     return [FEED_FORWARD + name for (name,) in names]
 
 
 def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> list[Link]:
-    """The shared experts as one feed-forward at ``theirs``."""
+    """Links of the shared experts to one feed-forward at ``theirs``."""
     names = {
         f"{SHARED}feed_forward.{name}.weight": f"{theirs}.{name}.weight"
         for name in ("gate_proj", "up_proj")
@@ -258,9 +257,7 @@ def shared_links(model: ModelConfig, theirs: str, down_scale: float = 1.0) -> li
 
 
 def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
-    """Shared experts of width zero: transformers' class has their empty matrices, and misses them
-    in the files.
-    """
+    """Empty matrices of shared experts, as transformers' class misses them in files otherwise."""
     shapes = {
         "gate_proj": (0, model.hidden_size),
         "up_proj": (0, model.hidden_size),
@@ -274,9 +271,7 @@ def absent_shared_experts(model: ModelConfig, theirs: str) -> list[Zeros]:
 
 
 def windowed_layers(model: ModelConfig) -> JsonObject:
-    """``sliding_window`` and ``layer_types`` of configs that say layer by layer which have a
-    window.
-    """
+    """``sliding_window`` and ``layer_types``, the fields about windows layer by layer."""
     windows = [model.attention.window(layer) for layer in range(model.num_hidden_layers)]
     types = ["full_attention" if window is None else "sliding_attention" for window in windows]
     return {"sliding_window": model.attention.sliding_window, "layer_types": types}
@@ -310,31 +305,31 @@ def window_section(config: Mapping[str, Any]) -> JsonObject:
 
 
 def router_aux_loss_coef(model: ModelConfig) -> float:
-    """transformers' weight of its load-balancing loss, for ``aux_loss_weight`` of ours.
+    """transformers' coefficient of the load-balancing loss, for this project's ``aux_loss_weight``.
 
-    Ours is the sum over L layers of E/k sum_e f_e p_e, 1 a layer when balanced; theirs
-    (``load_balancing_loss_func``) is E sum_e f_e p_e with f and p over the tokens of all layers
-    together, k when balanced. With one layer both are equal then, and with several they are
-    wherever experts of one number have the same share in all of them.
+    Here the loss is the sum over L layers of E/k sum_e f_e p_e, which is 1 a layer when balanced.
+    transformers' ``load_balancing_loss_func`` is E sum_e f_e p_e with f and p over the tokens of
+    all layers together, which is k when balanced. With one layer both are equal after this
+    conversion; with several they are if the experts of one index have the same share in all layers.
     """
     moe = routed(model)
     return rounded(moe.aux_loss_weight * len(model.moe_layers) / moe.top_k)
 
 
 def aux_loss_weight(config: Mapping[str, Any], moe_layers: int) -> float:
-    """The way back of :func:`router_aux_loss_coef`."""
+    """The inverse of :func:`router_aux_loss_coef`."""
     return rounded(
         config["router_aux_loss_coef"] * config["num_experts_per_tok"] / max(moe_layers, 1)
     )
 
 
 def rounded(weight: float) -> float:
-    """Twelve digits: there and back again is the same number."""
+    """The weight with twelve digits, so that there and back again is the same value."""
     return float(f"{weight:.12g}")
 
 
 def dense_layers(config: Mapping[str, Any]) -> list[int]:
-    """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen's configs."""
+    """Layers without experts, by ``mlp_only_layers`` and ``decoder_sparse_step`` of Qwen."""
     if (step := config["decoder_sparse_step"]) < 1:
         raise ConfigError(
             f"config.json says decoder_sparse_step = {step}, and no layer is a multiple of that:"

@@ -1,6 +1,4 @@
-"""Our dense decoder as transformers' ``mistral``: Llama's, with a sliding window in every layer or
-in none.
-"""
+"""The architecture ``mistral``: Llama with a sliding window in every layer or in none."""
 
 from __future__ import annotations
 

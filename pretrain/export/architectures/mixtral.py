@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``mixtral``: every layer a mixture of experts, softmax top-k
-renormalised.
-"""
+"""The architecture ``mixtral``: experts in every layer, renormalised softmax routing."""
 
 from __future__ import annotations
 
@@ -22,12 +20,13 @@ from pretrain.model.config import ModelConfig
 
 
 class Mixtral(LlamaLike):
-    """The target ``MixtralForCausalLM``; a sliding window stands in every layer or in none."""
+    """The target ``MixtralForCausalLM``; every layer has a sliding window, or none has."""
 
     name = "mixtral"
     architecture = "MixtralForCausalLM"
     order = 5
     moe_layers = "all"
+    # w3 is the up projection, w2 the down projection.
     moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
     takes: ClassVar[Takes] = {
         **TRUNK,
@@ -49,6 +48,7 @@ class Mixtral(LlamaLike):
         }
 
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
+        # Mixtral calls the experts' width intermediate_size; there are no dense layers.
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"]["sliding_window"] = config.get("sliding_window")
         moe = {

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``olmoe``: every layer a mixture of experts, queries and keys
-normalised over all heads together.
-"""
+"""The architecture ``olmoe``: experts in every layer, QK-norm over all heads together."""
 
 from __future__ import annotations
 
@@ -48,6 +46,7 @@ class Olmoe(LlamaLike):
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         attention, moe = grouped_query(model), routed(model)
         fields = super().config(model, eod_id)
+        # transformers' class has no such field: it computes hidden_size / heads.
         del fields["head_dim"]
         return {
             **fields,
@@ -61,6 +60,7 @@ class Olmoe(LlamaLike):
         }
 
     def model_section(self, config: Mapping[str, Any]) -> JsonObject:
+        # OLMoE calls the experts' width intermediate_size; there are no dense layers.
         section = super().model_section(config) | {"intermediate_size": None}
         section["attention"] |= {
             "qk_norm": "full",

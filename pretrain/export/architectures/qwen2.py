@@ -1,6 +1,4 @@
-"""Our dense decoder as transformers' ``qwen2``: biases of queries, keys and values, windows in any
-pattern of layers.
-"""
+"""The architecture ``qwen2``: dense, with biases of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ class Qwen2(LlamaLike):
 
 
 def window_fields(model: ModelConfig) -> JsonObject:
-    """Qwen's fields about windows; a release without ``layer_types`` reads the first layer that has
-    one.
+    """Qwen's fields about windows.
+
+    ``max_window_layers`` is for releases without ``layer_types``: the first layer with a window.
     """
     types = windowed_layers(model)["layer_types"]
     first = types.index("sliding_attention") if "sliding_attention" in types else len(types)

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``qwen2_moe``: softmax top-k routing, a gated shared expert, dense
-layers anywhere.
-"""
+"""The architecture ``qwen2_moe``: softmax routing, a gated shared expert, dense layers anywhere."""
 
 from __future__ import annotations
 
@@ -32,9 +30,9 @@ THEIR_SHARED = "model.layers.{layer}.mlp.shared_expert"
 class Qwen2Moe(LlamaLike):
     """The target ``Qwen2MoeForCausalLM``.
 
-    Its shared expert is always multiplied by sigmoid(w x). One of ours without a gate gets w = 0
-    and its last matrix doubled: 2 x 0.5 is exact. Without a shared expert theirs has the width
-    zero.
+    Its shared expert is always multiplied by sigmoid(w x). A shared expert without a gate gets w =
+    0 and its last matrix doubled, as 2 x 0.5 is exact. A model without shared experts gets one of
+    width zero.
     """
 
     name = "qwen2_moe"

@@ -1,6 +1,4 @@
-"""Our dense decoder as transformers' ``qwen3``: each head of queries and keys normalised, windows
-in any pattern of layers.
-"""
+"""The architecture ``qwen3``: dense, with norms of each head's queries and keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Our decoder as transformers' ``qwen3_moe``: softmax top-k routing, QK-norm, no shared experts,
-dense layers anywhere.
-"""
+"""The architecture ``qwen3_moe``: softmax routing, QK-norm, no shared experts."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ from pretrain.model.config import ModelConfig
 
 
 class Qwen3Moe(LlamaLike):
-    """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later), which always normalises
-    each head of queries and keys.
-    """
+    """The target ``Qwen3MoeForCausalLM`` (transformers 4.51 and later); QK-norm is always on."""
 
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
@@ -75,7 +71,7 @@ def qwen_experts(
 ) -> JsonObject:
     """A recipe's MoE section from the fields that Qwen's and AllenAI's configs share.
 
-    ``moe_layers`` says how many have it.
+    ``moe_layers`` is the number of layers with experts, which the loss weight depends on.
     """
     return {
         "kind": "dropless",

@@ -1,6 +1,4 @@
-"""Rotary embeddings in ``config.json``: transformers' ``rope_parameters`` and our position section,
-both ways.
-"""
+"""Converts between transformers' ``rope_parameters`` and a recipe's position section."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pretrain.core.files import JsonObject
 from pretrain.export.features import ANY, Takes
 from pretrain.model.positions.config import RotaryBase
 
-# transformers' name of each kind, and the fields that both call alike.
+# The fields of each kind that both call by the same name.
 YARN_FIELDS = (
     *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -45,12 +43,12 @@ def rope_parameters(position: RotaryBase) -> JsonObject:
         (theirs, names) for theirs, (ours, names) in KINDS.items() if ours == position.kind
     )
     fields = {field: getattr(position, field) for field in names}
-    given = {field: value for field, value in fields.items() if value is not None}
-    return {"rope_type": kind, "rope_theta": position.rope_theta, **given}
+    set_fields = {field: value for field, value in fields.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": position.rope_theta, **set_fields}
 
 
 def position_section(config: Mapping[str, Any]) -> JsonObject:
-    """The way back, from a config that transformers has read.
+    """A recipe's position section, from a config that transformers has read.
 
     Raises:
         ConfigError: for a type of scaling that recipes do not have.
@@ -74,12 +72,12 @@ def position_section(config: Mapping[str, Any]) -> JsonObject:
             f"config.json's rope_parameters has {', '.join(unknown)}, which rope_type '{kind}' has"
             " no meaning for: correct rope_type, or take it out"
         )
-    given = {field: rope[field] for field in fields if rope.get(field) is not None}
-    return {"kind": name, "rope_theta": rope["rope_theta"], **given}
+    set_fields = {field: rope[field] for field in fields if rope.get(field) is not None}
+    return {"kind": name, "rope_theta": rope["rope_theta"], **set_fields}
 
 
 def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
-    """What transformers computes with, whichever form the parameters were written in.
+    """The parameters that transformers computes with, whichever form they were written in.
 
     The defaults are those of ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``,
     which takes 0 and null for a missing value too, but a null ``truncate`` for false. ``type`` is
@@ -92,8 +90,10 @@ def resolved(rope: Mapping[str, Any] | None, max_positions: int) -> JsonObject:
         return fields
     if fields.get("factor") is None and fields.get("original_max_position_embeddings"):
         fields["factor"] = max_positions / fields["original_max_position_embeddings"]
+    # "or": transformers takes 0 for a missing value here.
     fields["beta_fast"] = fields.get("beta_fast") or 32.0
     fields["beta_slow"] = fields.get("beta_slow") or 1.0
+    # Not "or": here a null means false, and only a missing value means true.
     fields["truncate"] = bool(fields.get("truncate", True))
     if not fields.get("mscale_all_dim"):
         fields["mscale"] = fields["mscale_all_dim"] = None

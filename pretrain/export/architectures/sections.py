@@ -1,7 +1,6 @@
-"""The sections of a recipe's model as an architecture that takes one kind of them alone knows them.
+"""Sections of a recipe's model as the one kind that an architecture supports.
 
-An architecture's white list names the kind; what it makes of such a section is asked for only if
-nothing speaks against the model.
+The architecture's white list has refused all other kinds before: the assertions are for mypy.
 """
 
 from __future__ import annotations
@@ -16,30 +15,30 @@ from pretrain.model.positions.config import RotaryBase
 
 
 def grouped_query(model: ModelConfig) -> GroupedQueryAttentionConfig:
-    """The attention of an architecture that takes ``attention.kind=gqa`` only."""
+    """The attention, for architectures that support ``attention.kind=gqa`` only."""
     assert isinstance(model.attention, GroupedQueryAttentionConfig)
     return model.attention
 
 
 def latent(model: ModelConfig) -> MultiHeadLatentAttentionConfig:
-    """The attention of an architecture that takes ``attention.kind=mla`` only."""
+    """The attention, for architectures that support ``attention.kind=mla`` only."""
     assert isinstance(model.attention, MultiHeadLatentAttentionConfig)
     return model.attention
 
 
 def rotary(model: ModelConfig) -> RotaryBase:
-    """The positions of an architecture that takes rotary ones only."""
+    """The positions, for architectures that support rotary ones only."""
     assert isinstance(model.position, RotaryBase)
     return model.position
 
 
 def clamped(model: ModelConfig) -> Clamped:
-    """The feed-forward of an architecture that takes clamped ones only."""
+    """The feed-forward, for architectures that support clamped ones only."""
     assert isinstance(model.feed_forward, Clamped)
     return model.feed_forward
 
 
 def routed(model: ModelConfig) -> RoutedMoE:
-    """The experts of an architecture whose layers have routers."""
+    """The experts, for architectures whose layers have routers."""
     assert model.routing is not None
     return model.routing

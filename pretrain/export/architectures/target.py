@@ -33,13 +33,11 @@ class ExportTarget:
 
     @abstractmethod
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Return why the target cannot compute what ``model`` computes, a clause each; empty if it
-        can.
-        """
+        """Return the reasons why the target cannot compute ``model``; empty if it can."""
 
     @abstractmethod
     def links(self, model: ModelConfig) -> Links:
-        """Return a link for each tensor of the export; only asked if nothing speaks against it."""
+        """Return a link for each tensor of the export; only called if the target can."""
 
     @abstractmethod
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:

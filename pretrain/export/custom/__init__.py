@@ -1,3 +1,4 @@
-"""The export target ``custom``: a model class of our own that travels with the weights, for what no
-architecture of transformers computes.
+"""The export target ``custom``: a model class that travels with the weights.
+
+It is for models that no architecture of transformers computes.
 """

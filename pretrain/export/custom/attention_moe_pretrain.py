@@ -1,8 +1,8 @@
 """Positions and attention.
 
-Shapes, here and in the files beside this one: B batch, S new tokens, U tokens with those in the
-cache, D hidden, N query heads, M key/value heads, H numbers of a head, T = B * S, E experts, K
-experts a token.
+Shapes, in all files of this class: B batch, S new tokens, U tokens with those in the cache, D
+hidden, N query heads, M key/value heads, H dimensions of a head, T = B * S, E experts, K experts a
+token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from .configuration_moe_pretrain import MoePretrainConfig
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang &
-    Sennrich 2019).
+    """RMSNorm over the last dimension, computed in fp32 (Zhang & Sennrich 2019).
+
+    x / sqrt(mean(x^2) + eps) * weight.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -27,6 +28,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # In fp32 also for bf16 weights, as in training.
         normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
         return (normed * self.weight.float()).to(x.dtype)
 
@@ -38,27 +40,27 @@ NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": nn.Layer
 
 
 class Places(NamedTuple):
-    """What attention needs to know of where the tokens of one call stand.
+    """Positions and masks of the tokens of one call.
 
     Attributes:
-        turns: cos and sin of each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None where
-            nothing is turned.
-        scale: what all scores are multiplied with beside 1 / sqrt(H).
-        biases: for each window of the model's layers, what is added to scores: -inf where a query
-            may not look; fp32 [B, 1 or N, S, U].
+        rotations: cos and sin for each pair of a rotary embedding, fp32 [B, 1, S, pairs]; None for
+            other kinds of positions.
+        scale: a factor of all scores, besides 1 / sqrt(H).
+        biases: for each window size of the model's layers, what is added to scores: -inf for keys
+            that a query may not see; fp32 [B, 1 or N, S, U].
     """
 
-    turns: tuple[Tensor, Tensor] | None
+    rotations: tuple[Tensor, Tensor] | None
     scale: float
     biases: dict[int | None, Tensor]
 
 
 def places(config: MoePretrainConfig, position_ids_BS: Tensor, real_BU: Tensor) -> Places:
     """Positions of the new tokens, and which of all tokens are real and no padding."""
-    turns, scale = rotary_turns(config, position_ids_BS)
+    rotations, scale = rotary_angles(config, position_ids_BS)
     windows = dict.fromkeys(config.sliding_windows)
     return Places(
-        turns,
+        rotations,
         scale,
         {
             window: score_bias(config, position_ids_BS.shape[1], real_BU, window)
@@ -70,17 +72,16 @@ def places(config: MoePretrainConfig, position_ids_BS: Tensor, real_BU: Tensor) 
 def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int | None) -> Tensor:
     """Causality, the window, padding and ALiBi as one term of the scores.
 
-    Every query sees its own token, padding too: no row is empty.
+    Every query sees its own token, even padding: the softmax of a row of -inf would be NaN.
     """
     U, device = real_BU.shape[1], real_BU.device
     distance_SU = torch.arange(U - S, U, device=device)[:, None] - torch.arange(U, device=device)
     seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
+    # "&" binds tighter than "|": the own token is always visible.
     seen_BSU = seen_SU & real_BU[:, None] | (distance_SU == 0)
     bias = torch.zeros(1, 1, 1, 1, device=device)
-    if config.position["kind"] in (
-        "alibi",
-        "rope_alibi",
-    ):  # Press et al. 2022: a key d tokens back loses slope * d
+    # ALiBi (Press et al. 2022): a key d tokens back loses slope * d.
+    if config.position["kind"] in ("alibi", "rope_alibi"):
         bias = (
             -alibi_slopes(config.attention["num_attention_heads"], device)[:, None, None]
             * distance_SU
@@ -89,8 +90,10 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """2^(-8/N), 2^(-16/N) ... 2^-8, fp32 [N]; where N is no power of two, those of the next lower
-    one, then every second of the next higher.
+    """The slopes of ALiBi, fp32 [N]: 2^(-8/N), 2^(-16/N) ... 2^-8.
+
+    If N is no power of two, those of the next lower power, then every second of the next higher
+    one.
     """
     lower = 2 ** math.floor(math.log2(num_heads))
     exponents = [8 * (head + 1) / lower for head in range(lower)] + [
@@ -99,7 +102,7 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     return 2.0 ** -torch.tensor(exponents[:num_heads], device=device)
 
 
-def rotary_turns(
+def rotary_angles(
     config: MoePretrainConfig, position_ids_BS: Tensor
 ) -> tuple[tuple[Tensor, Tensor] | None, float]:
     """cos and sin of a rotary embedding (Su et al. 2021), and what scores are multiplied with.
@@ -116,20 +119,24 @@ def rotary_turns(
         frequencies, growth, scale = yarn(position, frequencies, size)
     elif position.kind == "llama3":
         frequencies = llama3(position, frequencies)
+    # fp32: bf16 has too few digits for positions above 256.
     angles = position_ids_BS[:, None, :, None].float() * frequencies
     return (angles.cos() * growth, angles.sin() * growth), scale
 
 
 def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Tensor, float, float]:
-    """NTK by parts (Peng et al. 2023): the new frequencies, the growth of turned queries and keys,
-    and that of all scores.
+    """NTK by parts (Peng et al. 2023).
 
-    A pair that turns more than ``beta_fast`` times over the original length keeps its frequency,
-    one that turns less than ``beta_slow`` times has it divided by ``factor``; between them the
+    A pair that rotates more than ``beta_fast`` times over the original length keeps its frequency,
+    one that rotates less than ``beta_slow`` times has it divided by ``factor``; between them the
     divided share rises linearly.
+
+    Returns:
+        The new frequencies, a factor of rotated queries and keys, and one of all scores.
     """
 
-    def pair(times: float) -> float:  # the number of the pair that turns so many times
+    def pair(times: float) -> float:
+        """The index of the pair that rotates this many times over the original length."""
         return (
             size
             * math.log(position.original_max_position_embeddings / (times * 2 * math.pi))
@@ -147,9 +154,8 @@ def yarn(position: SimpleNamespace, frequencies: Tensor, size: int) -> tuple[Ten
     def growth(mscale: float) -> float:
         return 0.1 * mscale * math.log(position.factor) + 1
 
-    if (
-        position.mscale is not None
-    ):  # DeepSeek's: one growth of all scores, another one of what is turned
+    # DeepSeek has one factor for all scores, and another one for the rotated part.
+    if position.mscale is not None:
         return (
             frequencies,
             growth(position.mscale) / growth(position.mscale_all_dim),
@@ -177,11 +183,12 @@ def llama3(position: SimpleNamespace, frequencies: Tensor) -> Tensor:
     return frequencies * kept + frequencies / position.factor * (1 - kept)
 
 
-def turned(x_BNSH: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Each pair (x_i, x_{i + H/2}) turned by its angle, in fp32."""
-    if turns is None:
+def rotated(x_BNSH: Tensor, rotations: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotates each pair (x_i, x_{i + H/2}) by its angle, in fp32."""
+    if rotations is None:
         return x_BNSH
-    cos, sin = turns
+    cos, sin = rotations
+    # Halves, not neighbours: exports to DeepSeek's classes reorder the rows.
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
         x_BNSH.dtype
@@ -204,12 +211,14 @@ def attend(
     A sink is one more score of a head, whose value is zero.
     """
     repeats = q_BNSH.shape[1] // k_BMUH.shape[1]
+    # In fp32 throughout: this class is written for exactness, not for speed.
     k_BNUH, v_BNUV = (x.repeat_interleave(repeats, dim=1).float() for x in (k_BMUH, v_BMUV))
     scores_BNSU = scale * (q_BNSH.float() @ k_BNUH.transpose(2, 3)) + bias
     if sinks_N is None:
         weights_BNSU = scores_BNSU.softmax(dim=-1)
     else:
         sinks = sinks_N.float()[:, None, None].expand(*scores_BNSU.shape[:3], 1)
+        # The sink takes its share of the softmax, and its value of zero adds nothing.
         weights_BNSU = torch.cat((scores_BNSU, sinks), dim=-1).softmax(dim=-1)[..., :-1]
     return (weights_BNSU @ v_BNUV).to(q_BNSH.dtype)
 
@@ -217,7 +226,7 @@ def attend(
 class GroupedQueryAttention(nn.Module):
     """N query heads share M key/value heads (Ainslie et al. 2023).
 
-    Queries and keys may be normalised before they are turned.
+    Queries and keys may be normalised before they are rotated.
     """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
@@ -244,9 +253,7 @@ class GroupedQueryAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(form.num_attention_heads)) if form.sinks else None
 
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
-        """[B, S, D] -> [B, S, D]; new keys and values are added to transformers' ``cache``, if
-        there is one.
-        """
+        """[B, S, D] -> [B, S, D]; adds new keys and values to transformers' ``cache``, if any."""
         q_BSX, k_BSX, v_BSX = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             q_BSX, k_BSX = self.q_norm(q_BSX), self.k_norm(k_BSX)
@@ -255,12 +262,12 @@ class GroupedQueryAttention(nn.Module):
         )
         if self.qk_norm == "head":
             q_BNSH, k_BMSH = self.q_norm(q_BNSH), self.k_norm(k_BMSH)
-        k_BMUH, v_BMUH = turned(k_BMSH, where.turns), v_BMSH
+        k_BMUH, v_BMUH = rotated(k_BMSH, where.rotations), v_BMSH
         if cache is not None:
             k_BMUH, v_BMUH = cache.update(k_BMUH, v_BMUH, self.layer)
         scale = where.scale * self.head_dim**-0.5
         y_BNSH = attend(
-            turned(q_BNSH, where.turns),
+            rotated(q_BNSH, where.rotations),
             k_BMUH,
             v_BMUH,
             scale,
@@ -271,11 +278,11 @@ class GroupedQueryAttention(nn.Module):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """All heads' keys and values are made of one latent of C numbers a token (DeepSeek-V2, arXiv
-    2405.04434, section 2.1).
+    """Keys and values of all heads come from one latent vector a token (DeepSeek-V2, section 2.1).
 
-    Beside it all heads see one turned key of R numbers. The cache keeps the latent in the place of
-    keys and the turned key in that of values.
+    Besides it, all heads share one rotated key (arXiv 2405.04434). The cache has the latent in the
+    place of keys, and the rotated key in that of values. C is the latent's size, R the rotated
+    key's.
     """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
@@ -310,9 +317,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = head**-0.5
 
     def forward(self, x_BSD: Tensor, where: Places, cache: Any) -> Tensor:
-        """[B, S, D] -> [B, S, D]; new latents and turned keys are added to transformers' ``cache``,
-        if there is one.
-        """
+        """[B, S, D] -> [B, S, D]; adds latents and rotated keys to the ``cache``, if any."""
         form = self.form
         q_BSX = (
             self.q_proj(x_BSD)
@@ -326,7 +331,7 @@ class MultiHeadLatentAttention(nn.Module):
         )
         latent_B1UC, key_B1UR = (
             self.kv_a_norm(latent_BSC)[:, None],
-            turned(key_BSR[:, None], where.turns),
+            rotated(key_BSR[:, None], where.rotations),
         )
         if cache is not None:
             latent_B1UC, key_B1UR = cache.update(latent_B1UC, key_B1UR, self.layer)
@@ -336,7 +341,8 @@ class MultiHeadLatentAttention(nn.Module):
             .transpose(1, 2)
         )
         k_BNUH, v_BNUV = kv_BNUX.split((form.qk_nope_head_dim, form.v_head_dim), dim=-1)
-        q_BNSX = torch.cat((q_BNSH, turned(q_BNSR, where.turns)), dim=-1)
+        q_BNSX = torch.cat((q_BNSH, rotated(q_BNSR, where.rotations)), dim=-1)
+        # The rotated key is one for all heads.
         k_BNUX = torch.cat((k_BNUH, key_B1UR.expand(-1, form.num_attention_heads, -1, -1)), dim=-1)
         y_BNSV = attend(
             q_BNSX, k_BNUX, v_BNUV, where.scale * self.scale, where.biases[self.window], self.sinks

@@ -1,6 +1,4 @@
-"""The configuration of a mixture-of-experts decoder: each part is a section with a ``kind`` and the
-numbers of that kind.
-"""
+"""The configuration of a mixture-of-experts decoder, whose parts are sections with a ``kind``."""
 
 from __future__ import annotations
 
@@ -29,10 +27,9 @@ class MoePretrainConfig(PretrainedConfig):
 
     Args:
         vocab_size: tokens; also rows of embedding and head.
-        hidden_size: D, numbers of a token between the blocks.
-        embedding_size: numbers of a row of embedding and head, projected to D and back; D by
-            default.
-        intermediate_size: hidden numbers of a dense feed-forward; None where no layer has one.
+        hidden_size: D, the width between the blocks.
+        embedding_size: width of embedding and head, projected to D and back; D by default.
+        intermediate_size: hidden units of a dense feed-forward; None if no layer has one.
         max_position_embeddings: longest sequence in tokens.
         position: kind rope, yarn, llama3, alibi, rope_alibi, learned or none.
         norm: kind rms_norm or layer_norm, and ``eps``.
@@ -43,8 +40,7 @@ class MoePretrainConfig(PretrainedConfig):
             all before it. None alone: no layer has one.
         feed_forward: kind swiglu, gelu, silu, clamped_swiglu or product_swiglu, of dense layers and
             experts alike; ``bias``: every matrix has one.
-        moe_layers: numbers, from 0, of the layers that are mixtures of experts; the others are
-            dense.
+        moe_layers: indices of the layers that are mixtures of experts; the others are dense.
         moe: kind dropless or deepspeed, with a ``router``; None without such layers.
         head_bias: the head has a bias.
         initializer_range: standard deviation of new matrices.
@@ -98,5 +94,5 @@ class MoePretrainConfig(PretrainedConfig):
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether what becomes of a token depends on the other tokens of its batch."""
+        """Whether a token's output depends on the other tokens of its batch."""
         return bool(self.moe_layers) and self.moe is not None and self.moe.get("drop_tokens", False)

@@ -16,15 +16,13 @@ from .configuration_moe_pretrain import MoePretrainConfig, Section
 
 
 def clamped_swiglu(form: Section, gate: Tensor, up: Tensor) -> Tensor:
-    """gpt-oss."""
+    """The activation of gpt-oss."""
     gate, up = gate.clamp(max=form["limit"]), up.clamp(-form["limit"], form["limit"])
     return gate * torch.sigmoid(form["alpha"] * gate) * (up + 1)
 
 
 def product_swiglu(form: Section, gate: Tensor, up: Tensor) -> Tensor:
-    """Project 828: as gpt-oss, of the even and the odd numbers of the product, which is twice as
-    wide.
-    """
+    """Project 828: gpt-oss's activation of the even and the odd elements of gate * up."""
     product = gate * up
     return clamped_swiglu(form, product[..., 0::2], product[..., 1::2])
 
@@ -41,7 +39,7 @@ UNGATED: dict[str, Callable[[Section, Tensor], Tensor]] = {
 
 
 def rows_before(form: Section, width: int) -> int:
-    """Rows of the matrices before the activation, for ``width`` numbers behind it."""
+    """Rows of the matrices before the activation, for ``width`` hidden units after it."""
     return 2 * width if form["kind"] == "product_swiglu" else width
 
 
@@ -65,8 +63,9 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forwards, each matrix of all of them in one tensor: ``gate_proj`` and ``up_proj`` [E,
-    F, D], ``down_proj`` [E, D, F].
+    """E feed-forwards, with the matrices of all experts in one tensor.
+
+    ``gate_proj`` and ``up_proj`` are [E, F, D], ``down_proj`` is [E, D, F].
     """
 
     def __init__(self, config: MoePretrainConfig) -> None:
@@ -87,7 +86,7 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(E, D)) if biased else None
 
     def one(self, expert: int, x_RD: Tensor) -> Tensor:
-        """What one expert answers to R tokens, [R, D]."""
+        """The output of one expert for R tokens, [R, D]."""
 
         def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
             return functional.linear(x, matrix[expert], None if bias is None else bias[expert])
@@ -102,14 +101,13 @@ class Experts(nn.Module):
         return product(hidden_RF, self.down_proj, self.down_bias)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' answers, added up in fp32 [T, D].
+        """The weighted sum of the chosen experts' outputs, accumulated in fp32 [T, D].
 
-        The number -1 stands for a choice that found no room.
+        The index -1 is a choice that exceeded the expert's capacity.
         """
+        # index_add_ in bf16 would round after each expert.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert in (
-            experts_TK[experts_TK >= 0].unique().tolist()
-        ):  # the ones that some token chose
+        for expert in experts_TK[experts_TK >= 0].unique().tolist():
             tokens, choices = (experts_TK == expert).nonzero(as_tuple=True)
             y_TD.index_add_(
                 0,
@@ -124,9 +122,8 @@ class Experts(nn.Module):
 SCORES: dict[str, Callable[[SimpleNamespace, Tensor], Tensor]] = {
     "softmax_topk": lambda form, logits_TE: (logits_TE / form.temperature).softmax(dim=-1),
     "sigmoid_topk": lambda form, logits_TE: logits_TE.sigmoid(),
-    "noisy_topk": lambda form, logits_TE: logits_TE.softmax(
-        dim=-1
-    ),  # its noise belongs to training
+    # Its noise is for training only.
+    "noisy_topk": lambda form, logits_TE: logits_TE.softmax(dim=-1),
 }
 
 
@@ -147,11 +144,12 @@ class Router(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> fp32 [T, E]. Near ties are decided by rounding: bf16 would choose others."""
         bias = None if self.gate.bias is None else self.gate.bias.float()
         return functional.linear(x_TD.float(), self.gate.weight.float(), bias)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> weights, fp32 [T, K], and numbers of the chosen experts [T, K]."""
+        """[T, D] -> weights, fp32 [T, K], and indices of the chosen experts [T, K]."""
         scores_TE = SCORES[self.form.kind](self.form, self.logits(x_TD))
         chosen_by_TE = (
             scores_TE if self.balance_bias is None else scores_TE + self.balance_bias.float()
@@ -159,8 +157,10 @@ class Router(nn.Module):
         if self.form.groups is not None:
             chosen_by_TE = self._in_best_groups(chosen_by_TE, **self.form.groups)
         experts_TK = chosen_by_TE.topk(self.top_k, dim=-1).indices
+        # Weights come from the scores without the balancing bias, which only chooses.
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.form.norm_topk_prob:
+            # Sigmoid scores may all be 0 in fp32; softmax scores never add up to so little.
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return weights_TK * self.form.routed_scaling_factor, experts_TK
 
@@ -168,9 +168,7 @@ class Router(nn.Module):
     def _in_best_groups(
         scores_TE: Tensor, num_groups: int, top_k_groups: int, score: str
     ) -> Tensor:
-        """-inf for all experts but those of a token's best groups of neighbours (DeepSeek-V2,
-        section 2.1.3).
-        """
+        """Scores, -inf for experts outside of the best groups (DeepSeek-V2, section 2.1.3)."""
         scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
         group_scores_TG = (
             scores_TGe.amax(dim=-1)
@@ -184,9 +182,7 @@ class Router(nn.Module):
 
 
 class LimitedRouter(Router):
-    """A router whose experts have room for ``capacity`` tokens of a batch each; a full one turns
-    the last tokens away.
-    """
+    """A router whose experts take at most ``capacity`` tokens; later tokens are dropped."""
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__(config)
@@ -194,18 +190,20 @@ class LimitedRouter(Router):
         self.moe = SimpleNamespace(**config.moe)
 
     def capacity(self, T: int) -> int:
+        """Tokens that each expert takes of T."""
         return max(
             math.ceil(T * self.top_k / self.moe.num_experts * self.moe.eval_capacity_factor),
             self.moe.min_capacity,
         )
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """As :class:`Router`, and -1 for a choice that found no room."""
+        """As :class:`Router`, and -1 for a choice that exceeds the capacity."""
         weights_TK, experts_TK = super().forward(x_TD)
         if self.moe.drop_tokens:
             chosen_TE = torch.zeros(
                 len(x_TD), self.moe.num_experts, dtype=torch.int64, device=x_TD.device
             ).scatter_(1, experts_TK, 1)
+            # How many earlier tokens of the batch have chosen the same expert.
             before_TK = (chosen_TE.cumsum(dim=0) - chosen_TE).gather(1, experts_TK)
             experts_TK = experts_TK.masked_fill(before_TK >= self.capacity(len(x_TD)), -1)
         return weights_TK, experts_TK
@@ -214,15 +212,15 @@ class LimitedRouter(Router):
 class DeepSpeedRouter(LimitedRouter):
     """DeepSpeed 0.19's own gate in evaluation.
 
-    Whom a full expert turns away depends on K, and K > 1 shares the weights of those that are kept.
-
-    K = 1 keeps the tokens that torch.topk finds first; K = 2 lets all second choices queue behind
-    all first ones; more keep the most probable.
+    Which tokens a full expert drops depends on K. K = 1 keeps the tokens that torch.topk finds
+    first; K = 2 serves all first choices before all second ones; a larger K keeps the most
+    probable. For K > 1 the weights of the kept choices are renormalised.
     """
 
     def capacity(self, T: int) -> int:
-        # In fp32, as there: a product that is a whole number in the one precision is a little more
-        # in another.
+        """Tokens that each expert takes of T."""
+        # In fp32 as in DeepSpeed: a product that is whole in one precision may be a little more in
+        # another, and ceil makes it one token more.
         return max(
             int(
                 torch.ceil(
@@ -261,13 +259,12 @@ class DeepSpeedRouter(LimitedRouter):
         )
 
     def _kept(self, probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Which choices find room, bool [T, K]."""
+        """Which choices are within the capacity, bool [T, K]."""
         capacity = self.capacity(len(probs_TE))
         chosen_TKE = functional.one_hot(experts_TK, probs_TE.shape[1])
         if self.top_k == 2:
-            queue_XE = chosen_TKE.transpose(0, 1).flatten(
-                0, 1
-            )  # all first choices, then all second ones
+            # All first choices, then all second ones.
+            queue_XE = chosen_TKE.transpose(0, 1).flatten(0, 1)
             before_XE = queue_XE.cumsum(dim=0) - queue_XE
             return ((before_XE < capacity) & queue_XE.bool()).any(dim=1).unflatten(0, (2, -1)).T
         ranked_TE = chosen_TKE[:, 0] if self.top_k == 1 else probs_TE * chosen_TKE.sum(dim=1)
@@ -285,8 +282,9 @@ class DeepSpeedRouter(LimitedRouter):
 
 
 class SharedExperts(nn.Module):
-    """Experts that see every token, as one feed-forward of their joint width; with a gate, times
-    sigmoid(w x).
+    """Experts that see every token, as one feed-forward of their joint width.
+
+    With a gate, the output is multiplied by sigmoid(w x).
     """
 
     def __init__(self, config: MoePretrainConfig) -> None:
@@ -316,6 +314,7 @@ class DroplessMoE(nn.Module):
         self.shared = SharedExperts(config) if config.moe["shared_intermediate_size"] else None
 
     def routed(self, x_TD: Tensor) -> Tensor:
+        """The output of the routed experts, [T, D] -> [T, D]."""
         return self.experts(x_TD, *self.router(x_TD))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -326,11 +325,10 @@ class DroplessMoE(nn.Module):
 
 
 class DeepSpeedMoE(DroplessMoE):
-    """DeepSpeed's layer: experts with limited room, and a residual expert (Rajbhandari et al. 2022,
-    PR-MoE).
+    """DeepSpeed's layer: experts with a capacity, and a residual expert (PR-MoE).
 
-    Room is counted over all tokens of a batch, so with ``drop_tokens`` a token's answer depends on
-    its neighbours: one by one with a cache, tokens find more room than together.
+    Rajbhandari et al. 2022. The capacity is for all tokens of a batch, so that with ``drop_tokens``
+    a token's output depends on its neighbours: one by one with a cache, fewer tokens are dropped.
     """
 
     def __init__(self, config: MoePretrainConfig) -> None:
@@ -343,6 +341,7 @@ class DeepSpeedMoE(DroplessMoE):
             self.coefficient = nn.Linear(config.hidden_size, 2)
 
     def routed(self, x_TD: Tensor) -> Tensor:
+        """The output of the routed experts and of the residual one, [T, D] -> [T, D]."""
         y_TD = super().routed(x_TD)
         if not hasattr(self, "residual"):
             return y_TD

@@ -20,6 +20,7 @@ FP32 = ("balance_bias", "running_mean", "running_variance", "up_rows", "gate_row
 
 
 def norm(config: MoePretrainConfig) -> nn.Module:
+    """A norm over the hidden dimension."""
     return NORMS[config.norm["kind"]](config.hidden_size, eps=config.norm["eps"])
 
 
@@ -28,9 +29,9 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class Block(nn.Module):
-    """Pre-norm: x + f(norm(x)).
+    """Attention, then a feed-forward or a mixture of experts.
 
-    Post-norm: norm(x + f(x)). First f is attention, then the feed-forward or mixture of experts.
+    Pre-norm is x + f(norm(x)), post-norm is norm(x + f(x)).
     """
 
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
@@ -190,12 +191,10 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        """New parameters, for a model that is built and not loaded; loaded ones are left alone by
-        transformers.
-        """
+        """Initializes the parameters of a new model; transformers leaves loaded ones alone."""
         super()._init_weights(module)
-        # Product keys are in a list of parameters, which is a module of its own; the biases of
-        # experts are zero as they are built.
+        # Product keys are in a list of parameters, which is itself a module. Biases of experts,
+        # which have two dimensions, stay zero.
         if isinstance(module, Experts | PEERExperts | nn.ParameterList):
             for matrix in module.parameters(recurse=False):
                 if matrix.dim() == 3 or isinstance(module, nn.ParameterList):

@@ -1,5 +1,6 @@
-"""PEER (He 2024, "Mixture of a Million Experts"): each token reads a few of very many tiny experts
-out of tables. h heads, of P queries each.
+"""PEER (He 2024, "Mixture of a Million Experts"): each token uses a few of very many tiny experts.
+
+h is the number of heads, P the size of a head's query.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class RunningNorm(nn.Module):
 
 
 class ProductKeys(nn.Module):
-    """The experts of each head: number i * J + j has the score of sub-key i with the query's first
-    part plus that of j with its second.
+    """Chooses the experts of each head by product keys.
+
+    Expert i * J + j has the score of sub-key i with the query's first part plus that of sub-key j
+    with its second part, so that the best K of I * J experts are found among I + J scores.
     """
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
@@ -55,9 +58,7 @@ class ProductKeys(nn.Module):
         self.keys = nn.ParameterList(torch.empty(size, part) for size in form.product_key_sizes)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> weights, which sum to 1 a head, fp32, and numbers of the experts; both [T, h,
-        K].
-        """
+        """[T, D] -> weights, fp32, which sum to 1 a head, and expert indices; both [T, h, K]."""
         query_ThP = self.norm(self.query(x_TD).unflatten(1, (self.num_heads, -1))).float()
         best_ThK, experts_ThK = (
             query_ThP.new_zeros(*query_ThP.shape[:2], 1),
@@ -74,8 +75,9 @@ class ProductKeys(nn.Module):
 
 
 class PEERExperts(nn.Module):
-    """Tables of rows in fp32, whatever the model's precision: ``up_rows`` (and ``gate_rows``) [E,
-    F, D], ``down_rows`` [E, F, D].
+    """Tables in fp32, whatever the model's precision: ``up_rows``, ``gate_rows`` and ``down_rows``.
+
+    Each is [E, F, D].
     """
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
@@ -89,7 +91,7 @@ class PEERExperts(nn.Module):
         self.down_rows = nn.Parameter(torch.empty(E, form.moe_intermediate_size, D))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """fp32 [T, D] -> the weighted sum of the chosen experts' answers [T, D]."""
+        """fp32 [T, D] -> the weighted sum of the chosen experts' outputs [T, D]."""
 
         def products(rows: Tensor) -> Tensor:
             return torch.einsum("td,tkfd->tkf", x_TD, rows[experts_TK])
@@ -105,7 +107,7 @@ class PEERExperts(nn.Module):
 
 
 class PEER(nn.Module):
-    """The sum of all heads' experts, and shared experts beside them."""
+    """The sum of all heads' experts, and of shared experts."""
 
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__()
@@ -119,9 +121,8 @@ class PEER(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         weights_ThK, experts_ThK = self.retrieval(x_TD)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for head in range(
-            weights_ThK.shape[1]
-        ):  # one at a time: the rows of all would be many times the tokens
+        # One head at a time: the gathered rows of a head are K * F times as large as its input.
+        for head in range(weights_ThK.shape[1]):
             y_TD += self.experts(x_TD.float(), weights_ThK[:, head], experts_ThK[:, head])
         y_TD = y_TD.to(x_TD.dtype)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)).view_as(x_BSD)

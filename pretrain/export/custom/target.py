@@ -1,6 +1,4 @@
-"""Our decoder as a class of its own beside the weights, for every recipe that no architecture of
-transformers represents.
-"""
+"""The target ``custom``: a model class next to the weights, for recipes without an architecture."""
 
 from __future__ import annotations
 
@@ -155,9 +153,7 @@ VOCABULARY = ("embedding.weight", "head.weight", "head.bias")
 
 
 class Custom(ExportTarget):
-    """The target of last resort: it reads like the architectures of transformers, but opens with
-    ``trust_remote_code=True`` only.
-    """
+    """The last target that is tried: its class opens with ``trust_remote_code=True`` only."""
 
     name = "custom"
     architecture = AUTO_MAP["AutoModelForCausalLM"].split(".")[1]
@@ -166,7 +162,7 @@ class Custom(ExportTarget):
     order = 1000  # behind everything that opens without trust_remote_code
 
     def reasons_against(self, model: ModelConfig) -> list[str]:
-        """Why the class cannot compute what ``model`` computes, a clause each; empty when it can."""
+        """The reasons why the class cannot compute ``model``, a clause each; empty if it can."""
         reasons = _unknown(model, "model")
         return reasons + ([] if model.moe is None else model.moe.random_at_inference)
 
@@ -189,7 +185,7 @@ class Custom(ExportTarget):
         return config
 
     def links(self, model: ModelConfig) -> Links:
-        """How each tensor of the export is made of ours; what only training reads is left out."""
+        """A link for each tensor of the export; what only training reads is left out."""
         with torch.device("meta"):
             names = [
                 name
@@ -204,9 +200,7 @@ class Custom(ExportTarget):
 
 
 def _links_of(theirs: str, ours: list[str], model: ModelConfig) -> list[Link]:
-    """One of ours; or one for each expert; or tensors of stacked experts whose rows follow each
-    other.
-    """
+    """Links of one tensor: to one of ours, to one for each expert, or to parts in a row."""
     place = _place_in_expert(ours[0], model)
     if place is not None and EXPERT_NUMBER in place.tensor:
         return [Link(name, theirs, their_expert=expert) for expert, name in enumerate(ours)]
@@ -223,7 +217,7 @@ def _links_of(theirs: str, ours: list[str], model: ModelConfig) -> list[Link]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of ours has a parameter of routed experts.
+    """The place of a routed experts' parameter in a tensor of ours.
 
     Attributes:
         parameter: of a feed-forward, such as ``up_proj.weight``.
@@ -249,7 +243,7 @@ def _place_in_expert(name: str, model: ModelConfig) -> _Place | None:
 
 
 def _their_name(name: str, model: ModelConfig) -> str:
-    """All experts of a layer have one tensor a matrix, which ours may have in parts."""
+    """The export's name of a tensor; it has one tensor for a matrix of all experts of a layer."""
     inner, place = below_feed_forward(name), _place_in_expert(name, model)
     if inner is not None and place is not None:
         matrix = place.parameter.replace("_proj.bias", "_bias").removesuffix(".weight")
@@ -283,7 +277,7 @@ def _unknown(section: Section, path: str) -> list[str]:
 
 
 def _content(section: Section) -> JsonObject:
-    """The section as ``config.json`` has it: its kind, and what the class reads."""
+    """The section in ``config.json``: its kind, and the fields that the class reads."""
     kind = ("kind",) if "kind" in type(section).model_fields else ()
     values = {name: getattr(section, name) for name in (*kind, *COMPUTED[type(section)])}
     return {

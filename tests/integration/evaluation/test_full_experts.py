@@ -13,7 +13,8 @@ from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.core.errors import DONE
-from pretrain.evaluation.heldout.heldout import HeldoutScore, score_checkpoint
+from pretrain.evaluation.heldout.heldout import score_checkpoint
+from pretrain.evaluation.heldout.scores import HeldoutScore
 from pretrain.evaluation.report import markdown
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize

@@ -527,7 +527,7 @@ def test_auto_tokenizer_gives_the_same_ids_and_knows_the_end_of_document(
             "deepseek_v3_mini",
             ["model.layer_pattern={kind: every_nth, n: 2}"],
             "deepseek_v3",
-            "dense layers stand between",
+            "dense layers are between",
         ),
         (
             "deepseek_v3_mini",

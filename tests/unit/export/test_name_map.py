@@ -29,7 +29,7 @@ LINKS: Links = [
     *stacked({"layers.{layer}.gate": "blocks.{layer}.gate_up"}, [0], 3, column=0, transposed=True),
     *stacked({"layers.{layer}.up": "blocks.{layer}.gate_up"}, [0], 3, column=1, transposed=True),
     *stacked({"layers.{layer}.x.{expert}": "blocks.{layer}.all_x"}, [2], 2),
-    *expand({"q": "turned"}, heads=RotaryRows(heads=2, plain=1, turned=4)),
+    *expand({"q": "turned"}, heads=RotaryRows(heads=2, plain=1, rotated=4)),
     *expand({"bias": "exact"}, exact=True),
     *expand({"down": "doubled"}, scale=2.0),
     Zeros("zeros", (1, 4)),

@@ -27,7 +27,7 @@ from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.core.errors import ConfigError
 from pretrain.merging.fewer_experts import folded, pruned
 from pretrain.merging.publish import Scoring
-from pretrain.merging.usage import answers, measure, moe_layers
+from pretrain.merging.usage import expert_outputs, measure, moe_layers
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.moe.config import DeepSpeedMoEConfig
@@ -260,7 +260,7 @@ def test_answers_of_experts_are_those_that_the_layer_mixes(trained: Trained) -> 
     for layer, prefix, x_TD in zip(
         moe_layers(trained.model), moe_prefixes(config), inputs, strict=True
     ):
-        answers_ETD = answers(read_experts(state, prefix, config), config, x_TD)
+        answers_ETD = expert_outputs(read_experts(state, prefix, config), config, x_TD)
         with torch.no_grad():
             y_BTD, _ = layer(x_TD[None])
             routing = layer.router(x_TD)

@@ -245,7 +245,7 @@ def test_half_a_group_of_shards_computes_something_else() -> None:
             ("moe.router.groups={num_groups: 2, top_k_groups: 1}",),
             "may divide a group",
         ),
-        (Upcycling(2), 4, 4, (*NATIVE, "moe.use_residual=true"), "room for one shard only"),
+        (Upcycling(2), 4, 4, (*NATIVE, "moe.use_residual=true"), "hold one shard only"),
         (Upcycling(2), 4, 2, (*OWN_GATE, "moe.top2_2nd_expert_sampling=true"), "at random"),
         (Upcycling(), 4, 2, ("moe.moe_intermediate_size=16",), "must be the dense model's"),
         (Upcycling(), 4, 2, ("layer_pattern.kind=all_dense",), "no layer with experts"),
