@@ -21,7 +21,7 @@ def case(name: str, ep_size: int, zero: int) -> Case:
         *SPREAD[name],
         f"parallel.ep_size={ep_size}",
     ]
-    return {"name": f"{name}/ep{ep_size}", "zero": zero, "steps": 4, "overrides": overrides}
+    return {"name": f"{name}/ep{ep_size}", "zero": zero, "steps": 3, "overrides": overrides}
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +38,4 @@ def test_experts_on_two_ranks_give_the_run_of_experts_on_one(results: Results, n
     spread, whole = results[f"{name}/ep2"], results[f"{name}/ep1"]
     assert difference(spread, whole) <= 1e-6
     assert spread["balance_bias"] == whole["balance_bias"]
-    assert len(set(whole["loss"])) == 4  # something was learned
+    assert len(set(whole["loss"])) == 3  # something was learned
