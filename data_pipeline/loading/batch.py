@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# torch's cross_entropy ignores targets of this value by default.
 NO_LOSS = -100
 
 
@@ -42,7 +43,9 @@ class Batch:
             return None
         ids_BS = self.document_ids_BS
         places_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        # Position 0 always begins a document, even if the sample cuts one: the pad is False there.
         continues_BS = torch.nn.functional.pad(ids_BS[:, 1:] == ids_BS[:, :-1], (1, 0))
+        # cummax carries the place of each document's first token to all its tokens.
         return places_BS - places_BS.masked_fill(continues_BS, 0).cummax(dim=1).values
 
 

@@ -91,6 +91,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     Returns:
         int64 [pieces], and the number of sequences.
     """
+    # A stable sort: the packing must be the same on every node, whatever numpy's default is.
     by_length = np.argsort(-lengths, kind="stable")
     sequence_of = np.empty(len(lengths), dtype=np.int64)
     counts = np.bincount(lengths, minlength=capacity + 1)
@@ -101,6 +102,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     for length in range(capacity, 0, -1):
         left = int(counts[length])
         while left:
+            # Bit k of ``fitting`` is free space length + k, so its lowest set bit is the best fit.
             fitting = nonempty >> length
             if fitting:
                 space = length + (fitting & -fitting).bit_length() - 1
@@ -130,6 +132,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                         if free == space
                         else by_free[free].append(sequences)
                     )
+                    # A Python integer as a bit set: it has ``capacity`` bits, and no search over
+                    # lists is needed.
                     nonempty |= 1 << free
             if not by_free[space]:
                 nonempty &= ~(1 << space)
@@ -158,6 +162,7 @@ def pack_shard(reader: IndexedReader, sequence_length: int) -> Packing:
     document_lengths = np.diff(starts, append=reader.num_tokens)
     piece_starts, lengths = cut_documents(starts, document_lengths, sequence_length)
     sequence_of, sequences = best_fit_decreasing(lengths, sequence_length)
+    # Stable again: pieces keep the order in which they were placed in their sequence.
     order = np.argsort(sequence_of, kind="stable")
     bounds = np.zeros(sequences + 1, dtype=np.int64)
     np.cumsum(np.bincount(sequence_of, minlength=sequences), out=bounds[1:])
@@ -259,6 +264,7 @@ def _save(packing: Packing, shard: Shard) -> None:
     path = pack_path(shard.prefix, packing.statistics.sequence_length)
     numbers = ("sequences", "tokens", "documents", "truncated_documents")
     metadata = {name: str(getattr(packing.statistics, name)) for name in numbers} | {
+        # The packing depends on the documents' lengths only, which are in the index.
         "idx_sha256": shard.entry.idx_sha256
     }
     try:

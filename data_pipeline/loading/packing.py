@@ -76,13 +76,18 @@ class Windows:
         length = self.sequence_length
         inputs = np.full(length, self.pad_id, dtype=np.int64)
         labels = np.full(length, NO_LOSS, dtype=np.int64)
+        # S + 1 tokens make S pairs of input and label, so neighbouring windows share one token.
         targets = min(length, self._targets - start)
         tokens = self.stream.read(start, targets + 1)
         inputs[:targets], labels[:targets] = tokens[:-1], tokens[1:]
         if not self.document_mask:
             return Sample(inputs, labels, None)
+        # Label i is token start + i + 1, so these places index the labels: their targets begin
+        # documents.
         begins = self.stream.document_starts(start + 1, targets)
         labels[begins] = NO_LOSS
+        # Inputs change their document one place later than labels; the padding is one more
+        # document.
         changes = np.zeros(length + 1, dtype=np.int64)
         changes[begins + 1] = 1
         changes[targets] = 1
@@ -193,6 +198,7 @@ def training_samples(
     """The samples of one source of the mixture, as the recipe packs them."""
     kind = PackedSamples if isinstance(config.packing, BestFit) else Windows
     samples = [kind(part.stream, sequence_length, pad_id, config.document_mask) for part in parts]
+    # One shard folder needs no index over several.
     return samples[0] if len(samples) == 1 else Joined(samples)
 
 

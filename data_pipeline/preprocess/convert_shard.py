@@ -271,6 +271,8 @@ class _Importer:
         for document in documents:
             digest = xxhash.xxh3_64()
             for part in [document] if parts is None else parts():
+                # Converted to one type first: a document must fall on the same side, however its
+                # shard stores ids.
                 digest.update(part.astype("<i4").data)
             places.append(digest.intdigest() / 2**64)
         return (np.array(places) < self.job.share).astype(np.int64)
@@ -330,6 +332,7 @@ class _LinkedShard:
                 index_bytes += stream.write(block)
         fsync_path(temporary)
         os.replace(temporary, idx_path(self.prefix))
+        # The parent folder holds the new names; without this a power cut may lose them.
         fsync_path(self.prefix.parent)
         return WrittenShard(
             documents=len(self.lengths),

@@ -78,6 +78,7 @@ def mark_duplicates(
 
     # A map of no bytes is not allowed.
     marks: Marks = np.memmap(work / "marks", np.uint8, "w+", shape=max(total, 1))
+    # A union-find forest: each row points to a row that it is a duplicate of, at first to itself.
     parents: Rows = np.memmap(work / "parents", np.int64, "w+", shape=max(total, 1))
     for start, stop in _slices(total, memory_bytes):
         parents[start:stop] = np.arange(start, stop)
@@ -162,6 +163,8 @@ def _read_chunks(
             start = stop
             if held == limit:
                 yield np.concatenate(pieces), np.arange(first, first + held)
+                # After the yield: the chunk has been joined when the consumer asks for the next
+                # one.
                 advance(held)
                 first, held, pieces = first + held, 0, []
     if held:
@@ -186,6 +189,7 @@ def _join_equal(
         work: a folder to make, for the partitions.
     """
     work.mkdir()
+    # Rounded up; keys are hashes, so ranges of equal width hold about equally many.
     partitions = -(-total * BYTES_PER_KEY // memory_bytes)
     columns = 0
     for keys, rows in chunks:
@@ -194,6 +198,7 @@ def _join_equal(
         if partitions > 1:
             _scatter(keys[kept], rows[kept], partitions, work)
     # One partition means one chunk, which has found everything.
+    # Sorted, because a directory lists its files in any order and the marks must not depend on it.
     for path in sorted(work.iterdir()):
         records = np.fromfile(path, np.uint64).reshape(-1, columns + 1)
         _join_within(records[:, :columns], records[:, columns].astype(np.int64), join)
@@ -272,4 +277,5 @@ def _write(path: Path, marks: Marks, parents: Rows, rows: range, memory_bytes: i
             file.write(result.tobytes())
         file.flush()
         os.fsync(file.fileno())
+    # Synced before the rename, so that a file of this name is always complete.
     os.replace(temporary, path)

@@ -260,6 +260,7 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
             for future in as_completed(futures):
                 future.result()
         except BaseException:
+            # A thread cannot be cancelled: it stops at its next call of advance.
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -88,6 +88,7 @@ class ShardCutter:
         while first < len(ends):
             before = int(ends[first - 1]) if first else 0
             last = int(np.searchsorted(ends, before + self._room, side="right"))
+            # Without this the loop would never end.
             if last == first and not self.shards[-1]:
                 last += 1  # a document that is larger than a shard has one to itself
             if last > first:
@@ -157,6 +158,8 @@ def _runs(kept: np.ndarray | None, first: int, last: int) -> Iterator[tuple[int,
     if kept is None:
         yield first, last
         return
+    # Padded with False at both ends, every run of kept documents has a rising and a falling edge;
+    # np.diff needs a signed type to show them.
     edges = (
         np.flatnonzero(
             np.diff(np.concatenate([[False], kept[first:last], [False]]).astype(np.int8))

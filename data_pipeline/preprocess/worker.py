@@ -93,6 +93,8 @@ def encode_unit(job: Job) -> UnitRecord:
                         text_digest(text) if task.split.cut else digest,
                         SPLITS.index(split),
                     )
+            # Of a stream only the held-out documents are written, and no more of them than asked
+            # for.
             if wanted is not None and part.documents[1] >= wanted:
                 break
         splits, checksums = part.finish()
@@ -188,6 +190,8 @@ class PartWriter:
 
     def __enter__(self) -> PartWriter:
         self.writers = [
+            # Not durable: an fsync for each unit would cost more than encoding a unit again after a
+            # power cut.
             self._stack.enter_context(IndexedWriter(self.folder / split, self.dtype, durable=False))
             for split in SPLITS
         ]
@@ -274,6 +278,7 @@ class Batch:
         Raises:
             DataError: for an id that the token type cannot hold.
         """
+        # -1 marks a text: token ids are never negative.
         literals = np.array(
             [segment if isinstance(segment, int) else -1 for segment in self._segments],
             dtype=np.int64,
@@ -281,6 +286,7 @@ class Batch:
         is_text = literals < 0
         texts = [segment for segment in self._segments if isinstance(segment, str)]
         digests, names = self._digests, self._names
+        # reduceat sums from each document's first segment to the next document's.
         counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
         if (counts != 1).any():
             owners = np.repeat(np.arange(len(counts)), counts).tolist()
@@ -341,6 +347,7 @@ class DuplicateKeys:
             zip(*self._waiting, strict=True) if self._waiting else ((),) * 5
         )
         values: dict[str, Any] = {
+            # numpy has no integers of 128 bits: the digest is stored as its upper and lower half.
             DIGESTS: [(digest >> 64, digest & (2**64 - 1)) for digest in digests],
             SIDES: sides,
             TEXT_BYTES: sizes,
@@ -361,6 +368,8 @@ class DuplicateKeys:
         for column, dtype in self.columns.items():
             shape = (self.rows, self.widths[column]) if column in self.widths else (self.rows,)
             raw = self._raw(column)
+            # numpy cannot append to a .npy file, so the header is written at the end, when the
+            # shape is known.
             np.save(
                 self.folder / column,
                 np.memmap(raw, dtype, "r", shape=shape) if self.rows else np.zeros(shape, dtype),

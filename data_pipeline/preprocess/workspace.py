@@ -124,11 +124,13 @@ def attempt(workspace: Path, place: Path) -> Iterator[Path]:
 
     Another process may have been faster with the same content.
     """
+    # A random name, since another process may work on the same unit.
     folder = workspace / "attempts" / uuid.uuid4().hex
     folder.mkdir()
     try:
         yield folder
         try:
+            # A rename inside one file system is atomic: ``place`` is complete or does not exist.
             os.rename(folder, place)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -149,6 +151,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
+        # ``from None``: a user with a full disk has no use for the traceback of the write.
         raise StorageError(
             f"{error.strerror} while writing data into {folder}: free some space, then run the same"
             " command, which continues from where it stopped"
@@ -200,12 +203,14 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
     output.manifest.unlink(missing_ok=True)
     for name in _files_of(old) - set(found["names"]):
         (output.folder / name).unlink(missing_ok=True)
+        # Packings belong to the old shards; training makes new ones.
         for packing in output.folder.glob(f"{glob.escape(Path(name).stem)}.pack-*"):
             packing.unlink()
     for name in found["names"]:
         staged = workspace / "shards" / name
         if staged.exists():
             os.replace(staged, output.folder / name)
+    # The renames must be on disk before a manifest can vouch for the files.
     fsync_path(output.folder)
     write_synced(output.manifest, found["manifest"].encode())
     shutil.rmtree(workspace, ignore_errors=True)

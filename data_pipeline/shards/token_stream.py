@@ -41,6 +41,7 @@ class ReadFile:
         """``count`` numbers from byte ``start`` on."""
         size = count * dtype.itemsize
         try:
+            # pread has no file position, so several threads can read through one descriptor.
             content = os.pread(_opened(self).number, size, start)
         except OSError as error:
             raise DataError(
@@ -59,6 +60,8 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
+    # Closed when the last user is gone, not when the cache evicts it: another thread may be
+    # reading.
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
@@ -184,6 +187,7 @@ class TokenStream:
             IndexError: if the stream does not have them.
             DataError: for a token id that the vocabulary does not have; it names the shard.
         """
+        # int64, because torch's embedding and cross_entropy take no uint16.
         result = np.empty(count, dtype=np.int64)
         for shard, begin, end, filled in self._pieces(start, count):
             part = shard.tokens(begin, end)
@@ -207,7 +211,7 @@ class TokenStream:
         return [(shard, begin, end) for shard, begin, end, _ in self._pieces(start, count)]
 
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:
-        """Yield the shards that hold these tokens.
+        """Return the shards that hold these tokens.
 
         Each as (shard, first and last + 1 token in it, number of tokens before them).
         """
@@ -225,6 +229,8 @@ class TokenStream:
         return pieces
 
     def _check(self, part: np.ndarray, shard: Shard) -> None:
+        # An id beyond the embedding would read foreign memory or end a CUDA kernel with a useless
+        # error.
         if part.size and (part.max() >= self.vocab_size or part.min() < 0):
             raise DataError(
                 f"{bin_path(shard.prefix)} holds token ids from {part.min()} to {part.max()}, but"
