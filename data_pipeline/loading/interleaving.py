@@ -120,7 +120,8 @@ class Interleaving:
             return [0] * len(self._parts)
         if slot == END:
             return self._between(0, END, [0] * len(self._parts), [END] * len(self._parts))
-        half = slot & -slot  # the stretch that it is the middle of reaches so far to both sides
+        # The stretch with this slot in its middle reaches this far to both sides.
+        half = slot & -slot
         return self._between(
             slot - half, slot, self._counts_at(slot - half), self._counts_at(slot + half)
         )

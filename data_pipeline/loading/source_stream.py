@@ -26,7 +26,8 @@ from pretrain.core.errors import DataError
 
 # What a resumed run reads again of each source, at most.
 UNIT_BYTES = 16 << 20
-LAST_DOCUMENT = -1  # of a unit: its number is unknown until the unit is read to its end
+# The last document of a unit: its number is unknown until the unit is read to its end.
+LAST_DOCUMENT = -1
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 FINGERPRINTED_FIELDS = {

@@ -311,7 +311,8 @@ class _LinkedShard:
         path, size = bin_path(self.prefix), int(self.lengths.sum()) * self.dtype.itemsize
         try:
             os.link(self.source.resolve(), path)
-        except OSError:  # another file system, or one that has no links, or files of somebody else
+        except OSError:
+            # Another file system, or one that has no links, or files of somebody else.
             self.how = "copied"
             with self.source.open("rb") as source, path.open("wb") as target:
                 while block := source.read(COPIED_BYTES):

@@ -336,7 +336,8 @@ class Build:
             else plan_split(config.validation_share, config.split_by, hashed, places)
         )
         notice = split.notice(config.split_by)
-        if notice is not None and split != self.task.split:  # else the sample has shown it already
+        # If the plans are equal, the sample has shown the notice already.
+        if notice is not None and split != self.task.split:
             logger.warning("%s", notice)
         return split
 
@@ -433,9 +434,8 @@ class Build:
                     written[record.entry.prefix] = record
                     stage.advance(1)
 
-            write(
-                [plan for plan in plans if plan.name not in taken]
-            )  # while the thread ends those that have grown
+            # Meanwhile the thread completes the shards that it has written.
+            write([plan for plan in plans if plan.name not in taken])
             for name, grown in taken.items():
                 if (result := grown.result()) is not None:
                     written[name] = result

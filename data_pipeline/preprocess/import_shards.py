@@ -252,7 +252,8 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
 
         def advance(tokens: int) -> None:
             if ended.is_set():
-                raise InterruptedError  # another shard has failed, or the user has had enough
+                # Another shard has failed, or the user has had enough.
+                raise InterruptedError
             stage.advance(tokens)
 
         futures = [pool.submit(import_shard, job, advance) for job in jobs]

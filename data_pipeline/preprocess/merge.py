@@ -90,7 +90,8 @@ class ShardCutter:
             last = int(np.searchsorted(ends, before + self._room, side="right"))
             # Without this the loop would never end.
             if last == first and not self.shards[-1]:
-                last += 1  # a document that is larger than a shard has one to itself
+                # A document that is larger than a shard has one to itself.
+                last += 1
             if last > first:
                 self.shards[-1].append(Piece(unit, first, last))
                 self._room -= int(ends[last - 1]) - before

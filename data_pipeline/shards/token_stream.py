@@ -141,9 +141,8 @@ class Shard:
             if inside < len(part):
                 break
             number += len(part)
-        return np.unique(
-            np.concatenate(parts) // size
-        )  # a document without a token begins where the next one does
+        # A document without a token begins where the next one does.
+        return np.unique(np.concatenate(parts) // size)
 
     def documents(self, begin: int, end: int) -> tuple[int, int]:
         """Return the numbers in the split of the documents with the tokens begin and end - 1."""

@@ -95,10 +95,8 @@ def checked_encoding(name: str) -> str:
         b"a".decode(name, "replace")  # refuses those that are no encodings of text, such as base64
         codecs.getincrementaldecoder(name)(UNDECODABLE)
         return codecs.lookup(name).name
-    except (
-        LookupError,
-        UnicodeError,
-    ):  # the second for encodings of names in the internet, such as idna
+    except (LookupError, UnicodeError):
+        # UnicodeError is for encodings of internet names, such as idna.
         raise ConfigError(
             f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ..."
         ) from None
@@ -366,7 +364,8 @@ class _Input:
 
 def _decoder(kind: str, source: _Input) -> Stream:
     if kind in (".zst", ".lz4"):
-        import pyarrow  # takes several frames in a row, and knows one that is cut short
+        # pyarrow reads several frames in a row, and recognises one that is cut short.
+        import pyarrow
 
         return pyarrow.CompressedInputStream(source, {".zst": "zstd", ".lz4": "lz4"}[kind])
     makers: dict[str, Callable[[], Any]] = {

@@ -240,9 +240,8 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
     for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
-            end = end and max(
-                end, offset + 1
-            )  # the first line belongs to the range that holds the mark's first byte
+            # The first line belongs to the range that holds the mark's first byte.
+            end = end and max(end, offset + 1)
         if skipping:
             cut = block.find(b"\n") + 1
             offset += cut or len(block)
