@@ -26,12 +26,13 @@ from pretrain.core.files import write_synced
 
 
 def pack_path(prefix: Path, sequence_length: int) -> Path:
+    """Return the path of the packing next to a shard."""
     return prefix.with_name(f"{prefix.name}.pack-{sequence_length}.safetensors")
 
 
 @dataclass(frozen=True)
 class PackingStatistics:
-    """What packing made of some documents."""
+    """Counts of sequences, tokens and cut documents of a packing."""
 
     sequence_length: int
     sequences: int
@@ -41,7 +42,7 @@ class PackingStatistics:
 
     @property
     def padding_share(self) -> float:
-        """Of all places in the sequences, those without a token."""
+        """Share of all positions in the sequences that have no token."""
         return 1 - self.tokens / (self.sequences * self.sequence_length) if self.sequences else 0.0
 
     @property
@@ -79,7 +80,7 @@ def cut_documents(
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The sequence of each piece, and how many there are.
+    """Return the sequence of each piece, and the number of sequences.
 
     Pieces of one length are alike, and so are sequences with the same free space, so whole groups
     are placed at once: the number of steps grows with ``capacity``, not with that of the pieces.
@@ -157,7 +158,7 @@ class Packing:
 
 
 def pack_shard(reader: IndexedReader, sequence_length: int) -> Packing:
-    """Packs the documents of a shard; memory grows with their number, about 100 bytes each."""
+    """Pack the documents of a shard; memory grows with their number, about 100 bytes each."""
     starts = reader.document_starts(0, reader.num_tokens)
     document_lengths = np.diff(starts, append=reader.num_tokens)
     piece_starts, lengths = cut_documents(starts, document_lengths, sequence_length)
@@ -204,7 +205,7 @@ class PackedShard:
         return self.statistics.sequences
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        """The pieces of a sequence: (first token in the shard, number of tokens)."""
+        """Return the pieces of a sequence: (first token in the shard, number of tokens)."""
         first, last = self._read("bounds", sequence, 2, "<i8")
         return list(
             zip(

@@ -19,7 +19,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Where an epoch's order sends the positions ``indices``: a bijection on [0, num_samples).
+    """Map positions to the samples of an epoch's order: a bijection on [0, num_samples).
 
     Args:
         indices: any shape, integers in [0, num_samples).

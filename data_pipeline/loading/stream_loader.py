@@ -58,7 +58,7 @@ class SavedSource:
 
 @dataclass(frozen=True)
 class StreamState:
-    """What a checkpoint stores of a streamed run.
+    """The state of a streamed run in a checkpoint.
 
     Attributes:
         start_sample: from which on the mixture holds.

@@ -40,7 +40,7 @@ COPIED_BYTES = 1 << 24
 
 @dataclass
 class ImportRecord:
-    """What became of one shard.
+    """The result of importing one shard.
 
     Attributes:
         shards: what was written of each split, by the shard's name.

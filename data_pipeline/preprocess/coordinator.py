@@ -81,6 +81,7 @@ class BuildResult:
 
     @property
     def folder(self) -> Path:
+        """The folder of all files."""
         return self.output.folder
 
 
@@ -186,6 +187,7 @@ class Build:
         self.task = Task(plan.config, str(workspace), SplitPlan(plan.config.validation_share))
 
     def run(self, given: Tokenizer | None, engine: str | None) -> BuildResult:
+        """Run all phases and publish; without a tokenizer or an engine, train or choose one."""
         tokenizer = given or self._trained_tokenizer()
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
         self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)

@@ -1,4 +1,4 @@
-"""Which documents of a corpus are duplicates, from keys on disk, in bounded memory.
+"""Finds the duplicates among a corpus' documents, from keys on disk, in bounded memory.
 
 Of documents with equal digests the first in corpus order stays. Of the others, those that share a
 band hash are linked, and the first of each connected component stays. Corpus order is the order of
@@ -54,7 +54,7 @@ def mark_duplicates(
     memory_bytes: int = 256 << 20,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the marks of every unit, each file at once or not at all.
+    """Write the marks of every unit, each file at once or not at all.
 
     Memory stays near ``memory_bytes`` however many documents there are. Scratch takes 9 bytes a
     document, and if the keys of one kind do not fit into the memory, 24 bytes a digest or 16
@@ -229,7 +229,7 @@ def _join_within(keys: NDArray[np.uint64], rows: Rows, join: Join) -> NDArray[np
 
 
 def _scatter(keys: NDArray[np.uint64], rows: Rows, partitions: int, work: Path) -> None:
-    """Appends sorted keys and their rows to the files of the ranges that they fall into."""
+    """Append sorted keys and their rows to the files of the ranges that they fall into."""
     records = np.column_stack([keys, rows.astype(np.uint64)])
     starts = np.arange(partitions, dtype=np.uint64) * np.uint64(-(-(1 << 64) // partitions))
     cuts = np.append(np.searchsorted(keys[:, 0], starts), len(keys))
@@ -239,7 +239,7 @@ def _scatter(keys: NDArray[np.uint64], rows: Rows, partitions: int, work: Path) 
 
 
 def _link(parents: Rows, left: Rows, right: Rows) -> None:
-    """Connects pairs of rows.
+    """Connect pairs of rows.
 
     A parent is never larger than its child, so the root of a component is its first row.
     """
@@ -253,7 +253,7 @@ def _link(parents: Rows, left: Rows, right: Rows) -> None:
 
 
 def _roots(parents: Rows, rows: Rows) -> Rows:
-    """The root of each row; the rows' paths are halved until they point at it."""
+    """Return the root of each row; the rows' paths are halved until they point at it."""
     while True:
         above = parents[rows]
         top = parents[above]

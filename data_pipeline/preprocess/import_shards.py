@@ -346,7 +346,7 @@ class _Import:
         )
 
     def _notes(self) -> Iterator[str]:
-        """What a user should know of, one sentence each."""
+        """Yield what a user should know about the import, one sentence each."""
         for job in self.jobs:
             yield from job.shard.notes
         for job, record in zip(self.jobs, self.records, strict=True):

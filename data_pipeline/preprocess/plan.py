@@ -51,6 +51,7 @@ class BuildPlan:
 
     @property
     def input_bytes(self) -> int:
+        """Bytes of all units, about."""
         return sum(unit.size for unit in self.units)
 
     def bytes_of_sources(self, numbers: Iterable[int]) -> dict[str, int]:

@@ -36,7 +36,7 @@ TALLIED_DOCUMENTS, TALLIED_CHARACTERS = 1 << 8, 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """What all units of a build have in common; small, since it travels with each.
+    """The settings that all units of a build share; small, since it is sent with each.
 
     Attributes:
         workspace: the staging folder, which holds the tokenizer too.
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass
 class Counters:
-    """What became of a unit's records."""
+    """Counts of a unit's records, by outcome and reason."""
 
     records: int = 0
     bad: Counter[str] = field(default_factory=Counter)

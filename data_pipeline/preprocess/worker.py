@@ -1,4 +1,4 @@
-"""What a worker process does with a unit: sample it for a tokenizer, or encode it."""
+"""The work of a worker process on a unit: sample it for a tokenizer, or encode it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ Job = tuple[Task, int, Unit]
 
 
 def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
+    """Return the folder of a unit: ``stage`` is samples or units."""
     return Path(workspace) / stage / f"{number:07}"
 
 
@@ -201,6 +202,13 @@ class PartWriter:
         self._stack.close()
 
     def add(self, name: str, text: str, digest: int, side: int) -> None:
+        """Add a document to the part of its split.
+
+        Args:
+            name: what errors and reports call it.
+            digest: of the text.
+            side: index of the split in ``SPLITS``.
+        """
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
         self.documents[side] += 1
         self.text_bytes[side] += size
@@ -264,6 +272,7 @@ class Batch:
         self._first_segments: list[int] = []
 
     def add(self, name: str, digest: int, side: int, segments: list[str | int]) -> None:
+        """Add a document as segments."""
         self._first_segments.append(len(self._segments))
         self._segments += segments
         self.sides.append(side)
@@ -312,6 +321,7 @@ class Batch:
 
 
 def looks_for_duplicates(cleaning: Cleaning) -> bool:
+    """Whether any kind of deduplication is on."""
     return cleaning.exact_duplicates or cleaning.near_duplicates is not None
 
 
@@ -336,6 +346,7 @@ class DuplicateKeys:
         self._characters = 0
 
     def add(self, name: str, text: str, digest: int, side: int, size: int) -> None:
+        """Add a document's row; ``size`` is that of its text in bytes."""
         self._waiting.append((name, text if self.near is not None else "", digest, side, size))
         self._characters += len(text)
         if self._characters >= MINHASH_CHARACTERS or len(self._waiting) >= BATCH_DOCUMENTS:

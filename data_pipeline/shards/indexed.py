@@ -55,7 +55,7 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer has put on disk; sizes are in bytes.
+    """The files that a finished writer has put on disk; sizes are in bytes.
 
     Checksums are hexadecimal: SHA-256, or XXH3 for a shard that is not durable.
     ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see

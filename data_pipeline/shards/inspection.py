@@ -85,7 +85,7 @@ class LengthStatistics:
 
 
 def length_statistics(manifest: Manifest, split: SplitName) -> LengthStatistics:
-    """How long the documents of a split are.
+    """Return statistics of the lengths of a split's documents.
 
     Memory does not grow: percentiles come from counts by length.
     """

@@ -130,7 +130,7 @@ class Shard:
         return self._bin.read(begin * self.dtype.itemsize, end - begin, self.dtype)
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """Where documents begin in tokens begin .. end - 1: int64, sorted."""
+        """Return where documents begin in tokens begin .. end - 1: int64, sorted."""
         offsets, size = self._check_once(), self.dtype.itemsize
         number = bisect_left(offsets, begin * size)
         parts = [np.zeros(0, "<i8")]
@@ -173,10 +173,11 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards."""
         return int(self._starts[-1])
 
     def start_of(self, shard: int) -> int:
-        """Where the tokens of a shard begin."""
+        """Return the place in the stream at which the tokens of a shard begin."""
         return int(self._starts[shard])
 
     def read(self, start: int, count: int) -> np.ndarray:

@@ -270,6 +270,7 @@ def _lengths(texts: pyarrow.Array) -> pyarrow.Array:
 
 
 def document_of(to_document: RecordReader, row: Row, name: str) -> Document | LeftOut:
+    """Return the document of a row of ``name``, or why there is none."""
     result = to_document.document(row.text, row.record, f"{name}:{row.number}")
     return (
         result

@@ -82,7 +82,8 @@ class DamagedStream(Exception):
 class Stream(Protocol):
     """Bytes one after the other; fewer than asked for do not mean the end."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """Return at most ``size`` bytes; none at the end."""
 
 
 def checked_encoding(name: str) -> str:
@@ -152,11 +153,12 @@ class Described(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
+        """Whether the bytes are neither compressed nor in another encoding."""
         return self.compression is None and self.encoding is None
 
 
 def describe(raw: BinaryIO, path: str) -> Described:
-    """What an open file is; it is at its start again afterwards.
+    """Return what an open file is; it is at its start again afterwards.
 
     Raises:
         DataError: for a file that is of another kind.
@@ -170,7 +172,7 @@ def describe(raw: BinaryIO, path: str) -> Described:
 
 
 def open_content(raw: BinaryIO, path: str, encoding: str | None) -> Stream:
-    """What a file holds once it is decompressed, in UTF-8; a plain file is given back itself.
+    """Return a file's decompressed content in UTF-8; a plain file is returned as it is.
 
     Args:
         encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes are given

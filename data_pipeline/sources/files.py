@@ -80,7 +80,7 @@ def distinct(paths: list[str]) -> list[str]:
 
 
 def identity_of(path: str) -> tuple[int, int]:
-    """What all names of a file have in common: its device and its number there.
+    """Return what all names of a file have in common: its device and inode number.
 
     Raises:
         DataError: for a file that is gone or forbidden.
@@ -136,6 +136,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def unreadable(path: str, error: OSError) -> DataError:
+    """Return the error for a file that cannot be read."""
     problem = error.strerror or error
     return DataError(
         f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same"
@@ -153,7 +154,7 @@ def stamp_of(path: str) -> tuple[int, str]:
 
 
 def file_kind(path: str) -> Described:
-    """What a file is, by its first bytes.
+    """Return what a file is, by its first bytes.
 
     Raises:
         DataError: if it cannot be read, or is an archive or of a kind that has a source of its own.

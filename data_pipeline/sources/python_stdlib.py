@@ -67,6 +67,7 @@ class PythonStdlib(Source[PythonStdlibSource]):
 
 
 def stdlib_folder() -> Path:
+    """Return the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
