@@ -31,7 +31,7 @@ AnyTokenizer = Annotated[TokenizerConfig, OneOf(), BeforeValidator(_named_kind)]
 
 
 class MixtureBase(Section):
-    """What every kind of mixture has.
+    """The fields that every kind of mixture has.
 
     Attributes:
         can_stream: it needs no counts of the sources' tokens, which streams do not have.
@@ -71,6 +71,7 @@ class Weights(MixtureBase):
 
     @property
     def shares_are_given(self) -> bool:
+        """True: every source has a weight."""
         return True
 
 
@@ -94,6 +95,7 @@ class TokenBudget(MixtureBase):
 
     @property
     def total_tokens(self) -> int | None:
+        """Tokens of the whole run, over all sources."""
         return sum(self.tokens.values())
 
 
@@ -101,7 +103,7 @@ Mixture = Annotated[Proportional | Weights | Temperature | TokenBudget, Field(di
 
 
 class PackingBase(Section):
-    """What every kind of packing has.
+    """The fields that every kind of packing has.
 
     Attributes:
         is_planned: samples are put together before training, from whole documents if they fit.
@@ -130,6 +132,8 @@ Packing = Annotated[Concatenate | BestFit, Field(discriminator="kind")]
 
 
 class DataConfig(Section):
+    """The data of a run: sources, tokenizer, cleaning, split, mixture and packing."""
+
     path: str | None = Field(
         None, description="folder of the shards, or their prefix; data/<name> by default"
     )
@@ -219,7 +223,7 @@ class DataConfig(Section):
 
     @property
     def leaves_out_labels(self) -> bool:
-        """Whether some tokens of a training batch have no label, so that they have to be counted."""
+        """Whether some tokens of a training batch have no label and must be counted."""
         return self.document_mask or self.packing.is_planned
 
     @property

@@ -39,6 +39,7 @@ BAR_CHARACTERS = 50
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("data", help="a data folder, or the prefix of shards")
     parser.add_argument("--split", default="train", choices=["train", "validation"])
@@ -76,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_sources(console: Console, manifest: Manifest) -> None:
+    """Print a table of the sources."""
     table = Table(
         "source",
         "kind",
@@ -115,6 +117,7 @@ def print_sources(console: Console, manifest: Manifest) -> None:
 
 
 def print_lengths(console: Console, lengths: LengthStatistics) -> None:
+    """Print percentiles of the documents' lengths."""
     percentiles = ", ".join(f"{share}% {length:,}" for share, length in lengths.percentiles.items())
     console.print(
         f"document lengths in tokens: mean {lengths.mean:,.1f}, longest {lengths.longest:,};"
@@ -129,6 +132,7 @@ def print_lengths(console: Console, lengths: LengthStatistics) -> None:
 
 
 def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
+    """Draw a histogram of the documents' lengths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,6 +148,7 @@ def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
 
 
 def print_duplicates(console: Console, found: Duplicates) -> None:
+    """Print the duplicates that were found."""
     share = found.repeated / found.documents if found.documents else 0.0
     console.print(
         f"{found.repeated:,} of {found.documents:,} documents ({share:.2%},"
@@ -154,6 +159,7 @@ def print_duplicates(console: Console, found: Duplicates) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     arguments = parse_arguments()
     manifest = load_manifest(arguments.data)
     tokenizer = load_tokenizer(manifest.tokenizer_path)

@@ -75,6 +75,7 @@ OF_INPUT = ("format", "dataset_config", "dataset_split", *SOURCE_OPTIONS)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument(
         "--recipe",
@@ -387,6 +388,7 @@ def show_warnings() -> None:
 
 
 def run(pool: Pool | None) -> None:
+    """Run the command; under mpirun with a pool of the other ranks."""
     arguments = parse_arguments()
     show_warnings()
     recipe, output = data_section(arguments)
@@ -433,6 +435,7 @@ def run(pool: Pool | None) -> None:
 
 
 def main() -> None:
+    """Run the command on this machine, or over the ranks of an MPI job."""
     if mpi_size(os.environ) == 1:
         run(None)
         return

@@ -23,6 +23,7 @@ EXAMPLES = """\
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("data", help="a data folder, or the prefix of shards")
     add_json_option(parser)
@@ -30,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the command; return the exit code."""
     arguments = parse_arguments()
     manifest = load_manifest(arguments.data)
     total = sum(split.tokens for split in manifest.splits.values())

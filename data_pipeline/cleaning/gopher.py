@@ -204,6 +204,7 @@ class Words(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Words:
+        """Return the words of a text, as numbers that are the same for equal words."""
         words = text.split()
         numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
         offsets = np.zeros(len(words) + 1, np.int64)

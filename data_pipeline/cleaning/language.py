@@ -1,4 +1,7 @@
-"""Which language a text is in, by py3langid (naive Bayes over byte n-grams; Lui & Baldwin 2012)."""
+"""Identifies the language of a text with py3langid (Lui & Baldwin 2012).
+
+It is a naive Bayes classifier over byte n-grams.
+"""
 
 from __future__ import annotations
 

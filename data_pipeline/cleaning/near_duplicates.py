@@ -55,6 +55,7 @@ def bands_and_rows(threshold: float, num_permutations: int) -> tuple[int, int]:
 
 
 def num_bands(config: NearDuplicates) -> int:
+    """Return the number of bands of a signature."""
     return bands_and_rows(config.threshold, config.num_permutations)[0]
 
 

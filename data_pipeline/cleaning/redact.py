@@ -44,7 +44,8 @@ IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,
 # Global unicast addresses are in 2000::/3 (RFC 4291, section 2.4).
 IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}")
 VERSION_BEFORE = re.compile(
-    r"(?:(?<![a-z])(?:version|release|ver|rev|build|v|sections?)[\s:='\"(]{0,4}|[=<>~^]=|[<>~^]|\w/)\Z",
+    r"(?:(?<![a-z])(?:version|release|ver|rev|build|v|sections?)[\s:='\"(]{0,4}"
+    r"|[=<>~^]=|[<>~^]|\w/)\Z",
     re.IGNORECASE,
 )
 

@@ -166,7 +166,8 @@ ASSIGNED = (
         SecretPattern(
             name,
             re.compile(
-                rf"""{name}["']?\s{{0,4}}[=:]\s{{0,4}}["']?(?P<secret>[A-Za-z0-9/+]{{40}})(?![A-Za-z0-9/+=])"""
+                rf"""{name}["']?\s{{0,4}}[=:]\s{{0,4}}["']?"""
+                r"""(?P<secret>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"""
             ),
             looks_random,
         )

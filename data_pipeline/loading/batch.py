@@ -1,4 +1,4 @@
-"""What a model is trained on: samples of S tokens, and micro batches of them."""
+"""The data that a model is trained on: samples of S tokens, and micro batches of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# torch's cross_entropy ignores targets of this value by default.
 NO_LOSS = -100
 
 
@@ -19,7 +20,7 @@ class Batch:
 
     Attributes:
         input_ids_BS: int64.
-        labels_BS: int64, the next token of each input; -100 where no loss is taken.
+        labels_BS: int64, the next token of each input; -100 for no loss.
         document_ids_BS: int64, number of the document inside the sample, from 0; None without a
             document mask.
     """
@@ -29,12 +30,13 @@ class Batch:
     document_ids_BS: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device."""
         documents = None if self.document_ids_BS is None else self.document_ids_BS.to(device)
         return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), documents)
 
     @property
     def position_ids_BS(self) -> Tensor | None:
-        """int64, each token's place in its document, or in the part of it that the sample holds.
+        """Each token's position in its document, or in the part of it that the sample holds: int64.
 
         None without a document mask.
         """
@@ -42,7 +44,9 @@ class Batch:
             return None
         ids_BS = self.document_ids_BS
         places_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        # Position 0 always begins a document, even if the sample cuts one: the pad is False there.
         continues_BS = torch.nn.functional.pad(ids_BS[:, 1:] == ids_BS[:, :-1], (1, 0))
+        # cummax carries the place of each document's first token to all its tokens.
         return places_BS - places_BS.masked_fill(continues_BS, 0).cummax(dim=1).values
 
 
@@ -73,8 +77,8 @@ class Documents(NamedTuple):
     Attributes:
         place: a shard's prefix; of a stream, a file.
         first, last: their numbers in the data's split, as ``tools/inspect_data.py --document``
-        takes them; of a streamed file from the start of the
-            part of it that is read in one go, and -1 is the last one there.
+            takes them. In a streamed file they count from the start of the part that is read in
+            one go, and -1 is the last one of the part.
     """
 
     place: str
@@ -83,29 +87,29 @@ class Documents(NamedTuple):
 
 
 class Samples(Protocol):
-    """What a packing makes of a stream of tokens: samples that can be read in any order."""
+    """The samples that a packing makes of a stream of tokens; they can be read in any order."""
 
     sequence_length: int
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples in an epoch."""
 
     def read(self, number: int) -> Sample:
-        """Sample ``number``, from 0."""
+        """Return sample ``number``, from 0."""
 
     def documents(self, number: int) -> list[Documents]:
-        """Where sample ``number`` comes from."""
+        """Return the documents of sample ``number``."""
 
 
 class Origin(NamedTuple):
-    """Where one sequence of a batch comes from: its source in the mixture, and the documents."""
+    """The origin of one sequence of a batch: its source in the mixture, and its documents."""
 
     source: str
     documents: list[Documents]
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:
-    """The batch [B, S] of B samples."""
+    """Return the batch [B, S] of B samples."""
     inputs_BS, labels_BS = (
         torch.from_numpy(np.stack(rows))
         for rows in zip(*((sample.inputs_S, sample.labels_S) for sample in samples), strict=True)

@@ -26,12 +26,13 @@ from pretrain.core.files import write_synced
 
 
 def pack_path(prefix: Path, sequence_length: int) -> Path:
+    """Return the path of the packing next to a shard."""
     return prefix.with_name(f"{prefix.name}.pack-{sequence_length}.safetensors")
 
 
 @dataclass(frozen=True)
 class PackingStatistics:
-    """What packing made of some documents."""
+    """Counts of sequences, tokens and cut documents of a packing."""
 
     sequence_length: int
     sequences: int
@@ -41,7 +42,7 @@ class PackingStatistics:
 
     @property
     def padding_share(self) -> float:
-        """Of all places in the sequences, those without a token."""
+        """Share of all positions in the sequences that have no token."""
         return 1 - self.tokens / (self.sequences * self.sequence_length) if self.sequences else 0.0
 
     @property
@@ -79,7 +80,7 @@ def cut_documents(
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The sequence of each piece, and how many there are.
+    """Return the sequence of each piece, and the number of sequences.
 
     Pieces of one length are alike, and so are sequences with the same free space, so whole groups
     are placed at once: the number of steps grows with ``capacity``, not with that of the pieces.
@@ -91,6 +92,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     Returns:
         int64 [pieces], and the number of sequences.
     """
+    # A stable sort: the packing must be the same on every node, whatever numpy's default is.
     by_length = np.argsort(-lengths, kind="stable")
     sequence_of = np.empty(len(lengths), dtype=np.int64)
     counts = np.bincount(lengths, minlength=capacity + 1)
@@ -101,6 +103,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     for length in range(capacity, 0, -1):
         left = int(counts[length])
         while left:
+            # Bit k of ``fitting`` is free space length + k, so its lowest set bit is the best fit.
             fitting = nonempty >> length
             if fitting:
                 space = length + (fitting & -fitting).bit_length() - 1
@@ -130,6 +133,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                         if free == space
                         else by_free[free].append(sequences)
                     )
+                    # A Python integer as a bit set: it has ``capacity`` bits, and no search over
+                    # lists is needed.
                     nonempty |= 1 << free
             if not by_free[space]:
                 nonempty &= ~(1 << space)
@@ -153,11 +158,12 @@ class Packing:
 
 
 def pack_shard(reader: IndexedReader, sequence_length: int) -> Packing:
-    """Packs the documents of a shard; memory grows with their number, about 100 bytes each."""
+    """Pack the documents of a shard; memory grows with their number, about 100 bytes each."""
     starts = reader.document_starts(0, reader.num_tokens)
     document_lengths = np.diff(starts, append=reader.num_tokens)
     piece_starts, lengths = cut_documents(starts, document_lengths, sequence_length)
     sequence_of, sequences = best_fit_decreasing(lengths, sequence_length)
+    # Stable again: pieces keep the order in which they were placed in their sequence.
     order = np.argsort(sequence_of, kind="stable")
     bounds = np.zeros(sequences + 1, dtype=np.int64)
     np.cumsum(np.bincount(sequence_of, minlength=sequences), out=bounds[1:])
@@ -199,7 +205,7 @@ class PackedShard:
         return self.statistics.sequences
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        """The pieces of a sequence: (first token in the shard, number of tokens)."""
+        """Return the pieces of a sequence: (first token in the shard, number of tokens)."""
         first, last = self._read("bounds", sequence, 2, "<i8")
         return list(
             zip(
@@ -259,6 +265,7 @@ def _save(packing: Packing, shard: Shard) -> None:
     path = pack_path(shard.prefix, packing.statistics.sequence_length)
     numbers = ("sequences", "tokens", "documents", "truncated_documents")
     metadata = {name: str(getattr(packing.statistics, name)) for name in numbers} | {
+        # The packing depends on the documents' lengths only, which are in the index.
         "idx_sha256": shard.entry.idx_sha256
     }
     try:

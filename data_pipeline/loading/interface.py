@@ -1,4 +1,4 @@
-"""What training asks of a loader, whether it reads shards or the sources themselves."""
+"""The interface between training and a loader, of shards or of the sources themselves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Loader(Protocol):
         """
 
     def state(self, step: int) -> JsonObject:
-        """What a checkpoint after ``step`` steps must store, as JSON."""
+        """Return what a checkpoint after ``step`` steps must store, as JSON."""
 
     def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps from a checkpoint's state."""

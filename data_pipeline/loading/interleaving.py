@@ -95,7 +95,7 @@ class Interleaving:
         return sources, numbers
 
     def counts_before(self, slot: int) -> list[int]:
-        """How many slots each source has before this one."""
+        """Return the number of slots that each source has before this one."""
         start = slot - slot % STRETCH
         owners, _ = self.slots(start, slot - start)
         within = np.bincount(owners, minlength=len(self._parts)).tolist()
@@ -115,18 +115,19 @@ class Interleaving:
         return start + int(np.flatnonzero((owners == source) & (numbers == number))[0])
 
     def _bisect(self, slot: int) -> list[int]:
-        """How many slots each source has before this one, a multiple of ``STRETCH``."""
+        """Return the slots of each source before this one, a multiple of ``STRETCH``."""
         if slot == 0:
             return [0] * len(self._parts)
         if slot == END:
             return self._between(0, END, [0] * len(self._parts), [END] * len(self._parts))
-        half = slot & -slot  # the stretch that it is the middle of reaches so far to both sides
+        # The stretch with this slot in its middle reaches this far to both sides.
+        half = slot & -slot
         return self._between(
             slot - half, slot, self._counts_at(slot - half), self._counts_at(slot + half)
         )
 
     def _between(self, start: int, slot: int, before: list[int], after: list[int]) -> list[int]:
-        """How many slots each source has before ``slot``.
+        """Return the number of slots that each source has before ``slot``.
 
         It is the middle of a stretch from ``start``; each source has ``before`` slots before the
         stretch, and ``after`` before its end.

@@ -1,4 +1,4 @@
-"""Which source each training sample comes from: a pure function of the sample, in constant memory.
+"""Assigns a source to each training sample, as a pure function in constant memory.
 
 Sample i of a run is sample j of its source: j // N is the source's epoch, and the order of that
 epoch (:mod:`data_pipeline.loading.shuffle`) says which of its N samples it is. So every source

@@ -39,14 +39,14 @@ class Windows:
         self.num_all = -(-self._targets // sequence_length)
 
     def of_length(self, sequence_length: int) -> Windows:
-        """The same stream in windows of another length."""
+        """Return the same stream in windows of another length."""
         return Windows(self.stream, sequence_length, self.pad_id, self.document_mask)
 
     def __len__(self) -> int:
         return self._targets // self.sequence_length
 
     def read(self, number: int) -> Sample:
-        """One window.
+        """Return one window.
 
         A missing tail is ``pad_id`` and -100, in a document of its own; so is all of the window -1.
         """
@@ -62,7 +62,7 @@ class Windows:
         return self.read_at(number * length)
 
     def documents(self, number: int) -> list[Documents]:
-        """Those that the window's tokens belong to, its last target included."""
+        """Return the documents of the window's tokens, its last target included."""
         start = number * self.sequence_length
         return documents_at(
             self.stream, start, min(self.sequence_length, self._targets - start) + 1
@@ -76,13 +76,18 @@ class Windows:
         length = self.sequence_length
         inputs = np.full(length, self.pad_id, dtype=np.int64)
         labels = np.full(length, NO_LOSS, dtype=np.int64)
+        # S + 1 tokens make S pairs of input and label, so neighbouring windows share one token.
         targets = min(length, self._targets - start)
         tokens = self.stream.read(start, targets + 1)
         inputs[:targets], labels[:targets] = tokens[:-1], tokens[1:]
         if not self.document_mask:
             return Sample(inputs, labels, None)
+        # Label i is token start + i + 1, so these places index the labels: their targets begin
+        # documents.
         begins = self.stream.document_starts(start + 1, targets)
         labels[begins] = NO_LOSS
+        # Inputs change their document one place later than labels; the padding is one more
+        # document.
         changes = np.zeros(length + 1, dtype=np.int64)
         changes[begins + 1] = 1
         changes[targets] = 1
@@ -116,7 +121,7 @@ class PackedSamples:
         return int(self._starts[-1])
 
     def read(self, number: int) -> Sample:
-        """One packed sequence."""
+        """Return one packed sequence."""
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -130,7 +135,7 @@ class PackedSamples:
         ):
             # A piece that is cut fills its sequence, and only then its last input has a label: the
             # first token of the rest.
-            peek = int(count == length and self._goes_on(offset + start + count))
+            peek = int(count == length and self._continues(offset + start + count))
             tokens = self.stream.read(offset + start, count + peek)
             inputs[filled : filled + count] = tokens[:count]
             labels[filled : filled + len(tokens) - 1] = tokens[1:]
@@ -140,7 +145,7 @@ class PackedSamples:
         return Sample(inputs, labels, documents if self.document_mask else None)
 
     def documents(self, number: int) -> list[Documents]:
-        """Those that are packed in the sequence, piece by piece."""
+        """Return the documents that are packed in the sequence, piece by piece."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         offset = self.stream.start_of(shard)
         pieces = self._shards[shard].pieces(number - int(self._starts[shard]))
@@ -150,7 +155,7 @@ class PackedSamples:
             for documents in documents_at(self.stream, offset + start, count)
         ]
 
-    def _goes_on(self, token: int) -> bool:
+    def _continues(self, token: int) -> bool:
         return token < self.stream.num_tokens and not len(self.stream.document_starts(token, 1))
 
 
@@ -165,12 +170,12 @@ class Joined:
         return int(self._starts[-1])
 
     def read(self, number: int) -> Sample:
-        """Sample ``number`` of all."""
+        """Return sample ``number`` of all."""
         part, within = self._find(number)
         return part.read(within)
 
     def documents(self, number: int) -> list[Documents]:
-        """Where sample ``number`` of all comes from."""
+        """Return the documents of sample ``number`` of all."""
         part, within = self._find(number)
         return part.documents(within)
 
@@ -180,7 +185,7 @@ class Joined:
 
 
 def documents_at(stream: TokenStream, start: int, count: int) -> list[Documents]:
-    """The documents of tokens start .. start + count - 1, a line for each shard."""
+    """Return the documents of tokens start .. start + count - 1, an entry for each shard."""
     return [
         Documents(str(shard.prefix), *shard.documents(begin, end))
         for shard, begin, end in stream.ranges(start, count)
@@ -190,18 +195,19 @@ def documents_at(stream: TokenStream, start: int, count: int) -> list[Documents]
 def training_samples(
     parts: Sequence[SourceShards], config: DataConfig, sequence_length: int, pad_id: int
 ) -> Samples:
-    """The samples of one source of the mixture, as the recipe packs them."""
+    """Return the samples of one source of the mixture, as the recipe packs them."""
     kind = PackedSamples if isinstance(config.packing, BestFit) else Windows
     samples = [kind(part.stream, sequence_length, pad_id, config.document_mask) for part in parts]
+    # One shard folder needs no index over several.
     return samples[0] if len(samples) == 1 else Joined(samples)
 
 
 def prepare_packing(
     datasets: Datasets, config: DataConfig, sequence_length: int, progress: bool = False
 ) -> PackingStatistics | None:
-    """Packs what is not packed yet, on one process.
+    """Pack what is not packed yet, on one process.
 
-    None if the recipe's packing needs nothing prepared.
+    Returns None if the recipe's packing needs nothing prepared.
 
     Raises:
         StorageError: if a data folder cannot be written to.

@@ -1,4 +1,4 @@
-"""What a loader needs to know of a run, in numbers: the recipe stays with the caller.
+"""The numbers of a run that a loader needs; the recipe stays with the caller.
 
 Without torch, so that the configuration can build a plan before anything heavy is imported.
 """

@@ -1,4 +1,4 @@
-"""Which samples a run has seen, from what its checkpoint stores."""
+"""Computes which samples a run has seen, from what its checkpoint stores."""
 
 from __future__ import annotations
 

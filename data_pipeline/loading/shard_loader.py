@@ -109,6 +109,7 @@ class ShardLoader:
             self._ahead.clear()
         while len(self._ahead) <= STEPS_AHEAD:
             ahead = step + len(self._ahead)
+            # One thread reads the steps in order: two would only compete for the disk.
             self._ahead.append((ahead, self._reader.submit(self._read, ahead)))
         return self.prefetch_wait.result(self._ahead.popleft()[1])
 
@@ -228,6 +229,8 @@ class ShardLoader:
         size = phase.micro_batch_size
         part = (step - phase.first_step) % phase.slices
         batches = []
+        # The ranks take micro batches alternately, so a step has the same samples on any number of
+        # ranks.
         for first in range(self.dp_rank * size, phase.global_batch_size, self.dp_size * size):
             group = [
                 self._read_sample(name, sample) for name, sample in numbers[first : first + size]

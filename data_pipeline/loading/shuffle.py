@@ -19,7 +19,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Where an epoch's order sends the positions ``indices``: a bijection on [0, num_samples).
+    """Map positions to the samples of an epoch's order: a bijection on [0, num_samples).
 
     Args:
         indices: any shape, integers in [0, num_samples).
@@ -36,8 +36,10 @@ def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.
     values = np.asarray(indices)
     if values.size and (values.min() < 0 or values.max() >= num_samples):
         raise ValueError(f"indices must be in [0, {num_samples})")
+    # Both halves of a Feistel network have the same number of bits, so their total is even.
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
+    # Unsigned: the products below overflow on purpose, and uint64 wraps without a warning.
     flat = _feistel(values.astype(np.uint64).ravel(), half_bits, keys)
     # The network permutes a power of four, at most four times too large: what falls outside walks
     # on until it is back inside.
@@ -53,6 +55,7 @@ def shuffled(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
 
     Each epoch is a new permutation. The result is int64, of the shape of ``positions``.
     """
+    # A step near the end of an epoch takes positions of two epochs, each with its own order.
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     result = np.empty_like(places)
     for epoch in np.unique(epochs):

@@ -26,7 +26,8 @@ from pretrain.core.errors import DataError
 
 # What a resumed run reads again of each source, at most.
 UNIT_BYTES = 16 << 20
-LAST_DOCUMENT = -1  # of a unit: its number is unknown until the unit is read to its end
+# The last document of a unit: its number is unknown until the unit is read to its end.
+LAST_DOCUMENT = -1
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 FINGERPRINTED_FIELDS = {
@@ -149,9 +150,12 @@ class SourceStream:
         tokens = np.concatenate(heads)[: length + 1]
         ends = np.cumsum([len(document.tokens) for document in self._buffer])
         inputs = tokens[:-1]
+        # A copy, because inputs and labels are views of one array and the mask writes to the
+        # labels.
         labels = tokens[1:].copy()
         documents = None
         if self.document_mask:
+            # The input before an end has the next document's first token as its target.
             labels[ends[ends <= length] - 1] = NO_LOSS
             documents = np.searchsorted(ends, np.arange(length), side="right")
         self._advance(length)
@@ -190,6 +194,7 @@ class SourceStream:
             [text.digest for _, text in pieces],
             [f"{self.name} {text.place}" for _, text in pieces],
         )
+        # ``offsets`` begins with 0 and ends with the number of ids, which are no cuts.
         encoded = iter(np.split(ids.astype(np.int64), offsets[1:-1]))
         for text, document in zip(batch, documents, strict=True):
             parts = [

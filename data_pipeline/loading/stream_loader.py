@@ -58,7 +58,7 @@ class SavedSource:
 
 @dataclass(frozen=True)
 class StreamState:
-    """What a checkpoint stores of a streamed run.
+    """The state of a streamed run in a checkpoint.
 
     Attributes:
         start_sample: from which on the mixture holds.
@@ -222,6 +222,7 @@ class StreamLoader:
         """Stop reading in the background, so that the sources can move to other places."""
         for future in self._ahead:
             future.cancel()
+        # A running read cannot be cancelled, and it moves the sources: wait until it is over.
         wait(self._ahead)
         self._ahead.clear()
 
@@ -239,6 +240,8 @@ class StreamLoader:
             before = source.place
             samples.append(source.next_window())
             windows.append(Window(name, before, source.place))
+        # The ranks take micro batches alternately, so a step has the same samples on any number of
+        # ranks.
         firsts = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
         batches = [to_batch(samples[first : first + size]) for first in firsts]
         return Step(batches, {name: source.place for name, source in self.sources.items()}, windows)

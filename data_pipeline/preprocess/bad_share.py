@@ -1,4 +1,4 @@
-"""How much of each source may be lost: a build that loses more stops, with the commonest reason."""
+"""Limits the loss of each source: a build that loses more stops and names the reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADVICE = {
 
 
 class BadShares:
-    """What is bad of each source so far.
+    """Counts the bad records and bytes of each source.
 
     Args:
         allowed: share of a source, from 0 to 1, of its records and of its bytes.

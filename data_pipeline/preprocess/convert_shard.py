@@ -40,7 +40,7 @@ COPIED_BYTES = 1 << 24
 
 @dataclass
 class ImportRecord:
-    """What became of one shard.
+    """The result of importing one shard.
 
     Attributes:
         shards: what was written of each split, by the shard's name.
@@ -271,6 +271,8 @@ class _Importer:
         for document in documents:
             digest = xxhash.xxh3_64()
             for part in [document] if parts is None else parts():
+                # Converted to one type first: a document must fall on the same side, however its
+                # shard stores ids.
                 digest.update(part.astype("<i4").data)
             places.append(digest.intdigest() / 2**64)
         return (np.array(places) < self.job.share).astype(np.int64)
@@ -309,7 +311,8 @@ class _LinkedShard:
         path, size = bin_path(self.prefix), int(self.lengths.sum()) * self.dtype.itemsize
         try:
             os.link(self.source.resolve(), path)
-        except OSError:  # another file system, or one that has no links, or files of somebody else
+        except OSError:
+            # Another file system, or one that has no links, or files of somebody else.
             self.how = "copied"
             with self.source.open("rb") as source, path.open("wb") as target:
                 while block := source.read(COPIED_BYTES):
@@ -330,6 +333,7 @@ class _LinkedShard:
                 index_bytes += stream.write(block)
         fsync_path(temporary)
         os.replace(temporary, idx_path(self.prefix))
+        # The parent folder holds the new names; without this a power cut may lose them.
         fsync_path(self.prefix.parent)
         return WrittenShard(
             documents=len(self.lengths),

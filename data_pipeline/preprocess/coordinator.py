@@ -81,6 +81,7 @@ class BuildResult:
 
     @property
     def folder(self) -> Path:
+        """The folder of all files."""
         return self.output.folder
 
 
@@ -186,6 +187,7 @@ class Build:
         self.task = Task(plan.config, str(workspace), SplitPlan(plan.config.validation_share))
 
     def run(self, given: Tokenizer | None, engine: str | None) -> BuildResult:
+        """Run all phases and publish; without a tokenizer or an engine, train or choose one."""
         tokenizer = given or self._trained_tokenizer()
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
         self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
@@ -336,7 +338,8 @@ class Build:
             else plan_split(config.validation_share, config.split_by, hashed, places)
         )
         notice = split.notice(config.split_by)
-        if notice is not None and split != self.task.split:  # else the sample has shown it already
+        # If the plans are equal, the sample has shown the notice already.
+        if notice is not None and split != self.task.split:
             logger.warning("%s", notice)
         return split
 
@@ -433,9 +436,8 @@ class Build:
                     written[record.entry.prefix] = record
                     stage.advance(1)
 
-            write(
-                [plan for plan in plans if plan.name not in taken]
-            )  # while the thread ends those that have grown
+            # Meanwhile the thread completes the shards that it has written.
+            write([plan for plan in plans if plan.name not in taken])
             for name, grown in taken.items():
                 if (result := grown.result()) is not None:
                     written[name] = result

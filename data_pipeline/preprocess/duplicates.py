@@ -1,4 +1,4 @@
-"""Which documents of a corpus are duplicates, from keys on disk, in bounded memory.
+"""Finds the duplicates among a corpus' documents, from keys on disk, in bounded memory.
 
 Of documents with equal digests the first in corpus order stays. Of the others, those that share a
 band hash are linked, and the first of each connected component stays. Corpus order is the order of
@@ -54,7 +54,7 @@ def mark_duplicates(
     memory_bytes: int = 256 << 20,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the marks of every unit, each file at once or not at all.
+    """Write the marks of every unit, each file at once or not at all.
 
     Memory stays near ``memory_bytes`` however many documents there are. Scratch takes 9 bytes a
     document, and if the keys of one kind do not fit into the memory, 24 bytes a digest or 16
@@ -78,6 +78,7 @@ def mark_duplicates(
 
     # A map of no bytes is not allowed.
     marks: Marks = np.memmap(work / "marks", np.uint8, "w+", shape=max(total, 1))
+    # A union-find forest: each row points to a row that it is a duplicate of, at first to itself.
     parents: Rows = np.memmap(work / "parents", np.int64, "w+", shape=max(total, 1))
     for start, stop in _slices(total, memory_bytes):
         parents[start:stop] = np.arange(start, stop)
@@ -162,6 +163,8 @@ def _read_chunks(
             start = stop
             if held == limit:
                 yield np.concatenate(pieces), np.arange(first, first + held)
+                # After the yield: the chunk has been joined when the consumer asks for the next
+                # one.
                 advance(held)
                 first, held, pieces = first + held, 0, []
     if held:
@@ -186,6 +189,7 @@ def _join_equal(
         work: a folder to make, for the partitions.
     """
     work.mkdir()
+    # Rounded up; keys are hashes, so ranges of equal width hold about equally many.
     partitions = -(-total * BYTES_PER_KEY // memory_bytes)
     columns = 0
     for keys, rows in chunks:
@@ -194,6 +198,7 @@ def _join_equal(
         if partitions > 1:
             _scatter(keys[kept], rows[kept], partitions, work)
     # One partition means one chunk, which has found everything.
+    # Sorted, because a directory lists its files in any order and the marks must not depend on it.
     for path in sorted(work.iterdir()):
         records = np.fromfile(path, np.uint64).reshape(-1, columns + 1)
         _join_within(records[:, :columns], records[:, columns].astype(np.int64), join)
@@ -224,7 +229,7 @@ def _join_within(keys: NDArray[np.uint64], rows: Rows, join: Join) -> NDArray[np
 
 
 def _scatter(keys: NDArray[np.uint64], rows: Rows, partitions: int, work: Path) -> None:
-    """Appends sorted keys and their rows to the files of the ranges that they fall into."""
+    """Append sorted keys and their rows to the files of the ranges that they fall into."""
     records = np.column_stack([keys, rows.astype(np.uint64)])
     starts = np.arange(partitions, dtype=np.uint64) * np.uint64(-(-(1 << 64) // partitions))
     cuts = np.append(np.searchsorted(keys[:, 0], starts), len(keys))
@@ -234,7 +239,7 @@ def _scatter(keys: NDArray[np.uint64], rows: Rows, partitions: int, work: Path) 
 
 
 def _link(parents: Rows, left: Rows, right: Rows) -> None:
-    """Connects pairs of rows.
+    """Connect pairs of rows.
 
     A parent is never larger than its child, so the root of a component is its first row.
     """
@@ -248,7 +253,7 @@ def _link(parents: Rows, left: Rows, right: Rows) -> None:
 
 
 def _roots(parents: Rows, rows: Rows) -> Rows:
-    """The root of each row; the rows' paths are halved until they point at it."""
+    """Return the root of each row; the rows' paths are halved until they point at it."""
     while True:
         above = parents[rows]
         top = parents[above]
@@ -272,4 +277,5 @@ def _write(path: Path, marks: Marks, parents: Rows, rows: range, memory_bytes: i
             file.write(result.tobytes())
         file.flush()
         os.fsync(file.fileno())
+    # Synced before the rename, so that a file of this name is always complete.
     os.replace(temporary, path)

@@ -252,7 +252,8 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
 
         def advance(tokens: int) -> None:
             if ended.is_set():
-                raise InterruptedError  # another shard has failed, or the user has had enough
+                # Another shard has failed, or the user has had enough.
+                raise InterruptedError
             stage.advance(tokens)
 
         futures = [pool.submit(import_shard, job, advance) for job in jobs]
@@ -260,6 +261,7 @@ def _run(jobs: list[ImportJob], workers: int, progress: bool) -> list[ImportReco
             for future in as_completed(futures):
                 future.result()
         except BaseException:
+            # A thread cannot be cancelled: it stops at its next call of advance.
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -344,7 +346,7 @@ class _Import:
         )
 
     def _notes(self) -> Iterator[str]:
-        """What a user should know of, one sentence each."""
+        """Yield what a user should know about the import, one sentence each."""
         for job in self.jobs:
             yield from job.shard.notes
         for job, record in zip(self.jobs, self.records, strict=True):

@@ -44,6 +44,7 @@ class GrowingShards:
 
     def __init__(self, workspace: Path, dtype: np.dtype[Any], max_tokens: int | None) -> None:
         self.workspace, self.dtype, self.max_tokens = workspace, dtype, max_tokens
+        # One thread: units have to be appended in their order.
         self._thread = ThreadPoolExecutor(1, "growing shards")
         self._added: deque[Future[None]] = deque()
         self._shards: dict[tuple[SplitName, str], _GrowingShard] = {}
@@ -118,6 +119,7 @@ class GrowingShards:
             return None
         written = shard.finish()
         place = self.workspace / "shards" / plan.name
+        # The .bin before the .idx, as an index must never name tokens that do not exist.
         os.replace(bin_path(shard.prefix), bin_path(place))
         os.replace(idx_path(shard.prefix), idx_path(place))
         return keep_record(plan, written)

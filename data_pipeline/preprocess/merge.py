@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard and where its documents come from."""
+    """A shard, and the pieces that its documents come from."""
 
     name: str
     split: SplitName
@@ -45,7 +45,7 @@ class ShardPlan:
 
 
 def kept_documents(workspace: Path, unit: int, split: SplitName) -> np.ndarray | None:
-    """bool [documents of the part]: which ones stay; None if all do."""
+    """Return which documents of the part stay: bool [documents]; None if all do."""
     folder = unit_folder(workspace, "units", unit)
     if not (folder / MARKS).exists():
         return None
@@ -88,8 +88,10 @@ class ShardCutter:
         while first < len(ends):
             before = int(ends[first - 1]) if first else 0
             last = int(np.searchsorted(ends, before + self._room, side="right"))
+            # Without this the loop would never end.
             if last == first and not self.shards[-1]:
-                last += 1  # a document that is larger than a shard has one to itself
+                # A document that is larger than a shard has one to itself.
+                last += 1
             if last > first:
                 self.shards[-1].append(Piece(unit, first, last))
                 self._room -= int(ends[last - 1]) - before
@@ -137,7 +139,7 @@ def write_shard(plan: ShardPlan) -> ShardRecord:
 
 
 def append_piece(writer: IndexedWriter, workspace: Path, split: SplitName, piece: Piece) -> None:
-    """Copies the documents of a piece that stay to the end of a shard."""
+    """Copy the documents of a piece that stay to the end of a shard."""
     reader = IndexedReader(unit_folder(workspace, "units", piece.unit) / split)
     kept = kept_documents(workspace, piece.unit, split)
     for first, last in _runs(kept, piece.first, len(reader) if piece.last is None else piece.last):
@@ -153,10 +155,12 @@ def keep_record(plan: ShardPlan, written: WrittenShard) -> ShardRecord:
 
 
 def _runs(kept: np.ndarray | None, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """The stretches of kept documents in first .. last - 1."""
+    """Yield the ranges of kept documents in first .. last - 1."""
     if kept is None:
         yield first, last
         return
+    # Padded with False at both ends, every run of kept documents has a rising and a falling edge;
+    # np.diff needs a signed type to show them.
     edges = (
         np.flatnonzero(
             np.diff(np.concatenate([[False], kept[first:last], [False]]).astype(np.int8))

@@ -51,6 +51,7 @@ class BuildPlan:
 
     @property
     def input_bytes(self) -> int:
+        """Bytes of all units, about."""
         return sum(unit.size for unit in self.units)
 
     def bytes_of_sources(self, numbers: Iterable[int]) -> dict[str, int]:
@@ -102,6 +103,7 @@ def plan_build(
         for source in sources.values()
         for unit in source.units(config.unit_bytes or SMALLEST_UNIT)
     ]
+    # The number of units is bounded: each costs a record and a message.
     wanted = sum(unit.size for unit in units) // UNITS_WANTED
     if config.unit_bytes is None and wanted > SMALLEST_UNIT:
         size = min(1 << (wanted - 1).bit_length(), LARGEST_UNIT)

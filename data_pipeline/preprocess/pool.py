@@ -46,9 +46,10 @@ MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 
 
 class Submits(Protocol):
-    """What is needed of an executor; that of MPI is none of the standard library's."""
+    """The part of an executor that is needed; MPI's is no class of the standard library."""
 
-    def submit(self, function: Callable[[JobT], ResultT], job: JobT, /) -> Future[ResultT]: ...
+    def submit(self, function: Callable[[JobT], ResultT], job: JobT, /) -> Future[ResultT]:
+        """Run the function on the job, in another process, and return its future result."""
 
 
 class Pool:
@@ -74,7 +75,7 @@ class Pool:
         return future
 
     def run(self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
-        """The results in the order in which they are ready; the first error ends it all."""
+        """Yield the results in the order in which they are ready; the first error ends the run."""
         if self.executor is None:
             yield from map(function, jobs)
             return
@@ -150,7 +151,7 @@ def local_pool(workers: int) -> Iterator[Pool]:
 
 
 def default_workers(input_bytes: int) -> int:
-    """Every core, or one process if starting others would take longer than the work."""
+    """Return the number of cores, or 1 if starting others would take longer than the work."""
     return len(os.sched_getaffinity(0)) if input_bytes >= WORTH_STARTING_FOR else 1
 
 
@@ -172,7 +173,7 @@ def _end_with(sentinel: Any) -> None:
 
 
 def mpi_size(environment: Mapping[str, str]) -> int:
-    """The number of processes that ``mpirun`` has started; 1 without it."""
+    """Return the number of processes that ``mpirun`` has started; 1 without it."""
     return next(
         (
             int(environment[name])

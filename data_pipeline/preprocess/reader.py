@@ -36,7 +36,7 @@ TALLIED_DOCUMENTS, TALLIED_CHARACTERS = 1 << 8, 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """What all units of a build have in common; small, since it travels with each.
+    """The settings that all units of a build share; small, since it is sent with each.
 
     Attributes:
         workspace: the staging folder, which holds the tokenizer too.
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass
 class Counters:
-    """What became of a unit's records."""
+    """Counts of a unit's records, by outcome and reason."""
 
     records: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -115,6 +115,7 @@ class Reader:
             digest = text_digest(result.text)
             name = self.source.split_name(result, self.unit) if fixed_place is None else None
             checksum.update(
+                # The NUL ends the name, which cannot hold one.
                 digest.to_bytes(16, "little")
                 + (b"\0" if name is None else name.encode("utf-8") + b"\0")
             )
@@ -142,6 +143,7 @@ class Reader:
         self.highest = place if self.highest is None else max(self.highest, place)
 
     def _leave_out(self, record: LeftOut) -> None:
+        # What a source leaves out on purpose does not count against max_bad_share.
         (self.counters.bad if record.is_bad else self.counters.left_out)[record.reason] += 1
         if record.is_bad and record.reason not in NO_LOSS:
             self._bad_bytes += record.size or 0
@@ -179,6 +181,7 @@ class Reader:
         if self.report is not None:
             self.report.write(
                 json.dumps(row, ensure_ascii=False, default=str)
+                # A path of undecodable bytes has surrogates, which UTF-8 cannot hold.
                 .encode("utf-8", "replace")
                 .decode("utf-8")
                 + "\n"

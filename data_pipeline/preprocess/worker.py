@@ -1,4 +1,4 @@
-"""What a worker process does with a unit: sample it for a tokenizer, or encode it."""
+"""The work of a worker process on a unit: sample it for a tokenizer, or encode it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ Job = tuple[Task, int, Unit]
 
 
 def unit_folder(workspace: str | Path, stage: str, number: int) -> Path:
+    """Return the folder of a unit: ``stage`` is samples or units."""
     return Path(workspace) / stage / f"{number:07}"
 
 
@@ -93,6 +94,8 @@ def encode_unit(job: Job) -> UnitRecord:
                         text_digest(text) if task.split.cut else digest,
                         SPLITS.index(split),
                     )
+            # Of a stream only the held-out documents are written, and no more of them than asked
+            # for.
             if wanted is not None and part.documents[1] >= wanted:
                 break
         splits, checksums = part.finish()
@@ -188,6 +191,8 @@ class PartWriter:
 
     def __enter__(self) -> PartWriter:
         self.writers = [
+            # Not durable: an fsync for each unit would cost more than encoding a unit again after a
+            # power cut.
             self._stack.enter_context(IndexedWriter(self.folder / split, self.dtype, durable=False))
             for split in SPLITS
         ]
@@ -197,6 +202,13 @@ class PartWriter:
         self._stack.close()
 
     def add(self, name: str, text: str, digest: int, side: int) -> None:
+        """Add a document to the part of its split.
+
+        Args:
+            name: what errors and reports call it.
+            digest: of the text.
+            side: index of the split in ``SPLITS``.
+        """
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
         self.documents[side] += 1
         self.text_bytes[side] += size
@@ -260,6 +272,7 @@ class Batch:
         self._first_segments: list[int] = []
 
     def add(self, name: str, digest: int, side: int, segments: list[str | int]) -> None:
+        """Add a document as segments."""
         self._first_segments.append(len(self._segments))
         self._segments += segments
         self.sides.append(side)
@@ -274,6 +287,7 @@ class Batch:
         Raises:
             DataError: for an id that the token type cannot hold.
         """
+        # -1 marks a text: token ids are never negative.
         literals = np.array(
             [segment if isinstance(segment, int) else -1 for segment in self._segments],
             dtype=np.int64,
@@ -281,6 +295,7 @@ class Batch:
         is_text = literals < 0
         texts = [segment for segment in self._segments if isinstance(segment, str)]
         digests, names = self._digests, self._names
+        # reduceat sums from each document's first segment to the next document's.
         counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
         if (counts != 1).any():
             owners = np.repeat(np.arange(len(counts)), counts).tolist()
@@ -306,6 +321,7 @@ class Batch:
 
 
 def looks_for_duplicates(cleaning: Cleaning) -> bool:
+    """Whether any kind of deduplication is on."""
     return cleaning.exact_duplicates or cleaning.near_duplicates is not None
 
 
@@ -330,6 +346,7 @@ class DuplicateKeys:
         self._characters = 0
 
     def add(self, name: str, text: str, digest: int, side: int, size: int) -> None:
+        """Add a document's row; ``size`` is that of its text in bytes."""
         self._waiting.append((name, text if self.near is not None else "", digest, side, size))
         self._characters += len(text)
         if self._characters >= MINHASH_CHARACTERS or len(self._waiting) >= BATCH_DOCUMENTS:
@@ -341,6 +358,7 @@ class DuplicateKeys:
             zip(*self._waiting, strict=True) if self._waiting else ((),) * 5
         )
         values: dict[str, Any] = {
+            # numpy has no integers of 128 bits: the digest is stored as its upper and lower half.
             DIGESTS: [(digest >> 64, digest & (2**64 - 1)) for digest in digests],
             SIDES: sides,
             TEXT_BYTES: sizes,
@@ -361,6 +379,8 @@ class DuplicateKeys:
         for column, dtype in self.columns.items():
             shape = (self.rows, self.widths[column]) if column in self.widths else (self.rows,)
             raw = self._raw(column)
+            # numpy cannot append to a .npy file, so the header is written at the end, when the
+            # shape is known.
             np.save(
                 self.folder / column,
                 np.memmap(raw, dtype, "r", shape=shape) if self.rows else np.zeros(shape, dtype),

@@ -26,7 +26,7 @@ RECORD = "record.json"
 
 @dataclass(frozen=True)
 class Output:
-    """Where a build's files go: to a folder, or next to other files under a common prefix.
+    """The place of a build's files: a folder, or a common prefix next to other files.
 
     Attributes:
         folder: of all files.
@@ -38,11 +38,12 @@ class Output:
 
     @property
     def staging(self) -> Path:
+        """The folder of an unfinished build, on the same file system as the output."""
         return self.folder / (f".{self.prefix}.building" if self.prefix else ".building")
 
     @property
     def path(self) -> Path:
-        """What a recipe's data.path says."""
+        """The value of data.path in a recipe that uses the data."""
         return self.folder / self.prefix if self.prefix else self.folder
 
     def name(self, name: str) -> str:
@@ -66,15 +67,17 @@ class Output:
 
     @property
     def manifest(self) -> Path:
+        """The path of the manifest."""
         return self.folder / self.name(MANIFEST_NAME)
 
     @property
     def tokenizer(self) -> str:
+        """The name of the tokenizer's file."""
         return self.name(TOKENIZER_NAME)
 
 
 def begin_staging(folder: Path, request_sha256: str) -> None:
-    """Makes the staging folder; what a build of another request has left in it is removed."""
+    """Make the staging folder; what a build of another request has left in it is removed."""
     found = read_json(folder / "identity.json")
     if folder.exists() and (found is None or found["request_sha256"] != request_sha256):
         if found is not None:
@@ -124,11 +127,13 @@ def attempt(workspace: Path, place: Path) -> Iterator[Path]:
 
     Another process may have been faster with the same content.
     """
+    # A random name, since another process may work on the same unit.
     folder = workspace / "attempts" / uuid.uuid4().hex
     folder.mkdir()
     try:
         yield folder
         try:
+            # A rename inside one file system is atomic: ``place`` is complete or does not exist.
             os.rename(folder, place)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -139,7 +144,7 @@ def attempt(workspace: Path, place: Path) -> Iterator[Path]:
 
 @contextmanager
 def no_space_is_told(folder: Path) -> Iterator[None]:
-    """A full disk inside the block becomes one sentence.
+    """Report a full disk inside the block in one sentence.
 
     Raises:
         StorageError: if the disk is full.
@@ -149,6 +154,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
+        # ``from None``: a user with a full disk has no use for the traceback of the write.
         raise StorageError(
             f"{error.strerror} while writing data into {folder}: free some space, then run the same"
             " command, which continues from where it stopped"
@@ -157,7 +163,7 @@ def no_space_is_told(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def interruption_is_reported(output: Output) -> Iterator[None]:
-    """Ctrl-C inside the block says what is kept."""
+    """Report what is kept when Ctrl-C ends the block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -179,7 +185,7 @@ def read_json(path: Path) -> JsonObject | None:
 
 
 def publish(workspace: Path, output: Output, names: list[str], manifest: bytes) -> None:
-    """Moves the finished files to their names, the manifest last.
+    """Move the finished files to their names, the manifest last.
 
     A killed one is finished by :func:`finish_publishing`.
     """
@@ -191,7 +197,7 @@ def publish(workspace: Path, output: Output, names: list[str], manifest: bytes) 
 
 
 def finish_publishing(workspace: Path, output: Output) -> bool:
-    """Brings a begun publication to its end; false if none has begun."""
+    """Complete a publication that has begun; false if none has begun."""
     found = read_json(workspace / "publishing.json")
     if found is None:
         return False
@@ -200,12 +206,14 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
     output.manifest.unlink(missing_ok=True)
     for name in _files_of(old) - set(found["names"]):
         (output.folder / name).unlink(missing_ok=True)
+        # Packings belong to the old shards; training makes new ones.
         for packing in output.folder.glob(f"{glob.escape(Path(name).stem)}.pack-*"):
             packing.unlink()
     for name in found["names"]:
         staged = workspace / "shards" / name
         if staged.exists():
             os.replace(staged, output.folder / name)
+    # The renames must be on disk before a manifest can vouch for the files.
     fsync_path(output.folder)
     write_synced(output.manifest, found["manifest"].encode())
     shutil.rmtree(workspace, ignore_errors=True)

@@ -32,7 +32,7 @@ class SourceShards:
 
 @dataclass(frozen=True)
 class TrainingShare:
-    """What the training split has of one source; ``share`` is that of all its tokens."""
+    """One source's part of the training split; ``share`` is that of all its tokens."""
 
     kind: str
     documents: int
@@ -52,14 +52,17 @@ class Datasets:
 
     @property
     def first(self) -> Manifest:
+        """The manifest of the first folder."""
         return next(iter(self.manifests.values()))
 
     @property
     def tokenizer(self) -> TokenizerEntry:
+        """The tokenizer, which all folders share."""
         return self.first.tokenizer
 
     @property
     def tokenizer_path(self) -> Path:
+        """The path of the tokenizer's file."""
         return self.first.tokenizer_path
 
     @property

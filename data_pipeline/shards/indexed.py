@@ -39,6 +39,7 @@ Tokens = np.ndarray[tuple[int], np.dtype[Any]]
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The token type of Megatron's own preprocessing: uint16 below 65500 entries, else int32."""
+    # The limit of Megatron's best_fitting_dtype.
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -54,7 +55,7 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What a finished writer has put on disk; sizes are in bytes.
+    """The files that a finished writer has put on disk; sizes are in bytes.
 
     Checksums are hexadecimal: SHA-256, or XXH3 for a shard that is not durable.
     ``bin_blocks`` and ``idx_blocks`` are the checksums of a durable shard's blocks, see
@@ -102,6 +103,7 @@ class IndexedWriter:
         self._bin = self._temporary["bin"].open("wb")
         self._lengths = self._temporary["lengths"].open("w+b")
         self._hash = FileChecksums if durable else xxhash.xxh3_128
+        # Hashed while it is written: reading terabytes again for a checksum takes hours.
         self._bin_hash = self._hash()
         # A shard's block is hashed while it is written: both take about as long, and neither holds
         # the interpreter's lock.
@@ -253,6 +255,7 @@ def index_content(
     yield HEADER.pack(MAGIC, VERSION, code, documents, documents + 1)
     yield from read_lengths()
     offset = 0
+    # One offset a document, from the lengths: cumsum in int64, since int32 overflows at 2 GiB.
     for block in read_lengths():
         ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * dtype.itemsize
         yield np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes()

@@ -85,13 +85,12 @@ class LengthStatistics:
 
 
 def length_statistics(manifest: Manifest, split: SplitName) -> LengthStatistics:
-    """How long the documents of a split are.
+    """Return statistics of the lengths of a split's documents.
 
     Memory does not grow: percentiles come from counts by length.
     """
-    by_length = np.zeros(
-        1 << 16, dtype=np.int64
-    )  # documents of each length; the last counts all longer ones
+    # Documents of each length; the last counts all longer ones.
+    by_length = np.zeros(1 << 16, dtype=np.int64)
     counts = np.zeros(33, dtype=np.int64)
     total = tokens = longest = 0
     for block in lengths(manifest, split):

@@ -28,6 +28,8 @@ FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=200)]
 
 
 class ManifestPart(BaseModel):
+    """A part of a manifest: frozen, and strict about unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -45,7 +47,7 @@ class TokenizerEntry(ManifestPart):
 
 
 class SourceEntry(ManifestPart):
-    """What became of one source's records.
+    """Counts of one source's records, documents and tokens.
 
     Attributes:
         sha256: covers every document that was read, its name and its text, in order.
@@ -175,11 +177,12 @@ class Manifest(ManifestPart):
 
     @property
     def folder(self) -> Path:
-        """Where it was loaded from; the prefixes of its shards start here."""
+        """The folder that it was loaded from; the prefixes of its shards start here."""
         return self._folder
 
     @property
     def tokenizer_path(self) -> Path:
+        """The path of the tokenizer's file."""
         return self._folder / self.tokenizer.file
 
     @property

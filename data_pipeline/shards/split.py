@@ -55,7 +55,7 @@ class SplitPlan:
     cut: bool = False
 
     def notice(self, by: SplitBy) -> str | None:
-        """What was done so that neither side is empty, in a sentence; None if nothing had to be."""
+        """Return what was done so that neither side is empty, in a sentence; None for nothing."""
         share = f"the validation share of {self.validation_share:.3g}"
         if self.cut:
             return (

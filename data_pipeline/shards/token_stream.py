@@ -41,6 +41,7 @@ class ReadFile:
         """``count`` numbers from byte ``start`` on."""
         size = count * dtype.itemsize
         try:
+            # pread has no file position, so several threads can read through one descriptor.
             content = os.pread(_opened(self).number, size, start)
         except OSError as error:
             raise DataError(
@@ -59,6 +60,8 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
+    # Closed when the last user is gone, not when the cache evicts it: another thread may be
+    # reading.
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
@@ -127,7 +130,7 @@ class Shard:
         return self._bin.read(begin * self.dtype.itemsize, end - begin, self.dtype)
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """Where documents begin in tokens begin .. end - 1: int64, sorted."""
+        """Return where documents begin in tokens begin .. end - 1: int64, sorted."""
         offsets, size = self._check_once(), self.dtype.itemsize
         number = bisect_left(offsets, begin * size)
         parts = [np.zeros(0, "<i8")]
@@ -138,9 +141,8 @@ class Shard:
             if inside < len(part):
                 break
             number += len(part)
-        return np.unique(
-            np.concatenate(parts) // size
-        )  # a document without a token begins where the next one does
+        # A document without a token begins where the next one does.
+        return np.unique(np.concatenate(parts) // size)
 
     def documents(self, begin: int, end: int) -> tuple[int, int]:
         """Return the numbers in the split of the documents with the tokens begin and end - 1."""
@@ -171,10 +173,11 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards."""
         return int(self._starts[-1])
 
     def start_of(self, shard: int) -> int:
-        """Where the tokens of a shard begin."""
+        """Return the place in the stream at which the tokens of a shard begin."""
         return int(self._starts[shard])
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -184,6 +187,7 @@ class TokenStream:
             IndexError: if the stream does not have them.
             DataError: for a token id that the vocabulary does not have; it names the shard.
         """
+        # int64, because torch's embedding and cross_entropy take no uint16.
         result = np.empty(count, dtype=np.int64)
         for shard, begin, end, filled in self._pieces(start, count):
             part = shard.tokens(begin, end)
@@ -207,7 +211,7 @@ class TokenStream:
         return [(shard, begin, end) for shard, begin, end, _ in self._pieces(start, count)]
 
     def _pieces(self, start: int, count: int) -> list[tuple[Shard, int, int, int]]:
-        """Yield the shards that hold these tokens.
+        """Return the shards that hold these tokens.
 
         Each as (shard, first and last + 1 token in it, number of tokens before them).
         """
@@ -225,6 +229,8 @@ class TokenStream:
         return pieces
 
     def _check(self, part: np.ndarray, shard: Shard) -> None:
+        # An id beyond the embedding would read foreign memory or end a CUDA kernel with a useless
+        # error.
         if part.size and (part.max() >= self.vocab_size or part.min() < 0):
             raise DataError(
                 f"{bin_path(shard.prefix)} holds token ids from {part.min()} to {part.max()}, but"

@@ -51,7 +51,7 @@ class Block:
         advance: Callable[[int], object] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> str | None:
-        """What is wrong with the block as it is on disk, in a sentence; None if nothing is.
+        """Return what is wrong with the block on disk, in a sentence; None if nothing is.
 
         Args:
             advance: is called with the number of bytes that were read.

@@ -210,7 +210,8 @@ def rows_of(
             )
         except UnicodeDecodeError as error:
             yield LeftOut(name, "invalid_utf8", detail=f"row {number}: at byte {error.start}")
-        except (ValueError, OverflowError) as error:  # a date that Python cannot hold
+        except (ValueError, OverflowError) as error:
+            # For example, a date that Python cannot hold.
             yield LeftOut(name, "undecodable", detail=f"row {number}: {one_line(str(error))}")
         else:
             yield row
@@ -246,7 +247,8 @@ def _as_text(column: pyarrow.Array) -> pyarrow.Array:
 
     column = _unwrapped(column)
     kind = column.type
-    if types.is_dictionary(kind):  # kept as it is: a long text that many rows share is held once
+    # A dictionary is kept as it is: a long text that many rows share is held once.
+    if types.is_dictionary(kind):
         return pyarrow.DictionaryArray.from_arrays(column.indices, _as_text(column.dictionary))
     if types.is_null(kind):
         return column.cast(pyarrow.string())
@@ -268,6 +270,7 @@ def _lengths(texts: pyarrow.Array) -> pyarrow.Array:
 
 
 def document_of(to_document: RecordReader, row: Row, name: str) -> Document | LeftOut:
+    """Return the document of a row of ``name``, or why there is none."""
     result = to_document.document(row.text, row.record, f"{name}:{row.number}")
     return (
         result

@@ -43,6 +43,8 @@ class SourceConfig(Component):
 
 
 class FilesBase(SourceConfig):
+    """The fields of sources that read files."""
+
     input: Annotated[
         list[str],
         Field(
@@ -70,7 +72,7 @@ class FoldersBase(FilesBase):
 
 
 class RecordsBase(Section):
-    """How a record becomes a document.
+    """The fields that say how a record becomes a document.
 
     A field's name is looked up as it is, then as a path: a.b is b inside a.
     """
@@ -238,7 +240,7 @@ class DatasetsSource(SourceConfig):
 
 
 class StandardInputSource(SourceConfig, RecordsBase):
-    """What is piped into the command.
+    """Text that is piped into the command.
 
     It is kept in the output folder's staging area until the build is complete.
     """

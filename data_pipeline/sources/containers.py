@@ -82,7 +82,8 @@ class DamagedStream(Exception):
 class Stream(Protocol):
     """Bytes one after the other; fewer than asked for do not mean the end."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """Return at most ``size`` bytes; none at the end."""
 
 
 def checked_encoding(name: str) -> str:
@@ -95,10 +96,8 @@ def checked_encoding(name: str) -> str:
         b"a".decode(name, "replace")  # refuses those that are no encodings of text, such as base64
         codecs.getincrementaldecoder(name)(UNDECODABLE)
         return codecs.lookup(name).name
-    except (
-        LookupError,
-        UnicodeError,
-    ):  # the second for encodings of names in the internet, such as idna
+    except (LookupError, UnicodeError):
+        # UnicodeError is for encodings of internet names, such as idna.
         raise ConfigError(
             f"encoding: Python knows no encoding '{name}': use utf-8, latin-1, cp1252, utf-16 ..."
         ) from None
@@ -154,11 +153,12 @@ class Described(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
+        """Whether the bytes are neither compressed nor in another encoding."""
         return self.compression is None and self.encoding is None
 
 
 def describe(raw: BinaryIO, path: str) -> Described:
-    """What an open file is; it is at its start again afterwards.
+    """Return what an open file is; it is at its start again afterwards.
 
     Raises:
         DataError: for a file that is of another kind.
@@ -172,7 +172,7 @@ def describe(raw: BinaryIO, path: str) -> Described:
 
 
 def open_content(raw: BinaryIO, path: str, encoding: str | None) -> Stream:
-    """What a file holds once it is decompressed, in UTF-8; a plain file is given back itself.
+    """Return a file's decompressed content in UTF-8; a plain file is returned as it is.
 
     Args:
         encoding: of the text; a byte order mark counts more if that is UTF-8. None: bytes are given
@@ -366,7 +366,8 @@ class _Input:
 
 def _decoder(kind: str, source: _Input) -> Stream:
     if kind in (".zst", ".lz4"):
-        import pyarrow  # takes several frames in a row, and knows one that is cut short
+        # pyarrow reads several frames in a row, and recognises one that is cut short.
+        import pyarrow
 
         return pyarrow.CompressedInputStream(source, {".zst": "zstd", ".lz4": "lz4"}[kind])
     makers: dict[str, Callable[[], Any]] = {

@@ -97,7 +97,8 @@ class HubDatasets(Source[DatasetsSource]):
         start = 0
         while start < end:
             stop = min(start + rows_of_unit, end)
-            if starts is not None:  # the article that the unit would cut is its last one
+            # The article that the unit's end would cut is its last one.
+            if starts is not None:
                 after = starts.searchsorted(stop)
                 stop = min(int(starts[after]), end) if after < len(starts) else end
             units.append(

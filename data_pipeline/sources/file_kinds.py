@@ -1,4 +1,4 @@
-"""What a file probably is, by its name."""
+"""Classifies files by their names."""
 
 from __future__ import annotations
 
@@ -98,17 +98,19 @@ def ending_of(path: str) -> str:
 
 
 def class_of(path: str) -> str:
+    """Return the class of a file by its name."""
     name = path.rpartition("/")[2].lower()
     if SIDE_NAME.fullmatch(name):
         return SIDE
     ending = ending_of(name)
     if ending == ".json" and not name.endswith(ending):
-        return JSONL  # what is compressed is no part of source code
+        # A compressed file is not part of source code.
+        return JSONL
     return CLASS_OF_ENDING.get(ending) or (ARCHIVE if name.endswith(COMPRESSED) else OTHER)
 
 
 def files_of_kind(paths: list[str], kind: str) -> list[str]:
-    """Those of a folder's files, named from the folder, that a source of this kind reads.
+    """Return the files of a folder that a source of this kind reads, named from the folder.
 
     Texts are files that are named so or, if there are none, all that are neither records nor
     archives. At the top of a folder README and the like describe it; further down they are texts

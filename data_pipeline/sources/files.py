@@ -80,7 +80,7 @@ def distinct(paths: list[str]) -> list[str]:
 
 
 def identity_of(path: str) -> tuple[int, int]:
-    """What all names of a file have in common: its device and its number there.
+    """Return what all names of a file have in common: its device and inode number.
 
     Raises:
         DataError: for a file that is gone or forbidden.
@@ -136,6 +136,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def unreadable(path: str, error: OSError) -> DataError:
+    """Return the error for a file that cannot be read."""
     problem = error.strerror or error
     return DataError(
         f"{path} cannot be read ({problem}): make it readable or leave it out, then run the same"
@@ -153,7 +154,7 @@ def stamp_of(path: str) -> tuple[int, str]:
 
 
 def file_kind(path: str) -> Described:
-    """What a file is, by its first bytes.
+    """Return what a file is, by its first bytes.
 
     Raises:
         DataError: if it cannot be read, or is an archive or of a kind that has a source of its own.
@@ -240,9 +241,8 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
     for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
             offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
-            end = end and max(
-                end, offset + 1
-            )  # the first line belongs to the range that holds the mark's first byte
+            # The first line belongs to the range that holds the mark's first byte.
+            end = end and max(end, offset + 1)
         if skipping:
             cut = block.find(b"\n") + 1
             offset += cut or len(block)

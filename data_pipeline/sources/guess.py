@@ -1,4 +1,4 @@
-"""Which kind of source a file name, a pattern or a folder stands for."""
+"""Guesses the kind of source from a file name, a pattern or a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are a config's and a split's, by the rules of the Hugging Face hub.
+"""Finds the files of a config and of a split, by the rules of the Hugging Face hub.
 
 A README.md may declare configs with their files in YAML
 (https://huggingface.co/docs/hub/datasets-manual-configuration); otherwise the names of folders and
@@ -54,6 +54,7 @@ class Splits(NamedTuple):
     unnamed: list[str]
 
     def only(self, kind: str) -> Splits:
+        """Return the files of one kind, without splits that have none."""
         kept = {split: files_of_kind(paths, kind) for split, paths in self.files.items()}
         return Splits(
             {split: paths for split, paths in kept.items() if paths},

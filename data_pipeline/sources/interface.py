@@ -1,4 +1,4 @@
-"""What every kind of source does: list its units of work, and read one."""
+"""The interface of a source: it lists its units of work, and reads one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ConfigT = TypeVar("ConfigT", bound=SourceConfig)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# Why a record gives no document. Reports count these words, and bad_records.jsonl names one for
-# each record.
+# The reasons for which a record becomes no document. Reports count these words, and
+# bad_records.jsonl names one for each record.
 REASONS = {
     "too_long": "longer than data.max_record_bytes",
     "empty": "nothing but white space",
@@ -52,7 +52,7 @@ REASONS = {
 }
 
 
-# What a document may show that is no fault in itself.
+# What may look odd about a document without being an error.
 NOTES = {
     "value_over_many_lines": "a CSV value over so many lines that a stray quote may have opened it"
 }
@@ -124,7 +124,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What a source needs to know in addition to its own section.
+    """The settings that a source needs in addition to its own section.
 
     Attributes:
         name: the source's name in the recipe.
@@ -145,7 +145,7 @@ class ReadContext:
     def of(
         cls, config: DataConfig, name: str, spool_folder: str | Path | None = None
     ) -> ReadContext:
-        """What the source ``name`` of a recipe needs to know."""
+        """Return the settings for the source ``name`` of a recipe."""
         spool = None if spool_folder is None else str(Path(spool_folder) / f"input-{name}")
         return cls(name, config.max_record_bytes, spool, config.split_by, config.split_root)
 
@@ -193,7 +193,7 @@ class Source(ABC, Generic[ConfigT]):
         """
 
     def split_name(self, document: Document, unit: Unit) -> str | None:
-        """What decides on which side a document is: its path or id; None: its text.
+        """Return the path or id that decides on which side a document is; None if its text does.
 
         Raises:
             DataError: for a file outside ``split_root``.

@@ -143,7 +143,7 @@ class ValueReader:
         return Value(line, start, content, size)
 
     def _end(self, first: int) -> int:
-        """Where the value that begins here ends, in the data that is held."""
+        """Return where the value that begins here ends, in the data that is held."""
         if first in b"{[":
             return self._end_on_its_line() or self._bracket_end()
         if first == ord('"'):

@@ -50,9 +50,8 @@ class PythonStdlib(Source[PythonStdlibSource]):
         for path in unit.files:
             name = Path(path).relative_to(root).as_posix()
             try:
-                with tokenize.open(
-                    path
-                ) as stream:  # honours each module's own encoding declaration
+                # tokenize.open honours each module's own encoding declaration.
+                with tokenize.open(path) as stream:
                     text = stream.read()
             except (SyntaxError, UnicodeError):
                 yield LeftOut(name, "undecodable")
@@ -68,6 +67,7 @@ class PythonStdlib(Source[PythonStdlibSource]):
 
 
 def stdlib_folder() -> Path:
+    """Return the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 

@@ -108,7 +108,7 @@ def reach(record: Any, name: str) -> Any:
 
 
 def text_fault(text: Any, field_name: str) -> tuple[str, str] | None:
-    """Why a value cannot be a document's text: (reason, detail), or None if it can."""
+    """Return why a value cannot be a document's text: (reason, detail), or None if it can."""
     if not isinstance(text, str):
         return (
             ("missing_field", f"'{field_name}' is null")
@@ -183,7 +183,7 @@ def suggestion(wanted: str, names: list[str]) -> str | None:
 
 
 def missing(wanted: str, names: list[str], texts: list[str]) -> str:
-    """What a record or table without a field has instead.
+    """Describe what a record or table without a field has instead.
 
     ``texts`` are the names of those of its fields that hold text.
     """

@@ -173,8 +173,7 @@ def _names(found: re.Match[str], path: str) -> bool:
     It does not name a/b as ``a`` does, by a folder above it, nor as ``a/**`` does for a, by its
     content.
     """
-    if (
-        found.lastindex is not None
-    ):  # the only group of a rule holds the slash behind a folder that it names
+    # A rule has one group: the slash behind a folder that it names.
+    if found.lastindex is not None:
         return found.end(found.lastindex) == len(path)
     return not (path.endswith("/") and found.end() == len(path))

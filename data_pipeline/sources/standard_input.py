@@ -1,4 +1,4 @@
-"""What is piped into the command."""
+"""A source of the text that is piped into the command."""
 
 from __future__ import annotations
 

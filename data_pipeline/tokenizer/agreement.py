@@ -81,9 +81,8 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
     bytes_of = str.maketrans(
         {character: chr(value) for value, character in enumerate(byte_characters())}
     )
-    before: dict[
-        str, str
-    ] = {}  # of the first byte of a letter: what a token joins to it, the smallest of all
+    # By the first byte of a letter: the smallest of the texts that a token joins to it.
+    before: dict[str, str] = {}
     after: dict[str, str] = {}
     for token in library.get_vocab():
         spelled = token.translate(bytes_of)

@@ -11,7 +11,7 @@ from pretrain.core.section import Positive, Section
 
 
 class TokenPolicy(Section):
-    """Which tokens begin and end a document.
+    """The tokens that begin and end a document.
 
     Names are looked up in the vocabulary; left out, well-known ones are searched.
     """

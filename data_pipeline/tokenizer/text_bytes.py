@@ -1,4 +1,4 @@
-"""How many bytes of text are behind token ids, which bits per byte are measured by."""
+"""Counts the bytes of text behind token ids, for bits per byte."""
 
 from __future__ import annotations
 

@@ -162,9 +162,8 @@ def failure(error: BaseException) -> str:
 def _read(content: bytes, origin: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except (
-        BaseException
-    ) as error:  # the library raises bare Exception, and panics are not even that
+    except BaseException as error:
+        # The library raises bare Exception, and its panics are only BaseException.
         raise DataError(
             f"{origin} is not a tokenizer that the tokenizers library can read ({failure(error)}):"
             " give a tokenizer.json"

@@ -20,11 +20,12 @@ from data_pipeline.preprocess import incremental_merge as growing
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.incremental_merge import GrowingShards
 from data_pipeline.preprocess.merge import Piece, ShardPlan, ShardRecord
-from data_pipeline.preprocess.unit_record import UnitRecord
+from data_pipeline.preprocess.unit_record import SplitCounts, UnitRecord
 from data_pipeline.preprocess.units import followed
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.indexed import IndexedWriter
 from data_pipeline.shards.manifest import verify
+from data_pipeline.shards.split import SPLITS
 from pretrain.core.errors import DataError, StorageError
 from tests.unit.data_pipeline.preprocess.test_build import DOCUMENTS, contents, jsonl, section
 
@@ -35,12 +36,26 @@ def merged_at_the_end(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     write_shard = coordinator.write_shard
 
-    def write(plan: ShardPlan) -> dict[str, Any]:
+    def write(plan: ShardPlan) -> ShardRecord:
         names.append(plan.name)
         return write_shard(plan)
 
     monkeypatch.setattr(coordinator, "write_shard", write)
     return names
+
+
+# A unit with a token in each split.
+RECORD = UnitRecord(
+    **dict.fromkeys(("lines", "records", "documents", "hashed", "bad_bytes"), 0),
+    **{name: {} for name in ("bad", "left_out", "dropped", "edits", "notes")},
+    unit=1,
+    source="all",
+    checksum="",
+    lowest=None,
+    highest=None,
+    bad_examples={},
+    splits=dict.fromkeys(SPLITS, SplitCounts(documents=1, tokens=1, utf8_bytes=1)),
+)
 
 
 def without_growing(config: DataConfig, output: Output) -> BuildResult:
@@ -150,10 +165,10 @@ def test_a_full_disk_while_shards_grow_is_told_and_the_next_run_goes_on(
 
 def test_units_are_followed_in_their_order_as_soon_as_all_before_them_are_there() -> None:
     seen: list[int] = []
-    none: dict[str, int] = {}
-    first = UnitRecord(1, "all", 0, 0, 0, 0, "", None, None, none, none, none, none, none, 0, {})
-    results = iter([replace(first, unit=unit) for unit in (4, 2, 6, 3)])
-    follow = followed(results, [1, 2, 3, 4, 6], {1: first}, lambda record: seen.append(record.unit))
+    results = iter([replace(RECORD, unit=unit) for unit in (4, 2, 6, 3)])
+    follow = followed(
+        results, [1, 2, 3, 4, 6], {1: RECORD}, lambda record: seen.append(record.unit)
+    )
     passed = [(record.unit, seen.copy()) for record in follow]
     assert passed == [(4, [1]), (2, [1]), (6, [1, 2]), (3, [1, 2])]
     assert seen == [1, 2, 3, 4, 6]
@@ -240,12 +255,11 @@ def test_what_cannot_be_closed_on_a_full_disk_leaves_no_file_and_hides_no_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(IndexedWriter, "__exit__", full)
-    counts = {"tokens": 1}
     with (
         pytest.raises(DataError, match="the first"),
         GrowingShards(tmp_path, np.dtype("<u2"), None) as shards,
     ):
-        shards.add({"unit": 0, "source": "all", "splits": {"train": counts, "validation": counts}})
+        shards.add(replace(RECORD, unit=0))
         while not shards._added[0].done():
             time.sleep(0.01)
         raise DataError("the first")
@@ -264,13 +278,10 @@ def test_a_build_that_ends_while_units_wait_to_be_appended_does_not_wait_for_the
         assert goes_on.wait(30)
 
     monkeypatch.setattr(growing, "append_piece", slow)
-    counts = {"tokens": 1}
     with pytest.raises(KeyboardInterrupt), GrowingShards(tmp_path, np.dtype("<u2"), None) as shards:
         (tmp_path / "attempts").mkdir()
         for unit in range(3):
-            shards.add(
-                {"unit": unit, "source": "all", "splits": {"train": counts, "validation": counts}}
-            )
+            shards.add(replace(RECORD, unit=unit))
         assert begun.wait(30)
         threading.Timer(0.2, goes_on.set).start()
         raise KeyboardInterrupt
