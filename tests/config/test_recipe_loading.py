@@ -144,7 +144,8 @@ def test_duplicate_keys_in_a_file_are_refused_at_any_depth(tmp_path: Path) -> No
         .replace("  hidden_size: 32\n", "  hidden_size: 32\n  hidden_size: 64\n")
     )
     with pytest.raises(
-        ConfigError, match=r"mine\.yaml is not valid YAML: the key 'hidden_size' is there twice.*line"
+        ConfigError,
+        match=r"mine\.yaml is not valid YAML: the key 'hidden_size' is there twice.*line",
     ):
         load_recipe(recipe_file(tmp_path, text))
 
