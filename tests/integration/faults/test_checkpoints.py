@@ -188,14 +188,14 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_looks_whole(
 # Everything is written, synced and listed in the manifest; only the rename is missing.
 KILLED_BEFORE_THE_RENAME = """\
 import os, signal, sys
-from pretrain.checkpoint import store
+from pretrain.checkpoint import publication
 from pretrain.train import main
 rename = os.replace
 def killed(source, target):
     if str(target).endswith("step_7"):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(source, target)
-store.os.replace = killed
+publication.os.replace = killed
 main(sys.argv[1:])
 """
 
