@@ -39,7 +39,7 @@ class Parquet(Source[ParquetSource]):
 
     Row groups are read in parallel, small ones together, and only the columns that are asked for.
 
-    A file's footer says where everything in it lies, so a file without a good one is an error
+    A file's footer says where everything in it is, so a file without a good one is an error
     before any work is done. Where a page inside cannot be read, the rest of its row group is left
     out as ``damaged_file``, and the next row group is read. Of a row group one page at a time is
     held, which writers keep at about a megabyte or a thousand rows.

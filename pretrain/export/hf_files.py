@@ -189,7 +189,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(path, framework="pt") as file:
                 # get_slice reads the header only: no tensor comes into memory.
-                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                # It is no dict, and only keys() lists its tensors.
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 found = {name: tuple(part.get_shape()) for name, part in parts.items()}
                 packed = {
                     name: kind

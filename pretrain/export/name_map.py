@@ -35,9 +35,9 @@ class Tensors(Protocol):
 class RotaryRows:
     """The order of the rows of rotary queries or keys.
 
-    The last ``rotated`` of each head's ``plain + rotated`` rows are rotated in pairs: (i, i + rotated
-    / 2) in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders, as long as
-    queries and keys have the same one.
+    The last ``rotated`` of each head's ``plain + rotated`` rows are rotated in pairs: rows
+    (i, i + rotated / 2) in ours, (2 i, 2 i + 1) in theirs. The scores are the same in both orders,
+    as long as queries and keys have the same one.
     """
 
     heads: int

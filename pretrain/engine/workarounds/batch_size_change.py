@@ -7,7 +7,8 @@ Versions: 0.19.8
 Upstream: none known
 Effect: after a phase with another accumulation, updates would come after a wrong number of micro
     batches.
-Test: tests/integration/engine/test_deepspeed_facts.py::test_a_new_batch_size_leaves_the_count_of_micro_batches
+Test:
+    tests/integration/engine/test_deepspeed_facts.py::test_a_new_batch_size_leaves_the_count_of_micro_batches
 """
 
 from __future__ import annotations

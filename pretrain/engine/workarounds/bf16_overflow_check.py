@@ -6,7 +6,8 @@ Versions: 0.19.8
 Upstream: none known
 Effect: one overflow would make all weights NaN, and the guard ``guards.non_finite`` would see
     nothing.
-Test: tests/integration/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has changed
+Test: tests/integration/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has
+    changed
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Fact: at stages 1 to 3 the optimizer is given flat pieces of joined parameters, 
 Versions: 0.19.8
 Upstream: none known
 Effect: Muon, whose rule is one for whole matrices, would not know them.
-Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows that DeepSpeed
-    has changed
+Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows
+    that DeepSpeed has changed
 """
 
 from __future__ import annotations

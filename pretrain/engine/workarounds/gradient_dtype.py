@@ -6,8 +6,8 @@ Fact: at stage 1 DeepSpeed takes another optimizer for bf16 weights whose gradie
 Versions: 0.19.8
 Upstream: none known
 Effect: steps would lack the gradient norm that clipping and guards look at.
-Test: tests/unit/config/test_ds_config_resolution.py shows the refusal; none shows that DeepSpeed has
-    changed
+Test: tests/unit/config/test_ds_config_resolution.py shows the refusal; none shows that DeepSpeed
+    has changed
 """
 
 from __future__ import annotations

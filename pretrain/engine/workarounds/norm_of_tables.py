@@ -5,8 +5,8 @@ Fact: DeepSpeed's ZeRO stages clip by, report, and look for overflow in the norm
 Versions: 0.19.8
 Upstream: none known
 Effect: a model with PEER's expert tables would be clipped by the norm of its dense part alone.
-Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows that DeepSpeed
-    has changed
+Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows
+    that DeepSpeed has changed
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Versions: 0.19.8
 Upstream: none known
 Effect: a training on CPUs whose peer is killed would hang; gloo reports a lost connection, and the
     run ends with exit code 7.
-Test: tests/integration/engine/test_deepspeed_facts.py::test_the_shared_memory_all_reduce_is_still_offered
+Test:
+    tests/integration/engine/test_deepspeed_facts.py::test_the_shared_memory_all_reduce_is_still_offered
 """
 
 from __future__ import annotations

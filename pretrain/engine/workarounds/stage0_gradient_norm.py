@@ -5,8 +5,8 @@ Fact: at stage 0 DeepSpeed averages the ranks' local gradient norms. With expert
 Versions: 0.19.8
 Upstream: none known
 Effect: the clip factor, and with it the training, would depend on ep_size.
-Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows that DeepSpeed
-    has changed
+Test: tests/integration/distributed/test_same_numbers_everywhere.py fails without it; none shows
+    that DeepSpeed has changed
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Fact: at stage 0 in bf16 and fp16 DeepSpeed keeps the fp32 copies of parameters 
 Versions: 0.19.8
 Upstream: none known
 Effect: checkpoints would hold weights rounded to 16 bits.
-Test: tests/integration/engine/test_deepspeed_facts.py::test_stage_0_has_no_public_way_to_master_weights
+Test:
+    tests/integration/engine/test_deepspeed_facts.py::test_stage_0_has_no_public_way_to_master_weights
 """
 
 from __future__ import annotations

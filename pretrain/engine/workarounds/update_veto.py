@@ -8,7 +8,8 @@ Versions: 0.19.8
 Upstream: none known
 Effect: guards could not skip a step whose loss or gradient norm spikes. So a refused gradient is
     shown to DeepSpeed as one that is not finite, at the place where it computes the global norm.
-Test: tests/integration/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has changed
+Test: tests/integration/guards/test_skipped_steps.py fails without it; none shows that DeepSpeed has
+    changed
 """
 
 from __future__ import annotations

@@ -233,4 +233,5 @@ class Groups:
             if bytes_D is None
             else np.bincount(group_D, weights=bytes_D, minlength=len(names)).astype(int).tolist()
         )
-        return {name: row for name, *row in zip(names, *sums, sizes, strict=True) if row[1]}  # type: ignore[misc]
+        totals = zip(names, *sums, sizes, strict=True)
+        return {name: row for name, *row in totals if row[1]}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Runs with phases: interrupted anywhere, branched, resumed with other phases, read by every tool."""
+"""Runs with phases: interrupted, branched, resumed with other phases, read by every tool."""
 
 from __future__ import annotations
 

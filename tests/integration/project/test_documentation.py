@@ -1,4 +1,4 @@
-"""The documentation is true: limits, links, commands, recipes, quoted sentences, generated pages."""
+"""The documentation is true: limits, links, commands, recipes, quotations, generated pages."""
 
 from __future__ import annotations
 
