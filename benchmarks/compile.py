@@ -55,7 +55,8 @@ def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, float
     config = load_recipe(
         "quickstart", [*overrides, "model.vocab_size=4096", "parallel.ep_size=1"]
     ).model
-    eager, compiled = DecoderLM(config), DecoderLM(config)
+    eager = DecoderLM(config)
+    compiled = DecoderLM(config)
     for model in (eager, compiled):
         initialize(model, 1)
     compile_blocks(compiled)

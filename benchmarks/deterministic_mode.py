@@ -44,7 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def random_batch(recipe: Recipe, seed: int) -> Batch:
     """A micro batch of uniform tokens, whose values do not matter for the time."""
-    vocab_size, train = recipe.model.vocab_size, recipe.train
+    vocab_size = recipe.model.vocab_size
+    train = recipe.train
     assert vocab_size is not None
     tokens_BS = torch.randint(
         vocab_size,

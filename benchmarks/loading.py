@@ -39,7 +39,8 @@ from data_pipeline.shards.manifest import (
     TokenizerEntry,
 )
 
-SEQUENCE_LENGTH, MICRO_BATCH = 2048, 8
+SEQUENCE_LENGTH = 2048
+MICRO_BATCH = 8
 VOCAB_SIZE = 32_000
 TRILLION_SHARDS = 500
 SHARD_TOKENS = 2_000_000_000
@@ -98,7 +99,8 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
 def make_small(folder: Path, tokens: int) -> None:
     """Two real shards of random tokens."""
     folder.mkdir(parents=True)
-    random, shards = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    shards = []
     for number in range(2):
         with IndexedWriter(folder / f"train_{number:05}", np.dtype("<u2")) as writer:
             while writer.tokens < tokens // 2:
@@ -126,7 +128,8 @@ def make_trillion(folder: Path) -> None:
         stream.write(np.full(SHARD_DOCUMENTS, length, "<i4").tobytes())
         stream.write((np.arange(SHARD_DOCUMENTS, dtype="<i8") * length * 2).tobytes())
         stream.write(np.arange(SHARD_DOCUMENTS + 1, dtype="<i8").tobytes())
-    shards, nothing = [], "0" * 64
+    shards = []
+    nothing = "0" * 64
     for number in range(TRILLION_SHARDS):
         prefix = folder / f"train_{number:05}"
         if number:
@@ -184,7 +187,8 @@ def ours(folder: Path, steps: int, packing: str) -> dict[str, float]:
             "truncated_share": packed.truncated_share,
         }
     # Imports are done by now and do not count as memory.
-    before, started = held_bytes(), time.perf_counter()
+    before = held_bytes()
+    started = time.perf_counter()
     parts = load_datasets({"": str(folder)}).training_shards()
     sources = {
         name: TrainingSource(
@@ -231,7 +235,8 @@ def megatron(folder: Path, steps: int) -> dict[str, float]:
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
-    before, started = held_bytes(), time.perf_counter()
+    before = held_bytes()
+    started = time.perf_counter()
     prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("train_*.bin"))
     cache = folder / "megatron-cache"
     config = GPTDatasetConfig(

@@ -203,7 +203,8 @@ def main() -> None:
     )
     add_json_option(parser)
     options = parser.parse_args()
-    widths, powers = sorted(set(options.widths)), sorted(set(options.powers))
+    widths = sorted(set(options.widths))
+    powers = sorted(set(options.powers))
     if options.steps < 1 or options.processes < 1:
         raise ConfigError("--steps and --processes are 1 or more")
     jobs = all_jobs(widths, powers)

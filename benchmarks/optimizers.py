@@ -40,7 +40,8 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.topology import Topology, connect, disconnect
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS, SWEEP_SEED = (1, 2, 3), 0
+SEEDS = (1, 2, 3)
+SWEEP_SEED = 0
 MODEL = [
     "model.vocab_size=4096",
     "model.hidden_size=64",
@@ -65,7 +66,8 @@ KINDS: dict[str, tuple[float, tuple[float, ...]]] = {
     "muon": (0.1, (2e-3, 4e-3, 8e-3)),
     "lion": (0.5, (2e-4, 4e-4, 8e-4)),
 }
-VALIDATION_WINDOWS, EVERY = 64, 50
+VALIDATION_WINDOWS = 64
+EVERY = 50
 
 
 class Point(TypedDict):
@@ -321,7 +323,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    topology, path = connect(1), Path(options.json_path)
+    topology = connect(1)
+    path = Path(options.json_path)
     machine = (
         f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
         f" {torch.__version__}, one thread"

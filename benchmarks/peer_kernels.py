@@ -28,7 +28,8 @@ from tqdm import tqdm
 from pretrain.model.moe.tables.interface import Bags, TableKernel
 from pretrain.model.moe.tables.products import Factors, SortedFactors, kernel_named
 
-CHOSEN, HIDDEN_SIZE = 128, 768
+CHOSEN = 128
+HIDDEN_SIZE = 768
 TABLES = (65_536, 1_048_576)
 # The number of rows whose gradients an optimizer holds at once.
 GRADIENT_ROWS = 16_384

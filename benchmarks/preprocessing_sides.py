@@ -48,7 +48,8 @@ def make_corpus(folder: Path, size: int) -> None:
     from data_pipeline.tokenizer.config import TrainBPE
     from data_pipeline.tokenizer.training import train_bpe
 
-    written, sample = 0, []
+    written = 0
+    sample = []
     with (folder / "corpus.jsonl").open("wb") as stream, (folder / "part.jsonl").open("wb") as part:
         for number, text in enumerate(texts()):
             line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
@@ -89,7 +90,8 @@ def ours(
         _warm(pool)
         if touched:
             touch_memory()
-        started, used = time.perf_counter(), cpu_seconds()
+        started = time.perf_counter()
+        used = cpu_seconds()
         result = build(config, Output(folder, "ours"), fresh=True, pool=pool, engine=engine)
         return {
             "seconds": time.perf_counter() - started,
@@ -137,7 +139,8 @@ def newest(folder: Path, touched: bool) -> dict[str, float]:
 
     if touched:
         touch_memory()
-    started, used = time.perf_counter(), cpu_seconds()
+    started = time.perf_counter()
+    used = cpu_seconds()
     tokenizer = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
     ids = tokenizer.encode_files(gigatoken.JsonlFileSource([str(folder / "corpus.jsonl")]))
     lengths = awkward.to_numpy(awkward.num(ids))

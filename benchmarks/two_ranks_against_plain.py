@@ -215,7 +215,8 @@ def main() -> None:
         return
     recipe = load_recipe("quickstart")
     tokens = STEPS_A_ROUND * recipe.train.tokens_per_step
-    engine, plain = Contestant("engine", 2), Contestant("plain", 1)
+    engine = Contestant("engine", 2)
+    plain = Contestant("plain", 1)
     pairs = [
         (tokens / engine.round(), tokens / plain.round())
         for _ in tqdm(range(options.rounds), desc="rounds", unit="round")

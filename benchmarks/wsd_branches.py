@@ -35,7 +35,8 @@ TUNING_SEED = 4
 DECAY_SHARE = 0.15
 # Factors of the learning rates below.
 PEAKS = (0.5, 1.0, 2.0, 4.0)
-EMBEDDING_RATE, RATE = 2e-2, 5e-3
+EMBEDDING_RATE = 2e-2
+RATE = 5e-3
 # The quickstart's model with a quarter of its width and half of its layers.
 MODEL = [
     "model.hidden_size=64",

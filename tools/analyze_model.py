@@ -131,7 +131,9 @@ def train_flops(model: ModelConfig, timeline: Timeline) -> float:
 
 def analyze(recipe: Recipe, world_size: int) -> Analysis:
     """All figures of a recipe's model on ``world_size`` ranks."""
-    model, train, timeline = sized_model(recipe), recipe.train, Timeline(recipe)
+    model = sized_model(recipe)
+    train = recipe.train
+    timeline = Timeline(recipe)
     size = model_size(model, train.sequence_length)
     precision = "bf16" if train.precision == "auto" else train.precision
     context = model.max_position_embeddings
@@ -194,7 +196,8 @@ def print_tables(result: Analysis) -> None:
 
 def cost_rows(result: Analysis) -> dict[str, str]:
     """The rows of the table of costs."""
-    per_token, full = result["kv_cache_bytes_per_token"], result["kv_cache_bytes_full_context"]
+    per_token = result["kv_cache_bytes_per_token"]
+    full = result["kv_cache_bytes_full_context"]
     return {
         "active share": f"{result['active_share']:.1%}",
         "vocabulary padding": f"{result['parameters_padding']:,} parameters more in memory",

@@ -150,10 +150,12 @@ def summary(conversion: Conversion, output: Path) -> str:
 
 def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
     """Runs the conversion that was asked for."""
-    output, overwrite = arguments.output, arguments.overwrite
+    output = arguments.output
+    overwrite = arguments.overwrite
     shard_bytes = parse_bytes(arguments.max_shard_size)
     if arguments.origin is not None:
-        form, folder = arguments.origin[0], Path(arguments.origin[1])
+        form = arguments.origin[0]
+        folder = Path(arguments.origin[1])
         if form == "hf":
             conversion = import_hf(folder, output, overwrite)
             # If the model is trained on, it may need a loss or a bias that balances its experts.

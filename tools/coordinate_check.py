@@ -232,7 +232,8 @@ def main() -> None:
     check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe, tokens, batches = batches_of(recipe, arguments.tokens)
-    base, widths = base_width(recipe, arguments), sorted(set(arguments.widths))
+    base = base_width(recipe, arguments)
+    widths = sorted(set(arguments.widths))
     recipes = {
         (kind, width): recipe_at(recipe, width, base, kind, arguments.growing)
         for kind in KINDS

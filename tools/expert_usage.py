@@ -169,7 +169,8 @@ def cells(usage: Mapping[str, Any]) -> list[str]:
 
 def print_tables(result: UsageResult) -> None:
     """Prints the layers of the window, and the trend if there is one."""
-    console, factor = Console(), result["hot_factor"]
+    console = Console()
+    factor = result["hot_factor"]
     names = (f"hot (> {factor:g}x)", "unused", "Gini", "entropy / ln E", "max / mean")
     title = (
         f"{result['path']}: {result['experts']:,} experts a layer, {result['steps']} steps up to"

@@ -206,7 +206,8 @@ def report(
     arguments: argparse.Namespace, writer: Writer, prompts: list[str], texts: list[Continuation]
 ) -> GenerationResult:
     """Prints speeds to standard error; returns the whole result."""
-    speed, drafts = writer.speed, writer.drafts
+    speed = writer.speed
+    drafts = writer.drafts
     result: GenerationResult = {
         "model": arguments.model,
         "samples": [

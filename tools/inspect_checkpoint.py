@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.top < 1:
         raise ConfigError(f"--top is {options.top}: give 1 or more")
-    quiet, folder = options.json_path == "-", resolve_checkpoint(options.checkpoint)
+    quiet = options.json_path == "-"
+    folder = resolve_checkpoint(options.checkpoint)
     if options.diff is not None:
         compared = compare_checkpoints(folder, resolve_checkpoint(options.diff), options.sort)
         if not quiet:

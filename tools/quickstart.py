@@ -285,8 +285,10 @@ def run_checkpoint_stages(prompt: str, recipe: Recipe, stages: Stages) -> dict[s
 
 def summarize(results: dict[str, JsonObject], stages: Stages) -> JsonObject:
     """The result of the training, with what the other stages add to it."""
-    scores, export = results["evaluate"], results["convert"]
-    bigram, sample = scores["bigram"], results["generate"]["samples"][0]
+    scores = results["evaluate"]
+    export = results["convert"]
+    bigram = scores["bigram"]
+    sample = results["generate"]["samples"][0]
     sources = results["data"]["sources"].values()
     added: StageSummary = {
         "bad_records": sum(sum(source["bad"].values()) for source in sources),

@@ -165,7 +165,8 @@ def upcycle(arguments: argparse.Namespace) -> UpcyclingResult:
         CheckpointError: if the checkpoint has no dense feed-forwards, or the loss is another one.
     """
     checkpoint = whole_checkpoint(arguments.checkpoint)
-    dense, scoring = read_recipe(checkpoint), scoring_of(arguments)
+    dense = read_recipe(checkpoint)
+    scoring = scoring_of(arguments)
     options = options_of(arguments, dense)
     if dense.model.intermediate_size is None:
         raise CheckpointError(f"{checkpoint} has no dense feed-forward: give a dense model")

@@ -47,7 +47,8 @@ class LanguageFilter:
     """
 
     def __init__(self, config: Language) -> None:
-        self.config, self.keep = config, frozenset(config.keep)
+        self.config = config
+        self.keep = frozenset(config.keep)
         known = _identifier().labels
         for code in config.keep:
             if code not in known:

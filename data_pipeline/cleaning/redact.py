@@ -153,7 +153,8 @@ def _replace(
     if not spans:
         return text
     edits[edit] = edits.get(edit, 0) + len(spans)
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for start, stop in spans:
         pieces += [text[end:start], placeholder]
         end = stop
@@ -162,7 +163,8 @@ def _replace(
 
 def email_spans(text: str) -> list[tuple[int, int]]:
     """Yield the spans of e-mail addresses in order, without those that belong to no one."""
-    spans, end = [], 0
+    spans = []
+    end = 0
     for match in EMAIL_DOMAIN.finditer(text):
         window = text[max(end, match.start() - 64) : match.start()]
         local = window[len(window.rstrip(LOCAL_CHARACTERS)) :].lstrip("._%+-")
@@ -185,7 +187,9 @@ def is_public_address(match: re.Match[str]) -> bool:
     Four numbers below 10 are a version or a section, as is what follows a word such as 'version', a
     comparison or a program's name.
     """
-    text, start, stop = match.string, match.start(), match.end()
+    text = match.string
+    start = match.start()
+    stop = match.end()
     before, after = text[max(start - 12, 0) : start], text[stop : stop + 2]
     if re.search(r"[\w.:-]\Z", before) or re.match(r"[\w-]|\.[0-9]", after):
         return False

@@ -182,7 +182,8 @@ class PackedShard:
     """
 
     def __init__(self, shard: Shard, sequence_length: int) -> None:
-        self.shard, self.sequence_length = shard, sequence_length
+        self.shard = shard
+        self.sequence_length = sequence_length
         path = pack_path(shard.prefix, sequence_length)
         found = read_statistics(shard, sequence_length)
         if found is None:

@@ -82,7 +82,8 @@ class Interleaving:
 
         Both arrays are int64 [count].
         """
-        sources, numbers = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        sources = np.empty(count, dtype=np.int64)
+        numbers = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
             block, inside = divmod(first + filled, BLOCK)
@@ -133,7 +134,8 @@ class Interleaving:
         stretch, and ``after`` before its end.
         """
         counts = before.copy()
-        opened, deadlines = [(slot, -1)], {}
+        opened = [(slot, -1)]
+        deadlines = {}
         for source, part in enumerate(self._parts):
             if part == 0:
                 continue
@@ -154,7 +156,8 @@ class Interleaving:
                     counts[heappop(waiting)[1]] += 1
                     taken += 1
             if source >= 0:
-                parts, taken = parts + self._parts[source], taken + counts[source]
+                parts = parts + self._parts[source]
+                taken = taken + counts[source]
                 if source in deadlines:
                     heappush(waiting, (deadlines[source], source))
         return counts
@@ -164,7 +167,8 @@ class Interleaving:
 
         All its stretches are filled at the same time, slot by slot.
         """
-        first, stretches = block * BLOCK, BLOCK // STRETCH
+        first = block * BLOCK
+        stretches = BLOCK // STRETCH
         exact = np.array(
             [self._counts_at(slot) for slot in range(first, first + BLOCK + 1, STRETCH)]
         ).T
@@ -176,14 +180,16 @@ class Interleaving:
         deadlines: list[np.ndarray] = []
         offsets: list[int] = []
         for source, fraction in enumerate(self._fractions):
-            low, most = int(exact[source, 0]), int(borders[source, -1])
+            low = int(exact[source, 0])
+            most = int(borders[source, -1])
             whole, has_rest = floors(fraction, first, BLOCK + 1)
             released[:, source] = (whole + has_rest - low)[1:].reshape(stretches, STRETCH).T
             offsets.append(sum(len(known) for known in deadlines))
             deadlines.append(np.searchsorted(whole, np.arange(low + 1, low + most + 2)) - 1)
         deadline = np.concatenate(deadlines).astype(np.int32)
         offset = np.array(offsets, dtype=np.int32)[:, None]
-        counts, ends = borders[:, :-1].copy(), borders[:, 1:].copy()
+        counts = borders[:, :-1].copy()
+        ends = borders[:, 1:].copy()
         owners, numbers = np.empty((2, STRETCH, stretches), dtype=np.int64)
         every = np.arange(stretches)
         for turn in range(STRETCH):
@@ -207,7 +213,8 @@ def floors(fraction: Fraction, first: int, count: int) -> tuple[np.ndarray, np.n
         fraction: from 0 to 1.
         count: at most 2^16.
     """
-    numerator, denominator = fraction.numerator, fraction.denominator
+    numerator = fraction.numerator
+    denominator = fraction.denominator
     start, rest = divmod(numerator * first, denominator)
     steps = np.arange(count)
     if denominator * (count + 1) < 1 << 62:
@@ -215,7 +222,8 @@ def floors(fraction: Fraction, first: int, count: int) -> tuple[np.ndarray, np.n
         return start + whole, remainder > 0
     # 44 bits behind the point; what is cut off adds up to less than 2^17 of the last one.
     scaled = (rest << 44) // denominator + ((numerator << 44) // denominator) * steps
-    whole, behind_point = scaled >> 44, scaled & ((1 << 44) - 1)
+    whole = scaled >> 44
+    behind_point = scaled & ((1 << 44) - 1)
     has_rest = np.ones(count, dtype=bool)
     for step in np.flatnonzero(
         (behind_point == 0) | (behind_point >= (1 << 44) - (1 << 17))

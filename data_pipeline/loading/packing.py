@@ -125,7 +125,8 @@ class PackedSamples:
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        length, offset = self.sequence_length, self.stream.start_of(shard)
+        length = self.sequence_length
+        offset = self.stream.start_of(shard)
         inputs = np.full(length, self.pad_id, dtype=np.int64)
         labels = np.full(length, NO_LOSS, dtype=np.int64)
         documents = np.zeros(length, dtype=np.int64)
@@ -163,7 +164,8 @@ class Joined:
     """The samples of several streams, one after the other; none crosses from one to the next."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
-        self.parts, self.sequence_length = parts, parts[0].sequence_length
+        self.parts = parts
+        self.sequence_length = parts[0].sequence_length
         self._starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
     def __len__(self) -> int:

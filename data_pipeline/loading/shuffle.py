@@ -15,7 +15,8 @@ import numpy as np
 
 ROUNDS = 8
 # The finaliser of SplitMix64 (Steele, Lea & Flood 2014).
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def permute(indices: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -78,7 +79,8 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 
 def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
     """A balanced Feistel network on 2 * half_bits bits: uint64 [n] -> uint64 [n]."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)

@@ -38,7 +38,8 @@ class BadShares:
     """
 
     def __init__(self, allowed: float, sizes: dict[str, int]) -> None:
-        self.allowed, self.sizes = allowed, sizes
+        self.allowed = allowed
+        self.sizes = sizes
         self.records: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = {name: Counter() for name in sizes}

@@ -127,13 +127,17 @@ def _files(prefix: Path) -> tuple[Path, Path]:
 
 class _Importer:
     def __init__(self, job: ImportJob, advance: Callable[[int], object]) -> None:
-        self.job, self.shard, self.advance = job, job.shard, advance
-        self.eod_id, self.bos_id = job.tokenizer.eod_id, job.tokenizer.bos_id
+        self.job = job
+        self.shard = job.shard
+        self.advance = advance
+        self.eod_id = job.tokenizer.eod_id
+        self.bos_id = job.tokenizer.bos_id
         self.text_bytes = TextBytes(job.tokenizer)
         ends = self.shard.document_ends(self.eod_id)
         sizes = np.diff(ends, prepend=0)
         self.record = ImportRecord(job.number, empty=int((sizes == 0).sum()))
-        self.ends, self.sizes = ends[sizes > 0], sizes[sizes > 0]
+        self.ends = ends[sizes > 0]
+        self.sizes = sizes[sizes > 0]
         if len(sizes) and self.sizes.max(initial=0) > LONGEST_DOCUMENT:
             hint = (
                 ", because the tokenizer's end-of-document token is not in it"
@@ -146,7 +150,8 @@ class _Importer:
             )
 
     def run(self) -> ImportRecord:
-        names, sinks = self.job.names, dict[SplitName, _Sink]()
+        names = self.job.names
+        sinks = dict[SplitName, _Sink]()
         with ExitStack() as stack:
             linked = self._linked() if self._reads_as_it_is() else None
             for split, name in names.items():
@@ -239,7 +244,8 @@ class _Importer:
 
     def _checked(self, tokens: Tokens, begin: int) -> Tokens:
         """The tokens, whose ids the tokenizer has."""
-        size, largest = self.job.tokenizer.vocab_size, int(tokens.max())
+        size = self.job.tokenizer.vocab_size
+        largest = int(tokens.max())
         if largest >= size or int(tokens.min()) < 0:
             place = int(((tokens >= size) | (tokens < 0)).argmax())
             document = int(np.searchsorted(self.ends, begin + place, side="right"))
@@ -308,7 +314,8 @@ class _LinkedShard:
         """They are known already."""
 
     def finish(self) -> WrittenShard:
-        path, size = bin_path(self.prefix), int(self.lengths.sum()) * self.dtype.itemsize
+        path = bin_path(self.prefix)
+        size = int(self.lengths.sum()) * self.dtype.itemsize
         try:
             os.link(self.source.resolve(), path)
         except OSError:

@@ -1,7 +1,6 @@
 """Builds a data folder from sources.
 
-The phases: sample -> tokenizer -> encode every unit -> remove duplicates -> merge into shards ->
-manifest.
+Its phases: sample, tokenizer, encode every unit, remove duplicates, merge into shards, manifest.
 
 All work is done on units, in any order and by any number of workers, and put together in the order
 of the input: the same bytes come out. Finished units survive a killed run, and the same command
@@ -181,8 +180,11 @@ class Build:
     def __init__(
         self, plan: BuildPlan, output: Output, workspace: Path, pool: Pool, progress: bool
     ) -> None:
-        self.plan, self.output, self.workspace = plan, output, workspace
-        self.pool, self.progress = pool, progress
+        self.plan = plan
+        self.output = output
+        self.workspace = workspace
+        self.pool = pool
+        self.progress = progress
         self.config = plan.config
         self.task = Task(plan.config, str(workspace), SplitPlan(plan.config.validation_share))
 
@@ -290,7 +292,8 @@ class Build:
 
     def _encode_held_out(self, numbers: list[int]) -> list[UnitRecord]:
         """Encode the stream unit by unit until enough documents are held out."""
-        records, wanted = [], self.config.streaming_validation_documents
+        records = []
+        wanted = self.config.streaming_validation_documents
         shares = BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
         for number in numbers:
             task = replace(self.task, held_out_only=wanted)
@@ -410,7 +413,8 @@ class Build:
     def _merge(self, records: list[UnitRecord], growing: GrowingShards) -> list[ShardRecord]:
         """Write all shards that are not written yet, and return the records of all in order."""
         names = list(self.config.named_sources)
-        plans, taken = [], {}
+        plans = []
+        taken = {}
         for split in SPLITS:
             for name in names:
                 cutter = ShardCutter(self.workspace, split, growing.max_tokens)

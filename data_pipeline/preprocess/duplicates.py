@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-KEEP, EXACT_DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
+KEEP = 0
+EXACT_DUPLICATE = 1
+NEAR_DUPLICATE = 2
 # About how many bytes sorting needs for each key: itself, its copy in order, the order, and what
 # compares neighbours.
 BYTES_PER_KEY = 80
@@ -68,7 +70,9 @@ def mark_duplicates(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     counts = [len(_map(unit.digests)) for unit in keys]
-    total, steps, done = sum(counts), 1 + exact + near, 0
+    total = sum(counts)
+    steps = 1 + exact + near
+    done = 0
 
     def advance(rows: int) -> None:
         nonlocal done
@@ -166,7 +170,9 @@ def _read_chunks(
                 # After the yield: the chunk has been joined when the consumer asks for the next
                 # one.
                 advance(held)
-                first, held, pieces = first + held, 0, []
+                first = first + held
+                held = 0
+                pieces = []
     if held:
         yield np.concatenate(pieces), np.arange(first, first + held)
         advance(held)

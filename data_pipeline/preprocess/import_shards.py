@@ -278,8 +278,10 @@ class _Import:
         tokenizer: Tokenizer,
         output: Output,
     ) -> None:
-        self.jobs, self.records = jobs, records
-        self.tokenizer, self.output = tokenizer, output
+        self.jobs = jobs
+        self.records = records
+        self.tokenizer = tokenizer
+        self.output = output
         self.splits = {split: entry for split in SPLITS if (entry := self._split_entry(split))}
         self.documents = sum(split.documents for split in self.splits.values())
         self.with_eod = sum(record.end_with_eod for record in records)

@@ -43,7 +43,9 @@ class GrowingShards:
     """
 
     def __init__(self, workspace: Path, dtype: np.dtype[Any], max_tokens: int | None) -> None:
-        self.workspace, self.dtype, self.max_tokens = workspace, dtype, max_tokens
+        self.workspace = workspace
+        self.dtype = dtype
+        self.max_tokens = max_tokens
         # One thread: units have to be appended in their order.
         self._thread = ThreadPoolExecutor(1, "growing shards")
         self._added: deque[Future[None]] = deque()
@@ -127,7 +129,8 @@ class GrowingShards:
 
 class _GrowingShard:
     def __init__(self, shards: GrowingShards, split: SplitName, number: int) -> None:
-        self.split, self.workspace = split, shards.workspace
+        self.split = split
+        self.workspace = shards.workspace
         self.prefix = shards.workspace / "attempts" / f"growing-{number:05}"
         self.pieces: list[Piece] = []
         self._cutter = ShardCutter(shards.workspace, split, shards.max_tokens)

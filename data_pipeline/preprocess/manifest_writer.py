@@ -35,7 +35,8 @@ from data_pipeline.shards.split import SPLITS, SplitName
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.files import JsonObject
 
-BAD_RECORDS, DROPPED_DOCUMENTS = "bad_records.jsonl", "dropped_documents.jsonl"
+BAD_RECORDS = "bad_records.jsonl"
+DROPPED_DOCUMENTS = "dropped_documents.jsonl"
 DUPLICATES = {1: "exact_duplicate", 2: "near_duplicate"}
 
 
@@ -66,7 +67,8 @@ class Account:
             self._add(workspace, record)
 
     def _add(self, workspace: Path, record: UnitRecord) -> None:
-        folder, source = unit_folder(workspace, "units", record.unit), record.source
+        folder = unit_folder(workspace, "units", record.unit)
+        source = record.source
         marks = np.load(folder / MARKS) if (folder / MARKS).exists() else np.zeros(0, np.uint8)
         removed = self.duplicates.setdefault(source, Counter())
         removed.update(

@@ -63,7 +63,9 @@ class ShardCutter:
     """
 
     def __init__(self, workspace: Path, split: SplitName, max_tokens: int | None) -> None:
-        self.workspace, self.split, self.max_tokens = workspace, split, max_tokens
+        self.workspace = workspace
+        self.split = split
+        self.max_tokens = max_tokens
         self.shards: list[list[Piece]] = []
         self._room = max_tokens
 

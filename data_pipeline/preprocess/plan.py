@@ -18,7 +18,8 @@ from data_pipeline.sources.interface import ReadContext, Source, Unit, open_sour
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError
 
-SMALLEST_UNIT, LARGEST_UNIT = 16 << 20, 1 << 30
+SMALLEST_UNIT = 16 << 20
+LARGEST_UNIT = 1 << 30
 UNITS_WANTED = 4096
 
 # These say where data is and how training uses it; the shards do not depend on them.

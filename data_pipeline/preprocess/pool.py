@@ -61,7 +61,9 @@ class Pool:
     """
 
     def __init__(self, executor: Submits | None, workers: int, is_local: bool = True) -> None:
-        self.executor, self.workers, self.is_local = executor, workers, is_local
+        self.executor = executor
+        self.workers = workers
+        self.is_local = is_local
 
     def begin(self, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
         """Start one job ahead of all that come later.

@@ -31,7 +31,8 @@ from pretrain.core.errors import DataError
 from pretrain.core.progress import current_tally
 
 # What is read is counted for the progress bar so often: seldom enough to cost nothing.
-TALLIED_DOCUMENTS, TALLIED_CHARACTERS = 1 << 8, 1 << 20
+TALLIED_DOCUMENTS = 1 << 8
+TALLIED_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Reader:
 
     def __init__(self, task: Task, number: int, unit: Unit, report: TextIO | None) -> None:
         config = task.config
-        self.task, self.number, self.unit, self.report = task, number, unit, report
+        self.task = task
+        self.number = number
+        self.unit = unit
+        self.report = report
         self.section = config.named_sources[unit.source]
         self.source = _source(
             self.section.model_dump_json(), ReadContext.of(config, unit.source, task.workspace)
@@ -102,7 +106,9 @@ class Reader:
         checksum = self.checksum
         cleaner = self.cleaner
         fixed_place = self.fixed_place
-        tally, documents, characters = current_tally(), 0, 0
+        tally = current_tally()
+        documents = 0
+        characters = 0
         for result in self.source.read(self.unit):
             counters.records += 1
             if documents == TALLIED_DOCUMENTS or characters >= TALLIED_CHARACTERS:
@@ -111,7 +117,8 @@ class Reader:
             if isinstance(result, LeftOut):
                 self._leave_out(result)
                 continue
-            documents, characters = documents + 1, characters + len(result.text)
+            documents = documents + 1
+            characters = characters + len(result.text)
             digest = text_digest(result.text)
             name = self.source.split_name(result, self.unit) if fixed_place is None else None
             checksum.update(

@@ -83,7 +83,8 @@ def encode_unit(job: Job) -> UnitRecord:
         report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
         reader = Reader(task, number, unit, report)
         part = stack.enter_context(PartWriter(task, folder, unit.source))
-        assign, wanted = task.split.assign, task.held_out_only
+        assign = task.split.assign
+        wanted = task.held_out_only
         for document, digest, where in reader.documents_with_split():
             for split, text in assign(document.text, where):
                 if split == "validation" or wanted is None:
@@ -165,7 +166,8 @@ class PartWriter:
     def __init__(self, task: Task, folder: Path, source: str) -> None:
         config = task.config
         self.folder = folder
-        self.tokenizer, self.encoder = _tokenizer(task), _encoder(task)
+        self.tokenizer = _tokenizer(task)
+        self.encoder = _encoder(task)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         middle = config.fill_in_the_middle
         applies = middle is not None and (middle.sources is None or source in middle.sources)
@@ -179,7 +181,8 @@ class PartWriter:
             if looks_for_duplicates(config.cleaning)
             else None
         )
-        self.documents, self.text_bytes = [0, 0], [0, 0]
+        self.documents = [0, 0]
+        self.text_bytes = [0, 0]
         self._before: list[str | int] = (
             [self.tokenizer.bos_id]
             if self.tokenizer.prepend_bos and self.tokenizer.bos_id is not None
@@ -230,7 +233,9 @@ class PartWriter:
 
     def flush(self) -> None:
         """Encodes the batch and appends it to the parts."""
-        batch, self._batch, self._bytes = self._batch, Batch(), 0
+        batch = self._batch
+        self._batch = Batch()
+        self._bytes = 0
         if not batch.sides:
             return
         tokens, lengths = batch.encode(self.encoder, self.dtype)
@@ -294,7 +299,8 @@ class Batch:
         )
         is_text = literals < 0
         texts = [segment for segment in self._segments if isinstance(segment, str)]
-        digests, names = self._digests, self._names
+        digests = self._digests
+        names = self._names
         # reduceat sums from each document's first segment to the next document's.
         counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
         if (counts != 1).any():
@@ -332,7 +338,8 @@ class DuplicateKeys:
     """
 
     def __init__(self, folder: Path, cleaning: Cleaning) -> None:
-        self.folder, self.near = folder, cleaning.near_duplicates
+        self.folder = folder
+        self.near = cleaning.near_duplicates
         self.columns: dict[str, np.dtype[Any]] = {
             DIGESTS: np.dtype("u8"),
             SIDES: np.dtype("u1"),

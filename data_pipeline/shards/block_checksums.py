@@ -43,7 +43,9 @@ class FileChecksums:
         while len(view) >= self._room:
             self._block.update(view[: self._room])
             self._blocks.append(self._block.hexdigest())
-            view, self._block, self._room = view[self._room :], block_checksum(), BLOCK_BYTES
+            view = view[self._room :]
+            self._block = block_checksum()
+            self._room = BLOCK_BYTES
         self._block.update(view)
         self._room -= len(view)
 

@@ -80,7 +80,9 @@ class ForeignShard:
         """
         if self.ends is not None:
             return self.ends
-        found, start, before = [np.zeros(0, np.int64)], 0, False
+        found = [np.zeros(0, np.int64)]
+        start = 0
+        before = False
         for part in self.parts(0, self.num_tokens):
             before = bool(part[0] == eod_id) if start == 0 else before
             found.append(np.flatnonzero(part == eod_id) + start + (0 if before else 1))
@@ -156,14 +158,16 @@ def _megatron(prefix: str, base: Path) -> ForeignShard:
 
 
 def _nanotron(prefix: str, path: Path) -> ForeignShard:
-    index, metadata = path.with_name(path.name + ".index"), path.with_name(path.name + ".metadata")
+    index = path.with_name(path.name + ".index")
+    metadata = path.with_name(path.name + ".metadata")
     for needed in (path, index):
         if not needed.is_file():
             raise DataError(
                 f"{needed} is missing: {REMEDY}; the tokens of a nanotron shard are in .ds, the"
                 " ends of its documents in .ds.index"
             )
-    size, index_size = path.stat().st_size, index.stat().st_size
+    size = path.stat().st_size
+    index_size = index.stat().st_size
     if index_size % 8:
         raise DataError(
             f"{index} has {index_size} bytes, which is no number of 8-byte document ends: {REMEDY}"

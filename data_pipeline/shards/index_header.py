@@ -68,7 +68,8 @@ def read_header(path: Path, remedy: str) -> tuple[np.dtype[Any], int, int]:
         )
         raise DataError(f"{path} announces {what}: write it again with tools/preprocess_data.py")
     # A multimodal data set has one more byte for each sequence.
-    expected, found = HEADER.size + 12 * sequences + 8 * marks, path.stat().st_size
+    expected = HEADER.size + 12 * sequences + 8 * marks
+    found = path.stat().st_size
     if found not in (expected, expected + sequences):
         raise DataError(
             f"{path} is damaged: it has {found} bytes, but {sequences} sequences and {marks}"

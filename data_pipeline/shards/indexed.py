@@ -89,7 +89,9 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], durable: bool = True) -> None:
-        self.prefix, self.dtype, self.durable = prefix, dtype, durable
+        self.prefix = prefix
+        self.dtype = dtype
+        self.durable = durable
         for path in (bin_path(prefix), idx_path(prefix)):
             if path.exists():
                 raise StorageError(
@@ -208,7 +210,8 @@ class IndexedWriter:
         """Complete both files and give them their names."""
         self._wait_for_hash()
         self._complete(self._bin)
-        index_hash, index_bytes = self._hash(), 0
+        index_hash = self._hash()
+        index_bytes = 0
         with self._temporary["idx"].open("wb") as stream:
             for block in index_content(self.dtype, self.documents, self._read_lengths):
                 index_hash.update(block)
@@ -291,8 +294,10 @@ class IndexedReader:
     """
 
     def __init__(self, prefix: Path, remedy: str = BUILD_AGAIN) -> None:
-        self.prefix, self._remedy = prefix, remedy
-        index_path, token_path = idx_path(prefix), bin_path(prefix)
+        self.prefix = prefix
+        self._remedy = remedy
+        index_path = idx_path(prefix)
+        token_path = bin_path(prefix)
         for path in (index_path, token_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing: {remedy}")
@@ -370,7 +375,8 @@ class IndexedReader:
         Raises:
             DataError: for the first entry that does not.
         """
-        path, expected = idx_path(self.prefix), 0
+        path = idx_path(self.prefix)
+        expected = 0
         for start in range(0, len(self), BLOCK_TOKENS):
             lengths = np.asarray(
                 self.sequence_lengths[start : start + BLOCK_TOKENS], dtype=np.int64

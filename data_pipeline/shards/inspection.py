@@ -50,7 +50,8 @@ def documents(manifest: Manifest, split: SplitName, numbers: list[int]) -> Itera
     Raises:
         DataError: for a number that the split does not have.
     """
-    wanted, first = sorted(set(numbers)), 0
+    wanted = sorted(set(numbers))
+    first = 0
     for entry, reader in open_shards(manifest, split):
         while wanted and wanted[0] < first + len(reader):
             yield Found(wanted[0], entry.source, reader[wanted[0] - first])
@@ -140,7 +141,8 @@ def find_duplicates(
         most: how many of the most repeated documents to name.
         advance: is called with the number of tokens read.
     """
-    digests, sizes = [], []
+    digests = []
+    sizes = []
     for _, reader in open_shards(manifest, split):
         block = np.empty(len(reader), dtype=np.uint64)
         for index in range(len(reader)):

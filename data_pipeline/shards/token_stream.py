@@ -76,7 +76,8 @@ class _Offsets:
     """The byte offsets of an index, as a sequence that is read entry by entry."""
 
     def __init__(self, file: ReadFile, sequences: int) -> None:
-        self.file, self.sequences = file, sequences
+        self.file = file
+        self.sequences = sequences
 
     def __len__(self) -> int:
         return self.sequences
@@ -131,7 +132,8 @@ class Shard:
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
         """Return where documents begin in tokens begin .. end - 1: int64, sorted."""
-        offsets, size = self._check_once(), self.dtype.itemsize
+        offsets = self._check_once()
+        size = self.dtype.itemsize
         number = bisect_left(offsets, begin * size)
         parts = [np.zeros(0, "<i8")]
         while number < len(offsets):
@@ -146,7 +148,8 @@ class Shard:
 
     def documents(self, begin: int, end: int) -> tuple[int, int]:
         """Return the numbers in the split of the documents with the tokens begin and end - 1."""
-        offsets, size = self._check_once(), self.dtype.itemsize
+        offsets = self._check_once()
+        size = self.dtype.itemsize
         return (
             self.first_document + bisect_right(offsets, begin * size) - 1,
             self.first_document + bisect_left(offsets, end * size) - 1,
@@ -168,7 +171,8 @@ class TokenStream:
     """The tokens of all shards, one after the other, as one stream across documents and shards."""
 
     def __init__(self, shards: list[Shard], vocab_size: int) -> None:
-        self.shards, self.vocab_size = shards, vocab_size
+        self.shards = shards
+        self.vocab_size = vocab_size
         self._starts = np.cumsum([0, *(shard.entry.tokens for shard in shards)], dtype=np.int64)
 
     @property
@@ -217,7 +221,8 @@ class TokenStream:
         """
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens {start} to {start + count} of a stream of {self.num_tokens}")
-        pieces, filled = [], 0
+        pieces = []
+        filled = 0
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         while filled < count:
             inside = start + filled - self.start_of(number)

@@ -58,7 +58,8 @@ class Block:
             stop: asked between reads; once it is true the rest is let pass.
         """
         checksum: Any = hashlib.sha256() if self.is_whole_file else block_checksum()
-        left, buffer = self.size, memoryview(bytearray(READ_BYTES))
+        left = self.size
+        buffer = memoryview(bytearray(READ_BYTES))
         try:
             with self.path.open("rb", buffering=0) as stream:
                 stream.seek(self.start)

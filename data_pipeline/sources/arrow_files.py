@@ -54,7 +54,9 @@ class Arrow(Source[ArrowSource]):
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
         import pyarrow
 
-        path, to_document, row = unit.files[0], RecordReader(self.config), 0
+        path = unit.files[0]
+        to_document = RecordReader(self.config)
+        row = 0
         with _open(path) as (schema, batches, unread):
             check_columns(schema, self.config, path)
             columns = top_columns(schema, self.config)
@@ -114,7 +116,8 @@ def _open(
             is_file = mapped.read(len(FILE_MAGIC)) == FILE_MAGIC
             mapped.seek(0)
             reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-            size, schema = mapped.size(), reader.schema
+            size = mapped.size()
+            schema = reader.schema
             if not is_file:
                 yield schema, iter(reader), lambda: size - mapped.tell()
                 return

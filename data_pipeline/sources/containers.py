@@ -225,13 +225,16 @@ class Peekable:
         return self._ahead[:size]
 
     def read(self, size: int, /) -> bytes:
-        block, self._ahead = self._ahead[:size], self._ahead[size:]
+        """Return the next bytes, then raise the damage that :meth:`peek` met."""
+        block = self._ahead[:size]
+        self._ahead = self._ahead[size:]
         if not block and self._damage is not None:
             raise self._damage
         return block or self._stream.read(size)
 
     @property
     def ratio(self) -> float:
+        """Compressed bytes for each byte that was read; 1 if the stream is not compressed."""
         return getattr(self._stream, "ratio", 1.0)
 
 
@@ -266,6 +269,7 @@ class Utf8:
         self._read = self._given = 0
 
     def read(self, size: int, /) -> bytes:
+        """Return about ``size`` bytes of UTF-8; none at the end."""
         while True:
             block = self._stream.read(size)
             content = self._decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
@@ -276,6 +280,7 @@ class Utf8:
 
     @property
     def ratio(self) -> float:
+        """Bytes of the file for each byte of UTF-8 so far."""
         return getattr(self._stream, "ratio", 1.0) * self._read / max(self._given, 1)
 
 
@@ -334,6 +339,7 @@ class Decompressed:
 
     @property
     def ratio(self) -> float:
+        """Compressed bytes for each byte of content so far."""
         return self._raw.tell() / max(self._position, 1)
 
 
@@ -417,7 +423,8 @@ class _Members:
                         return b""
                     self._input = block.lstrip(b"\0")
                 self._decoder = self._make()
-            given, self._input = self._input, b""
+            given = self._input
+            self._input = b""
             is_last = False
             if not given and self._decoder.needs_input:
                 given = self._source.read()

@@ -31,7 +31,8 @@ from data_pipeline.sources.records import RecordReader, check_first_file, listed
 from pretrain.core.errors import DataError
 
 DELIMITERS = ",\t;|"
-MANY_LINES, FEW_LINES = 100, 6
+MANY_LINES = 100
+FEW_LINES = 6
 
 
 class Csv(Source[CsvSource]):
@@ -52,7 +53,8 @@ class Csv(Source[CsvSource]):
         return units
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
-        path, longest = unit.files[0], self.context.max_record_bytes
+        path = unit.files[0]
+        longest = self.context.max_record_bytes
         csv.field_size_limit(max(csv.field_size_limit(), longest))
         self.lines_read = 0
         self.notes.clear()
@@ -227,7 +229,8 @@ class _Feed:
     def __next__(self) -> str:
         line = self._again.popleft() if self._again else next(self._lines)
         if not self._held:
-            self.line, self.offset = line.number, line.offset
+            self.line = line.number
+            self.offset = line.offset
         self._held.append(line)
         self.number = line.number
         self.size += line.size + 1
@@ -268,4 +271,6 @@ class _Feed:
             line = self._again.popleft() if self._again else next(self._lines, None)
             if line is None:
                 return
-            self.number, self.size, content = line.number, self.size + line.size + 1, line.content
+            self.number = line.number
+            self.size = self.size + line.size + 1
+            content = line.content

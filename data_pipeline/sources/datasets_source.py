@@ -92,7 +92,8 @@ class HubDatasets(Source[DatasetsSource]):
             starts = self._article_starts()
             end = int(starts[limit]) if limit < len(starts) else len(table)
         else:
-            starts, end = None, min(limit, len(table))
+            starts = None
+            end = min(limit, len(table))
         units = []
         start = 0
         while start < end:
@@ -144,7 +145,8 @@ class HubDatasets(Source[DatasetsSource]):
 
     def _batches(self, unit: Unit) -> Iterator[pyarrow.RecordBatch]:
         if not self.config.streaming:
-            table, end = self._table.with_format("arrow"), unit.end
+            table = self._table.with_format("arrow")
+            end = unit.end
             assert end is not None
             for start in range(unit.start, end, BATCH_ROWS):
                 yield from table[start : min(start + BATCH_ROWS, end)].to_batches()
@@ -180,7 +182,8 @@ class HubDatasets(Source[DatasetsSource]):
                 line = str(row.text).removesuffix("\n") + "\n"
                 if size and HEADING.fullmatch(line):
                     yield self._article(lines, first, size)
-                    lines, size = [], 0
+                    lines = []
+                    size = 0
                 if not size:
                     if fault:
                         continue
@@ -269,7 +272,8 @@ class HubDatasets(Source[DatasetsSource]):
 
     def _say_unread(self) -> None:
         """Says once which splits and which files of a folder are not read."""
-        path, wanted = self._path, str(self.config.dataset_split).partition("[")[0]
+        path = self._path
+        wanted = str(self.config.dataset_split).partition("[")[0]
         splits: dict[str, list[str]] = {}
         if is_saved(path):
             names = saved_splits(path)
@@ -336,7 +340,8 @@ class HubDatasets(Source[DatasetsSource]):
     def _config_name(self) -> str | None:
         import datasets
 
-        config, path = self.config.config, self._path
+        config = self.config.config
+        path = self._path
         if (
             config
             and self._config_is_optional

@@ -15,7 +15,9 @@ TSV = "tsv"
 ARROW = "arrow"
 TEXT = "text"
 CODE = "code"
-SIDE, ARCHIVE, OTHER = "side", "archive", "other"
+SIDE = "side"
+ARCHIVE = "archive"
+OTHER = "other"
 # Records, as nobody writes source code.
 RECORDS = (JSONL, PARQUET, CSV, TSV, ARROW)
 DATA = (*RECORDS, JSON, TEXT)

@@ -192,7 +192,9 @@ def grouped_units(source: str, files: list[str], unit_bytes: int) -> list[Unit]:
         size, stamp = stamp_of(path)
         if group and total + size > unit_bytes:
             units.append(Unit(source, tuple(group), size=total, stamp=";".join(stamps)))
-            group, stamps, total = [], [], 0
+            group = []
+            stamps = []
+            total = 0
         group.append(path)
         stamps.append(stamp)
         total += size
@@ -230,7 +232,9 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
     """
     # A range may begin inside a line, which belongs to the range before; the byte before it shows
     # that.
-    offset, skipping, number = max(start - 1, 0), start > 0, 0
+    offset = max(start - 1, 0)
+    skipping = start > 0
+    number = 0
     if start:
         cast(io.BufferedReader, stream).seek(offset)
     carried: list[bytes] = []
@@ -240,13 +244,15 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
     )
     for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
         if offset == 0 and not carried and block.startswith(BYTE_ORDER_MARK):
-            offset, block = len(BYTE_ORDER_MARK), block[len(BYTE_ORDER_MARK) :]
+            offset = len(BYTE_ORDER_MARK)
+            block = block[len(BYTE_ORDER_MARK) :]
             # The first line belongs to the range that holds the mark's first byte.
             end = end and max(end, offset + 1)
         if skipping:
             cut = block.find(b"\n") + 1
             offset += cut or len(block)
-            block, skipping = block[cut:], not cut
+            block = block[cut:]
+            skipping = not cut
             if long_from is not None and cut:
                 yield Line(number, long_from, None, offset - 1 - long_from)
                 long_from = None
@@ -259,7 +265,8 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
                 content = block[begin:cut]
                 if carried:
                     content = b"".join([*carried, content])
-                    carried, size = [], 0
+                    carried = []
+                    size = 0
                 number += 1
                 yield Line(
                     number, offset, content if len(content) <= max_bytes else None, len(content)
@@ -272,7 +279,11 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
             return
         if size > max_bytes:
             number += 1
-            long_from, offset, carried, size, skipping = offset, offset + size, [], 0, True
+            long_from = offset
+            offset = offset + size
+            carried = []
+            size = 0
+            skipping = True
     content = b"".join(carried)
     if long_from is not None:
         yield Line(number, long_from, None, offset - long_from)

@@ -152,7 +152,8 @@ def _files_of_folder(folder: str, section: FoldersBase) -> list[str]:
     found = walk(root)
     kind = _class_read_by(section, found)
     has_titles = isinstance(section, TextSource) and section.document != "line"
-    configs, description = declared_configs(root), ""
+    configs = declared_configs(root)
+    description = ""
     if configs:
         config = choose_config(configs, section.config, root)
         splits = _declared(root, found, config, has_titles).only(kind)
@@ -214,7 +215,8 @@ def _say_unread(
 ) -> None:
     """Says once what of a folder is not read, and which shards are not there."""
     rest = sorted(set(found) - set(chosen))
-    parts, named = [], set(chosen)
+    parts = []
+    named = set(chosen)
     for split, paths in splits.files.items():
         others = set(paths) - named
         named |= others

@@ -168,7 +168,8 @@ class Source(ABC, Generic[ConfigT]):
     has_files: ClassVar[bool] = True
 
     def __init__(self, config: ConfigT, context: ReadContext) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self.lines_read = 0
         self.notes: Counter[str] = Counter()
         if config.split == "hash":

@@ -131,7 +131,8 @@ class ValueReader:
 
     def _value(self, first: int, indent: bytes | None) -> Value:
         """The value that begins here; afterwards the next one begins here."""
-        line, start = self.line, self._offset + self._at
+        line = self.line
+        start = self._offset + self._at
         try:
             end = self._end(first)
         except _Broken as broken:
@@ -173,7 +174,8 @@ class ValueReader:
         return self._at + len(content)
 
     def _bracket_end(self) -> int:
-        at, open_brackets = self._at, bytearray()
+        at = self._at
+        open_brackets = bytearray()
         while True:
             found = UP_TO_BRACKET.match(self._data, at)
             assert found is not None  # it matches nothing at all too

@@ -67,7 +67,8 @@ class Jsonl(Source[JsonlSource]):
         Raises:
             DataError: for a file that is one object around its records.
         """
-        path, to_document = unit.files[0], RecordReader(self.config)
+        path = unit.files[0]
+        to_document = RecordReader(self.config)
         self.lines_read = count = 0
         around: str | None = None
         with open_stream(path, self.config.encoding) as stream:
@@ -118,7 +119,8 @@ class Jsonl(Source[JsonlSource]):
                     yield value, None, ("invalid_json", value.fault) if value.fault else too_long
             return
         for line in read_lines(stream, unit.start, unit.end, longest):
-            self.lines_read, content = line.number, line.content
+            self.lines_read = line.number
+            content = line.content
             if content is None:
                 yield line, None, too_long
                 continue

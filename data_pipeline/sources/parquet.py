@@ -55,14 +55,16 @@ class Parquet(Source[ParquetSource]):
             for number, group in enumerate(groups):
                 if number > start and total + group.bytes > unit_bytes:
                     units.append(Unit(self.context.name, (path,), start, number, total, stamp))
-                    start, total = number, 0
+                    start = number
+                    total = 0
                 total += group.bytes
             if groups:
                 units.append(Unit(self.context.name, (path,), start, len(groups), total, stamp))
         return units
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
-        path, to_document = unit.files[0], RecordReader(self.config)
+        path = unit.files[0]
+        to_document = RecordReader(self.config)
         file, groups = self._open(path)
         row = sum(group.rows for group in groups[: unit.start])
         with file:
@@ -80,7 +82,8 @@ class Parquet(Source[ParquetSource]):
     ) -> Iterator[Row | LeftOut]:
         import pyarrow
 
-        row, problem = first, "they are not there"
+        row = first
+        problem = "they are not there"
         batch_rows = min(BATCH_ROWS, 1 + BATCH_BYTES * group.rows // (1 + group.bytes))
         try:
             for batch in file.iter_batches(
@@ -112,7 +115,8 @@ class Parquet(Source[ParquetSource]):
             file = ParquetFile(
                 path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
             )
-            schema, groups = file.schema_arrow, _row_groups(file.metadata)
+            schema = file.schema_arrow
+            groups = _row_groups(file.metadata)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise unreadable(path, error) from None

@@ -67,7 +67,8 @@ class StandardInput(Source[StandardInputSource]):
         return self.context.spool
 
     def _source(self) -> Jsonl | Text:
-        config, files = self.config, [self._spool]
+        config = self.config
+        files = [self._spool]
         if config.format == "jsonl":
             fields = config.model_dump(
                 include={"text_field", "id_field", "metadata_fields", "encoding"}
@@ -112,7 +113,8 @@ def _compare_standard_input(spool: str) -> None:
     """
     if not _is_open():
         return
-    same, partial = 0, f"{spool}.partial"
+    same = 0
+    partial = f"{spool}.partial"
     with open(spool, "rb") as kept:
         while (block := sys.stdin.buffer.read(BLOCK_BYTES)) and kept.read(len(block)) == block:
             same += len(block)

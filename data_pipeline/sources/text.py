@@ -56,7 +56,8 @@ class Text(Source[TextSource]):
             )
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        files, name = files_of(self.config), self.context.name
+        files = files_of(self.config)
+        name = self.context.name
         if self.config.document != "line":
             return grouped_units(name, files, unit_bytes)
         units: list[Unit] = []
@@ -121,7 +122,8 @@ class Text(Source[TextSource]):
         separator = self.config.separator.encode(self.config.encoding)
         longest = self.context.max_record_bytes
         part: list[bytes] = []
-        size, first = 0, (1, 0)
+        size = 0
+        first = (1, 0)
         stream = with_line_feeds(Peekable(stream))
         for line in read_lines(stream, 0, None, longest):
             self.lines_read = line.number
@@ -130,7 +132,9 @@ class Text(Source[TextSource]):
                     yield self._part(
                         None if size > longest else b"".join(part), path, *first, size, stream
                     )
-                part, size, first = [], 0, (line.number + 1, line.offset + len(line.content) + 1)
+                part = []
+                size = 0
+                first = (line.number + 1, line.offset + len(line.content) + 1)
                 continue
             size += line.size + 1
             if size > longest:

@@ -68,7 +68,8 @@ def choose_engine(
     megabytes = sum(len(text.encode("utf-8")) for text in sample) / 1e6
     start = time.perf_counter()
     expected = _rows(*open_engine(REFERENCE, tokenizer).encode_flat(sample))
-    speeds, reasons = {REFERENCE: megabytes / (time.perf_counter() - start)}, {}
+    speeds = {REFERENCE: megabytes / (time.perf_counter() - start)}
+    reasons = {}
     expected += _rows(*open_engine(REFERENCE, tokenizer).encode_flat(torture))
     for name in ENGINE_NAMES:
         if name == REFERENCE:
@@ -120,7 +121,9 @@ class CheckedEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, engine_name: str, check_every: int = 1000) -> None:
-        self.tokenizer, self.engine_name, self.check_every = tokenizer, engine_name, check_every
+        self.tokenizer = tokenizer
+        self.engine_name = engine_name
+        self.check_every = check_every
         self.checked = 0
         self.engine = open_engine(engine_name, tokenizer)
 

@@ -89,7 +89,8 @@ class _Tiktoken:
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tiktoken import Encoding
 
-        library, model = tokenizer.reference, json.loads(tokenizer.reference.to_str())["model"]
+        library = tokenizer.reference
+        model = json.loads(tokenizer.reference.to_str())["model"]
         pattern = pattern_of(library.pre_tokenizer)
         if model["type"] != "BPE" or pattern is None or library.normalizer is not None:
             raise ValueError("it is not a byte-level BPE with one pattern")

@@ -49,11 +49,14 @@ class FillInTheMiddleTransform:
         """
         # Only random() is the same in every version of Python.
         draw = random.Random(digest ^ seed).random
-        is_chosen, is_spm = draw() < self.config.rate, draw() < self.config.spm_rate
+        is_chosen = draw() < self.config.rate
+        is_spm = draw() < self.config.spm_rate
         if not is_chosen or len(text) < MIN_CHARACTERS:
             return None
         start, stop = sorted(int(draw() * (len(text) + 1)) for _ in range(2))
-        prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+        prefix = text[:start]
+        middle = text[start:stop]
+        suffix = text[stop:]
         if is_spm:
             # Their variant 2, which keeps prefix and middle together, so that training on PSM helps
             # SPM (section 3, appendix D).

@@ -13,8 +13,13 @@ from data_pipeline.tokenizer.tokenizer import failure
 from pretrain.core.errors import ConfigError, DataError
 
 META_SPACE = "▁"
-UNIGRAM, BPE = 1, 2
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+UNIGRAM = 1
+BPE = 2
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
 SCORE_TOLERANCE = 1e-5
 
 
@@ -58,7 +63,8 @@ def convert_sentencepiece(content: bytes, origin: str) -> bytes:
 
 
 def _check_kind(proto: Any, origin: str) -> None:
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer = proto.trainer_spec
+    normalizer = proto.normalizer_spec
     if (
         trainer.model_type not in (UNIGRAM, BPE)
         or trainer.treat_whitespace_as_suffix

@@ -33,7 +33,8 @@ class TextBytes:
         """
         if self._table is not None:
             return int(self._table[tokens].sum(dtype=np.int64))
-        texts, start = [], 0
+        texts = []
+        start = 0
         for length in lengths:
             document = tokens[start : start + length].tolist()
             texts += [

@@ -56,7 +56,8 @@ class Tokenizer:
 
     def __init__(self, content: bytes, origin: str, policy: TokenPolicy | None = None) -> None:
         policy = policy or TokenPolicy()
-        self.content, self.origin = content, origin
+        self.content = content
+        self.origin = origin
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.reference = _read(content, origin)
         vocabulary = self.reference.get_vocab(with_added_tokens=True)
@@ -69,7 +70,8 @@ class Tokenizer:
         eod_id = self._find("eod_token", policy.eod_token, EOD_TOKENS)
         self.bos_id = self._find("bos_token", policy.bos_token, BOS_TOKENS)
         self.pad_id = self._find("pad_token", policy.pad_token, PAD_TOKENS)
-        self.append_eod, self.prepend_bos = policy.append_eod, policy.prepend_bos
+        self.append_eod = policy.append_eod
+        self.prepend_bos = policy.prepend_bos
         if self.prepend_bos and self.bos_id is None:
             raise DataError(
                 f"{origin} has none of the tokens {', '.join(BOS_TOKENS)}: name the one that begins"

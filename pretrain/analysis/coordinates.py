@@ -351,7 +351,8 @@ def random_batches(recipe: Recipe, step: int) -> list[Batch]:
     a model could learn nothing.
     """
     assert recipe.model.vocab_size is not None
-    train, frequencies_V = recipe.train, 1.0 / torch.arange(1, recipe.model.vocab_size + 1)
+    train = recipe.train
+    frequencies_V = 1.0 / torch.arange(1, recipe.model.vocab_size + 1)
     generator = torch.Generator().manual_seed(recipe.seed + step)
     drawn = torch.multinomial(
         frequencies_V,

@@ -122,7 +122,8 @@ def hottest(counts_E: Counts, number: int = HOTTEST) -> Counts:
 
 def layer_usage(layer: int, counts_E: Counts, hot_factor: float) -> LayerUsage:
     """The usage of one layer, from counts [E] with at least one choice."""
-    mean, ids = counts_E.mean(), hottest(counts_E)
+    mean = counts_E.mean()
+    ids = hottest(counts_E)
     return LayerUsage(
         layer=layer,
         hot_experts=int(np.count_nonzero(counts_E > hot_factor * mean)),

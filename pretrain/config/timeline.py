@@ -135,7 +135,8 @@ class Timeline:
 
     def changes_length(self, step: int) -> bool:
         """Whether step ``step`` (from 0) has another sequence length than the one before it."""
-        now, before = self.at(step), self.at(max(step - 1, 0))
+        now = self.at(step)
+        before = self.at(max(step - 1, 0))
         return now.recipe.train.sequence_length != before.recipe.train.sequence_length
 
 

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-BAR_SECONDS, LINE_SECONDS = 0.5, 30.0
+BAR_SECONDS = 0.5
+LINE_SECONDS = 30.0
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 WITHOUT_TOTAL = "{desc}: {n_fmt} [{elapsed}{postfix}]"
 JUST_A_TITLE = "{desc} [{elapsed}]"

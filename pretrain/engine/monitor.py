@@ -55,10 +55,12 @@ BACKENDS: dict[str, Callable[[Any], Backend]] = {
 # DeepSpeed's engine reports by samples. W&B refuses a step below an earlier one, so our records
 # must count samples there too.
 COUNT_SAMPLES = ("wandb", "comet")
-TENSORBOARD, VALIDATION = "tensorboard", "validation"
+TENSORBOARD = "tensorboard"
+VALIDATION = "validation"
 # TensorBoard draws equal tags of several runs into one chart: the validation loss is written to a
 # separate run below the training's, under the training loss's tag.
-TRAIN_LOSS, VALIDATION_LOSS = "at_a_glance/1_loss", "at_a_glance/1_loss_validation"
+TRAIN_LOSS = "at_a_glance/1_loss"
+VALIDATION_LOSS = "at_a_glance/1_loss_validation"
 
 
 def without_monitors(ds_config: JsonObject) -> JsonObject:

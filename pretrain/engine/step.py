@@ -144,7 +144,8 @@ def reduce_steps(
     )
     # [L, E + J + 1 + 1]: one collective for all statistics.
     packed = torch.cat([router.counts_LE, averaged / micro_batches], dim=1)
-    num_experts, num_losses = router.counts_LE.shape[1], router.losses_LJ.shape[1]
+    num_experts = router.counts_LE.shape[1]
+    num_losses = router.losses_LJ.shape[1]
     counts_LE, losses_LJ, entropy_L1, dropped_L1 = (
         topology.all_reduce_sum(packed).cpu().split((num_experts, num_losses, 1, 1), dim=1)
     )

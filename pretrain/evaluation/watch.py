@@ -113,7 +113,8 @@ def watch(
     """
     if not run.is_dir():
         raise CheckpointError(f"there is no run {run}: give the folder that training writes to")
-    count, last_done = 0, False
+    count = 0
+    last_done = False
     while not last_done:
         for checkpoint in reversed(complete_checkpoints(run / "checkpoints")):
             try:

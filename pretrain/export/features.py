@@ -54,7 +54,8 @@ def _fields(section: Section, prefix: str, effect: Effect) -> Iterator[tuple[str
     A section is replaced by its fields; an optional one also counts as a value itself.
     """
     for name, field in type(section).model_fields.items():
-        value, mark = getattr(section, name), mark_of(field, effect)
+        value = getattr(section, name)
+        mark = mark_of(field, effect)
         optional = (
             field.get_default() is None and not field.is_required() and prefix + name != "moe"
         )

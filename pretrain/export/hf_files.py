@@ -30,11 +30,9 @@ from pretrain.export.writer import (
     weight_map,
 )
 
-CONFIG, GENERATION, TOKENIZER_CONFIG = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-)
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -88,7 +88,8 @@ def _write_configs(
     side_files: SideFiles,
 ) -> None:
     """Writes all files but the weights: ``config.json``, generation settings, and the tokenizer."""
-    eod_id, eod_token = tokenizer.eod_id, tokenizer.decode([tokenizer.eod_id])
+    eod_id = tokenizer.eod_id
+    eod_token = tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
     if ids is not None:
         # A chat model may end a text with several tokens; our tokenizer knows a single one.

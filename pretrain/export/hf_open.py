@@ -111,7 +111,8 @@ def check_stored(folder: Path) -> None:
     Raises:
         CheckpointError: as :func:`open_model`, when a tensor is missing or has another shape.
     """
-    content, shapes = read_config(folder), stored_shapes(folder)
+    content = read_config(folder)
+    shapes = stored_shapes(folder)
     with checked_view(folder, content, weights=False) as view:
         outline = _outline(folder, _config(folder, view))
     expected, found = _without_copies(folder, outline, shapes)

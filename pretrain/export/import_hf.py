@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Random tokens that logits are compared on; a folder of others has no text to take them from.
-WINDOWS, WINDOW_TOKENS = 4, 256
+WINDOWS = 4
+WINDOW_TOKENS = 256
 
 
 def import_hf(
@@ -75,7 +76,8 @@ def import_hf(
         ours = open_weights(folder)
         # Tensors that must be zero have no counterpart; _left_out has listed those that are not.
         check_same_numbers([link for link in links if not isinstance(link, Zeros)], ours, theirs)
-        parity, unchecked = None, shortage(ours, memory_bytes)
+        parity = None
+        unchecked = shortage(ours, memory_bytes)
         if unchecked is None:
             shape = (WINDOWS, min(WINDOW_TOKENS, recipe.model.max_position_embeddings))
             # A fixed seed: the same folder always gives the same result.
@@ -105,7 +107,8 @@ def architecture_of(source: Path) -> tuple[LlamaLike, PreTrainedConfig]:
         ConfigError: for an architecture that no recipe can say, and for quantised weights.
         CheckpointError: if the config is damaged, or the folder holds foreign code.
     """
-    path, content = source / CONFIG, read_config(source)
+    path = source / CONFIG
+    content = read_config(source)
     name = content["model_type"]
     known = {target.name: target for target in architectures()}
     if name not in known:

@@ -183,7 +183,8 @@ def check_names(links: Iterable[Link | Zeros], ours: Tensors, left_out: Iterable
     Raises:
         CheckpointError: for the first that has not.
     """
-    linked, names = {link.ours for link in links if isinstance(link, Link)}, set(ours.names)
+    linked = {link.ours for link in links if isinstance(link, Link)}
+    names = set(ours.names)
     if missing := sorted(linked - names):
         raise CheckpointError(
             f"the checkpoint has no tensor '{missing[0]}' ({len(missing)} missing): it does not"

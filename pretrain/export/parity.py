@@ -76,7 +76,10 @@ def load_exported(folder: Path) -> PreTrainedModel:
 def compare_logits(model: DecoderLM, exported: PreTrainedModel, windows_WS: Tensor) -> Parity:
     """Runs both models over each window, one window at a time, and compares their logits."""
     model.eval()
-    largest, total, squares, numbers = torch.zeros(()), 0.0, 0.0, 0
+    largest = torch.zeros(())
+    total = 0.0
+    squares = 0.0
+    numbers = 0
     for window_S in tqdm(windows_WS, desc="comparing logits", unit="window"):
         ours_SV = model.logits(window_S[None])[0]
         theirs_SV = exported(input_ids=window_S[None], use_cache=False).logits[0]
@@ -141,7 +144,8 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 def free_memory() -> int:
     """Bytes that this process may still take, by the machine and by its control group."""
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
     return free
@@ -157,7 +161,8 @@ def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> De
             update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}
         )
     )
-    parameters, buffers = dict(built.named_parameters()), dict(built.named_buffers())
+    parameters = dict(built.named_parameters())
+    buffers = dict(built.named_buffers())
     for name in ours.names:
         tensor = ours.read(name)
         if name in parameters:

@@ -176,7 +176,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: if there are none, or both, or the index is damaged.
     """
-    whole, index = folder / WEIGHTS, folder / INDEX
+    whole = folder / WEIGHTS
+    index = folder / INDEX
     if whole.is_file() and index.is_file():
         raise CheckpointError(
             f"{folder} has both {WEIGHTS} and {INDEX}, which may differ: remove what does not"

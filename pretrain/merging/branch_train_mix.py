@@ -51,7 +51,8 @@ def mixed_tensors(
     are averaged.
     """
     check_branches(stores, target)
-    rates, taken = uniform_rates(len(stores)), set()
+    rates = uniform_rates(len(stores))
+    taken = set()
     for prefix in moe_prefixes(target):
         names = target.feed_forward.parameter_names
         taken |= {f"{prefix}.{name}" for name in names}

@@ -109,7 +109,8 @@ def _tokenizer_of(folder: Path) -> str | None:
     Raises:
         CheckpointError: if its tokenizer.json is not the one that its state names.
     """
-    path, named = folder / TOKENIZER, read_state(folder).get("tokenizer_sha256")
+    path = folder / TOKENIZER
+    named = read_state(folder).get("tokenizer_sha256")
     found = file_sha256(path) if path.is_file() else None
     # A folder of weights may have no tokenizer.json; then only the name in its state is known.
     if named is not None and found not in (None, named):
@@ -185,7 +186,8 @@ def mix(
         raise ConfigError(
             "one model makes no mixture: give several --checkpoints, or use tools/upcycle.py"
         )
-    dense, stores = read_recipe(folders[0]), [StoredWeights(folder) for folder in folders]
+    dense = read_recipe(folders[0])
+    stores = [StoredWeights(folder) for folder in folders]
     moe = {
         "num_experts": len(folders),
         "top_k": top_k,
@@ -219,7 +221,8 @@ def reduce_experts(
             that are most alike in it.
     """
     folder = whole_checkpoint(checkpoint)
-    before, stored = read_recipe(folder), StoredWeights(folder)
+    before = read_recipe(folder)
+    stored = StoredWeights(folder)
     moe = routed_moe(before.model)
     suffix = "-pruned" if similarity is None else "-folded"
     smaller = moe.model_dump(mode="json") | {"num_experts": keep}

@@ -75,7 +75,8 @@ def weight_sum(moe: RoutedMoE, options: Upcycling) -> float:
         ConfigError: if it depends on the token, or if the chosen shards are not computed equally
             often.
     """
-    router, even = moe.router, options.router_std == 0 and not moe.router.learned_noise
+    router = moe.router
+    even = options.router_std == 0 and not moe.router.learned_noise
     if moe.drops_tokens:
         raise ConfigError(
             "a full expert would drop tokens that the dense feed-forward computes: upcycle with"
@@ -133,7 +134,9 @@ def check_sizes(dense: ModelConfig, target: ModelConfig, options: Upcycling) -> 
             " give a dense model"
         )
     check_overrides(dense, target)
-    moe, g, width = routed_moe(target), options.granularity, dense.intermediate_size
+    moe = routed_moe(target)
+    g = options.granularity
+    width = dense.intermediate_size
     if moe.moe_intermediate_size * g != width:
         raise ConfigError(
             f"model.moe.moe_intermediate_size ({moe.moe_intermediate_size}) times --granularity"

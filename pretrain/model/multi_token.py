@@ -32,7 +32,8 @@ class MultiTokenBlock(nn.Module):
         super().__init__()
         assert config.multi_token_prediction is not None
         self.loss_weight = config.multi_token_prediction.loss_weight
-        size, norm = config.hidden_size, config.norm.implementing_class()
+        size = config.hidden_size
+        norm = config.norm.implementing_class()
         self.hidden_norm = norm(size, config.norm.eps)
         self.embedding_norm = norm(size, config.norm.eps)
         self.projection = nn.Linear(2 * size, size, bias=False)

@@ -73,7 +73,8 @@ def width_scales(config: ModelConfig) -> dict[str, WidthScale]:
     if widths is None:
         return {}
     base = base_model(config, widths)
-    shapes, base_shapes = _shapes(config), _shapes(base)
+    shapes = _shapes(config)
+    base_shapes = _shapes(base)
     scales = {
         name: _of_shape(name, shape, base_shapes[name], config) for name, shape in shapes.items()
     }

@@ -98,10 +98,12 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
     top_k = 1 if config.moe is None else config.moe.experts_per_token
     with torch.device("meta"):
         model = DecoderLM(config, ep_size=num_experts)
-    components, active = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
+    components = dict.fromkeys(COMPONENTS, 0)
+    active = dict.fromkeys(COMPONENTS, 0)
     sharded = experts = products = matrices = 0
     for name, parameter in model.named_parameters():
-        component, is_sharded = _component(name, config), not getattr(parameter, "allreduce", True)
+        component = _component(name, config)
+        is_sharded = not getattr(parameter, "allreduce", True)
         role = config.moe_role(name)
         # allreduce=False is DeepSpeed's mark of expert parameters, of which this model has one in
         # num_experts.
@@ -109,7 +111,8 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         used = count
         sharded += count if is_sharded else 0
         if role in (Role.EXPERT, Role.EXPERT_BIAS):
-            experts, used = experts + count, count * top_k // num_experts
+            experts = experts + count
+            used = count * top_k // num_experts
         components[component] += count
         active[component] += used
         is_vector = parameter.dim() == 1 or role is Role.EXPERT_BIAS

@@ -110,7 +110,8 @@ class AdamWConfig(SparseOptimizerConfig):
         self, gradient_UD: Tensor, moments_UD: dict[str, Tensor], steps_U: Tensor
     ) -> Tensor:
         """Loshchilov & Hutter 2019, algorithm 2, with each row's own step count."""
-        first_UD, second_UD = moments_UD["exp_avg"], moments_UD["exp_avg_sq"]
+        first_UD = moments_UD["exp_avg"]
+        second_UD = moments_UD["exp_avg_sq"]
         first_UD.lerp_(gradient_UD, 1.0 - self.beta1)
         second_UD.mul_(self.beta2).addcmul_(gradient_UD, gradient_UD, value=1.0 - self.beta2)
         # In fp64: beta2 to the power of a large step is too close to 1 for fp32.

@@ -77,7 +77,8 @@ def choose_owners(matrices: Iterable[ShardedMatrix], ranks: int) -> list[int]:
 
     Deterministic, so every rank computes the same owners without communication.
     """
-    busy, owners = [0] * ranks, []
+    busy = [0] * ranks
+    owners = []
     for matrix in matrices:
         # Only a rank with a part may own: others would receive the whole matrix for nothing.
         owner = min(

@@ -74,7 +74,8 @@ class Muon(MatrixOptimizer):
 
     def _step_muon(self, parameter: torch.Tensor, group: ParamGroup) -> None:
         """Update one parameter, or one flat partition of matrices."""
-        gradient, state = parameter.grad, self.state[parameter]
+        gradient = parameter.grad
+        state = self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)

@@ -364,7 +364,8 @@ def _report(
     options: argparse.Namespace, study: Study, interrupted: bool, again: Sequence[str] = ()
 ) -> int:
     """Writes and prints the report; ``again`` is the command that continues the sweep."""
-    paths, ranked = write_report(study), ranking(study)
+    paths = write_report(study)
+    ranked = ranking(study)
     if options.json_path != "-":
         _print_report(study, ranked, paths["markdown"])
         if interrupted:

@@ -153,7 +153,9 @@ def check_search(study: Study) -> None:
     Raises:
         ConfigError: if none of its first proposals can run, with their reasons.
     """
-    axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
+    axes = study.design.parsed_axes()
+    check = PointCheck(study)
+    design = study.design
     records: list[Record] = []
     while len(records) < PROPOSALS_PER_TRIAL * min(design.trials, TRIALS_CHECKED):
         record = Record(next_point(axes, records, design.search_seed), "refused")
@@ -229,7 +231,9 @@ def searching(study: Study, left: Sequence[Point]) -> Callable[[], Point | None]
     First come the points that are ``left`` from earlier starts, then new ones until there are
     enough trials. A run that failed counts as a trial.
     """
-    axes, check, design = study.design.parsed_axes(), PointCheck(study), study.design
+    axes = study.design.parsed_axes()
+    check = PointCheck(study)
+    design = study.design
     remaining = iter(left)
     fingerprints = {
         fingerprint(study.recipe_of(point)): point.name

@@ -59,7 +59,8 @@ class SweepProgress:
 
     def ended(self, record: Record, steps: int) -> None:
         """A run has ended; ``steps`` is the number of steps that it was to take."""
-        run, loss = record.point.run, record.loss
+        run = record.point.run
+        loss = record.loss
         if record.state != "interrupted":
             self.reached.pop(run, None)
             self.settled[run] = steps

@@ -47,7 +47,8 @@ def write_report(study: Study) -> dict[str, Path]:
 
     Each file replaces that of an earlier report atomically.
     """
-    rows, ranked = point_rows(study), ranking(study)
+    rows = point_rows(study)
+    ranked = ranking(study)
     records = [row.to_dict() for row in rows]
     output = study.output
     text = io.StringIO()

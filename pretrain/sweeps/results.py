@@ -106,7 +106,8 @@ def _row(study: Study, point: Point) -> PointRow:
     record = study.record(point)
     # Before a run has ended there is no result, and every key of it is missing.
     result: RunResult | dict[str, None] = record.result or {}
-    total, active = result.get("parameters_total"), result.get("parameters_active")
+    total = result.get("parameters_total")
+    active = result.get("parameters_active")
     return PointRow(
         point=point.name,
         run=point.run,
@@ -160,7 +161,8 @@ def finished_groups(study: Study) -> list[GroupResult]:
 def _group(study: Study, name: str, asked: int, members: list[tuple[Point, Record]]) -> GroupResult:
     results = [record.result for _, record in members if record.result is not None]
     losses = [record.loss for _, record in members if record.loss is not None]
-    first, point = results[0], members[0][0]
+    first = results[0]
+    point = members[0][0]
     # The record's own point: of points that share a run, it is the one that was started.
     started = members[0][1].point
     mean = statistics.fmean(losses)

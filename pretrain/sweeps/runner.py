@@ -174,7 +174,9 @@ class Runner:
             self._start(active)
 
     def _start(self, active: Active) -> None:
-        study, point, devices = self.study, active.record.point, self.devices[active.slot]
+        study = self.study
+        point = active.record.point
+        devices = self.devices[active.slot]
         assert active.lock is not None
         # Otherwise the result of an earlier attempt could be taken for this one's.
         result_path(study, point).unlink(missing_ok=True)
@@ -201,7 +203,8 @@ class Runner:
 
     def _finish(self, active: Active, code: int) -> None:
         """Records how a process ended: finished, pruned, interrupted or failed."""
-        record, study = active.record, self.study
+        record = active.record
+        study = self.study
         record.attempts[-1].update({"ended": _now(), "exit_code": code})
         result = read_result(study, record.point) if code == DONE else None
         if result is not None:
@@ -224,7 +227,8 @@ class Runner:
 
     def _settle(self, active: Active, result: RunResult) -> None:
         """Records the result of a run that has taken all its steps."""
-        record, study = active.record, self.study
+        record = active.record
+        study = self.study
         if record.attempts:
             record.attempts[-1]["resumed_from_step"] = result["resumed_from_step"]
         if result["validation_loss_in_training"] is None:

@@ -117,14 +117,16 @@ class _Alignment:
 
     def __init__(self, padding: Sequence[int], device: torch.device) -> None:
         self.padding_B1 = torch.tensor(padding, device=device)[:, None]
-        self.padded, self.length = any(padding), 0
+        self.padded = any(padding)
+        self.length = 0
 
     def extend(self, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Positions [B, count] of ``count`` more tokens, and the mask [B, length] of all so far.
 
         The mask is 0 for padding. Both are None if there is no padding.
         """
-        first, self.length = self.length, self.length + count
+        first = self.length
+        self.length = self.length + count
         if not self.padded:
             return None, None
         places_1U = torch.arange(self.length, device=self.padding_B1.device)[None]
@@ -166,7 +168,8 @@ def transformers_next_logits(
     from transformers import DynamicCache
 
     check_length(max_tokens, model.config.max_position_embeddings)
-    cache, alignment = DynamicCache(config=model.config), _Alignment(padding, device)
+    cache = DynamicCache(config=model.config)
+    alignment = _Alignment(padding, device)
     parameters = inspect.signature(model.forward).parameters
     # Older releases of transformers call it past_key_values.
     cache_name = "cache" if "cache" in parameters else "past_key_values"

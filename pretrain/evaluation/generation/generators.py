@@ -71,21 +71,28 @@ class NativeGenerator:
         device: torch.device,
         ends: frozenset[int] = frozenset(),
     ) -> None:
-        self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.eod_id, self.max_positions = tokenizer.eod_id, model.config.max_position_embeddings
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+        self.eod_id = tokenizer.eod_id
+        self.max_positions = model.config.max_position_embeddings
         self.call_dependence = call_dependence(model.config)
         self.end_ids = ends | {self.eod_id}
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
         return self.tokenizer.encode([text])[0].tolist()
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
         return self.tokenizer.decode(ids)
 
     def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+        """Begin new texts; see :meth:`TextGenerator.start`."""
         return native_next_logits(self.model, max_tokens, self.device, padding)
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
+        """Begin a text whose tokens the multi-token block drafts."""
         if self.model.multi_token is None:
             raise ConfigError(
                 "the model was trained without model.multi_token_prediction, so nothing drafts:"
@@ -103,13 +110,13 @@ class TransformersGenerator:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
     ) -> None:
-        self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.device = device
         self.vocab_size = int(model.config.vocab_size)
         nn.Module.to(model, device)  # transformers' own .to() is decorated, and loses its signature
-        self.eod_id, self.max_positions = (
-            document_end(model.config, tokenizer),
-            int(model.config.max_position_embeddings),
-        )
+        self.eod_id = document_end(model.config, tokenizer)
+        self.max_positions = int(model.config.max_position_embeddings)
         begins = list(tokenizer("a")["input_ids"])[:1]
         self.bos_ids = begins if begins == [tokenizer.bos_token_id] else []
         self.call_dependence = call_dependence_of_export(model.config)
@@ -120,15 +127,19 @@ class TransformersGenerator:
         }
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
         return str(self.tokenizer.decode(ids))
 
     def start(self, max_tokens: int, padding: Sequence[int] = ONE_TEXT) -> NextLogits:
+        """Begin new texts; see :meth:`TextGenerator.start`."""
         return transformers_next_logits(self.model, max_tokens, self.device, padding)
 
     def start_drafting(self, max_tokens: int) -> DraftingModel:
+        """Raise :class:`ConfigError`: transformers has no block that drafts."""
         raise ConfigError(
             "a Hugging Face folder has no block of multi-token prediction: leave --draft out, or"
             " give one of our checkpoints"
@@ -172,6 +183,7 @@ def open_transformers(path: Path, device: torch.device) -> TransformersGenerator
         CheckpointError: if the folder is incomplete or damaged, holds foreign code, or its
             tokenizer has no end-of-document token.
     """
-    tokenizer, model = open_tokenizer(path), open_model(path)
+    tokenizer = open_tokenizer(path)
+    model = open_model(path)
     check_fit(path, model, tokenizer)
     return TransformersGenerator(model, tokenizer, device)

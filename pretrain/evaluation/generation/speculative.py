@@ -44,6 +44,7 @@ class DraftCounts:
 
     @property
     def accepted_share(self) -> float:
+        """Accepted tokens of the drafted ones; 0 before the first."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
@@ -58,7 +59,8 @@ class NativeDrafting:
 
     def __init__(self, model: DecoderLM, max_tokens: int, device: torch.device) -> None:
         check_length(max_tokens, model.config.max_position_embeddings)
-        self.model, self.device = model, device
+        self.model = model
+        self.device = device
         dtype = next(model.parameters()).dtype
         self.cache = model.new_cache(1, max_tokens, device, dtype)
         self.draft_cache = model.new_draft_cache(1, max_tokens, device, dtype)
@@ -66,17 +68,20 @@ class NativeDrafting:
 
     @torch.inference_mode()
     def extend(self, ids: list[int]) -> Tensor:
+        """Return the logits [tokens, vocabulary] of new tokens, which enter the cache."""
         self._hidden_BSD = self.model.hidden(
             torch.tensor([ids], device=self.device), cache=self.cache
         )
         return self.model.project(self._hidden_BSD)[0]
 
     def forget_last(self) -> None:
+        """Take the last token back, whose draft was rejected."""
         self.cache.length -= 1
         self._hidden_BSD = self._hidden_BSD[:, :-1]
 
     @torch.inference_mode()
     def draft(self, next_ids: list[int]) -> Tensor:
+        """Return the logits [vocabulary] of the token after ``next_ids``."""
         return self.model.draft_logits(
             self._hidden_BSD, torch.tensor([next_ids], device=self.device), self.draft_cache
         )[0, -1]

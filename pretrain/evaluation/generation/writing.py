@@ -114,7 +114,8 @@ class Writer:
     ) -> list[Continuation]:
         """Takes a token of each text a step, until all texts have ended."""
         streams = [TextStream(self.generator.decode, self.stop) for _ in prompts]
-        texts, open_texts = [Continuation() for _ in prompts], set(range(len(prompts)))
+        texts = [Continuation() for _ in prompts]
+        open_texts = set(range(len(prompts)))
         started = time.perf_counter()
         for step in range(self.max_new_tokens):
             tokens = next(steps)

@@ -128,7 +128,8 @@ def score_checkpoint(
     datasets = load_matching_corpora(data, checkpoint)
     state = read_state(checkpoint)
     model, recipe = load_model(checkpoint, device=device)
-    longest, length = model.config.max_position_embeddings, recipe.train.sequence_length
+    longest = model.config.max_position_embeddings
+    length = recipe.train.sequence_length
     plan = _plan(
         window or length,
         stride,
@@ -261,7 +262,8 @@ def _score(
     logits_of: BatchLogits, text: HeldoutText, plan: WindowPlan, device: torch.device, title: str
 ) -> ModelScore:
     """The model's scores over all windows, in total and by group."""
-    windows, groups = plan.windows(text), Groups(text)
+    windows = plan.windows(text)
+    groups = Groups(text)
     # The scores come without the batch that they are of: its labels say which targets count.
     seen: list[Batch] = []
 

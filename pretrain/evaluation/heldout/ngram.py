@@ -77,7 +77,8 @@ class NGram:
         # p_0, from which each order is interpolated upwards.
         probs_P = np.full(size, 1.0 / self.vocab_size)
         # A node is the index of a context among those of its order; order 1 has only the empty one.
-        nodes_P, known_P = np.zeros(size, np.int64), np.ones(size, bool)
+        nodes_P = np.zeros(size, np.int64)
+        known_P = np.ones(size, bool)
         for number, level in enumerate(self.levels):
             if number:
                 oldest_P = contexts_Pn[..., number - 1]
@@ -85,7 +86,8 @@ class NGram:
                 known_P = known_P & found_P & (oldest_P != MISSING)
                 nodes_P = np.where(known_P, nodes_P, 0)
             places_P, seen_P = _find(level.codes, nodes_P * self.vocab_size + targets_P)
-            counts_P, totals_P = np.where(seen_P, level.counts[places_P], 0), level.totals[nodes_P]
+            counts_P = np.where(seen_P, level.counts[places_P], 0)
+            totals_P = level.totals[nodes_P]
             own_P = np.maximum(counts_P - level.discount, 0.0) / totals_P
             probs_P = np.where(
                 known_P, own_P + level.discount * level.types[nodes_P] / totals_P * probs_P, probs_P
@@ -110,7 +112,8 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
     Raises:
         DataError: if the chunks hold no pair at all.
     """
-    rows, counts = np.empty((0, order), np.int64), np.empty(0, np.int64)
+    rows = np.empty((0, order), np.int64)
+    counts = np.empty(0, np.int64)
     for contexts, targets in chunks:
         chunk = np.column_stack(
             [contexts.astype(np.int64).reshape(len(targets), order - 1), targets]
@@ -126,13 +129,15 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
             "the n-gram has no training pairs, the checkpoint has seen no window of these shards:"
             " take a later one, or pass --no-bigram"
         )
-    nodes, context_codes = [np.zeros(len(rows), np.int64)], [np.zeros(1, np.int64)]
+    nodes = [np.zeros(len(rows), np.int64)]
+    context_codes = [np.zeros(1, np.int64)]
     for place in range(order - 1):
         found, inverse = np.unique(nodes[-1] * vocab_size + rows[:, place], return_inverse=True)
         context_codes.append(found)
         nodes.append(inverse.reshape(-1))
     levels = []
-    shorter, targets = nodes[-1], rows[:, -1]
+    shorter = nodes[-1]
+    targets = rows[:, -1]
     for number in range(order - 1, -1, -1):
         codes, inverse = np.unique(shorter * vocab_size + targets, return_inverse=True)
         summed = np.bincount(inverse.reshape(-1), weights=counts).astype(np.int64)
@@ -147,7 +152,8 @@ def fit_ngram(chunks: Iterable[Pairs], vocab_size: int, order: int) -> NGram:
 def _level(context_codes: Ints, codes: Ints, counts: Ints, vocab_size: int) -> Level:
     contexts = codes // vocab_size
     totals = np.bincount(contexts, weights=counts, minlength=len(context_codes)).astype(np.int64)
-    singles, doubles = int((counts == 1).sum()), int((counts == 2).sum())
+    singles = int((counts == 1).sum())
+    doubles = int((counts == 2).sum())
     discount = singles / (singles + 2 * doubles) if singles else DISCOUNT_WITHOUT_SINGLES
     return Level(
         context_codes,
@@ -197,7 +203,8 @@ def batch_pairs(batch: Batch, order: int) -> Pairs:
     documents_BS = None if batch.document_ids_BS is None else batch.document_ids_BS.numpy()
     contexts_BSn = np.full((*inputs_BS.shape, order - 1), MISSING, np.int64)
     for back in range(min(order - 1, inputs_BS.shape[1])):
-        here, before = slice(back, None), slice(None, inputs_BS.shape[1] - back)
+        here = slice(back, None)
+        before = slice(None, inputs_BS.shape[1] - back)
         tokens_BS = inputs_BS[:, before]
         contexts_BSn[:, here, back] = (
             tokens_BS
@@ -222,7 +229,8 @@ def sample_pairs(samples: Samples, numbers: Ints, order: int) -> Iterator[Pairs]
 
 def ngram_nll(ngram: NGram, batches: Iterable[Batch]) -> tuple[float, int]:
     """The summed nats and the number of the targets in ``batches``."""
-    nats, count = 0.0, 0
+    nats = 0.0
+    count = 0
     for batch in batches:
         contexts, targets = batch_pairs(batch, ngram.order)
         nats += ngram.nll(contexts, targets)

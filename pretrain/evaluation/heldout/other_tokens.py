@@ -97,7 +97,8 @@ def sampled_again(
         documents += [document for document, _ in section]
     stream = TokensInMemory(parts, model.vocab_size)
     starts = stream.document_starts(0, stream.num_tokens)
-    lengths_D, source_D = text.lengths_D()[documents], text.source_D[documents]
+    lengths_D = text.lengths_D()[documents]
+    source_D = text.source_D[documents]
     return HeldoutText(
         stream,
         starts,
@@ -116,7 +117,9 @@ class _SectionEncoder:
 
     def __init__(self, text: HeldoutText, model: TransformersGenerator) -> None:
         assert text.datasets is not None
-        self.text, self.model, self.decode = text, model, document_decoder(text.datasets)
+        self.text = text
+        self.model = model
+        self.decode = document_decoder(text.datasets)
 
     def section(self, place: int, wanted: int, room: int) -> list[tuple[int, np.ndarray]] | None:
         """``wanted`` tokens of the model, from a ``place`` of the data, and each part's document.
@@ -142,7 +145,8 @@ class _SectionEncoder:
 
     def _encoded(self, place: int, count: int) -> list[tuple[int, np.ndarray]]:
         """The parts of documents in ``count`` tokens of the data; complete ones have an end."""
-        stream, starts_D = self.text.stream, self.text.starts_D
+        stream = self.text.stream
+        starts_D = self.text.starts_D
         first = int(np.searchsorted(starts_D, place, side="right")) - 1
         last = int(np.searchsorted(starts_D, place + count, side="left"))
         ids = stream.read(place, count)

@@ -40,6 +40,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """``exp(loss)``; infinite if that is no float."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -119,10 +120,8 @@ def evaluate(model: DecoderLM, batches: Iterable[Batch], device: torch.device) -
     was_training = model.training
     model.eval()
     # Sums stay on the device until the end, so that no batch waits for a copy.
-    nats, correct = (
-        torch.zeros((), dtype=torch.float64, device=device),
-        torch.zeros((), dtype=torch.int64, device=device),
-    )
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     targets = 0
 
     def counted() -> Iterator[Batch]:

@@ -35,7 +35,8 @@ def read_references(path: Path) -> tuple[list[str], list[str]]:
     prompts: list[str] = []
     references: list[str] = []
     for number, row in enumerate(read_jsonl(path), start=1):
-        prompt, reference = row.get("prompt"), row.get("reference")
+        prompt = row.get("prompt")
+        reference = row.get("reference")
         if not isinstance(prompt, str) or not isinstance(reference, str):
             raise DataError(
                 f'{path}, line {number} has no text "prompt" and "reference": correct it'

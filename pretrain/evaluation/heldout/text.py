@@ -50,7 +50,8 @@ class SlidingWindows(Windows):
                 f"the stride is {stride} tokens with windows of {sequence_length}: give one from 1"
                 " to the window's size"
             )
-        self.stride, self.is_sample = stride, section is not None
+        self.stride = stride
+        self.is_sample = section is not None
         # Tokens from the beginning of a window to that of the next one.
         self.step = section or stride
         # Negative floor division rounds up: the last window may be partly empty.
@@ -189,7 +190,8 @@ class Groups:
     """Sums over targets, by source and by length of the document that a target is in."""
 
     def __init__(self, text: HeldoutText) -> None:
-        self.text, self._lengths_D = text, text.lengths_D()
+        self.text = text
+        self._lengths_D = text.lengths_D()
         edges = (0, *LENGTH_EDGES)
         self.length_names = [f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)] + [
             f"{edges[-1]} and more"

@@ -23,8 +23,10 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        self.decode, self.stop = decode, [string for string in stop if string]
-        self.text, self.stopped = "", False
+        self.decode = decode
+        self.stop = [string for string in stop if string]
+        self.text = ""
+        self.stopped = False
         self._ids: list[int] = []
         # Decoders look at the token before (some strip a leading space), so the last whole piece is
         # decoded once more with what follows it.
@@ -37,7 +39,8 @@ class TextStream:
         decoded = self.decode(self._ids[self._context :])
         tail = min(len(decoded) - len(decoded.rstrip(REPLACEMENT)), UNFINISHED_BYTES)
         stable = decoded[: len(decoded) - tail]
-        new, self._given = stable[self._given :], max(self._given, len(stable))
+        new = stable[self._given :]
+        self._given = max(self._given, len(stable))
         if not tail:
             self._context, self._whole = self._whole, len(self._ids)
             self._given = len(self.decode(self._ids[self._context :]))
@@ -54,7 +57,8 @@ class TextStream:
         found = [place for string in self.stop if (place := self._held.find(string)) >= 0]
         self.stopped = bool(found)
         end = min(found) if found else len(self._held) - (0 if is_last else self._possible_stop())
-        piece, self._held = self._held[:end], self._held[end:]
+        piece = self._held[:end]
+        self._held = self._held[end:]
         self.text += piece
         return piece
 

@@ -35,11 +35,13 @@ class NativeHarnessModel(TemplateLM):
 
     def __init__(self, opened: NativeGenerator, batch_size: int) -> None:
         super().__init__()
-        self.opened, self.batch_size = opened, batch_size
+        self.opened = opened
+        self.batch_size = batch_size
         self.max_length = opened.max_positions
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a document."""
         return self.opened.eod_id
 
     @property

@@ -67,7 +67,8 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
         program = Path(folder) / "program.py"
         program.write_text(f"{source}\n\nprint({mark!r})\n", encoding="utf-8")
-        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        output = Path(folder) / "output"
+        errors = Path(folder) / "errors"
         with output.open("wb") as stdout, errors.open("wb") as stderr:
             timed_out, code, isolated = _run(
                 program, timeout_seconds, memory_bytes, stdout.fileno(), stderr.fileno()
@@ -112,9 +113,11 @@ def _run(
         # Otherwise reading the pipe would never end, as this process could still write.
         os.close(writing)
     try:
-        code, timed_out = process.wait(timeout=timeout_seconds), False
+        code = process.wait(timeout=timeout_seconds)
+        timed_out = False
     except subprocess.TimeoutExpired:
-        code, timed_out = -signal.SIGKILL, True
+        code = -signal.SIGKILL
+        timed_out = True
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             # The program may have started others, which are in its group.

@@ -81,7 +81,9 @@ class GptOss(LlamaLike):
         ]
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
-        attention, moe, form = grouped_query(model), routed(model), clamped(model)
+        attention = grouped_query(model)
+        moe = routed(model)
+        form = clamped(model)
         return {
             **super().config(model, eod_id),
             "intermediate_size": moe.moe_intermediate_size,

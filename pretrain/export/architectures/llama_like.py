@@ -89,7 +89,8 @@ class LlamaLike(ExportTarget):
         """The reasons why this architecture cannot compute ``model``; empty if it can."""
         # Fields alone do not show a pattern of layers: it is checked in addition.
         reasons = reasons_against(model, self.takes, self.name)
-        count, dense = len(model.moe_layers), model.num_hidden_layers - len(model.moe_layers)
+        count = len(model.moe_layers)
+        dense = model.num_hidden_layers - len(model.moe_layers)
         if self.moe_layers == "none" and count:
             reasons.append(f"{count} layers are mixtures of experts, and {self.name} has none")
         elif self.moe_layers != "none" and not count:
@@ -155,7 +156,8 @@ class LlamaLike(ExportTarget):
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         """The architecture's own fields of ``config.json``."""
-        attention, position = model.attention, rotary(model)
+        attention = model.attention
+        position = rotary(model)
         rope = rope_parameters(position)
         fields = {
             "model_type": self.name,
@@ -349,7 +351,8 @@ def expert_layers(config: Mapping[str, Any]) -> int:
 
 def sparse_layers(config: Mapping[str, Any]) -> JsonObject:
     """The layer pattern that :func:`dense_layers` is."""
-    count, dense = config["num_hidden_layers"], dense_layers(config)
+    count = config["num_hidden_layers"]
+    dense = dense_layers(config)
     if not dense:
         return {"kind": "all_moe"}
     if dense == list(range(len(dense))):

@@ -27,7 +27,8 @@ class Mixtral(LlamaLike):
     order = 5
     moe_layers = "all"
     # w3 is the up projection, w2 the down projection.
-    moe, expert = "block_sparse_moe", ("w1", "w3", "w2")
+    moe = "block_sparse_moe"
+    expert = ("w1", "w3", "w2")
     takes: ClassVar[Takes] = {
         **TRUNK,
         **GROUPED_QUERY,

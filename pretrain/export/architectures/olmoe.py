@@ -44,7 +44,8 @@ class Olmoe(LlamaLike):
         return []
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
-        attention, moe = grouped_query(model), routed(model)
+        attention = grouped_query(model)
+        moe = routed(model)
         fields = super().config(model, eod_id)
         # transformers' class has no such field: it computes hidden_size / heads.
         del fields["head_dim"]

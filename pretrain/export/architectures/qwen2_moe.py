@@ -66,7 +66,8 @@ class Qwen2Moe(LlamaLike):
         return [*super().moe_links(model), *shared, *gates]
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
-        attention, moe = grouped_query(model), routed(model)
+        attention = grouped_query(model)
+        moe = routed(model)
         return {
             **super().config(model, eod_id),
             "qkv_bias": attention.bias == "qkv",

@@ -37,7 +37,8 @@ class Qwen3Moe(LlamaLike):
     }
 
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
-        attention, moe = grouped_query(model), routed(model)
+        attention = grouped_query(model)
+        moe = routed(model)
         return {
             **super().config(model, eod_id),
             "attention_bias": attention.bias == "all",

@@ -25,7 +25,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # In fp32 also for bf16 weights, as in training.
@@ -74,7 +75,8 @@ def score_bias(config: MoePretrainConfig, S: int, real_BU: Tensor, window: int |
 
     Every query sees its own token, even padding: the softmax of a row of -inf would be NaN.
     """
-    U, device = real_BU.shape[1], real_BU.device
+    U = real_BU.shape[1]
+    device = real_BU.device
     distance_SU = torch.arange(U - S, U, device=device)[:, None] - torch.arange(U, device=device)
     seen_SU = distance_SU >= 0 if window is None else (distance_SU >= 0) & (distance_SU < window)
     # "&" binds tighter than "|": the own token is always visible.
@@ -114,7 +116,9 @@ def rotary_angles(
         return None, 1.0
     size = config.attention["qk_rope_head_dim" if config.attention["kind"] == "mla" else "head_dim"]
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids_BS.device) / size
-    frequencies, growth, scale = position.rope_theta**-exponents, 1.0, 1.0
+    frequencies = position.rope_theta**-exponents
+    growth = 1.0
+    scale = 1.0
     if position.kind == "yarn":
         frequencies, growth, scale = yarn(position, frequencies, size)
     elif position.kind == "llama3":
@@ -232,16 +236,12 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
         form = SimpleNamespace(**config.attention)
-        self.layer, self.window, self.head_dim, self.qk_norm = (
-            layer,
-            config.sliding_windows[layer],
-            form.head_dim,
-            form.qk_norm,
-        )
-        queries, keys = (
-            form.num_attention_heads * form.head_dim,
-            form.num_key_value_heads * form.head_dim,
-        )
+        self.layer = layer
+        self.window = config.sliding_windows[layer]
+        self.head_dim = form.head_dim
+        self.qk_norm = form.qk_norm
+        queries = form.num_attention_heads * form.head_dim
+        keys = form.num_key_value_heads * form.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=form.bias != "none")
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=form.bias != "none")
@@ -288,17 +288,13 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: MoePretrainConfig, layer: int) -> None:
         super().__init__()
         form = SimpleNamespace(**config.attention)
-        self.form, self.layer, self.window, eps = (
-            form,
-            layer,
-            config.sliding_windows[layer],
-            config.norm["eps"],
-        )
-        N, head, biased = (
-            form.num_attention_heads,
-            form.qk_nope_head_dim + form.qk_rope_head_dim,
-            form.bias == "all",
-        )
+        self.form = form
+        self.layer = layer
+        self.window = config.sliding_windows[layer]
+        eps = config.norm["eps"]
+        N = form.num_attention_heads
+        head = form.qk_nope_head_dim + form.qk_rope_head_dim
+        biased = form.bias == "all"
         if form.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, N * head, bias=False)
         else:
@@ -329,10 +325,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, key_BSR = self.kv_a_proj(x_BSD).split(
             (form.kv_lora_rank, form.qk_rope_head_dim), dim=-1
         )
-        latent_B1UC, key_B1UR = (
-            self.kv_a_norm(latent_BSC)[:, None],
-            rotated(key_BSR[:, None], where.rotations),
-        )
+        latent_B1UC = self.kv_a_norm(latent_BSC)[:, None]
+        key_B1UR = rotated(key_BSR[:, None], where.rotations)
         if cache is not None:
             latent_B1UC, key_B1UR = cache.update(latent_B1UC, key_B1UR, self.layer)
         kv_BNUX = (

@@ -72,12 +72,12 @@ class Experts(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.form = form = config.feed_forward
-        E, D, width = (
-            config.moe["num_experts"],
-            config.hidden_size,
-            config.moe["moe_intermediate_size"],
-        )
-        rows, gated, biased = rows_before(form, width), form["kind"] in GATED, form["bias"]
+        E = config.moe["num_experts"]
+        D = config.hidden_size
+        width = config.moe["moe_intermediate_size"]
+        rows = rows_before(form, width)
+        gated = form["kind"] in GATED
+        biased = form["bias"]
         self.gate_proj = nn.Parameter(torch.empty(E, rows, D)) if gated else None
         self.up_proj = nn.Parameter(torch.empty(E, rows, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
@@ -133,7 +133,8 @@ class Router(nn.Module):
     def __init__(self, config: MoePretrainConfig) -> None:
         super().__init__()
         assert config.moe is not None
-        self.form, self.top_k = SimpleNamespace(**config.moe["router"]), config.moe["top_k"]
+        self.form = SimpleNamespace(**config.moe["router"])
+        self.top_k = config.moe["top_k"]
         self.gate = nn.Linear(config.hidden_size, config.moe["num_experts"], bias=self.form.bias)
         # Chooses experts and never weighs them (Wang et al. 2024; DeepSeek-V3, section 2.1.2).
         balanced = config.moe["bias_balancing"]

@@ -179,15 +179,19 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         return real_BU
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embedding, as transformers asks for it."""
         return self.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
+        """Replace the embedding."""
         self.embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
+        """Return the head, as transformers asks for it."""
         return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
         self.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:

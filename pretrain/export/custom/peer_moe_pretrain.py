@@ -22,11 +22,9 @@ class RunningNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = (
-            nn.Parameter(torch.ones(size)),
-            nn.Parameter(torch.zeros(size)),
-            eps,
-        )
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
         self.running_mean = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.running_variance = nn.Parameter(torch.ones(size), requires_grad=False)
 
@@ -44,7 +42,8 @@ class ProductKeys(nn.Module):
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
         super().__init__()
-        self.num_heads, self.top_k = form.num_heads, form.top_k
+        self.num_heads = form.num_heads
+        self.top_k = form.top_k
         self.query = nn.Linear(
             config.hidden_size, form.num_heads * form.query_dim, bias=form.query_bias
         )
@@ -60,10 +59,8 @@ class ProductKeys(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> weights, fp32, which sum to 1 a head, and expert indices; both [T, h, K]."""
         query_ThP = self.norm(self.query(x_TD).unflatten(1, (self.num_heads, -1))).float()
-        best_ThK, experts_ThK = (
-            query_ThP.new_zeros(*query_ThP.shape[:2], 1),
-            torch.zeros_like(query_ThP[..., :1], dtype=torch.int64),
-        )
+        best_ThK = query_ThP.new_zeros(*query_ThP.shape[:2], 1)
+        experts_ThK = torch.zeros_like(query_ThP[..., :1], dtype=torch.int64)
         for part, keys in zip(query_ThP.chunk(len(self.keys), dim=-1), self.keys, strict=True):
             # The best K sums have their parts among each dimension's best K.
             scores, ids = (part @ keys.float().T).topk(min(self.top_k, len(keys)), dim=-1)
@@ -82,7 +79,9 @@ class PEERExperts(nn.Module):
 
     def __init__(self, config: MoePretrainConfig, form: SimpleNamespace) -> None:
         super().__init__()
-        self.form, E, D = config.feed_forward, math.prod(form.product_key_sizes), config.hidden_size
+        self.form = config.feed_forward
+        E = math.prod(form.product_key_sizes)
+        D = config.hidden_size
         rows = rows_before(self.form, form.moe_intermediate_size)
         self.up_rows = nn.Parameter(torch.empty(E, rows, D))
         self.gate_rows = (
@@ -113,7 +112,8 @@ class PEER(nn.Module):
         super().__init__()
         assert config.moe is not None
         form = SimpleNamespace(**config.moe)
-        self.retrieval, self.experts = ProductKeys(config, form), PEERExperts(config, form)
+        self.retrieval = ProductKeys(config, form)
+        self.experts = PEERExperts(config, form)
         self.shared = SharedExperts(config) if form.shared_intermediate_size else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:

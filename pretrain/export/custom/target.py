@@ -244,7 +244,8 @@ def _place_in_expert(name: str, model: ModelConfig) -> _Place | None:
 
 def _their_name(name: str, model: ModelConfig) -> str:
     """The export's name of a tensor; it has one tensor for a matrix of all experts of a layer."""
-    inner, place = below_feed_forward(name), _place_in_expert(name, model)
+    inner = below_feed_forward(name)
+    place = _place_in_expert(name, model)
     if inner is not None and place is not None:
         matrix = place.parameter.replace("_proj.bias", "_bias").removesuffix(".weight")
         return f"{name.removesuffix(inner)}experts.{matrix}"

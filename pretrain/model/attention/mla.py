@@ -99,7 +99,8 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
-        q_BNSX, latents_B1UX = self._queries(x_BSD, positions), self._latents(x_BSD, positions)
+        q_BNSX = self._queries(x_BSD, positions)
+        latents_B1UX = self._latents(x_BSD, positions)
         # In training there is no cache, and keys of full width are cheaper than latents.
         attend = self._plain
         if cache is not None:

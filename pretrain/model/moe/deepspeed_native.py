@@ -90,7 +90,8 @@ class _RouterGate(nn.Module):
     ) -> GateDecision:
         """The decision in sparse form, the only one that DeepSpeed's layer asks for."""
         self._routing = routing = self.router(x_TD, self.record)
-        ids_TK, E = routing.topk_ids_TK, self.config.num_experts
+        ids_TK = routing.topk_ids_TK
+        E = self.config.num_experts
         chosen_TE = torch.zeros(
             ids_TK.shape[0], E, dtype=torch.int64, device=ids_TK.device
         ).scatter_(1, ids_TK, 1)
@@ -103,7 +104,8 @@ class _RouterGate(nn.Module):
         # DeepSpeed wants choices first and int32; expert -1 with slot and weight 0 is a dropped
         # choice.
         experts_KT = torch.where(found_TK, ids_TK, -1).T.int()
-        slots_KT, weights_KT = (slots_TK * found_TK).T.int(), (routing.topk_weights_TK * found_TK).T
+        slots_KT = (slots_TK * found_TK).T.int()
+        weights_KT = (routing.topk_weights_TK * found_TK).T
         self.decision = (
             weights_KT.new_zeros(()),
             capacity,
@@ -150,7 +152,8 @@ class DeepSpeedMoE(MoELayer, MoE):
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
         config = cast(DeepSpeedMoEConfig, model.moe)
-        kind, dropout = model.feed_forward.implementing_class(), model.dropout
+        kind = model.feed_forward.implementing_class()
+        dropout = model.dropout
         expert = kind(
             model.feed_forward,
             model.hidden_size,
@@ -211,7 +214,8 @@ class DeepSpeedMoE(MoELayer, MoE):
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         # By position in GateDecision: 3 is the expert of each choice, 6 the counts before any drop.
-        experts_KT, counts_E = gate.decision[3], gate.decision[6].float()
+        experts_KT = gate.decision[3]
+        counts_E = gate.decision[6].float()
         dropped = 1.0 - (experts_KT >= 0).float().mean()
         routing = gate.routing(x_BSD.reshape(-1, x_BSD.shape[-1]))
         return y_BSD, router_statistics(

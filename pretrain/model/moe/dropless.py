@@ -78,7 +78,8 @@ class _WeightShapes(nn.Module):
 
     def __init__(self, config: DroplessMoEConfig, hidden_size: int, rows: int) -> None:
         super().__init__()
-        zero, num_experts = torch.zeros(()), config.num_experts
+        zero = torch.zeros(())
+        num_experts = config.num_experts
         self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * rows, hidden_size))
@@ -100,7 +101,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
     """
 
     def __init__(self, model: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        form, config = model.feed_forward, cast(DroplessMoEConfig, model.moe)
+        form = model.feed_forward
+        config = cast(DroplessMoEConfig, model.moe)
         if not form.gated and config.moe_intermediate_size % 2:
             raise ConfigError(
                 f"model.moe.moe_intermediate_size ({config.moe_intermediate_size}) must be even: "
@@ -121,7 +123,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         )
         # The parameters stay the ones that AutoEP tagged for the engine (expert group, partition,
         # checkpoint); only the modules around them are replaced.
-        tagged, gate = super().get_submodule("experts"), super().get_submodule("router").gate
+        tagged = super().get_submodule("experts")
+        gate = super().get_submodule("router").gate
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
         expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts

@@ -84,7 +84,8 @@ def cv_loss(batch: RoutedBatch) -> torch.Tensor:
 
     Shazeer et al. 2017, eq. 6 and 7.
     """
-    weights_TK, ids_TK = batch.routing.topk_weights_TK, batch.routing.topk_ids_TK
+    weights_TK = batch.routing.topk_weights_TK
+    ids_TK = batch.routing.topk_ids_TK
     importance_E = torch.zeros_like(batch.counts_E).scatter_add(
         0, ids_TK.reshape(-1), weights_TK.reshape(-1)
     )

@@ -121,7 +121,8 @@ class PEER(MoELayer, nn.Module):
         last = first + self.num_local_experts
         for table_name, table in self.experts.named_parameters():
             block = max(1, VALUES_A_STREAM // table[0].numel())
-            stem, suffix = table_name.removesuffix(".weight"), TABLE_SUFFIXES[table_name]
+            stem = table_name.removesuffix(".weight")
+            suffix = TABLE_SUFFIXES[table_name]
             for start in range(first // block * block, last, block):
                 size = min(block, self.num_experts - start)
                 drawn = torch.empty(size, *table.shape[1:], device=table.device)

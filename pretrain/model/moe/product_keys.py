@@ -173,6 +173,7 @@ def product_scores(scores: list[torch.Tensor], ids: torch.Tensor) -> torch.Tenso
     # The last dimension is the fastest digit of the mixed radix, so it is read first.
     for scores_d in reversed(scores):
         size = scores_d.shape[-1]
-        total, ids = scores_d.gather(-1, ids % size) + total, ids // size
+        total = scores_d.gather(-1, ids % size) + total
+        ids = ids // size
     assert isinstance(total, torch.Tensor)
     return total

@@ -53,7 +53,8 @@ class YarnPosition(PositionEncoding):
         super().__init__(model)
         self.config = cast(Yarn, model.position)
         self.rotary_dim = model.attention.rotary_dim
-        config, of_all = self.config, self._growth(self.config.mscale_all_dim or 0.0)
+        config = self.config
+        of_all = self._growth(self.config.mscale_all_dim or 0.0)
         by_default = (
             self._growth(1.0) if config.mscale is None else self._growth(config.mscale) / of_all
         )

@@ -25,7 +25,8 @@ def flex_attention(
         ConfigError: if torch has no such kernel for the device.
     """
     device, (num_queries, num_keys) = q_BNSH.device, (q_BNSH.shape[2], k_BMUH.shape[2])
-    mask, window = scores.mask, scores.window
+    mask = scores.mask
+    window = scores.window
     key = "flex", num_queries, num_keys, window
     penalty = _penalty(scores, device)
     # Built once per forward pass: all layers with this window share it.
@@ -66,7 +67,8 @@ def _offset(mask: AttentionMask, device: torch.device) -> torch.Tensor:
 
 def _penalty(scores: Scores, device: torch.device) -> Any:
     """ALiBi's term as a ``score_mod``, or None."""
-    slopes_N, offset = scores.slopes_N, _offset(scores.mask, device)
+    slopes_N = scores.slopes_N
+    offset = _offset(scores.mask, device)
     if slopes_N is None:
         return None
 
@@ -86,7 +88,8 @@ def _block_mask(
     mask: AttentionMask, num_queries: int, num_keys: int, window: int | None, device: torch.device
 ) -> torch_flex.BlockMask:
     """The blocks of queries and keys that are not fully masked."""
-    offset, ids_BS = _offset(mask, device), mask.document_ids_BS
+    offset = _offset(mask, device)
+    ids_BS = mask.document_ids_BS
 
     def visible(
         b: torch.Tensor, n: torch.Tensor, query: torch.Tensor, key: torch.Tensor

@@ -21,7 +21,8 @@ def sdpa_attention(
     num_queries = q_BNSH.shape[2]
     num_keys = k_BMUH.shape[2]
     value_size = v_BMUV.shape[3]
-    num_heads, num_key_heads = q_BNSH.shape[1], k_BMUH.shape[1]
+    num_heads = q_BNSH.shape[1]
+    num_key_heads = k_BMUH.shape[1]
     mask = None
     if scores.slopes_N is not None or not scores.mask.is_trivial(num_queries, scores.window):
         key = "sdpa", num_queries, num_keys, scores.window

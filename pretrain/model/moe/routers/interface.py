@@ -94,7 +94,8 @@ class Router(Section):
         """
         if self.groups is None:
             return
-        count, kept = self.groups.num_groups, self.groups.top_k_groups
+        count = self.groups.num_groups
+        kept = self.groups.top_k_groups
         if num_experts % count:
             raise ValueError(
                 f"router.groups.num_groups ({count}) does not divide num_experts ({num_experts})"

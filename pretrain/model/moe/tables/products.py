@@ -203,7 +203,8 @@ class _RowDots(torch.autograd.Function):
     def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, weight_NXD, *bag = ctx.saved_tensors
         # Autograd may pass an expanded gradient, and kernels index it flat.
-        bags, grad_P = Bags(*bag), grad_P.contiguous()
+        bags = Bags(*bag)
+        grad_P = grad_P.contiguous()
         grad_x_TD = (
             ctx.kernel.weighted_rows(grad_P, weight_NXD.flatten(0, 1), bags)
             if ctx.needs_input_grad[0]
@@ -240,7 +241,8 @@ class _WeightedRows(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         c_P, weight_NXD, *bag = ctx.saved_tensors
         # Autograd may pass an expanded gradient, and kernels index it flat.
-        bags, grad_TD = Bags(*bag), grad_TD.contiguous()
+        bags = Bags(*bag)
+        grad_TD = grad_TD.contiguous()
         grad_c_P = (
             ctx.kernel.row_dots(grad_TD, weight_NXD.flatten(0, 1), bags)
             if ctx.needs_input_grad[0]

@@ -31,7 +31,8 @@ except ImportError:
 # Pairs that one program sums: a row that very many tokens chose is spread over several programs.
 PIECE = 256
 # Elements of a table that a program reads at once, and at most how many of them are of one row.
-TILE, MOST_COLUMNS = 4096, 512
+TILE = 4096
+MOST_COLUMNS = 512
 
 
 @triton.jit
