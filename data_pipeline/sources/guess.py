@@ -116,4 +116,6 @@ def _kind_of(pattern: str) -> str:
 def _kind_by_name(path: str) -> str:
     # A name that was given is meant, even if a file of this name usually only accompanies data.
     found = class_of(f"x{ending_of(path)}")
-    return JSONL if found == JSON else found if found in RECORDS else "text"
+    if found == JSON:
+        return JSONL
+    return found if found in RECORDS else "text"
