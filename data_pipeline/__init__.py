@@ -1,4 +1,4 @@
 """From raw files to training batches: documents, tokenizer, shards, sample order, loader.
 
-Only :mod:`data_pipeline.loading.shard_loader` imports torch.
+Only :mod:`data_pipeline.loading` imports torch.
 """

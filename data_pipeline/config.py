@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, model_validator
 
 from data_pipeline.cleaning.config import Cleaning, FillInTheMiddle
 from data_pipeline.sources.config import PythonStdlibSource, SourceConfig, SplitBy
@@ -13,19 +12,9 @@ from data_pipeline.tokenizer.config import TokenizerConfig, TrainBPE
 from pretrain.core.registry import OneOf
 from pretrain.core.section import NonNegative, Positive, Section, Share
 
-
-def _named_kind(value: Any) -> Any:
-    """Refuse a section without ``kind``, although TrainBPE has a default for it in Python.
-
-    A recipe that leaves it out has more often an existing file in mind than a training.
-    """
-    if isinstance(value, dict) and "kind" not in value:
-        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
-    return value
-
-
 AnySource = Annotated[SourceConfig, OneOf()]
-AnyTokenizer = Annotated[TokenizerConfig, OneOf(), BeforeValidator(_named_kind)]
+# A recipe that leaves the kind out has more often an existing file in mind than a training.
+AnyTokenizer = Annotated[TokenizerConfig, OneOf(kind_is_required=True)]
 
 # --- mixture and packing --------------------------------------------------------------------------
 

@@ -6,13 +6,14 @@ from collections import Counter
 
 from data_pipeline.cleaning.c4 import C4Filter
 from data_pipeline.cleaning.code import CodeFilter
-from data_pipeline.cleaning.config import Cleaning
+from data_pipeline.cleaning.config import Cleaning, CleaningRule
 from data_pipeline.cleaning.decontaminate import Decontaminator
 from data_pipeline.cleaning.gopher import GopherQualityFilter, GopherRepetitionFilter
 from data_pipeline.cleaning.language import LanguageFilter
 from data_pipeline.cleaning.normalize import Normalizer
 from data_pipeline.cleaning.redact import Redactor
 from data_pipeline.cleaning.stage import Cleaned, Stage
+from pretrain.core.registry import kind_name
 
 
 class Cleaner:
@@ -37,7 +38,7 @@ class Cleaner:
             self.stages.append(C4Filter(config.c4_quality))
         if config.code_quality:
             self.stages.append(CodeFilter(config.code_quality))
-        self.stages += [rule.implementing_class()(rule) for rule in config.rules]
+        self.stages += [_CheckedRule(rule) for rule in config.rules]
         if config.decontaminate:
             self.stages.append(Decontaminator(config.decontaminate))
         if config.redact:
@@ -68,7 +69,34 @@ class Cleaner:
                 return Cleaned(
                     text,
                     "empty_after_cleaning",
-                    f"after {type(stage).__name__}",
+                    f"after {getattr(stage, 'name', type(stage).__name__)}",
                     dict(edits) or None,
                 )
         return Cleaned(text, edits=dict(edits) or None)
+
+
+class _CheckedRule:
+    """A rule of a plugin, whose mistakes are found at the document that shows them."""
+
+    def __init__(self, config: CleaningRule) -> None:
+        self.name = kind_name(type(config))
+        self.rule: Stage = config.implementing_class()(config)
+
+    def __call__(self, text: str) -> Cleaned:
+        try:
+            cleaned = self.rule(text)
+        except Exception as error:
+            error.add_note(f"in the cleaning rule '{self.name}'")
+            raise
+        # A text of None would count as one that cleaning has emptied, and other counts than
+        # integers would end the build at its manifest, after all the work.
+        if (
+            not isinstance(cleaned, Cleaned)
+            or not isinstance(cleaned.text, str)
+            or not all(type(count) is int for count in (cleaned.edits or {}).values())
+        ):
+            raise TypeError(
+                f"the cleaning rule '{self.name}' returned {cleaned!r:.200}: return a Cleaned with"
+                " the text, and integers in edits"
+            )
+        return cleaned

@@ -1,8 +1,6 @@
 """Rules for source code (Chen et al. 2021, section 3.1; CodeParrot).
 
 The paper is "Evaluating Large Language Models Trained on Code".
-
-CodeParrot).
 """
 
 from __future__ import annotations

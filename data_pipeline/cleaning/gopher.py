@@ -1,6 +1,6 @@
-"""Quality and repetition rules of MassiveText (Rae et al. 2021, "Scaling Language Models: ...
+"""Quality and repetition rules of MassiveText (Rae et al. 2021, appendix A.1.1 and table A1).
 
-Gopher", appendix A.1.1 and table A1).
+The paper is "Scaling Language Models: Methods, Analysis & Insights from Training Gopher".
 
 A word is the text between white space, so the rules suit languages that write spaces.
 """

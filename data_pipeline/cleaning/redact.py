@@ -162,7 +162,7 @@ def _replace(
 
 
 def email_spans(text: str) -> list[tuple[int, int]]:
-    """Yield the spans of e-mail addresses in order, without those that belong to no one."""
+    """Return the spans of e-mail addresses in order, without those that belong to no one."""
     spans = []
     end = 0
     for match in EMAIL_DOMAIN.finditer(text):

@@ -10,11 +10,14 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from pretrain.core.errors import ConfigError, PeerLostError
@@ -71,7 +74,7 @@ class Pool:
         Without other processes it is done when this returns.
         """
         if self.executor is not None:
-            return self.executor.submit(function, job)
+            return self.executor.submit(partial(_run_job, function), job)
         future: Future[ResultT] = Future()
         future.set_result(function(job))
         return future
@@ -81,6 +84,7 @@ class Pool:
         if self.executor is None:
             yield from map(function, jobs)
             return
+        run_job = partial(_run_job, function)
         waiting: set[Future[ResultT]] = set()
         remaining = iter(jobs)
         try:
@@ -89,7 +93,7 @@ class Pool:
                     len(waiting) < self.workers * WAITING_PER_WORKER
                     and (job := next(remaining, None)) is not None
                 ):
-                    waiting.add(self.executor.submit(function, job))
+                    waiting.add(self.executor.submit(run_job, job))
                 if not waiting:
                     return
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -98,6 +102,21 @@ class Pool:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _run_job(function: Callable[[JobT], ResultT], job: JobT) -> ResultT:
+    """Run a job in a worker, and let its error reach the coordinator whatever it is.
+
+    An exception of a plugin or a library that cannot be pickled would look like a killed worker.
+    """
+    try:
+        return function(job)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        raise
 
 
 class _Executor(ProcessPoolExecutor):

@@ -29,6 +29,7 @@ from data_pipeline.sources.interface import (
 )
 from pretrain.core.errors import DataError
 from pretrain.core.progress import current_tally
+from pretrain.core.registry import kind_name
 
 # What is read is counted for the progress bar so often: seldom enough to cost nothing.
 TALLIED_DOCUMENTS = 1 << 8
@@ -109,7 +110,9 @@ class Reader:
         tally = current_tally()
         documents = 0
         characters = 0
-        for result in self.source.read(self.unit):
+        # One source object reads many units; remarks are counted for each.
+        self.source.notes.clear()
+        for result in self._results():
             counters.records += 1
             if documents == TALLIED_DOCUMENTS or characters >= TALLIED_CHARACTERS:
                 tally.add(documents, characters)
@@ -127,7 +130,11 @@ class Reader:
                 + (b"\0" if name is None else name.encode("utf-8") + b"\0")
             )
             if cleaner is not None:
-                cleaned = cleaner.clean(result.text)
+                try:
+                    cleaned = cleaner.clean(result.text)
+                except Exception as error:
+                    error.add_note(f"at {result.id} of the source '{self.unit.source}'")
+                    raise
                 if cleaned.edits:
                     counters.edits.update(cleaned.edits)
                 if cleaned.dropped is not None:
@@ -143,6 +150,20 @@ class Reader:
             yield result, digest, place
             self.documents += 1
         tally.add(documents, characters)
+
+    def _results(self) -> Iterator[Document | LeftOut]:
+        """Yield what the source reads, which may be a plugin's."""
+        try:
+            for result in self.source.read(self.unit):
+                if not isinstance(result, (Document, LeftOut)):
+                    raise TypeError(
+                        f"the source kind '{kind_name(type(self.section))}' yields {result!r:.200}:"
+                        " yield a Document or a LeftOut"
+                    )
+                yield result
+        except Exception as error:
+            error.add_note(f"in {self.unit.files[0]} of the source '{self.unit.source}'")
+            raise
 
     def _note(self, place: float) -> None:
         self.hashed += 1

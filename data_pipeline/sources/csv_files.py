@@ -57,7 +57,6 @@ class Csv(Source[CsvSource]):
         longest = self.context.max_record_bytes
         csv.field_size_limit(max(csv.field_size_limit(), longest))
         self.lines_read = 0
-        self.notes.clear()
         with open_stream(path, self.config.encoding) as content:
             stream = Peekable(content)
             feed = _Feed(read_lines(with_line_feeds(stream), 0, None, longest), longest)

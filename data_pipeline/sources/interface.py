@@ -81,7 +81,7 @@ class LeftOut(NamedTuple):
 
     Attributes:
         path: its file.
-        reason: a key of ``REASONS``.
+        reason: a key of ``REASONS``, or of the kind's own ``reasons``.
         line: from 1, counted from the start of the unit; None if a file has no lines.
         offset: of its first byte in the (decompressed) file; None if that means nothing.
         detail: what exactly is wrong, for bad_records.jsonl.
@@ -158,14 +158,17 @@ class Source(ABC, Generic[ConfigT]):
     Attributes:
         lines_read: lines of the unit that was read last, so that the next unit of the same file can
             number its own.
-        notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES``.
+        notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES`` or
+            of the kind's own ``notes``; the reader clears it before each unit.
         has_files: its documents are in files that have paths.
+        has_ids: it fills ``Document.key`` without the section's ``id_field``.
 
     Raises:
         ConfigError: if its documents have no path or id, and that is what the split is made by.
     """
 
     has_files: ClassVar[bool] = True
+    has_ids: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, context: ReadContext) -> None:
         self.config = config
@@ -216,7 +219,7 @@ class Source(ABC, Generic[ConfigT]):
         by = self.context.split_by
         if by == "path" and not self.has_files:
             raise ConfigError(f"{place} has no files with paths: split by content, or by id")
-        if by == "id" and getattr(self.config, "id_field", None) is None:
+        if by == "id" and not self.has_ids and getattr(self.config, "id_field", None) is None:
             raise ConfigError(
                 f"{place} has no id_field: name the field of its records that holds the id, or"
                 " split by content"
@@ -230,17 +233,18 @@ def open_source(config: SourceConfig, context: ReadContext) -> Source:
 
 
 def meaning_of_reasons() -> dict[str, str]:
-    """Return what each reason for a left-out record means, those of plugins' sources included."""
-    return REASONS | {
-        key: text for kind in kinds_of(SourceConfig) for key, text in kind.reasons.items()
-    }
+    """Return what each reason for a left-out record means, those of plugins' sources included.
+
+    A plugin describes its own words, and none of this project's.
+    """
+    ours = {key: text for kind in kinds_of(SourceConfig) for key, text in kind.reasons.items()}
+    return ours | REASONS
 
 
 def meaning_of_notes() -> dict[str, str]:
     """Return what each remark about documents means, those of plugins' sources included."""
-    return NOTES | {
-        key: text for kind in kinds_of(SourceConfig) for key, text in kind.notes.items()
-    }
+    ours = {key: text for kind in kinds_of(SourceConfig) for key, text in kind.notes.items()}
+    return ours | NOTES
 
 
 @lru_cache(maxsize=4096)

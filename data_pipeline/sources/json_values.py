@@ -201,11 +201,9 @@ class ValueReader:
                     return at
 
     def _check_before(self, at: int, inside: int) -> None:
-        """Whether a bracket can begin a value here.
+        """Raise if a bracket cannot begin a value here, which shows early that one is not closed.
 
-        It is behind a colon in an object, and behind a comma or first in an array.
-
-        It shows early that one is not closed.
+        A value is behind a colon in an object, and behind a comma or first in an array.
         """
         before = at - 1
         while before >= 0 and self._data[before] in SPACE:

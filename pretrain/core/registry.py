@@ -39,7 +39,7 @@ class Component(Section):
 
 
 def kinds_of(family: type[Family]) -> tuple[type[Family], ...]:
-    """Every class below ``family`` with its own ``kind``, in order of definition.
+    """Every class below ``family`` with its own ``kind``: each before the classes below it.
 
     Raises:
         ConfigError: if two of them have one name.
@@ -64,7 +64,7 @@ def _names_of(kind: type[Section]) -> tuple[str, ...]:
 
 
 def kinds_by_name(family: type[Family]) -> dict[str, type[Family]]:
-    """The kinds of a family by their name in a recipe, in order of definition."""
+    """The kinds of a family by their name in a recipe, in the order of :func:`kinds_of`."""
     return {name: kind for kind in kinds_of(family) for name in _names_of(kind)}
 
 
@@ -141,7 +141,13 @@ class OneOf:
     The kinds are looked up whenever a value is validated, not when the field's class is defined:
     what a plugin defines later counts as well. If ``kind`` is left out, the class with a default
     for it is chosen.
+
+    Args:
+        kind_is_required: refuse a section without ``kind``, although a class has a default for it.
     """
+
+    def __init__(self, *, kind_is_required: bool = False) -> None:
+        self.kind_is_required = kind_is_required
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> Any:
         def validate(value: Any) -> Any:
@@ -151,6 +157,8 @@ class OneOf:
                 tag = value.get("kind") if isinstance(value, dict) else value
                 named = {"discriminator": "'kind'", "tag": str(tag), "expected_tags": ""}
                 raise PydanticKnownError("union_tag_invalid", named)
+            if self.kind_is_required and isinstance(value, dict) and "kind" not in value:
+                raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
             default = _default(kinds)
             if isinstance(value, dict) and default is not None:
                 value = {"kind": default} | value
