@@ -45,8 +45,8 @@ class Tokenizer:
         vocab_size: the largest id + 1.
         eod_id: id of the token that ends a document. A tokenizer without one has its bos_id or else
             its pad_id here, unless the policy appends the end-of-document token.
-        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None if there is
-            none.
+        bos_id, pad_id: ids of the tokens that begin a document and fill a sequence; None if there
+            is none.
         append_eod, prepend_bos: whether those tokens are written around each document.
 
     Raises:
