@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -98,9 +99,9 @@ class CallbackList(Callback):
             callback.on_step(step)
 
     def on_record(self, record: MetricsRecord) -> None:
-        """Pass it on."""
+        """Pass a copy to each: some keep it, and a plugin's may change it."""
         for callback in self._callbacks:
-            callback.on_record(record)
+            callback.on_record(deepcopy(record))
 
     def on_usage(self, window: UsageWindow) -> None:
         """Pass it on."""

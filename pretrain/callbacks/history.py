@@ -6,19 +6,17 @@ It has one entry for each validation, in columns, and the best of them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pretrain.callbacks.base import Callback, MetricsRecord
 from pretrain.callbacks.metrics import METRICS, read_records
+from pretrain.checkpoint.model_card import perplexity_of
 from pretrain.config.timeline import Timeline
 from pretrain.core.files import JsonObject, write_synced
 
 HISTORY = "training_history.json"
-# exp() of more overflows a double.
-LARGEST_EXPONENT = 700.0
 UNITS = {
     "train_loss": "nats a token, mean since the last entry",
     "val_loss": "nats a token",
@@ -120,7 +118,7 @@ class History:
             train_loss=self._gathered.mean,
             val_loss=loss,
             val_targets=record.get("targets"),
-            perplexity=None if loss is None else _exp(loss),
+            perplexity=None if loss is None else perplexity_of(loss),
             learning_rate=last.get("learning_rate"),
             grad_norm=last.get("grad_norm"),
             tokens_per_second=last.get("tokens_per_second"),
@@ -148,11 +146,6 @@ class History:
         columns = {name: [getattr(entry, name) for entry in self.entries] for name in COLUMNS}
         best = None if self.best is None else asdict(self.best)
         return {**columns, "best": best, "units": UNITS}
-
-
-def _exp(loss: float) -> float | None:
-    """Return the perplexity, or None instead of an infinity, which JSON does not have."""
-    return math.exp(loss) if loss < LARGEST_EXPONENT else None
 
 
 def history_of(records: Iterable[MetricsRecord], validates: bool, timeline: Timeline) -> History:

@@ -154,7 +154,7 @@ def _results(state: CheckpointState, results: Mapping[str, float]) -> list[str]:
         over = "" if targets is None else f", over {targets:,} tokens"
         rows += [
             [f"validation loss, nats a token{when}{over}", loss],
-            [f"validation perplexity{when}", _perplexity(loss)],
+            [f"validation perplexity{when}", perplexity_of(loss)],
         ]
     # Of samples of the split, so it need not be below the loss of the whole split.
     if (best := progress.get("best_validation")) is not None:
@@ -163,7 +163,8 @@ def _results(state: CheckpointState, results: Mapping[str, float]) -> list[str]:
     return table(["measured", "value"], rows) if rows else ["None were measured."]
 
 
-def _perplexity(loss: float) -> float | None:
+def perplexity_of(loss: float) -> float | None:
+    """Return the perplexity, or None instead of an infinity, which JSON does not have."""
     return math.exp(loss) if loss < LARGEST_EXPONENT else None
 
 

@@ -40,7 +40,7 @@ class CheckpointFolder:
         self.topology = topology
 
     def prepare(self, target: Path) -> Path:
-        """Make an empty temporary folder for ``target``, after a look at the free space.
+        """Make an empty temporary folder for ``target``, and check the free space.
 
         Every rank must call it, and gets the folder.
 

@@ -239,7 +239,7 @@ def _entry(section: JsonObject | list[Any], key: str, override: str) -> Any:
         return key
     if not key.isdigit() or int(key) >= len(section):
         raise ConfigError(
-            f"--set {override}: '{key}' is an entry of a list, whose indices go from 0 "
+            f"--set {override}: instead of '{key}' give the index of an entry of a list, from 0 "
             f"to {len(section) - 1}"
         )
     return int(key)

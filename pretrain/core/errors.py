@@ -1,4 +1,4 @@
-"""Errors that a user can fix, each with the exit code that the README documents.
+"""Errors that a user can fix, each with the exit code that docs/exit_codes.md explains.
 
 Every command ends through :func:`run_command`: a known error prints one sentence and sets the exit
 code, and a programming error still shows its traceback.

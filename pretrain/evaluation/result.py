@@ -10,7 +10,7 @@ ScoreFields = dict[str, float | None]
 
 
 class WrittenText(TypedDict):
-    """A prompt and its continuation; see :class:`pretrain.evaluation.generation.writing`."""
+    """A prompt and its continuation; see :class:`pretrain.evaluation.generation.writing.Continuation`."""
 
     prompt: str
     text: str

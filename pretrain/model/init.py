@@ -4,8 +4,9 @@ An expert's stream is named by its global index. So a model does not depend on r
 ep_size, MoE kind or the order of construction. Matrices and embeddings are normal with
 ``initializer_range``; projections that write into the residual stream (attention output, expert and
 feed-forward down) get ``initializer_range / sqrt(2 * num_hidden_layers)`` (Radford et al. 2019);
-norms are one; biases, attention sinks and the tensors named by the MoE kind are zero. Last, the
-rules of :mod:`pretrain.model.mup` scale a model that is wider than its base.
+norms are one; biases, attention sinks and the tensors named by the MoE kind are zero. A parameter
+that :func:`keep_initial_value` marked keeps what its module gave it. Last, the rules of
+:mod:`pretrain.model.mup` scale a model that is wider than its base.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None
     )
 
 
+def keep_initial_value(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter of a part that is added: what it holds now is its initial value."""
+    parameter.keeps_initial_value = True  # type: ignore[attr-defined]
+    return parameter
+
+
 @torch.no_grad()
 def initialize(model: DecoderLM, seed: int) -> None:
     """Fill every parameter of ``model`` in place."""
@@ -62,7 +69,7 @@ def initialize(model: DecoderLM, seed: int) -> None:
         for parameter in module.fill_experts(name, fill)
     }
     for name, parameter in model.named_parameters():
-        if id(parameter) in done:
+        if id(parameter) in done or getattr(parameter, "keeps_initial_value", False):
             continue
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)

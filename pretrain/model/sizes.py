@@ -35,7 +35,7 @@ PREFIXES = {
 PATTERNS = {
     "attention": re.compile(r"\.attention\."),
     "dense_feed_forwards": re.compile(r"\.feed_forward\."),
-    "norms": re.compile(r"norm\.(weight|bias)$"),
+    "norms": re.compile(r"norm\."),
 }
 # In the order of printed tables.
 COMPONENTS = (

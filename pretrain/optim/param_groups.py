@@ -7,9 +7,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import Role
 from pretrain.optim.config import Optimizer
+from pretrain.optim.matrix_shards import MatrixOptimizer
 
 # A group of ``torch.optim``: ``params``, ``lr``, ``weight_decay``, and keys that an optimizer or
 # DeepSpeed adds (``betas``, ``moe``, ``name``, ``rule`` ...).
@@ -104,6 +106,17 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[ParamGroup], config: Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer over ``groups``."""
+    """The recipe's optimizer over ``groups``.
+
+    Raises:
+        ConfigError: if it needs whole matrices and is not built for ZeRO's flat partitions.
+    """
     optimizer: torch.optim.Optimizer = config.implementing_class()(groups, config)
+    # At ZeRO 1 to 3 a parameter is a flat piece of many tensors: without a matrix' shape such a
+    # rule would train, and compute something else.
+    if config.needs_whole_matrices and not isinstance(optimizer, MatrixOptimizer):
+        raise ConfigError(
+            f"optimizer.kind={config.kind} needs whole matrices, but {type(optimizer).__name__} is no"
+            " MatrixOptimizer (pretrain.optim.matrix_shards), to which ZeRO gives them: derive from it"
+        )
     return optimizer

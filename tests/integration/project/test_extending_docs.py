@@ -42,15 +42,52 @@ def examples() -> list[tuple[str, str, str]]:
     return [found for page in PAGES for found in EXAMPLE.findall(page.read_text())]
 
 
-@pytest.mark.parametrize("name,text,after", examples(), ids=lambda value: str(value)[:12])
-def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> None:
-    (tmp_path / "my_parts").mkdir()
-    (tmp_path / "my_parts" / f"{name}.py").write_text(text)
-    settings = SETTING.findall(after)
+# The norm of the page has a parameter that initialisation and parameter counts do not know.
+NORM = """
+from pretrain.config.load import load_recipe
+from pretrain.core.plugins import load_plugins
+from pretrain.model.decoder import DecoderLM
+from pretrain.model.init import initialize
+from pretrain.model.sizes import model_size
+load_plugins(["my_parts.norm"])
+model = load_recipe("debug", ["model.norm={kind: dynamic_tanh}", "model.vocab_size=300"]).model
+built = DecoderLM(model)
+initialize(built, seed=1)
+values = dict(built.named_parameters())
+alphas = [value.item() for name, value in values.items() if name.endswith("norm.alpha")]
+assert len(alphas) > 2 and set(alphas) == {0.5}, alphas
+size = model_size(model, 64)
+outside = [value for name, value in values.items() if "norm." in name and ".attention." not in name]
+norms = sum(value.numel() for value in outside)
+assert size.components["norms"] == norms, size.components
+"""
+# It needs a matrix' shape, and its class says nothing of ZeRO's partitions.
+WHOLE = """
+import torch
+from pretrain.core.errors import ConfigError
+from pretrain.optim.config import AdamWConfig
+from pretrain.optim.param_groups import build_optimizer
+
+class Lars(AdamWConfig):
+    needs_whole_matrices = True
+
+    def implementing_class(self):
+        return lambda groups, config: torch.optim.SGD(groups, lr=0.1)
+
+try:
+    build_optimizer([{"params": [torch.nn.Parameter(torch.ones(2, 2))]}], Lars(learning_rate=1e-2))
+except ConfigError as error:
+    assert "MatrixOptimizer" in str(error)
+else:
+    raise AssertionError("it was built")
+"""
+
+
+def run_script(script: str, folder: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, name, *settings],
+        [sys.executable, "-c", script, *arguments],
         cwd=ROOT,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=180,
@@ -58,9 +95,37 @@ def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_a_parameter_of_a_plugin_keeps_its_initial_value_and_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "my_parts").mkdir()
+    (text,) = (text for name, text, _ in examples() if name == "norm")
+    (tmp_path / "my_parts" / "norm.py").write_text(text)
+    run_script(NORM, tmp_path)
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_built_for_them(tmp_path: Path) -> None:
+    run_script(WHOLE, tmp_path)
+
+
+@pytest.mark.parametrize("name,text,after", examples(), ids=lambda value: str(value)[:12])
+def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> None:
+    (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / f"{name}.py").write_text(text)
+    run_script(CHECK, tmp_path, name, *SETTING.findall(after))
+
+
 def test_every_kind_of_part_has_an_example() -> None:
     assert {name for name, _, _ in examples()} == {
-        *("router", "norm", "optimizer", "schedule", "callback", "guard", "tracker", "target"),
+        *(
+            "router",
+            "norm",
+            "kernel",
+            "optimizer",
+            "schedule",
+            "callback",
+            "guard",
+            "tracker",
+            "target",
+        ),
         *("source", "tokenizer", "cleaning"),
     }
     assert all(len(page.read_text().splitlines()) <= 120 for page in PAGES)

@@ -118,7 +118,7 @@ BROKEN = {
     ),
     "the schema/entry": (
         [TWO, "phases.2.name=c"],
-        ["'2' is an entry of a list", "from 0 to 1"],
+        ["instead of '2' give the index of an entry", "from 0 to 1"],
         None,
     ),
 }

@@ -1,6 +1,6 @@
 """The contract of every registered kind and option: the same checks for each.
 
-What needs two ranks is in tests/distributed.
+What needs two ranks is in tests/integration/distributed.
 """
 
 from __future__ import annotations
