@@ -25,7 +25,13 @@ from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.preprocess.engine import fit_engine
 from data_pipeline.preprocess.incremental_merge import GrowingShards
 from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, ShardRecord, write_shard
-from data_pipeline.preprocess.plan import BuildPlan, open_sources, plan_build, request_sha256
+from data_pipeline.preprocess.plan import (
+    BuildPlan,
+    open_sources,
+    plan_build,
+    plugins_sha256,
+    request_sha256,
+)
 from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
 from data_pipeline.preprocess.reader import Task
 from data_pipeline.preprocess.tokenizer_sample import sample_shares, training_texts
@@ -65,6 +71,7 @@ from pretrain.core.errors import ConfigError, DataError
 from pretrain.core.files import only_writer, write_synced
 from pretrain.core.interrupts import interruptible
 from pretrain.core.progress import Stage
+from pretrain.core.registry import kind_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +113,19 @@ def build(
             speed, whose ids are right on a sample.
 
     Raises:
-        ConfigError: if other data is there and ``fresh`` is false.
+        ConfigError: if other data is there and ``fresh`` is false, and for a kind of a plugin that
+            does not do what its family asks for.
         DataError: for a source or a tokenizer that cannot be used, and for too many bad records.
         StorageError: if the disk is full.
         PeerLostError: if a worker was killed.
     """
+    if not isinstance(config.tokenizer, (ExistingTokenizer, TrainedTokenizer)):
+        kind = type(config.tokenizer)
+        raise ConfigError(
+            f"the tokenizer kind '{kind_name(kind)}' is neither loaded nor trained: make"
+            f" {kind.__module__}.{kind.__qualname__} a class below ExistingTokenizer or"
+            " TrainedTokenizer"
+        )
     given = None
     if isinstance(config.tokenizer, ExistingTokenizer):
         with Stage("loading the tokenizer", progress):
@@ -129,6 +144,9 @@ def build(
         with Stage("listing the input", progress):
             plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
+        # Only here, not in the request: finished data is reused whatever its plugins have become.
+        if (code := plugins_sha256(config)) is not None:
+            identity["plugins_sha256"] = code
         if read_json(output.staging / "identity.json") == identity and finish_publishing(
             output.staging, output
         ):
@@ -233,8 +251,14 @@ class Build:
         if len(numbers) == len(self.plan.units):
             self.task = replace(self.task, split=self._split_plan(records))
         trained = self.workspace / "trained.json"
-        if trained.exists():
-            return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)
+        if not trained.exists():
+            write_synced(trained, self._train(config, numbers).content)
+        # Also just after the training: the recipe says how documents begin and end, as it does for
+        # the workers and for a run that continues from here.
+        return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)
+
+    def _train(self, config: TrainedTokenizer, numbers: list[int]) -> Tokenizer:
+        """Train a tokenizer on the samples of these units."""
         train = config.implementing_class()
         size = sum(
             (unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size
@@ -253,7 +277,6 @@ class Build:
                 tokenizer.vocab_size,
                 config.vocab_size,
             )
-        write_synced(trained, tokenizer.content)
         return tokenizer
 
     def _encode(self, growing: GrowingShards) -> list[UnitRecord]:
